@@ -1,0 +1,68 @@
+"""Packaging of vpgea_fast.
+
+The packages are listed by hand because `kernels/` lives at the root and is imported as
+`vpgea_fast.kernels`: it has no `__init__.py` (a root package of that name would shadow, or be
+shadowed by, the Hugging Face package `kernels`), so automatic discovery would miss it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vpgea_fast/__init__.py").read_text())[1]
+
+VLLM = ["vllm==0.32.0", "transformers>=5.16.1,<5.20"]
+
+setup(
+    name="vpgea_fast",
+    version=VERSION,
+    description="VPG-EA training of reasoning models: fused losses and a lean trainer",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="vpgea_fast authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["vpgea_fast", "vpgea_fast.rollout", "vpgea_fast.objectives", "vpgea_fast.kernels"],
+    package_dir={"vpgea_fast.kernels": "kernels"},
+    package_data={"vpgea_fast": ["py.typed", "tiny_base/*"], "vpgea_fast.kernels": ["README.md"]},
+    entry_points={"console_scripts": ["vpgea = vpgea_fast.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        # 5.12 is the first release that is not misled by a root directory called `kernels`.
+        "transformers>=5.12,<6",
+        "datasets>=4",
+        "jinja2>=3.1",
+        "math-verify[antlr4_13_2]>=0.9",
+        "matplotlib>=3.9",
+        "numpy>=2",
+        "pyarrow>=18",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "dev": [
+            "build>=1.2",
+            "hypothesis>=6.100",
+            "pyright>=1.1.400",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "setuptools>=77",
+            "wheel>=0.45",
+        ],
+        "vllm": VLLM,
+        "flash": ["flash-attn>=2.8"],
+        "liger": ["liger-kernel>=0.6"],
+        "trl": ["trl>=1.0"],
+        "wandb": ["wandb>=0.18"],
+        # CUDA builds of torch bring Triton along; a CPU build does not.
+        "triton": ["triton>=3.6"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Objectives: each turns scored paths into (context, tokens, coefficient per token) rows."""
