@@ -12,9 +12,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vpgea_fast/__init__.py").read_text())[1]
+(VERSION,) = re.findall(r'__version__ = "(.+)"', (ROOT / "vpgea_fast/__init__.py").read_text())
 
-VLLM = ["vllm==0.32.0", "transformers>=5.16.1,<5.20"]
+# A CUDA build of torch brings its own Triton; a CPU build brings none, and the tests interpret it.
+TRITON = "triton>=3.6; platform_system == 'Linux'"
 
 setup(
     name="vpgea_fast",
@@ -55,14 +56,14 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.12",
             "setuptools>=77",
+            TRITON,
             "wheel>=0.45",
         ],
-        "vllm": VLLM,
+        "triton": [TRITON],
+        "vllm": ["vllm==0.32.0", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
         "trl": ["trl>=1.0"],
         "wandb": ["wandb>=0.18"],
-        # CUDA builds of torch bring Triton along; a CPU build does not.
-        "triton": ["triton>=3.6"],
     },
 )

@@ -1,0 +1,58 @@
+# Every target does its own set-up: a virtual environment in .venv with the pinned stack.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TINY := data/tiny
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: train test test-long lint install dist clean
+.DELETE_ON_ERROR:
+
+train: $(STAMP) $(TINY)
+	@$(BIN)/vpgea train configs/tiny.yaml $(ARGS)
+
+test: lint
+	@echo "make: pytest"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-long: lint
+	@echo "make: pytest, slow tests and those of this machine's devices included"
+	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
+
+lint: $(STAMP)
+	@echo "make: ruff, pyright"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/pyright
+
+install: $(STAMP)
+
+dist: $(STAMP)
+	@echo "make: sdist and wheel in dist/"
+	@$(BIN)/python -m build --no-isolation > /dev/null
+	@ls dist
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(TINY): | $(STAMP)
+	@echo "make: the tiny base model and its questions in $(TINY)"
+	@$(BIN)/vpgea make-tiny $(TINY)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vpgea_fast needs \
+	Python 3.11 or newer, got " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	@echo "make: a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Build tools first and no build isolation: everything that runs here is pinned.
+$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "make: the pinned packages into $(VENV) (minutes the first time)"
+	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,97 @@
+"""What every test shares: repeatable, offline, one thread; the tiny world, random tiny models."""
+
+import copy
+import importlib.util
+import os
+import random
+
+# Before transformers and tokenizers are imported: both read these at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import pytest
+import torch
+
+# One thread: two workers on two cores do not fight, and sums are bitwise repeatable.
+torch.set_num_threads(1)
+
+# A first example may import a model library for seconds, so no deadline.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with the reason in the report, what this machine has no device or engine for."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = pytest.mark.skip(reason="needs vLLM: pip install vpgea_fast[vllm]")
+    for item in items:
+        for name, skip in missing.items():
+            if name in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    """The shipped tiny base with its questions: `.base_dir`, `.train_path`, `.test_path`."""
+    from vpgea_fast.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "world")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_world):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_world.base_dir)
+
+
+@pytest.fixture(scope="session")
+def _tiny_model_loaded(tiny_world):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_world.base_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tiny_model(_tiny_model_loaded):
+    """The tiny base in float32, a copy of its own for each test: train it at will."""
+    return copy.deepcopy(_tiny_model_loaded)
+
+
+@pytest.fixture(scope="session")
+def random_qwen2():
+    """Makes Qwen2 models with random weights: `random_qwen2(layers=1, dtype=torch.float64)`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def make(*, layers=2, hidden=32, heads=2, vocab=53, dtype=torch.float32, seed=0, **config):
+        settings = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            # Ten times the usual scale: logits that differ, so a wrong mask or shift shows.
+            "initializer_range": 0.2,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2ForCausalLM(Qwen2Config(**(settings | config)))
+        return model.to(dtype).eval()
+
+    return make

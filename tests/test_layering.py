@@ -1,0 +1,236 @@
+"""Imports point down only, third parties stay behind their walls, and the losses need torch alone.
+
+`violations` reads source text and never imports it, so an import under `if TYPE_CHECKING` or inside
+a function counts too: whoever knows the name of a room above depends on it.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vpgea_fast"
+
+# From the top down. A room is a file or a folder directly under vpgea_fast/. It may import itself
+# (the files of one folder) and the rooms of lower layers, and no other room of its own layer.
+LAYERS = {
+    "command line": {"cli"},
+    "trainer": {"trainer"},
+    "evaluation": {"evaluate", "report"},
+    "stages": {
+        "advantage",
+        "attention",
+        "checkpoint",
+        "data",
+        "integrations",
+        "losses",
+        "model",
+        "objectives",
+        "optim",
+        "packing",
+        "prompts",
+        "rollout",
+        "scoring",
+        "tiny",
+        "verify",
+    },
+    "services": {"distributed", "metrics"},
+    "records": {"config", "types"},
+    "kernels": {"kernels"},
+}
+LAYER_NAMES = list(LAYERS)
+DEPTH = {room: depth for depth, rooms in enumerate(LAYERS.values()) for room in rooms}
+
+# Third party -> the only modules (or folders of modules) of this project that may name it.
+WALLS = {
+    "vllm": "vpgea_fast.rollout.vllm",
+    "triton": "vpgea_fast.kernels",
+    "wandb": "vpgea_fast.metrics",
+    "tensorboard": "vpgea_fast.metrics",
+    "torch.utils.tensorboard": "vpgea_fast.metrics",
+    "trl": "vpgea_fast.integrations",
+    "flash_attn": "vpgea_fast.attention",
+    "liger_kernel": "vpgea_fast.model",
+}
+KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
+
+
+def imported_names(module: str, tree: ast.Module, *, is_package: bool) -> Iterator[tuple[str, int]]:
+    """Every dotted name that a module imports, absolute, with its line.
+
+    `from a import b` gives both `a` and `a.b`, since b may be a module. Literal arguments of
+    `import_module` and `__import__` count as imports.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                levels_up = node.level - is_package
+                parents = module.split(".")[: len(module.split(".")) - levels_up]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            yield base, node.lineno
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if called in {"import_module", "__import__"} and node.args:
+                name = node.args[0]
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                    yield name.value, node.lineno
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def room_of(name: str) -> str | None:
+    """The room of a dotted name in the package; None for the package itself and `__version__`."""
+    room = name.split(".")[1] if within(name, PACKAGE) and name != PACKAGE else None
+    return None if room == "__version__" else room
+
+
+def complaint(module: str, room: str, name: str) -> str | None:
+    """What is wrong with `module`, which lives in `room`, importing `name`; None if nothing is."""
+    if within(name, "kernels"):
+        return "`kernels` alone is the Hugging Face package: write vpgea_fast.kernels"
+    for third_party, home in WALLS.items():
+        if within(name, third_party) and not within(module, home):
+            return f"only {home} may import {third_party}"
+    if room == "kernels" and not within(name, f"{PACKAGE}.kernels"):
+        if name.split(".")[0] in KERNEL_IMPORTS:
+            return None
+        return "kernels/ may import torch, triton, the standard library and its own files"
+    target = room_of(name)
+    if target is None or target == room:
+        return None
+    if target not in DEPTH:
+        return f"there is no room {target!r} in LAYERS of tests/test_layering.py"
+    if DEPTH[target] > DEPTH[room]:
+        return None
+    here, there = LAYER_NAMES[DEPTH[room]], LAYER_NAMES[DEPTH[target]]
+    return f"{room} ({here}) may not import {target} ({there}): imports point down only"
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """All broken rules of one module, each as `module:line imports name: reason`."""
+    names = list(imported_names(module, ast.parse(source), is_package=is_package))
+    if is_package:
+        return [f"{module}:{line} imports {name}: no re-exports" for name, line in names]
+    room = room_of(module)
+    if room not in DEPTH:
+        where = f"add {room!r} to the lowest fitting layer in LAYERS of tests/test_layering.py"
+        return [f"{module} fits no layer: {where}, and a line for it to the tree in README.md"]
+    found: dict[tuple[int, str], str] = {}  # a line that imports ten names breaks a rule once
+    for name, line in names:
+        if why := complaint(module, room, name):
+            found.setdefault((line, why), name)
+    return [f"{module}:{line} imports {name}: {why}" for (line, why), name in found.items()]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """(dotted name, file) of every module of the package, kernels/ under its imported name."""
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[1] != "kernels":  # the symlink, which rglob follows in Python < 3.13
+            yield ".".join(parts).removesuffix(".__init__"), path
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join([PACKAGE, *parts]).removesuffix(".__init__"), path
+
+
+def test_imports_point_down():
+    broken = [
+        line
+        for name, path in modules()
+        for line in violations(name, path.read_text(), is_package=path.stem == "__init__")
+    ]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("vpgea_fast.packing", "from vpgea_fast.types import TrainRow", None),
+        ("vpgea_fast.packing", "import torch\nfrom vpgea_fast import __version__", None),
+        ("vpgea_fast.rollout.hf", "from vpgea_fast.rollout import vllm", None),
+        ("vpgea_fast.trainer", "from . import packing, losses", None),
+        ("vpgea_fast.kernels.fused", "from vpgea_fast.kernels.reference import f", None),
+        ("vpgea_fast.packing", "from vpgea_fast.trainer import fit", "point down only"),
+        ("vpgea_fast.packing", "from vpgea_fast.model import load", "point down only"),
+        ("vpgea_fast.packing", "from vpgea_fast import model", "point down only"),
+        ("vpgea_fast.packing", "from . import model", "point down only"),
+        ("vpgea_fast.rollout.hf", "from ..model import load", "point down only"),
+        ("vpgea_fast.config", "from vpgea_fast.types import Question", "point down only"),
+        ("vpgea_fast.packing", "if x:\n    import vpgea_fast.cli", "point down only"),
+        ("vpgea_fast.packing", "def f():\n    import vpgea_fast.cli", "point down only"),
+        ("vpgea_fast.cli", "from vpgea_fast.utils import f", "no room 'utils'"),
+        ("vpgea_fast.utils", "", "fits no layer"),
+        ("vpgea_fast.cli", "import kernels", "Hugging Face package"),
+        ("vpgea_fast.cli", "from kernels.reference import f", "Hugging Face package"),
+        ("vpgea_fast.trainer", "import vllm", "only vpgea_fast.rollout.vllm"),
+        ("vpgea_fast.rollout.hf", "from vllm import LLM", "only vpgea_fast.rollout.vllm"),
+        ("vpgea_fast.cli", "importlib.import_module('vllm')", "only vpgea_fast.rollout.vllm"),
+        ("vpgea_fast.losses", "import triton.language as tl", "only vpgea_fast.kernels"),
+        ("vpgea_fast.trainer", "from torch.utils import tensorboard", "only vpgea_fast.metrics"),
+        ("vpgea_fast.kernels.fused", "import numpy", "torch, triton, the standard library"),
+        ("vpgea_fast.kernels.fused", "import vpgea_fast.types", "torch, triton, the standard"),
+        ("vpgea_fast.kernels.fused", "from ..types import Path", "torch, triton, the standard"),
+    ],
+)
+def test_the_check_tells_good_from_bad(module, source, reason):
+    found = violations(module, source)
+    if reason is None:
+        assert found == []
+    else:
+        assert len(found) >= 1
+        assert reason in found[0]
+
+
+def test_a_package_file_that_re_exports_is_found():
+    found = violations("vpgea_fast.rollout", "from .hf import HFEngine", is_package=True)
+    assert found[0].startswith("vpgea_fast.rollout:1 imports vpgea_fast.rollout.hf: no re-exports")
+
+
+def test_kernels_is_one_folder_without_a_package_file():
+    assert (ROOT / PACKAGE / "kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_file_outside_the_package_imports_bare_kernels():
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        names = imported_names(path.stem, tree, is_package=False)
+        bare = [f"{path.name}:{line}" for name, line in names if within(name, "kernels")]
+        assert not bare, f"write vpgea_fast.kernels in {bare}"
+
+
+# The project's own requirements that torch does not need, plus what no install has to have.
+LOSSES_WITHOUT = """
+import sys
+refused = set(sys.argv[1:])
+class Wall:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in refused:
+            raise ModuleNotFoundError("refused by this test: " + name, name=name)
+sys.meta_path.insert(0, Wall)
+import vpgea_fast.losses
+print(*sorted(m for m in sys.modules if m.startswith("vpgea_fast.")))
+"""
+REFUSED = (
+    "transformers triton pydantic yaml rich datasets math_verify matplotlib pyarrow safetensors"
+    " tokenizers huggingface_hub kernels vllm flash_attn liger_kernel trl wandb"
+).split()
+
+
+def test_losses_import_with_torch_alone():
+    done = subprocess.run(
+        [sys.executable, "-c", LOSSES_WITHOUT, *REFUSED], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rooms = {room_of(name) for name in done.stdout.split()}
+    assert rooms <= {"losses", "kernels"}, f"importing the losses imported {rooms} too"
