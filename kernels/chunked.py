@@ -1,0 +1,250 @@
+"""The language-model head in chunks of rows, in plain torch: no (T, V) tensor on any device,
+gradients in one pass.
+
+T tokens, K rows that take part, C rows of one chunk, D hidden, V vocabulary. With upstream
+gradients (a, b, c) of (logp, lse, entropy H) of a row, its logit gradient is
+
+    dz_v = p_v (b - a - c (log p_v + H))                 v other than the target
+    dz_t = a (1 - p_t) + p_t (b - c (log p_t + H))       the target; 1 - p_t = -expm1(log p_t)
+
+and dX = logit_scale da W, dW = logit_scale da' X, db = sum da with da = dz (1 - tanh^2) /
+temperature. When a is known before the forward (the weighted loss: a = coefficient, b = c = 0) this
+happens right after the logits are made: three GEMMs (6 K V D FLOP) instead of four.
+
+One chunk lives in one (C, V) buffer, rewritten in place:
+    logits -> exp(z - peak), 0 at the target -> dz -> (half precision) a copy in the input dtype for
+    the two GEMMs
+with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). C is the
+largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V except dW
+(fp32) and, on a CPU with half-precision inputs, one fp32 copy of the weight.
+
+| | inputs | GEMM operands | accumulators, statistics | outputs |
+|---|---|---|---|---|
+| bf16 | bf16 | bf16; dz rounded once | fp32 | fp32 values and dW, bf16 dX |
+| fp16 | fp16 | fp16; dz in units of its bound / 2^14 | fp32 | fp32 values, dW and dX |
+| fp32, fp64 | the same | the same | the same | the same |
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    """Memory for the (C, V) buffers: 256 MiB on a CPU, 1/16 of the device's memory up to 4 GiB
+    elsewhere.
+
+    Every chunk reads and writes all of dW once, so small chunks cost bandwidth: 880 rows of a 7B
+    head spend about as long on dW traffic as on a quarter of their GEMMs.
+    """
+    if device.type != "cuda":
+        return 256 << 20
+    return min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 16)
+
+
+def rows_per_chunk(
+    vocabulary: int, dtype: torch.dtype, chunk_bytes: int, *, softcap: bool, entropy: bool
+) -> int:
+    """Rows whose (C, V) buffers fit in chunk_bytes, at least 1."""
+    accumulator = torch.promote_types(dtype, torch.float32).itemsize
+    per_logit = accumulator * (1 + softcap + entropy) + (dtype.itemsize if dtype in HALF else 0)
+    return max(1, chunk_bytes // (vocabulary * per_logit))
+
+
+def head_pass(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_K: Tensor,
+    *,
+    rows_K: Tensor,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    dhidden_TD: Tensor | None = None,
+    dweight_VD: Tensor | None = None,
+    dbias_V: Tensor | None = None,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (None unless asked
+    for).
+
+    Every backend has this signature. targets_K, temperature (a float or (K,)) and the upstream
+    gradients of (logp, lse, entropy), each (K,), belong to the selected rows. With `upstream` the
+    gradients are made in the same pass: rows of dhidden_TD are overwritten, dweight_VD and dbias_V
+    (float32, float64 for float64 inputs) are added to; a sink that is None costs nothing. Values
+    are float32, float64 for float64 inputs. No host synchronisation; validates nothing: the public
+    functions in vpgea_fast.losses do.
+    """
+    dtype, device = hidden_TD.dtype, hidden_TD.device
+    accumulator = torch.promote_types(dtype, torch.float32)
+    vocabulary, rows = weight_VD.shape[0], targets_K.shape[0]
+    g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
+    needs_entropy = entropy or g_entropy is not None
+    values_K3 = torch.empty(rows, 3, dtype=accumulator, device=device)
+    if rows == 0:
+        return values_K3[:, 0], values_K3[:, 1], values_K3[:, 2] if entropy else None
+
+    budget = default_chunk_bytes(device) if chunk_bytes is None else chunk_bytes
+    step = rows_per_chunk(
+        vocabulary, dtype, budget, softcap=softcap is not None, entropy=needs_entropy
+    )
+    temperature_K1 = torch.full((rows, 1), 1.0, dtype=accumulator, device=device) * (
+        temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+    )
+    upstream_K3 = None
+    if g_logp is not None:
+        zero_K = torch.zeros_like(g_logp, dtype=accumulator)
+        parts = (zero_K if g is None else g.to(accumulator) for g in (g_logp, g_lse, g_entropy))
+        upstream_K3 = torch.stack(list(parts), dim=1) / temperature_K1
+    unit = _storage_unit(upstream_K3, vocabulary) if dtype is torch.float16 else 1.0
+    sink_VD = dweight_VD
+    if dweight_VD is not None and isinstance(unit, Tensor):
+        # In units until the last chunk, so it cannot be added to the caller's sum on the way.
+        sink_VD = torch.zeros_like(dweight_VD)
+
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
+        targets_C1 = targets_K[chunk].unsqueeze(1)
+        z_CV, slope_CV = _logits(
+            hidden_CD, weight_VD, bias_V, temperature_K1[chunk], softcap, logit_scale
+        )
+        z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
+        plogp_CV = torch.special.entr(z_CV) if needs_entropy else None
+        values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
+        values_K3[chunk] = values_C3
+        if upstream_K3 is None:
+            continue
+        _dlogits_(z_CV, plogp_CV, slope_CV, targets_C1, peak_C1, values_C3, upstream_K3[chunk])
+        if dbias_V is not None:
+            dbias_V.add_(z_CV.sum(0))
+        dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
+        del z_CV, slope_CV, plogp_CV
+        if dhidden_TD is not None:
+            dhidden_CD = _matmul(dz_CV, weight_VD, accumulator).mul_(logit_scale * unit)
+            dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
+        if sink_VD is not None:
+            _add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
+    if dweight_VD is not None and sink_VD is not None and isinstance(unit, Tensor):
+        dweight_VD.add_(sink_VD.mul_(unit))
+    return values_K3[:, 0], values_K3[:, 1], values_K3[:, 2] if entropy else None
+
+
+def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
+    """fp16 ends at 6e-8, where coefficients begin: dz is stored in units of its bound / 2^14
+    (0-dim, on the device).
+
+    |dz_v| <= |a| + |b| + |c| (log V + 1), since |p log p| < 1 and H <= log V.
+    """
+    if upstream_K3 is None:
+        return 1.0
+    g_logp_K, g_lse_K, g_entropy_K = upstream_K3.abs().unbind(1)
+    bound_K = g_logp_K + g_lse_K + (math.log(vocabulary) + 1.0) * g_entropy_K
+    return bound_K.amax().clamp_min(torch.finfo(bound_K.dtype).tiny) / 2.0**14
+
+
+def _matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
+    """left @ right in the accumulator's dtype: only CUDA has a half GEMM with fp32 out."""
+    if left.dtype == accumulator:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=accumulator)
+    return left.to(accumulator) @ right.to(accumulator)
+
+
+def _add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """total += alpha left @ right, without a temporary of total's size where the device allows."""
+    if left.dtype != total.dtype and left.is_cuda:
+        torch.ops.aten.addmm.dtype_out(
+            total, left, right, total.dtype, beta=1, alpha=alpha, out=total
+        )
+        return
+    total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
+
+
+def _logits(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    temperature_C1: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """z_CV and, with a softcap, dz/da times the temperature: 1 - tanh^2."""
+    a_CV = _matmul(hidden_CD, weight_VD.T, temperature_C1.dtype)
+    if logit_scale != 1.0:
+        a_CV.mul_(logit_scale)
+    if bias_V is not None:
+        a_CV.add_(bias_V)
+    if softcap is None:
+        return a_CV.div_(temperature_C1), None
+    tanh_CV = a_CV.div_(softcap).tanh_()
+    z_CV = tanh_CV * (softcap / temperature_C1)
+    return z_CV, tanh_CV.square_().neg_().add_(1.0)
+
+
+def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrites z as exp(z - peak), 0 at the target; gives z_target_C1 and peak_C1, the largest of
+    the other logits.
+
+    The clamp keeps rows whose other logits are all -inf free of inf - inf.
+    """
+    z_target_C1 = z_CV.gather(1, targets_C1)
+    z_CV.scatter_(1, targets_C1, -torch.inf)
+    peak_C1 = z_CV.amax(1, keepdim=True).clamp_min(torch.finfo(z_CV.dtype).min)
+    z_CV.sub_(peak_C1).exp_()
+    return z_target_C1, peak_C1
+
+
+def _statistics(
+    exp_CV: Tensor, plogp_CV: Tensor | None, z_target_C1: Tensor, peak_C1: Tensor
+) -> Tensor:
+    """(C, 3): logp, lse, entropy (0 unless asked for). logp = log sigmoid(z_target - lse of the
+    others) is never above 0 and exact to the last bit of 1 - p; every term of the entropy is >= 0,
+    so nothing cancels."""
+    others_C1 = exp_CV.sum(1, keepdim=True)
+    lse_others_C1 = peak_C1 + others_C1.log()
+    logp_C1 = F.logsigmoid(z_target_C1 - lse_others_C1)
+    lse_C1 = torch.logaddexp(z_target_C1, lse_others_C1)
+    entropy_C1 = torch.zeros_like(logp_C1)
+    if plogp_CV is not None:
+        scale_C1 = (peak_C1 - lse_C1).exp()
+        entropy_C1 = scale_C1 * ((lse_C1 - peak_C1) * others_C1 + plogp_CV.sum(1, keepdim=True))
+        entropy_C1 -= logp_C1.exp() * logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
+    return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
+
+
+def _dlogits_(
+    exp_CV: Tensor,
+    plogp_CV: Tensor | None,
+    slope_CV: Tensor | None,
+    targets_C1: Tensor,
+    peak_C1: Tensor,
+    values_C3: Tensor,
+    upstream_C3: Tensor,
+) -> None:
+    """Rewrites exp(z - peak) as d loss / d a; upstream_C3 is already divided by the temperature."""
+    logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
+    g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
+    scale_C1 = (peak_C1 - lse_C1).exp()
+    row_C1 = g_lse_C1 - g_logp_C1
+    target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()
+    if plogp_CV is not None:
+        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + peak_C1 - lse_C1)
+        surprise_C1 = entropy_C1 + logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
+        target_C1 = target_C1 - g_entropy_C1 * logp_C1.exp() * surprise_C1
+        plogp_CV.mul_(g_entropy_C1 * scale_C1)
+    exp_CV.mul_(row_C1 * scale_C1)
+    if plogp_CV is not None:
+        exp_CV.add_(plogp_CV)
+    exp_CV.scatter_(1, targets_C1, target_C1)
+    if slope_CV is not None:
+        exp_CV.mul_(slope_CV)
