@@ -1,0 +1,364 @@
+"""Scores of sampled paths -> utility, advantage and gate; and the monitors of the theory.
+
+Everything here is a pure function of numbers that are already sampled and scored, in float64 on
+the device of its inputs, and a constant to autograd: no gradient passes through R, eta or U.
+
+    Ubar  = mean_j U_j  or  log mean_j exp U_j             over the prior paths of one prompt
+    R_i   = max(0, U_i - Ubar + r_margin)                  cross-view reward, nats
+    eta_i = (len_base / len_i)^alpha,  len_base = mean_j len_j
+    S_i   = R_i * eta_i;   A_i = (S_i - mean S) / (std S + eps);   gate_i = 1[A_i > 0]
+
+U is log P(answer | question, path) in the student's view. Source: VPG-EA, arXiv 2605.11019.
+
+Shapes: B prompts, G posterior (teacher view) paths and N prior (student view) paths a prompt.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BASELINES = ("mean", "lme")
+REWARDS = ("paper", "likelihood_gate", "likelihood_mix")
+
+_LOG_HALF = math.log(0.5)
+_EPS32 = torch.finfo(torch.float32).eps
+# Scores come from float32 kernels: equal paths may differ in the last bits, and a z-score would
+# blow that up to unit variance. Below 1e-7 nats nothing was measured either.
+_NOISE_RELATIVE = 8 * _EPS32
+_NOISE_NATS = 1e-7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Utility:
+    """Phase 2 of one batch: what each posterior path is worth, float64.
+
+    Example, one prompt, priors with U = (-1, -3) and lengths (100, 300), so u_base = -2 and
+    len_base = 200; two posteriors with U = (-1, -5) and lengths (50, 200): reward = (1, 0),
+    eta = (2, 1), utility = (2, 0), advantage = (1, -1), gate = (True, False), n_replaced = 0.
+    """
+
+    reward: Tensor  # (B, G) R, nats for reward="paper"; 0 where not accepted
+    eta: Tensor  # (B, G) length factor
+    utility: Tensor  # (B, G) R * eta
+    advantage: Tensor  # (B, G) z-score within the prompt, exactly 0 in a constant group
+    gate: Tensor  # (B, G) bool, advantage > 0
+    len_base: Tensor  # (B,) mean prior length, tokens
+    u_base: Tensor  # (B,) baseline of U, nats
+    n_replaced: int  # non-finite U, of both streams, that became u_min
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ElboTerms:
+    """Sample means over the G posterior paths of each prompt; elbo = log_utility - kl.
+
+    Example, U = (-1, -3), eta = (1, 1), log q - log pi = (2, 4): log_utility = -2, kl = 3,
+    elbo = -5.
+    """
+
+    log_utility: Tensor  # (B,) E_q[log L + log eta], nats
+    kl: Tensor | None  # (B,) E_q[log q - log pi], nats; None where no log-ratio was given
+    elbo: Tensor | None  # (B,)
+
+
+def length_factor(
+    len_BG: Tensor,
+    len_base_B: Tensor,
+    alpha: float = 0.5,
+    eta_clip: tuple[float, float] | None = None,
+) -> Tensor:
+    """eta = (len_base / max(len, 1))^alpha, clipped to eta_clip = (low, high) if given.
+
+    Above 1 for a path shorter than the base and unbounded as the length goes to 1, hence the
+    clip. len_BG (B, G) tokens, len_base_B (B,) tokens, any dtype; returns float64 (B, G).
+    Raises ValueError for negative or non-finite lengths, a base that is not positive, alpha < 0,
+    and a clip that is not 0 < low <= high.
+    """
+    _require_non_negative("alpha", alpha)
+    if eta_clip is not None and not 0 < eta_clip[0] <= eta_clip[1] < math.inf:
+        raise ValueError(
+            f"eta_clip: got {eta_clip}, expected (low, high) with 0 < low <= high; "
+            "use None for no clip"
+        )
+    if len_BG.ndim != 2 or len_base_B.shape != len_BG.shape[:1]:
+        raise ValueError(
+            f"length_factor: got len {tuple(len_BG.shape)} and len_base "
+            f"{tuple(len_base_B.shape)}, expected (B, G) and (B,)"
+        )
+    len_base_B = _float64(len_base_B)
+    if not bool((torch.isfinite(len_base_B) & (len_base_B > 0)).all()):
+        raise ValueError(
+            f"len_base: got {len_base_B.tolist()}, expected positive finite token counts; "
+            "pass the mean length of at least one path per prompt"
+        )
+    eta_BG = torch.exp(alpha * (len_base_B.log()[:, None] - _token_counts("len", len_BG).log()))
+    return eta_BG if eta_clip is None else eta_BG.clamp(*eta_clip)
+
+
+def group_zscore(
+    utility_BG: Tensor, *, eps: float = 1e-6, ddof: int = 0, std_gate: float = 0.0
+) -> Tensor:
+    """A = (S - mean) / (std + eps) within each row; a constant or gated-off row is exactly 0.
+
+    A row is constant when max - min <= max(8 eps32 max|S|, 1e-7): decided before the division,
+    or float32 noise in equal scores would come back as advantages of size one. std has
+    G - ddof in its denominator; rows with std < std_gate are 0 too (0 = off). With ddof = 0,
+    |A| <= sqrt(G - 1). utility_BG (B, G), any dtype; returns float64 (B, G), rows sum to 0.
+    Raises ValueError for G < 2, ddof outside [0, G), negative eps or std_gate, and non-finite S.
+    """
+    _require_non_negative("eps", eps)
+    _require_non_negative("std_gate", std_gate)
+    if utility_BG.ndim != 2 or utility_BG.shape[1] < 2:
+        raise ValueError(
+            f"utility: got shape {tuple(utility_BG.shape)}, expected (B, G) with G >= 2; "
+            "one path has nothing to be compared with, sample more posterior paths"
+        )
+    group_size = utility_BG.shape[1]
+    if not 0 <= ddof < group_size:
+        raise ValueError(
+            f"ddof: got {ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the population std"
+        )
+    utility_BG = _float64(utility_BG)
+    if not bool(torch.isfinite(utility_BG).all()):
+        raise ValueError(
+            f"utility: got {int((~torch.isfinite(utility_BG)).sum())} non-finite values, expected "
+            "none; replace non-finite log-likelihoods before scoring, or lower alpha"
+        )
+    range_B1 = utility_BG.amax(dim=1, keepdim=True) - utility_BG.amin(dim=1, keepdim=True)
+    noise_B1 = (_NOISE_RELATIVE * utility_BG.abs().amax(dim=1, keepdim=True)).clamp(min=_NOISE_NATS)
+    centred_BG = utility_BG - utility_BG.mean(dim=1, keepdim=True)
+    std_B1 = (centred_BG.square().sum(dim=1, keepdim=True) / (group_size - ddof)).sqrt()
+    silent_B1 = (range_B1 <= noise_B1) | (std_B1 < std_gate)
+    return torch.where(silent_B1, 0.0, centred_BG / (std_B1 + eps))
+
+
+def cross_view_utility(
+    u_post_BG: Tensor,
+    u_prior_BN: Tensor,
+    len_post_BG: Tensor,
+    len_prior_BN: Tensor,
+    *,
+    accept_BG: Tensor | None = None,
+    alpha: float = 0.5,
+    baseline: str = "mean",
+    reward: str = "paper",
+    r_margin: float = 0.0,
+    u_min: float = -20.0,
+    clamp_u: bool = False,
+    eta_clip: tuple[float, float] | None = None,
+    eps: float = 1e-6,
+    ddof: int = 0,
+    std_gate: float = 0.0,
+) -> Utility:
+    """Utility, advantage and gate of every posterior path; formulas at the top of the file.
+
+    u_*: log P(answer | question, path) in the student's view, both from the same parameters.
+    len_*: path tokens, the closing think token included; 0 counts as 1.
+    accept_BG: bool; False (truncated, unverified, caught by a leak guard) makes R = 0. The path
+        stays in its group: it is a failure of the policy, and dropping it would hide it.
+    baseline: "mean" of U; or "lme", the log of the mean likelihood, stricter by Jensen and deaf
+        to one prior path with a terrible U (a single -60 among four moves the mean by -15 nats).
+    reward: "paper" max(0, U - Ubar + r_margin); "likelihood_gate" 1[P > 0.5];
+        "likelihood_mix" 1[P > 0.5] (1 + max(0, U - Ubar)), with P = exp U. Neither is a verifier.
+    u_min, clamp_u: non-finite U become u_min, counted in n_replaced; clamp_u also lifts every
+        finite U below u_min.
+    eta_clip, eps, ddof, std_gate: see length_factor and group_zscore.
+
+    Inputs may have any dtype; the result is float64 and detached. On an accelerator the checks
+    synchronise with the host: B * G numbers, once a step.
+    Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range.
+    """
+    _require_choice("baseline", baseline, BASELINES)
+    _require_choice("reward", reward, REWARDS)
+    if not math.isfinite(r_margin) or (r_margin != 0 and reward != "paper"):
+        raise ValueError(
+            f"r_margin: got {r_margin} with reward={reward!r}, expected a finite number, and 0 "
+            "unless reward='paper': the other rewards have no margin"
+        )
+    _check_shapes(u_post_BG, u_prior_BN, len_post_BG, len_prior_BN)
+    u_post_BG, replaced_post = _finite_u(u_post_BG, u_min, clamp=clamp_u)
+    u_prior_BN, replaced_prior = _finite_u(u_prior_BN, u_min, clamp=clamp_u)
+
+    u_base_B = u_prior_BN.mean(dim=1)
+    if baseline == "lme":
+        u_base_B = u_prior_BN.logsumexp(dim=1) - math.log(u_prior_BN.shape[1])
+    gain_BG = (u_post_BG - u_base_B[:, None] + r_margin).clamp(min=0)
+    likely_BG = (u_post_BG > _LOG_HALF).double()
+    reward_BG = {
+        "paper": gain_BG,
+        "likelihood_gate": likely_BG,
+        "likelihood_mix": likely_BG * (1 + gain_BG),
+    }[reward]
+    if accept_BG is not None:
+        _check_accept(accept_BG, u_post_BG.shape)
+        reward_BG = torch.where(accept_BG, reward_BG, 0.0)
+
+    len_base_B = _token_counts("len_prior", len_prior_BN).mean(dim=1)
+    eta_BG = length_factor(len_post_BG, len_base_B, alpha, eta_clip)
+    utility_BG = reward_BG * eta_BG
+    advantage_BG = group_zscore(utility_BG, eps=eps, ddof=ddof, std_gate=std_gate)
+    return Utility(
+        reward=reward_BG,
+        eta=eta_BG,
+        utility=utility_BG,
+        advantage=advantage_BG,
+        gate=advantage_BG > 0,
+        len_base=len_base_B,
+        u_base=u_base_B,
+        n_replaced=replaced_post + replaced_prior,
+    )
+
+
+def posterior_monitors(
+    u_post_BG: Tensor,
+    u_prior_BN: Tensor,
+    len_post_BG: Tensor,
+    len_prior_BN: Tensor,
+    *,
+    alpha: float = 0.5,
+    u_min: float = -20.0,
+) -> dict[str, float]:
+    """Is sampling from the teacher view worth it? The sample versions of Proposition 1.
+
+    With L = exp(max(U, u_min)), S = L eta and w = L / sum L over the prior paths of a prompt,
+    each a mean over prompts (VPG-EA, arXiv 2605.11019, Proposition 1):
+
+        adv_post            mean S_post - mean S_prior, an estimate of E_q[S] - E_pi[S]
+        e_qstar_s           sum_j w_j S_j, E[S] under the exact posterior
+        cov_ls              unbiased covariance of (L, S) over the N prior paths
+        prop1_gap           cov_ls / mean L, the gain that the exact posterior would have
+        share_cov_negative  share of prompts with cov_ls < 0: there the exact posterior loses,
+                            and alpha is too large (alpha = 0 cannot be negative)
+
+    Computed as N/(N-1) (e_qstar_s - mean S_prior), prop1_gap is defined however small L is.
+    What is undefined is absent, never NaN: the last three keys for N = 1, all keys for B = 0.
+    Raises ValueError for wrong shapes, bad lengths, alpha < 0 or a u_min that is not finite.
+    """
+    _check_shapes(u_post_BG, u_prior_BN, len_post_BG, len_prior_BN)
+    u_post_BG, _ = _finite_u(u_post_BG, u_min, clamp=True)
+    u_prior_BN, _ = _finite_u(u_prior_BN, u_min, clamp=True)
+    len_base_B = _token_counts("len_prior", len_prior_BN).mean(dim=1)
+    s_post_BG = u_post_BG.exp() * length_factor(len_post_BG, len_base_B, alpha)
+    l_BN = u_prior_BN.exp()
+    s_BN = l_BN * length_factor(len_prior_BN, len_base_B, alpha)
+    batch, n_prior = u_prior_BN.shape
+    if batch == 0:
+        return {}
+
+    s_mean_B = s_BN.mean(dim=1)
+    e_qstar_B = (u_prior_BN.softmax(dim=1) * s_BN).sum(dim=1)
+    monitors = {
+        "adv_post": float((s_post_BG.mean(dim=1) - s_mean_B).mean()),
+        "e_qstar_s": float(e_qstar_B.mean()),
+    }
+    if n_prior == 1:
+        return monitors
+    gap_B = n_prior / (n_prior - 1) * (e_qstar_B - s_mean_B)
+    monitors["cov_ls"] = float((gap_B * l_BN.mean(dim=1)).mean())
+    monitors["prop1_gap"] = float(gap_B.mean())
+    # A sign below the noise of the scores is no sign: equal likelihoods have covariance 0.
+    monitors["share_cov_negative"] = float((gap_B < -_NOISE_RELATIVE * s_mean_B).double().mean())
+    return monitors
+
+
+def elbo_terms(
+    u_post_BG: Tensor,
+    len_post_BG: Tensor,
+    len_base_B: Tensor,
+    *,
+    alpha: float = 0.5,
+    u_min: float = -20.0,
+    log_ratio_BG: Tensor | None = None,
+) -> ElboTerms:
+    """ELBO(q) = E_q[log L + log eta] - KL(q || pi) <= log E_pi[L eta], by prompt.
+
+    The bounded quantity is the log of the expected utility; the bound is tight for q in
+    proportion to pi L eta. u_post_BG (B, G) nats, each lifted to u_min; log_ratio_BG (B, G) is
+    log q(z|x,y*) - log pi(z|x) summed over path tokens. Returns float64 sample means.
+    Raises ValueError for wrong shapes, bad lengths and a non-finite log-ratio.
+    Source: VPG-EA, arXiv 2605.11019.
+    """
+    if u_post_BG.shape != len_post_BG.shape or u_post_BG.ndim != 2 or u_post_BG.shape[1] < 1:
+        raise ValueError(
+            f"elbo_terms: got u_post {tuple(u_post_BG.shape)} and len_post "
+            f"{tuple(len_post_BG.shape)}, expected the same (B, G) with G >= 1"
+        )
+    u_post_BG, _ = _finite_u(u_post_BG, u_min, clamp=True)
+    log_eta_BG = length_factor(len_post_BG, len_base_B, alpha).log()
+    log_utility_B = (u_post_BG + log_eta_BG).mean(dim=1)
+    if log_ratio_BG is None:
+        return ElboTerms(log_utility=log_utility_B, kl=None, elbo=None)
+    if log_ratio_BG.shape != u_post_BG.shape or not bool(torch.isfinite(log_ratio_BG).all()):
+        raise ValueError(
+            f"log_ratio: got shape {tuple(log_ratio_BG.shape)}, expected finite values of shape "
+            f"{tuple(u_post_BG.shape)}; sum log q - log pi over the tokens of each path"
+        )
+    kl_B = _float64(log_ratio_BG).mean(dim=1)
+    return ElboTerms(log_utility=log_utility_B, kl=kl_B, elbo=log_utility_B - kl_B)
+
+
+def _float64(values: Tensor) -> Tensor:
+    return values.detach().to(torch.float64)
+
+
+def _finite_u(u: Tensor, u_min: float, *, clamp: bool) -> tuple[Tensor, int]:
+    if not math.isfinite(u_min):
+        raise ValueError(f"u_min: got {u_min}, expected a finite number of nats such as -20")
+    u = _float64(u)
+    finite = torch.isfinite(u)
+    cleaned = torch.where(finite, u, u_min)
+    return cleaned.clamp(min=u_min) if clamp else cleaned, int((~finite).sum())
+
+
+def _token_counts(name: str, lengths: Tensor) -> Tensor:
+    lengths = _float64(lengths)
+    bad = ~torch.isfinite(lengths) | (lengths < 0)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: got {lengths[bad][0].item()} among the lengths, expected finite token counts "
+            ">= 0; count the sampled ids, a truncated path counts max_new_tokens"
+        )
+    return lengths.clamp(min=1)
+
+
+def _check_shapes(
+    u_post_BG: Tensor, u_prior_BN: Tensor, len_post_BG: Tensor, len_prior_BN: Tensor
+) -> None:
+    shapes = [tuple(t.shape) for t in (u_post_BG, len_post_BG, u_prior_BN, len_prior_BN)]
+    if (
+        shapes[0] != shapes[1]
+        or shapes[2] != shapes[3]
+        or u_post_BG.ndim != 2
+        or u_prior_BN.ndim != 2
+        or shapes[0][0] != shapes[2][0]
+    ):
+        raise ValueError(
+            f"shapes: got u_post {shapes[0]}, len_post {shapes[1]}, u_prior {shapes[2]}, "
+            f"len_prior {shapes[3]}, expected (B, G) twice and (B, N) twice with one B"
+        )
+    if u_post_BG.shape[1] < 1:
+        raise ValueError("G: got 0 posterior paths a prompt, expected at least 1; sample some")
+    if u_prior_BN.shape[1] < 1:
+        raise ValueError(
+            "N: got 0 prior paths a prompt, expected at least 1; they define the baselines of U "
+            "and length, without them there is no reward"
+        )
+
+
+def _check_accept(accept_BG: Tensor, shape: torch.Size) -> None:
+    if accept_BG.dtype != torch.bool or accept_BG.shape != shape:
+        raise ValueError(
+            f"accept: got {accept_BG.dtype} {tuple(accept_BG.shape)}, expected torch.bool "
+            f"{tuple(shape)}; compare before passing it"
+        )
+
+
+def _require_choice(name: str, got: str, choices: tuple[str, ...]) -> None:
+    if got not in choices:
+        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(choices)}")
+
+
+def _require_non_negative(name: str, got: float) -> None:
+    if not 0 <= got < math.inf:
+        raise ValueError(f"{name}: got {got}, expected a finite number >= 0")
