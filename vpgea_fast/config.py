@@ -1,0 +1,394 @@
+"""Configuration: one frozen dataclass a stage, validated at birth, from YAML and `--section.key value`.
+
+An unknown key is an error that names the nearest known one; a variant (the objective) is a type of its own,
+so no field is read by one branch only. `resolve` gives the record, `dump` the YAML that makes the same record again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", validate_default=True)
+
+R1_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+STUDENT_TEMPLATE = "{question}\n" + R1_INSTRUCTION
+TEACHER_TEMPLATE = (
+    "{question}\n"
+    "The reference answer to this problem is: {answer}.\n"
+    "Reconstruct the shortest complete chain of reasoning that a solver who does NOT know this answer would follow "
+    "to derive it from the problem alone.\n"
+    "Think in the first person; keep every step needed to reach the result, drop dead ends, repeated checks and "
+    "restarts; never mention, use or hint that an answer was given. " + R1_INSTRUCTION.split(", and ")[1].capitalize()
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says where, what was got and what to do."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    dir: str = "runs/vpgea"
+    """Run directory; an existing run is never overwritten (`--resume` continues it)."""
+    seed: NonNegativeInt = 0
+    threads: NonNegativeInt = 0
+    """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend on it bitwise."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """A Hugging Face directory, or the name of a model on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for float64)."""
+    device: str = "auto"
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    train: str = "data/train.jsonl"
+    """JSONL or parquet file, or `hub:owner/name[:split]`."""
+    question_key: str = "question"
+    answer_key: str = "answer"
+    id_key: str = "id"
+    max_prompt_tokens: PositiveInt = 2048
+    overlong: Literal["drop", "error"] = "drop"
+    """What to do with a prompt above the limit. It is never cut."""
+    bad_answer: Literal["drop", "error"] = "drop"
+    """What to do with a reference answer that the verifier cannot parse."""
+    limit: PositiveInt | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class PromptConfig:
+    student: str = STUDENT_TEMPLATE
+    teacher: str = TEACHER_TEMPLATE
+    teacher_role: Literal["user", "system"] = "user"
+    """Where the teacher's words beyond the student prompt go; R1 models ask for no system prompt."""
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    think_prefix: str = "<think>\n"
+    """What both views must end with; appended where the chat template does not."""
+    answer_cue: str = "\n\n**Final Answer**\n\\boxed"
+    answer_target: str = "{{answer}}"
+    """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are the only fields;
+    every other brace is itself."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RolloutConfig:
+    engine: Literal["hf"] = "hf"
+    max_new_tokens: PositiveInt = 8192
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    full_answer: bool = False
+    """Sample on after the thought to the end of the answer, so that it can be verified."""
+    max_answer_tokens: PositiveInt = 1024
+    max_batch: PositiveInt = 256
+    """Paths decoded side by side."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class VerifyConfig:
+    workers: PositiveInt = 1
+    timeout_s: PositiveFloat = 5.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScoringConfig:
+    u_norm: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True, config=STRICT)
+class VpgeaConfig:
+    """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most of them open."""
+
+    name: Literal["vpgea"] = "vpgea"
+    preset: Literal["paper", "robust"] = "paper"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """G, posterior paths a question; the z-score needs two."""
+    prior_samples: PositiveInt = 8
+    """N, prior paths a question; they define the baseline utility and the base length."""
+    alpha: NonNegativeFloat = 0.5
+    beta: NonNegativeFloat = 0.5
+    gate: Literal["indicator", "relu"] = "indicator"
+    reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
+    baseline: Literal["mean", "lme"] = "mean"
+    r_margin: NonNegativeFloat = 0.0
+    clamp_u: bool = False
+    u_min: Annotated[float, Field(lt=0.0)] = -20.0
+    eta_clip: tuple[PositiveFloat, PositiveFloat] | None = None
+    eps: PositiveFloat = 1e-6
+    ddof: Literal[0, 1] = 0
+    std_gate: NonNegativeFloat = 0.0
+    verify: Literal["none", "gate"] = "none"
+    """`gate`: a posterior path is accepted only if the answer sampled after it verifies (needs rollout.full_answer)."""
+    leak_guard: Literal["none"] = "none"
+    """The counterfactual guard of `robust` is not built yet; the run says so."""
+
+    def __post_init__(self) -> None:
+        if self.r_margin and self.reward != "paper":
+            raise ValueError(f"r_margin {self.r_margin} belongs to reward 'paper', got reward {self.reward!r}; set it to 0")
+
+    @property
+    def posterior_paths(self) -> int:
+        return self.group_size
+
+    @property
+    def prior_paths(self) -> int:
+        return self.prior_samples
+
+    @property
+    def scores_answers(self) -> bool:
+        return True
+
+    @property
+    def verifies_answers(self) -> bool:
+        return self.verify == "gate"
+
+
+VPGEA_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "robust": {
+        "baseline": "lme",
+        "reward": "likelihood_mix",
+        "clamp_u": True,
+        "eta_clip": (0.25, 4.0),
+        "eps": 1e-3,
+        "std_gate": 0.05,
+    },
+}
+
+
+@dataclass(frozen=True, config=STRICT)
+class GrpoConfig:
+    """GRPO at ratio 1, with VPG-EA's length factor as an option: reward = correct * (len_base / len)^alpha."""
+
+    name: Literal["grpo"] = "grpo"
+    group_size: Annotated[int, Field(ge=2)] = 8
+    alpha: NonNegativeFloat = 0.0
+    """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean length."""
+    reward: Literal["verify", "likelihood"] = "verify"
+    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(y*|x, z) > 0.5."""
+    eta_clip: tuple[PositiveFloat, PositiveFloat] | None = None
+    eps: PositiveFloat = 1e-6
+    ddof: Literal[0, 1] = 0
+    std_gate: NonNegativeFloat = 0.0
+
+    @property
+    def posterior_paths(self) -> int:
+        return 0
+
+    @property
+    def prior_paths(self) -> int:
+        return self.group_size
+
+    @property
+    def scores_answers(self) -> bool:
+        return self.reward == "likelihood"
+
+    @property
+    def verifies_answers(self) -> bool:
+        return self.reward == "verify"
+
+
+ObjectiveConfig = Annotated[VpgeaConfig | GrpoConfig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    lr: PositiveFloat = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, over train.steps; linear and cosine end at zero."""
+    warmup_steps: NonNegativeInt = 10
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    steps: PositiveInt = 200
+    questions_per_step: PositiveInt = 64
+    norm: Literal["seq_sum", "const", "seq_mean", "token_mean"] = "const"
+    norm_constant: PositiveFloat | None = None
+    """C of `const`; default rollout.max_new_tokens / 4."""
+    denominator: Literal["nominal", "effective"] = "nominal"
+    """Divide by all questions of the step, or by those that have a gradient."""
+    distill_denominator: Literal["same", "gated"] = "same"
+    """`token_mean` only: the distilled rows divide by the sampled stream's tokens, or by their own."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Packed tokens a forward; a longer row is a batch of its own."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    save_every: PositiveInt = 20
+    keep_last: PositiveInt = 2
+    export: bool = True
+    """Write export/ (a Hugging Face directory) when the run ends."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvalConfig:
+    data: tuple[str, ...] = ()
+    """JSONL or parquet files, one a benchmark; empty: no evaluation."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0: only before and after."""
+    samples: NonNegativeInt = 1
+    """n sampled answers a question; 0: greedy only."""
+    greedy: bool = True
+    temperature: PositiveFloat = 0.6
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    max_new_tokens: PositiveInt = 32768
+    limit: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class MetricsConfig:
+    diag_every: NonNegativeInt = 10
+    """Steps between the costly diagnostics (KL of the two views on whole paths); 0: never."""
+    paths_per_step: NonNegativeInt = 16
+    """Sampled paths written to paths.jsonl a step."""
+    compare: str | None = None
+    """JSON of committed rows shown beside the run's own in the closing table and the report."""
+    note: str = ""
+    """A line printed under the closing table."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective.verifies_answers and not self.rollout.full_answer:
+            raise ValueError(
+                f"objective {self.objective.name!r} verifies sampled answers, but rollout.full_answer is false; "
+                "set it to true, or choose a reward that needs no answer"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid over it."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections (run:, model:, ...), got {type(tree).__name__}")
+    return resolve(_merge(tree, parse_overrides(overrides)), source=str(path))
+
+
+def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of sections; presets fill the keys of their objective that the tree leaves open."""
+    try:
+        return TypeAdapter(Config).validate_python(_with_preset(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())) from error
+
+
+def dump(config: Config) -> str:
+    """YAML of every key; `resolve(yaml.safe_load(dump(c))) == c`."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-05}, "run": {"seed": 3}}`."""
+    tree: dict[str, Any] = {}
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for key, value in zip(words[::2], [*words[1::2], None][: (len(words) + 1) // 2], strict=True):
+        section, dot, name = key.removeprefix("--").partition(".")
+        if not key.startswith("--") or not dot or value is None:
+            raise ConfigError(f"expected --section.key value, got {key!r}" + ("" if value is None else f" {value!r}"))
+        tree.setdefault(section, {})[name] = _parse_value(value)
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    """A YAML scalar, list or {mapping}; any other text (a template with a colon in it) is itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict) and not text.startswith("{") else value
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    objective = tree.get("objective") or {}
+    if not isinstance(objective, Mapping):
+        return dict(tree)
+    objective = {"name": "vpgea", **objective}
+    preset = VPGEA_PRESETS.get(objective.get("preset", "paper"), {}) if objective["name"] == "vpgea" else {}
+    return {**tree, "objective": {**preset, **objective}}
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: the key, what was got, and the nearest key when it is unknown."""
+    loc = [str(part) for part in error["loc"]]
+    variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
+    owner: Any = Config
+    for part in loc[:-1]:
+        owner = variants.get(part) or get_type_hints(owner).get(part, owner)
+    key = ".".join(part for part in loc if part not in variants)
+    if error["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(owner)]
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"  {key}: unknown key; {hint}"
+    got = "" if isinstance(error["input"], (dict, list)) else f", got {error['input']!r}"
+    return f"  {key or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{got}"

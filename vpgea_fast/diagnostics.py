@@ -1,0 +1,120 @@
+"""What a step's paths say about the method: lengths, utilities, accuracies, and how far the two views are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vpgea_fast.advantage import elbo_terms
+from vpgea_fast.metrics import eps3
+from vpgea_fast.types import Coefficients, ScoredBatch, TrainRow
+
+LEAK_NATS = 5.0
+"""A token this much likelier under the teacher's prompt than under the student's counts as leaked."""
+
+
+def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
+    """Lengths, truncation, utility quantiles of both streams; accuracies where answers were verified."""
+    metrics: dict[str, float | None] = {}
+    streams = {
+        "prior": (batch.prior, batch.u_prior_BN, batch.len_prior_BN, batch.correct_prior_BN, "student"),
+        "post": (batch.posterior, batch.u_post_BG, batch.len_post_BG, batch.correct_post_BG, "teacher"),
+    }
+    for name, (paths, u, length, correct, view) in streams.items():
+        if not length.numel():
+            continue
+        flat = [path for group in paths for path in group]
+        metrics[f"len_{name}"] = length.mean().item()
+        metrics[f"trunc_{name}"] = sum(path.truncated for path in flat) / len(flat)
+        finite = u[torch.isfinite(u)]
+        if finite.numel():
+            quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
+            metrics |= {f"u_{name}": finite.mean().item(), f"u_{name}_p10": quantiles[0], f"u_{name}_p50": quantiles[1]}
+        if not torch.isnan(correct).any():
+            metrics[f"acc_{view}"] = correct.mean().item()
+            if view == "student":
+                metrics["eps3_student"] = eps3(correct.mean().item(), sum(p.generated for p in flat) / len(flat))
+    return metrics
+
+
+def view_divergence(batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha: float, u_min: float) -> dict[str, float]:
+    """KL(q || pi) per token on the posterior paths, its largest token, the share of leaked paths, and the ELBO.
+
+    `log_pi`: per-token log-probs of the posterior paths in the student view, in the order of the batch; log q comes
+    from the sampler. ELBO(q) = E_q[log L + log eta] - KL(q || pi)  (VPG-EA, arXiv 2605.11019), mean over questions.
+    """
+    paths = [path for group in batch.posterior for path in group]
+    gaps = [path.logps.double() - pi for path, pi in zip(paths, log_pi, strict=True)]
+    tokens = sum(gap.numel() for gap in gaps)
+    sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(batch.u_post_BG)
+    worst = [gap.max().item() for gap in gaps if gap.numel()]
+    terms = elbo_terms(
+        batch.u_post_BG, batch.len_post_BG, batch.len_prior_BN.mean(dim=1), alpha=alpha, u_min=u_min, log_ratio_BG=sums_BG
+    )
+    return {
+        "kl_q_pi": sums_BG.sum().item() / tokens,
+        "kl_q_pi_max": max(worst),
+        "leak_rate": sum(gap > LEAK_NATS for gap in worst) / len(gaps),
+        "elbo": terms.elbo.mean().item(),
+    }
+
+
+def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Loss parts of the trained rows, the gated KL of the distilled ones, and the mismatch of sampler and trainer."""
+    metrics = {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
+    own, distilled = [], []
+    for row, row_logps in zip(rows, logps, strict=True):
+        value = (row.coef * row_logps).sum().item()
+        metrics["loss"] += value
+        metrics["loss_pg" if row.own_view else "loss_distill"] += value
+        if row.sample_logps is not None:
+            (own if row.own_view else distilled).append(row.sample_logps.double() - row_logps)
+    if own:
+        metrics["mismatch_mean"] = torch.cat(own).abs().exp().mean().item()
+        metrics["mismatch_max"] = torch.cat(own).abs().max().item()
+    if distilled:
+        metrics["kl_gated"] = torch.cat(distilled).mean().item()
+    return metrics
+
+
+def work_metrics(batch: ScoredBatch, coefs: Coefficients, rows: Sequence[TrainRow]) -> dict[str, int]:
+    """Tokens that the step generated, trained, and did not train because their coefficient is zero."""
+    possible = 0
+    for stream, view in coefs.weights:
+        groups = batch.posterior if stream == "posterior" else batch.prior
+        for question, group in zip(batch.questions, groups, strict=True):
+            possible += sum(question.context(view).numel() + path.z_ids.numel() for path in group)
+    trained = sum(row.tokens for row in rows)
+    generated = sum(path.generated for groups in (batch.posterior, batch.prior) for group in groups for path in group)
+    return {"tokens_generated": generated, "tokens_trained": trained, "tokens_gated_off": possible - trained}
+
+
+def path_records(
+    batch: ScoredBatch, coefs: Coefficients, decode: Callable[[torch.Tensor], str], *, step: int, limit: int
+) -> list[dict[str, Any]]:
+    """The first `limit` paths of each stream with their scores, for paths.jsonl."""
+    records: list[dict[str, Any]] = []
+    streams = {"posterior": (batch.posterior, batch.correct_post_BG), "prior": (batch.prior, batch.correct_prior_BN)}
+    for stream, (groups, correct) in streams.items():
+        scores = coefs.path_scores.get(stream, {})
+        places = [(b, i, path) for b, group in enumerate(groups) for i, path in enumerate(group)][:limit]
+        for b, i, path in places:
+            records.append(
+                {
+                    "step": step,
+                    "question_id": path.question_id,
+                    "stream": stream,
+                    "index": path.index,
+                    "length": path.length,
+                    "finish": path.finish,
+                    "closed": path.closed,
+                    "correct": None if torch.isnan(correct[b, i]) else bool(correct[b, i]),
+                    **{name: matrix[b, i].item() for name, matrix in scores.items()},
+                    "text": decode(path.z_ids),
+                    "answer": decode(path.answer_ids),
+                    "ids": path.z_ids.tolist(),
+                }
+            )
+    return records

@@ -1,0 +1,61 @@
+"""VPG-EA (arXiv 2605.11019): policy gradient on the teacher stream, gated distillation into the student stream.
+
+    loss = -(1/G) sum_i A_i log q(z_i|x, y*)  +  beta (1/G) sum_i 1[A_i > 0] (sg log q(z_i|x, y*) - log pi(z_i|x))
+
+A and the gate are constants of the rollout batch, so per path the weights are -A_i (teacher view) and
+-beta 1[A_i > 0] (student view, the same token ids).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vpgea_fast.advantage import cross_view_utility, posterior_monitors
+from vpgea_fast.config import VpgeaConfig
+from vpgea_fast.types import Coefficients, ScoredBatch
+
+
+def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
+    """Weights of both streams, the scores of every posterior path, and the group diagnostics."""
+    accept = batch.closed_post_BG & torch.isfinite(batch.u_post_BG)
+    if cfg.verify == "gate":
+        accept = accept & (batch.correct_post_BG == 1.0)
+    u = cross_view_utility(
+        batch.u_post_BG,
+        batch.u_prior_BN,
+        batch.len_post_BG,
+        batch.len_prior_BN,
+        accept_BG=accept,
+        alpha=cfg.alpha,
+        baseline=cfg.baseline,
+        reward=cfg.reward,
+        r_margin=cfg.r_margin,
+        u_min=cfg.u_min,
+        clamp_u=cfg.clamp_u,
+        eta_clip=cfg.eta_clip,
+        eps=cfg.eps,
+        ddof=cfg.ddof,
+        std_gate=cfg.std_gate,
+    )
+    gate = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
+    gated = batch.len_post_BG[u.gate]
+    metrics = {
+        "accept_rate": (u.reward > 0).double().mean().item(),
+        "gate_rate": u.gate.double().mean().item(),
+        "len_gated": gated.mean().item() if gated.numel() else None,
+        "groups_all_rejected": int((u.reward <= 0).all(dim=1).sum()),
+        "groups_zero_var": int((u.advantage == 0).all(dim=1).sum()),
+        "std_s": u.utility.std(dim=1, correction=cfg.ddof).mean().item(),
+        "utility": u.utility.mean().item(),
+        "u_replaced": u.n_replaced,
+        "net_token_push": (u.advantage * batch.len_post_BG).sum().item(),
+        **posterior_monitors(
+            batch.u_post_BG, batch.u_prior_BN, batch.len_post_BG, batch.len_prior_BN, alpha=cfg.alpha, u_min=cfg.u_min
+        ),
+    }
+    scores = {"reward": u.reward, "eta": u.eta, "utility": u.utility, "advantage": u.advantage, "u": batch.u_post_BG}
+    return Coefficients(
+        weights={("posterior", "teacher"): -u.advantage, ("posterior", "student"): -cfg.beta * gate},
+        path_scores={"posterior": scores, "prior": {"u": batch.u_prior_BN}},
+        metrics=metrics,
+    )
