@@ -1,0 +1,102 @@
+"""The step's numbers by hand."""
+
+import math
+
+import pytest
+import torch
+
+from vpgea_fast import diagnostics, objectives
+from vpgea_fast.config import TrainConfig, VpgeaConfig
+from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch, TrainRow
+
+ids = torch.tensor
+
+
+def path(stream, i, length, finish="stop"):
+    z = torch.arange(length) + 20
+    return Path("q", stream, i, z, torch.full((length,), -0.5), ids([1, 2]), finish == "stop", finish)
+
+
+@pytest.fixture
+def batch():
+    question = PromptedQuestion(Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7]))
+    posterior = ((path("posterior", 0, 4), path("posterior", 1, 8, "length")),)
+    prior = ((path("prior", 0, 10), path("prior", 1, 6)),)
+    double = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
+    return ScoredBatch(
+        (question,),
+        posterior,
+        prior,
+        double([-1.0, -3.0]),
+        double([-2.0, -4.0]),
+        double([4, 8]),
+        double([10, 6]),
+        torch.tensor([[True, False]]),
+        torch.tensor([[True, True]]),
+        double([1, 0]),
+        double([0, 1]),
+    )
+
+
+def test_lengths_utilities_and_accuracies(batch):
+    metrics = diagnostics.batch_metrics(batch)
+    assert (metrics["len_prior"], metrics["len_post"]) == (8.0, 6.0)
+    assert (metrics["trunc_prior"], metrics["trunc_post"]) == (0.0, 0.5)
+    assert (metrics["u_prior"], metrics["u_post"], metrics["u_post_p50"]) == (-3.0, -2.0, -2.0)
+    assert (metrics["acc_student"], metrics["acc_teacher"]) == (0.5, 0.5)
+    assert metrics["eps3_student"] == pytest.approx(50.0**2 / 10)  # 8 thought and 2 answer tokens
+
+
+def test_nothing_is_claimed_about_answers_that_were_not_verified(batch):
+    unknown = torch.full((1, 2), math.nan, dtype=torch.float64)
+    metrics = diagnostics.batch_metrics(ScoredBatch(**{**vars(batch), "correct_prior_BN": unknown}))
+    assert "acc_student" not in metrics
+    assert "eps3_student" not in metrics
+
+
+def test_view_divergence_and_elbo(batch):
+    # log q is -0.5 a token; the first path is 1 nat a token less likely for the student, the second has one leak
+    log_pi = [torch.full((4,), -1.5), torch.full((8,), -0.5)]
+    log_pi[1][3] = -6.5
+    metrics = diagnostics.view_divergence(batch, log_pi, alpha=0.5, u_min=-20.0)
+    assert metrics["kl_q_pi"] == pytest.approx((4 + 6) / 12)
+    assert metrics["kl_q_pi_max"] == pytest.approx(6.0)
+    assert metrics["leak_rate"] == 0.5
+    log_eta = [0.5 * math.log(8 / 4), 0.5 * math.log(8 / 8)]
+    assert metrics["elbo"] == pytest.approx(((-1 + log_eta[0]) + (-3 + log_eta[1])) / 2 - (4 + 6) / 2)
+
+
+def test_row_metrics_split_the_loss_and_see_the_mismatch():
+    coef = torch.tensor([-2.0, -2.0], dtype=torch.float64)
+    drawn = torch.tensor([-1.0, -1.0])
+    own = TrainRow(ids([1]), ids([2, 3]), coef, "posterior", "teacher", drawn)
+    distilled = TrainRow(ids([1]), ids([2, 3]), coef / 2, "posterior", "student", drawn)
+    metrics = diagnostics.row_metrics([own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()])
+    assert metrics["loss_pg"] == pytest.approx(-2 * -2.25)
+    assert metrics["loss_distill"] == pytest.approx(-1 * -7.0)
+    assert metrics["loss"] == pytest.approx(11.5)
+    assert metrics["mismatch_max"] == pytest.approx(0.25)
+    assert metrics["mismatch_mean"] == pytest.approx((1 + math.exp(0.25)) / 2)
+    assert metrics["kl_gated"] == pytest.approx((2 + 3) / 2)
+
+
+def test_tokens_trained_and_gated_off_add_up(batch):
+    coefs = objectives.coefficients(VpgeaConfig(), batch)
+    rows = build_rows(batch, coefs, TrainConfig(), norm_constant=1.0)
+    work = diagnostics.work_metrics(batch, coefs, rows)
+    assert work["tokens_generated"] == (4 + 8 + 10 + 6) + 4 * 2
+    # teacher view 3 + 4 and 3 + 8, student view 2 + 4; gated off: 2 + 8
+    assert (work["tokens_trained"], work["tokens_gated_off"]) == (7 + 11 + 6, 10)
+
+
+def test_path_records_hold_scores_and_ids(batch):
+    coefs = objectives.coefficients(VpgeaConfig(), batch)
+    records = diagnostics.path_records(batch, coefs, lambda z: f"<{z.numel()}>", step=3, limit=1)
+    assert [(r["stream"], r["length"], r["correct"], r["text"], r["answer"]) for r in records] == [
+        ("posterior", 4, True, "<4>", "<2>"),
+        ("prior", 10, False, "<10>", "<2>"),
+    ]
+    assert records[0]["ids"] == [20, 21, 22, 23]
+    assert records[0]["advantage"] == pytest.approx(1.0, abs=1e-5)
+    assert records[0]["reward"] == pytest.approx(2.0)

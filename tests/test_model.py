@@ -1,0 +1,154 @@
+"""The policy and its loading: what is trained, what is refused, what the optimiser may touch."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vpgea_fast.config import ModelConfig, OptimConfig
+from vpgea_fast.model import ModelError, Policy, check_model_dir, estimate_memory, load_policy
+from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
+from vpgea_fast.packing import pack_rows
+from vpgea_fast.types import TrainRow
+
+CPU = {"device": "cpu", "gradient_checkpointing": False}
+
+
+@pytest.fixture
+def model_dir(random_qwen2, tmp_path):
+    random_qwen2().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def one_batch():
+    return pack_rows([TrainRow(torch.tensor([3, 4]), torch.tensor([5, 6, 7]), -torch.ones(3), "prior", "student")])
+
+
+def test_bfloat16_forward_keeps_float32_parameters_and_gradients(model_dir):
+    policy = load_policy(ModelConfig(path=str(model_dir), dtype="bfloat16", **CPU))
+    exact = load_policy(ModelConfig(path=str(model_dir), dtype="float32", **CPU))
+    out, want = policy(one_batch()), exact(one_batch())
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert {p.dtype for p in policy.parameters()} == {p.grad.dtype for p in policy.parameters()} == {torch.float32}
+    assert out.loss.item() == pytest.approx(want.loss.item(), rel=0.05)
+    assert out.loss.item() != want.loss.item()
+
+
+def test_temperature_divides_the_logits(model_dir):
+    policy = load_policy(ModelConfig(path=str(model_dir), dtype="float64", **CPU))
+    with torch.no_grad():
+        logits = policy.causal_lm(torch.tensor([[3, 4, 5, 6]]), use_cache=False).logits[0, 1:]
+    want = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor([[5], [6], [7]]))[:, 0]
+    assert torch.allclose(policy.logprob(one_batch(), temperature=0.7), want, atol=1e-6)
+    assert torch.equal(policy(one_batch(), temperature=0.7).logp, policy.logprob(one_batch(), temperature=0.7))
+
+
+def test_scoring_builds_no_graph_and_moves_nothing(model_dir):
+    policy = load_policy(ModelConfig(path=str(model_dir), dtype="float32", **CPU))
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    assert not policy.logprob(one_batch()).requires_grad
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in policy.named_parameters())
+
+
+def rewrite(model_dir, change):
+    weights = load_file(model_dir / "model.safetensors")
+    change(weights)
+    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_nan(directory):
+    rewrite(directory, lambda w: w["model.norm.weight"].fill_(math.nan))
+
+
+def damage_missing_tensor(directory):
+    rewrite(directory, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def damage_truncated(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_no_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def damage_no_config(directory):
+    (directory / "config.json").unlink()
+
+
+def damage_missing_shard(directory):
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nan, "1 tensors hold NaN or Inf .*model.norm.weight"),
+        (damage_missing_tensor, "weights are missing or misshapen .*layers.1.mlp.up_proj"),
+        (damage_truncated, "a weight file is damaged or cut"),
+        (damage_no_weights, "is incomplete: model.safetensors missing"),
+        (damage_no_config, "has no config.json"),
+        (damage_missing_shard, "is incomplete: model-00001-of-00002.safetensors missing"),
+    ],
+)
+def test_a_damaged_directory_is_refused(model_dir, damage, message):
+    damage(model_dir)
+    with pytest.raises(ModelError, match=message):
+        load_policy(ModelConfig(path=str(model_dir), dtype="float32", **CPU))
+
+
+def test_no_such_directory():
+    with pytest.raises(ModelError, match="no model directory at ./nowhere/model"):
+        check_model_dir("./nowhere/model")
+
+
+def test_float16_on_a_cpu_is_refused(model_dir):
+    with pytest.raises(ModelError, match="float16 does not run on a CPU"):
+        load_policy(ModelConfig(path=str(model_dir), dtype="float16", **CPU))
+
+
+def test_memory_estimate_counts_states_by_hand(model_dir, random_qwen2):
+    parameters = sum(p.numel() for p in random_qwen2().parameters())
+    settings = {"batch_tokens": 100, "checkpointing": True, "sequences": 4, "context": 50}
+    estimate = estimate_memory(str(model_dir), "bfloat16", **settings)
+    assert estimate.parameters == parameters
+    assert estimate.parts["weights"] == estimate.parts["gradients"] == 4 * parameters
+    assert estimate.parts["optimiser"] == 8 * parameters
+    assert estimate.parts["forward copy"] == 2 * parameters
+    # 2 (k, v) x 2 layers x 4 sequences x 50 tokens x 2 heads x 16 columns x 2 bytes
+    assert estimate.parts["kv cache"] == 2 * 2 * 4 * 50 * 2 * 16 * 2
+    assert estimate_memory(str(model_dir), "bfloat16", **settings | {"checkpointing": False}).parts["activations"] > (
+        estimate.parts["activations"]
+    )
+
+
+def test_schedules_by_hand():
+    cfg = lambda **kw: OptimConfig(lr=1.0, warmup_steps=4, **kw)  # noqa: E731
+    assert [learning_rate(cfg(), s, 12) for s in (0, 1, 3, 4, 11)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [learning_rate(cfg(schedule="linear"), s, 12) for s in (4, 8, 12)] == [1.0, 0.5, 0.0]
+    cosine = [learning_rate(cfg(schedule="cosine"), s, 12) for s in (4, 8, 12)]
+    assert cosine == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(OptimConfig(lr=0.5, warmup_steps=0), 0, 1) == 0.5
+
+
+def test_clipping_and_a_non_finite_gradient(random_qwen2):
+    policy = Policy(random_qwen2(attn_implementation="vpgea_varlen"))
+    optimizer = build_optimizer(policy.parameters(), OptimConfig(lr=1e-3))
+    policy(one_batch()).loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()]).item()
+    assert apply_update(optimizer, lr=1e-3, max_grad_norm=0.1) == pytest.approx(norm, rel=1e-5)
+    weights = [p.detach().clone() for p in policy.parameters()]
+    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in policy.parameters()]
+
+    policy(one_batch()).loss.backward()
+    next(policy.parameters()).grad[0, 0] = math.nan
+    assert math.isnan(apply_update(optimizer, lr=1e-3, max_grad_norm=0.1))
+    for p, weight, state in zip(policy.parameters(), weights, states, strict=True):
+        assert torch.equal(p, weight)
+        assert p.grad is None
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
