@@ -1,5 +1,4 @@
-"""The language-model head in chunks of rows, in plain torch: no (T, V) tensor on any device,
-gradients in one pass.
+"""The language-model head in chunks of rows, in plain torch: one pass and no (T, V) tensor.
 
 T tokens, K rows that take part, C rows of one chunk, D hidden, V vocabulary. With upstream
 gradients (a, b, c) of (logp, lse, entropy H) of a row, its logit gradient is
@@ -12,8 +11,9 @@ temperature. When a is known before the forward (the weighted loss: a = coeffici
 happens right after the logits are made: three GEMMs (6 K V D FLOP) instead of four.
 
 One chunk lives in one (C, V) buffer, rewritten in place:
-    logits -> exp(z - peak), 0 at the target -> dz -> (half precision) a copy in the input dtype for
-    the two GEMMs
+
+    logits -> exp(z - peak), 0 at the target -> dz -> in half precision, a copy for the two GEMMs
+
 with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). C is the
 largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V except dW
 (fp32) and, on a CPU with half-precision inputs, one fp32 copy of the weight.
@@ -36,11 +36,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def default_chunk_bytes(device: torch.device) -> int:
-    """Memory for the (C, V) buffers: 256 MiB on a CPU, 1/16 of the device's memory up to 4 GiB
-    elsewhere.
+    """Memory for the (C, V) buffers: 256 MiB on a CPU, up to 4 GiB and 1/16 of the memory on CUDA.
 
-    Every chunk reads and writes all of dW once, so small chunks cost bandwidth: 880 rows of a 7B
-    head spend about as long on dW traffic as on a quarter of their GEMMs.
+    Every chunk reads and writes all of dW once, so small chunks pay for it in bandwidth.
     """
     if device.type != "cuda":
         return 256 << 20
@@ -73,8 +71,7 @@ def head_pass(
     dbias_V: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (None unless asked
-    for).
+    """One pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None).
 
     Every backend has this signature. targets_K, temperature (a float or (K,)) and the upstream
     gradients of (logp, lse, entropy), each (K,), belong to the selected rows. With `upstream` the
@@ -88,17 +85,15 @@ def head_pass(
     vocabulary, rows = weight_VD.shape[0], targets_K.shape[0]
     g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
     needs_entropy = entropy or g_entropy is not None
-    values_K3 = torch.empty(rows, 3, dtype=accumulator, device=device)
     if rows == 0:
-        return values_K3[:, 0], values_K3[:, 1], values_K3[:, 2] if entropy else None
+        none_K = torch.empty(0, dtype=accumulator, device=device)
+        return none_K, none_K, none_K if entropy else None
 
     budget = default_chunk_bytes(device) if chunk_bytes is None else chunk_bytes
     step = rows_per_chunk(
         vocabulary, dtype, budget, softcap=softcap is not None, entropy=needs_entropy
     )
-    temperature_K1 = torch.full((rows, 1), 1.0, dtype=accumulator, device=device) * (
-        temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-    )
+    temperature_K1 = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
     upstream_K3 = None
     if g_logp is not None:
         zero_K = torch.zeros_like(g_logp, dtype=accumulator)
@@ -110,37 +105,39 @@ def head_pass(
         # In units until the last chunk, so it cannot be added to the caller's sum on the way.
         sink_VD = torch.zeros_like(dweight_VD)
 
-    for start in range(0, rows, step):
-        chunk = slice(start, start + step)
+    def run(chunk: slice) -> Tensor:
+        """One chunk; a function, so that its (C, V) buffers are free before the next one's."""
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
         targets_C1 = targets_K[chunk].unsqueeze(1)
-        z_CV, slope_CV = _logits(
-            hidden_CD, weight_VD, bias_V, temperature_K1[chunk], softcap, logit_scale
-        )
+        divisor = temperature_K1[chunk] if isinstance(temperature_K1, Tensor) else temperature_K1
+        a_CV = _matmul(hidden_CD, weight_VD.T, accumulator)
+        z_CV, slope_CV = _logits(a_CV, bias_V, divisor, softcap, logit_scale)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         plogp_CV = torch.special.entr(z_CV) if needs_entropy else None
         values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
-        values_K3[chunk] = values_C3
         if upstream_K3 is None:
-            continue
+            return values_C3
         _dlogits_(z_CV, plogp_CV, slope_CV, targets_C1, peak_C1, values_C3, upstream_K3[chunk])
         if dbias_V is not None:
             dbias_V.add_(z_CV.sum(0))
         dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
-        del z_CV, slope_CV, plogp_CV
+        del a_CV, z_CV, slope_CV, plogp_CV
         if dhidden_TD is not None:
             dhidden_CD = _matmul(dz_CV, weight_VD, accumulator).mul_(logit_scale * unit)
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
         if sink_VD is not None:
             _add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
+        return values_C3
+
+    values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, rows, step)])
     if dweight_VD is not None and sink_VD is not None and isinstance(unit, Tensor):
         dweight_VD.add_(sink_VD.mul_(unit))
-    return values_K3[:, 0], values_K3[:, 1], values_K3[:, 2] if entropy else None
+    logp_K, lse_K, entropy_K = values_K3.unbind(1)
+    return logp_K, lse_K, entropy_K if entropy else None
 
 
 def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
-    """fp16 ends at 6e-8, where coefficients begin: dz is stored in units of its bound / 2^14
-    (0-dim, on the device).
+    """fp16 ends at 6e-8, where coefficients begin: its dz is kept in units of bound / 2^14.
 
     |dz_v| <= |a| + |b| + |c| (log V + 1), since |p log p| < 1 and H <= log V.
     """
@@ -163,37 +160,33 @@ def _matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
 def _add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """total += alpha left @ right, without a temporary of total's size where the device allows."""
     if left.dtype != total.dtype and left.is_cuda:
-        torch.ops.aten.addmm.dtype_out(
-            total, left, right, total.dtype, beta=1, alpha=alpha, out=total
-        )
+        torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
         return
     total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
 
 
 def _logits(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
+    a_CV: Tensor,
     bias_V: Tensor | None,
-    temperature_C1: Tensor,
+    temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """z_CV and, with a softcap, dz/da times the temperature: 1 - tanh^2."""
-    a_CV = _matmul(hidden_CD, weight_VD.T, temperature_C1.dtype)
+    """z_CV, in place of the products a_CV, and with a softcap its slope 1 - tanh^2."""
     if logit_scale != 1.0:
         a_CV.mul_(logit_scale)
     if bias_V is not None:
         a_CV.add_(bias_V)
     if softcap is None:
-        return a_CV.div_(temperature_C1), None
+        scaled = isinstance(temperature, Tensor) or temperature != 1.0
+        return a_CV.div_(temperature) if scaled else a_CV, None
     tanh_CV = a_CV.div_(softcap).tanh_()
-    z_CV = tanh_CV * (softcap / temperature_C1)
+    z_CV = tanh_CV * (softcap / temperature)
     return z_CV, tanh_CV.square_().neg_().add_(1.0)
 
 
 def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrites z as exp(z - peak), 0 at the target; gives z_target_C1 and peak_C1, the largest of
-    the other logits.
+    """Rewrites z as exp(z - peak), 0 at the target; gives z_target and the others' peak, (C, 1).
 
     The clamp keeps rows whose other logits are all -inf free of inf - inf.
     """
@@ -207,9 +200,11 @@ def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
 def _statistics(
     exp_CV: Tensor, plogp_CV: Tensor | None, z_target_C1: Tensor, peak_C1: Tensor
 ) -> Tensor:
-    """(C, 3): logp, lse, entropy (0 unless asked for). logp = log sigmoid(z_target - lse of the
-    others) is never above 0 and exact to the last bit of 1 - p; every term of the entropy is >= 0,
-    so nothing cancels."""
+    """(C, 3): logp, lse, entropy (0 without plogp).
+
+    logp = log sigmoid(z_target - lse of the others) is never above 0 and keeps the digits of 1 - p;
+    no term of the entropy is negative, so nothing cancels.
+    """
     others_C1 = exp_CV.sum(1, keepdim=True)
     lse_others_C1 = peak_C1 + others_C1.log()
     logp_C1 = F.logsigmoid(z_target_C1 - lse_others_C1)

@@ -29,8 +29,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, log-sum-exp and entropy of each row, all (T,), differentiable
-    any number of times.
+    """Log-probability of each target, log-sum-exp and entropy of each row: three (T,), by autograd.
 
         a = logit_scale (h . w) + bias        z = softcap tanh(a / softcap) / temperature
         logp = z_target - lse(z)              entropy = -sum_v p_v log p_v
@@ -52,7 +51,7 @@ def linear_logprob(
     z_KV = a_KV / temperature
 
     z_target_K = z_KV.gather(1, targets_K1).squeeze(1)
-    others_KV = z_KV.scatter(1, targets_K1, -torch.inf)
+    others_KV = z_KV.scatter(1, targets_K1, torch.finfo(dtype).min)
     logp_K = F.logsigmoid(z_target_K - others_KV.logsumexp(1))
     lse_K = z_KV.logsumexp(1)
     log_p_KV = z_KV - lse_K.unsqueeze(1)
@@ -78,7 +77,8 @@ def weighted_logprob_loss(
     """sum_t c_t log p_t (0-dim) over the rows with c_t != 0 and a target that is not ignored."""
     live_T = targets_T.masked_fill(coef_T == 0, ignore_index)
     logp_T, _, _ = linear_logprob(hidden_TD, weight_VD, live_T, ignore_index=ignore_index, **head)
-    return (coef_T.to(logp_T.dtype) * logp_T).sum()
+    coef_T = coef_T.to(logp_T.dtype).masked_fill(live_T == ignore_index, 0.0)
+    return (coef_T * logp_T).sum()
 
 
 def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -90,8 +90,7 @@ def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 def gated_kl(
     logq_T: Tensor, logp_T: Tensor, cu_seqlens: Tensor, advantage_S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequence log-probs of both streams and the gated Monte-Carlo KL: logq_S, logp_S, gate_S,
-    kl_S.
+    """Sequence log-probs and the gated Monte-Carlo KL of both streams: logq, logp, gate, kl, (S,).
 
     log q_s = sum_t log q_t     log pi_s = sum_t log pi_t     gate_s = 1[A_s > 0]
     kl_s = gate_s (sg log q_s - log pi_s)

@@ -193,8 +193,7 @@ def weighted_logprob_loss(
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> WeightedLoss:
-    """sum_t coef_t logp_t with its gradients made in the same pass: no recomputation, nothing saved
-    but dX and dW.
+    """sum_t coef_t logp_t with its gradients made in the same pass; only dX and dW are kept.
 
         d loss / d z_tv = coef_t (1[v = target_t] - p_tv)        (z as in `linear_logprob`)
 
@@ -239,14 +238,24 @@ def two_stream_loss(
     dweight_out: Tensor | None = None,
     **options: Unpack[HeadOptions],
 ) -> TwoStreamLoss:
-    """`weighted_logprob_loss` of two streams that share the head, in one call: one accumulation of
-    dW.
+    """`weighted_logprob_loss` of two streams that share the head: one call, one sum of dW.
 
         loss = sum_t coef_post_t log q_t + sum_u coef_prior_u log pi_u
 
     Either stream may be empty. Options as in `HeadOptions`; `dweight_out` and errors as in
     `weighted_logprob_loss`.
     """
+    for name, hidden, targets, coef in (
+        ("post", hidden_post_TD, targets_post_T, coef_post_T),
+        ("prior", hidden_prior_UD, targets_prior_U, coef_prior_U),
+    ):
+        if hidden.dtype != weight_VD.dtype or hidden.shape[1:] != weight_VD.shape[1:]:
+            raise ValueError(
+                f"hidden_{name}: got {hidden.dtype} {tuple(hidden.shape)}, expected "
+                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD"
+            )
+        _check_shape(f"targets_{name}", targets, (hidden.shape[0],))
+        _check_shape(f"coef_{name}", coef, (hidden.shape[0],))
     tokens = targets_post_T.shape[0]
     both = weighted_logprob_loss(
         torch.cat((hidden_post_TD, hidden_prior_UD)),
@@ -283,25 +292,23 @@ def vpgea_loss(
     dweight_out: Tensor | None = None,
     **options: Unpack[HeadOptions],
 ) -> VpgeaLoss:
-    """The training loss of VPG-EA (arXiv 2605.11019) on packed sequences, both streams in one pass
-    over the head.
+    """The training loss of VPG-EA (arXiv 2605.11019) on packed sequences, both streams in one pass.
 
         loss = sum_s w_s [ -A_s log q_s + beta 1[A_s > 0] (sg log q_s - log pi_s) ]
         log q_s = sum_t log q_t
 
     hidden_post_TD: (T, D), the sampled tokens' contexts in the teacher (posterior) view, sequences
-    back to back.
+        back to back.
     hidden_prior_UD: (U, D), the same tokens' contexts in the student (prior) view.
-    targets_T: (T,) the sampled tokens, the same in both views. cu_seqlens: (S + 1,) int, 0 = first
-    <= ... <= last = T.
+    targets_T: (T,), the sampled tokens, the same in both views.
+    cu_seqlens: (S + 1,) int32 or int64, 0 = first <= ... <= last = T.
     advantage_S: (S,). Sequences with A_s = 0 are dropped: no row of them is computed. The gate is
-    strict: A_s > 0.
+        strict: A_s > 0.
     denominator: w_s = 1 / denominator, counted over all ranks and micro-batches (B*G, B*G*C or
-        tokens). weight_S: (S,) w_s itself. Exactly one of the two. Where gradients are averaged
-        over ranks, divide the denominator by the world size.
+        tokens). Where gradients are averaged over ranks, divide it by the world size.
+    weight_S: (S,), w_s itself. Exactly one of denominator and weight_S.
     prior_index: (P,) int64 without repeats: the sequences that hidden_prior_UD holds, in its order.
-        None: all of them, U = T. Sequences with A_s <= 0 need not be there; with A_s > 0 and beta >
-        0 they must.
+        None: all of them, U = T. It may leave out sequences with A_s <= 0, no others.
     beta: weight of the distillation term, >= 0. At 0 the prior stream is not computed.
     Options as in `HeadOptions`; `dweight_out` as in `weighted_logprob_loss`.
 
@@ -310,7 +317,8 @@ def vpgea_loss(
     not the prior sequences' tokens.
     """
     sequences, tokens = advantage_S.shape[0], targets_T.shape[0]
-    _check_sequences(cu_seqlens, advantage_S, tokens)
+    _check_sequences(cu_seqlens, advantage_S, targets_T)
+    advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
@@ -544,8 +552,11 @@ def _segment_sum(values_T: Tensor, sequence_T: Tensor, sequences: int) -> Tensor
 def _select(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, head: _Head, coef_T: Tensor | None
 ) -> tuple[_Call, Tensor]:
-    """The rows that take part, and kept_T. One host synchronisation on CUDA unless `rows` is given
-    or a graph is being captured: then rows that take no part stay, masked."""
+    """The rows that take part, and kept_T.
+
+    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
+    rows that take no part stay, masked.
+    """
     kept_T = targets_T != head.ignore_index
     if coef_T is not None:
         kept_T = kept_T & (coef_T != 0)
@@ -687,12 +698,16 @@ def _sequence_weight(
     return torch.ones_like(advantage_S) / denominator
 
 
-def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, tokens: int) -> None:
+def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
+    tokens = targets_T.shape[0]
     if advantage_S.dim() != 1:
         raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
+    for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
+        if x.device != targets_T.device:
+            raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
     _check_on_device(
         (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all(),

@@ -1,0 +1,969 @@
+"""The fused losses against float64 autograd through the full logits.
+
+Budgets: float64 1e-12 (1e-9 for vpgea_loss), float32 1e-5, fp16 2e-3 and bf16 4e-3, all relative in
+the Frobenius norm; bf16 also at most 1.1 (dX) and 1.6 (dW) times the error of torch with float32
+logits and the logit gradient rounded once to bf16.
+"""
+
+import math
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vpgea_fast.kernels import reference
+from vpgea_fast.losses import (
+    linear_logprob,
+    resolve_backend,
+    two_stream_loss,
+    vpgea_loss,
+    weighted_logprob_loss,
+)
+
+BACKENDS = ["reference", "torch"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
+T, D, V = 23, 12, 61
+CHUNK = 5 * V * 4  # five float32 rows: every test below crosses chunk borders raggedly
+
+
+def head_case(dtype=torch.float64, *, tokens=T, vocabulary=V, device="cpu", spread=1.0):
+    """Random hidden, weight and bias (leaves), targets with the last class, signed coefficients."""
+    hidden_TD = (spread * torch.randn(tokens, D)).to(device, dtype).requires_grad_()
+    weight_VD = torch.randn(vocabulary, D).to(device, dtype).requires_grad_()
+    bias_V = torch.randn(vocabulary).to(device, dtype).requires_grad_()
+    targets_T = torch.randint(0, vocabulary, (tokens,)).to(device)
+    targets_T[:1] = vocabulary - 1
+    return hidden_TD, weight_VD, bias_V, targets_T, torch.randn(tokens).to(device)
+
+
+def oracle(hidden_TD, weight_VD, targets_T, **head):
+    """logp, lse, entropy by log_softmax of the full float64 logits; independent of reference.py."""
+    a_TV = head.get("logit_scale", 1.0) * (hidden_TD.double() @ weight_VD.double().T)
+    if head.get("bias") is not None:
+        a_TV = a_TV + head["bias"].double()
+    if head.get("softcap") is not None:
+        a_TV = head["softcap"] * torch.tanh(a_TV / head["softcap"])
+    temperature = head.get("temperature", 1.0)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.double().unsqueeze(1)
+    z_TV = a_TV / temperature
+    kept_T = targets_T != head.get("ignore_index", -100)
+    index_T1 = targets_T.long().masked_fill(~kept_T, 0).unsqueeze(1)
+    logp_T = z_TV.log_softmax(1).gather(1, index_T1).squeeze(1)
+    entropy_T = -(z_TV.softmax(1) * z_TV.log_softmax(1)).sum(1)
+    return tuple(x.masked_fill(~kept_T, 0.0) for x in (logp_T, z_TV.logsumexp(1), entropy_T))
+
+
+def float64_leaves(hidden_TD, weight_VD):
+    """The same values as leaves of their own."""
+    return tuple(x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD))
+
+
+def gradients(value, *leaves):
+    return torch.autograd.grad(value, leaves, retain_graph=True)
+
+
+def assert_close(got, expected, budget):
+    for ours, truth in zip(got, expected, strict=True):
+        error = (ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)
+        assert error <= budget, f"relative error {error:.2e} > {budget:.0e}"
+
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "temperatures": {"temperature": "per row"},
+    "softcap": {"softcap": 2.5},
+    "logit_scale": {"logit_scale": -0.4},
+    "bias": {"bias": "yes"},
+    "all": {"temperature": "per row", "softcap": 3.0, "logit_scale": 0.6, "bias": "yes"},
+    "ignore_index": {"ignore_index": 7},
+}
+
+
+def options_of(name, bias_V):
+    options = dict(OPTIONS[name])
+    if "bias" in options:
+        options["bias"] = bias_V
+    if options.get("temperature") == "per row":
+        options["temperature"] = torch.rand(T) + 0.5
+    return options
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_logprob_matches_autograd(backend, name, dtype):
+    hidden_TD, weight_VD, bias_V, targets_T, _ = head_case(dtype)
+    options = options_of(name, bias_V)
+    targets_T[3] = options.get("ignore_index", -100)
+    leaves = (hidden_TD, weight_VD) + ((bias_V,) if "bias" in options else ())
+    ours = linear_logprob(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        return_entropy=True,
+        backend=backend,
+        chunk_bytes=CHUNK,
+        **options,
+    )
+    assert ours.entropy is not None
+    truth = oracle(hidden_TD, weight_VD, targets_T, **options)
+    values = (ours.logp, ours.lse, ours.entropy)
+    assert_close(values, truth, BUDGET[dtype])
+    assert all(x.dtype == dtype and x[3] == 0 for x in values)
+    upstream = [torch.randn(T, dtype=torch.float64) for _ in range(3)]
+    for used in ([0], [1], [2], [0, 1, 2]):
+        mine = torch.stack([(values[i] * upstream[i].to(dtype)).sum() for i in used]).sum()
+        theirs = torch.stack([(truth[i] * upstream[i]).sum() for i in used]).sum()
+        assert_close(gradients(mine, *leaves), gradients(theirs, *leaves), 2 * BUDGET[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weighted_loss_matches_autograd(backend, name, dtype):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    options = options_of(name, bias_V)
+    targets_T[3] = options.get("ignore_index", -100)
+    coef_T[5] = 0.0
+    leaves = (hidden_TD, weight_VD) + ((bias_V,) if "bias" in options else ())
+    ours = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, coef_T, backend=backend, chunk_bytes=CHUNK, **options
+    )
+    logp_T, _, _ = oracle(hidden_TD, weight_VD, targets_T, **options)
+    truth = (coef_T * logp_T).sum()
+    kept_T = (coef_T != 0) & (targets_T != options.get("ignore_index", -100))
+    assert_close((ours.loss, ours.logp), (truth, logp_T * kept_T), BUDGET[dtype])
+    assert torch.equal(ours.kept, kept_T)
+    assert not ours.logp.requires_grad
+    got = gradients(ours.loss, *leaves)
+    assert_close(got, gradients(truth, *leaves), 2 * BUDGET[dtype])
+    assert torch.equal(got[0][[3, 5]], torch.zeros(2, D, dtype=dtype))
+
+
+def test_gradcheck_reference():
+    """Finite differences agree with every reference op, the entropy and second derivatives too."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(tokens=4, vocabulary=7)
+    targets_T[1] = -100
+    coef_T = coef_T.double()
+    head = {"temperature": torch.rand(4) + 0.5, "softcap": 3.0, "logit_scale": 0.6}
+
+    def rows(hidden_TD, weight_VD, bias_V):
+        return reference.linear_logprob(hidden_TD, weight_VD, targets_T, bias_V=bias_V, **head)
+
+    def weighted(hidden_TD, weight_VD, bias_V):
+        return reference.weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, bias_V=bias_V, **head
+        )
+
+    assert torch.autograd.gradcheck(rows, (hidden_TD, weight_VD, bias_V))
+    assert torch.autograd.gradcheck(weighted, (hidden_TD, weight_VD, bias_V))
+    assert torch.autograd.gradgradcheck(weighted, (hidden_TD, weight_VD, bias_V))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck_public(backend):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(tokens=5, vocabulary=7)
+    targets_T[1] = -100
+    options = {"temperature": torch.rand(5) + 0.5, "softcap": 3.0, "backend": backend}
+
+    def rows(hidden_TD, weight_VD, bias_V):
+        out = linear_logprob(
+            hidden_TD, weight_VD, targets_T, bias=bias_V, return_entropy=True, **options
+        )
+        assert out.entropy is not None
+        return out.logp, out.lse, out.entropy
+
+    def weighted(hidden_TD, weight_VD, bias_V):
+        return weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T.double(), bias=bias_V, **options
+        ).loss
+
+    assert torch.autograd.gradcheck(rows, (hidden_TD, weight_VD, bias_V))
+    assert torch.autograd.gradcheck(weighted, (hidden_TD, weight_VD, bias_V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunk_size_does_not_matter(dtype):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype, tokens=40)
+    runs = []
+    for chunk_bytes in (1, 7 * V * 6, 16 * V * 6, None):
+        ours = weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, backend="torch", chunk_bytes=chunk_bytes
+        )
+        runs.append((ours.logp, *gradients(ours.loss, hidden_TD, weight_VD)))
+    for run in runs[:-1]:
+        assert_close(run, runs[-1], 1e-3)
+
+
+def one_row_case(logp, dtype):
+    """One row, in `dtype`, and a float32 bias that gives its target about this log-probability."""
+    hidden_TD, weight_VD, _, _, _ = head_case(dtype, tokens=1, spread=0.5)
+    z_V = (weight_VD.double() @ hidden_TD.double().squeeze(0)).detach()
+    log_odds = logp - math.log(-math.expm1(logp))
+    bias_V = torch.zeros(V)
+    bias_V[V - 1] = z_V[:-1].logsumexp(0) + log_odds - z_V[-1]
+    return hidden_TD, weight_VD, bias_V.requires_grad_(), torch.tensor([V - 1])
+
+
+@pytest.mark.parametrize("missing", [1e-1, 7e-6, 1e-6, 1e-12])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_confident_tokens_keep_their_gradient(backend, missing):
+    """softmax - onehot is a multiple of 6e-8 in float32: 6 % of 1 - p = 1e-6, nothing of 1e-12."""
+    hidden_TD, weight_VD, bias_V, targets_T = one_row_case(math.log1p(-missing), torch.float32)
+    leaves = (hidden_TD, weight_VD, bias_V)
+    truth = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]
+    assert -truth.item() == pytest.approx(missing, rel=0.2)
+    ours = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, torch.ones(1), bias=bias_V, backend=backend
+    )
+    assert ours.logp.item() < 0
+    assert_close((ours.logp,), (truth,), 5e-3)
+    got, expected = gradients(ours.loss, *leaves), gradients(truth.sum(), *leaves)
+    assert_close(got, expected, 5e-3)
+    assert_close((got[2][V - 1],), (expected[2][V - 1],), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coefficient", [1.0, -1e-4, 1e-7])
+@pytest.mark.parametrize("logp", [-40.0, -60.0, -69.0, -200.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unlikely_tokens(backend, logp, coefficient, dtype):
+    hidden_TD, weight_VD, bias_V, targets_T = one_row_case(logp, dtype)
+    coef_T = torch.tensor([coefficient])
+    truth = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]
+    dweight_VD = torch.zeros(V, D)
+    ours = weighted_logprob_loss(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        coef_T,
+        bias=bias_V,
+        backend=backend,
+        dweight_out=dweight_VD,
+    )
+    assert_close((ours.logp,), (truth,), 1e-5)
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    loss = coefficient * oracle(full_hidden_TD, full_weight_VD, targets_T, bias=bias_V)[0].sum()
+    expected = gradients(loss, full_hidden_TD, full_weight_VD)
+    scale = 1.0 / abs(coefficient)
+    ours.loss.backward()
+    assert hidden_TD.grad is not None
+    assert_close((dweight_VD * scale,), (expected[1] * scale,), BUDGET[dtype])
+    if dtype is not torch.float16:  # dX itself is fp16: 1e-7 is one step of its grid there
+        assert_close((hidden_TD.grad,), (expected[0],), BUDGET[dtype])
+
+
+def test_fp16_gradients_survive_until_the_loss_scale():
+    """dX of 1e-9 is 0 in fp16: it must be scaled by backward's gradient before it is stored."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float16)
+    coef_T = 1e-9 * coef_T
+    ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend="torch")
+    (ours.loss * 2.0**24).backward()
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    truth = (2.0**24 * coef_T * oracle(full_hidden_TD, full_weight_VD, targets_T)[0]).sum()
+    assert_close(
+        (hidden_TD.grad, weight_VD.grad), gradients(truth, full_hidden_TD, full_weight_VD), 2e-3
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["one pass", "recompute"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_precision_budget(backend, op, dtype, device):
+    """Against float64 from the same inputs, and against torch with dlogits rounded once."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(
+        dtype, tokens=64, vocabulary=211, device=device, spread=0.5
+    )
+    options = {"backend": backend, "chunk_bytes": 20 * 211 * 6}
+    if op == "one pass":
+        ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, **options)
+        loss, logp_T = ours.loss, ours.logp
+    else:
+        logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, **options).logp
+        loss = (coef_T * logp_T).sum()
+    assert loss.dtype == logp_T.dtype == torch.float32
+    dhidden_TD, dweight_VD = gradients(loss, hidden_TD, weight_VD)
+    assert dhidden_TD.dtype == dweight_VD.dtype == dtype
+
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    truth_T, _, _ = oracle(full_hidden_TD, full_weight_VD, targets_T)
+    expected = gradients((coef_T * truth_T).sum(), full_hidden_TD, full_weight_VD)
+    assert_close((logp_T,), (truth_T,), 1e-5)
+    assert_close((dhidden_TD, dweight_VD), expected, BUDGET[dtype])
+
+    z_TV = (hidden_TD.float() @ weight_VD.float().T).detach()
+    onehot_TV = torch.nn.functional.one_hot(targets_T, 211)
+    dz_TV = (coef_T.unsqueeze(1) * (onehot_TV - z_TV.softmax(1))).to(dtype).float()
+    plain = (dz_TV @ weight_VD.float()).to(dtype), (dz_TV.T @ hidden_TD.float()).to(dtype)
+    if dtype is torch.bfloat16:
+        for mine, theirs, truth, factor in zip(
+            (dhidden_TD, dweight_VD), plain, expected, (1.1, 1.6), strict=True
+        ):
+            assert (mine - truth).norm() <= factor * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("by", ["coefficient", "target", "rows"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dead_rows_may_hold_anything(backend, by):
+    """NaN and Inf in rows that take no part change no bit of the result."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    dead = torch.tensor([0, 8, T - 1])
+    alive = torch.tensor([t for t in range(T) if t not in dead])
+    rows = None
+    if by == "coefficient":
+        coef_T[dead] = 0.0
+        targets_T[8] = V + 9  # not a class, but not read either
+    elif by == "target":
+        targets_T[dead] = -100
+        coef_T[8] = math.nan
+    else:
+        rows = torch.cat((alive.flip(0), dead[:1]))
+        coef_T[0] = 0.0
+
+    def run(hidden_TD):
+        ours = weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, rows=rows, backend=backend, chunk_bytes=CHUNK
+        )
+        return ours, gradients(ours.loss, hidden_TD, weight_VD)
+
+    clean, clean_gradients = run(hidden_TD)
+    with torch.no_grad():
+        hidden_TD[dead[:2]], hidden_TD[dead[2]] = math.nan, math.inf
+    dirty, dirty_gradients = run(hidden_TD)
+    assert torch.isfinite(dirty.loss)
+    assert torch.equal(dirty.loss, clean.loss)
+    assert torch.equal(dirty.kept, torch.ones(T, dtype=torch.bool).index_fill(0, dead, False))
+    for mine, theirs in zip(dirty_gradients, clean_gradients, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(dirty_gradients[0][dead], torch.zeros(3, D))
+    only = weighted_logprob_loss(
+        hidden_TD[alive], weight_VD, targets_T[alive], coef_T[alive], backend=backend
+    )
+    assert_close(dirty_gradients[1:], gradients(only.loss, weight_VD), 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_linear_logprob(backend):
+    hidden_TD, weight_VD, _, targets_T, _ = head_case()
+    rows = torch.tensor([4, 0, 11])
+    listed_T = torch.full_like(targets_T, -100).index_copy(0, rows, targets_T[rows])
+    options = {"backend": backend, "return_entropy": True}
+    some = linear_logprob(hidden_TD, weight_VD, targets_T, rows=rows, **options)
+    same = linear_logprob(hidden_TD, weight_VD, listed_T, **options)
+    assert some.entropy is not None
+    assert same.entropy is not None
+    for mine, theirs in (
+        (some.logp, same.logp),
+        (some.lse, same.lse),
+        (some.entropy, same.entropy),
+    ):
+        assert_close((mine,), (theirs,), 1e-12)
+        upstream_T = torch.randn(T, dtype=torch.float64)
+        assert_close(
+            gradients((mine * upstream_T).sum(), hidden_TD, weight_VD),
+            gradients((theirs * upstream_T).sum(), hidden_TD, weight_VD),
+            1e-12,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_gradient_scales(backend):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend=backend)
+    once = gradients(ours.loss, hidden_TD, weight_VD)
+    scaled = torch.autograd.grad(
+        ours.loss, (hidden_TD, weight_VD), torch.tensor(-3.7, dtype=torch.float64)
+    )
+    assert_close(scaled, [-3.7 * x for x in once], 1e-12)
+    logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, backend=backend).logp
+    ones = gradients(logp_T.sum(), hidden_TD, weight_VD)  # sum() hands down a stride-0 gradient
+    assert_close(ones, gradients((logp_T * torch.ones(T)).sum(), hidden_TD, weight_VD), 1e-12)
+
+
+@settings(max_examples=12)
+@given(
+    cuts=st.lists(st.integers(0, T), max_size=4),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+)
+def test_any_split_of_the_batch_gives_the_same_gradient(cuts, dtype):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    whole_VD, split_VD = (torch.zeros(V, D, dtype=accumulator) for _ in range(2))
+    weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, coef_T, dweight_out=whole_VD
+    ).loss.backward()
+    expected, hidden_TD.grad = hidden_TD.grad, None
+    assert expected is not None
+    bounds = [0, *sorted(cuts), T]
+    for start, end in pairwise(bounds):
+        weighted_logprob_loss(
+            hidden_TD[start:end],
+            weight_VD,
+            targets_T[start:end],
+            coef_T[start:end],
+            dweight_out=split_VD,
+        ).loss.backward()
+    assert weight_VD.grad is None
+    budget = 1e-12 if dtype is torch.float64 else 1e-5
+    assert_close((split_VD, hidden_TD.grad), (whole_VD, expected), budget)
+
+
+@settings(max_examples=15)
+@given(
+    shift=st.floats(-80, 80),
+    temperature=st.floats(0.2, 5),
+    seed=st.integers(0, 2**16),
+    backend=st.sampled_from(BACKENDS),
+)
+def test_a_common_shift_of_the_logits_changes_nothing(shift, temperature, seed, backend):
+    torch.manual_seed(seed)
+    hidden_TD, weight_VD, bias_V, targets_T, _ = head_case(tokens=5)
+
+    def run(bias_V):
+        out = linear_logprob(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            bias=bias_V,
+            temperature=temperature,
+            return_entropy=True,
+            backend=backend,
+        )
+        assert out.entropy is not None
+        total = (out.logp + 0.3 * out.entropy).sum()
+        return out, gradients(total, hidden_TD, weight_VD, bias_V)
+
+    (still, still_gradients), (moved, moved_gradients) = run(bias_V), run(bias_V + shift)
+    assert (still.logp <= 0).all()
+    torch.testing.assert_close(moved.logp, still.logp, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(moved.entropy, still.entropy, atol=1e-10, rtol=1e-11)
+    torch.testing.assert_close(moved.lse, still.lse + shift / temperature, atol=1e-10, rtol=1e-11)
+    assert_close(moved_gradients, still_gradients, 1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_80_and_masked_classes(backend):
+    """Logits of +-80 and classes switched off by a bias of -inf stay finite in float32."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(torch.float32)
+    with torch.no_grad():
+        bias_V.copy_(80.0 * torch.sign(bias_V))
+        bias_V[5], bias_V[9] = -math.inf, -3e4
+    targets_T[targets_T == 5] = 6
+    ours = linear_logprob(
+        hidden_TD, weight_VD, targets_T, bias=bias_V, return_entropy=True, backend=backend
+    )
+    assert ours.entropy is not None
+    assert (ours.logp <= 0).all()
+    truth_T = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]
+    assert_close((ours.logp,), (truth_T,), 1e-5)
+    total = (coef_T * ours.logp).sum() + ours.entropy.sum()
+    assert all(torch.isfinite(x).all() for x in gradients(total, hidden_TD, weight_VD, bias_V))
+    loss = (coef_T * ours.logp).sum()
+    expected = gradients((coef_T * truth_T).sum(), hidden_TD, weight_VD)
+    assert_close(gradients(loss, hidden_TD, weight_VD), expected, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_only_class_left_is_certain(backend):
+    """All other classes at -inf: log p is 0 and so is every gradient, not inf - inf."""
+    hidden_TD, weight_VD, bias_V, _, coef_T = head_case(torch.float32, tokens=3)
+    with torch.no_grad():
+        bias_V[:-1] = -math.inf
+    targets_T = torch.full((3,), V - 1)
+    ours = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, coef_T, bias=bias_V, backend=backend
+    )
+    assert torch.equal(ours.logp, torch.zeros(3))
+    for got in gradients(ours.loss, hidden_TD, weight_VD, bias_V):
+        assert torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do_stays_connected(backend, tokens):
+    """No rows, or none kept: zero loss, zero gradients for every leaf, so that FSDP's hooks run."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(tokens=tokens)
+    loss = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, 0.0 * coef_T, bias=bias_V, backend=backend
+    ).loss
+    dropped_T = targets_T.fill_(-100)
+    logp_T = linear_logprob(hidden_TD, weight_VD, dropped_T, bias=bias_V, backend=backend).logp
+    for value in (loss, logp_T.sum()):
+        assert value.item() == 0.0
+        for got, leaf in zip(
+            gradients(value, hidden_TD, weight_VD, bias_V),
+            (hidden_TD, weight_VD, bias_V),
+            strict=True,
+        ):
+            assert torch.equal(got, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dweight_out_accumulates_and_leaves_the_weight_alone(backend):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.bfloat16)
+    dweight_VD = torch.full((V, D), 2.0)
+    for _ in range(3):
+        loss = weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, dweight_out=dweight_VD, backend=backend
+        ).loss
+        loss.backward()
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    truth = (coef_T * oracle(full_hidden_TD, full_weight_VD, targets_T)[0]).sum()
+    assert_close((dweight_VD - 2.0,), (3 * gradients(truth, full_weight_VD)[0],), 4e-3)
+    assert weight_VD.grad is None
+    kept_VD = dweight_VD.clone()
+    with torch.no_grad():
+        weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, dweight_out=dweight_VD, backend=backend
+        )
+    assert torch.equal(dweight_VD, kept_VD)
+    loss = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, coef_T, dweight_out=dweight_VD, backend=backend
+    ).loss
+    with pytest.raises(ValueError, match="into the coefficients"):
+        (0.5 * loss).backward()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
+@pytest.mark.parametrize("op", ["one pass", "recompute"])
+def test_frozen_tensors_cost_nothing(op, frozen):
+    """A frozen tensor gets no gradient, and no GEMM is spent on it."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    hidden_TD.requires_grad_(frozen == "weight")
+    weight_VD.requires_grad_(frozen == "hidden")
+
+    def run():
+        if op == "one pass":
+            return weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+        return (coef_T * linear_logprob(hidden_TD, weight_VD, targets_T).logp).sum()
+
+    with Recorder() as recorder:
+        loss = run()
+        if frozen != "both":
+            loss.backward()
+    extra = {"one pass": 0, "recompute": 1}[op]  # the logits, made twice by the recomputing op
+    assert recorder.gemms == (1 if frozen == "both" else 2 + extra)
+    assert loss.requires_grad == (frozen != "both")
+    assert (hidden_TD.grad is None) == (frozen != "weight")
+    assert (weight_VD.grad is None) == (frozen != "hidden")
+
+
+def test_no_grad_computes_the_value_only():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    with torch.no_grad(), Recorder() as recorder:
+        ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+    assert recorder.gemms == 1
+    assert not ours.loss.requires_grad
+    assert torch.equal(ours.logp, linear_logprob(hidden_TD, weight_VD, targets_T).logp)
+
+
+def test_tied_embeddings_receive_both_gradients():
+    weight_VD = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    ids_T, targets_T = torch.randint(0, V, (2, T))
+    coef_T = torch.randn(T, dtype=torch.float64)
+    ours = weighted_logprob_loss(weight_VD[ids_T], weight_VD, targets_T, coef_T).loss
+    truth = (coef_T * oracle(weight_VD[ids_T], weight_VD, targets_T)[0]).sum()
+    assert_close(gradients(ours, weight_VD), gradients(truth, weight_VD), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_leaves_the_inputs_alone(backend):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+
+    def run():
+        loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend=backend).loss
+        logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, backend=backend).logp
+        return loss, *gradients(loss + logp_T.sum(), hidden_TD, weight_VD)
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run()
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("op", ["one pass", "recompute"])
+def test_backward_twice_and_double_backward_are_errors(op):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+
+    def run():
+        if op == "one pass":
+            return weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+        return linear_logprob(hidden_TD, weight_VD, targets_T).logp.sum()
+
+    loss = run()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(run(), hidden_TD, create_graph=True)
+
+
+def test_int32_targets_and_strided_inputs():
+    """Column slices of a wider hidden state and weight, int32 targets: the same result."""
+    wide_hidden, wide_weight = torch.randn(T, 2 * D), torch.randn(V, 2 * D)
+    targets_T, coef_T = torch.randint(0, V, (T,)), torch.randn(T)
+
+    def run(hidden_TD, weight_VD, targets_T):
+        hidden_TD, weight_VD = hidden_TD.requires_grad_(), weight_VD.requires_grad_()
+        ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+        return ours.logp, *gradients(ours.loss, hidden_TD, weight_VD)
+
+    strided = run(wide_hidden[:, ::2], wide_weight[:, ::2], targets_T.int())
+    dense = run(wide_hidden[:, ::2].contiguous(), wide_weight[:, ::2].contiguous(), targets_T)
+    assert_close(strided, dense, 1e-6)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts GEMMs, and the bytes alive at once among the tensors made while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.gemms = self.alive = self.peak = self.largest = 0
+        self.owners = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.gemms += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.gemms += func.overloadpacket is torch.ops.aten.addmm_
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        for x in tree_leaves(out):
+            if torch.is_tensor(x) and x.untyped_storage().nbytes():
+                self.follow(x, made=x.untyped_storage().data_ptr() not in given)
+        return out
+
+    def follow(self, x, *, made):
+        pointer, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        if pointer not in self.owners:
+            if not made:
+                return
+            self.owners[pointer] = 0
+            self.alive += size
+            self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
+        self.owners[pointer] += 1
+        weakref.finalize(x, self.release, pointer, size)
+
+    def release(self, pointer, size):
+        self.owners[pointer] -= 1
+        if not self.owners[pointer]:
+            del self.owners[pointer]
+            self.alive -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"entropy": True}])
+def test_memory_stays_under_the_budget(options, dtype):
+    """Peak of all that is alive: chunk_bytes, what is returned, rows that do not grow with V."""
+    tokens, vocabulary, budget = 512, 4001, 1 << 20
+    hidden_TD = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(vocabulary, D, dtype=dtype, requires_grad=True)
+    targets_T, coef_T = torch.randint(0, vocabulary, (tokens,)), torch.randn(tokens)
+    softcap = options.get("softcap")
+    with Recorder() as recorder:
+        if "entropy" in options:
+            out = linear_logprob(
+                hidden_TD, weight_VD, targets_T, return_entropy=True, chunk_bytes=budget
+            )
+            assert out.entropy is not None
+            (out.logp.sum() + out.entropy.sum()).backward()
+        else:
+            weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T, softcap=softcap, chunk_bytes=budget
+            ).loss.backward()
+    weights = 4 * weight_VD.numel()  # dW, its copy in the weight's dtype, the CPU's float32 weight
+    rows = 4 * (4 * hidden_TD.numel() + 32 * tokens)
+    assert recorder.largest <= budget
+    assert recorder.peak <= budget + 3 * weights + rows < 4 * tokens * vocabulary
+
+
+def test_backend_names():
+    assert resolve_backend() == resolve_backend("torch") == "torch"
+    assert resolve_backend("reference") == "reference"
+    with pytest.raises(ValueError, match=r"'triton' is not available.*'reference', 'torch'"):
+        resolve_backend("triton")
+
+
+BAD_CALLS = {
+    "target V": ({"targets_T": torch.full((T,), V)}, r"outside \[0, V = 61\)"),
+    "negative target": ({"targets_T": torch.full((T,), -1)}, "outside"),
+    "float targets": ({"targets_T": torch.zeros(T)}, "int64 or int32"),
+    "short targets": ({"targets_T": torch.zeros(T - 1, dtype=torch.int64)}, r"expected \(23,\)"),
+    "3-D hidden": ({"hidden_TD": torch.zeros(1, T, D)}, "flatten"),
+    "sharded weight": ({"weight_VD": torch.zeros(V * D)}, "sharded"),
+    "other width": ({"weight_VD": torch.zeros(V, D + 1)}, r"\(T, D\) and \(V, D\)"),
+    "one class": ({"weight_VD": torch.zeros(1, D)}, "at least 2"),
+    "mixed dtypes": ({"weight_VD": torch.zeros(V, D).bfloat16()}, "cast one"),
+    "int hidden": ({"hidden_TD": torch.zeros(T, D, dtype=torch.int64)}, "float16, bfloat16"),
+    "other device": ({"weight_VD": torch.zeros(V, D, device="meta")}, "move one"),
+    "short coefficients": ({"coef_T": torch.zeros(T - 1)}, r"coef_T.*expected \(23,\)"),
+    "int coefficients": ({"coef_T": torch.zeros(T, dtype=torch.int64)}, "float tensor"),
+    "live coefficients": ({"coef_T": torch.ones(T, requires_grad=True)}, "linear_logprob"),
+    "bias": ({"bias": torch.zeros(V + 1)}, r"bias.*expected \(61,\)"),
+    "temperature 0": ({"temperature": 0.0}, "positive"),
+    "temperatures": ({"temperature": torch.zeros(T)}, "positive"),
+    "softcap": ({"softcap": -1.0}, "positive number or None"),
+    "logit_scale": ({"logit_scale": math.nan}, "finite"),
+    "chunk_bytes": ({"chunk_bytes": 0}, "positive"),
+    "rows": ({"rows": torch.zeros(T, dtype=torch.bool)}, "int64 indices"),
+    "backend": ({"backend": "cuda"}, "available"),
+    "sink dtype": ({"dweight_out": torch.zeros(V, D).bfloat16()}, "expected torch.float32"),
+    "sink shape": ({"dweight_out": torch.zeros(V, D + 1)}, r"expected \(61, 12\)"),
+    "live sink": ({"dweight_out": torch.zeros(V, D, requires_grad=True)}, "plain buffer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls_say_what_to_do(name):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    call = {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "targets_T": targets_T}
+    changed, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        weighted_logprob_loss(**{**call, "coef_T": coef_T, **changed})
+
+
+def test_a_dtensor_weight_names_the_remedy(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(weight_VD.detach(), mesh, [Replicate()])
+        with pytest.raises(ValueError, match="full_tensor"):
+            weighted_logprob_loss(hidden_TD, sharded, targets_T, coef_T)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_streams_are_the_sum_of_two_losses(backend):
+    post_TD, weight_VD, _, targets_T, coef_T = head_case()
+    prior_UD, _, _, targets_U, coef_U = head_case(tokens=9)
+    coef_U[4], targets_T[2] = 0.0, -100
+    ours = two_stream_loss(
+        post_TD,
+        prior_UD,
+        weight_VD,
+        targets_T,
+        targets_U,
+        coef_T,
+        coef_U,
+        backend=backend,
+        chunk_bytes=CHUNK,
+        rows=torch.cat((torch.arange(T), T + torch.arange(9))) if backend == "torch" else None,
+    )
+    logq_T = oracle(post_TD, weight_VD, targets_T)[0]
+    logp_U = oracle(prior_UD, weight_VD, targets_U)[0]
+    truth = (coef_T * logq_T).sum(), (coef_U * logp_U).sum()
+    assert_close((ours.loss_post, ours.loss_prior, ours.loss), (*truth, sum(truth)), 1e-6)
+    assert_close((ours.logp_post, ours.logp_prior), (logq_T, logp_U * (coef_U != 0)), 1e-12)
+    assert ours.kept_post.sum() == T - 1
+    assert ours.kept_prior.sum() == 8
+    leaves = (post_TD, prior_UD, weight_VD)
+    assert_close(gradients(ours.loss, *leaves), gradients(sum(truth), *leaves), 1e-12)
+
+
+def test_two_streams_check_each_stream():
+    """A row too many in one stream and one too few in the other must not cancel out."""
+    post_TD, weight_VD, _, targets_T, coef_T = head_case()
+    with pytest.raises(ValueError, match="targets_post"):
+        two_stream_loss(
+            post_TD,
+            post_TD,
+            weight_VD,
+            torch.cat((targets_T, targets_T[:1])),
+            targets_T[1:],
+            coef_T,
+            coef_T,
+        )
+    with pytest.raises(ValueError, match="hidden_prior"):
+        two_stream_loss(post_TD, post_TD.float(), weight_VD, targets_T, targets_T, coef_T, coef_T)
+
+
+CU = torch.tensor([0, 4, 4, 9, 15, 21, T])
+ADVANTAGE = torch.tensor([1.3, 0.7, -0.8, 0.0, 0.2, -1.1], dtype=torch.float64)
+
+
+def vpgea_truth(post_TD, prior_TD, weight_VD, targets_T, weight_S, beta, advantage_S=ADVANTAGE):
+    """The published formula, sequence by sequence, by float64 autograd."""
+    logq_T = oracle(post_TD, weight_VD, targets_T)[0]
+    logp_T = oracle(prior_TD, weight_VD, targets_T)[0]
+    total, sums = torch.zeros((), dtype=torch.float64), []
+    for s in range(6):
+        span = slice(int(CU[s]), int(CU[s + 1]))
+        logq, logp = logq_T[span].sum(), logp_T[span].sum()
+        gate = advantage_S[s] > 0
+        total = total + weight_S[s] * (
+            -advantage_S[s] * logq + beta * gate.double() * (logq.detach() - logp)
+        )
+        sums.append((logq.detach(), logp.detach()))
+    return total, sums
+
+
+@pytest.mark.parametrize("held", ["all", "gated", "shuffled"])
+@pytest.mark.parametrize("weights", ["denominator", "tensor denominator", "weight_S"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vpgea_loss_is_the_published_formula(backend, weights, held):
+    post_TD, weight_VD, _, targets_T, _ = head_case()
+    prior_TD = head_case()[0]
+    index = {"all": None, "gated": [0, 1, 4], "shuffled": [4, 2, 0, 1]}[held]
+    prior_UD = prior_TD
+    if index is not None:
+        prior_UD = torch.cat([prior_TD[CU[s] : CU[s + 1]] for s in index])
+    given, weight_S = {
+        "denominator": ({"denominator": 48}, torch.full((6,), 1 / 48, dtype=torch.float64)),
+        "tensor denominator": (
+            {"denominator": torch.tensor(48.0)},
+            torch.full((6,), 1 / 48, dtype=torch.float64),
+        ),
+        "weight_S": (
+            {"weight_S": torch.arange(1.0, 7.0, dtype=torch.float64)},
+            torch.arange(1.0, 7.0, dtype=torch.float64),
+        ),
+    }[weights]
+    ours = vpgea_loss(
+        post_TD,
+        prior_UD,
+        weight_VD,
+        targets_T,
+        CU,
+        ADVANTAGE,
+        prior_index=None if index is None else torch.tensor(index),
+        beta=0.4,
+        backend=backend,
+        chunk_bytes=CHUNK,
+        **given,
+    )
+    truth, sums = vpgea_truth(post_TD, prior_TD, weight_VD, targets_T, weight_S, 0.4)
+    assert_close((ours.loss,), (truth,), 1e-9)
+    assert_close((ours.loss,), (ours.pg_loss + 0.4 * ours.distill_loss,), 1e-9)
+    leaves = (post_TD, prior_TD, weight_VD)
+    assert_close(gradients(ours.loss, *leaves), gradients(truth, *leaves), 1e-9)
+    assert torch.equal(ours.gate_S, ADVANTAGE > 0)
+    logq_S, logp_S = torch.tensor(sums, dtype=torch.float64).T
+    assert_close((ours.logq_S,), (logq_S * (ADVANTAGE != 0),), 1e-12)
+    assert_close((ours.logp_S,), (logp_S * (ADVANTAGE > 0),), 1e-12)
+
+
+def test_reference_vpgea_loss_is_the_published_formula():
+    post_TD, weight_VD, _, targets_T, _ = head_case()
+    prior_TD = head_case()[0]
+    weight_S = torch.rand(6, dtype=torch.float64)
+    ours = reference.vpgea_loss(
+        post_TD, prior_TD, weight_VD, targets_T, CU, ADVANTAGE, weight_S, beta=0.3
+    )
+    truth, _ = vpgea_truth(post_TD, prior_TD, weight_VD, targets_T, weight_S, 0.3)
+    leaves = (post_TD, prior_TD, weight_VD)
+    assert_close((ours, *gradients(ours, *leaves)), (truth, *gradients(truth, *leaves)), 1e-12)
+
+
+def test_vpgea_loss_computes_only_what_has_a_coefficient():
+    """beta = 0 drops the prior stream, A = 0 its sequence: their rows may hold NaN."""
+    post_TD, weight_VD, _, targets_T, _ = head_case(torch.bfloat16)
+    with torch.no_grad():
+        post_TD[CU[3] : CU[4]] = math.nan
+    prior_TD = torch.full_like(post_TD, math.nan)
+    ours = vpgea_loss(
+        post_TD,
+        prior_TD,
+        weight_VD,
+        targets_T,
+        CU,
+        ADVANTAGE.bfloat16(),
+        denominator=6.0,
+        beta=0.0,
+    )
+    assert torch.isfinite(ours.loss)
+    assert torch.equal(ours.loss.detach(), ours.pg_loss)
+    assert ours.distill_loss == 0
+    assert torch.equal(ours.logp_S, torch.zeros(6))
+    assert ours.logq_S[3] == 0
+
+
+def test_vpgea_loss_of_nothing():
+    weight_VD = torch.randn(V, D, requires_grad=True)
+    hidden_TD = torch.zeros(0, D, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    ours = vpgea_loss(
+        hidden_TD,
+        hidden_TD,
+        weight_VD,
+        none,
+        torch.tensor([0]),
+        torch.zeros(0),
+        denominator=8,
+        prior_index=none,
+    )
+    ours.loss.backward()
+    assert ours.loss == 0
+    assert weight_VD.grad is not None
+    assert not weight_VD.grad.any()
+
+
+BAD_VPGEA = {
+    "no weight": ({}, "neither"),
+    "two weights": ({"denominator": 4, "weight_S": torch.ones(6)}, "both"),
+    "denominator 0": ({"denominator": 0}, "positive"),
+    "tensor denominator 0": ({"denominator": torch.tensor(0.0)}, "positive"),
+    "short weights": ({"weight_S": torch.ones(5)}, r"weight_S.*expected \(6,\)"),
+    "beta": ({"denominator": 4, "beta": -0.1}, "beta"),
+    "bounds end": ({"denominator": 4, "cu_seqlens": CU - (CU == T).long()}, "cu_seqlens"),
+    "bounds start": ({"denominator": 4, "cu_seqlens": CU + (CU == 0).long()}, "cu_seqlens"),
+    "bounds fall": (
+        {"denominator": 4, "cu_seqlens": torch.tensor([0, 4, 3, 9, 15, 21, T])},
+        "never fall",
+    ),
+    "bounds short": ({"denominator": 4, "cu_seqlens": CU[1:]}, r"cu_seqlens.*expected \(7,\)"),
+    "bounds float": ({"denominator": 4, "cu_seqlens": CU.float()}, "int32 or int64"),
+    "live advantage": (
+        {"denominator": 4, "advantage_S": ADVANTAGE.clone().requires_grad_()},
+        "constant",
+    ),
+    "2-D advantage": ({"denominator": 4, "advantage_S": ADVANTAGE.view(2, 3)}, r"\(S,\)"),
+    "prior rows": ({"denominator": 4, "prior_rows": T - 1}, "pass prior_index"),
+    "index range": ({"denominator": 4, "prior_index": torch.tensor([0, 6])}, r"\[0, 6\)"),
+    "index twice": ({"denominator": 4, "prior_index": torch.tensor([0, 1, 4, 4])}, "twice"),
+    "index misses": ({"denominator": 4, "prior_index": torch.tensor([0, 1])}, "leaves out"),
+    "index rows": ({"denominator": 4, "prior_index": torch.tensor([0, 1, 4])}, "number of tokens"),
+    "index dtype": ({"denominator": 4, "prior_index": torch.tensor([0.0])}, "int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VPGEA)
+def test_bad_vpgea_calls_say_what_to_do(name):
+    post_TD, weight_VD, _, targets_T, _ = head_case()
+    changed, message = BAD_VPGEA[name]
+    call = {"cu_seqlens": CU, "advantage_S": ADVANTAGE, **changed}
+    prior_UD = post_TD[: call.pop("prior_rows", T)]
+    with pytest.raises(ValueError, match=message):
+        vpgea_loss(post_TD, prior_UD, weight_VD, targets_T, **call)
+
+
+@pytest.mark.gpu
+def test_rows_spare_the_host_synchronisation():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.bfloat16, device="cuda")
+    rows = torch.arange(0, T, 2, device="cuda")
+    dweight_VD = torch.zeros(V, D, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, rows=rows, dweight_out=dweight_VD
+        ).loss.backward()
+        linear_logprob(hidden_TD, weight_VD, targets_T, rows=rows).logp.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    listed_T = torch.full_like(targets_T, -100).index_copy(0, rows, targets_T[rows])
+    truth = (coef_T * oracle(full_hidden_TD, full_weight_VD, listed_T)[0]).sum()
+    assert_close((dweight_VD,), gradients(truth, full_weight_VD), 4e-3)
