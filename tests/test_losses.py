@@ -750,7 +750,7 @@ def test_a_dtensor_weight_names_the_remedy(tmp_path):
 def test_two_streams_are_the_sum_of_two_losses(backend):
     post_TD, weight_VD, _, targets_T, coef_T = head_case()
     prior_UD, _, _, targets_U, coef_U = head_case(tokens=9)
-    coef_U[4], targets_T[2] = 0.0, -100
+    coef_U[4], targets_T[2], coef_T[2] = 0.0, -100, math.nan
     ours = two_stream_loss(
         post_TD,
         prior_UD,
@@ -765,7 +765,7 @@ def test_two_streams_are_the_sum_of_two_losses(backend):
     )
     logq_T = oracle(post_TD, weight_VD, targets_T)[0]
     logp_U = oracle(prior_UD, weight_VD, targets_U)[0]
-    truth = (coef_T * logq_T).sum(), (coef_U * logp_U).sum()
+    truth = (coef_T.nan_to_num() * logq_T).sum(), (coef_U * logp_U).sum()
     assert_close((ours.loss_post, ours.loss_prior, ours.loss), (*truth, sum(truth)), 1e-6)
     assert_close((ours.logp_post, ours.logp_prior), (logq_T, logp_U * (coef_U != 0)), 1e-12)
     assert ours.kept_post.sum() == T - 1
@@ -936,6 +936,10 @@ BAD_VPGEA = {
     "index twice": ({"denominator": 4, "prior_index": torch.tensor([0, 1, 4, 4])}, "twice"),
     "index misses": ({"denominator": 4, "prior_index": torch.tensor([0, 1])}, "leaves out"),
     "index rows": ({"denominator": 4, "prior_index": torch.tensor([0, 1, 4])}, "number of tokens"),
+    "index device": (
+        {"denominator": 4, "prior_index": torch.zeros(1, dtype=torch.int64, device="meta")},
+        "move one",
+    ),
     "index dtype": ({"denominator": 4, "prior_index": torch.tensor([0.0])}, "int64"),
 }
 

@@ -266,14 +266,15 @@ def two_stream_loss(
         **options,
     )
     logp_post_T, logp_prior_U = both.logp[:tokens], both.logp[tokens:]
+    kept_post_T, kept_prior_U = both.kept[:tokens], both.kept[tokens:]
     return TwoStreamLoss(
         loss=both.loss,
-        loss_post=_dot(coef_post_T, logp_post_T),
-        loss_prior=_dot(coef_prior_U, logp_prior_U),
+        loss_post=_dot(coef_post_T.masked_fill(~kept_post_T, 0.0), logp_post_T),
+        loss_prior=_dot(coef_prior_U.masked_fill(~kept_prior_U, 0.0), logp_prior_U),
         logp_post=logp_post_T,
         logp_prior=logp_prior_U,
-        kept_post=both.kept[:tokens],
-        kept_prior=both.kept[tokens:],
+        kept_post=kept_post_T,
+        kept_prior=kept_prior_U,
     )
 
 
@@ -352,9 +353,8 @@ def vpgea_loss(
     )
     logq_S = _segment_sum(streams.logp_post, sequence_T, sequences)
     logp_S = _segment_sum(streams.logp_prior, sequence_U, sequences)
-    constant = -_dot(
-        coef_prior_S, logq_S
-    )  # beta sum_s w_s 1[A_s > 0] sg log q_s: a value without a gradient
+    # beta sum_s w_s 1[A_s > 0] sg log q_s: a value without a gradient.
+    constant = -_dot(coef_prior_S, logq_S)
     distill = _dot(weight_S * gate_S, logq_S - logp_S) if beta > 0 else torch.zeros_like(constant)
     return VpgeaLoss(
         loss=streams.loss + constant,
@@ -722,6 +722,10 @@ def _check_prior_index(
     if prior_index.dtype != torch.int64 or prior_index.dim() != 1:
         raise ValueError(
             f"prior_index: got {prior_index.dtype} {tuple(prior_index.shape)}, expected int64 (P,)"
+        )
+    if prior_index.device != lengths_S.device:
+        raise ValueError(
+            f"prior_index is on {prior_index.device}, cu_seqlens on {lengths_S.device}: move one"
         )
     _check_on_device(
         ((prior_index >= 0) & (prior_index < sequences)).all(),
