@@ -1,0 +1,441 @@
+"""The contract of every rollout engine, and what engines share. A new engine: a line in ENGINES.
+
+Legend: R requests, V vocabulary, T tokens of one path.
+"""
+
+import collections
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpgea_fast.rollout.engine import Sampling, request_seed, split_path
+from vpgea_fast.rollout.hf import HFEngine, draw
+from vpgea_fast.types import Finish, SampleRequest, Stream
+
+ENGINES = {"hf": HFEngine}
+CLOSE, EOS = 3, 1
+GREEDY = Sampling(max_new_tokens=24, think_close_id=CLOSE, eos_ids=(EOS,), temperature=0.0)
+SHORT = Sampling(max_new_tokens=24, think_close_id=CLOSE, eos_ids=(EOS,))
+ENDLESS = Sampling(max_new_tokens=90, think_close_id=1000, eos_ids=())
+
+
+@pytest.fixture(params=ENGINES)
+def make_engine(request):
+    return ENGINES[request.param]
+
+
+@pytest.fixture
+def model(random_qwen2):
+    return random_qwen2()
+
+
+def some_requests(*, questions=4, paths=3, seed=0, vocab=53):
+    """`paths` requests for each of some prompts of different lengths, one of them of one token."""
+    rng = random.Random(seed)
+    requests = []
+    for q in range(questions):
+        prompt = torch.tensor([rng.randrange(4, vocab) for _ in range(1 + 5 * q)])
+        for index in range(paths):
+            stream = "posterior" if q % 2 else "prior"
+            request_key = request_seed(seed, 0, f"q{q}", stream, index)
+            requests.append(SampleRequest(f"q{q}", stream, index, prompt, request_key))
+    return requests
+
+
+def tokens_of(path):
+    return (*path.z_ids.tolist(), *path.answer_ids.tolist())
+
+
+def full_forward(model, prompt_ids, token_ids):
+    """(T, V) float32 logits that predict each token, from one uncached forward of the one row."""
+    ids = torch.cat([prompt_ids, token_ids])[None]
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1].float()
+
+
+def assert_same_tokens(paths, others):
+    assert [tokens_of(p) for p in paths] == [tokens_of(p) for p in others]
+
+
+def assert_logps_match(model, requests, paths, temperature):
+    for request, path in zip(requests, paths, strict=True):
+        logits_TV = full_forward(model, request.prompt_ids, path.z_ids)
+        expected_TV = (logits_TV / temperature).log_softmax(-1)
+        expected_T = expected_TV.gather(-1, path.z_ids[:, None])[:, 0]
+        torch.testing.assert_close(path.logps, expected_T, rtol=0, atol=1e-4)
+
+
+# --- the contract -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+@pytest.mark.parametrize(
+    "variant", [{}, {"num_key_value_heads": 1, "heads": 4, "tie_word_embeddings": False}]
+)
+def test_logps_are_those_of_a_full_forward(make_engine, random_qwen2, temperature, variant):
+    """Ragged prompts, rows that leave at different steps, and 90 tokens, so caches grow."""
+    model, requests = random_qwen2(**variant), some_requests()
+    engine = make_engine(model, max_batch=64)
+    for limits in (SHORT, ENDLESS):
+        sampling = replace(limits, temperature=temperature)
+        paths = engine.generate(requests, sampling)
+        assert_logps_match(model, requests, paths, temperature)
+    assert {path.length for path in paths} == {90}
+
+
+def test_paths_come_in_the_order_of_the_requests(make_engine, model):
+    requests = some_requests()
+    random.Random(1).shuffle(requests)
+    paths = make_engine(model, max_batch=5).generate(requests, SHORT)
+    wanted = [(r.question_id, r.stream, r.index) for r in requests]
+    assert [(p.question_id, p.stream, p.index) for p in paths] == wanted
+
+
+def test_tokens_depend_on_the_seed_alone(make_engine, model):
+    """Not on the order of the requests, their company, the batch split, or earlier calls."""
+    requests = some_requests(questions=5, paths=4)
+    engine = make_engine(model, max_batch=64)
+    together = engine.generate(requests, SHORT)
+    shuffled = list(enumerate(requests))
+    random.Random(2).shuffle(shuffled)
+    again = engine.generate([request for _, request in shuffled], SHORT)
+    assert_same_tokens(again, [together[number] for number, _ in shuffled])
+    assert_same_tokens(make_engine(model, max_batch=3).generate(requests, SHORT), together)
+    one_by_one = [engine.generate([request], SHORT)[0] for request in requests]
+    assert_same_tokens(one_by_one, together)
+    for path, alone in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(path.logps, alone.logps, rtol=0, atol=1e-5)
+
+
+def test_another_index_draws_other_tokens(make_engine, model):
+    paths = make_engine(model, max_batch=64).generate(some_requests(paths=8), ENDLESS)
+    assert len({tokens_of(path) for path in paths}) == len(paths)
+
+
+def test_a_longer_limit_only_continues(make_engine, model):
+    requests = some_requests()
+    engine = make_engine(model, max_batch=64)
+    short = engine.generate(requests, Sampling(30, 1000, ()))
+    long = engine.generate(requests, ENDLESS)
+    assert [tokens_of(p) for p in short] == [tokens_of(p)[:30] for p in long]
+
+
+@pytest.mark.parametrize("full_answer", [False, True])
+def test_stop_reasons(make_engine, model, full_answer):
+    """Every path ends exactly where its tokens say; all kinds of end occur among 96 paths."""
+    sampling = replace(SHORT, full_answer=full_answer, max_answer_tokens=9)
+    kinds = collections.Counter()
+    for path in make_engine(model, max_batch=64).generate(some_requests(paths=24), sampling):
+        z, answer = path.z_ids.tolist(), path.answer_ids.tolist()
+        assert len(path.logps) == len(z) == path.length <= 24
+        assert not {CLOSE, EOS} & set(z[:-1])
+        assert EOS not in answer[:-1]
+        assert path.closed == (z[-1] == CLOSE)
+        if answer:
+            assert full_answer
+            assert path.closed
+        if path.closed and full_answer:
+            assert 1 <= len(answer) <= 9
+            assert path.finish == ("stop" if answer[-1] == EOS else "length")
+            assert path.finish == "stop" or len(answer) == 9
+        elif path.finish == "length":
+            assert len(z) == 24
+            assert z[-1] not in (CLOSE, EOS)
+        else:
+            assert z[-1] in (CLOSE, EOS)
+        kinds[path.closed, path.finish] += 1
+    expected = {(True, "stop"), (False, "stop"), (False, "length")}
+    assert set(kinds) == (expected | {(True, "length")} if full_answer else expected)
+
+
+def test_one_token_limits(make_engine, model):
+    requests = some_requests(paths=40)
+    for full_answer in (False, True):
+        sampling = replace(SHORT, max_new_tokens=1, max_answer_tokens=1, full_answer=full_answer)
+        paths = make_engine(model, max_batch=64).generate(requests, sampling)
+        assert {path.length for path in paths} == {1}
+        assert any(path.closed for path in paths)
+        for path in paths:
+            assert len(path.answer_ids) == (full_answer and path.closed)
+
+
+def test_greedy_is_the_argmax_chain(make_engine, model):
+    requests = some_requests(paths=1)
+    paths = make_engine(model, max_batch=64).generate(requests, GREEDY)
+    for request, path in zip(requests, paths, strict=True):
+        chain, ids = [], request.prompt_ids
+        while len(chain) < 24 and not {CLOSE, EOS} & set(chain):
+            with torch.no_grad():
+                chain.append(model(ids[None], use_cache=False).logits[0, -1].argmax().item())
+            ids = torch.cat([request.prompt_ids, torch.tensor(chain)])
+        assert path.z_ids.tolist() == chain
+    assert_logps_match(model, requests, paths, temperature=1.0)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_draws_follow_the_softmax(make_engine, random_qwen2, top_p):
+    """Chi-square of 6000 first tokens against float64, bounded by its 0.999 quantile."""
+    model = random_qwen2(vocab=11)
+    prompt = torch.tensor([4, 5, 6])
+    sampling = Sampling(1, 1000, (), temperature=1.3, top_p=top_p)
+    seeds = [request_seed(7, 0, "q", "prior", index) for index in range(6000)]
+    requests = [SampleRequest("q", "prior", i, prompt, seed) for i, seed in enumerate(seeds)]
+    paths = make_engine(model, max_batch=2000).generate(requests, sampling)
+    counts_V = torch.bincount(torch.cat([path.z_ids for path in paths]), minlength=11).double()
+
+    logits_V = full_forward(model, prompt, torch.tensor([0]))[0].double()
+    order = (p_V := (logits_V / 1.3).softmax(-1)).argsort(descending=True)
+    size = next(k for k in range(1, 12) if k == 11 or p_V[order[:k]].sum() >= top_p)
+    kept = order[:size]
+    assert counts_V[kept].sum() == 6000
+    expected = 6000 * p_V[kept] / p_V[kept].sum()
+    assert expected.min() > 5
+    chi_square = ((counts_V[kept] - expected) ** 2 / expected).sum().item()
+    quantile = {4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3, 8: 26.1, 9: 27.9, 10: 29.6}[size - 1]
+    assert chi_square < quantile
+    # The log-prob is that of the full softmax, truncated or not.
+    logp = {path.z_ids.item(): path.logps.item() for path in paths}
+    assert logp == pytest.approx({t: p_V[t].log().item() for t in logp}, abs=1e-4)
+
+
+def test_new_weights_change_the_output(make_engine, random_qwen2):
+    model, other = random_qwen2(seed=0), random_qwen2(seed=1)
+    requests, engine = some_requests(), make_engine(model, max_batch=64)
+    before = engine.generate(requests, GREEDY)
+    expected = make_engine(other, max_batch=64).generate(requests, GREEDY)
+    assert [tokens_of(p) for p in before] != [tokens_of(p) for p in expected]
+    engine.load_weights(other.named_parameters())
+    assert_same_tokens(engine.generate(requests, GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unknown", r"unknown model\.extra"),
+        ("missing", r"missing model\.norm\.weight"),
+        ("shape", r"model\.norm\.weight: got \(1, 32\), expected \(32,\)"),
+    ],
+)
+def test_unfit_weights_are_refused_whole(make_engine, random_qwen2, fault, message):
+    requests, engine = some_requests(), make_engine(random_qwen2(seed=0), max_batch=64)
+    before = engine.generate(requests, GREEDY)
+    named = dict(random_qwen2(seed=1).named_parameters())
+    norm = named.pop("model.norm.weight")
+    faulty = {
+        "unknown": {"model.norm.weight": norm, "model.extra": norm},
+        "missing": {},
+        "shape": {"model.norm.weight": norm[None]},
+    }[fault]
+    with pytest.raises(ValueError, match=message):
+        engine.load_weights((named | faulty).items())
+    assert_same_tokens(engine.generate(requests, GREEDY), before)
+
+
+def test_a_prompt_without_room_is_refused_before_anything_is_drawn(make_engine, random_qwen2):
+    engine = make_engine(random_qwen2(max_position_embeddings=40), max_batch=64)
+    fits = SampleRequest("fits", "prior", 0, torch.full((16,), 5), 0)
+    long = SampleRequest("long", "prior", 0, torch.full((17,), 5), 0)
+    assert len(engine.generate([fits], SHORT)) == 1
+    with pytest.raises(ValueError, match=r"long: .* 17 tokens .* need 41 positions.*has 40"):
+        engine.generate([fits, long], SHORT, on_progress=pytest.fail)
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.generate([SampleRequest("none", "prior", 0, torch.tensor([]).long(), 0)], SHORT)
+
+
+def test_progress_counts_every_path_once(make_engine, model):
+    finished = []
+    engine = make_engine(model, max_batch=7)
+    assert engine.generate([], SHORT, finished.append) == []
+    engine.generate(some_requests(), SHORT, finished.append)
+    assert sum(finished) == 12
+    assert min(finished) > 0
+
+
+def test_nan_weights_are_an_error_with_the_question(make_engine, model):
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    engine = make_engine(model, max_batch=64)
+    for sampling in (SHORT, GREEDY):
+        with pytest.raises(RuntimeError, match=r"question q0 at decode step 0.*weights.*dtype"):
+            engine.generate(some_requests(), sampling)
+
+
+# --- the transformers engine ----------------------------------------------------------------------
+
+
+def test_the_callers_module_is_left_as_it_was(model):
+    """Weights shared, each module's mode restored (also after an error), no graph, no copy."""
+    engine = HFEngine(model, max_batch=64)
+    model.train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    path = engine.generate(some_requests(), SHORT)[0]
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError):
+        engine.generate(some_requests(), SHORT)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert not path.logps.requires_grad
+    version = model.model.norm.weight._version
+    engine.load_weights(model.named_parameters())
+    assert model.model.norm.weight._version == version
+
+
+def test_batches_do_not_depend_on_the_order_of_the_requests(model):
+    """Waves of 5 rows: the log-probs are the same bits, so the batches were the same."""
+    requests = some_requests()
+    engine = HFEngine(model, max_batch=5)
+    paths = engine.generate(requests, SHORT)
+    for path, again in zip(paths, engine.generate(requests[::-1], SHORT)[::-1], strict=True):
+        assert torch.equal(path.logps, again.logps)
+
+
+@pytest.mark.parametrize("full_answer", [False, True])
+def test_looking_rarely_changes_no_path(model, full_answer):
+    """7 steps between looks divide neither limit; finished rows draw on meanwhile."""
+    requests = some_requests(paths=8)
+    sampling = replace(SHORT, full_answer=full_answer, max_answer_tokens=9)
+    rarely = HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
+    paths = HFEngine(model, max_batch=16).generate(requests, sampling)
+    assert_same_tokens(rarely, paths)
+    assert [p.finish for p in rarely] == [p.finish for p in paths]
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(RuntimeError, match="at decode step 0"):
+        HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
+
+
+def test_both_names_of_a_tied_weight(random_qwen2):
+    model, other = random_qwen2(seed=0), random_qwen2(seed=1)
+    engine = HFEngine(model, max_batch=64)
+    named = dict(other.named_parameters(remove_duplicate=False))
+    with pytest.raises(ValueError, match="ties them"):
+        engine.load_weights((named | {"lm_head.weight": named["lm_head.weight"] + 1}).items())
+    embedding = named.pop("model.embed_tokens.weight")
+    engine.load_weights(named.items())
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    untied = HFEngine(random_qwen2(tie_word_embeddings=False), max_batch=64)
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+        untied.load_weights(other.named_parameters())
+
+
+def test_a_sliding_window_that_is_passed(random_qwen2):
+    """Layers that keep 16 positions only, beside full ones, over 90 tokens."""
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    model = random_qwen2(layers=3, **window)
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+    requests = some_requests()
+    paths = HFEngine(model, max_batch=64).generate(requests, ENDLESS)
+    assert_logps_match(model, requests, paths, temperature=1.0)
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    """Zero at both ends and in the middle; uniforms at both ends and around its steps."""
+    p_V = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    near = [0.0, 0.25 - 1e-6, 0.25 + 1e-6, 0.75 - 1e-6, 0.75 + 1e-6, 1 - 2.0**-53]
+    uniform_R = torch.tensor(near, dtype=torch.float64)
+    token_R, logp_R = draw(p_V.log().expand(6, -1), uniform_R, ENDLESS)
+    assert token_R.tolist() == [1, 1, 3, 3, 4, 4]
+    torch.testing.assert_close(logp_R, p_V[token_R].log())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 80.0])
+def test_draw_inverts_the_cumulative_sum(scale):
+    """Against a float64 loop, 500 rows of 200 tokens; logits up to +-80 and all equal too."""
+    rng = torch.Generator().manual_seed(0)
+    logits_RV = (torch.rand(500, 200, generator=rng) * 2 - 1) * scale
+    uniform_R = torch.rand(500, dtype=torch.float64, generator=rng)
+    token_R, _ = draw(logits_RV, uniform_R, ENDLESS)
+    sum_RV = logits_RV.double().softmax(-1).cumsum(-1)
+    upper_R = sum_RV.gather(-1, token_R[:, None])[:, 0]
+    lower_R = upper_R - logits_RV.double().softmax(-1).gather(-1, token_R[:, None])[:, 0]
+    # float32 probabilities: 200 relative roundings of 6e-8 at most.
+    assert ((lower_R - 2e-5 <= uniform_R) & (uniform_R <= upper_R + 2e-5)).all()
+
+
+# --- what engines share ---------------------------------------------------------------------------
+
+
+def split(ids, finish: Finish = "stop", **changes):
+    request = SampleRequest("q", "prior", 0, torch.tensor([5]), 0)
+    sampling = replace(SHORT, **{"full_answer": True, **changes})
+    logps = -torch.arange(len(ids)).float()
+    path = split_path(request, torch.tensor(ids), logps, sampling, finish)
+    assert torch.equal(path.logps, logps[: len(path.z_ids)])
+    return path.z_ids.tolist(), path.answer_ids.tolist(), path.closed, path.finish
+
+
+def test_the_first_close_ends_the_thought():
+    open_again = 9
+    nested = [7, CLOSE, open_again, 8, CLOSE, 6, EOS]
+    assert split(nested) == ([7, CLOSE], [open_again, 8, CLOSE, 6, EOS], True, "stop")
+    assert split([CLOSE, EOS]) == ([CLOSE], [EOS], True, "stop")
+    assert split([7, 8, EOS]) == ([7, 8, EOS], [], False, "stop")
+    assert split([EOS]) == ([EOS], [], False, "stop")
+    assert split([7, CLOSE], finish="error") == ([7, CLOSE], [], True, "error")
+
+
+def test_an_engine_with_one_limit_is_cut_to_both():
+    def cut(ids, **changes):
+        return split(ids, max_new_tokens=3, max_answer_tokens=2, **changes)
+
+    assert cut([4, 5, CLOSE, 6, EOS]) == ([4, 5, CLOSE], [6, EOS], True, "stop")
+    assert cut([4, CLOSE, 6, 7, 8]) == ([4, CLOSE], [6, 7], True, "length")
+    assert cut([4, 5, 6, CLOSE, EOS]) == ([4, 5, 6], [], False, "length")
+    assert cut([4, 5, CLOSE], full_answer=False) == ([4, 5, CLOSE], [], True, "stop")
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.booleans(), st.integers(1, 30))
+def test_segments_are_a_prefix_of_what_was_drawn(ids, full_answer, limit):
+    z, answer, closed, finish = split(
+        ids, full_answer=full_answer, max_new_tokens=limit, max_answer_tokens=5
+    )
+    assert z + answer == ids[: len(z) + len(answer)]
+    assert closed == (CLOSE in ids[:limit]) == (z[-1] == CLOSE)
+    assert CLOSE not in z[:-1]
+    assert len(z) <= limit
+    assert len(answer) <= 5 * (full_answer and closed)
+    if finish == "stop" and (full_answer or not closed):
+        assert len(z) + len(answer) == len(ids)
+
+
+def test_seeds_are_the_same_in_every_process():
+    assert request_seed(0, 0, "q0", "prior", 0) == 5134053449877483398
+    streams: tuple[Stream, ...] = ("prior", "posterior")
+    seeds = [
+        request_seed(run, step, question, stream, index)
+        for run in range(3)
+        for step in range(12)
+        for question in ("1", "11", "a,0", "a")
+        for stream in streams
+        for index in range(12)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds).bit_length() == 63
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"top_p": 1.1}, "top_p: got 1.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*at least 1"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens.*at least 1"),
+        ({"eos_ids": (CLOSE,)}, "think_close_id 3 is also"),
+    ],
+)
+def test_settings_are_checked_at_birth(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SHORT, **change)
+
+
+def test_max_batch_must_hold_a_row(model):
+    with pytest.raises(ValueError, match="got 0, None"):
+        HFEngine(model, max_batch=0)
+    with pytest.raises(ValueError, match="got 4, 0"):
+        HFEngine(model, max_batch=4, check_every=0)

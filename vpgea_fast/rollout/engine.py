@@ -1,0 +1,148 @@
+"""What a rollout engine is, and what all of them share: settings, seeds, and where a thought ends.
+
+An engine turns requests (prompt ids and a seed) into paths (token ids and their sampling
+log-probs). It never sees text, so nothing is ever re-tokenised. `split_path` is the one place that
+decides what of the drawn tokens is thought and what is answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vpgea_fast.types import Finish, Path, SampleRequest, Stream
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw, and where to stop.
+
+    temperature 0 means greedy. A path ends at the first of: an end-of-sequence token; the first
+    think-close token (it is kept), unless `full_answer`; the limits. `max_new_tokens` limits the
+    thought, think-close included; `max_answer_tokens` limits what follows it (`full_answer` only).
+    `pad_id` is any valid token id; padding is masked, so its choice changes nothing.
+
+    >>> Sampling(max_new_tokens=8, think_close_id=3, eos_ids=(2,)).limit
+    8
+    """
+
+    max_new_tokens: int
+    think_close_id: int
+    eos_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    full_answer: bool = False
+    max_answer_tokens: int = 1024
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}; give 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}; give a number above 0, at most 1")
+        if min(self.max_new_tokens, self.max_answer_tokens) < 1:
+            raise ValueError(
+                f"max_new_tokens, max_answer_tokens: got {self.max_new_tokens}, "
+                f"{self.max_answer_tokens}; both must be at least 1"
+            )
+        if self.think_close_id in self.eos_ids:
+            raise ValueError(
+                f"think_close_id {self.think_close_id} is also an end-of-sequence token; "
+                "an answer could never follow it: take it out of eos_ids"
+            )
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that one path can have, thought and answer."""
+        return self.max_new_tokens + (self.max_answer_tokens if self.full_answer else 0)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a path wherever they are drawn."""
+        return self.eos_ids if self.full_answer else (*self.eos_ids, self.think_close_id)
+
+
+class RolloutEngine(Protocol):
+    """Samples paths, and takes over new weights between steps."""
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """One path a request, in the order of the requests.
+
+        The sampling log-prob of a token is log softmax(logits / temperature), natural log, float32,
+        under the full softmax also where top_p < 1, and at temperature 1 for greedy decoding.
+        `on_progress` gets the number of newly finished paths. ValueError, before anything is drawn,
+        for a prompt that leaves no room for `sampling.limit` tokens: prompts are never cut.
+        """
+        ...
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over all weights, by the names of the model's own parameters.
+
+        ValueError that lists every missing, unknown or wrongly shaped name; nothing is copied then.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds; it cannot be used afterwards."""
+        ...
+
+
+def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> int:
+    """63 bits of BLAKE2b over the fields: a pure function, the same in every process.
+
+    >>> request_seed(0, 0, "q0", "prior", 0) != request_seed(0, 0, "q0", "prior", 1)
+    True
+    """
+    fields = json.dumps([run_seed, step, question_id, stream, index]).encode()
+    return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
+
+
+def split_path(
+    request: SampleRequest,
+    ids: torch.Tensor,
+    logps: torch.Tensor,
+    sampling: Sampling,
+    finish: Finish,
+) -> Path:
+    """Cut drawn tokens into thought and answer, and to the limits of both.
+
+    ids (n,) int64 and logps (n,) float32 as drawn, the stop token included; CPU. The thought z runs
+    up to and including the FIRST think-close token; later think tokens of either kind are ordinary
+    answer tokens. Without a think-close token all of it is thought, an end-of-sequence token too:
+    it was drawn, so log q(z) must count it. Such a path has closed=False and finish="stop". The
+    answer likewise keeps its end-of-sequence token, because tokens are counted as generated.
+    An engine with a single limit may draw up to `sampling.limit` tokens for a thought: what is
+    beyond a limit is dropped here and finish becomes "length".
+
+    >>> drawn = torch.tensor([7, 3, 8, 3, 2])
+    >>> request = SampleRequest("q0", "prior", 0, torch.tensor([1]), seed=0)
+    >>> full = Sampling(max_new_tokens=4, think_close_id=3, eos_ids=(2,), full_answer=True)
+    >>> path = split_path(request, drawn, torch.zeros(5), full, "stop")
+    >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed
+    ([7, 3], [8, 3, 2], True)
+    """
+    closes = (ids[: sampling.max_new_tokens] == sampling.think_close_id).nonzero()
+    closed = len(closes) > 0
+    thought = int(closes[0]) + 1 if closed else sampling.max_new_tokens
+    end = thought + (sampling.max_answer_tokens if closed and sampling.full_answer else 0)
+    cut_by_limit = len(ids) > end and (sampling.full_answer or not closed)
+    return Path(
+        question_id=request.question_id,
+        stream=request.stream,
+        index=request.index,
+        z_ids=ids[:thought].clone(),
+        logps=logps[:thought].clone(),
+        answer_ids=ids[thought:end].clone(),
+        closed=closed,
+        finish="length" if cut_by_limit else finish,
+    )
