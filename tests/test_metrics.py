@@ -1,0 +1,269 @@
+"""What a run writes and prints: valid JSON always, alarms that a replay raises again, eps3."""
+
+import io
+import json
+import math
+import os
+import pty
+import resource
+import subprocess
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpgea_fast.metrics import (
+    Alarms,
+    Console,
+    MetricsWriter,
+    PhaseTimer,
+    clock_time,
+    environment,
+    eps3,
+    eps3_mean,
+    finite,
+    read_jsonl,
+    step_line,
+)
+
+
+def no_constant(text):
+    raise AssertionError(f"{text} is not JSON")
+
+
+def test_lines_are_json_on_disk_at_once_and_hold_no_nan(tmp_path):
+    inf, nan = math.inf, math.nan
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "u_post": -inf, "loss": nan, "lr": 1e-6, "skipped": None})
+        writer.write({"step": 2, "kl_q_pi_max": 0.1 + 0.2})
+        writer.write_paths([{"step": 1, "text": "é\n", "logps": [nan, -1.5, {"x": (inf, 2)}]}])
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        path = (tmp_path / "paths.jsonl").read_text()
+    records = [json.loads(line, parse_constant=no_constant) for line in lines]
+    assert records == [
+        {"step": 1, "u_post": None, "loss": None, "lr": 1e-6, "skipped": None},
+        {"step": 2, "kl_q_pi_max": 0.1 + 0.2},
+    ]
+    assert json.loads(path, parse_constant=no_constant) == {
+        "step": 1,
+        "text": "é\n",
+        "logps": [None, -1.5, {"x": [None, 2]}],
+    }
+
+
+@pytest.mark.parametrize("key", ["U_post", "cov LS", "p10.u", "länge", "", "1st"])
+def test_metric_names_are_snake_case_ascii(tmp_path, key):
+    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="snake_case ASCII"):
+        writer.write({"step": 1, key: 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot append to .*metrics\.jsonl .*--resume"):
+            writer.write({"step": 1, "loss": 0.123456789})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.close()
+
+
+def test_reading_skips_only_an_unfinished_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_jsonl(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"line 1: got \[1\], expected an object"):
+        read_jsonl(path)
+    path.write_text("")
+    assert read_jsonl(path) == []
+
+
+def test_phase_times_add_up_over_a_step_and_wait_for_the_device():
+    waits = []
+    timer = PhaseTimer(synchronize=lambda: waits.append(1))
+    for _ in range(2):
+        with timer("rollout"):
+            time.sleep(0.02)
+    with pytest.raises(KeyError), timer("train"):
+        raise KeyError
+    times = timer.metrics()
+    assert list(times) == ["time_rollout_s", "time_train_s"]
+    assert 0.04 <= times["time_rollout_s"] < 2
+    assert len(waits) == 2
+
+
+RECORD = {
+    "step": 12,
+    "acc_student": 0.8125,
+    "eps3_student": 122.4,
+    "len_prior": 53.94,
+    "len_gated": None,
+    "gate_rate": 0.375,
+    "time_rollout_s": 1.5,
+    "time_train_s": 0.5,
+}
+
+
+def test_a_step_is_one_line_without_the_metrics_it_lacks():
+    assert step_line({**RECORD, "grad_norm": math.nan}, 60, 96.0) == (
+        "step 12/60  acc 0.812  eps3 122  prior 53.9  gate 38%  left 1:36"
+    )
+    assert [clock_time(s) for s in (0, 59.5, 3599.4, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
+
+
+def test_plain_console_prints_whole_lines_with_the_time_left():
+    stream = io.StringIO()
+    console = Console(60, done=11, stream=stream)
+    console.step(RECORD)
+    console.step({**RECORD, "step": 13, "time_train_s": 2.5})
+    advance = console.samples(30)
+    for _ in range(30):
+        advance(1)
+    console.message("[not markup] " + "x" * 300)
+    console.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith("left 1:36")  # 48 steps of 2 s
+    assert lines[1].endswith("left 2:21")  # 47 steps of 3 s, the mean of the two
+    assert lines[2:-1] == [f"answers {n}/30" for n in range(3, 31, 3)]
+    assert lines[-1] == "[not markup] " + "x" * 300
+
+
+def test_tables_are_aligned_escaped_and_fit_an_ascii_log():
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    rows = [["this run [red]", "81.2 -> 95.0"], ["GRPO", "-"]]
+    Console(1, stream=stream).table(
+        ["run", "accuracy %"], rows, title="closing", notes=["toy", "b" * 200]
+    )
+    stream.flush()
+    text = raw.getvalue().decode("ascii")
+    body = [line for line in text.splitlines() if "run" in line or "GRPO" in line]
+    assert "this run [red]" in text
+    assert len({len(line) for line in body}) == 1
+    assert text.endswith("toy\n" + "b" * 200 + "\n")
+
+
+def test_a_terminal_gets_a_bar():
+    parent, child = pty.openpty()
+    with os.fdopen(child, "w") as stream:
+        console = Console(60, done=11, stream=stream)
+        console.step(RECORD)
+        console.samples(3)(3)
+        console.close()
+        shown = os.read(parent, 100_000).decode()
+    os.close(parent)
+    assert "left 1:36" in shown
+    assert "12/60" in shown
+    assert "1:36 left" in shown
+
+
+def raised(records):
+    alarms = Alarms()
+    return [text for step, record in enumerate(records) for text in update(alarms, step, record)]
+
+
+def update(alarms, step, record):
+    return alarms.update({"step": step, **record})
+
+
+def test_preflight_warns_once_at_the_fifth_step():
+    below = [{"adv_post": value} for value in (0.1, -0.4, 0.1, 0.0, 0.1, -1.0, -1.0)]
+    (text,) = raised(below)
+    assert text.startswith("alarm at step 4: preflight")
+    assert "prompt.teacher" in text
+    assert raised([{"adv_post": value} for value in (-0.1, -0.1, -0.1, -0.1, 0.5, -9, -9)]) == []
+    assert len(raised([{"adv_post": 0.0}] * 5)) == 1
+    assert raised([{"adv_post": None}, {}] * 9) == []
+    assert raised([{"adv_post": -1.0}] * 4) == []
+
+
+def test_collapse_needs_a_fall_and_a_rise_beyond_the_noise():
+    noise = [0.01, -0.01] * 5
+
+    def run(accuracies, utilities):
+        halves = zip(accuracies, utilities, strict=True)
+        return raised(
+            {"acc_student": acc + shake, "u_post": u + shake}
+            for acc, u in halves
+            for shake in noise
+        )
+
+    (text,) = run([0.9, 0.8], [-3.0, -1.0])
+    assert "fell by" in text
+    assert "objective.verify" in text
+    assert run([0.9, 0.95], [-3.0, -1.0]) == []
+    assert run([0.9, 0.8], [-1.0, -3.0]) == []
+    assert run([0.9, 0.889], [-3.0, -1.0]) == []  # below two points
+    assert raised([{"acc_student": 0.9 - 0.1 * (i > 9), "u_post": -1.0} for i in range(20)]) == []
+    assert raised([{"acc_student": None, "u_post": i} for i in range(40)]) == []
+
+
+def test_shares_above_their_limit_name_the_remedy():
+    records = [{"share_cov_negative": 0.4, "trunc_prior": 0.21, "trunc_post": 0.2}] * 9
+    cov, cut = raised(records)
+    assert "40% of the questions" in cov
+    assert "objective.alpha" in cov
+    assert "21% of the student's paths" in cut
+    assert raised(records[:4]) == []
+
+
+numbers = st.none() | st.floats(-1, 1) | st.just(math.nan) | st.just(-math.inf)
+watched = ["adv_post", "acc_student", "u_post", "share_cov_negative", "trunc_prior", "trunc_post"]
+
+
+@given(
+    st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(watched, numbers)), max_size=60),
+    st.integers(0, 60),
+)
+def test_a_replayed_run_raises_what_the_uninterrupted_one_does(tmp_path_factory, records, cut):
+    run_dir = tmp_path_factory.mktemp("run")
+    records = [{"step": step, **record} for step, record in enumerate(records)]
+    straight = Alarms()
+    whole = [straight.update(record) for record in records]
+    with MetricsWriter(run_dir) as writer:
+        for record in records[:cut]:
+            writer.write(record)
+    resumed = Alarms()
+    assert resumed.replay(run_dir) == [text for texts in whole[:cut] for text in texts]
+    assert [resumed.update(record) for record in records[cut:]] == whole[cut:]
+
+
+def test_eps3_is_the_published_figure():
+    published = [(0.79, 978, 6.38), (0.806, 4887, 1.33), (0.902, 3674, 2.21), (0.535, 10306, 0.28)]
+    for acc, tokens, figure in published:
+        assert round(eps3(acc, tokens), 2) == figure
+    assert eps3(0.0, 10) == 0
+    assert math.isnan(eps3(0.5, 0))
+
+
+def test_eps3_aggregations():
+    mean_of_ratios, ratio_of_means = eps3_mean([(0.9, 900), (0.3, 9000)])
+    assert mean_of_ratios == pytest.approx((9.0 + 0.1) / 2)
+    assert ratio_of_means == pytest.approx(60.0**2 / 4950)
+    assert eps3_mean([(0.5, 100)]) == (eps3(0.5, 100),) * 2
+    with pytest.raises(ValueError, match="no benchmark"):
+        eps3_mean([])
+
+
+def test_finite_takes_numbers_only():
+    assert [finite(v) for v in (1, 0.5, True, None, math.nan, math.inf, "1")] == [
+        1.0,
+        0.5,
+        *[None] * 5,
+    ]
+
+
+def test_environment_is_json_and_names_the_checkout():
+    found = environment()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["torch"].split(".")[0].isdigit()
+    git = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]  # noqa: PTH120
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert found["commit"] is None or found["commit"].removesuffix("+changes") == head

@@ -1,0 +1,426 @@
+"""What a run tells: metrics.jsonl, phase times, the console, the alarms, eps3, and the environment.
+
+The only file that may import a logger. Metrics are a flat dict a step: what `MetricsWriter` writes,
+`Console` prints from, and `Alarms` watches, so a replay of metrics.jsonl puts all of them back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console as Terminal
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
+KEY = re.compile(r"[a-z][a-z0-9_]*")
+TIME = re.compile(r"time_\w+_s")
+
+STEP_LINE = (
+    ("acc", "acc_student", "{:.3f}"),
+    ("eps3", "eps3_student", "{:.3g}"),
+    ("prior", "len_prior", "{:.1f}"),
+    ("post", "len_post", "{:.1f}"),
+    ("gated", "len_gated", "{:.1f}"),
+    ("accept", "accept_rate", "{:.0%}"),
+    ("gate", "gate_rate", "{:.0%}"),
+    ("cut", "trunc_prior", "{:.0%}"),
+    ("grad", "grad_norm", "{:.2g}"),
+    ("tok/s", "tokens_per_s", "{:.0f}"),
+)
+"""(label, metric, format) of a step's line; a metric that the step lacks is left out."""
+
+
+SHARES = {
+    "share_cov_negative": (0.3, "of the questions have Cov(L, S) < 0; lower objective.alpha"),
+    "trunc_prior": (
+        0.2,
+        "of the student's paths are cut at the token limit; raise rollout.max_new_tokens",
+    ),
+    "trunc_post": (
+        0.2,
+        "of the teacher's paths are cut at the token limit; raise rollout.max_new_tokens",
+    ),
+}
+"""metric -> (limit of its mean over a few steps, what is said after the percentage)."""
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and paths.jsonl, flushed: a kill costs the last line at most.
+
+    NaN and infinity, which JSON does not have, become null.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self._metrics = (self.run_dir / METRICS).open("a", encoding="utf-8")
+        self._paths = (self.run_dir / PATHS).open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One step's line. ValueError for a name that is not snake_case ASCII."""
+        wrong = [key for key in record if not KEY.fullmatch(key)]
+        if wrong:
+            raise ValueError(f"metric names: got {wrong}, expected snake_case ASCII like kl_q_pi")
+        self._append(self._metrics, [record])
+
+    def write_paths(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._append(self._paths, records)
+
+    def _append(self, file: TextIO, records: Sequence[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(_json_ready(record), allow_nan=False) + "\n" for record in records]
+        try:
+            file.write("".join(lines))
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot append to {file.name} ({error.strerror}); free disk space and go on with "
+                f"--resume {self.run_dir}",
+            ) from error
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._paths.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file; an unfinished last line (a live or killed run) is left out.
+
+    Raises ValueError with file and line number for anything else that is not a JSON object.
+    """
+    path = Path(path)
+    records: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); delete it") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: got {record!r}, expected an object")
+            records.append(record)
+    return records
+
+
+class PhaseTimer:
+    """Wall seconds of the named phases of a step.
+
+    `synchronize` (torch.cuda.synchronize) makes a phase wait for the work it has queued; without it
+    a GPU's time lands in the phase that first asks for a result.
+
+    >>> timer = PhaseTimer()
+    >>> with timer("rollout"):
+    ...     pass
+    >>> list(timer.metrics())
+    ['time_rollout_s']
+    """
+
+    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+            if self._synchronize is not None:
+                self._synchronize()
+        finally:
+            spent = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time_{phase}_s": seconds for phase, seconds in self._seconds.items()}
+
+
+class Console:
+    """The run on a terminal: a bar with the time left, a line a step, tables; else plain lines.
+
+    `total` steps, of which `done` were made before this process.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None) -> None:
+        self._terminal = Terminal(file=stream, highlight=False)
+        live = self._terminal.is_terminal
+        if not live:
+            self._terminal.width = 160  # rich takes a pipe for 80 columns and folds tables
+        self._total = total
+        self._step_seconds: deque[float] = deque(maxlen=20)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        left = TextColumn("{task.fields[left]}")
+        self._bar = Progress(*columns, left, console=self._terminal, disable=not live)
+        self._task = self._bar.add_task("steps", total=total, completed=done, left="")
+        self._bar.start()
+
+    def message(self, text: str) -> None:
+        self._terminal.print(text, markup=False, soft_wrap=True)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """A line for the step that `metrics` tells of; the time left follows the last 20 steps."""
+        done = metrics["step"]
+        self._step_seconds.append(sum(metrics[key] for key in metrics if TIME.fullmatch(key)))
+        left = statistics.fmean(self._step_seconds) * (self._total - done)
+        self.message(step_line(metrics, self._total, left))
+        self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
+
+    def samples(self, total: int) -> Callable[[int], None]:
+        """Progress of sampling `total` answers: call the result with the number newly finished."""
+        task = self._bar.add_task("answers", total=total, left="")
+        finished = 0
+
+        def advance(count: int) -> None:
+            nonlocal finished
+            tenths, finished = finished * 10 // total, finished + count
+            self._bar.update(task, completed=finished, visible=finished < total)
+            if self._bar.disable and finished * 10 // total > tenths:
+                self.message(f"answers {finished}/{total}")
+
+        return advance
+
+    def table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        title: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        table = Table(title=title, title_justify="left")
+        for index, header in enumerate(headers):
+            table.add_column(header, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self._terminal.print(table)
+        for note in notes:
+            self.message(note)
+
+    def close(self) -> None:
+        if not self._bar.disable:  # a bar that never ran would print an empty line
+            self._bar.stop()
+
+
+def step_line(metrics: Mapping[str, Any], total: int, seconds_left: float) -> str:
+    """One line for one step.
+
+    >>> step_line({"step": 3, "acc_student": 0.8125, "len_prior": 51.26}, 60, 114.2)
+    'step  3/60  acc 0.812  prior 51.3  left 1:54'
+    """
+    words = [f"step {metrics['step']:>{len(str(total))}}/{total}"]
+    for label, key, form in STEP_LINE:
+        value = finite(metrics.get(key))
+        if value is not None:
+            words.append(f"{label} {form.format(value)}")
+    return "  ".join([*words, f"left {clock_time(seconds_left)}"])
+
+
+def clock_time(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour.
+
+    >>> clock_time(59.6), clock_time(3661)
+    ('1:00', '1:01:01')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float, or None for what has none: None, NaN, infinity, text."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
+
+
+class Alarms:
+    """Watches the metrics and says, once a condition, what is wrong and what to turn.
+
+    preflight   mean of adv_post over its first 5 steps <= 0
+    collapse    acc_student fell while u_post rose: means of the last 10 steps and of the 10 before,
+                each by more than 2 standard errors, accuracy by 2 points or more. So it looks when
+                thoughts learn to state or copy the answer
+    covariance  mean share_cov_negative of the last 5 steps > 0.3
+    truncation  mean trunc_prior, or trunc_post, of the last 5 steps > 0.2
+
+    The state is a function of the records alone: a resumed run replays metrics.jsonl and goes on as
+    if it had not stopped.
+    """
+
+    FEW, WINDOW = 5, 10
+
+    def __init__(self) -> None:
+        self._first_advantages: list[float] = []
+        self._accuracy: deque[float] = deque(maxlen=2 * self.WINDOW)
+        self._utility: deque[float] = deque(maxlen=2 * self.WINDOW)
+        self._shares = {key: deque[float](maxlen=self.FEW) for key in SHARES}
+        self._raised: set[str] = set()
+
+    def update(self, record: Mapping[str, Any]) -> list[str]:
+        """The alarms that this record sets off, each a text with the remedy."""
+        found = {
+            "preflight": self._preflight(record),
+            "collapse": self._collapse(record),
+            **{key: self._share(record, key) for key in SHARES},
+        }
+        fresh = {name: text for name, text in found.items() if text and name not in self._raised}
+        self._raised |= fresh.keys()
+        return [f"alarm at step {record['step']}: {text}" for text in fresh.values()]
+
+    def replay(self, run_dir: str | Path) -> list[str]:
+        """`update` with every line of the run's metrics.jsonl, and all that it said."""
+        path = Path(run_dir) / METRICS
+        records = read_jsonl(path) if path.exists() else []
+        return [text for record in records for text in self.update(record)]
+
+    def _preflight(self, record: Mapping[str, Any]) -> str | None:
+        first, value = self._first_advantages, finite(record.get("adv_post"))
+        if value is None or len(first) == self.FEW:
+            return None
+        first.append(value)
+        mean = statistics.fmean(first)
+        if len(first) < self.FEW or mean > 0:
+            return None
+        return (
+            f"preflight: over the first {self.FEW} steps the teacher's paths were worth no more "
+            f"than the student's own (E_q[S] - E_pi[S] = {mean:.3g} <= 0): there is nothing to "
+            "distil. Read paths.jsonl, improve prompt.teacher, lower objective.alpha, or take "
+            "questions that the student sometimes fails"
+        )
+
+    def _collapse(self, record: Mapping[str, Any]) -> str | None:
+        accuracy, utility = finite(record.get("acc_student")), finite(record.get("u_post"))
+        if accuracy is None or utility is None:
+            return None
+        self._accuracy.append(accuracy)
+        self._utility.append(utility)
+        if len(self._accuracy) < 2 * self.WINDOW:
+            return None
+        fall, fall_errors = _change([-value for value in self._accuracy])
+        rise, rise_errors = _change(self._utility)
+        if fall < 0.02 or min(fall_errors, rise_errors) <= 2:
+            return None
+        return (
+            f"the student's accuracy fell by {100 * fall:.1f} points while log P(answer) after the "
+            f"teacher's paths rose by {rise:.2f}: they may state or copy the answer. Read "
+            "paths.jsonl, set objective.verify to gate, or lower optim.lr"
+        )
+
+    def _share(self, record: Mapping[str, Any], key: str) -> str | None:
+        last, value, (limit, text) = self._shares[key], finite(record.get(key)), SHARES[key]
+        if value is None:
+            return None
+        last.append(value)
+        mean = statistics.fmean(last)
+        return f"{mean:.0%} {text}" if len(last) == self.FEW and mean > limit else None
+
+
+def eps3(acc: float, tokens: float) -> float:
+    """Efficiency ACC^2 / tokens of VPG-EA (arXiv 2605.11019): accuracy in percent, mean tokens.
+
+    `acc` is a share, 0 to 1; `tokens` counts all generated tokens of a response, cut ones included.
+    NaN where no token was generated.
+
+    >>> round(eps3(0.79, 978), 2)
+    6.38
+    """
+    return (100 * acc) ** 2 / tokens if tokens > 0 else math.nan
+
+
+def eps3_mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(mean of ratios, ratio of means) over the (acc, tokens) of several benchmarks.
+
+    The paper does not say which of mean_b(ACC_b^2 / tokens_b) and (mean ACC)^2 / mean tokens it
+    prints. They differ by several times where benchmarks differ in length, so both are shown.
+
+    >>> eps3_mean([(0.9, 900.0), (0.3, 9000.0)])
+    (4.55, 0.7272727272727273)
+    """
+    if not pairs:
+        raise ValueError("eps3_mean: got no benchmark, expected at least one (acc, tokens)")
+    accs, tokens = zip(*pairs, strict=True)
+    mean_of_ratios = statistics.fmean(eps3(acc, count) for acc, count in pairs)
+    return mean_of_ratios, eps3(statistics.fmean(accs), statistics.fmean(tokens))
+
+
+def environment() -> dict[str, Any]:
+    """What environment.json says about where a run was made: commit, versions, device."""
+    cuda = torch.cuda.is_available()
+    libraries = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in libraries},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, `+changes` if files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: what encloses site-packages is another project
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    return value
+
+
+def _change(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of the later half minus mean of the earlier: as it is, and in standard errors."""
+    half = len(values) // 2
+    before, after = list(values)[:half], list(values)[half:]
+    change = statistics.fmean(after) - statistics.fmean(before)
+    error = math.sqrt((statistics.variance(before) + statistics.variance(after)) / half)
+    if error == 0:
+        return change, 0.0 if change == 0 else math.copysign(math.inf, change)
+    return change, change / error
