@@ -163,6 +163,36 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][index], index)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a small file at once: a reader finds the old text or the new, whatever happens."""
+    path = Path(path)
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free disk space first") from error
+    finally:
+        _remove(aside)
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader, or a kill, finds the old one or the new one whole."""
+    path = Path(path)
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free disk space first") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
     """Drop torn lines and those whose `key` is above `upto`; return how many. Atomic.
 
@@ -187,7 +217,7 @@ def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
     except OSError as error:
         raise CheckpointError(f"cannot rewrite {path}: {error}; free disk space first") from error
     finally:
-        _remove(aside)
+        aside.unlink(missing_ok=True)
     return dropped
 
 
@@ -196,18 +226,10 @@ class RunLock:
     """A claimed run directory. The claim ends with `release`, the `with` block, or the process."""
 
     path: Path
-    fresh: bool
     handle: IO[str]
 
     def release(self) -> None:
         self.handle.close()
-
-    def abandon(self) -> None:
-        """Release, and remove a new directory in which no step was made: a start has failed."""
-        started = (self.path / "checkpoints").exists() or (self.path / "metrics.jsonl").exists()
-        if self.fresh and not started:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.release()
 
     def __enter__(self) -> RunLock:
         return self
@@ -241,7 +263,7 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     except BaseException:
         handle.close()
         raise
-    return RunLock(path, not resume, handle)
+    return RunLock(path, handle)
 
 
 def export_model(
