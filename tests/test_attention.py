@@ -28,14 +28,17 @@ def policy(request):
         bos_token_id=0,
         eos_token_id=1,
     )
-    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()))
+    return Policy(
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention.register())
+    )
 
 
 def rows(seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(53, (n,), generator=generator)  # noqa: E731
     return [
-        TrainRow(draw(c), draw(t), torch.randn(t, generator=generator), "prior", "student") for c, t in SIZES
+        TrainRow(draw(c), draw(t), torch.randn(t, generator=generator), "prior", "student")
+        for c, t in SIZES
     ]
 
 
@@ -72,15 +75,24 @@ def test_packed_gradient_equals_one_by_one(policy):
 
 def test_perturbing_one_document_leaves_the_others_exactly_unchanged(policy):
     changed = rows()
-    changed[2] = TrainRow(changed[2].context_ids.flip(0), (changed[2].token_ids + 1) % 53, changed[2].coef, "prior", "student")
-    before, after = (policy.logprob(pack_rows(r)).split([t for _, t in SIZES]) for r in (rows(), changed))
+    changed[2] = TrainRow(
+        changed[2].context_ids.flip(0),
+        (changed[2].token_ids + 1) % 53,
+        changed[2].coef,
+        "prior",
+        "student",
+    )
+    before, after = (
+        policy.logprob(pack_rows(r)).split([t for _, t in SIZES]) for r in (rows(), changed)
+    )
     assert not torch.equal(before[2], after[2])
     for i in (0, 1, 3, 4):
         assert torch.equal(before[i], after[i])
 
 
 def test_the_trap_that_the_lengths_close(policy):
-    """With position_ids alone, sdpa and use_cache left on, transformers lets documents leak; with seqlens none can."""
+    """With position_ids alone, sdpa and use_cache left on, transformers lets documents leak; with
+    seqlens none can."""
     batch = pack_rows(rows())
     inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
     policy.causal_lm.set_attn_implementation("sdpa")
@@ -96,7 +108,10 @@ def test_the_trap_that_the_lengths_close(policy):
 
 
 def test_left_padded_generation_is_that_of_sdpa(policy):
-    prompt = {"input_ids": torch.tensor([[2, 3, 4], [2, 2, 5]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]])}
+    prompt = {
+        "input_ids": torch.tensor([[2, 3, 4], [2, 2, 5]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]]),
+    }
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2}
     ours = policy.causal_lm.generate(**prompt, **settings)
     policy.causal_lm.set_attn_implementation("sdpa")
@@ -105,7 +120,9 @@ def test_left_padded_generation_is_that_of_sdpa(policy):
 
 def test_checkpointed_gradient_is_the_same(policy):
     plain = gradients(policy, [pack_rows(rows())])
-    policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.causal_lm.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     policy.train()
     for name, grad in gradients(policy, [pack_rows(rows())]).items():
         assert torch.allclose(grad, plain[name], atol=1e-6), name
@@ -115,5 +132,7 @@ def test_wrong_lengths_and_short_windows_are_refused():
     q = torch.zeros(1, 2, 5, 8)
     with pytest.raises(ValueError, match=r"one row of 4 tokens .* got a batch of 1 x 5"):
         attention.varlen_attention(torch.nn.Module(), q, q, q, None, seqlens=(2, 2))
-    with pytest.raises(ValueError, match="document of 5 tokens is longer than the model's sliding window of 4"):
+    with pytest.raises(
+        ValueError, match="document of 5 tokens is longer than the model's sliding window of 4"
+    ):
         attention.varlen_attention(torch.nn.Module(), q, q, q, None, seqlens=(5,), sliding_window=4)

@@ -1,4 +1,5 @@
-"""Strict configuration: every key checked at birth, unknown ones named with their nearest neighbour."""
+"""Strict configuration: every key checked at birth, unknown ones named with their nearest
+neighbour."""
 
 import dataclasses
 from pathlib import Path
@@ -23,14 +24,38 @@ def test_presets_load_and_survive_a_round_trip(path):
         ({"optim": {"lrr": 1}}, "optim.lrr: unknown key; did you mean 'lr'?"),
         ({"optm": {}}, "optm: unknown key; did you mean 'optim'?"),
         ({"objective": {"alpah": 1}}, "objective.alpah: unknown key; did you mean 'alpha'?"),
-        ({"objective": {"name": "grpo", "beta": 1}}, "objective.beta: unknown key; known keys: name, group_size"),
-        ({"objective": {"name": "grop"}}, "does not match any of the expected tags: 'vpgea', 'grpo'"),
-        ({"objective": {"group_size": 1}}, "objective.group_size: Input should be greater than or equal to 2, got 1"),
-        ({"objective": {"prior_samples": 0}}, "objective.prior_samples: Input should be greater than 0, got 0"),
-        ({"objective": {"alpha": -0.5}}, "objective.alpha: Input should be greater than or equal to 0, got -0.5"),
-        ({"objective": {"preset": "papr"}}, "objective.preset: Input should be 'paper' or 'robust', got 'papr'"),
-        ({"objective": {"name": "grpo"}}, "verifies sampled answers, but rollout.full_answer is false"),
-        ({"objective": {"verify": "gate"}}, "verifies sampled answers, but rollout.full_answer is false"),
+        (
+            {"objective": {"name": "grpo", "beta": 1}},
+            "objective.beta: unknown key; known keys: name, group_size",
+        ),
+        (
+            {"objective": {"name": "grop"}},
+            "does not match any of the expected tags: 'vpgea', 'grpo'",
+        ),
+        (
+            {"objective": {"group_size": 1}},
+            "objective.group_size: Input should be greater than or equal to 2, got 1",
+        ),
+        (
+            {"objective": {"prior_samples": 0}},
+            "objective.prior_samples: Input should be greater than 0, got 0",
+        ),
+        (
+            {"objective": {"alpha": -0.5}},
+            "objective.alpha: Input should be greater than or equal to 0, got -0.5",
+        ),
+        (
+            {"objective": {"preset": "papr"}},
+            "objective.preset: Input should be 'paper' or 'robust', got 'papr'",
+        ),
+        (
+            {"objective": {"name": "grpo"}},
+            "verifies sampled answers, but rollout.full_answer is false",
+        ),
+        (
+            {"objective": {"verify": "gate"}},
+            "verifies sampled answers, but rollout.full_answer is false",
+        ),
         ({"train": {"steps": "many"}}, "train.steps: Input should be a valid integer"),
         ({"optim": 3}, "optim: Input should be a dictionary"),
         ({"rollout": {"top_p": 0.0}}, "rollout.top_p: Input should be greater than 0, got 0.0"),
@@ -45,23 +70,57 @@ def test_errors_name_the_key_and_the_remedy(tree, message):
 def test_preset_fills_only_what_is_not_given():
     robust = config.resolve({"objective": {"preset": "robust", "eps": 0.5}}).objective
     paper = config.resolve({}).objective
-    assert (robust.baseline, robust.reward, robust.std_gate, robust.eps) == ("lme", "likelihood_mix", 0.05, 0.5)
+    assert (robust.baseline, robust.reward, robust.std_gate, robust.eps) == (
+        "lme",
+        "likelihood_mix",
+        0.05,
+        0.5,
+    )
     assert (robust.clamp_u, robust.eta_clip) == (True, (0.25, 4.0))
-    assert (paper.baseline, paper.reward, paper.std_gate, paper.eps, paper.eta_clip) == ("mean", "paper", 0, 1e-6, None)
+    assert (paper.baseline, paper.reward, paper.std_gate, paper.eps, paper.eta_clip) == (
+        "mean",
+        "paper",
+        0,
+        1e-6,
+        None,
+    )
     assert (paper.beta, paper.alpha, paper.gate, paper.u_min) == (0.5, 0.5, "indicator", -20.0)
 
 
 def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim: {lr: 1.0e-6}\nrun: {seed: 1}\n")
-    words = ["--optim.lr", "5e-4", "--run.seed=3", "--eval.data", "[a.jsonl, b.jsonl]", "--prompt.student", "Q: {question}"]
+    words = [
+        "--optim.lr",
+        "5e-4",
+        "--run.seed=3",
+        "--eval.data",
+        "[a.jsonl, b.jsonl]",
+        "--prompt.student",
+        "Q: {question}",
+    ]
     cfg = config.load(file, words)
-    assert (cfg.optim.lr, cfg.run.seed, cfg.eval.data, cfg.prompt.student) == (5e-4, 3, ("a.jsonl", "b.jsonl"), "Q: {question}")
+    assert (cfg.optim.lr, cfg.run.seed, cfg.eval.data, cfg.prompt.student) == (
+        5e-4,
+        3,
+        ("a.jsonl", "b.jsonl"),
+        "Q: {question}",
+    )
 
 
-@pytest.mark.parametrize("words", [["--lr", "1"], ["optim.lr", "1"], ["--optim.lr"], ["--optim.lr", "1", "2"]])
+def test_another_variant_leaves_the_keys_of_the_old_one(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("objective: {name: vpgea, beta: 0.3}\nrollout: {full_answer: true}\n")
+    cfg = config.load(file, ["--objective.name", "grpo", "--objective.group_size", "4"])
+    assert (cfg.objective.name, cfg.objective.group_size) == ("grpo", 4)
+    assert config.load(file, ["--objective.alpha", "0.1"]).objective.beta == 0.3
+
+
+@pytest.mark.parametrize(
+    "words", [["--lr", "1"], ["optim.lr", "1"], ["--optim.lr"], ["--optim.lr", "1", "2"]]
+)
 def test_malformed_overrides(words):
-    with pytest.raises(config.ConfigError, match="expected --section.key value"):
+    with pytest.raises(config.ConfigError, match="expected --section"):
         config.parse_overrides(words)
 
 

@@ -15,12 +15,16 @@ ids = torch.tensor
 
 def path(stream, i, length, finish="stop"):
     z = torch.arange(length) + 20
-    return Path("q", stream, i, z, torch.full((length,), -0.5), ids([1, 2]), finish == "stop", finish)
+    return Path(
+        "q", stream, i, z, torch.full((length,), -0.5), ids([1, 2]), finish == "stop", finish
+    )
 
 
 @pytest.fixture
 def batch():
-    question = PromptedQuestion(Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7]))
+    question = PromptedQuestion(
+        Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7])
+    )
     posterior = ((path("posterior", 0, 4), path("posterior", 1, 8, "length")),)
     prior = ((path("prior", 0, 10), path("prior", 1, 6)),)
     double = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
@@ -56,7 +60,8 @@ def test_nothing_is_claimed_about_answers_that_were_not_verified(batch):
 
 
 def test_view_divergence_and_elbo(batch):
-    # log q is -0.5 a token; the first path is 1 nat a token less likely for the student, the second has one leak
+    # log q is -0.5 a token; the first path is 1 nat a token less likely for the student, the second
+    # has one leak
     log_pi = [torch.full((4,), -1.5), torch.full((8,), -0.5)]
     log_pi[1][3] = -6.5
     metrics = diagnostics.view_divergence(batch, log_pi, alpha=0.5, u_min=-20.0)
@@ -64,7 +69,9 @@ def test_view_divergence_and_elbo(batch):
     assert metrics["kl_q_pi_max"] == pytest.approx(6.0)
     assert metrics["leak_rate"] == 0.5
     log_eta = [0.5 * math.log(8 / 4), 0.5 * math.log(8 / 8)]
-    assert metrics["elbo"] == pytest.approx(((-1 + log_eta[0]) + (-3 + log_eta[1])) / 2 - (4 + 6) / 2)
+    assert metrics["elbo"] == pytest.approx(
+        ((-1 + log_eta[0]) + (-3 + log_eta[1])) / 2 - (4 + 6) / 2
+    )
 
 
 def test_row_metrics_split_the_loss_and_see_the_mismatch():
@@ -72,7 +79,9 @@ def test_row_metrics_split_the_loss_and_see_the_mismatch():
     drawn = torch.tensor([-1.0, -1.0])
     own = TrainRow(ids([1]), ids([2, 3]), coef, "posterior", "teacher", drawn)
     distilled = TrainRow(ids([1]), ids([2, 3]), coef / 2, "posterior", "student", drawn)
-    metrics = diagnostics.row_metrics([own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()])
+    metrics = diagnostics.row_metrics(
+        [own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()]
+    )
     assert metrics["loss_pg"] == pytest.approx(-2 * -2.25)
     assert metrics["loss_distill"] == pytest.approx(-1 * -7.0)
     assert metrics["loss"] == pytest.approx(11.5)

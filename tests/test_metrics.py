@@ -120,18 +120,20 @@ def test_a_step_is_one_line_without_the_metrics_it_lacks():
 
 def test_plain_console_prints_whole_lines_with_the_time_left():
     stream = io.StringIO()
-    console = Console(60, done=11, stream=stream)
+    console = Console(60, done=11, stream=stream, quiet_s=-1.0)
     console.step(RECORD)
     console.step({**RECORD, "step": 13, "time_train_s": 2.5})
     advance = console.samples(30)
-    for _ in range(30):
-        advance(1)
+    for _ in range(10):
+        advance(3)
+    silent = Console(60, stream=stream).samples(30)
+    silent(29)
     console.message("[not markup] " + "x" * 300)
     console.close()
     lines = stream.getvalue().splitlines()
     assert lines[0].endswith("left 1:36")  # 48 steps of 2 s
     assert lines[1].endswith("left 2:21")  # 47 steps of 3 s, the mean of the two
-    assert lines[2:-1] == [f"answers {n}/30" for n in range(3, 31, 3)]
+    assert lines[2:-1] == [f"samples {n}/30" for n in range(3, 30, 3)]
     assert lines[-1] == "[not markup] " + "x" * 300
 
 

@@ -22,7 +22,6 @@ def test_two_rows_by_hand():
     assert batch.logit_index.tolist() == [1, 2, 3]
     assert batch.targets.tolist() == [4, 9, 8]
     assert batch.coef.tolist() == [0.5, 0.5, -2.0]
-    assert batch.row_of.tolist() == [0, 0, 1]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 64))
@@ -46,13 +45,17 @@ def test_a_row_longer_than_the_budget_is_alone_and_whole():
 
 def test_rows_without_a_coefficient_do_not_exist():
     kept = row([1], [2, 3], 0.1)
-    partly = TrainRow(torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([0.0, 1.0]), "prior", "student")
+    partly = TrainRow(
+        torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([0.0, 1.0]), "prior", "student"
+    )
     assert drop_zero_rows([row([1], [2], 0.0), kept, row([1], []), partly]) == [kept, partly]
 
 
 @pytest.mark.parametrize("bad", [row([], [1]), row([1], [])])
 def test_an_empty_row_is_refused(bad):
-    with pytest.raises(ValueError, match="row 1: expected at least one context token and one token"):
+    with pytest.raises(
+        ValueError, match="row 1: expected at least one context token and one token"
+    ):
         pack_rows([row([1], [2]), bad])
 
 

@@ -1,4 +1,5 @@
-"""The gradient of the whole way (objective -> rows -> packing -> model -> loss) against autograd of the paper's formula."""
+"""The gradient of the whole way (objective -> rows -> packing -> model -> loss) against autograd of
+the paper's formula."""
 
 import itertools
 
@@ -25,30 +26,40 @@ def causal_lm(random_qwen2):
     for parent in [model.model, *model.model.layers]:
         for name, child in list(parent.named_children()):
             if name.endswith("norm"):
-                setattr(parent, name, nn.RMSNorm(child.weight.numel(), eps=1e-6, dtype=torch.float64))
+                setattr(
+                    parent, name, nn.RMSNorm(child.weight.numel(), eps=1e-6, dtype=torch.float64)
+                )
     return model
 
 
 @pytest.fixture(scope="module")
 def batch():
     generator = torch.Generator().manual_seed(1)
-    ids = lambda n: torch.randint(VOCAB, (n,), generator=generator)  # noqa: E731
+
+    def ids(n):
+        return torch.randint(VOCAB, (n,), generator=generator)
+
     uniform = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
 
     def paths(stream, count, b):
         lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
         return tuple(
-            Path(f"q{b}", stream, i, ids(n), torch.zeros(n), ids(0), i != 1, "stop") for i, n in enumerate(lengths)
+            Path(f"q{b}", stream, i, ids(n), torch.zeros(n), ids(0), i != 1, "stop")
+            for i, n in enumerate(lengths)
         )
 
     questions = tuple(
-        PromptedQuestion(Question(f"q{b}", "?", "1"), ids(3 + b), ids(6 + b), ids(1), ids(1)) for b in range(B)
+        PromptedQuestion(Question(f"q{b}", "?", "1"), ids(3 + b), ids(6 + b), ids(1), ids(1))
+        for b in range(B)
     )
     posterior = tuple(paths("posterior", G, b) for b in range(B))
     prior = tuple(paths("prior", N, b) for b in range(B))
     u_post = -3 * uniform(B, G)
     u_post[1] = -50.0  # nobody of question 1 beats its priors: all rejected
-    lengths = lambda groups: torch.tensor([[float(p.length) for p in g] for g in groups], dtype=torch.float64)  # noqa: E731
+
+    def lengths(groups):
+        return torch.tensor([[p.length for p in g] for g in groups], dtype=torch.float64)
+
     closed = lambda groups: torch.tensor([[p.closed for p in g] for g in groups])  # noqa: E731
     return ScoredBatch(
         questions,
@@ -68,15 +79,23 @@ def batch():
 def log_prob(model, context, tokens):
     """sum_t log p(token_t | context, tokens before t) by full logits of one document."""
     ids = torch.cat([context, tokens])
-    logits = model(ids[None], use_cache=False, seqlens=(ids.numel(),)).logits[0, context.numel() - 1 : -1]
+    logits = model(ids[None], use_cache=False, seqlens=(ids.numel(),)).logits[
+        0, context.numel() - 1 : -1
+    ]
     return logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
 
 
 def weight(norm, lengths, row, counted, gated=None):
-    """w of one path as the table of the paper's section on normalisation gives it; `counted` questions count."""
+    """w of one path as the table of the paper's section on normalisation gives it; `counted`
+    questions count."""
     per_path = 1 / (counted.sum() * lengths.shape[1])
     tokens = (lengths * counted[:, None]).sum() if gated is None else (lengths * gated).sum()
-    return {"seq_sum": per_path, "const": per_path / C, "seq_mean": per_path / row, "token_mean": 1 / tokens}[norm]
+    return {
+        "seq_sum": per_path,
+        "const": per_path / C,
+        "seq_mean": per_path / row,
+        "token_mean": 1 / tokens,
+    }[norm]
 
 
 def pipeline_gradient(model, batch, objective, train, budget):
@@ -101,20 +120,37 @@ def relative(a, b):
 
 @pytest.mark.parametrize("denominator", ["nominal", "effective"])
 @pytest.mark.parametrize(
-    ("norm", "distill"), [("seq_sum", "same"), ("const", "same"), ("seq_mean", "same"), ("token_mean", "same"), ("token_mean", "gated")]
+    ("norm", "distill"),
+    [
+        ("seq_sum", "same"),
+        ("const", "same"),
+        ("seq_mean", "same"),
+        ("token_mean", "same"),
+        ("token_mean", "gated"),
+    ],
 )
 @pytest.mark.parametrize("gate", ["indicator", "relu"])
 def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, denominator, gate):
     objective = VpgeaConfig(beta=0.7, gate=gate)
     train = TrainConfig(norm=norm, denominator=denominator, distill_denominator=distill)
 
-    # the formula, from scratch: R = max(0, U - mean U_prior), S = R eta, A = z-score, loss as in section 3 of the paper
-    reward = torch.relu(batch.u_post_BG - batch.u_prior_BN.mean(1, keepdim=True)) * batch.closed_post_BG
+    # the formula, from scratch: R = max(0, U - mean U_prior), S = R eta, A = z-score, loss as in
+    # section 3 of the paper
+    reward = (
+        torch.relu(batch.u_post_BG - batch.u_prior_BN.mean(1, keepdim=True)) * batch.closed_post_BG
+    )
     utility = reward * (batch.len_prior_BN.mean(1, keepdim=True) / batch.len_post_BG).sqrt()
-    advantage = (utility - utility.mean(1, keepdim=True)) / (utility.std(1, correction=0, keepdim=True) + 1e-6)
+    advantage = (utility - utility.mean(1, keepdim=True)) / (
+        utility.std(1, correction=0, keepdim=True) + 1e-6
+    )
     assert (advantage[1] == 0).all()
     assert (advantage > 0).any(dim=1).tolist() == [True, False, True]
-    lengths, counted = batch.len_post_BG, torch.ones(B, dtype=torch.float64) if denominator == "nominal" else (advantage != 0).any(1).double()
+    lengths, counted = (
+        batch.len_post_BG,
+        torch.ones(B, dtype=torch.float64)
+        if denominator == "nominal"
+        else (advantage != 0).any(1).double(),
+    )
     gated = (advantage > 0).double() if distill == "gated" else None
     loss = torch.zeros((), dtype=torch.float64)
     for b, i in itertools.product(range(B), range(G)):
@@ -123,7 +159,9 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
         log_pi = log_prob(causal_lm, question.student_ids, z)
         strength = (a > 0).double() if gate == "indicator" else a.clamp(min=0)
         loss = loss - weight(norm, lengths, lengths[b, i], counted) * a * log_q
-        loss = loss + 0.7 * weight(norm, lengths, lengths[b, i], counted, gated) * strength * (log_q.detach() - log_pi)
+        loss = loss + 0.7 * weight(norm, lengths, lengths[b, i], counted, gated) * strength * (
+            log_q.detach() - log_pi
+        )
     expected = formula_gradient(causal_lm, loss)
 
     for budget in (1, 30, 10_000):
@@ -136,12 +174,22 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
     objective, train = GrpoConfig(group_size=N, alpha=alpha), TrainConfig(norm=norm)
-    reward = batch.correct_prior_BN * (batch.len_prior_BN.mean(1, keepdim=True) / batch.len_prior_BN) ** alpha
-    advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, correction=0, keepdim=True) + 1e-6)
+    reward = (
+        batch.correct_prior_BN
+        * (batch.len_prior_BN.mean(1, keepdim=True) / batch.len_prior_BN) ** alpha
+    )
+    advantage = (reward - reward.mean(1, keepdim=True)) / (
+        reward.std(1, correction=0, keepdim=True) + 1e-6
+    )
     lengths, loss = batch.len_prior_BN, torch.zeros((), dtype=torch.float64)
     for b, i in itertools.product(range(B), range(N)):
         log_pi = log_prob(causal_lm, batch.questions[b].student_ids, batch.prior[b][i].z_ids)
-        loss = loss - weight(norm, lengths, lengths[b, i], torch.ones(B, dtype=torch.float64)) * advantage[b, i] * log_pi
+        loss = (
+            loss
+            - weight(norm, lengths, lengths[b, i], torch.ones(B, dtype=torch.float64))
+            * advantage[b, i]
+            * log_pi
+        )
     expected = formula_gradient(causal_lm, loss)
     assert expected.norm() > 0
     for budget in (1, 10_000):
@@ -152,7 +200,11 @@ def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
 def test_every_student_row_is_the_student_prompt_and_the_sampled_ids(batch):
     coefs = objectives.coefficients(VpgeaConfig(), batch)
     rows = build_rows(batch, coefs, TrainConfig(), norm_constant=C)
-    by_ids = {(q.student_ids.tolist().__str__(), p.z_ids.tolist().__str__()) for q, g in zip(batch.questions, batch.posterior, strict=True) for p in g}
+    by_ids = {
+        (q.student_ids.tolist().__str__(), p.z_ids.tolist().__str__())
+        for q, g in zip(batch.questions, batch.posterior, strict=True)
+        for p in g
+    }
     student = [row for row in rows if row.view == "student"]
     assert student
     for row in student:

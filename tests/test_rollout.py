@@ -439,3 +439,15 @@ def test_max_batch_must_hold_a_row(model):
         HFEngine(model, max_batch=0)
     with pytest.raises(ValueError, match="got 4, 0"):
         HFEngine(model, max_batch=4, check_every=0)
+
+
+def test_half_precision_forward_over_float32_weights(random_qwen2):
+    """Log-probs of the autocast forward are bfloat16's, not those of the float32 weights."""
+    model = random_qwen2()
+    requests = [SampleRequest("q", "prior", i, torch.tensor([5, 6, 7]), seed=i) for i in range(4)]
+    sampling = Sampling(max_new_tokens=8, think_close_id=50, eos_ids=(1,))
+    exact = HFEngine(model, max_batch=4).generate(requests, sampling)
+    half = HFEngine(model, max_batch=4, dtype=torch.bfloat16).generate(requests, sampling)
+    gaps = [abs(float(a.logps[0] - b.logps[0])) for a, b in zip(exact, half, strict=True)]
+    assert 0 < max(gaps) < 0.2
+    assert next(model.parameters()).dtype == torch.float32

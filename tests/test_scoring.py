@@ -18,11 +18,22 @@ def policy(random_qwen2):
     return Policy(random_qwen2(attn_implementation=attention.IMPLEMENTATION))
 
 
-QUESTION = PromptedQuestion(Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5, 6]), ids([10, 11]), ids([12, 13, 14]))
+QUESTION = PromptedQuestion(
+    Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5, 6]), ids([10, 11]), ids([12, 13, 14])
+)
 
 
 def path(z, closed):
-    return Path("q", "posterior", 0, ids(z), torch.zeros(len(z)), ids([]).long(), closed, "stop" if closed else "length")
+    return Path(
+        "q",
+        "posterior",
+        0,
+        ids(z),
+        torch.zeros(len(z)),
+        ids([]).long(),
+        closed,
+        "stop" if closed else "length",
+    )
 
 
 def full_forward(policy, sequence, target):
@@ -34,13 +45,21 @@ def full_forward(policy, sequence, target):
 
 def test_utility_is_the_answer_in_the_student_view(policy):
     closed, cut = path([20, 21, CLOSE], True), path([20, 21, 22], False)
-    got = answer_likelihood(policy.logprob, [(QUESTION, closed), (QUESTION, cut)], think_close_id=CLOSE, budget=64)
+    got = answer_likelihood(
+        policy.logprob, [(QUESTION, closed), (QUESTION, cut)], think_close_id=CLOSE, budget=64
+    )
     student, tail = QUESTION.student_ids, torch.cat([QUESTION.cue_ids, QUESTION.target_ids])
-    want_closed = full_forward(policy, torch.cat([student, closed.z_ids, tail]), QUESTION.target_ids)
-    want_cut = full_forward(policy, torch.cat([student, cut.z_ids, ids([CLOSE]), tail]), QUESTION.target_ids)
+    want_closed = full_forward(
+        policy, torch.cat([student, closed.z_ids, tail]), QUESTION.target_ids
+    )
+    want_cut = full_forward(
+        policy, torch.cat([student, cut.z_ids, ids([CLOSE]), tail]), QUESTION.target_ids
+    )
     assert got.tolist() == pytest.approx([want_closed, want_cut], abs=1e-5)
     assert got.dtype == torch.float64
-    mean = answer_likelihood(policy.logprob, [(QUESTION, closed)], think_close_id=CLOSE, budget=64, u_norm="mean")
+    mean = answer_likelihood(
+        policy.logprob, [(QUESTION, closed)], think_close_id=CLOSE, budget=64, u_norm="mean"
+    )
     assert mean.item() == pytest.approx(want_closed / 3, abs=1e-5)
 
 
@@ -56,9 +75,13 @@ def test_the_head_runs_on_the_answer_rows_only(policy):
 
 
 def test_utility_does_not_depend_on_the_teacher_prompt(policy):
-    other = PromptedQuestion(QUESTION.question, QUESTION.student_ids, ids([1]), QUESTION.cue_ids, QUESTION.target_ids)
+    other = PromptedQuestion(
+        QUESTION.question, QUESTION.student_ids, ids([1]), QUESTION.cue_ids, QUESTION.target_ids
+    )
     a, b = (
-        answer_likelihood(policy.logprob, [(q, path([20, CLOSE], True))], think_close_id=CLOSE, budget=64)
+        answer_likelihood(
+            policy.logprob, [(q, path([20, CLOSE], True))], think_close_id=CLOSE, budget=64
+        )
         for q in (QUESTION, other)
     )
     assert torch.equal(a, b)
@@ -67,7 +90,9 @@ def test_utility_does_not_depend_on_the_teacher_prompt(policy):
 @pytest.mark.parametrize("budget", [1, 17, 1000])
 def test_row_logprobs_keep_the_order_of_the_rows(policy, budget):
     generator = torch.Generator().manual_seed(0)
-    rows = [score_row(ids([3, n]), torch.randint(53, (n,), generator=generator)) for n in (5, 1, 30, 2)]
+    rows = [
+        score_row(ids([3, n]), torch.randint(53, (n,), generator=generator)) for n in (5, 1, 30, 2)
+    ]
     for row, logps in zip(rows, row_logprobs(policy.logprob, rows, budget), strict=True):
         want = full_forward(policy, torch.cat([row.context_ids, row.token_ids]), row.token_ids)
         assert logps.shape == row.token_ids.shape

@@ -1,9 +1,10 @@
 """Packed attention for any Hugging Face causal LM: documents laid end to end never see each other.
 
-Registered with transformers as `vpgea_varlen`. A call that carries `seqlens` (lengths of the documents, in order) is
-packed: every document is attended on its own, causally, on any device. A call without it is ordinary sdpa, so the
-same module also generates. The lengths travel with the call because nothing else is safe: with position_ids alone
-transformers finds the documents only when attention_mask is None and use_cache is False, and leaks silently otherwise.
+Registered with transformers as `vpgea_varlen`. A call that carries `seqlens` (lengths of the
+documents, in order) is packed: every document is attended on its own, causally, on any device. A
+call without it is ordinary sdpa, so the same module also generates. The lengths travel with the
+call because nothing else is safe: with position_ids alone transformers finds the documents only
+when attention_mask is None and use_cache is False, and leaks silently otherwise.
 """
 
 from __future__ import annotations
@@ -40,13 +41,16 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each of the documents of a packed row.
 
-    query (1, H, T, d), key and value (1, H_kv, T, d) with T = sum(seqlens); returns (1, T, H, d). Attention dropout
-    is not applied: on-policy log-probs must be those that the sampler saw. Errors: ValueError for a batch that is not
-    one packed row of sum(seqlens) tokens, or a sliding window shorter than a document.
+    query (1, H, T, d), key and value (1, H_kv, T, d) with T = sum(seqlens); returns (1, T, H, d).
+    Attention dropout is not applied: on-policy log-probs must be those that the sampler saw.
+    Errors: ValueError for a batch that is not one packed row of sum(seqlens) tokens, or a sliding
+    window shorter than a document.
     """
     if seqlens is None:
         kwargs.pop("dropout", None)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     if query.shape[0] != 1 or query.shape[2] != sum(seqlens):
         raise ValueError(
             f"packed attention: expected one row of {sum(seqlens)} tokens (the sum of seqlens), "
@@ -54,16 +58,26 @@ def varlen_attention(
         )
     if sliding_window is not None and max(seqlens) > sliding_window:
         raise ValueError(
-            f"packed attention: a document of {max(seqlens)} tokens is longer than the model's sliding window of "
-            f"{sliding_window}; shorten the rollouts or use a model without one"
+            f"packed attention: a document of {max(seqlens)} tokens is longer than the model's "
+            f"sliding window of {sliding_window}; shorten the rollouts or use a model without one"
         )
     parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in zip(*(x.split(list(seqlens), dim=2) for x in (query, key, value)), strict=True)
+        F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in zip(
+            *(x.split(list(seqlens), dim=2) for x in (query, key, value)), strict=True
+        )
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
     """No (T, T) mask for packed calls; left-padded generation gets sdpa's."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return (
+        None
+        if attention_mask is None
+        else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    )

@@ -231,6 +231,12 @@ class RunLock:
     def release(self) -> None:
         self.handle.close()
 
+    def abandon(self) -> None:
+        """Release, and remove the directory if the run never wrote into it: a start has failed."""
+        self.release()
+        if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            _remove(self.path)
+
     def __enter__(self) -> RunLock:
         return self
 

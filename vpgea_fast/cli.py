@@ -1,4 +1,5 @@
-"""`vpgea`: train, eval, report, make-tiny. Every configuration key is an option: `--section.key value`."""
+"""`vpgea`: train, eval, report, make-tiny. Every configuration key is an option: `--section.key
+value`."""
 
 from __future__ import annotations
 
@@ -27,20 +28,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vpgea", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the whole traceback of an error"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a YAML file", allow_abbrev=False)
     train.add_argument("config", nargs="?", help="YAML file, e.g. configs/tiny.yaml")
-    train.add_argument("--resume", metavar="RUN", help="go on with a run directory (its own config.yaml is used)")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    train.add_argument("--dry-run", action="store_true", help="show prompts, lengths and memory, and stop")
+    train.add_argument(
+        "--resume", metavar="RUN", help="go on with a run directory (its own config.yaml is used)"
+    )
+    train.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="show prompts, lengths and memory, and stop"
+    )
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="evaluate the student view of a model", allow_abbrev=False)
+    evaluate = commands.add_parser(
+        "eval", help="evaluate the student view of a model", allow_abbrev=False
+    )
     evaluate.add_argument("model", help="Hugging Face directory or Hub name")
     evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
-    evaluate.add_argument("--config", help="YAML file whose prompt, data and eval sections are used")
+    evaluate.add_argument(
+        "--config", help="YAML file whose prompt, data and eval sections are used"
+    )
     evaluate.add_argument("--out", help="write the result as JSON here")
     evaluate.set_defaults(run=_eval)
 
@@ -48,10 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN")
     report.set_defaults(run=_report)
 
-    tiny = commands.add_parser("make-tiny", help="make the tiny model and its questions", allow_abbrev=False)
+    tiny = commands.add_parser(
+        "make-tiny", help="make the tiny model and its questions", allow_abbrev=False
+    )
     tiny.add_argument("out", help="directory to make")
-    tiny.add_argument("--base", choices=["demo", "common"], default="demo", help="concise paths at about 1e-6, or 1 %%")
-    tiny.add_argument("--from-scratch", action="store_true", help="train the base instead of copying the shipped one")
+    tiny.add_argument(
+        "--base",
+        choices=["demo", "common"],
+        default="demo",
+        help="concise paths at about 1e-6, or 1 %%",
+    )
+    tiny.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train the base instead of copying the shipped one",
+    )
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(run=_make_tiny)
     return parser
@@ -80,7 +104,11 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> int:
 
     words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *rest]
     tree = config.parse_overrides(words)
-    cfg = config.load(args.config, words) if args.config else config.resolve(tree, source="command line")
+    cfg = (
+        config.load(args.config, words)
+        if args.config
+        else config.resolve(tree, source="command line")
+    )
     result = evaluate_model(cfg)
     text = json.dumps(result, indent=1)
     if args.out:
@@ -101,7 +129,9 @@ def _make_tiny(args: argparse.Namespace, rest: list[str]) -> int:
     _no_more(rest)
     from vpgea_fast.tiny import make_tiny
 
-    world = make_tiny(args.out, base=args.base, from_scratch=args.from_scratch, seed=args.seed, progress=print)
+    world = make_tiny(
+        args.out, base=args.base, from_scratch=args.from_scratch, seed=args.seed, progress=print
+    )
     print(world)
     return 0
 

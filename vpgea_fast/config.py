@@ -1,7 +1,9 @@
-"""Configuration: one frozen dataclass a stage, validated at birth, from YAML and `--section.key value`.
+"""Configuration: one frozen dataclass a stage, validated at birth, from YAML and `--section.key
+value`.
 
-An unknown key is an error that names the nearest known one; a variant (the objective) is a type of its own,
-so no field is read by one branch only. `resolve` gives the record, `dump` the YAML that makes the same record again.
+An unknown key is an error that names the nearest known one; a variant (the objective) is a type of
+its own, so no field is read by one branch only. `resolve` gives the record, `dump` the YAML that
+makes the same record again.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ STUDENT_TEMPLATE = "{question}\n" + R1_INSTRUCTION
 TEACHER_TEMPLATE = (
     "{question}\n"
     "The reference answer to this problem is: {answer}.\n"
-    "Reconstruct the shortest complete chain of reasoning that a solver who does NOT know this answer would follow "
-    "to derive it from the problem alone.\n"
-    "Think in the first person; keep every step needed to reach the result, drop dead ends, repeated checks and "
-    "restarts; never mention, use or hint that an answer was given. " + R1_INSTRUCTION.split(", and ")[1].capitalize()
+    "Reconstruct the shortest complete chain of reasoning that a solver who does NOT know this "
+    "answer would follow to derive it from the problem alone.\n"
+    "Think in the first person; keep every step needed to reach the result, drop dead ends, "
+    "repeated checks and restarts; never mention, use or hint that an answer was given. "
+    + R1_INSTRUCTION.split(", and ")[1].capitalize()
 )
 
 
@@ -49,7 +52,8 @@ class RunConfig:
     """Run directory; an existing run is never overwritten (`--resume` continues it)."""
     seed: NonNegativeInt = 0
     threads: NonNegativeInt = 0
-    """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend on it bitwise."""
+    """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend
+    on it bitwise."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,7 +61,8 @@ class ModelConfig:
     path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """A Hugging Face directory, or the name of a model on the Hub."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
-    """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for float64)."""
+    """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
+    float64)."""
     device: str = "auto"
     gradient_checkpointing: bool = True
 
@@ -82,15 +87,16 @@ class PromptConfig:
     student: str = STUDENT_TEMPLATE
     teacher: str = TEACHER_TEMPLATE
     teacher_role: Literal["user", "system"] = "user"
-    """Where the teacher's words beyond the student prompt go; R1 models ask for no system prompt."""
+    """Where the teacher's words beyond the student prompt go; R1 models ask for no system
+    prompt."""
     think_open: str = "<think>"
     think_close: str = "</think>"
     think_prefix: str = "<think>\n"
     """What both views must end with; appended where the chat template does not."""
     answer_cue: str = "\n\n**Final Answer**\n\\boxed"
     answer_target: str = "{{answer}}"
-    """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are the only fields;
-    every other brace is itself."""
+    """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are
+    the only fields; every other brace is itself."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,7 +125,8 @@ class ScoringConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class VpgeaConfig:
-    """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most of them open."""
+    """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most
+    of them open."""
 
     name: Literal["vpgea"] = "vpgea"
     preset: Literal["paper", "robust"] = "paper"
@@ -140,13 +147,17 @@ class VpgeaConfig:
     ddof: Literal[0, 1] = 0
     std_gate: NonNegativeFloat = 0.0
     verify: Literal["none", "gate"] = "none"
-    """`gate`: a posterior path is accepted only if the answer sampled after it verifies (needs rollout.full_answer)."""
+    """`gate`: a posterior path is accepted only if the answer sampled after it verifies (needs
+    rollout.full_answer)."""
     leak_guard: Literal["none"] = "none"
     """The counterfactual guard of `robust` is not built yet; the run says so."""
 
     def __post_init__(self) -> None:
         if self.r_margin and self.reward != "paper":
-            raise ValueError(f"r_margin {self.r_margin} belongs to reward 'paper', got reward {self.reward!r}; set it to 0")
+            raise ValueError(
+                f"r_margin {self.r_margin} belongs to reward 'paper', got reward "
+                f"{self.reward!r}; set it to 0"
+            )
 
     @property
     def posterior_paths(self) -> int:
@@ -180,14 +191,17 @@ VPGEA_PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, config=STRICT)
 class GrpoConfig:
-    """GRPO at ratio 1, with VPG-EA's length factor as an option: reward = correct * (len_base / len)^alpha."""
+    """GRPO at ratio 1, with VPG-EA's length factor as an option: reward = correct * (len_base /
+    len)^alpha."""
 
     name: Literal["grpo"] = "grpo"
     group_size: Annotated[int, Field(ge=2)] = 8
     alpha: NonNegativeFloat = 0.0
-    """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean length."""
+    """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean
+    length."""
     reward: Literal["verify", "likelihood"] = "verify"
-    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(y*|x, z) > 0.5."""
+    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(y*|x, z) >
+    0.5."""
     eta_clip: tuple[PositiveFloat, PositiveFloat] | None = None
     eps: PositiveFloat = 1e-6
     ddof: Literal[0, 1] = 0
@@ -224,7 +238,10 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up, over train.steps; linear and cosine end at zero."""
     warmup_steps: NonNegativeInt = 10
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
@@ -240,7 +257,8 @@ class TrainConfig:
     denominator: Literal["nominal", "effective"] = "nominal"
     """Divide by all questions of the step, or by those that have a gradient."""
     distill_denominator: Literal["same", "gated"] = "same"
-    """`token_mean` only: the distilled rows divide by the sampled stream's tokens, or by their own."""
+    """`token_mean` only: the distilled rows divide by the sampled stream's tokens, or by their
+    own."""
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens a forward; a longer row is a batch of its own."""
 
@@ -301,33 +319,41 @@ class Config:
     def __post_init__(self) -> None:
         if self.objective.verifies_answers and not self.rollout.full_answer:
             raise ValueError(
-                f"objective {self.objective.name!r} verifies sampled answers, but rollout.full_answer is false; "
-                "set it to true, or choose a reward that needs no answer"
+                f"objective {self.objective.name!r} verifies sampled answers, but "
+                "rollout.full_answer is false; set it to true or choose another reward"
             )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid over it."""
+    """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
+    over it."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file") from error
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
+        ) from error
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections (run:, model:, ...), got {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected sections (run:, model:, ...), got {type(tree).__name__}"
+        )
     return resolve(_merge(tree, parse_overrides(overrides)), source=str(path))
 
 
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate a tree of sections; presets fill the keys of their objective that the tree leaves open."""
+    """Validate a tree of sections; presets fill the keys of their objective that the tree leaves
+    open."""
     try:
         return TypeAdapter(Config).validate_python(_with_preset(tree))
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(
+            f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())
+        ) from error
 
 
 def dump(config: Config) -> str:
@@ -340,19 +366,26 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-05}, "run": {"seed": 3}}`."""
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-05}, "run": {"seed":
+    3}}`."""
     tree: dict[str, Any] = {}
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = [
+        part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])
+    ]
     for key, value in zip(words[::2], [*words[1::2], None][: (len(words) + 1) // 2], strict=True):
         section, dot, name = key.removeprefix("--").partition(".")
         if not key.startswith("--") or not dot or value is None:
-            raise ConfigError(f"expected --section.key value, got {key!r}" + ("" if value is None else f" {value!r}"))
+            raise ConfigError(
+                f"expected --section.key value, got {key!r}"
+                + ("" if value is None else f" {value!r}")
+            )
         tree.setdefault(section, {})[name] = _parse_value(value)
     return tree
 
 
 def _parse_value(text: str) -> Any:
-    """A YAML scalar, list or {mapping}; any other text (a template with a colon in it) is itself."""
+    """A YAML scalar, list or {mapping}; any other text (a template with a colon in it) is
+    itself."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -361,6 +394,9 @@ def _parse_value(text: str) -> Any:
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; naming another variant (`objective.name`) leaves the old one's keys."""
+    if "name" in top and top["name"] != base.get("name", top["name"]):
+        return dict(top)
     merged = dict(base)
     for key, value in top.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -373,12 +409,17 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(objective, Mapping):
         return dict(tree)
     objective = {"name": "vpgea", **objective}
-    preset = VPGEA_PRESETS.get(objective.get("preset", "paper"), {}) if objective["name"] == "vpgea" else {}
+    preset = (
+        VPGEA_PRESETS.get(objective.get("preset", "paper"), {})
+        if objective["name"] == "vpgea"
+        else {}
+    )
     return {**tree, "objective": {**preset, **objective}}
 
 
 def _explain(error: Any) -> str:
-    """One line for one pydantic error: the key, what was got, and the nearest key when it is unknown."""
+    """One line for one pydantic error: the key, what was got, and the nearest key when it is
+    unknown."""
     loc = [str(part) for part in error["loc"]]
     variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
     owner: Any = Config

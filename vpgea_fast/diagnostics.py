@@ -1,4 +1,5 @@
-"""What a step's paths say about the method: lengths, utilities, accuracies, and how far the two views are apart."""
+"""What a step's paths say about the method: lengths, utilities, accuracies, and how far the two
+views are apart."""
 
 from __future__ import annotations
 
@@ -9,18 +10,32 @@ import torch
 
 from vpgea_fast.advantage import elbo_terms
 from vpgea_fast.metrics import eps3
-from vpgea_fast.types import Coefficients, ScoredBatch, TrainRow
+from vpgea_fast.types import Coefficients, Groups, ScoredBatch, Stream, TrainRow
 
 LEAK_NATS = 5.0
-"""A token this much likelier under the teacher's prompt than under the student's counts as leaked."""
+"""A token this much likelier under the teacher's prompt than under the student's counts as
+leaked."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
-    """Lengths, truncation, utility quantiles of both streams; accuracies where answers were verified."""
+    """Lengths, truncation, utility quantiles of both streams; accuracies where answers were
+    verified."""
     metrics: dict[str, float | None] = {}
     streams = {
-        "prior": (batch.prior, batch.u_prior_BN, batch.len_prior_BN, batch.correct_prior_BN, "student"),
-        "post": (batch.posterior, batch.u_post_BG, batch.len_post_BG, batch.correct_post_BG, "teacher"),
+        "prior": (
+            batch.prior,
+            batch.u_prior_BN,
+            batch.len_prior_BN,
+            batch.correct_prior_BN,
+            "student",
+        ),
+        "post": (
+            batch.posterior,
+            batch.u_post_BG,
+            batch.len_post_BG,
+            batch.correct_post_BG,
+            "teacher",
+        ),
     }
     for name, (paths, u, length, correct, view) in streams.items():
         if not length.numel():
@@ -31,19 +46,30 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
         finite = u[torch.isfinite(u)]
         if finite.numel():
             quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
-            metrics |= {f"u_{name}": finite.mean().item(), f"u_{name}_p10": quantiles[0], f"u_{name}_p50": quantiles[1]}
+            metrics |= {
+                f"u_{name}": finite.mean().item(),
+                f"u_{name}_p10": quantiles[0],
+                f"u_{name}_p50": quantiles[1],
+            }
         if not torch.isnan(correct).any():
             metrics[f"acc_{view}"] = correct.mean().item()
             if view == "student":
-                metrics["eps3_student"] = eps3(correct.mean().item(), sum(p.generated for p in flat) / len(flat))
+                metrics["eps3_student"] = eps3(
+                    correct.mean().item(), sum(p.generated for p in flat) / len(flat)
+                )
     return metrics
 
 
-def view_divergence(batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha: float, u_min: float) -> dict[str, float]:
-    """KL(q || pi) per token on the posterior paths, its largest token, the share of leaked paths, and the ELBO.
+def view_divergence(
+    batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha: float, u_min: float
+) -> dict[str, float]:
+    """KL(q || pi) per token on the posterior paths, its largest token, the share of leaked paths,
+    and the ELBO.
 
-    `log_pi`: per-token log-probs of the posterior paths in the student view, in the order of the batch; log q comes
-    from the sampler. ELBO(q) = E_q[log L + log eta] - KL(q || pi)  (VPG-EA, arXiv 2605.11019), mean over questions.
+    `log_pi`: per-token log-probs of the posterior paths in the student view, in the order of the
+    batch; log q comes
+    from the sampler. ELBO(q) = E_q[log L + log eta] - KL(q || pi), mean over questions (VPG-EA,
+    arXiv 2605.11019).
     """
     paths = [path for group in batch.posterior for path in group]
     gaps = [path.logps.double() - pi for path, pi in zip(paths, log_pi, strict=True)]
@@ -51,8 +77,14 @@ def view_divergence(batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(batch.u_post_BG)
     worst = [gap.max().item() for gap in gaps if gap.numel()]
     terms = elbo_terms(
-        batch.u_post_BG, batch.len_post_BG, batch.len_prior_BN.mean(dim=1), alpha=alpha, u_min=u_min, log_ratio_BG=sums_BG
+        batch.u_post_BG,
+        batch.len_post_BG,
+        batch.len_prior_BN.mean(dim=1),
+        alpha=alpha,
+        u_min=u_min,
+        log_ratio_BG=sums_BG,
     )
+    assert terms.elbo is not None
     return {
         "kl_q_pi": sums_BG.sum().item() / tokens,
         "kl_q_pi_max": max(worst),
@@ -62,7 +94,8 @@ def view_divergence(batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha
 
 
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Loss parts of the trained rows, the gated KL of the distilled ones, and the mismatch of sampler and trainer."""
+    """Loss parts of the trained rows, the gated KL of the distilled ones, and the mismatch of
+    sampler and trainer."""
     metrics = {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
     own, distilled = [], []
     for row, row_logps in zip(rows, logps, strict=True):
@@ -79,27 +112,54 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     return metrics
 
 
-def work_metrics(batch: ScoredBatch, coefs: Coefficients, rows: Sequence[TrainRow]) -> dict[str, int]:
-    """Tokens that the step generated, trained, and did not train because their coefficient is zero."""
+def work_metrics(
+    batch: ScoredBatch,
+    coefs: Coefficients,
+    rows: Sequence[TrainRow],
+    *,
+    seconds: dict[str, float],
+) -> dict[str, float | int]:
+    """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
     possible = 0
     for stream, view in coefs.weights:
         groups = batch.posterior if stream == "posterior" else batch.prior
         for question, group in zip(batch.questions, groups, strict=True):
             possible += sum(question.context(view).numel() + path.z_ids.numel() for path in group)
     trained = sum(row.tokens for row in rows)
-    generated = sum(path.generated for groups in (batch.posterior, batch.prior) for group in groups for path in group)
-    return {"tokens_generated": generated, "tokens_trained": trained, "tokens_gated_off": possible - trained}
+    generated = sum(
+        path.generated
+        for groups in (batch.posterior, batch.prior)
+        for group in groups
+        for path in group
+    )
+    return {
+        "tokens_generated": generated,
+        "tokens_trained": trained,
+        "tokens_gated_off": possible - trained,
+        "tokens_per_s": (generated + trained) / sum(seconds.values()),
+        **seconds,
+    }
 
 
 def path_records(
-    batch: ScoredBatch, coefs: Coefficients, decode: Callable[[torch.Tensor], str], *, step: int, limit: int
+    batch: ScoredBatch,
+    coefs: Coefficients,
+    decode: Callable[[torch.Tensor], str],
+    *,
+    step: int,
+    limit: int,
 ) -> list[dict[str, Any]]:
     """The first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
-    streams = {"posterior": (batch.posterior, batch.correct_post_BG), "prior": (batch.prior, batch.correct_prior_BN)}
+    streams: dict[Stream, tuple[Groups, torch.Tensor]] = {
+        "posterior": (batch.posterior, batch.correct_post_BG),
+        "prior": (batch.prior, batch.correct_prior_BN),
+    }
     for stream, (groups, correct) in streams.items():
         scores = coefs.path_scores.get(stream, {})
-        places = [(b, i, path) for b, group in enumerate(groups) for i, path in enumerate(group)][:limit]
+        places = [(b, i, path) for b, group in enumerate(groups) for i, path in enumerate(group)][
+            :limit
+        ]
         for b, i, path in places:
             records.append(
                 {

@@ -1,4 +1,5 @@
-"""`--dry-run`: what a run would see and need, before anything is sampled: prompts, lengths, memory."""
+"""`--dry-run`: what a run would see and need, before anything is sampled: prompts, lengths,
+memory."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 from vpgea_fast.config import Config
 from vpgea_fast.data import DataError, load_questions
 from vpgea_fast.model import check_model_dir, estimate_memory
-from vpgea_fast.prompts import Prompter
+from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.types import Question
 
 ITEMS = 8
@@ -31,19 +32,22 @@ SAMPLE_QUESTIONS = [
 
 
 def dry_run(cfg: Config, say: Any = print) -> None:
-    """Tokenise 8 items, show both prompts, report lengths and memory. Writes nothing, loads no weight."""
+    """Tokenise 8 items, show both prompts, report lengths and memory. Writes nothing, loads no
+    weight."""
     check_model_dir(cfg.model.path)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     questions, dropped = _questions(cfg, say)
-    kept, overlong = prompter.prompt_questions(questions, cfg.data.max_prompt_tokens, cfg.data.overlong)
+    kept, overlong = prompter.prompt_within(
+        questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
+    )
     say(f"questions: {len(kept)} ({ {**dropped, 'overlong': overlong} } dropped)")
     for item in kept[:ITEMS]:
         lengths = f"student {len(item.student_ids)}, teacher {len(item.teacher_ids)}"
         say(f"  {item.question.id}: {lengths}, scored answer {tokenizer.decode(item.target_ids)!r}")
     say(f"student prompt:\n{tokenizer.decode(kept[0].student_ids)}\n")
     say(f"teacher prompt:\n{tokenizer.decode(kept[0].teacher_ids)}\n")
-    say(f"prompt tokens: {prompter.length_report(kept)}")
+    say(f"prompt tokens: {length_report(kept)}")
     _memory(cfg, max(len(q.teacher_ids) for q in kept), say)
 
 
@@ -52,9 +56,9 @@ def _questions(cfg: Config, say: Any) -> tuple[list[Question], dict[str, int]]:
         loaded = load_questions(cfg.data.train, cfg.data)
     except DataError as error:
         say(f"data: {error}")
-        say(f"data: showing {ITEMS} built-in questions instead; the run itself needs {cfg.data.train}")
+        say(f"data: showing {ITEMS} built-in questions; the run itself needs {cfg.data.train}")
         return SAMPLE_QUESTIONS, {}
-    return list(loaded.questions), loaded.dropped
+    return list(loaded.questions), dict(loaded.dropped)
 
 
 def _memory(cfg: Config, longest_prompt: int, say: Any) -> None:
@@ -70,4 +74,4 @@ def _memory(cfg: Config, longest_prompt: int, say: Any) -> None:
     say(f"memory estimate for one device ({estimate.parameters / 1e6:.1f} M parameters):")
     for name, size in estimate.parts.items():
         say(f"  {name:<14}{size / 2**30:9.3f} GiB")
-    say(f"  {'peak':<14}{estimate.total / 2**30:9.3f} GiB (states + the larger of training and sampling)")
+    say(f"  {'peak':<14}{estimate.total / 2**30:9.3f} GiB (states + larger of training, sampling)")

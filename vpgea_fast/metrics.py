@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -160,15 +161,18 @@ class PhaseTimer:
 class Console:
     """The run on a terminal: a bar with the time left, a line a step, tables; else plain lines.
 
-    `total` steps, of which `done` were made before this process.
+    `total` steps, of which `done` were made before this process. A plain log hears of samples
+    being drawn after `quiet_s` seconds without a line.
     """
 
-    def __init__(self, total: int, *, done: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, *, done: int = 0, stream: TextIO | None = None, quiet_s: float = 20.0
+    ) -> None:
         self._terminal = Terminal(file=stream, highlight=False)
         live = self._terminal.is_terminal
         if not live:
             self._terminal.width = 160  # rich takes a pipe for 80 columns and folds tables
-        self._total = total
+        self._total, self._quiet_s = total, quiet_s
         self._step_seconds: deque[float] = deque(maxlen=20)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         left = TextColumn("{task.fields[left]}")
@@ -188,16 +192,19 @@ class Console:
         self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
 
     def samples(self, total: int) -> Callable[[int], None]:
-        """Progress of sampling `total` answers: call the result with the number newly finished."""
-        task = self._bar.add_task("answers", total=total, left="")
-        finished = 0
+        """Progress of drawing `total` samples: call the result with the number newly finished."""
+        task = self._bar.add_task("samples", total=total, left="")
+        finished, spoke = 0, time.monotonic()
 
         def advance(count: int) -> None:
-            nonlocal finished
-            tenths, finished = finished * 10 // total, finished + count
-            self._bar.update(task, completed=finished, visible=finished < total)
-            if self._bar.disable and finished * 10 // total > tenths:
-                self.message(f"answers {finished}/{total}")
+            nonlocal finished, spoke
+            finished += count
+            self._bar.update(task, completed=finished)
+            if finished >= total:
+                self._bar.remove_task(task)
+            elif self._bar.disable and time.monotonic() - spoke > self._quiet_s:
+                spoke = time.monotonic()
+                self.message(f"samples {finished}/{total}")
 
         return advance
 
@@ -209,7 +216,7 @@ class Console:
         title: str | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for index, header in enumerate(headers):
             table.add_column(header, justify="left" if index == 0 else "right")
         for row in rows:

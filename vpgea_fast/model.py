@@ -1,6 +1,8 @@
-"""The policy: a Hugging Face causal LM that answers packed batches with losses or log-probs, never with logits.
+"""The policy: a Hugging Face causal LM that answers packed batches with losses or log-probs, never
+with logits.
 
-    PackedBatch -> decoder -> hidden states at the target rows -> fused head loss (T rows, never a (T, V) tensor)
+    PackedBatch -> decoder -> hidden states at the target rows -> fused head loss (T rows, never a
+    (T, V) tensor)
 
 | tensor                 | dtype                                         |
 | parameters, gradients  | float32 (float64 when model.dtype is float64) |
@@ -17,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vpgea_fast import attention, losses
 from vpgea_fast.config import ModelConfig
 from vpgea_fast.types import PackedBatch
-
 
 HEAD_CHUNK = 2**30
 """Bytes of logits that the head loss may hold at once, for the memory estimate."""
@@ -33,9 +35,12 @@ class ModelError(ValueError):
 
 
 class Policy(nn.Module):
-    """One parameter set, two uses: `forward` gives the weighted loss of a batch, `logprob` scores it without a graph."""
+    """One parameter set, two uses: `forward` gives the weighted loss of a batch, `logprob` scores
+    it without a graph."""
 
-    def __init__(self, causal_lm: Any, *, dtype: torch.dtype = torch.float32, backend: str = "auto") -> None:
+    def __init__(
+        self, causal_lm: Any, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.dtype = dtype
@@ -46,7 +51,8 @@ class Policy(nn.Module):
         return next(self.causal_lm.parameters()).device
 
     def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> losses.WeightedLoss:
-        """sum_t coef_t log p_t at `temperature`, with gradients made in the same pass (coefficients are constants)."""
+        """sum_t coef_t log p_t at `temperature`, with gradients made in the same pass (coefficients
+        are constants)."""
         batch = batch.to(self.device)
         hidden_RD, head = self._hidden(batch), self._head()
         coef_R = batch.coef.to(torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32)
@@ -56,13 +62,18 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logprob(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
-        """(R,) log p of every target of the batch, on the CPU; the head runs on the target rows only."""
+        """(R,) log p of every target of the batch, on the CPU; the head runs on the target rows
+        only."""
         batch = batch.to(self.device)
         hidden_RD, head = self._hidden(batch), self._head()
-        return losses.linear_logprob(hidden_RD, targets_T=batch.targets, temperature=temperature, **head).logp.cpu()
+        return losses.linear_logprob(
+            hidden_RD, targets_T=batch.targets, temperature=temperature, **head
+        ).logp.cpu()
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
+        with torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)
+        ):
             output = self.causal_lm.base_model(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
@@ -78,7 +89,8 @@ class Policy(nn.Module):
             "weight_VD": head.weight.to(self.dtype),
             "bias": None if getattr(head, "bias", None) is None else head.bias.to(self.dtype),
             "softcap": getattr(config, "final_logit_softcapping", None),
-            "logit_scale": getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+            "logit_scale": getattr(config, "logit_scale", None)
+            or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
             "backend": self.backend,
         }
 
@@ -86,46 +98,71 @@ class Policy(nn.Module):
 def load_policy(cfg: ModelConfig, *, backend: str = "auto") -> Policy:
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train."""
     dtype = getattr(torch, cfg.dtype)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    )
     if dtype is torch.float16 and device.type == "cpu":
         raise ModelError("model.dtype float16 does not run on a CPU; use float32 or bfloat16")
-    causal_lm = load_causal_lm(cfg.path, torch.float64 if dtype is torch.float64 else torch.float32).to(device)
+    causal_lm = load_causal_lm(
+        cfg.path, torch.float64 if dtype is torch.float64 else torch.float32
+    ).to(device)
     if cfg.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     causal_lm.train()
     return Policy(causal_lm, dtype=dtype, backend=backend)
 
 
 def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
-    """AutoModelForCausalLM with packed attention. Errors: ModelError for an incomplete directory or non-finite weights."""
+    """AutoModelForCausalLM with packed attention. Errors: ModelError for an incomplete directory or
+    non-finite weights."""
     from transformers import AutoModelForCausalLM
 
     check_model_dir(path)
     try:
-        causal_lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.register(), use_safetensors=True, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.register(),
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        causal_lm, info = loaded
     except OSError as error:
-        raise ModelError(f"cannot load the model {path!r}: {_first_line(error)}; give a complete directory") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelError(f"{path}: a weight file is damaged or cut ({error}); copy the model again") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+        raise ModelError(
+            f"cannot load the model {path!r}: {_first_line(error)}; give a complete directory"
+        ) from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path}: a weight file is damaged or cut ({error}); copy the model again"
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(
+        str(key) for key in info.get("mismatched_keys", ())
+    )
     if missing:
-        raise ModelError(f"{path}: {len(missing)} weights are missing or misshapen ({missing[0]}, ...); copy the model again")
+        raise ModelError(
+            f"{path}: {len(missing)} weights are missing or misshapen ({missing[0]}, ...); "
+            "copy the model again"
+        )
     bad = [name for name, p in causal_lm.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
-        raise ModelError(f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint")
+        raise ModelError(
+            f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint"
+        )
     return causal_lm
 
 
 def check_model_dir(path: str) -> None:
-    """A local directory must hold config.json and every weight file that its index names. A Hub name is not checked."""
+    """A local directory must hold config.json and every weight file that its index names. A Hub
+    name is not checked."""
     directory = Path(path)
     if not directory.exists():
         if path.startswith((".", "/")) or path.count("/") > 1:
-            raise ModelError(f"no model directory at {path}; give a Hugging Face directory or a Hub name (owner/name)")
+            raise ModelError(
+                f"no model directory at {path}; "
+                "give a Hugging Face directory or a Hub name (owner/name)"
+            )
         return
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
@@ -136,29 +173,41 @@ def check_model_dir(path: str) -> None:
         wanted = ["model.safetensors"]
     absent = [name for name in wanted if not (directory / name).is_file()]
     if absent:
-        raise ModelError(f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)")
+        raise ModelError(
+            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)"
+        )
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose; `total` is an upper estimate of the peak, which is the larger of training and sampling."""
+    """Bytes by purpose; `total` is an upper estimate of the peak, which is the larger of training
+    and sampling."""
 
     parts: Mapping[str, int]
     parameters: int
 
     @property
     def total(self) -> int:
-        states = sum(self.parts[name] for name in ("weights", "gradients", "optimiser", "forward copy"))
+        states = sum(
+            self.parts[name] for name in ("weights", "gradients", "optimiser", "forward copy")
+        )
         return states + max(self.parts["activations"] + self.parts["head"], self.parts["kv cache"])
 
 
 def estimate_memory(
-    model_path: str, dtype: str, *, batch_tokens: int, checkpointing: bool, sequences: int, context: int
+    model_path: str,
+    dtype: str,
+    *,
+    batch_tokens: int,
+    checkpointing: bool,
+    sequences: int,
+    context: int,
 ) -> MemoryEstimate:
     """What one device holds, from config.json alone (no weight is read).
 
-    `batch_tokens` packed tokens a forward, `sequences` paths of up to `context` tokens decoded side by side.
-    Activations: with checkpointing one hidden state a layer plus one layer's inner tensors, else all of them.
+    `batch_tokens` packed tokens a forward, `sequences` paths of up to `context` tokens decoded side
+    by side. Activations: with checkpointing one hidden state a layer plus one layer's inner
+    tensors, else all of them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -169,7 +218,8 @@ def estimate_memory(
     master = 8 if dtype == "float64" else 4
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # q, k, v, o, two norms and the residual are ~8 hidden sizes; gate, up, their product ~3 MLP widths
+    # q, k, v, o, two norms and the residual are ~8 hidden sizes; gate, up, their product ~3 MLP
+    # widths
     layer = batch_tokens * (8 * config.hidden_size + 3 * config.intermediate_size) * size
     kept = batch_tokens * config.hidden_size * size
     layers = config.num_hidden_layers

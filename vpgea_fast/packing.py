@@ -1,4 +1,5 @@
-"""Rows -> packed batches: laid end to end, never padded, never cut; a row without a coefficient does not exist.
+"""Rows -> packed batches: laid end to end, never padded, never cut; a row without a coefficient
+does not exist.
 
     rows = [r0 (5 tokens), r1 (3), r2 (9)], budget 9      ->      [[r2], [r0, r1]]
 
@@ -15,15 +16,17 @@ from vpgea_fast.types import PackedBatch, TrainRow
 
 
 def drop_zero_rows(rows: Sequence[TrainRow]) -> list[TrainRow]:
-    """The rows with a gradient. A zero-coefficient row would cost attention, MLP and head for nothing."""
+    """The rows with a gradient. A zero-coefficient row would cost attention, MLP and head for
+    nothing."""
     return [row for row in rows if row.token_ids.numel() and bool(row.coef.any())]
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit-decreasing: indices of `lengths` in batches of at most `budget` tokens; a longer row stays alone.
+    """First-fit-decreasing: indices of `lengths` in batches of at most `budget` tokens; a longer
+    row stays alone.
 
-    Order within a batch and of the batches is a function of the lengths alone (ties by index), so a plan is
-    reproducible. Errors: ValueError for a budget below 1.
+    Order within a batch and of the batches is a function of the lengths alone (ties by index), so a
+    plan is reproducible. Errors: ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"micro-batch budget: expected at least 1 token, got {budget}")
@@ -66,5 +69,4 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
         logit_index=torch.cat([torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)]),
         targets=torch.cat([row.token_ids for row in rows]),
         coef=torch.cat([row.coef.double() for row in rows]),
-        row_of=torch.repeat_interleave(torch.tensor(counts)),
     )

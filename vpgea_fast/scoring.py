@@ -1,6 +1,7 @@
 """Cross-view scoring: how likely a thought makes the reference answer in the *student* view.
 
-    S(x) + z (+ think-close if the thought was cut) + cue + target      U = sum over target of log p  (T = 1)
+    S(x) + z (+ think-close if the thought was cut) + cue + target
+    U = sum over the target of log p, at temperature 1
 
 The trunk runs over the whole sequence, the head over the target rows only.
 """
@@ -26,9 +27,11 @@ def answer_likelihood(
     budget: int,
     u_norm: str = "sum",
 ) -> torch.Tensor:
-    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats, summed (or averaged) over the target tokens.
+    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats, summed (or averaged) over
+    the target tokens.
 
-    A thought that was cut gets its think-close appended, so that it has a defined utility (VPG-EA, arXiv 2605.11019).
+    A thought that was cut gets its think-close appended, so that it has a defined utility (VPG-EA,
+    arXiv 2605.11019).
     """
     close = torch.tensor([think_close_id])
     rows = []
@@ -36,10 +39,16 @@ def answer_likelihood(
         thought = path.z_ids if path.closed else torch.cat([path.z_ids, close])
         context = torch.cat([question.student_ids, thought, question.cue_ids])
         rows.append(score_row(context, question.target_ids))
-    totals = torch.stack([logps.sum() for logps in row_logprobs(logprob, rows, budget)]) if rows else torch.zeros(0)
+    totals = (
+        torch.stack([logps.sum() for logps in row_logprobs(logprob, rows, budget)])
+        if rows
+        else torch.zeros(0)
+    )
     if u_norm == "sum":
         return totals.double()
-    return totals.double() / torch.tensor([row.token_ids.numel() for row in rows], dtype=torch.float64)
+    return totals.double() / torch.tensor(
+        [row.token_ids.numel() for row in rows], dtype=torch.float64
+    )
 
 
 def row_logprobs(logprob: LogprobFn, rows: Sequence[TrainRow], budget: int) -> list[torch.Tensor]:

@@ -1,4 +1,8 @@
-"""The one loop: rollout -> score -> coefficients -> packed update -> log -> save, the same on a laptop and on a node."""
+"""The one loop: rollout -> score -> coefficients -> packed update -> log -> save.
+
+The same on a laptop and on a node. Every other file is a stage; this one composes them, and holds
+the only mutable state of a run: parameters, optimiser, step counter.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import json
 import math
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -17,26 +20,42 @@ from transformers import AutoTokenizer
 from vpgea_fast import checkpoint, diagnostics, objectives, report
 from vpgea_fast.config import Config, VpgeaConfig, dump
 from vpgea_fast.data import load_questions, step_questions
-from vpgea_fast.evaluate import Evaluator, verify_paths
-from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
+from vpgea_fast.evaluate import Evaluator, make_sampling, verify_paths
+from vpgea_fast.metrics import (
+    Alarms,
+    Console,
+    MetricsWriter,
+    PhaseTimer,
+    environment,
+    read_jsonl,
+)
 from vpgea_fast.model import load_policy
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
 from vpgea_fast.packing import drop_zero_rows, pack
-from vpgea_fast.prompts import Prompter
-from vpgea_fast.rollout.engine import Sampling, request_seed
+from vpgea_fast.prompts import Prompter, length_report
+from vpgea_fast.rollout.engine import request_seed
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import answer_likelihood, row_logprobs, score_row
-from vpgea_fast.types import Coefficients, PromptedQuestion, SampleRequest, ScoredBatch, StepStats, Stream, TrainRow
+from vpgea_fast.types import (
+    Groups,
+    PackedBatch,
+    PromptedQuestion,
+    SampleRequest,
+    ScoredBatch,
+    StepStats,
+    Stream,
+    TrainRow,
+    View,
+)
 from vpgea_fast.types import Path as SampledPath
 from vpgea_fast.verify import Verifier
 
 MAX_SKIPPED_IN_A_ROW = 5
-Groups = tuple[tuple[SampledPath, ...], ...]
 
 
-class Preempted(Exception):
-    """SIGTERM or Ctrl-C; raised only where no update is half done, so that the state can be saved."""
+class Preempted(Exception):  # noqa: N818 - not an error: the run is saved and can go on
+    """SIGTERM or Ctrl-C; raised only where no update is half done, so the state can be saved."""
 
 
 class TrainingError(RuntimeError):
@@ -44,7 +63,12 @@ class TrainingError(RuntimeError):
 
 
 def fit(cfg: Config, *, resume: bool = False) -> bool:
-    """Train to `cfg.train.steps` in `cfg.run.dir`; True when done, False when a signal stopped it (and it was saved)."""
+    """Train to `cfg.train.steps` in `cfg.run.dir`; True when done, False when stopped by a signal.
+
+    A stopped run is saved first. With `resume` the run directory's newest checkpoint is continued,
+    bitwise as if it had never stopped. Errors: ValueError for bad input, CheckpointError for the
+    run directory, TrainingError for a run that diverges.
+    """
     with Trainer(cfg, resume=resume) as trainer:
         trainer.introduce()
         try:
@@ -55,71 +79,49 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
             trainer.evaluate_once("after")
         except Preempted:
             trainer.save()
-            trainer.console.message(f"stopped after step {trainer.step}, saved; go on with --resume {cfg.run.dir}")
+            trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
             return False
         trainer.finish_run()
     return True
 
 
 class Trainer:
-    """Owns the stages of one run and its only mutable state: parameters, optimiser, step counter, alarms."""
+    """The stages of one run. Use as a context manager; see `fit` for the loop."""
 
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
-        self.skipped_in_a_row, self.stop_requested, self.handlers = 0, False, {}
+        self.skipped_in_a_row, self.stop_requested = 0, False
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
+        self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
         self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
-            self.prompter = Prompter(self.tokenizer, cfg.prompt)
-            loaded = load_questions(cfg.data.train, cfg.data, self.verifier.parseable)
-            self.questions, overlong = self.prompter.prompt_questions(
-                loaded.questions, cfg.data.max_prompt_tokens, cfg.data.overlong
-            )
-            self.dropped = {**loaded.dropped, "overlong": overlong}
-            self.policy = load_policy(cfg.model, backend=cfg.loss.backend)
-            self.engine = HFEngine(self.policy.causal_lm, max_batch=cfg.rollout.max_batch)
-            self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
-            self.sampling = Sampling(
-                max_new_tokens=cfg.rollout.max_new_tokens,
-                think_close_id=self.prompter.think_close_id,
-                eos_ids=self.prompter.eos_ids,
-                temperature=cfg.rollout.temperature,
-                top_p=cfg.rollout.top_p,
-                full_answer=cfg.rollout.full_answer,
-                max_answer_tokens=cfg.rollout.max_answer_tokens,
-            )
-            self.evaluator = Evaluator(
-                cfg, engine=self.engine, prompter=self.prompter, decode=self._decode, verifier=self.verifier
-            )
-            self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
+            self._build_stages()
+            if resume:
+                self._restore()
         except BaseException:
             self.verifier.close()
+            self.claim.abandon()
             raise
-        self.alarms = Alarms()
-        if resume:
-            self._restore()
         self._write_run_files()
         self.metrics = MetricsWriter(self.run_dir)
         self.console = Console(cfg.train.steps, done=self.step)
+        self.say = self.console.message
 
     def __enter__(self) -> Trainer:
-        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self.previous_handlers = {s: signal.signal(s, self._on_signal) for s in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.console.close()
-        self.verifier.close()
-        self.engine.close()
-        self.claim.close()
-
-    # ------------------------------------------------------------------------------------------ one step
+        for part in (self.console, self.metrics, self.engine, self.verifier):
+            part.close()
+        self.claim.release()
 
     def train_step(self) -> StepStats:
-        """One rollout batch, one update. Nothing that is saved changes before `update` has all its gradients."""
+        """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer()
         questions = step_questions(
             self.questions, seed=cfg.run.seed, step=self.step, batch=cfg.train.questions_per_step
@@ -130,58 +132,68 @@ class Trainer:
             batch = self.score(questions, posterior, prior)
         with timer("advantage"):
             coefs = objectives.coefficients(cfg.objective, batch)
-            rows = drop_zero_rows(build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant))
+            rows = drop_zero_rows(
+                build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
+            )
         with timer("diagnose"):
-            found = {**diagnostics.batch_metrics(batch), **coefs.metrics, **self._divergence(batch)}
+            found = {**diagnostics.batch_metrics(batch), **coefs.metrics, **self.diverge(batch)}
+            records = diagnostics.path_records(
+                batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
+            )
         with timer("train"):
             update, skipped = self.update(rows)
-        work = diagnostics.work_metrics(batch, coefs, rows)
-        self._log_paths(batch, coefs)
+        self.metrics.write_paths(records)
+        work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         return StepStats(
-            self.step, {"step": self.step + 1, **found, **update, **work, **timer.metrics(), **_memory()}, skipped
+            self.step, {"step": self.step + 1, **found, **update, **work, **_memory()}, skipped
         )
 
     def sample(self, questions: Sequence[PromptedQuestion]) -> tuple[Groups, Groups]:
         """Posterior and prior paths of every question, both streams in one call of the engine."""
-        plan: list[tuple[Stream, int]] = [
-            ("posterior", self.cfg.objective.posterior_paths),
-            ("prior", self.cfg.objective.prior_paths),
+        plan: list[tuple[Stream, View, int]] = [
+            ("posterior", "teacher", self.cfg.objective.posterior_paths),
+            ("prior", "student", self.cfg.objective.prior_paths),
         ]
         requests = [
             SampleRequest(
-                q.question.id,
-                stream,
-                i,
-                q.context("teacher" if stream == "posterior" else "student"),
-                request_seed(self.cfg.run.seed, self.step, q.question.id, stream, i),
+                question_id=q.question.id,
+                stream=stream,
+                index=i,
+                prompt_ids=q.context(view),
+                seed=request_seed(self.cfg.run.seed, self.step, q.question.id, stream, i),
             )
             for q in questions
-            for stream, count in plan
+            for stream, view, count in plan
             for i in range(count)
         ]
-        paths = iter(self.engine.generate(requests, self.sampling, self._sampled(len(requests))))
-        groups = [[tuple(next(paths) for _ in range(count)) for _, count in plan] for _ in questions]
-        return tuple(g[0] for g in groups), tuple(g[1] for g in groups)
+        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
+        groups = [
+            [tuple(next(paths) for _ in range(count)) for *_, count in plan] for _ in questions
+        ]
+        return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
 
-    @torch.no_grad()
-    def score(self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups) -> ScoredBatch:
-        """Cross-view likelihoods, lengths and (with full answers) verified correctness of all paths."""
+    def score(
+        self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups
+    ) -> ScoredBatch:
+        """Cross-view likelihoods, lengths and (with full answers) correctness of all paths."""
         matrices: dict[str, torch.Tensor] = {}
         for name, groups in {"post_BG": posterior, "prior_BN": prior}.items():
+            pairs = [(q, p) for q, group in zip(questions, groups, strict=True) for p in group]
             shape = (len(groups), len(groups[0]))
-            pairs = [(q, path) for q, group in zip(questions, groups, strict=True) for path in group]
-            paths = [path for _, path in pairs]
-            unknown = torch.full(shape, math.nan, dtype=torch.float64)
-            matrices[f"u_{name}"] = self._utilities(pairs).view(shape) if self.cfg.objective.scores_answers else unknown
-            answers = [q.question.answer for q, _ in pairs]
-            verified = verify_paths(paths, answers, self._decode, self.verifier) if self.sampling.full_answer else unknown
-            matrices[f"correct_{name}"] = verified.view(shape)
-            matrices[f"len_{name}"] = torch.tensor([p.length for p in paths], dtype=torch.float64).view(shape)
-            matrices[f"closed_{name}"] = torch.tensor([p.closed for p in paths], dtype=torch.bool).view(shape)
+            columns = {
+                "u": self._utilities(pairs),
+                "correct": self._correct(pairs),
+                "len": torch.tensor([p.length for _, p in pairs], dtype=torch.float64),
+                "closed": torch.tensor([p.closed for _, p in pairs], dtype=torch.bool),
+            }
+            matrices |= {f"{key}_{name}": column.view(shape) for key, column in columns.items()}
         return ScoredBatch(tuple(questions), posterior, prior, **matrices)
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
-        """Accumulate the gradient of all rows and step once; no rows, or a non-finite gradient: no update at all."""
+        """The gradient of all rows, one optimiser step; and why there was none, if there was none.
+
+        No rows or a non-finite gradient leave parameters and optimiser state bitwise unchanged.
+        """
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
@@ -194,73 +206,81 @@ class Trainer:
             for i, part in zip(members, parts, strict=True):
                 logps[i] = part
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
-        metrics = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
+        found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            return {**metrics, "skipped": 0}, None
-        self.skipped_in_a_row += 1
-        return {**metrics, "skipped": 1}, f"non-finite gradient norm ({norm})"
+            return {**found, "skipped": 0}, None
+        return {**found, "skipped": 1}, f"the gradient norm is {norm}"
 
     def finish_step(self, stats: StepStats) -> None:
-        """Count, log, raise alarms, evaluate and save on schedule."""
+        """Count the step, log it, raise alarms, evaluate and save on schedule."""
         self.step += 1
-        every, last = self.cfg.eval.every, self.step == self.cfg.train.steps
-        extra = self._evaluation_metrics() if every and self.step % every == 0 and not last else {}
-        metrics = {**stats.metrics, **extra}
+        metrics = {**stats.metrics, **self._scheduled_evaluation()}
         self.metrics.write(metrics)
         self.console.step(metrics)
-        for text in [*([f"step {self.step}: no update, {stats.skipped}"] if stats.skipped else []), *self.alarms.update(metrics)]:
-            self.console.message(text)
+        if stats.skipped:
+            self.say(f"step {self.step}: no update, {stats.skipped}")
+        for alarm in self.alarms.update(metrics):
+            self.say(alarm)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{MAX_SKIPPED_IN_A_ROW} non-finite gradients in a row at step {self.step}; the last checkpoint is good: "
-                "lower optim.lr or look at the paths of these steps in paths.jsonl, then --resume"
+                f"{MAX_SKIPPED_IN_A_ROW} non-finite gradients in a row at step {self.step}; the "
+                "last checkpoint is good: lower optim.lr, look at the last steps in paths.jsonl, "
+                "and go on with --resume"
             )
-        if last or self.step % self.cfg.checkpoint.save_every == 0:
+        if self.step == self.cfg.train.steps or self.step % self.cfg.checkpoint.save_every == 0:
             self.save()
         self._check_stop()
 
-    # ------------------------------------------------------------------------------------------ before and after
-
     def introduce(self) -> None:
-        """Show both prompts, the length report, what will be drawn, and what the preset leaves out."""
-        cfg, first = self.cfg, self.questions[0]
-        say = self.console.message
+        """Show both prompts, their lengths, what will be drawn, and what the preset leaves out."""
+        cfg, first, say = self.cfg, self.questions[0], self.say
         say(f"student prompt: {self.tokenizer.decode(first.student_ids)}")
         if cfg.objective.posterior_paths:
             say(f"teacher prompt: {self.tokenizer.decode(first.teacher_ids)}")
-        say(f"{len(self.questions)} questions ({_counts(self.dropped)}), prompt tokens {self.prompter.length_report(self.questions)}")
+        say(f"{len(self.questions)} questions, {_counts(self.dropped)}")
+        say(f"prompt tokens: {length_report(self.questions)}")
         paths = cfg.objective.posterior_paths + cfg.objective.prior_paths
         say(
-            f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} questions x {paths} paths = "
-            f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples; loss backend {self.policy.backend}, "
-            f"device {self.policy.device}"
+            f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
+            f"questions x {paths} paths = "
+            f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
         )
+        say(f"device {self.policy.device}, loss backend {self.policy.backend}")
         if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
-            say("preset robust: its counterfactual leak guard is not built yet, so paths that state the answer pass")
+            say(
+                "preset robust: its counterfactual leak guard is not built yet; a path that states "
+                "the answer passes"
+            )
         if cfg.rollout.top_p < 1:
-            say(f"rollout.top_p {cfg.rollout.top_p} < 1: log q is not that of the sampler, gradients are biased; use 1.0")
+            self.say(
+                f"rollout.top_p {cfg.rollout.top_p} < 1: paths are not drawn from the model that "
+                "the gradient assumes; use 1.0"
+            )
 
     def evaluate_once(self, when: str) -> None:
-        """The evaluation before (or after) training into eval.json; not repeated by a resumed run."""
+        """The evaluation before or after training, into eval.json; a resumed run keeps it."""
         file = self.run_dir / "eval.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if not self.cfg.eval.data or known.get(when, {}).get("step") == (0 if when == "before" else self.step):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        step = 0 if when == "before" else self.step
+        if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
-        result = self._evaluate()
-        checkpoint.write_atomic(file, json.dumps({**known, when: {**result, "step": self.step}}, indent=1))
+        self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
+        known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
+        checkpoint.write_text(file, json.dumps(known, indent=1))
 
     def finish_run(self) -> None:
         """Export the model, draw the figure and the report, print the closing table."""
         if self.cfg.checkpoint.export:
-            checkpoint.export_model(self.policy.causal_lm, self.tokenizer, self.run_dir / "export")
-        report.write_report(self.run_dir)
-        headers, rows = report.closing_table(self.run_dir)
-        if rows:
-            self.console.table(headers, rows)
-        if self.cfg.metrics.note:
-            self.console.message(self.cfg.metrics.note)
-        self.console.message(f"run {self.run_dir}: report.html, training.png, metrics.jsonl, export/")
+            checkpoint.export_model(
+                self.policy.causal_lm, self.tokenizer, self.run_dir / "export", replace=True
+            )
+        page = report.write_report(self.run_dir)
+        headers, table = report.closing_table(self.run_dir)
+        self.console.close()
+        if table:
+            self.console.table(headers, table, notes=report.closing_notes(self.run_dir))
+        self.say(f"{page}, {self.run_dir}/training.png, {self.run_dir}/export")
 
     def save(self) -> None:
         checkpoint.save_checkpoint(
@@ -268,43 +288,12 @@ class Trainer:
             self.step,
             model_state=self.policy.causal_lm.state_dict(),
             optimizer_state=self.optimizer.state_dict(),
-            trainer_state={"step": self.step, "skipped_in_a_row": self.skipped_in_a_row},
+            trainer_state={"skipped_in_a_row": self.skipped_in_a_row},
             keep_last=self.cfg.checkpoint.keep_last,
         )
 
-    @property
-    def norm_constant(self) -> float:
-        return self.cfg.train.norm_constant or self.cfg.rollout.max_new_tokens / 4
-
-    # ------------------------------------------------------------------------------------------ inside
-
-    def _restore(self) -> None:
-        saved = checkpoint.load_checkpoint(self.run_dir, device=self.policy.device)
-        self.step = 0 if saved is None else saved.step
-        if saved is not None:
-            self.policy.causal_lm.load_state_dict(saved.model_state)
-            self.optimizer.load_state_dict(saved.optimizer_state)
-            self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
-        for name in ("metrics.jsonl", "paths.jsonl"):
-            checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
-        self.alarms.replay(self.run_dir)
-
-    def _write_run_files(self) -> None:
-        facts = {**environment(), "loss_backend": self.policy.backend, "attention": "sdpa per document"}
-        facts |= {"device": str(self.policy.device), "parameters": sum(p.numel() for p in self.policy.parameters())}
-        checkpoint.write_atomic(self.run_dir / "config.yaml", dump(self.cfg))
-        checkpoint.write_atomic(self.run_dir / "environment.json", json.dumps(facts, indent=1))
-
-    def _utilities(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
-        return answer_likelihood(
-            self.policy.logprob,
-            pairs,
-            think_close_id=self.prompter.think_close_id,
-            budget=self.cfg.train.micro_batch_tokens,
-            u_norm=self.cfg.scoring.u_norm,
-        )
-
-    def _divergence(self, batch: ScoredBatch) -> dict[str, float]:
+    def diverge(self, batch: ScoredBatch) -> dict[str, float]:
+        """KL of the two views on whole posterior paths: a no-grad head, so every `diag_every`."""
         every, objective = self.cfg.metrics.diag_every, self.cfg.objective
         if not every or self.step % every or not isinstance(objective, VpgeaConfig):
             return {}
@@ -313,32 +302,26 @@ class Trainer:
             for question, group in zip(batch.questions, batch.posterior, strict=True)
             for path in group
         ]
-        log_pi = row_logprobs(self._logprob_at_temperature, rows, self.cfg.train.micro_batch_tokens)
-        return diagnostics.view_divergence(batch, log_pi, alpha=objective.alpha, u_min=objective.u_min)
 
-    def _logprob_at_temperature(self, packed: Any) -> torch.Tensor:
-        return self.policy.logprob(packed, temperature=self.cfg.rollout.temperature)
+        def logprob(packed: PackedBatch) -> torch.Tensor:
+            return self.policy.logprob(packed, temperature=self.cfg.rollout.temperature)
 
-    def _evaluate(self) -> dict[str, dict[str, Any]]:
-        return self.evaluator.run(self._sampled(self.evaluator.samples))
-
-    def _evaluation_metrics(self) -> dict[str, float]:
-        return {
-            f"eval_{mode}_{key}": result[key]
-            for mode, result in self._evaluate().items()
-            for key in ("acc", "tokens", "eps3", "truncated")
-        }
-
-    def _log_paths(self, batch: ScoredBatch, coefs: Coefficients) -> None:
-        self.metrics.write_paths(
-            diagnostics.path_records(batch, coefs, self.tokenizer.decode, step=self.step + 1, limit=self.cfg.metrics.paths_per_step)
+        return diagnostics.view_divergence(
+            batch,
+            row_logprobs(logprob, rows, self.cfg.train.micro_batch_tokens),
+            alpha=objective.alpha,
+            u_min=objective.u_min,
         )
 
-    def _decode(self, ids: torch.Tensor) -> str:
+    @property
+    def norm_constant(self) -> float:
+        return self.cfg.train.norm_constant or self.cfg.rollout.max_new_tokens / 4
+
+    def decode(self, ids: torch.Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _sampled(self, total: int) -> Any:
-        """Progress of `total` samples; a stop request is honoured between decoding steps."""
+    def progress(self, total: int) -> Callable[[int], None]:
+        """Shows how many of `total` samples are drawn; a stop request is honoured between them."""
         advance = self.console.samples(total)
 
         def on_progress(finished: int) -> None:
@@ -347,7 +330,87 @@ class Trainer:
 
         return on_progress
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _build_stages(self) -> None:
+        cfg = self.cfg
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        self.prompter = Prompter(self.tokenizer, cfg.prompt)
+        loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
+        self.questions, overlong = self.prompter.prompt_within(
+            loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
+        )
+        self.dropped = {**loaded.dropped, "overlong": overlong}
+        self.policy = load_policy(cfg.model, backend=cfg.loss.backend)
+        self.engine = HFEngine(
+            self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
+        )
+        self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
+        self.sampling = make_sampling(
+            cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm
+        )
+        self.evaluator = Evaluator(
+            cfg,
+            engine=self.engine,
+            prompter=self.prompter,
+            sampling=self.sampling,
+            decode=self.decode,
+            verifier=self.verifier,
+        )
+        self.alarms = Alarms()
+
+    def _restore(self) -> None:
+        """The newest checkpoint, and logs that end where it ends."""
+        saved = checkpoint.load_checkpoint(self.run_dir, device=self.policy.device)
+        if saved is not None:
+            self.step = saved.step
+            self.policy.causal_lm.load_state_dict(saved.model_state)
+            self.optimizer.load_state_dict(saved.optimizer_state)
+            self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
+            checkpoint.restore_rng(saved.rng_state)
+        for name in ("metrics.jsonl", "paths.jsonl"):
+            checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
+        for record in read_jsonl(self.run_dir / "metrics.jsonl"):
+            self.alarms.update(record)
+
+    def _write_run_files(self) -> None:
+        facts = {
+            **environment(),
+            "run_device": str(self.policy.device),
+            "parameters": sum(p.numel() for p in self.policy.parameters()),
+            "loss_backend": self.policy.backend,
+            "attention": "per-document sdpa",
+        }
+        checkpoint.write_text(self.run_dir / "config.yaml", dump(self.cfg))
+        checkpoint.write_text(self.run_dir / "environment.json", json.dumps(facts, indent=1))
+
+    def _utilities(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
+        if not self.cfg.objective.scores_answers:
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+        return answer_likelihood(
+            self.policy.logprob,
+            pairs,
+            think_close_id=self.prompter.think_close_id,
+            budget=self.cfg.train.micro_batch_tokens,
+            u_norm=self.cfg.scoring.u_norm,
+        )
+
+    def _correct(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
+        if not self.cfg.rollout.full_answer:
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+        paths, answers = [p for _, p in pairs], [q.question.answer for q, _ in pairs]
+        return verify_paths(paths, answers, self.decode, self.verifier)
+
+    def _scheduled_evaluation(self) -> dict[str, float]:
+        every = self.cfg.eval.every
+        if not every or self.step % every or self.step == self.cfg.train.steps:
+            return {}
+        results = self.evaluator.run(self.progress(self.evaluator.samples))
+        return {
+            f"eval_{mode}_{key}": result[key]
+            for mode, result in results.items()
+            for key in ("acc", "tokens", "eps3", "truncated")
+        }
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
@@ -365,4 +428,5 @@ def _memory() -> dict[str, float]:
 
 
 def _counts(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} dropped: {reason}" for reason, count in dropped.items() if count) or "none dropped"
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    return ", ".join(f"{count} dropped ({why})" for why, count in dropped.items()) or "none dropped"

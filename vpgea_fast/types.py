@@ -1,21 +1,23 @@
-"""The frozen records that walk between the stages: one question's way from a JSONL line to a gradient.
-
-Legend of the shape suffixes used in the whole project
-    B  questions (prompts) of one step     G  posterior paths of a question     N  prior paths of a question
-    T  tokens (rows) of a packed batch     D  hidden size     V  vocabulary     S  sequences of a packed batch
+"""The frozen records that walk between the stages: from a JSONL line to a gradient.
 
     Question -> PromptedQuestion -> SampleRequest -> Path -> ScoredBatch -> TrainRow -> PackedBatch
+
+Shape suffixes of the whole project:
+
+    B  questions of one step       G  posterior paths of a question   N  prior paths of a question
+    T  tokens of a packed batch    S  sequences of a packed batch     D  hidden size   V  vocabulary
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 Stream = Literal["posterior", "prior"]
-"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior pi)."""
+"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
+pi)."""
 
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
@@ -41,9 +43,10 @@ class Question:
 class PromptedQuestion:
     """A question with the token ids of everything that is ever put around a thought.
 
-    `student_ids` is a function of (template, question text) alone; only `teacher_ids` and `target_ids` know the
-    answer. `cue_ids` leads from the end of the thought to the answer that `target_ids` spells, for scoring:
-    score sequence = student_ids + z + cue_ids + target_ids. All are 1-D int64 tensors on the CPU.
+    `student_ids` is a function of (template, question text) alone; only `teacher_ids` and
+    `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
+    `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
+    are 1-D int64 tensors on the CPU.
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -81,12 +84,13 @@ class Path:
     """One sampled reasoning path: token ids as the engine drew them, never re-tokenised text.
 
     z_ids      (len,) int64: the thought, up to and including the first think-close token
-    logps      (len,) float32: sampling log-prob of each z token, natural log, at the sampling temperature
+    logps      (len,) float32: sampling log-prob of each z token, nats, at the sampling temperature
     answer_ids (m,) int64: what followed the thought (empty unless full answers are sampled)
     closed     the thought ends in the think-close token
-    finish     "length" means that the token limit cut the sample; "error" that the engine gave it up
+    finish     "length": the token limit cut the sample; "error": the engine gave it up
 
-    >>> p = Path("q0", "prior", 0, torch.tensor([4, 9]), torch.zeros(2), torch.tensor([], dtype=torch.long), True, "stop")
+    >>> z, answer = torch.tensor([4, 9]), torch.tensor([7])
+    >>> p = Path("q0", "prior", 0, z, torch.zeros(2), answer, closed=True, finish="stop")
     >>> p.length, p.truncated
     (2, False)
     """
@@ -102,7 +106,7 @@ class Path:
 
     @property
     def length(self) -> int:
-        """Thought tokens, the think-close token included; at least 1, because it stands in a denominator."""
+        """Thought tokens, think-close included; at least 1: it stands in a denominator."""
         return max(1, self.z_ids.numel())
 
     @property
@@ -115,13 +119,18 @@ class Path:
         return self.finish == "length"
 
 
+Groups = tuple[tuple[Path, ...], ...]
+"""The paths of every question of a step, in the order of the questions."""
+
+
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A step's questions with their paths and everything that an objective may look at. Matrices are float64, CPU.
+    """A step's questions, their paths and all that an objective may look at; float64 on the CPU.
 
-    posterior[b][i] and prior[b][j] are paths; u_post_BG, u_prior_BN their log P(y*|x, z) in the student view
-    (an objective without a stream has a (B, 0) matrix there); len_* count thought tokens;
-    closed_* tell whether the thought ended by itself; correct_* are 1 / 0, or NaN where no answer was verified.
+    posterior[b][i] and prior[b][j] are paths; u_post_BG, u_prior_BN their log P(y*|x, z) in the
+    student view (an objective without a stream has a (B, 0) matrix there); len_* count thought
+    tokens; closed_* tell whether the thought ended by itself; correct_* are 1 / 0, or NaN where no
+    answer was verified.
 
     >>> one = torch.tensor([[0.0, -1.0]])
     >>> none = torch.zeros(1, 0)
@@ -131,8 +140,8 @@ class ScoredBatch:
     """
 
     questions: tuple[PromptedQuestion, ...]
-    posterior: tuple[tuple[Path, ...], ...]
-    prior: tuple[tuple[Path, ...], ...]
+    posterior: Groups
+    prior: Groups
     u_post_BG: torch.Tensor
     u_prior_BN: torch.Tensor
     len_post_BG: torch.Tensor
@@ -145,13 +154,16 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What an objective says: for every (stream of the path, view of the context) one weight a path.
+    """What an objective says: for every (stream of the path, view of the context) one weight a
+    path.
 
-    `weights[stream, view]` is (B, G) or (B, N) float64: the gradient of the minimised loss is
-    sum over paths of weight * w * grad log p(z | view), with w the normaliser (a negative weight makes a path likelier).
-    `utility` and friends are only for the log: name -> matrix of the same shape as the posterior (or prior) paths.
+    `weights[stream, view]` is (B, G) or (B, N) float64: the gradient of the minimised loss is sum
+    over paths of weight * w * grad log p(z | view), with w the normaliser (a negative weight makes
+    a path likelier). `utility` and friends are only for the log: name -> matrix of the same shape
+    as the posterior (or prior) paths.
 
-    >>> Coefficients({("prior", "student"): torch.tensor([[-1.0, 1.0]])}, {}, {}).weights["prior", "student"].sum().item()
+    >>> weights = {("prior", "student"): torch.tensor([[-1.0, 1.0]])}
+    >>> Coefficients(weights, path_scores={}, metrics={}).weights["prior", "student"].sum().item()
     0.0
     """
 
@@ -162,13 +174,16 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class TrainRow:
-    """A context, tokens after it, and one coefficient a token: all that the trainer knows of an objective.
+    """A context, tokens after it, and one coefficient a token: all that the trainer knows of an
+    objective.
 
-    loss of the row = sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]). `sample_logps` are the log-probs
-    under which the tokens were drawn: in the path's own view the mismatch of sampler and trainer, in the other view
-    the stop-gradient half of the distillation KL.
+    loss of the row = sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
+    `sample_logps` are the log-probs under which the tokens were drawn: in the path's own view the
+    mismatch of sampler and trainer, in the other view the stop-gradient half of the distillation
+    KL.
 
-    >>> TrainRow(torch.tensor([1, 5]), torch.tensor([4, 9]), torch.tensor([-0.5, -0.5]), "posterior", "teacher").tokens
+    >>> context, tokens = torch.tensor([1, 5]), torch.tensor([4, 9])
+    >>> TrainRow(context, tokens, torch.tensor([-0.5, -0.5]), "posterior", "teacher").tokens
     4
     """
 
@@ -192,15 +207,17 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows laid end to end, with no padding. The last token of a row is only a target, so it never enters the model.
+    """Rows laid end to end, with no padding. The last token of a row is only a target, so it never
+    enters the model.
 
-    input_ids, position_ids  (T,) int64        seqlens: the S lengths, Python ints (a kernel choice must not cost a sync)
-    logit_index (R,) int64: positions in T whose hidden state predicts a target
-    targets (R,) int64, coef (R,) float64, row_of (R,) int64: number of the row (0..S-1) that a target belongs to
+    input_ids, position_ids (T,) int64
+    seqlens      the S lengths as Python ints: splitting by them must not cost a host sync
+    logit_index  (R,) int64: positions in T whose hidden state predicts a target
+    targets      (R,) int64        coef (R,) float64
 
     >>> from vpgea_fast.packing import pack_rows
-    >>> row = TrainRow(torch.tensor([1, 5]), torch.tensor([4, 9]), torch.ones(2), "prior", "student")
-    >>> batch = pack_rows([row])
+    >>> context, tokens = torch.tensor([1, 5]), torch.tensor([4, 9])
+    >>> batch = pack_rows([TrainRow(context, tokens, torch.ones(2), "prior", "student")])
     >>> batch.input_ids.tolist(), batch.logit_index.tolist(), batch.targets.tolist()
     ([1, 5, 4], [1, 2], [4, 9])
     """
@@ -211,20 +228,17 @@ class PackedBatch:
     logit_index: torch.Tensor
     targets: torch.Tensor
     coef: torch.Tensor
-    row_of: torch.Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`: the one place where tensors move there."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimiser step did: `metrics` goes to metrics.jsonl as it is, `skipped` says why no update was made.
+    """What one optimiser step did: `metrics` goes to metrics.jsonl as it is, `skipped` says why no
+    update was made.
 
     >>> StepStats(step=3, metrics={"len_prior": 51.0}, skipped="all rows gated off").skipped
     'all rows gated off'

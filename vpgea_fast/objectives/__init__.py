@@ -1,4 +1,5 @@
-"""Objectives: each turns scored paths into one weight a path and view; `rows.build_rows` does the rest.
+"""Objectives: each turns scored paths into one weight a path and view; `rows.build_rows` does the
+rest.
 
 A new objective is one function here, one config type, one row in tests/test_objectives.py.
 """

@@ -1,13 +1,14 @@
-"""Policy-gradient baselines on the student stream: GRPO at ratio 1 (arXiv 2402.03300), with VPG-EA's length factor.
+"""Policy gradient in the student view: GRPO at ratio 1 (arXiv 2402.03300), with a length factor.
 
-    loss = -(1/G) sum_i A_i log pi(z_i|x),   A = z-score over the group of   correct_i (len_base / len_i)^alpha
+    loss = -(1/G) sum_i A_i log pi(z_i|x)
+    A = z-score over the group of R_i = correct_i (len_base / len_i)^alpha
+
+Like every objective here it trains the thought, think-close included, not the answer after it.
 """
 
 from __future__ import annotations
 
 import math
-
-import torch
 
 from vpgea_fast.advantage import group_zscore, length_factor
 from vpgea_fast.config import GrpoConfig
@@ -18,7 +19,9 @@ def grpo(cfg: GrpoConfig, batch: ScoredBatch) -> Coefficients:
     """alpha = 0 is GRPO; above it, len_base is the mean length of the group itself."""
     likely = (batch.u_prior_BN > math.log(0.5)) & batch.closed_prior_BN
     correct = batch.correct_prior_BN == 1.0 if cfg.reward == "verify" else likely
-    eta = length_factor(batch.len_prior_BN, batch.len_prior_BN.mean(dim=1), alpha=cfg.alpha, eta_clip=cfg.eta_clip)
+    eta = length_factor(
+        batch.len_prior_BN, batch.len_prior_BN.mean(dim=1), alpha=cfg.alpha, eta_clip=cfg.eta_clip
+    )
     reward = correct.double() * eta
     advantage = group_zscore(reward, eps=cfg.eps, ddof=cfg.ddof, std_gate=cfg.std_gate)
     metrics = {
@@ -29,4 +32,6 @@ def grpo(cfg: GrpoConfig, batch: ScoredBatch) -> Coefficients:
         "net_token_push": (advantage * batch.len_prior_BN).sum().item(),
     }
     scores = {"reward": reward, "eta": eta, "advantage": advantage, "u": batch.u_prior_BN}
-    return Coefficients(weights={("prior", "student"): -advantage}, path_scores={"prior": scores}, metrics=metrics)
+    return Coefficients(
+        weights={("prior", "student"): -advantage}, path_scores={"prior": scores}, metrics=metrics
+    )

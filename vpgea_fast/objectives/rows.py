@@ -1,13 +1,15 @@
 """Coefficients of an objective -> training rows, with the normaliser of the whole step folded in.
 
-loss = sum over rows of sum_t coef_t log p(token_t | context), coef_t = weight_i * w_i, where w_i divides by
+loss = sum over rows of sum_t coef_t log p(token_t | context), coef_t = weight_i * w_i, where w_i
+divides by
 
     seq_sum     B G                the formula of the paper literally
     const       B G C              the same direction at a length-free scale (default)
     seq_mean    B G len_i          removes the length from the gradient of a path
     token_mean  sum_j len_j        all tokens of the stream in the step
 
-Sums stay inside and the normaliser outside, so no split into micro-batches or ranks can change the gradient.
+Sums stay inside and the normaliser outside, so no split into micro-batches or ranks can change the
+gradient.
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ from __future__ import annotations
 import torch
 
 from vpgea_fast.config import TrainConfig
-from vpgea_fast.types import Coefficients, Path, ScoredBatch, TrainRow
+from vpgea_fast.types import Coefficients, Groups, ScoredBatch, TrainRow
 
 
-def build_rows(batch: ScoredBatch, coefficients: Coefficients, cfg: TrainConfig, *, norm_constant: float) -> list[TrainRow]:
+def build_rows(
+    batch: ScoredBatch, coefficients: Coefficients, cfg: TrainConfig, *, norm_constant: float
+) -> list[TrainRow]:
     """One row for every path and view with a weight other than zero; the others do not exist."""
-    questions_used = sum(weights.ne(0).any(dim=1) for weights in coefficients.weights.values()).ne(0)
+    used = [weights.ne(0).any(dim=1) for weights in coefficients.weights.values()]
+    questions_used = torch.stack(used).any(dim=0)
     rows = []
     for (stream, view), weights in coefficients.weights.items():
         paths = batch.posterior if stream == "posterior" else batch.prior
-        scale = _normaliser(paths, weights, questions_used, cfg, distilled=(stream, view) == ("posterior", "student"), constant=norm_constant)
+        scale = _normaliser(
+            paths,
+            weights,
+            questions_used,
+            cfg,
+            distilled=(stream, view) == ("posterior", "student"),
+            constant=norm_constant,
+        )
         for question, group, row_weights, row_scale in zip(
             batch.questions, paths, weights.tolist(), scale.tolist(), strict=True
         ):
@@ -37,7 +49,7 @@ def build_rows(batch: ScoredBatch, coefficients: Coefficients, cfg: TrainConfig,
 
 
 def _normaliser(
-    paths: tuple[tuple[Path, ...], ...],
+    paths: Groups,
     weights: torch.Tensor,
     questions_used: torch.Tensor,
     cfg: TrainConfig,
@@ -45,7 +57,8 @@ def _normaliser(
     distilled: bool,
     constant: float,
 ) -> torch.Tensor:
-    """w_i of every path, (B, G) float64. `effective` counts only the questions that have a gradient."""
+    """w_i of every path, (B, G) float64. `effective` counts only the questions that have a
+    gradient."""
     length = torch.tensor([[path.length for path in group] for group in paths], dtype=torch.float64)
     counted = questions_used if cfg.denominator == "effective" else torch.ones_like(questions_used)
     per_path = 1.0 / (counted.sum().clamp(min=1).double() * length.shape[1])

@@ -1,9 +1,10 @@
-"""VPG-EA (arXiv 2605.11019): policy gradient on the teacher stream, gated distillation into the student stream.
+"""VPG-EA (arXiv 2605.11019): policy gradient for the teacher, gated distillation for the student.
 
-    loss = -(1/G) sum_i A_i log q(z_i|x, y*)  +  beta (1/G) sum_i 1[A_i > 0] (sg log q(z_i|x, y*) - log pi(z_i|x))
+    loss = -(1/G) sum_i A_i log q(z_i|x, y*)
+           + beta (1/G) sum_i 1[A_i > 0] (sg log q(z_i|x, y*) - log pi(z_i|x))
 
-A and the gate are constants of the rollout batch, so per path the weights are -A_i (teacher view) and
--beta 1[A_i > 0] (student view, the same token ids).
+A and the gate are constants of the rollout batch, so the weights of a path are -A_i (teacher view)
+and -beta 1[A_i > 0] (student view, the same token ids).
 """
 
 from __future__ import annotations
@@ -50,12 +51,26 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
         "u_replaced": u.n_replaced,
         "net_token_push": (u.advantage * batch.len_post_BG).sum().item(),
         **posterior_monitors(
-            batch.u_post_BG, batch.u_prior_BN, batch.len_post_BG, batch.len_prior_BN, alpha=cfg.alpha, u_min=cfg.u_min
+            batch.u_post_BG,
+            batch.u_prior_BN,
+            batch.len_post_BG,
+            batch.len_prior_BN,
+            alpha=cfg.alpha,
+            u_min=cfg.u_min,
         ),
     }
-    scores = {"reward": u.reward, "eta": u.eta, "utility": u.utility, "advantage": u.advantage, "u": batch.u_post_BG}
+    scores = {
+        "reward": u.reward,
+        "eta": u.eta,
+        "utility": u.utility,
+        "advantage": u.advantage,
+        "u": batch.u_post_BG,
+    }
     return Coefficients(
-        weights={("posterior", "teacher"): -u.advantage, ("posterior", "student"): -cfg.beta * gate},
+        weights={
+            ("posterior", "teacher"): -u.advantage,
+            ("posterior", "student"): -cfg.beta * gate,
+        },
         path_scores={"posterior": scores, "prior": {"u": batch.u_prior_BN}},
         metrics=metrics,
     )

@@ -35,20 +35,30 @@ tokens, one CPU core, thousand tokens/s: never 23, 0.6 32, 0.8 31, 0.9 29, at on
 
 
 class HFEngine:
-    """Rollout engine over `model`, a transformers causal LM, where it lies and in its dtype.
+    """Rollout engine over `model`, a transformers causal LM, where it lies.
 
+    dtype        of the forward, by autocast over float32 weights, as the trainer's own forward;
+                 None: the weights' own
     max_batch    rows decoded side by side; the KV cache of that many paths must fit
     check_every  decode steps between two looks at what has finished. Every look is a sync point,
                  free on a CPU: by default 1 there and 16 elsewhere. It changes no path.
     """
 
-    def __init__(self, model: Any, *, max_batch: int, check_every: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_batch: int,
+        dtype: torch.dtype | None = None,
+        check_every: int | None = None,
+    ) -> None:
         if max_batch < 1 or (check_every is not None and check_every < 1):
             raise ValueError(
                 f"max_batch, check_every: got {max_batch}, {check_every}; give at least 1"
             )
         self.model: Any = model
         self.max_batch = max_batch
+        self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
 
     def generate(
@@ -64,7 +74,10 @@ class HFEngine:
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         paths: dict[int, Path] = {}
-        with torch.no_grad(), _eval_mode(self.model):
+        autocast = torch.autocast(
+            self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
+        with torch.no_grad(), _eval_mode(self.model), autocast:
             for start in range(0, len(order), self.max_batch):
                 numbers = order[start : start + self.max_batch]
                 wave = [requests[number] for number in numbers]
