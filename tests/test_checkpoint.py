@@ -27,7 +27,7 @@ from vpgea_fast.checkpoint import (
     rng_state,
     save_checkpoint,
     truncate_jsonl,
-    write_atomic,
+    write_text,
 )
 
 
@@ -363,7 +363,7 @@ def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
 def test_a_text_is_replaced_whole(tmp_path):
     path = tmp_path / "eval.json"
     for text in ("first", "é" * 9):
-        write_atomic(path, text)
+        write_text(path, text)
         assert path.read_text("utf-8") == text
     assert [entry.name for entry in tmp_path.iterdir()] == ["eval.json"]
 
@@ -377,7 +377,7 @@ def test_rewriting_on_a_full_disk_leaves_the_file(tmp_path):
         with pytest.raises(CheckpointError, match="cannot rewrite"):
             truncate_jsonl(path, upto=1)
         with pytest.raises(CheckpointError, match="cannot write"):
-            write_atomic(path, "x" * 6_000)
+            write_text(path, "x" * 6_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.stat().st_size == 12_000
@@ -394,6 +394,15 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
         claim_run_dir(run_dir)
     with claim_run_dir(run_dir, resume=True):
         assert (run_dir / "config.yaml").exists()
+
+
+def test_a_start_that_failed_leaves_nothing_and_one_that_wrote_stays(tmp_path):
+    for name in ("failed", "wrote"):
+        claim = claim_run_dir(tmp_path / name)
+        if name == "wrote":
+            (tmp_path / name / "config.yaml").touch()
+        claim.abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["wrote"]
 
 
 def test_directories_that_cannot_be_runs(tmp_path):

@@ -178,21 +178,6 @@ def write_text(path: str | Path, text: str) -> None:
         _remove(aside)
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader, or a kill, finds the old one or the new one whole."""
-    path = Path(path)
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        _sync(aside)
-        aside.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}; free disk space first") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
     """Drop torn lines and those whose `key` is above `upto`; return how many. Atomic.
 
@@ -233,9 +218,9 @@ class RunLock:
 
     def abandon(self) -> None:
         """Release, and remove the directory if the run never wrote into it: a start has failed."""
-        self.release()
         if [entry.name for entry in self.path.iterdir()] == [LOCK]:
             _remove(self.path)
+        self.release()
 
     def __enter__(self) -> RunLock:
         return self

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vpgea_fast.checkpoint import write_atomic
+from vpgea_fast.checkpoint import write_text
 from vpgea_fast.metrics import METRICS, Alarms, finite, read_jsonl
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def plot_training(run_dir: str | Path, out_png: str | Path) -> Path:
                         label=f"evaluation, {mode}",
                         zorder=4,
                     )
-        _finish(axes, title, unit)
+        _finish(axes, title, unit, last=records[-1]["step"])
     figure.suptitle(f"{_label(run_dir)}: {records[-1]['step']} steps", fontsize=13)
     figure.savefig(out_png, dpi=130)
     return out_png
@@ -180,7 +180,7 @@ def write_report(run_dir: str | Path) -> Path:
     }
     title = f"{run_dir.resolve().name}: {_label(run_dir)}"
     body = "\n".join(f"<h2>{name}</h2>\n{html}" for name, html in sections.items() if html)
-    write_atomic(run_dir / REPORT, PAGE.format(title=escape(title), body=body))
+    write_text(run_dir / REPORT, PAGE.format(title=escape(title), body=body))
     return run_dir / REPORT
 
 
@@ -256,19 +256,20 @@ def _eval_points(
     yield from sorted((step, y) for step, value in logged if (y := finite(value)) is not None)
 
 
-def _finish(axes: Axes, title: str, unit: str) -> None:
+def _finish(axes: Axes, title: str, unit: str, *, last: int) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
-    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(-0.03 * last, 1.03 * last)
+    axes.locator_params(axis="x", integer=True)
     if not axes.lines:
+        axes.set_yticks([])
         axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes)
         return
+    axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_ylim(bottom=0)
-    if title == "Accuracy":
-        axes.set_ylim(0, 103)
+    axes.set_ylim(0, 103 if title == "Accuracy" else 1.03 * axes.get_ylim()[1])
 
 
 def _summary(records: Sequence[Record]) -> list[list[str]]:
