@@ -13,8 +13,11 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .PHONY: train test test-long lint install dist clean
 .DELETE_ON_ERROR:
 
-train: $(STAMP) $(TINY)
-	@$(BIN)/vpgea train configs/tiny.yaml $(ARGS)
+# A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
+train: $(STAMP)
+	@$(BIN)/vpgea make-tiny $(TINY)
+	@run=runs/tiny; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/tiny-$$n; done; \
+	$(BIN)/vpgea train configs/tiny.yaml --run.dir $$run $(ARGS)
 
 test: lint
 	@echo "make: pytest"
@@ -39,10 +42,6 @@ dist: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-
-$(TINY): | $(STAMP)
-	@echo "make: the tiny base model and its questions in $(TINY)"
-	@$(BIN)/vpgea make-tiny $(TINY)
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vpgea_fast needs \

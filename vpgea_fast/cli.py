@@ -4,6 +4,7 @@ value`."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words, rest = _split(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words)
     try:
         return args.run(args, rest)
     except (ValueError, OSError, RuntimeError) as error:
@@ -24,6 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vpgea: {error}", file=sys.stderr)
         return 2
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words for argparse, and the `--section.key value` pairs, which it would misread."""
+    words, pairs, rest = [], [], iter(argv)
+    for word in rest:
+        key, equals, _ = word.partition("=")
+        if key.startswith("--") and "." in key:
+            pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
+        else:
+            words.append(word)
+    return words, pairs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,12 +109,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
         return 0
     from vpgea_fast.trainer import fit
 
+    _plain_logs()
     return 0 if fit(cfg, resume=args.resume is not None) else STOPPED
 
 
 def _eval(args: argparse.Namespace, rest: list[str]) -> int:
     from vpgea_fast.evaluate import evaluate_model
 
+    _plain_logs()
     words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *rest]
     tree = config.parse_overrides(words)
     cfg = (
@@ -132,8 +147,25 @@ def _make_tiny(args: argparse.Namespace, rest: list[str]) -> int:
     world = make_tiny(
         args.out, base=args.base, from_scratch=args.from_scratch, seed=args.seed, progress=print
     )
-    print(world)
+    base = world.report
+    print(f"{args.out}: base {base.recipe!r} (seed {base.seed}) and its questions")
+    print(
+        f"P(concise thought): student view {base.concise_student:.2g}, "
+        f"teacher view {base.concise_teacher:.2g}"
+    )
+    print(
+        f"accuracy and tokens: greedy {base.greedy_accuracy:.1%}, {base.greedy_tokens:.1f}; "
+        f"sampled {base.sampled_accuracy:.1%}, {base.sampled_tokens:.1f}"
+    )
     return 0
+
+
+def _plain_logs() -> None:
+    """No bars of other libraries in a log file; on a terminal a large model shows its loading."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _no_more(rest: list[str]) -> None:

@@ -21,14 +21,7 @@ from vpgea_fast import checkpoint, diagnostics, objectives, report
 from vpgea_fast.config import Config, VpgeaConfig, dump
 from vpgea_fast.data import load_questions, step_questions
 from vpgea_fast.evaluate import Evaluator, make_sampling, verify_paths
-from vpgea_fast.metrics import (
-    Alarms,
-    Console,
-    MetricsWriter,
-    PhaseTimer,
-    environment,
-    read_jsonl,
-)
+from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
 from vpgea_fast.model import load_policy
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
@@ -122,7 +115,7 @@ class Trainer:
 
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
-        cfg, timer = self.cfg, PhaseTimer()
+        cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         questions = step_questions(
             self.questions, seed=cfg.run.seed, step=self.step, batch=cfg.train.questions_per_step
         )
@@ -145,7 +138,7 @@ class Trainer:
         self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         return StepStats(
-            self.step, {"step": self.step + 1, **found, **update, **work, **_memory()}, skipped
+            self.step, {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
 
     def sample(self, questions: Sequence[PromptedQuestion]) -> tuple[Groups, Groups]:
@@ -314,6 +307,10 @@ class Trainer:
         )
 
     @property
+    def on_cuda(self) -> bool:
+        return self.policy.device.type == "cuda"
+
+    @property
     def norm_constant(self) -> float:
         return self.cfg.train.norm_constant or self.cfg.rollout.max_new_tokens / 4
 
@@ -368,8 +365,7 @@ class Trainer:
             checkpoint.restore_rng(saved.rng_state)
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
-        for record in read_jsonl(self.run_dir / "metrics.jsonl"):
-            self.alarms.update(record)
+        self.alarms.replay(self.run_dir)
 
     def _write_run_files(self) -> None:
         facts = {
@@ -410,6 +406,12 @@ class Trainer:
             for key in ("acc", "tokens", "eps3", "truncated")
         }
 
+    def _memory(self) -> dict[str, float]:
+        """Peak since the start: of the device, or of the process where there is none."""
+        if self.on_cuda:
+            return {"peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20}
+        return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -419,12 +421,6 @@ class Trainer:
         if self.stop_requested:
             self.optimizer.zero_grad(set_to_none=True)
             raise Preempted
-
-
-def _memory() -> dict[str, float]:
-    if torch.cuda.is_available():
-        return {"peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20}
-    return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def _counts(dropped: dict[str, int]) -> str:

@@ -1,0 +1,314 @@
+"""The whole run: end to end, repeatable, resumable, and honest about what it could not do."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vpgea_fast import checkpoint, config
+from vpgea_fast.trainer import Trainer, TrainingError, fit
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+TIMED = ("time_", "tokens_per_s", "peak_memory")
+
+
+@pytest.fixture
+def words(tiny_world, tmp_path):
+    """Command-line words for a small run of the tiny task: `words("name", "--a.b", "c")`."""
+
+    def make(name, *more):
+        fixed = {
+            "run.dir": tmp_path / name,
+            "model.path": tiny_world.base_dir,
+            "data.train": tiny_world.train_path,
+            "eval.data": f"[{tiny_world.test_path}]",
+            "eval.limit": 8,
+            "train.questions_per_step": 2,
+            "objective.group_size": 4,
+            "objective.prior_samples": 2,
+            "train.steps": 4,
+        }
+        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
+
+    return make
+
+
+def lines(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
+
+
+def untimed(run_dir):
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
+
+
+def train(words, check=True):
+    """`vpgea train` in a process of its own."""
+    command = [sys.executable, "-m", "vpgea_fast.cli", "train", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def weights(run_dir):
+    saved = checkpoint.load_checkpoint(run_dir, device="cpu")
+    assert saved is not None
+    return saved
+
+
+def same_state(a, b):
+    a, b = weights(a), weights(b)
+    assert a.step == b.step
+    assert all(torch.equal(tensor, b.model_state[name]) for name, tensor in a.model_state.items())
+    flat = [v for s in a.optimizer_state["state"].values() for v in s.values()]
+    other = [v for s in b.optimizer_state["state"].values() for v in s.values()]
+    assert all(torch.equal(x, y) for x, y in zip(flat, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        [],
+        [
+            "--objective.preset",
+            "paper",
+            "--objective.gate",
+            "relu",
+            "--rollout.full_answer",
+            "false",
+        ],
+        ["--objective.name", "grpo", "--objective.alpha", "0.5"],
+        ["--objective.name", "grpo", "--objective.reward", "likelihood"],
+        ["--objective.verify", "gate", "--train.norm", "token_mean", "--eval.every", "2"],
+    ],
+    ids=["robust", "paper-relu", "grpo-length", "grpo-likelihood", "verified"],
+)
+def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
+    keep = [] if "grpo" not in objective else ["--objective.group_size", "4"]
+    given = words("run", *objective, *keep)
+    if "grpo" in objective:
+        skip = given.index("--objective.prior_samples")
+        del given[skip : skip + 2]
+    cfg = config.load(TINY, given)
+    assert fit(cfg)
+    run = tmp_path / "run"
+    assert config.load(run / "config.yaml") == cfg
+    assert {"commit", "torch", "transformers", "loss_backend", "attention", "run_device"} <= {
+        *json.loads((run / "environment.json").read_text())
+    }
+    records = lines(run)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    always = {"len_prior", "trunc_prior", "lr", "loss", "grad_norm", "groups_all_rejected"}
+    always |= {"groups_zero_var", "std_s", "net_token_push", "accept_rate", "peak_memory_mib"}
+    always |= {"tokens_trained", "tokens_gated_off", "time_rollout_s", "time_train_s"}
+    if cfg.objective.name == "vpgea":
+        always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
+        always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
+        assert {"kl_q_pi", "kl_q_pi_max", "leak_rate", "elbo"} <= {*records[0]}
+    for record in records:
+        assert always <= {*record}
+        assert all(
+            v is None or not isinstance(v, float) or math.isfinite(v) for v in record.values()
+        )
+    assert any(record["skipped"] == 0 and record["grad_norm"] > 0 for record in records)
+    if cfg.rollout.full_answer:
+        assert all(0 <= record["acc_student"] <= 1 for record in records)
+    if cfg.eval.every:
+        assert [("eval_sampled_acc" in record) for record in records] == [False, True, False, False]
+    assert all({"stream", "ids", "text", "length", "u"} <= {*r} for r in lines(run, "paths.jsonl"))
+    assert set(json.loads((run / "eval.json").read_text())) == {"before", "after"}
+    assert (run / "report.html").stat().st_size > 10_000
+    assert (run / "training.png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert "student prompt: <s><|user|>" in shown
+    assert "constructed task: it shows the mechanism" in shown
+    assert ("teacher prompt:" in shown) == (cfg.objective.name == "vpgea")
+
+    exported = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    saved = weights(run).model_state
+    assert all(torch.equal(p, saved[name]) for name, p in exported.named_parameters())
+    assert AutoTokenizer.from_pretrained(run / "export").chat_template
+
+
+def test_same_seed_same_run_and_another_seed_another(words, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert fit(config.load(TINY, words(name, "--run.seed", str(seed), "--eval.data", "[]")))
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in "abc"]
+    assert paths[0] == paths[1]
+    assert paths[0] != paths[2]
+    same_state(tmp_path / "a", tmp_path / "b")
+
+
+def test_forty_steps_are_twenty_and_a_new_process_and_twenty(words, tmp_path):
+    more = ["--eval.data", "[]", "--checkpoint.save_every", "10", "--optim.warmup_steps", "5"]
+    train([TINY, *words("straight", *more, "--train.steps", "40")])
+    train([TINY, *words("parts", *more, "--train.steps", "20")])
+    train(["--resume", tmp_path / "parts", "--train.steps", "40"])
+    assert untimed(tmp_path / "straight") == untimed(tmp_path / "parts")
+    straight, parts = (
+        (tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")
+    )
+    assert straight == parts
+    same_state(tmp_path / "straight", tmp_path / "parts")
+    assert sum(record["skipped"] for record in lines(tmp_path / "parts")) < 20
+
+
+def test_killed_at_three_random_moments(words, tmp_path):
+    """kill -9 anywhere: the next process goes on by itself and loses at most save_every steps."""
+    more = ["--eval.data", "[]", "--checkpoint.save_every", "2", "--train.steps", "30"]
+    train([TINY, *words("whole", *more)])
+    run, generator = tmp_path / "killed", random.Random(7)
+    start: list = [TINY, *words("killed", *more)]
+    for _ in range(3):
+        seen = len(lines(run)) if (run / "metrics.jsonl").exists() else 0
+        command = [sys.executable, "-m", "vpgea_fast.cli", "train", *map(str, start)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (run / "metrics.jsonl").exists() and len(lines_so_far(run)) > seen + 1:
+                break
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0.0, 0.8))
+        process.kill()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 0), errors.decode()
+        reached = lines_so_far(run)[-1]["step"]
+        newest = checkpoint.load_checkpoint(run, device="cpu")
+        assert reached - (newest.step if newest else 0) <= 2
+        start = ["--resume", run]
+    train(start)
+    assert untimed(run) == untimed(tmp_path / "whole")
+    same_state(run, tmp_path / "whole")
+
+
+def lines_so_far(run):
+    """Whole lines of a file that another process may be writing."""
+    text = (run / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(words, tmp_path):
+    more = ["--eval.data", "[]", "--checkpoint.save_every", "1000", "--train.steps", "1000"]
+    run = tmp_path / "stopped"
+    command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY), *words("stopped", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(lines_so_far(run)) >= 3:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert f"--resume {run}" in out
+    assert weights(run).step == lines(run)[-1]["step"] >= 3
+
+
+def test_an_all_gated_step_makes_no_update(words, tmp_path):
+    cfg = config.load(TINY, words("run", "--eval.data", "[]", "--objective.std_gate", "1e9"))
+    with Trainer(cfg) as trainer:
+        before = {name: p.clone() for name, p in trainer.policy.named_parameters()}
+        stats = trainer.train_step()
+        trainer.finish_step(stats)
+        assert stats.skipped == "no path has a gradient"
+        assert stats.metrics["tokens_trained"] == 0
+        assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
+        assert not trainer.optimizer.state
+    assert lines(tmp_path / "run")[0]["skipped"] == 1
+
+
+def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, tmp_path):
+    cfg = config.load(
+        TINY,
+        words("run", "--eval.data", "[]", "--train.steps", "50", "--checkpoint.save_every", "1"),
+    )
+    with Trainer(cfg) as trainer:
+        trainer.finish_step(trainer.train_step())
+        good = {name: p.clone() for name, p in trainer.policy.named_parameters()}
+        next(trainer.policy.parameters()).register_hook(lambda grad: grad * math.nan)
+
+        def go_on():
+            for _ in range(45):
+                trainer.finish_step(trainer.train_step())
+
+        with pytest.raises(TrainingError, match="5 non-finite gradients in a row"):
+            go_on()
+        assert all(torch.equal(p, good[name]) for name, p in trainer.policy.named_parameters())
+    saved = weights(tmp_path / "run")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.model_state.values())
+
+
+def test_reference_and_torch_losses_train_alike(words, tmp_path):
+    for backend in ("reference", "torch"):
+        given = words(backend, "--loss.backend", backend, "--eval.data", "[]", "--train.steps", "5")
+        assert fit(config.load(TINY, given))
+    for a, b in zip(lines(tmp_path / "reference"), lines(tmp_path / "torch"), strict=True):
+        assert a["len_post"] == b["len_post"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-7)
+
+
+class RecordingEngine:
+    """The engine protocol in front of a real engine; remembers what was asked for."""
+
+    def __init__(self, engine):
+        self.engine, self.requests = engine, []
+
+    def generate(self, requests, sampling, on_progress=None):
+        self.requests += requests
+        return self.engine.generate(requests, sampling, on_progress)
+
+    def close(self):
+        self.engine.close()
+
+
+def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
+    cfg = config.load(TINY, words("run"))
+    with Trainer(cfg) as trainer:
+        engine = trainer.engine = trainer.evaluator.engine = RecordingEngine(trainer.engine)
+        trainer.evaluator.run()
+        hint = trainer.tokenizer(" hint", add_special_tokens=False)["input_ids"][0]
+        assert len(engine.requests) == 16
+        assert all(hint not in request.prompt_ids.tolist() for request in engine.requests)
+        questions = trainer.questions[:2]
+        posterior, prior = trainer.sample(questions)
+        asked = engine.requests[16:]
+        assert all((hint in r.prompt_ids.tolist()) == (r.stream == "posterior") for r in asked)
+        batch = trainer.score(questions, posterior, prior)
+        assert batch.u_post_BG.shape == (2, 4)
+        assert batch.u_prior_BN.shape == (2, 2)
+
+
+def test_an_existing_run_is_never_overwritten(words, tmp_path):
+    cfg = config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1"))
+    assert fit(cfg)
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="--resume"):
+        fit(cfg)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_fails_leaves_nothing_behind(words, tmp_path):
+    cfg = config.load(TINY, words("run", "--data.train", str(tmp_path / "none.jsonl")))
+    with pytest.raises(ValueError, match="none"):
+        fit(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_questions_than_data(words):
+    cfg = config.load(TINY, words("run", "--data.limit", "4", "--train.questions_per_step", "5"))
+    with pytest.raises(ValueError, match="questions_per_step"):
+        fit(replace(cfg, eval=replace(cfg.eval, data=())))
