@@ -260,16 +260,43 @@ def test_the_shipped_base_passes_its_gate_again(tiny_world, tiny_model, tiny_tok
     _, test = questions
     report = tiny_world.report
     greedy, _ = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=None)
+    forced, _ = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:200], seed=None, forced=True)
     sampled, tokens = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=1)
     again = replace(
         report,
         concise_student=tiny.concise_probability(tiny_model, tiny_tokenizer, test[:200], "student"),
         concise_teacher=tiny.concise_probability(tiny_model, tiny_tokenizer, test[:200], "teacher"),
         greedy_accuracy=greedy,
+        forced_accuracy=forced,
         sampled_tokens=tokens,
     )
     assert tiny.gate_failures(again, DEMO) == []
     assert sampled == pytest.approx(report.sampled_accuracy, abs=0.13)  # 3.5 standard errors
+
+
+def test_forced_accuracy_is_that_of_a_concise_start_continued_token_by_token(
+    tiny_model, tiny_tokenizer, questions
+):
+    """On a spoilt base, so that some of the answers are wrong."""
+    some, correct, generated = questions[1][:40], 0, 0
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    for question in some:
+        (label, shift), (second, _), *_ = asked_steps(question.text)
+        start = int(question.text[0])
+        operation = question.text[question.text.index("A") + 1 : question.text.index(" B")]
+        given = f" {label}{operation}{start}{(start + shift) % 10} {second}"
+        prompt = f"<s><|user|>{question.text}<|assistant|><think>{given}"
+        ids, answer = tiny.text_ids(tiny_tokenizer, prompt), []
+        while len(answer) < tiny.MAX_NEW_TOKENS and "</s>" not in tiny_tokenizer.decode(answer):
+            answer.append(tiny_model(torch.tensor([ids + answer])).logits[0, -1].argmax().item())
+        right = f"</think>\\boxed{{{expected_answer(question.text)} }}</s>"
+        correct += tiny_tokenizer.decode(answer).endswith(right)
+        generated += len(answer)
+    assert 0 < correct < len(some)
+    got = tiny.answer_accuracy(tiny_model, tiny_tokenizer, some, seed=None, forced=True)
+    assert got == (correct / len(some), generated / len(some))
 
 
 def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
@@ -290,6 +317,7 @@ def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
         ("concise_student", 1e-4),
         ("concise_teacher", 0.1),
         ("greedy_accuracy", 0.98),
+        ("forced_accuracy", 0.96),
         ("sampled_accuracy", math.nan),
         ("sampled_tokens", 20.0),
     ],
