@@ -62,9 +62,12 @@ def test_nothing_is_claimed_about_answers_that_were_not_verified(batch):
 def test_view_divergence_and_elbo(batch):
     # log q is -0.5 a token; the first path is 1 nat a token less likely for the student, the second
     # has one leak
-    log_pi = [torch.full((4,), -1.5), torch.full((8,), -0.5)]
-    log_pi[1][3] = -6.5
-    metrics = diagnostics.view_divergence(batch, log_pi, alpha=0.5, u_min=-20.0)
+    teacher = [torch.tensor([[-0.5] * n, [0.25] * n]) for n in (4, 8)]
+    student = [torch.tensor([[-1.5] * 4, [1.0] * 4]), torch.tensor([[-0.5] * 8, [0.4] * 8])]
+    student[1][0, 3] = -6.5
+    metrics = diagnostics.view_divergence(batch, teacher, student, alpha=0.5, u_min=-20.0)
+    assert metrics["entropy_teacher"] == pytest.approx(0.25)
+    assert metrics["entropy_student"] == pytest.approx((4 * 1.0 + 8 * 0.4) / 12)
     assert metrics["kl_q_pi"] == pytest.approx((4 + 6) / 12)
     assert metrics["kl_q_pi_max"] == pytest.approx(6.0)
     assert metrics["leak_rate"] == 0.5
@@ -93,7 +96,8 @@ def test_row_metrics_split_the_loss_and_see_the_mismatch():
 def test_tokens_trained_and_gated_off_add_up(batch):
     coefs = objectives.coefficients(VpgeaConfig(), batch)
     rows = build_rows(batch, coefs, TrainConfig(), norm_constant=1.0)
-    work = diagnostics.work_metrics(batch, coefs, rows)
+    work = diagnostics.work_metrics(batch, coefs, rows, seconds={"time_train_s": 2.0})
+    assert work["tokens_per_s"] == (work["tokens_generated"] + work["tokens_trained"]) / 2
     assert work["tokens_generated"] == (4 + 8 + 10 + 6) + 4 * 2
     # teacher view 3 + 4 and 3 + 8, student view 2 + 4; gated off: 2 + 8
     assert (work["tokens_trained"], work["tokens_gated_off"]) == (7 + 11 + 6, 10)

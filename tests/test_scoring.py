@@ -1,11 +1,14 @@
 """Cross-view scoring against full logits of one sequence at a time."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vpgea_fast import attention
 from vpgea_fast.model import Policy
-from vpgea_fast.scoring import answer_likelihood, row_logprobs, score_row
+from vpgea_fast.scoring import accuracy_utility, answer_likelihood, row_logprobs, score_row
 from vpgea_fast.types import Path, PromptedQuestion, Question
 
 CLOSE = 9
@@ -101,3 +104,22 @@ def test_row_logprobs_keep_the_order_of_the_rows(policy, budget):
 
 def test_no_paths_no_utilities(policy):
     assert answer_likelihood(policy.logprob, [], think_close_id=CLOSE, budget=10).shape == (0,)
+
+
+def test_several_spellings_are_added_as_probabilities(policy):
+    other = ids([15])
+    question = replace(QUESTION, variant_ids=(other,))
+    thought = path([20, CLOSE], True)
+    got = answer_likelihood(policy.logprob, [(question, thought)], think_close_id=CLOSE, budget=64)
+    context = torch.cat([QUESTION.student_ids, thought.z_ids, QUESTION.cue_ids])
+    both = [
+        math.exp(full_forward(policy, torch.cat([context, target]), target))
+        for target in (QUESTION.target_ids, other)
+    ]
+    assert got.item() == pytest.approx(math.log(sum(both)), abs=1e-5)
+
+
+def test_utility_by_sampled_answers():
+    correct = ids([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
+    want = [math.log(0.5 / 5), math.log(2.5 / 5), math.log(4.5 / 5)]
+    assert accuracy_utility(correct).tolist() == pytest.approx(want)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config
+from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.trainer import Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -90,8 +91,9 @@ def same_state(a, b):
         ["--objective.name", "grpo", "--objective.alpha", "0.5"],
         ["--objective.name", "grpo", "--objective.reward", "likelihood"],
         ["--objective.verify", "gate", "--train.norm", "token_mean", "--eval.every", "2"],
+        ["--scoring.u_source", "accuracy", "--train.resample_rounds", "2"],
     ],
-    ids=["robust", "paper-relu", "grpo-length", "grpo-likelihood", "verified"],
+    ids=["robust", "paper-relu", "grpo-length", "grpo-likelihood", "verified", "resampled"],
 )
 def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     keep = [] if "grpo" not in objective else ["--objective.group_size", "4"]
@@ -115,6 +117,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
         always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
         always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
         assert {"kl_q_pi", "kl_q_pi_max", "leak_rate", "elbo"} <= {*records[0]}
+        assert {"entropy_teacher", "entropy_student", "grad_norm_pg"} <= {*records[0]}
     for record in records:
         assert always <= {*record}
         assert all(
@@ -312,3 +315,29 @@ def test_more_questions_than_data(words):
     cfg = config.load(TINY, words("run", "--data.limit", "4", "--train.questions_per_step", "5"))
     with pytest.raises(ValueError, match="questions_per_step"):
         fit(replace(cfg, eval=replace(cfg.eval, data=())))
+
+
+def test_dead_questions_make_room_for_others(words):
+    more = ["--eval.data", "[]", "--train.questions_per_step", "6", "--train.resample_rounds"]
+    drawn = {}
+    for rounds in ("0", "3"):
+        cfg = config.load(TINY, words(f"run{rounds}", *more, rounds))
+        with Trainer(cfg) as trainer:
+            batch, coefs = trainer.collect(PhaseTimer())
+        drawn[rounds] = [q.question.id for q in batch.questions], coefs.alive.tolist()
+    (first, alive), (resampled, later) = drawn["0"], drawn["3"]
+    assert 0 < sum(alive) < 6
+    assert sum(later) > sum(alive)
+    assert len(set(resampled)) == 6
+    survivors = [name for name, ok in zip(first, alive, strict=True) if ok]
+    assert resampled[: len(survivors)] == survivors
+
+
+def test_stream_norms_leave_the_update_as_it_is(words, tmp_path):
+    for name, every in (("with", "1"), ("without", "0")):
+        given = words(name, "--eval.data", "[]", "--metrics.diag_every", every)
+        assert fit(config.load(TINY, given))
+    same_state(tmp_path / "with", tmp_path / "without")
+    record = next(r for r in lines(tmp_path / "with") if "grad_norm_distill" in r)
+    parts = record["grad_norm_pg"], record["grad_norm_distill"]
+    assert abs(parts[0] - parts[1]) <= record["grad_norm"] + 1e-6 <= sum(parts) + 2e-6

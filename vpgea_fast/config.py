@@ -74,6 +74,8 @@ class DataConfig:
     question_key: str = "question"
     answer_key: str = "answer"
     id_key: str = "id"
+    variants_key: str | None = None
+    """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
     max_prompt_tokens: PositiveInt = 2048
     overlong: Literal["drop", "error"] = "drop"
     """What to do with a prompt above the limit. It is never cut."""
@@ -121,6 +123,12 @@ class VerifyConfig:
 @dataclass(frozen=True, config=STRICT)
 class ScoringConfig:
     u_norm: Literal["sum", "mean"] = "sum"
+    """Sum or mean of the answer's token log-probs; the advantages are the same up to eps."""
+    u_source: Literal["likelihood", "accuracy"] = "likelihood"
+    """`accuracy`: U = log((J acc + 1/2) / (J + 1)) of J answers sampled after the thought."""
+    answer_samples: PositiveInt = 8
+    """J; `accuracy` only."""
+    answer_temperature: PositiveFloat = 0.7
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -259,6 +267,9 @@ class TrainConfig:
     distill_denominator: Literal["same", "gated"] = "same"
     """`token_mean` only: the distilled rows divide by the sampled stream's tokens, or by their
     own."""
+    resample_rounds: NonNegativeInt = 0
+    """Dynamic sampling (DAPO, arXiv 2503.14476): questions without a gradient are replaced by new
+    ones, up to so many times a step. 0: off."""
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens a forward; a longer row is a batch of its own."""
 

@@ -75,7 +75,9 @@ def load_questions(
     return LoadedQuestions(tuple(q for q in places if q not in bad), dropped)
 
 
-def step_questions(questions: Sequence[Item], *, seed: int, step: int, batch: int) -> list[Item]:
+def step_questions(
+    questions: Sequence[Item], *, seed: int | str, step: int, batch: int
+) -> list[Item]:
     """The questions of step 0, 1, ...: a pure function of its arguments, so there is no state.
 
     An epoch is a permutation drawn from (seed, epoch) and cut into floor(n / batch) batches. The
@@ -173,7 +175,21 @@ def _question(row: Row, cfg: DataConfig, *, number: int, place: str) -> Question
         id=f"row-{number}" if name is None or name == "" else str(name),
         text=text,
         answer=_spelled(row[cfg.answer_key], key=cfg.answer_key, place=place),
+        variants=_variants(row, cfg, place=place),
     )
+
+
+def _variants(row: Row, cfg: DataConfig, *, place: str) -> tuple[str, ...]:
+    if cfg.variants_key is None or row.get(cfg.variants_key) is None:
+        return ()
+    listed = row[cfg.variants_key]
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise DataError(
+            f"{place}: expected a list of answers under {cfg.variants_key!r}, got {listed!r}; "
+            "repair the row, or set data.variants_key to null"
+        )
+    spelled = [_spelled(value, key=cfg.variants_key, place=place) for value in listed]
+    return tuple(text for text in dict.fromkeys(spelled) if text)
 
 
 def _spelled(value: object, *, key: str, place: str) -> str:

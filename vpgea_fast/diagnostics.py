@@ -61,18 +61,22 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
 
 
 def view_divergence(
-    batch: ScoredBatch, log_pi: Sequence[torch.Tensor], *, alpha: float, u_min: float
+    batch: ScoredBatch,
+    teacher: Sequence[torch.Tensor],
+    student: Sequence[torch.Tensor],
+    *,
+    alpha: float,
+    u_min: float,
 ) -> dict[str, float]:
-    """KL(q || pi) per token on the posterior paths, its largest token, the share of leaked paths,
-    and the ELBO.
+    """How far the views are apart on the posterior paths: KL(q || pi) a token and its largest
+    token, the share of leaked paths, both entropies, and the ELBO of VPG-EA (arXiv 2605.11019),
 
-    `log_pi`: per-token log-probs of the posterior paths in the student view, in the order of the
-    batch; log q comes
-    from the sampler. ELBO(q) = E_q[log L + log eta] - KL(q || pi), mean over questions (VPG-EA,
-    arXiv 2605.11019).
+        ELBO(q) = E_q[log L + log eta] - KL(q || pi), mean over questions.
+
+    teacher, student: (2, len) of every posterior path in that view, in the order of the batch:
+    log-prob and entropy of each token.
     """
-    paths = [path for group in batch.posterior for path in group]
-    gaps = [path.logps.double() - pi for path, pi in zip(paths, log_pi, strict=True)]
+    gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
     tokens = sum(gap.numel() for gap in gaps)
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(batch.u_post_BG)
     worst = [gap.max().item() for gap in gaps if gap.numel()]
@@ -88,6 +92,8 @@ def view_divergence(
     return {
         "kl_q_pi": sums_BG.sum().item() / tokens,
         "kl_q_pi_max": max(worst),
+        "entropy_teacher": torch.cat([q[1] for q in teacher]).mean().item(),
+        "entropy_student": torch.cat([pi[1] for pi in student]).mean().item(),
         "leak_rate": sum(gap > LEAK_NATS for gap in worst) / len(gaps),
         "elbo": terms.elbo.mean().item(),
     }

@@ -6,7 +6,7 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import load_questions
-from vpgea_fast.metrics import eps3, eps3_mean
-from vpgea_fast.model import load_policy
+from vpgea_fast.metrics import Console, eps3, eps3_mean
+from vpgea_fast.model import check_model_dir, load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.hf import HFEngine
@@ -46,7 +46,12 @@ class Evaluator:
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
+        if cfg.eval.data and not (cfg.eval.samples or cfg.eval.greedy):
+            raise ValueError(
+                "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
+            )
         self.benchmarks: dict[str, list[Item]] = {}
+        self.dropped: dict[str, Mapping[str, int]] = {}
         for source in cfg.eval.data:
             loaded = load_questions(
                 source, replace(cfg.data, limit=cfg.eval.limit), parseable=verifier.parseable
@@ -58,6 +63,7 @@ class Evaluator:
                 )
             ids = prompter.student_ids([question.text for question in loaded.questions])
             self.benchmarks[name] = list(zip(loaded.questions, ids, strict=True))
+            self.dropped[name] = loaded.dropped
             self._check_lengths(name, cfg.data.max_prompt_tokens)
 
     def _check_lengths(self, name: str, limit: int) -> None:
@@ -74,13 +80,33 @@ class Evaluator:
         """Answers that one run draws."""
         return sum(map(len, self.benchmarks.values())) * (self.cfg.samples + int(self.cfg.greedy))
 
+    def describe(self) -> list[str]:
+        """What will be drawn, and what of the files cannot be used."""
+        cfg, lines = self.cfg, []
+        for name, questions in self.benchmarks.items():
+            dropped = ", ".join(f"{n} dropped ({why})" for why, n in self.dropped[name].items())
+            lines.append(f"{name}: {len(questions)} questions" + (f", {dropped}" if dropped else ""))
+        ways = [
+            f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
+            if cfg.samples
+            else "",
+            "1 greedy" if cfg.greedy else "",
+        ]
+        lines.append(
+            f"answers a question: {' and '.join(filter(None, ways))}; a thought of at most "
+            f"{cfg.max_new_tokens} tokens, an answer of {self.sampling.max_answer_tokens}; "
+            "student view only"
+        )
+        return lines
+
     def run(self, on_progress: Progress | None = None) -> dict[str, dict[str, Any]]:
         """{"sampled": {...}, "greedy": {...}}: means over the benchmarks, and each of several.
 
         acc (0..1, pass@1 over n samples) with a 95 % bootstrap interval over questions, tokens
         (mean generated, thought and answer, cut samples included), truncated (share), n (samples),
-        eps3 = mean over benchmarks of ACC^2/tokens, eps3_mean = (mean ACC)^2 / mean tokens: the
-        paper does not say which of the two it prints.
+        questions, dropped (questions without a usable reference answer), eps3 = mean over
+        benchmarks of ACC^2/tokens, eps3_mean = (mean ACC)^2 / mean tokens: the paper does not say
+        which of the two it prints.
         """
         modes = {
             "sampled": (
@@ -98,22 +124,36 @@ class Evaluator:
     def _mode(
         self, samples: int, sampling: Sampling, on_progress: Progress | None
     ) -> dict[str, Any]:
-        parts = {
-            name: self._benchmark(questions, samples, sampling, on_progress)
-            for name, questions in self.benchmarks.items()
-        }
-        return {
-            **_aggregate(list(parts.values())),
-            **({"benchmarks": parts} if len(parts) > 1 else {}),
-        }
+        # one generator: the benchmarks are resampled independently of each other
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        parts, resampled = {}, []
+        for name, questions in self.benchmarks.items():
+            paths, correct_QN = self._answers(questions, samples, sampling, on_progress)
+            means_R = _bootstrap(correct_QN.mean(dim=1), generator)
+            resampled.append(means_R)
+            acc = correct_QN.mean().item()
+            tokens = math.fsum(path.generated for path in paths) / len(paths)
+            parts[name] = {
+                "acc": acc,
+                **_interval(means_R),
+                "tokens": tokens,
+                "eps3": eps3(acc, tokens),
+                "truncated": sum(path.truncated for path in paths) / len(paths),
+                "n": len(paths),
+                "questions": len(questions),
+                "dropped": sum(self.dropped[name].values()),
+            }
+        whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
+        return {**whole, **({"benchmarks": parts} if len(parts) > 1 else {})}
 
-    def _benchmark(
+    def _answers(
         self,
         questions: Sequence[Item],
         samples: int,
         sampling: Sampling,
         on_progress: Progress | None,
-    ) -> dict[str, float]:
+    ) -> tuple[list[Path], torch.Tensor]:
+        """`samples` paths a question, and whether each is correct: (Q, N) of 1.0 and 0.0."""
         # step -1: no training step ever draws with an evaluation's seed
         requests = [
             SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
@@ -122,20 +162,8 @@ class Evaluator:
         ]
         paths = self.engine.generate(requests, sampling, on_progress)
         answers = [q.answer for q, _ in questions for _ in range(samples)]
-        correct_QN = verify_paths(paths, answers, self.decode, self.verifier).view(
-            len(questions), samples
-        )
-        low, high = _bootstrap(correct_QN.mean(dim=1), self.cfg.seed)
-        acc, tokens = correct_QN.mean().item(), sum(path.generated for path in paths) / len(paths)
-        return {
-            "acc": acc,
-            "acc_low": low,
-            "acc_high": high,
-            "tokens": tokens,
-            "eps3": eps3(acc, tokens),
-            "truncated": sum(path.truncated for path in paths) / len(paths),
-            "n": len(paths),
-        }
+        correct = verify_paths(paths, answers, self.decode, self.verifier)
+        return paths, correct.view(len(questions), samples)
 
 
 def make_sampling(
@@ -164,34 +192,13 @@ def verify_paths(
     )
 
 
-def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
-    keys = ("acc", "acc_low", "acc_high", "tokens", "truncated")
-    means = {key: math.fsum(part[key] for part in parts) / len(parts) for key in keys}
-    mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
-    return {
-        **means,
-        "eps3": mean_of_ratios,
-        "eps3_mean": ratio_of_means,
-        "n": sum(int(part["n"]) for part in parts),
-    }
-
-
-def _bootstrap(per_question: torch.Tensor, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean over questions."""
-    generator = torch.Generator().manual_seed(seed)
-    count = per_question.numel()
-    picks = torch.randint(count, (BOOTSTRAP, count), generator=generator)
-    edges = torch.tensor([0.025, 0.975], dtype=per_question.dtype)
-    low, high = per_question[picks].mean(dim=1).quantile(edges).tolist()
-    return low, high
-
-
-def evaluate_model(cfg: Config, on_progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate the model directory `cfg.model.path` on `cfg.eval.data`; the result of
-    `Evaluator.run`."""
+    `Evaluator.run`. `console` shows what is drawn and the time left."""
+    check_model_dir(cfg.model.path)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
     policy = load_policy(replace(cfg.model, gradient_checkpointing=False))
-    prompter = Prompter(tokenizer, cfg.prompt)
     engine = HFEngine(policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=policy.dtype)
     with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
         evaluator = Evaluator(
@@ -202,4 +209,53 @@ def evaluate_model(cfg: Config, on_progress: Progress | None = None) -> dict[str
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             verifier=verifier,
         )
-        return evaluator.run(on_progress)
+        if console is None:
+            return evaluator.run()
+        for line in evaluator.describe():
+            console.message(line)
+        return evaluator.run(console.samples(evaluator.samples))
+
+
+def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows) of what `Evaluator.run` returns: each benchmark, then the mean of several."""
+    entries = [
+        (name, mode, part)
+        for mode, result in results.items()
+        for name, part in [*result.get("benchmarks", {}).items(), ("all", result)]
+    ]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "questions": lambda r: str(r["questions"]),
+        "samples": lambda r: str(r["n"]),
+        "pass@1 %": lambda r: f"{100 * r['acc']:.1f}",
+        "95 % interval": lambda r: f"{100 * r['acc_low']:.1f} to {100 * r['acc_high']:.1f}",
+        "tokens": lambda r: f"{r['tokens']:.1f}",
+        "eps3": lambda r: f"{r['eps3']:.3g}",
+        "eps3 of means": lambda r: f"{r.get('eps3_mean', r['eps3']):.3g}",
+        "cut %": lambda r: f"{100 * r['truncated']:.1f}",
+    }
+    rows = [[name, mode, *(cell(r) for cell in columns.values())] for name, mode, r in entries]
+    return ["benchmark", "answers", *columns], rows
+
+
+def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
+    mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
+    return {
+        **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
+        "eps3": mean_of_ratios,
+        "eps3_mean": ratio_of_means,
+        **{key: sum(int(part[key]) for part in parts) for key in ("n", "questions", "dropped")},
+    }
+
+
+def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Means of BOOTSTRAP resamples of the questions, drawn with replacement."""
+    count = per_question_Q.numel()
+    picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
+    return per_question_Q[picks_RQ].mean(dim=1)
+
+
+def _interval(means_R: torch.Tensor) -> dict[str, float]:
+    """The 95 % percentile interval."""
+    edges = torch.tensor([0.025, 0.975], dtype=means_R.dtype)
+    low, high = means_R.quantile(edges).tolist()
+    return {"acc_low": low, "acc_high": high}

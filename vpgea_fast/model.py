@@ -51,8 +51,7 @@ class Policy(nn.Module):
         return next(self.causal_lm.parameters()).device
 
     def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> losses.WeightedLoss:
-        """sum_t coef_t log p_t at `temperature`, with gradients made in the same pass (coefficients
-        are constants)."""
+        """sum_t coef_t log p_t at `temperature`, its gradients made in the same pass."""
         batch = batch.to(self.device)
         hidden_RD, head = self._hidden(batch), self._head()
         coef_R = batch.coef.to(torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32)
@@ -62,13 +61,27 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logprob(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
-        """(R,) log p of every target of the batch, on the CPU; the head runs on the target rows
-        only."""
+        """(R,) log p of every target, on the CPU; the head runs on the target rows only."""
+        return self._output(batch, temperature).logp.cpu()
+
+    @torch.no_grad()
+    def logprob_entropy(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
+        """(2, R): `logprob`, and the entropy in nats of the distribution each target came from."""
+        output = self._output(batch, temperature, return_entropy=True)
+        assert output.entropy is not None
+        return torch.stack([output.logp, output.entropy]).cpu()
+
+    def _output(
+        self, batch: PackedBatch, temperature: float, *, return_entropy: bool = False
+    ) -> losses.LogprobOutput:
         batch = batch.to(self.device)
-        hidden_RD, head = self._hidden(batch), self._head()
         return losses.linear_logprob(
-            hidden_RD, targets_T=batch.targets, temperature=temperature, **head
-        ).logp.cpu()
+            self._hidden(batch),
+            targets_T=batch.targets,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            **self._head(),
+        )
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         with torch.autocast(

@@ -40,6 +40,12 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     )
 
 
+def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
+    """Euclidean norm of all gradients."""
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
 def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
     """Clip to `max_grad_norm`, step, clear; returns the norm before clipping.
 

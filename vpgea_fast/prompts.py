@@ -80,7 +80,16 @@ class Prompter:
             self._encode([fill(cfg.answer_cue, question=q.text) for q in questions]),
             self._encode([fill(cfg.answer_target, **f) for f in fields]),
         )
-        return [PromptedQuestion(q, *ids) for q, *ids in zip(questions, *columns, strict=True)]
+        variants = [
+            tuple(
+                self._encode(
+                    [fill(cfg.answer_target, question=q.text, answer=v) for v in q.variants]
+                )
+            )
+            for q in questions
+        ]
+        rows = zip(questions, *columns, variants, strict=True)
+        return [PromptedQuestion(q, *ids) for q, *ids in rows]
 
     def prompt_within(
         self, questions: Sequence[Question], *, limit: int, policy: Literal["drop", "error"]

@@ -16,7 +16,7 @@ from vpgea_fast.packing import pack
 from vpgea_fast.types import PackedBatch, Path, PromptedQuestion, TrainRow
 
 LogprobFn = Callable[[PackedBatch], torch.Tensor]
-"""A packed batch -> (R,) log-probs of its targets, in its order."""
+"""A packed batch -> (..., R): log-probs of its R targets, in its order."""
 
 
 def answer_likelihood(
@@ -27,36 +27,44 @@ def answer_likelihood(
     budget: int,
     u_norm: str = "sum",
 ) -> torch.Tensor:
-    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats, summed (or averaged) over
-    the target tokens.
+    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
 
-    A thought that was cut gets its think-close appended, so that it has a defined utility (VPG-EA,
-    arXiv 2605.11019).
+    Summed (or averaged) over the target tokens, then logsumexp over the accepted spellings.
     """
-    close = torch.tensor([think_close_id])
-    rows = []
-    for question, path in paths:
-        thought = path.z_ids if path.closed else torch.cat([path.z_ids, close])
-        context = torch.cat([question.student_ids, thought, question.cue_ids])
-        rows.append(score_row(context, question.target_ids))
-    totals = (
-        torch.stack([logps.sum() for logps in row_logprobs(logprob, rows, budget)])
-        if rows
-        else torch.zeros(0)
-    )
-    if u_norm == "sum":
-        return totals.double()
-    return totals.double() / torch.tensor(
-        [row.token_ids.numel() for row in rows], dtype=torch.float64
-    )
+    rows = [
+        score_row(torch.cat([after_thought(question, path, think_close_id), question.cue_ids]), ids)
+        for question, path in paths
+        for ids in (question.target_ids, *question.variant_ids)
+    ]
+    reduce = torch.sum if u_norm == "sum" else torch.mean
+    scores = [reduce(logps) for logps in row_logprobs(logprob, rows, budget)]
+    if not scores:
+        return torch.zeros(0, dtype=torch.float64)
+    spellings = [1 + len(question.variant_ids) for question, _ in paths]
+    return torch.stack([part.logsumexp(0) for part in torch.stack(scores).split(spellings)])
+
+
+def after_thought(question: PromptedQuestion, path: Path, think_close_id: int) -> torch.Tensor:
+    """S(x) + z, with a think-close appended to a thought that was cut: so its U is defined too."""
+    close = [] if path.closed else [torch.tensor([think_close_id])]
+    return torch.cat([question.student_ids, path.z_ids, *close])
+
+
+def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
+    """U = log((sum correct + 1/2) / (J + 1)), (P,) float64: finite where all answers are wrong.
+
+    correct_PJ (P, J) 0 or 1: J answers sampled after each thought. With several right answers a
+    likelihood of one of them understates a thought (arXiv 2509.22637, theorem 1).
+    """
+    return torch.log((correct_PJ.double().sum(dim=1) + 0.5) / (correct_PJ.shape[1] + 1))
 
 
 def row_logprobs(logprob: LogprobFn, rows: Sequence[TrainRow], budget: int) -> list[torch.Tensor]:
-    """Per-token log-probs of every row, each (len,) float64, in the order of `rows`."""
+    """Per-token log-probs of every row, each (..., len) float64, in the order of `rows`."""
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for batch, members in pack(rows, budget):
         counts = [rows[i].token_ids.numel() for i in members]
-        for i, logps in zip(members, logprob(batch).double().split(counts), strict=True):
+        for i, logps in zip(members, logprob(batch).double().split(counts, dim=-1), strict=True):
             result[i] = logps
     return result
 

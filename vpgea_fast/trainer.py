@@ -6,6 +6,7 @@ the only mutable state of a run: parameters, optimiser, step counter.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import resource
@@ -24,15 +25,21 @@ from vpgea_fast.evaluate import Evaluator, make_sampling, verify_paths
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
 from vpgea_fast.model import load_policy
 from vpgea_fast.objectives.rows import build_rows
-from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
+from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import drop_zero_rows, pack
 from vpgea_fast.prompts import Prompter, length_report
-from vpgea_fast.rollout.engine import request_seed
+from vpgea_fast.rollout.engine import answer_only, request_seed
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.scoring import answer_likelihood, row_logprobs, score_row
+from vpgea_fast.scoring import (
+    accuracy_utility,
+    after_thought,
+    answer_likelihood,
+    row_logprobs,
+    score_row,
+)
 from vpgea_fast.types import (
+    Coefficients,
     Groups,
-    PackedBatch,
     PromptedQuestion,
     SampleRequest,
     ScoredBatch,
@@ -116,20 +123,13 @@ class Trainer:
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
-        questions = step_questions(
-            self.questions, seed=cfg.run.seed, step=self.step, batch=cfg.train.questions_per_step
-        )
-        with timer("rollout"):
-            posterior, prior = self.sample(questions)
-        with timer("score"):
-            batch = self.score(questions, posterior, prior)
-        with timer("advantage"):
-            coefs = objectives.coefficients(cfg.objective, batch)
-            rows = drop_zero_rows(
-                build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
-            )
+        batch, coefs = self.collect(timer)
+        rows = build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
+        rows = drop_zero_rows(rows)
         with timer("diagnose"):
-            found = {**diagnostics.batch_metrics(batch), **coefs.metrics, **self.diverge(batch)}
+            found = {**diagnostics.batch_metrics(batch), **coefs.metrics}
+            if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
+                found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
             records = diagnostics.path_records(
                 batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
             )
@@ -140,6 +140,25 @@ class Trainer:
         return StepStats(
             self.step, {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
+
+    def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
+        """Paths, scores and coefficients of the step's questions.
+
+        With `train.resample_rounds`, questions without a gradient make room for others, which are a
+        function of (seed, step, round) like the first ones.
+        """
+        batch, coefs = self._draw(self._questions("0"), timer)
+        used = {q.question.id for q in batch.questions}
+        for number in range(1, self.cfg.train.resample_rounds + 1):
+            alive = coefs.alive.nonzero()[:, 0].tolist()
+            unused = [q for q in self._questions(str(number)) if q.question.id not in used]
+            fresh = unused[: len(batch.questions) - len(alive)]
+            if not fresh:
+                break
+            used |= {q.question.id for q in fresh}
+            batch = batch.select(alive).join(self._draw(fresh, timer)[0])
+            coefs = objectives.coefficients(self.cfg.objective, batch)
+        return batch, coefs
 
     def sample(self, questions: Sequence[PromptedQuestion]) -> tuple[Groups, Groups]:
         """Posterior and prior paths of every question, both streams in one call of the engine."""
@@ -190,6 +209,16 @@ class Trainer:
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
+        logps = self.accumulate(rows)
+        norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
+        found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        if math.isfinite(norm):
+            return {**found, "skipped": 0}, None
+        return {**found, "skipped": 1}, f"the gradient norm is {norm}"
+
+    def accumulate(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        """Add the gradient of `rows` to the parameters; per-token log-probs of every row."""
         logps: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for batch, members in pack(rows, self.cfg.train.micro_batch_tokens):
             self._check_stop()
@@ -198,12 +227,7 @@ class Trainer:
             parts = out.logp.double().cpu().split([rows[i].token_ids.numel() for i in members])
             for i, part in zip(members, parts, strict=True):
                 logps[i] = part
-        norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
-        found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        if math.isfinite(norm):
-            return {**found, "skipped": 0}, None
-        return {**found, "skipped": 1}, f"the gradient norm is {norm}"
+        return logps
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, evaluate and save on schedule."""
@@ -285,26 +309,39 @@ class Trainer:
             keep_last=self.cfg.checkpoint.keep_last,
         )
 
-    def diverge(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL of the two views on whole posterior paths: a no-grad head, so every `diag_every`."""
-        every, objective = self.cfg.metrics.diag_every, self.cfg.objective
-        if not every or self.step % every or not isinstance(objective, VpgeaConfig):
+    def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads."""
+        objective, budget = self.cfg.objective, self.cfg.train.micro_batch_tokens
+        if not isinstance(objective, VpgeaConfig):
             return {}
-        rows = [
-            score_row(question.student_ids, path.z_ids)
+        pairs = [
+            (question, path)
             for question, group in zip(batch.questions, batch.posterior, strict=True)
             for path in group
         ]
-
-        def logprob(packed: PackedBatch) -> torch.Tensor:
-            return self.policy.logprob(packed, temperature=self.cfg.rollout.temperature)
-
-        return diagnostics.view_divergence(
-            batch,
-            row_logprobs(logprob, rows, self.cfg.train.micro_batch_tokens),
-            alpha=objective.alpha,
-            u_min=objective.u_min,
+        logprob_entropy = functools.partial(
+            self.policy.logprob_entropy, temperature=self.cfg.rollout.temperature
         )
+        views = [
+            row_logprobs(
+                logprob_entropy, [score_row(q.context(v), p.z_ids) for q, p in pairs], budget
+            )
+            for v in ("teacher", "student")
+        ]
+        return diagnostics.view_divergence(
+            batch, *views, alpha=objective.alpha, u_min=objective.u_min
+        )
+
+    def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
+        """Gradient norm of each stream alone: one more forward and backward of all rows."""
+        norms = {}
+        for name, own in (("grad_norm_pg", True), ("grad_norm_distill", False)):
+            part = [row for row in rows if row.own_view == own]
+            if part:
+                self.accumulate(part)
+                norms[name] = gradient_norm(self.optimizer)
+                self.optimizer.zero_grad(set_to_none=True)
+        return norms
 
     @property
     def on_cuda(self) -> bool:
@@ -378,9 +415,30 @@ class Trainer:
         checkpoint.write_text(self.run_dir / "config.yaml", dump(self.cfg))
         checkpoint.write_text(self.run_dir / "environment.json", json.dumps(facts, indent=1))
 
+    def _questions(self, purpose: str) -> list[PromptedQuestion]:
+        cfg = self.cfg
+        return step_questions(
+            self.questions,
+            seed=f"{cfg.run.seed}/{purpose}",
+            step=self.step,
+            batch=cfg.train.questions_per_step,
+        )
+
+    def _draw(
+        self, questions: Sequence[PromptedQuestion], timer: PhaseTimer
+    ) -> tuple[ScoredBatch, Coefficients]:
+        with timer("rollout"):
+            posterior, prior = self.sample(questions)
+        with timer("score"):
+            batch = self.score(questions, posterior, prior)
+        with timer("advantage"):
+            return batch, objectives.coefficients(self.cfg.objective, batch)
+
     def _utilities(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
         if not self.cfg.objective.scores_answers:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+        if self.cfg.scoring.u_source == "accuracy":
+            return accuracy_utility(self._answer_samples(pairs))
         return answer_likelihood(
             self.policy.logprob,
             pairs,
@@ -388,6 +446,37 @@ class Trainer:
             budget=self.cfg.train.micro_batch_tokens,
             u_norm=self.cfg.scoring.u_norm,
         )
+
+    def _answer_samples(
+        self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]
+    ) -> torch.Tensor:
+        """(len(pairs), J) correctness of J answers sampled after each thought, in student view."""
+        cfg, close = self.cfg, self.prompter.think_close_id
+        count = cfg.scoring.answer_samples
+        requests = [
+            SampleRequest(
+                question_id=path.question_id,
+                stream=path.stream,
+                index=path.index * count + j,
+                prompt_ids=after_thought(question, path, close),
+                seed=request_seed(
+                    cfg.run.seed,
+                    self.step,
+                    f"{path.question_id}/answer",
+                    path.stream,
+                    path.index * count + j,
+                ),
+            )
+            for question, path in pairs
+            for j in range(count)
+        ]
+        answers = self.engine.generate(
+            requests, answer_only(self.sampling, cfg.scoring.answer_temperature)
+        )
+        golds = [question.question.answer for question, _ in pairs for _ in range(count)]
+        texts = [self.decode(answer.z_ids) for answer in answers]
+        verdicts = self.verifier.verify(zip(golds, texts, strict=True))
+        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count)
 
     def _correct(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
         if not self.cfg.rollout.full_answer:

@@ -10,8 +10,9 @@ Shape suffixes of the whole project:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,15 +29,16 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the data set.
+    """One line of the data set; `variants` are other spellings of the answer.
 
-    >>> Question(id="gsm-17", text="What is 2 + 2?", answer="4").answer
-    '4'
+    >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
+    '0.5'
     """
 
     id: str
     text: str
     answer: str
+    variants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PromptedQuestion:
     `student_ids` is a function of (template, question text) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU.
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers.
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -59,6 +61,7 @@ class PromptedQuestion:
     teacher_ids: torch.Tensor
     cue_ids: torch.Tensor
     target_ids: torch.Tensor
+    variant_ids: tuple[torch.Tensor, ...] = ()
 
     def context(self, view: View) -> torch.Tensor:
         return self.student_ids if view == "student" else self.teacher_ids
@@ -151,6 +154,24 @@ class ScoredBatch:
     correct_post_BG: torch.Tensor
     correct_prior_BN: torch.Tensor
 
+    def select(self, keep: Sequence[int]) -> ScoredBatch:
+        """The questions at these places, with all that belongs to them."""
+        chosen: dict[str, Any] = {
+            name: value[list(keep)]
+            if isinstance(value, torch.Tensor)
+            else tuple(value[i] for i in keep)
+            for name, value in vars(self).items()
+        }
+        return ScoredBatch(**chosen)
+
+    def join(self, other: ScoredBatch) -> ScoredBatch:
+        """Both batches as one, the questions of `other` last."""
+        joined: dict[str, Any] = {
+            name: torch.cat([a, b]) if isinstance(a, torch.Tensor) else (*a, *b)
+            for (name, a), b in zip(vars(self).items(), vars(other).values(), strict=True)
+        }
+        return ScoredBatch(**joined)
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -169,7 +190,13 @@ class Coefficients:
 
     weights: dict[tuple[Stream, View], torch.Tensor]
     path_scores: dict[Stream, dict[str, torch.Tensor]]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """Which questions have a gradient: any weight other than zero; (B,) bool."""
+        used = [weights.ne(0).any(dim=1) for weights in self.weights.values()]
+        return torch.stack(used).any(dim=0)
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,13 @@ def build_rows(
     batch: ScoredBatch, coefficients: Coefficients, cfg: TrainConfig, *, norm_constant: float
 ) -> list[TrainRow]:
     """One row for every path and view with a weight other than zero; the others do not exist."""
-    used = [weights.ne(0).any(dim=1) for weights in coefficients.weights.values()]
-    questions_used = torch.stack(used).any(dim=0)
     rows = []
     for (stream, view), weights in coefficients.weights.items():
         paths = batch.posterior if stream == "posterior" else batch.prior
         scale = _normaliser(
             paths,
             weights,
-            questions_used,
+            coefficients.alive,
             cfg,
             distilled=(stream, view) == ("posterior", "student"),
             constant=norm_constant,
@@ -51,7 +49,7 @@ def build_rows(
 def _normaliser(
     paths: Groups,
     weights: torch.Tensor,
-    questions_used: torch.Tensor,
+    alive_B: torch.Tensor,
     cfg: TrainConfig,
     *,
     distilled: bool,
@@ -60,7 +58,7 @@ def _normaliser(
     """w_i of every path, (B, G) float64. `effective` counts only the questions that have a
     gradient."""
     length = torch.tensor([[path.length for path in group] for group in paths], dtype=torch.float64)
-    counted = questions_used if cfg.denominator == "effective" else torch.ones_like(questions_used)
+    counted = alive_B if cfg.denominator == "effective" else torch.ones_like(alive_B)
     per_path = 1.0 / (counted.sum().clamp(min=1).double() * length.shape[1])
     if cfg.norm == "seq_mean":
         return per_path / length

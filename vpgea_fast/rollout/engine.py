@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -65,6 +65,18 @@ class Sampling:
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a path wherever they are drawn."""
         return self.eos_ids if self.full_answer else (*self.eos_ids, self.think_close_id)
+
+
+def answer_only(sampling: Sampling, temperature: float) -> Sampling:
+    """To sample an answer behind a finished thought: all that is drawn is z, no token closes it."""
+    return replace(
+        sampling,
+        max_new_tokens=sampling.max_answer_tokens,
+        think_close_id=-1,
+        temperature=temperature,
+        top_p=1.0,
+        full_answer=False,
+    )
 
 
 class RolloutEngine(Protocol):

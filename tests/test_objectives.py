@@ -1,0 +1,111 @@
+"""Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
+
+import math
+
+import pytest
+import torch
+
+from vpgea_fast import objectives
+from vpgea_fast.config import GrpoConfig, VpgeaConfig
+from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch
+
+ids = torch.tensor
+
+
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def group(stream, lengths, closed):
+    return tuple(
+        Path(
+            "q", stream, i, torch.arange(n), torch.zeros(n), ids([1]), c, "stop" if c else "length"
+        )
+        for i, (n, c) in enumerate(zip(lengths, closed, strict=True))
+    )
+
+
+def batch(u_post=((-1.0, -5.0),), lengths=((50, 200),), closed=((True, True),), correct=None):
+    """Priors with U = (-1, -3) and lengths (100, 300): baseline -2, base length 200."""
+    count = len(u_post)
+    question = PromptedQuestion(Question("q", "?", "7"), ids([3]), ids([3, 4]), ids([5]), ids([6]))
+    return ScoredBatch(
+        questions=(question,) * count,
+        posterior=tuple(group("posterior", n, c) for n, c in zip(lengths, closed, strict=True)),
+        prior=(group("prior", (100, 300), (True, True)),) * count,
+        u_post_BG=double(u_post),
+        u_prior_BN=double([[-1.0, -3.0]] * count),
+        len_post_BG=double(lengths),
+        len_prior_BN=double([[100, 300]] * count),
+        closed_post_BG=torch.tensor(closed),
+        closed_prior_BN=torch.ones(count, 2, dtype=torch.bool),
+        correct_post_BG=double(correct or [[1.0] * len(u_post[0])] * count),
+        correct_prior_BN=double([[1.0, 0.0]] * count),
+    )
+
+
+CASES = [
+    # R = (1, 0), eta = (2, 1), S = (2, 0), A = (1, -1)
+    (
+        VpgeaConfig(beta=0.5),
+        batch(),
+        {"posterior teacher": [[-1, 1]], "posterior student": [[-0.5, 0]]},
+    ),
+    (
+        VpgeaConfig(beta=3.0, gate="relu"),
+        batch(),
+        {"posterior teacher": [[-1, 1]], "posterior student": [[-3, 0]]},
+    ),
+    # the better path was cut: R = 0 for both, nobody has a gradient
+    (
+        VpgeaConfig(),
+        batch(closed=((False, True),)),
+        {"posterior teacher": [[0, 0]], "posterior student": [[0, 0]]},
+    ),
+    # the better path has no verified answer
+    (VpgeaConfig(verify="gate"), batch(correct=[[0.0, 1.0]]), {"posterior teacher": [[0, 0]]}),
+    # an unscored path never passes, even where the baseline is below u_min
+    (VpgeaConfig(u_min=-0.5), batch(u_post=((math.nan, -5.0),)), {"posterior teacher": [[0, 0]]}),
+    # R = (1, 0) and alpha: eta = (200 / 100)^.5, group mean length 200
+    (GrpoConfig(group_size=2), batch(), {"prior student": [[-1, 1]]}),
+    (GrpoConfig(group_size=2, alpha=0.5), batch(), {"prior student": [[-1, 1]]}),
+    # likelihood: no prior path is above 1/2
+    (GrpoConfig(group_size=2, reward="likelihood"), batch(), {"prior student": [[0, 0]]}),
+]
+
+
+@pytest.mark.parametrize(("cfg", "scored", "expected"), CASES)
+def test_weights_by_hand(cfg, scored, expected):
+    weights = objectives.coefficients(cfg, scored).weights
+    for key, rows in expected.items():
+        stream, view = key.split()
+        assert torch.allclose(weights[stream, view], double(rows), atol=1e-5), key
+
+
+def test_scores_and_counts():
+    out = objectives.coefficients(VpgeaConfig(), batch())
+    assert out.path_scores["posterior"]["utility"][0].tolist() == pytest.approx([2.0, 0.0])
+    assert out.metrics["accept_rate"] == out.metrics["gate_rate"] == 0.5
+    assert out.metrics["len_gated"] == 50.0
+    assert out.metrics["net_token_push"] == pytest.approx(50 - 200, rel=1e-5)
+    assert (out.metrics["groups_all_rejected"], out.metrics["groups_zero_var"]) == (0, 0)
+    assert out.alive.tolist() == [True]
+
+
+def test_select_and_join_keep_every_column_together():
+    two = batch(
+        u_post=((-1.0, -5.0), (-9.0, -9.0)),
+        lengths=((50, 200), (60, 70)),
+        closed=((True, True), (True, True)),
+    )
+    coefs = objectives.coefficients(VpgeaConfig(), two)
+    assert coefs.alive.tolist() == [True, False]
+    kept = two.select([0])
+    assert kept.u_post_BG.tolist() == [[-1.0, -5.0]]
+    assert [p.length for p in kept.posterior[0]] == [50, 200]
+    again = two.select([1]).join(kept)
+    assert again.len_post_BG.tolist() == [[60, 70], [50, 200]]
+    assert [p.length for p in again.posterior[1]] == [50, 200]
+    assert len(again.questions) == 2
+    swapped = objectives.coefficients(VpgeaConfig(), again).weights["posterior", "teacher"]
+    assert torch.equal(swapped, coefs.weights["posterior", "teacher"].flip(0))
