@@ -79,7 +79,7 @@ def run(method: str, rate: str, seed: int, *, args: Any, scratch: Path) -> dict[
         "--run.dir",
         str(run_dir),
     ]
-    words += ["--train.steps", str(args.steps), "--checkpoint.export", "false"]
+    words += ["--checkpoint.export", "false"]
     command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(args.config), *words]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -135,7 +135,6 @@ def _arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(argv)
