@@ -112,7 +112,7 @@ class Recipe:
     student_band: tuple[float, float]
     teacher_band: tuple[float, float] = (0.2, 0.3)
     corpus: Corpus = Corpus()
-    phases: tuple[Phase, ...] = (Phase(1000, 3e-3, pinned=False), Phase(600, 1e-3, pinned=True))
+    phases: tuple[Phase, ...] = (Phase(1300, 3e-3, pinned=False), Phase(900, 1e-3, pinned=True))
     batch: int = 32
     pin: float = 0.05
 
@@ -558,7 +558,7 @@ def make_tiny(
     """Write `base/`, `train.jsonl` and `test.jsonl` under `out_dir`, all or nothing.
 
     The demo base is copied from the package unless `from_scratch`; "common" is always trained
-    (over two minutes a try on one core). A complete world of the same kind is used as it is.
+    (about three minutes a try on one core). A complete world of the same kind is used as it is.
 
     Raises ValueError for an unknown base, or when `out_dir` holds anything else; RuntimeError when
     no trained base passes the gate.
