@@ -133,7 +133,7 @@ def test_plain_console_prints_whole_lines_with_the_time_left():
     lines = stream.getvalue().splitlines()
     assert lines[0].endswith("left 1:36")  # 48 steps of 2 s
     assert lines[1].endswith("left 2:21")  # 47 steps of 3 s, the mean of the two
-    assert lines[2:-1] == [f"samples {n}/30" for n in range(3, 30, 3)]
+    assert lines[2:-1] == [f"samples {n}/30  left 0:00" for n in range(3, 30, 3)]
     assert lines[-1] == "[not markup] " + "x" * 300
 
 

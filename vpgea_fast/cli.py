@@ -4,27 +4,77 @@ value`."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vpgea_fast import config
 
+EVAL_NOTES = (
+    "tokens: mean generated, thought and answer; cut answers are counted, and are wrong",
+    "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
+)
 STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that saved
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+class UsageError(ValueError):
+    """A command line that cannot be used; the message says what was got and what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, where argparse prints the usage too and leaves the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words, rest = _split(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(words)
+    """The exit status: 0, 2 for an error (one line on stderr), 143 and 130 for a stopped run."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return args.run(args, rest)
+        words, overrides = _split(argv)
+        args, unknown = _parser().parse_known_args(words)
+        if unknown:
+            raise UsageError(_unknown(unknown[0], args.parser))
+        return args.run(args, overrides)
     except (ValueError, OSError, RuntimeError) as error:
-        if args.traceback:
+        if "--traceback" in argv:
             raise
-        print(f"vpgea: {error}", file=sys.stderr)
+        print(f"vpgea: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vpgea: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _one_line(error: BaseException) -> str:
+    """The message in one line; where it is not this program's, also how to see where it arose."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
+    text = re.sub(r"\s*\n\s*", "; ", text)
+    own = type(error).__module__.startswith("vpgea_fast") or type(error) is ValueError
+    return text if own else f"{text} ({type(error).__name__}; --traceback shows where)"
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """What to say of a word that is no option, with the option that was probably meant."""
+    name = word.partition("=")[0]
+    keys = [
+        f"--{section}.{field.name}"
+        for section, record in vars(config.Config()).items()
+        for field in dataclasses.fields(record)
+    ]
+    options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
+    near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
+    near += difflib.get_close_matches(name, [*options, *keys], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+    return f"unknown argument {name!r}; {hint}"
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -40,13 +90,20 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vpgea", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
+    common = _Parser(add_help=False, allow_abbrev=False)
+    common.add_argument(
         "--traceback", action="store_true", help="show the whole traceback of an error"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train from a YAML file", allow_abbrev=False)
+    train = commands.add_parser(
+        "train",
+        help="train from a YAML file",
+        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b.",
+        allow_abbrev=False,
+        parents=[common],
+    )
     train.add_argument("config", nargs="?", help="YAML file, e.g. configs/tiny.yaml")
     train.add_argument(
         "--resume", metavar="RUN", help="go on with a run directory (its own config.yaml is used)"
@@ -57,25 +114,35 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="show prompts, lengths and memory, and stop"
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, parser=train)
 
     evaluate = commands.add_parser(
-        "eval", help="evaluate the student view of a model", allow_abbrev=False
+        "eval",
+        help="evaluate the student view of a model",
+        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. A "
+        "trained model is evaluated as in its run by --config RUN/config.yaml RUN/export.",
+        allow_abbrev=False,
+        parents=[common],
     )
     evaluate.add_argument("model", help="Hugging Face directory or Hub name")
     evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
     evaluate.add_argument(
-        "--config", help="YAML file whose prompt, data and eval sections are used"
+        "--config", help="YAML file whose sections are used, all but model.path and eval.data"
     )
-    evaluate.add_argument("--out", help="write the result as JSON here")
-    evaluate.set_defaults(run=_eval)
+    evaluate.add_argument("--out", help="write the result and its settings as JSON here")
+    evaluate.set_defaults(run=_eval, parser=evaluate)
 
-    report = commands.add_parser("report", help="draw a run directory", allow_abbrev=False)
+    report = commands.add_parser(
+        "report", help="draw a run directory", allow_abbrev=False, parents=[common]
+    )
     report.add_argument("run_dir", metavar="RUN")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, parser=report)
 
     tiny = commands.add_parser(
-        "make-tiny", help="make the tiny model and its questions", allow_abbrev=False
+        "make-tiny",
+        help="make the tiny model and its questions",
+        allow_abbrev=False,
+        parents=[common],
     )
     tiny.add_argument("out", help="directory to make")
     tiny.add_argument(
@@ -90,15 +157,22 @@ def _parser() -> argparse.ArgumentParser:
         help="train the base instead of copying the shipped one",
     )
     tiny.add_argument("--seed", type=int, default=0)
-    tiny.set_defaults(run=_make_tiny)
+    tiny.set_defaults(run=_make_tiny, parser=tiny)
     return parser
 
 
-def _train(args: argparse.Namespace, rest: list[str]) -> int:
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if (args.config is None) == (args.resume is None):
-        raise config.ConfigError("train: give a YAML file, or --resume RUN")
-    source = args.config if args.resume is None else Path(args.resume) / "config.yaml"
-    cfg = config.load(source, [*rest, *([] if args.resume is None else ["--run.dir", args.resume])])
+        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
+    source = args.config
+    if args.resume is not None:
+        source = Path(args.resume) / "config.yaml"
+        overrides = [*overrides, "--run.dir", args.resume]
+        if not source.is_file():
+            raise UsageError(
+                f"{args.resume} is no run: config.yaml is missing; give a run to go on"
+            )
+    cfg = config.load(source, overrides)
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
@@ -113,35 +187,53 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     return 0 if fit(cfg, resume=args.resume is not None) else STOPPED
 
 
-def _eval(args: argparse.Namespace, rest: list[str]) -> int:
-    from vpgea_fast.evaluate import evaluate_model
-
-    _plain_logs()
-    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *rest]
-    tree = config.parse_overrides(words)
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    out = None if args.out is None else Path(args.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
     cfg = (
         config.load(args.config, words)
         if args.config
-        else config.resolve(tree, source="command line")
+        else config.resolve(config.parse_overrides(words), source="command line")
     )
-    result = evaluate_model(cfg)
-    text = json.dumps(result, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    from vpgea_fast.checkpoint import write_text
+    from vpgea_fast.evaluate import evaluate_model, result_table
+    from vpgea_fast.metrics import Console, environment
+
+    _plain_logs()
+    console = Console()
+    try:
+        results = evaluate_model(cfg, console)
+    finally:
+        console.close()
+    console.table(*result_table(results), notes=EVAL_NOTES)
+    if out is not None:
+        known = config.as_dict(cfg)
+        sections = ("model", "data", "prompt", "rollout", "eval")
+        settings = {"settings": {name: known[name] for name in sections}}
+        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
+        console.message(str(out))
     return 0
 
 
-def _report(args: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest)
-    from vpgea_fast.report import write_report
+def _report(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.metrics import Console
+    from vpgea_fast.report import closing_notes, closing_table, write_report
 
-    print(write_report(Path(args.run_dir)))
+    run_dir, console = Path(args.run_dir), Console()
+    page = write_report(run_dir)
+    headers, rows = closing_table(run_dir)
+    console.close()
+    if rows:
+        console.table(headers, rows, notes=closing_notes(run_dir))
+    console.message(str(page))
     return 0
 
 
-def _make_tiny(args: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest)
+def _make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
     from vpgea_fast.tiny import make_tiny
 
     world = make_tiny(
@@ -168,9 +260,9 @@ def _plain_logs() -> None:
         logging.disable_progress_bar()
 
 
-def _no_more(rest: list[str]) -> None:
-    if rest:
-        raise config.ConfigError(f"unknown argument {rest[0]!r}; see vpgea --help")
+def _no_more(overrides: Sequence[str]) -> None:
+    if overrides:
+        raise UsageError(f"{overrides[0]} is an option of train and eval only; leave it out")
 
 
 if __name__ == "__main__":

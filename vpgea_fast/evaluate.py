@@ -85,15 +85,13 @@ class Evaluator:
         cfg, lines = self.cfg, []
         for name, questions in self.benchmarks.items():
             dropped = ", ".join(f"{n} dropped ({why})" for why, n in self.dropped[name].items())
-            lines.append(f"{name}: {len(questions)} questions" + (f", {dropped}" if dropped else ""))
-        ways = [
-            f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
-            if cfg.samples
-            else "",
-            "1 greedy" if cfg.greedy else "",
-        ]
+            lines.append(
+                f"{name}: {len(questions)} questions" + (f", {dropped}" if dropped else "")
+            )
+        sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
+        ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
         lines.append(
-            f"answers a question: {' and '.join(filter(None, ways))}; a thought of at most "
+            f"answers a question: {' and '.join(ways)}; a thought of at most "
             f"{cfg.max_new_tokens} tokens, an answer of {self.sampling.max_answer_tokens}; "
             "student view only"
         )
@@ -144,7 +142,7 @@ class Evaluator:
                 "dropped": sum(self.dropped[name].values()),
             }
         whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
-        return {**whole, **({"benchmarks": parts} if len(parts) > 1 else {})}
+        return {**whole, "benchmarks": parts}
 
     def _answers(
         self,
@@ -221,7 +219,8 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     entries = [
         (name, mode, part)
         for mode, result in results.items()
-        for name, part in [*result.get("benchmarks", {}).items(), ("all", result)]
+        for name, part in [*result["benchmarks"].items(), ("mean", result)]
+        if name != "mean" or len(result["benchmarks"]) > 1
     ]
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "questions": lambda r: str(r["questions"]),

@@ -161,12 +161,12 @@ class PhaseTimer:
 class Console:
     """The run on a terminal: a bar with the time left, a line a step, tables; else plain lines.
 
-    `total` steps, of which `done` were made before this process. A plain log hears of samples
-    being drawn after `quiet_s` seconds without a line.
+    `total` steps (0: there are none), of which `done` were made before this process. A plain log
+    hears of samples being drawn after `quiet_s` seconds without a line.
     """
 
     def __init__(
-        self, total: int, *, done: int = 0, stream: TextIO | None = None, quiet_s: float = 20.0
+        self, total: int = 0, *, done: int = 0, stream: TextIO | None = None, quiet_s: float = 20.0
     ) -> None:
         self._terminal = Terminal(file=stream, highlight=False)
         live = self._terminal.is_terminal
@@ -177,7 +177,9 @@ class Console:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         left = TextColumn("{task.fields[left]}")
         self._bar = Progress(*columns, left, console=self._terminal, disable=not live)
-        self._task = self._bar.add_task("steps", total=total, completed=done, left="")
+        self._task = self._bar.add_task(
+            "steps", total=total, completed=done, left="", visible=total > 0
+        )
         self._bar.start()
 
     def message(self, text: str) -> None:
@@ -192,19 +194,24 @@ class Console:
         self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
 
     def samples(self, total: int) -> Callable[[int], None]:
-        """Progress of drawing `total` samples: call the result with the number newly finished."""
+        """Progress of drawing `total` samples: call the result with the number newly finished.
+
+        The time left is that of the samples so far, so it falls short while only short ones ended.
+        """
         task = self._bar.add_task("samples", total=total, left="")
         finished, spoke = 0, time.monotonic()
+        began = spoke
 
         def advance(count: int) -> None:
             nonlocal finished, spoke
             finished += count
-            self._bar.update(task, completed=finished)
+            left = (time.monotonic() - began) / max(1, finished) * (total - finished)
+            self._bar.update(task, completed=finished, left=f"{clock_time(left)} left")
             if finished >= total:
                 self._bar.remove_task(task)
             elif self._bar.disable and time.monotonic() - spoke > self._quiet_s:
                 spoke = time.monotonic()
-                self.message(f"samples {finished}/{total}")
+                self.message(f"samples {finished}/{total}  left {clock_time(left)}")
 
         return advance
 
