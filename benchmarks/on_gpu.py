@@ -1,8 +1,8 @@
-"""Everything that waits for a GPU, in parts of under ten minutes: the gpu tests, then measurements.
+"""All that waits for a GPU, in parts of under ten minutes: the gpu tests, then measurements.
 
     python benchmarks/on_gpu.py --out benchmarks/results/on_gpu.json [--only tests]
 
-A part is a command; its exit status, wall time and last lines go into the JSON together with device,
+A part is a command; its exit status, time and last lines go into the JSON together with device,
 commit and versions. A part that fails does not stop the others; the exit status tells.
 """
 

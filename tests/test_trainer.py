@@ -281,16 +281,17 @@ class RecordingEngine:
 def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
     cfg = config.load(TINY, words("run"))
     with Trainer(cfg) as trainer:
-        engine = trainer.engine = trainer.evaluator.engine = RecordingEngine(trainer.engine)
+        engine = RecordingEngine(trainer.engine)
+        trainer.collector.engine = trainer.evaluator.engine = engine
         trainer.evaluator.run()
         hint = trainer.tokenizer(" hint", add_special_tokens=False)["input_ids"][0]
         assert len(engine.requests) == 16
         assert all(hint not in request.prompt_ids.tolist() for request in engine.requests)
         questions = trainer.questions[:2]
-        posterior, prior = trainer.sample(questions)
+        posterior, prior = trainer.collector.sample(questions, step=0)
         asked = engine.requests[16:]
         assert all((hint in r.prompt_ids.tolist()) == (r.stream == "posterior") for r in asked)
-        batch = trainer.score(questions, posterior, prior)
+        batch = trainer.collector.score(questions, posterior, prior, step=0)
         assert batch.u_post_BG.shape == (2, 4)
         assert batch.u_prior_BN.shape == (2, 2)
 
@@ -318,18 +319,22 @@ def test_more_questions_than_data(words):
 
 
 def test_dead_questions_make_room_for_others(words):
-    more = ["--eval.data", "[]", "--train.questions_per_step", "6", "--train.resample_rounds"]
-    drawn = {}
-    for rounds in ("0", "3"):
-        cfg = config.load(TINY, words(f"run{rounds}", *more, rounds))
-        with Trainer(cfg) as trainer:
-            batch, coefs = trainer.collect(PhaseTimer())
-        drawn[rounds] = [q.question.id for q in batch.questions], coefs.alive.tolist()
-    (first, alive), (resampled, later) = drawn["0"], drawn["3"]
-    assert 0 < sum(alive) < 6
-    assert sum(later) > sum(alive)
+    def collect(name, **more):
+        fixed = {"eval.data": "[]", "train.questions_per_step": "6", **more}
+        given = words(name, *(w for key, value in fixed.items() for w in (f"--{key}", str(value))))
+        with Trainer(config.load(TINY, given)) as trainer:
+            batch, coefs = trainer.collector.collect(0, PhaseTimer())
+        spread = coefs.path_scores["posterior"]["utility"].std(dim=1, correction=0)
+        return [q.question.id for q in batch.questions], coefs.alive, spread
+
+    _, _, spread = collect("all", **{"objective.std_gate": 0.0})
+    gate = {"objective.std_gate": spread.median().item() + 1e-6}  # shuts half of the groups
+    first, alive, _ = collect("gated", **gate)
+    resampled, later, _ = collect("resampled", **gate, **{"train.resample_rounds": 3})
+    assert 0 < alive.sum() < 6
+    assert later.sum() > alive.sum()
     assert len(set(resampled)) == 6
-    survivors = [name for name, ok in zip(first, alive, strict=True) if ok]
+    survivors = [name for name, ok in zip(first, alive.tolist(), strict=True) if ok]
     assert resampled[: len(survivors)] == survivors
 
 

@@ -12,15 +12,15 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import load_questions
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import check_model_dir, load_policy
+from vpgea_fast.model import load_policy, load_tokenizer
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.scoring import answers_correct
 from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
 
@@ -160,14 +160,26 @@ class Evaluator:
         ]
         paths = self.engine.generate(requests, sampling, on_progress)
         answers = [q.answer for q, _ in questions for _ in range(samples)]
-        correct = verify_paths(paths, answers, self.decode, self.verifier)
+        correct = answers_correct(paths, answers, decode=self.decode, verify=self.verifier.verify)
         return paths, correct.view(len(questions), samples)
 
 
 def make_sampling(
     cfg: RolloutConfig, prompter: Prompter, tokenizer: Any, causal_lm: Any
 ) -> Sampling:
-    """The rollout section with the token ids that end a thought and an answer of this model."""
+    """The rollout section with the token ids that end a thought and an answer of this model.
+
+    ValueError for a tokenizer that knows these tokens and a model that does not.
+    """
+    rows = causal_lm.get_input_embeddings().weight.shape[0]
+    ends = eos_ids(tokenizer, causal_lm.generation_config)
+    largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer's {tokenizer.convert_ids_to_tokens(largest)!r} is token {largest}, but "
+            f"the model embeds {rows} tokens; use the tokenizer that belongs to the model, or "
+            "enlarge the embedding (resize_token_embeddings) and train it"
+        )
     return Sampling(
         max_new_tokens=cfg.max_new_tokens,
         max_answer_tokens=cfg.max_answer_tokens,
@@ -175,26 +187,14 @@ def make_sampling(
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         think_close_id=prompter.think_close_id,
-        eos_ids=eos_ids(tokenizer, causal_lm.generation_config),
-    )
-
-
-def verify_paths(
-    paths: Sequence[Path], answers: Sequence[str], decode: Decode, verifier: Verifier
-) -> torch.Tensor:
-    """1.0 where the text after a closed thought verifies against the reference answer, else 0.0;
-    (len(paths),) float64."""
-    texts = [decode(path.answer_ids) if path.closed else "" for path in paths]
-    return torch.tensor(
-        verifier.verify(list(zip(answers, texts, strict=True))), dtype=torch.float64
+        eos_ids=ends,
     )
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate the model directory `cfg.model.path` on `cfg.eval.data`; the result of
     `Evaluator.run`. `console` shows what is drawn and the time left."""
-    check_model_dir(cfg.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
     policy = load_policy(replace(cfg.model, gradient_checkpointing=False))
     engine = HFEngine(policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=policy.dtype)

@@ -50,6 +50,18 @@ def after_thought(question: PromptedQuestion, path: Path, think_close_id: int) -
     return torch.cat([question.student_ids, path.z_ids, *close])
 
 
+def answers_correct(
+    paths: Sequence[Path],
+    golds: Sequence[str],
+    *,
+    decode: Callable[[torch.Tensor], str],
+    verify: Callable[[list[tuple[str, str]]], list[bool]],
+) -> torch.Tensor:
+    """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0."""
+    texts = [decode(path.answer_ids) if path.closed else "" for path in paths]
+    return torch.tensor(verify(list(zip(golds, texts, strict=True))), dtype=torch.float64)
+
+
 def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
     """U = log((sum correct + 1/2) / (J + 1)), (P,) float64: finite where all answers are wrong.
 

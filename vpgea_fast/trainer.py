@@ -18,37 +18,27 @@ from types import FrameType
 import torch
 from transformers import AutoTokenizer
 
-from vpgea_fast import checkpoint, diagnostics, objectives, report
+from vpgea_fast import checkpoint, diagnostics, report
+from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, dump
-from vpgea_fast.data import load_questions, step_questions
-from vpgea_fast.evaluate import Evaluator, make_sampling, verify_paths
+from vpgea_fast.data import load_questions
+from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
 from vpgea_fast.model import load_policy
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import drop_zero_rows, pack
 from vpgea_fast.prompts import Prompter, length_report
-from vpgea_fast.rollout.engine import answer_only, request_seed
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import (
-    accuracy_utility,
-    after_thought,
-    answer_likelihood,
     row_logprobs,
     score_row,
 )
 from vpgea_fast.types import (
-    Coefficients,
-    Groups,
-    PromptedQuestion,
-    SampleRequest,
     ScoredBatch,
     StepStats,
-    Stream,
     TrainRow,
-    View,
 )
-from vpgea_fast.types import Path as SampledPath
 from vpgea_fast.verify import Verifier
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -123,7 +113,7 @@ class Trainer:
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
-        batch, coefs = self.collect(timer)
+        batch, coefs = self.collector.collect(self.step, timer)
         rows = build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
@@ -140,66 +130,6 @@ class Trainer:
         return StepStats(
             self.step, {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
-
-    def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
-        """Paths, scores and coefficients of the step's questions.
-
-        With `train.resample_rounds`, questions without a gradient make room for others, which are a
-        function of (seed, step, round) like the first ones.
-        """
-        batch, coefs = self._draw(self._questions("0"), timer)
-        used = {q.question.id for q in batch.questions}
-        for number in range(1, self.cfg.train.resample_rounds + 1):
-            alive = coefs.alive.nonzero()[:, 0].tolist()
-            unused = [q for q in self._questions(str(number)) if q.question.id not in used]
-            fresh = unused[: len(batch.questions) - len(alive)]
-            if not fresh:
-                break
-            used |= {q.question.id for q in fresh}
-            batch = batch.select(alive).join(self._draw(fresh, timer)[0])
-            coefs = objectives.coefficients(self.cfg.objective, batch)
-        return batch, coefs
-
-    def sample(self, questions: Sequence[PromptedQuestion]) -> tuple[Groups, Groups]:
-        """Posterior and prior paths of every question, both streams in one call of the engine."""
-        plan: list[tuple[Stream, View, int]] = [
-            ("posterior", "teacher", self.cfg.objective.posterior_paths),
-            ("prior", "student", self.cfg.objective.prior_paths),
-        ]
-        requests = [
-            SampleRequest(
-                question_id=q.question.id,
-                stream=stream,
-                index=i,
-                prompt_ids=q.context(view),
-                seed=request_seed(self.cfg.run.seed, self.step, q.question.id, stream, i),
-            )
-            for q in questions
-            for stream, view, count in plan
-            for i in range(count)
-        ]
-        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
-        groups = [
-            [tuple(next(paths) for _ in range(count)) for *_, count in plan] for _ in questions
-        ]
-        return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
-
-    def score(
-        self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups
-    ) -> ScoredBatch:
-        """Cross-view likelihoods, lengths and (with full answers) correctness of all paths."""
-        matrices: dict[str, torch.Tensor] = {}
-        for name, groups in {"post_BG": posterior, "prior_BN": prior}.items():
-            pairs = [(q, p) for q, group in zip(questions, groups, strict=True) for p in group]
-            shape = (len(groups), len(groups[0]))
-            columns = {
-                "u": self._utilities(pairs),
-                "correct": self._correct(pairs),
-                "len": torch.tensor([p.length for _, p in pairs], dtype=torch.float64),
-                "closed": torch.tensor([p.closed for _, p in pairs], dtype=torch.bool),
-            }
-            matrices |= {f"{key}_{name}": column.view(shape) for key, column in columns.items()}
-        return ScoredBatch(tuple(questions), posterior, prior, **matrices)
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
         """The gradient of all rows, one optimiser step; and why there was none, if there was none.
@@ -378,16 +308,24 @@ class Trainer:
             self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
         )
         self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
-        self.sampling = make_sampling(
-            cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm
-        )
+        sampling = make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm)
         self.evaluator = Evaluator(
             cfg,
             engine=self.engine,
             prompter=self.prompter,
-            sampling=self.sampling,
+            sampling=sampling,
             decode=self.decode,
             verifier=self.verifier,
+        )
+        self.collector = Collector(
+            cfg,
+            self.questions,
+            policy=self.policy,
+            engine=self.engine,
+            sampling=sampling,
+            decode=self.decode,
+            verifier=self.verifier,
+            progress=self.progress,
         )
         self.alarms = Alarms()
 
@@ -414,75 +352,6 @@ class Trainer:
         }
         checkpoint.write_text(self.run_dir / "config.yaml", dump(self.cfg))
         checkpoint.write_text(self.run_dir / "environment.json", json.dumps(facts, indent=1))
-
-    def _questions(self, purpose: str) -> list[PromptedQuestion]:
-        cfg = self.cfg
-        return step_questions(
-            self.questions,
-            seed=f"{cfg.run.seed}/{purpose}",
-            step=self.step,
-            batch=cfg.train.questions_per_step,
-        )
-
-    def _draw(
-        self, questions: Sequence[PromptedQuestion], timer: PhaseTimer
-    ) -> tuple[ScoredBatch, Coefficients]:
-        with timer("rollout"):
-            posterior, prior = self.sample(questions)
-        with timer("score"):
-            batch = self.score(questions, posterior, prior)
-        with timer("advantage"):
-            return batch, objectives.coefficients(self.cfg.objective, batch)
-
-    def _utilities(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
-        if not self.cfg.objective.scores_answers:
-            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
-        if self.cfg.scoring.u_source == "accuracy":
-            return accuracy_utility(self._answer_samples(pairs))
-        return answer_likelihood(
-            self.policy.logprob,
-            pairs,
-            think_close_id=self.prompter.think_close_id,
-            budget=self.cfg.train.micro_batch_tokens,
-            u_norm=self.cfg.scoring.u_norm,
-        )
-
-    def _answer_samples(
-        self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]
-    ) -> torch.Tensor:
-        """(len(pairs), J) correctness of J answers sampled after each thought, in student view."""
-        cfg, close = self.cfg, self.prompter.think_close_id
-        count = cfg.scoring.answer_samples
-        requests = [
-            SampleRequest(
-                question_id=path.question_id,
-                stream=path.stream,
-                index=path.index * count + j,
-                prompt_ids=after_thought(question, path, close),
-                seed=request_seed(
-                    cfg.run.seed,
-                    self.step,
-                    f"{path.question_id}/answer",
-                    path.stream,
-                    path.index * count + j,
-                ),
-            )
-            for question, path in pairs
-            for j in range(count)
-        ]
-        answers = self.engine.generate(
-            requests, answer_only(self.sampling, cfg.scoring.answer_temperature)
-        )
-        golds = [question.question.answer for question, _ in pairs for _ in range(count)]
-        texts = [self.decode(answer.z_ids) for answer in answers]
-        verdicts = self.verifier.verify(zip(golds, texts, strict=True))
-        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count)
-
-    def _correct(self, pairs: Sequence[tuple[PromptedQuestion, SampledPath]]) -> torch.Tensor:
-        if not self.cfg.rollout.full_answer:
-            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
-        paths, answers = [p for _, p in pairs], [q.question.answer for q, _ in pairs]
-        return verify_paths(paths, answers, self.decode, self.verifier)
 
     def _scheduled_evaluation(self) -> dict[str, float]:
         every = self.cfg.eval.every

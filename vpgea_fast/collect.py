@@ -1,0 +1,178 @@
+"""A step's questions -> scored paths and coefficients: phases 1 and 2 of the method.
+
+questions of (seed, step) -> both streams in one engine call -> U, correctness, lengths
+-> coefficients of the objective [-> questions without a gradient make room for others]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vpgea_fast import objectives
+from vpgea_fast.config import Config
+from vpgea_fast.data import step_questions
+from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.model import Policy
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
+from vpgea_fast.scoring import (
+    accuracy_utility,
+    after_thought,
+    answer_likelihood,
+    answers_correct,
+)
+from vpgea_fast.types import (
+    Coefficients,
+    Groups,
+    Path,
+    PromptedQuestion,
+    SampleRequest,
+    ScoredBatch,
+    Stream,
+    View,
+)
+from vpgea_fast.verify import Verifier
+
+Pairs = Sequence[tuple[PromptedQuestion, Path]]
+
+
+class Collector:
+    """What is sampled and scored from; it changes nothing, so a step can be collected again.
+
+    `progress(total)` gives the function that is told of newly finished samples.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        questions: Sequence[PromptedQuestion],
+        *,
+        policy: Policy,
+        engine: RolloutEngine,
+        sampling: Sampling,
+        decode: Callable[[torch.Tensor], str],
+        verifier: Verifier,
+        progress: Callable[[int], Callable[[int], None]],
+    ) -> None:
+        self.cfg, self.questions, self.policy, self.engine = cfg, questions, policy, engine
+        self.sampling, self.decode, self.progress = sampling, decode, progress
+        self.verifier = verifier
+
+    def collect(self, step: int, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
+        """Paths, scores and coefficients of a step: a function of (weights, seed, step).
+
+        With `train.resample_rounds`, questions without a gradient make room for others, which are a
+        function of (seed, step, round) like the first ones.
+        """
+        batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
+        used = {q.question.id for q in batch.questions}
+        for round_ in range(1, self.cfg.train.resample_rounds + 1):
+            alive = coefs.alive.nonzero()[:, 0].tolist()
+            unused = [q for q in self._questions(step, round_) if q.question.id not in used]
+            fresh = unused[: len(batch.questions) - len(alive)]
+            if not fresh:
+                break
+            used |= {q.question.id for q in fresh}
+            batch = batch.select(alive).join(self._draw(fresh, step, timer)[0])
+            coefs = objectives.coefficients(self.cfg.objective, batch)
+        return batch, coefs
+
+    def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
+        """Posterior and prior paths of every question, both streams in one call of the engine."""
+        plan: list[tuple[Stream, View, int]] = [
+            ("posterior", "teacher", self.cfg.objective.posterior_paths),
+            ("prior", "student", self.cfg.objective.prior_paths),
+        ]
+        requests = [
+            SampleRequest(
+                question_id=q.question.id,
+                stream=stream,
+                index=i,
+                prompt_ids=q.context(view),
+                seed=request_seed(self.cfg.run.seed, step, q.question.id, stream, i),
+            )
+            for q in questions
+            for stream, view, count in plan
+            for i in range(count)
+        ]
+        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
+        groups = [
+            [tuple(next(paths) for _ in range(count)) for *_, count in plan] for _ in questions
+        ]
+        return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
+
+    def score(
+        self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
+    ) -> ScoredBatch:
+        """Cross-view utilities, lengths and (with full answers) correctness of all paths."""
+        matrices: dict[str, torch.Tensor] = {}
+        for name, groups in {"post_BG": posterior, "prior_BN": prior}.items():
+            pairs = [(q, p) for q, group in zip(questions, groups, strict=True) for p in group]
+            shape = (len(groups), len(groups[0]))
+            columns = {
+                "u": self._utilities(pairs, step),
+                "correct": self._correct(pairs),
+                "len": torch.tensor([p.length for _, p in pairs], dtype=torch.float64),
+                "closed": torch.tensor([p.closed for _, p in pairs], dtype=torch.bool),
+            }
+            matrices |= {f"{key}_{name}": column.view(shape) for key, column in columns.items()}
+        return ScoredBatch(tuple(questions), posterior, prior, **matrices)
+
+    def _draw(
+        self, questions: Sequence[PromptedQuestion], step: int, timer: PhaseTimer
+    ) -> tuple[ScoredBatch, Coefficients]:
+        with timer("rollout"):
+            posterior, prior = self.sample(questions, step)
+        with timer("score"):
+            batch = self.score(questions, posterior, prior, step)
+        with timer("advantage"):
+            return batch, objectives.coefficients(self.cfg.objective, batch)
+
+    def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
+        return step_questions(
+            self.questions,
+            seed=f"{self.cfg.run.seed}/{round_}",
+            step=step,
+            batch=self.cfg.train.questions_per_step,
+        )
+
+    def _utilities(self, pairs: Pairs, step: int) -> torch.Tensor:
+        if not self.cfg.objective.scores_answers:
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+        if self.cfg.scoring.u_source == "accuracy":
+            return accuracy_utility(self._sampled_answers(pairs, step))
+        return answer_likelihood(
+            self.policy.logprob,
+            pairs,
+            think_close_id=self.sampling.think_close_id,
+            budget=self.cfg.train.micro_batch_tokens,
+            u_norm=self.cfg.scoring.u_norm,
+        )
+
+    def _sampled_answers(self, pairs: Pairs, step: int) -> torch.Tensor:
+        """(len(pairs), J): correctness of J answers sampled after each thought, student view."""
+        count = self.cfg.scoring.answer_samples
+        requests = []
+        for question, path in pairs:
+            prompt = after_thought(question, path, self.sampling.think_close_id)
+            name = f"{path.question_id}/answer"
+            for index in range(path.index * count, (path.index + 1) * count):
+                seed = request_seed(self.cfg.run.seed, step, name, path.stream, index)
+                requests.append(SampleRequest(path.question_id, path.stream, index, prompt, seed))
+        how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
+        texts = [self.decode(answer.z_ids) for answer in self.engine.generate(requests, how)]
+        golds = [question.question.answer for question, _ in pairs for _ in range(count)]
+        verdicts = self.verifier.verify(zip(golds, texts, strict=True))
+        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count)
+
+    def _correct(self, pairs: Pairs) -> torch.Tensor:
+        if not self.sampling.full_answer:
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+        return answers_correct(
+            [path for _, path in pairs],
+            [question.question.answer for question, _ in pairs],
+            decode=self.decode,
+            verify=self.verifier.verify,
+        )
