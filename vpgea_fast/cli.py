@@ -253,9 +253,13 @@ def _make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _plain_logs() -> None:
-    """No bars of other libraries in a log file; on a terminal a large model shows its loading."""
+    """No bars of other libraries in a log file; on a terminal a large model shows its loading.
+
+    Nor their warnings: what they warn of in a model (missing weights, say) is an error here.
+    """
     from transformers.utils import logging
 
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 

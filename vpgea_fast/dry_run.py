@@ -11,11 +11,10 @@ from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import constants, is_offline_mode
-from transformers import AutoTokenizer
 
 from vpgea_fast.config import Config
-from vpgea_fast.data import DataError, load_questions
-from vpgea_fast.model import check_model_dir, estimate_memory
+from vpgea_fast.data import DataError, load_questions, step_questions
+from vpgea_fast.model import estimate_memory, load_tokenizer
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
@@ -51,8 +50,7 @@ def dry_run(cfg: Config, say: Say = print) -> None:
     Writes nothing, loads no weight, and draws nothing. Bad input is the error that the run would
     end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
     """
-    check_model_dir(cfg.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     questions, dropped = _questions(cfg, say)
     kept, overlong = prompter.prompt_within(
@@ -73,6 +71,8 @@ def dry_run(cfg: Config, say: Say = print) -> None:
     say(f"teacher prompt:\n{tokenizer.decode(kept[0].teacher_ids)}\n")
     for view, lengths in length_report(kept).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
+    if questions is not SAMPLE_QUESTIONS:  # the error that the run would end with
+        step_questions(kept, seed=cfg.run.seed, step=0, batch=cfg.train.questions_per_step)
     _memory(cfg, max(len(q.teacher_ids) for q in kept), say)
 
 

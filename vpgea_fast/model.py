@@ -26,8 +26,8 @@ from vpgea_fast import attention, losses
 from vpgea_fast.config import ModelConfig
 from vpgea_fast.types import PackedBatch
 
-HEAD_CHUNK = 2**30
-"""Bytes of logits that the head loss may hold at once, for the memory estimate."""
+HEAD_CHUNK = 2**32
+"""Bytes of logits that the head loss holds at once, at most (a large GPU), for the estimate."""
 
 
 class ModelError(ValueError):
@@ -166,6 +166,20 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
     return causal_lm
 
 
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a Hugging Face directory or Hub name. Errors: ModelError."""
+    from transformers import AutoTokenizer
+
+    check_model_dir(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a tokenizer from {path!r}: {_first_line(error)}; give a complete Hugging "
+            "Face directory, or the Hub name (owner/name) of a model that can be reached"
+        ) from error
+
+
 def check_model_dir(path: str) -> None:
     """A local directory must hold config.json and every weight file that its index names. A Hub
     name is not checked."""
@@ -179,6 +193,12 @@ def check_model_dir(path: str) -> None:
         return
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
+    try:
+        json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path}/config.json is damaged ({error}); copy the model again"
+        ) from error
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -229,6 +249,7 @@ def estimate_memory(
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
     master = 8 if dtype == "float64" else 4
+    copied = 0 if size == master else size  # bytes a weight of the forward's own copy
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # q, k, v, o, two norms and the residual are ~8 hidden sizes; gate, up, their product ~3 MLP
@@ -241,9 +262,10 @@ def estimate_memory(
             "weights": parameters * master,
             "gradients": parameters * master,
             "optimiser": 2 * parameters * master,
-            "forward copy": 0 if size == master else parameters * size,
+            "forward copy": parameters * copied,
             "activations": layers * kept + layer if checkpointing else layers * layer,
-            "head": HEAD_CHUNK + config.vocab_size * config.hidden_size * (size + master),
+            "head": min(HEAD_CHUNK, batch_tokens * config.vocab_size * (master + copied))
+            + config.vocab_size * config.hidden_size * (copied + master),
             "kv cache": 2 * layers * sequences * context * kv_heads * head_dim * size,
         },
         parameters=parameters,

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from transformers import AutoTokenizer
 
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
@@ -24,7 +23,7 @@ from vpgea_fast.config import Config, VpgeaConfig, dump
 from vpgea_fast.data import load_questions
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
-from vpgea_fast.model import load_policy
+from vpgea_fast.model import load_policy, load_tokenizer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import drop_zero_rows, pack
@@ -296,7 +295,7 @@ class Trainer:
 
     def _build_stages(self) -> None:
         cfg = self.cfg
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
         loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
         self.questions, overlong = self.prompter.prompt_within(

@@ -115,8 +115,9 @@ class HFEngine:
                 raise ValueError(
                     f"question {request.question_id}: a prompt of {prompt} tokens and up to "
                     f"{sampling.limit} new ones need {prompt + sampling.limit} positions, but the "
-                    f"model has {room} (max_position_embeddings); lower rollout.max_new_tokens, "
-                    "or drop longer prompts with data.max_prompt_tokens"
+                    f"model has {room} (max_position_embeddings); lower rollout.max_new_tokens "
+                    "(in an evaluation eval.max_new_tokens), or drop longer prompts with "
+                    "data.max_prompt_tokens"
                 )
 
     def _decode(
