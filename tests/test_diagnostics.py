@@ -77,6 +77,12 @@ def test_view_divergence_and_elbo(batch):
     )
 
 
+def test_early_answers_are_found_in_the_first_fifth(batch):
+    # answer "7": the first path has no first fifth, the second one of one token
+    assert diagnostics.early_answer_rate(batch, lambda z: "so 17" if z.numel() else "") == 0.5
+    assert diagnostics.early_answer_rate(batch, lambda z: str(z.tolist())) == 0.0
+
+
 def test_row_metrics_split_the_loss_and_see_the_mismatch():
     coef = torch.tensor([-2.0, -2.0], dtype=torch.float64)
     drawn = torch.tensor([-1.0, -1.0])

@@ -117,7 +117,9 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
         always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
         always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
         assert {"kl_q_pi", "kl_q_pi_max", "leak_rate", "elbo"} <= {*records[0]}
-        assert {"entropy_teacher", "entropy_student", "grad_norm_pg"} <= {*records[0]}
+        assert {"entropy_teacher", "entropy_student", "early_answer_rate", "grad_norm_pg"} <= {
+            *records[0]
+        }
     for record in records:
         assert always <= {*record}
         assert all(

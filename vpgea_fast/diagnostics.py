@@ -99,6 +99,18 @@ def view_divergence(
     }
 
 
+def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str]) -> float:
+    """Share of posterior paths whose first fifth spells the answer already: a thought that starts
+    from the answer passes cross-view scoring. A number of the question counts too, so watch its
+    change, not its level."""
+    early = [
+        question.question.answer in decode(path.z_ids[: path.length // 5])
+        for question, group in zip(batch.questions, batch.posterior, strict=True)
+        for path in group
+    ]
+    return sum(early) / len(early)
+
+
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
     """Loss parts of the trained rows, the gated KL of the distilled ones, and the mismatch of
     sampler and trainer."""

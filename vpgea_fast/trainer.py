@@ -257,9 +257,12 @@ class Trainer:
             )
             for v in ("teacher", "student")
         ]
-        return diagnostics.view_divergence(
-            batch, *views, alpha=objective.alpha, u_min=objective.u_min
-        )
+        return {
+            **diagnostics.view_divergence(
+                batch, *views, alpha=objective.alpha, u_min=objective.u_min
+            ),
+            "early_answer_rate": diagnostics.early_answer_rate(batch, self.decode),
+        }
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each stream alone: one more forward and backward of all rows."""
