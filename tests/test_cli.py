@@ -1,0 +1,389 @@
+"""The command line as a user meets it: what it prints, what it refuses, what it leaves behind."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vpgea_fast import checkpoint, config
+from vpgea_fast.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs/tiny.yaml"
+
+
+@pytest.fixture
+def train(tiny_world, tmp_path):
+    """`vpgea train configs/tiny.yaml` on the tiny world, two small steps: returns the status."""
+
+    def run(*more, run_dir=tmp_path / "run"):
+        fixed = {
+            "run.dir": run_dir,
+            "model.path": tiny_world.base_dir,
+            "data.train": tiny_world.train_path,
+            "data.limit": 64,
+            "eval.data": "[]",
+            "train.questions_per_step": 2,
+            "objective.group_size": 2,
+            "objective.prior_samples": 2,
+            "train.steps": 2,
+            "checkpoint.save_every": 1,
+            "checkpoint.export": "false",
+            "metrics.compare": "null",
+        }
+        words = [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
+        return main(["train", str(TINY), *words, *map(str, more)])
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """The one line that a refused command prints; nothing else may come, and no traceback."""
+
+    def read(status):
+        printed = capsys.readouterr()
+        assert status == 2
+        assert printed.err.startswith("vpgea: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return read
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("train", "eval", "report", "make-tiny"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "required: COMMAND; see vpgea --help"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "give a YAML file, or --resume RUN"),
+        (["train", "a.yaml", "--resume", "b"], "one of the two"),
+        (["train", "a.yaml", "--dryrun"], "unknown argument '--dryrun'; did you mean --dry-run?"),
+        (["train", "a.yaml", "--lr", "1"], "unknown argument '--lr'; did you mean --optim.lr?"),
+        (["train", "a.yaml", "more"], "unknown argument 'more'; see vpgea train --help"),
+        (["train", "none.yaml"], "cannot read the configuration none.yaml"),
+        (["train", str(TINY), "--model.path"], "expected --section.key value"),
+        (["train", str(TINY), "--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
+        (["train", str(TINY), "--objective.group_size", "1"], "objective.group_size: "),
+        (["train", str(TINY), "--objective.prior_samples=0"], "objective.prior_samples: "),
+        (["train", str(TINY), "--objective.alpha", "-1"], "equal to 0, got -1"),
+        (["train", "--resume", "none"], "none is no run: config.yaml is missing"),
+        (["eval"], "required: model, data; see vpgea eval --help"),
+        (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
+        (["eval", "./none", "d"], "no model directory at ./none"),
+        (["eval", "none", "d"], "cannot load a tokenizer from 'none'"),
+        (["report", "none"], "none is no run"),
+        (["report", "none", "--run.dir", "x"], "--run.dir is an option of train and eval only"),
+        (["make-tiny", "x", "--base", "big"], "invalid choice: 'big'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_the_remedy(words, said, refusal, tmp_path):
+    assert said in refusal(main(words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_wrong_keys_stand_in_one_line(refusal):
+    said = refusal(main(["train", str(TINY), "--optm.lr", "1", "--train.steps", "many"]))
+    assert "train.steps: " in said
+    assert "; optm: unknown key; did you mean 'optim'?" in said
+
+
+def test_traceback_on_request():
+    with pytest.raises(ValueError, match="COMMAND"):
+        main(["--traceback"])
+    with pytest.raises(config.ConfigError):
+        main(["train", str(TINY), "--optim.lrr", "1", "--traceback"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_printed_configuration_is_the_configuration(path, capsys, tmp_path):
+    assert main(["train", str(path), "--print-config", "--optim.lr", "3e-7"]) == 0
+    printed = capsys.readouterr().out
+    assert config.resolve(yaml.safe_load(printed)) == config.load(path, ["--optim.lr", "3e-7"])
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert main(["train", str(again), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_dry_run_shows_prompts_lengths_and_memory_and_writes_nothing(train, capsys, tmp_path):
+    assert train("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "64 questions, none dropped; the first 8:" in shown
+    assert shown.count("scored answer '{") == 8
+    assert "student prompt:\n<s><|user|>9 A-three B-five<|assistant|><think>\n" in shown
+    assert "teacher prompt:\n<s><|user|>9 A-three B-five hint 1<|assistant|><think>\n" in shown
+    assert "student prompt tokens: min 9" in shown
+    assert "GiB (states + larger of training, sampling)" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_ends_with_the_error_of_the_run(train, refusal, tmp_path):
+    assert "there is no file" in refusal(train("--dry-run", "--data.train", tmp_path / "none"))
+    assert "no model directory" in refusal(train("--dry-run", "--model.path", tmp_path / "none"))
+    assert "a step takes 65 questions" in refusal(
+        train("--dry-run", "--train.questions_per_step", 65)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "heads", "kv_heads", "mlp", "vocab", "parameters"),
+    [
+        ("7b", 3584, 28, 4, 18944, 152064, 7_615_616_512),
+        ("1.5b", 1536, 12, 2, 8960, 151936, 1_777_088_000),
+    ],
+)
+def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
+    name, hidden, heads, kv_heads, mlp, vocab, parameters, tiny_world, tmp_path, capsys
+):
+    """The shapes of Qwen2.5 around the tiny tokenizer; the parameter counts are the published."""
+    model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
+    shape = json.loads((model / "config.json").read_text()) | {
+        "hidden_size": hidden,
+        "num_hidden_layers": 28,
+        "layer_types": ["full_attention"] * 28,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+    }
+    (model / "config.json").write_text(json.dumps(shape))
+    (model / "model.safetensors").write_bytes(b"")
+    preset = ROOT / f"configs/{name}.yaml"
+    assert main(["train", str(preset), "--dry-run", "--model.path", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "8 built-in questions stand in, the run itself needs hub:" in shown
+    assert "The reference answer to this problem is: 45." in shown
+    assert f"{parameters / 1e6:.1f} M parameters" in shown
+    sizes = {
+        line[2:16].strip(): float(line[16:].split()[0])
+        for line in shown.splitlines()
+        if line.startswith("  ") and line.endswith(("GiB", "sampling)"))
+    }
+    cfg = config.load(preset)
+    paths, context = cfg.rollout.max_batch, 417 + cfg.rollout.max_new_tokens
+    assert f"{paths} paths of up to {context} tokens side by side" in shown
+    expected = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimiser": 8 * parameters,
+        "forward copy": 2 * parameters,
+        "kv cache": 2 * 28 * paths * context * kv_heads * 128 * 2,
+    }
+    for part, size in expected.items():
+        assert sizes[part] == pytest.approx(size / 2**30, abs=1e-3)
+    states = sum(sizes[part] for part in expected if part != "kv cache")
+    larger = max(sizes["kv cache"], sizes["activations"] + sizes["head"])
+    assert sizes["peak"] == pytest.approx(states + larger, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "there is no file"),
+        ([], "is empty"),
+        ([{"question": "1", "answer": "1"}, "\n{oops}\n"], "line 2: Expecting property name"),
+        ([{"question": "1"}], "line 1: no key 'answer'"),
+        ([{"answer": "1"}], "line 1: no key 'question'"),
+        ([{"question": "1", "answer": r"\frac{1}{"}], "all 1 questions have an unusable answer"),
+    ],
+)
+def test_bad_data_is_refused_in_one_line(rows, said, train, refusal, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    if rows is not None:
+        jsonl(data, *rows)
+    text = refusal(train("--data.train", data))
+    assert said in text
+    assert str(data) in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys):
+    rows = [f'{{"question": "{i} A-three", "answer": "{i}"}}\n' for i in range(4)]
+    data = jsonl(
+        tmp_path / "some.jsonl", *rows, '{"question": "9 A+two", "answer": "\\\\frac{1}{"}\n'
+    )
+    strict = refusal(train("--data.train", data, "--data.bad_answer", "error"))
+    assert "some.jsonl, line 5: unparseable answer" in strict
+    long = jsonl(tmp_path / "long.jsonl", *rows, '{"question": "1 A+two B+two", "answer": "5"}\n')
+    short = ["--data.train", long, "--data.max_prompt_tokens", 10]
+    strict = refusal(train(*short, "--data.overlong", "error"))
+    assert "1 of 5 prompts are longer than 10 tokens, the longest (question 'row-5')" in strict
+    assert "4096" not in strict
+    assert train("--data.train", data, run_dir=tmp_path / "a") == 0
+    assert train(*short, run_dir=tmp_path / "b") == 0
+    shown = capsys.readouterr().out
+    assert "4 questions, 1 dropped (unparseable answer)" in shown
+    assert "4 questions, 1 dropped (overlong)" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def _no_template(model):
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["chat_template"]
+    file.write_text(json.dumps(settings))
+
+
+def _no_think(model):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model / name).read_text()
+        (model / name).write_text(text.replace("<think>", "<a>").replace("</think>", "</a>"))
+
+
+def _foreign_tokenizer(model):
+    text = (model / "tokenizer.json").read_text()
+    text = text.replace("<think>", "<a>").replace("</think>", "</a>")
+    (model / "tokenizer.json").write_text(text)
+
+
+def _cut_weights(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _nan_weights(model):
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def _no_norm(model):
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_no_template, "has no chat template"),
+        (_no_think, "a thought ends where one token says so"),
+        (_foreign_tokenizer, "the model embeds 316 tokens"),
+        (lambda model: (model / "model.safetensors").unlink(), "model.safetensors missing"),
+        (lambda model: (model / "config.json").unlink(), "has no config.json"),
+        (_cut_weights, "damaged or cut"),
+        (_nan_weights, "1 tensors hold NaN or Inf (model.norm.weight"),
+        (_no_norm, "1 weights are missing"),
+    ],
+)
+def test_a_bad_model_is_refused_in_one_line(
+    command, spoil, said, train, refusal, tiny_world, tmp_path
+):
+    model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
+    spoil(model)
+    if command == "train":
+        status = train("--model.path", model)
+    else:
+        out = ["--config", str(TINY), "--out", str(tmp_path / "out.json")]
+        status = main(["eval", str(model), str(tiny_world.test_path), *out])
+    assert said in refusal(status)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_directory_that_cannot_be_used(train, refusal, tmp_path):
+    """A file stands for a read-only place: permissions do not bind the superuser of a container."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file; give a directory" in refusal(train(run_dir=file))
+    assert "give a writable --run.dir" in refusal(train(run_dir=file / "run"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert "a run is never overwritten" in refusal(train(run_dir=other))
+    assert "is no run" in refusal(main(["train", "--resume", str(other)]))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "other", "thesis.txt"]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, capsys, tmp_path):
+    """A file-size limit refuses the writes of the third save, as a full disk would."""
+    run = tmp_path / "run"
+    assert train() == 0
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        status = main(["train", "--resume", str(run), "--train.steps", "3"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = refusal(status)
+    assert "cannot save" in said
+    assert f"--resume {run}" in said
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    assert main(["train", "--resume", str(run), "--train.steps", "3"]) == 0
+    saved = checkpoint.load_checkpoint(run, device="cpu")
+    assert saved is not None
+    assert saved.step == 3
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
+    words = ["--eval.limit", "4", "--eval.samples", "2", "--config", str(TINY)]
+    out = tmp_path / "out.json"
+    files = [str(tiny_world.test_path), str(tiny_world.train_path)]
+    command = ["eval", str(tiny_world.base_dir), *files, *words]
+    assert main([*command, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["settings"]["eval"]["samples"] == 2
+    assert result["settings"]["model"]["path"] == str(tiny_world.base_dir)
+    assert result["environment"]["torch"]
+    assert "test: 4 questions" in shown
+    assert "student view only" in shown
+    cells = [line.split() for line in shown.splitlines()]
+    for mode, samples in (("sampled", 8), ("greedy", 4)):
+        for name in ("test", "train"):
+            part = result[mode]["benchmarks"][name]
+            row = next(cell for cell in cells if cell[:2] == [name, mode])
+            assert row[2:5] == ["4", str(samples), f"{100 * part['acc']:.1f}"]
+            assert row[8] == f"{part['tokens']:.1f}"
+        mean = next(cell for cell in cells if cell[:2] == ["mean", mode])
+        means = [f"{result[mode][key]:.3g}" for key in ("eps3", "eps3_mean")]
+        assert mean[9:11] == means
+    assert main(command) == 0
+    assert capsys.readouterr().out + f"{out}\n" == shown
+
+
+def test_report_draws_a_run(train, capsys, tmp_path):
+    assert train() == 0
+    (tmp_path / "run/report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert str(tmp_path / "run/report.html") in capsys.readouterr().out
+    assert (tmp_path / "run/report.html").stat().st_size > 1000
+
+
+def test_make_tiny_says_what_it_made(tmp_path, capsys):
+    assert main(["make-tiny", str(tmp_path / "tiny")]) == 0
+    assert "P(concise thought): student view" in capsys.readouterr().out
+    assert (tmp_path / "tiny/base/model.safetensors").is_file()
+
+
+def test_the_program_is_one_process_away():
+    command = [sys.executable, "-m", "vpgea_fast.cli", "train", "none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("vpgea: cannot read the configuration none.yaml")
