@@ -252,10 +252,12 @@ def estimate_memory(
     copied = 0 if size == master else size  # bytes a weight of the forward's own copy
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # q, k, v, o, two norms and the residual are ~8 hidden sizes; gate, up, their product ~3 MLP
-    # widths
-    layer = batch_tokens * (8 * config.hidden_size + 3 * config.intermediate_size) * size
-    kept = batch_tokens * config.hidden_size * size
+    # What autograd keeps of a layer: of the MLP gate, its activation, up and their product; of the
+    # rest the projections, and in float32 (autocast casts no residual) norms and residual stream.
+    layer = batch_tokens * (
+        config.hidden_size * (4 * size + 7 * master) + 4 * config.intermediate_size * size
+    )
+    kept = batch_tokens * config.hidden_size * master
     layers = config.num_hidden_layers
     return MemoryEstimate(
         parts={
