@@ -1,5 +1,6 @@
 """Methods against each other on the tiny world: same samples, same rates for all, several seeds.
 
+    vpgea make-tiny data/tiny
     python benchmarks/objective_bench.py --out benchmarks/results/tiny_demo.json
 
 Every run is `vpgea train configs/tiny.yaml` with the method's keys laid over it, a process each,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "rows": [best_row(method, runs) for method in args.methods],
         "runs": runs,
+        "base": json.loads((ROOT / args.world / "base/tiny_base.json").read_text())["measured"],
         "command": "python benchmarks/objective_bench.py " + " ".join(argv or sys.argv[1:]),
         "note": "constructed task: it shows the mechanism, not the paper's result",
         "environment": environment(),
@@ -79,7 +81,8 @@ def run(method: str, rate: str, seed: int, *, args: Any, scratch: Path) -> dict[
         "--run.dir",
         str(run_dir),
     ]
-    words += ["--checkpoint.export", "false"]
+    words += ["--model.path", f"{args.world}/base", "--data.train", f"{args.world}/train.jsonl"]
+    words += ["--eval.data", f"[{args.world}/test.jsonl]", "--checkpoint.export", "false"]
     command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(args.config), *words]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -132,6 +135,7 @@ def _mean(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _arguments(argv: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny.yaml")
+    parser.add_argument("--world", type=Path, default=Path("data/tiny"), help="of make-tiny")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -45,6 +45,9 @@ class Scripted:
             on_progress(len(requests))
         return [self.path(request) for request in requests]
 
+    def check(self, requests, sampling):
+        assert sampling.full_answer
+
     def load_weights(self, named):
         raise AssertionError(f"an evaluation loads no weights, got {named}")
 

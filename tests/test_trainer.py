@@ -276,6 +276,9 @@ class RecordingEngine:
         self.requests += requests
         return self.engine.generate(requests, sampling, on_progress)
 
+    def check(self, requests, sampling):
+        self.engine.check(requests, sampling)
+
     def close(self):
         self.engine.close()
 
@@ -314,10 +317,19 @@ def test_a_start_that_fails_leaves_nothing_behind(words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_questions_than_data(words):
+def test_no_room_for_the_answer_is_found_before_anything_is_drawn(words, tmp_path):
+    for key in ("rollout", "eval"):
+        cfg = config.load(TINY, words("run", f"--{key}.max_new_tokens", "505"))
+        with pytest.raises(ValueError, match="max_position_embeddings"):
+            fit(cfg)
+        assert not (tmp_path / "run").exists()
+
+
+def test_more_questions_than_data(words, tmp_path):
     cfg = config.load(TINY, words("run", "--data.limit", "4", "--train.questions_per_step", "5"))
     with pytest.raises(ValueError, match="questions_per_step"):
         fit(replace(cfg, eval=replace(cfg.eval, data=())))
+    assert not (tmp_path / "run").exists()
 
 
 def test_dead_questions_make_room_for_others(words):

@@ -79,13 +79,28 @@ class Collector:
             coefs = objectives.coefficients(self.cfg.objective, batch)
         return batch, coefs
 
+    def check(self) -> None:
+        """ValueError now for what the first step, or a long prompt in a later one, would refuse."""
+        self._questions(step=0, round_=0)
+        longest = max(
+            self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
+        )
+        self.engine.check(self._requests([longest], step=0), self.sampling)
+
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Posterior and prior paths of every question, both streams in one call of the engine."""
+        requests = self._requests(questions, step)
+        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
+        counts = (self.cfg.objective.posterior_paths, self.cfg.objective.prior_paths)
+        groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
+        return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
+
+    def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
         plan: list[tuple[Stream, View, int]] = [
             ("posterior", "teacher", self.cfg.objective.posterior_paths),
             ("prior", "student", self.cfg.objective.prior_paths),
         ]
-        requests = [
+        return [
             SampleRequest(
                 question_id=q.question.id,
                 stream=stream,
@@ -97,11 +112,6 @@ class Collector:
             for stream, view, count in plan
             for i in range(count)
         ]
-        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
-        groups = [
-            [tuple(next(paths) for _ in range(count)) for *_, count in plan] for _ in questions
-        ]
-        return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
 
     def score(
         self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int

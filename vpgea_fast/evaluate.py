@@ -65,6 +65,15 @@ class Evaluator:
             self.benchmarks[name] = list(zip(loaded.questions, ids, strict=True))
             self.dropped[name] = loaded.dropped
             self._check_lengths(name, cfg.data.max_prompt_tokens)
+            engine.check(self._requests(self.benchmarks[name], samples=1), self.sampling)
+
+    def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
+        # step -1: no training step ever draws with an evaluation's seed
+        return [
+            SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
+            for q, ids in questions
+            for i in range(samples)
+        ]
 
     def _check_lengths(self, name: str, limit: int) -> None:
         """No question of a benchmark is left out: the rest would be another benchmark."""
@@ -152,13 +161,7 @@ class Evaluator:
         on_progress: Progress | None,
     ) -> tuple[list[Path], torch.Tensor]:
         """`samples` paths a question, and whether each is correct: (Q, N) of 1.0 and 0.0."""
-        # step -1: no training step ever draws with an evaluation's seed
-        requests = [
-            SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
-            for q, ids in questions
-            for i in range(samples)
-        ]
-        paths = self.engine.generate(requests, sampling, on_progress)
+        paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         answers = [q.answer for q, _ in questions for _ in range(samples)]
         correct = answers_correct(paths, answers, decode=self.decode, verify=self.verifier.verify)
         return paths, correct.view(len(questions), samples)

@@ -226,7 +226,9 @@ class Trainer:
         self.console.close()
         if table:
             self.console.table(headers, table, notes=report.closing_notes(self.run_dir))
-        self.say(f"{page}, {self.run_dir}/training.png, {self.run_dir}/export")
+        files = [page, self.run_dir / "training.png"]
+        files += [self.run_dir / "export"] * self.cfg.checkpoint.export
+        self.say(", ".join(map(str, files)))
 
     def save(self) -> None:
         checkpoint.save_checkpoint(
@@ -329,6 +331,7 @@ class Trainer:
             verifier=self.verifier,
             progress=self.progress,
         )
+        self.collector.check()
         self.alarms = Alarms()
 
     def _restore(self) -> None:

@@ -92,9 +92,13 @@ class RolloutEngine(Protocol):
 
         The sampling log-prob of a token is log softmax(logits / temperature), natural log, float32,
         under the full softmax also where top_p < 1, and at temperature 1 for greedy decoding.
-        `on_progress` gets the number of newly finished paths. ValueError, before anything is drawn,
-        for a prompt that leaves no room for `sampling.limit` tokens: prompts are never cut.
+        `on_progress` gets the number of newly finished paths. Errors as `check`, before anything
+        is drawn.
         """
+        ...
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """ValueError for a prompt that leaves no room for `sampling.limit` tokens: none is cut."""
         ...
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -70,7 +70,7 @@ class HFEngine:
         """See RolloutEngine. Rows are ordered by (prompt length, prompt, seed) before they are cut
         into waves, so the batches, and with them the float32 logits, do not depend on the order of
         the requests."""
-        self._check_lengths(requests, sampling)
+        self.check(requests, sampling)
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         paths: dict[int, Path] = {}
@@ -105,7 +105,8 @@ class HFEngine:
     def close(self) -> None:
         self.model = None
 
-    def _check_lengths(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for request in requests:
             prompt = request.prompt_ids.numel()
