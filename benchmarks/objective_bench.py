@@ -55,13 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs = list(pool.map(lambda job: run(*job, args=args, scratch=scratch), jobs))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    facts = environment()
     result = {
         "rows": [best_row(method, runs) for method in args.methods],
         "runs": runs,
         "base": json.loads((ROOT / args.world / "base/tiny_base.json").read_text())["measured"],
         "command": "python benchmarks/objective_bench.py " + " ".join(argv or sys.argv[1:]),
         "note": "constructed task: it shows the mechanism, not the paper's result",
-        "environment": environment(),
+        "commit": facts["commit"],
+        "environment": facts,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -116,7 +118,7 @@ def best_row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seeds = groups[best]
     eps3 = [r["after"]["sampled"]["eps3"] for r in seeds]
     return {
-        "name": f"{method}, best of {len(rates)} rates: {best:g}",
+        "name": f"{method}, lr {best:g}, mean of {len(seeds)} seeds",
         "lr": best,
         "seeds": len(seeds),
         "short_seeds": sum(r["tokens_to_short"] is not None for r in seeds),
@@ -128,7 +130,7 @@ def best_row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     modes = [mode for mode in ("sampled", "greedy") if mode in results[0]]
-    keys = ("acc", "acc_low", "acc_high", "tokens", "eps3", "eps3_mean", "truncated", "n")
+    keys = ("acc", "tokens", "eps3", "eps3_mean", "truncated", "n")
     return {mode: {key: fmean(r[mode][key] for r in results) for key in keys} for mode in modes}
 
 

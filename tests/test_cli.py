@@ -182,7 +182,7 @@ def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
         if line.startswith("  ") and line.endswith(("GiB", "sampling)"))
     }
     cfg = config.load(preset)
-    paths, context = cfg.rollout.max_batch, 417 + cfg.rollout.max_new_tokens
+    paths, context = cfg.rollout.max_batch, 415 + cfg.rollout.max_new_tokens
     assert f"{paths} paths of up to {context} tokens side by side" in shown
     expected = {
         "weights": 4 * parameters,
@@ -235,7 +235,7 @@ def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys
     assert train(*short, run_dir=tmp_path / "b") == 0
     shown = capsys.readouterr().out
     assert "4 questions, 1 dropped (unparseable answer)" in shown
-    assert "4 questions, 1 dropped (overlong)" in shown
+    assert "4 questions, 1 dropped (longer than 10 tokens)" in shown
     assert not (tmp_path / "run").exists()
 
 

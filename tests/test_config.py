@@ -44,6 +44,14 @@ def test_presets_load_and_survive_a_round_trip(path):
             {"objective": {"alpha": -0.5}},
             "objective.alpha: Input should be greater than or equal to 0, got -0.5",
         ),
+        ({"objective": {"eta_clip": [4, 0.25]}}, "expected (low, high) with low <= high"),
+        (
+            {"objective": {"alpha": float("inf")}},
+            "objective.alpha: Input should be a finite number",
+        ),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: Input should be a finite number"),
+        ({"model": {"dtype": "float16"}}, "model.dtype: Input should be 'float32', 'bfloat16' or"),
+        ({"objective": {"alpha": -1}}, "0 turns the length factor off"),
         (
             {"objective": {"preset": "papr"}},
             "objective.preset: Input should be 'paper' or 'robust', got 'papr'",
@@ -114,6 +122,24 @@ def test_another_variant_leaves_the_keys_of_the_old_one(tmp_path):
     cfg = config.load(file, ["--objective.name", "grpo", "--objective.group_size", "4"])
     assert (cfg.objective.name, cfg.objective.group_size) == ("grpo", 4)
     assert config.load(file, ["--objective.alpha", "0.1"]).objective.beta == 0.3
+
+
+def test_text_is_taken_as_it_stands():
+    words = ["--run.dir", "runs #2", "--metrics.note=see #12: x", "--prompt.student", "{question}"]
+    words += ["--model.path", "2024", "--run.seed", "7", "--metrics.compare", "12:30"]
+    cfg = config.resolve(config.parse_overrides(words))
+    assert (cfg.run.dir, cfg.metrics.note, cfg.prompt.student) == (
+        "runs #2",
+        "see #12: x",
+        "{question}",
+    )
+    assert (cfg.model.path, cfg.run.seed, cfg.metrics.compare) == ("2024", 7, "12:30")
+
+
+def test_a_forgotten_value_is_no_value():
+    with pytest.raises(config.ConfigError, match="and no value"):
+        config.parse_overrides(["--run.dir", "--optim.lr", "1e-5"])
+    assert config.parse_overrides(["--run.dir=--odd"]) == {"run": {"dir": "--odd"}}
 
 
 @pytest.mark.parametrize(

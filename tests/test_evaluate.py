@@ -46,6 +46,7 @@ class Scripted:
         return [self.path(request) for request in requests]
 
     def check(self, requests, sampling):
+        assert requests
         assert sampling.full_answer
 
     def load_weights(self, named):

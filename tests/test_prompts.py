@@ -172,16 +172,38 @@ def test_overlong_prompts_are_dropped_with_a_count_or_an_error_and_never_cut(tok
     assert everything[2].student_ids.numel() < limit < everything[1].student_ids.numel()
     kept, dropped = prompter.prompt_within(questions, limit=limit, policy="drop")
     assert [p.question.id for p in kept] == ["q5", "q6"]
-    assert dropped == 2
+    assert sum(dropped.values()) == dropped[f"longer than {limit} tokens"] == 2
     assert torch.equal(kept[1].teacher_ids, everything[2].teacher_ids)
-    assert prompter.prompt_within(questions, limit=limit - 1, policy="drop")[1] == 3
+    assert (
+        prompter.prompt_within(questions, limit=limit - 1, policy="drop")[1][
+            f"longer than {limit - 1} tokens"
+        ]
+        == 3
+    )
     longest = everything[3].teacher_ids.numel()
-    assert prompter.prompt_within(questions, limit=longest, policy="error")[1] == 0
+    _, dropped = prompter.prompt_within(questions, limit=longest, policy="error")
+    assert not any(dropped.values())
     message = rf"2 of 4 prompts are longer than {limit} .*\(question 'q41'\) has {longest}"
     with pytest.raises(ConfigError, match=message):
         prompter.prompt_within(questions, limit=limit, policy="error")
     with pytest.raises(ConfigError, match=r"4 of 4 .*data\.max_prompt_tokens"):
         prompter.prompt_within(questions, limit=1, policy="drop")
+
+
+def test_text_that_spells_a_special_token_is_left_out(tokenizer: Any):
+    prompter = Prompter(tokenizer, PromptConfig(student="{question}", teacher="{question}{answer}"))
+    questions = [
+        Question("a", "1+1", "2"),
+        Question("b", "1</think>", "2"),
+        Question("c", "1", "<think>"),
+    ]
+    kept, dropped = prompter.prompt_within(questions, limit=1000, policy="drop")
+    assert [p.question.id for p in kept] == ["a"]
+    assert dropped["special token in text"] == 2
+    with pytest.raises(ConfigError, match="2 of 3 questions spell a special token"):
+        prompter.prompt_within(questions, limit=1000, policy="error")
+    with pytest.raises(ConfigError, match="spells a special token"):
+        prompter.student_ids(["1</think>"])
 
 
 def test_length_report(tokenizer: Any):

@@ -252,7 +252,7 @@ def test_progress_counts_every_path_once(make_engine, model):
     assert engine.generate([], SHORT, finished.append) == []
     engine.generate(some_requests(), SHORT, finished.append)
     assert sum(finished) == 12
-    assert min(finished) > 0
+    assert min(finished) >= 0
 
 
 def test_nan_weights_are_an_error_with_the_question(make_engine, model):

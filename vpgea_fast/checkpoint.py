@@ -445,7 +445,13 @@ def _check_claim(path: Path, resume: bool) -> None:
         raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
     if resume and not (path / RUN_MARK).is_file():
         raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
-    if not resume and path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+    if (
+        not resume
+        and path.is_dir()
+        and any(
+            entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()
+        )
+    ):
         raise CheckpointError(
             f"{path} is not empty, and a run is never overwritten; continue it with --resume "
             f"{path}, or give another --run.dir"

@@ -58,7 +58,8 @@ def _one_line(error: BaseException) -> str:
     """The message in one line; where it is not this program's, also how to see where it arose."""
     text = re.sub(r":\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
     text = re.sub(r"\s*\n\s*", "; ", text)
-    own = type(error).__module__.startswith("vpgea_fast") or type(error) is ValueError
+    module = type(error).__module__
+    own = module == __name__ or module.startswith("vpgea_fast") or type(error) is ValueError
     return text if own else f"{text} ({type(error).__name__}; --traceback shows where)"
 
 
@@ -119,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate the student view of a model",
-        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. A "
-        "trained model is evaluated as in its run by --config RUN/config.yaml RUN/export.",
+        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. For "
+        "RUN/export the settings of its run (RUN/config.yaml) are used.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -192,11 +193,14 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
     words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
+    run = Path(args.model).parent / "config.yaml"
+    source = args.config or (run if Path(args.model).name == "export" and run.is_file() else None)
     cfg = (
-        config.load(args.config, words)
-        if args.config
+        config.load(source, words)
+        if source
         else config.resolve(config.parse_overrides(words), source="command line")
     )
+    print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
     from vpgea_fast.metrics import Console, environment

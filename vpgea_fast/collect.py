@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -67,17 +68,20 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
-        used = {q.question.id for q in batch.questions}
+        used, replaced = {q.question.id for q in batch.questions}, 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = coefs.alive.nonzero()[:, 0].tolist()
+            dead = (~coefs.alive).nonzero()[:, 0].tolist()
             unused = [q for q in self._questions(step, round_) if q.question.id not in used]
-            fresh = unused[: len(batch.questions) - len(alive)]
+            fresh = unused[: len(dead)]
             if not fresh:
                 break
             used |= {q.question.id for q in fresh}
-            batch = batch.select(alive).join(self._draw(fresh, step, timer)[0])
+            kept = batch.select(alive + dead[len(fresh) :])  # never fewer questions than asked for
+            replaced += batch.select(dead[: len(fresh)]).tokens
+            batch = kept.join(self._draw(fresh, step, timer)[0])
             coefs = objectives.coefficients(self.cfg.objective, batch)
-        return batch, coefs
+        return batch, replace(coefs, metrics={**coefs.metrics, "tokens_replaced": replaced})
 
     def check(self) -> None:
         """ValueError now for what the first step, or a long prompt in a later one, would refuse."""

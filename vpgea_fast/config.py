@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -27,7 +28,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", validate_default=True)
+STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 R1_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 STUDENT_TEMPLATE = "{question}\n" + R1_INSTRUCTION
@@ -38,8 +39,23 @@ TEACHER_TEMPLATE = (
     "answer would follow to derive it from the problem alone.\n"
     "Think in the first person; keep every step needed to reach the result, drop dead ends, "
     "repeated checks and restarts; never mention, use or hint that an answer was given. "
-    + R1_INSTRUCTION.split(", and ")[1].capitalize()
+    r"Put the final answer within \boxed{}."
 )
+
+
+def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
+    if clip[0] > clip[1]:
+        raise ValueError("expected (low, high) with low <= high")
+    return clip
+
+
+Clip = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
+
+REMEDIES = {
+    "objective.group_size": "the z-score compares paths: sample 2 or more a question",
+    "objective.prior_samples": "they define the baseline and the base length: sample 1 or more",
+    "objective.alpha": "0 turns the length factor off, 0.5 is the paper's choice",
+}
 
 
 class ConfigError(ValueError):
@@ -60,7 +76,7 @@ class RunConfig:
 class ModelConfig:
     path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """A Hugging Face directory, or the name of a model on the Hub."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
     float64)."""
     device: str = "auto"
@@ -150,7 +166,7 @@ class VpgeaConfig:
     r_margin: NonNegativeFloat = 0.0
     clamp_u: bool = False
     u_min: Annotated[float, Field(lt=0.0)] = -20.0
-    eta_clip: tuple[PositiveFloat, PositiveFloat] | None = None
+    eta_clip: Clip | None = None
     eps: PositiveFloat = 1e-6
     ddof: Literal[0, 1] = 0
     std_gate: NonNegativeFloat = 0.0
@@ -210,7 +226,7 @@ class GrpoConfig:
     reward: Literal["verify", "likelihood"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(y*|x, z) >
     0.5."""
-    eta_clip: tuple[PositiveFloat, PositiveFloat] | None = None
+    eta_clip: Clip | None = None
     eps: PositiveFloat = 1e-6
     ddof: Literal[0, 1] = 0
     std_gate: NonNegativeFloat = 0.0
@@ -376,32 +392,50 @@ def as_dict(config: Config) -> dict[str, Any]:
     return TypeAdapter(Config).dump_python(config, mode="json")
 
 
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (old value, new value) of every key that differs, run.dir aside."""
+    a, b = as_dict(old), as_dict(new)
+    keys = [(section, key) for section in b for key in {**a[section], **b[section]}]
+    pairs = {f"{s}.{k}": (a[s].get(k), b[s].get(k)) for s, k in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
+
+
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-05}, "run": {"seed":
-    3}}`."""
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": "1e-5"}, "run": {"seed": 3}}`.
+
+    Text fields take their value as it stands; others read it as YAML.
+    """
     tree: dict[str, Any] = {}
-    words = [
-        part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])
-    ]
-    for key, value in zip(words[::2], [*words[1::2], None][: (len(words) + 1) // 2], strict=True):
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
-        if not key.startswith("--") or not dot or value is None:
-            raise ConfigError(
-                f"expected --section.key value, got {key!r}"
-                + ("" if value is None else f" {value!r}")
-            )
-        tree.setdefault(section, {})[name] = _parse_value(value)
+        if not key.startswith("--") or not dot:
+            raise ConfigError(f"expected --section.key value, got {word!r}")
+        if not equals:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(
+                    f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
+                    "a value that starts with --"
+                )
+        tree.setdefault(section, {})[name] = value if _is_text(section, name) else _parse(value)
     return tree
 
 
-def _parse_value(text: str) -> Any:
-    """A YAML scalar, list or {mapping}; any other text (a template with a colon in it) is
-    itself."""
+def _is_text(section: str, name: str) -> bool:
+    """Whether a field takes text: then a `#`, a colon or a number in it means nothing."""
+    records = [VpgeaConfig, GrpoConfig] if section == "objective" else []
+    if not records and section in Config.__dataclass_fields__:
+        records = [get_type_hints(Config)[section]]
+    return any(get_type_hints(record).get(name) in (str, str | None) for record in records)
+
+
+def _parse(value: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(value)
     except yaml.YAMLError:
-        return text
-    return text if isinstance(value, dict) and not text.startswith("{") else value
+        return value
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -443,4 +477,5 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"  {key}: unknown key; {hint}"
     got = "" if isinstance(error["input"], (dict, list)) else f", got {error['input']!r}"
-    return f"  {key or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{got}"
+    remedy = f"; {REMEDIES[key]}" if key in REMEDIES else ""
+    return f"  {key or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{got}{remedy}"

@@ -6,6 +6,7 @@ is counted by reason.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -92,6 +93,15 @@ def step_questions(
     order = list(range(len(questions)))
     random.Random(f"{seed}/{epoch}").shuffle(order)  # 40,000 questions: 20 ms
     return [questions[i] for i in order[index * batch : (index + 1) * batch]]
+
+
+def fingerprint(items: Sequence[Any]) -> str:
+    """BLAKE2b over questions in their order (prompted or not): a resumed run must see the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        question: Question = getattr(item, "question", item)
+        digest.update(json.dumps([question.id, question.text, question.answer]).encode())
+    return digest.hexdigest()
 
 
 def normalise_answer(answer: str) -> str:

@@ -42,7 +42,7 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
             continue
         flat = [path for group in paths for path in group]
         metrics[f"len_{name}"] = length.mean().item()
-        metrics[f"trunc_{name}"] = sum(path.truncated for path in flat) / len(flat)
+        metrics[f"trunc_{name}"] = sum(p.truncated and not p.closed for p in flat) / len(flat)
         finite = u[torch.isfinite(u)]
         if finite.numel():
             quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
@@ -144,12 +144,7 @@ def work_metrics(
         for question, group in zip(batch.questions, groups, strict=True):
             possible += sum(question.context(view).numel() + path.z_ids.numel() for path in group)
     trained = sum(row.tokens for row in rows)
-    generated = sum(
-        path.generated
-        for groups in (batch.posterior, batch.prior)
-        for group in groups
-        for path in group
-    )
+    generated = batch.tokens + (coefs.metrics.get("tokens_replaced") or 0)
     return {
         "tokens_generated": generated,
         "tokens_trained": trained,

@@ -53,10 +53,10 @@ def dry_run(cfg: Config, say: Say = print) -> None:
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     questions, dropped = _questions(cfg, say)
-    kept, overlong = prompter.prompt_within(
+    kept, unfit = prompter.prompt_within(
         questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
     )
-    counts = {**dropped, f"longer than {cfg.data.max_prompt_tokens} tokens": overlong}
+    counts = {**dropped, **unfit}
     lost = ", ".join(f"{count} dropped ({why})" for why, count in counts.items() if count)
     say(f"{len(kept)} questions, {lost or 'none dropped'}; the first {len(kept[:ITEMS])}:")
     with Verifier(timeout_s=cfg.verify.timeout_s) as verifier:

@@ -52,6 +52,7 @@ class Evaluator:
             )
         self.benchmarks: dict[str, list[Item]] = {}
         self.dropped: dict[str, Mapping[str, int]] = {}
+        self.prompts: dict[str, str] = {}
         for source in cfg.eval.data:
             loaded = load_questions(
                 source, replace(cfg.data, limit=cfg.eval.limit), parseable=verifier.parseable
@@ -64,6 +65,7 @@ class Evaluator:
             ids = prompter.student_ids([question.text for question in loaded.questions])
             self.benchmarks[name] = list(zip(loaded.questions, ids, strict=True))
             self.dropped[name] = loaded.dropped
+            self.prompts[name] = prompter.student_text(loaded.questions[0].text)
             self._check_lengths(name, cfg.data.max_prompt_tokens)
             engine.check(self._requests(self.benchmarks[name], samples=1), self.sampling)
 
@@ -93,6 +95,7 @@ class Evaluator:
         """What will be drawn, and what of the files cannot be used."""
         cfg, lines = self.cfg, []
         for name, questions in self.benchmarks.items():
+            lines.append(f"student prompt: {self.prompts[name]}")
             dropped = ", ".join(f"{n} dropped ({why})" for why, n in self.dropped[name].items())
             lines.append(
                 f"{name}: {len(questions)} questions" + (f", {dropped}" if dropped else "")

@@ -54,9 +54,21 @@ class Policy(nn.Module):
         """sum_t coef_t log p_t at `temperature`, its gradients made in the same pass."""
         batch = batch.to(self.device)
         hidden_RD, head = self._hidden(batch), self._head()
+        weight = self.causal_lm.get_output_embeddings().weight
+        sink = None
+        if weight.requires_grad and weight.dtype != self.dtype and torch.is_grad_enabled():
+            # dW of a half-precision head goes to the float32 gradient without rounding on its way
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            sink, head["weight_VD"] = weight.grad, weight.detach().to(self.dtype)
         coef_R = batch.coef.to(torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32)
         return losses.weighted_logprob_loss(
-            hidden_RD, targets_T=batch.targets, coef_T=coef_R, temperature=temperature, **head
+            hidden_RD,
+            targets_T=batch.targets,
+            coef_T=coef_R,
+            temperature=temperature,
+            dweight_out=sink,
+            **head,
         )
 
     @torch.no_grad()
@@ -114,8 +126,6 @@ def load_policy(cfg: ModelConfig, *, backend: str = "auto") -> Policy:
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     )
-    if dtype is torch.float16 and device.type == "cpu":
-        raise ModelError("model.dtype float16 does not run on a CPU; use float32 or bfloat16")
     causal_lm = load_causal_lm(
         cfg.path, torch.float64 if dtype is torch.float64 else torch.float32
     ).to(device)
@@ -193,15 +203,13 @@ def check_model_dir(path: str) -> None:
         return
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
-    try:
-        json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(
-            f"{path}/config.json is damaged ({error}); copy the model again"
-        ) from error
+    _json_object(directory / "config.json")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = _json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} names no weight files; copy the model again")
+        wanted = sorted(set(weight_map.values()))
     else:
         wanted = ["model.safetensors"]
     absent = [name for name in wanted if not (directory / name).is_file()]
@@ -209,6 +217,16 @@ def check_model_dir(path: str) -> None:
         raise ModelError(
             f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)"
         )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged ({error}); copy the model again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
+    return content
 
 
 @dataclass(frozen=True)

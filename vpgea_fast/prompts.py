@@ -45,6 +45,9 @@ class Prompter:
             )
         self._tokenizer = tokenizer
         self._cfg = cfg
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {str(token) for token in added if token.special}
+        self._special = {*special, *tokenizer.all_special_tokens, cfg.think_open, cfg.think_close}
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
 
@@ -62,8 +65,18 @@ class Prompter:
             {"role": "user", "content": self._student_turn(question.text)},
         )
 
+    def has_special(self, *texts: str) -> bool:
+        """Whether data spells a token that steers a chat: tokenised, it would act as one."""
+        return any(token in text for token in self._special for text in texts)
+
     def student_ids(self, question_texts: Sequence[str]) -> list[torch.Tensor]:
         """The student view alone, for evaluation: no teacher prompt is ever made."""
+        for text in question_texts:
+            if self.has_special(text):
+                raise ConfigError(
+                    f"a question spells a special token of this model: {text[:200]!r}; as a prompt "
+                    "it would steer the chat, so take the question out or rewrite it"
+                )
         return self._encode([self.student_text(text) for text in question_texts])
 
     def prompt(self, questions: Sequence[Question]) -> list[PromptedQuestion]:
@@ -93,13 +106,22 @@ class Prompter:
 
     def prompt_within(
         self, questions: Sequence[Question], *, limit: int, policy: Literal["drop", "error"]
-    ) -> tuple[list[PromptedQuestion], int]:
-        """`prompt`, without the questions whose longer view has more than `limit` tokens.
+    ) -> tuple[list[PromptedQuestion], dict[str, int]]:
+        """`prompt`, without the questions whose longer view has more than `limit` tokens, and
+        without those that spell a special token.
 
-        Returns the rest and how many were dropped; with policy "error" the first such question is
-        a ConfigError instead. A prompt is never cut.
+        Returns the rest and how many were dropped for what; with policy "error" the first such
+        question is a ConfigError instead. A prompt is never cut.
         """
-        prompted = self.prompt(questions)
+        plain = [q for q in questions if not self.has_special(q.text, q.answer, *q.variants)]
+        spelled = len(questions) - len(plain)
+        if spelled and (policy == "error" or not plain):
+            first = next(q for q in questions if q not in set(plain))
+            raise ConfigError(
+                f"{spelled} of {len(questions)} questions spell a special token of this model, the "
+                f"first is {first.id!r}; take them out (data.overlong: drop leaves them out)"
+            )
+        prompted = self.prompt(plain)
         kept = [p for p in prompted if _longer_view(p) <= limit]
         dropped = len(prompted) - len(kept)
         if dropped and (policy == "error" or not kept):
@@ -109,7 +131,7 @@ class Prompter:
                 f"(question {longest.question.id!r}) has {_longer_view(longest)}; raise "
                 "data.max_prompt_tokens, or leave out long questions (data.overlong: drop)"
             )
-        return kept, dropped
+        return kept, {f"longer than {limit} tokens": dropped, "special token in text": spelled}
 
     def _student_turn(self, question_text: str) -> str:
         return fill(self._cfg.student, question=question_text)

@@ -248,7 +248,10 @@ def _eval_points(
     records: Sequence[Record], evaluation: Record, mode: str, key: str
 ) -> Iterator[tuple[int, float]]:
     """(step, value) of the evaluations before, during and after training."""
-    logged = [(record["step"], record.get(f"eval_{mode}_{key}")) for record in records]
+    logged = [
+        (record.get("eval_step", record["step"]), record.get(f"eval_{mode}_{key}"))
+        for record in records
+    ]
     ends = {"before": 0, "after": records[-1]["step"]}
     for when, step in ends.items():
         result = evaluation.get(when) or {}

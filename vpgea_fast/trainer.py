@@ -1,7 +1,7 @@
 """The one loop: rollout -> score -> coefficients -> packed update -> log -> save.
 
-The same on a laptop and on a node. Every other file is a stage; this one composes them, and holds
-the only mutable state of a run: parameters, optimiser, step counter.
+The same on a laptop and on a node. This file composes the stages (collect.py does it for the paths
+of a step) and holds the only mutable state of a run: parameters, optimiser, step counter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
-from vpgea_fast.config import Config, VpgeaConfig, dump
-from vpgea_fast.data import load_questions
+from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
+from vpgea_fast.data import fingerprint, load_questions
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
 from vpgea_fast.model import load_policy, load_tokenizer
@@ -41,6 +41,11 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 MAX_SKIPPED_IN_A_ROW = 5
+FIXED_ON_RESUME = (
+    *("model.path", "model.dtype", "prompt.", "rollout.", "scoring.", "objective."),
+    *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+)
+"""Keys that a resumed run keeps; the rest may change, and the run says so."""
 
 
 class Preempted(Exception):  # noqa: N818 - not an error: the run is saved and can go on
@@ -79,7 +84,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
-        self.skipped_in_a_row, self.stop_requested = 0, False
+        self.skipped_in_a_row, self.stop_requested, self.changed = 0, False, []
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
@@ -112,11 +117,12 @@ class Trainer:
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
+        evaluated = self._scheduled_evaluation()
         batch, coefs = self.collector.collect(self.step, timer)
         rows = build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
-            found = {**diagnostics.batch_metrics(batch), **coefs.metrics}
+            found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics}
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
                 found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
             records = diagnostics.path_records(
@@ -127,7 +133,7 @@ class Trainer:
         self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         return StepStats(
-            self.step, {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
+            {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
@@ -159,14 +165,13 @@ class Trainer:
         return logps
 
     def finish_step(self, stats: StepStats) -> None:
-        """Count the step, log it, raise alarms, evaluate and save on schedule."""
+        """Count the step, log it, raise alarms, save on schedule."""
         self.step += 1
-        metrics = {**stats.metrics, **self._scheduled_evaluation()}
-        self.metrics.write(metrics)
-        self.console.step(metrics)
+        self.metrics.write(stats.metrics)
+        self.console.step(stats.metrics)
         if stats.skipped:
             self.say(f"step {self.step}: no update, {stats.skipped}")
-        for alarm in self.alarms.update(metrics):
+        for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
@@ -181,6 +186,8 @@ class Trainer:
     def introduce(self) -> None:
         """Show both prompts, their lengths, what will be drawn, and what the preset leaves out."""
         cfg, first, say = self.cfg, self.questions[0], self.say
+        for text in self.changed:
+            say(text)
         say(f"student prompt: {self.tokenizer.decode(first.student_ids)}")
         if cfg.objective.posterior_paths:
             say(f"teacher prompt: {self.tokenizer.decode(first.teacher_ids)}")
@@ -198,6 +205,11 @@ class Trainer:
                 "preset robust: its counterfactual leak guard is not built yet; a path that states "
                 "the answer passes"
             )
+        if isinstance(cfg.objective, VpgeaConfig) and not cfg.rollout.full_answer:
+            say(
+                "rollout.full_answer is false: no answer is verified while training, so the alarm "
+                "for a falling accuracy is blind"
+            )
         if cfg.rollout.top_p < 1:
             self.say(
                 f"rollout.top_p {cfg.rollout.top_p} < 1: paths are not drawn from the model that "
@@ -210,6 +222,9 @@ class Trainer:
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         step = 0 if when == "before" else self.step
         if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
+            return
+        if step != self.step:
+            self.say("no evaluation before training: it was not asked for when the run began")
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
@@ -236,7 +251,10 @@ class Trainer:
             self.step,
             model_state=self.policy.causal_lm.state_dict(),
             optimizer_state=self.optimizer.state_dict(),
-            trainer_state={"skipped_in_a_row": self.skipped_in_a_row},
+            trainer_state={
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "data": fingerprint(self.questions),
+            },
             keep_last=self.cfg.checkpoint.keep_last,
         )
 
@@ -268,6 +286,8 @@ class Trainer:
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each stream alone: one more forward and backward of all rows."""
+        if all(row.own_view for row in rows):
+            return {}
         norms = {}
         for name, own in (("grad_norm_pg", True), ("grad_norm_distill", False)):
             part = [row for row in rows if row.own_view == own]
@@ -303,10 +323,10 @@ class Trainer:
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
         loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
-        self.questions, overlong = self.prompter.prompt_within(
+        self.questions, unfit = self.prompter.prompt_within(
             loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
         )
-        self.dropped = {**loaded.dropped, "overlong": overlong}
+        self.dropped = {**loaded.dropped, **unfit}
         self.policy = load_policy(cfg.model, backend=cfg.loss.backend)
         self.engine = HFEngine(
             self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
@@ -337,6 +357,7 @@ class Trainer:
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""
         saved = checkpoint.load_checkpoint(self.run_dir, device=self.policy.device)
+        self._check_resume(saved)
         if saved is not None:
             self.step = saved.step
             self.policy.causal_lm.load_state_dict(saved.model_state)
@@ -346,6 +367,33 @@ class Trainer:
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
         self.alarms.replay(self.run_dir)
+
+    def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
+        """A resumed run is the same run: what its numbers rest on must not have changed."""
+        before = load(self.run_dir / "config.yaml")
+        changed = changes(before, self.cfg)
+        evaluated = ("eval",) if (self.run_dir / "eval.json").exists() else ()
+        fixed = [key for key in changed if key.startswith((*FIXED_ON_RESUME, *evaluated))]
+        if fixed:
+            raise checkpoint.CheckpointError(
+                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; leave "
+                "them as they are, or start another run"
+            )
+        step = 0 if saved is None else saved.step
+        if self.cfg.train.steps < step:
+            raise checkpoint.CheckpointError(
+                f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
+            )
+        if saved and saved.trainer_state["data"] != fingerprint(self.questions):
+            raise checkpoint.CheckpointError(
+                f"the questions of {self.cfg.data.train} are not those that the run began with; "
+                "bring them back, or start another run"
+            )
+        self.changed = [
+            f"changed at step {step}: {key} {a!r} -> {b!r}" for key, (a, b) in changed.items()
+        ]
+        if changed:
+            (self.run_dir / "config.yaml").rename(self.run_dir / f"config.until_step_{step}.yaml")
 
     def _write_run_files(self) -> None:
         facts = {
@@ -359,14 +407,18 @@ class Trainer:
         checkpoint.write_text(self.run_dir / "environment.json", json.dumps(facts, indent=1))
 
     def _scheduled_evaluation(self) -> dict[str, float]:
+        """Of the weights that this step starts from: a run stopped here has lost nothing."""
         every = self.cfg.eval.every
-        if not every or self.step % every or self.step == self.cfg.train.steps:
+        if not every or not self.step or self.step % every:
             return {}
         results = self.evaluator.run(self.progress(self.evaluator.samples))
         return {
-            f"eval_{mode}_{key}": result[key]
-            for mode, result in results.items()
-            for key in ("acc", "tokens", "eps3", "truncated")
+            "eval_step": self.step,
+            **{
+                f"eval_{mode}_{key}": result[key]
+                for mode, result in results.items()
+                for key in ("acc", "tokens", "eps3", "truncated")
+            },
         }
 
     def _memory(self) -> dict[str, float]:

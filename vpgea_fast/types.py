@@ -154,6 +154,13 @@ class ScoredBatch:
     correct_post_BG: torch.Tensor
     correct_prior_BN: torch.Tensor
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that were sampled for these questions, thoughts and answers."""
+        return sum(
+            p.generated for groups in (self.posterior, self.prior) for g in groups for p in g
+        )
+
     def select(self, keep: Sequence[int]) -> ScoredBatch:
         """The questions at these places, with all that belongs to them."""
         chosen: dict[str, Any] = {
@@ -264,13 +271,12 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimiser step did: `metrics` goes to metrics.jsonl as it is, `skipped` says why no
-    update was made.
+    """What one step did: `metrics` is its line in metrics.jsonl; `skipped` says why there was no
+    update, if there was none.
 
-    >>> StepStats(step=3, metrics={"len_prior": 51.0}, skipped="all rows gated off").skipped
-    'all rows gated off'
+    >>> StepStats(metrics={"step": 3, "len_prior": 51.0}, skipped="no path has a gradient").skipped
+    'no path has a gradient'
     """
 
-    step: int
     metrics: dict[str, float | int | str | bool | None]
     skipped: str | None = None

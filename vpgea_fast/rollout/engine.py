@@ -92,8 +92,8 @@ class RolloutEngine(Protocol):
 
         The sampling log-prob of a token is log softmax(logits / temperature), natural log, float32,
         under the full softmax also where top_p < 1, and at temperature 1 for greedy decoding.
-        `on_progress` gets the number of newly finished paths. Errors as `check`, before anything
-        is drawn.
+        `on_progress` gets the number of newly finished paths, often 0; it may raise.
+        Errors as `check`, before anything is drawn.
         """
         ...
 

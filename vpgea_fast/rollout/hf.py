@@ -124,7 +124,8 @@ class HFEngine:
     def _decode(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Iterator[list[tuple[int, Path]]]:
-        """Decode one wave; yields (place in `requests`, path) of the rows that have finished."""
+        """Decode one wave; yields (place in `requests`, path) of the rows that have left it, at
+        every look: most yield nothing, and let a caller stop."""
         logits_RV, cache, batch = self._prefill(requests, sampling)
         for step in range(sampling.limit):
             batch.record(step, *draw(logits_RV, batch.uniform_LR[step], sampling), sampling)
@@ -139,6 +140,8 @@ class HFEngine:
                     keep_K = running_R.nonzero()[:, 0]
                     batch.select(keep_K)
                     cache.batch_select_indices(keep_K)
+                else:
+                    yield []
             logits_RV = self._forward(
                 batch.tokens_LR[step][:, None],
                 batch.mask_RS[:, : batch.width + step + 1],
@@ -346,9 +349,10 @@ class _GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        new = (key_states, value_states)
+        # Rotary embedding leaves float32 keys under autocast: half of their cache for nothing.
+        new = (key_states.to(value_states.dtype), value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(*new)
             self.room = [states[:, :, :0] for states in new]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
