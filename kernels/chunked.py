@@ -110,7 +110,7 @@ def head_pass(
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
         targets_C1 = targets_K[chunk].unsqueeze(1)
         divisor = temperature_K1[chunk] if isinstance(temperature_K1, Tensor) else temperature_K1
-        a_CV = _matmul(hidden_CD, weight_VD.T, accumulator)
+        a_CV = matmul(hidden_CD, weight_VD.T, accumulator)
         z_CV, slope_CV = _logits(a_CV, bias_V, divisor, softcap, logit_scale)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         plogp_CV = torch.special.entr(z_CV) if needs_entropy else None
@@ -123,10 +123,10 @@ def head_pass(
         dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
         del a_CV, z_CV, slope_CV, plogp_CV
         if dhidden_TD is not None:
-            dhidden_CD = _matmul(dz_CV, weight_VD, accumulator).mul_(logit_scale * unit)
+            dhidden_CD = matmul(dz_CV, weight_VD, accumulator).mul_(logit_scale * unit)
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
         if sink_VD is not None:
-            _add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
+            add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
         return values_C3
 
     values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, rows, step)])
@@ -148,7 +148,7 @@ def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float
     return bound_K.amax().clamp_min(torch.finfo(bound_K.dtype).tiny) / 2.0**14
 
 
-def _matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
+def matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
     """left @ right in the accumulator's dtype: only CUDA has a half GEMM with fp32 out."""
     if left.dtype == accumulator:
         return left @ right
@@ -157,7 +157,7 @@ def _matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
     return left.to(accumulator) @ right.to(accumulator)
 
 
-def _add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """total += alpha left @ right, without a temporary of total's size where the device allows."""
     if left.dtype != total.dtype and left.is_cuda:
         torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)

@@ -25,7 +25,9 @@ Rules that hold for all four functions:
   constants.
 """
 
+import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -36,7 +38,19 @@ from vpgea_fast.kernels.reference import head_pass as reference_head_pass
 
 Tensor = torch.Tensor
 
-BACKENDS = {"reference": reference_head_pass, "torch": chunked_head_pass}
+
+def _triton_head_pass(*args, **options):
+    """Imported when it is asked for: this module needs torch only."""
+    from vpgea_fast.kernels.linear_logprob import head_pass
+
+    return head_pass(*args, **options)
+
+
+BACKENDS = {
+    "reference": reference_head_pass,
+    "torch": chunked_head_pass,
+    "triton": _triton_head_pass,
+}
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -48,7 +62,7 @@ class HeadOptions(TypedDict, total=False):
     softcap: positive float or None: logits become softcap tanh(logits / softcap).
     logit_scale: float multiplying h . w, before the bias.
     ignore_index: target value of rows that take no part.
-    backend: "auto", "reference" or "torch"; see `resolve_backend`.
+    backend: "auto", "reference", "torch" or "triton"; see `resolve_backend`.
     rows: (R,) int64 without repeats or None: the only rows that may take part; the rest count as
         coefficient 0. Spares CUDA the host synchronisation that finds them. Two streams: indices
         into [posterior; prior], prior ones + T.
@@ -128,15 +142,29 @@ class VpgeaLoss:
 
 
 def resolve_backend(backend: str = "auto") -> str:
-    """The backend that runs: "reference" (full logits) or "torch" (chunked); "auto" is "torch"."""
+    """The backend that runs: "reference" (full logits), "torch" (chunked) or "triton" (CUDA).
+
+    "auto" is "torch". ValueError: an unknown name, or "triton" where it cannot run.
+    """
     if backend == "auto":
         return "torch"
-    if backend not in BACKENDS:
+    missing = {} if (why := _triton_missing()) is None else {"triton": why}
+    if backend not in BACKENDS or backend in missing:
+        why = missing.get(backend, "no such backend")
+        names = ", ".join(repr(name) for name in BACKENDS if name not in missing)
         raise ValueError(
-            f"backend {backend!r} is not available; available: 'auto', "
-            + ", ".join(repr(name) for name in BACKENDS)
+            f"backend {backend!r} is not available ({why}); available: 'auto', {names}"
         )
     return backend
+
+
+def _triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'vpgea_fast[triton]'"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def linear_logprob(

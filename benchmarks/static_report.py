@@ -1,0 +1,232 @@
+"""What the compiler makes of each Triton kernel, without a GPU: registers, spills, shared memory.
+
+    python benchmarks/static_report.py [--arch 90 100 80] [--dtype bf16] [--json FILE]
+
+Every launch of the library's head is compiled ahead of time as `kernels/linear_logprob.py` would
+launch it on a large head, then read back: `cuobjdump -res-usage` for registers, stack and spills,
+`nvdisasm` for the tensor-core (HGMMA, HMMA, UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vpgea_fast.kernels import linear_logprob as head
+from vpgea_fast.kernels._tiling import tile_for
+
+SHARED_LIMIT = 232448
+"""Bytes of shared memory that one program may have on sm_90 and sm_100."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+GEMMS = {
+    "train": {"STORE": True},
+    "train, bias": {"STORE": True, "BIAS": True},
+    "train, softcap and bias": {"STORE": True, "SOFTCAP": True, "BIAS": True},
+    "score": {},
+    "score, bias": {"BIAS": True},
+    "score, entropy": {"ENTROPY": True},
+    "score, softcap and bias": {"SOFTCAP": True, "BIAS": True},
+    "redo, peak": {"PEAK": True, "FLAGGED": True},
+    "redo, store": {"STORE": True, "FLAGGED": True},
+}
+
+_REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
+_TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
+_GLUE = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
+SMALL = {
+    "target_logit": (head._target_logit, {"BIAS": False, "SOFTCAP": False, **_TARGET}),
+    "target_logit, softcap and bias": (
+        head._target_logit,
+        {"BIAS": True, "SOFTCAP": True, **_TARGET},
+    ),
+    "reduce_rows": (head._reduce_rows, {"PEAK": False, "FLAGGED": False, "BITS": 0, **_REDUCE}),
+    "reduce_rows, redo": (
+        head._reduce_rows,
+        {"PEAK": True, "FLAGGED": True, "BITS": 0, **_REDUCE},
+    ),
+    "reduce_rows, fp16": (
+        head._reduce_rows,
+        {"PEAK": True, "FLAGGED": False, "BITS": head.FP16_BITS, **_REDUCE},
+    ),
+    "glue": (head._glue, {"LIFT": False, "SOFTCAP": False, **_GLUE}),
+    "glue, lse and softcap": (head._glue, {"LIFT": True, "SOFTCAP": True, **_GLUE}),
+    "bias_gradient": (head._bias_gradient, {"BLOCK_M": 64, "BLOCK_N": 128}),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture; counts are of instructions in its machine code."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    hgmma: int
+    hmma: int
+    tcgen05: int
+    tma_loads: int
+    tma_stores: int
+
+
+def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
+    """`_gemm_exp` in one of the variants of GEMMS."""
+    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "SOFTCAP": False}
+    flags |= {"ENTROPY": False, **GEMMS[variant]}
+    tile = tile_for(DTYPES[dtype], divmod(arch, 10), softcap=flags["SOFTCAP"])
+    tma = arch >= 90
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    constants = {
+        **flags,
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP_M": tile.group_m,
+        "TMA": tma,
+        "DTYPE": head._TRITON_DTYPE[DTYPES[dtype]],
+    }
+    pointer = f"*{dtype}"
+    types = {
+        "hidden": f"tensordesc<{dtype}[{m}, {k}]>" if tma else pointer,
+        "weight": f"tensordesc<{dtype}[{n}, {k}]>" if tma else pointer,
+        "exps": f"tensordesc<{dtype}[{m}, {n // 2}]>" if tma else pointer,
+        "bias_ptr": pointer,
+        "target_ptr": "*i32",
+        "flag_ptr": "*i32",
+        "logit_scale": "fp32",
+        "softcap": "fp32",
+    }
+    for name in "rows vocabulary width hidden_stride weight_stride exps_stride".split():
+        types[name] = "i32"
+    absent = {"exps": not flags["STORE"], "bias_ptr": not flags["BIAS"]}
+    constants |= {name: None for name, gone in absent.items() if gone}
+    return _compile(
+        f"gemm_exp: {variant}",
+        head._gemm_exp,
+        types,
+        constants,
+        arch,
+        dtype,
+        tile.stages,
+        tile.warps,
+    )
+
+
+def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
+    """One of the kernels around the GEMM, in one of the variants of SMALL."""
+    kernel, flags = SMALL[variant]
+    types = {"target_ptr": "*i32", "flag_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    for name in "hidden_ptr weight_ptr bias_ptr exps_ptr scaled_ptr".split():
+        types[name] = f"*{dtype}"
+    for name in "rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
+        types[name] = "i32"
+    constants = dict(flags)
+    if "DTYPE" in kernel.arg_names:
+        constants["DTYPE"] = head._TRITON_DTYPE[DTYPES[dtype]]
+    return _compile(variant, kernel, types, constants, arch, dtype, stages=3, warps=4)
+
+
+def _compile(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    dtype: str,
+    stages: int,
+    warps: int,
+) -> Compiled:
+    """Pointers default to float32; all pointers and sizes are multiples of 16, as at a launch."""
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "*fp32")
+        for argument in kernel.arg_names
+    }
+    divisible = {
+        (index,): [["tt.divisibility", 16]]
+        for index, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*") or signature[argument] == "i32"
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+
+    def used(key: str) -> int:
+        found = re.search(rf"\b{key}:(\d+)", usage)
+        if found is None:
+            raise ValueError(f"cuobjdump -res-usage names no {key}: got {usage!r}")
+        return int(found.group(1))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    return Compiled(
+        kernel=name,
+        arch=arch,
+        dtype=dtype,
+        registers=used("REG"),
+        stack=used("STACK"),
+        spills=count(r"\b(?:LDL|STL)\b"),
+        shared=built.metadata.shared,
+        hgmma=count(r"\bHGMMA\b"),
+        hmma=count(r"\bHMMA\b"),
+        tcgen05=count(r"\bUTC\w*MMA\b"),
+        tma_loads=count(r"\bUTMALDG\b"),
+        tma_stores=count(r"\bUTMASTG\b"),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def table(rows: list[Compiled]) -> str:
+    """One line a kernel, under the field names."""
+    lines = [list(asdict(rows[0])), *([str(x) for x in asdict(row).values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="90, 100, 80")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args(arguments)
+    rows = [
+        compile_one(variant, arch, dtype)
+        for arch in options.arch
+        for dtype in options.dtype
+        for compile_one, variants in ((compile_gemm, GEMMS), (compile_small, SMALL))
+        for variant in variants
+    ]
+    print(f"triton {triton.__version__}\n{table(rows)}")
+    if options.json:
+        rendered = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(rendered, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""The Triton head in the interpreter against float64; run by tests/test_kernels_interpret.py.
+
+The interpreter shows arithmetic, masks and addresses, no races: programs run one after another.
+"""
+
+import os
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from test_losses import assert_close, gradients, oracle
+
+from vpgea_fast.kernels import linear_logprob as head
+from vpgea_fast.kernels._tiling import INTERPRETED, as_float32, dot_transposed, rounded_to
+from vpgea_fast.losses import linear_logprob, resolve_backend, weighted_logprob_loss
+
+pytestmark = [
+    # exp2 of a row that is out of range is inf by design: the row is flagged and redone.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+    # Triton 3.6's interpreter on NumPy 2.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+HALF_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
+BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
+RAGGED = {
+    "one row": (1, 16, 2),
+    "pointers": (5, 37, 61),
+    "tail tiles": (130, 72, 700),
+    "whole tiles": (128, 64, 512),
+    "one more": (129, 8, 257),
+}
+
+
+def case(dtype, tokens, width, vocabulary, *, spread=2.0):
+    """Leaves hidden and weight with logits of about `spread`, targets with the last class."""
+    hidden_TD = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight_VD = (torch.randn(vocabulary, width) * spread / width**0.5).to(dtype).requires_grad_()
+    targets_T = torch.randint(0, vocabulary, (tokens,))
+    targets_T[0] = vocabulary - 1
+    return hidden_TD, weight_VD, targets_T
+
+
+def doubled(*leaves):
+    return tuple(x.detach().double().requires_grad_() for x in leaves)
+
+
+def options_of(name, tokens, vocabulary):
+    return {
+        "plain": {},
+        "temperature": {"temperature": 0.7},
+        "temperatures": {"temperature": torch.rand(tokens) + 0.5},
+        "softcap": {"softcap": 2.5},
+        "logit_scale": {"logit_scale": -0.4},
+        "bias": {"bias": torch.randn(vocabulary).requires_grad_()},
+        "all": {
+            "temperature": torch.rand(tokens) + 0.5,
+            "softcap": 3.0,
+            "logit_scale": 0.6,
+            "bias": torch.randn(vocabulary).requires_grad_(),
+        },
+    }[name]
+
+
+@triton.jit
+def _cast(x_ptr, half_ptr, back_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    half = rounded_to(tl.load(x_ptr + offs), tl.bfloat16)
+    tl.store(half_ptr + offs, half)
+    tl.store(back_ptr + offs, as_float32(half))
+
+
+@triton.jit
+def _product(left_ptr, right_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    square = offs[:, None] * BLOCK + offs[None, :]
+    zero = tl.zeros([BLOCK, BLOCK], tl.float32)
+    out = dot_transposed(tl.load(left_ptr + square), tl.load(right_ptr + square), zero)
+    tl.store(out_ptr + square, out)
+
+
+def test_bf16_is_exact_in_the_interpreter():
+    """It keeps bf16 as raw uint16: sums and products of that are garbage, and casts truncate."""
+    assert INTERPRETED
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert resolve_backend("triton") == "triton"
+    x = torch.randn(256) * 10.0 ** torch.randint(-42, 38, (256,))
+    x[:8] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 0.0, -0.0, torch.inf, -torch.inf, 3e38, 1e-40])
+    half, back = torch.empty(256, dtype=torch.bfloat16), torch.empty(256)
+    _cast[(1,)](x, half, back, BLOCK=256)
+    assert torch.equal(half, x.bfloat16())
+    assert torch.equal(back, x.bfloat16().float())
+    left, right = torch.randn(2, 16, 16).bfloat16().unbind(0)
+    out = torch.empty(16, 16)
+    _product[(1,)](left, right, out, BLOCK=16)
+    torch.testing.assert_close(out, left.float() @ right.float().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+@pytest.mark.parametrize("shape", RAGGED)
+def test_values(shape, dtype):
+    """Budget: the float32 rounding of logits of about 8, a few units in 1e-6."""
+    hidden_TD, weight_VD, targets_T = case(dtype, *RAGGED[shape])
+    truth = oracle(hidden_TD, weight_VD, targets_T)
+    with torch.no_grad():
+        ours = linear_logprob(
+            hidden_TD, weight_VD, targets_T, return_entropy=True, backend="triton"
+        )
+    assert (ours.logp <= 0).all()
+    for got, expected in zip((ours.logp, ours.lse, ours.entropy), truth, strict=True):
+        assert (got - expected).abs().max() <= 1e-5
+    trained = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, torch.ones(len(targets_T)), backend="triton"
+    )
+    assert torch.equal(trained.logp, ours.logp), "scoring and training differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["temperature", "temperatures", "softcap", "logit_scale", "bias", "all"]
+)
+def test_options(name, dtype):
+    hidden_TD, weight_VD, targets_T = case(dtype, 130, 40, 300)
+    options = options_of(name, 130, 300)
+    truth = oracle(hidden_TD, weight_VD, targets_T, **options)
+    ours = linear_logprob(
+        hidden_TD, weight_VD, targets_T, return_entropy=True, backend="triton", **options
+    )
+    for got, expected in zip((ours.logp, ours.lse, ours.entropy), truth, strict=True):
+        assert (got - expected).abs().max() <= 1e-5
+    coef_T = torch.randn(130)
+    loss = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, coef_T, backend="triton", **options
+    ).loss
+    wide = doubled(hidden_TD, weight_VD)
+    expected = (coef_T * oracle(*wide, targets_T, **options)[0]).sum()
+    bias = (options["bias"],) if "bias" in options else ()
+    got = gradients(loss, hidden_TD, weight_VD, *bias)
+    assert_close(got, gradients(expected, *wide, *bias), 2 * BUDGET[dtype])
+
+
+def test_peaked_logits():
+    """|z| to 60 in bf16: max |logp - float64| <= 1e-3, mean <= 5e-5."""
+    hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 256, 64, 2000, spread=14.0)
+    z_TV = hidden_TD.double() @ weight_VD.double().T
+    targets_T[::2] = z_TV[::2].argmax(1)
+    assert 45 < z_TV.abs().max() < 90
+    with torch.no_grad():
+        ours = linear_logprob(hidden_TD, weight_VD, targets_T, backend="triton").logp
+    error_T = (ours - oracle(hidden_TD, weight_VD, targets_T)[0]).abs()
+    assert error_T.max() <= 1e-3
+    assert error_T.mean() <= 5e-5
+
+
+@pytest.mark.parametrize("options", ["plain", "bias"])
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_gradient_budgets(dtype, options):
+    """bf16 and fp16: dX <= 1.1 times, dW <= 1.6 times the error of dlogits rounded once."""
+    hidden_TD, weight_VD, targets_T = case(dtype, 260, 96, 1000)
+    coef_T = torch.randn(260)
+    extra = options_of(options, 260, 1000)
+    wide = doubled(hidden_TD, weight_VD)
+    truth = gradients((coef_T * oracle(*wide, targets_T, **extra)[0]).sum(), *wide)
+    z_TV = hidden_TD.detach().float() @ weight_VD.detach().float().T + extra.get("bias", 0)
+    dz_TV = coef_T[:, None] * (torch.nn.functional.one_hot(targets_T, 1000) - z_TV.softmax(1))
+    dz_TV = dz_TV.detach().to(dtype).float()
+    once = (
+        (dz_TV @ weight_VD.float()).to(dtype),
+        (dz_TV.T @ hidden_TD.float()).to(dtype),
+    )
+    ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend="triton", **extra)
+    got = gradients(ours.loss, hidden_TD, weight_VD)
+    assert_close(got, truth, BUDGET[dtype])
+    if dtype is torch.bfloat16:
+        for mine, theirs, exact, ratio in zip(got, once, truth, (1.1, 1.6), strict=True):
+            allowed = ratio * (theirs.double() - exact).norm()
+            assert (mine.double() - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize("coefficient", [1.0, -1e-4, 1e-7])
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_rows_out_of_range_are_redone(dtype, coefficient):
+    """logp of -25 to -200 beside ordinary rows: exact, and the neighbours keep every bit."""
+    tokens, vocabulary = 300, 300
+    hidden_TD, weight_VD, targets_T = case(dtype, tokens, 32, vocabulary)
+    bias_V = torch.zeros(vocabulary)
+    unlikely = {0: -25.0, 5: -33.0, 6: -40.0, 7: -60.0, 270: -69.0, 299: -200.0}
+    targets_T = targets_T % 200
+    for offset, (row, logp) in enumerate(unlikely.items()):
+        targets_T[row] = 250 + offset
+        bias_V[250 + offset] = logp
+    truth = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]
+    assert (truth[list(unlikely)] < -20).all()
+    dweight_VD = torch.zeros(vocabulary, 32)
+    coef_T = torch.full((tokens,), coefficient)
+    ours = weighted_logprob_loss(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        coef_T,
+        bias=bias_V,
+        backend="triton",
+        dweight_out=dweight_VD,
+    )
+    assert ((ours.logp - truth) / truth.clamp(max=-1)).abs().max() <= 1e-6
+    scored = linear_logprob(hidden_TD, weight_VD, targets_T, bias=bias_V, backend="triton")
+    assert torch.equal(scored.logp, ours.logp)
+
+    wide = doubled(hidden_TD, weight_VD)
+    loss = coefficient * oracle(*wide, targets_T, bias=bias_V)[0].sum()
+    expected = gradients(loss, *wide)
+    ours.loss.backward()
+    scale = 1.0 / abs(coefficient)
+    assert_close((dweight_VD * scale,), (expected[1] * scale,), BUDGET[dtype])
+    for row in unlikely:
+        target = targets_T[row]
+        assert_close((dweight_VD[target] * scale,), (expected[1][target] * scale,), BUDGET[dtype])
+    if dtype is not torch.float16:  # dX itself is fp16: 1e-7 is one step of its grid there
+        for row in unlikely:
+            got, exact = hidden_TD.grad[row] * scale, expected[0][row] * scale
+            assert_close((got,), (exact,), BUDGET[dtype])
+
+    ordinary = torch.ones(tokens, dtype=torch.bool)
+    ordinary[list(unlikely)] = False
+    with torch.no_grad():
+        alone = linear_logprob(
+            hidden_TD[ordinary], weight_VD, targets_T[ordinary], bias=bias_V, backend="triton"
+        )
+    assert torch.equal(alone.logp, ours.logp[ordinary])
+
+
+@pytest.mark.parametrize("missing", [1e-1, 7e-6, 1e-6, 1e-12])
+def test_confident_tokens_keep_their_gradient(missing):
+    """fp32, 0.5 %: softmax - onehot would be a multiple of 6e-8."""
+    hidden_TD, weight_VD, targets_T = case(torch.float32, 3, 32, 300)
+    targets_T[:] = 299
+    z_TV = hidden_TD.detach().double() @ weight_VD.detach().double().T
+    bias_V = torch.zeros(300)
+    bias_V[299] = (z_TV[0, :299].logsumexp(0) - z_TV[0, 299]) - torch.tensor(missing).log()
+    bias_V.requires_grad_()
+    truth = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]
+    assert -truth[0].item() == pytest.approx(missing, rel=0.2)
+    ours = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, torch.tensor([1.0, 0, 0]), bias=bias_V, backend="triton"
+    )
+    assert_close((ours.logp[:1],), (truth[:1],), 5e-3)
+    leaves = (hidden_TD, weight_VD, bias_V)
+    got, expected = gradients(ours.loss, *leaves), gradients(truth[0], *leaves)
+    assert_close(got, expected, 5e-3)
+    assert_close((got[2][299],), (expected[2][299],), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_of_logp_and_lse(softcap, dtype):
+    hidden_TD, weight_VD, targets_T = case(dtype, 130, 24, 200)
+    wide = doubled(hidden_TD, weight_VD)
+    ours = linear_logprob(hidden_TD, weight_VD, targets_T, softcap=softcap, backend="triton")
+    truth = oracle(*wide, targets_T, softcap=softcap)
+    up_T2 = torch.randn(130, 2)
+    up_T2[::3, 0] = up_T2[::3, 1]  # a = b: only the target's logit has a gradient
+    up_T2[1::3, 0] = 0.0
+    mine = (ours.logp * up_T2[:, 0] + ours.lse * up_T2[:, 1]).sum()
+    theirs = (truth[0] * up_T2[:, 0] + truth[1] * up_T2[:, 1]).sum()
+    got, expected = gradients(mine, hidden_TD, weight_VD), gradients(theirs, *wide)
+    assert_close(got, expected, BUDGET[dtype])
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_chunks_and_neighbours_change_no_bit(dtype):
+    hidden_TD, weight_VD, targets_T = case(dtype, 300, 40, 300)
+    coef_T = torch.randn(300)
+    runs = []
+    for chunk_bytes in (1, None, None):
+        ours = weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, backend="triton", chunk_bytes=chunk_bytes
+        )
+        runs.append((ours.logp, *gradients(ours.loss, hidden_TD, weight_VD)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert_close(runs[0], runs[1], 1e-3)
+    assert all(torch.equal(x, y) for x, y in zip(runs[1], runs[2], strict=True))
+    picked = torch.randperm(300)[:7]
+    few = linear_logprob(hidden_TD[picked], weight_VD, targets_T[picked], backend="triton")
+    assert torch.equal(few.logp, runs[0][0][picked])
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_dead_rows_may_hold_anything(dtype):
+    hidden_TD, weight_VD, targets_T = case(dtype, 20, 16, 100)
+    coef_T = torch.randn(20)
+    coef_T[::2] = 0.0
+    targets_T[1] = -100
+    dirty_TD = hidden_TD.detach().clone()
+    dirty_TD[::2], dirty_TD[1] = torch.nan, torch.inf
+    runs = []
+    for hidden in (hidden_TD.detach().clone(), dirty_TD):
+        hidden.requires_grad_()
+        for rows in (None, torch.arange(20)):
+            ours = weighted_logprob_loss(
+                hidden, weight_VD, targets_T, coef_T, rows=rows, backend="triton"
+            )
+            runs.append((ours.loss, ours.logp, *gradients(ours.loss, hidden, weight_VD)))
+    for run in runs:
+        assert all(x.isfinite().all() for x in run)
+        assert torch.equal(run[2][:3], torch.zeros(3, 16, dtype=dtype))
+        assert_close(run, runs[0], 1e-6 if dtype is torch.float32 else 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
+def test_every_other_class_masked():
+    """logp = 0 and no gradient; a masked target has logp -inf and stays alone.
+
+    Its sum is NaN (-inf - -inf) until the row is redone.
+    """
+    for dtype in HALF_AND_FLOAT:
+        hidden_TD, weight_VD, _ = case(dtype, 4, 16, 100)
+        bias_V = torch.full((100,), -torch.inf)
+        bias_V[3] = 0.0
+        ours = weighted_logprob_loss(
+            hidden_TD,
+            weight_VD,
+            torch.tensor([3, 3, 3, 3]),
+            torch.ones(4),
+            bias=bias_V,
+            backend="triton",
+        )
+        assert torch.equal(ours.logp, torch.zeros(4))
+        for gradient in gradients(ours.loss, hidden_TD, weight_VD):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+        scored = linear_logprob(
+            hidden_TD, weight_VD, torch.tensor([3, 50, 3, 3]), bias=bias_V, backend="triton"
+        )
+        assert scored.logp.tolist() == [0.0, -torch.inf, 0.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+def test_a_row_of_nan_stays_a_row_of_nan():
+    hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 140, 16, 300)
+    clean = linear_logprob(hidden_TD, weight_VD, targets_T, backend="triton").logp
+    with torch.no_grad():
+        hidden_TD[7] = torch.nan
+    dirty = linear_logprob(hidden_TD, weight_VD, targets_T, backend="triton").logp
+    others = torch.arange(140) != 7
+    assert dirty[7].isnan()
+    assert torch.equal(dirty[others], clean[others])
+
+
+def test_frozen_parts_and_strided_inputs():
+    """A frozen head or hidden gives the other's gradient; expanded and transposed inputs work."""
+    hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 40, 24, 90)
+    coef_T = torch.randn(40)
+    both = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend="triton")
+    dhidden_TD, dweight_VD = gradients(both.loss, hidden_TD, weight_VD)
+    transposed_VD = weight_VD.detach().T.contiguous().T
+    frozen = weighted_logprob_loss(hidden_TD, transposed_VD, targets_T, coef_T, backend="triton")
+    assert torch.equal(gradients(frozen.loss, hidden_TD)[0], dhidden_TD)
+    strided_TD = torch.stack((hidden_TD.detach(), torch.zeros(40, 24)), 1)[:, 0].bfloat16()
+    frozen = weighted_logprob_loss(strided_TD, weight_VD, targets_T, coef_T, backend="triton")
+    assert torch.equal(gradients(frozen.loss, weight_VD)[0], dweight_VD)
+    empty = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, torch.zeros(40), backend="triton"
+    )
+    assert not gradients(empty.loss, hidden_TD, weight_VD)[1].any()
+
+
+def test_what_it_does_not_do_is_an_error():
+    hidden_TD, weight_VD, targets_T = case(torch.float16, 4, 16, 50)
+    with pytest.raises(ValueError, match="float64, backend 'triton' takes float16"):
+        linear_logprob(hidden_TD.double(), weight_VD.double(), targets_T, backend="triton")
+    out = linear_logprob(hidden_TD, weight_VD, targets_T, backend="triton", return_entropy=True)
+    with pytest.raises(ValueError, match="entropy has no gradient in backend 'triton'"):
+        gradients(out.entropy.sum(), hidden_TD)
+    with pytest.raises(ValueError, match="lse has no gradient in backend 'triton' for float16"):
+        gradients(out.lse.sum(), hidden_TD)
+
+
+def test_chunks_fill_whole_tiles():
+    """16384 rows of Qwen2.5-7B's head are two chunks of 8192; a tiny budget is one tile each."""
+    weight_VD = torch.empty(152064, 8, dtype=torch.bfloat16)
+    given = head._Head(weight_VD, None, None, 1.0, False)
+    assert head._chunks(16384, given, True, 4 << 30) == [slice(0, 8192), slice(8192, 16384)]
+    assert head._chunks(16384, given, False, None) == [slice(0, 16384)]
+    assert head._chunks(300, given, True, 1) == [slice(0, 128), slice(128, 256), slice(256, 300)]
+    assert head._chunks(0, given, True, None) == []

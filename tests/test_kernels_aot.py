@@ -1,0 +1,69 @@
+"""The Triton GEMM compiled ahead of time for sm_90: what the compiler made of it, without a GPU.
+
+In a process of its own: triton must be imported without TRITON_INTERPRET.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_LIMIT = 232448
+"""Bytes of shared memory that one program may have on sm_90."""
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def report(tmp_path, *arguments):
+    """The rows that benchmarks/static_report.py writes, by kernel name: the GEMMs.
+
+    Every kernel is compiled, so one that only the interpreter accepts fails here.
+    """
+    file = tmp_path / "static.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "static_report.py", *arguments, "--json", file],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["kernel"]: row for row in json.loads(file.read_text())["kernels"]}
+    assert all(name in done.stdout for name in rows)
+    for name, row in rows.items():
+        if row["dtype"] != "fp32":
+            assert (row["spills"], row["stack"]) == (0, 0), name
+    return {name: row for name, row in rows.items() if name.startswith("gemm_exp")}
+
+
+def test_sm90_uses_tensor_cores_and_tma_without_spilling(tmp_path):
+    rows = report(tmp_path, "--arch", "90")
+    assert len(rows) == 9
+    for name, row in rows.items():
+        assert row["hgmma"] > 0, name
+        assert row["hmma"] == 0, name
+        assert row["tma_loads"] > 0, name
+        assert (row["tma_stores"] > 0) == ("train" in name or "store" in name), name
+        assert row["shared"] <= SHARED_LIMIT, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["100", "80"])
+def test_other_devices_compile_without_spilling(tmp_path, arch):
+    for name, row in report(tmp_path, "--arch", arch).items():
+        assert row["tcgen05" if arch == "100" else "hmma"] > 0, name
+
+
+@pytest.mark.slow
+def test_float32_and_float16_compile(tmp_path):
+    """float32 runs on CUDA cores: no tensor-core instruction may round its products to TF32."""
+    for row in report(tmp_path, "--dtype", "fp32").values():
+        assert row["hgmma"] == row["hmma"] == 0
+    for row in report(tmp_path, "--dtype", "fp16").values():
+        assert row["hgmma"] > 0
