@@ -303,7 +303,7 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
         peak = attempt(lambda j=jobs[provider.name]: peak_bytes(j, args.device), args.device)
         peak = None if isinstance(peak, Failure) else peak
         made = sum(x.nbytes for x in case.leaves) if mode == "full" else 0
-        row = {"provider": provider.name, "status": "ok"}
+        row: dict[str, Any] = {"provider": provider.name, "status": "ok"}
         row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
         row["tflops"] = flop and flop / p50 / 1e12
         row["percent_of_mm"] = flop and mm_rate and 100 * flop / p50 / mm_rate
@@ -451,14 +451,14 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def arguments(argv: Sequence[str] | None) -> Any:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--op", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--shape", help=f"N,D,V or {', '.join(SHAPES)}; by default, by device")
     parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/4, N/2 and N")
     parser.add_argument("--modes", nargs="+", choices=HEAD_MODES, default=list(HEAD_MODES))
     parser.add_argument("--providers", nargs="+", help="names; all by default")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if cuda else "fp32")
-    parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1)
     parser.add_argument("--check-rows", type=int, help="rows of the correctness run; CPU: 256")
     parser.add_argument("--chunk-mib", type=int, help="chunk_bytes of backend torch")

@@ -166,7 +166,8 @@ def ours(backend: str) -> Callable[[Case], tuple[Tensor, Tensor]]:
             return case.coef @ logp, logp
         if case.op == "two_stream":
             targets, coef = case.targets.chunk(2), case.coef.chunk(2)
-            out = losses.two_stream_loss(*case.hiddens, case.weight, *targets, *coef, **options)
+            post, prior = case.hiddens
+            out = losses.two_stream_loss(post, prior, case.weight, *targets, *coef, **options)
             return out.loss, torch.cat((out.logp_post, out.logp_prior))
         out = losses.weighted_logprob_loss(
             case.hidden, case.weight, case.targets, case.coef, **options
