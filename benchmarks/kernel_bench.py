@@ -1,0 +1,544 @@
+"""The head's losses against the other libraries': correctness, then time, memory and rate.
+
+    python benchmarks/kernel_bench.py                              # sized for the device at hand
+    python benchmarks/kernel_bench.py --op weighted --shape qwen2.5-7b --compare FILE.json
+
+Protocol. Every provider first meets float64, on the same inputs; one that misses its budget is
+reported and not timed. Our backends have absolute budgets; any other may lose twice what eager
+torch loses in the same dtype, eager torch itself a fixed ceiling. Then every mode is sampled in
+rounds: one sample of each provider a round, the starting point rotating and every second round
+backwards; unrecorded warm-up rounds first; on CUDA the L2 cache is flushed before each sample.
+torch.mm of one logits GEMM is sampled in the same rounds: rates are per cent of it.
+
+forward   values with the graph kept (a one-pass provider makes its gradients here)
+backward  the rest; for a one-pass provider a scaling, so it has no rate
+full      both. TF/s counts useful work: 2 R D V a logits GEMM, 6 R D V for the whole, R rows kept
+scoring   values alone, under no_grad
+
+Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW. CUDA:
+the allocator's statistics. CPU: every allocation torch's allocator reports to its profiler, so
+without scratch space of the BLAS. Running out of memory is a value of the table, not an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# The profiler announces itself on stderr; torch reads these when it is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from kernel_providers import (
+    EAGER,
+    GROUP,
+    PER_TOKEN,
+    PROVIDERS,
+    SEQUENCES,
+    Case,
+    Provider,
+    Truth,
+    group_case,
+    group_truth,
+    head_case,
+    head_truth,
+    unavailable,
+)
+
+from vpgea_fast.metrics import Console, environment
+
+Tensor = torch.Tensor
+
+SHAPES = {"qwen2.5-7b": (16384, 3584, 152064), "qwen2.5-1.5b": (16384, 1536, 151936)}
+CPU_SHAPE = (256, 128, 4096)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEAD_MODES = ("forward", "backward", "full", "scoring")
+MODES = {
+    "linear_logprob": HEAD_MODES,
+    "weighted": HEAD_MODES,
+    "two_stream": ("full",),
+    "group_advantage": ("forward",),
+    "gated_kl": ("forward",),
+}
+GATES = (1.0, 0.5, 0.25)
+MM_ROWS = 8192
+# max |value - float64|, its mean, relative Frobenius errors of dX and dW.
+BUDGET = {
+    torch.float32: (1e-4, 1e-5, 1e-5, 1e-5),
+    torch.bfloat16: (1e-3, 5e-5, 4e-3, 4e-3),
+    torch.float16: (1e-3, 5e-5, 2e-3, 2e-3),
+}
+# Eager torch rounds its logits to the input dtype: at |z| = 25 bf16 is off by up to 0.06.
+CEILING = {
+    torch.float32: (1e-3, 1e-4, 1e-4, 1e-4),
+    torch.bfloat16: (0.5, 0.05, 0.1, 0.1),
+    torch.float16: (0.1, 0.01, 0.02, 0.02),
+}
+ERRORS = ("error_max", "error_mean", "error_dx", "error_dw")
+FIELDS = [
+    *("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype", "status"),
+    *("reason", *ERRORS, "p20_ms", "p50_ms", "p80_ms", "tflops", "percent_of_mm"),
+    *("peak_mib", "transient_mib", "ratio"),
+]
+
+
+# --- correctness --------------------------------------------------------------------------------
+
+
+def errors_of(provider: Provider, case: Any, truth: Truth) -> tuple[float | None, ...]:
+    """(max, mean) of |value - float64| over rows kept, relative errors of dX and dW, or None."""
+    for leaf in case.leaves:
+        leaf.grad = None
+    loss, value = provider.call(case)
+    gaps: list[float | None] = [None] * 4
+    if value is not None and value.ndim:
+        gap = (value.double() - truth.value).abs()
+        gap = gap[case.kept] if isinstance(case, Case) else gap
+        gaps[:2] = gap.max().item(), gap.mean().item()
+    elif value is not None and truth.loss is not None:
+        gaps[1] = (value.double() - truth.loss).abs().item()
+    if loss is not None and truth.gradients is not None:
+        loss.backward()
+        made = torch.cat([h.grad for h in case.hiddens]), case.weight.grad
+        gaps[2:] = [
+            ((ours - exact).norm() / exact.norm()).item()
+            for ours, exact in zip(made, truth.gradients, strict=True)
+        ]
+    return tuple(gaps)
+
+
+def budget_of(
+    provider: Provider, dtype: torch.dtype, eager: Sequence[float | None]
+) -> tuple[float, ...]:
+    if provider.ops == GROUP:
+        return BUDGET[torch.float32]
+    if provider.ours:
+        return BUDGET[dtype]
+    if provider.name == EAGER:
+        return CEILING[dtype]
+    pairs = zip(BUDGET[dtype], eager, strict=True)
+    return tuple(max(floor, 2 * (lost or 0.0)) for floor, lost in pairs)
+
+
+def check(
+    providers: Sequence[Provider], case: Any, args: Any
+) -> dict[str, tuple[str, str, tuple[float | None, ...]]]:
+    """name -> (status, reason, errors); status is ok, refused (over budget) or a Failure's."""
+    truths: dict[bool, Truth] = {}
+    found: dict[str, Any] = {}
+    eager: tuple[float | None, ...] = (None,) * 4
+    for provider in sorted(providers, key=lambda p: p.name != EAGER):
+        mine = case.uniform() if provider.mean_only else case
+        if provider.mean_only not in truths:
+            solve = head_truth if isinstance(case, Case) else group_truth
+            truths[provider.mean_only] = solve(mine)
+        gaps = attempt(lambda p=provider, c=mine: errors_of(p, c, truths[p.mean_only]), args.device)
+        if isinstance(gaps, Failure):
+            found[provider.name] = gaps.status, gaps.reason, (None,) * 4
+            continue
+        if provider.name == EAGER:
+            eager = gaps
+        limits = budget_of(provider, args.dtype, eager)
+        over = [
+            f"{name} {gap:.1e} > {limit:.1e}"
+            for name, gap, limit in zip(ERRORS, gaps, limits, strict=True)
+            if gap is not None and not gap <= limit  # a NaN is over every budget
+        ]
+        found[provider.name] = "refused" if over else "ok", ", ".join(over), gaps
+    for leaf in case.leaves:
+        leaf.grad = None
+    return {provider.name: found[provider.name] for provider in providers}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that gave no number: status "OOM", "skipped" (import) or "failed", and why."""
+
+    status: str
+    reason: str
+
+
+def attempt(run: Callable[[], Any], device: torch.device) -> Any:
+    """run(), or a Failure: another library's error must not end the measurement of the others."""
+    try:
+        return run()
+    except ImportError as error:
+        return Failure("skipped", str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        status, reason = "OOM", "out of memory"
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        oom = "can't allocate memory" in str(error)
+        status, reason = "OOM" if oom else "failed", f"{type(error).__name__}: {text[0][:160]}"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Failure(status, reason)
+
+
+# --- time and memory ----------------------------------------------------------------------------
+
+
+class Job:
+    """One mode of one provider: `prepare` outside the clock, the call inside."""
+
+    def __init__(self, call: Callable[[Any], Any], case: Any, mode: str) -> None:
+        self.call, self.case, self.mode = call, case, mode
+        self.loss: Tensor | None = None
+
+    def prepare(self) -> None:
+        self.loss = None
+        for leaf in self.case.leaves:
+            leaf.grad = None
+        if self.mode == "backward":
+            self.loss = self.call(self.case)[0]
+
+    def __call__(self) -> None:
+        with torch.set_grad_enabled(self.mode != "scoring"):
+            loss = self.loss if self.mode == "backward" else self.call(self.case)[0]
+        if self.mode in ("backward", "full"):
+            assert loss is not None
+            loss.backward()
+
+
+def seconds(job: Job, device: torch.device) -> float:
+    job.prepare()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+    torch.empty(256 << 20, dtype=torch.int8, device=device).zero_()  # the L2 cache, cold
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    job()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleaved(jobs: dict[str, Job], args: Any) -> dict[str, list[float] | Failure]:
+    """Seconds of every job, sampled in rounds; a job that fails leaves the rounds."""
+    samples: dict[str, Any] = {name: [] for name in jobs}
+    for turn in range(-args.warmup, args.repeats):
+        alive = [name for name in jobs if not isinstance(samples[name], Failure)]
+        shift = turn % max(1, len(alive))
+        order = (alive[shift:] + alive[:shift])[:: -1 if turn % 2 else 1]
+        for name in order:
+            spent = attempt(lambda j=jobs[name]: seconds(j, args.device), args.device)
+            if isinstance(spent, Failure):
+                samples[name] = spent
+            elif turn >= 0:
+                samples[name].append(spent)
+            jobs[name].loss = None
+    return samples
+
+
+def peak_bytes(job: Job, device: torch.device) -> int:
+    """Bytes that one run adds at its highest to what was alive before it."""
+    job.prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        job()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
+    """Of the mode, at 2 R D V a GEMM with R rows kept; None where nothing is computed."""
+    if not isinstance(case, Case):
+        return None
+    one_pass = case.op in provider.one_pass
+    gemms = {"forward": 3 if one_pass else 1, "backward": 0 if one_pass else 2}
+    count = {**gemms, "full": 3, "scoring": 1}[mode]
+    return 2.0 * count * case.kept.sum().item() * case.weight.numel() or None
+
+
+def mm(case: Case) -> tuple[None, Tensor]:
+    return None, case.hiddens[0][:MM_ROWS] @ case.weight.T
+
+
+def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> list[dict[str, Any]]:
+    """Rows of one table: quantiles, rate, share of the GEMM rate, memory."""
+    cases = {p.name: case.uniform() if p.mean_only else case for p in providers}
+    jobs = {p.name: Job(p.call, cases[p.name], mode) for p in providers}
+    if isinstance(case, Case):
+        jobs["torch.mm"] = Job(mm, case, "scoring")
+    samples = interleaved(jobs, args)
+    mm_rate = None
+    if isinstance(gemm := samples.pop("torch.mm", None), list):
+        flop = 2.0 * min(MM_ROWS, case.hiddens[0].shape[0]) * case.weight.numel()
+        mm_rate = flop / quantiles(gemm)[1]
+    rows = []
+    for provider in providers:
+        spent = samples[provider.name]
+        if isinstance(spent, Failure):
+            rows.append({"provider": provider.name, **vars(spent)})
+            continue
+        flop, (p20, p50, p80) = useful_flop(provider, case, mode), quantiles(spent)
+        peak = attempt(lambda j=jobs[provider.name]: peak_bytes(j, args.device), args.device)
+        peak = None if isinstance(peak, Failure) else peak
+        made = sum(x.nbytes for x in case.leaves) if mode == "full" else 0
+        row: dict[str, Any] = {"provider": provider.name, "status": "ok"}
+        row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
+        row["tflops"] = flop and flop / p50 / 1e12
+        row["percent_of_mm"] = flop and mm_rate and 100 * flop / p50 / mm_rate
+        row["peak_mib"] = None if peak is None else peak / 2**20
+        row["transient_mib"] = None if peak is None else max(0, peak - made) / 2**20
+        rows.append(row)
+    return rows
+
+
+def quantiles(samples: Sequence[float]) -> list[float]:
+    points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return torch.tensor(samples, dtype=torch.float64).quantile(points).tolist()
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+def run_op(op: str, args: Any, console: Console) -> list[dict[str, Any]]:
+    """Correctness of every provider, printed; then, of those within budget, time and memory."""
+    records: list[dict[str, Any]] = []
+    fitting: list[Provider] = []
+    for provider in PROVIDERS:
+        if args.providers and provider.name not in args.providers:
+            continue
+        reason = unavailable(provider, op, args.shape, args)
+        if reason is None:
+            fitting.append(provider)
+        elif not reason.startswith("does not compute"):
+            row = {"provider": provider.name, "status": "skipped", "reason": reason}
+            records.append(record(op, args, row))
+    for gate in GATES if op == "two_stream" else (None,):
+        build = functools.partial(group_case, op, args=args)
+        if op in PER_TOKEN:
+            build = functools.partial(head_case, op, gate=gate, args=args)
+        tried = check(fitting, build((min(args.check_rows, args.shape[0]), *args.shape[1:])), args)
+        for name, (status, reason, gaps) in tried.items():
+            extra = dict(zip(ERRORS, gaps, strict=True))
+            row = {"provider": name, "status": status, "reason": reason, "gate": gate, **extra}
+            records.append(record(op, args, row | {"mode": "correctness"}))
+        checked = [r for r in records if r["mode"] == "correctness" and r["gate"] == gate]
+        show_correctness(op, gate, checked, args, console)
+        good = [p for p in fitting if tried[p.name][0] == "ok"]
+        for rows in args.sweep if gate in (None, 0.5) else args.shape[:1]:
+            case = build((rows, *args.shape[1:]))
+            main_mode = "full" if "full" in MODES[op] else "forward"
+            for mode in MODES[op] if rows == args.shape[0] else (main_mode,):
+                if mode not in args.modes:
+                    continue
+                for row in measure(good, case, mode, args):
+                    extra = {"mode": mode, "gate": gate, "rows": rows}
+                    records.append(record(op, args, row | extra))
+    for row in records:
+        if row["status"] == "skipped":
+            console.message(f"skipped  {op}  {row['provider']}: {row['reason']}")
+    return records
+
+
+def record(op: str, args: Any, row: dict[str, Any]) -> dict[str, Any]:
+    size = dict(zip(("rows", "hidden", "vocabulary"), args.shape, strict=True))
+    size |= {"dtype": args.dtype_name}
+    if op in GROUP:  # no head, and always float32
+        size |= {"hidden": None, "vocabulary": None, "dtype": "fp32"}
+    return {**dict.fromkeys(FIELDS), "op": op, **size, **row}
+
+
+def show_correctness(
+    op: str, gate: float | None, records: Sequence[dict[str, Any]], args: Any, console: Console
+) -> None:
+    rows = min(args.check_rows, args.shape[0])
+    console.table(
+        ("provider", "verdict", "max |value|", "mean |value|", "dX", "dW", "why"),
+        [
+            [r["provider"], r["status"], *(_number(r[key]) for key in ERRORS), r["reason"]]
+            for r in records
+        ],
+        title=f"{op}{_gate(gate)}: errors against float64 at {rows} rows, {args.dtype_name}",
+    )
+
+
+def show_times(records: Sequence[dict[str, Any]], args: Any, console: Console) -> None:
+    keys = ("p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_mm", "peak_mib", "transient_mib")
+    heads = ("provider", "mode", "p50 ms", "p20", "p80", "TF/s", "% of mm", "peak MiB", "transient")
+    timed = [r for r in records if r["mode"] in HEAD_MODES and r["rows"] == args.shape[0]]
+    for op in dict.fromkeys(r["op"] for r in timed):
+        lines = [
+            [
+                *(r["provider"], r["mode"] + _gate(r["gate"])),
+                *(
+                    _number(r[key]) if r["status"] == "ok" else (r["status"] if i == 0 else "-")
+                    for i, key in enumerate(keys)
+                ),
+                *([_number(r["ratio"])] if args.compare else []),
+            ]
+            for r in timed
+            if r["op"] == op
+        ]
+        title = f"{op}: N, D, V = {', '.join(map(str, args.shape))}, {args.dtype_name}"
+        console.table((*heads, *(["x before"] if args.compare else [])), lines, title=title)
+
+
+def _gate(gate: float | None) -> str:
+    return "" if gate is None else f", gate {gate:g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def compare(records: Sequence[dict[str, Any]], path: Path) -> str:
+    """Writes p50 / (p50 of the earlier result) into `ratio`; says what it was compared with."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    key = ("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype")
+    before = {tuple(r[k] for k in key): r["p50_ms"] for r in earlier["records"]}
+    matched = 0
+    for row in records:
+        old = before.get(tuple(row[k] for k in key))
+        if old and row["p50_ms"]:
+            row["ratio"], matched = row["p50_ms"] / old, matched + 1
+    place = earlier["environment"]
+    return f"x before: {matched} rows of {path} ({place['device']}, commit {place['commit']})"
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A row of panels an op: time and peak memory of its main mode against N."""
+    from matplotlib.figure import Figure
+
+    timed = [r for r in records if r["p50_ms"] and r["mode"] in ("full", "forward")]
+    timed = [r for r in timed if r["gate"] in (None, 0.5)]
+    ops = list(dict.fromkeys(r["op"] for r in timed))
+    figure = Figure(figsize=(11, 3.6 * max(1, len(ops))), layout="constrained")
+    panels = figure.subplots(max(1, len(ops)), 2, squeeze=False)
+    for op, (left, right) in zip(ops, panels, strict=False):
+        mode = "full" if "full" in MODES[op] else "forward"
+        mine = [r for r in timed if r["op"] == op and r["mode"] == mode]
+        for name in dict.fromkeys(r["provider"] for r in mine):
+            line = sorted((r for r in mine if r["provider"] == name), key=lambda r: r["rows"])
+            rows = [r["rows"] for r in line]
+            left.loglog(rows, [r["p50_ms"] for r in line], marker="o", label=name)
+            right.loglog(rows, [r["peak_mib"] or None for r in line], marker="o", label=name)
+        for axes, what in ((left, "ms, median"), (right, "peak MiB")):
+            axes.set(title=f"{op}, {mode}", xlabel="N", ylabel=what)
+        left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def arguments(argv: Sequence[str] | None) -> Any:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--op", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--shape", help=f"N,D,V or {', '.join(SHAPES)}; by default, by device")
+    parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/4, N/2 and N")
+    parser.add_argument("--modes", nargs="+", choices=HEAD_MODES, default=list(HEAD_MODES))
+    parser.add_argument("--providers", nargs="+", help="names; all by default")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if cuda else "fp32")
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    parser.add_argument("--warmup", type=int, default=3 if cuda else 1)
+    parser.add_argument("--check-rows", type=int, help="rows of the correctness run; CPU: 256")
+    parser.add_argument("--chunk-mib", type=int, help="chunk_bytes of backend torch")
+    parser.add_argument("--memory-gib", type=float, help="most for full logits; CPU: half of free")
+    parser.add_argument("--compare", type=Path, help="an earlier JSON: adds p50 / its p50")
+    parser.add_argument("--out", type=Path, default=Path("runs/kernel_bench.json"))
+    args = parser.parse_args(argv)
+    if unknown := {*(args.providers or ())} - {p.name for p in PROVIDERS}:
+        names = ", ".join(repr(p.name) for p in PROVIDERS)
+        parser.error(f"--providers: got {', '.join(sorted(unknown))}, expected some of {names}")
+    args.device = torch.device("cuda" if cuda else "cpu")
+    args.dtype_name, args.dtype = args.dtype, DTYPES[args.dtype]
+    args.note, args.shape = shape_of(args.shape, cuda)
+    rows = args.shape[0]
+    smaller = [max(SEQUENCES, n - n % SEQUENCES) for n in (rows // 4, rows // 2)]
+    args.sweep = sorted({*(args.sweep or smaller), rows})
+    if any(n < SEQUENCES or n % SEQUENCES for n in args.sweep):
+        parser.error(f"N: got {args.sweep}, expected multiples of 8: the rows are 8 paths")
+    args.check_rows = args.check_rows or (args.shape[0] if cuda else 256)
+    if args.memory_gib is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        args.memory_gib = float("inf") if cuda else free / 2
+    return args
+
+
+def shape_of(text: str | None, cuda: bool) -> tuple[str, tuple[int, ...]]:
+    """(what was changed, if anything; N, D, V). A CPU takes a model's shape at an eighth."""
+    if text is None:
+        return "", SHAPES["qwen2.5-7b"] if cuda else CPU_SHAPE
+    if text in SHAPES and not cuda:
+        return f"no GPU: every dimension of {text} / 8", tuple(n // 8 for n in SHAPES[text])
+    if text in SHAPES:
+        return "", SHAPES[text]
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise SystemExit(f"--shape: got {text!r}, expected N,D,V or one of {', '.join(SHAPES)}")
+    return "", tuple(map(int, parts))
+
+
+def version(module: str) -> str | None:
+    """Of the distribution that a peer's module comes from; None if it is not installed."""
+    found = metadata.packages_distributions().get(module.partition(".")[0])
+    return metadata.version(found[0]) if found else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, or 1 when one of our own backends failed or missed its budget."""
+    args = arguments(argv)
+    console = Console()
+    place = environment()
+    console.message(f"{place['device']}, torch {place['torch']}, commit {place['commit']}")
+    if args.note:
+        console.message(args.note)
+    records = [row for op in args.op for row in run_op(op, args, console)]
+    told = compare(records, args.compare) if args.compare else None
+    show_times(records, args, console)
+    if told:
+        console.message(told)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
+    words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
+    place["peers"] = {p.needs: version(p.needs) for p in PROVIDERS if p.needs and not p.ours}
+    result = {
+        "command": " ".join(words),
+        "environment": place,
+        "protocol": protocol,
+        "records": records,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with args.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(records)
+    plot(records, args.out.with_suffix(".png"))
+    console.message(f"wrote {args.out}, .csv, .png")
+    console.close()
+    our_names = {p.name for p in PROVIDERS if p.ours}
+    bad = [r for r in records if r["status"] in ("refused", "failed")]
+    return int(any(r["provider"] in our_names for r in bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
