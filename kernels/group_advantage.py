@@ -45,8 +45,9 @@ FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 TILE = 1024  # elements a program holds at once
 
-# A float argument of a kernel arrives as float32, a constexpr takes the type of what it meets: all
-# options are constexpr, or eps = 1e-6 and log 1/2 would be wrong from the eighth digit.
+# A float argument of a kernel arrives as float32, and up to Triton 3.6 so does a float constexpr
+# that meets a float64: eps = 1e-6 and log 1/2 would be wrong from the eighth digit, on the device
+# and not in the interpreter. So options are constexpr and pass through _f64.
 _NOISE_RELATIVE = tl.constexpr(reference.NOISE_RELATIVE)
 _NOISE_NATS = tl.constexpr(reference.NOISE_NATS)
 _LOG_HALF = tl.constexpr(reference.LOG_HALF)
@@ -64,6 +65,11 @@ class GroupScores(reference.GroupAdvantage):
 
     coef_post_T: Tensor | None
     coef_prior_T: Tensor | None
+
+
+@triton.jit
+def _f64(x: tl.constexpr):
+    return tl.full([], x, tl.float64)
 
 
 @triton.jit
@@ -93,9 +99,9 @@ def _answer_utility(
             total += tl.load(logp_ptr + at, mask=at < end[:, None], other=0.0).to(tl.float64)
         u = tl.sum(total, 1)
     finite = tl.abs(u) < _INF
-    u = tl.where(finite, u, U_MIN)
+    u = tl.where(finite, u, _f64(U_MIN))
     if CLAMP:
-        u = tl.maximum(u, U_MIN)
+        u = tl.maximum(u, _f64(U_MIN))
     return u, finite, inside
 
 
@@ -113,8 +119,9 @@ def _zscore(s, live, G: tl.constexpr, EPS: tl.constexpr, DDOF: tl.constexpr, GAT
     largest = tl.max(tl.where(live, tl.abs(s), 0.0), 0)
     centred = tl.where(live, s - tl.sum(tl.where(live, s, 0.0), 0) / G, 0.0)
     std = tl.sqrt(tl.sum(centred * centred, 0) / (G - DDOF))
-    silent = (spread <= tl.maximum(largest * _NOISE_RELATIVE, _NOISE_NATS)) | (std < GATE)
-    return tl.where(silent, 0.0, centred / tl.where(silent, 1.0, std + EPS))
+    noise = tl.maximum(largest * _f64(_NOISE_RELATIVE), _f64(_NOISE_NATS))
+    silent = (spread <= noise) | (std < _f64(GATE))
+    return tl.where(silent, 0.0, centred / tl.where(silent, 1.0, std + _f64(EPS)))
 
 
 @triton.jit(do_not_specialize=["n_answer_tokens", "n_tokens"])
@@ -146,22 +153,22 @@ def _group_advantage_kernel(
     else:
         u_base = tl.sum(tl.where(live_N, u_prior, 0.0), 0) / N
 
-    gain = tl.maximum(u_post - u_base + R_MARGIN, 0.0)
+    gain = tl.maximum(u_post - u_base + _f64(R_MARGIN), 0.0)
     if REWARD == "paper":
         reward = gain
     elif REWARD == "likelihood_gate":
-        reward = (u_post > _LOG_HALF).to(tl.float64)
+        reward = (u_post > _f64(_LOG_HALF)).to(tl.float64)
     else:
-        reward = tl.where(u_post > _LOG_HALF, 1.0 + gain, 0.0)
+        reward = tl.where(u_post > _f64(_LOG_HALF), 1.0 + gain, 0.0)
     if accept_ptr is not None:
         reward = tl.where(tl.load(accept_ptr + at_G, mask=live_G, other=0) != 0, reward, 0.0)
 
     len_post, counts_G = _token_counts(len_post_ptr, at_G, live_G)
     len_prior, counts_N = _token_counts(len_prior_ptr, at_N, live_N)
     len_base = tl.sum(tl.where(live_N, len_prior, 0.0), 0) / N
-    eta = tl.exp((tl.log(len_base) - tl.log(len_post)) * ALPHA)
+    eta = tl.exp((tl.log(len_base) - tl.log(len_post)) * _f64(ALPHA))
     if ETA_LOW is not None:
-        eta = tl.minimum(tl.maximum(eta, ETA_LOW), ETA_HIGH)
+        eta = tl.minimum(tl.maximum(eta, _f64(ETA_LOW)), _f64(ETA_HIGH))
     utility = reward * eta
 
     good_G = inside_G & counts_G & (tl.abs(utility) < _INF)
@@ -192,7 +199,7 @@ def _group_advantage_kernel(
     if cu_paths_ptr is not None:
         weight = tl.load(weight_ptr + at_G, mask=live_G, other=0.0).to(tl.float64)
         coef_post = tl.where(advantage == 0, 0.0, -advantage * weight)[:, None]
-        coef_prior = tl.where(gate, -weight * BETA, 0.0)[:, None]
+        coef_prior = tl.where(gate, -weight * _f64(BETA), 0.0)[:, None]
         coef_prior = tl.where(bad > 0, _NAN, coef_prior)
         position = start[:, None] + tl.arange(0, TILE // G_PAD)[None, :]
         zero = tl.zeros([G_PAD, TILE // G_PAD], tl.float64)
@@ -213,8 +220,8 @@ def _sum_tokens(logp_ptr, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_sequences, BLOCK: tl.constexpr):
-    """Where the prior stream holds sequence s: its first row, how often it is named, is all well.
+def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_rows, n_sequences, BLOCK: tl.constexpr):
+    """The first prior row of sequence s, how often it is named, and whether n_rows fits the index.
 
     O(P) per sequence, which spares the launches of a cumulative sum.
     """
@@ -225,16 +232,20 @@ def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_sequences, BLOCK: tl.constexpr)
         times += hit.to(tl.int32)
         slot = tl.where(hit, at, slot)
     slot = tl.max(slot, 0)
-    rows, outside = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
-    for first in range(0, slot, BLOCK):
+    before, total = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    outside = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, n_prior, BLOCK):
         at = first + tl.arange(0, BLOCK).to(tl.int64)
-        owner = tl.load(index_ptr + at, mask=at < slot, other=0)
+        owner = tl.load(index_ptr + at, mask=at < n_prior, other=0)
         inside = (owner >= 0) & (owner < n_sequences)
-        lower = tl.load(cu_ptr + owner, mask=(at < slot) & inside, other=0).to(tl.int64)
-        upper = tl.load(cu_ptr + (owner + 1), mask=(at < slot) & inside, other=0).to(tl.int64)
-        rows += upper - lower
+        live = inside & (at < n_prior)
+        lower = tl.load(cu_ptr + owner, mask=live, other=0).to(tl.int64)
+        upper = tl.load(cu_ptr + (owner + 1), mask=live, other=0).to(tl.int64)
+        total += upper - lower
+        before += tl.where(at < slot, upper - lower, 0)
         outside += (~inside).to(tl.int32)
-    return tl.sum(rows, 0), tl.sum(times, 0), tl.sum(outside, 0) == 0
+    fits = (tl.sum(total, 0) == n_rows) & (tl.sum(outside, 0) == 0)
+    return tl.sum(before, 0), tl.sum(times, 0), fits
 
 
 @triton.jit(do_not_specialize=["n_sequences", "n_tokens", "n_prior_tokens", "n_prior"])
@@ -255,9 +266,11 @@ def _path_sums_kernel(
     if index_ptr is None:
         logp = tl.where(inside, _sum_tokens(logp_ptr, start, end, BLOCK), _NAN)
     else:
-        first, times, good = _prior_rows(index_ptr, cu_ptr, s, n_prior, n_sequences, BLOCK)
+        first, times, fits = _prior_rows(
+            index_ptr, cu_ptr, s, n_prior, n_prior_tokens, n_sequences, BLOCK
+        )
         last = first + end - start
-        good = good & inside & (times == 1) & (first >= 0) & (last <= n_prior_tokens)
+        good = fits & inside & (times == 1) & (first >= 0) & (last <= n_prior_tokens)
         total = _sum_tokens(logp_ptr, first, tl.where(good, last, first), BLOCK)
         # A sequence that is not there is no error unless its gate is open.
         logp = tl.where(good, total, tl.where((times == 0) & ~gate, 0.0, _NAN))
@@ -414,7 +427,8 @@ def gated_kl(
     gate_S: (S,) bool; None means A > 0.
 
     Errors that only values show cost no synchronisation, they come back as NaN: boundaries out of
-    range in logq_S, a gated sequence that the prior stream lacks or holds twice in logp_S.
+    range in logq_S; a gated sequence that the prior stream lacks, one that it holds twice, and all
+    that it holds when prior_index does not fit U, in logp_S.
     ValueError: shapes, dtypes, devices, no CUDA device.
     """
     sequences = advantage_S.shape[0] if advantage_S.ndim == 1 else -1
