@@ -302,7 +302,7 @@ class Draw:
 
 
 @runs_kernels
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_every_option_and_shape_matches_float64(seed):
     draw = Draw(seed)
     for case in range(20):
@@ -356,10 +356,10 @@ def zscore_kernel(s_ptr, a_ptr, rows, G: tl.constexpr, G_PAD: tl.constexpr, DDOF
 @runs_kernels
 @pytest.mark.parametrize("size", range(2, 33, 3))
 def test_thousands_of_constant_groups_are_exactly_silent(size):
-    s_BG = constant_groups(size, 300).double().to(DEVICE)
+    s_BG = constant_groups(size, 200).double().to(DEVICE)
     assert (s_BG.amax(1) > s_BG.amin(1)).float().mean() > 0.4
     a_BG = torch.full_like(s_BG, POISON)
-    zscore_kernel[(1,)](s_BG, a_BG, 300, size, 1 << (size - 1).bit_length(), size % 2)
+    zscore_kernel[(1,)](s_BG, a_BG, 200, size, 1 << (size - 1).bit_length(), size % 2)
     assert not a_BG.any()
 
 
@@ -586,8 +586,8 @@ def test_gated_kl_matches_float64(partial, dtype):
 def test_gated_kl_across_many_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 16)
     draw = Draw(5)
-    arguments = sequences(draw, 120, 50, partial=True, dtype=torch.float64)
-    assert len(arguments["prior_index"]) > 40
+    arguments = sequences(draw, 80, 50, partial=True, dtype=torch.float64)
+    assert len(arguments["prior_index"]) > 30
     first = assert_kl_equals_reference(arguments)
     second = run_kl(**arguments)
     assert all(torch.equal(first[k], second[k]) for k in first)
