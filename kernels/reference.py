@@ -1,15 +1,17 @@
-"""The language-model head in plain PyTorch: the specification of every other backend and the oracle
-of the tests.
+"""Every op in plain PyTorch: the specification of every other backend and the oracle of the tests.
 
-T tokens, K kept rows, D hidden, V vocabulary, S sequences. All logits are held at once, so memory
-is O(T V): small shapes only.
+T, U tokens, K kept rows, D hidden, V vocabulary, S sequences; B questions with G posterior and N
+prior paths each. All logits are held at once, so memory is O(T V): small shapes only.
 
 | | inputs | arithmetic | outputs |
 |---|---|---|---|
-| fp16, bf16, fp32 | as given | float32 | float32 |
-| float64 | float64 | float64 | float64 |
+| head: fp16, bf16, fp32 | as given | float32 | float32 |
+| head: float64 | float64 | float64 | float64 |
+| groups | any | float64 | float64 |
 """
 
+import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -87,17 +89,230 @@ def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.stack(sums) if sums else values_T.new_zeros(0)
 
 
-def gated_kl(
-    logq_T: Tensor, logp_T: Tensor, cu_seqlens: Tensor, advantage_S: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequence log-probs and the gated Monte-Carlo KL of both streams: logq, logp, gate, kl, (S,).
+# Scores come from float32 kernels: equal paths may differ in the last bits, and a z-score would
+# blow that up to unit variance. Below 1e-7 nats nothing was measured either.
+NOISE_RELATIVE = 8 * torch.finfo(torch.float32).eps
+NOISE_NATS = 1e-7
+LOG_HALF = math.log(0.5)
 
-    log q_s = sum_t log q_t     log pi_s = sum_t log pi_t     gate_s = 1[A_s > 0]
-    kl_s = gate_s (sg log q_s - log pi_s)
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """Options of `group_advantage`, checked at birth: ValueError. The defaults are the paper's."""
+
+    alpha: float = 0.5  # exponent of the length factor, >= 0
+    baseline: str = "mean"  # of U over the prior paths; or "lme", the log of the mean likelihood
+    reward: str = "paper"  # or "likelihood_gate", "likelihood_mix"
+    r_margin: float = 0.0  # nats, reward "paper" only
+    u_min: float = -20.0  # nats, what a NaN or infinite U becomes
+    clamp_u: bool = False  # lift every U to u_min
+    eta_clip: tuple[float, float] | None = None  # (low, high)
+    eps: float = 1e-6  # added to the std
+    ddof: int = 0  # std over G - ddof
+    std_gate: float = 0.0  # groups with std(S) below it are silent
+
+    def __post_init__(self):
+        for name in ("alpha", "eps", "std_gate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, expected a finite number >= 0"
+                )
+        for name, choices in (
+            ("baseline", ("mean", "lme")),
+            ("reward", ("paper", "likelihood_gate", "likelihood_mix")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        if not math.isfinite(self.r_margin) or (self.r_margin != 0 and self.reward != "paper"):
+            raise ValueError(
+                f"r_margin: got {self.r_margin} with reward={self.reward!r}, expected a finite "
+                "number, and 0 unless reward='paper': the other rewards have no margin"
+            )
+        if not math.isfinite(self.u_min):
+            raise ValueError(
+                f"u_min: got {self.u_min}, expected a finite number of nats such as -20"
+            )
+        if self.eta_clip is not None and not 0 < self.eta_clip[0] <= self.eta_clip[1] < math.inf:
+            raise ValueError(
+                f"eta_clip: got {self.eta_clip}, expected (low, high) with 0 < low <= high; "
+                "use None for no clip"
+            )
+
+    def check_group_size(self, group_size: int) -> None:
+        if not 0 <= self.ddof < group_size:
+            raise ValueError(
+                f"ddof: got {self.ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the "
+                "population std"
+            )
+
+
+PAPER = GroupOptions()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupAdvantage:
+    """Scores of B questions, float64.
+
+    One question, U = (-1, -5 | -1, -3), lengths (50, 200 | 100, 300): u_base = -2, len_base = 200,
+    reward = (1, 0), eta = (2, 1), utility = (2, 0), advantage = (1, -1), gate = (True, False).
     """
-    logq_S, logp_S = segment_sum(logq_T, cu_seqlens), segment_sum(logp_T, cu_seqlens)
-    gate_S = advantage_S > 0
-    return logq_S, logp_S, gate_S, gate_S * (logq_S.detach() - logp_S)
+
+    u_post_BG: Tensor  # nats
+    u_prior_BN: Tensor  # nats
+    u_base_B: Tensor  # nats
+    len_base_B: Tensor  # tokens
+    reward_BG: Tensor
+    eta_BG: Tensor
+    utility_BG: Tensor
+    advantage_BG: Tensor
+    gate_BG: Tensor  # bool
+    replaced_B: Tensor  # int: U that became u_min. -1: bad lengths or an infinite S; advantage NaN
+
+
+def group_advantage(
+    answer_logp_A: Tensor,
+    len_post_BG: Tensor,
+    len_prior_BN: Tensor,
+    options: GroupOptions = PAPER,
+    *,
+    cu_answers: Tensor | None = None,
+    accept_BG: Tensor | None = None,
+) -> GroupAdvantage:
+    """Answer log-probs -> utility, advantage and gate (VPG-EA, arXiv 2605.11019).
+
+        U = sum_t log p(answer_t)         Ubar = mean_j U_j or log mean_j exp U_j, prior paths
+        R = max(0, U - Ubar + r_margin) or 1[U > log 1/2] or 1[U > log 1/2] (1 + max(0, U - Ubar))
+        eta = (len_base / len)^alpha      S = R eta, R = 0 where not accepted
+        A = (S - mean S) / (std S + eps)  gate = 1[A > 0]
+
+    answer_logp_A: the answer tokens of B G posterior, then B N prior paths, back to back;
+    cu_answers (B (G + N) + 1,) their boundaries. None: one value a path, U itself.
+    """
+    o, n_post = options, len_post_BG.numel()
+    u_P = answer_logp_A.double()
+    if cu_answers is not None:
+        u_P = segment_sum(u_P, cu_answers)
+    finite_P = u_P.isfinite()
+    u_P = torch.where(finite_P, u_P, o.u_min).clamp(min=o.u_min if o.clamp_u else -math.inf)
+    u_post_BG, finite_BG = (x[:n_post].view(len_post_BG.shape) for x in (u_P, finite_P))
+    u_prior_BN, finite_BN = (x[n_post:].view(len_prior_BN.shape) for x in (u_P, finite_P))
+
+    u_base_B1 = u_prior_BN.mean(1, keepdim=True)
+    if o.baseline == "lme":
+        u_base_B1 = u_prior_BN.logsumexp(1, keepdim=True) - math.log(u_prior_BN.shape[1])
+    gain_BG = (u_post_BG - u_base_B1 + o.r_margin).clamp(min=0)
+    likely_BG = (u_post_BG > LOG_HALF).double()
+    rewards = {"paper": gain_BG, "likelihood_gate": likely_BG}
+    reward_BG = rewards.get(o.reward, likely_BG * (1 + gain_BG))
+    if accept_BG is not None:
+        reward_BG = torch.where(accept_BG, reward_BG, 0.0)
+    len_base_B = len_prior_BN.double().clamp(min=1).mean(1)
+    eta_BG = length_factor(len_post_BG, len_base_B, o)
+    utility_BG = reward_BG * eta_BG
+
+    lengths = torch.cat((len_post_BG, len_prior_BN), 1).double()
+    bad_B = ~(utility_BG.isfinite().all(1) & (lengths.isfinite() & (lengths >= 0)).all(1))
+    advantage_BG = group_zscore(utility_BG, o).masked_fill(bad_B[:, None], math.nan)
+    replaced_B = (~finite_BG).sum(1) + (~finite_BN).sum(1)
+    return GroupAdvantage(
+        u_post_BG,
+        u_prior_BN,
+        u_base_B1.squeeze(1),
+        len_base_B,
+        reward_BG,
+        eta_BG,
+        utility_BG,
+        advantage_BG,
+        advantage_BG > 0,
+        torch.where(bad_B, -1, replaced_B),
+    )
+
+
+def length_factor(len_BG: Tensor, len_base_B: Tensor, options: GroupOptions = PAPER) -> Tensor:
+    """eta = (len_base / max(len, 1))^alpha, clipped to eta_clip."""
+    log_ratio_BG = len_base_B.log()[:, None] - len_BG.double().clamp(min=1).log()
+    eta_BG = (options.alpha * log_ratio_BG).exp()
+    return eta_BG if options.eta_clip is None else eta_BG.clamp(*options.eta_clip)
+
+
+def group_zscore(utility_BG: Tensor, options: GroupOptions = PAPER) -> Tensor:
+    """(S - mean) / (std + eps) in each row; 0 in a constant row or one with std < std_gate.
+
+    Constant: max - min <= max(8 eps32 max|S|, 1e-7), decided before the division.
+    """
+    range_B1 = utility_BG.amax(1, keepdim=True) - utility_BG.amin(1, keepdim=True)
+    noise_B1 = (NOISE_RELATIVE * utility_BG.abs().amax(1, keepdim=True)).clamp(min=NOISE_NATS)
+    centred_BG = utility_BG - utility_BG.mean(1, keepdim=True)
+    degrees = utility_BG.shape[1] - options.ddof
+    std_B1 = (centred_BG.square().sum(1, keepdim=True) / degrees).sqrt()
+    silent_B1 = (range_B1 <= noise_B1) | (std_B1 < options.std_gate)
+    return torch.where(silent_B1, 0.0, centred_BG / (std_B1 + options.eps))
+
+
+def stream_coefficients(
+    advantage_BG: Tensor, weight_BG: Tensor, cu_paths: Tensor, *, beta: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Coefficient of every token of the posterior paths in the teacher's and the student's view.
+
+    -w A and -beta w 1[A > 0], each (T,); cu_paths (B G + 1,) are the paths' boundaries.
+    """
+    tokens_P = cu_paths.diff()
+    post_BG = -weight_BG * advantage_BG
+    prior_BG = -beta * weight_BG * (advantage_BG > 0)
+    return post_BG.flatten().repeat_interleave(tokens_P), prior_BG.flatten().repeat_interleave(
+        tokens_P
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GatedKl:
+    """What the log-probabilities of a step add up to; loss = pg_loss + beta distill_loss.
+
+    Two one-token sequences, A = (1, -1), w = (1, 1), q = (1/2, 1/2), pi = (1/4, -): logq = (-0.69,
+    -0.69), logp = (-1.39, 0), gate = (True, False), kl = (0.69, 0), pg_loss = 0, distill_loss =
+    0.69.
+    """
+
+    logq_S: Tensor  # log q_s
+    logp_S: Tensor  # log pi_s; without a prior row NaN where the gate is open, else 0
+    gate_S: Tensor  # bool
+    kl_S: Tensor  # gate_s (sg log q_s - log pi_s)
+    pg_loss: Tensor  # 0-dim
+    distill_loss: Tensor  # 0-dim
+
+
+def gated_kl(
+    logq_T: Tensor,
+    logp_U: Tensor,
+    cu_seqlens: Tensor,
+    advantage_S: Tensor,
+    weight_S: Tensor,
+    *,
+    prior_index: Tensor | None = None,
+    gate_S: Tensor | None = None,
+) -> GatedKl:
+    """Sequence log-probs, the gated Monte-Carlo KL of both streams, and the parts of the loss.
+
+        log q_s = sum_t log q_t               kl_s = gate_s (sg log q_s - log pi_s)
+        pg_loss = -sum_s w_s A_s log q_s      distill_loss = sum_s w_s kl_s
+
+    gate_S (bool): None means A_s > 0.
+    prior_index (P,): the sequences that logp_U holds, in its order; None: all. A gated sequence
+    without prior rows gives NaN; where w_s A_s = 0, log q_s may be anything.
+    """
+    gate_S = advantage_S > 0 if gate_S is None else gate_S
+    index_P = torch.arange(len(gate_S)) if prior_index is None else prior_index
+    cu_P = torch.nn.functional.pad(cu_seqlens.diff()[index_P].cumsum(0), (1, 0))
+    logq_S = segment_sum(logq_T, cu_seqlens)
+    logp_S = torch.where(gate_S, torch.nan, torch.zeros_like(logq_S))
+    logp_S = logp_S.index_put((index_P,), segment_sum(logp_U, cu_P))
+    kl_S = torch.where(gate_S, logq_S.detach() - logp_S, 0.0)
+    coef_S = -weight_S * advantage_S
+    pg_loss = (coef_S * logq_S.masked_fill(coef_S == 0, 0.0)).sum()
+    distill_loss = (weight_S * kl_S.masked_fill(weight_S == 0, 0.0)).sum()
+    return GatedKl(logq_S, logp_S, gate_S, kl_S, pg_loss, distill_loss)
 
 
 def vpgea_loss(
@@ -118,8 +333,8 @@ def vpgea_loss(
     """
     logq_T, _, _ = linear_logprob(hidden_post_TD, weight_VD, targets_T, **head)
     logp_T, _, _ = linear_logprob(hidden_prior_TD, weight_VD, targets_T, **head)
-    logq_S, _, _, kl_S = gated_kl(logq_T, logp_T, cu_seqlens, advantage_S)
-    return (weight_S * (-advantage_S * logq_S + beta * kl_S)).sum()
+    parts = gated_kl(logq_T, logp_T, cu_seqlens, advantage_S, weight_S)
+    return parts.pg_loss + beta * parts.distill_loss
 
 
 def head_pass(

@@ -457,7 +457,7 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: run(std_gate=-1), r"std_gate: got -1"),
     (lambda: run(ddof=4), r"ddof: got 4, expected 0 <= ddof < G = 4"),
     (lambda: run(ddof=-1), r"ddof: got -1"),
-    (lambda: run(len_post_BG=LENGTHS * NAN), r"len: got nan among the lengths"),
+    (lambda: run(len_post_BG=LENGTHS * NAN), r"len_post: got nan among the lengths"),
     (lambda: run(len_prior_BN=-LENGTHS), r"len_prior: got -10.0.*truncated path counts"),
     (
         lambda: run(accept_BG=torch.ones(2, 4)),

@@ -19,15 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BASELINES = ("mean", "lme")
-REWARDS = ("paper", "likelihood_gate", "likelihood_mix")
-
-_LOG_HALF = math.log(0.5)
-_EPS32 = torch.finfo(torch.float32).eps
-# Scores come from float32 kernels: equal paths may differ in the last bits, and a z-score would
-# blow that up to unit variance. Below 1e-7 nats nothing was measured either.
-_NOISE_RELATIVE = 8 * _EPS32
-_NOISE_NATS = 1e-7
+from vpgea_fast.kernels import reference
+from vpgea_fast.kernels.reference import GroupOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,12 +68,7 @@ def length_factor(
     Raises ValueError for negative or non-finite lengths, a base that is not positive, alpha < 0,
     and a clip that is not 0 < low <= high.
     """
-    _require_non_negative("alpha", alpha)
-    if eta_clip is not None and not 0 < eta_clip[0] <= eta_clip[1] < math.inf:
-        raise ValueError(
-            f"eta_clip: got {eta_clip}, expected (low, high) with 0 < low <= high; "
-            "use None for no clip"
-        )
+    options = GroupOptions(alpha=alpha, eta_clip=eta_clip)
     if len_BG.ndim != 2 or len_base_B.shape != len_BG.shape[:1]:
         raise ValueError(
             f"length_factor: got len {tuple(len_BG.shape)} and len_base "
@@ -92,8 +80,7 @@ def length_factor(
             f"len_base: got {len_base_B.tolist()}, expected positive finite token counts; "
             "pass the mean length of at least one path per prompt"
         )
-    eta_BG = torch.exp(alpha * (len_base_B.log()[:, None] - _token_counts("len", len_BG).log()))
-    return eta_BG if eta_clip is None else eta_BG.clamp(*eta_clip)
+    return reference.length_factor(_token_counts("len", len_BG), len_base_B, options)
 
 
 def group_zscore(
@@ -107,30 +94,11 @@ def group_zscore(
     |A| <= sqrt(G - 1). utility_BG (B, G), any dtype; returns float64 (B, G), rows sum to 0.
     Raises ValueError for G < 2, ddof outside [0, G), negative eps or std_gate, and non-finite S.
     """
-    _require_non_negative("eps", eps)
-    _require_non_negative("std_gate", std_gate)
-    if utility_BG.ndim != 2 or utility_BG.shape[1] < 2:
-        raise ValueError(
-            f"utility: got shape {tuple(utility_BG.shape)}, expected (B, G) with G >= 2; "
-            "one path has nothing to be compared with, sample more posterior paths"
-        )
-    group_size = utility_BG.shape[1]
-    if not 0 <= ddof < group_size:
-        raise ValueError(
-            f"ddof: got {ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the population std"
-        )
+    options = GroupOptions(eps=eps, ddof=ddof, std_gate=std_gate)
+    _check_group("utility", utility_BG, options)
     utility_BG = _float64(utility_BG)
-    if not bool(torch.isfinite(utility_BG).all()):
-        raise ValueError(
-            f"utility: got {int((~torch.isfinite(utility_BG)).sum())} non-finite values, expected "
-            "none; replace non-finite log-likelihoods before scoring, or lower alpha"
-        )
-    range_B1 = utility_BG.amax(dim=1, keepdim=True) - utility_BG.amin(dim=1, keepdim=True)
-    noise_B1 = (_NOISE_RELATIVE * utility_BG.abs().amax(dim=1, keepdim=True)).clamp(min=_NOISE_NATS)
-    centred_BG = utility_BG - utility_BG.mean(dim=1, keepdim=True)
-    std_B1 = (centred_BG.square().sum(dim=1, keepdim=True) / (group_size - ddof)).sqrt()
-    silent_B1 = (range_B1 <= noise_B1) | (std_B1 < std_gate)
-    return torch.where(silent_B1, 0.0, centred_BG / (std_B1 + eps))
+    _check_finite_utility(utility_BG)
+    return reference.group_zscore(utility_BG, options)
 
 
 def cross_view_utility(
@@ -165,48 +133,42 @@ def cross_view_utility(
         finite U below u_min.
     eta_clip, eps, ddof, std_gate: see length_factor and group_zscore.
 
-    Inputs may have any dtype; the result is float64 and detached. On an accelerator the checks
-    synchronise with the host: B * G numbers, once a step.
+    Inputs may have any dtype; the result is float64 and detached. On CUDA it is one kernel launch
+    (kernels/group_advantage.py) and one synchronisation with the host, for the errors.
     Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range.
     """
-    _require_choice("baseline", baseline, BASELINES)
-    _require_choice("reward", reward, REWARDS)
-    if not math.isfinite(r_margin) or (r_margin != 0 and reward != "paper"):
-        raise ValueError(
-            f"r_margin: got {r_margin} with reward={reward!r}, expected a finite number, and 0 "
-            "unless reward='paper': the other rewards have no margin"
-        )
+    options = GroupOptions(
+        alpha, baseline, reward, r_margin, u_min, clamp_u, eta_clip, eps, ddof, std_gate
+    )
     _check_shapes(u_post_BG, u_prior_BN, len_post_BG, len_prior_BN)
-    u_post_BG, replaced_post = _finite_u(u_post_BG, u_min, clamp=clamp_u)
-    u_prior_BN, replaced_prior = _finite_u(u_prior_BN, u_min, clamp=clamp_u)
-
-    u_base_B = u_prior_BN.mean(dim=1)
-    if baseline == "lme":
-        u_base_B = u_prior_BN.logsumexp(dim=1) - math.log(u_prior_BN.shape[1])
-    gain_BG = (u_post_BG - u_base_B[:, None] + r_margin).clamp(min=0)
-    likely_BG = (u_post_BG > _LOG_HALF).double()
-    reward_BG = {
-        "paper": gain_BG,
-        "likelihood_gate": likely_BG,
-        "likelihood_mix": likely_BG * (1 + gain_BG),
-    }[reward]
+    _check_group("u_post", u_post_BG, options)
     if accept_BG is not None:
         _check_accept(accept_BG, u_post_BG.shape)
-        reward_BG = torch.where(accept_BG, reward_BG, 0.0)
-
-    len_base_B = _token_counts("len_prior", len_prior_BN).mean(dim=1)
-    eta_BG = length_factor(len_post_BG, len_base_B, alpha, eta_clip)
-    utility_BG = reward_BG * eta_BG
-    advantage_BG = group_zscore(utility_BG, eps=eps, ddof=ddof, std_gate=std_gate)
+    if u_post_BG.is_cuda:
+        from vpgea_fast.kernels.group_advantage import group_advantage
+    else:
+        from vpgea_fast.kernels.reference import group_advantage
+    out = group_advantage(
+        torch.cat([_float64(u).flatten() for u in (u_post_BG, u_prior_BN)]),
+        _float64(len_post_BG),
+        _float64(len_prior_BN),
+        options,
+        accept_BG=accept_BG,
+    )
+    replaced = out.replaced_B.tolist()  # the one synchronisation
+    if -1 in replaced:
+        _token_counts("len_post", len_post_BG)
+        _token_counts("len_prior", len_prior_BN)
+        _check_finite_utility(out.utility_BG)
     return Utility(
-        reward=reward_BG,
-        eta=eta_BG,
-        utility=utility_BG,
-        advantage=advantage_BG,
-        gate=advantage_BG > 0,
-        len_base=len_base_B,
-        u_base=u_base_B,
-        n_replaced=replaced_post + replaced_prior,
+        reward=out.reward_BG,
+        eta=out.eta_BG,
+        utility=out.utility_BG,
+        advantage=out.advantage_BG,
+        gate=out.gate_BG,
+        len_base=out.len_base_B,
+        u_base=out.u_base_B,
+        n_replaced=sum(replaced),
     )
 
 
@@ -258,7 +220,9 @@ def posterior_monitors(
     monitors["cov_ls"] = float((gap_B * l_BN.mean(dim=1)).mean())
     monitors["prop1_gap"] = float(gap_B.mean())
     # A sign below the noise of the scores is no sign: equal likelihoods have covariance 0.
-    monitors["share_cov_negative"] = float((gap_B < -_NOISE_RELATIVE * s_mean_B).double().mean())
+    monitors["share_cov_negative"] = float(
+        (gap_B < -reference.NOISE_RELATIVE * s_mean_B).double().mean()
+    )
     return monitors
 
 
@@ -354,11 +318,19 @@ def _check_accept(accept_BG: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _require_choice(name: str, got: str, choices: tuple[str, ...]) -> None:
-    if got not in choices:
-        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(choices)}")
+def _check_group(name: str, values_BG: Tensor, options: GroupOptions) -> None:
+    if values_BG.ndim != 2 or values_BG.shape[1] < 2:
+        raise ValueError(
+            f"{name}: got shape {tuple(values_BG.shape)}, expected (B, G) with G >= 2; "
+            "one path has nothing to be compared with, sample more posterior paths"
+        )
+    options.check_group_size(values_BG.shape[1])
 
 
-def _require_non_negative(name: str, got: float) -> None:
-    if not 0 <= got < math.inf:
-        raise ValueError(f"{name}: got {got}, expected a finite number >= 0")
+def _check_finite_utility(utility_BG: Tensor) -> None:
+    finite_BG = torch.isfinite(utility_BG)
+    if not bool(finite_BG.all()):
+        raise ValueError(
+            f"utility: got {int((~finite_BG).sum())} non-finite values, expected none; replace "
+            "non-finite log-likelihoods before scoring, or lower alpha"
+        )
