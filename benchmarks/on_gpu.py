@@ -23,6 +23,7 @@ from vpgea_fast.metrics import environment
 ROOT = Path(__file__).parents[1]
 PARTS = {
     "tests": "-m pytest -q -m gpu --timeout 540 tests",
+    "kernels": "benchmarks/kernel_bench.py --shape qwen2.5-7b --out {scratch}/kernel_bench",
     "tiny": (
         "-m vpgea_fast.cli train configs/tiny.yaml --model.path vpgea_fast/tiny_base "
         "--model.device cuda --run.dir {scratch}/tiny --train.steps 20"
