@@ -95,11 +95,10 @@ def step_questions(
     return [questions[i] for i in order[index * batch : (index + 1) * batch]]
 
 
-def fingerprint(items: Sequence[Any]) -> str:
-    """BLAKE2b over questions in their order (prompted or not): a resumed run must see the same."""
+def fingerprint(questions: Sequence[Question]) -> str:
+    """BLAKE2b over questions in their order: a resumed run must see the same ones."""
     digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        question: Question = getattr(item, "question", item)
+    for question in questions:
         digest.update(json.dumps([question.id, question.text, question.answer]).encode())
     return digest.hexdigest()
 

@@ -105,8 +105,7 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
     change, not its level."""
     early = [
         question.question.answer in decode(path.z_ids[: path.length // 5])
-        for question, group in zip(batch.questions, batch.posterior, strict=True)
-        for path in group
+        for question, path in batch.pairs("posterior")
     ]
     return sum(early) / len(early)
 
@@ -138,11 +137,11 @@ def work_metrics(
     seconds: dict[str, float],
 ) -> dict[str, float | int]:
     """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
-    possible = 0
-    for stream, view in coefs.weights:
-        groups = batch.posterior if stream == "posterior" else batch.prior
-        for question, group in zip(batch.questions, groups, strict=True):
-            possible += sum(question.context(view).numel() + path.z_ids.numel() for path in group)
+    possible = sum(
+        question.context(view).numel() + path.z_ids.numel()
+        for stream, view in coefs.weights
+        for question, path in batch.pairs(stream)
+    )
     trained = sum(row.tokens for row in rows)
     generated = batch.tokens + (coefs.metrics.get("tokens_replaced") or 0)
     return {

@@ -53,22 +53,17 @@ class Policy(nn.Module):
     def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> losses.WeightedLoss:
         """sum_t coef_t log p_t at `temperature`, its gradients made in the same pass."""
         batch = batch.to(self.device)
-        hidden_RD, head = self._hidden(batch), self._head()
-        weight = self.causal_lm.get_output_embeddings().weight
-        sink = None
-        if weight.requires_grad and weight.dtype != self.dtype and torch.is_grad_enabled():
-            # dW of a half-precision head goes to the float32 gradient without rounding on its way
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            sink, head["weight_VD"] = weight.grad, weight.detach().to(self.dtype)
+        hidden_RD = self._hidden(batch)
+        weight_VD, sink_VD = self._weight()
         coef_R = batch.coef.to(torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32)
         return losses.weighted_logprob_loss(
             hidden_RD,
-            targets_T=batch.targets,
-            coef_T=coef_R,
+            weight_VD,
+            batch.targets,
+            coef_R,
             temperature=temperature,
-            dweight_out=sink,
-            **head,
+            dweight_out=sink_VD,
+            **self._head(),
         )
 
     @torch.no_grad()
@@ -89,7 +84,8 @@ class Policy(nn.Module):
         batch = batch.to(self.device)
         return losses.linear_logprob(
             self._hidden(batch),
-            targets_T=batch.targets,
+            self._weight()[0],
+            batch.targets,
             temperature=temperature,
             return_entropy=return_entropy,
             **self._head(),
@@ -108,10 +104,20 @@ class Policy(nn.Module):
             )
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
+    def _weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The head's weight in the forward's dtype; where that is a half-precision copy to train
+        through, also the float32 gradient that takes its dW without rounding on the way."""
+        weight = self.causal_lm.get_output_embeddings().weight
+        if weight.dtype == self.dtype:
+            return weight, None
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        if trained and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.detach().to(self.dtype), weight.grad if trained else None
+
     def _head(self) -> dict[str, Any]:
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config
         return {
-            "weight_VD": head.weight.to(self.dtype),
             "bias": None if getattr(head, "bias", None) is None else head.bias.to(self.dtype),
             "softcap": getattr(config, "final_logit_softcapping", None),
             "logit_scale": getattr(config, "logit_scale", None)

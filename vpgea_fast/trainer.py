@@ -26,7 +26,7 @@ from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, envir
 from vpgea_fast.model import load_policy, load_tokenizer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
-from vpgea_fast.packing import drop_zero_rows, pack
+from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import (
@@ -34,6 +34,7 @@ from vpgea_fast.scoring import (
     score_row,
 )
 from vpgea_fast.types import (
+    PackedBatch,
     ScoredBatch,
     StepStats,
     TrainRow,
@@ -154,15 +155,14 @@ class Trainer:
 
     def accumulate(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Add the gradient of `rows` to the parameters; per-token log-probs of every row."""
-        logps: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        for batch, members in pack(rows, self.cfg.train.micro_batch_tokens):
+
+        def backward(batch: PackedBatch) -> torch.Tensor:
             self._check_stop()
             out = self.policy(batch, temperature=self.cfg.rollout.temperature)
             out.loss.backward()
-            parts = out.logp.double().cpu().split([rows[i].token_ids.numel() for i in members])
-            for i, part in zip(members, parts, strict=True):
-                logps[i] = part
-        return logps
+            return out.logp.cpu()
+
+        return row_logprobs(backward, rows, self.cfg.train.micro_batch_tokens)
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule."""
@@ -253,7 +253,7 @@ class Trainer:
             optimizer_state=self.optimizer.state_dict(),
             trainer_state={
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "data": fingerprint(self.questions),
+                "data": self.fingerprint,
             },
             keep_last=self.cfg.checkpoint.keep_last,
         )
@@ -263,11 +263,7 @@ class Trainer:
         objective, budget = self.cfg.objective, self.cfg.train.micro_batch_tokens
         if not isinstance(objective, VpgeaConfig):
             return {}
-        pairs = [
-            (question, path)
-            for question, group in zip(batch.questions, batch.posterior, strict=True)
-            for path in group
-        ]
+        pairs = batch.pairs("posterior")
         logprob_entropy = functools.partial(
             self.policy.logprob_entropy, temperature=self.cfg.rollout.temperature
         )
@@ -327,6 +323,7 @@ class Trainer:
             loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
         )
         self.dropped = {**loaded.dropped, **unfit}
+        self.fingerprint = fingerprint([q.question for q in self.questions])
         self.policy = load_policy(cfg.model, backend=cfg.loss.backend)
         self.engine = HFEngine(
             self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
@@ -384,7 +381,7 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
             )
-        if saved and saved.trainer_state["data"] != fingerprint(self.questions):
+        if saved and saved.trainer_state["data"] != self.fingerprint:
             raise checkpoint.CheckpointError(
                 f"the questions of {self.cfg.data.train} are not those that the run began with; "
                 "bring them back, or start another run"

@@ -161,6 +161,11 @@ class ScoredBatch:
             p.generated for groups in (self.posterior, self.prior) for g in groups for p in g
         )
 
+    def pairs(self, stream: Stream) -> list[tuple[PromptedQuestion, Path]]:
+        """Every path of a stream with its question, in the order of the batch."""
+        groups = self.posterior if stream == "posterior" else self.prior
+        return [(q, p) for q, group in zip(self.questions, groups, strict=True) for p in group]
+
     def select(self, keep: Sequence[int]) -> ScoredBatch:
         """The questions at these places, with all that belongs to them."""
         chosen: dict[str, Any] = {
