@@ -13,7 +13,7 @@ from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
-CPU = {"device": "cpu", "gradient_checkpointing": False}
+CPU = {"device": "cpu", "activation_checkpointing": "none"}
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ class RunConfig:
     threads: NonNegativeInt = 0
     """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend
     on it bitwise."""
+    max_minutes: PositiveFloat | None = None
+    """Save and stop, as on SIGTERM, when the run has taken so long: before a scheduler ends it."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,7 +82,37 @@ class ModelConfig:
     """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
     float64)."""
     device: str = "auto"
-    gradient_checkpointing: bool = True
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16
+    halves them and needs optim.stochastic_rounding: at 1e-6 a rounded update is lost."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    """`full` keeps a layer's input and runs the layer again in the backward; `selective` also keeps
+    what attention and every second GEMM gave."""
+    compile: bool = False
+    """torch.compile, one graph for all decoder layers."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU; `auto`: on CUDA when liger-kernel is installed."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Attention of packed documents: flash-attn, torch's varlen_attn (CUDA), or one sdpa call a
+    document (any device); `auto` takes the first that runs here."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    """How the model lies on the processes that torchrun starts; one process needs none of it."""
+
+    shard: Literal["auto", "on", "off"] = "auto"
+    """FSDP2; `auto`: with more than one process, and on CUDA."""
+    replicas: PositiveInt = 1
+    """HSDP: so many copies of the model, each sharded over processes / replicas. One copy a node
+    keeps the gathers inside it."""
+    accumulate: Literal["sharded", "unsharded"] = "sharded"
+    """Gradients between micro-batches: reduced into shards each time, or kept whole on every
+    process and reduced once (4 bytes a parameter). The head always does the latter."""
+    cpu_offload: bool = False
+    """Weights, gradients and optimiser states in host memory between uses."""
+    timeout_minutes: PositiveFloat = 30.0
+    """A collective that waits longer ends the job."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -258,6 +290,10 @@ class LossConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimConfig:
+    name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """Moments in the weights' dtype, in bfloat16, or in 8 bits (torchao, an extra)."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights up or down with the probability that makes the mean exact."""
     lr: PositiveFloat = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up, over train.steps; linear and cosine end at zero."""
@@ -293,7 +329,11 @@ class TrainConfig:
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     save_every: PositiveInt = 20
+    save_minutes: PositiveFloat | None = None
+    """Also save when so much time has passed since the last save."""
     keep_last: PositiveInt = 2
+    background: bool = False
+    """Copy the state to host memory, train on, and write from a thread."""
     export: bool = True
     """Write export/ (a Hugging Face directory) when the run ends."""
 
@@ -330,6 +370,7 @@ class MetricsConfig:
 class Config:
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -348,6 +389,18 @@ class Config:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"
+            )
+        rounded = self.model.master_dtype == "bfloat16"
+        if rounded != self.optim.stochastic_rounding:
+            raise ValueError(
+                f"model.master_dtype is {self.model.master_dtype!r} and optim.stochastic_rounding "
+                f"{self.optim.stochastic_rounding}: bfloat16 weights lose updates of 1e-6 unless "
+                "rounded stochastically, others are not rounded; set both or neither"
+            )
+        if rounded and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
+                f"{self.model.dtype!r}"
             )
 
 

@@ -111,7 +111,7 @@ def _memory(cfg: Config, longest_prompt: int, say: Say) -> None:
         cfg.model.path,
         cfg.model.dtype,
         batch_tokens=batch_tokens,
-        checkpointing=cfg.model.gradient_checkpointing,
+        checkpointing=cfg.model.activation_checkpointing != "none",
         sequences=cfg.rollout.max_batch,
         context=context,
     )

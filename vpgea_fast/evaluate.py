@@ -202,7 +202,7 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
     `Evaluator.run`. `console` shows what is drawn and the time left."""
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
-    policy = load_policy(replace(cfg.model, gradient_checkpointing=False))
+    policy = load_policy(replace(cfg.model, activation_checkpointing="none"))
     engine = HFEngine(policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=policy.dtype)
     with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
         evaluator = Evaluator(

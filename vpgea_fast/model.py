@@ -135,7 +135,7 @@ def load_policy(cfg: ModelConfig, *, backend: str = "auto") -> Policy:
     causal_lm = load_causal_lm(
         cfg.path, torch.float64 if dtype is torch.float64 else torch.float32
     ).to(device)
-    if cfg.gradient_checkpointing:
+    if cfg.activation_checkpointing != "none":
         causal_lm.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
