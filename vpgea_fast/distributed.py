@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vpgea_fast.config import ConfigError, ParallelConfig
@@ -51,7 +52,7 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise over the processes, on the CPU; bitwise equal on all of them. A collective."""
+        """Over the processes, elementwise, on the CPU; bitwise equal on all. A collective."""
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total)
@@ -112,9 +113,10 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         timeout=timedelta(minutes=cfg.timeout_minutes),
         rank=rank,
         world_size=size,
-        **({} if size > 1 else {"store": dist.HashStore()}),
+        store=None if "MASTER_ADDR" in os.environ else HashStore(),
     )
-    shape, names = (size,), ("shard",)
+    shape: tuple[int, ...] = (size,)
+    names: tuple[str, ...] = ("shard",)
     if cfg.replicas > 1:
         shape, names = (cfg.replicas, size // cfg.replicas), ("replicate", "shard")
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)

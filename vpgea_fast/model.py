@@ -1,31 +1,51 @@
 """The policy: a Hugging Face causal LM that answers packed batches with losses or log-probs, never
-with logits.
+with logits; on one device, or sharded over many.
 
-    PackedBatch -> decoder -> hidden states at the target rows -> fused head loss (T rows, never a
-    (T, V) tensor)
+    PackedBatch -> decoder -> hidden states at the target rows -> LossHead (T rows, never a (T, V)
+    tensor)
 
-| tensor                 | dtype                                         |
-| parameters, gradients  | float32 (float64 when model.dtype is float64) |
-| forward                | model.dtype, by autocast                      |
-| log-probs, losses      | float32 (float64)                             |
+| tensor                | one device, not sharded        | sharded (FSDP2)                       |
+| parameters            | float32 (float64)              | shards in model.master_dtype          |
+| forward               | model.dtype, by autocast       | model.dtype: gathered in it           |
+| gradients             | float32 (float64)              | reduced in float32, shards            |
+| dW of the head        | float32 across micro-batches   | the same, then one reduce-scatter     |
+| log-probs, losses     | float32 (float64)              | float32 (float64)                     |
+
+Units of a sharded policy: every decoder layer, the embedding, the head, the root (the final norm).
+The head makes its gradient in the forward, inside its own unit, so its reduce-scatter starts before
+the decoder's backward; one all-gather and one reduce-scatter of the head serve a whole step,
+scoring included. Gradients are sums over processes: the normaliser is in the coefficients.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from vpgea_fast import attention, losses
-from vpgea_fast.config import ModelConfig
+from vpgea_fast.config import ModelConfig, ParallelConfig
+from vpgea_fast.distributed import World
 from vpgea_fast.types import PackedBatch
 
+HALF = (torch.bfloat16, torch.float16)
 HEAD_CHUNK = 2**32
 """Bytes of logits that the head loss holds at once, at most (a large GPU), for the estimate."""
 
@@ -34,9 +54,83 @@ class ModelError(ValueError):
     """A model that cannot be loaded or trained; the message says what was found and what to do."""
 
 
+class Output(NamedTuple):
+    """`loss` () = sum_t coef_t log p_t (None without coefficients), `logp` (R,), `entropy` (R,).
+
+    A tuple, because FSDP finds the tensors whose backward it must follow in tuples only.
+    """
+
+    loss: torch.Tensor | None
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+
+
+class LossHead(nn.Linear):
+    """The head of a causal LM: logits for a sampler, losses and log-probs for a trainer.
+
+    The gradient of the weight is made in the forward and added to `weight.grad` there, in float32
+    also where the weight is in half precision: what reaches the backward must be 1, and the module
+    must stay outside activation checkpointing.
+    """
+
+    def __init__(self, head: nn.Linear, config: Any, backend: str) -> None:
+        bias = head.bias is not None
+        super().__init__(head.in_features, head.out_features, bias=bias, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.backend = backend
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale = getattr(config, "logit_scale", None) or 1.0 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def forward(
+        self,
+        input: torch.Tensor,  # noqa: A002 - as nn.Linear calls it
+        targets: torch.Tensor | None = None,
+        coef: torch.Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
+        """Logits of any hidden states; with targets (R,) the `Output` of hidden states (R, D)."""
+        hidden = input
+        if targets is None:
+            return super().forward(hidden)
+        options: dict[str, Any] = {
+            "bias": None if self.bias is None else self.bias.to(hidden.dtype),
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "backend": self.backend,
+            "temperature": temperature,
+        }
+        weight_VD = self.weight.to(hidden.dtype)
+        if coef is None:
+            out = losses.linear_logprob(
+                hidden, weight_VD, targets, return_entropy=entropy, **options
+            )
+            return Output(None, out.logp, out.entropy)
+        out = losses.weighted_logprob_loss(
+            hidden, weight_VD, targets, coef, dweight_out=self._sink(), **options
+        )
+        return Output(out.loss, out.logp)
+
+    def _sink(self) -> torch.Tensor | None:
+        """The weight's own gradient, in float32 at least. Tested here: inside an autograd Function
+        grad mode is always off, and a scoring pass would add to it."""
+        weight = self.weight
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if weight.grad is None:
+            if weight.grad_dtype is not dtype:
+                weight.grad_dtype = dtype
+            weight.grad = torch.zeros_like(weight, dtype=dtype)
+        return weight.grad
+
+
 class Policy(nn.Module):
     """One parameter set, two uses: `forward` gives the weighted loss of a batch, `logprob` scores
-    it without a graph."""
+    it without a graph. Everything goes through `forward`, where FSDP's hooks are."""
 
     def __init__(
         self, causal_lm: Any, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
@@ -45,55 +139,80 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         self.dtype = dtype
         self.backend = losses.resolve_backend(backend)
+        head = LossHead(causal_lm.get_output_embeddings(), causal_lm.config, self.backend)
+        causal_lm.set_output_embeddings(head)
+        self.tied = head.weight is causal_lm.get_input_embeddings().weight
+        self.whole_gradients = self.offloaded = False
+        self.run_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.causal_lm.parameters()).device
+        """Where the forward runs; with CPU offload the parameters are elsewhere."""
+        return self.run_device or next(self.causal_lm.parameters()).device
 
-    def forward(self, batch: PackedBatch, *, temperature: float = 1.0) -> losses.WeightedLoss:
-        """sum_t coef_t log p_t at `temperature`, its gradients made in the same pass."""
+    @property
+    def head(self) -> LossHead:
+        return self.causal_lm.get_output_embeddings()
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self, FSDPModule)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        train: bool = True,
+        entropy: bool = False,
+    ) -> Output:
+        """sum_t coef_t log p_t at `temperature`, its gradients made in the same pass; without
+        `train` the log-probs alone."""
         batch = batch.to(self.device)
         hidden_RD = self._hidden(batch)
-        weight_VD, sink_VD = self._weight()
-        coef_R = batch.coef.to(torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32)
-        return losses.weighted_logprob_loss(
-            hidden_RD,
-            weight_VD,
-            batch.targets,
-            coef_R,
-            temperature=temperature,
-            dweight_out=sink_VD,
-            **self._head(),
-        )
+        coef_R = None
+        if train:
+            wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+            coef_R = batch.coef.to(wide)
+        return self.head(hidden_RD, batch.targets, coef_R, temperature=temperature, entropy=entropy)
 
     @torch.no_grad()
     def logprob(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """(R,) log p of every target, on the CPU; the head runs on the target rows only."""
-        return self._output(batch, temperature).logp.cpu()
+        return self(batch, temperature=temperature, train=False).logp.cpu()
 
     @torch.no_grad()
     def logprob_entropy(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """(2, R): `logprob`, and the entropy in nats of the distribution each target came from."""
-        output = self._output(batch, temperature, return_entropy=True)
-        assert output.entropy is not None
+        output = self(batch, temperature=temperature, train=False, entropy=True)
         return torch.stack([output.logp, output.entropy]).cpu()
 
-    def _output(
-        self, batch: PackedBatch, temperature: float, *, return_entropy: bool = False
-    ) -> losses.LogprobOutput:
-        batch = batch.to(self.device)
-        return losses.linear_logprob(
-            self._hidden(batch),
-            self._weight()[0],
-            batch.targets,
-            temperature=temperature,
-            return_entropy=return_entropy,
-            **self._head(),
-        )
+    def expect_backward(self, *, last: bool) -> None:
+        """Say before each micro-batch whether it is the last of its update: the head's gradient is
+        reduced only then. The layers' are reduced each time, unless they are kept whole."""
+        for unit in self.units():
+            late = self.whole_gradients or unit is self.head
+            late |= self.tied and unit is self.causal_lm.get_input_embeddings()
+            unit.set_requires_gradient_sync(last or not late, recurse=False)
+            unit.set_requires_all_reduce(last, recurse=False)
+            if unit is self.head:
+                unit.set_reshard_after_backward(last, recurse=False)
+            if unit is self:
+                unit.set_is_last_backward(last)
+
+    def reshard(self) -> None:
+        """Give back what a forward left gathered. Before anything walks the parameters (clip, step,
+        load): a gathered parameter is another tensor than the one that the optimiser holds."""
+        for unit in self.units():
+            unit.reshard()
+
+    def units(self) -> list[Any]:
+        """The modules that FSDP gathers as one, the root first; none when not sharded."""
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         with torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)
+            self.device.type, self.dtype, enabled=self.dtype in HALF and not self.sharded
         ):
             output = self.causal_lm.base_model(
                 input_ids=batch.input_ids[None],
@@ -104,43 +223,285 @@ class Policy(nn.Module):
             )
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
-    def _weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The head's weight in the forward's dtype; where that is a half-precision copy to train
-        through, also the float32 gradient that takes its dW without rounding on the way."""
-        weight = self.causal_lm.get_output_embeddings().weight
-        if weight.dtype == self.dtype:
-            return weight, None
-        trained = torch.is_grad_enabled() and weight.requires_grad
-        if trained and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return weight.detach().to(self.dtype), weight.grad if trained else None
 
-    def _head(self) -> dict[str, Any]:
-        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config
-        return {
-            "bias": None if getattr(head, "bias", None) is None else head.bias.to(self.dtype),
-            "softcap": getattr(config, "final_logit_softcapping", None),
-            "logit_scale": getattr(config, "logit_scale", None)
-            or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
-            "backend": self.backend,
-        }
+def load_policy(
+    cfg: ModelConfig,
+    world: World | None = None,
+    parallel: ParallelConfig | None = None,
+    *,
+    backend: str = "auto",
+) -> Policy:
+    """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
-
-def load_policy(cfg: ModelConfig, *, backend: str = "auto") -> Policy:
-    """The policy of a Hugging Face directory or Hub name, on its device, ready to train."""
+    In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
+    storage, cut, and each process reads its own part of the files. Errors: ModelError.
+    """
+    world = world or World(default_device(cfg.device))
     dtype = getattr(torch, cfg.dtype)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    )
-    causal_lm = load_causal_lm(
-        cfg.path, torch.float64 if dtype is torch.float64 else torch.float32
-    ).to(device)
-    if cfg.activation_checkpointing != "none":
-        causal_lm.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    master = torch.float64 if dtype is torch.float64 else getattr(torch, cfg.master_dtype)
+    if world.mesh is None:
+        causal_lm = load_causal_lm(cfg.path, master).to(world.device)
+    else:
+        check_model_dir(cfg.path)
+        causal_lm = _without_storage(cfg.path, master)
+    _use_liger(causal_lm, cfg.liger, world.device)
+    _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
-    return Policy(causal_lm, dtype=dtype, backend=backend)
+    policy = Policy(causal_lm, dtype=dtype, backend=backend)
+    if cfg.compile:
+        for layer in decoder_layers(causal_lm):
+            layer.compile(dynamic=True)
+    if world.mesh is not None:
+        shard(policy, world, parallel or ParallelConfig())
+        _allocate(causal_lm, world.device if not policy.offloaded else torch.device("cpu"))
+        _read_shards(causal_lm, cfg.path)
+    return policy
+
+
+def decoder_layers(causal_lm: Any) -> list[nn.Module]:
+    """The modules that transformers says must stay in one piece. Errors: ModelError."""
+    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
+    layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"{type(causal_lm).__name__} names no layers (_no_split_modules), so it cannot be cut "
+            "into units; use a decoder-only causal LM of transformers, or parallel.shard: off"
+        )
+    return layers
+
+
+def shard(policy: Policy, world: World, parallel: ParallelConfig) -> Policy:
+    """Cut a policy over the mesh of `world`, in place; parameters become DTensors."""
+    causal_lm, head = policy.causal_lm, policy.head
+    embedding, layers = causal_lm.get_input_embeddings(), decoder_layers(causal_lm)
+    master = head.weight.dtype
+    half = policy.dtype in HALF
+    # Not cast on the way in: coefficients would become bfloat16, and a layer's input already is.
+    mixed = MixedPrecisionPolicy(
+        param_dtype=policy.dtype if policy.dtype != master else None,
+        reduce_dtype=torch.float32 if half else None,
+        cast_forward_inputs=False,
+    )
+    offload = OffloadPolicy()
+    if parallel.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": mixed, "offload_policy": offload}
+    for layer in layers:
+        fully_shard(layer, **options)
+    ends = [[embedding, head]] if policy.tied else [[embedding], [head]]
+    for modules in ends:
+        fully_shard(modules, reshard_after_forward=False, **options)
+    fully_shard(policy, **options)
+    policy.whole_gradients = parallel.accumulate == "unsharded"
+    policy.offloaded = parallel.cpu_offload
+    policy.run_device = world.device
+    for unit in policy.units():
+        # Sums: FSDP would divide by the number of processes. Neither call recurses.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    head.set_unshard_in_backward(False)  # its gradient is made by then
+    embedding.set_unshard_in_backward(False)  # needs no weight
+    if policy.tied and head.weight is not embedding.weight:
+        raise ModelError("sharding untied the embeddings; update torch to 2.13 or newer")
+    return policy
+
+
+@torch.no_grad()
+def full_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the causal LM, whole tensor) of every parameter, a tied one once.
+
+    Of a sharded policy one unit at a time, in the forward's dtype; a tensor is valid until the next
+    one is asked for. All processes must exhaust it.
+    """
+    names = {id(module): name for name, module in policy.causal_lm.named_modules()}
+    if not policy.sharded:
+        yield from policy.causal_lm.named_parameters()
+        return
+    seen: set[str] = set()
+    for unit in policy.units():
+        unit.unshard()
+        for module in _own_modules(unit):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                name = ".".join(filter(None, (names[id(module)], leaf)))
+                tied = policy.tied and module is policy.head
+                if name not in seen and not tied:
+                    seen.add(name)
+                    yield name, parameter.detach()
+        unit.reshard()
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """A unit's modules down to, and without, the next units."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
+
+
+def make_replica(policy: Policy, path: str) -> Any:
+    """An unsharded causal LM of the same shape in the forward's dtype, its weights not yet filled:
+    for an engine that is given `full_weights` before it samples."""
+    replica = _without_storage(path, policy.dtype)
+    _allocate(replica, policy.device)
+    return replica.eval()
+
+
+def _without_storage(path: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the model {path!r}: {_first_line(error)}") from error
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.register()
+        )
+    causal_lm.tie_weights()
+    try:
+        causal_lm.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:  # an old or a tiny model may have none
+        causal_lm.generation_config = GenerationConfig.from_model_config(config)
+    return causal_lm
+
+
+def _allocate(causal_lm: Any, device: torch.device) -> None:
+    """Storage for parameters made without it; buffers are made again, since no file has them."""
+    buffers = {name for name, _ in causal_lm.named_buffers()}
+    causal_lm.to_empty(device=device)
+    made: set[str] = set()
+    for name, module in list(causal_lm.named_modules()):
+        if "inv_freq" in dict(module.named_buffers(recurse=False)):
+            with torch.device(device):
+                fresh = type(module)(config=causal_lm.config)
+            for leaf, value in fresh.named_buffers():
+                setattr(module, leaf, value)
+                made.add(f"{name}.{leaf}")
+    if missing := sorted(buffers - made):
+        raise ModelError(
+            f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
+            "this model cannot be built in shards: set parallel.shard: off"
+        )
+
+
+@torch.no_grad()
+def _read_shards(causal_lm: Any, path: str) -> None:
+    """Fill this process's part of every parameter from the safetensors files."""
+    files = _weight_files(path)
+    missing = []
+    for name, parameter in causal_lm.named_parameters():
+        if name not in files:
+            missing.append(name)
+            continue
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        try:
+            with safe_open(files[name], framework="pt") as file:
+                stored = file.get_slice(name)
+                if tuple(stored.get_shape()) != tuple(parameter.shape):
+                    raise ModelError(
+                        f"{path}: {name} is {tuple(stored.get_shape())}, config.json says "
+                        f"{tuple(parameter.shape)}; copy the model again"
+                    )
+                if local.numel():
+                    local.copy_(stored[_rows_of(parameter)])
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path}: a weight file is damaged or cut ({error}); copy the model again"
+            ) from error
+        if not bool(torch.isfinite(local).all()):
+            raise ModelError(f"{path}: {name} holds NaN or Inf; use an earlier checkpoint")
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model again"
+        )
+
+
+def _rows_of(parameter: torch.Tensor) -> slice:
+    """The rows of a tensor cut along dimension 0 that are this process's."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def _weight_files(path: str) -> dict[str, Path]:
+    """Tensor name -> safetensors file, of a directory or of a model on the Hub."""
+    if not Path(path).exists():
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+    directory = Path(path)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return {k: directory / v for k, v in _json_object(index)["weight_map"].items()}
+    single = directory / "model.safetensors"
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _checkpoint_activations(causal_lm: Any, grade: str) -> None:
+    if grade == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if grade == "selective":
+        options["context_fn"] = _selective_contexts
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    """Keep what attention and every second matrix product gave; the rest is cheap to make again."""
+    products = {False: 0, True: 0}  # in the forward, in its repetition
+
+    def choose(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        name = str(op)
+        if "attention" in name or "attn" in name:
+            return CheckpointPolicy.MUST_SAVE
+        if name.startswith(("aten.mm", "aten.addmm")):
+            products[ctx.is_recompute] += 1
+            if products[ctx.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(choose)
+
+
+def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
+    """Liger's RMSNorm, RoPE and SwiGLU in place of transformers'. Errors: ModelError for `on` where
+    it cannot run."""
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if choice == "off" or (choice == "auto" and not (installed and device.type == "cuda")):
+        return
+    if not installed or device.type != "cuda":
+        why = f"runs on CUDA only, the device is {device}" if installed else "is not installed"
+        raise ModelError(
+            f"model.liger: got 'on', but liger-kernel {why}; pip install 'vpgea_fast[liger]' on a "
+            "CUDA machine, or set 'auto'"
+        )
+    from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+    )
+
+    kind = causal_lm.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        if choice == "on":
+            raise ModelError(f"model.liger: got 'on', Liger has no kernels for {kind!r}; set 'off'")
+        return
+    MODEL_TYPE_TO_APPLY_LIGER_FN[kind](
+        rope=True,
+        rms_norm=True,
+        swiglu=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
+        model=causal_lm,
+    )
+
+
+def default_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
