@@ -28,6 +28,7 @@ LAYERS = {
         "model",
         "objectives",
         "optim",
+        "passes",
         "prompts",
         "rollout",
         "scoring",

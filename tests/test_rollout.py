@@ -220,9 +220,10 @@ def test_new_weights_change_the_output(make_engine, random_qwen2):
         ("shape", r"model\.norm\.weight: got \(1, 32\), expected \(32,\)"),
     ],
 )
-def test_unfit_weights_are_refused_whole(make_engine, random_qwen2, fault, message):
+def test_an_engine_with_unfit_weights_does_not_sample(make_engine, random_qwen2, fault, message):
     requests, engine = some_requests(), make_engine(random_qwen2(seed=0), max_batch=64)
     before = engine.generate(requests, GREEDY)
+    whole = dict(random_qwen2(seed=0).named_parameters())
     named = dict(random_qwen2(seed=1).named_parameters())
     norm = named.pop("model.norm.weight")
     faulty = {
@@ -232,6 +233,9 @@ def test_unfit_weights_are_refused_whole(make_engine, random_qwen2, fault, messa
     }[fault]
     with pytest.raises(ValueError, match=message):
         engine.load_weights((named | faulty).items())
+    with pytest.raises(ValueError, match="load_weights first"):
+        engine.generate(requests, GREEDY)
+    engine.load_weights(whole.items())
     assert_same_tokens(engine.generate(requests, GREEDY), before)
 
 

@@ -16,9 +16,9 @@ from vpgea_fast import objectives
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.model import Policy
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.scoring import (
+    RowsFn,
     accuracy_utility,
     after_thought,
     answer_likelihood,
@@ -50,14 +50,15 @@ class Collector:
         cfg: Config,
         questions: Sequence[PromptedQuestion],
         *,
-        policy: Policy,
+        row_logprobs: RowsFn,
         engine: RolloutEngine,
         sampling: Sampling,
         decode: Callable[[torch.Tensor], str],
         verifier: Verifier,
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
-        self.cfg, self.questions, self.policy, self.engine = cfg, questions, policy, engine
+        self.cfg, self.questions, self.engine = cfg, questions, engine
+        self.row_logprobs = row_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
         self.verifier = verifier
 
@@ -158,10 +159,9 @@ class Collector:
         if self.cfg.scoring.u_source == "accuracy":
             return accuracy_utility(self._sampled_answers(pairs, step))
         return answer_likelihood(
-            self.policy.logprob,
+            self.row_logprobs,
             pairs,
             think_close_id=self.sampling.think_close_id,
-            budget=self.cfg.train.micro_batch_tokens,
             u_norm=self.cfg.scoring.u_norm,
         )
 

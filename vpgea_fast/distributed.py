@@ -14,10 +14,10 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,12 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vpgea_fast.config import ConfigError, ParallelConfig
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run can go on later
+    """SIGTERM, Ctrl-C or the time limit; raised where all processes can leave together."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +68,62 @@ class World:
         """What every process gave, in the order of the ranks. A collective."""
         if self.size == 1:
             return [data]
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
-        length = torch.tensor([len(data)])
-        lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
-        widest = max(int(n) for n in lengths)
+        lengths = self._gather(torch.tensor([len(data)]))
+        widest = max(int(length) for length in lengths)
         padded = torch.zeros(widest, dtype=torch.uint8)
-        padded[: len(data)] = own
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        if widest:
-            dist.all_gather(parts, padded)
-        return [part[: int(n)].numpy().tobytes() for part, n in zip(parts, lengths, strict=True)]
+        padded[: len(data)] = torch.tensor(bytearray(data), dtype=torch.uint8)
+        parts = self._gather(padded) if widest else [padded] * self.size
+        return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
-        """`gather_bytes` of what JSON can say."""
+        """What every process gave, of the kinds that JSON has. A collective."""
         return [json.loads(part) for part in self.gather_bytes(json.dumps(value).encode())]
 
-    def share(self, items: Sequence[Any]) -> range:
-        """The places of `items` that are this process's: every size-th one."""
-        return range(self.rank, len(items), self.size)
+    def gather_tensor(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's 1-D tensor, of any length and one dtype, on the CPU. A collective."""
+        parts = self.gather_bytes(values.detach().cpu().contiguous().numpy().tobytes())
+        return [
+            torch.frombuffer(bytearray(part), dtype=values.dtype) if part else values.new_empty(0)
+            for part in parts
+        ]
+
+    def share(self, count: int) -> slice:
+        """The places of `count` things that are this process's; all shares together are all."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def spread(self, work: Callable[[Sequence[T]], list[Any]], items: Sequence[T]) -> list[Any]:
+        """`work(items)` with each process doing its share; results as JSON has them. A collective.
+
+        For work whose result may differ between processes (a time-out), or is dear.
+        """
+        parts = self.gather(work(items[self.share(len(items))]))
+        return [result for part in parts for result in part]
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the main process only; where it fails, all processes fail. A collective.
+
+        RuntimeError on the others, with the main process's message.
+        """
+        error: Exception | None = None
+        if self.main:
+            try:
+                action()
+            except Exception as caught:  # agreed on below, then raised
+                error = caught
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")[0]
+        if error is not None:
+            raise error
+        if said is not None:
+            raise RuntimeError(f"the main process failed: {said}")
 
     def barrier(self) -> None:
         if self.size > 1:
             self.sum(torch.zeros(1))
+
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
 
     def close(self) -> None:
         """Leave the group. Models must be out of scope: their FSDP state outlives no group."""

@@ -162,13 +162,19 @@ class Console:
     """The run on a terminal: a bar with the time left, a line a step, tables; else plain lines.
 
     `total` steps (0: there are none), of which `done` were made before this process. A plain log
-    hears of samples being drawn after `quiet_s` seconds without a line.
+    hears of samples being drawn after `quiet_s` seconds without a line. A `silent` one says nothing.
     """
 
     def __init__(
-        self, total: int = 0, *, done: int = 0, stream: TextIO | None = None, quiet_s: float = 20.0
+        self,
+        total: int = 0,
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        quiet_s: float = 20.0,
+        silent: bool = False,
     ) -> None:
-        self._terminal = Terminal(file=stream, highlight=False)
+        self._terminal = Terminal(file=stream, highlight=False, quiet=silent)
         live = self._terminal.is_terminal
         if not live:
             self._terminal.width = 160  # rich takes a pipe for 80 columns and folds tables

@@ -272,8 +272,10 @@ def decoder_layers(causal_lm: Any) -> list[nn.Module]:
 
 def shard(policy: Policy, world: World, parallel: ParallelConfig) -> Policy:
     """Cut a policy over the mesh of `world`, in place; parameters become DTensors."""
-    causal_lm, head = policy.causal_lm, policy.head
-    embedding, layers = causal_lm.get_input_embeddings(), decoder_layers(causal_lm)
+    causal_lm = policy.causal_lm
+    embedding: Any = causal_lm.get_input_embeddings()
+    head: Any = policy.head
+    layers = decoder_layers(causal_lm)
     master = head.weight.dtype
     half = policy.dtype in HALF
     # Not cast on the way in: coefficients would become bfloat16, and a layer's input already is.

@@ -12,19 +12,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vpgea_fast.packing import pack
-from vpgea_fast.types import PackedBatch, Path, PromptedQuestion, TrainRow
+from vpgea_fast.types import Path, PromptedQuestion, TrainRow
 
-LogprobFn = Callable[[PackedBatch], torch.Tensor]
-"""A packed batch -> (..., R): log-probs of its R targets, in its order."""
+RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
+"""Rows -> per-token log-probs of each, (len,) float64: `run_rows` with its model filled in."""
 
 
 def answer_likelihood(
-    logprob: LogprobFn,
+    row_logprobs: RowsFn,
     paths: Sequence[tuple[PromptedQuestion, Path]],
     *,
     think_close_id: int,
-    budget: int,
     u_norm: str = "sum",
 ) -> torch.Tensor:
     """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
@@ -37,7 +35,7 @@ def answer_likelihood(
         for ids in (question.target_ids, *question.variant_ids)
     ]
     reduce = torch.sum if u_norm == "sum" else torch.mean
-    scores = [reduce(logps) for logps in row_logprobs(logprob, rows, budget)]
+    scores = [reduce(logps) for logps in row_logprobs(rows)]
     if not scores:
         return torch.zeros(0, dtype=torch.float64)
     spellings = [1 + len(question.variant_ids) for question, _ in paths]
@@ -69,16 +67,6 @@ def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
     likelihood of one of them understates a thought (arXiv 2509.22637, theorem 1).
     """
     return torch.log((correct_PJ.double().sum(dim=1) + 0.5) / (correct_PJ.shape[1] + 1))
-
-
-def row_logprobs(logprob: LogprobFn, rows: Sequence[TrainRow], budget: int) -> list[torch.Tensor]:
-    """Per-token log-probs of every row, each (..., len) float64, in the order of `rows`."""
-    result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for batch, members in pack(rows, budget):
-        counts = [rows[i].token_ids.numel() for i in members]
-        for i, logps in zip(members, logprob(batch).double().split(counts, dim=-1), strict=True):
-            result[i] = logps
-    return result
 
 
 def score_row(context_ids: torch.Tensor, token_ids: torch.Tensor) -> TrainRow:

@@ -11,6 +11,7 @@ import json
 import math
 import resource
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,18 +22,19 @@ from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
 from vpgea_fast.data import fingerprint, load_questions
+from vpgea_fast.distributed import Stopped, open_world
 from vpgea_fast.evaluate import Evaluator, make_sampling
-from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
-from vpgea_fast.model import load_policy, load_tokenizer
+from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
+from vpgea_fast.model import full_weights, load_policy, load_tokenizer, make_replica
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import drop_zero_rows
+from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import Prompter, length_report
+from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.scoring import (
-    row_logprobs,
-    score_row,
-)
+from vpgea_fast.rollout.parallel import ParallelEngine
+from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
     PackedBatch,
     ScoredBatch,
@@ -47,10 +49,6 @@ FIXED_ON_RESUME = (
     *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so."""
-
-
-class Preempted(Exception):  # noqa: N818 - not an error: the run is saved and can go on
-    """SIGTERM or Ctrl-C; raised only where no update is half done, so the state can be saved."""
 
 
 class TrainingError(RuntimeError):
@@ -72,7 +70,7 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
                 stats = trainer.train_step()
                 trainer.finish_step(stats)
             trainer.evaluate_once("after")
-        except Preempted:
+        except Stopped:
             trainer.save()
             trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
             return False
@@ -86,21 +84,25 @@ class Trainer:
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
         self.skipped_in_a_row, self.stop_requested, self.changed = 0, False, []
+        self.began = self.saved = time.monotonic()
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
-        self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
-        self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s)
+        self.world = open_world(cfg.parallel, cfg.model.device)
+        self.claim: checkpoint.RunLock | None = None
+        self.world.on_main(functools.partial(self._claim, resume))
+        self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s, self.world)
         try:
             self._build_stages()
             if resume:
                 self._restore()
+            self.world.on_main(self._write_run_files)
         except BaseException:
             self.verifier.close()
-            self.claim.abandon()
+            if self.claim is not None:
+                self.claim.abandon()
             raise
-        self._write_run_files()
-        self.metrics = MetricsWriter(self.run_dir)
-        self.console = Console(cfg.train.steps, done=self.step)
+        self.metrics = MetricsWriter(self.run_dir) if self.world.main else None
+        self.console = Console(cfg.train.steps, done=self.step, silent=not self.world.main)
         self.say = self.console.message
 
     def __enter__(self) -> Trainer:
@@ -108,18 +110,24 @@ class Trainer:
         self.previous_handlers = {s: signal.signal(s, self._on_signal) for s in signals}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         for part in (self.console, self.metrics, self.engine, self.verifier):
-            part.close()
-        self.claim.release()
+            if part is not None:
+                part.close()
+        if self.claim is not None:
+            self.claim.release()
+        if error is None:
+            del self.policy, self.engine, self.optimizer, self.collector, self.evaluator
+            self.world.close()
 
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         evaluated = self._scheduled_evaluation()
         batch, coefs = self.collector.collect(self.step, timer)
+        self._leave_together()
         rows = build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
@@ -131,7 +139,10 @@ class Trainer:
             )
         with timer("train"):
             update, skipped = self.update(rows)
-        self.metrics.write_paths(records)
+        with timer("sync"):
+            self.sync_engine()
+        if self.metrics is not None:
+            self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         return StepStats(
             {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
@@ -146,42 +157,50 @@ class Trainer:
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
         logps = self.accumulate(rows)
+        self.policy.reshard()
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
         found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
             return {**found, "skipped": 0}, None
+        self.offending = [r for r, v in zip(rows, logps, strict=True) if not v.isfinite().all()]
+        self.offending = self.offending or list(rows)
         return {**found, "skipped": 1}, f"the gradient norm is {norm}"
 
     def accumulate(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Add the gradient of `rows` to the parameters; per-token log-probs of every row."""
 
-        def backward(batch: PackedBatch) -> torch.Tensor:
-            self._check_stop()
+        def backward(batch: PackedBatch, last: bool) -> torch.Tensor:
+            if not self.policy.sharded:  # what FSDP has accumulated cannot be thrown away
+                self._check_stop()
+            self.policy.expect_backward(last=last)
             out = self.policy(batch, temperature=self.cfg.rollout.temperature)
             out.loss.backward()
             return out.logp.cpu()
 
-        return row_logprobs(backward, rows, self.cfg.train.micro_batch_tokens)
+        return self.passes(backward, rows)
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule."""
         self.step += 1
-        self.metrics.write(stats.metrics)
+        if self.metrics is not None:
+            self.metrics.write(stats.metrics)
         self.console.step(stats.metrics)
         if stats.skipped:
             self.say(f"step {self.step}: no update, {stats.skipped}")
         for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            file = self.run_dir / f"nonfinite_step_{self.step}.jsonl"
+            self.world.on_main(lambda: self._write_rows(file, self.offending))
             raise TrainingError(
                 f"{MAX_SKIPPED_IN_A_ROW} non-finite gradients in a row at step {self.step}; the "
-                "last checkpoint is good: lower optim.lr, look at the last steps in paths.jsonl, "
+                f"rows of the last one are in {file}, the last checkpoint is good: lower optim.lr "
                 "and go on with --resume"
             )
-        if self.step == self.cfg.train.steps or self.step % self.cfg.checkpoint.save_every == 0:
+        if self.step == self.cfg.train.steps or self._save_is_due():
             self.save()
-        self._check_stop()
+        self._leave_together()
 
     def introduce(self) -> None:
         """Show both prompts, their lengths, what will be drawn, and what the preset leaves out."""
@@ -220,6 +239,7 @@ class Trainer:
         """The evaluation before or after training, into eval.json; a resumed run keeps it."""
         file = self.run_dir / "eval.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        known = self.world.gather(known)[0]
         step = 0 if when == "before" else self.step
         if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
@@ -228,7 +248,7 @@ class Trainer:
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
-        checkpoint.write_text(file, json.dumps(known, indent=1))
+        self.world.on_main(lambda: checkpoint.write_text(file, json.dumps(known, indent=1)))
 
     def finish_run(self) -> None:
         """Export the model, draw the figure and the report, print the closing table."""
@@ -236,6 +256,9 @@ class Trainer:
             checkpoint.export_model(
                 self.policy.causal_lm, self.tokenizer, self.run_dir / "export", replace=True
             )
+        self.world.on_main(self._report)
+
+    def _report(self) -> None:
         page = report.write_report(self.run_dir)
         headers, table = report.closing_table(self.run_dir)
         self.console.close()
@@ -246,6 +269,7 @@ class Trainer:
         self.say(", ".join(map(str, files)))
 
     def save(self) -> None:
+        self.saved = time.monotonic()
         checkpoint.save_checkpoint(
             self.run_dir,
             self.step,
@@ -260,16 +284,14 @@ class Trainer:
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads."""
-        objective, budget = self.cfg.objective, self.cfg.train.micro_batch_tokens
+        objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
         if not isinstance(objective, VpgeaConfig):
             return {}
         pairs = batch.pairs("posterior")
-        logprob_entropy = functools.partial(
-            self.policy.logprob_entropy, temperature=self.cfg.rollout.temperature
-        )
         views = [
-            row_logprobs(
-                logprob_entropy, [score_row(q.context(v), p.z_ids) for q, p in pairs], budget
+            self.passes(
+                lambda batch, _: self.policy.logprob_entropy(batch, temperature=temperature),
+                [score_row(q.context(v), p.z_ids) for q, p in pairs],
             )
             for v in ("teacher", "student")
         ]
@@ -289,6 +311,7 @@ class Trainer:
             part = [row for row in rows if row.own_view == own]
             if part:
                 self.accumulate(part)
+                self.policy.reshard()
                 norms[name] = gradient_norm(self.optimizer)
                 self.optimizer.zero_grad(set_to_none=True)
         return norms
@@ -324,11 +347,12 @@ class Trainer:
         )
         self.dropped = {**loaded.dropped, **unfit}
         self.fingerprint = fingerprint([q.question for q in self.questions])
-        self.policy = load_policy(cfg.model, backend=cfg.loss.backend)
-        self.engine = HFEngine(
-            self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
-        )
+        self.policy = load_policy(cfg.model, self.world, cfg.parallel, backend=cfg.loss.backend)
         self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
+        self.passes = Passes(
+            self.world, cfg.train.micro_batch_tokens, model_flops(self.policy.causal_lm.config)
+        )
+        self.engine = self._build_engine()
         sampling = make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm)
         self.evaluator = Evaluator(
             cfg,
@@ -341,7 +365,7 @@ class Trainer:
         self.collector = Collector(
             cfg,
             self.questions,
-            policy=self.policy,
+            row_logprobs=lambda rows: self.passes(lambda b, _: self.policy.logprob(b), rows),
             engine=self.engine,
             sampling=sampling,
             decode=self.decode,
@@ -350,6 +374,23 @@ class Trainer:
         )
         self.collector.check()
         self.alarms = Alarms()
+
+    def _build_engine(self) -> RolloutEngine:
+        """The trained module itself samples; a sharded one has a whole copy beside it that does."""
+        cfg, policy = self.cfg, self.policy
+        sampler = make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm
+        engine = HFEngine(
+            sampler,
+            max_batch=cfg.rollout.max_batch,
+            dtype=None if policy.sharded else policy.dtype,
+            complete=not policy.sharded,
+        )
+        return ParallelEngine(engine, self.world) if self.world.size > 1 else engine
+
+    def sync_engine(self) -> None:
+        """Give the engine the weights, unless it samples with the trained module itself."""
+        if self.policy.sharded:
+            self.engine.load_weights(full_weights(self.policy))
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""
@@ -361,6 +402,13 @@ class Trainer:
             self.optimizer.load_state_dict(saved.optimizer_state)
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
             checkpoint.restore_rng(saved.rng_state)
+        self.world.on_main(self._cut_logs)
+
+    def _cut_logs(self) -> None:
+        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
+        if self.changed:
+            old = self.run_dir / f"config.until_step_{self.step}.yaml"
+            (self.run_dir / "config.yaml").rename(old)
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
         self.alarms.replay(self.run_dir)
@@ -389,8 +437,6 @@ class Trainer:
         self.changed = [
             f"changed at step {step}: {key} {a!r} -> {b!r}" for key, (a, b) in changed.items()
         ]
-        if changed:
-            (self.run_dir / "config.yaml").rename(self.run_dir / f"config.until_step_{step}.yaml")
 
     def _write_run_files(self) -> None:
         facts = {
@@ -419,10 +465,35 @@ class Trainer:
         }
 
     def _memory(self) -> dict[str, float]:
-        """Peak since the start: of the device, or of the process where there is none."""
+        """Peak since the start, the largest of all processes: of the device, or of the process
+        where there is none."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.on_cuda:
-            return {"peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20}
-        return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        return {"peak_memory_mib": max(self.world.gather(peak))}
+
+    def _save_is_due(self) -> bool:
+        """By steps, or by the main process's clock."""
+        cfg = self.cfg.checkpoint
+        late = cfg.save_minutes and time.monotonic() - self.saved > 60 * cfg.save_minutes
+        return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
+
+    def _write_rows(self, file: Path, rows: Sequence[TrainRow]) -> None:
+        lines = [
+            {
+                "stream": row.stream,
+                "view": row.view,
+                "context_ids": row.context_ids.tolist(),
+                "token_ids": row.token_ids.tolist(),
+                "coef": row.coef.tolist(),
+                "text": self.decode(row.token_ids),
+            }
+            for row in rows
+        ]
+        checkpoint.write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _claim(self, resume: bool) -> None:
+        self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:
@@ -430,9 +501,17 @@ class Trainer:
         self.stop_requested = True
 
     def _check_stop(self) -> None:
+        """For this process alone: inside a rollout, whose end all processes reach together."""
+        limit = self.cfg.run.max_minutes
+        self.stop_requested |= limit is not None and time.monotonic() - self.began > 60 * limit
         if self.stop_requested:
             self.optimizer.zero_grad(set_to_none=True)
-            raise Preempted
+            raise Stopped
+
+    def _leave_together(self) -> None:
+        """Stop if any process was asked to. A collective."""
+        self.stop_requested = self.world.any(self.stop_requested)
+        self._check_stop()
 
 
 def _counts(dropped: dict[str, int]) -> str:

@@ -20,7 +20,10 @@ from contextlib import suppress
 from functools import lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # a worker imports this file, and needs no torch
+    from vpgea_fast.distributed import World
 
 Job = tuple[str, str | None]
 """(gold, text to verify), or (gold, None): can the gold answer be parsed at all?"""
@@ -37,14 +40,18 @@ class Verifier:
 
     `timeouts` counts the answers whose worker was killed at its deadline; `crashes` those on which
     two workers died by themselves. Both count as wrong. The last 16,384 verdicts are kept, so a
-    text that comes again costs nothing. Not for several threads at once.
+    text that comes again costs nothing. Not for several threads at once. With a `world` every
+    process judges its share and gets all verdicts, which hang on a clock and so could differ:
+    `verify` and `parseable` are then collectives.
 
     >>> with Verifier() as verifier:
     ...     verifier.verify([("1/2", r"So it is \boxed{0.5}."), ("7", r"It is \boxed{8}.")])
     [True, False]
     """
 
-    def __init__(self, workers: int = 1, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, workers: int = 1, timeout_s: float = 5.0, world: World | None = None
+    ) -> None:
         if workers < 1 or timeout_s <= 0:
             raise ValueError(
                 f"got workers={workers}, timeout_s={timeout_s}; expected at least one worker and a "
@@ -52,6 +59,7 @@ class Verifier:
             )
         self.timeouts = 0
         self.crashes = 0
+        self._world = world
         self._cache: dict[Job, bool] = {}
         self._workers = [_Worker(timeout_s) for _ in range(workers)]
 
@@ -81,6 +89,13 @@ class Verifier:
         return self._judge([(gold, None) for gold in golds])
 
     def _judge(self, jobs: Sequence[Job]) -> list[bool]:
+        return (
+            self._judge_own(jobs)
+            if self._world is None
+            else self._world.spread(self._judge_own, jobs)
+        )
+
+    def _judge_own(self, jobs: Sequence[Job]) -> list[bool]:
         if not self._workers:
             raise ValueError("this Verifier is closed; make a new one")
         distinct = dict.fromkeys(jobs)

@@ -102,9 +102,11 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over all weights, by the names of the model's own parameters.
+        """Take over all weights, by the names of the model's own parameters, one after the other: a
+        tensor may be gone when the next one is asked for, and `named` is always exhausted.
 
-        ValueError that lists every missing, unknown or wrongly shaped name; nothing is copied then.
+        ValueError that lists every missing, unknown or wrongly shaped name; the engine then refuses
+        to sample until it has been given a whole set.
         """
         ...
 

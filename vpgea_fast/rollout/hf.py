@@ -42,6 +42,7 @@ class HFEngine:
     max_batch    rows decoded side by side; the KV cache of that many paths must fit
     check_every  decode steps between two looks at what has finished. Every look is a sync point,
                  free on a CPU: by default 1 there and 16 elsewhere. It changes no path.
+    complete     the model has its weights already; else it waits for `load_weights`
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class HFEngine:
         max_batch: int,
         dtype: torch.dtype | None = None,
         check_every: int | None = None,
+        complete: bool = True,
     ) -> None:
         if max_batch < 1 or (check_every is not None and check_every < 1):
             raise ValueError(
                 f"max_batch, check_every: got {max_batch}, {check_every}; give at least 1"
             )
         self.model: Any = model
+        self.complete = complete
         self.max_batch = max_batch
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
@@ -71,6 +74,8 @@ class HFEngine:
         into waves, so the batches, and with them the float32 logits, do not depend on the order of
         the requests."""
         self.check(requests, sampling)
+        if not self.complete:
+            raise ValueError("the rollout model has no whole set of weights: load_weights first")
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         paths: dict[int, Path] = {}
@@ -87,20 +92,27 @@ class HFEngine:
                         on_progress(len(finished))
         return [paths[number] for number in range(len(requests))]
 
+    @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See RolloutEngine. One name of a tied weight is enough. Tensors that already are the
         model's own storage are not copied; others are cast to the parameter's dtype."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        given = dict(named)
-        if misfits := _misfits(own, given):
+        filled: dict[int, str] = {}
+        misfits: list[str] = []
+        for name, tensor in named:
+            if misfit := _misfit(name, tensor, own, filled):
+                misfits.append(misfit)
+                continue
+            filled[id(own[name])] = name
+            if tensor.data_ptr() != own[name].data_ptr():
+                own[name].copy_(tensor)
+        misfits += [f"missing {name}" for name, own_ in own.items() if id(own_) not in filled]
+        self.complete = not misfits
+        if misfits:
             raise ValueError(
-                "weights do not fit the rollout model, nothing was copied; give every parameter "
-                f"under its name in model.named_parameters(): {'; '.join(misfits)}"
+                "weights do not fit the rollout model, which cannot sample now; give every "
+                f"parameter under its name in model.named_parameters(): {'; '.join(misfits)}"
             )
-        with torch.no_grad():
-            for name, tensor in given.items():
-                if tensor.data_ptr() != own[name].data_ptr():
-                    own[name].copy_(tensor)
 
     def close(self) -> None:
         self.model = None
@@ -326,20 +338,19 @@ def _uniforms(requests: Sequence[SampleRequest], sampling: Sampling) -> torch.Te
     return torch.stack(columns, dim=1)
 
 
-def _misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> list[str]:
-    """What keeps `given` from being a full set of weights for the parameters `own`."""
-    names: dict[int, str] = {}
-    misfits = [f"unknown {name}" for name in given if name not in own]
-    for name, tensor in given.items():
-        if name not in own:
-            continue
-        first = names.setdefault(id(own[name]), name)
-        if tensor.shape != own[name].shape:
-            expected = tuple(own[name].shape)
-            misfits.append(f"shape of {name}: got {tuple(tensor.shape)}, expected {expected}")
-        elif first != name and not torch.equal(given[first], tensor):
-            misfits.append(f"{first} and {name} differ, but the model ties them")
-    return misfits + [f"missing {name}" for name, tensor in own.items() if id(tensor) not in names]
+def _misfit(
+    name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor], filled: dict[int, str]
+) -> str | None:
+    """What keeps `tensor` from being the weight `name`; `filled` are those that were taken over."""
+    if name not in own:
+        return f"unknown {name}"
+    if tensor.shape != own[name].shape:
+        expected = tuple(own[name].shape)
+        return f"shape of {name}: got {tuple(tensor.shape)}, expected {expected}"
+    first = filled.get(id(own[name]), name)
+    if first != name and not torch.equal(own[name], tensor.to(own[name])):
+        return f"{first} and {name} differ, but the model ties them"
+    return None
 
 
 class _GrowingLayer(DynamicLayer):

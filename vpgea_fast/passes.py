@@ -1,0 +1,58 @@
+"""A pass of rows through a model: planned over the processes, packed, run, and gathered again.
+
+    rows -> one plan, the same everywhere -> each process runs its batches -> every process gets the
+    log-probs of every row
+
+All processes make the same number of forwards (and backwards), those without rows with dummies of
+one token, because each of them is a collective of a sharded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vpgea_fast.distributed import World
+from vpgea_fast.packing import pack_rows, plan_ranks
+from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
+
+Step = Callable[[PackedBatch, bool], torch.Tensor]
+"""(batch, whether it is the pass's last here) -> (..., R): log-probs of its R targets, in order."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Who shares the work, how many tokens one forward may have, and what a row costs."""
+
+    world: World
+    budget: int
+    flops: ModelFlops
+
+    def __call__(self, step: Step, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        """Per-token results of every row, each (..., len) float64, in the order of `rows`.
+
+        A collective: all processes call it with the same rows.
+        """
+        lengths = [row.tokens - 1 for row in rows]
+        plan = plan_ranks(lengths, self.budget, self.world.size, self.flops.row)
+        own = plan[self.world.rank]
+        made = [
+            step(pack_rows([rows[i] for i in members]), number + 1 == len(own)).double()
+            for number, members in enumerate(own)
+        ]
+        lead = made[0].shape[:-1] if made else torch.Size()
+        flat = [batch.reshape(-1) for batch, members in zip(made, own, strict=True) if members]
+        parts = self.world.gather_tensor(torch.cat([torch.empty(0, dtype=torch.float64), *flat]))
+        result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        for batches, values in zip(plan, parts, strict=True):
+            start = 0
+            for members in batches:
+                counts = [rows[i].token_ids.numel() for i in members]
+                end = start + sum(counts) * lead.numel()
+                batch = values[start:end].view(*lead, -1) if members else values[:0]
+                for i, logps in zip(members, batch.split(counts, dim=-1), strict=True):
+                    result[i] = logps
+                start = end
+        return result

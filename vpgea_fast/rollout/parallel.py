@@ -1,0 +1,116 @@
+"""One engine a process: each samples its share of the requests, all get all paths.
+
+Contiguous shares, so that the paths of a question, which share a prompt, mostly stay together. What
+travels are the drawn tensors; the rest of a path is known from its request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from safetensors.torch import load, save
+
+from vpgea_fast.distributed import Stopped, World
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling
+from vpgea_fast.types import Finish, Path, SampleRequest
+
+FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
+
+
+class ParallelEngine:
+    """A RolloutEngine over one of each process's own."""
+
+    def __init__(self, engine: RolloutEngine, world: World) -> None:
+        self.engine, self.world = engine, world
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """See RolloutEngine. Progress is this process's, scaled to all. When `on_progress` raises
+        Stopped in one process, all raise it once they have come here. A collective."""
+        self.check(requests, sampling)
+        size, shown = self.world.size, 0
+
+        def advance(count: int) -> None:
+            nonlocal shown
+            if on_progress is not None:
+                shown += count * size
+                on_progress(count * size)
+
+        own = requests[self.world.share(len(requests))]
+        try:
+            data = save(_to_tensors(self.engine.generate(own, sampling, advance)))
+        except Stopped:
+            data = b""
+        parts = self.world.gather_bytes(data)
+        if not all(parts):
+            raise Stopped
+        if on_progress is not None:
+            on_progress(len(requests) - shown)
+        drawn = [path for part in parts for path in _from_tensors(load(part))]
+        return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
+        self.engine.check(requests, sampling)
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See RolloutEngine; in every process."""
+        self.engine.load_weights(named)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""z_ids, logps, answer_ids, and (closed, place in FINISHES)."""
+
+
+def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
+    flags = [[int(path.closed), FINISHES.index(path.finish)] for path in paths]
+    lengths = [[path.z_ids.numel(), path.answer_ids.numel()] for path in paths]
+    none = torch.zeros(0, dtype=torch.int64)
+    return {
+        "z": torch.cat([none, *(path.z_ids for path in paths)]),
+        "logps": torch.cat([none.float(), *(path.logps for path in paths)]),
+        "answers": torch.cat([none, *(path.answer_ids for path in paths)]),
+        "flags": torch.tensor(flags, dtype=torch.int64).view(-1, 2),
+        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 2),
+    }
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[Drawn]:
+    thoughts, answers = tensors["lengths"].T.tolist()
+    return list(
+        zip(
+            tensors["z"].split(thoughts),
+            tensors["logps"].split(thoughts),
+            tensors["answers"].split(answers),
+            tensors["flags"].unbind(0),
+            strict=True,
+        )
+    )
+
+
+def _path(
+    request: SampleRequest,
+    z_ids: torch.Tensor,
+    logps: torch.Tensor,
+    answer_ids: torch.Tensor,
+    flags: torch.Tensor,
+) -> Path:
+    closed, finish = flags.tolist()
+    return Path(
+        question_id=request.question_id,
+        stream=request.stream,
+        index=request.index,
+        z_ids=z_ids.clone(),
+        logps=logps.clone(),
+        answer_ids=answer_ids.clone(),
+        closed=bool(closed),
+        finish=FINISHES[finish],
+    )
