@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from vpgea_fast import attention
+from vpgea_fast.distributed import World
+from vpgea_fast.metrics import model_flops
 from vpgea_fast.model import Policy
-from vpgea_fast.scoring import accuracy_utility, answer_likelihood, row_logprobs, score_row
+from vpgea_fast.passes import Passes
+from vpgea_fast.scoring import accuracy_utility, answer_likelihood, score_row
 from vpgea_fast.types import Path, PromptedQuestion, Question
 
 CLOSE = 9
@@ -19,6 +22,12 @@ ids = torch.tensor
 def policy(random_qwen2):
     attention.register()
     return Policy(random_qwen2(attn_implementation=attention.IMPLEMENTATION))
+
+
+def rows_of(policy, budget=64, logprob=None):
+    """Rows -> their log-probs under `policy`, packed."""
+    passes = Passes(World(policy.device), budget, model_flops(policy.causal_lm.config))
+    return lambda rows: passes(lambda batch, _: (logprob or policy.logprob)(batch), rows)
 
 
 QUESTION = PromptedQuestion(
@@ -49,7 +58,7 @@ def full_forward(policy, sequence, target):
 def test_utility_is_the_answer_in_the_student_view(policy):
     closed, cut = path([20, 21, CLOSE], True), path([20, 21, 22], False)
     got = answer_likelihood(
-        policy.logprob, [(QUESTION, closed), (QUESTION, cut)], think_close_id=CLOSE, budget=64
+        rows_of(policy), [(QUESTION, closed), (QUESTION, cut)], think_close_id=CLOSE
     )
     student, tail = QUESTION.student_ids, torch.cat([QUESTION.cue_ids, QUESTION.target_ids])
     want_closed = full_forward(
@@ -61,19 +70,20 @@ def test_utility_is_the_answer_in_the_student_view(policy):
     assert got.tolist() == pytest.approx([want_closed, want_cut], abs=1e-5)
     assert got.dtype == torch.float64
     mean = answer_likelihood(
-        policy.logprob, [(QUESTION, closed)], think_close_id=CLOSE, budget=64, u_norm="mean"
+        rows_of(policy), [(QUESTION, closed)], think_close_id=CLOSE, u_norm="mean"
     )
     assert mean.item() == pytest.approx(want_closed / 3, abs=1e-5)
 
 
 def test_the_head_runs_on_the_answer_rows_only(policy):
     seen = []
-    answer_likelihood(
-        lambda batch: seen.append(batch.targets.numel()) or policy.logprob(batch),
-        [(QUESTION, path([20] * n + [CLOSE], True)) for n in (1, 30)],
-        think_close_id=CLOSE,
-        budget=1000,
-    )
+
+    def logprob(batch):
+        seen.append(batch.targets.numel())
+        return policy.logprob(batch)
+
+    pairs = [(QUESTION, path([20] * n + [CLOSE], True)) for n in (1, 30)]
+    answer_likelihood(rows_of(policy, 1000, logprob), pairs, think_close_id=CLOSE)
     assert seen == [6]
 
 
@@ -82,9 +92,7 @@ def test_utility_does_not_depend_on_the_teacher_prompt(policy):
         QUESTION.question, QUESTION.student_ids, ids([1]), QUESTION.cue_ids, QUESTION.target_ids
     )
     a, b = (
-        answer_likelihood(
-            policy.logprob, [(q, path([20, CLOSE], True))], think_close_id=CLOSE, budget=64
-        )
+        answer_likelihood(rows_of(policy), [(q, path([20, CLOSE], True))], think_close_id=CLOSE)
         for q in (QUESTION, other)
     )
     assert torch.equal(a, b)
@@ -96,21 +104,21 @@ def test_row_logprobs_keep_the_order_of_the_rows(policy, budget):
     rows = [
         score_row(ids([3, n]), torch.randint(53, (n,), generator=generator)) for n in (5, 1, 30, 2)
     ]
-    for row, logps in zip(rows, row_logprobs(policy.logprob, rows, budget), strict=True):
+    for row, logps in zip(rows, rows_of(policy, budget)(rows), strict=True):
         want = full_forward(policy, torch.cat([row.context_ids, row.token_ids]), row.token_ids)
         assert logps.shape == row.token_ids.shape
         assert logps.sum().item() == pytest.approx(want, abs=2e-4)
 
 
 def test_no_paths_no_utilities(policy):
-    assert answer_likelihood(policy.logprob, [], think_close_id=CLOSE, budget=10).shape == (0,)
+    assert answer_likelihood(rows_of(policy), [], think_close_id=CLOSE).shape == (0,)
 
 
 def test_several_spellings_are_added_as_probabilities(policy):
     other = ids([15])
     question = replace(QUESTION, variant_ids=(other,))
     thought = path([20, CLOSE], True)
-    got = answer_likelihood(policy.logprob, [(question, thought)], think_close_id=CLOSE, budget=64)
+    got = answer_likelihood(rows_of(policy), [(question, thought)], think_close_id=CLOSE)
     context = torch.cat([QUESTION.student_ids, thought.z_ids, QUESTION.cue_ids])
     both = [
         math.exp(full_forward(policy, torch.cat([context, target]), target))

@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, objectives
+from vpgea_fast.distributed import Stopped
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
-from vpgea_fast.trainer import Preempted, Trainer, TrainingError, fit
+from vpgea_fast.trainer import Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "peak_memory")
@@ -334,7 +335,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
         trainer.stop_requested = True
-        with pytest.raises(Preempted):
+        with pytest.raises(Stopped):
             trainer.train_step()
         trainer.save()
     assert fit(config.load(tmp_path / "stopped/config.yaml"), resume=True)

@@ -142,7 +142,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     here = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     _check(cfg, size)
-    sharded = cfg.shard == "on" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
+    sharded = cfg.shard == "always" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
     if not sharded:
         return World(here)
     if here.type == "cuda":
@@ -168,9 +168,9 @@ def _check(cfg: ParallelConfig, size: int) -> None:
             f"parallel.replicas: got {cfg.replicas}, expected a divisor of the {size} processes; "
             "take the number of nodes, or 1"
         )
-    if cfg.shard == "off" and (size > 1 or cfg.replicas > 1):
+    if cfg.shard == "never" and (size > 1 or cfg.replicas > 1):
         raise ConfigError(
-            f"parallel.shard: got 'off' with {size} processes and {cfg.replicas} replicas; several "
+            f"parallel.shard: got 'never' with {size} processes and {cfg.replicas} replicas; several "
             "processes train one model only when it is sharded: set 'auto'"
         )
 

@@ -265,7 +265,7 @@ def decoder_layers(causal_lm: Any) -> list[nn.Module]:
     if not layers:
         raise ModelError(
             f"{type(causal_lm).__name__} names no layers (_no_split_modules), so it cannot be cut "
-            "into units; use a decoder-only causal LM of transformers, or parallel.shard: off"
+            "into units; use a decoder-only causal LM of transformers, or parallel.shard: never"
         )
     return layers
 
@@ -345,6 +345,7 @@ def make_replica(policy: Policy, path: str) -> Any:
     for an engine that is given `full_weights` before it samples."""
     replica = _without_storage(path, policy.dtype)
     _allocate(replica, policy.device)
+    replica.tie_weights()  # storage of its own for each name has untied them
     return replica.eval()
 
 
@@ -382,7 +383,7 @@ def _allocate(causal_lm: Any, device: torch.device) -> None:
     if missing := sorted(buffers - made):
         raise ModelError(
             f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
-            "this model cannot be built in shards: set parallel.shard: off"
+            "this model cannot be built in shards: set parallel.shard: never"
         )
 
 
@@ -470,15 +471,15 @@ def _selective_contexts() -> tuple[Any, Any]:
 
 
 def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
-    """Liger's RMSNorm, RoPE and SwiGLU in place of transformers'. Errors: ModelError for `on` where
-    it cannot run."""
+    """Liger's RMSNorm, RoPE and SwiGLU in place of transformers'. Errors: ModelError for `always`
+    where it cannot run."""
     installed = importlib.util.find_spec("liger_kernel") is not None
-    if choice == "off" or (choice == "auto" and not (installed and device.type == "cuda")):
+    if choice == "never" or (choice == "auto" and not (installed and device.type == "cuda")):
         return
     if not installed or device.type != "cuda":
         why = f"runs on CUDA only, the device is {device}" if installed else "is not installed"
         raise ModelError(
-            f"model.liger: got 'on', but liger-kernel {why}; pip install 'vpgea_fast[liger]' on a "
+            f"model.liger: got 'always', but liger-kernel {why}; pip install 'vpgea_fast[liger]' on a "
             "CUDA machine, or set 'auto'"
         )
     from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
@@ -487,8 +488,8 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
 
     kind = causal_lm.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        if choice == "on":
-            raise ModelError(f"model.liger: got 'on', Liger has no kernels for {kind!r}; set 'off'")
+        if choice == "always":
+            raise ModelError(f"model.liger: got 'always', Liger has no kernels for {kind!r}; set 'never'")
         return
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](
         rope=True,

@@ -95,6 +95,7 @@ class Trainer:
             self._build_stages()
             if resume:
                 self._restore()
+            self.sync_engine()
             self.world.on_main(self._write_run_files)
         except BaseException:
             self.verifier.close()

@@ -33,13 +33,14 @@ class ParallelEngine:
         """See RolloutEngine. Progress is this process's, scaled to all. When `on_progress` raises
         Stopped in one process, all raise it once they have come here. A collective."""
         self.check(requests, sampling)
-        size, shown = self.world.size, 0
+        shown, most = 0, len(requests) - 1  # the last one when all processes are done
 
         def advance(count: int) -> None:
             nonlocal shown
             if on_progress is not None:
-                shown += count * size
-                on_progress(count * size)
+                step = min(count * self.world.size, most - shown)
+                shown += step
+                on_progress(step)
 
         own = requests[self.world.share(len(requests))]
         try:
@@ -49,7 +50,7 @@ class ParallelEngine:
         parts = self.world.gather_bytes(data)
         if not all(parts):
             raise Stopped
-        if on_progress is not None:
+        if on_progress is not None and requests:
             on_progress(len(requests) - shown)
         drawn = [path for part in parts for path in _from_tensors(load(part))]
         return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
