@@ -6,6 +6,7 @@ The only file that may import a logger. Metrics are a flat dict a step: what `Me
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -28,9 +29,25 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from vpgea_fast.types import ModelFlops
+
 METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
 KEY = re.compile(r"[a-z][a-z0-9_]*")
 TIME = re.compile(r"time_\w+_s")
+
+PEAK_FLOPS = (
+    ("H100 PCIe", 756.5e12),
+    ("H100 NVL", 835.5e12),
+    ("H200 NVL", 835.5e12),
+    ("H100", 989.5e12),
+    ("H200", 989.5e12),
+    ("A100", 312e12),
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("L40S", 362e12),
+)
+"""(part of the name that CUDA gives a device, dense bfloat16 operations a second), the first match
+counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
 
 STEP_LINE = (
     ("acc", "acc_student", "{:.3f}"),
@@ -376,6 +393,65 @@ def eps3_mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     accs, tokens = zip(*pairs, strict=True)
     mean_of_ratios = statistics.fmean(eps3(acc, count) for acc, count in pairs)
     return mean_of_ratios, eps3(statistics.fmean(accs), statistics.fmean(tokens))
+
+
+def model_flops(config: Any) -> ModelFlops:
+    """What a document costs in a Hugging Face causal LM, from its config alone (no weight is made).
+
+    Every matrix of the decoder counts, whatever the architecture; of a mixture of experts those
+    that a token is sent through. Errors: ValueError for stacked matrices that are no such experts.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        causal_lm: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    looked_up = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
+    decoder = sum(
+        _active(name, weight, config)
+        for name, weight in causal_lm.base_model.named_parameters()
+        if weight.ndim > 1 and id(weight) not in looked_up
+    )
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelFlops(
+        decoder=decoder,
+        head=causal_lm.get_output_embeddings().weight.numel(),
+        width=config.num_hidden_layers * heads * head_size,
+    )
+
+
+def _active(name: str, weight: torch.Tensor, config: Any) -> int:
+    """How many numbers of a matrix a token is multiplied with."""
+    if weight.ndim == 2:
+        return weight.numel()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if weight.ndim != 3 or chosen is None:
+        raise ValueError(
+            f"{name} {tuple(weight.shape)}: expected matrices, or stacks of experts with "
+            "num_experts_per_tok in config.json; the FLOPs of this model are not known, take "
+            "another one"
+        )
+    return chosen * weight[0].numel()
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bfloat16 operations a second of a device by its CUDA name; None for an unknown one.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+    (989500000000000.0, None)
+    """
+    return next((peak for part, peak in PEAK_FLOPS if part in device), None)
+
+
+def mfu(flops: float, seconds: float, device: str, *, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation: `flops` of `ModelFlops`, done in `seconds` by `devices` together,
+    as a share of their bfloat16 peak. None where the peak is not known.
+
+    >>> mfu(989.5e12, 2.0, "NVIDIA H200")
+    0.5
+    """
+    peak = peak_flops(device)
+    return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)
 
 
 def environment() -> dict[str, Any]:
