@@ -12,6 +12,14 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import (
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from vpgea_fast.metrics import (
     Alarms,
@@ -23,6 +31,9 @@ from vpgea_fast.metrics import (
     eps3,
     eps3_mean,
     finite,
+    mfu,
+    model_flops,
+    peak_flops,
     read_jsonl,
     step_line,
 )
@@ -269,3 +280,87 @@ def test_environment_is_json_and_names_the_checkout():
     git = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]  # noqa: PTH120
     head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     assert found["commit"] is None or found["commit"].removesuffix("+changes") == head
+
+
+QWEN_7B = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+
+
+def by_hand(hidden_size, layers, heads, kv_heads, head_size, mlp, matrices=3):
+    """Query and output, key and value, and the MLP of every layer."""
+    return layers * hidden_size * (2 * heads * head_size + 2 * kv_heads * head_size) + (
+        layers * matrices * hidden_size * mlp
+    )
+
+
+def test_mfu_of_the_torchtitan_row():
+    """Llama-3.1-8B at T 8192, 6,667 tokens a second and H100: 34.7 %, and 39.0 % where the other
+    half of the attention is counted too."""
+    flops = model_flops(LlamaConfig(**LLAMA_8B))
+    seconds = 8192 / 6667
+    assert mfu(flops.row(8192), seconds, "NVIDIA H100 80GB HBM3") == pytest.approx(0.347, abs=5e-4)
+    whole = flops.row(8192) + 6 * flops.width * 8192**2
+    assert mfu(whole, seconds, "NVIDIA H100 80GB HBM3") == pytest.approx(0.390, abs=5e-4)
+
+
+@pytest.mark.parametrize(("rate", "share"), [(7310, 0.35), (8360, 0.40), (9400, 0.45)])
+def test_mfu_of_the_qwen_row(rate, share):
+    """Qwen2.5-7B with sum(l^2) / sum(l) = 8192, at tokens a second and GPU, on 8 GPUs."""
+    flops = model_flops(Qwen2Config(**QWEN_7B))
+    lengths = [8192] * 3
+    done = flops.rows(lengths * 8)
+    assert mfu(done, sum(lengths) / rate, "NVIDIA H200", devices=8) == pytest.approx(
+        share, abs=1e-3
+    )
+
+
+def test_flops_count_every_matrix_once():
+    small = {"num_hidden_layers": 2, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = by_hand(64, 2, 4, 2, 16, 96)
+    for tied in (False, True):
+        flops = model_flops(Qwen2Config(**small, **heads, tie_word_embeddings=tied))
+        assert (flops.decoder, flops.head, flops.width) == (dense, 6400, 2 * 64)
+    flops = model_flops(Qwen3Config(**small, **heads, head_dim=32))
+    assert (flops.decoder, flops.width) == (by_hand(64, 2, 4, 2, 32, 96), 2 * 4 * 32)
+    flops = model_flops(Gemma2Config(**small, **heads, head_dim=8))
+    assert (flops.decoder, flops.head) == (by_hand(64, 2, 4, 2, 8, 96), 6400)
+    flops = model_flops(GPTNeoXConfig(**small, num_attention_heads=4))
+    assert flops.decoder == by_hand(64, 2, 4, 4, 16, 96, matrices=2)
+    experts = model_flops(
+        MixtralConfig(**small, **heads, num_local_experts=8, num_experts_per_tok=2)
+    )
+    router = 2 * 8 * 64
+    assert experts.decoder == router + by_hand(64, 2, 4, 2, 16, 2 * 96)
+
+
+def test_flops_of_rows_and_forwards():
+    flops = model_flops(Qwen2Config(**QWEN_7B))
+    lengths = [1, 17, 4096]
+    per_token = 6 * (flops.decoder + flops.head)
+    expected = sum(per_token * n + 6 * flops.width * n * n for n in lengths)
+    assert flops.rows(lengths) == 3 * flops.forward_rows(lengths) == expected
+    unheaded = [flops.forward_row(n, head_rows=0) for n in lengths]
+    assert flops.forward_rows(lengths, [0, 5, 9]) == sum(unheaded) + 2 * flops.head * 14
+    assert flops.rows([]) == 0
+
+
+def test_an_unknown_device_has_no_peak_and_no_mfu():
+    assert peak_flops("cpu") is None
+    assert mfu(1e12, 1.0, "NVIDIA GeForce GTX 1080") is None
+    assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert mfu(1e12, 0.0, "NVIDIA H200") is None

@@ -4,15 +4,30 @@ does not exist.
     rows = [r0 (5 tokens), r1 (3), r2 (9)], budget 9      ->      [[r2], [r0, r1]]
 
 The last token of a row is only ever a target, so T counts `row.tokens - 1`.
+
+Several ranks make the same number of batches, since every batch is a round of collectives, and one
+rank waits for all others in every round. So rows are dealt by work (FLOPs, attention included) and
+not by tokens, batch k of every rank costs about the same, and a rank that has no row left for a
+round runs a dummy of one token. A plan is a function of the lengths alone: every rank computes the
+whole plan and takes its own part, and nothing is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from vpgea_fast.types import PackedBatch, TrainRow
+from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
+
+RankPlan = list[list[int]]
+"""The micro-batches of one rank, each a list of row numbers; an empty one is a dummy."""
+
+BALANCED = 1.02
+"""Largest load over mean load from which on a plan is left as it is."""
 
 
 def drop_zero_rows(rows: Sequence[TrainRow]) -> list[TrainRow]:
@@ -21,52 +36,306 @@ def drop_zero_rows(rows: Sequence[TrainRow]) -> list[TrainRow]:
     return [row for row in rows if row.token_ids.numel() and bool(row.coef.any())]
 
 
+def check_budget(budget: int, longest: int) -> None:
+    """Refuse a budget that the longest possible row does not fit. Call it before any GPU work.
+
+    `longest` counts what goes through the model: `TrainRow.tokens - 1` of the longest prompt with
+    the longest sample. Errors: ValueError.
+    """
+    if budget < longest:
+        raise ValueError(
+            f"train.micro_batch_tokens: got {budget}, expected at least {longest}, the longest row "
+            "that can come (prompt and sampled tokens); raise it, or lower data.max_prompt_tokens "
+            "or rollout.max_new_tokens. A row is never cut"
+        )
+
+
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit-decreasing: indices of `lengths` in batches of at most `budget` tokens; a longer
     row stays alone.
 
     Order within a batch and of the batches is a function of the lengths alone (ties by index), so a
-    plan is reproducible. Errors: ValueError for a budget below 1.
+    plan is reproducible. O(n log n): a tree over the batches finds the first with enough room.
+    Errors: ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"micro-batch budget: expected at least 1 token, got {budget}")
-    batches: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        slot = next((b for b, free in enumerate(room) if length <= free), None)
-        if slot is None:
-            batches.append([index])
-            room.append(budget - length)
-        else:
-            batches[slot].append(index)
-            room[slot] -= length
-    return batches
+    order = _longest_first(lengths)
+    batches = [[index] for index in order if lengths[index] >= budget]
+    rest = order[len(batches) :]
+    leaves = 1 << max(0, len(rest) - 1).bit_length()
+    room = [budget] * (2 * leaves)  # room[n]: the most that any batch under node n can take
+    filled: list[list[int]] = []
+    for index in rest:
+        length, node = lengths[index], 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < length
+        if node - leaves == len(filled):
+            filled.append([])
+        filled[node - leaves].append(index)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            most = max(room[2 * node], room[2 * node + 1])
+            if room[node] == most:
+                break
+            room[node] = most
+    return batches + filled
 
 
-def pack(rows: Sequence[TrainRow], budget: int) -> list[tuple[PackedBatch, list[int]]]:
+def plan_ranks(
+    lengths: Sequence[int], budget: int, ranks: int, cost: Callable[[int], float]
+) -> list[RankPlan]:
+    """The micro-batches of every rank: as few rounds as first-fit-decreasing needs, equal in number
+    on all ranks, and balanced by `cost` (`ModelFlops.row`) in every round and in sum.
+
+    A round takes as long as its slowest rank. Of two ways to fill the rounds, rows spread over all
+    batches by cost, or first-fit batches as they are, the one whose rounds cost less in sum is
+    taken. Either deals batches of similar cost to a round, the costlier to the rank with less, and
+    then moves single rows from the rank with most.
+
+    Costlier rounds come first: the allocator then reserves its largest blocks once and reuses them,
+    and a budget that does not fit memory shows in the first micro-batch and not in the last.
+
+    The k-th batches of the ranks belong together. No batch exceeds the budget, except a single
+    longer row. No rows, no rounds. Errors: ValueError for a budget or a number of ranks below 1.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks: expected at least 1, got {ranks}")
+    batches = plan_batches(lengths, budget)
+    slots = -(-len(batches) // ranks) * ranks
+    costs = [cost(length) for length in lengths]
+    spread = _spread(lengths, costs, slots, budget)
+    plans = []
+    for candidate in (spread, batches):
+        if candidate is not None:
+            plan = _deal(candidate, costs, ranks)
+            _level(plan, lengths, costs, budget)
+            plan = _largest_first(plan, costs)
+            plans.append((_waiting(plan, costs), plan))
+            if plans[0][0] <= BALANCED:
+                break
+    return min(plans, key=lambda pair: pair[0])[1]
+
+
+def pack(rows: Sequence[TrainRow], budget: int) -> Iterator[tuple[PackedBatch, list[int]]]:
     """Packed batches of `rows`, each with the indices of the rows that it holds, in its order."""
-    plan = plan_batches([row.tokens - 1 for row in rows], budget)
-    return [(pack_rows([rows[i] for i in batch]), batch) for batch in plan]
+    return pack_plan(rows, plan_batches([row.tokens - 1 for row in rows], budget))
+
+
+def pack_plan(rows: Sequence[TrainRow], plan: RankPlan) -> Iterator[tuple[PackedBatch, list[int]]]:
+    """The batches of a plan, packed one at a time: a whole step's rows, five int64 a token, need
+    not lie in memory twice."""
+    return ((pack_rows([rows[i] for i in batch]), batch) for batch in plan)
 
 
 def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
-    """One packed batch. Errors: ValueError for a row without a context or without tokens."""
-    for number, row in enumerate(rows):
-        if not row.context_ids.numel() or not row.token_ids.numel():
+    """One packed batch; of no rows a dummy: one document of one token, target 0, coefficient 0.
+
+    The dummy's loss is 0 and its gradients are zeros, so a rank can take part in every collective
+    of a round that it has no rows for. Errors: ValueError for a row without a context or without
+    tokens.
+    """
+    if not rows:
+        token = torch.zeros(1, dtype=torch.int64)
+        rows = [TrainRow(token, token, torch.zeros(1), "prior", "student")]
+    contexts = [row.context_ids.numel() for row in rows]
+    counts = [row.token_ids.numel() for row in rows]
+    for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        if not context or not count:
             raise ValueError(
                 f"row {number}: expected at least one context token and one token, got "
-                f"{row.context_ids.numel()} and {row.token_ids.numel()}"
+                f"{context} and {count}"
             )
-    seqlens = tuple(row.tokens - 1 for row in rows)
-    starts = [0, *torch.tensor(seqlens).cumsum(0).tolist()]
-    first = [start + row.context_ids.numel() - 1 for start, row in zip(starts, rows, strict=False)]
-    counts = [row.token_ids.numel() for row in rows]
+    seqlens = [context + count - 1 for context, count in zip(contexts, counts, strict=True)]
+    ramp = torch.arange(max(seqlens))
+    cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0)
+    counts_S = torch.tensor(counts)
+    # The targets of document s sit at the end of it: row r of them is at r + shift_S[s].
+    shift_S = cu_seqlens[1:] - counts_S.cumsum(0)
     return PackedBatch(
-        input_ids=torch.cat([torch.cat([row.context_ids, row.token_ids[:-1]]) for row in rows]),
-        position_ids=torch.cat([torch.arange(n) for n in seqlens]),
-        seqlens=seqlens,
-        logit_index=torch.cat([torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)]),
+        input_ids=torch.cat([ids for r in rows for ids in (r.context_ids, r.token_ids[:-1])]),
+        position_ids=torch.cat([ramp[:length] for length in seqlens]),
+        seqlens=tuple(seqlens),
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        logit_index=torch.arange(sum(counts)) + shift_S.repeat_interleave(counts_S),
         targets=torch.cat([row.token_ids for row in rows]),
-        coef=torch.cat([row.coef.double() for row in rows]),
+        coef=torch.cat([row.coef for row in rows]).double(),
     )
+
+
+def plan_stats(
+    plans: Sequence[RankPlan], lengths: Sequence[int], cost: Callable[[int], float]
+) -> dict[str, float]:
+    """What a plan is worth: rounds; dummy tokens; `flops_imbalance`, largest over mean work of a
+    rank; `flops_waiting`, sum over the rounds of the largest work over the mean work of a rank.
+
+    The first is what a rank computes more than the mean, the second what the slowest rank of every
+    round makes all others wait. Both are 1 where there is nothing to balance.
+    """
+    costs = [cost(length) for length in lengths]
+    loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
+    return {
+        "rounds": len(plans[0]),
+        "dummy_tokens": sum(not batch for plan in plans for batch in plan),
+        "flops_imbalance": max(loads) * len(plans) / sum(loads) if any(loads) else 1.0,
+        "flops_waiting": _waiting(plans, costs),
+    }
+
+
+def time_packing(
+    flops: ModelFlops,
+    *,
+    rows: int = 4096,
+    ranks: int = 8,
+    budget: int = 32768,
+    median: int = 1024,
+    sigma: float = 0.8,
+    repeats: int = 3,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Seconds to plan log-normal rows for all ranks and to pack those of rank 0; with `plan_stats`.
+
+    The least of `repeats`, on this process's threads. The rows are drawn at will and cut at the
+    budget; a quarter of each is context.
+    """
+    draw = random.Random(seed)
+    lengths = [
+        min(budget, max(2, round(median * draw.lognormvariate(0.0, sigma)))) for _ in range(rows)
+    ]
+    made = []
+    for length in lengths:
+        context = max(1, length // 4)
+        tokens = torch.zeros(length - context + 1, dtype=torch.int64)
+        coef = torch.ones(tokens.numel(), dtype=torch.float64)
+        made.append(TrainRow(tokens[:1].expand(context), tokens, coef, "prior", "student"))
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def plan() -> list[RankPlan]:
+        return plan_ranks([row.tokens - 1 for row in made], budget, ranks, flops.row)
+
+    plans = plan()
+    return {
+        "plan_seconds": min(seconds(plan) for _ in range(repeats)),
+        "pack_seconds": min(
+            seconds(lambda: [batch for batch, _ in pack_plan(made, plans[0])])
+            for _ in range(repeats)
+        ),
+        "rank_tokens": sum(lengths[i] for batch in plans[0] for i in batch),
+        **plan_stats(plans, lengths, flops.row),
+    }
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _work(batch: Sequence[int], costs: Sequence[float]) -> float:
+    return sum(costs[i] for i in batch)
+
+
+def _waiting(plans: Sequence[RankPlan], costs: Sequence[float]) -> float:
+    """Cost of the rounds, each that of its slowest rank, over the mean cost of a rank."""
+    total = sum(costs)
+    rounds = zip(*plans, strict=True)
+    slowest = sum(max(_work(batch, costs) for batch in batches) for batches in rounds)
+    return slowest * len(plans) / total if total else 1.0
+
+
+def _spread(
+    lengths: Sequence[int], costs: Sequence[float], slots: int, budget: int
+) -> list[list[int]] | None:
+    """Rows over `slots` batches, the longest first, each to the batch with the least cost; None if
+    the budget is too tight for that.
+
+    A batch that is the cheapest and has no room is full of short rows: it is closed for good.
+    """
+    batches: list[list[int]] = [[] for _ in range(slots)]
+    cheapest = [(0.0, slot, 0) for slot in range(slots)]  # (cost, slot, tokens), a heap
+    for index in _longest_first(lengths):
+        while cheapest and cheapest[0][2] and cheapest[0][2] + lengths[index] > budget:
+            heapq.heappop(cheapest)
+        if not cheapest:
+            return None
+        cost, slot, tokens = cheapest[0]
+        batches[slot].append(index)
+        heapq.heapreplace(cheapest, (cost + costs[index], slot, tokens + lengths[index]))
+    return batches
+
+
+def _deal(batches: list[list[int]], costs: Sequence[float], ranks: int) -> list[RankPlan]:
+    """Rounds of `ranks` batches of similar cost, the costliest first; in each round the costliest
+    batch goes to the rank with the least so far."""
+    work = [_work(batch, costs) for batch in batches]
+    order = sorted(range(len(batches)), key=lambda b: (-work[b], b))
+    plans: list[RankPlan] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for first in range(0, len(order), ranks):
+        round_ = order[first : first + ranks]
+        for place, rank in enumerate(sorted(range(ranks), key=lambda r: (loads[r], r))):
+            real = place < len(round_)
+            plans[rank].append(list(batches[round_[place]]) if real else [])
+            loads[rank] += work[round_[place]] if real else 0.0
+    return plans
+
+
+def _largest_first(plans: list[RankPlan], costs: Sequence[float]) -> list[RankPlan]:
+    """The same rounds, the one with the slowest rank first."""
+    slowest = [
+        max(_work(batch, costs) for batch in batches) for batches in zip(*plans, strict=True)
+    ]
+    order = sorted(range(len(slowest)), key=lambda k: -slowest[k])
+    return [[plan[k] for k in order] for plan in plans]
+
+
+def _level(
+    plans: list[RankPlan], lengths: Sequence[int], costs: Sequence[float], budget: int
+) -> None:
+    """Move rows, one at a time and in place, from the rank with most work to another rank's batch
+    of the same round, until the most is within BALANCED of the mean or nothing helps."""
+    ranks = len(plans)
+    loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
+    tokens = [[sum(lengths[i] for i in batch) for batch in plan] for plan in plans]
+    for _ in range(16 * ranks):
+        giver = max(range(ranks), key=lambda r: loads[r])
+        if loads[giver] * ranks <= BALANCED * sum(loads):
+            return
+        for taker in sorted(range(ranks), key=lambda r: (loads[r], r)):
+            room = [budget - used for used in tokens[taker]]
+            move = _best_move(plans[giver], room, loads[giver] - loads[taker], lengths, costs)
+            if move is not None:
+                break
+        else:
+            return
+        k, index = move
+        plans[giver][k].remove(index)
+        plans[taker][k].append(index)
+        tokens[giver][k] -= lengths[index]
+        tokens[taker][k] += lengths[index]
+        loads[giver] -= costs[index]
+        loads[taker] += costs[index]
+
+
+def _best_move(
+    plan: RankPlan,
+    room: Sequence[int],
+    gap: float,
+    lengths: Sequence[int],
+    costs: Sequence[float],
+) -> tuple[int, int] | None:
+    """(round, row) whose cost is nearest half the gap between two ranks, among the rows that the
+    other rank's batch of the same round has room for; a batch is not emptied."""
+    moves = (
+        (abs(gap - 2 * costs[i]), k, costs[i], i)
+        for k, batch in enumerate(plan)
+        if len(batch) > 1
+        for i in batch
+        if lengths[i] <= room[k] and 0 < costs[i] < gap
+    )
+    best = min(moves, default=None)
+    return None if best is None else (best[1], best[3])

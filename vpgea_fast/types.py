@@ -10,7 +10,7 @@ Shape suffixes of the whole project:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -251,6 +251,7 @@ class PackedBatch:
 
     input_ids, position_ids (T,) int64
     seqlens      the S lengths as Python ints: splitting by them must not cost a host sync
+    cu_seqlens   (S + 1,) int32, 0 = first < ... < last = T: the same for a GPU kernel
     logit_index  (R,) int64: positions in T whose hidden state predicts a target
     targets      (R,) int64        coef (R,) float64
 
@@ -259,11 +260,14 @@ class PackedBatch:
     >>> batch = pack_rows([TrainRow(context, tokens, torch.ones(2), "prior", "student")])
     >>> batch.input_ids.tolist(), batch.logit_index.tolist(), batch.targets.tolist()
     ([1, 5, 4], [1, 2], [4, 9])
+    >>> batch.cu_seqlens.tolist()
+    [0, 3]
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     seqlens: tuple[int, ...]
+    cu_seqlens: torch.Tensor
     logit_index: torch.Tensor
     targets: torch.Tensor
     coef: torch.Tensor
@@ -272,6 +276,45 @@ class PackedBatch:
         """The same batch on `device`: the one place where tensors move there."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
+
+    decoder  parameters that a token is multiplied with, the embedding and the head left out
+    head     those of the head, tied or not
+    width    layers x heads x head size: a token's query, over all layers
+
+    A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
+    a forward: two operations a multiply-add, a backward of two forwards, the causal half of the
+    attention, nothing for padding, recomputation or the embedding. Sliding windows are not
+    discounted.
+
+    >>> ModelFlops(decoder=10, head=2, width=1).row(4)
+    384
+    """
+
+    decoder: int
+    head: int
+    width: int
+
+    def row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a document's forward and backward; `head_rows` as in `forward_row`."""
+        return 3 * self.forward_row(length, head_rows)
+
+    def rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        return 3 * self.forward_rows(lengths, head_rows)
+
+    def forward_row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
+        head_rows = length if head_rows is None else head_rows
+        return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
+
+    def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        if head_rows is None:
+            return sum(map(self.forward_row, lengths))
+        return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
 @dataclass(frozen=True)
