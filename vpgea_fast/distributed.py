@@ -170,8 +170,8 @@ def _check(cfg: ParallelConfig, size: int) -> None:
         )
     if cfg.shard == "never" and (size > 1 or cfg.replicas > 1):
         raise ConfigError(
-            f"parallel.shard: got 'never' with {size} processes and {cfg.replicas} replicas; several "
-            "processes train one model only when it is sharded: set 'auto'"
+            f"parallel.shard: got 'never' with {size} processes and {cfg.replicas} replicas; "
+            "several processes train one model only when it is sharded: set 'auto'"
         )
 
 

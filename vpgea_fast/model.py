@@ -479,8 +479,8 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
     if not installed or device.type != "cuda":
         why = f"runs on CUDA only, the device is {device}" if installed else "is not installed"
         raise ModelError(
-            f"model.liger: got 'always', but liger-kernel {why}; pip install 'vpgea_fast[liger]' on a "
-            "CUDA machine, or set 'auto'"
+            f"model.liger: got 'always', but liger-kernel {why}; pip install 'vpgea_fast[liger]' "
+            "on a CUDA machine, or set 'auto'"
         )
     from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
         MODEL_TYPE_TO_APPLY_LIGER_FN,
@@ -489,7 +489,9 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
     kind = causal_lm.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         if choice == "always":
-            raise ModelError(f"model.liger: got 'always', Liger has no kernels for {kind!r}; set 'never'")
+            raise ModelError(
+                f"model.liger: got 'always', but Liger has no kernels for {kind!r}; set 'never'"
+            )
         return
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](
         rope=True,
