@@ -63,6 +63,7 @@ setup(
         "vllm": ["vllm==0.32.0", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
+        "torchao": ["torchao>=0.11"],
         "trl": ["trl>=1.0"],
         "wandb": ["wandb>=0.18"],
     },

@@ -54,6 +54,7 @@ WALLS = {
     "trl": "vpgea_fast.integrations",
     "flash_attn": "vpgea_fast.attention",
     "liger_kernel": "vpgea_fast.model",
+    "torchao": "vpgea_fast.optim",
 }
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 
@@ -226,7 +227,7 @@ print(*sorted(m for m in sys.modules if m.startswith("vpgea_fast.")))
 """
 REFUSED = (
     "transformers triton pydantic yaml rich datasets math_verify matplotlib pyarrow safetensors"
-    " tokenizers huggingface_hub kernels vllm flash_attn liger_kernel trl wandb"
+    " tokenizers huggingface_hub kernels vllm flash_attn liger_kernel torchao trl wandb"
 ).split()
 
 

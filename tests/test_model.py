@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vpgea_fast.config import ModelConfig, OptimConfig
+from vpgea_fast.config import ModelConfig
 from vpgea_fast.model import ModelError, Policy, check_model_dir, estimate_memory, load_policy
-from vpgea_fast.optim import apply_update, build_optimizer, learning_rate
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
@@ -152,33 +151,6 @@ def test_memory_estimate_counts_states_by_hand(model_dir, random_qwen2):
         ]
         > (estimate.parts["activations"])
     )
-
-
-def test_schedules_by_hand():
-    cfg = lambda **kw: OptimConfig(lr=1.0, warmup_steps=4, **kw)  # noqa: E731
-    assert [learning_rate(cfg(), s, 12) for s in (0, 1, 3, 4, 11)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert [learning_rate(cfg(schedule="linear"), s, 12) for s in (4, 8, 12)] == [1.0, 0.5, 0.0]
-    cosine = [learning_rate(cfg(schedule="cosine"), s, 12) for s in (4, 8, 12)]
-    assert cosine == pytest.approx([1.0, 0.5, 0.0])
-    assert learning_rate(OptimConfig(lr=0.5, warmup_steps=0), 0, 1) == 0.5
-
-
-def test_clipping_and_a_non_finite_gradient(random_qwen2):
-    policy = Policy(random_qwen2(attn_implementation="vpgea_varlen"))
-    optimizer = build_optimizer(policy.parameters(), OptimConfig(lr=1e-3))
-    policy(one_batch()).loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()]).item()
-    assert apply_update(optimizer, lr=1e-3, max_grad_norm=0.1) == pytest.approx(norm, rel=1e-5)
-    weights = [p.detach().clone() for p in policy.parameters()]
-    states = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in policy.parameters()]
-
-    policy(one_batch()).loss.backward()
-    next(policy.parameters()).grad[0, 0] = math.nan
-    assert math.isnan(apply_update(optimizer, lr=1e-3, max_grad_norm=0.1))
-    for p, weight, state in zip(policy.parameters(), weights, states, strict=True):
-        assert torch.equal(p, weight)
-        assert p.grad is None
-        assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
 
 
 def test_half_precision_head_accumulates_its_gradient_in_float32(random_qwen2):

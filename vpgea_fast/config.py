@@ -291,7 +291,7 @@ class LossConfig:
 @dataclass(frozen=True, config=STRICT)
 class OptimConfig:
     name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
-    """Moments in the weights' dtype, in bfloat16, or in 8 bits (torchao, an extra)."""
+    """Moments in float32, in bfloat16 rounded stochastically, or in 8 bits (torchao, an extra)."""
     stochastic_rounding: bool = False
     """Round bfloat16 weights up or down with the probability that makes the mean exact."""
     lr: PositiveFloat = 1e-6
