@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from vpgea_fast.config import ConfigError, ParallelConfig
 
@@ -131,6 +133,17 @@ class World:
             gc.collect()  # without it gloo aborts at exit, one run in three
             self.barrier()
             dist.destroy_process_group()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward without a backward has left whole. No communication.
+
+    Where a unit is whole its parameters are plain copies in the forward's dtype: whoever reads or
+    updates parameters after a scoring pass would silently miss the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def open_world(cfg: ParallelConfig, device: str = "auto") -> World:

@@ -200,12 +200,6 @@ class Policy(nn.Module):
             if unit is self:
                 unit.set_is_last_backward(last)
 
-    def reshard(self) -> None:
-        """Give back what a forward left gathered. Before anything walks the parameters (clip, step,
-        load): a gathered parameter is another tensor than the one that the optimiser holds."""
-        for unit in self.units():
-            unit.reshard()
-
     def units(self) -> list[Any]:
         """The modules that FSDP gathers as one, the root first; none when not sharded."""
         return [module for module in self.modules() if isinstance(module, FSDPModule)]

@@ -22,7 +22,7 @@ from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
 from vpgea_fast.data import fingerprint, load_questions
-from vpgea_fast.distributed import Stopped, open_world
+from vpgea_fast.distributed import Stopped, open_world, reshard
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
 from vpgea_fast.model import full_weights, load_policy, load_tokenizer, make_replica
@@ -158,7 +158,7 @@ class Trainer:
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
         logps = self.accumulate(rows)
-        self.policy.reshard()
+        reshard(self.policy)
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
         found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
@@ -312,7 +312,7 @@ class Trainer:
             part = [row for row in rows if row.own_view == own]
             if part:
                 self.accumulate(part)
-                self.policy.reshard()
+                reshard(self.policy)
                 norms[name] = gradient_norm(self.optimizer)
                 self.optimizer.zero_grad(set_to_none=True)
         return norms
@@ -349,7 +349,7 @@ class Trainer:
         self.dropped = {**loaded.dropped, **unfit}
         self.fingerprint = fingerprint([q.question for q in self.questions])
         self.policy = load_policy(cfg.model, self.world, cfg.parallel, backend=cfg.loss.backend)
-        self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
+        self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim, seed=cfg.run.seed)
         self.passes = Passes(
             self.world, cfg.train.micro_batch_tokens, model_flops(self.policy.causal_lm.config)
         )
