@@ -5,19 +5,23 @@ length, so that ranks have unequal tokens.
 """
 
 import gc
+import re
+import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, watch_ranks
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpgea_fast.config import ModelConfig, OptimConfig, ParallelConfig
+from vpgea_fast.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.losses import weighted_logprob_loss
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.model import full_weights, load_policy, make_replica
+from vpgea_fast.model import ModelError, full_weights, load_policy, make_replica
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import drop_zero_rows, pack_rows
 from vpgea_fast.passes import Passes
@@ -405,3 +409,104 @@ def hsdp_facts(path):
 def test_two_copies_of_two_shards_make_the_same_gradient(model_dirs):
     for fact in run_ranks(hsdp_facts, model_dirs["tied"], size=4):
         assert fact == {"error": pytest.approx(0, abs=2e-6), "mesh": "('replicate', 'shard')"}
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+
+def variant_facts(path, model, parallel, optim):
+    """Two steps of a variant; what its parameters and gradients are, and that they have moved."""
+    world, rows = open_world(ParallelConfig(**parallel), "cpu"), make_rows(9)
+    cfg = ModelConfig(path=path, device="cpu", **{"activation_checkpointing": "none"} | model)
+    if cfg.compile:  # Dynamo and Inductor warn of their own doings
+        warnings.simplefilter("ignore")
+    policy = load_policy(cfg, world, ParallelConfig(**parallel))
+    optimizer = build_optimizer(policy.parameters(), OptimConfig(**optim))
+    losses, norms = [], []
+    for _ in range(2):
+        losses.append(train_pass(policy, world, rows))
+        norms.append(apply_update(optimizer, lr=1e-3, max_grad_norm=1.0))
+    facts = {
+        "losses": losses,
+        "norms": norms,
+        "parameters": sorted({str(p.dtype) for p in policy.parameters()}),
+        "held": sum(p.to_local().numel() for p in policy.parameters()),
+        "all": sum(p.numel() for p in policy.parameters()),
+    }
+    del policy, optimizer
+    leave(world)
+    return facts
+
+
+def run_variant(path, model=None, parallel=None, optim=None, size=2):
+    return run_ranks(variant_facts, path, model or {}, parallel or {}, optim or {}, size=size)
+
+
+def test_weights_and_moments_in_bfloat16(model_dirs):
+    """Each process holds half of the model; rounding is the same whatever the number of ranks."""
+    half = {"dtype": "bfloat16", "master_dtype": "bfloat16"}
+    optim = {"name": "adamw_bf16", "stochastic_rounding": True, "lr": 1e-3}
+    want = run_variant(model_dirs["untied"], {"dtype": "bfloat16"}, optim={"lr": 1e-3})[0]
+    facts = run_variant(model_dirs["untied"], half, optim=optim)
+    assert facts[0]["parameters"] == ["torch.bfloat16"]
+    assert sum(fact["held"] for fact in facts) == facts[0]["all"]
+    assert max(fact["held"] for fact in facts) < 0.51 * facts[0]["all"]
+    assert facts[0]["losses"] == pytest.approx(want["losses"], rel=0.05, abs=0.01)
+    assert facts[0]["losses"][1] < facts[0]["losses"][0]
+
+
+def test_states_in_host_memory_change_nothing(model_dirs):
+    float32 = {"dtype": "float32"}
+    want = run_variant(model_dirs["tied"], float32, optim={"lr": 1e-3})
+    assert want == run_variant(model_dirs["tied"], float32, {"cpu_offload": True}, {"lr": 1e-3})
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(model_dirs):
+    float32 = {"dtype": "float32"}
+    for grade in ("none", "full"):
+        given = float32 | {"activation_checkpointing": grade}
+        want, got = (
+            run_variant(model_dirs["untied"], given | {"compile": c}, optim={"lr": 1e-3})[0]
+            for c in (False, True)
+        )
+        assert got["losses"] == pytest.approx(want["losses"], abs=1e-5)
+        assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+
+
+def test_what_cannot_be_sharded_is_refused(random_qwen2, tmp_path, monkeypatch):
+    path = str(tmp_path / "model")
+    random_qwen2().save_pretrained(path)
+    cfg = ModelConfig(path=path, device="cpu", dtype="float32")
+    with pytest.raises(ModelError, match=r"model\.liger: got 'always'.*liger"):
+        load_policy(replace(cfg, liger="always"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        ConfigError, match=r"parallel\.replicas: got 2, expected a divisor of the 3"
+    ):
+        open_world(ParallelConfig(replicas=2), "cpu")
+    with pytest.raises(ConfigError, match=r"parallel\.shard: got 'never' with 3 processes"):
+        open_world(ParallelConfig(shard="never"), "cpu")
+
+
+def test_weights_that_do_not_fit_are_refused_by_every_process(model_dirs, tmp_path):
+    def copy(name, change):
+        shutil.copytree(model_dirs["untied"], tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        return str(tmp_path / name)
+
+    norm = "model.norm.weight"
+    faults = {
+        r"1 weights are missing \(model\.norm\.weight": copy("missing", lambda t: t.pop(norm)),
+        r"model\.norm\.weight is \(3,\), config\.json says \(64,\)": copy(
+            "misshapen", lambda t: t.update({norm: torch.ones(3)})
+        ),
+        r"model\.norm\.weight holds NaN": copy("nan", lambda t: t[norm].fill_(float("nan"))),
+    }
+    for message, path in faults.items():
+        for rank in watch_ranks(variant_facts, path, {"dtype": "float32"}, {}, {}):
+            assert rank.status == 1
+            assert re.search(message, rank.output), rank.output
