@@ -1,0 +1,148 @@
+"""The whole run on several processes: resumed, killed, poisoned, restarted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, watch_ranks
+
+from vpgea_fast import config, trainer
+from vpgea_fast.types import TrainRow
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs/tiny.yaml"
+TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "peak_memory")
+
+
+@pytest.fixture
+def words(tiny_world, tmp_path):
+    """Command-line words for a small run of the tiny task: `words("name", "--a.b", "c")`."""
+
+    def make(name, *more):
+        fixed = {
+            "run.dir": tmp_path / name,
+            "model.path": tiny_world.base_dir,
+            "data.train": tiny_world.train_path,
+            "eval.data": "[]",
+            "train.questions_per_step": 2,
+            "objective.group_size": 4,
+            "objective.prior_samples": 2,
+            "metrics.diag_every": 0,
+            "checkpoint.save_every": 10,
+            "optim.schedule": "constant",
+        }
+        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
+
+    return make
+
+
+def records(run_dir):
+    """metrics.jsonl without what a clock or the allocator says."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines
+    ]
+
+
+def fit(words, resume=False, die_after=None, poison=None):
+    """One rank's run. `die_after`: rank 1 kills itself after that step. `poison`: from that step on
+    the first row has a coefficient that is not a number, which one rank meets."""
+    finish, build = trainer.Trainer.finish_step, trainer.build_rows
+    step = 0
+
+    def finish_step(self, stats):
+        nonlocal step
+        finish(self, stats)
+        step = self.step
+        if self.step == die_after and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def build_rows(*args, **kwargs):
+        rows = build(*args, **kwargs)
+        if poison is None or step < poison or not rows:
+            return rows
+        bad = rows[0]
+        nan = torch.full_like(bad.coef, float("nan"))
+        return [TrainRow(bad.context_ids, bad.token_ids, nan, bad.stream, bad.view), *rows[1:]]
+
+    trainer.Trainer.finish_step, trainer.build_rows = finish_step, build_rows
+    source = Path(words[1]) / "config.yaml" if resume else TINY
+    return trainer.fit(config.load(source, words), resume=resume)
+
+
+def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path):
+    straight, parts = words("straight", "--train.steps", "40"), words("parts", "--train.steps", "40")
+    assert run_ranks(fit, straight) == [True, True]
+    ends = watch_ranks(fit, parts, False, 23, grace_s=60)
+    assert ends[1].status == -signal.SIGKILL
+    assert ends[0].status == 1  # by itself, soon, with the broken connection as its cause
+    assert "Connection" in ends[0].output or "closed" in ends[0].output
+    assert run_ranks(fit, parts, True) == [True, True]
+    assert records(tmp_path / "straight") == records(tmp_path / "parts")
+    paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")]
+    assert paths[0] == paths[1]
+
+    fewer = words("fewer", "--train.steps", "20")
+    assert run_ranks(fit, fewer) == [True, True]
+    onward = [*fewer, "--train.steps", "23"]
+    assert run_ranks(fit, onward, True, size=1) == [True]
+    for ours, want in zip(records(tmp_path / "fewer"), records(tmp_path / "straight"), strict=False):
+        assert ours["tokens_generated"] == want["tokens_generated"]
+        assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
+        assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    assert len(records(tmp_path / "fewer")) == 23
+
+
+def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words, tmp_path):
+    given = words("poisoned", "--train.steps", "12", "--checkpoint.save_every", "2")
+    ends = watch_ranks(fit, given, False, None, 4, grace_s=60)
+    assert [rank.status for rank in ends] == [1, 1]
+    assert all("5 non-finite gradients in a row at step" in rank.output for rank in ends)
+    run = tmp_path / "poisoned"
+    skipped = [record for record in records(run) if record["skipped"]]
+    assert len(skipped) >= 5
+    (file,) = run.glob("nonfinite_step_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 1
+    assert set(map(str, rows[0]["coef"])) == {"nan"}
+    # What was saved while steps were skipped is what was saved before: nothing has moved.
+    weights = [
+        {k: v for k, v in state(run, n).items()} for n in sorted(saved_steps(run))[-2:]
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert run_ranks(fit, [*given, "--train.steps", "14"], True) == [True, True]
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
+    """One of two processes is killed: the job starts again from the last checkpoint, by itself, and
+    ends where an undisturbed one does."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys\n"
+        "from vpgea_fast import cli, trainer\n"
+        "finish = trainer.Trainer.finish_step\n"
+        "def dying(self, stats):\n"
+        "    finish(self, stats)\n"
+        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "    if first and self.step == 7 and self.world.rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "trainer.Trainer.finish_step = dying\n"
+        "sys.exit(cli.main())\n"
+    )
+    more = ["--train.steps", "12", "--checkpoint.save_every", "5"]
+    run_ranks(fit, words("calm", *more))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+        *(str(worker), "train", str(TINY), "--resume-if-started", *map(str, words("hit", *more))),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert records(tmp_path / "hit") == records(tmp_path / "calm")
