@@ -402,6 +402,22 @@ def show_times(records: Sequence[dict[str, Any]], args: Any, console: Console) -
         ]
         title = f"{op}: N, D, V = {', '.join(map(str, args.shape))}, {args.dtype_name}"
         console.table((*heads, *(["x before"] if args.compare else [])), lines, title=title)
+        for line in against_eager([r for r in timed if r["op"] == op]):
+            console.message(line)
+
+
+def against_eager(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each of our backends and gate: its whole pass as shares of eager torch's."""
+    whole = {(r["provider"], r["gate"]): r for r in records if r["mode"] == "full" and r["p50_ms"]}
+    ours = {p.name for p in PROVIDERS if p.ours}
+    lines = []
+    for (name, gate), row in whole.items():
+        eager = whole.get((EAGER, gate))
+        if name in ours and eager and eager["peak_mib"] and row["peak_mib"]:
+            time, peak = (row[key] / eager[key] for key in ("p50_ms", "peak_mib"))
+            shares = f"{time:.2f}x the time, {peak:.3f}x the peak of {EAGER}"
+            lines.append(f"{name}{_gate(gate)}: {shares}")
+    return lines
 
 
 def _gate(gate: float | None) -> str:

@@ -10,13 +10,15 @@ and dX = logit_scale da W, dW = logit_scale da' X, db = sum da with da = dz (1 -
 temperature. When a is known before the forward (the weighted loss: a = coefficient, b = c = 0) this
 happens right after the logits are made: three GEMMs (6 K V D FLOP) instead of four.
 
-One chunk lives in one (C, V) buffer, rewritten in place:
+Chunks have equal size and share one (C, V) buffer, rewritten in place:
 
     logits -> exp(z - peak), 0 at the target -> dz -> in half precision, a copy for the two GEMMs
 
-with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). C is the
-largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V except dW
-(fp32) and, on a CPU with half-precision inputs, one fp32 copy of the weight.
+with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). They are
+allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
+GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V
+except dW (fp32). A CPU has no half-precision GEMM with fp32 out: it upcasts the weight 2 MiB at a
+time and rounds dz in place.
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -26,6 +28,7 @@ largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows wi
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,23 +38,16 @@ Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-def default_chunk_bytes(device: torch.device) -> int:
-    """Memory for the (C, V) buffers: 256 MiB on a CPU, up to 4 GiB and 1/16 of the memory on CUDA.
+def default_chunk_bytes(device: torch.device, row_bytes: int = 0) -> int:
+    """Memory for the (C, V) buffers: on CUDA up to 4 GiB and 1/16 of the memory, on a CPU 48 MiB.
 
-    Every chunk reads and writes all of dW once, so small chunks pay for it in bandwidth.
+    Every chunk reads the weight twice and dW once: a CPU's GEMMs lose 3 % of their rate at 128 rows
+    and 13 % at 82 (V = 152064, one core). So there are 256 rows of `row_bytes` even where they need
+    more than 48 MiB.
     """
     if device.type != "cuda":
-        return 256 << 20
+        return max(48 << 20, 256 * row_bytes)
     return min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 16)
-
-
-def rows_per_chunk(
-    vocabulary: int, dtype: torch.dtype, chunk_bytes: int, *, softcap: bool, entropy: bool
-) -> int:
-    """Rows whose (C, V) buffers fit in chunk_bytes, at least 1."""
-    accumulator = torch.promote_types(dtype, torch.float32).itemsize
-    per_logit = accumulator * (1 + softcap + entropy) + (dtype.itemsize if dtype in HALF else 0)
-    return max(1, chunk_bytes // (vocabulary * per_logit))
 
 
 def head_pass(
@@ -89,10 +85,14 @@ def head_pass(
         none_K = torch.empty(0, dtype=accumulator, device=device)
         return none_K, none_K, none_K if entropy else None
 
-    budget = default_chunk_bytes(device) if chunk_bytes is None else chunk_bytes
-    step = rows_per_chunk(
-        vocabulary, dtype, budget, softcap=softcap is not None, entropy=needs_entropy
-    )
+    # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
+    operand = dtype if device.type == "cuda" else accumulator
+    buffers = 1 + (softcap is not None) + needs_entropy
+    row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
+    budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
+    chunks = math.ceil(rows / max(1, budget // row_bytes))
+    step = math.ceil(rows / chunks)
+    buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
     temperature_K1 = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
     upstream_K3 = None
     if g_logp is not None:
@@ -106,14 +106,18 @@ def head_pass(
         sink_VD = torch.zeros_like(dweight_VD)
 
     def run(chunk: slice) -> Tensor:
-        """One chunk; a function, so that its (C, V) buffers are free before the next one's."""
-        hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
+        hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
         targets_C1 = targets_K[chunk].unsqueeze(1)
         divisor = temperature_K1[chunk] if isinstance(temperature_K1, Tensor) else temperature_K1
-        a_CV = matmul(hidden_CD, weight_VD.T, accumulator)
-        z_CV, slope_CV = _logits(a_CV, bias_V, divisor, softcap, logit_scale)
+        z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
+        plogp_CV = spare.pop() if needs_entropy else None
+        slope_CV = spare.pop() if softcap is not None else None
+        for columns, weight_BD in _weight_blocks(weight_VD, operand):
+            matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
+        _logits_(z_CV, slope_CV, bias_V, divisor, softcap, logit_scale)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
-        plogp_CV = torch.special.entr(z_CV) if needs_entropy else None
+        if plogp_CV is not None:
+            torch.special.entr(z_CV, out=plogp_CV)
         values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
         if upstream_K3 is None:
             return values_C3
@@ -121,9 +125,13 @@ def head_pass(
         if dbias_V is not None:
             dbias_V.add_(z_CV.sum(0))
         dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
-        del a_CV, z_CV, slope_CV, plogp_CV
+        if operand != dtype:
+            dz_CV = z_CV.copy_(dz_CV)
         if dhidden_TD is not None:
-            dhidden_CD = matmul(dz_CV, weight_VD, accumulator).mul_(logit_scale * unit)
+            dhidden_CD = torch.zeros_like(hidden_CD, dtype=accumulator)
+            for columns, weight_BD in _weight_blocks(weight_VD, operand):
+                add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, logit_scale)
+            dhidden_CD.mul_(unit)
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
         if sink_VD is not None:
             add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
@@ -148,13 +156,27 @@ def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float
     return bound_K.amax().clamp_min(torch.finfo(bound_K.dtype).tiny) / 2.0**14
 
 
-def matmul(left: Tensor, right: Tensor, accumulator: torch.dtype) -> Tensor:
+def _weight_blocks(weight_VD: Tensor, operand: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(columns of z, their rows of the weight in the operands' dtype): all at once, or upcast 2 MiB
+    at a time, which stay in the cache: the time of a whole float32 copy, without its memory.
+    """
+    if weight_VD.dtype == operand:
+        yield slice(None), weight_VD
+        return
+    vocabulary, hidden = weight_VD.shape
+    block = max(1, (2 << 20) // max(1, hidden * operand.itemsize))
+    for start in range(0, vocabulary, block):
+        columns = slice(start, start + block)
+        yield columns, weight_VD[columns].to(operand)
+
+
+def matmul(
+    left: Tensor, right: Tensor, accumulator: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """left @ right in the accumulator's dtype: only CUDA has a half GEMM with fp32 out."""
-    if left.dtype == accumulator:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=accumulator)
-    return left.to(accumulator) @ right.to(accumulator)
+    if left.dtype != accumulator and left.is_cuda:
+        return torch.mm(left, right, out_dtype=accumulator, out=out)
+    return torch.mm(left.to(accumulator), right.to(accumulator), out=out)
 
 
 def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -165,24 +187,26 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
 
 
-def _logits(
+def _logits_(
     a_CV: Tensor,
+    slope_CV: Tensor | None,
     bias_V: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """z_CV, in place of the products a_CV, and with a softcap its slope 1 - tanh^2."""
+) -> None:
+    """Rewrites the products a_CV as z_CV; a softcap's slope 1 - tanh^2 goes to slope_CV."""
     if logit_scale != 1.0:
         a_CV.mul_(logit_scale)
     if bias_V is not None:
         a_CV.add_(bias_V)
-    if softcap is None:
-        scaled = isinstance(temperature, Tensor) or temperature != 1.0
-        return a_CV.div_(temperature) if scaled else a_CV, None
-    tanh_CV = a_CV.div_(softcap).tanh_()
-    z_CV = tanh_CV * (softcap / temperature)
-    return z_CV, tanh_CV.square_().neg_().add_(1.0)
+    if softcap is not None:
+        assert slope_CV is not None
+        torch.tanh(a_CV.div_(softcap), out=slope_CV)
+        torch.mul(slope_CV, softcap / temperature, out=a_CV)
+        slope_CV.square_().neg_().add_(1.0)
+    elif isinstance(temperature, Tensor) or temperature != 1.0:
+        a_CV.div_(temperature)
 
 
 def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
