@@ -44,7 +44,7 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.dtype = dtype
-        self.backend = losses.resolve_backend(backend)
+        self.backend = losses.choose_backend(backend, device=self.device, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +122,7 @@ class Policy(nn.Module):
             "softcap": getattr(config, "final_logit_softcapping", None),
             "logit_scale": getattr(config, "logit_scale", None)
             or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
-            "backend": self.backend,
+            "backend": self.backend.name,
         }
 
 
