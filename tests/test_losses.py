@@ -704,7 +704,7 @@ def test_default_chunks_take_a_sixth_of_the_memory():
 def test_backend_names():
     assert resolve_backend() == resolve_backend("torch") == "torch"
     assert resolve_backend("reference") == "reference"
-    with pytest.raises(ValueError, match=r"'triton' is not available.*'reference', 'torch'"):
+    with pytest.raises(ValueError, match=r"'triton' is not available.*'torch', 'reference'"):
         resolve_backend("triton")
 
 

@@ -25,33 +25,28 @@ Rules that hold for all four functions:
   constants.
 """
 
-import importlib.util
 import math
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 
-from vpgea_fast.kernels.chunked import head_pass as chunked_head_pass
-from vpgea_fast.kernels.reference import head_pass as reference_head_pass
+from vpgea_fast.kernels import backends
+from vpgea_fast.kernels.backends import BackendChoice
+from vpgea_fast.kernels.head import (
+    Inputs,
+    OnePass,
+    Recompute,
+    Settings,
+    accumulator,
+    check,
+    dot,
+    register,
+    without_values,
+)
 
 Tensor = torch.Tensor
-
-
-def _triton_head_pass(*args, **options):
-    """Imported when it is asked for: this module needs torch only."""
-    from vpgea_fast.kernels.linear_logprob import head_pass
-
-    return head_pass(*args, **options)
-
-
-BACKENDS = {
-    "reference": reference_head_pass,
-    "torch": chunked_head_pass,
-    "triton": _triton_head_pass,
-}
-HALF = (torch.float16, torch.bfloat16)
 
 
 class HeadOptions(TypedDict, total=False):
@@ -62,11 +57,18 @@ class HeadOptions(TypedDict, total=False):
     softcap: positive float or None: logits become softcap tanh(logits / softcap).
     logit_scale: float multiplying h . w, before the bias.
     ignore_index: target value of rows that take no part.
-    backend: "auto", "reference", "torch" or "triton"; see `resolve_backend`.
+    backend: "auto", "reference", "torch" or "triton"; see `choose_backend`.
     rows: (R,) int64 without repeats or None: the only rows that may take part; the rest count as
         coefficient 0. Spares CUDA the host synchronisation that finds them. Two streams: indices
         into [posterior; prior], prior ones + T.
-    chunk_bytes: memory for the logits of one chunk (backend "torch"); None picks by device.
+    chunk_bytes: memory for the logits of one chunk (backends "torch" and "triton"); None: 256 MiB
+        on a CPU; on CUDA up to 4 GiB and at most 1/8 of what is free at the first call of this
+        head on this device, which is the only time the driver is asked.
+    batch_invariant: a row's logp, lse and entropy depend, bit for bit, neither on its neighbours
+        nor on its place in a chunk. Always so in "triton"; a ValueError in the others.
+    validate: on CUDA, wrong values (targets, rows, temperatures, boundaries) are a ValueError here
+        and now, at the price of a synchronisation for each check, and not an assertion on the
+        device, after which the process cannot go on. On a CPU they always are a ValueError.
     """
 
     bias: Tensor | None
@@ -77,6 +79,8 @@ class HeadOptions(TypedDict, total=False):
     backend: str
     rows: Tensor | None
     chunk_bytes: int | None
+    batch_invariant: bool
+    validate: bool
 
 
 @dataclass(frozen=True)
@@ -141,30 +145,33 @@ class VpgeaLoss:
     gate_S: Tensor
 
 
-def resolve_backend(backend: str = "auto") -> str:
-    """The backend that runs: "reference" (full logits), "torch" (chunked) or "triton" (CUDA).
+def choose_backend(
+    backend: str = "auto",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
+    entropy_gradient: bool = False,
+) -> BackendChoice:
+    """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
-    "auto" is "torch". ValueError: an unknown name, or "triton" where it cannot run.
+    "reference" (full logits), "torch" (chunked), "triton" (CUDA). "auto" takes "triton" for half
+    precision on sm_80 or newer, for values and gradients of logp and lse, and "torch" for the rest;
+    each pass is decided alone, so only a backward with a gradient of the entropy runs on "torch".
+    Each distinct decision of "auto" is logged once, at INFO, on the logger "vpgea_fast.losses".
+
+    ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
-    if backend == "auto":
-        return "torch"
-    missing = {} if (why := _triton_missing()) is None else {"triton": why}
-    if backend not in BACKENDS or backend in missing:
-        why = missing.get(backend, "no such backend")
-        names = ", ".join(repr(name) for name in BACKENDS if name not in missing)
-        raise ValueError(
-            f"backend {backend!r} is not available ({why}); available: 'auto', {names}"
-        )
-    return backend
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return backends.resolve(
+        backend, torch.device(device), dtype, False, entropy_gradient, batch_invariant
+    )
 
 
-def _triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install 'vpgea_fast[triton]'"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
+def resolve_backend(backend: str = "auto", **situation: Any) -> str:
+    """The name of what `choose_backend` chooses; the same keywords and errors."""
+    return choose_backend(backend, **situation).name
 
 
 def linear_logprob(
@@ -181,6 +188,8 @@ def linear_logprob(
     backend: str = "auto",
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
+    batch_invariant: bool = False,
+    validate: bool = False,
 ) -> LogprobOutput:
     """Log-probability of each target under the head, differentiable per token.
 
@@ -195,13 +204,22 @@ def linear_logprob(
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation); a sharded weight.
     """
-    head = _Head(bias, temperature, softcap, logit_scale, ignore_index, backend, rows, chunk_bytes)
-    _check_inputs(hidden_TD, weight_VD, targets_T, head)
-    call, _ = _select(hidden_TD, weight_VD, targets_T, head, coef_T=None)
-    with _no_autocast(hidden_TD):
-        logp_T, lse_T, entropy_T = _Recompute.apply(
-            hidden_TD, weight_VD, bias, call, bool(return_entropy)
-        )
+    inputs, settings = _inputs(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        bias=bias,
+        temperature=temperature,
+        rows=rows,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        batch_invariant=batch_invariant,
+        validate=validate,
+    )
+    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, bool(return_entropy), settings)
     return LogprobOutput(logp_T, lse_T, entropy_T)
 
 
@@ -220,6 +238,8 @@ def weighted_logprob_loss(
     backend: str = "auto",
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
+    batch_invariant: bool = False,
+    validate: bool = False,
 ) -> WeightedLoss:
     """sum_t coef_t logp_t with its gradients made in the same pass; only dX and dW are kept.
 
@@ -238,19 +258,30 @@ def weighted_logprob_loss(
     `loss.backward(g)` otherwise scales the stored gradients by g on the device. Under no_grad only
     values are computed. Errors as `linear_logprob`, and coef_T with requires_grad.
     """
-    head = _Head(bias, temperature, softcap, logit_scale, ignore_index, backend, rows, chunk_bytes)
-    _check_inputs(hidden_TD, weight_VD, targets_T, head)
+    inputs, settings = _inputs(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        bias=bias,
+        temperature=temperature,
+        rows=rows,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        backend=backend,
+        chunk_bytes=chunk_bytes,
+        batch_invariant=batch_invariant,
+        validate=validate,
+    )
     _check_constant("coef_T", coef_T, targets_T)
     _check_sink(dweight_out, weight_VD)
-    call, kept_T = _select(hidden_TD, weight_VD, targets_T, head, coef_T=coef_T)
     grad = torch.is_grad_enabled()
-    needs = (
+    needs = [
         grad and hidden_TD.requires_grad,
         grad and (weight_VD.requires_grad or dweight_out is not None),
         grad and bias is not None and bias.requires_grad,
-    )
-    with _no_autocast(hidden_TD):
-        loss, logp_T = _OnePass.apply(hidden_TD, weight_VD, bias, coef_T, call, dweight_out, needs)
+    ]
+    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, dweight_out, needs, settings)
     return WeightedLoss(loss, logp_T, kept_T)
 
 
@@ -273,32 +304,21 @@ def two_stream_loss(
     Either stream may be empty. Options as in `HeadOptions`; `dweight_out` and errors as in
     `weighted_logprob_loss`.
     """
-    for name, hidden, targets, coef in (
-        ("post", hidden_post_TD, targets_post_T, coef_post_T),
-        ("prior", hidden_prior_UD, targets_prior_U, coef_prior_U),
-    ):
-        if hidden.dtype != weight_VD.dtype or hidden.shape[1:] != weight_VD.shape[1:]:
-            raise ValueError(
-                f"hidden_{name}: got {hidden.dtype} {tuple(hidden.shape)}, expected "
-                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD"
-            )
-        _check_shape(f"targets_{name}", targets, (hidden.shape[0],))
-        _check_shape(f"coef_{name}", coef, (hidden.shape[0],))
-    tokens = targets_post_T.shape[0]
-    both = weighted_logprob_loss(
-        torch.cat((hidden_post_TD, hidden_prior_UD)),
+    both = _weighted_streams(
+        (hidden_post_TD, hidden_prior_UD),
         weight_VD,
-        torch.cat((targets_post_T, targets_prior_U)),
-        torch.cat((coef_post_T, coef_prior_U)),
+        (targets_post_T, targets_prior_U),
+        (coef_post_T, coef_prior_U),
         dweight_out=dweight_out,
         **options,
     )
+    tokens = targets_post_T.shape[0]
     logp_post_T, logp_prior_U = both.logp[:tokens], both.logp[tokens:]
     kept_post_T, kept_prior_U = both.kept[:tokens], both.kept[tokens:]
     return TwoStreamLoss(
         loss=both.loss,
-        loss_post=_dot(coef_post_T.masked_fill(~kept_post_T, 0.0), logp_post_T),
-        loss_prior=_dot(coef_prior_U.masked_fill(~kept_prior_U, 0.0), logp_prior_U),
+        loss_post=dot(coef_post_T.masked_fill(~kept_post_T, 0.0), logp_post_T),
+        loss_prior=dot(coef_prior_U.masked_fill(~kept_prior_U, 0.0), logp_prior_U),
         logp_post=logp_post_T,
         logp_prior=logp_prior_U,
         kept_post=kept_post_T,
@@ -345,290 +365,264 @@ def vpgea_loss(
     and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing a gated sequence, U
     not the prior sequences' tokens.
     """
-    sequences, tokens = advantage_S.shape[0], targets_T.shape[0]
+    tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_sequences(cu_seqlens, advantage_S, targets_T)
     advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
-    if not (math.isfinite(beta) and beta >= 0):
+    if not 0 <= beta < math.inf:
         raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
+    if prior_index is not None:
+        _check_prior_index(prior_index, cu_seqlens)
+    elif prior_tokens != tokens:
+        raise ValueError(
+            f"hidden_prior_UD: got {prior_tokens} rows, expected {tokens} as in hidden_post_TD; "
+            "pass prior_index when the prior stream holds only some sequences"
+        )
     gate_S = advantage_S > 0
     coef_post_S = -weight_S * advantage_S
     coef_prior_S = -beta * weight_S * gate_S
-    lengths_S = cu_seqlens.diff()
-    sequence_T = _sequence_of_token(cu_seqlens, tokens)
-    if prior_index is None:
-        if hidden_prior_UD.shape[0] != tokens:
-            raise ValueError(
-                f"hidden_prior_UD: got {hidden_prior_UD.shape[0]} rows, expected {tokens} as in "
-                "hidden_post_TD; pass prior_index when the prior stream holds only some sequences"
-            )
-        sequence_U, targets_U = sequence_T, targets_T
-    else:
-        _check_prior_index(prior_index, coef_prior_S, lengths_S, hidden_prior_UD.shape[0])
-        sequence_U, targets_U = _prior_tokens(
-            prior_index, cu_seqlens, targets_T, hidden_prior_UD.shape[0]
-        )
-    streams = two_stream_loss(
-        hidden_post_TD,
-        hidden_prior_UD,
-        weight_VD,
+    layout = torch.ops.vpgea_fast.stream_layout if without_values(targets_T) else _stream_layout
+    sequence_T, sequence_U, targets_U = layout(
+        cu_seqlens,
         targets_T,
-        targets_U,
-        coef_post_S[sequence_T],
-        coef_prior_S[sequence_U],
+        coef_prior_S,
+        prior_index,
+        denominator if isinstance(denominator, Tensor) else None,
+        prior_tokens,
+        bool(options.get("validate", False)),
+    )
+    if prior_index is None:
+        sequence_U, targets_U = sequence_T, targets_T
+    both = _weighted_streams(
+        (hidden_post_TD, hidden_prior_UD),
+        weight_VD,
+        (targets_T, targets_U),
+        (coef_post_S[sequence_T], coef_prior_S[sequence_U]),
         dweight_out=dweight_out,
         **options,
     )
-    logq_S = _segment_sum(streams.logp_post, sequence_T, sequences)
-    logp_S = _segment_sum(streams.logp_prior, sequence_U, sequences)
-    # beta sum_s w_s 1[A_s > 0] sg log q_s: a value without a gradient.
-    constant = -_dot(coef_prior_S, logq_S)
-    distill = _dot(weight_S * gate_S, logq_S - logp_S) if beta > 0 else torch.zeros_like(constant)
+    sums = torch.ops.vpgea_fast.path_sums if without_values(targets_T) else _path_sums
+    logq_S, logp_S, pg_loss, distill_loss = sums(
+        both.logp[:tokens],
+        both.logp[tokens:],
+        sequence_T,
+        sequence_U,
+        cu_seqlens,
+        advantage_S,
+        weight_S,
+        coef_prior_S != 0,
+        prior_index,
+    )
+    # The value is the sum of its parts; both.loss, which lacks beta w 1[A > 0] sg log q, gives the
+    # gradient alone.
+    loss = pg_loss + beta * distill_loss + (both.loss - both.loss.detach())
     return VpgeaLoss(
-        loss=streams.loss + constant,
-        pg_loss=streams.loss_post,
-        distill_loss=distill,
+        loss=loss,
+        pg_loss=pg_loss,
+        distill_loss=distill_loss,
         logq_S=logq_S,
         logp_S=logp_S,
         gate_S=gate_S,
     )
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The options of one call, as given."""
-
-    bias: Tensor | None
-    temperature: float | Tensor
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-    backend: str
-    rows: Tensor | None
-    chunk_bytes: int | None
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a backend is asked to do: the rows that take part and everything that belongs to them.
-
-    kept_T is None unless rows were masked: then some of the K rows must not show in the results.
-    """
-
-    rows_K: Tensor
-    targets_K: Tensor
-    temperature: float | Tensor
-    kept_T: Tensor | None
-    head: _Head
-
-    def run(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, **gradients):
-        """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out."""
-        if self.kept_T is not None:
-            hidden_TD = hidden_TD.masked_fill(~self.kept_T.unsqueeze(1), 0.0)
-        return BACKENDS[resolve_backend(self.head.backend)](
-            hidden_TD,
-            weight_VD,
-            self.targets_K,
-            rows_K=self.rows_K,
-            bias_V=bias_V,
-            temperature=self.temperature,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
-            chunk_bytes=self.head.chunk_bytes,
-            **gradients,
-        )
-
-    def gather(self, values_T: Tensor) -> Tensor:
-        """(T,) to (K,), 0 at masked rows."""
-        return _gather(values_T, self.rows_K, self.kept_T)
-
-    def scatter(self, values_K: Tensor, tokens: int) -> Tensor:
-        """(K,) to (T,), 0 at rows that take no part."""
-        values_T = values_K.new_zeros(tokens).index_copy(0, self.rows_K, values_K)
-        return values_T if self.kept_T is None else values_T.masked_fill(~self.kept_T, 0.0)
-
-
-class _OnePass(torch.autograd.Function):
-    """Value and gradients of sum_t coef_t logp_t in the forward; the backward only scales."""
-
-    @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, coef_T, call: _Call, dweight_out, needs):
-        accumulator = _accumulator(hidden_TD)
-        coef_K = call.gather(coef_T).to(accumulator)
-        needs_hidden, needs_weight, needs_bias = needs
-        dhidden_TD = torch.zeros_like(hidden_TD, dtype=_stored(hidden_TD)) if needs_hidden else None
-        dweight_VD = dweight_out
-        if needs_weight and dweight_out is None:
-            dweight_VD = torch.zeros_like(weight_VD, dtype=accumulator)
-        dbias_V = torch.zeros_like(bias_V, dtype=accumulator) if needs_bias else None
-        logp_K, _, _ = call.run(
-            hidden_TD,
-            weight_VD,
-            bias_V,
-            upstream=(coef_K, None, None) if any(needs) else None,
-            dhidden_TD=dhidden_TD,
-            dweight_VD=dweight_VD if needs_weight else None,
-            dbias_V=dbias_V,
-        )
-        logp_T = call.scatter(logp_K, hidden_TD.shape[0])
-        ctx.direct = dweight_out is not None
-        ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.save_for_backward(
-            dhidden_TD,
-            dweight_VD.to(_stored(weight_VD)) if needs_weight and not ctx.direct else None,
-            dbias_V,
-        )
-        ctx.mark_non_differentiable(logp_T)
-        return _dot(coef_K, call.gather(logp_T)), logp_T
-
-    @staticmethod
-    def backward(ctx, *grads):
-        _refuse_double_backward()
-        grad_loss = grads[0]
-        if ctx.direct:
-            _check_on_device(
-                grad_loss == 1,
-                "dweight_out already holds dW, so the gradient that reaches the loss must be 1: "
-                "put every factor (loss scale, 1 / micro-batches) into the coefficients",
+def _weighted_streams(
+    hidden: tuple[Tensor, Tensor],
+    weight_VD: Tensor,
+    targets: tuple[Tensor, Tensor],
+    coef: tuple[Tensor, Tensor],
+    *,
+    dweight_out: Tensor | None,
+    **options: Unpack[HeadOptions],
+) -> WeightedLoss:
+    """`weighted_logprob_loss` of [posterior; prior]."""
+    for name, hidden_RD, targets_R, coef_R in zip(
+        ("post", "prior"), hidden, targets, coef, strict=True
+    ):
+        if hidden_RD.dtype != weight_VD.dtype or hidden_RD.shape[1:] != weight_VD.shape[1:]:
+            raise ValueError(
+                f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
+                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD"
             )
-        scaled = (
-            None if grad is None else (grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None, None, None
-
-
-class _Recompute(torch.autograd.Function):
-    """logp, lse and entropy in the forward; the backward makes the logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, call: _Call, entropy: bool):
-        values = call.run(hidden_TD, weight_VD, bias_V, entropy=entropy)
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return tuple(None if v is None else call.scatter(v, hidden_TD.shape[0]) for v in values)
-
-    @staticmethod
-    def backward(ctx, *grads_T):
-        _refuse_double_backward()
-        hidden_TD, weight_VD, bias_V = ctx.saved_tensors
-        call, accumulator = ctx.call, _accumulator(hidden_TD)
-        if all(grad is None for grad in grads_T):
-            return None, None, None, None, None
-        upstream = [None if g is None else call.gather(g).to(accumulator) for g in grads_T]
-        if upstream[0] is None:
-            upstream[0] = torch.zeros(call.rows_K.shape, dtype=accumulator, device=hidden_TD.device)
-        stored = (_stored(hidden_TD), accumulator, accumulator)
-        inputs = (hidden_TD, weight_VD, bias_V)
-        sinks = [
-            torch.zeros_like(x, dtype=dtype) if need and x is not None else None
-            for x, dtype, need in zip(inputs, stored, ctx.needs_input_grad[:3], strict=True)
-        ]
-        with _no_autocast(hidden_TD):
-            call.run(
-                hidden_TD,
-                weight_VD,
-                bias_V,
-                upstream=tuple(upstream),
-                dhidden_TD=sinks[0],
-                dweight_VD=sinks[1],
-                dbias_V=sinks[2],
+        if hidden_RD.device != weight_VD.device:
+            raise ValueError(
+                f"hidden_{name} is on {hidden_RD.device}, weight_VD on {weight_VD.device}: move one"
             )
-        given = (None if s is None else s.to(x.dtype) for s, x in zip(sinks, inputs, strict=True))
-        return *given, None, None
+        _check_shape(f"targets_{name}", targets_R, (hidden_RD.shape[0],))
+        _check_shape(f"coef_{name}", coef_R, (hidden_RD.shape[0],))
+    return weighted_logprob_loss(
+        torch.cat(hidden),
+        weight_VD,
+        torch.cat(targets),
+        torch.cat(coef),
+        dweight_out=dweight_out,
+        **options,
+    )
 
 
-def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
-    if kept_T is not None:
-        values_T = values_T.masked_fill(~kept_T, 0)
-    return values_T.index_select(0, rows_K)
+# --- what depends on values: opaque to torch.compile, as the head is -----------------------------
 
 
-def _accumulator(hidden_TD: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden_TD.dtype, torch.float32)
+def _stream_layout(
+    cu_seqlens: Tensor,
+    targets_T: Tensor,
+    coef_prior_S: Tensor,
+    prior_index: Tensor | None,
+    denominator: Tensor | None,
+    prior_tokens: int,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which sequence a token belongs to, (T,) and (U,), and targets_U. Checks the values."""
+    tokens, lengths_S = targets_T.shape[0], cu_seqlens.diff()
+    check(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (lengths_S >= 0).all(),
+        f"cu_seqlens must start at 0, never fall, and end at the {tokens} tokens of targets_T",
+        validate,
+    )
+    if denominator is not None:
+        check(denominator > 0, "denominator: must be positive", validate)
+    sequence_T = _sequence_of_token(cu_seqlens, tokens)
+    if prior_index is None:
+        return sequence_T, sequence_T, targets_T
+    sequences = lengths_S.shape[0]
+    inside = ((prior_index >= 0) & (prior_index < sequences)).all()
+    check(inside, f"prior_index must lie in [0, {sequences})", validate)
+    held_S = torch.zeros_like(lengths_S).index_add_(
+        0, prior_index, torch.ones_like(prior_index).to(lengths_S.dtype)
+    )
+    check((held_S <= 1).all(), "prior_index names a sequence twice", validate)
+    check(
+        ((held_S == 1) | (coef_prior_S == 0) | (lengths_S == 0)).all(),
+        "prior_index leaves out a sequence with a positive advantage: the prior stream must hold "
+        "every gated sequence",
+        validate,
+    )
+    lengths_P = lengths_S[prior_index]
+    check(
+        lengths_P.sum() == prior_tokens,
+        f"hidden_prior_UD has {prior_tokens} rows, which is not the number of tokens of the "
+        "sequences in prior_index",
+        validate,
+    )
+    cu_P = torch.cat((cu_seqlens.new_zeros(1), lengths_P.cumsum(0).to(cu_seqlens.dtype)))
+    slot_U = _sequence_of_token(cu_P, prior_tokens)
+    offset_U = torch.arange(prior_tokens, device=cu_seqlens.device) - cu_P[slot_U]
+    sequence_U = prior_index[slot_U]
+    return sequence_T, sequence_U, targets_T[cu_seqlens[sequence_U] + offset_U]
 
 
-def _stored(x: Tensor) -> torch.dtype:
-    """A gradient's dtype until backward: fp16 cannot hold it before the loss scale arrives."""
-    return torch.float32 if x.dtype is torch.float16 else x.dtype
+def _sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(T,) int64: which sequence a packed token belongs to."""
+    position_T = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
 
 
-def _no_autocast(hidden_TD: Tensor) -> torch.autocast:
-    return torch.autocast(hidden_TD.device.type, enabled=False)
+def _path_sums(
+    logq_T: Tensor,
+    logp_U: Tensor,
+    sequence_T: Tensor,
+    sequence_U: Tensor,
+    cu_seqlens: Tensor,
+    advantage_S: Tensor,
+    weight_S: Tensor,
+    gate_S: Tensor,
+    prior_index: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logq_S, logp_S, pg_loss = -sum w A logq, distill_loss = sum w gate (logq - logp).
 
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "this loss can be differentiated once only: its gradients are made by hand. Drop "
-            "create_graph=True, or use vpgea_fast.kernels.reference"
-        )
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """sum left right: added in float64, given in right's dtype."""
-    return (left.detach().double() * right.detach().double()).sum().to(right.dtype)
-
-
-def _segment_sum(values_T: Tensor, sequence_T: Tensor, sequences: int) -> Tensor:
-    """(T,) to (S,); in float64, so that the order of CUDA's atomics does not show in float32."""
-    sums_S = torch.zeros(sequences, dtype=torch.float64, device=values_T.device)
-    return sums_S.index_add_(0, sequence_T, values_T.double()).to(values_T.dtype)
-
-
-def _select(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, head: _Head, coef_T: Tensor | None
-) -> tuple[_Call, Tensor]:
-    """The rows that take part, and kept_T.
-
-    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
-    rows that take no part stay, masked.
+    Added in float64. On CUDA with Triton by kernels/group_advantage.py: two launches for about
+    thirty, and one order of every sum, where index_add has atomics.
     """
-    kept_T = targets_T != head.ignore_index
-    if coef_T is not None:
-        kept_T = kept_T & (coef_T != 0)
-    if head.rows is not None:
-        kept_T = kept_T & torch.zeros_like(kept_T).index_fill_(0, head.rows, True)
-    in_range_T = (targets_T >= 0) & (targets_T < weight_VD.shape[0])
-    _check_on_device(
-        (in_range_T | ~kept_T).all(),
-        f"targets_T holds values outside [0, V = {weight_VD.shape[0]}) that are not "
-        f"ignore_index = {head.ignore_index}",
-    )
-    masked = head.rows is not None or (
-        hidden_TD.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-    if head.rows is not None:
-        rows_K = head.rows
-    elif masked:
-        rows_K = torch.arange(targets_T.shape[0], device=targets_T.device)
-    else:
-        rows_K = kept_T.nonzero().squeeze(1)
+    if (logq_T.is_cuda or backends.interpreted()) and backends.triton_missing() is None:
+        from vpgea_fast.kernels.group_advantage import gated_kl
 
-    temperature = head.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.index_select(0, rows_K).to(_accumulator(hidden_TD))
-    mask_T = kept_T if masked else None
-    targets_K = _gather(targets_T.long(), rows_K, mask_T)
-    return _Call(rows_K, targets_K, temperature, mask_T, head), kept_T
+        sums = gated_kl(
+            logq_T,
+            logp_U,
+            cu_seqlens,
+            advantage_S,
+            weight_S,
+            prior_index=prior_index,
+            gate_S=gate_S,
+        )
+        return sums.logq_S, sums.logp_S, sums.pg_loss, sums.distill_loss
+    zero_S = torch.zeros(gate_S.shape, dtype=torch.float64, device=logq_T.device)
+    logq_S = zero_S.index_add(0, sequence_T, logq_T.double())
+    logp_S = zero_S.index_add(0, sequence_U, logp_U.double())
+    pg_loss = -(weight_S * advantage_S * logq_S).sum()
+    distill_loss = (weight_S * gate_S * (logq_S - logp_S)).sum()
+    dtype = logq_T.dtype
+    return logq_S.to(dtype), logp_S.to(dtype), pg_loss.to(dtype), distill_loss.to(dtype)
 
 
-def _check_on_device(ok: Tensor, message: str) -> None:
-    """ValueError on a CPU; elsewhere an assertion in the stream, which costs no synchronisation."""
-    if ok.device.type == "cpu":
-        if not ok:
-            raise ValueError(message)
-    else:
-        torch.ops.aten._assert_async.msg(ok, message)
+@torch.no_grad()
+def _stream_layout_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    """An op may not return one tensor twice, nor an argument: without prior_index, nothing."""
+    sequence_T, *prior = _stream_layout(*arguments)
+    held = arguments[3] is not None  # prior_index
+    return sequence_T, *(x if held else x.new_empty(0) for x in prior)
 
 
-def _check_inputs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, head: _Head) -> None:
-    resolve_backend(head.backend)
-    given = {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "targets_T": targets_T}
-    options = {"bias": head.bias, "temperature": head.temperature, "rows": head.rows}
-    given |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
-    for name, x in given.items():
+def _stream_layout_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, targets_T, _, prior_index, _, prior_tokens, _ = arguments
+    prior_tokens = 0 if prior_index is None else prior_tokens
+    sequence_T = targets_T.new_empty(targets_T.shape, dtype=torch.int64)
+    sequence_U = sequence_T.new_empty(prior_tokens)
+    return sequence_T, sequence_U, sequence_U.new_empty(prior_tokens, dtype=targets_T.dtype)
+
+
+def _path_sums_fake(logq_T: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    shape = arguments[4].shape  # advantage_S
+    sums = [logq_T.new_empty(shape) for _ in range(2)]
+    return *sums, logq_T.new_empty(()), logq_T.new_empty(())
+
+
+register(
+    "stream_layout",
+    "(Tensor cu_seqlens, Tensor targets, Tensor coef_prior, Tensor? prior_index, "
+    "Tensor? denominator, SymInt prior_tokens, bool validate) -> (Tensor, Tensor, Tensor)",
+    _stream_layout_kernel,
+    _stream_layout_fake,
+)
+register(
+    "path_sums",
+    "(Tensor logq, Tensor logp, Tensor sequence_post, Tensor sequence_prior, Tensor cu_seqlens, "
+    "Tensor advantage, Tensor weight, Tensor gate, Tensor? prior_index) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    torch.no_grad()(_path_sums),
+    _path_sums_fake,
+)
+
+
+# --- checks that need no values -----------------------------------------------------------------
+
+
+def _inputs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    rows: Tensor | None,
+    **options: Any,
+) -> tuple[Inputs, Settings]:
+    """The arguments of a call, checked: ValueError."""
+    temperature_T = temperature if isinstance(temperature, Tensor) else None
+    inputs = Inputs(hidden_TD, weight_VD, bias, targets_T, temperature_T, rows)
+    scalar = 1.0 if isinstance(temperature, Tensor) else temperature
+    settings = Settings(temperature=scalar, **options)
+    _check_tensors(inputs)
+    _check_settings(settings)
+    return inputs, settings
+
+
+def _check_tensors(inputs: Inputs) -> None:
+    hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
+    names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
+    for name, x in zip(names, inputs, strict=True):
+        if x is None:
+            continue
         if hasattr(x, "device_mesh"):
             raise ValueError(
                 f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. "
@@ -642,7 +636,7 @@ def _check_inputs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, head:
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)}: expected "
             "(T, D) and (V, D); flatten batch and time first, and gather a sharded weight"
         )
-    if hidden_TD.dtype not in (*HALF, torch.float32, torch.float64):
+    if hidden_TD.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"hidden_TD: got {hidden_TD.dtype}, expected float16, bfloat16, 32 or 64")
     if weight_VD.dtype != hidden_TD.dtype:
         raise ValueError(
@@ -654,39 +648,39 @@ def _check_inputs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, head:
     if targets_T.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets_T: got {targets_T.dtype}, expected int64 or int32")
     _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
-    _check_options(head, weight_VD, targets_T)
+    if bias is not None:
+        _check_shape("bias", bias, (weight_VD.shape[0],))
+    if temperature_T is not None:
+        _check_constant("temperature", temperature_T, targets_T)
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"rows: got {rows.dtype} {tuple(rows.shape)}, expected int64 indices (R,)")
 
 
-def _check_options(head: _Head, weight_VD: Tensor, targets_T: Tensor) -> None:
-    if head.bias is not None:
-        _check_shape("bias", head.bias, (weight_VD.shape[0],))
-    if isinstance(head.temperature, Tensor):
-        _check_constant("temperature", head.temperature, targets_T)
-        _check_on_device((head.temperature > 0).all(), "temperature: every value must be positive")
-    elif not (math.isfinite(head.temperature) and head.temperature > 0):
-        raise ValueError(f"temperature: got {head.temperature}, expected a positive number or (T,)")
-    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
-        raise ValueError(f"softcap: got {head.softcap}, expected a positive number or None")
-    if not math.isfinite(head.logit_scale):
-        raise ValueError(f"logit_scale: got {head.logit_scale}, expected a finite number")
-    if head.chunk_bytes is not None and head.chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes: got {head.chunk_bytes}, expected a positive number or None")
-    if head.rows is not None and (head.rows.dtype != torch.int64 or head.rows.dim() != 1):
+def _check_settings(settings: Settings) -> None:
+    temperature, softcap, logit_scale = settings[:3]
+    # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, expected a positive number or (T,)")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, expected a positive number or None")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
+    if settings.chunk_bytes is not None and settings.chunk_bytes <= 0:
         raise ValueError(
-            f"rows: got {head.rows.dtype} {tuple(head.rows.shape)}, expected int64 indices (R,)"
+            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive number or None"
         )
 
 
-def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(x.shape) != expected:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
-def _check_constant(name: str, x: Tensor, targets_T: Tensor) -> None:
-    _check_shape(name, x, tuple(targets_T.shape))
-    if not x.is_floating_point() or x.device != targets_T.device:
+def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
+    _check_shape(name, x, like.shape)
+    if not x.is_floating_point() or x.device != like.device:
         raise ValueError(
-            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {targets_T.device}"
+            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}"
         )
     if x.requires_grad:
         raise ValueError(
@@ -698,8 +692,8 @@ def _check_constant(name: str, x: Tensor, targets_T: Tensor) -> None:
 def _check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
     if dweight_out is None:
         return
-    _check_shape("dweight_out", dweight_out, tuple(weight_VD.shape))
-    expected = _accumulator(weight_VD)
+    _check_shape("dweight_out", dweight_out, weight_VD.shape)
+    expected = accumulator(weight_VD)
     if dweight_out.dtype != expected or dweight_out.device != weight_VD.device:
         raise ValueError(
             f"dweight_out: got {dweight_out.dtype} on {dweight_out.device}, expected {expected} on "
@@ -720,14 +714,17 @@ def _sequence_weight(
         raise ValueError(f"got {given} of denominator and weight_S, expected exactly one")
     if isinstance(denominator, Tensor):
         _check_shape("denominator", denominator, ())
-        _check_on_device(denominator > 0, "denominator: must be positive")
-    elif not (math.isfinite(denominator) and denominator > 0):
+        if denominator.device != advantage_S.device:
+            raise ValueError(
+                f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
+                "move one"
+            )
+    elif not 0 < denominator < math.inf:
         raise ValueError(f"denominator: got {denominator}, expected a positive number")
     return torch.ones_like(advantage_S) / denominator
 
 
 def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
-    tokens = targets_T.shape[0]
     if advantage_S.dim() != 1:
         raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
@@ -737,57 +734,14 @@ def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor)
         if x.device != targets_T.device:
             raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
-    _check_on_device(
-        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all(),
-        f"cu_seqlens must start at 0, never fall, and end at the {tokens} tokens of targets_T",
-    )
 
 
-def _check_prior_index(
-    prior_index: Tensor, coef_prior_S: Tensor, lengths_S: Tensor, prior_tokens: int
-) -> None:
-    sequences = lengths_S.shape[0]
+def _check_prior_index(prior_index: Tensor, cu_seqlens: Tensor) -> None:
     if prior_index.dtype != torch.int64 or prior_index.dim() != 1:
         raise ValueError(
             f"prior_index: got {prior_index.dtype} {tuple(prior_index.shape)}, expected int64 (P,)"
         )
-    if prior_index.device != lengths_S.device:
+    if prior_index.device != cu_seqlens.device:
         raise ValueError(
-            f"prior_index is on {prior_index.device}, cu_seqlens on {lengths_S.device}: move one"
+            f"prior_index is on {prior_index.device}, cu_seqlens on {cu_seqlens.device}: move one"
         )
-    _check_on_device(
-        ((prior_index >= 0) & (prior_index < sequences)).all(),
-        f"prior_index must lie in [0, {sequences})",
-    )
-    held_S = torch.zeros_like(lengths_S).index_add_(
-        0, prior_index, torch.ones_like(prior_index).to(lengths_S.dtype)
-    )
-    _check_on_device((held_S <= 1).all(), "prior_index names a sequence twice")
-    _check_on_device(
-        ((held_S == 1) | (coef_prior_S == 0) | (lengths_S == 0)).all(),
-        "prior_index leaves out a sequence with a positive advantage: the prior stream must hold "
-        "every gated sequence",
-    )
-    _check_on_device(
-        lengths_S[prior_index].sum() == prior_tokens,
-        f"hidden_prior_UD has {prior_tokens} rows, which is not the number of tokens of the "
-        "sequences in prior_index",
-    )
-
-
-def _sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """(T,) int64: which sequence a packed token belongs to."""
-    position_T = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), position_T, right=True)
-
-
-def _prior_tokens(
-    prior_index: Tensor, cu_seqlens: Tensor, targets_T: Tensor, prior_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """For each of the U prior tokens its sequence and its target."""
-    lengths_P = cu_seqlens.diff()[prior_index]
-    cu_P = torch.cat((cu_seqlens.new_zeros(1), lengths_P.cumsum(0).to(cu_seqlens.dtype)))
-    slot_U = _sequence_of_token(cu_P, prior_tokens)
-    offset_U = torch.arange(prior_tokens, device=cu_seqlens.device) - cu_P[slot_U]
-    sequence_U = prior_index[slot_U]
-    return sequence_U, targets_T[cu_seqlens[sequence_U] + offset_U]

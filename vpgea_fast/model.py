@@ -133,17 +133,22 @@ class Policy(nn.Module):
     it without a graph. Everything goes through `forward`, where FSDP's hooks are."""
 
     def __init__(
-        self, causal_lm: Any, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+        self,
+        causal_lm: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.dtype = dtype
-        self.backend = losses.resolve_backend(backend)
-        head = LossHead(causal_lm.get_output_embeddings(), causal_lm.config, self.backend)
+        self.run_device = device
+        self.backend = losses.choose_backend(backend, device=self.device, dtype=dtype)
+        head = LossHead(causal_lm.get_output_embeddings(), causal_lm.config, self.backend.name)
         causal_lm.set_output_embeddings(head)
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
         self.whole_gradients = self.offloaded = False
-        self.run_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +246,7 @@ def load_policy(
     _use_liger(causal_lm, cfg.liger, world.device)
     _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
-    policy = Policy(causal_lm, dtype=dtype, backend=backend)
+    policy = Policy(causal_lm, dtype=dtype, backend=backend, device=world.device)
     if cfg.compile:
         for layer in decoder_layers(causal_lm):
             layer.compile(dynamic=True)
@@ -290,7 +295,6 @@ def shard(policy: Policy, world: World, parallel: ParallelConfig) -> Policy:
     fully_shard(policy, **options)
     policy.whole_gradients = parallel.accumulate == "unsharded"
     policy.offloaded = parallel.cpu_offload
-    policy.run_device = world.device
     for unit in policy.units():
         # Sums: FSDP would divide by the number of processes. Neither call recurses.
         unit.set_gradient_divide_factor(1.0)

@@ -219,7 +219,7 @@ class Trainer:
             f"questions x {paths} paths = "
             f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
         )
-        say(f"device {self.policy.device}, loss backend {self.policy.backend}")
+        say(f"device {self.policy.device}, loss backend {self.policy.backend.name}")
         if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
             say(
                 "preset robust: its counterfactual leak guard is not built yet; a path that states "
@@ -444,7 +444,8 @@ class Trainer:
             **environment(),
             "run_device": str(self.policy.device),
             "parameters": sum(p.numel() for p in self.policy.parameters()),
-            "loss_backend": self.policy.backend,
+            "loss_backend": self.policy.backend.name,
+            "loss_backend_reason": self.policy.backend.reason,
             "attention": "per-document sdpa",
         }
         checkpoint.write_text(self.run_dir / "config.yaml", dump(self.cfg))

@@ -366,12 +366,12 @@ def test_frozen_parts_and_strided_inputs():
 
 def test_what_it_does_not_do_is_an_error():
     hidden_TD, weight_VD, targets_T = case(torch.float16, 4, 16, 50)
-    with pytest.raises(ValueError, match="float64, backend 'triton' takes float16"):
+    with pytest.raises(ValueError, match=r"'triton' cannot run .* not float64; use 'torch'"):
         linear_logprob(hidden_TD.double(), weight_VD.double(), targets_T, backend="triton")
     out = linear_logprob(hidden_TD, weight_VD, targets_T, backend="triton", return_entropy=True)
-    with pytest.raises(ValueError, match="entropy has no gradient in backend 'triton'"):
+    with pytest.raises(ValueError, match=r"'triton' cannot run .* no gradient of the entropy"):
         gradients(out.entropy.sum(), hidden_TD)
-    with pytest.raises(ValueError, match="lse has no gradient in backend 'triton' for float16"):
+    with pytest.raises(ValueError, match=r"'triton' cannot run .* no gradient of lse in float16"):
         gradients(out.lse.sum(), hidden_TD)
 
 

@@ -1,0 +1,532 @@
+"""The head as autograd functions and torch ops, whatever backend computes it.
+
+T tokens, K rows that take part, D hidden, V vocabulary. `OnePass` makes the gradients with the
+value, `Recompute` makes the logits again in its backward; both select the rows that take part and
+call a backend's head_pass. The checks of shapes, dtypes and options are in vpgea_fast/losses.py.
+
+Eager tensors go straight to the backend, so that profilers and modes see its GEMMs. A tensor
+without values (torch.compile, fake, meta) goes through one opaque op instead: all that depends on
+values, the selection of rows and the checks, happens inside, the outputs have static shapes.
+
+    vpgea_fast::one_pass           loss, logp, kept, dX, dW, db     may add to dweight_out
+    vpgea_fast::logprob            logp, lse, entropy
+    vpgea_fast::logprob_backward   dX, dW, db
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
+
+Tensor = torch.Tensor
+
+LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
+"""Registered without an autograd kernel: OnePass and Recompute are the autograd, and the backend
+`reference` needs a live one inside."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; temperature_T is None for a float, rows None for all."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    targets_T: Tensor
+    temperature_T: Tensor | None
+    rows: Tensor | None
+
+
+INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperatures, Tensor? rows"
+)
+
+
+class Settings(NamedTuple):
+    """The options of a call that are no tensors: the last arguments of every op, in this order."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    backend: str
+    chunk_bytes: int | None
+    batch_invariant: bool
+    validate: bool
+
+
+SETTINGS = (
+    "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
+    "int? chunk_bytes, bool batch_invariant, bool validate"
+)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The rows that take part and all that belongs to them.
+
+    kept_T: (T,) bool. masked: rows_K holds rows that are not kept; they must not show in results.
+    """
+
+    rows_K: Tensor
+    targets_K: Tensor
+    temperature: float | Tensor
+    kept_T: Tensor
+    masked: bool
+
+    def gather(self, values_T: Tensor) -> Tensor:
+        """(T,) to (K,), 0 at masked rows."""
+        return _gather(values_T, self.rows_K, self.kept_T if self.masked else None)
+
+    def scatter(self, values_K: Tensor) -> Tensor:
+        """(K,) to (T,), 0 at rows that take no part."""
+        values_T = values_K.new_zeros(self.kept_T.shape).index_copy(0, self.rows_K, values_K)
+        return values_T.masked_fill(~self.kept_T, 0) if self.masked else values_T
+
+
+def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> _Selection:
+    """The rows with a coefficient, a target and a place in `rows`.
+
+    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
+    rows that take no part stay, masked.
+    """
+    targets_T, rows, validate = inputs.targets_T, inputs.rows, settings.validate
+    tokens, vocabulary = targets_T.shape[0], inputs.weight_VD.shape[0]
+    kept_T = targets_T != settings.ignore_index
+    if coef_T is not None:
+        kept_T = kept_T & (coef_T != 0)
+    if rows is not None:
+        if validate or not rows.is_cuda:  # on CUDA the indexing kernels assert it themselves
+            inside = ((rows >= 0) & (rows < tokens)).all()
+            check(inside, f"rows must lie in [0, T = {tokens})", validate)
+        listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
+        check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
+        kept_T = kept_T & listed_T
+    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
+    check(
+        (in_range_T | ~kept_T).all(),
+        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
+        f"{settings.ignore_index}",
+        validate,
+    )
+    temperature = settings.temperature
+    if inputs.temperature_T is not None:
+        positive = (inputs.temperature_T > 0).all()
+        check(positive, "temperature: every value must be positive", validate)
+    masked = rows is not None or _capturing(targets_T)
+    if rows is not None:
+        rows_K = rows
+    elif masked:
+        rows_K = torch.arange(tokens, device=targets_T.device)
+    else:
+        rows_K = kept_T.nonzero().squeeze(1)
+    if inputs.temperature_T is not None:
+        temperature = inputs.temperature_T.index_select(0, rows_K)
+        temperature = temperature.to(accumulator(inputs.hidden_TD))
+    targets_K = _gather(targets_T.long(), rows_K, kept_T if masked else None)
+    return _Selection(rows_K, targets_K, temperature, kept_T, masked)
+
+
+def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
+    if kept_T is not None:
+        values_T = values_T.masked_fill(~kept_T, 0)
+    return values_T.index_select(0, rows_K)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check(ok: Tensor, message: str, validate: bool = False) -> None:
+    """ValueError unless `ok`; on CUDA an assertion in the stream, which costs no synchronisation,
+    unless `validate` asks for the error here and now (not inside graph capture)."""
+    if ok.is_cuda and (not validate or _capturing(ok)):
+        torch.ops.aten._assert_async.msg(ok, message)
+    elif not ok:
+        raise ValueError(message)
+
+
+def _run(
+    inputs: Inputs,
+    selection: _Selection,
+    settings: Settings,
+    *,
+    entropy: bool = False,
+    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    sinks: Sequence[Tensor | None] = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out."""
+    hidden_TD, weight_VD = inputs.hidden_TD, inputs.weight_VD
+    choice = resolve(
+        settings.backend,
+        hidden_TD.device,
+        hidden_TD.dtype,
+        upstream is not None and upstream[1] is not None,
+        upstream is not None and upstream[2] is not None,
+        settings.batch_invariant,
+    )
+    if selection.masked:
+        hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
+    chunk_bytes = settings.chunk_bytes
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return BACKENDS[choice.name].run(
+            hidden_TD,
+            weight_VD,
+            selection.targets_K,
+            rows_K=selection.rows_K,
+            bias_V=inputs.bias_V,
+            temperature=selection.temperature,
+            softcap=settings.softcap,
+            logit_scale=settings.logit_scale,
+            entropy=entropy,
+            upstream=upstream,
+            dhidden_TD=sinks[0],
+            dweight_VD=sinks[1],
+            dbias_V=sinks[2],
+            chunk_bytes=chunk_budget(weight_VD) if chunk_bytes is None else chunk_bytes,
+        )
+
+
+# --- value and gradients in one pass ------------------------------------------------------------
+
+
+def _one_pass(
+    inputs: Inputs,
+    coef_T: Tensor,
+    dweight_out: Tensor | None,
+    needs: Sequence[bool],
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
+    hidden_TD, weight_VD, bias_V = inputs[:3]
+    total = accumulator(hidden_TD)
+    selection = _select(inputs, settings, coef_T)
+    coef_K = selection.gather(coef_T).to(total)
+    dhidden_TD = torch.zeros_like(hidden_TD, dtype=_stored(hidden_TD)) if needs[0] else None
+    dweight_VD = dweight_out if needs[1] else None
+    if needs[1] and dweight_out is None:
+        dweight_VD = torch.zeros_like(weight_VD, dtype=total)
+    dbias_V = torch.zeros_like(bias_V, dtype=total) if needs[2] and bias_V is not None else None
+    logp_K, _, _ = _run(
+        inputs,
+        selection,
+        settings,
+        upstream=(coef_K, None, None) if any(needs) else None,
+        sinks=(dhidden_TD, dweight_VD, dbias_V),
+    )
+    logp_T = selection.scatter(logp_K)
+    loss = dot(coef_K, selection.gather(logp_T))
+    if dweight_VD is not None:
+        dweight_VD = None if dweight_out is not None else dweight_VD.to(_stored(weight_VD))
+    return loss, logp_T, selection.kept_T, [dhidden_TD, dweight_VD, dbias_V]
+
+
+class OnePass(torch.autograd.Function):
+    """Value and gradients of sum_t coef_t logp_t in the forward; the backward only scales.
+
+    apply(*Inputs, coef_T, dweight_out, needs, settings) -> loss, logp_T, kept_T; needs: which of
+    hidden, weight (or its sink) and bias want a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, coef_T, dweight_out, needs, settings = arguments
+        inputs = Inputs(*tensors)
+        if without_values(inputs.hidden_TD):
+            loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
+                *inputs, coef_T, dweight_out, needs, *settings
+            )
+            wanted = (needs[0], needs[1] and dweight_out is None, needs[2])
+            grads = [x if want else None for x, want in zip(made, wanted, strict=True)]
+        else:
+            loss, logp_T, kept_T, grads = _one_pass(inputs, coef_T, dweight_out, needs, settings)
+        ctx.direct = dweight_out is not None
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(logp_T, kept_T)
+        return loss, logp_T, kept_T
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        _refuse_double_backward()
+        grad_loss = upstream[0]
+        if ctx.direct:
+            _check_one(grad_loss)
+        stored = ctx.saved_tensors
+        if _may_overwrite(grad_loss):
+            scaled = [None if x is None else x.mul_(grad_loss) for x in stored]
+        else:
+            scaled = [None if x is None else x * grad_loss for x in stored]
+        grads = [
+            None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
+        ]
+        return *grads, *[None] * (len(Inputs._fields) + 1)
+
+
+def _check_one(grad_loss: Tensor) -> None:
+    message = (
+        "dweight_out already holds dW, so the gradient that reaches the loss must be 1: put every "
+        "factor (loss scale, 1 / micro-batches) into the coefficients"
+    )
+    if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
+        torch.ops.aten._assert_async.msg(grad_loss == 1, message)
+    else:
+        check(grad_loss == 1, message)
+
+
+def _may_overwrite(grad_loss: Tensor) -> bool:
+    """Whether this backward is the last one, so that the stored gradients may be scaled in place:
+    no second dX and dW, and AccumulateGrad takes them over without a copy.
+
+    Torch answers by private names; where one is missing the answer is no. A batched grad_loss
+    (is_grads_batched) has no place to be written to.
+    """
+    if without_values(grad_loss):
+        return False
+    probes: list[Any] = [
+        getattr(getattr(torch._C, module, None), name, None)
+        for module, name in (
+            ("_autograd", "_get_current_graph_task_keep_graph"),
+            ("_functorch", "is_batchedtensor"),
+            ("_functorch", "is_legacy_batchedtensor"),
+        )
+    ]
+    if None in probes:
+        return False
+    keeps_graph, *is_batched = probes
+    return not keeps_graph() and not any(probe(grad_loss) for probe in is_batched)
+
+
+# --- value now, gradients by a second pass ------------------------------------------------------
+
+
+def _logprob(
+    inputs: Inputs, selection: _Selection, settings: Settings, entropy: bool
+) -> list[Tensor | None]:
+    """logp, lse, entropy (None unless asked for), each (T,)."""
+    values = _run(inputs, selection, settings, entropy=entropy)
+    return [None if x is None else selection.scatter(x) for x in values]
+
+
+def _logprob_backward(
+    inputs: Inputs,
+    selection: _Selection,
+    upstream_T: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    settings: Settings,
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias from those of logp, lse and entropy."""
+    total = accumulator(inputs.hidden_TD)
+    g_logp, g_lse, g_entropy = (
+        None if x is None else selection.gather(x).to(total) for x in upstream_T
+    )
+    if g_logp is None:
+        g_logp = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
+    dtypes = (_stored(inputs.hidden_TD), total, total)
+    sinks = [
+        torch.zeros_like(x, dtype=dtype) if need and x is not None else None
+        for x, dtype, need in zip(inputs[:3], dtypes, needs, strict=True)
+    ]
+    _run(inputs, selection, settings, upstream=(g_logp, g_lse, g_entropy), sinks=sinks)
+    return [
+        sink if sink is None or x is None else sink.to(x.dtype)
+        for sink, x in zip(sinks, inputs[:3], strict=True)
+    ]
+
+
+class Recompute(torch.autograd.Function):
+    """logp, lse and entropy in the forward; the backward makes the logits again.
+
+    apply(*Inputs, entropy, settings) -> logp_T, lse_T, entropy_T or None.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, entropy, settings = arguments
+        inputs = Inputs(*tensors)
+        if without_values(inputs.hidden_TD):
+            values = torch.ops.vpgea_fast.logprob(*inputs, entropy, *settings)
+            values = [*values[:2], values[2] if entropy else None]
+        else:
+            ctx.selection = _select(inputs, settings)
+            ctx.set_materialize_grads(False)
+            values = _logprob(inputs, ctx.selection, settings, entropy)
+        ctx.save_for_backward(*inputs)
+        ctx.settings = settings
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *upstream_T):
+        _refuse_double_backward()
+        inputs, needs = Inputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:3])
+        nothing = [None] * (len(Inputs._fields) - 1)
+        if all(x is None for x in upstream_T):
+            return None, None, None, *nothing
+        if without_values(inputs.hidden_TD):
+            made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
+            grads = [x if need else None for x, need in zip(made, needs, strict=True)]
+        else:
+            grads = _logprob_backward(inputs, ctx.selection, upstream_T, needs, ctx.settings)
+        return *grads, *nothing
+
+
+# --- the ops ------------------------------------------------------------------------------------
+
+
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """torch.ops.vpgea_fast.<name>; `fake` gives shapes, dtypes and strides."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vpgea_fast::{name}", fake, lib=LIBRARY)
+
+
+def _present(made: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op cannot give None: an empty tensor stands for it."""
+    return tuple(like.new_empty(0) if x is None else x for x in made)
+
+
+def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]:
+    """An op's arguments: the tensors, what lies between, the settings."""
+    first, last = len(Inputs._fields), len(arguments) - len(Settings._fields)
+    return Inputs(*arguments[:first]), tuple(arguments[first:last]), Settings(*arguments[last:])
+
+
+@torch.no_grad()
+def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (coef_T, dweight_out, needs), settings = _split(arguments)
+    loss, logp_T, kept_T, grads = _one_pass(inputs, coef_T, dweight_out, needs, settings)
+    return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
+
+
+def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (_, dweight_out, needs), _ = _split(arguments)
+    hidden_TD, weight_VD, bias_V = inputs[:3]
+    logp_T = torch.empty_like(inputs.targets_T, dtype=accumulator(hidden_TD))
+    grads = [
+        torch.empty_like(hidden_TD, dtype=_stored(hidden_TD)) if needs[0] else None,
+        torch.empty_like(weight_VD, dtype=_stored(weight_VD))
+        if needs[1] and dweight_out is None
+        else None,
+        torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
+        if needs[2] and bias_V is not None
+        else None,
+    ]
+    kept_T = torch.empty_like(inputs.targets_T, dtype=torch.bool)
+    return logp_T.new_empty(()), logp_T, kept_T, *_present(grads, hidden_TD)
+
+
+register(
+    "one_pass",
+    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, {SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _one_pass_kernel,
+    _one_pass_fake,
+)
+
+
+@torch.no_grad()
+def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (entropy,), settings = _split(arguments)
+    values = _logprob(inputs, _select(inputs, settings), settings, entropy)
+    return _present(values, inputs.hidden_TD)
+
+
+def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (entropy,), _ = _split(arguments)
+    dtype = accumulator(inputs.hidden_TD)
+    values = [torch.empty_like(inputs.targets_T, dtype=dtype) for _ in range(2 + entropy)]
+    return _present([*values, None][:3], inputs.hidden_TD)
+
+
+register(
+    "logprob",
+    f"({INPUTS}, bool entropy, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    _logprob_kernel,
+    _logprob_fake,
+)
+
+
+@torch.no_grad()
+def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (*upstream_T, needs), settings = _split(arguments)
+    upstream_T = _without_unused(upstream_T, inputs.hidden_TD, settings)
+    selection = _select(inputs, settings)
+    grads = _logprob_backward(inputs, selection, upstream_T, needs, settings)
+    return _present(grads, inputs.hidden_TD)
+
+
+def _without_unused(
+    upstream_T: Sequence[Tensor | None], hidden_TD: Tensor, settings: Settings
+) -> list[Tensor | None]:
+    """A compiled backward gets zeros for an output that nobody used: None again.
+
+    On CUDA nobody reads them. A backend without that gradient takes them for what they are, and an
+    assertion in the stream refuses any other value.
+    """
+    g_logp, g_lse, g_entropy = upstream_T
+    if not hidden_TD.is_cuda:
+        return [g_logp, *(None if x is None or not x.any() else x for x in (g_lse, g_entropy))]
+    kept: list[Tensor | None] = [g_logp]
+    for x, gradients in ((g_lse, (True, False)), (g_entropy, (False, True))):
+        try:
+            resolve(settings.backend, hidden_TD.device, hidden_TD.dtype, *gradients)
+        except ValueError as refusal:
+            if x is not None:
+                check(~x.any(), str(refusal))
+            x = None
+        kept.append(x)
+    return kept
+
+
+def _logprob_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (*_, needs), _ = _split(arguments)
+    grads = [
+        torch.empty_like(x) if need and x is not None else None
+        for x, need in zip(inputs[:3], needs, strict=True)
+    ]
+    return _present(grads, inputs.hidden_TD)
+
+
+register(
+    "logprob_backward",
+    f"({INPUTS}, Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, bool[] needs, "
+    f"{SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    _logprob_backward_kernel,
+    _logprob_backward_fake,
+)
+
+
+# --- shared -------------------------------------------------------------------------------------
+
+
+def without_values(x: Tensor) -> bool:
+    """Compiling, or a tensor that only has a shape (fake, meta) or a meaning of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.device.type == "meta"
+    )
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "this loss can be differentiated once only: its gradients are made by hand. Drop "
+            "create_graph=True, or use vpgea_fast.kernels.reference"
+        )
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _stored(x: Tensor) -> torch.dtype:
+    """A gradient's dtype until backward: fp16 cannot hold it before the loss scale arrives."""
+    return torch.float32 if x.dtype is torch.float16 else x.dtype
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """sum left right: added in float64, given in right's dtype."""
+    return (left.detach().double() * right.detach().double()).sum().to(right.dtype)

@@ -1,0 +1,495 @@
+"""The losses as torch ops: compiled, captured, traced without values, and scaled in place.
+
+A compiled or replayed call runs the same backend on the same rows, so it must give the eager bits.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from test_losses import CHUNK, CU, DEVICES, D, Recorder, T, V, assert_close, gradients, head_case
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vpgea_fast.kernels.head import Inputs, Settings
+from vpgea_fast.losses import (
+    linear_logprob,
+    two_stream_loss,
+    vpgea_loss,
+    weighted_logprob_loss,
+)
+
+pytestmark = [
+    # Dynamo makes a context by instantiating torch.autograd.Function.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    # Inductor imports torch.jit.
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+]
+
+ADVANTAGE = torch.tensor([1.3, 0.7, -0.8, 0.0, 0.2, -1.1])
+
+
+def weighted(x, **options):
+    return weighted_logprob_loss(
+        x["hidden"], x["weight"], x["targets"], x["coef"], chunk_bytes=CHUNK, **options
+    )
+
+
+def weighted_all(x, **options):
+    return weighted(
+        x,
+        bias=x["bias"],
+        temperature=x["temperature"],
+        softcap=3.0,
+        logit_scale=0.6,
+        rows=x["rows"],
+        **options,
+    )
+
+
+def weighted_into_a_sink(x, **options):
+    return weighted(x, dweight_out=x["sink"], temperature=x["scalar"], **options)
+
+
+def logprob(x, **options):
+    """The entropy is only looked at: its gradient must not be asked for."""
+    out = linear_logprob(
+        x["hidden"], x["weight"], x["targets"], return_entropy=True, chunk_bytes=CHUNK, **options
+    )
+    return (x["coef"] * out.logp).sum(), out.logp, out.lse, out.entropy.detach()
+
+
+def logprob_all(x, **options):
+    out = linear_logprob(
+        x["hidden"],
+        x["weight"],
+        x["targets"],
+        bias=x["bias"],
+        temperature=x["temperature"],
+        softcap=3.0,
+        rows=x["rows"],
+        return_entropy=True,
+        **options,
+    )
+    return (x["coef"] * out.logp + out.lse + 0.3 * out.entropy).sum(), out.logp, out.entropy
+
+
+def two_streams(x, **options):
+    targets, coef = x["targets"], x["coef"]
+    hidden = x["hidden"], x["hidden_prior"]
+    return two_stream_loss(*hidden, x["weight"], targets, targets, coef, coef, **options)
+
+
+def vpgea(x, **options):
+    return vpgea_loss(
+        x["hidden"],
+        x["hidden_prior"],
+        x["weight"],
+        x["classes"],
+        x["bounds"],
+        x["advantage"],
+        denominator=x["scalar"],
+        **options,
+    )
+
+
+def vpgea_some(x, **options):
+    """The prior stream holds the three gated sequences only, in another order."""
+    prior_UD = torch.cat((x["hidden_prior"][15:21], x["hidden_prior"][:4]))
+    return vpgea_loss(
+        x["hidden"],
+        prior_UD,
+        x["weight"],
+        x["classes"],
+        x["bounds"],
+        x["advantage"],
+        denominator=x["count"],
+        prior_index=x["index"],
+        **options,
+    )
+
+
+CALLS = [weighted, weighted_all, weighted_into_a_sink, logprob, logprob_all, two_streams]
+CALLS += [vpgea, vpgea_some]
+
+
+def inputs_of(dtype=torch.float32, *, tokens=T, device="cpu"):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(
+        dtype, tokens=tokens, device=device, spread=0.5
+    )
+    hidden_UD = head_case(dtype, tokens=tokens, device=device, spread=0.5)[0]
+    classes_T = targets_T.clone()
+    targets_T[3], coef_T[5] = -100, 0.0
+    sink_dtype = torch.promote_types(dtype, torch.float32)
+    more = {
+        "rows": torch.tensor([4, 0, 11, 3, tokens - 1]),
+        "temperature": torch.rand(tokens) + 0.5,
+        "sink": torch.zeros(V, D, dtype=sink_dtype),
+        "bounds": CU.clamp(max=tokens),
+        "advantage": ADVANTAGE,
+        "count": torch.tensor(6.0),
+        "index": torch.tensor([4, 0, 1]),
+    }
+    return {
+        "hidden": hidden_TD,
+        "hidden_prior": hidden_UD,
+        "weight": weight_VD,
+        "bias": bias_V,
+        "targets": targets_T,
+        "classes": classes_T,
+        "coef": coef_T,
+        "scalar": 0.7,
+        **{name: x.to(device) for name, x in more.items()},
+    }
+
+
+def run(call, x, loss, **options):
+    """Values, gradients of the leaves in use, and the sink, of one call."""
+    x = {**x, "sink": x["sink"].clone()}
+    out = call(x, **options)
+    if dataclasses.is_dataclass(out):
+        out = tuple(getattr(out, field.name) for field in dataclasses.fields(out))
+    leaves = [x[name] for name in ("hidden", "hidden_prior", "weight", "bias")]
+    found = torch.autograd.grad(loss(out), leaves, allow_unused=True)
+    return [*(v.detach() for v in out), *(g for g in found if g is not None), x["sink"]]
+
+
+def scaled(out):
+    """0.37 of the loss, so that backward has something to do; 1 where a sink forbids it."""
+    return 0.37 * out[0]
+
+
+def whole(out):
+    return out[0]
+
+
+def compare(got, expected, *, budget):
+    """Bit for bit with budget 0."""
+    assert len(got) == len(expected)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        if budget == 0:
+            assert torch.equal(mine, theirs)
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=budget, atol=budget)
+
+
+def compiled_equals_eager(call, backend, compiler, dynamic, dtype, *, device="cpu", budget=0.0):
+    x = inputs_of(dtype, device=device)
+    loss = whole if call is weighted_into_a_sink else scaled
+    expected = run(call, x, loss, backend=backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for _ in range(2):  # the second time without tracing
+        compare(run(compiled, x, loss, backend=backend), expected, budget=budget)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_equals_eager(call, dynamic):
+    compiled_equals_eager(call, "torch", "aot_eager", dynamic, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_equals_eager_everywhere(call, backend, dtype):
+    compiled_equals_eager(call, backend, "aot_eager", None, dtype)
+
+
+def test_inductor_equals_eager():
+    """Per-row temperature, bias, softcap, rows: its scalars are Python floats, not float64."""
+    compiled_equals_eager(weighted_all, "torch", "inductor", True, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", CALLS)
+def test_inductor_equals_eager_everywhere(call, dtype):
+    """Inductor fuses what lies between the ops, such as the sum of coef logp: one last bit."""
+    budget = 0.0 if call in (weighted, weighted_all, weighted_into_a_sink) else 1e-6
+    compiled_equals_eager(call, "torch", "inductor", None, dtype, budget=budget)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("call", CALLS)
+def test_inductor_equals_eager_on_cuda(call, dtype, backend):
+    compiled_equals_eager(call, backend, "inductor", None, dtype, device="cuda", budget=1e-5)
+
+
+def test_one_graph_serves_every_length():
+    """dynamic=True: T and U are symbols, and so is a denominator; a temperature is a constant."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(vpgea, fullgraph=True, backend=counter, dynamic=True)
+    traced = []
+    for tokens, denominator in ((T, 0.7), (40, 0.9), (31, 8.0), (T, 48.5)):
+        x = inputs_of(tokens=tokens)
+        x["scalar"], x["bounds"] = denominator, torch.tensor([0, 4, 4, 9, 15, 21, tokens])
+        compare(run(compiled, x, scaled), run(vpgea, x, scaled), budget=0.0)
+        traced.append(counter.frame_count)
+    assert len(set(traced)) == 1
+
+
+def test_a_compiled_call_checks_values_too():
+    x = inputs_of()
+    compiled = torch.compile(weighted, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"outside \[0, V = 61\)"):
+        compiled({**x, "targets": x["targets"] + V})
+    compiled = torch.compile(vpgea_some, fullgraph=True, backend="aot_eager")
+    for name, value, message in (
+        ("bounds", x["bounds"].flip(0), "never fall"),
+        ("index", torch.tensor([4, 0, 0]), "twice"),
+        ("count", torch.tensor(-1.0), "denominator: must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled({**x, name: value})
+    compiled = torch.compile(weighted_into_a_sink, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="into the coefficients"):
+        (0.5 * compiled(x).loss).backward()
+
+
+def settings(**changes):
+    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False)
+    return fixed._replace(**changes)
+
+
+def op_arguments(name, x):
+    """Arguments of each op, with as many optional tensors as it takes, and with as few."""
+    few = Inputs(x["hidden"], x["weight"], None, x["targets"], None, None)
+    many = few._replace(bias_V=x["bias"], temperature_T=x["temperature"], rows=x["rows"])
+    up_T = torch.randn(T, dtype=x["sink"].dtype)
+    sequence_T = torch.searchsorted(CU[1:], torch.arange(T), right=True)
+    gate_S = ADVANTAGE > 0
+    logp_T = -torch.rand(T, dtype=x["sink"].dtype)
+    scores = ADVANTAGE.to(x["sink"].dtype), torch.full((6,), 0.25, dtype=x["sink"].dtype)
+    return {
+        "one_pass": [
+            (*few, x["coef"], None, [True, True, False], *settings()),
+            (*many, x["coef"], x["sink"], [True, True, True], *settings()),
+            (*few, x["coef"], None, [False, False, False], *settings(softcap=None)),
+        ],
+        "logprob": [(*few, False, *settings()), (*many, True, *settings())],
+        "logprob_backward": [
+            (*few, up_T, None, None, [True, False, False], *settings()),
+            (*many, up_T, up_T, up_T, [True, True, True], *settings()),
+        ],
+        "stream_layout": [
+            (CU, x["classes"], ADVANTAGE, None, None, T, False),
+            (CU, x["classes"], ADVANTAGE.relu(), x["index"], x["count"], 10, False),
+        ],
+        "path_sums": [
+            (logp_T, logp_T.clone(), sequence_T, sequence_T.clone(), CU, *scores, gate_S, None)
+        ],
+    }[name]
+
+
+OPS = ["one_pass", "logprob", "logprob_backward", "stream_layout", "path_sums"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, dtype):
+    """Schema, autograd registration, fake kernel against the real one, AOT with dynamic shapes."""
+    for arguments in op_arguments(name, inputs_of(dtype)):
+        plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(getattr(torch.ops.vpgea_fast, name).default, plain)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_without_values_the_shapes_are_right(dtype, transposed):
+    """Fake and meta tensors: what a call returns, gradients and their strides included."""
+    x = inputs_of(dtype)
+    if transposed:
+        x["weight"] = x["weight"].detach().T.contiguous().T.requires_grad_()
+    real = run(logprob_all, x, whole) + run(weighted_all, x, whole)
+    with FakeTensorMode() as mode:
+        y = {name: mode.from_tensor(v) if torch.is_tensor(v) else v for name, v in x.items()}
+        fake = run(logprob_all, y, whole) + run(weighted_all, y, whole)
+    meta = {name: v.to("meta") if torch.is_tensor(v) else v for name, v in x.items()}
+    meta = {k: v.detach().requires_grad_(k in FLOATS) if torch.is_tensor(v) else v
+            for k, v in meta.items()}  # fmt: skip
+    shapes = run(logprob_all, meta, whole) + run(weighted_all, meta, whole)
+    for a, b, c in zip(real, fake, shapes, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert (a.shape, a.dtype, a.stride()) == (c.shape, c.dtype, c.stride())
+
+
+FLOATS = ("hidden", "hidden_prior", "weight", "bias")
+
+
+# --- the backward of the weighted loss scales in place ------------------------------------------
+
+
+def big_case(dtype):
+    """dW is larger than all the backward may make besides."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype, tokens=8, vocabulary=4001)
+    return hidden_TD, weight_VD, targets_T, coef_T
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_backward_makes_no_second_dweight(dtype):
+    """Neither a scaled copy nor, in AccumulateGrad, a clone: the stored dW becomes weight.grad."""
+    hidden_TD, weight_VD, targets_T, coef_T = big_case(dtype)
+    loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+    expected = gradients(loss, hidden_TD, weight_VD)
+    with Recorder() as recorder:
+        (0.37 * loss).backward()
+    assert recorder.largest < hidden_TD.nbytes
+    assert_close((hidden_TD.grad, weight_VD.grad), [0.37 * g for g in expected], 2e-3)
+
+
+@pytest.mark.parametrize("private", ["_get_current_graph_task_keep_graph", None])
+def test_a_graph_that_is_kept_keeps_its_gradients(private, monkeypatch):
+    """Twice through one graph, then no more; and the same where torch cannot tell."""
+    if private:
+        monkeypatch.delattr(torch._C._autograd, private)
+    hidden_TD, weight_VD, targets_T, coef_T = big_case(torch.float64)
+    loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+    once = gradients(loss, hidden_TD, weight_VD)
+    (0.37 * loss).backward(retain_graph=True)
+    (0.5 * loss).backward()
+    assert_close((hidden_TD.grad, weight_VD.grad), [0.87 * g for g in once], 1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_batched_upstream_gradients():
+    """is_grads_batched: one stored gradient, three scales, nowhere to scale it in place."""
+    hidden_TD, weight_VD, targets_T, coef_T = big_case(torch.float64)
+    loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+    once = gradients(loss, hidden_TD, weight_VD)
+    scales = torch.tensor([0.37, -2.0, 1.0], dtype=torch.float64)
+    got = torch.autograd.grad(loss, (hidden_TD, weight_VD), scales, is_grads_batched=True)
+    assert_close(got, [scales.view(3, 1, 1) * g for g in once], 1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_grad_scaler_and_accumulation(device):
+    """fp16 under a loss scale of 2^16, two micro-batches: unscaled, the sum of both gradients."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float16, device=device)
+    coef_T = 1e-4 * coef_T
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    hidden, weight = (x.detach().float().requires_grad_() for x in (hidden_TD, weight_VD))
+    optimizer = torch.optim.SGD([hidden, weight], lr=0.0)
+    for part in (slice(0, 9), slice(9, T)):
+        loss = weighted_logprob_loss(
+            hidden[part].half(), weight.half(), targets_T[part], coef_T[part]
+        ).loss
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    wide = [x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD)]
+    truth = weighted_logprob_loss(*wide, targets_T, coef_T, backend="reference").loss
+    assert_close((hidden.grad, weight.grad), gradients(truth, *wide), 2e-3)
+
+
+# --- CUDA graphs, synchronisations, addresses ---------------------------------------------------
+
+BACKENDS_ON_CUDA = ["torch", "triton"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS_ON_CUDA)
+@pytest.mark.parametrize("call", [c for c in CALLS if c is not logprob_all])
+def test_a_captured_call_replays_with_other_values(call, backend):
+    """Forward and backward in one CUDA graph; the second replay sees new inputs in old places."""
+    torch.manual_seed(1)
+    x, y = (inputs_of(torch.bfloat16, device="cuda") for _ in range(2))
+    y["targets"][7], y["coef"][9] = -100, 0.0  # other rows take no part
+    loss = whole if call is weighted_into_a_sink else scaled
+    expected = [run(call, z, loss, backend=backend) for z in (x, y)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(call, x, loss, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = run(call, x, loss, backend=backend)
+    for z, truth in zip((x, y), expected, strict=True):
+        with torch.no_grad():
+            for name, value in x.items():
+                if torch.is_tensor(value):
+                    value.copy_(z[name])
+        graph.replay()
+        torch.cuda.synchronize()
+        # Masked rows stay in the GEMMs, so a sum may have another order than without them.
+        compare(held, truth, budget=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS_ON_CUDA)
+@pytest.mark.parametrize("call", [weighted_all, two_streams, vpgea, vpgea_some, logprob])
+def test_rows_spare_every_synchronisation(call, backend):
+    x = inputs_of(torch.bfloat16, device="cuda")
+    tokens = 2 * T if call in (two_streams, vpgea) else T + 10 if call is vpgea_some else T
+    options = {"backend": backend}
+    if call is not weighted_all:
+        options["rows"] = torch.arange(tokens, device="cuda")
+    expected = run(call, x, scaled, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = run(call, x, scaled, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    compare(got, expected, budget=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS_ON_CUDA)
+def test_wrong_values_raise_where_they_are_asked_about(backend):
+    """validate=True: a ValueError, and the process goes on; by default an assertion kills it."""
+    x = inputs_of(torch.bfloat16, device="cuda")
+    options = {"backend": backend, "validate": True}
+    with pytest.raises(ValueError, match="outside"):
+        weighted({**x, "targets": x["targets"] + V}, **options)
+    with pytest.raises(ValueError, match="never fall"):
+        vpgea({**x, "bounds": x["bounds"].flip(0)}, **options)
+    with pytest.raises(ValueError, match="rows must lie"):
+        weighted_all({**x, "rows": torch.tensor([0, T], device="cuda")}, **options)
+    assert weighted(x, **options).loss.isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS_ON_CUDA)
+@pytest.mark.parametrize(("rows", "width"), [(8448, 64), (256, 8448)], ids=["logits", "weight"])
+def test_more_than_2_to_the_31_elements(rows, width, backend):
+    """N V > 2^31 in one chunk, and V D > 2^31: the last rows and the last classes are right."""
+    vocabulary = 262144
+    assert rows * vocabulary > 2**31 or vocabulary * width > 2**31
+    hidden_TD = (torch.randn(rows, width, device="cuda") / width**0.5).bfloat16().requires_grad_()
+    weight_VD = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
+    targets_T = torch.randint(vocabulary - 1000, vocabulary, (rows,), device="cuda")
+    coef_T = torch.randn(rows, device="cuda")
+    sink_VD = torch.zeros(vocabulary, width, device="cuda")
+    ours = weighted_logprob_loss(
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        coef_T,
+        dweight_out=sink_VD,
+        backend=backend,
+        chunk_bytes=16 << 30,
+    )
+    ours.loss.backward()
+    assert hidden_TD.grad is not None
+    last = slice(rows - 8, rows)
+    z_RV = hidden_TD[last].detach().double() @ weight_VD.double().T
+    logp_R = z_RV.log_softmax(1).gather(1, targets_T[last, None]).squeeze(1)
+    assert (ours.logp[last] - logp_R).abs().max() <= 1e-3
+    dz_RV = -coef_T[last, None].double() * z_RV.softmax(1)
+    dz_RV.scatter_add_(1, targets_T[last, None], coef_T[last, None].double())
+    assert_close((hidden_TD.grad[last],), (dz_RV @ weight_VD.double(),), 4e-3)
+    classes = slice(vocabulary - 64, vocabulary)
+    lse_T = torch.cat(
+        [(part.double() @ weight_VD.double().T).logsumexp(1) for part in hidden_TD.split(512)]
+    )
+    z_TW = hidden_TD.detach().double() @ weight_VD[classes].double().T
+    dz_TW = -coef_T[:, None].double() * (z_TW - lse_T[:, None].detach()).exp()
+    dz_TW += coef_T[:, None] * (
+        targets_T[:, None] == torch.arange(classes.start, classes.stop, device="cuda")
+    )
+    assert_close((sink_VD[classes],), (dz_TW.T @ hidden_TD.detach().double(),), 4e-3)
