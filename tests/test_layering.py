@@ -52,6 +52,7 @@ WALLS = {
     "torch.utils.tensorboard": "vpgea_fast.metrics",
     "trl": "vpgea_fast.integrations",
     "flash_attn": "vpgea_fast.attention",
+    "flash_attn_interface": "vpgea_fast.attention",
     "liger_kernel": "vpgea_fast.model",
 }
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}

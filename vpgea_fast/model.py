@@ -95,13 +95,7 @@ class Policy(nn.Module):
         with torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)
         ):
-            output = self.causal_lm.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-                seqlens=batch.seqlens,
-            )
+            output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
     def _weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
