@@ -53,6 +53,7 @@ WALLS = {
     "torch.utils.tensorboard": "vpgea_fast.metrics",
     "trl": "vpgea_fast.integrations",
     "flash_attn": "vpgea_fast.attention",
+    "flash_attn_interface": "vpgea_fast.attention",
     "liger_kernel": "vpgea_fast.model",
     "torchao": "vpgea_fast.optim",
 }

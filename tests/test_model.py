@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vpgea_fast import attention
 from vpgea_fast.config import ModelConfig
 from vpgea_fast.model import ModelError, Policy, check_model_dir, estimate_memory, load_policy
 from vpgea_fast.packing import pack_rows
@@ -155,7 +156,7 @@ def test_memory_estimate_counts_states_by_hand(model_dir, random_qwen2):
 
 def test_half_precision_head_accumulates_its_gradient_in_float32(random_qwen2):
     """256 micro-batches of bfloat16: without the float32 sink each dW is rounded to 8 bits."""
-    model = random_qwen2(attn_implementation="vpgea_varlen", tie_word_embeddings=False)
+    model = random_qwen2(attn_implementation=attention.register(), tie_word_embeddings=False)
     policy = Policy(model, dtype=torch.bfloat16)
     policy(one_batch()).loss.backward()
     once = model.lm_head.weight.grad.clone()

@@ -21,8 +21,7 @@ B, G, N, VOCAB, C = 3, 4, 3, 53, 11.0
 def causal_lm(random_qwen2):
     """Float64 through and through: Hugging Face's own norm casts to float32."""
     model = random_qwen2(dtype=torch.float64)
-    attention.register()
-    model.set_attn_implementation(attention.IMPLEMENTATION)
+    model.set_attn_implementation(attention.register())
     for parent in [model.model, *model.model.layers]:
         for name, child in list(parent.named_children()):
             if name.endswith("norm"):
@@ -79,9 +78,9 @@ def batch():
 def log_prob(model, context, tokens):
     """sum_t log p(token_t | context, tokens before t) by full logits of one document."""
     ids = torch.cat([context, tokens])
-    logits = model(ids[None], use_cache=False, seqlens=(ids.numel(),)).logits[
-        0, context.numel() - 1 : -1
-    ]
+    logits = model(
+        ids[None], use_cache=False, documents=attention.Documents((ids.numel(),))
+    ).logits[0, context.numel() - 1 : -1]
     return logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
 
 

@@ -20,8 +20,7 @@ ids = torch.tensor
 
 @pytest.fixture(scope="module")
 def policy(random_qwen2):
-    attention.register()
-    return Policy(random_qwen2(attn_implementation=attention.IMPLEMENTATION))
+    return Policy(random_qwen2(attn_implementation=attention.register()))
 
 
 def rows_of(policy, budget=64, logprob=None):

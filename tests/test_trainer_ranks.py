@@ -76,7 +76,10 @@ def fit(words, resume=False, die_after=None, poison=None):
 
 
 def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path):
-    straight, parts = words("straight", "--train.steps", "40"), words("parts", "--train.steps", "40")
+    straight, parts = (
+        words("straight", "--train.steps", "40"),
+        words("parts", "--train.steps", "40"),
+    )
     assert run_ranks(fit, straight) == [True, True]
     ends = watch_ranks(fit, parts, False, 23, grace_s=60)
     assert ends[1].status == -signal.SIGKILL
@@ -91,7 +94,9 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path)
     assert run_ranks(fit, fewer) == [True, True]
     onward = [*fewer, "--train.steps", "23"]
     assert run_ranks(fit, onward, True, size=1) == [True]
-    for ours, want in zip(records(tmp_path / "fewer"), records(tmp_path / "straight"), strict=False):
+    for ours, want in zip(
+        records(tmp_path / "fewer"), records(tmp_path / "straight"), strict=False
+    ):
         assert ours["tokens_generated"] == want["tokens_generated"]
         assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
@@ -111,9 +116,7 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     assert len(rows) == 1
     assert set(map(str, rows[0]["coef"])) == {"nan"}
     # What was saved while steps were skipped is what was saved before: nothing has moved.
-    weights = [
-        {k: v for k, v in state(run, n).items()} for n in sorted(saved_steps(run))[-2:]
-    ]
+    weights = [{k: v for k, v in state(run, n).items()} for n in sorted(saved_steps(run))[-2:]]
     assert weights[0].keys() == weights[1].keys()
     assert run_ranks(fit, [*given, "--train.steps", "14"], True) == [True, True]
 
@@ -142,7 +145,9 @@ def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
         *(str(worker), "train", str(TINY), "--resume-if-started", *map(str, words("hit", *more))),
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert records(tmp_path / "hit") == records(tmp_path / "calm")

@@ -149,6 +149,7 @@ class Policy(nn.Module):
         causal_lm.set_output_embeddings(head)
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
         self.whole_gradients = self.offloaded = False
+        self.attention = attention.Choice("sdpa", "not chosen: as the model was given")
 
     @property
     def device(self) -> torch.device:
@@ -213,13 +214,7 @@ class Policy(nn.Module):
         with torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype in HALF and not self.sharded
         ):
-            output = self.causal_lm.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                attention_mask=None,
-                use_cache=False,
-                seqlens=batch.seqlens,
-            )
+            output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
 
@@ -243,10 +238,13 @@ def load_policy(
     else:
         check_model_dir(cfg.path)
         causal_lm = _without_storage(cfg.path, master)
+    choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
+    causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg.liger, world.device)
     _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
     policy = Policy(causal_lm, dtype=dtype, backend=backend, device=world.device)
+    policy.attention = choice
     if cfg.compile:
         for layer in decoder_layers(causal_lm):
             layer.compile(dynamic=True)

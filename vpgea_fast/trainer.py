@@ -219,7 +219,9 @@ class Trainer:
             f"questions x {paths} paths = "
             f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
         )
-        say(f"device {self.policy.device}, loss backend {self.policy.backend.name}")
+        shards = f", sharded over {self.world.size} processes" if self.policy.sharded else ""
+        say(f"device {self.policy.device}{shards}, loss backend {self.policy.backend.name}")
+        say(str(self.policy.attention))
         if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
             say(
                 "preset robust: its counterfactual leak guard is not built yet; a path that states "
@@ -446,7 +448,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.policy.parameters()),
             "loss_backend": self.policy.backend.name,
             "loss_backend_reason": self.policy.backend.reason,
-            "attention": "per-document sdpa",
+            **self.policy.attention.facts(),
         }
         checkpoint.write_text(self.run_dir / "config.yaml", dump(self.cfg))
         checkpoint.write_text(self.run_dir / "environment.json", json.dumps(facts, indent=1))
