@@ -6,31 +6,48 @@ to say: numbers are summed, flags are or-ed, results are gathered. All of it is 
 over gloo; what FSDP moves goes over the device's own backend.
 
 A process that fails leaves; the others learn it from the broken connection (gloo: at once) or from
-the time-out (NCCL: `parallel.timeout_minutes`), and torchrun ends or restarts them all.
+the time-out (NCCL: `parallel.timeout_minutes`), and torchrun ends or restarts them all. What may
+fail on one process and need not end it, such as writing a file, is done in `World.together`.
+
+Below `World`, what every room has to know of a sharded model: its names, how to shard it again, and
+its weights in full.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vpgea_fast.config import ConfigError, ParallelConfig
+
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing and torch.compile write into the names of a module's parameters."""
+
+
+class RemoteError(RuntimeError):
+    """Another process has failed; the message says which, and why."""
 
 
 @dataclass(frozen=True)
 class World:
     """Process `rank` of `size`, its device, and the mesh of a sharded model (None: not sharded).
 
-    The mesh has the dimensions (shard) or (replicate, shard).
+    The mesh has the dimensions (shard) or (replicate, shard); `group` is what host data goes over
+    (None: the default group).
 
     >>> World(torch.device("cpu")).gather("alone")
     ['alone']
@@ -40,6 +57,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -51,10 +69,10 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise over the processes, on the CPU; bitwise equal on all of them. A collective."""
+        """Elementwise over the processes, on the CPU; bitwise equal everywhere. A collective."""
         total = values.detach().cpu().clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -64,18 +82,37 @@ class World:
         own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
         length = torch.tensor([len(data)])
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
+        dist.all_gather(lengths, length, group=self.group)
         widest = max(int(n) for n in lengths)
         padded = torch.zeros(widest, dtype=torch.uint8)
         padded[: len(data)] = own
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         if widest:
-            dist.all_gather(parts, padded)
+            dist.all_gather(parts, padded, group=self.group)
         return [part[: int(n)].numpy().tobytes() for part, n in zip(parts, lengths, strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         """`gather_bytes` of what JSON can say."""
         return [json.loads(part) for part in self.gather_bytes(json.dumps(value).encode())]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Local work, no collective in it, that fails on every process or on none. A collective.
+
+        Its own exception where it failed, RemoteError on the others: nobody waits for a process
+        that has given up.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        problems = self.gather(failure and (str(failure) or type(failure).__name__))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise RemoteError(f"process {rank}: {problem}")
 
     def share(self, items: Sequence[Any]) -> range:
         """The places of `items` that are this process's: every size-th one."""
@@ -85,12 +122,91 @@ class World:
         if self.size > 1:
             self.sum(torch.zeros(1))
 
+    @functools.cached_property
+    def side(self) -> World:
+        """The same processes over connections of their own, for a thread. First use: collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo"))
+
     def close(self) -> None:
         """Leave the group. Models must be out of scope: their FSDP state outlives no group."""
         if self.mesh is not None:
             gc.collect()  # without it gloo aborts at exit, one run in three
             self.barrier()
             dist.destroy_process_group()
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a forward without a backward has left whole. No communication.
+
+    Where a unit is whole its parameters are plain copies in the forward's dtype: whoever reads or
+    updates parameters after a scoring pass would silently miss the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under Hugging Face's names, a tied one once; shards where
+    the model is sharded.
+
+    `model` is a causal LM, or holds one as `causal_lm`.
+    """
+    reshard(model)
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[_public(name)] = tensor
+    return weights
+
+
+def full_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of all `named_weights`. A collective: every process takes all of them,
+    and no other collective between two.
+
+    Without `dtype` a sharded model is gathered a unit at a time in the forward's dtype (7B: 31
+    gathers instead of 339), and a tensor is valid until the next one is asked for: no process holds
+    more than one unit. With `dtype`, a tensor at a time, floating point in that dtype. A model that
+    is not sharded gives its own tensors.
+    """
+    by_unit = dtype is None and any(isinstance(m, FSDPModule) for m in model.modules())
+    shards: set[str] = set()
+    for name, weight in named_weights(model).items():
+        weight = weight.detach()
+        if by_unit and isinstance(weight, DTensor):
+            shards.add(name)
+            continue
+        if dtype is not None and weight.is_floating_point():
+            weight = weight.to(dtype)
+        yield name, _whole(weight)
+    for prefix, unit in model.named_modules():
+        if not (shards and isinstance(unit, FSDPModule)):
+            continue
+        unit.unshard()
+        for name, weight in nn.Module.named_parameters(unit, prefix):  # pyright: ignore
+            if not isinstance(weight, DTensor) and _public(name) in shards:
+                shards.remove(_public(name))
+                yield _public(name), weight.detach()
+        unit.reshard()
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, DTensor):
+        return weight
+    whole: Any = weight.to(weight.device_mesh.device_type)
+    return whole.full_tensor()
+
+
+def _public(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("causal_lm.")
 
 
 def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
@@ -107,12 +223,13 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         return World(here)
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore()}  # pyright: ignore
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
         timeout=timedelta(minutes=cfg.timeout_minutes),
         rank=rank,
         world_size=size,
-        **({} if size > 1 else {"store": dist.HashStore()}),
+        **alone,
     )
     shape, names = (size,), ("shard",)
     if cfg.replicas > 1:

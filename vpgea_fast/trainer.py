@@ -21,6 +21,7 @@ from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
 from vpgea_fast.data import fingerprint, load_questions
+from vpgea_fast.distributed import World
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment
 from vpgea_fast.model import load_policy, load_tokenizer
@@ -74,6 +75,7 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
             trainer.evaluate_once("after")
         except Preempted:
             trainer.save()
+            trainer.saver.wait()
             trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
             return False
         trainer.finish_run()
@@ -111,7 +113,7 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        for part in (self.console, self.metrics, self.engine, self.verifier):
+        for part in (self.console, self.metrics, self.engine, self.verifier, self.saver):
             part.close()
         self.claim.release()
 
@@ -232,9 +234,14 @@ class Trainer:
 
     def finish_run(self) -> None:
         """Export the model, draw the figure and the report, print the closing table."""
+        self.saver.wait()
         if self.cfg.checkpoint.export:
             checkpoint.export_model(
-                self.policy.causal_lm, self.tokenizer, self.run_dir / "export", replace=True
+                self.policy,
+                self.tokenizer,
+                self.run_dir / "export",
+                world=self.world,
+                replace=True,
             )
         page = report.write_report(self.run_dir)
         headers, table = report.closing_table(self.run_dir)
@@ -246,16 +253,8 @@ class Trainer:
         self.say(", ".join(map(str, files)))
 
     def save(self) -> None:
-        checkpoint.save_checkpoint(
-            self.run_dir,
-            self.step,
-            model_state=self.policy.causal_lm.state_dict(),
-            optimizer_state=self.optimizer.state_dict(),
-            trainer_state={
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "data": self.fingerprint,
-            },
-            keep_last=self.cfg.checkpoint.keep_last,
+        self.saver.save(
+            self.step, {"skipped_in_a_row": self.skipped_in_a_row, "data": self.fingerprint}
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
@@ -329,6 +328,15 @@ class Trainer:
             self.policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=self.policy.dtype
         )
         self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
+        self.world = World(self.policy.device)
+        self.saver = checkpoint.Saver(
+            self.run_dir,
+            world=self.world,
+            model=self.policy,
+            optimizer=self.optimizer,
+            keep_last=cfg.checkpoint.keep_last,
+            background=cfg.checkpoint.background,
+        )
         sampling = make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm)
         self.evaluator = Evaluator(
             cfg,
@@ -353,14 +361,13 @@ class Trainer:
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""
-        saved = checkpoint.load_checkpoint(self.run_dir, device=self.policy.device)
+        saved = checkpoint.load_checkpoint(
+            self.run_dir, world=self.world, model=self.policy, optimizer=self.optimizer
+        )
         self._check_resume(saved)
         if saved is not None:
             self.step = saved.step
-            self.policy.causal_lm.load_state_dict(saved.model_state)
-            self.optimizer.load_state_dict(saved.optimizer_state)
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
-            checkpoint.restore_rng(saved.rng_state)
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
         self.alarms.replay(self.run_dir)

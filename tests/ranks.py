@@ -1,0 +1,167 @@
+"""Run a function in N processes as torchrun would start them: gloo, one thread each.
+
+    def work(scale):                       # a module-level function of a test file
+        world = open_world(ParallelConfig(), "cpu")
+        return {"rank": world.rank * scale}
+
+    assert run_ranks(work, 2, size=2) == [{"rank": 0}, {"rank": 2}]
+
+Arguments are pickled; results go through JSON. Warnings are errors in a rank.
+
+Ranks are forked from one server that has imported torch and transformers once: a call costs tenths
+of a second, not the import times N. The store is the parent's, as torchrun keeps it: no free port
+is guessed, and the death of rank 0 does not end it. A rank leaves by `os._exit`, because after FSDP
+and gloo the interpreter aborts at exit at random, all results right; and it leaves with its parent,
+whatever ends that.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+PRELOAD = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(PRELOAD)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How one rank ended: its exit status (-9: killed), what the function returned, and what it
+    wrote to stdout and stderr."""
+
+    status: int
+    result: Any
+    output: str
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    size: int = 2,
+    timeout_s: float = 120.0,
+    env: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """What `function(*args)` returned on each of `size` ranks; AssertionError, with the output of
+    all that failed, if any did or had not ended after `timeout_s`."""
+    ranks = watch_ranks(function, *args, size=size, timeout_s=timeout_s, env=env)
+    failed = [number for number, rank in enumerate(ranks) if rank.status]
+    assert not failed, _told("failed", failed, ranks)
+    return [rank.result for rank in ranks]
+
+
+def watch_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    size: int = 2,
+    timeout_s: float = 120.0,
+    grace_s: float = 20.0,
+    env: Mapping[str, str] | None = None,
+) -> list[Rank]:
+    """How each rank ended, for ranks that are to fail. AssertionError if one had not ended by
+    itself `timeout_s` after the start or `grace_s` after the first failure."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
+        files = [Path(scratch) / str(rank) for rank in range(size)]
+        processes: list[BaseProcess] = []
+        try:
+            for rank, file in enumerate(files):
+                world = _torchrun_env(rank, size, store.port) | dict(env or {})
+                process = SERVER.Process(target=_rank, args=(function, args, file, world))
+                process.start()
+                processes.append(process)
+            late = _wait(processes, timeout_s, grace_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        ranks = [
+            Rank(process.exitcode or 0, _result(file), file.with_suffix(".out").read_text())
+            for process, file in zip(processes, files, strict=True)
+        ]
+    assert not late, _told("did not end", late, ranks)
+    return ranks
+
+
+def _torchrun_env(rank: int, size: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return {
+        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _wait(processes: Sequence[BaseProcess], timeout_s: float, grace_s: float) -> list[int]:
+    """The ranks that still run when time is over."""
+    end, failed = time.monotonic() + timeout_s, False
+    while time.monotonic() < end:
+        running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        if not running:
+            return []
+        if not failed and any(process.exitcode for process in processes):
+            failed, end = True, min(end, time.monotonic() + grace_s)
+        time.sleep(0.01)
+    return [rank for rank, process in enumerate(processes) if process.exitcode is None]
+
+
+def _told(what: str, numbers: Sequence[int], ranks: Sequence[Rank]) -> str:
+    said = [f"rank {n} (status {ranks[n].status}):\n{ranks[n].output[-4000:]}" for n in numbers]
+    return "\n".join([f"ranks {[*numbers]} of {len(ranks)} {what}", *said])
+
+
+def _result(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], file: Path, env: Mapping[str, str]
+) -> None:
+    output = os.open(file.with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    os.environ.update(env)
+    status = 1
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = function(*args)
+        file.write_text(json.dumps(result))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _leave_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
