@@ -4,6 +4,8 @@ transformers is imported where it is used: the process that forks imports this f
 """
 
 import errno
+import hashlib
+import json
 import os
 import random
 import resource
@@ -11,16 +13,25 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks, watch_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from vpgea_fast.checkpoint import (
     CheckpointError,
+    Saver,
     claim_run_dir,
     export_model,
+    find_checkpoint,
     load_checkpoint,
     perform,
     restore_rng,
@@ -29,28 +40,52 @@ from vpgea_fast.checkpoint import (
     truncate_jsonl,
     write_text,
 )
+from vpgea_fast.config import ParallelConfig
+from vpgea_fast.distributed import World, full_weights, open_world, reshard
+
+ALONE = World(torch.device("cpu"))
 
 
-def save(run_dir, step, *, keep_last=3, do=perform, size=8):
+def numbers(step, size=8, world=ALONE):
+    """A model and an optimiser of which every number is `step`; of two shards, the second has fewer
+    rows of the one weight and nothing of the other."""
+    model = nn.Linear(size, 3, bias=False)
+    model.one = nn.Parameter(torch.empty(1))
+    if world.mesh is not None:
+        fully_shard(model, mesh=world.mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for weight in model.parameters():
+        nn.init.constant_(weight, step)
+        moment = torch.full_like(weight.detach(), step)
+        optimizer.state[weight] = {"exp_avg": moment, "step": torch.tensor(float(step))}
+    return {"model": model, "optimizer": optimizer}
+
+
+def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE):
     """Every number of checkpoint N is N, in each of its files."""
     return save_checkpoint(
         run_dir,
         step,
-        model_state={"w": torch.full((size,), float(step))},
-        optimizer_state={"state": {0: {"exp_avg": torch.full((size,), float(step))}}},
+        world=world,
         trainer_state={"paths": step},
         keep_last=keep_last,
         do=do,
+        **numbers(step, size, world),
     )
 
 
-def loaded_step(run_dir):
-    found = load_checkpoint(run_dir, device="cpu")
+def loaded_step(run_dir, size=8, world=ALONE):
+    into = numbers(-1, size, world)
+    found = load_checkpoint(run_dir, world=world, **into)
     if found is None:
         return None
-    moments = found.optimizer_state["state"][0]["exp_avg"]
-    numbers = {*found.model_state["w"].tolist(), *moments.tolist(), found.trainer_state["paths"]}
-    assert numbers == {found.step}
+    tensors = [*into["model"].parameters()]
+    tensors += [tensor for state in into["optimizer"].state.values() for tensor in state.values()]
+    assert len(tensors) == 6
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        assert (local == found.step).all()
+    assert found.trainer_state["paths"] == found.step
     return found.step
 
 
@@ -82,15 +117,15 @@ def operations_of_a_save(run_dir):
     return counting.count
 
 
-def save_with_fault(run_dir, do):
+def save_with_fault(run_dir, do, world=ALONE):
     """(saved, message) of a save that met a fault."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            save(run_dir, 2, keep_last=1, do=do)
+            save(run_dir, 2, keep_last=1, do=do, world=world)
         except CheckpointError as error:
             return False, str(error)
-    return True, str(caught[0].message)
+    return True, str(caught[0].message) if caught else ""
 
 
 @pytest.mark.parametrize("torn", [False, True], ids=["refused", "torn"])
@@ -114,7 +149,10 @@ FORKING = """
 import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import torch
 from test_checkpoint import loaded_step, operations_of_a_save, save, steps_on_disk
+
+torch.set_num_threads(1)  # a pool would not survive the fork
 
 def in_child(work):
     pid = os.fork()
@@ -168,7 +206,7 @@ def test_kill_9_at_every_operation_and_at_random_moments(tmp_path):
             os.kill(pid, signal.SIGKILL)
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
             durable = max(int(p.name.removeprefix("durable_")) for p in root.glob("durable_*"))
-            step = loaded_step(run_dir)
+            step = loaded_step(run_dir, size=50_000)
             assert durable <= step <= durable + 1, (durable, step)
         print("survived", step)
         """,
@@ -180,7 +218,7 @@ def test_kill_9_at_every_operation_and_at_random_moments(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_costs_nothing_that_was_saved(tmp_path):
     save(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (2_000, 160_500):  # the model does not fit; the model fits, the optimiser does not
+    for limit in (2_000, 160_500):  # no tensor fits; the weights fit, the optimiser does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(CheckpointError, match=r"cannot save .*step_2.*Free disk space"):
@@ -194,9 +232,8 @@ def test_a_full_disk_is_a_clear_error_and_costs_nothing_that_was_saved(tmp_path)
 def test_adamw_continues_bitwise_with_the_random_numbers(tmp_path):
     def start():
         torch.manual_seed(3)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Dropout(0.3))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.1)
-        return model, optimizer
+        model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.3))
+        return model, torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.1)
 
     def advance(model, optimizer):
         for _ in range(3):
@@ -211,57 +248,181 @@ def test_adamw_continues_bitwise_with_the_random_numbers(tmp_path):
     save_checkpoint(
         tmp_path,
         3,
-        model_state=straight.state_dict(),
-        optimizer_state=straight_optimizer.state_dict(),
+        world=ALONE,
+        model=straight,
+        optimizer=straight_optimizer,
         trainer_state={"lr": lr},
         keep_last=1,
     )
     advance(straight, straight_optimizer)
 
     resumed, resumed_optimizer = start()
-    found = load_checkpoint(tmp_path, device="cpu")
+    found = load_checkpoint(tmp_path, world=ALONE, model=resumed, optimizer=resumed_optimizer)
     assert found is not None
     assert found.trainer_state["lr"] == lr
-    resumed.load_state_dict(found.model_state)
-    resumed_optimizer.load_state_dict(found.optimizer_state)
-    restore_rng(found.rng_state)
     advance(resumed, resumed_optimizer)
     for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            mine, its = (resumed_optimizer.state[ours], straight_optimizer.state[theirs])
-            assert torch.equal(mine[name], its[name])
+        mine, its = (resumed_optimizer.state[ours], straight_optimizer.state[theirs])
+        assert mine.keys() == its.keys() == {"exp_avg", "exp_avg_sq", "step"}
+        for name, tensor in mine.items():
+            assert torch.equal(tensor, its[name])
 
 
-def test_states_of_another_number_of_gpus_are_refused_with_a_warning():
-    state = rng_state()
-    state["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
-    with pytest.warns(UserWarning, match="GPUs, .* not restored"):
-        restore_rng(state)
+def test_a_save_changes_no_optimizer(tmp_path):
+    """torch's get_state_dict has a fresh AdamW make a step, which counts in its bias correction."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    into = {"world": ALONE, "model": model, "optimizer": optimizer}
+    save_checkpoint(tmp_path, 0, trainer_state={}, keep_last=1, **into)
+    assert not optimizer.state
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert load_checkpoint(tmp_path, **into) is not None
+    assert not optimizer.state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
-def test_tied_transposed_empty_and_scalar_tensors_come_back(tmp_path, dtype):
-    weight = torch.arange(12).to(dtype).reshape(3, 4)
-    state = {
-        "embed": weight,
-        "head": weight,
-        "turned": weight.T,
-        "empty": torch.empty(0, 4, dtype=dtype),
-        "also_empty": torch.empty(0, 4, dtype=dtype),
-        "scalar": torch.tensor(7, dtype=dtype),
-    }
-    path = save_checkpoint(
-        tmp_path, 1, model_state=state, optimizer_state={}, trainer_state={}, keep_last=1
+class Blocks(torch.Tensor):
+    """Two floats as one and a sign, the way torchao keeps 8-bit moments: a tensor class of parts."""
+
+    @staticmethod
+    def __new__(cls, signs, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, signs.shape, dtype=scale.dtype)
+
+    def __init__(self, signs, scale):
+        self.signs, self.scale = signs, scale
+
+    def __tensor_flatten__(self):
+        return ["signs", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, size, stride):
+        return cls(parts["signs"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        assert function in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default)
+        return cls(args[0].signs, args[0].scale)
+
+
+class HalfMoments(torch.optim.Optimizer):
+    """Moments in bfloat16 beside float32 weights, and a step count that is no tensor."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["count"] = state.get("count", 0) + 1
+            state["moment"] = (
+                state.get("moment", torch.zeros_like(p, dtype=torch.bfloat16)) + p.grad
+            )
+            state["scale"] = torch.ones(2)
+
+
+def test_optimizer_states_keep_their_dtype_and_kind(tmp_path):
+    def start():
+        model = nn.Linear(3, 2)
+        return model, HalfMoments(model.parameters())
+
+    model, optimizer = start()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    kept = {"world": ALONE, "model": model, "optimizer": optimizer}
+    save_checkpoint(tmp_path, 1, trainer_state={}, keep_last=1, **kept)
+    again, again_optimizer = start()
+    assert load_checkpoint(tmp_path, world=ALONE, model=again, optimizer=again_optimizer)
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        mine, its = again_optimizer.state[ours], optimizer.state[theirs]
+        assert mine["count"] == its["count"] == 1
+        assert mine["moment"].dtype == its["moment"].dtype
+        assert torch.equal(mine["moment"], its["moment"])
+        assert torch.equal(mine["scale"], its["scale"])
+
+
+def test_a_state_from_a_gpu_is_refused_on_a_cpu_with_a_warning():
+    state = rng_state(torch.device("cpu"))
+    state["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    with pytest.warns(UserWarning, match=r"a run on a GPU, this one is on cpu.*not restored"):
+        restore_rng(state, torch.device("cpu"))
+
+
+class Oddments(nn.Module):
+    """Tied, turned, empty and scalar weights, a buffer of integers and one that is not saved."""
+
+    def __init__(self, dtype, start):
+        super().__init__()
+        weight = torch.arange(start, start + 12).to(dtype).reshape(3, 4)
+        self.embed = nn.Parameter(weight)
+        self.head = self.embed
+        self.turned = nn.Parameter(weight.T * 2)
+        self.empty = nn.Parameter(torch.empty(0, 4, dtype=dtype))
+        self.scalar = nn.Parameter(torch.tensor(start, dtype=dtype))
+        self.register_buffer("count", torch.tensor([start, 7]))
+        self.register_buffer("passing", torch.tensor([start]), persistent=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("background", [False, True])
+def test_tied_transposed_empty_and_scalar_tensors_come_back(tmp_path, dtype, background):
+    saved, into = Oddments(dtype, 1), Oddments(dtype, 5)
+    kept = {"world": ALONE, "model": saved, "optimizer": torch.optim.SGD(saved.parameters())}
+    with Saver(tmp_path, keep_last=1, background=background, **kept) as saver:
+        path = saver.save(1, {})
+    found = load_checkpoint(
+        tmp_path, world=ALONE, model=into, optimizer=torch.optim.SGD(into.parameters())
     )
-    found = load_checkpoint(tmp_path, device="cpu")
     assert found is not None
-    assert found.model_state.keys() == state.keys()
-    for name, tensor in state.items():
-        assert torch.equal(found.model_state[name], tensor)
-        assert found.model_state[name].dtype == dtype
-    assert found.model_state["head"].data_ptr() == found.model_state["embed"].data_ptr()
-    assert path == tmp_path / "checkpoints" / "step_1"
+    assert found.path == path == tmp_path / "checkpoints" / "step_1"
+    assert into.head is into.embed
+    assert into.passing == 5
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(into.state_dict()[name], tensor)
+    whole = found.tensors()
+    assert whole.keys() == {f"model.{n}" for n in ("embed", "turned", "empty", "scalar", "count")}
+    assert all(torch.equal(t, saved.state_dict()[n[6:]]) for n, t in whole.items())
+
+
+def test_a_background_save_holds_the_moment_it_was_asked_for(tmp_path):
+    kept = numbers(1)
+    reached, go = threading.Event(), threading.Event()
+
+    def slowly(operation, *args):
+        reached.set()
+        assert go.wait(60)
+        return operation(*args)
+
+    trainer_state = {"paths": 1}
+    with Saver(tmp_path, world=ALONE, keep_last=2, background=True, do=slowly, **kept) as saver:
+        saver.save(1, trainer_state)
+        assert reached.wait(60)
+        trainer_state["paths"] = 7
+        nn.init.constant_(kept["model"].weight, 7)
+        kept["optimizer"].state[kept["model"].weight]["exp_avg"].fill_(7)
+        kept["optimizer"].state[kept["model"].weight]["step"].fill_(7)
+        torch.rand(3)
+        assert not (tmp_path / "checkpoints" / "step_1").exists()
+        go.set()
+        saver.wait()
+        assert loaded_step(tmp_path) == 1
+        saver.save(7, trainer_state)
+        saver.save(8, trainer_state | {"paths": 7})  # waits for 7
+        assert (tmp_path / "checkpoints/step_7").exists()
+    assert steps_on_disk(tmp_path) == ["step_7", "step_8"]
+
+
+def test_a_failed_background_save_is_told_at_the_next_boundary(tmp_path):
+    save(tmp_path, 1)
+    for boundary in ("wait", "close", "save"):
+        saver = Saver(
+            tmp_path, world=ALONE, keep_last=1, background=True, do=FailAt(6), **numbers(2)
+        )
+        saver.save(2, {"paths": 2})
+        with pytest.raises(CheckpointError, match=r"cannot save .*step_2.*No space left"):
+            saver.save(3, {}) if boundary == "save" else getattr(saver, boundary)()
+        saver.close()
+        assert steps_on_disk(tmp_path) == ["step_1"]
 
 
 def test_keeps_the_last_k_by_number_not_by_name(tmp_path):
@@ -279,13 +440,13 @@ def flip_a_bit(path):
 
 
 DAMAGE = {
-    "cut": lambda path: os.truncate(path / "model.safetensors", 100),
-    "empty": lambda path: os.truncate(path / "optimizer.pt", 0),
-    "bit": lambda path: flip_a_bit(path / "model.safetensors"),
+    "cut": lambda path: os.truncate(path / "__0_0.distcp", 100),
+    "empty": lambda path: os.truncate(path / ".metadata", 0),
+    "bit": lambda path: flip_a_bit(path / "__0_0.distcp"),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "torn manifest": lambda path: os.truncate(path / "manifest.json", 40),
     "odd manifest": lambda path: (path / "manifest.json").write_text("[]"),
-    "lost file": lambda path: (path / "rng.pt").unlink(),
+    "lost file": lambda path: (path / "process_0.pt").unlink(),
 }
 
 
@@ -310,11 +471,11 @@ def test_a_damaged_later_step_never_pushes_out_a_good_one(tmp_path):
 
 
 def test_nothing_to_load_and_leftovers_go(tmp_path):
-    assert load_checkpoint(tmp_path / "none", device="cpu") is None
-    (tmp_path / "checkpoints" / ".tmp-step_4-1").mkdir(parents=True)
-    (tmp_path / "checkpoints" / ".tmp-step_4-1" / "model.safetensors").touch()
+    assert loaded_step(tmp_path / "none") is None
+    (tmp_path / "checkpoints" / ".tmp-step_4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".tmp-step_4" / "__0_0.distcp").touch()
     (tmp_path / ".tmp-metrics.jsonl").touch()
-    assert load_checkpoint(tmp_path, device="cpu") is None
+    assert loaded_step(tmp_path) is None
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
 
 
@@ -326,27 +487,64 @@ def test_saving_a_step_twice_keeps_the_complete_one(tmp_path):
     assert (path / "manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    ("model", "optimizer", "named"),
-    [
-        ({"w": torch.tensor([1.0, float("nan")])}, {}, r"model\.w"),
-        ({"w": torch.tensor(float("inf"), dtype=torch.bfloat16)}, {}, r"model\.w"),
-        ({}, {"state": {3: {"exp_avg": torch.tensor([float("-inf")])}}}, r"state\.3\.exp_avg"),
-        ({}, {"param_groups": [{"lr": float("nan")}]}, r"param_groups\.0\.lr"),
-    ],
-)
-def test_nan_and_infinity_are_never_saved(tmp_path, model, optimizer, named):
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("named", ["model.weight", "optimizer.state.weight.exp_avg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_are_never_saved(tmp_path, value, named, dtype):
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=named):
+    kept = numbers(2)
+    weight = kept["model"].weight
+    weight.data = weight.data.to(dtype)
+    tensor = weight.data if named == "model.weight" else kept["optimizer"].state[weight]["exp_avg"]
+    tensor[0, 3] = value
+    with pytest.raises(CheckpointError, match=rf"step 2 is not saved: {named} holds NaN"):
+        save_checkpoint(tmp_path, 2, world=ALONE, trainer_state={}, keep_last=1, **kept)
+    with pytest.raises(ValueError, match="JSON"):
         save_checkpoint(
-            tmp_path,
-            2,
-            model_state=model,
-            optimizer_state=optimizer,
-            trainer_state={},
-            keep_last=1,
+            tmp_path, 2, world=ALONE, trainer_state={"x": value}, keep_last=1, **numbers(2)
         )
     assert loaded_step(tmp_path) == 1
+
+
+def other(kind):
+    """A model and optimiser that checkpoint 1 of `numbers` does not fit."""
+    kept = numbers(5, size=9 if kind == "vocabulary" else 8)
+    model = kept["model"]
+    if kind == "layer":
+        model.bias = nn.Parameter(torch.zeros(1))
+    if kind == "dtype":
+        model.bfloat16()
+    if kind == "optimizer":
+        kept["optimizer"] = torch.optim.SGD(model.parameters())
+    if kind == "frozen":
+        kept["optimizer"] = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+        kept["optimizer"].param_groups.clear()
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("layer", r"another model: this one has bias, it has not; set model\.path"),
+        ("vocabulary", r"model or vocabulary: weight is \(3, 8\) there, \(3, 9\) here; set model"),
+        ("dtype", r"weight in torch\.float32, this run in torch\.bfloat16; set model\.dtype"),
+        ("optimizer", r"states of AdamW, this run has SGD; set optim\.name"),
+        ("frozen", r"a run that trained other weights \(weight among them\)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(tmp_path, kind, message):
+    save(tmp_path, 1)
+    kept = other(kind)
+    weight = kept["model"].weight
+    before = weight.detach().clone(), dict(kept["optimizer"].state), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path, world=ALONE, **kept)
+    assert torch.equal(weight, before[0])
+    assert dict(kept["optimizer"].state) == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
@@ -438,8 +636,7 @@ def test_two_processes_never_write_one_run(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def tiny_tokenizer():
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -450,58 +647,481 @@ def tokenizer():
     return tokenizer
 
 
-def tiny_model(*, tied):
+def tiny_model(*, tied, seed=0):
+    """An odd vocabulary: two shards of it are unequal."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=32,
+        vocab_size=53,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=tied,
+        initializer_range=0.2,
     )
-    return Qwen2ForCausalLM(config).eval()
+    return Qwen2ForCausalLM(config)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_export_loads_in_transformers_with_equal_logits(tmp_path, tokenizer, tied):
+def test_the_export_loads_in_transformers_with_equal_logits(tmp_path, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "run" / "export"
-    export_model(tiny_model(tied=not tied), tokenizer, out)
-    model = tiny_model(tied=tied)
+    tokenizer = tiny_tokenizer()
+    export_model(tiny_model(tied=not tied), tokenizer, out, world=ALONE)
+    model = tiny_model(tied=tied, seed=1).eval()
+    model.generation_config.do_sample, model.generation_config.top_k = True, 7
     with pytest.raises(CheckpointError, match="not empty"):
-        export_model(model, tokenizer, out)
-    export_model(model, tokenizer, out, replace=True)
+        export_model(model, tokenizer, out, world=ALONE)
+    export_model(model, tokenizer, out, world=ALONE, replace=True)
     assert [path.name for path in out.parent.iterdir()] == ["export"]
     assert {oct(path.stat().st_mode) for path in out.iterdir()} == {
         oct((out / "config.json").stat().st_mode)
     }
     again = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert again.dtype == torch.float32
+    assert again.generation_config.top_k == 7
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
 
 
-def test_an_export_that_fails_leaves_the_old_one(tmp_path, tokenizer):
+def test_an_export_in_another_dtype_and_in_pieces(tmp_path):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(tied=False)
+    export_model(
+        model,
+        tiny_tokenizer(),
+        tmp_path / "a",
+        world=ALONE,
+        dtype=torch.bfloat16,
+        max_shard_size="4KB",
+    )
+    assert model.dtype == torch.float32
+    assert model.config.dtype != "bfloat16"
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == model.state_dict().keys()
+    for name, file in index["weight_map"].items():
+        assert (tmp_path / "a" / file).stat().st_size < 6_000
+        with safe_open(tmp_path / "a" / file, "pt") as tensors:
+            assert torch.equal(tensors.get_tensor(name), model.state_dict()[name].bfloat16())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto").dtype == torch.bfloat16
+    )
+    model.model.norm.weight.data[2] = 7e4  # more than float16 can hold
+    with pytest.raises(CheckpointError, match=r"norm.weight holds NaN or infinity"):
+        export_model(model, tiny_tokenizer(), tmp_path / "b", world=ALONE, dtype=torch.float16)
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path):
     out = tmp_path / "export"
-    model = tiny_model(tied=True)
-    export_model(model, tokenizer, out)
+    model, tokenizer = tiny_model(tied=True), tiny_tokenizer()
+    export_model(model, tokenizer, out, world=ALONE)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN"):
-        export_model(model, tokenizer, out, replace=True)
+        export_model(model, tokenizer, out, world=ALONE, replace=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
     try:
         with pytest.raises(CheckpointError, match="cannot write the export"):
-            export_model(tiny_model(tied=True), tokenizer, out, replace=True)
+            export_model(tiny_model(tied=True), tokenizer, out, world=ALONE, replace=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+class Sharded(nn.Module):
+    """A policy as FSDP wants it: one forward, units for each block, embedding, head and root."""
+
+    def __init__(self, world, *, tied=False, wrapped=False, half=False, seed=0):
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        super().__init__()
+        self.causal_lm = tiny_model(tied=tied, seed=seed)
+        self.dtype = torch.bfloat16 if half else torch.float32
+        decoder, head = self.causal_lm.model, self.causal_lm.lm_head
+        if wrapped:
+            decoder.layers = nn.ModuleList(checkpoint_wrapper(layer) for layer in decoder.layers)
+        if world.mesh is None:
+            return
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+        )
+        options = {"mesh": world.mesh, "mp_policy": precision}
+        for layer in decoder.layers:
+            fully_shard(layer, **options)
+        for unit in [[decoder.embed_tokens, head]] if tied else [decoder.embed_tokens, head]:
+            fully_shard(unit, reshard_after_forward=False, **options)
+        fully_shard(self, **options)
+
+    def forward(self, ids):
+        hidden = self.causal_lm.model(ids).last_hidden_state
+        return self.causal_lm.lm_head(hidden)
+
+
+def digest(tensors):
+    """Of all bits of all tensors; equal digests are equal tensors."""
+    summed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        summed.update(name.encode())
+        summed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return summed.hexdigest()
+
+
+def advance(world, policy, optimizer, steps, *, noise):
+    """Loss and gradient norm of each step; this process takes its rows of each batch."""
+    told = []
+    for step in steps:
+        drawn = torch.randint(53, (4, 6), generator=torch.Generator().manual_seed(step))
+        ids = drawn[world.rank :: world.size]
+        logits = policy(ids)[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum") / 20
+        loss = loss * (1 + noise * (torch.rand(()) + random.random()))
+        (loss * world.size).backward()  # FSDP averages
+        reshard(policy)
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        told.append([world.sum(loss).item(), whole.item()])
+    return told
+
+
+CASES = {
+    "untied": {},
+    "tied": {"tied": True},
+    "half": {"half": True, "wrapped": True},
+    "calm": {},  # no random numbers: the same on any number of processes
+}
+OTHER = {"1 on": ["2 on"], "1 off": ["2 on"], "2 on": ["1 on", "1 off"]}
+"""Run -> runs whose checkpoints it also goes on from: processes, and whether FSDP shards them."""
+
+
+def worlds():
+    """The worlds of this process, by the name of the run that they make."""
+    world = open_world(ParallelConfig(shard="on"), "cpu")
+    return {"2 on": world} if world.size == 2 else {"1 on": world, "1 off": ALONE}
+
+
+def start(world, case, *, seed):
+    torch.manual_seed(100 * seed + world.rank)
+    random.seed(100 * seed + world.rank)
+    policy = Sharded(world, seed=seed, **case)
+    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-3, eps=1e-6)
+
+
+def score(policy):
+    """What leaves head and root unsharded, as plain tensors in the forward's dtype."""
+    with torch.no_grad():
+        policy(torch.arange(8).view(2, 4))
+
+
+def save_and_digest(world, policy, optimizer, run_dir, step):
+    """All bits of the state, as they are in the files."""
+    kept = {"world": world, "model": policy, "optimizer": optimizer}
+    save_checkpoint(run_dir, step, trainer_state={}, keep_last=9, **kept)
+    found = find_checkpoint(run_dir, world=world)
+    assert found is not None
+    assert found.step == step
+    return digest(found.tensors())
+
+
+def straight(root):
+    """Each case to step 2, saved, and on to step 4."""
+    told = {}
+    for run, world in worlds().items():
+        for name, case in CASES.items():
+            run_dir, noise = Path(root) / run / name, float(name != "calm")
+            policy, optimizer = start(world, case, seed=1)
+            advance(world, policy, optimizer, range(2), noise=noise)
+            score(policy)
+            save_and_digest(world, policy, optimizer, run_dir, 2)
+            losses = advance(world, policy, optimizer, range(2, 4), noise=noise)
+            end = save_and_digest(world, policy, optimizer, run_dir / "end", 4)
+            told[f"{run} {name}"] = [losses, end]
+    return told
+
+
+def resumed(root):
+    """As `straight` from step 2 on, from its checkpoint and other seeds; a model that was wrapped
+    for activation checkpointing no more is, and the other way round."""
+    told = {}
+    for run, world in worlds().items():
+        whence = [(run, name) for name in CASES] + [(other, "calm") for other in OTHER[run]]
+        for source, name in whence:
+            case = {**CASES[name], "wrapped": not CASES[name].get("wrapped", False)}
+            policy, optimizer = start(world, case, seed=2)
+            score(policy)
+            kept = {"world": world, "model": policy, "optimizer": optimizer}
+            moved = source[0] != run[0] and world.main
+            warning = pytest.warns(UserWarning, match=f"is of {source[0]} processes, now there are")
+            with warning if moved else nullcontext():
+                found = load_checkpoint(Path(root) / source / name, **kept)
+            assert found is not None
+            assert found.step == 2
+            losses = advance(world, policy, optimizer, range(2, 4), noise=float(name != "calm"))
+            run_dir = Path(root) / f"{run} from {source}" / name
+            end = save_and_digest(world, policy, optimizer, run_dir, 4)
+            told[f"{run} from {source} {name}"] = [losses, end]
+    return told
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run and case -> losses, norms and final bits of each rank; also of each run resumed."""
+    root = tmp_path_factory.mktemp("runs")
+    told = {}
+    for work in (straight, resumed):
+        for size in (1, 2):
+            ranks = run_ranks(work, root, size=size)
+            told |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    return told
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "half"])
+@pytest.mark.parametrize("run", OTHER)
+def test_a_resumed_run_goes_on_bitwise(runs, run, name):
+    """Weights, optimiser, losses, gradient norms, random numbers; in new processes."""
+    assert runs[f"{run} from {run} {name}"] == runs[f"{run} {name}"]
+
+
+@pytest.mark.parametrize(("run", "source"), [(a, b) for a, others in OTHER.items() for b in others])
+def test_a_run_goes_on_with_other_processes(runs, run, source):
+    """Equal but for how sums round."""
+    went, before = (runs[key][0][0] for key in (f"{run} from {source} calm", f"{source} calm"))
+    losses, norms = (torch.tensor(went) - torch.tensor(before)).abs().T
+    assert losses.max() < 5e-6
+    assert norms.max() < 5e-6
+
+
+def draw_after_loads(root):
+    """Random numbers after each of two loads of a checkpoint that one process saved."""
+    world = open_world(ParallelConfig(), "cpu")
+    drawn = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        with pytest.warns(UserWarning, match="process 1 on") if world.main else nullcontext():
+            assert loaded_step(root, world=world) == 1
+        drawn.append([torch.rand(()).item(), random.random()])
+    return drawn
+
+
+def test_a_new_process_draws_its_own_random_numbers_and_each_time_the_same(tmp_path):
+    save(tmp_path, 1)
+    first = [torch.rand(()).item(), random.random()]
+    zero, one = run_ranks(draw_after_loads, tmp_path)
+    assert zero == [first, first]
+    assert one[0] == one[1]
+    assert not {*one[0]} & {*first}
+
+
+def outcome(world, work):
+    """What every process met: the message of a CheckpointError, or ""."""
+    try:
+        work()
+    except CheckpointError as error:
+        return world.gather(str(error))
+    return world.gather("")
+
+
+def meet_faults(root):
+    root = Path(root)
+    world = open_world(ParallelConfig(), "cpu")
+    counting = FailAt()
+    save(root / "count", 1, keep_last=1, world=world)
+    save(root / "count", 2, keep_last=1, world=world, do=counting)
+    totals = world.gather(counting.count)
+    for guilty, total in enumerate(totals):
+        for index in range(total):
+            run_dir = root / f"{guilty}-{index}"
+            save(run_dir, 1, keep_last=1, world=world)
+            do = FailAt(index) if world.rank == guilty else perform
+            ends = world.gather(save_with_fault(run_dir, do, world))
+            saved = {end[0] for end in ends}
+            assert len(saved) == 1, ends
+            assert all("No space left" in end[1] for end in ends if not end[0])
+            step = loaded_step(run_dir, world=world)
+            assert step == 2 if saved == {True} else step in (1, 2)
+            assert {*world.gather(step)} == {step}
+            assert world.main is False or {*steps_on_disk(run_dir)} <= {"step_1", "step_2"}
+    return totals
+
+
+def test_a_fault_of_one_process_is_met_by_all(tmp_path):
+    zero, one = run_ranks(meet_faults, tmp_path)
+    assert zero == one
+    assert zero[0] > 20
+    assert zero[1] >= 5
+
+
+def meet_trouble(root):
+    """Disk full, NaN, a cut file and a background fault, each on process 1 alone."""
+    world = open_world(ParallelConfig(), "cpu")
+    run_dir = Path(root)
+    save(run_dir, 1, keep_last=2, world=world)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    full = outcome(world, lambda: save(run_dir, 2, world=world))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    kept = {"world": world, "keep_last": 2, **numbers(2, world=world)}
+    if world.rank == 1:
+        kept["model"].weight.data.to_local().fill_(float("nan"))
+    nan = outcome(world, lambda: save_checkpoint(run_dir, 2, trainer_state={}, **kept))
+
+    kept |= numbers(2, world=world)
+    do = FailAt(1) if world.rank == 1 else perform
+    with Saver(run_dir, background=True, do=do, **kept) as saver:
+        saver.save(2, {"paths": 2})
+        nn.init.constant_(kept["model"].weight, 7)
+        late = outcome(world, saver.wait)
+        saver.do = perform
+        nn.init.constant_(kept["model"].weight, 2)
+        saver.save(2, {"paths": 2})
+        nn.init.constant_(kept["model"].weight, 7)
+    assert loaded_step(run_dir, world=world) == 2
+
+    if world.main:
+        os.truncate(run_dir / "checkpoints" / "step_2" / "__1_0.distcp", 100)
+    world.barrier()
+    warning = pytest.warns(UserWarning, match=r"__1_0.distcp has 100 bytes.*falling back")
+    with warning if world.main else nullcontext():
+        assert loaded_step(run_dir, world=world) == 1
+    save(run_dir, 2, world=world)
+    assert loaded_step(run_dir, world=world) == 2
+    return [full, nan, late]
+
+
+def test_trouble_of_one_process_is_told_to_all(tmp_path):
+    told = run_ranks(meet_trouble, tmp_path)
+    assert told[0] == told[1]
+    for (zero, one), words in zip(
+        told[0], ("File too large", "model.weight holds NaN", "No space left"), strict=True
+    ):
+        assert words in one
+        assert zero == f"process 1: {one}"
+    assert steps_on_disk(tmp_path) == ["step_1", "step_2"]
+
+
+class DieAt(FailAt):
+    """Dies before the n-th file operation."""
+
+    def __call__(self, operation, *args):
+        self.count += 1
+        if self.count - 1 == self.index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return operation(*args)
+
+
+def die_in_a_save(root, guilty, index, background):
+    world = open_world(ParallelConfig(), "cpu")
+    save(root, 1, keep_last=1, world=world)
+    do = DieAt(index) if world.rank == guilty else perform
+    kept = {"world": world, "keep_last": 1, "do": do, **numbers(2, world=world)}
+    with Saver(root, background=background, **kept) as saver:
+        saver.save(2, {"paths": 2})
+
+
+def survives(root, guilty, index, *, background):
+    """The others end with an error, soon; one of the two checkpoints is there, without cleaning."""
+    ranks = watch_ranks(die_in_a_save, root, guilty, index, background)
+    assert ranks[guilty].status == -signal.SIGKILL
+    with pytest.warns(UserWarning, match="is of 2 processes"):
+        step = loaded_step(root)
+    assert step in (1, 2)
+    assert steps_on_disk(root) in ([f"step_{step}"], ["step_1", "step_2"])
+    return step
+
+
+def test_kill_9_of_one_process_in_a_save(tmp_path):
+    assert survives(tmp_path / "first", 1, 0, background=False) == 1
+    assert survives(tmp_path / "thread", 1, 2, background=True) == 1
+    assert survives(tmp_path / "main", 0, 10, background=False) == 1
+    assert survives(tmp_path / "renamed", 0, 20, background=True) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_kill_9_of_one_process_at_every_operation(tmp_path, background):
+    totals = run_ranks(meet_faults, tmp_path / "count")[0]
+    for guilty, total in enumerate(totals):
+        for index in range(total):
+            survives(tmp_path / f"{guilty}-{index}", guilty, index, background=background)
+
+
+def export_all(root):
+    """Exports of sharded policies, checked where they were made."""
+    from torch.distributed.tensor.debug import CommDebugMode
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(12).view(2, 6)
+    for run, world in worlds().items():
+        for name in ("untied", "tied", "half"):
+            policy, optimizer = start(world, CASES[name], seed=3)
+            score(policy)
+            with CommDebugMode() as gathers:
+                by_unit = {key: weight.clone() for key, weight in full_weights(policy)}
+            units = 4 if name == "tied" else 5
+            assert gathers.get_total_counts() == (units if world.size == 2 else 0)
+            dtype = policy.dtype
+            one_by_one = dict(full_weights(policy, torch.float32))
+            assert by_unit.keys() == one_by_one.keys()
+            assert name != "tied" or "lm_head.weight" not in by_unit
+            for key, weight in by_unit.items():
+                assert weight.dtype == (torch.float32 if world.mesh is None else dtype)
+                assert torch.equal(weight.to(dtype), one_by_one[key].to(dtype))
+            for given in (None, torch.float32):
+                out = Path(root) / run / f"{name} {given}"
+                export_model(policy, tiny_tokenizer(), out, world=world, dtype=given)
+                again = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+                assert again.dtype == (given or dtype)
+                weights = dict(again.named_parameters())
+                assert weights.keys() == one_by_one.keys()
+                assert all(torch.equal(w, one_by_one[k].to(w.dtype)) for k, w in weights.items())
+                with torch.no_grad():
+                    difference = policy(ids).float() - again(ids).logits.float()
+                if again.dtype == dtype == torch.float32:
+                    assert difference.abs().max() <= 1e-6
+            save_and_digest(world, policy, optimizer, Path(root) / run / name, 1)
+    if world.size == 2:
+        fail_in_turn(world, policy, Path(root) / "failed")
+
+
+def fail_in_turn(world, policy, out):
+    out.mkdir(exist_ok=True)
+    (out / "mine").touch()
+    world.barrier()
+    for message in outcome(world, lambda: export_model(policy, tiny_tokenizer(), out, world=world)):
+        assert "is not empty" in message
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_export_of_shards_is_the_model(tmp_path, size):
+    """Also: from DCP to Hugging Face and back to DCP bitwise."""
+    from transformers import AutoModelForCausalLM
+
+    run_ranks(export_all, tmp_path, size=size)
+    for name in ("untied", "tied", "half"):
+        run = tmp_path / f"{size} on"
+        model = AutoModelForCausalLM.from_pretrained(run / f"{name} torch.float32", dtype="auto")
+        optimizer = torch.optim.AdamW(model.parameters())
+        kept = {"world": ALONE, "model": model, "optimizer": optimizer}
+        save_checkpoint(tmp_path / name, 1, trainer_state={}, keep_last=1, **kept)
+        there, back = (find_checkpoint(path, world=ALONE) for path in (run / name, tmp_path / name))
+        assert there is not None
+        assert back is not None
+        assert digest(there.tensors()) == digest(back.tensors())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vpgea_fast import checkpoint, config
 from vpgea_fast.cli import main
+from vpgea_fast.distributed import World
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/tiny.yaml"
@@ -333,7 +334,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, 
     assert f"--resume {run}" in said
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_1", "step_2"]
     assert main(["train", "--resume", str(run), "--train.steps", "3"]) == 0
-    saved = checkpoint.load_checkpoint(run, device="cpu")
+    saved = checkpoint.find_checkpoint(run, world=World(torch.device("cpu")))
     assert saved is not None
     assert saved.step == 3
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

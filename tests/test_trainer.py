@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, objectives
-from vpgea_fast.distributed import Stopped
+from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.trainer import Trainer, TrainingError, fit
@@ -63,19 +63,18 @@ def train(words, check=True):
     return done
 
 
-def weights(run_dir):
-    saved = checkpoint.load_checkpoint(run_dir, device="cpu")
+def newest(run_dir):
+    saved = checkpoint.find_checkpoint(run_dir, world=World(torch.device("cpu")))
     assert saved is not None
     return saved
 
 
 def same_state(a, b):
-    a, b = weights(a), weights(b)
+    a, b = newest(a), newest(b)
     assert a.step == b.step
-    assert all(torch.equal(tensor, b.model_state[name]) for name, tensor in a.model_state.items())
-    flat = [v for s in a.optimizer_state["state"].values() for v in s.values()]
-    other = [v for s in b.optimizer_state["state"].values() for v in s.values()]
-    assert all(torch.equal(x, y) for x, y in zip(flat, other, strict=True))
+    mine, its = a.tensors(), b.tensors()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(tensor, its[name]) for name, tensor in mine.items())
 
 
 @pytest.mark.parametrize(
@@ -143,8 +142,8 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     assert ("teacher prompt:" in shown) == (cfg.objective.name == "vpgea")
 
     exported = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
-    saved = weights(run).model_state
-    assert all(torch.equal(p, saved[name]) for name, p in exported.named_parameters())
+    saved = newest(run).tensors()
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in exported.named_parameters())
     assert AutoTokenizer.from_pretrained(run / "export").chat_template
     texts = [path.read_text() for path in (run / "export").glob("*.json*")]
     assert not any("{answer}" in text for text in texts)
@@ -230,7 +229,7 @@ def test_sigterm_saves_and_says_how_to_go_on(words, tmp_path):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
     assert f"--resume {run}" in out
-    assert weights(run).step == lines(run)[-1]["step"] >= 3
+    assert newest(run).step == lines(run)[-1]["step"] >= 3
 
 
 def test_an_all_gated_step_makes_no_update(words, tmp_path):
@@ -263,8 +262,8 @@ def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, t
         with pytest.raises(TrainingError, match="5 non-finite gradients in a row"):
             go_on()
         assert all(torch.equal(p, good[name]) for name, p in trainer.policy.named_parameters())
-    saved = weights(tmp_path / "run")
-    assert all(torch.isfinite(tensor).all() for tensor in saved.model_state.values())
+    saved = newest(tmp_path / "run").tensors()
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
 def test_reference_and_torch_losses_train_alike(words, tmp_path):

@@ -115,9 +115,6 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 1
     assert set(map(str, rows[0]["coef"])) == {"nan"}
-    # What was saved while steps were skipped is what was saved before: nothing has moved.
-    weights = [{k: v for k, v in state(run, n).items()} for n in sorted(saved_steps(run))[-2:]]
-    assert weights[0].keys() == weights[1].keys()
     assert run_ranks(fit, [*given, "--train.steps", "14"], True) == [True, True]
 
 

@@ -6,16 +6,22 @@ to say: numbers are summed, flags are or-ed, results are gathered. All of it is 
 over gloo; what FSDP moves goes over the device's own backend.
 
 A process that fails leaves; the others learn it from the broken connection (gloo: at once) or from
-the time-out (NCCL: `parallel.timeout_minutes`), and torchrun ends or restarts them all.
+the time-out (NCCL: `parallel.timeout_minutes`), and torchrun ends or restarts them all. What may
+fail on one process and need not end it, such as writing a file, is done in `World.together`.
+
+Below `World`, what every room has to know of a sharded model: its names, how to shard it again, and
+its weights in full.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,21 +31,30 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from vpgea_fast.config import ConfigError, ParallelConfig
 
 T = TypeVar("T")
+
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+"""What activation checkpointing and torch.compile write into the names of a module's parameters."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run can go on later
     """SIGTERM, Ctrl-C or the time limit; raised where all processes can leave together."""
 
 
+class RemoteError(RuntimeError):
+    """Another process has failed; the message says which, and why."""
+
+
 @dataclass(frozen=True)
 class World:
     """Process `rank` of `size`, its device, and the mesh of a sharded model (None: not sharded).
 
-    The mesh has the dimensions (shard) or (replicate, shard).
+    The mesh has the dimensions (shard) or (replicate, shard); `group` is what host data goes over
+    (None: the default group).
 
     >>> World(torch.device("cpu")).gather("alone")
     ['alone']
@@ -49,6 +64,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -63,7 +79,7 @@ class World:
         """Over the processes, elementwise, on the CPU; bitwise equal on all. A collective."""
         total = values.detach().cpu().clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -101,22 +117,30 @@ class World:
         parts = self.gather(work(items[self.share(len(items))]))
         return [result for part in parts for result in part]
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """Do something on the main process only; where it fails, all processes fail. A collective.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Local work, no collective in it, that fails on every process or on none. A collective.
 
-        RuntimeError on the others, with the main process's message.
+        Its own exception where it failed, RemoteError on the others: nobody waits for a process
+        that has given up.
         """
-        error: Exception | None = None
-        if self.main:
-            try:
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        problems = self.gather(failure and (str(failure) or type(failure).__name__))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise RemoteError(f"process {rank}: {problem}")
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do something on the main process only, in `together`."""
+        with self.together():
+            if self.main:
                 action()
-            except Exception as caught:  # agreed on below, then raised
-                error = caught
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")[0]
-        if error is not None:
-            raise error
-        if said is not None:
-            raise RuntimeError(f"the main process failed: {said}")
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -124,8 +148,15 @@ class World:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor, group=self.group)
         return parts
+
+    @functools.cached_property
+    def side(self) -> World:
+        """The same processes over connections of their own, for a thread. First use: collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo"))
 
     def close(self) -> None:
         """Leave the group. Models must be out of scope: their FSDP state outlives no group."""
@@ -144,6 +175,67 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under Hugging Face's names, a tied one once; shards where
+    the model is sharded.
+
+    `model` is a causal LM, or holds one as `causal_lm`.
+    """
+    reshard(model)
+    weights: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[_public(name)] = tensor
+    return weights
+
+
+def full_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor) of all `named_weights`. A collective: every process takes all of them,
+    and no other collective between two.
+
+    Without `dtype` a sharded model is gathered a unit at a time in the forward's dtype (7B: 31
+    gathers instead of 339), and a tensor is valid until the next one is asked for: no process holds
+    more than one unit. With `dtype`, a tensor at a time, floating point in that dtype. A model that
+    is not sharded gives its own tensors.
+    """
+    by_unit = dtype is None and any(isinstance(m, FSDPModule) for m in model.modules())
+    shards: set[str] = set()
+    for name, weight in named_weights(model).items():
+        weight = weight.detach()
+        if by_unit and isinstance(weight, DTensor):
+            shards.add(name)
+            continue
+        if dtype is not None and weight.is_floating_point():
+            weight = weight.to(dtype)
+        yield name, _whole(weight)
+    for prefix, unit in model.named_modules():
+        if not (shards and isinstance(unit, FSDPModule)):
+            continue
+        unit.unshard()
+        for name, weight in nn.Module.named_parameters(unit, prefix):  # pyright: ignore
+            if not isinstance(weight, DTensor) and _public(name) in shards:
+                shards.remove(_public(name))
+                yield _public(name), weight.detach()
+        unit.reshard()
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, DTensor):
+        return weight
+    whole: Any = weight.to(weight.device_mesh.device_type)
+    return whole.full_tensor()
+
+
+def _public(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("causal_lm.")
 
 
 def open_world(cfg: ParallelConfig, device: str = "auto") -> World:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -302,38 +302,6 @@ def shard(policy: Policy, world: World, parallel: ParallelConfig) -> Policy:
     if policy.tied and head.weight is not embedding.weight:
         raise ModelError("sharding untied the embeddings; update torch to 2.13 or newer")
     return policy
-
-
-@torch.no_grad()
-def full_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in the causal LM, whole tensor) of every parameter, a tied one once.
-
-    Of a sharded policy one unit at a time, in the forward's dtype; a tensor is valid until the next
-    one is asked for. All processes must exhaust it.
-    """
-    names = {id(module): name for name, module in policy.causal_lm.named_modules()}
-    if not policy.sharded:
-        yield from policy.causal_lm.named_parameters()
-        return
-    seen: set[str] = set()
-    for unit in policy.units():
-        unit.unshard()
-        for module in _own_modules(unit):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = ".".join(filter(None, (names[id(module)], leaf)))
-                tied = policy.tied and module is policy.head
-                if name not in seen and not tied:
-                    seen.add(name)
-                    yield name, parameter.detach()
-        unit.reshard()
-
-
-def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """A unit's modules down to, and without, the next units."""
-    yield unit
-    for child in unit.children():
-        if not isinstance(child, FSDPModule):
-            yield from _own_modules(child)
 
 
 def make_replica(policy: Policy, path: str) -> Any:

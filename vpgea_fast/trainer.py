@@ -22,10 +22,10 @@ from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
 from vpgea_fast.data import fingerprint, load_questions
-from vpgea_fast.distributed import Stopped, open_world, reshard
+from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
-from vpgea_fast.model import full_weights, load_policy, load_tokenizer, make_replica
+from vpgea_fast.model import load_policy, load_tokenizer, make_replica
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import drop_zero_rows
@@ -72,6 +72,7 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
             trainer.evaluate_once("after")
         except Stopped:
             trainer.save()
+            trainer.saver.wait()
             trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
             return False
         trainer.finish_run()
@@ -114,13 +115,13 @@ class Trainer:
     def __exit__(self, error: object, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        for part in (self.console, self.metrics, self.engine, self.verifier):
+        for part in (self.console, self.metrics, self.engine, self.verifier, self.saver):
             if part is not None:
                 part.close()
         if self.claim is not None:
             self.claim.release()
         if error is None:
-            del self.policy, self.engine, self.optimizer, self.collector, self.evaluator
+            del self.policy, self.engine, self.optimizer, self.collector, self.evaluator, self.saver
             self.world.close()
 
     def train_step(self) -> StepStats:
@@ -255,9 +256,14 @@ class Trainer:
 
     def finish_run(self) -> None:
         """Export the model, draw the figure and the report, print the closing table."""
+        self.saver.wait()
         if self.cfg.checkpoint.export:
             checkpoint.export_model(
-                self.policy.causal_lm, self.tokenizer, self.run_dir / "export", replace=True
+                self.policy,
+                self.tokenizer,
+                self.run_dir / "export",
+                world=self.world,
+                replace=True,
             )
         self.world.on_main(self._report)
 
@@ -273,16 +279,8 @@ class Trainer:
 
     def save(self) -> None:
         self.saved = time.monotonic()
-        checkpoint.save_checkpoint(
-            self.run_dir,
-            self.step,
-            model_state=self.policy.causal_lm.state_dict(),
-            optimizer_state=self.optimizer.state_dict(),
-            trainer_state={
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "data": self.fingerprint,
-            },
-            keep_last=self.cfg.checkpoint.keep_last,
+        self.saver.save(
+            self.step, {"skipped_in_a_row": self.skipped_in_a_row, "data": self.fingerprint}
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
@@ -355,6 +353,14 @@ class Trainer:
         self.passes = Passes(
             self.world, cfg.train.micro_batch_tokens, model_flops(self.policy.causal_lm.config)
         )
+        self.saver = checkpoint.Saver(
+            self.run_dir,
+            world=self.world,
+            model=self.policy,
+            optimizer=self.optimizer,
+            keep_last=cfg.checkpoint.keep_last,
+            background=cfg.checkpoint.background,
+        )
         self.engine = self._build_engine()
         sampling = make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm)
         self.evaluator = Evaluator(
@@ -397,14 +403,13 @@ class Trainer:
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""
-        saved = checkpoint.load_checkpoint(self.run_dir, device=self.policy.device)
+        saved = checkpoint.load_checkpoint(
+            self.run_dir, world=self.world, model=self.policy, optimizer=self.optimizer
+        )
         self._check_resume(saved)
         if saved is not None:
             self.step = saved.step
-            self.policy.causal_lm.load_state_dict(saved.model_state)
-            self.optimizer.load_state_dict(saved.optimizer_state)
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
-            checkpoint.restore_rng(saved.rng_state)
         self.world.on_main(self._cut_logs)
 
     def _cut_logs(self) -> None:
