@@ -283,7 +283,7 @@ def test_a_save_changes_no_optimizer(tmp_path):
 
 
 class Blocks(torch.Tensor):
-    """Two floats as one and a sign, the way torchao keeps 8-bit moments: a tensor class of parts."""
+    """Two floats as one and a sign, as torchao keeps 8-bit moments: a tensor class of parts."""
 
     @staticmethod
     def __new__(cls, signs, scale):

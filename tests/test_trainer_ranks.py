@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def records(run_dir):
 def fit(words, resume=False, die_after=None, poison=None):
     """One rank's run. `die_after`: rank 1 kills itself after that step. `poison`: from that step on
     the first row has a coefficient that is not a number, which one rank meets."""
+    warnings.filterwarnings("ignore", message=".*is of 2 processes, now there are 1")
     finish, build = trainer.Trainer.finish_step, trainer.build_rows
     step = 0
 
