@@ -145,7 +145,13 @@ def store_tile(
 
 @triton.jit
 def dot_transposed(left, right, total):
-    """total + left @ right.T in float32; float32 operands without TF32."""
+    """total + left @ right.T in float32; float32 operands without TF32.
+
+    The interpreter adds the products in float64: a BLAS may take another order of the sum for
+    another row of the tile, which no device does and which would show in float32.
+    """
     if _INTERPRETED:
-        return total + tl.dot(as_float32(left), as_float32(right).T, input_precision="ieee")
+        exact_left = as_float32(left).to(tl.float64)
+        exact_right = as_float32(right).to(tl.float64)
+        return total + tl.dot(exact_left, exact_right.T, out_dtype=tl.float64).to(tl.float32)
     return tl.dot(left, right.T, total, input_precision="ieee")
