@@ -2,9 +2,10 @@
 
     python benchmarks/static_report.py [--arch 90 100 80] [--dtype bf16] [--json FILE]
 
-Every launch of the library's head is compiled ahead of time as `kernels/linear_logprob.py` would
-launch it on a large head, then read back: `cuobjdump -res-usage` for registers, stack and spills,
-`nvdisasm` for the tensor-core (HGMMA, HMMA, UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions.
+Every launch of the library's heads is compiled ahead of time as `kernels/linear_logprob.py` and
+`kernels/cublas.py` would launch it on a large head, then read back: `cuobjdump -res-usage` for
+registers and stack, `nvdisasm` for spills, the tensor-core (HGMMA, HMMA, UTCxMMA) and TMA (UTMALDG,
+UTMASTG) instructions, and the loads and stores of 16 bytes a thread (LDG, STG, LDGSTS .128).
 """
 
 import argparse
@@ -22,8 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vpgea_fast.kernels import cublas
 from vpgea_fast.kernels import linear_logprob as head
-from vpgea_fast.kernels._tiling import tile_for
+from vpgea_fast.kernels._tiling import TRITON_DTYPE, tile_for
 
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90 and sm_100."""
@@ -65,6 +67,20 @@ SMALL = {
 }
 
 
+_ROW = {"ROWS": 1, "BLOCK": 4096}
+_PLAIN = {"BIAS": False, "SOFTCAP": False, "ENTROPY": False, **_ROW}
+_FULL = {"BIAS": True, "SOFTCAP": True, "ENTROPY": True, **_ROW}
+ROWS = {
+    "row_statistics": (cublas.row_statistics, "fp32", _PLAIN),
+    "row_statistics, entropy": (cublas.row_statistics, "fp32", {**_PLAIN, "ENTROPY": True}),
+    "row_statistics, all": (cublas.row_statistics, "fp32", _FULL),
+    "row_statistics, half logits": (cublas.row_statistics, "half", _PLAIN),
+    "row_gradient": (cublas.row_gradient, "fp32", _PLAIN),
+    "row_gradient, all": (cublas.row_gradient, "fp32", _FULL),
+    "row_gradient, half logits": (cublas.row_gradient, "half", _PLAIN),
+}
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel on one architecture; counts are of instructions in its machine code."""
@@ -81,6 +97,8 @@ class Compiled:
     tcgen05: int
     tma_loads: int
     tma_stores: int
+    wide_loads: int
+    wide_stores: int
 
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
@@ -97,7 +115,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "BLOCK_K": k,
         "GROUP_M": tile.group_m,
         "TMA": tma,
-        "DTYPE": head._TRITON_DTYPE[DTYPES[dtype]],
+        "DTYPE": TRITON_DTYPE[DTYPES[dtype]],
     }
     pointer = f"*{dtype}"
     types = {
@@ -136,8 +154,25 @@ def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
         types[name] = "i32"
     constants = dict(flags)
     if "DTYPE" in kernel.arg_names:
-        constants["DTYPE"] = head._TRITON_DTYPE[DTYPES[dtype]]
+        constants["DTYPE"] = TRITON_DTYPE[DTYPES[dtype]]
     return _compile(variant, kernel, types, constants, arch, dtype, stages=3, warps=4)
+
+
+def compile_rows(variant: str, arch: int, dtype: str) -> Compiled:
+    """One of the passes over the logits of the cuBLAS head, in one of the variants of ROWS."""
+    kernel, logits, flags = ROWS[variant]
+    logits = dtype if logits == "half" else logits
+    types = {"logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+    types |= {"target_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    for name in "rows vocabulary logits_stride dlogits_stride".split():
+        types[name] = "i32"
+    constants = dict(flags)
+    if not flags["BIAS"]:
+        constants["bias_ptr"] = None
+    if "DTYPE" in kernel.arg_names:
+        constants["DTYPE"] = TRITON_DTYPE[DTYPES[dtype]]
+        constants["NARROWS"] = logits != dtype
+    return _compile(variant, kernel, types, constants, arch, dtype, stages=3, warps=cublas.WARPS)
 
 
 def _compile(
@@ -191,6 +226,8 @@ def _compile(
         tcgen05=count(r"\bUTC\w*MMA\b"),
         tma_loads=count(r"\bUTMALDG\b"),
         tma_stores=count(r"\bUTMASTG\b"),
+        wide_loads=count(r"\b(?:LDG|LDGSTS)\S*\.128\b"),
+        wide_stores=count(r"\bSTG\S*\.128\b"),
     )
 
 
@@ -215,11 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
+    kinds = ((compile_gemm, GEMMS), (compile_small, SMALL), (compile_rows, ROWS))
     rows = [
         compile_one(variant, arch, dtype)
         for arch in options.arch
         for dtype in options.dtype
-        for compile_one, variants in ((compile_gemm, GEMMS), (compile_small, SMALL))
+        for compile_one, variants in kinds
         for variant in variants
     ]
     print(f"triton {triton.__version__}\n{table(rows)}")

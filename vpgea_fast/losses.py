@@ -46,10 +46,18 @@ def _triton_head_pass(*args, **options):
     return head_pass(*args, **options)
 
 
+def _cublas_head_pass(*args, **options):
+    """Imported when it is asked for, as triton's."""
+    from vpgea_fast.kernels.cublas import head_pass
+
+    return head_pass(*args, **options)
+
+
 BACKENDS = {
     "reference": reference_head_pass,
     "torch": chunked_head_pass,
     "triton": _triton_head_pass,
+    "cublas": _cublas_head_pass,
 }
 HALF = (torch.float16, torch.bfloat16)
 
@@ -148,7 +156,7 @@ def resolve_backend(backend: str = "auto") -> str:
     """
     if backend == "auto":
         return "torch"
-    missing = {} if (why := _triton_missing()) is None else {"triton": why}
+    missing = {} if (why := _triton_missing()) is None else {"triton": why, "cublas": why}
     if backend not in BACKENDS or backend in missing:
         why = missing.get(backend, "no such backend")
         names = ", ".join(repr(name) for name in BACKENDS if name not in missing)
