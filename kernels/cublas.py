@@ -33,8 +33,8 @@ kernel by the number of rows. That is what linear_logprob.py is for.
 """
 
 # Device code is Python to pyright, but Triton's types are its own.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 import math
 
