@@ -12,7 +12,8 @@ torch.mm of one logits GEMM is sampled in the same rounds: rates are per cent of
 
 forward   values with the graph kept (a one-pass provider makes its gradients here)
 backward  the rest; for a one-pass provider a scaling, so it has no rate
-full      both. TF/s counts useful work: 2 R D V a logits GEMM, 6 R D V for the whole, R rows kept
+full      both. TF/s(6) counts useful work: 2 R D V a logits GEMM, 6 R D V for the whole, R rows
+          kept, whatever a provider computes beside it
 scoring   values alone, under no_grad
 
 Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW. CUDA:
@@ -27,6 +28,7 @@ import csv
 import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +58,7 @@ from kernel_providers import (
     head_truth,
     unavailable,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpgea_fast.metrics import Console, environment
 
@@ -90,7 +93,7 @@ ERRORS = ("error_max", "error_mean", "error_dx", "error_dw")
 FIELDS = [
     *("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype", "status"),
     *("reason", *ERRORS, "p20_ms", "p50_ms", "p80_ms", "tflops", "percent_of_mm"),
-    *("peak_mib", "transient_mib", "ratio"),
+    *("peak_mib", "transient_mib", "time_of_eager", "peak_of_eager", "launches", "ratio"),
 ]
 
 
@@ -268,6 +271,33 @@ def peak_bytes(job: Job, device: torch.device) -> int:
     return peak
 
 
+class _Operations(TorchDispatchMode):
+    """Counts what is dispatched and is neither a view nor an allocation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        returns = (x.alias_info for x in func._schema.returns)
+        view = any(alias is not None and not alias.is_write for alias in returns)
+        self.count += not view and "empty" not in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def launches(job: Job, device: torch.device) -> int:
+    """Work that one run hands to the device: kernels and copies on CUDA, operations on a CPU."""
+    job.prepare()
+    if device.type != "cuda":
+        with _Operations() as operations:
+            job()
+        return operations.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        job()
+        torch.cuda.synchronize(device)
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda for event in profile.events() or ())
+
+
 def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
     """Of the mode, at 2 R D V a GEMM with R rows kept; None where nothing is computed."""
     if not isinstance(case, Case):
@@ -309,7 +339,13 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
         row["percent_of_mm"] = flop and mm_rate and 100 * flop / p50 / mm_rate
         row["peak_mib"] = None if peak is None else peak / 2**20
         row["transient_mib"] = None if peak is None else max(0, peak - made) / 2**20
+        if provider.ops == GROUP:
+            row["launches"] = launches(jobs[provider.name], args.device)
         rows.append(row)
+    eager = next((r for r in rows if r["provider"] == EAGER and r["status"] == "ok"), {})
+    for row in rows:
+        for ratio, of in (("time_of_eager", "p50_ms"), ("peak_of_eager", "peak_mib")):
+            row[ratio] = row[of] / eager[of] if row.get(of) and eager.get(of) else None
     return rows
 
 
@@ -384,10 +420,15 @@ def show_correctness(
 
 
 def show_times(records: Sequence[dict[str, Any]], args: Any, console: Console) -> None:
-    keys = ("p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_mm", "peak_mib", "transient_mib")
-    heads = ("provider", "mode", "p50 ms", "p20", "p80", "TF/s", "% of mm", "peak MiB", "transient")
     timed = [r for r in records if r["mode"] in HEAD_MODES and r["rows"] == args.shape[0]]
     for op in dict.fromkeys(r["op"] for r in timed):
+        keys = ["p50_ms", "p20_ms", "p80_ms", "time_of_eager"]
+        heads = ["provider", "mode", "p50 ms", "p20", "p80", "x eager"]
+        if op in GROUP:
+            keys, heads = [*keys, "launches"], [*heads, "launches"]
+        else:
+            keys += ["tflops", "percent_of_mm", "peak_mib", "peak_of_eager", "transient_mib"]
+            heads += ["TF/s(6)", "% of mm", "peak MiB", "x eager", "transient"]
         lines = [
             [
                 *(r["provider"], r["mode"] + _gate(r["gate"])),
@@ -463,6 +504,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--check-rows", type=int, help="rows of the correctness run; CPU: 256")
     parser.add_argument("--chunk-mib", type=int, help="chunk_bytes of backend torch")
     parser.add_argument("--memory-gib", type=float, help="most for full logits; CPU: half of free")
+    parser.add_argument("--no-static", action="store_true", help="no static report without a GPU")
     parser.add_argument("--compare", type=Path, help="an earlier JSON: adds p50 / its p50")
     parser.add_argument("--out", type=Path, default=Path("runs/kernel_bench.json"))
     args = parser.parse_args(argv)
@@ -498,6 +540,17 @@ def shape_of(text: str | None, cuda: bool) -> tuple[str, tuple[int, ...]]:
     return "", tuple(map(int, parts))
 
 
+def static_report() -> str:
+    """What benchmarks/static_report.py prints, in a process whose Triton compiles."""
+    script = Path(__file__).with_name("static_report.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the package that runs here
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    return done.stdout if done.returncode == 0 else f"no static report: {done.stderr[-300:]}"
+
+
 def version(module: str) -> str | None:
     """Of the distribution that a peer's module comes from; None if it is not installed."""
     found = metadata.packages_distributions().get(module.partition(".")[0])
@@ -517,6 +570,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_times(records, args, console)
     if told:
         console.message(told)
+    if args.device.type != "cuda" and not args.no_static:
+        print(static_report())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
     words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
