@@ -5,7 +5,9 @@
 Every launch of the library's heads is compiled ahead of time as `kernels/linear_logprob.py` and
 `kernels/cublas.py` would launch it on a large head, then read back: `cuobjdump -res-usage` for
 registers and stack, `nvdisasm` for spills, the tensor-core (HGMMA, HMMA, UTCxMMA) and TMA (UTMALDG,
-UTMASTG) instructions, and the loads and stores of 16 bytes a thread (LDG, STG, LDGSTS .128).
+UTMASTG) instructions, and the loads and stores of 16 bytes a thread (LDG, STG, LDGSTS .128). The
+Triton code says how wide addresses are: offset64 counts 64-bit offsets of pointers, stride32 32-bit
+products with a stride or a number of rows, which end at 2^31 elements.
 """
 
 import argparse
@@ -43,6 +45,7 @@ GEMMS = {
     "redo, store": {"STORE": True, "FLAGGED": True},
 }
 
+_STRIDED = r"[^:]*%(?:\w*stride|rows)\b[^:]*"
 _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
 _TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
 _GLUE = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
@@ -99,6 +102,8 @@ class Compiled:
     tma_stores: int
     wide_loads: int
     wide_stores: int
+    offset64: int
+    stride32: int
 
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
@@ -204,6 +209,8 @@ def _compile(
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
 
+    ttir = built.asm["ttir"]
+
     def used(key: str) -> int:
         found = re.search(rf"\b{key}:(\d+)", usage)
         if found is None:
@@ -228,6 +235,8 @@ def _compile(
         tma_stores=count(r"\bUTMASTG\b"),
         wide_loads=count(r"\b(?:LDG|LDGSTS)\S*\.128\b"),
         wide_stores=count(r"\bSTG\S*\.128\b"),
+        offset64=len(re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+)?i64", ttir)),
+        stride32=len(re.findall(rf"arith\.muli {_STRIDED} : (?:tensor<[\dx]+)?i32", ttir)),
     )
 
 

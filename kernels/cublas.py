@@ -358,7 +358,9 @@ def _products(hidden_CD: Tensor, weight_VD: Tensor, logits_dtype: torch.dtype) -
     return matmul(hidden_CD, weight_VD.T, logits_dtype)
 
 
-def _launch_statistics(logits_CV: Tensor, rows: Rows, head: Head) -> None:
+def _launch_statistics(
+    logits_CV: Tensor, rows: Rows, head: Head, *, block: int = BLOCK, warps: int = WARPS
+) -> None:
     launch(
         row_statistics,
         triton.cdiv(logits_CV.shape[0], ROWS),
@@ -378,8 +380,8 @@ def _launch_statistics(logits_CV: Tensor, rows: Rows, head: Head) -> None:
         SOFTCAP=head.softcap is not None,
         ENTROPY=head.entropy,
         ROWS=ROWS,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        BLOCK=block,
+        num_warps=warps,
     )
 
 
@@ -391,6 +393,8 @@ def _launch_gradient(
     dtype: torch.dtype,
     *,
     entropy: bool,
+    block: int = BLOCK,
+    warps: int = WARPS,
 ) -> Tensor:
     """da (C, V) in `dtype`, over the logits: with float32 logits half of each row is left over."""
     da_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
@@ -418,7 +422,7 @@ def _launch_gradient(
         NARROWS=logits_CV.dtype is torch.float32 and dtype in HALF,
         DTYPE=TRITON_DTYPE[dtype],
         ROWS=ROWS,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        BLOCK=block,
+        num_warps=warps,
     )
     return da_CV
