@@ -370,7 +370,7 @@ def run_op(op: str, args: Any, console: Console) -> list[dict[str, Any]]:
         elif not reason.startswith("does not compute"):
             row = {"provider": provider.name, "status": "skipped", "reason": reason}
             records.append(record(op, args, row))
-    for gate in GATES if op == "two_stream" else (None,):
+    for gate in args.gates if op == "two_stream" else (None,):
         build = functools.partial(group_case, op, args=args)
         if op in PER_TOKEN:
             build = functools.partial(head_case, op, gate=gate, args=args)
@@ -496,6 +496,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--op", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--shape", help=f"N,D,V or {', '.join(SHAPES)}; by default, by device")
     parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/4, N/2 and N")
+    parser.add_argument("--gates", nargs="+", type=float, default=list(GATES), help="two_stream")
     parser.add_argument("--modes", nargs="+", choices=HEAD_MODES, default=list(HEAD_MODES))
     parser.add_argument("--providers", nargs="+", help="names; all by default")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if cuda else "fp32")
