@@ -16,8 +16,9 @@ full      both. TF/s(6) counts useful work: 2 R D V a logits GEMM, 6 R D V for t
           kept, whatever a provider computes beside it
 scoring   values alone, under no_grad
 
-Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW. CUDA:
-the allocator's statistics. CPU: every allocation torch's allocator reports to its profiler, so
+Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW, as
+they are returned (providers "dW out" add dW to a float32 tensor that was alive before). CUDA: the
+allocator's statistics. CPU: every allocation torch's allocator reports to its profiler, so
 without scratch space of the BLAS. Running out of memory is a value of the table, not an error.
 """
 
@@ -104,6 +105,8 @@ def errors_of(provider: Provider, case: Any, truth: Truth) -> tuple[float | None
     """(max, mean) of |value - float64| over rows kept, relative errors of dX and dW, or None."""
     for leaf in case.leaves:
         leaf.grad = None
+    if provider.accumulates:
+        case.dweight_out.zero_()
     loss, value = provider.call(case)
     gaps: list[float | None] = [None] * 4
     if value is not None and value.ndim:
@@ -114,7 +117,8 @@ def errors_of(provider: Provider, case: Any, truth: Truth) -> tuple[float | None
         gaps[1] = (value.double() - truth.loss).abs().item()
     if loss is not None and truth.gradients is not None:
         loss.backward()
-        made = torch.cat([h.grad for h in case.hiddens]), case.weight.grad
+        dweight = case.dweight_out if provider.accumulates else case.weight.grad
+        made = torch.cat([h.grad for h in case.hiddens]), dweight
         gaps[2:] = [
             ((ours - exact).norm() / exact.norm()).item()
             for ours, exact in zip(made, truth.gradients, strict=True)
@@ -332,7 +336,8 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
         flop, (p20, p50, p80) = useful_flop(provider, case, mode), quantiles(spent)
         peak = attempt(lambda j=jobs[provider.name]: peak_bytes(j, args.device), args.device)
         peak = None if isinstance(peak, Failure) else peak
-        made = sum(x.nbytes for x in case.leaves) if mode == "full" else 0
+        kept = case.hiddens if provider.accumulates else case.leaves
+        made = sum(x.nbytes for x in kept) if mode == "full" else 0
         row: dict[str, Any] = {"provider": provider.name, "status": "ok"}
         row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
         row["tflops"] = flop and flop / p50 / 1e12

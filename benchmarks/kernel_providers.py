@@ -49,6 +49,11 @@ class Case:
     def leaves(self) -> tuple[Tensor, ...]:
         return (*self.hiddens, self.weight)
 
+    @functools.cached_property
+    def dweight_out(self) -> Tensor:
+        """A float32 dW that outlives the call, as a trainer keeps it over micro-batches."""
+        return torch.zeros_like(self.weight, dtype=torch.float32)
+
     @property
     def kept(self) -> Tensor:
         return self.coef != 0
@@ -158,9 +163,11 @@ def group_truth(case: GroupCase) -> Truth:
 # --- providers: case -> (loss or None, value to check or None) ----------------------------------
 
 
-def ours(backend: str) -> Callable[[Case], tuple[Tensor, Tensor]]:
+def ours(backend: str, *, accumulates: bool = False) -> Callable[[Case], tuple[Tensor, Tensor]]:
     def call(case: Case) -> tuple[Tensor, Tensor]:
         options: Any = {"backend": backend, "chunk_bytes": case.chunk_bytes}
+        if accumulates:
+            options["dweight_out"] = case.dweight_out
         if case.op == "linear_logprob":
             logp = losses.linear_logprob(case.hidden, case.weight, case.targets, **options).logp
             return case.coef @ logp, logp
@@ -328,6 +335,7 @@ class Provider:
     ops: what it computes. needs: what must be importable. dense: holds (R, V) logits. mean_only:
     one coefficient for all rows. one_pass: the ops whose gradients are made in the forward. ours:
     held to absolute budgets; backend: its name in vpgea_fast.losses. dtypes: what it takes.
+    accumulates: adds dW to the case's dweight_out, which is not among what it allocates.
     """
 
     name: str
@@ -341,6 +349,7 @@ class Provider:
     ours: bool = False
     backend: str | None = None
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    accumulates: bool = False
 
 
 ONE_PASS = ("weighted", "two_stream")
@@ -365,6 +374,19 @@ PROVIDERS = [
         one_pass=ONE_PASS,
         ours=True,
         backend="reference",
+    ),
+    *(
+        Provider(
+            f"{backend}, dW out",
+            ours(backend, accumulates=True),
+            ("weighted",),
+            cuda=backend != "torch",
+            one_pass=ONE_PASS,
+            ours=True,
+            backend=backend,
+            accumulates=True,
+        )
+        for backend in ("triton", "cublas", "torch")
     ),
     Provider(EAGER, per_token(_eager_logp), dense=True),
     Provider("torch.compile", per_token(compiled), dense=True),

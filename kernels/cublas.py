@@ -311,11 +311,12 @@ def head_pass(
         )
         if dbias_V is not None:
             dbias_V.add_(bias_sum(da_CV, torch.ones_like(rows.gain[chunk])).mul_(unit))
+        if sink_VD is not None:
+            add_matmul_(sink_VD, da_CV.T, hidden_CD, logit_scale)
+        del hidden_CD
         if dhidden_TD is not None:
             dhidden_CD = matmul(da_CV, head.weight_VD, torch.float32).mul_(logit_scale * unit)
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
-        if sink_VD is not None:
-            add_matmul_(sink_VD, da_CV.T, hidden_CD, logit_scale)
 
     with torch.cuda.device_of(hidden_TD):
         for chunk in _chunks(targets_K.shape[0], head, logits_dtype, chunk_bytes):

@@ -559,12 +559,14 @@ def head_pass(
         _launch_glue(hidden_CD, exps_CV, scaled_CD, u_C, pull_C, lift_C, chunk_rows, head)
         if dbias_V is not None:
             dbias_V.add_(bias_sum(exps_CV, u_C).mul_(unit))
+        # dW first: the rows are free before the fp32 product of dX is made.
+        if sink_VD is not None and scaled_CD is not None:
+            add_matmul_(sink_VD, exps_CV.T, scaled_CD, head.logit_scale)
+        del hidden_CD, scaled_CD
         if dhidden_TD is not None:
             dhidden_CD = matmul(exps_CV, head.weight_VD, torch.float32)
             dhidden_CD.mul_((u_C * (head.logit_scale * unit)).unsqueeze(1))
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
-        if sink_VD is not None and scaled_CD is not None:
-            add_matmul_(sink_VD, exps_CV.T, scaled_CD, head.logit_scale)
 
     with torch.cuda.device_of(hidden_TD):
         for chunk in _chunks(targets_K.shape[0], head, pull_K is not None, chunk_bytes):
