@@ -60,7 +60,15 @@ from vpgea_fast.kernels.chunked import (
     default_chunk_bytes,
     matmul,
 )
-from vpgea_fast.kernels.linear_logprob import CHUNK_ROWS, Head, Rows, bias_sum, new_rows, values
+from vpgea_fast.kernels.linear_logprob import (
+    CHUNK_ROWS,
+    Head,
+    Rows,
+    bias_sum,
+    check_runs,
+    new_rows,
+    values,
+)
 
 Tensor = torch.Tensor
 
@@ -282,7 +290,7 @@ def head_pass(
 
     ValueError: float64 inputs, tensors that are not on a CUDA device (the interpreter takes any).
     """
-    _check_supported(hidden_TD)
+    check_runs(hidden_TD, "cublas")
     dtype = hidden_TD.dtype
     g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
     head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy or g_entropy is not None)
@@ -325,19 +333,6 @@ def head_pass(
         dweight_VD.add_(sink_VD.mul_(unit))
     logp_K, lse_K, entropy_K = values(rows, head)
     return logp_K, lse_K, entropy_K if entropy else None
-
-
-def _check_supported(hidden_TD: Tensor) -> None:
-    if not (hidden_TD.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"hidden_TD is on {hidden_TD.device}: backend 'cublas' needs a CUDA device; move the "
-            "tensors there or use backend='torch'"
-        )
-    if hidden_TD.dtype is torch.float64:
-        raise ValueError(
-            "hidden_TD: got float64, backend 'cublas' takes float16, bfloat16 and float32; use "
-            "backend='torch'"
-        )
 
 
 def _chunks(

@@ -576,19 +576,24 @@ def head_pass(
     return values(rows, head)
 
 
-def _check_supported(
-    hidden_TD: Tensor, upstream: tuple[Tensor, Tensor | None, Tensor | None] | None
-) -> None:
+def check_runs(hidden_TD: Tensor, backend: str) -> None:
+    """ValueError where Triton cannot run on the tensor, or not in its dtype."""
     if not (hidden_TD.is_cuda or INTERPRETED):
         raise ValueError(
-            f"hidden_TD is on {hidden_TD.device}: backend 'triton' needs a CUDA device; move the "
-            "tensors there or use backend='torch'"
+            f"hidden_TD is on {hidden_TD.device}: backend '{backend}' needs a CUDA device; move "
+            "the tensors there or use backend='torch'"
         )
     if hidden_TD.dtype is torch.float64:
         raise ValueError(
-            "hidden_TD: got float64, backend 'triton' takes float16, bfloat16 and float32; use "
-            "backend='torch'"
+            f"hidden_TD: got float64, backend '{backend}' takes float16, bfloat16 and float32; "
+            "use backend='torch'"
         )
+
+
+def _check_supported(
+    hidden_TD: Tensor, upstream: tuple[Tensor, Tensor | None, Tensor | None] | None
+) -> None:
+    check_runs(hidden_TD, "triton")
     if upstream is not None and upstream[2] is not None:
         raise ValueError(
             "entropy has no gradient in backend 'triton': detach it, or use backend='torch'"
