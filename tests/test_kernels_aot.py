@@ -20,11 +20,9 @@ OFFSETS64 = {
     "target_logit": 2,
     "reduce_rows": 2,
     "glue": 3,
-    "bias_gradient": 1,
-    "row_statistics": 1,
     "row_gradient": 2,
 }
-"""Pointers of a kernel into something that may have more than 2^31 elements."""
+"""Pointers of a kernel into something that may have more than 2^31 elements, where not just one."""
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -50,7 +48,7 @@ def report(tmp_path, *arguments):
         if row["dtype"] != "fp32":
             assert (row["spills"], row["stack"]) == (0, 0), name
         assert row["stride32"] == 0, f"{name}: an address ends at 2^31 elements"
-        assert row["offset64"] >= OFFSETS64[name.partition(":")[0].partition(",")[0]], name
+        assert row["offset64"] >= OFFSETS64.get(name.partition(":")[0].partition(",")[0], 1), name
     gemms = {name for name in rows if name.startswith("gemm_exp")}
     return {k: rows[k] for k in gemms}, {k: rows[k] for k in rows.keys() - gemms}
 
