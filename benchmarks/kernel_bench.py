@@ -12,11 +12,13 @@ torch.mm of one logits GEMM is sampled in the same rounds: rates are per cent of
 
 forward   values with the graph kept (a one-pass provider makes its gradients here)
 backward  the rest; for a one-pass provider a scaling, so it has no rate
-full      both. TF/s counts useful work: 2 R D V a logits GEMM, 6 R D V for the whole, R rows kept
+full      both. TF/s(6) counts useful work: 2 R D V a logits GEMM, 6 R D V for the whole, R rows
+          kept, whatever a provider computes beside it
 scoring   values alone, under no_grad
 
-Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW. CUDA:
-the allocator's statistics. CPU: every allocation torch's allocator reports to its profiler, so
+Peak memory is what one run adds to what was alive before it; transient leaves out dX and dW, as
+they are returned (providers "dW out" add dW to a float32 tensor that was alive before). CUDA: the
+allocator's statistics. CPU: every allocation torch's allocator reports to its profiler, so
 without scratch space of the BLAS. Running out of memory is a value of the table, not an error.
 """
 
@@ -27,6 +29,7 @@ import csv
 import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,6 +59,7 @@ from kernel_providers import (
     head_truth,
     unavailable,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpgea_fast.metrics import Console, environment
 
@@ -90,7 +94,7 @@ ERRORS = ("error_max", "error_mean", "error_dx", "error_dw")
 FIELDS = [
     *("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype", "status"),
     *("reason", *ERRORS, "p20_ms", "p50_ms", "p80_ms", "tflops", "percent_of_mm"),
-    *("peak_mib", "transient_mib", "ratio"),
+    *("peak_mib", "transient_mib", "time_of_eager", "peak_of_eager", "launches", "ratio"),
 ]
 
 
@@ -101,6 +105,8 @@ def errors_of(provider: Provider, case: Any, truth: Truth) -> tuple[float | None
     """(max, mean) of |value - float64| over rows kept, relative errors of dX and dW, or None."""
     for leaf in case.leaves:
         leaf.grad = None
+    if provider.accumulates:
+        case.dweight_out.zero_()
     loss, value = provider.call(case)
     gaps: list[float | None] = [None] * 4
     if value is not None and value.ndim:
@@ -111,7 +117,8 @@ def errors_of(provider: Provider, case: Any, truth: Truth) -> tuple[float | None
         gaps[1] = (value.double() - truth.loss).abs().item()
     if loss is not None and truth.gradients is not None:
         loss.backward()
-        made = torch.cat([h.grad for h in case.hiddens]), case.weight.grad
+        dweight = case.dweight_out if provider.accumulates else case.weight.grad
+        made = torch.cat([h.grad for h in case.hiddens]), dweight
         gaps[2:] = [
             ((ours - exact).norm() / exact.norm()).item()
             for ours, exact in zip(made, truth.gradients, strict=True)
@@ -268,6 +275,33 @@ def peak_bytes(job: Job, device: torch.device) -> int:
     return peak
 
 
+class _Operations(TorchDispatchMode):
+    """Counts what is dispatched and is neither a view nor an allocation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        returns = (x.alias_info for x in func._schema.returns)
+        view = any(alias is not None and not alias.is_write for alias in returns)
+        self.count += not view and "empty" not in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def launches(job: Job, device: torch.device) -> int:
+    """Work that one run hands to the device: kernels and copies on CUDA, operations on a CPU."""
+    job.prepare()
+    if device.type != "cuda":
+        with _Operations() as operations:
+            job()
+        return operations.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        job()
+        torch.cuda.synchronize(device)
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda for event in profile.events() or ())
+
+
 def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
     """Of the mode, at 2 R D V a GEMM with R rows kept; None where nothing is computed."""
     if not isinstance(case, Case):
@@ -302,14 +336,21 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
         flop, (p20, p50, p80) = useful_flop(provider, case, mode), quantiles(spent)
         peak = attempt(lambda j=jobs[provider.name]: peak_bytes(j, args.device), args.device)
         peak = None if isinstance(peak, Failure) else peak
-        made = sum(x.nbytes for x in case.leaves) if mode == "full" else 0
+        kept = case.hiddens if provider.accumulates else case.leaves
+        made = sum(x.nbytes for x in kept) if mode == "full" else 0
         row: dict[str, Any] = {"provider": provider.name, "status": "ok"}
         row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
         row["tflops"] = flop and flop / p50 / 1e12
         row["percent_of_mm"] = flop and mm_rate and 100 * flop / p50 / mm_rate
         row["peak_mib"] = None if peak is None else peak / 2**20
         row["transient_mib"] = None if peak is None else max(0, peak - made) / 2**20
+        if provider.ops == GROUP:
+            row["launches"] = launches(jobs[provider.name], args.device)
         rows.append(row)
+    eager = next((r for r in rows if r["provider"] == EAGER and r["status"] == "ok"), {})
+    for row in rows:
+        for ratio, of in (("time_of_eager", "p50_ms"), ("peak_of_eager", "peak_mib")):
+            row[ratio] = row[of] / eager[of] if row.get(of) and eager.get(of) else None
     return rows
 
 
@@ -334,7 +375,7 @@ def run_op(op: str, args: Any, console: Console) -> list[dict[str, Any]]:
         elif not reason.startswith("does not compute"):
             row = {"provider": provider.name, "status": "skipped", "reason": reason}
             records.append(record(op, args, row))
-    for gate in GATES if op == "two_stream" else (None,):
+    for gate in args.gates if op == "two_stream" else (None,):
         build = functools.partial(group_case, op, args=args)
         if op in PER_TOKEN:
             build = functools.partial(head_case, op, gate=gate, args=args)
@@ -384,10 +425,15 @@ def show_correctness(
 
 
 def show_times(records: Sequence[dict[str, Any]], args: Any, console: Console) -> None:
-    keys = ("p50_ms", "p20_ms", "p80_ms", "tflops", "percent_of_mm", "peak_mib", "transient_mib")
-    heads = ("provider", "mode", "p50 ms", "p20", "p80", "TF/s", "% of mm", "peak MiB", "transient")
     timed = [r for r in records if r["mode"] in HEAD_MODES and r["rows"] == args.shape[0]]
     for op in dict.fromkeys(r["op"] for r in timed):
+        keys = ["p50_ms", "p20_ms", "p80_ms", "time_of_eager"]
+        heads = ["provider", "mode", "p50 ms", "p20", "p80", "x eager"]
+        if op in GROUP:
+            keys, heads = [*keys, "launches"], [*heads, "launches"]
+        else:
+            keys += ["tflops", "percent_of_mm", "peak_mib", "peak_of_eager", "transient_mib"]
+            heads += ["TF/s(6)", "% of mm", "peak MiB", "x eager", "transient"]
         lines = [
             [
                 *(r["provider"], r["mode"] + _gate(r["gate"])),
@@ -471,6 +517,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--op", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--shape", help=f"N,D,V or {', '.join(SHAPES)}; by default, by device")
     parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/4, N/2 and N")
+    parser.add_argument("--gates", nargs="+", type=float, default=list(GATES), help="two_stream")
     parser.add_argument("--modes", nargs="+", choices=HEAD_MODES, default=list(HEAD_MODES))
     parser.add_argument("--providers", nargs="+", help="names; all by default")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if cuda else "fp32")
@@ -479,6 +526,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--check-rows", type=int, help="rows of the correctness run; CPU: 256")
     parser.add_argument("--chunk-mib", type=int, help="chunk_bytes of backend torch")
     parser.add_argument("--memory-gib", type=float, help="most for full logits; CPU: half of free")
+    parser.add_argument("--no-static", action="store_true", help="no static report without a GPU")
     parser.add_argument("--compare", type=Path, help="an earlier JSON: adds p50 / its p50")
     parser.add_argument("--out", type=Path, default=Path("runs/kernel_bench.json"))
     args = parser.parse_args(argv)
@@ -514,6 +562,17 @@ def shape_of(text: str | None, cuda: bool) -> tuple[str, tuple[int, ...]]:
     return "", tuple(map(int, parts))
 
 
+def static_report() -> str:
+    """What benchmarks/static_report.py prints, in a process whose Triton compiles."""
+    script = Path(__file__).with_name("static_report.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the package that runs here
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    return done.stdout if done.returncode == 0 else f"no static report: {done.stderr[-300:]}"
+
+
 def version(module: str) -> str | None:
     """Of the distribution that a peer's module comes from; None if it is not installed."""
     found = metadata.packages_distributions().get(module.partition(".")[0])
@@ -533,6 +592,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_times(records, args, console)
     if told:
         console.message(told)
+    if args.device.type != "cuda" and not args.no_static:
+        print(static_report())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
     words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]

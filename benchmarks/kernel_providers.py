@@ -49,6 +49,11 @@ class Case:
     def leaves(self) -> tuple[Tensor, ...]:
         return (*self.hiddens, self.weight)
 
+    @functools.cached_property
+    def dweight_out(self) -> Tensor:
+        """A float32 dW that outlives the call, as a trainer keeps it over micro-batches."""
+        return torch.zeros_like(self.weight, dtype=torch.float32)
+
     @property
     def kept(self) -> Tensor:
         return self.coef != 0
@@ -158,9 +163,11 @@ def group_truth(case: GroupCase) -> Truth:
 # --- providers: case -> (loss or None, value to check or None) ----------------------------------
 
 
-def ours(backend: str) -> Callable[[Case], tuple[Tensor, Tensor]]:
+def ours(backend: str, *, accumulates: bool = False) -> Callable[[Case], tuple[Tensor, Tensor]]:
     def call(case: Case) -> tuple[Tensor, Tensor]:
         options: Any = {"backend": backend, "chunk_bytes": case.chunk_bytes}
+        if accumulates:
+            options["dweight_out"] = case.dweight_out
         if case.op == "linear_logprob":
             logp = losses.linear_logprob(case.hidden, case.weight, case.targets, **options).logp
             return case.coef @ logp, logp
@@ -177,12 +184,28 @@ def ours(backend: str) -> Callable[[Case], tuple[Tensor, Tensor]]:
     return call
 
 
+def bf16_logits(case: Case) -> tuple[Tensor, Tensor]:
+    """The cuBLAS head with logits rounded to bf16: log-probs off by up to 0.1, no public backend.
+
+    Only where all GEMMs are in the forward: the switch is undone before a backward runs.
+    """
+    from vpgea_fast.kernels import cublas
+
+    exact = cublas.head_pass
+    cublas.head_pass = functools.partial(exact, logits_dtype=torch.bfloat16)
+    try:
+        return ours("cublas")(case)
+    finally:
+        cublas.head_pass = exact
+
+
 def _eager_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
 @functools.cache
 def _compiled_logp(dynamic: bool) -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # one for every N, with and without gradients
     return torch.compile(_eager_logp, dynamic=dynamic)
 
 
@@ -311,7 +334,8 @@ class Provider:
 
     ops: what it computes. needs: what must be importable. dense: holds (R, V) logits. mean_only:
     one coefficient for all rows. one_pass: the ops whose gradients are made in the forward. ours:
-    held to absolute budgets; backend: its name in vpgea_fast.losses.
+    held to absolute budgets; backend: its name in vpgea_fast.losses. dtypes: what it takes.
+    accumulates: adds dW to the case's dweight_out, which is not among what it allocates.
     """
 
     name: str
@@ -324,12 +348,24 @@ class Provider:
     one_pass: tuple[str, ...] = ()
     ours: bool = False
     backend: str | None = None
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    accumulates: bool = False
 
 
 ONE_PASS = ("weighted", "two_stream")
 EAGER = "eager torch"
 PROVIDERS = [
     Provider("triton", ours("triton"), cuda=True, one_pass=ONE_PASS, ours=True, backend="triton"),
+    Provider("cublas", ours("cublas"), cuda=True, one_pass=ONE_PASS, ours=True, backend="cublas"),
+    Provider(
+        "cublas bf16",
+        bf16_logits,
+        ONE_PASS,
+        cuda=True,
+        one_pass=ONE_PASS,
+        backend="cublas",
+        dtypes=("bf16",),
+    ),
     Provider("torch", ours("torch"), one_pass=ONE_PASS, ours=True, backend="torch"),
     Provider(
         "reference",
@@ -338,6 +374,19 @@ PROVIDERS = [
         one_pass=ONE_PASS,
         ours=True,
         backend="reference",
+    ),
+    *(
+        Provider(
+            f"{backend}, dW out",
+            ours(backend, accumulates=True),
+            ("weighted",),
+            cuda=backend != "torch",
+            one_pass=ONE_PASS,
+            ours=True,
+            backend=backend,
+            accumulates=True,
+        )
+        for backend in ("triton", "cublas", "torch")
     ),
     Provider(EAGER, per_token(_eager_logp), dense=True),
     Provider("torch.compile", per_token(compiled), dense=True),
@@ -393,6 +442,8 @@ def unavailable(provider: Provider, op: str, shape: Sequence[int], args: Any) ->
         return f"not built: {provider.needs}" if ours else f"{provider.needs} is not installed"
     if provider.cuda and args.device.type != "cuda":
         return "needs CUDA"
+    if args.dtype_name not in provider.dtypes:
+        return f"takes {', '.join(provider.dtypes)}, not {args.dtype_name}"
     # Logits in the input dtype, in float32, and their gradient.
     gib = shape[0] * (2 if op == "two_stream" else 1) * shape[2] * 12 / 2**30
     if provider.dense and gib > args.memory_gib:

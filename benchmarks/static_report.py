@@ -2,9 +2,11 @@
 
     python benchmarks/static_report.py [--arch 90 100 80] [--dtype bf16] [--json FILE]
 
-Every launch of the library's head is compiled ahead of time as `kernels/linear_logprob.py` would
-launch it on a large head, then read back: `cuobjdump -res-usage` for registers, stack and spills,
-`nvdisasm` for the tensor-core (HGMMA, HMMA, UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions.
+Every launch of `kernels/` is compiled ahead of time as it would be on a large head, then read back:
+`cuobjdump -res-usage` for registers and stack, `nvdisasm` for spills, the tensor-core (HGMMA, HMMA,
+UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions, and the loads and stores of 16 bytes a thread
+(LDG, STG, LDGSTS .128). The Triton code says how wide addresses are: offset64 counts 64-bit offsets
+of pointers, stride32 32-bit products with a stride or a number of rows, which end at 2^31 elements.
 """
 
 import argparse
@@ -22,8 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vpgea_fast.kernels import cublas
+from vpgea_fast.kernels import group_advantage as group
 from vpgea_fast.kernels import linear_logprob as head
-from vpgea_fast.kernels._tiling import tile_for
+from vpgea_fast.kernels._tiling import TRITON_DTYPE, tile_for
 
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90 and sm_100."""
@@ -41,6 +45,7 @@ GEMMS = {
     "redo, store": {"STORE": True, "FLAGGED": True},
 }
 
+_STRIDED = r"[^:]*%(?:\w*stride|rows)\b[^:]*"
 _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
 _TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
 _GLUE = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
@@ -65,6 +70,102 @@ SMALL = {
 }
 
 
+_ROW = {"ROWS": 1, "BLOCK": 4096}
+_PLAIN = {"BIAS": False, "SOFTCAP": False, "ENTROPY": False, **_ROW}
+_FULL = {"BIAS": True, "SOFTCAP": True, "ENTROPY": True, **_ROW}
+ROWS = {
+    "row_statistics": (cublas.row_statistics, "fp32", _PLAIN),
+    "row_statistics, entropy": (cublas.row_statistics, "fp32", {**_PLAIN, "ENTROPY": True}),
+    "row_statistics, all": (cublas.row_statistics, "fp32", _FULL),
+    "row_statistics, half logits": (cublas.row_statistics, "half", _PLAIN),
+    "row_gradient": (cublas.row_gradient, "fp32", _PLAIN),
+    "row_gradient, all": (cublas.row_gradient, "fp32", _FULL),
+    "row_gradient, half logits": (cublas.row_gradient, "half", _PLAIN),
+}
+
+
+_ANSWERS = {
+    "logp_ptr": "*fp32",
+    "len_post_ptr": "*i64",
+    "len_prior_ptr": "*i64",
+    "post_ptr": "*fp64",
+    "prior_ptr": "*fp64",
+    "base_ptr": "*fp64",
+    "gate_ptr": "*i1",
+    "replaced_ptr": "*i32",
+    "n_answer_tokens": "i32",
+    "n_tokens": "i32",
+}
+_OPTIONAL = {
+    "cu_answers_ptr": "*i32",
+    "accept_ptr": "*i1",
+    "weight_ptr": "*fp32",
+    "cu_paths_ptr": "*i32",
+    "coef_post_ptr": "*fp32",
+    "coef_prior_ptr": "*fp32",
+}
+_PATHS = {
+    **dict.fromkeys("logq_ptr logp_ptr advantage_ptr logq_out_ptr logp_out_ptr".split(), "*fp32"),
+    **dict.fromkeys("n_sequences n_tokens n_prior_tokens n_prior".split(), "i32"),
+    "cu_ptr": "*i32",
+    "gate_ptr": "*i1",
+    "kl_ptr": "*fp32",
+}
+_PARTS = {
+    **dict.fromkeys("logq_ptr kl_ptr advantage_ptr weight_ptr parts_ptr".split(), "*fp32"),
+    "n_sequences": "i32",
+}
+
+
+def _group(group_size: int, n_prior: int, **options: Any) -> dict[str, Any]:
+    """Constants of the group kernel: all options on, none of them a float32 number."""
+    return {
+        "ALPHA": 0.6,
+        "LME": True,
+        "REWARD": "likelihood_mix",
+        "R_MARGIN": 0.0,
+        "U_MIN": -20.1,
+        "CLAMP_U": True,
+        "ETA_LOW": 0.3,
+        "ETA_HIGH": 4.1,
+        "EPS": 1e-6,
+        "DDOF": 0,
+        "STD_GATE": 0.05,
+        "BETA": 0.7,
+        "TILE": group.TILE,
+        "G": group_size,
+        "N": n_prior,
+        "G_PAD": triton.next_power_of_2(group_size),
+        "N_PAD": triton.next_power_of_2(n_prior),
+        **options,
+    }
+
+
+_PAPER = {"LME": False, "REWARD": "paper", "R_MARGIN": 0.1, "CLAMP_U": False, "BETA": 0.0}
+_TILE = {"BLOCK": group.TILE}
+GROUPS = {
+    "group_advantage, 32 + 16": (
+        group._group_advantage_kernel,
+        _ANSWERS | _OPTIONAL,
+        _group(32, 16),
+    ),
+    "group_advantage, 8 + 8": (group._group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(8, 8)),
+    "group_advantage, 2 + 1": (group._group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(2, 1)),
+    "group_advantage, 8 + 1, paper, U given": (
+        group._group_advantage_kernel,
+        _ANSWERS,
+        _group(8, 1, **_PAPER, ETA_LOW=None, ETA_HIGH=None),
+    ),
+    "path_sums": (group._path_sums_kernel, _PATHS, _TILE),
+    "path_sums, some prior rows": (
+        group._path_sums_kernel,
+        _PATHS | {"index_ptr": "*i64", "gate_in_ptr": "*i1"},
+        _TILE,
+    ),
+    "loss_parts": (group._loss_parts_kernel, _PARTS, _TILE),
+}
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel on one architecture; counts are of instructions in its machine code."""
@@ -81,6 +182,10 @@ class Compiled:
     tcgen05: int
     tma_loads: int
     tma_stores: int
+    wide_loads: int
+    wide_stores: int
+    offset64: int
+    stride32: int
 
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
@@ -97,7 +202,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "BLOCK_K": k,
         "GROUP_M": tile.group_m,
         "TMA": tma,
-        "DTYPE": head._TRITON_DTYPE[DTYPES[dtype]],
+        "DTYPE": TRITON_DTYPE[DTYPES[dtype]],
     }
     pointer = f"*{dtype}"
     types = {
@@ -136,8 +241,36 @@ def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
         types[name] = "i32"
     constants = dict(flags)
     if "DTYPE" in kernel.arg_names:
-        constants["DTYPE"] = head._TRITON_DTYPE[DTYPES[dtype]]
+        constants["DTYPE"] = TRITON_DTYPE[DTYPES[dtype]]
     return _compile(variant, kernel, types, constants, arch, dtype, stages=3, warps=4)
+
+
+def compile_rows(variant: str, arch: int, dtype: str) -> Compiled:
+    """One of the passes over the logits of the cuBLAS head, in one of the variants of ROWS."""
+    kernel, logits, flags = ROWS[variant]
+    logits = dtype if logits == "half" else logits
+    types = {"logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
+    types |= {"target_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    for name in "rows vocabulary logits_stride dlogits_stride".split():
+        types[name] = "i32"
+    constants = dict(flags)
+    if not flags["BIAS"]:
+        constants["bias_ptr"] = None
+    if "DTYPE" in kernel.arg_names:
+        constants["DTYPE"] = TRITON_DTYPE[DTYPES[dtype]]
+        constants["NARROWS"] = logits != dtype
+    return _compile(variant, kernel, types, constants, arch, dtype, stages=3, warps=cublas.WARPS)
+
+
+def build_group(variant: str, arch: int) -> Any:
+    """One of the group kernels, in one of the variants of GROUPS; fused multiply-adds are off."""
+    kernel, types, constants = GROUPS[variant]
+    absent = dict.fromkeys(set(kernel.arg_names) - types.keys())
+    return build(kernel, types, absent | constants, arch, stages=3, warps=4, fusion=False)
+
+
+def compile_group(variant: str, arch: int, dtype: str) -> Compiled:
+    return read(variant, build_group(variant, arch), arch, dtype)
 
 
 def _compile(
@@ -150,24 +283,48 @@ def _compile(
     stages: int,
     warps: int,
 ) -> Compiled:
-    """Pointers default to float32; all pointers and sizes are multiples of 16, as at a launch."""
+    built = build(kernel, types, constants, arch, stages=stages, warps=warps, fusion=True)
+    return read(name, built, arch, dtype)
+
+
+def build(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    *,
+    stages: int,
+    warps: int,
+    fusion: bool,
+) -> Any:
+    """Compiled as at a launch: pointers and the sizes that Triton specialises are multiples of 16.
+
+    Pointers default to float32.
+    """
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "*fp32")
         for argument in kernel.arg_names
     }
     divisible = {
         (index,): [["tt.divisibility", 16]]
-        for index, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or signature[argument] == "i32"
+        for index, parameter in enumerate(kernel.params)
+        if signature[parameter.name].startswith("*")
+        or (signature[parameter.name] == "i32" and not parameter.do_not_specialize)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
+    """What the compiler made, from its machine code and its Triton code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
+
+    ttir = built.asm["ttir"]
 
     def used(key: str) -> int:
         found = re.search(rf"\b{key}:(\d+)", usage)
@@ -191,6 +348,10 @@ def _compile(
         tcgen05=count(r"\bUTC\w*MMA\b"),
         tma_loads=count(r"\bUTMALDG\b"),
         tma_stores=count(r"\bUTMASTG\b"),
+        wide_loads=count(r"\b(?:LDG|LDGSTS)\S*\.128\b"),
+        wide_stores=count(r"\bSTG\S*\.128\b"),
+        offset64=len(re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+)?i64", ttir)),
+        stride32=len(re.findall(rf"arith\.muli {_STRIDED} : (?:tensor<[\dx]+)?i32", ttir)),
     )
 
 
@@ -215,13 +376,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
-    rows = [
-        compile_one(variant, arch, dtype)
-        for arch in options.arch
-        for dtype in options.dtype
-        for compile_one, variants in ((compile_gemm, GEMMS), (compile_small, SMALL))
-        for variant in variants
-    ]
+    heads = ((compile_gemm, GEMMS), (compile_small, SMALL), (compile_rows, ROWS))
+    rows = []
+    for arch in options.arch:
+        rows += [
+            compile_one(variant, arch, dtype)
+            for dtype in options.dtype
+            for compile_one, variants in heads
+            for variant in variants
+        ]
+        rows += [compile_group(variant, arch, "fp64") for variant in GROUPS]
     print(f"triton {triton.__version__}\n{table(rows)}")
     if options.json:
         rendered = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}

@@ -18,6 +18,15 @@ INTERPRETED = bool(knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+LOWEST = tl.constexpr(-1e38)
+"""Peak of no logit at all: differences with it are finite."""
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -64,6 +73,15 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def equal_slices(rows: int, most: int, block: int) -> list[slice]:
+    """[0, rows) in the fewest slices of at most `most` rows, of equal size in whole blocks."""
+    if rows == 0:
+        return []
+    blocks = triton.cdiv(rows, block)
+    step = block * triton.cdiv(blocks, triton.cdiv(blocks, max(1, most // block)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """`programs` programs of a kernel, with fused multiply-adds, which Triton 3.10 turns off."""
     kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
@@ -90,6 +108,44 @@ def rounded_to(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh x and 1 - tanh^2 x from q = exp(-2|x|): the slope of a saturated logit is not 1 - 1."""
+    q = tl.exp(-2.0 * tl.abs(x))
+    inverse = 1.0 / (1.0 + q)
+    tanh = tl.where(x < 0, q - 1.0, 1.0 - q) * inverse
+    return tanh, 4.0 * q * inverse * inverse
+
+
+@triton.jit
+def logit_of(product, bias, logit_scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(z temperature, slope of the softcap or 1) of products h . w.
+
+    Without bias and softcap the caller's gain holds logit_scale: one multiplication less.
+    """
+    slope = 1.0
+    if BIAS or SOFTCAP:
+        product = product * logit_scale
+    if BIAS:
+        product += bias
+    if SOFTCAP:
+        tanh, slope = tanh_and_slope(product / softcap)
+        product = softcap * tanh
+    return product, slope
+
+
+@triton.jit
+def log_sums2(target2, shift2, total):
+    """Log-sum-exps in units of log 2: of the others, total relative to 2^shift2, and of all.
+
+    total is 0 when every other logit is -inf; then shift2 is the lowest float, and so must the
+    others' be.
+    """
+    others2 = shift2 + tl.log2(tl.where(total == 0, 1.0, total))
+    higher = tl.maximum(target2, others2)
+    return others2, higher + tl.log2(tl.exp2(target2 - higher) + tl.exp2(others2 - higher))
 
 
 @triton.jit
@@ -145,7 +201,13 @@ def store_tile(
 
 @triton.jit
 def dot_transposed(left, right, total):
-    """total + left @ right.T in float32; float32 operands without TF32."""
+    """total + left @ right.T in float32; float32 operands without TF32.
+
+    The interpreter adds the products in float64: a BLAS may take another order of the sum for
+    another row of the tile, which no device does and which would show in float32.
+    """
     if _INTERPRETED:
-        return total + tl.dot(as_float32(left), as_float32(right).T, input_precision="ieee")
+        exact_left = as_float32(left).to(tl.float64)
+        exact_right = as_float32(right).to(tl.float64)
+        return total + tl.dot(exact_left, exact_right.T, out_dtype=tl.float64).to(tl.float32)
     return tl.dot(left, right.T, total, input_precision="ieee")

@@ -69,6 +69,13 @@ def _run_triton(*args: Any, **options: Any) -> Any:
     return head_pass(*args, **options)
 
 
+def _run_cublas(*args: Any, **options: Any) -> Any:
+    """Imported when it is asked for, as triton's."""
+    from vpgea_fast.kernels.cublas import head_pass
+
+    return head_pass(*args, **options)
+
+
 def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -82,11 +89,18 @@ def triton_missing() -> str | None:
     return None
 
 
-def _triton_lacks(call: Situation) -> str | None:
+def _kernels_lack(call: Situation) -> str | None:
+    """What no Triton kernel has."""
     if call.device != "cuda" and not interpreted():
         return f"the tensors are on {call.device}; move them to a CUDA device or use 'torch'"
     if call.dtype is torch.float64:
         return "it takes float16, bfloat16 and float32, not float64; use 'torch'"
+    return None
+
+
+def _triton_lacks(call: Situation) -> str | None:
+    if (why := _kernels_lack(call)) is not None:
+        return why
     if call.entropy_gradient:
         return "it has no gradient of the entropy; detach the entropy, or use 'torch'"
     if call.lse_gradient and call.dtype is torch.float16:
@@ -120,6 +134,13 @@ BACKENDS = {
         missing=triton_missing,
         lacks=_triton_lacks,
         objection=_triton_objection,
+    ),
+    "cublas": Backend(
+        run=_run_cublas,
+        virtue="cuBLAS and two Triton passes over float32 logits",
+        missing=triton_missing,
+        lacks=lambda call: _kernels_lack(call) or _depends_on_neighbours(call),
+        objection=lambda _: "no measurement has preferred it to 'triton' yet",
     ),
     "torch": Backend(
         run=chunked.head_pass, virtue="chunked, on any device", lacks=_depends_on_neighbours

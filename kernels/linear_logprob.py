@@ -49,12 +49,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vpgea_fast.kernels._tiling import (
     INTERPRETED,
+    LOWEST,
+    TRITON_DTYPE,
     Tile,
     as_float32,
     capability_of,
     dot_transposed,
+    equal_slices,
     launch,
     load_tile,
+    log_sums2,
+    logit_of,
     programs_of,
     rounded_to,
     store_tile,
@@ -76,20 +81,10 @@ FP16_BITS = 14
 """fp16 stores 2^14 p: E_target reaches -2^14 (2^16 overflows) and p keeps 2^-38."""
 
 _LARGEST_SUM = tl.constexpr(2.0**46)
-_LOWEST = tl.constexpr(-1e38)
 _LIST = tl.constexpr(LIST)
 
 
 # --- device code ------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tanh_and_slope(x):
-    """tanh x and 1 - tanh^2 x from q = exp(-2|x|): the slope of a saturated logit is not 1 - 1."""
-    q = tl.exp(-2.0 * tl.abs(x))
-    inverse = 1.0 / (1.0 + q)
-    tanh = tl.where(x < 0, q - 1.0, 1.0 - q) * inverse
-    return tanh, 4.0 * q * inverse * inverse
 
 
 @triton.jit
@@ -125,14 +120,11 @@ def _target_logit(
         hidden = tl.load(hidden_r + offs_d, mask=mask, other=0.0)
         weight = tl.load(weight_r + offs_d, mask=mask, other=0.0)
         total += as_float32(hidden) * as_float32(weight)
-    logit = tl.sum(total, axis=1)
-    if BIAS or SOFTCAP:
-        logit = logit * logit_scale
+    bias = 0.0
     if BIAS:
-        logit += as_float32(tl.load(bias_ptr + target_r, mask=mask_r, other=0.0))
+        bias = as_float32(tl.load(bias_ptr + target_r, mask=mask_r, other=0.0))
+    logit, slope = logit_of(tl.sum(total, axis=1), bias, logit_scale, softcap, BIAS, SOFTCAP)
     if SOFTCAP:
-        tanh, slope = _tanh_and_slope(logit / softcap)
-        logit = softcap * tanh
         tl.store(slope_ptr + offs_r, slope, mask=mask_r)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
     tl.store(target2_ptr + offs_r, logit * gain, mask=mask_r)
@@ -182,16 +174,13 @@ def _epilogue(
     target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
     others = (offs_c[None, :] != target[:, None]) & mask_c[None, :]
-    if BIAS or SOFTCAP:
-        logit = logit * logit_scale
+    bias = 0.0
     if BIAS:
-        logit += as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))[None, :]
-    if SOFTCAP:
-        tanh, slope = _tanh_and_slope(logit / softcap)
-        logit = softcap * tanh
+        bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))[None, :]
+    logit, slope = logit_of(logit, bias, logit_scale, softcap, BIAS, SOFTCAP)
     if PEAK:
-        z2 = tl.where(others, logit * gain[:, None], _LOWEST)
-        reference = tl.maximum(tl.max(z2, axis=1), _LOWEST)
+        z2 = tl.where(others, logit * gain[:, None], LOWEST)
+        reference = tl.maximum(tl.max(z2, axis=1), LOWEST)
     else:
         reference = tl.load(reference_ptr + offs_r, mask=mask_r, other=0.0)
     x = logit * gain[:, None] - reference[:, None]
@@ -352,7 +341,7 @@ def _reduce_rows(
     total = tl.zeros([BLOCK_M], tl.float32)
     moment = tl.zeros([BLOCK_M], tl.float32)
     if PEAK:
-        shift = tl.full([BLOCK_M], _LOWEST, tl.float32)
+        shift = tl.full([BLOCK_M], LOWEST, tl.float32)
     else:
         shift = target2
     for start in range(0, tiles_n, BLOCK_N):
@@ -362,7 +351,7 @@ def _reduce_rows(
         if ENTROPY:
             part_moment = tl.load(moment_ptr + partial, mask=mask, other=0.0)
         if PEAK:
-            peak = tl.load(peak_ptr + partial, mask=mask, other=_LOWEST)
+            peak = tl.load(peak_ptr + partial, mask=mask, other=LOWEST)
             higher = tl.maximum(shift, tl.max(peak, axis=0))
             lift = peak - higher[None, :]
             if ENTROPY:
@@ -381,10 +370,7 @@ def _reduce_rows(
     if ENTROPY:
         tl.store(moments_ptr + offs_r, moment, mask=mask_r)
     if PEAK:
-        # 0 when every other logit is -inf; then shift is _LOWEST, and so must others2 be.
-        others2 = shift + tl.log2(tl.where(total == 0, 1.0, total))
-        higher = tl.maximum(target2, others2)
-        lse2 = higher + tl.log2(tl.exp2(target2 - higher) + tl.exp2(others2 - higher))
+        others2, lse2 = log_sums2(target2, shift, total)
         tl.store(reference_ptr + offs_r, lse2 - BITS, mask=mask_r)
         tl.store(kappa_ptr + offs_r, tl.zeros_like(lse2) + 1.0 / (1 << BITS), mask=mask_r)
         tl.store(missing_ptr + offs_r, tl.exp2(others2 - lse2 + BITS), mask=mask_r)
@@ -471,7 +457,7 @@ def _bias_gradient(
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """The head of one call: what does not depend on the rows."""
 
     weight_VD: Tensor
@@ -479,21 +465,31 @@ class _Head:
     softcap: float | None
     logit_scale: float
     entropy: bool
+    tile: Tile
+
+    @staticmethod
+    def of(
+        weight_VD: Tensor,
+        bias_V: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        entropy: bool = False,
+    ) -> "Head":
+        """With the tile of its device, dtype and softcap; rows of the weight made contiguous."""
+        if weight_VD.stride(1) != 1:
+            weight_VD = weight_VD.contiguous()
+        device = capability_of(weight_VD.device)
+        tile = tile_for(weight_VD.dtype, device, softcap=softcap is not None)
+        return Head(weight_VD, bias_V, softcap, logit_scale, entropy, tile)
 
     @property
     def bits(self) -> int:
         """E = 2^bits p where a row is relative to its own log-sum-exp: all rows of fp16."""
         return FP16_BITS if self.weight_VD.dtype is torch.float16 else 0
 
-    @property
-    def tile(self) -> Tile:
-        weight_VD, softcap = self.weight_VD, self.softcap is not None
-        device = capability_of(weight_VD.device)
-        return tile_for(weight_VD.dtype, device, softcap=softcap)
-
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Per-row numbers, each (rows,) float32 but the int32 targets; filled by the kernels.
 
     One row, logits [0, log 3], target 0: target2 = 0, shift2 = 0, total = 3, reference2 = 0,
@@ -511,8 +507,8 @@ class _Rows:
     kappa: Tensor
     missing: Tensor
 
-    def __getitem__(self, chunk: slice) -> "_Rows":
-        return _Rows(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
+    def __getitem__(self, chunk: slice) -> "Rows":
+        return Rows(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
 
 
 def head_pass(
@@ -540,10 +536,8 @@ def head_pass(
     are not on a CUDA device (the interpreter takes any).
     """
     _check_supported(hidden_TD, upstream)
-    if weight_VD.stride(1) != 1:
-        weight_VD = weight_VD.contiguous()
-    head = _Head(weight_VD, bias_V, softcap, logit_scale, entropy)
-    rows = _new_rows(targets_K, temperature, head)
+    head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy)
+    rows = new_rows(targets_K, temperature, head)
     pull_K, lift_K = _pull_and_lift(upstream, temperature)
     unit = _storage_unit(pull_K, head)
     sink_VD = dweight_VD
@@ -564,35 +558,42 @@ def head_pass(
         pull_C = pull_K[chunk] / unit
         _launch_glue(hidden_CD, exps_CV, scaled_CD, u_C, pull_C, lift_C, chunk_rows, head)
         if dbias_V is not None:
-            dbias_V.add_(_bias_sum(exps_CV, u_C).mul_(unit))
+            dbias_V.add_(bias_sum(exps_CV, u_C).mul_(unit))
+        # dW first: the rows are free before the fp32 product of dX is made.
+        if sink_VD is not None and scaled_CD is not None:
+            add_matmul_(sink_VD, exps_CV.T, scaled_CD, head.logit_scale)
+        del hidden_CD, scaled_CD
         if dhidden_TD is not None:
             dhidden_CD = matmul(exps_CV, head.weight_VD, torch.float32)
             dhidden_CD.mul_((u_C * (head.logit_scale * unit)).unsqueeze(1))
             dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
-        if sink_VD is not None and scaled_CD is not None:
-            add_matmul_(sink_VD, exps_CV.T, scaled_CD, head.logit_scale)
 
     with torch.cuda.device_of(hidden_TD):
         for chunk in _chunks(targets_K.shape[0], head, pull_K is not None, chunk_bytes):
             run(chunk)
     if dweight_VD is not None and sink_VD is not None and head.bits:
         dweight_VD.add_(sink_VD.mul_(unit))
-    return _values(rows, head)
+    return values(rows, head)
+
+
+def check_runs(hidden_TD: Tensor, backend: str) -> None:
+    """ValueError where Triton cannot run on the tensor, or not in its dtype."""
+    if not (hidden_TD.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"hidden_TD is on {hidden_TD.device}: backend '{backend}' needs a CUDA device; move "
+            "the tensors there or use backend='torch'"
+        )
+    if hidden_TD.dtype is torch.float64:
+        raise ValueError(
+            f"hidden_TD: got float64, backend '{backend}' takes float16, bfloat16 and float32; "
+            "use backend='torch'"
+        )
 
 
 def _check_supported(
     hidden_TD: Tensor, upstream: tuple[Tensor, Tensor | None, Tensor | None] | None
 ) -> None:
-    if not (hidden_TD.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"hidden_TD is on {hidden_TD.device}: backend 'triton' needs a CUDA device; move the "
-            "tensors there or use backend='torch'"
-        )
-    if hidden_TD.dtype is torch.float64:
-        raise ValueError(
-            "hidden_TD: got float64, backend 'triton' takes float16, bfloat16 and float32; use "
-            "backend='torch'"
-        )
+    check_runs(hidden_TD, "triton")
     if upstream is not None and upstream[2] is not None:
         raise ValueError(
             "entropy has no gradient in backend 'triton': detach it, or use backend='torch'"
@@ -604,13 +605,13 @@ def _check_supported(
         )
 
 
-def _new_rows(targets_K: Tensor, temperature: float | Tensor, head: _Head) -> _Rows:
+def new_rows(targets_K: Tensor, temperature: float | Tensor, head: Head) -> Rows:
     targets_K = targets_K.to(torch.int32)
     gain_K = torch.full_like(targets_K, LOG2E, dtype=torch.float32).div_(temperature)
     if head.bias_V is None and head.softcap is None:
         gain_K.mul_(head.logit_scale)
     blank = torch.empty(8, targets_K.shape[0], dtype=torch.float32, device=targets_K.device)
-    return _Rows(targets_K, gain_K, *blank.unbind(0))
+    return Rows(targets_K, gain_K, *blank.unbind(0))
 
 
 def _pull_and_lift(
@@ -632,14 +633,14 @@ def _pull_and_lift(
     return pull_K / temperature, g_lse_K / pull_K
 
 
-def _storage_unit(pull_K: Tensor | None, head: _Head) -> Tensor | float:
+def _storage_unit(pull_K: Tensor | None, head: Head) -> Tensor | float:
     """HS = u H with |u| <= 2^-bits max|pull|: fp16 keeps it in units of that bound, a scalar."""
     if pull_K is None or not head.bits:
         return 1.0
     return pull_K.abs().amax().clamp_min(1e-30) / (1 << head.bits)
 
 
-def _chunks(rows: int, head: _Head, store: bool, chunk_bytes: int | None) -> list[slice]:
+def _chunks(rows: int, head: Head, store: bool, chunk_bytes: int | None) -> list[slice]:
     """Chunks of equal size, in whole row tiles, each with an E of at most chunk_bytes."""
     block = head.tile.block_m
     most = SCORE_ROWS
@@ -647,10 +648,7 @@ def _chunks(rows: int, head: _Head, store: bool, chunk_bytes: int | None) -> lis
         weight = head.weight_VD
         budget = default_chunk_bytes(weight.device) if chunk_bytes is None else chunk_bytes
         most = min(CHUNK_ROWS, budget // (_padded(weight.shape[0]) * weight.itemsize))
-    most = max(1, min(most // block, LIST))
-    tiles = triton.cdiv(rows, block)
-    step = block * triton.cdiv(tiles, triton.cdiv(tiles, most)) if rows else 1
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return equal_slices(rows, min(most, LIST * block), block)
 
 
 def _padded(columns: int) -> int:
@@ -658,7 +656,7 @@ def _padded(columns: int) -> int:
     return triton.cdiv(columns, 64) * 64
 
 
-def _forward(hidden_CD: Tensor, rows: _Rows, head: _Head, *, store: bool) -> Tensor | None:
+def _forward(hidden_CD: Tensor, rows: Rows, head: Head, *, store: bool) -> Tensor | None:
     """Fills the rows' statistics; with `store` returns E, (C, V) of a padded buffer."""
     count, vocabulary = hidden_CD.shape[0], head.weight_VD.shape[0]
     exps_CV = None
@@ -688,7 +686,7 @@ def _forward(hidden_CD: Tensor, rows: _Rows, head: _Head, *, store: bool) -> Ten
     return exps_CV
 
 
-def _launch_target_logit(hidden_CD: Tensor, rows: _Rows, head: _Head) -> None:
+def _launch_target_logit(hidden_CD: Tensor, rows: Rows, head: Head) -> None:
     count, width = hidden_CD.shape
     launch(
         _target_logit,
@@ -715,10 +713,10 @@ def _launch_target_logit(hidden_CD: Tensor, rows: _Rows, head: _Head) -> None:
 
 def _launch_gemm(
     hidden_CD: Tensor,
-    rows: _Rows,
+    rows: Rows,
     partial: Tensor,
     flags: Tensor,
-    head: _Head,
+    head: Head,
     *,
     exps_CV: Tensor | None = None,
     reference2: Tensor | None = None,
@@ -765,17 +763,10 @@ def _launch_gemm(
         BIAS=head.bias_V is not None,
         SOFTCAP=head.softcap is not None,
         ENTROPY=head.entropy,
-        DTYPE=_TRITON_DTYPE[weight_VD.dtype],
+        DTYPE=TRITON_DTYPE[weight_VD.dtype],
         num_stages=tile.stages,
         num_warps=tile.warps,
     )
-
-
-_TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-}
 
 
 def _aligned(x: Tensor) -> bool:
@@ -788,10 +779,10 @@ def _descriptor(x: Tensor, block_rows: int, block_columns: int) -> TensorDescrip
 
 
 def _launch_reduce(
-    rows: _Rows,
+    rows: Rows,
     partial: Tensor,
     flags: Tensor,
-    head: _Head,
+    head: Head,
     *,
     peak: bool = False,
     flagged: bool = False,
@@ -826,8 +817,8 @@ def _launch_glue(
     u_C: Tensor,
     pull_C: Tensor,
     lift_C: Tensor | None,
-    rows: _Rows,
-    head: _Head,
+    rows: Rows,
+    head: Head,
 ) -> None:
     count, width = hidden_CD.shape
     launch(
@@ -850,13 +841,13 @@ def _launch_glue(
         LIFT=lift_C is not None,
         SOFTCAP=head.softcap is not None,
         SCALED=scaled_CD is not None,
-        DTYPE=_TRITON_DTYPE[hidden_CD.dtype],
+        DTYPE=TRITON_DTYPE[hidden_CD.dtype],
         BLOCK_M=8,
         BLOCK_D=512,
     )
 
 
-def _bias_sum(exps_CV: Tensor, u_C: Tensor) -> Tensor:
+def bias_sum(exps_CV: Tensor, u_C: Tensor) -> Tensor:
     count, vocabulary = exps_CV.shape
     out_V = torch.empty(vocabulary, dtype=torch.float32, device=u_C.device)
     launch(
@@ -874,7 +865,7 @@ def _bias_sum(exps_CV: Tensor, u_C: Tensor) -> Tensor:
     return out_V
 
 
-def _values(rows: _Rows, head: _Head) -> tuple[Tensor, Tensor, Tensor | None]:
+def values(rows: Rows, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
     """logp, lse and entropy from the sums: torch's log, exact near 1 where the hardware's is not.
 
     x = z_target - lse of the others; for rows relative to their target it is -log S, exactly.

@@ -81,103 +81,35 @@ def test_the_kernels_in_the_interpreter():
     assert int(passed[1]) > 20, done.stdout
 
 
-GROUP_POINTERS = {
-    "logp_ptr": "*fp32",
-    "len_post_ptr": "*i64",
-    "len_prior_ptr": "*i64",
-    "post_ptr": "*fp64",
-    "prior_ptr": "*fp64",
-    "base_ptr": "*fp64",
-    "gate_ptr": "*i1",
-    "replaced_ptr": "*i32",
-    "n_answer_tokens": "i32",
-    "n_tokens": "i32",
-}
-GROUP_OPTIONAL = {
-    "cu_answers_ptr": "*i32",
-    "accept_ptr": "*i1",
-    "weight_ptr": "*fp32",
-    "cu_paths_ptr": "*i32",
-    "coef_post_ptr": "*fp32",
-    "coef_prior_ptr": "*fp32",
-}
-PATHS = {
-    **dict.fromkeys("logq_ptr logp_ptr advantage_ptr logq_out_ptr logp_out_ptr".split(), "*fp32"),
-    **dict.fromkeys("n_sequences n_tokens n_prior_tokens n_prior".split(), "i32"),
-    "cu_ptr": "*i32",
-    "gate_ptr": "*i1",
-    "kl_ptr": "*fp32",
-}
-PARTS = dict.fromkeys("logq_ptr kl_ptr advantage_ptr weight_ptr parts_ptr".split(), "*fp32")
-
-
-def group_constants(group: int, n_prior: int, **options: Any) -> dict[str, Any]:
-    defaults = {
-        "ALPHA": 0.6, "LME": True, "REWARD": "likelihood_mix", "R_MARGIN": 0.0, "U_MIN": -20.1,
-        "CLAMP_U": True, "ETA_LOW": 0.3, "ETA_HIGH": 4.1, "EPS": 1e-6, "DDOF": 0,
-        "STD_GATE": 0.05, "BETA": 0.7, "TILE": kernels.TILE, "G": group, "N": n_prior,
-    }  # fmt: skip
-    pads = {"G_PAD": 1 << (group - 1).bit_length(), "N_PAD": 1 << (n_prior - 1).bit_length()}
-    return {**defaults, **pads, **options}
-
-
 EXACT = "ALPHA R_MARGIN U_MIN ETA_LOW ETA_HIGH EPS STD_GATE BETA".split()
-COMPILED = {
-    "robust 32 16": (
-        "_group_advantage_kernel", {**GROUP_POINTERS, **GROUP_OPTIONAL}, group_constants(32, 16)
-    ),
-    "robust 8 8": (
-        "_group_advantage_kernel", {**GROUP_POINTERS, **GROUP_OPTIONAL}, group_constants(8, 8)
-    ),
-    "paper 8 1, U given": (
-        "_group_advantage_kernel",
-        GROUP_POINTERS,
-        group_constants(8, 1, LME=False, REWARD="paper", R_MARGIN=0.1, CLAMP_U=False, ETA_LOW=None)
-        | {"ETA_HIGH": None, "BETA": 0.0},
-    ),
-    "sums, some prior rows": (
-        "_path_sums_kernel",
-        {**PATHS, "index_ptr": "*i64", "gate_in_ptr": "*i1"},
-        {"BLOCK": kernels.TILE},
-    ),
-    "sums, all prior rows": ("_path_sums_kernel", PATHS, {"BLOCK": kernels.TILE}),
-    "loss parts": (
-        "_loss_parts_kernel", {**PARTS, "n_sequences": "i32"}, {"BLOCK": kernels.TILE}
-    ),
-}  # fmt: skip
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreter compiles nothing")
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "group_advantage, 32 + 16",
+        "group_advantage, 8 + 8",
+        "group_advantage, 8 + 1, paper, U given",
+        "path_sums",
+        "path_sums, some prior rows",
+        "loss_parts",
+    ],
+)
 def test_compiles_for_sm90_without_spills(case, tmp_path, monkeypatch):
-    import triton.backends.nvidia
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    name, types, constants = COMPILED[case]
-    function = getattr(kernels, name)
-    names = [p.name for p in function.params]
-    compiled = triton.compile(
-        ASTSource(
-            function,
-            {n: types.get(n, "constexpr") for n in names},
-            {n: constants.get(n) for n in names if n not in types},
-            {(names.index(n),): [["tt.divisibility", 16]] for n in types if types[n][0] == "*"},
-        ),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "enable_fp_fusion": False},
-    )
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True).stdout
-    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    static_report = importlib.import_module("static_report")
+    compiled = static_report.build_group(case, 90)
+    found = static_report.read(case, compiled, 90, "fp64")
+    assert (found.stack, found.spills) == (0, 0)
+    _, _, constants = static_report.GROUPS[case]
     ptx = compiled.asm["ptx"]
     assert ".target sm_90a" in ptx
     assert not re.search(r"\b(atom|red)\.", ptx)
     assert not re.search(r"\b(add|sub|mul|div|fma|sqrt)\.\S*f32", ptx)
-    if name == "_group_advantage_kernel":
+    if case.startswith("group_advantage"):
         values = [reference.NOISE_NATS, *(constants[x] for x in EXACT if constants[x] is not None)]
         if constants["REWARD"] != "paper":
             values.append(reference.LOG_HALF)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ def run(bench, tmp_path):
 
     def call(*words, out="result.json"):
         path = tmp_path / out
-        status = bench.main(["--shape", SHAPE, "--out", str(path), *words])
+        status = bench.main(["--shape", SHAPE, "--no-static", "--out", str(path), *words])
         return status, json.loads(path.read_text(encoding="utf-8"))
 
     return call
@@ -68,6 +69,31 @@ def test_every_op_checks_before_it_times_and_writes_all_files(run, tmp_path, cap
         assert len(list(csv.DictReader(file))) == len(result["records"])
     image = matplotlib.image.imread(tmp_path / "result.png")
     assert image[..., :3].std() > 0.01
+
+
+def test_ratios_to_eager_and_launches(run, capsys):
+    """The group scores are 34 operations in eager torch, their sums 10: one launch, and two."""
+    _, result = run(*FAST, "--op", "weighted", "group_advantage", "gated_kl", "--modes", "full")
+    rows = {r["provider"]: r for r in of(result, op="weighted", mode="full", rows=64)}
+    assert rows["eager torch"]["time_of_eager"] == rows["eager torch"]["peak_of_eager"] == 1
+    for ours, share in (("p50_ms", "time_of_eager"), ("peak_mib", "peak_of_eager")):
+        expected = rows["torch"][ours] / rows["eager torch"][ours]
+        assert rows["torch"][share] == pytest.approx(expected)
+    _, result = run(*FAST, "--op", "group_advantage", "gated_kl", "--modes", "forward")
+    counts = {r["op"]: r["launches"] for r in of(result, provider="eager torch", rows=64)}
+    counts = {op: n for op, n in counts.items() if n}
+    assert 20 <= counts["group_advantage"] <= 50
+    assert 5 <= counts["gated_kl"] <= 20
+    assert "launches" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_without_a_gpu_the_static_report_follows(bench, tmp_path, capsys):
+    words = (*FAST, "--op", "weighted", "--modes", "full", "--out", str(tmp_path / "x.json"))
+    assert bench.main(["--shape", SHAPE, *words]) == 0
+    text = capsys.readouterr().out
+    assert text.index("weighted: N, D, V") < text.index("gemm_exp: train")
 
 
 def test_gated_rows_are_not_counted_as_work(run):
@@ -109,12 +135,14 @@ def test_a_wrong_provider_is_refused_and_not_timed(run, bench, monkeypatch, ours
 
 
 def test_wrong_and_missing_gradients_are_refused(run, bench, monkeypatch):
+    chunked = next(p.call for p in bench.PROVIDERS if p.name == "torch")
+
     def scaled(case):
-        loss, value = bench.PROVIDERS[1].call(case)
+        loss, value = chunked(case)
         return 1.001 * loss, value
 
     def empty(case):
-        loss, value = bench.PROVIDERS[1].call(case)
+        loss, value = chunked(case)
         return loss * float("nan"), value
 
     extra = [bench.Provider("scaled", scaled), bench.Provider("nan", empty)]
@@ -184,7 +212,7 @@ def test_compare_gives_the_ratio_to_an_earlier_result(run, tmp_path, capsys):
     [
         (["--shape", "100,8"], "expected N,D,V or one of qwen2.5-7b"),
         (["--shape", "100,8,50"], "multiples of 8"),
-        (["--providers", "nobody"], "expected some of 'triton', 'torch'"),
+        (["--providers", "nobody"], "expected some of 'triton', 'cublas'"),
     ],
 )
 def test_bad_words_say_what_to_do(bench, capsys, words, said):

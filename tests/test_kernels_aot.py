@@ -1,4 +1,4 @@
-"""The Triton GEMM compiled ahead of time for sm_90: what the compiler made of it, without a GPU.
+"""The Triton heads compiled ahead of time for sm_90: what the compiler made of them, without a GPU.
 
 In a process of its own: triton must be imported without TRITON_INTERPRET.
 """
@@ -15,12 +15,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90."""
+OFFSETS64 = {
+    "gemm_exp": 2,
+    "target_logit": 2,
+    "reduce_rows": 2,
+    "glue": 3,
+    "row_gradient": 2,
+}
+"""Pointers of a kernel into something that may have more than 2^31 elements, where not just one."""
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 def report(tmp_path, *arguments):
-    """The rows that benchmarks/static_report.py writes, by kernel name: the GEMMs.
+    """The rows that benchmarks/static_report.py writes, by kernel name: (GEMMs, the others).
 
     Every kernel is compiled, so one that only the interpreter accepts fails here.
     """
@@ -39,13 +47,26 @@ def report(tmp_path, *arguments):
     for name, row in rows.items():
         if row["dtype"] != "fp32":
             assert (row["spills"], row["stack"]) == (0, 0), name
-    return {name: row for name, row in rows.items() if name.startswith("gemm_exp")}
+        assert row["stride32"] == 0, f"{name}: an address ends at 2^31 elements"
+        assert row["offset64"] >= OFFSETS64.get(name.partition(":")[0].partition(",")[0], 1), name
+    gemms = {name for name in rows if name.startswith("gemm_exp")}
+    return {k: rows[k] for k in gemms}, {k: rows[k] for k in rows.keys() - gemms}
+
+
+def assert_wide(others):
+    """The passes over the logits move 16 bytes a thread: they are bound by the memory's rate."""
+    passes = {name: row for name, row in others.items() if name.startswith("row_")}
+    assert len(passes) == 7
+    for name, row in passes.items():
+        assert row["wide_loads"] > 0, name
+        assert (row["wide_stores"] > 0) == name.startswith("row_gradient"), name
 
 
 def test_sm90_uses_tensor_cores_and_tma_without_spilling(tmp_path):
-    rows = report(tmp_path, "--arch", "90")
-    assert len(rows) == 9
-    for name, row in rows.items():
+    gemms, others = report(tmp_path, "--arch", "90")
+    assert_wide(others)
+    assert len(gemms) == 9
+    for name, row in gemms.items():
         assert row["hgmma"] > 0, name
         assert row["hmma"] == 0, name
         assert row["tma_loads"] > 0, name
@@ -56,14 +77,17 @@ def test_sm90_uses_tensor_cores_and_tma_without_spilling(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["100", "80"])
 def test_other_devices_compile_without_spilling(tmp_path, arch):
-    for name, row in report(tmp_path, "--arch", arch).items():
+    gemms, others = report(tmp_path, "--arch", arch)
+    assert_wide(others)
+    for name, row in gemms.items():
         assert row["tcgen05" if arch == "100" else "hmma"] > 0, name
 
 
 @pytest.mark.slow
 def test_float32_and_float16_compile(tmp_path):
     """float32 runs on CUDA cores: no tensor-core instruction may round its products to TF32."""
-    for row in report(tmp_path, "--dtype", "fp32").values():
-        assert row["hgmma"] == row["hmma"] == 0
-    for row in report(tmp_path, "--dtype", "fp16").values():
-        assert row["hgmma"] > 0
+    gemms, _ = report(tmp_path, "--dtype", "fp32")
+    assert all(row["hgmma"] == row["hmma"] == 0 for row in gemms.values())
+    gemms, others = report(tmp_path, "--dtype", "fp16")
+    assert all(row["hgmma"] > 0 for row in gemms.values())
+    assert_wide(others)

@@ -1,6 +1,6 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU.
+"""The Triton heads, run by Triton's interpreter on a CPU, and by a GPU where there is one.
 
-TRITON_INTERPRET is read when triton is imported, so these tests have a process of their own; the
+TRITON_INTERPRET is read when triton is imported, so each has a process of its own; the
 ahead-of-time tests (test_kernels_aot.py) need one without it.
 """
 
@@ -15,11 +15,46 @@ import pytest
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("*.py"))
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+def run(file, *words, interpret=True):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": str(HERE.parent),
+        **({"TRITON_INTERPRET": "1"} if interpret else {}),
+    }
+    done = subprocess.run(
+        [*command, *words], env=environment, cwd=HERE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_in_the_interpreter_at_length(file):
+    run(file, "-m", "slow and not gpu")
+
+
+SHARDS = {
+    "float32": "triton and dtype0",
+    "bfloat16": "triton and dtype1",
+    "float16": "triton and dtype2",
+    "others": "triton and not dtype",
+    "cublas": "cublas",
+}
+"""Most of the time goes into compiling, so a machine with many cores runs them side by side."""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(540)
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_on_the_device(file, shard):
+    run(file, "-m", "", "-k", SHARDS[shard], interpret=False)
