@@ -85,6 +85,7 @@ class Trainer:
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
         self.skipped_in_a_row, self.stop_requested, self.changed = 0, False, []
+        self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
@@ -165,8 +166,8 @@ class Trainer:
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
             return {**found, "skipped": 0}, None
-        self.offending = [r for r, v in zip(rows, logps, strict=True) if not v.isfinite().all()]
-        self.offending = self.offending or list(rows)
+        numbers = [(row, torch.cat([row.coef, v])) for row, v in zip(rows, logps, strict=True)]
+        self.offending = [row for row, n in numbers if not n.isfinite().all()] or list(rows)
         return {**found, "skipped": 1}, f"the gradient norm is {norm}"
 
     def accumulate(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
