@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.distributed import World
-from vpgea_fast.packing import pack_rows, plan_ranks
+from vpgea_fast.packing import RankPlan, pack_rows, plan_ranks
 from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
 
 Step = Callable[[PackedBatch, bool], torch.Tensor]
@@ -30,13 +30,20 @@ class Passes:
     budget: int
     flops: ModelFlops
 
-    def __call__(self, step: Step, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+    def plan(self, rows: Sequence[TrainRow]) -> list[RankPlan]:
+        """Every process's batches of `rows`, the same plan everywhere."""
+        lengths = [row.tokens - 1 for row in rows]
+        return plan_ranks(lengths, self.budget, self.world.size, self.flops.row)
+
+    def __call__(
+        self, step: Step, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
+    ) -> list[torch.Tensor]:
         """Per-token results of every row, each (..., len) float64, in the order of `rows`.
 
-        A collective: all processes call it with the same rows.
+        `plan` is that of `self.plan(rows)`, if it was made before. A collective: all processes call
+        it with the same rows.
         """
-        lengths = [row.tokens - 1 for row in rows]
-        plan = plan_ranks(lengths, self.budget, self.world.size, self.flops.row)
+        plan = self.plan(rows) if plan is None else plan
         own = plan[self.world.rank]
         made = [
             step(pack_rows([rows[i] for i in members]), number + 1 == len(own)).double()
