@@ -8,7 +8,7 @@ import torch
 from vpgea_fast import diagnostics, objectives
 from vpgea_fast.config import TrainConfig, VpgeaConfig
 from vpgea_fast.objectives.rows import build_rows
-from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch, TrainRow
+from vpgea_fast.types import ModelFlops, Path, PromptedQuestion, Question, ScoredBatch, TrainRow
 
 ids = torch.tensor
 
@@ -107,6 +107,22 @@ def test_tokens_trained_and_gated_off_add_up(batch):
     assert work["tokens_generated"] == (4 + 8 + 10 + 6) + 4 * 2
     # teacher view 3 + 4 and 3 + 8, student view 2 + 4; gated off: 2 + 8
     assert (work["tokens_trained"], work["tokens_gated_off"]) == (7 + 11 + 6, 10)
+
+
+def test_speed_of_an_update_by_hand():
+    flops = ModelFlops(decoder=10, head=2, width=1)
+    rows = [TrainRow(ids([1] * 3), ids([2] * n), torch.ones(n), "prior", "student") for n in (2, 5)]
+    # 3 + n - 1 tokens go through the decoder, n through the head
+    done = 6 * (10 * 4 + 2 * 2 + 4**2) + 6 * (10 * 7 + 2 * 5 + 7**2)
+    speed = diagnostics.speed_metrics(rows, flops, seconds=2.0, device="NVIDIA H200", devices=4)
+    assert speed["train_tokens_per_s"] == (5 + 8) / 2
+    assert speed["mfu"] == pytest.approx(done / (2 * 4 * 989.5e12), rel=1e-12)
+    assert (
+        diagnostics.speed_metrics(rows, flops, seconds=2.0, device="cpu", devices=1)["mfu"] is None
+    )
+    plan = diagnostics.plan_metrics([[[0], [1]], [[], []]], rows, flops)
+    assert (plan["plan_rounds"], plan["plan_dummy_tokens"]) == (2, 2)
+    assert plan["plan_flops_imbalance"] == 2.0
 
 
 def test_path_records_hold_scores_and_ids(batch):

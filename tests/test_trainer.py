@@ -22,7 +22,7 @@ from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.trainer import Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "peak_memory")
+TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @pytest.fixture
@@ -114,6 +114,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     always = {"len_prior", "trunc_prior", "lr", "loss", "grad_norm", "groups_all_rejected"}
     always |= {"groups_zero_var", "std_s", "net_token_push", "accept_rate", "peak_memory_mib"}
     always |= {"tokens_trained", "tokens_gated_off", "time_rollout_s", "time_train_s"}
+    always |= {"train_tokens_per_s", "mfu"}
     if cfg.objective.name == "vpgea":
         always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
         always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
@@ -127,6 +128,9 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
             v is None or not isinstance(v, float) or math.isfinite(v) for v in record.values()
         )
     assert any(record["skipped"] == 0 and record["grad_norm"] > 0 for record in records)
+    assert all(
+        (record.get("plan_rounds", 0) > 0) == bool(record["tokens_trained"]) for record in records
+    )
     if cfg.rollout.full_answer:
         assert all(0 <= record["acc_student"] <= 1 for record in records)
     if cfg.eval.every:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from vpgea_fast.advantage import elbo_terms
-from vpgea_fast.metrics import eps3
-from vpgea_fast.types import Coefficients, Groups, ScoredBatch, Stream, TrainRow
+from vpgea_fast.metrics import eps3, mfu
+from vpgea_fast.packing import RankPlan, plan_stats
+from vpgea_fast.types import Coefficients, Groups, ModelFlops, ScoredBatch, Stream, TrainRow
 
 LEAK_NATS = 5.0
 """A token this much likelier under the teacher's prompt than under the student's counts as
@@ -150,6 +151,29 @@ def work_metrics(
         "tokens_gated_off": possible - trained,
         "tokens_per_s": (generated + trained) / sum(seconds.values()),
         **seconds,
+    }
+
+
+def plan_metrics(
+    plan: Sequence[RankPlan], rows: Sequence[TrainRow], flops: ModelFlops
+) -> dict[str, float]:
+    """`plan_stats` of the update's micro-batches, as `plan_rounds` and so on."""
+    stats = plan_stats(plan, [row.tokens - 1 for row in rows], flops.row)
+    return {f"plan_{name}": value for name, value in stats.items()}
+
+
+def speed_metrics(
+    rows: Sequence[TrainRow], flops: ModelFlops, *, seconds: float, device: str, devices: int
+) -> dict[str, float | None]:
+    """Tokens a second and MFU of an update that took `seconds` on all `devices` together.
+
+    Of a row the head counts on the targets alone, where it runs. `mfu` is None on a device whose
+    peak is not known.
+    """
+    lengths, targets = [row.tokens - 1 for row in rows], [row.token_ids.numel() for row in rows]
+    return {
+        "train_tokens_per_s": sum(row.tokens for row in rows) / seconds,
+        "mfu": mfu(flops.rows(lengths, targets), seconds, device, devices=devices),
     }
 
 

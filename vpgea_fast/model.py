@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +45,7 @@ from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World
 from vpgea_fast.types import PackedBatch
 
+P = TypeVar("P", bound="Policy")
 HALF = (torch.bfloat16, torch.float16)
 HEAD_CHUNK = 2**32
 """Bytes of logits that the head loss holds at once, at most (a large GPU), for the estimate."""
@@ -210,10 +211,13 @@ class Policy(nn.Module):
         """The modules that FSDP gathers as one, the root first; none when not sharded."""
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
+    def autocast(self) -> torch.autocast:
+        """The forward's dtype, for a decoder whose weights FSDP does not cast."""
+        wanted = self.dtype in HALF and not self.sharded
+        return torch.autocast(self.device.type, self.dtype, enabled=wanted)
+
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
-        with torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype in HALF and not self.sharded
-        ):
+        with self.autocast():
             output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
@@ -231,19 +235,65 @@ def load_policy(
     storage, cut, and each process reads its own part of the files. Errors: ModelError.
     """
     world = world or World(default_device(cfg.device))
-    dtype = getattr(torch, cfg.dtype)
-    master = torch.float64 if dtype is torch.float64 else getattr(torch, cfg.master_dtype)
     if world.mesh is None:
-        causal_lm = load_causal_lm(cfg.path, master).to(world.device)
+        causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
     else:
         check_model_dir(cfg.path)
-        causal_lm = _without_storage(cfg.path, master)
+        causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
+    policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
+    if world.mesh is not None:
+        _read_shards(causal_lm, cfg.path)
+    return policy
+
+
+def random_policy(
+    config: Any,
+    cfg: ModelConfig,
+    world: World | None = None,
+    parallel: ParallelConfig | None = None,
+    *,
+    backend: str = "auto",
+    kind: type[P] = Policy,
+    seed: int = 0,
+) -> P:
+    """`load_policy` of a transformers configuration with random weights, for measurements: no file
+    is read, and `cfg.path` means nothing.
+
+    Matrices are drawn with the configuration's `initializer_range`, each process its own part;
+    norms are 1, biases 0. `kind`: what is made, `Policy` or a subclass that takes other batches.
+    """
+    world = world or World(default_device(cfg.device))
+    causal_lm = _on_meta(config, _master_dtype(cfg))
+    if world.mesh is None:
+        _allocate(causal_lm, world.device)
+        causal_lm.tie_weights()
+    policy = _make_policy(kind, causal_lm, cfg, world, parallel, backend)
+    part = 0 if world.mesh is None else world.mesh.get_local_rank("shard")  # copies are alike
+    _draw_weights(causal_lm, config.initializer_range, seed + part)
+    return policy
+
+
+def _master_dtype(cfg: ModelConfig) -> torch.dtype:
+    return torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.master_dtype)
+
+
+def _make_policy(
+    kind: type[P],
+    causal_lm: Any,
+    cfg: ModelConfig,
+    world: World,
+    parallel: ParallelConfig | None,
+    backend: str,
+) -> P:
+    """A policy around a causal LM as `cfg` has it; in a world with a mesh sharded, and then its
+    storage, which it comes without, is allocated and not yet filled."""
+    dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg.liger, world.device)
     _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
-    policy = Policy(causal_lm, dtype=dtype, backend=backend, device=world.device)
+    policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
     policy.attention = choice
     if cfg.compile:
         for layer in decoder_layers(causal_lm):
@@ -251,7 +301,6 @@ def load_policy(
     if world.mesh is not None:
         shard(policy, world, parallel or ParallelConfig())
         _allocate(causal_lm, world.device if not policy.offloaded else torch.device("cpu"))
-        _read_shards(causal_lm, cfg.path)
     return policy
 
 
@@ -314,21 +363,28 @@ def make_replica(policy: Policy, path: str) -> Any:
 
 
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the model {path!r}: {_first_line(error)}") from error
+    causal_lm = _on_meta(config, dtype)
+    try:
+        causal_lm.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:  # an old or a tiny model may have none
+        causal_lm.generation_config = GenerationConfig.from_model_config(config)
+    return causal_lm
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention.register()
         )
     causal_lm.tie_weights()
-    try:
-        causal_lm.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:  # an old or a tiny model may have none
-        causal_lm.generation_config = GenerationConfig.from_model_config(config)
     return causal_lm
 
 
@@ -349,6 +405,19 @@ def _allocate(causal_lm: Any, device: torch.device) -> None:
             f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
             "this model cannot be built in shards: set parallel.shard: never"
         )
+
+
+@torch.no_grad()
+def _draw_weights(causal_lm: Any, std: float, seed: int) -> None:
+    generator: torch.Generator | None = None
+    for name, parameter in causal_lm.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if generator is None or generator.device != local.device:
+            generator = torch.Generator(local.device).manual_seed(seed)
+        if parameter.ndim > 1:
+            local.normal_(0.0, std, generator=generator)
+        else:
+            local.fill_(1.0 if "norm" in name else 0.0)
 
 
 @torch.no_grad()

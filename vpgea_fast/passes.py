@@ -31,16 +31,19 @@ class Passes:
     flops: ModelFlops
 
     def plan(self, rows: Sequence[TrainRow]) -> list[RankPlan]:
-        """The batches of every process, the same on all of them."""
+        """Every process's batches of `rows`, the same plan everywhere."""
         lengths = [row.tokens - 1 for row in rows]
         return plan_ranks(lengths, self.budget, self.world.size, self.flops.row)
 
-    def __call__(self, step: Step, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+    def __call__(
+        self, step: Step, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
+    ) -> list[torch.Tensor]:
         """Per-token results of every row, each (..., len) float64, in the order of `rows`.
 
-        A collective: all processes call it with the same rows.
+        `plan` is that of `self.plan(rows)`, if it was made before. A collective: all processes call
+        it with the same rows.
         """
-        plan = self.plan(rows)
+        plan = self.plan(rows) if plan is None else plan
         own = plan[self.world.rank]
         made = [
             step(pack_rows([rows[i] for i in members]), number + 1 == len(own)).double()

@@ -28,7 +28,7 @@ from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, envir
 from vpgea_fast.model import load_policy, load_tokenizer, make_replica
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
-from vpgea_fast.packing import drop_zero_rows
+from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import RolloutEngine
@@ -147,6 +147,13 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
+        work |= diagnostics.speed_metrics(
+            rows,
+            self.passes.flops,
+            seconds=timer.metrics()["time_train_s"],
+            device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
+            devices=self.world.size,
+        )
         return StepStats(
             {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
@@ -159,10 +166,12 @@ class Trainer:
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
-        logps = self.accumulate(rows)
+        plan = self.passes.plan(rows)
+        logps = self.accumulate(rows, plan)
         reshard(self.policy)
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
         found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
+        found |= diagnostics.plan_metrics(plan, rows, self.passes.flops)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
             return {**found, "skipped": 0}, None
@@ -170,7 +179,9 @@ class Trainer:
         self.offending = [row for row, n in numbers if not n.isfinite().all()] or list(rows)
         return {**found, "skipped": 1}, f"the gradient norm is {norm}"
 
-    def accumulate(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+    def accumulate(
+        self, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
+    ) -> list[torch.Tensor]:
         """Add the gradient of `rows` to the parameters; per-token log-probs of every row."""
 
         def backward(batch: PackedBatch, last: bool) -> torch.Tensor:
@@ -181,7 +192,7 @@ class Trainer:
             out.loss.backward()
             return out.logp.cpu()
 
-        return self.passes(backward, rows)
+        return self.passes(backward, rows, plan)
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule."""
