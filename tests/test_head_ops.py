@@ -4,6 +4,8 @@ A compiled or replayed call runs the same backend on the same rows, so it must g
 """
 
 import dataclasses
+import os
+import re
 
 import pytest
 import torch
@@ -493,3 +495,50 @@ def test_more_than_2_to_the_31_elements(rows, width, backend):
         targets_T[:, None] == torch.arange(classes.start, classes.stop, device="cuda")
     )
     assert_close((sink_VD[classes],), (dz_TW.T @ hidden_TD.detach().double(),), 4e-3)
+
+
+ADDRESSING = {
+    "_gemm_exp": {
+        **dict.fromkeys("STORE PEAK FLAGGED BIAS SOFTCAP ENTROPY".split(), True),
+        "TMA": False,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "BLOCK_K": 32,
+        "GROUP_M": 8,
+    },
+    "_target_logit": {"BIAS": True, "SOFTCAP": True, "BLOCK_M": 16, "BLOCK_D": 128},
+    "_glue": {"LIFT": True, "SOFTCAP": True, "SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512},
+    "_bias_gradient": {"BLOCK_M": 64, "BLOCK_N": 128},
+}
+NOT_POINTERS = {"logit_scale": "fp32", "softcap": "fp32", "target_ptr": "*i32", "flag_ptr": "*i32"}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
+@pytest.mark.parametrize("name", ADDRESSING)
+def test_rows_are_addressed_in_64_bits(name, tmp_path, monkeypatch):
+    """N V = 2.5e9 > 2^31: whatever multiplies a stride does so in int64."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vpgea_fast.kernels import linear_logprob as kernels
+
+    kernel, constants = getattr(kernels, name), dict(ADDRESSING[name])
+    if "DTYPE" in kernel.arg_names:
+        constants["DTYPE"] = triton.language.bfloat16
+    types = dict.fromkeys(constants, "constexpr") | NOT_POINTERS
+    halves = ("hidden", "weight", "exps", "scaled", "bias")
+    for argument in kernel.arg_names:
+        pointer = argument in halves or argument.endswith("_ptr")
+        kind = "*bf16" if argument.startswith(halves) else "*fp32"
+        types.setdefault(argument, kind if pointer else "i32")
+    built = triton.compile(
+        ASTSource(kernel, {a: types[a] for a in kernel.arg_names}, constexprs=constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"enable_fp_fusion": True},
+    )
+    lines = [x for x in built.asm["ttir"].splitlines() if "_stride" in x and "tt.func" not in x]
+    uses = [x for x in lines if re.search(r"%\w+_stride\b", x)]
+    assert uses
+    assert all(re.search(r"arith.extsi %\w+_stride : i32 to i64", use) for use in uses)

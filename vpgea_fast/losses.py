@@ -571,6 +571,12 @@ def _stream_layout_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return sequence_T, sequence_U, sequence_U.new_empty(prior_tokens, dtype=targets_T.dtype)
 
 
+@torch.no_grad()
+def _path_sums_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    """The launches write their sums side by side, an op's outputs share no memory."""
+    return tuple(x.clone() for x in _path_sums(*arguments))
+
+
 def _path_sums_fake(logq_T: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shape = arguments[4].shape  # advantage_S
     sums = [logq_T.new_empty(shape) for _ in range(2)]
@@ -589,7 +595,7 @@ register(
     "(Tensor logq, Tensor logp, Tensor sequence_post, Tensor sequence_prior, Tensor cu_seqlens, "
     "Tensor advantage, Tensor weight, Tensor gate, Tensor? prior_index) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    torch.no_grad()(_path_sums),
+    _path_sums_kernel,
     _path_sums_fake,
 )
 
@@ -699,6 +705,9 @@ def _check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
             f"dweight_out: got {dweight_out.dtype} on {dweight_out.device}, expected {expected} on "
             f"{weight_VD.device}"
         )
+    strides = zip(dweight_out.shape, dweight_out.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in strides):
+        raise ValueError("dweight_out: its entries share memory (stride 0), pass a dense buffer")
     if dweight_out.requires_grad:
         raise ValueError("dweight_out requires grad: pass a plain buffer, such as weight.grad")
 
