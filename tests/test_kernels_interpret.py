@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run(file, *words, interpret=True):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(HERE.parent),
@@ -33,7 +33,7 @@ def run(file, *words, interpret=True):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file):
-    run(file)
+    run(file, "-x")
 
 
 @pytest.mark.slow
@@ -57,4 +57,4 @@ SHARDS = {
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_the_device(file, shard):
-    run(file, "-m", "", "-k", SHARDS[shard], interpret=False)
+    run(file, "-m", "", "--tb=short", "-k", SHARDS[shard], interpret=False)

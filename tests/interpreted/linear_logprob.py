@@ -361,7 +361,7 @@ def test_cublas_gradients_of_logp_lse_and_entropy(name, dtype):
     assert_close(got, expected, 2 * BUDGET[dtype])
 
 
-def test_bf16_logits_are_as_wrong_as_their_last_bit():
+def test_cublas_bf16_logits_are_as_wrong_as_their_last_bit():
     """The benchmark's variant: half a unit of a logit of 60 is 0.125; float32 logits keep 1e-3."""
     hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 100, 64, 600, spread=14.0)
     hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
