@@ -90,7 +90,7 @@ class ModelConfig:
     what attention and every second GEMM gave."""
     compile: bool = False
     """torch.compile, one graph for all decoder layers."""
-    liger: Literal["auto", "on", "off"] = "auto"
+    liger: Literal["auto", "always", "never"] = "auto"
     """Liger's RMSNorm, RoPE and SwiGLU; `auto`: on CUDA when liger-kernel is installed."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention of packed documents: flash-attn, torch's varlen_attn (CUDA), or one sdpa call a
@@ -101,7 +101,7 @@ class ModelConfig:
 class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
-    shard: Literal["auto", "on", "off"] = "auto"
+    shard: Literal["auto", "always", "never"] = "auto"
     """FSDP2; `auto`: with more than one process, and on CUDA."""
     replicas: PositiveInt = 1
     """HSDP: so many copies of the model, each sharded over processes / replicas. One copy a node

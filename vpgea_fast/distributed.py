@@ -51,7 +51,7 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise over the processes, on the CPU; bitwise equal on all of them. A collective."""
+        """Over the processes, elementwise, on the CPU; bitwise equal on all. A collective."""
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total)
@@ -100,9 +100,9 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     one process, replicas without sharding.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    here = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    _check(cfg, size)
-    sharded = cfg.shard == "on" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
+    here = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    check_world(cfg, size)
+    sharded = cfg.shard == "always" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
     if not sharded:
         return World(here)
     if here.type == "cuda":
@@ -121,20 +121,21 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     return World(here, rank=rank, size=size, mesh=mesh)
 
 
-def _check(cfg: ParallelConfig, size: int) -> None:
+def check_world(cfg: ParallelConfig, size: int) -> None:
+    """ConfigError unless `size` processes can make the mesh of `cfg`."""
     if size % cfg.replicas:
         raise ConfigError(
             f"parallel.replicas: got {cfg.replicas}, expected a divisor of the {size} processes; "
             "take the number of nodes, or 1"
         )
-    if cfg.shard == "off" and (size > 1 or cfg.replicas > 1):
+    if cfg.shard == "never" and (size > 1 or cfg.replicas > 1):
         raise ConfigError(
-            f"parallel.shard: got 'off' with {size} processes and {cfg.replicas} replicas; several "
-            "processes train one model only when it is sharded: set 'auto'"
+            f"parallel.shard: got 'never' with {size} processes and {cfg.replicas} replicas; "
+            "several processes train one model only when it is sharded: set 'auto'"
         )
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is CUDA where there is any; `cuda` without a number is this process's own."""
     cuda = torch.cuda.is_available()
     if name == "auto":
