@@ -13,8 +13,6 @@ with logits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,6 @@ from torch import nn
 from vpgea_fast import attention, losses
 from vpgea_fast.config import ModelConfig
 from vpgea_fast.types import PackedBatch
-
-HEAD_CHUNK = 2**32
-"""Bytes of logits that the head loss holds at once, at most (a large GPU), for the estimate."""
 
 
 class ModelError(ValueError):
@@ -233,69 +228,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
     return content
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes by purpose; `total` is an upper estimate of the peak, which is the larger of training
-    and sampling."""
-
-    parts: Mapping[str, int]
-    parameters: int
-
-    @property
-    def total(self) -> int:
-        states = sum(
-            self.parts[name] for name in ("weights", "gradients", "optimiser", "forward copy")
-        )
-        return states + max(self.parts["activations"] + self.parts["head"], self.parts["kv cache"])
-
-
-def estimate_memory(
-    model_path: str,
-    dtype: str,
-    *,
-    batch_tokens: int,
-    checkpointing: bool,
-    sequences: int,
-    context: int,
-) -> MemoryEstimate:
-    """What one device holds, from config.json alone (no weight is read).
-
-    `batch_tokens` packed tokens a forward, `sequences` paths of up to `context` tokens decoded side
-    by side. Activations: with checkpointing one hidden state a layer plus one layer's inner
-    tensors, else all of them.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    master = 8 if dtype == "float64" else 4
-    copied = 0 if size == master else size  # bytes a weight of the forward's own copy
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # What autograd keeps of a layer: of the MLP gate, its activation, up and their product; of the
-    # rest the projections, and in float32 (autocast casts no residual) norms and residual stream.
-    layer = batch_tokens * (
-        config.hidden_size * (4 * size + 7 * master) + 4 * config.intermediate_size * size
-    )
-    kept = batch_tokens * config.hidden_size * master
-    layers = config.num_hidden_layers
-    return MemoryEstimate(
-        parts={
-            "weights": parameters * master,
-            "gradients": parameters * master,
-            "optimiser": 2 * parameters * master,
-            "forward copy": parameters * copied,
-            "activations": layers * kept + layer if checkpointing else layers * layer,
-            "head": min(HEAD_CHUNK, batch_tokens * config.vocab_size * (master + copied))
-            + config.vocab_size * config.hidden_size * (copied + master),
-            "kv cache": 2 * layers * sequences * context * kv_heads * head_dim * size,
-        },
-        parameters=parameters,
-    )
 
 
 def _first_line(error: BaseException) -> str:
