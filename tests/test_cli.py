@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it refuses, what it leaves behind."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import checkpoint, config
-from vpgea_fast.cli import main
+from vpgea_fast.cli import _status, main
 from vpgea_fast.distributed import World
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,8 @@ def test_help_names_every_command(capsys):
         (["train", str(TINY), "--objective.prior_samples=0"], "objective.prior_samples: "),
         (["train", str(TINY), "--objective.alpha", "-1"], "equal to 0, got -1"),
         (["train", "--resume", "none"], "none is no run: config.yaml is missing"),
+        (["train", "--resume", "b", "--resume-if-started"], "goes with a YAML file"),
+        (["train", "a.yaml", "--processes", "8"], "are for --dry-run"),
         (["eval"], "required: model, data; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
         (["eval", "./none", "d"], "no model directory at ./none"),
@@ -135,7 +138,9 @@ def test_dry_run_shows_prompts_lengths_and_memory_and_writes_nothing(train, caps
     assert "student prompt:\n<s><|user|>9 A-three B-five<|assistant|><think>\n" in shown
     assert "teacher prompt:\n<s><|user|>9 A-three B-five hint 1<|assistant|><think>\n" in shown
     assert "student prompt tokens: min 9" in shown
-    assert "GiB (states + larger of training, sampling)" in shown
+    assert "memory estimate for one of 1 devices" in shown
+    assert "more than it holds" not in shown
+    assert "traffic" not in shown  # one process alone
     assert not list(tmp_path.iterdir())
 
 
@@ -147,56 +152,99 @@ def test_dry_run_ends_with_the_error_of_the_run(train, refusal, tmp_path):
     )
 
 
+SHAPES = {
+    "7b": (3584, 28, 4, 18944, 152064, 7_615_616_512),
+    "1.5b": (1536, 12, 2, 8960, 151936, 1_777_088_000),
+}
+
+
+@pytest.fixture
+def large_model(tiny_world, tmp_path):
+    """A directory with the shapes of Qwen2.5 around the tiny tokenizer, and no weights."""
+
+    def make(name):
+        hidden, heads, kv_heads, mlp, vocabulary, _ = SHAPES[name]
+        model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
+        shape = json.loads((model / "config.json").read_text()) | {
+            "hidden_size": hidden,
+            "num_hidden_layers": 28,
+            "layer_types": ["full_attention"] * 28,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": mlp,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 131072,
+        }
+        (model / "config.json").write_text(json.dumps(shape))
+        (model / "model.safetensors").write_bytes(b"")
+        return model
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("name", "hidden", "heads", "kv_heads", "mlp", "vocab", "parameters"),
-    [
-        ("7b", 3584, 28, 4, 18944, 152064, 7_615_616_512),
-        ("1.5b", 1536, 12, 2, 8960, 151936, 1_777_088_000),
-    ],
+    ("preset", "name", "processes"),
+    [("7b", "7b", 8), ("7b-multinode", "7b", 16), ("7b-1gpu", "7b", 1), ("1.5b", "1.5b", 1)],
 )
 def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
-    name, hidden, heads, kv_heads, mlp, vocab, parameters, tiny_world, tmp_path, capsys
+    preset, name, processes, large_model, capsys
 ):
-    """The shapes of Qwen2.5 around the tiny tokenizer; the parameter counts are the published."""
-    model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
-    shape = json.loads((model / "config.json").read_text()) | {
-        "hidden_size": hidden,
-        "num_hidden_layers": 28,
-        "layer_types": ["full_attention"] * 28,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-        "tie_word_embeddings": False,
-    }
-    (model / "config.json").write_text(json.dumps(shape))
-    (model / "model.safetensors").write_bytes(b"")
-    preset = ROOT / f"configs/{name}.yaml"
-    assert main(["train", str(preset), "--dry-run", "--model.path", str(model)]) == 0
+    """The parameter counts are the published ones; sizes in GiB, a column a phase."""
+    file = ROOT / f"configs/{preset}.yaml"
+    words = ["--model.path", str(large_model(name)), "--processes", str(processes)]
+    assert main(["train", str(file), "--dry-run", *words, "--device-gib", "79.6"]) == 0
     shown = capsys.readouterr().out
     assert "8 built-in questions stand in, the run itself needs hub:" in shown
     assert "The reference answer to this problem is: 45." in shown
+    kv_heads, parameters = SHAPES[name][2], SHAPES[name][-1]
     assert f"{parameters / 1e6:.1f} M parameters" in shown
+    assert f"one of {processes} devices" in shown
+    assert "more than it holds" not in shown
     sizes = {
-        line[2:16].strip(): float(line[16:].split()[0])
+        line[2:19].strip(): [float(cell) for cell in line[19:].split()]
         for line in shown.splitlines()
-        if line.startswith("  ") and line.endswith(("GiB", "sampling)"))
+        if line.startswith("  ") and line[19:].replace(".", "").replace(" ", "").isdigit()
     }
-    cfg = config.load(preset)
+    cfg = config.load(file)
     paths, context = cfg.rollout.max_batch, 415 + cfg.rollout.max_new_tokens
     assert f"{paths} paths of up to {context} tokens side by side" in shown
-    expected = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimiser": 8 * parameters,
-        "forward copy": 2 * parameters,
-        "kv cache": 2 * 28 * paths * context * kv_heads * 128 * 2,
-    }
-    for part, size in expected.items():
-        assert sizes[part] == pytest.approx(size / 2**30, abs=1e-3)
-    states = sum(sizes[part] for part in expected if part != "kv cache")
-    larger = max(sizes["kv cache"], sizes["activations"] + sizes["head"])
-    assert sizes["peak"] == pytest.approx(states + larger, abs=5e-3)
+    whole = parameters / 2**30
+    if preset != "7b-1gpu":
+        shards = processes // cfg.parallel.replicas
+        assert sizes["weights"][0] == pytest.approx(4 * whole / shards, rel=1e-3)
+        assert sizes["optimiser"][0] == pytest.approx(8 * whole / shards, rel=1e-3)
+    else:
+        assert "weights" not in sizes  # they lie in host memory
+        assert f"host memory of a process, weights, optimiser: {6 * whole:.3f} GiB" in shown
+    assert sizes["sampling replica"] == [pytest.approx(2 * whole, abs=1e-3)] * 6
+    kv_cache = 2 * 28 * paths * context * kv_heads * 128 * 2 / 2**30
+    assert sizes["kv cache"] == [0, 0, 0, 0, 0, pytest.approx(kv_cache, abs=1e-3)]
+    for phase, total in enumerate(sizes["total"]):
+        column = sum(cells[phase] for part, cells in sizes.items() if part != "total")
+        assert total == pytest.approx(column, abs=5e-3)
+    peak = re.search(r"peak ([0-9.]+) GiB", shown)
+    assert float(peak[1]) == pytest.approx(max(sizes["total"]), abs=2e-3)
+    assert ("between nodes" in shown) == (processes > 1)
+    assert ("all-reduce" in shown) == (preset == "7b-multinode")
+
+
+def test_dry_run_says_what_to_lower(large_model, capsys):
+    words = ["--model.path", str(large_model("7b")), "--rollout.max_batch", "512"]
+    machine = ["--processes", "8", "--device-gib", "79.6"]
+    assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
+    shown = capsys.readouterr().out
+    assert "such a device holds 79.600 GiB, 73.232 beside CUDA" in shown
+    assert "'kv cache' is largest: rollout.max_batch or rollout.max_new_tokens" in shown
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):
+    said = refusal(train("--dry-run", "--train.micro_batch_tokens", 100))
+    assert "train.micro_batch_tokens: got 100, but a row may have" in said
+    said = refusal(train("--dry-run", "--parallel.cpu_offload", "true"))
+    assert "parallel.cpu_offload: got true without a CUDA device" in said
+    said = refusal(train("--dry-run", "--processes", 3, "--parallel.replicas", 2))
+    assert "parallel.replicas: got 2, expected a divisor of the 3 processes" in said
 
 
 @pytest.mark.parametrize(
@@ -316,6 +364,33 @@ def test_a_run_directory_that_cannot_be_used(train, refusal, tmp_path):
     assert "a run is never overwritten" in refusal(train(run_dir=other))
     assert "is no run" in refusal(main(["train", "--resume", str(other)]))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "other", "thesis.txt"]
+
+
+def test_the_same_command_starts_a_run_and_goes_on_with_it(train, refusal, tmp_path):
+    """What a launcher repeats after a failure; the run's own configuration counts."""
+    run = tmp_path / "run"
+
+    def steps():
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
+
+    run.mkdir()
+    (run / ".lock").touch()  # what a kill before the first step leaves
+    assert train("--resume-if-started") == 0
+    assert steps() == [1, 2]
+    assert train("--resume-if-started") == 0  # it is done: nothing is added
+    assert steps() == [1, 2]
+    assert "a run is never overwritten" in refusal(train())
+    assert train("--resume-if-started", "--train.steps", 3) == 0
+    assert steps() == [1, 2, 3]
+
+
+def test_a_stopped_run_is_no_failure_under_torchrun(monkeypatch):
+    """Another status than 0 would make torchrun start a run that has just saved and stopped."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert (_status(done=True), _status(done=False)) == (0, 143)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert (_status(done=True), _status(done=False)) == (0, 0)
 
 
 def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, capsys, tmp_path):

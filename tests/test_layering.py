@@ -24,6 +24,7 @@ LAYERS = {
     "stages": {
         "checkpoint",
         "data",
+        "estimate",
         "integrations",
         "model",
         "objectives",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
 from vpgea_fast.config import ModelConfig
-from vpgea_fast.model import ModelError, Policy, check_model_dir, estimate_memory, load_policy
+from vpgea_fast.model import ModelError, Policy, check_model_dir, load_policy
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
@@ -134,24 +134,6 @@ def test_a_damaged_directory_is_refused(model_dir, damage, message):
 def test_no_such_directory():
     with pytest.raises(ModelError, match="no model directory at"):
         check_model_dir("./nowhere/model")
-
-
-def test_memory_estimate_counts_states_by_hand(model_dir, random_qwen2):
-    parameters = sum(p.numel() for p in random_qwen2().parameters())
-    settings = {"batch_tokens": 100, "checkpointing": True, "sequences": 4, "context": 50}
-    estimate = estimate_memory(str(model_dir), "bfloat16", **settings)
-    assert estimate.parameters == parameters
-    assert estimate.parts["weights"] == estimate.parts["gradients"] == 4 * parameters
-    assert estimate.parts["optimiser"] == 8 * parameters
-    assert estimate.parts["forward copy"] == 2 * parameters
-    # 2 (k, v) x 2 layers x 4 sequences x 50 tokens x 2 heads x 16 columns x 2 bytes
-    assert estimate.parts["kv cache"] == 2 * 2 * 4 * 50 * 2 * 16 * 2
-    assert (
-        estimate_memory(str(model_dir), "bfloat16", **settings | {"checkpointing": False}).parts[
-            "activations"
-        ]
-        > (estimate.parts["activations"])
-    )
 
 
 def test_half_precision_head_accumulates_its_gradient_in_float32(random_qwen2):

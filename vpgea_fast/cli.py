@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -110,10 +111,22 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", metavar="RUN", help="go on with a run directory (its own config.yaml is used)"
     )
     train.add_argument(
+        "--resume-if-started",
+        action="store_true",
+        help="with a YAML file: go on with its run directory if a run has begun there, as --resume "
+        "would (for launchers that start the same command again)",
+    )
+    train.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     train.add_argument(
         "--dry-run", action="store_true", help="show prompts, lengths and memory, and stop"
+    )
+    train.add_argument(
+        "--processes", type=int, metavar="N", help="--dry-run for N processes, one a device"
+    )
+    train.add_argument(
+        "--device-gib", type=float, metavar="G", help="--dry-run for CUDA devices of G GiB"
     )
     train.set_defaults(run=_train, parser=train)
 
@@ -165,27 +178,38 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if (args.config is None) == (args.resume is None):
         raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
-    source = args.config
-    if args.resume is not None:
-        source = Path(args.resume) / "config.yaml"
-        overrides = [*overrides, "--run.dir", args.resume]
+    if args.resume_if_started and args.config is None:
+        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
+    if (args.processes or args.device_gib) and not args.dry_run:
+        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
+    source, run = args.config, args.resume
+    if args.resume_if_started:
+        run_dir = config.load(source, overrides).run.dir
+        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
+    if run is not None:
+        source = Path(run) / "config.yaml"
+        overrides = [*overrides, "--run.dir", run]
         if not source.is_file():
-            raise UsageError(
-                f"{args.resume} is no run: config.yaml is missing; give a run to go on"
-            )
+            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
     cfg = config.load(source, overrides)
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
     if args.dry_run:
-        from vpgea_fast.dry_run import dry_run
+        from vpgea_fast.dry_run import dry_run, target
 
-        dry_run(cfg)
+        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
         return 0
     from vpgea_fast.trainer import fit
 
     _plain_logs()
-    return 0 if fit(cfg, resume=args.resume is not None) else STOPPED
+    return _status(done=fit(cfg, resume=run is not None))
+
+
+def _status(*, done: bool) -> int:
+    """0 for a run that has ended, and under torchrun for one that was stopped and saved: there any
+    other status is a failure, and starts the stopped run again."""
+    return 0 if done or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:

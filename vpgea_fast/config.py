@@ -323,7 +323,7 @@ class TrainConfig:
     """Dynamic sampling (DAPO, arXiv 2503.14476): questions without a gradient are replaced by new
     ones, up to so many times a step. 0: off."""
     micro_batch_tokens: PositiveInt = 16384
-    """Packed tokens a forward; a longer row is a batch of its own."""
+    """Packed tokens a forward; at least the longest row that may come."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -245,8 +245,8 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     one process, replicas without sharding.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    here = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    _check(cfg, size)
+    here = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    check_world(cfg, size)
     sharded = cfg.shard == "always" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
     if not sharded:
         return World(here)
@@ -267,7 +267,8 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     return World(here, rank=rank, size=size, mesh=mesh)
 
 
-def _check(cfg: ParallelConfig, size: int) -> None:
+def check_world(cfg: ParallelConfig, size: int) -> None:
+    """ConfigError unless `size` processes can make the mesh of `cfg`."""
     if size % cfg.replicas:
         raise ConfigError(
             f"parallel.replicas: got {cfg.replicas}, expected a divisor of the {size} processes; "
@@ -280,7 +281,7 @@ def _check(cfg: ParallelConfig, size: int) -> None:
         )
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is CUDA where there is any; `cuda` without a number is this process's own."""
     cuda = torch.cuda.is_available()
     if name == "auto":

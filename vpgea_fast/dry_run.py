@@ -1,22 +1,29 @@
-"""`--dry-run`: what a run would see and need, before anything is sampled: prompts, lengths,
-memory."""
+"""What a run would see and need, before any GPU work: `check_config` refuses what cannot work, and
+`--dry-run` shows prompts, lengths, memory and traffic."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
 from huggingface_hub import constants, is_offline_mode
 
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import DataError, load_questions, step_questions
-from vpgea_fast.model import estimate_memory, load_tokenizer
+from vpgea_fast.distributed import check_world, pick_device
+from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.model import load_config, load_tokenizer
+from vpgea_fast.optim import check_torchao
 from vpgea_fast.prompts import Prompter, length_report
-from vpgea_fast.types import Question
+from vpgea_fast.types import PromptedQuestion, Question
 from vpgea_fast.verify import Verifier
 
 ITEMS = 8
@@ -35,22 +42,42 @@ SAMPLE_QUESTIONS = tuple(
         ]
     )
 )
-REMEDIES = {
-    "kv cache": "rollout.max_batch or rollout.max_new_tokens",
-    "activations": "train.micro_batch_tokens",
-    "head": "train.micro_batch_tokens",
-}
+GIB = 2**30
 
 Say = Callable[[str], object]
 
 
-def dry_run(cfg: Config, say: Say = print) -> None:
-    """Tokenise the data, show 8 items and both prompts, report lengths and memory.
+@dataclass(frozen=True)
+class Target:
+    """The machines that a run is planned for: `processes`, one a device of `device_bytes`, `node`
+    of them a node; `here` when they are this machine, whose packages then matter."""
+
+    processes: int
+    device_bytes: int
+    cuda: bool
+    node: int = 8
+    here: bool = True
+
+
+def target(cfg: Config, *, processes: int | None = None, device_gib: float | None = None) -> Target:
+    """This machine as torchrun started it, or so many CUDA devices of `device_gib` each."""
+    size = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if device_gib is not None:
+        return Target(size, int(device_gib * GIB), cuda=True, here=False)
+    cuda = pick_device(cfg.model.device).type == "cuda"
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+    return Target(size, _device_memory(cuda), cuda, node)
+
+
+def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
+    """Tokenise the data, show 8 items and both prompts, report lengths, memory and traffic.
 
     Writes nothing, loads no weight, and draws nothing. Bad input is the error that the run would
     end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
     """
+    on = on or target(cfg)
     tokenizer = load_tokenizer(cfg.model.path)
+    model_config = load_config(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     questions, dropped = _questions(cfg, say)
     kept, unfit = prompter.prompt_within(
@@ -73,7 +100,125 @@ def dry_run(cfg: Config, say: Say = print) -> None:
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
     if questions is not SAMPLE_QUESTIONS:  # the error that the run would end with
         step_questions(kept, seed=cfg.run.seed, step=0, batch=cfg.train.questions_per_step)
-    _memory(cfg, max(len(q.teacher_ids) for q in kept), say)
+    check_config(cfg, model_config, on.processes, questions=kept, tokenizer=tokenizer, on=on)
+    _needs(cfg, model_config, kept, on, say)
+
+
+def check_config(
+    cfg: Config,
+    model_config: Any,
+    world_size: int,
+    *,
+    questions: Sequence[PromptedQuestion] = (),
+    tokenizer: Any = None,
+    on: Target | None = None,
+) -> None:
+    """ConfigError for what cannot work, with the key, what it got, what is expected, and what to
+    do; before any GPU work. Lengths are those of `questions`, else the limits of the configuration.
+    """
+    on = on or target(cfg, processes=world_size)
+    check_world(cfg.parallel, world_size)
+    _check_model(cfg, model_config, tokenizer)
+    _check_lengths(cfg, model_config, questions)
+    _check_precision(cfg, world_size, on)
+    if on.here:
+        _check_packages(cfg, on)
+
+
+def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
+    heads = model.num_attention_heads
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"model.path {cfg.model.path}: num_attention_heads {heads} is no multiple of "
+            f"num_key_value_heads {kv_heads}; correct its config.json"
+        )
+    if tokenizer is None:
+        return
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= model.vocab_size:
+        raise ConfigError(
+            f"model.path {cfg.model.path}: the tokenizer's {token!r} is token {largest}, but the "
+            f"model embeds {model.vocab_size} tokens; use the tokenizer that belongs to the model, "
+            "or enlarge the embedding (resize_token_embeddings) and train it"
+        )
+
+
+def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion]) -> None:
+    """The longest row that may come must fit a micro-batch, the longest path the model."""
+    thought = cfg.rollout.max_new_tokens
+    prompt, row = longest(cfg, questions)
+    packed = row - 1  # the last token of a row is only ever a target
+    if packed > cfg.train.micro_batch_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens: got {cfg.train.micro_batch_tokens}, but a row may have "
+            f"{packed} tokens (rollout.max_new_tokens {thought}, {row - thought} around it); set "
+            f"it to {packed} or more, or lower rollout.max_new_tokens or data.max_prompt_tokens"
+        )
+    room = getattr(model, "max_position_embeddings", None)
+    answer = cfg.rollout.max_answer_tokens if cfg.rollout.full_answer else 0
+    if room is not None and max(prompt + thought + answer, row) > room:
+        raise ConfigError(
+            f"rollout.max_new_tokens: got {thought}, but with a prompt of {prompt} tokens and an "
+            f"answer of {answer} the model has {room} positions (max_position_embeddings); lower "
+            "it, or data.max_prompt_tokens"
+        )
+
+
+def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest row that is trained or scored."""
+    if not questions:
+        limit = cfg.data.max_prompt_tokens
+        return limit, limit + cfg.rollout.max_new_tokens
+    prompts = [max(len(q.student_ids), len(q.teacher_ids)) for q in questions]
+    tails = [0]
+    if cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":  # behind </think>
+        tails = [
+            len(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+            for q in questions
+        ]
+    return max(prompts), max(*prompts, *tails) + cfg.rollout.max_new_tokens
+
+
+def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
+    parallel = cfg.parallel
+    sharded = parallel.shard == "always" or (
+        parallel.shard == "auto" and (world_size > 1 or on.cuda)
+    )
+    if parallel.cpu_offload and not (on.cuda and sharded):
+        raise ConfigError(
+            "parallel.cpu_offload: got true "
+            + ("without a CUDA device" if not on.cuda else "with parallel.shard 'never'")
+            + "; it moves shards of CUDA devices to host memory: set it to false"
+        )
+    summed = sharded and parallel.accumulate == "sharded" and parallel.replicas == 1
+    if cfg.model.master_dtype == "bfloat16" and summed:
+        raise ConfigError(
+            "parallel.accumulate: got 'sharded' with model.master_dtype 'bfloat16', which would "
+            "sum the gradients of micro-batches in bfloat16 and lose small ones; set 'unsharded'"
+        )
+
+
+def _check_packages(cfg: Config, on: Target) -> None:
+    if cfg.optim.name == "adamw_8bit":
+        check_torchao()
+    model = cfg.model
+    if model.liger == "always" and not (on.cuda and importlib.util.find_spec("liger_kernel")):
+        lack = "liger-kernel is not installed" if on.cuda else "there is no CUDA device"
+        raise ConfigError(
+            f"model.liger: got 'always', but {lack}; pip install vpgea_fast[liger] on a CUDA "
+            "machine, or set 'auto'"
+        )
+    if model.attention in ("flash", "varlen") and not on.cuda:
+        raise ConfigError(
+            f"model.attention: got {model.attention!r}, which needs a CUDA device; set 'auto' or "
+            "'sdpa'"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    lack = not importlib.util.find_spec("triton") if on.cuda else shutil.which(compiler) is None
+    if model.compile and lack:
+        what = "triton is not installed" if on.cuda else f"there is no C++ compiler ({compiler})"
+        raise ConfigError(f"model.compile: got true, but {what}; install it, or set false")
 
 
 def _questions(cfg: Config, say: Say) -> tuple[tuple[Question, ...], dict[str, int]]:
@@ -103,35 +248,77 @@ def _hub_answers() -> bool:
     return True
 
 
-def _memory(cfg: Config, longest_prompt: int, say: Say) -> None:
-    row = longest_prompt + cfg.rollout.max_new_tokens
-    context = row + (cfg.rollout.max_answer_tokens if cfg.rollout.full_answer else 0)
-    batch_tokens = max(cfg.train.micro_batch_tokens, row)
+def _needs(
+    cfg: Config, model_config: Any, questions: Sequence[PromptedQuestion], on: Target, say: Say
+) -> None:
+    """The tables of memory and traffic, and what to lower when it does not fit."""
+    prompt, row = longest(cfg, questions)
+    answer = cfg.rollout.max_answer_tokens if cfg.rollout.full_answer else 0
+    context = prompt + cfg.rollout.max_new_tokens + answer
+    if cfg.eval.data:
+        context = max(context, prompt + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens)
+    shape = model_shape(model_config)
     estimate = estimate_memory(
-        cfg.model.path,
-        cfg.model.dtype,
-        batch_tokens=batch_tokens,
-        checkpointing=cfg.model.activation_checkpointing != "none",
-        sequences=cfg.rollout.max_batch,
-        context=context,
+        shape, cfg, world=on.processes, cuda=on.cuda, context=context, prompt=prompt
     )
     say(
-        f"memory estimate for one device: {estimate.parameters / 1e6:.1f} M parameters, "
-        f"{batch_tokens} packed tokens a forward, {cfg.rollout.max_batch} paths of up to {context} "
-        "tokens side by side"
+        f"memory estimate for one of {on.processes} devices: {shape.parameters / 1e6:.1f} M "
+        f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
+        f"{cfg.rollout.max_batch} paths of up to {context} tokens side by side; GiB:"
     )
-    for name, size in estimate.parts.items():
-        say(f"  {name:<14}{size / 2**30:9.3f} GiB")
-    say(f"  {'peak':<14}{estimate.total / 2**30:9.3f} GiB (states + larger of training, sampling)")
-    present = _device_memory(cfg.model.device)
-    say(f"  {'this device':<14}{present / 2**30:9.3f} GiB")
-    if estimate.total > present:
-        largest = max(REMEDIES, key=lambda name: estimate.parts[name])
-        say(f"  more than this device holds; of what can be set {largest!r} is largest: lower")
-        say(f"  {REMEDIES[largest]}, or take a larger device")
+    say(f"  {'':<17}" + "".join(f"{phase:>11}" for phase in estimate.phases))
+    for part in estimate.parts:
+        sizes = [parts.get(part, 0) / GIB for parts in estimate.phases.values()]
+        if any(sizes):
+            say(f"  {part:<17}" + "".join(f"{size:11.3f}" for size in sizes))
+    totals = [sum(parts.values()) / GIB for parts in estimate.phases.values()]
+    say(f"  {'total':<17}" + "".join(f"{size:11.3f}" for size in totals))
+    for part, size in estimate.host.items():
+        say(f"  host memory of a process, {part}: {size / GIB:.3f} GiB")
+    usable = on.device_bytes * (1 - RESERVE) if on.cuda else on.device_bytes
+    which = "this device" if on.here else "such a device"
+    say(
+        f"  peak {estimate.peak / GIB:.3f} GiB ({estimate.phase}); {which} holds "
+        f"{on.device_bytes / GIB:.3f} GiB"
+        + (f", {usable / GIB:.3f} beside CUDA, NCCL and gaps" if on.cuda else "")
+    )
+    if estimate.peak > usable:
+        part, remedy = estimate.lower()
+        say(f"  more than it holds; of what can be set {part!r} is largest: {remedy},")
+        say("  or take larger devices")
+    _traffic(cfg, shape, row, on, say)
 
 
-def _device_memory(device: str) -> int:
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+def _traffic(cfg: Config, shape: Any, row: int, on: Target, say: Say) -> None:
+    """Bytes of a step in which every path is as long as it can be."""
+    objective, budget = cfg.objective, cfg.train.micro_batch_tokens
+    rows = cfg.train.questions_per_step * (2 * objective.posterior_paths or objective.prior_paths)
+    scored = cfg.train.questions_per_step * (objective.posterior_paths + objective.prior_paths)
+    fit = max(1, budget // (row - 1)) * on.processes
+    batches = -(-rows // fit)
+    moved = communication(
+        shape,
+        cfg,
+        world=on.processes,
+        node=on.node,
+        micro_batches=batches,
+        scoring_batches=-(-scored // fit) if objective.scores_answers else 0,
+        cuda=on.cuda,
+    )
+    if not moved:
+        return
+    say(
+        f"traffic of one device in a step of at most {batches} micro-batches, GiB received "
+        f"({on.node} devices a node):"
+    )
+    for kind, traffic in moved.items():
+        say(
+            f"  {kind:<17}{traffic.inside / GIB:11.3f} inside a node {traffic.between / GIB:11.3f} "
+            f"between nodes {traffic.calls:7d} calls"
+        )
+
+
+def _device_memory(cuda: bool) -> int:
+    if cuda:
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

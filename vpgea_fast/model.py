@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,13 +40,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from vpgea_fast import attention, losses
 from vpgea_fast.config import ModelConfig, ParallelConfig
-from vpgea_fast.distributed import World
+from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.types import PackedBatch
 
 P = TypeVar("P", bound="Policy")
 HALF = (torch.bfloat16, torch.float16)
-HEAD_CHUNK = 2**32
-"""Bytes of logits that the head loss holds at once, at most (a large GPU), for the estimate."""
 
 
 class ModelError(ValueError):
@@ -234,11 +230,10 @@ def load_policy(
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
     storage, cut, and each process reads its own part of the files. Errors: ModelError.
     """
-    world = world or World(default_device(cfg.device))
+    world = world or World(pick_device(cfg.device))
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
     else:
-        check_model_dir(cfg.path)
         causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
     policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
     if world.mesh is not None:
@@ -262,7 +257,7 @@ def random_policy(
     Matrices are drawn with the configuration's `initializer_range`, each process its own part;
     norms are 1, biases 0. `kind`: what is made, `Policy` or a subclass that takes other batches.
     """
-    world = world or World(default_device(cfg.device))
+    world = world or World(pick_device(cfg.device))
     causal_lm = _on_meta(config, _master_dtype(cfg))
     if world.mesh is None:
         _allocate(causal_lm, world.device)
@@ -362,13 +357,24 @@ def make_replica(policy: Policy, path: str) -> Any:
     return replica.eval()
 
 
-def _without_storage(path: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, GenerationConfig
+def load_config(path: str) -> Any:
+    """The transformers configuration of a model directory or Hub name. Errors: ModelError."""
+    from transformers import AutoConfig
 
+    check_model_dir(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the model {path!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot read the configuration of the model {path!r}: {_first_line(error)}; give a "
+            "complete Hugging Face directory, or a Hub name that can be reached"
+        ) from error
+
+
+def _without_storage(path: str, dtype: torch.dtype) -> Any:
+    from transformers import GenerationConfig
+
+    config = load_config(path)
     causal_lm = _on_meta(config, dtype)
     try:
         causal_lm.generation_config = GenerationConfig.from_pretrained(path)
@@ -536,12 +542,6 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
     )
 
 
-def default_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
     """AutoModelForCausalLM with packed attention. Errors: ModelError for an incomplete directory or
     non-finite weights."""
@@ -632,69 +632,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
     return content
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes by purpose; `total` is an upper estimate of the peak, which is the larger of training
-    and sampling."""
-
-    parts: Mapping[str, int]
-    parameters: int
-
-    @property
-    def total(self) -> int:
-        states = sum(
-            self.parts[name] for name in ("weights", "gradients", "optimiser", "forward copy")
-        )
-        return states + max(self.parts["activations"] + self.parts["head"], self.parts["kv cache"])
-
-
-def estimate_memory(
-    model_path: str,
-    dtype: str,
-    *,
-    batch_tokens: int,
-    checkpointing: bool,
-    sequences: int,
-    context: int,
-) -> MemoryEstimate:
-    """What one device holds, from config.json alone (no weight is read).
-
-    `batch_tokens` packed tokens a forward, `sequences` paths of up to `context` tokens decoded side
-    by side. Activations: with checkpointing one hidden state a layer plus one layer's inner
-    tensors, else all of them.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    master = 8 if dtype == "float64" else 4
-    copied = 0 if size == master else size  # bytes a weight of the forward's own copy
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # What autograd keeps of a layer: of the MLP gate, its activation, up and their product; of the
-    # rest the projections, and in float32 (autocast casts no residual) norms and residual stream.
-    layer = batch_tokens * (
-        config.hidden_size * (4 * size + 7 * master) + 4 * config.intermediate_size * size
-    )
-    kept = batch_tokens * config.hidden_size * master
-    layers = config.num_hidden_layers
-    return MemoryEstimate(
-        parts={
-            "weights": parameters * master,
-            "gradients": parameters * master,
-            "optimiser": 2 * parameters * master,
-            "forward copy": parameters * copied,
-            "activations": layers * kept + layer if checkpointing else layers * layer,
-            "head": min(HEAD_CHUNK, batch_tokens * config.vocab_size * (master + copied))
-            + config.vocab_size * config.hidden_size * (copied + master),
-            "kv cache": 2 * layers * sequences * context * kv_heads * head_dim * size,
-        },
-        parameters=parameters,
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,20 +36,6 @@ def drop_zero_rows(rows: Sequence[TrainRow]) -> list[TrainRow]:
     return [row for row in rows if row.token_ids.numel() and bool(row.coef.any())]
 
 
-def check_budget(budget: int, longest: int) -> None:
-    """Refuse a budget that the longest possible row does not fit. Call it before any GPU work.
-
-    `longest` counts what goes through the model: `TrainRow.tokens - 1` of the longest prompt with
-    the longest sample. Errors: ValueError.
-    """
-    if budget < longest:
-        raise ValueError(
-            f"train.micro_batch_tokens: got {budget}, expected at least {longest}, the longest row "
-            "that can come (prompt and sampled tokens); raise it, or lower data.max_prompt_tokens "
-            "or rollout.max_new_tokens. A row is never cut"
-        )
-
-
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit-decreasing: indices of `lengths` in batches of at most `budget` tokens; a longer
     row stays alone.

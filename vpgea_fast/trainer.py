@@ -23,9 +23,10 @@ from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
 from vpgea_fast.data import fingerprint, load_questions
 from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
+from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
-from vpgea_fast.model import load_policy, load_tokenizer, make_replica
+from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
@@ -360,6 +361,13 @@ class Trainer:
         )
         self.dropped = {**loaded.dropped, **unfit}
         self.fingerprint = fingerprint([q.question for q in self.questions])
+        check_config(
+            cfg,
+            load_config(cfg.model.path),
+            self.world.size,
+            questions=self.questions,
+            tokenizer=self.tokenizer,
+        )
         self.policy = load_policy(cfg.model, self.world, cfg.parallel, backend=cfg.loss.backend)
         self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim, seed=cfg.run.seed)
         self.passes = Passes(

@@ -1,0 +1,628 @@
+"""The estimator against what torch does: shards and collectives to the byte, peaks within 10 %."""
+
+import gc
+import importlib.util
+import json
+import math
+import re
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from vpgea_fast import attention, config, losses
+from vpgea_fast.dry_run import Target, check_config, target
+from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.model import Policy
+from vpgea_fast.optim import apply_update, build_optimizer
+from vpgea_fast.packing import pack_rows
+from vpgea_fast.types import PromptedQuestion, Question, TrainRow
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+PUBLISHED = {
+    "1.5b": ((1536, 28, 8960, 12, 2, 151936), 1_777_088_000),
+    "7b": ((3584, 28, 18944, 28, 4, 152064), 7_615_616_512),
+    "32b": ((5120, 64, 27648, 40, 8, 152064), 32_763_876_352),
+}
+
+
+def qwen(sizes, *, tied=False, **more):
+    hidden, layers, mlp, heads, kv_heads, vocabulary = sizes
+    settings = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 131072,
+    }
+    return Qwen2Config(**settings | more)
+
+
+SMALL = (256, 3, 1024, 8, 2, 2051)  # no power of two divides the vocabulary
+
+
+def settings(*, model=(), parallel=(), train=(), optim=(), **sections):
+    tree = {
+        "model": {"dtype": "bfloat16", "attention": "sdpa"} | dict(model),
+        "parallel": {"shard": "always"} | dict(parallel),
+        "train": {"micro_batch_tokens": 768} | dict(train),
+        "optim": dict(optim),
+    }
+    return config.resolve(tree | sections)
+
+
+def parts(shape, cfg, phase=None, **given):
+    given = {"world": 1, "cuda": True, "context": 100, "prompt": 10} | given
+    found = estimate_memory(shape, cfg, **given)
+    return found.parts if phase is None else found.phases[phase]
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name):
+    sizes, count = PUBLISHED[name]
+    shape = model_shape(qwen(sizes))
+    assert shape.parameters == count
+    assert len(shape.blocks) == sizes[1]
+    assert not shape.tied
+
+
+def test_states_of_every_optimiser_by_hand():
+    """On 4 processes every parameter has rows / 4 rows, rounded up."""
+    shape = model_shape(qwen(SMALL))
+    held = sum(
+        -(-rows // 4) * math.prod(rest) for unit in shape.units.values() for rows, *rest in unit
+    )
+    half = {"model": {"master_dtype": "bfloat16"}, "parallel": {"accumulate": "unsharded"}}
+    rounded = {"stochastic_rounding": True}
+    for given, weight, moments in (
+        ({}, 4, 8),
+        ({"optim": {"name": "adamw_bf16"}}, 4, 4),
+        (half | {"optim": rounded}, 2, 8),
+        (half | {"optim": rounded | {"name": "adamw_bf16"}}, 2, 4),
+    ):
+        got = parts(shape, settings(**given), world=4)
+        assert got["weights"] == weight * held
+        assert got["optimiser"] == moments * held
+        assert got["sampling replica"] == 2 * shape.parameters
+        assert parts(shape, settings(**given), "update", world=4)["gradients"] == weight * held
+    whole = parts(shape, settings(**half, optim=rounded), "backward", world=4)
+    assert whole["gradients"] == 4 * (shape.parameters - 2051 * 256)  # the head's dW: its unit
+    assert parts(shape, settings(), "backward", world=4)["gradients"] == 4 * held
+    replicas = settings(parallel={"replicas": 2})
+    assert parts(shape, replicas, world=8)["weights"] == 4 * held
+    eight = settings(optim={"name": "adamw_8bit"})
+    assert 2 * held < parts(shape, eight, world=4)["optimiser"] < 2.2 * held
+    alone = parts(shape, settings(parallel={"shard": "never"}, model={"dtype": "float32"}))
+    assert alone["sampling replica"] == alone["forward copy"] == 0
+    assert alone["weights"] == 4 * shape.parameters
+
+
+def test_the_host_holds_what_is_offloaded():
+    shape, plain = model_shape(qwen(SMALL)), settings()
+    cfg = settings(parallel={"cpu_offload": True}, checkpoint={"background": True})
+    found = estimate_memory(shape, cfg, world=4, context=100, prompt=10)
+    assert found.parts["weights"] == found.parts["optimiser"] == found.parts["gradients"] == 0
+    kept = parts(shape, plain, world=4)
+    assert found.host == {
+        "weights, optimiser": kept["weights"] + kept["optimiser"],
+        "gradients": kept["weights"],
+        "checkpoint copy": kept["weights"] + kept["optimiser"],
+    }
+    assert estimate_memory(shape, plain, world=4, context=100, prompt=10).host == {}
+
+
+def test_sampling_and_grades_of_checkpointing():
+    shape = model_shape(qwen(SMALL))
+    cfg = settings(rollout={"max_batch": 6})
+    # k and v of 3 layers, 6 paths of 100 tokens, 2 heads of 32 columns, 2 bytes
+    assert parts(shape, cfg)["kv cache"] == 2 * 3 * 6 * 100 * 2 * 32 * 2
+    grades = [
+        parts(shape, settings(model={"activation_checkpointing": grade}), "head")["activations"]
+        for grade in ("full", "selective", "none")
+    ]
+    assert grades[0] == 3 * 768 * 256 * 2  # the inputs of the layers
+    assert grades == sorted(set(grades))
+    slim = settings(model={"activation_checkpointing": "none", "compile": True})
+    assert parts(shape, slim, "head")["activations"] < grades[2]
+
+
+def test_what_to_lower_is_the_largest_part_of_the_peak():
+    shape = model_shape(qwen(SMALL))
+    for given, part, key in (
+        ({"rollout": {"max_batch": 4096}}, "kv cache", "rollout.max_batch"),
+        ({"train": {"micro_batch_tokens": 2**20}}, "activations", "train.micro_batch_tokens"),
+    ):
+        cfg = settings(**given)
+        found = estimate_memory(shape, cfg, world=4, context=100, prompt=10)
+        assert found.lower()[0] == part
+        assert key in found.lower()[1]
+
+
+# --- simulation: many processes in one, the others' messages left out ----------------------------
+
+
+@contextmanager
+def fake_world(size, replicas=1):
+    """Rank 0 of `size`: collectives return at once and move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    shape, names = (size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, size // replicas), ("replicate", "shard")
+    try:
+        yield init_device_mesh("cpu", shape, mesh_dim_names=names)
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+class Head(nn.Module):
+    """The head of a sharded policy: dW goes into the weight's own float32 gradient."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden_RD, targets, coef):
+        weight = self.weight
+        if coef is None:
+            return losses.linear_logprob(hidden_RD, weight, targets).logp
+        weight.grad_dtype = torch.float32
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        return losses.weighted_logprob_loss(
+            hidden_RD, weight.detach(), targets, coef, dweight_out=weight.grad
+        ).loss
+
+
+class Sharded(nn.Module):
+    """Every block, the embedding, the head and the root a unit of FSDP2."""
+
+    def __init__(self, causal_lm, mesh, cfg):
+        super().__init__()
+        self.model, self.lm_head = causal_lm.model, Head(causal_lm.lm_head.weight)
+        self.whole = cfg.parallel.accumulate == "unsharded"
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        dtype = getattr(torch, cfg.model.dtype)
+        options = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=dtype if dtype is torch.bfloat16 else None,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
+        }
+        for layer in self.model.layers:
+            fully_shard(layer, **options)
+        ends = [self.model.embed_tokens, self.lm_head]
+        for unit in [ends] if tied else [[end] for end in ends]:
+            fully_shard(unit, reshard_after_forward=False, **options)
+        fully_shard(self, **options)
+        for unit in self.units():
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        for end in ends:
+            end.set_unshard_in_backward(False)
+
+    def units(self):
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
+
+    def expect_backward(self, *, last):
+        for unit in self.units():
+            late = self.whole or unit is self.lm_head
+            late |= any(p is self.lm_head.weight for p in unit.parameters(recurse=False))
+            unit.set_requires_gradient_sync(last or not late, recurse=False)
+            unit.set_requires_all_reduce(last, recurse=False)
+        self.lm_head.set_reshard_after_backward(last, recurse=False)
+        self.set_is_last_backward(last)
+
+    def forward(self, batch, train=True):
+        hidden_TD = self.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            seqlens=batch.seqlens,
+        ).last_hidden_state[0]
+        coef = batch.coef.float() if train else None
+        return self.lm_head(hidden_TD[batch.logit_index], batch.targets, coef)
+
+
+def causal_lm(sizes, cfg, tied):
+    torch.manual_seed(0)
+    hf = qwen(sizes, tied=tied)
+    model = Qwen2ForCausalLM._from_config(hf, attn_implementation=attention.register()).float()
+    if cfg.model.activation_checkpointing != "none":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def full_batch(tokens, documents=4):
+    ids = torch.arange(tokens // documents + 1) % 1000
+    row = TrainRow(ids[:1], ids[1:], -torch.ones(len(ids) - 1), "prior", "student")
+    return pack_rows([row] * documents)
+
+
+def sharded_step(policy, optimizer, batch, *, micro_batches, scoring=0):
+    for _ in range(scoring):
+        with torch.no_grad():
+            policy(batch, train=False)
+    for number in range(micro_batches):
+        policy.expect_backward(last=number + 1 == micro_batches)
+        policy(batch).backward()
+    for unit in policy.units():
+        unit.reshard()
+    for p in policy.parameters():
+        p.grad.to_local().zero_()  # nobody has sent anything
+    apply_update(optimizer, lr=0.0, max_grad_norm=1.0)
+
+
+KINDS = {
+    "c10d._allgather_base_.": "all-gather",
+    "c10d._reduce_scatter_base_.": "reduce-scatter",
+    "c10d.allreduce_.": "all-reduce",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Calls and bytes of the larger side (the sum, for an all-reduce) of what FSDP sends."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind = next((kind for name, kind in KINDS.items() if name in str(function)), None)
+        if kind is not None:
+            tensors = args[0] if isinstance(args[0], list) else args[:2]
+            size = max(tensor.nbytes for tensor in tensors)
+            if size > 8:  # the gradient norm is a number
+                self.calls[kind] += 1
+                self.bytes[kind] += size
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("world", "replicas", "accumulate", "scoring", "tied"),
+    [
+        (1, 1, "sharded", 1, False),
+        (8, 1, "sharded", 2, False),
+        (8, 1, "sharded", 0, True),
+        (8, 1, "unsharded", 1, False),
+        (64, 8, "sharded", 1, False),
+        (64, 1, "unsharded", 1, True),
+        (512, 64, "sharded", 1, False),
+        (512, 1, "sharded", 0, False),
+    ],
+)
+def test_shards_and_collectives_to_the_byte(world, replicas, accumulate, scoring, tied):
+    """Local bytes of weights, gradients and moments of rank 0, and every message of one step."""
+    sizes = (64, 2, 128, 4, 2, 515)
+    cfg = settings(
+        model={"activation_checkpointing": "full"},
+        parallel={"replicas": replicas, "accumulate": accumulate},
+    )
+    shape, batches = model_shape(qwen(sizes, tied=tied)), 3
+    with fake_world(world, replicas) as mesh:
+        policy = Sharded(causal_lm(sizes, cfg, tied), mesh, cfg)
+        optimizer = build_optimizer(policy.parameters(), cfg.optim)
+        held = sum(p.to_local().nbytes for p in policy.parameters())
+        batch = full_batch(32, 2)
+        with Collectives() as seen:
+            sharded_step(policy, optimizer, batch, micro_batches=batches, scoring=scoring)
+        moments = sum(
+            value.to_local().nbytes
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if name != "step"
+        )
+        del policy, optimizer
+    want = parts(shape, cfg, "update", world=world, cuda=False)
+    assert (held, held, moments) == (want["weights"], want["gradients"], want["optimiser"])
+    moved = communication(
+        shape, cfg, world=world, micro_batches=batches, scoring_batches=scoring, cuda=False
+    )
+    refresh = moved.pop("replica refresh", None)
+    assert set(seen.calls) == {kind for kind, traffic in moved.items() if traffic.calls}
+    shards = world // replicas
+    for kind, traffic in moved.items():
+        assert traffic.calls == seen.calls[kind], kind
+        # of a gathered tensor a rank already has its own shard; a sum goes around twice
+        share = (shards - 1) / shards if kind != "all-reduce" else 2 * (replicas - 1) / replicas
+        assert traffic.total == pytest.approx(share * seen.bytes[kind], rel=1e-9), kind
+        assert traffic.inside >= 0
+        nodes = {"all-reduce": replicas > 8 // min(8, shards)}.get(kind, shards > 8)
+        assert (traffic.between > 0) == nodes, kind
+    if refresh is not None:  # every unit once, in bfloat16
+        assert refresh.total == (shards - 1) * want["weights"] // 2
+        assert refresh.calls == len(shape.units)
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(1, 1), (8, 1), (64, 1), (64, 8), (512, 1)])
+def test_shards_of_a_7b_model_to_the_byte(world, replicas):
+    """The published shapes without storage; dimensions that the world does not divide included."""
+    hf = qwen(PUBLISHED["7b"][0])
+    cfg = settings(parallel={"replicas": replicas})
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM._from_config(hf, attn_implementation=attention.register())
+    with fake_world(world, replicas) as mesh:
+        policy = Sharded(model.float(), mesh, cfg)
+        held = sum(p.to_local().nbytes for p in policy.parameters())
+        del policy, model
+    assert held == parts(model_shape(hf), cfg, world=world)["weights"]
+
+
+def peak_bytes(run, tmp_path):
+    """What a run allocates at its highest above what was alive before, by torch's allocator."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    alive = peak = 0
+    for _, change in sorted(
+        (e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"
+    ):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+MEASURED = [
+    # (dtype, checkpointing, processes, tied); 0 processes: not sharded
+    ("float32", "none", 0, False),
+    ("float32", "full", 0, True),
+    ("bfloat16", "none", 0, False),
+    ("bfloat16", "full", 8, False),
+    ("bfloat16", "none", 8, True),
+    ("float32", "full", 8, False),
+    ("bfloat16", "full", 1, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "grade", "world", "tied"), MEASURED)
+def test_estimated_peaks_are_the_measured_ones(dtype, grade, world, tied, tmp_path):
+    """A step of two micro-batches on a CPU, real memory of rank 0, within 10 % of the estimate."""
+    cfg = settings(
+        model={"dtype": dtype, "activation_checkpointing": grade},
+        parallel={"shard": "always" if world else "never"},
+    )
+    model, batch = causal_lm(SMALL, cfg, tied), full_batch(768)
+    if world:
+        with fake_world(world) as mesh:
+            policy = Sharded(model, mesh, cfg)
+            optimizer = build_optimizer(policy.parameters(), cfg.optim)
+            step = lambda: sharded_step(policy, optimizer, batch, micro_batches=2)  # noqa: E731
+            step()
+            peak = peak_bytes(step, tmp_path)
+            del policy, optimizer, model, step
+    else:
+        policy = Policy(model, dtype=getattr(torch, dtype))
+        optimizer = build_optimizer(policy.parameters(), cfg.optim)
+
+        def step():
+            for _ in range(2):
+                policy(batch).loss.backward()
+            apply_update(optimizer, lr=1e-3, max_grad_norm=1.0)
+
+        step()
+        peak = peak_bytes(step, tmp_path)
+    found = estimate_memory(
+        model_shape(qwen(SMALL, tied=tied)),
+        cfg,
+        world=max(1, world),
+        cuda=False,
+        context=1,
+        prompt=1,
+    )
+    there = ("weights", "optimiser", "sampling replica")
+    want = max(
+        sum(size for part, size in sizes.items() if part not in there)
+        for phase, sizes in found.phases.items()
+        if phase != "sampling"
+    )
+    assert peak == pytest.approx(want, rel=0.1)
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+DEVICES = {  # preset -> (model, processes, GiB of the GPU it names)
+    "1.5b": ("1.5b", 1, 79.6),
+    "7b": ("7b", 8, 79.6),
+    "7b-multinode": ("7b", 16, 79.6),
+    "7b-1gpu": ("7b", 1, 79.6),
+}
+
+
+def test_every_preset_is_held_to_a_device():
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert names == {*DEVICES, "tiny"}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_preset_fits_its_device_and_says_how_well(name):
+    model, processes, gib = DEVICES[name]
+    file = ROOT / f"configs/{name}.yaml"
+    cfg, hf = config.load(file), qwen(PUBLISHED[model][0])
+    on = target(cfg, processes=processes, device_gib=gib)
+    check_config(cfg, hf, processes, on=on)
+
+    def peak(cfg, processes):
+        prompt = cfg.data.max_prompt_tokens
+        context = prompt + cfg.rollout.max_new_tokens
+        return estimate_memory(
+            model_shape(hf), cfg, world=processes, context=context, prompt=prompt
+        )
+
+    found = peak(cfg, processes)
+    assert found.peak <= (1 - RESERVE) * gib * GIB
+    said = re.search(r"Estimated peak (\d+) GiB", file.read_text())
+    if name != "7b-multinode":
+        assert said is not None
+        assert round(found.peak / GIB) == int(said[1])
+    if name == "7b-1gpu":
+        host = re.search(r"host (\d+) GiB", file.read_text())
+        assert round(sum(found.host.values()) / GIB) == int(host[1])
+        larger = config.load(file, ["--parallel.cpu_offload", "false"])
+        said = re.search(r"false \((\d+) GiB", file.read_text())
+        assert round(peak(larger, 1).peak / GIB) == int(said[1]) < 141e9 * (1 - RESERVE) / GIB
+    if name == "1.5b":
+        said = re.search(r"(\d+) GiB on each of eight", file.read_text())
+        assert round(peak(cfg, 8).peak / GIB) == int(said[1])
+
+
+def test_the_committed_scale_table_is_the_estimators(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scale_table
+
+    committed = json.loads((ROOT / "benchmarks/results/scale_table.json").read_text())
+    assert {(r["model"], r["gpus"]) for r in committed["rows"]} == {
+        (model, gpus) for model in scale_table.MODELS for gpus in (1, 8, 64, 512)
+    }
+    args = type("Args", (), committed["settings"])
+    for known in committed["rows"][4::5]:  # every fifth line: the whole table takes 4 s
+        shape = scale_table.shape_of(known["model"])
+        fresh = scale_table.row(known["model"], shape, known["gpus"], known["copies"], args)
+        assert json.loads(json.dumps(fresh)) == known
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+GPUS = Target(8, 80 * GIB, cuda=True, here=False)
+LAPTOP = Target(1, 16 * GIB, cuda=False)
+
+
+def question(student=5, teacher=9, target_tokens=4):
+    def ids(n):
+        return torch.zeros(n, dtype=torch.long)
+
+    return PromptedQuestion(
+        Question("q", "x", "y"), ids(student), ids(teacher), ids(3), ids(target_tokens), ()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "hf", "on", "message"),
+    [
+        (
+            {"parallel": {"replicas": 3}},
+            {},
+            GPUS,
+            r"parallel\.replicas: got 3, expected a divisor of the 8",
+        ),
+        ({"parallel": {"shard": "never"}}, {}, GPUS, r"parallel\.shard: got 'never' with 8"),
+        ({}, {"num_key_value_heads": 3}, LAPTOP, r"num_attention_heads 8 is no multiple of.* 3"),
+        (
+            {"train": {"micro_batch_tokens": 9000}},
+            {},
+            GPUS,
+            r"train\.micro_batch_tokens: got 9000, but a row may have 10239 .*set it to 10239",
+        ),
+        (
+            {},
+            {"max_position_embeddings": 4096},
+            LAPTOP,
+            r"rollout\.max_new_tokens: got 8192.*4096 positions",
+        ),
+        (
+            {"parallel": {"cpu_offload": True}},
+            {},
+            LAPTOP,
+            r"parallel\.cpu_offload: got true without a CUDA device.*set it to false",
+        ),
+        (
+            {"parallel": {"cpu_offload": True, "shard": "never"}},
+            {},
+            Target(1, GIB, cuda=True, here=False),
+            r"parallel\.cpu_offload: got true with parallel\.shard 'never'",
+        ),
+        (
+            {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}},
+            {},
+            GPUS,
+            r"parallel\.accumulate: got 'sharded' with model\.master_dtype 'bfloat16'",
+        ),
+        (
+            {"model": {"liger": "always"}},
+            {},
+            LAPTOP,
+            r"model\.liger: got 'always', but there is no",
+        ),
+        ({"model": {"attention": "flash"}}, {}, LAPTOP, r"model\.attention: got 'flash', which"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_key_and_remedy(given, hf, on, message):
+    tree = {"model": {}, "parallel": {}, "train": {"micro_batch_tokens": 16384}} | given
+    cfg = config.resolve(tree)
+    with pytest.raises(config.ConfigError, match=message):
+        check_config(cfg, qwen(SMALL, **hf), on.processes, on=on)
+
+
+def test_a_missing_compiler_is_found_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cfg = config.resolve({"model": {"compile": True}})
+    with pytest.raises(
+        config.ConfigError, match=r"model\.compile: got true, but there is no C\+\+"
+    ):
+        check_config(cfg, qwen(SMALL), 1, on=LAPTOP)
+
+
+def test_a_missing_torchao_is_found_before_the_first_step():
+    if importlib.util.find_spec("torchao") is not None:
+        pytest.skip("torchao is installed here")
+    cfg = config.resolve({"optim": {"name": "adamw_8bit"}})
+    with pytest.raises(ValueError, match=r"optim\.name: 'adamw_8bit' needs torchao"):
+        check_config(cfg, qwen(SMALL), 1, on=LAPTOP)
+
+
+def test_the_longest_row_is_that_of_the_questions_that_are_there():
+    """A teacher's prompt of 9 tokens and 90 new ones fit 98 packed tokens; scoring needs the
+    student's 5, the thought, its closing token, a cue of 3 and the answer."""
+
+    def check(budget, *questions, **given):
+        cfg = config.resolve(
+            {
+                "train": {"micro_batch_tokens": budget},
+                "rollout": {"max_new_tokens": 90},
+                "data": {"max_prompt_tokens": 50},
+            }
+            | given
+        )
+        check_config(cfg, qwen(SMALL), 1, questions=questions, on=LAPTOP)
+
+    check(102, question())
+    with pytest.raises(config.ConfigError, match="a row may have 102 tokens"):
+        check(101, question())
+    with pytest.raises(config.ConfigError, match="a row may have 103 tokens"):
+        check(102, question(), question(target_tokens=5))
+    check(98, question(), scoring={"u_source": "accuracy"})
+    with pytest.raises(config.ConfigError, match="a row may have 98 tokens"):
+        check(97, question(), scoring={"u_source": "accuracy"})
+    with pytest.raises(config.ConfigError, match="a row may have 139 tokens"):
+        check(102)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
+    size = max(tiny_tokenizer.get_vocab().values()) + 1
+    for vocabulary, good in ((size, True), (size - 1, False)):
+        hf = qwen((*SMALL[:-1], vocabulary))
+        if good:
+            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
+            continue
+        with pytest.raises(config.ConfigError, match=f"the model embeds {vocabulary} tokens"):
+            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
