@@ -120,10 +120,11 @@ def _target_logit(
         hidden = tl.load(hidden_r + offs_d, mask=mask, other=0.0)
         weight = tl.load(weight_r + offs_d, mask=mask, other=0.0)
         total += as_float32(hidden) * as_float32(weight)
+    product = tl.sum(total, axis=1)
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + target_r, mask=mask_r, other=0.0))
-    logit, slope = logit_of(tl.sum(total, axis=1), bias, logit_scale, softcap, BIAS, SOFTCAP)
+    logit, slope = logit_of(product, bias, logit_scale, softcap, BIAS, SOFTCAP)
     if SOFTCAP:
         tl.store(slope_ptr + offs_r, slope, mask=mask_r)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
