@@ -12,6 +12,7 @@ import torch
 from test_losses import CHUNK, CU, DEVICES, D, Recorder, T, V, assert_close, gradients, head_case
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from vpgea_fast.kernels.head import Inputs, Settings
 from vpgea_fast.losses import (
@@ -323,6 +324,33 @@ def test_without_values_the_shapes_are_right(dtype, transposed):
 FLOATS = ("hidden", "hidden_prior", "weight", "bias")
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_scoring_model_can_be_exported(strict):
+    """torch.export with a dynamic T: one node, whichever backend the importing machine has."""
+
+    class Scorer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(D, V)
+
+        def forward(self, hidden_TD, targets_T):
+            return linear_logprob(hidden_TD, self.head.weight, targets_T, bias=self.head.bias).logp
+
+    scorer = Scorer().requires_grad_(False)
+    tokens = torch.export.Dim("tokens", min=2)
+    x = inputs_of()
+    exported = torch.export.export(
+        scorer,
+        (x["hidden"].detach(), x["targets"]),
+        strict=strict,
+        dynamic_shapes=({0: tokens}, {0: tokens}),
+    )
+    assert "vpgea_fast.logprob.default" in str(exported.graph)
+    y = inputs_of(tokens=40)
+    hidden_TD, targets_T = y["hidden"].detach(), y["targets"]
+    assert torch.equal(exported.module()(hidden_TD, targets_T), scorer(hidden_TD, targets_T))
+
+
 # --- the backward of the weighted loss scales in place ------------------------------------------
 
 
@@ -367,6 +395,21 @@ def test_batched_upstream_gradients():
     scales = torch.tensor([0.37, -2.0, 1.0], dtype=torch.float64)
     got = torch.autograd.grad(loss, (hidden_TD, weight_VD), scales, is_grads_batched=True)
     assert_close(got, [scales.view(3, 1, 1) * g for g in once], 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """The gradients of the recomputed forward are scaled in place, not those that were dropped."""
+    hidden_TD, weight_VD, targets_T, coef_T = big_case(torch.float64)
+
+    def loss(hidden_TD, weight_VD):
+        return weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+
+    expected = gradients(0.37 * loss(hidden_TD, weight_VD), hidden_TD, weight_VD)
+    again = checkpoint(loss, hidden_TD, weight_VD, use_reentrant=reentrant)
+    (0.37 * again).backward()
+    assert torch.equal(hidden_TD.grad, expected[0])
+    assert torch.equal(weight_VD.grad, expected[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -418,8 +461,9 @@ def test_a_captured_call_replays_with_other_values(call, backend):
                     value.copy_(z[name])
         graph.replay()
         torch.cuda.synchronize()
-        # Masked rows stay in the GEMMs, so a sum may have another order than without them.
-        compare(held, truth, budget=1e-3)
+        # Masked rows stay in the GEMMs, so a sum may have another order than without them: one
+        # rounding of bf16.
+        compare(held, truth, budget=1e-2)
 
 
 @pytest.mark.gpu
