@@ -44,7 +44,8 @@ from vpgea_fast.verify import Verifier
 
 MAX_SKIPPED_IN_A_ROW = 5
 FIXED_ON_RESUME = (
-    *("model.path", "model.dtype", "prompt.", "rollout.", "scoring.", "objective."),
+    *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
+    *("prompt.", "rollout.", "scoring.", "objective."),
     *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so."""
@@ -113,9 +114,12 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        for part in (self.console, self.metrics, self.engine, self.verifier, self.saver):
-            part.close()
-        self.claim.release()
+        try:
+            self.saver.close()
+        finally:
+            for part in (self.console, self.metrics, self.engine, self.verifier):
+                part.close()
+            self.claim.release()
 
     def train_step(self) -> StepStats:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
