@@ -17,9 +17,11 @@ whatever ends that.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -75,8 +77,9 @@ def watch_ranks(
     grace_s: float = 20.0,
     env: Mapping[str, str] | None = None,
 ) -> list[Rank]:
-    """How each rank ended, for ranks that are to fail. AssertionError if one had not ended by
-    itself `timeout_s` after the start or `grace_s` after the first failure."""
+    """How each rank ended, for ranks that are to fail. AssertionError, with the stack of each of
+    its threads, if one had not ended by itself `timeout_s` after the start or `grace_s` after the
+    first failure."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -90,6 +93,9 @@ def watch_ranks(
                 process.start()
                 processes.append(process)
             late = _wait(processes, timeout_s, grace_s)
+            for rank in late:  # faulthandler says where each of its threads is
+                os.kill(processes[rank].pid or 0, signal.SIGABRT)
+                processes[rank].join(5)
         finally:
             for process in processes:
                 process.kill()
@@ -141,6 +147,7 @@ def _rank(
     output = os.open(file.with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable()
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     os.environ.update(env)
     status = 1

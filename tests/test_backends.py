@@ -12,7 +12,7 @@ from vpgea_fast.kernels.backends import BACKENDS, Situation, choose
 from vpgea_fast.losses import choose_backend, linear_logprob, resolve_backend
 
 H200 = (9, 0)
-NOWHERE = {"triton": "triton is not installed"}
+NOWHERE = dict.fromkeys(("triton", "cublas"), "triton is not installed")
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,16 @@ def test_auto_takes(call, name, because, monkeypatch):
 def test_auto_says_what_is_not_here():
     choice = choose("auto", Situation("cuda", torch.bfloat16, H200), NOWHERE)
     assert choice.name == "torch"
-    assert choice.reason == "chunked, on any device; not 'triton': triton is not installed"
+    assert choice.reason == (
+        "chunked, on any device; not 'triton': triton is not installed; not 'cublas': triton is "
+        "not installed"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "call", "missing", "message"),
     [
-        ("quack", Situation("cpu", torch.float32), {}, r"no such backend.*'auto', 'triton', 'torc"),
+        ("quack", Situation("cpu", torch.float32), {}, r"no such backend.*'auto', 'triton', 'cubl"),
         ("triton", Situation("cuda", torch.bfloat16, H200), NOWHERE, "triton is not installed"),
         ("triton", Situation("cpu", torch.bfloat16), {}, "move them to a CUDA device"),
         ("triton", Situation("cuda", torch.float64, H200), {}, "not float64; use 'torch'"),
@@ -76,7 +79,7 @@ def test_auto_says_what_is_not_here():
             "auto",
             Situation("cpu", torch.float32, None, batch_invariant=True),
             NOWHERE,
-            "no backend can run this call .float32 on cpu.: 'triton': triton is not installed; 't",
+            "no backend can run this call .float32 on cpu.: 'triton': triton is not installed; 'c",
         ),
     ],
 )

@@ -282,29 +282,6 @@ def test_a_save_changes_no_optimizer(tmp_path):
     assert not optimizer.state
 
 
-class Blocks(torch.Tensor):
-    """Two floats as one and a sign, as torchao keeps 8-bit moments: a tensor class of parts."""
-
-    @staticmethod
-    def __new__(cls, signs, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, signs.shape, dtype=scale.dtype)
-
-    def __init__(self, signs, scale):
-        self.signs, self.scale = signs, scale
-
-    def __tensor_flatten__(self):
-        return ["signs", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, parts, context, size, stride):
-        return cls(parts["signs"], parts["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        assert function in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default)
-        return cls(args[0].signs, args[0].scale)
-
-
 class HalfMoments(torch.optim.Optimizer):
     """Moments in bfloat16 beside float32 weights, and a step count that is no tensor."""
 
@@ -339,6 +316,88 @@ def test_optimizer_states_keep_their_dtype_and_kind(tmp_path):
         assert mine["moment"].dtype == its["moment"].dtype
         assert torch.equal(mine["moment"], its["moment"])
         assert torch.equal(mine["scale"], its["scale"])
+
+
+PASSED_ON = torch.ops.aten.detach, torch.ops.aten._to_copy, torch.ops.aten.view
+
+
+class Blocks(torch.Tensor):
+    """A number as its sign and its size: like torchao's 8-bit moments a tensor class of parts,
+    whose `to` makes no copy."""
+
+    @staticmethod
+    def __new__(cls, sign, size):
+        return torch.Tensor._make_wrapper_subclass(cls, sign.shape, dtype=size.dtype)
+
+    def __init__(self, sign, size):
+        self.sign_part, self.size_part = sign, size
+
+    def __tensor_flatten__(self):
+        return ["sign_part", "size_part"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, _context, _shape, _stride):
+        return cls(parts["sign_part"], parts["size_part"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, _types, args=(), _kwargs=None):
+        assert function.overloadpacket in PASSED_ON
+        return cls(args[0].sign_part, args[0].size_part)
+
+
+def with_blocks(world, step):
+    """As `numbers`, with one more state of every weight."""
+    kept = numbers(step, world=world)
+    for weight, state in kept["optimizer"].state.items():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        number = torch.full_like(local.detach(), step)
+        state["blocks"] = blocks = Blocks(number.sign(), number.abs())
+        if isinstance(weight, DTensor):
+            state["blocks"] = DTensor.from_local(
+                blocks,
+                weight.device_mesh,
+                weight.placements,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+    return kept
+
+
+def save_and_load_blocks(root):
+    world = open_world(ParallelConfig(), "cpu")
+    kept = with_blocks(world, 1)
+    with Saver(root, world=world, keep_last=1, background=True, **kept) as saver:
+        saver.save(1, {})
+        for state in kept["optimizer"].state.values():
+            blocks = state["blocks"].to_local() if world.mesh else state["blocks"]
+            blocks.size_part.fill_(7)
+    into = numbers(-1, world=world)
+    with torch.serialization.safe_globals([Blocks]):
+        assert load_checkpoint(root, world=world, **into) is not None
+    for weight, state in into["optimizer"].state.items():
+        blocks = state["blocks"]
+        if world.mesh:
+            assert blocks.shape == weight.shape
+            blocks, weight = blocks.to_local(), weight.to_local()
+        assert type(blocks) is Blocks
+        assert blocks.shape == weight.shape
+        assert (blocks.size_part == 1).all()
+    nn.init.constant_(blocks.size_part, float("inf"))
+    with pytest.raises(CheckpointError, match=r"optimizer\.state\..*blocks holds NaN"):
+        save_checkpoint(root, 2, world=world, keep_last=1, trainer_state={}, **into)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_states_in_blocks_come_back_to_as_many_processes(tmp_path, size):
+    run_ranks(save_and_load_blocks, tmp_path, size=size)
+    if size == 2:
+        with (
+            torch.serialization.safe_globals([Blocks]),
+            pytest.raises(
+                CheckpointError, match="blocks of AdamW cannot be cut anew; go on with 2"
+            ),
+        ):
+            load_checkpoint(tmp_path, world=ALONE, **numbers(5))
 
 
 def test_a_state_from_a_gpu_is_refused_on_a_cpu_with_a_warning():
@@ -532,7 +591,7 @@ def other(kind):
         ("vocabulary", r"model or vocabulary: weight is \(3, 8\) there, \(3, 9\) here; set model"),
         ("dtype", r"weight in torch\.float32, this run in torch\.bfloat16; set model\.dtype"),
         ("optimizer", r"states of AdamW, this run has SGD; set optim\.name"),
-        ("frozen", r"a run that trained other weights \(weight among them\)"),
+        ("frozen", r"a run that trained other weights \(one among them\)"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(tmp_path, kind, message):
@@ -1017,6 +1076,57 @@ def test_trouble_of_one_process_is_told_to_all(tmp_path):
     assert steps_on_disk(tmp_path) == ["step_1", "step_2"]
 
 
+def save_replicas(root):
+    world = open_world(ParallelConfig(replicas=2), "cpu")
+    save(root, 1, world=world, size=50_000)
+    assert loaded_step(root, world=world, size=50_000) == 1
+
+
+def test_replicas_write_each_shard_once(tmp_path):
+    run_ranks(save_replicas, tmp_path, size=4)
+    with pytest.warns(UserWarning, match="is of 4 processes"):
+        assert loaded_step(tmp_path, size=50_000) == 1
+    shards = [path.stat().st_size for path in (tmp_path / "checkpoints/step_1").glob("__*")]
+    whole = 2 * 3 * 50_000 * 4  # weight and moment
+    assert sum(shards) == pytest.approx(whole, rel=0.05)
+    assert max(shards) == pytest.approx(whole / 3, rel=0.05)  # two rows and one
+
+
+def save_on_a_gpu(root):
+    world = open_world(ParallelConfig(), "cuda")
+
+    def start(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(64, 48, device=world.device)
+        fully_shard(model, mesh=world.mesh)
+        return model, torch.optim.AdamW(model.parameters(), fused=True)
+
+    def advance_on_gpu(model, optimizer):
+        model(torch.randn(4, 64, device=world.device)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = start(0)
+    advance_on_gpu(model, optimizer)
+    kept = {"world": world, "model": model, "optimizer": optimizer}
+    with Saver(root, keep_last=1, background=True, **kept) as saver:
+        saver.save(1, {})
+        for _ in range(3):
+            advance_on_gpu(model, optimizer)
+    other, other_optimizer = start(1)
+    assert load_checkpoint(root, world=world, model=other, optimizer=other_optimizer)
+    assert all(s["step"].device == world.device for s in other_optimizer.state.values())
+    for _ in range(3):
+        advance_on_gpu(other, other_optimizer)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.to_local(), theirs.to_local())
+
+
+@pytest.mark.gpu
+def test_a_background_save_on_a_gpu_resumes_bitwise(tmp_path):
+    run_ranks(save_on_a_gpu, tmp_path, size=1)
+
+
 class DieAt(FailAt):
     """Dies before the n-th file operation."""
 
@@ -1125,3 +1235,42 @@ def test_an_export_of_shards_is_the_model(tmp_path, size):
         assert there is not None
         assert back is not None
         assert digest(there.tensors()) == digest(back.tensors())
+
+
+def save_for_ever(root, step, guilty, delay, background):
+    world = open_world(ParallelConfig(), "cpu")
+    assert world.side
+    if world.rank == guilty:
+        threading.Timer(delay, os.kill, [os.getpid(), signal.SIGKILL]).start()
+    while step := step + 1:
+        kept = {"world": world, "keep_last": 2, **numbers(step, 20_000, world)}
+        with Saver(root, background=background, **kept) as saver:
+            saver.save(step, {"paths": step})
+        if world.main:
+            (root / f"durable_{step}").touch()
+
+
+def killed_at_random(root, rounds):
+    root.mkdir()
+    chance, step = random.Random(11), 0
+    for turn in range(rounds):
+        ranks = watch_ranks(
+            save_for_ever, root, step, turn % 2, chance.uniform(0.05, 0.5), turn % 4 > 1
+        )
+        assert ranks[turn % 2].status == -signal.SIGKILL
+        names = [path.name for path in root.glob("durable_*")]
+        durable = max([step, *(int(name.removeprefix("durable_")) for name in names)])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is of 2 processes")
+            step = loaded_step(root, size=20_000) or 0
+        assert durable <= step <= durable + 1
+    return step
+
+
+def test_two_processes_killed_at_random_moments(tmp_path):
+    killed_at_random(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_fifty_random_moments(tmp_path):
+    assert killed_at_random(tmp_path / "run", 50) > 10

@@ -285,7 +285,7 @@ ObjectiveConfig = Annotated[VpgeaConfig | GrpoConfig, Field(discriminator="name"
 
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    backend: Literal["auto", "reference", "torch", "triton", "cublas"] = "auto"
 
 
 @dataclass(frozen=True, config=STRICT)

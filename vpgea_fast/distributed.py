@@ -54,7 +54,7 @@ class World:
     """Process `rank` of `size`, its device, and the mesh of a sharded model (None: not sharded).
 
     The mesh has the dimensions (shard) or (replicate, shard); `group` is what host data goes over
-    (None: the default group).
+    (None: the default group), and no collective waits longer than `timeout`.
 
     >>> World(torch.device("cpu")).gather("alone")
     ['alone']
@@ -65,6 +65,7 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None
     group: dist.ProcessGroup | None = None
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def main(self) -> bool:
@@ -153,10 +154,11 @@ class World:
 
     @functools.cached_property
     def side(self) -> World:
-        """The same processes over connections of their own, for a thread. First use: collective."""
+        """The same processes over connections of their own, for a thread. The first use is a
+        collective, and one that learns of a dead process from the time-out only."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo"))
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     def close(self) -> None:
         """Leave the group. Models must be out of scope: their FSDP state outlives no group."""
@@ -252,9 +254,10 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         return World(here)
     if here.type == "cuda":
         torch.cuda.set_device(here)
+    timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=cfg.timeout_minutes),
+        timeout=timeout,
         rank=rank,
         world_size=size,
         store=None if "MASTER_ADDR" in os.environ else HashStore(),
@@ -264,7 +267,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     if cfg.replicas > 1:
         shape, names = (cfg.replicas, size // cfg.replicas), ("replicate", "shard")
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
-    return World(here, rank=rank, size=size, mesh=mesh)
+    return World(here, rank=rank, size=size, mesh=mesh, timeout=timeout)
 
 
 def check_world(cfg: ParallelConfig, size: int) -> None:

@@ -46,7 +46,8 @@ from vpgea_fast.verify import Verifier
 
 MAX_SKIPPED_IN_A_ROW = 5
 FIXED_ON_RESUME = (
-    *("model.path", "model.dtype", "prompt.", "rollout.", "scoring.", "objective."),
+    *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
+    *("prompt.", "rollout.", "scoring.", "objective."),
     *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so."""
@@ -117,11 +118,14 @@ class Trainer:
     def __exit__(self, error: object, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        for part in (self.console, self.metrics, self.engine, self.verifier, self.saver):
-            if part is not None:
-                part.close()
-        if self.claim is not None:
-            self.claim.release()
+        try:
+            self.saver.close()
+        finally:
+            for part in (self.console, self.metrics, self.engine, self.verifier):
+                if part is not None:
+                    part.close()
+            if self.claim is not None:
+                self.claim.release()
         if error is None:
             del self.policy, self.engine, self.optimizer, self.collector, self.evaluator, self.saver
             self.world.close()

@@ -1,0 +1,39 @@
+"""Checkpoints that outlive a kill at any moment, the claim on a run directory, and the export.
+
+protocol.py is the order of a save and a load, state.py what they hold, files.py the files and the
+run directory, export.py the Hugging Face directory.
+"""
+
+from vpgea_fast.checkpoint.export import export_model
+from vpgea_fast.checkpoint.files import (
+    CheckpointError,
+    RunLock,
+    claim_run_dir,
+    truncate_jsonl,
+    write_text,
+)
+from vpgea_fast.checkpoint.protocol import (
+    Saver,
+    find_checkpoint,
+    load_checkpoint,
+    perform,
+    save_checkpoint,
+)
+from vpgea_fast.checkpoint.state import Checkpoint, restore_rng, rng_state
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "RunLock",
+    "Saver",
+    "claim_run_dir",
+    "export_model",
+    "find_checkpoint",
+    "load_checkpoint",
+    "perform",
+    "restore_rng",
+    "rng_state",
+    "save_checkpoint",
+    "truncate_jsonl",
+    "write_text",
+]

@@ -1,0 +1,186 @@
+"""Files that survive a kill, and the claim on a run directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from vpgea_fast.distributed import RemoteError, World
+
+RUN_MARK = "config.yaml"
+LOCK = ".lock"
+
+
+class CheckpointError(RuntimeError):
+    """A run directory or a checkpoint that cannot be used; the message has cause and remedy."""
+
+
+@contextmanager
+def together(world: World, what: str = "", remedy: str = "") -> Iterator[None]:
+    """`world.together`; what a disk refuses and what others met are CheckpointErrors."""
+    try:
+        with world.together():
+            try:
+                yield
+            except OSError as error:
+                raise CheckpointError(f"{what}: {error}; {remedy}") from error
+    except RemoteError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a small file at once: a reader finds the old text or the new, whatever happens."""
+    path = Path(path)
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; free disk space first") from error
+    finally:
+        remove(aside)
+
+
+def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
+    """Drop torn lines and those whose `key` is above `upto`; return how many. Atomic.
+
+    A resumed run calls it, so that no line of a lost step stays. Lines without the key stay; a
+    missing file has no lines.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    aside = path.with_name(f".tmp-{path.name}")
+    dropped = 0
+    try:
+        with path.open("rb") as old, aside.open("wb") as new:
+            for line in old:
+                if _belongs(line, key, upto):
+                    new.write(line)
+                else:
+                    dropped += 1
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot rewrite {path}: {error}; free disk space first") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return dropped
+
+
+@dataclass(frozen=True)
+class RunLock:
+    """A claimed run directory. The claim ends with `release`, the `with` block, or the process."""
+
+    path: Path
+    handle: IO[str]
+
+    def release(self) -> None:
+        self.handle.close()
+
+    def abandon(self) -> None:
+        """Release, and remove the directory if the run never wrote into it: a start has failed."""
+        if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            remove(self.path)
+        self.release()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
+    """Create a run directory, or with `resume` enter one, and keep every other process out of it.
+
+    The lock is a POSIX record lock: a killed process drops it, and workers forked from this process
+    do not inherit it (an orphan would hold a flock). It does not see a second claim by one process.
+    Raises CheckpointError for a directory that is not empty, that is no run, that another process
+    writes, or that cannot be written.
+    """
+    path = Path(run_dir)
+    _check_claim(path, resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = (path / LOCK).open("a+", encoding="ascii")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the run directory {path}: {error.strerror}; give a writable --run.dir"
+        ) from error
+    try:
+        _lock(handle, path)
+        _check_claim(path, resume)  # again: a run may have come and gone since the first look
+        handle.truncate(0)
+        print(os.getpid(), file=handle, flush=True)
+    except BaseException:
+        handle.close()
+        raise
+    return RunLock(path, handle)
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _belongs(line: bytes, key: str, upto: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(record, dict) and record.get(key, upto) <= upto
+
+
+def _lock(handle: IO[str], path: Path) -> None:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "unknown"
+        raise CheckpointError(
+            f"cannot lock the run directory {path}: {error.strerror}; process {owner} writes this "
+            "run: wait for it, stop it, or give another --run.dir"
+        ) from error
+
+
+def _check_claim(path: Path, resume: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
+    if resume and not (path / RUN_MARK).is_file():
+        raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
+    if (
+        not resume
+        and path.is_dir()
+        and any(
+            entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()
+        )
+    ):
+        raise CheckpointError(
+            f"{path} is not empty, and a run is never overwritten; continue it with --resume "
+            f"{path}, or give another --run.dir"
+        )

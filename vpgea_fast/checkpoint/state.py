@@ -1,0 +1,439 @@
+"""What a checkpoint holds, as this process's part of it: taken from a model and an optimiser, cut
+by torch.distributed.checkpoint (DCP), and put back.
+
+| DCP's shards        | model.<name>, optimizer.state.<name>.<key>: whole tensors, cut anywhere   |
+| a process's file    | its random states, optimiser states that cannot be cut anew (8-bit blocks) |
+| state.json          | the trainer's state, optimiser states that are numbers, who wrote          |
+
+Names are Hugging Face's. DCP plans, writes and reads the shards. Its `save` and `load` are not used
+because no file operation may stand between two collectives: the others would wait for a process
+whose disk is full. Nor are `get_state_dict`, which has a fresh optimiser make a step to see its
+state, and `load_state_dict`, which casts every state to its parameter's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+
+from vpgea_fast.checkpoint.files import CheckpointError, together
+from vpgea_fast.distributed import World, named_weights
+
+SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
+"""Files of process {}; DCP names the first."""
+INDEX, STATE = ".metadata", "state.json"
+"""Which tensor lies where, by DCP; the rest."""
+OPTIMIZER = "optimizer.state."
+COPY_AHEAD = 10_000_000
+"""Bytes that DCP copies from a GPU ahead of those that it writes; its own default."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, written by so many `processes`.
+
+    `trainer_state` is the JSON that was saved (tuples have become lists). `optimizer` has the
+    `class` of the optimiser, the `parameters` it had, as `values` (name -> key -> value) those of
+    its states that are no tensors, and whether it is `bound` to the number of processes.
+    """
+
+    path: Path
+    step: int
+    processes: int
+    trainer_state: dict[str, Any]
+    optimizer: dict[str, Any]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
+        where no model fits. Needs no other process."""
+        reader = FileSystemReader(self.path)
+        metadata = reader.read_metadata()
+        whole = {
+            name: torch.empty(saved.size, dtype=saved.properties.dtype)
+            for name, saved in _saved_tensors(metadata).items()
+        }
+        _fill(whole, reader, metadata)
+        return whole
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Who writes what: this process's wish, what it got, and DCP's index of all. Exchanging wishes
+    costs seconds at hundreds of processes, and they change only with the optimiser's first step."""
+
+    wish: SavePlan
+    plan: SavePlan
+    index: Metadata
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This process's part of a checkpoint, and what process 0 writes for all."""
+
+    writer: FileSystemWriter
+    planner: Planner
+    planned: Planned
+    own: dict[str, Any]
+    state: str
+
+
+class Planner(DefaultSavePlanner):
+    """Plans over a model's tensors and takes the bytes from `shards`, this process's own of each:
+    the live ones, or copies."""
+
+    shards: Mapping[str, torch.Tensor]
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.shards[index.fqn]
+
+
+def take(
+    folder: Path,
+    state: Mapping[str, Any],
+    *,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    copied: bool,
+    known: Planned | None,
+) -> Snapshot:
+    """Take the state of this moment, to be written into `folder`. A collective.
+
+    `copied` shards are in host memory and no more the model's; others are read when written.
+    CheckpointError, on every process, for NaN or infinity on any.
+    """
+    planner = Planner()
+    planner.shards = {}
+    copy = copy_to_host if copied else lambda tensor: tensor
+    with together(world):
+        weights = named_weights(model)
+        states, bound, about = _optimizer_states(optimizer, weights)
+        tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()} | states
+        shards = {name: _shard(tensor) for name, tensor in tensors.items()}
+        require_finite(shards | bound, what=f"step {state['step']}")
+        planner.set_up_planner(tensors, is_coordinator=world.main)
+        wish = planner.create_local_plan()
+        planner.state_dict = {}  # of live tensors
+        text = json.dumps({**state, "optimizer": about}, allow_nan=False, indent=1)
+        planner.shards = {name: copy(shard) for name, shard in shards.items()}
+        bound = {name: copy(shard) for name, shard in bound.items()}
+    # A thread must not touch CUDA: its current device would be the first, not this process's.
+    ahead = 0 if copied else COPY_AHEAD
+    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=ahead)
+    if known is None or world.any(wish != known.wish):
+        plans, index = planner.create_global_plan(exchange(world, wish))
+        known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
+    own = {"rng": rng_state(world.device), "states": bound}
+    return Snapshot(writer, planner, known, own, text)
+
+
+def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
+    """The shards of this process, into `path`: DCP finds that name by itself."""
+    assert path.parent == Path(taken.writer.path)
+    try:
+        plan = taken.planner.finish_plan(taken.planned.plan)
+        return taken.writer.write_data(plan, taken.planner).wait()
+    except RuntimeError as error:  # how torch's zip writer reports a full disk
+        raise OSError(str(error)) from error
+
+
+def write_index(path: Path, taken: Snapshot, written: list[list[WriteResult]]) -> None:
+    """DCP's index of the shards that all processes have written."""
+    assert path.parent == Path(taken.writer.path)
+    taken.writer.finish(taken.planned.index, written)
+
+
+def write_own(path: Path, taken: Snapshot) -> None:
+    try:
+        torch.save(taken.own, path)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+def put(
+    found: Checkpoint, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """A checkpoint into model, optimiser and random generators. A collective.
+
+    CheckpointError, on every process and before anything has changed, if it does not fit.
+    """
+    reader = FileSystemReader(found.path)
+    weights = named_weights(model)
+    what, remedy = f"cannot read {found.path}", "delete it to go on from the one before"
+    with together(world, what, remedy):
+        metadata = reader.read_metadata()
+        _check_fit(found, metadata, world, weights, optimizer)
+        targets = _targets(metadata, weights, optimizer)
+        file = found.path / OWN.format(min(world.rank, found.processes - 1))
+        own = torch.load(file, map_location="cpu", weights_only=True)
+        bound = _beside(own["states"], weights)
+    with together(world, what, remedy):
+        _fill(targets, reader, metadata)
+        trained = _trained(optimizer, weights)
+        optimizer.state.clear()
+        for states in (_by_name(targets), _by_name(bound), found.optimizer["values"]):
+            for name, state in states.items():
+                optimizer.state[trained[name]].update(state)
+        _restore_rng(found, own["rng"], world)
+
+
+def exchange(world: World, value: Any) -> list[Any]:
+    """`world.gather` of what JSON cannot say: DCP's records, of which the names repeat."""
+    if world.size == 1:
+        return [value]
+    packed = zlib.compress(pickle.dumps(value), 1)
+    return [pickle.loads(zlib.decompress(part)) for part in world.gather_bytes(packed)]
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of torch (CPU, and this GPU) and random; numpy's is not used."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back; a run that has moved between CPU and GPU gets a warning instead of
+    the GPU's."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if (state["cuda"] is None) == (device.type == "cuda"):
+        was = "a CPU" if state["cuda"] is None else "a GPU"
+        warnings.warn(
+            f"the checkpoint is of a run on {was}, this one is on {device.type}: the random state "
+            "of the GPU is not restored",
+            stacklevel=2,
+        )
+    elif state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
+    """Smallest and largest element of each: NaN and infinity show in them, with no mask in memory,
+    and the devices are asked once all is queued."""
+    extremes = [
+        (name, torch.stack(part.aminmax()))
+        for name, tensor in tensors.items()
+        for part in _inner(tensor).values()
+        if part.is_floating_point() and part.numel()
+    ]
+    bad = next((name for name, pair in extremes if not pair.isfinite().all()), None)
+    if bad is not None:
+        raise CheckpointError(
+            f"{what} is not saved: {bad} holds NaN or infinity; go on from the last checkpoint "
+            "with a lower optim.lr, and look at the last steps in paths.jsonl"
+        )
+
+
+def _optimizer_states(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """By name in the files: the states that DCP can cut, this process's shards of those that it
+    cannot (torchao's 8-bit blocks, a tensor class of their own); and the rest, as in `Checkpoint`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    bound: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    trained = _trained(optimizer, weights)
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, torch.Tensor):
+                values.setdefault(name, {})[key] = value
+            elif type(shard := _shard(value)) is torch.Tensor:
+                tensors[f"{OPTIMIZER}{name}.{key}"] = value.detach()
+            else:
+                bound[f"{OPTIMIZER}{name}.{key}"] = shard
+    rest = {
+        "class": type(optimizer).__name__,
+        "parameters": [*trained],
+        "values": values,
+        "bound": bool(bound),
+    }
+    return tensors, bound, rest
+
+
+def _trained(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """The optimiser's parameters by name."""
+    names = {id(weight): name for name, weight in weights.items()}
+    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Name of a parameter -> key -> state, of tensors by their name in the files."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        if full_name.startswith(OPTIMIZER):
+            name, key = _parts(full_name)
+            states.setdefault(name, {})[key] = tensor
+    return states
+
+
+def _parts(full_name: str) -> tuple[str, str]:
+    name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
+    return name, key
+
+
+def _beside(
+    shards: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Shards in blocks where those of their parameters are."""
+    placed: dict[str, torch.Tensor] = {}
+    for full_name, shard in shards.items():
+        weight = weights[_parts(full_name)[0]]
+        placed[full_name] = shard = shard.to(_shard(weight).device)
+        if isinstance(weight, DTensor):
+            placed[full_name] = DTensor.from_local(
+                shard,
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+    return placed
+
+
+def _targets(
+    metadata: Metadata, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
+    targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trained = _trained(optimizer, weights)
+    for full_name, saved in _saved_tensors(metadata).items():
+        if not full_name.startswith(OPTIMIZER):
+            continue
+        parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
+        if saved.size == parameter.shape:
+            targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
+        else:
+            # As AdamW does: a step count on a GPU that no fused kernel reads there would cost a
+            # sync a parameter.
+            group = groups[id(parameter)]
+            beside = saved.size or group.get("fused") or group.get("capturable")
+            device = _shard(parameter).device if beside else "cpu"
+            targets[full_name] = torch.zeros(saved.size, dtype=dtype, device=device)
+    return targets
+
+
+def _check_fit(
+    found: Checkpoint,
+    metadata: Metadata,
+    world: World,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """CheckpointError if the checkpoint is not one of this model and this kind of optimiser."""
+    saved = {
+        name.removeprefix("model."): tensor
+        for name, tensor in _saved_tensors(metadata).items()
+        if name.startswith("model.")
+    }
+    where = f"{found.path} is of another model"
+    remedy = "set model.path to what the run began with, or start another run"
+    if odd := sorted(saved.keys() ^ weights.keys()):
+        has, lacks = ("it", "this one") if odd[0] in saved else ("this one", "it")
+        raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {remedy}")
+    for name, weight in weights.items():
+        if saved[name].size != weight.shape:
+            raise CheckpointError(
+                f"{where} or vocabulary: {name} is {tuple(saved[name].size)} there, "
+                f"{tuple(weight.shape)} here; {remedy}"
+            )
+        if saved[name].properties.dtype != weight.dtype:
+            raise CheckpointError(
+                f"{found.path} holds {name} in {saved[name].properties.dtype}, this run in "
+                f"{weight.dtype}; set model.dtype and model.master_dtype to what the run began with"
+            )
+    kind = type(optimizer).__name__
+    if found.optimizer["class"] != kind:
+        raise CheckpointError(
+            f"{found.path} holds states of {found.optimizer['class']}, this run has {kind}; set "
+            "optim.name to what the run began with"
+        )
+    if odd := {*found.optimizer["parameters"]} ^ _trained(optimizer, weights).keys():
+        raise CheckpointError(
+            f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
+        )
+    if found.optimizer["bound"] and found.processes != world.size:
+        raise CheckpointError(
+            f"{found.path} is of {found.processes} processes, now there are {world.size}, and the "
+            f"blocks of {kind} cannot be cut anew; go on with {found.processes}"
+        )
+
+
+def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> None:
+    """`state` is this process's, or that of the last one that saved."""
+    if world.main and found.processes != world.size:
+        warnings.warn(
+            f"{found.path} is of {found.processes} processes, now there are {world.size}: sums "
+            f"round otherwise, and random numbers begin anew from process {found.processes} on",
+            stacklevel=3,
+        )
+    if world.rank < found.processes:
+        restore_rng(state, world.device)
+    else:
+        seed = zlib.crc32(state["torch"].numpy().tobytes()) + world.rank
+        torch.manual_seed(seed)
+        random.seed(seed)
+
+
+def _saved_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {
+        name: saved
+        for name, saved in metadata.state_dict_metadata.items()
+        if isinstance(saved, TensorStorageMetadata)
+    }
+
+
+def _fill(targets: dict[str, torch.Tensor], reader: FileSystemReader, metadata: Metadata) -> None:
+    """Read into `targets`: of DTensors this process's shards. No collective."""
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(targets, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def _shard(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors that a tensor is made of: itself, as "", or those of a tensor class."""
+    if type(tensor) is torch.Tensor:
+        return {"": tensor}
+    return {name: getattr(tensor, name) for name in _flatten(tensor)[0]}
+
+
+def _flatten(tensor: Any) -> tuple[list[str], Any]:
+    return tensor.__tensor_flatten__()
+
+
+def copy_to_host(tensor: Any) -> torch.Tensor:
+    """In host memory, and of its own. A tensor class's `to` need not copy: its parts' does."""
+    parts = {name: part.to("cpu", copy=True) for name, part in _inner(tensor).items()}
+    if type(tensor) is torch.Tensor:
+        return parts[""]
+    context = _flatten(tensor)[1]
+    return tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
