@@ -191,6 +191,26 @@ def test_a_regression_ends_where_float32_ends(cfg, dtype):
     assert loss[0] < 5e-3
 
 
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_bits_and_rounds_as_a_cpu():
+    """Before rounding the devices may differ by a float32 ulp: 2^-16 of an ulp of bfloat16, so
+    about one weight in 2^14 may end at its other neighbour."""
+    for first in (0, 2**31 - 7, 2**33 + 5):
+        here, there = (
+            random_bits(first, 4096, 1 << 40 | 77, d) for d in (CPU, torch.device("cuda"))
+        )
+        assert torch.equal(here, there.cpu())
+    ends = []
+    for device in ("cpu", "cuda"):
+        p = torch.nn.Parameter(parameters(BF16, (1 << 16,))[0].detach().to(device))
+        optimizer = build_optimizer([p], dataclasses.replace(HALF, lr=1e-3))
+        for step in range(3):
+            p.grad = parameters(BF16, (1 << 16,), seed=step + 1)[0].detach().to(device)
+            apply_update(optimizer, lr=1e-3, max_grad_norm=1e9)
+        ends.append(p.detach().cpu())
+    assert (ends[0] != ends[1]).double().mean() < 2**-10
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
