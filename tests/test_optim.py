@@ -4,15 +4,15 @@ the same on any number of ranks."""
 import dataclasses
 import importlib.util
 import math
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
-from vpgea_fast.config import OptimConfig
+from vpgea_fast.config import OptimConfig, ParallelConfig
+from vpgea_fast.distributed import open_world
 from vpgea_fast.optim import (
     TORCHAO,
     RoundedAdamW,
@@ -355,28 +355,6 @@ def test_a_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16():
 SHAPES = ((7, 5), (5,), (40, 3), (1, 4))  # 7 and 5 rows leave ranks with fewer, 1 row with none
 
 
-def _enter(rank, size, folder, check):
-    """A process of `on_ranks`: run `check`, leave what it raised in a file."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store-{check.__name__}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    try:
-        check(rank, size, Path(folder))
-    except BaseException:
-        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
-    import os
-
-    os._exit(0)  # gloo may abort in the interpreter's own way out
-
-
-def on_ranks(check, size, folder):
-    mp.start_processes(
-        _enter, (size, str(folder), check), nprocs=size, join=True, start_method="spawn"
-    )
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert not errors, "\n".join(errors)
-
-
 def sharded(dtype, mesh, placements):
     from torch.distributed.tensor import distribute_tensor
 
@@ -395,11 +373,13 @@ def give_sharded_gradients(params, seed):
         p.grad = distribute_tensor(q.grad.to(p.dtype), p.device_mesh, p.placements)
 
 
-def check_shards_round_as_the_whole(rank, size, _):
+def check_shards_round_as_the_whole():
     """Every optimiser, on shards and on replicated shards: the update of one process, bitwise."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
 
+    world = open_world(ParallelConfig(), "cpu")
+    rank, size = world.rank, world.size
     meshes = [(init_device_mesh("cpu", (size,)), (Shard(0),))]
     if size == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -438,7 +418,7 @@ def check_shards_round_as_the_whole(rank, size, _):
                     assert torch.equal(*both)
 
 
-def check_checkpoint_round_trip(rank, folder):
+def check_checkpoint_round_trip(folder):
     """torch.distributed.checkpoint's helpers with FSDP2, and one rank going on with the state."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -480,7 +460,7 @@ def check_checkpoint_round_trip(rank, folder):
                 assert a.dtype == b.dtype
                 assert torch.equal(a.to_local(), b.to_local())
     torch.save(  # what one process must reach from the same checkpoint
-        [p.full_tensor() for p in net.parameters()], folder / f"end-{rank}.pt"
+        [p.full_tensor() for p in net.parameters()], folder / f"end-{dist.get_rank()}.pt"
     )
 
 
@@ -504,9 +484,9 @@ def check_offload():
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def check_two_ranks(rank, size, folder):
-    check_shards_round_as_the_whole(rank, size, folder)
-    check_checkpoint_round_trip(rank, folder)
+def check_two_ranks(folder):
+    check_shards_round_as_the_whole()
+    check_checkpoint_round_trip(Path(folder))
     check_offload()
 
 
@@ -518,7 +498,7 @@ def test_two_ranks_are_one(tmp_path):
         set_optimizer_state_dict,
     )
 
-    on_ranks(check_two_ranks, 2, tmp_path)
+    run_ranks(check_two_ranks, str(tmp_path))
     cfg, dtype = COMBINATIONS[-1]
     net = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Linear(7, 3)).to(dtype)
     optimizer = build_optimizer(net.parameters(), cfg, seed=8)
@@ -538,5 +518,5 @@ def test_two_ranks_are_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_replicas_of_shards_are_one(tmp_path):
-    on_ranks(check_shards_round_as_the_whole, 4, tmp_path)
+def test_replicas_of_shards_are_one():
+    run_ranks(check_shards_round_as_the_whole, size=4)

@@ -148,5 +148,5 @@ def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
         command, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "exitcode: -9" in done.stderr  # it did lose one
     assert records(tmp_path / "hit") == records(tmp_path / "calm")

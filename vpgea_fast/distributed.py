@@ -19,6 +19,8 @@ import functools
 import gc
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,9 +30,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vpgea_fast.config import ConfigError, ParallelConfig
@@ -260,7 +263,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         timeout=timeout,
         rank=rank,
         world_size=size,
-        store=None if "MASTER_ADDR" in os.environ else HashStore(),
+        store=_open_store(rank, size, timeout),
     )
     shape: tuple[int, ...] = (size,)
     names: tuple[str, ...] = ("shard",)
@@ -268,6 +271,40 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         shape, names = (cfg.replicas, size // cfg.replicas), ("replicate", "shard")
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return World(here, rank=rank, size=size, mesh=mesh, timeout=timeout)
+
+
+def _open_store(rank: int, size: int, timeout: timedelta) -> Any:
+    """A store in which nothing is written yet.
+
+    torchrun's own outlives a restart, so a process may read the address that a dead one had left:
+    "connection refused", in about half of the restarts. Its restart count is no help, since only
+    the node that failed counts. So the main process deals a new prefix, to the processes that it
+    has seen alive: each says a word of its own, and takes the prefix that comes back with it.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    word, prefix, end = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
+    waiting = set(range(1, size)) if rank == 0 else {rank}
+    if rank:
+        store.set(f"here/{rank}", word)
+    while waiting:
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"process {rank} waited {timeout} for processes {sorted(waiting)} to start; look "
+                "at their logs, or raise parallel.timeout_minutes"
+            )
+        for other in sorted(waiting):
+            said, answer = f"here/{other}", f"prefix/{other}"
+            if rank == 0 and store.check([said]):
+                store.set(answer, store.get(said).decode() + word)
+                waiting -= {other} if store.check([f"{word}/{other}"]) else set()
+            elif rank and store.check([answer]) and store.get(answer).decode().startswith(word):
+                prefix = store.get(answer).decode().removeprefix(word)
+                store.set(f"{prefix}/{rank}", "taken")
+                waiting.clear()
+        time.sleep(0.05)
+    return PrefixStore(prefix or word, store)
 
 
 def check_world(cfg: ParallelConfig, size: int) -> None:

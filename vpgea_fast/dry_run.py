@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 import torch
 from huggingface_hub import constants, is_offline_mode
 
+from vpgea_fast import attention
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import DataError, load_questions, step_questions
 from vpgea_fast.distributed import check_world, pick_device
@@ -113,7 +114,7 @@ def check_config(
     tokenizer: Any = None,
     on: Target | None = None,
 ) -> None:
-    """ConfigError for what cannot work, with the key, what it got, what is expected, and what to
+    """ValueError for what cannot work, with the key, what it got, what is expected, and what to
     do; before any GPU work. Lengths are those of `questions`, else the limits of the configuration.
     """
     on = on or target(cfg, processes=world_size)
@@ -122,17 +123,15 @@ def check_config(
     _check_lengths(cfg, model_config, questions)
     _check_precision(cfg, world_size, on)
     if on.here:
+        device = pick_device(cfg.model.device)
+        attention.choose_for(
+            model_config, cfg.model.attention, device, getattr(torch, cfg.model.dtype)
+        )
         _check_packages(cfg, on)
 
 
 def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
-    heads = model.num_attention_heads
-    kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    if heads % kv_heads:
-        raise ConfigError(
-            f"model.path {cfg.model.path}: num_attention_heads {heads} is no multiple of "
-            f"num_key_value_heads {kv_heads}; correct its config.json"
-        )
+    attention.check_model(model)
     if tokenizer is None:
         return
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -208,11 +207,6 @@ def _check_packages(cfg: Config, on: Target) -> None:
         raise ConfigError(
             f"model.liger: got 'always', but {lack}; pip install vpgea_fast[liger] on a CUDA "
             "machine, or set 'auto'"
-        )
-    if model.attention in ("flash", "varlen") and not on.cuda:
-        raise ConfigError(
-            f"model.attention: got {model.attention!r}, which needs a CUDA device; set 'auto' or "
-            "'sdpa'"
         )
     compiler = os.environ.get("CXX", "g++")
     lack = not importlib.util.find_spec("triton") if on.cuda else shutil.which(compiler) is None
