@@ -13,6 +13,7 @@ values, the selection of rows and the checks, happens inside, the outputs have s
     vpgea_fast::logprob_backward   dX, dW, db
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -283,9 +284,16 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
     Torch answers by private names; where one is missing the answer is no. A batched grad_loss
     (is_grads_batched) has no place to be written to.
     """
-    if without_values(grad_loss):
+    if without_values(grad_loss) or (probes := _probes()) is None:
         return False
-    probes: list[Any] = [
+    keeps_graph, *is_batched = probes
+    return not keeps_graph() and not any(probe(grad_loss) for probe in is_batched)
+
+
+@functools.cache
+def _probes() -> list[Any] | None:
+    """Torch's answers to: is the running backward's graph kept, and is a tensor batched?"""
+    found: list[Any] = [
         getattr(getattr(torch._C, module, None), name, None)
         for module, name in (
             ("_autograd", "_get_current_graph_task_keep_graph"),
@@ -293,10 +301,7 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
             ("_functorch", "is_legacy_batchedtensor"),
         )
     ]
-    if None in probes:
-        return False
-    keeps_graph, *is_batched = probes
-    return not keeps_graph() and not any(probe(grad_loss) for probe in is_batched)
+    return None if None in found else found
 
 
 # --- value now, gradients by a second pass ------------------------------------------------------

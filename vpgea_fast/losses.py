@@ -21,6 +21,10 @@ Rules that hold for all four functions:
   over all ranks and micro-batches. Frameworks that average gradients over ranks (DDP, FSDP) divide
   the sum by the number of ranks: multiply the coefficients, or 1 / denominator, by the world size
   there.
+* torch.compile(fullgraph=True), torch.export, fake and meta tensors see one op a call
+  (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
+* `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
+  in place.
 * Differentiating twice is an error. Coefficients, advantages, sequence weights and temperatures are
   constants.
 """
@@ -202,7 +206,7 @@ def linear_logprob(
     the inputs is saved; the backward makes the logits again.
 
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
-    (on CUDA a device-side assertion, without synchronisation); a sharded weight.
+    (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
     """
     inputs, settings = _inputs(
         hidden_TD,
@@ -255,8 +259,8 @@ def weighted_logprob_loss(
     gradient must be 1 (asserted on the device): scale the coefficients instead. Not for use inside
     activation checkpointing, which runs the forward twice.
 
-    `loss.backward(g)` otherwise scales the stored gradients by g on the device. Under no_grad only
-    values are computed. Errors as `linear_logprob`, and coef_T with requires_grad.
+    Under no_grad only values are computed. Errors as `linear_logprob`, and coef_T with
+    requires_grad.
     """
     inputs, settings = _inputs(
         hidden_TD,
@@ -361,9 +365,9 @@ def vpgea_loss(
     beta: weight of the distillation term, >= 0. At 0 the prior stream is not computed.
     Options as in `HeadOptions`; `dweight_out` as in `weighted_logprob_loss`.
 
-    ValueError (on CUDA device-side assertions for what needs values): both or none of denominator
-    and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing a gated sequence, U
-    not the prior sequences' tokens.
+    ValueError (on CUDA device-side assertions for what needs values, unless `validate`): both or
+    none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
+    a gated sequence, U not the prior sequences' tokens.
     """
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_sequences(cu_seqlens, advantage_S, targets_T)
