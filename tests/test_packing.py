@@ -17,7 +17,6 @@ from vpgea_fast.packing import (
     plan_batches,
     plan_ranks,
     plan_stats,
-    time_packing,
 )
 from vpgea_fast.types import ModelFlops, TrainRow
 
@@ -209,11 +208,3 @@ def test_a_budget_below_the_longest_row_is_refused_with_its_key():
         check_budget(2047, 2048)
     with pytest.raises(ValueError, match="ranks: expected at least 1, got 0"):
         plan_ranks([1], 1, 0, QWEN_7B.row)
-
-
-def test_packing_is_timed_with_its_balance():
-    found = time_packing(QWEN_7B, rows=64, ranks=2, budget=8192, repeats=1)
-    assert 0 < found["plan_seconds"] < 10
-    assert 0 < found["pack_seconds"] < 10
-    assert 1 <= found["flops_imbalance"] <= found["flops_waiting"] <= 1.2
-    assert found["rank_tokens"] > 64 * 1024 / 4
