@@ -44,6 +44,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from kernel_bench import Failure, attempt, interleaved, peak_bytes, quantiles, version
+from torch._dynamo.utils import counters
 from train_variants import (
     MODELS,
     OURS,
@@ -71,9 +72,10 @@ from vpgea_fast.metrics import Console, environment, mfu, model_flops
 from vpgea_fast.packing import RankPlan, drop_zero_rows, pack_plan, plan_ranks, plan_stats
 from vpgea_fast.types import ModelFlops, TrainRow
 
-BUDGET = {"float32": (5e-6, 1e-6, 1e-5), "bfloat16": (0.1, 2e-2, 2e-2)}
+BUDGET = {"float32": (5e-6, 1e-6, 1e-5), "bfloat16": (0.1, 2e-2, 5e-2)}
 """Largest gap of a log-prob in nats; relative Frobenius gap of the gradient, of ours and of TRL's.
-bfloat16 rounds by 2e-3, and all variants order their sums differently: ten roundings."""
+bfloat16 rounds by 2e-3, and all variants order their sums differently: ten roundings. TRL's
+autocast rounds in more places (1.6e-2 seen on a CPU)."""
 RECOMPUTED = {"none": 0, "selective": 0.5, "full": 1}
 """Forwards of the decoder that the backward makes again; of `selective` a guess."""
 FIELDS = [
@@ -557,6 +559,8 @@ def say_rest(result: dict[str, Any], console: Console) -> None:
             f"{reuse['share_measured']:.1%} of the step measured, {reuse['share_model']:.1%} in "
             f"operations, and keeps {reuse['kept_gib']:.3g} GiB of block inputs"
         )
+    if result["compiled_graphs"] is not None:
+        console.message(f"torch.compile made {result['compiled_graphs']} graphs of the one layer")
     estimate = result["estimate"]
     if estimate["mib"] is None:
         console.message(f"no memory estimate: {estimate['reason']}")
@@ -726,6 +730,7 @@ def run(args: Any, world: World, console: Console, words: Sequence[str]) -> int:
         "reuse_bound": reuse_bound(measured, args),
         "estimate": {"mib": estimate, "reason": reason, "measured_mib": records[0]["peak_mib"]},
         "profile": measured.profile,
+        "compiled_graphs": counters["stats"]["unique_graphs"] if args.compile else None,
     }
     show(records, args, console)
     say_rest(result, console)
