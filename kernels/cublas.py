@@ -65,7 +65,6 @@ from vpgea_fast.kernels.linear_logprob import (
     Head,
     Rows,
     bias_sum,
-    check_runs,
     new_rows,
     values,
 )
@@ -288,9 +287,9 @@ def head_pass(
 
     chunk_bytes bounds the logits of a chunk, at least one row. No host synchronisation.
 
-    ValueError: float64 inputs, tensors that are not on a CUDA device (the interpreter takes any).
+    Not for float64 inputs or other devices than CUDA (the interpreter takes any): backends.py
+    refuses these.
     """
-    check_runs(hidden_TD, "cublas")
     dtype = hidden_TD.dtype
     g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
     head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy or g_entropy is not None)

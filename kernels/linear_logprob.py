@@ -48,7 +48,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vpgea_fast.kernels._tiling import (
-    INTERPRETED,
     LOWEST,
     TRITON_DTYPE,
     Tile,
@@ -533,10 +532,9 @@ def head_pass(
 
     chunk_bytes bounds E, at least one row tile of it. No host synchronisation.
 
-    ValueError: float64 inputs, a gradient of the entropy, fp16 with a gradient of lse, tensors that
-    are not on a CUDA device (the interpreter takes any).
+    Not for float64 inputs, a gradient of the entropy, fp16 with a gradient of lse, or other devices
+    than CUDA (the interpreter takes any): backends.py refuses these.
     """
-    _check_supported(hidden_TD, upstream)
     head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy)
     rows = new_rows(targets_K, temperature, head)
     pull_K, lift_K = _pull_and_lift(upstream, temperature)
@@ -575,35 +573,6 @@ def head_pass(
     if dweight_VD is not None and sink_VD is not None and head.bits:
         dweight_VD.add_(sink_VD.mul_(unit))
     return values(rows, head)
-
-
-def check_runs(hidden_TD: Tensor, backend: str) -> None:
-    """ValueError where Triton cannot run on the tensor, or not in its dtype."""
-    if not (hidden_TD.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"hidden_TD is on {hidden_TD.device}: backend '{backend}' needs a CUDA device; move "
-            "the tensors there or use backend='torch'"
-        )
-    if hidden_TD.dtype is torch.float64:
-        raise ValueError(
-            f"hidden_TD: got float64, backend '{backend}' takes float16, bfloat16 and float32; "
-            "use backend='torch'"
-        )
-
-
-def _check_supported(
-    hidden_TD: Tensor, upstream: tuple[Tensor, Tensor | None, Tensor | None] | None
-) -> None:
-    check_runs(hidden_TD, "triton")
-    if upstream is not None and upstream[2] is not None:
-        raise ValueError(
-            "entropy has no gradient in backend 'triton': detach it, or use backend='torch'"
-        )
-    if upstream is not None and upstream[1] is not None and hidden_TD.dtype is torch.float16:
-        raise ValueError(
-            "lse has no gradient in backend 'triton' for float16: detach it, use bfloat16 or "
-            "backend='torch'"
-        )
 
 
 def new_rows(targets_K: Tensor, temperature: float | Tensor, head: Head) -> Rows:

@@ -871,7 +871,7 @@ OTHER = {"1 on": ["2 on"], "1 off": ["2 on"], "2 on": ["1 on", "1 off"]}
 
 def worlds():
     """The worlds of this process, by the name of the run that they make."""
-    world = open_world(ParallelConfig(shard="on"), "cpu")
+    world = open_world(ParallelConfig(shard="always"), "cpu")
     return {"2 on": world} if world.size == 2 else {"1 on": world, "1 off": ALONE}
 
 

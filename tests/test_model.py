@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
-from vpgea_fast.config import ModelConfig
-from vpgea_fast.model import ModelError, Policy, check_model_dir, load_policy
+from vpgea_fast.config import ModelConfig, ParallelConfig
+from vpgea_fast.distributed import open_world
+from vpgea_fast.model import ModelError, Policy, check_model_dir, load_policy, random_policy
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
@@ -147,3 +148,28 @@ def test_half_precision_head_accumulates_its_gradient_in_float32(random_qwen2):
     assert once.dtype == torch.float32
     assert not torch.equal(once, once.bfloat16().float())
     assert torch.allclose(model.lm_head.weight.grad, 256 * once, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_random_weights_need_a_configuration_alone(random_qwen2, tied, sharded):
+    config = random_qwen2(vocab=503, tie_word_embeddings=tied).config
+    world = open_world(ParallelConfig(shard="always" if sharded else "never"), "cpu")
+    try:
+        policy = random_policy(config, ModelConfig(dtype="float32", **CPU), world)
+        assert policy.sharded == sharded
+        embedding = policy.causal_lm.get_input_embeddings()
+        assert (policy.head.weight is embedding.weight) == policy.tied == tied
+        for name, parameter in policy.causal_lm.named_parameters():
+            value = parameter.to_local() if sharded else parameter
+            if parameter.ndim > 1:
+                assert value.std().item() == pytest.approx(config.initializer_range, rel=0.1)
+            else:
+                assert bool((value == (1.0 if "norm" in name else 0.0)).all())
+        out = policy(one_batch())
+        out.loss.backward()
+        assert torch.isfinite(out.logp).all()
+        assert config._attn_implementation != attention.NAMES["sdpa"], "the caller's is its own"
+        del out, policy, embedding, parameter, value
+    finally:
+        world.close()

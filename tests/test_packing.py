@@ -16,7 +16,6 @@ from vpgea_fast.packing import (
     plan_batches,
     plan_ranks,
     plan_stats,
-    time_packing,
 )
 from vpgea_fast.types import ModelFlops, TrainRow
 
@@ -205,11 +204,3 @@ def test_packed_rows_are_the_rows(sizes):
 def test_a_plan_for_no_rank_is_refused():
     with pytest.raises(ValueError, match="ranks: expected at least 1, got 0"):
         plan_ranks([1], 1, 0, QWEN_7B.row)
-
-
-def test_packing_is_timed_with_its_balance():
-    found = time_packing(QWEN_7B, rows=64, ranks=2, budget=8192, repeats=1)
-    assert 0 < found["plan_seconds"] < 10
-    assert 0 < found["pack_seconds"] < 10
-    assert 1 <= found["flops_imbalance"] <= found["flops_waiting"] <= 1.2
-    assert found["rank_tokens"] > 64 * 1024 / 4

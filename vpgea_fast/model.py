@@ -19,6 +19,7 @@ scoring included. Gradients are sums over processes: the normaliser is in the co
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -258,7 +259,8 @@ def random_policy(
     norms are 1, biases 0. `kind`: what is made, `Policy` or a subclass that takes other batches.
     """
     world = world or World(pick_device(cfg.device))
-    causal_lm = _on_meta(config, _master_dtype(cfg))
+    # A copy: the model reads the name of its attention from it, and another model may write there.
+    causal_lm = _on_meta(copy.deepcopy(config), _master_dtype(cfg))
     if world.mesh is None:
         _allocate(causal_lm, world.device)
         causal_lm.tie_weights()

@@ -15,13 +15,11 @@ whole plan and takes its own part, and nothing is sent.
 from __future__ import annotations
 
 import heapq
-import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
+from vpgea_fast.types import PackedBatch, TrainRow
 
 RankPlan = list[list[int]]
 """The micro-batches of one rank, each a list of row numbers; an empty one is a dummy."""
@@ -167,53 +165,6 @@ def plan_stats(
         "dummy_tokens": sum(not batch for plan in plans for batch in plan),
         "flops_imbalance": max(loads) * len(plans) / sum(loads) if any(loads) else 1.0,
         "flops_waiting": _waiting(plans, costs),
-    }
-
-
-def time_packing(
-    flops: ModelFlops,
-    *,
-    rows: int = 4096,
-    ranks: int = 8,
-    budget: int = 32768,
-    median: int = 1024,
-    sigma: float = 0.8,
-    repeats: int = 3,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Seconds to plan log-normal rows for all ranks and to pack those of rank 0; with `plan_stats`.
-
-    The least of `repeats`, on this process's threads. The rows are drawn at will and cut at the
-    budget; a quarter of each is context.
-    """
-    draw = random.Random(seed)
-    lengths = [
-        min(budget, max(2, round(median * draw.lognormvariate(0.0, sigma)))) for _ in range(rows)
-    ]
-    made = []
-    for length in lengths:
-        context = max(1, length // 4)
-        tokens = torch.zeros(length - context + 1, dtype=torch.int64)
-        coef = torch.ones(tokens.numel(), dtype=torch.float64)
-        made.append(TrainRow(tokens[:1].expand(context), tokens, coef, "prior", "student"))
-
-    def seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def plan() -> list[RankPlan]:
-        return plan_ranks([row.tokens - 1 for row in made], budget, ranks, flops.row)
-
-    plans = plan()
-    return {
-        "plan_seconds": min(seconds(plan) for _ in range(repeats)),
-        "pack_seconds": min(
-            seconds(lambda: [batch for batch, _ in pack_plan(made, plans[0])])
-            for _ in range(repeats)
-        ),
-        "rank_tokens": sum(lengths[i] for batch in plans[0] for i in batch),
-        **plan_stats(plans, lengths, flops.row),
     }
 
 
