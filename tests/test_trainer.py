@@ -444,3 +444,15 @@ def test_stream_norms_leave_the_update_as_it_is(words, tmp_path):
     record = next(r for r in lines(tmp_path / "with") if "grad_norm_distill" in r)
     parts = record["grad_norm_pg"], record["grad_norm_distill"]
     assert abs(parts[0] - parts[1]) <= record["grad_norm"] + 1e-6 <= sum(parts) + 2e-6
+
+
+def test_saves_in_the_background_change_nothing(words, tmp_path):
+    for name, background in (("aside", "true"), ("waited", "false")):
+        given = words(name, "--eval.data", "[]", "--checkpoint.background", background)
+        assert fit(config.load(TINY, [*given, "--checkpoint.save_every", "1"]))
+    assert untimed(tmp_path / "aside") == untimed(tmp_path / "waited")
+    same_state(tmp_path / "aside", tmp_path / "waited")
+    assert sorted(path.name for path in (tmp_path / "aside/checkpoints").iterdir()) == [
+        "step_3",
+        "step_4",
+    ]
