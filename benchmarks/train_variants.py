@@ -31,7 +31,7 @@ import torch
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World, full_weights, reshard
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.model import Policy, full_weights, random_policy
+from vpgea_fast.model import Policy, random_policy
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.passes import Passes
