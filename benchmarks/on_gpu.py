@@ -2,6 +2,8 @@
 
     python benchmarks/on_gpu.py --out benchmarks/results/on_gpu.json [--minutes 13] [--only dense]
 
+The parts train* are of the training engine, about 15 minutes; the others, as much, of the kernels.
+
 A part is a few commands; their exit status, time, last lines and JSON go into the file after every
 part, with device, commit and versions, so that a run that is cut short loses the part it was in. A
 part that the minutes left cannot hold is not begun: the file says so, and a later run with the same
@@ -80,8 +82,19 @@ def bench(name: str, words: str) -> str:
     return f"{BENCH} {words} --out {{scratch}}/{name}.json"
 
 
+def train_bench(name: str, words: str) -> str:
+    return f"{{python}} benchmarks/train_bench.py --out {{scratch}}/{name}.json {words}"
+
+
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
 TRAIN = "{python} -m vpgea_fast.cli train configs/tiny.yaml --train.steps 20 --model.device cuda"
+RUN_7B = (
+    "{python} -m vpgea_fast.cli train configs/7b-1gpu.yaml --run.dir {scratch}/run_7b "
+    "--model.path {scratch}/model_7b --data.train {scratch}/world/train.jsonl "
+    "--data.question_key question --parallel.cpu_offload false --rollout.max_new_tokens 1024 "
+    "--objective.verify none --metrics.diag_every 0"
+)
+ATTENTION = ("flash", "varlen", "sdpa")
 PARTS = (
     Part(
         "dense",
@@ -136,6 +149,46 @@ PARTS = (
             "{python} -m vpgea_fast.cli make-tiny {scratch}/world",
             f"{TRAIN} --loss.backend triton {WORLD} --run.dir {{scratch}}/tiny",
         ),
+    ),
+    Part(
+        "train",
+        280,
+        (train_bench("train_7b", "--model qwen2.5-7b --profile {scratch}/train_7b_trace.json"),),
+        ("train_7b",),
+    ),
+    Part(
+        "train_run",
+        270,
+        (
+            "{python} -m vpgea_fast.cli make-tiny {scratch}/world",
+            "{python} benchmarks/random_model.py qwen2.5-7b {scratch}/model_7b",
+            f"{RUN_7B} --train.steps 2",
+            "{python} -m vpgea_fast.cli train --resume {scratch}/run_7b --train.steps 3",
+        ),
+    ),
+    Part(
+        "train_long",
+        200,
+        (
+            train_bench(
+                "train_7b_32k",
+                "--model qwen2.5-7b --rows 24 --mean-length 8192 --budget 32768 "
+                "--optimizer adamw_bf16 --variants gated padded --repeats 2",
+            ),
+        ),
+        ("train_7b_32k",),
+    ),
+    Part(
+        "train_attention",
+        150,
+        tuple(
+            train_bench(
+                f"train_1.5b_{name}",
+                f"--model qwen2.5-1.5b --attention {name} --variants gated --repeats 2",
+            )
+            for name in ATTENTION
+        ),
+        tuple(f"train_1.5b_{name}" for name in ATTENTION),
     ),
 )
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from vpgea_fast import config
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -25,25 +28,30 @@ def test_without_a_gpu_it_lists_and_measures_nothing(on_gpu, capsys):
     assert on_gpu.main(["--list"]) == 0
     text = capsys.readouterr().out
     assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "] == [
-        *("dense", "sweep", "tests", "two_stream", "group", "sanitizer", "tiny")
+        *("dense", "sweep", "tests", "two_stream", "group", "sanitizer", "tiny"),
+        *("train", "train_run", "train_long", "train_attention"),
     ]
     assert on_gpu.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
-    assert sum(part.seconds for part in on_gpu.PARTS) <= 15 * 60
+    for trainer in (True, False):  # a borrowed device's time, twice
+        parts = [part for part in on_gpu.PARTS if part.name.startswith("train") == trainer]
+        assert sum(part.seconds for part in parts) <= 15 * 60
     assert all(part.seconds < on_gpu.LIMIT_S for part in on_gpu.PARTS)
 
 
-def test_every_benchmark_of_a_part_takes_its_words(on_gpu):
+def test_every_benchmark_of_a_part_takes_its_words(on_gpu, monkeypatch):
     """Names of providers, options and files: a typing error here would cost device time."""
     pytest.importorskip("triton")
-    kernel_bench, tile_sweep = (importlib.import_module(x) for x in ("kernel_bench", "tile_sweep"))
+    scripts = {x: importlib.import_module(x) for x in ("kernel_bench", "tile_sweep", "train_bench")}
+    monkeypatch.setattr(scripts["train_bench"], "free_memory", lambda: 2**40)
     seen = []
     for part in on_gpu.PARTS:
         for command in part.commands:
             _, script, *words = on_gpu.shlex.split(command.format(**dict.fromkeys(PLACES, "x")))
-            if script.endswith(("kernel_bench.py", "tile_sweep.py")):
-                module = kernel_bench if "kernel_bench" in script else tile_sweep
-                seen.append(module.arguments(words).out.stem)
+            if (name := Path(script).stem) in scripts:
+                seen.append(scripts[name].arguments(words).out.stem)
+            if words[:2] == ["vpgea_fast.cli", "train"] and words[2].endswith(".yaml"):
+                config.load(ROOT / words[2], words[3:])
     assert seen == [name for part in on_gpu.PARTS for name in part.results]
     shards = importlib.import_module("test_kernels_interpret").SHARDS
     assert tuple(shards) == on_gpu.SHARDS
