@@ -92,7 +92,7 @@ RUN_7B = (
     "{python} -m vpgea_fast.cli train configs/7b-1gpu.yaml --run.dir {scratch}/run_7b "
     "--model.path {scratch}/model_7b --data.train {scratch}/world/train.jsonl "
     "--data.question_key question --parallel.cpu_offload false --rollout.max_new_tokens 1024 "
-    "--objective.verify none --metrics.diag_every 0"
+    "--objective.preset paper --metrics.diag_every 0"
 )
 ATTENTION = ("flash", "varlen", "sdpa")
 PARTS = (
