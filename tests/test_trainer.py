@@ -456,3 +456,19 @@ def test_saves_in_the_background_change_nothing(words, tmp_path):
         "step_3",
         "step_4",
     ]
+
+
+def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_path):
+    more = ["--eval.data", "[]", "--checkpoint.save_every", "100", "--checkpoint.keep_last", "9"]
+    more += ["--train.steps", "3", "--checkpoint.export", "false"]
+    saves = words("saves", *more, "--checkpoint.save_minutes", "1e-6")
+    assert fit(config.load(TINY, saves))
+    assert {p.name for p in (tmp_path / "saves/checkpoints").iterdir()} == {
+        *(f"step_{n}" for n in (1, 2, 3))
+    }
+    limited = words("limited", *more, "--run.max_minutes", "1e-4")
+    assert not fit(config.load(TINY, limited))  # stopped and saved, as by SIGTERM
+    assert not lines(tmp_path / "limited")
+    resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
+    assert fit(resumed, resume=True)
+    assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
