@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from ranks import run_ranks, watch_ranks
 
 from vpgea_fast import config, trainer
+from vpgea_fast.config import ParallelConfig
+from vpgea_fast.distributed import open_world
 from vpgea_fast.types import TrainRow
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +53,11 @@ def records(run_dir):
     ]
 
 
-def fit(words, resume=False, die_after=None, poison=None):
+def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=0.0):
     """One rank's run. `die_after`: rank 1 kills itself after that step. `poison`: from that step on
-    the first row has a coefficient that is not a number, which one rank meets."""
+    the first row has a coefficient that is not a number, which one rank meets. `stop_after`: rank 1
+    gets a SIGTERM after that step, and rank 0 none. `late`: seconds that rank 1 starts later."""
+    time.sleep(late * int(os.environ["RANK"]))
     warnings.filterwarnings("ignore", message=".*is of 2 processes, now there are 1")
     finish, build = trainer.Trainer.finish_step, trainer.build_rows
     step = 0
@@ -63,6 +68,8 @@ def fit(words, resume=False, die_after=None, poison=None):
         step = self.step
         if self.step == die_after and self.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == stop_after and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def build_rows(*args, **kwargs):
         rows = build(*args, **kwargs)
@@ -118,6 +125,33 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     assert len(rows) == 1
     assert set(map(str, rows[0]["coef"])) == {"nan"}
     assert run_ranks(fit, [*given, "--train.steps", "14"], True) == [True, True]
+
+
+def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):
+    """A signal that one of two hears, then a time limit that one reaches first: both leave after
+    the same step, saved, and the run goes on from there."""
+    given = words("stopped", "--train.steps", "5", "--checkpoint.save_every", "100")
+    assert run_ranks(fit, given, False, None, None, 2) == [False, False]
+    (first,) = (tmp_path / "stopped/checkpoints").iterdir()
+    assert first.name == "step_2"
+    limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.1"]
+    assert run_ranks(fit, limited, True, None, None, None, 2.0) == [False, False]
+    steps = sorted(int(p.name.removeprefix("step_")) for p in first.parent.iterdir())
+    assert steps[-1] == records(tmp_path / "stopped")[-1]["step"]
+
+
+def wait_for_nobody():
+    world = open_world(ParallelConfig(timeout_minutes=0.1), "cpu")
+    if world.rank == 1:
+        time.sleep(20)
+        return
+    world.barrier()
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_time_out():
+    waiting, _ = watch_ranks(wait_for_nobody, grace_s=60)
+    assert waiting.status == 1
+    assert "imed out" in waiting.output
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):

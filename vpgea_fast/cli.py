@@ -213,6 +213,8 @@ def _status(*, done: bool) -> int:
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("vpgea eval is one process: start it without torchrun, one a benchmark")
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")

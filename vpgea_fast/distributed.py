@@ -93,7 +93,8 @@ class World:
         lengths = self._gather(torch.tensor([len(data)]))
         widest = max(int(length) for length in lengths)
         padded = torch.zeros(widest, dtype=torch.uint8)
-        padded[: len(data)] = torch.tensor(bytearray(data), dtype=torch.uint8)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = self._gather(padded) if widest else [padded] * self.size
         return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 
@@ -108,6 +109,18 @@ class World:
             torch.frombuffer(bytearray(part), dtype=values.dtype) if part else values.new_empty(0)
             for part in parts
         ]
+
+    def require_same(self, value: Any, what: str) -> None:
+        """RuntimeError on all processes if one has another value. A collective.
+
+        With unequal plans some processes would wait for ever, or add up other sums, silently.
+        """
+        values = self.gather(value)
+        if any(other != values[0] for other in values):
+            raise RuntimeError(
+                f"the processes disagree on the {what} ({values}): their hosts compute "
+                "differently; take equal CPUs and versions on all nodes, and go on with --resume"
+            )
 
     def share(self, count: int) -> slice:
         """The places of `count` things that are this process's; all shares together are all."""

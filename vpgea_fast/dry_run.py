@@ -190,6 +190,11 @@ def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
             + ("without a CUDA device" if not on.cuda else "with parallel.shard 'never'")
             + "; it moves shards of CUDA devices to host memory: set it to false"
         )
+    if cfg.model.compile and cfg.model.activation_checkpointing == "selective":
+        raise ConfigError(
+            "model.activation_checkpointing: got 'selective' with model.compile, whose kernels "
+            "write into what it keeps; set 'full' or 'none'"
+        )
     summed = sharded and parallel.accumulate == "sharded" and parallel.replicas == 1
     if cfg.model.master_dtype == "bfloat16" and summed:
         raise ConfigError(

@@ -456,7 +456,8 @@ def _read_shards(causal_lm: Any, path: str) -> None:
             raise ModelError(f"{path}: {name} holds NaN or Inf; use an earlier checkpoint")
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model again"
+            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model "
+            "again, or set parallel.shard: never where transformers converts this model's names"
         )
 
 

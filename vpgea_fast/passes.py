@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.distributed import World
-from vpgea_fast.packing import RankPlan, pack_rows, plan_ranks
+from vpgea_fast.packing import RankPlan, pack_plan, plan_ranks
 from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
 
 Step = Callable[[PackedBatch, bool], torch.Tensor]
@@ -46,8 +46,8 @@ class Passes:
         plan = self.plan(rows) if plan is None else plan
         own = plan[self.world.rank]
         made = [
-            step(pack_rows([rows[i] for i in members]), number + 1 == len(own)).double()
-            for number, members in enumerate(own)
+            step(batch, number + 1 == len(own)).double()
+            for number, (batch, _) in enumerate(pack_plan(rows, own))
         ]
         lead = made[0].shape[:-1] if made else torch.Size()
         flat = [batch.reshape(-1) for batch, members in zip(made, own, strict=True) if members]

@@ -12,9 +12,11 @@ import math
 import resource
 import signal
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
@@ -92,6 +94,7 @@ class Trainer:
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         self.world = open_world(cfg.parallel, cfg.model.device)
+        self.world.require_same(resume, "question whether the run has started already")
         self.claim: checkpoint.RunLock | None = None
         self.world.on_main(functools.partial(self._claim, resume))
         self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s, self.world)
@@ -168,6 +171,7 @@ class Trainer:
 
         No rows or a non-finite gradient leave parameters and optimiser state bitwise unchanged.
         """
+        self.world.require_same(_checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
@@ -269,6 +273,7 @@ class Trainer:
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
+        self._leave_together()
         self.world.on_main(lambda: checkpoint.write_text(file, json.dumps(known, indent=1)))
 
     def finish_run(self) -> None:
@@ -430,19 +435,25 @@ class Trainer:
         saved = checkpoint.load_checkpoint(
             self.run_dir, world=self.world, model=self.policy, optimizer=self.optimizer
         )
-        self._check_resume(saved)
+        with self.world.together():  # all have read config.yaml before it is written again
+            self._check_resume(saved)
         if saved is not None:
             self.step = saved.step
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
         self.world.on_main(self._cut_logs)
 
     def _cut_logs(self) -> None:
-        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
+        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside.
+
+        A copy: without its config.yaml a run that is killed here could not be resumed.
+        """
         if self.changed:
             old = self.run_dir / f"config.until_step_{self.step}.yaml"
-            (self.run_dir / "config.yaml").rename(old)
+            now = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
+            checkpoint.write_text(old, now)
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
+        (self.run_dir / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
         self.alarms.replay(self.run_dir)
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
@@ -536,15 +547,30 @@ class Trainer:
     def _check_stop(self) -> None:
         """For this process alone: inside a rollout, whose end all processes reach together."""
         limit = self.cfg.run.max_minutes
-        self.stop_requested |= limit is not None and time.monotonic() - self.began > 60 * limit
+        if limit is not None and time.monotonic() - self.began > 60 * limit:
+            self.stop_requested = True
         if self.stop_requested:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise Stopped
+            self._stop()
 
     def _leave_together(self) -> None:
-        """Stop if any process was asked to. A collective."""
-        self.stop_requested = self.world.any(self.stop_requested)
-        self._check_stop()
+        """Stop if any process was asked to. A collective: here a clock or a signal of one process
+        is heard by all or by none."""
+        limit = self.cfg.run.max_minutes
+        late = limit is not None and time.monotonic() - self.began > 60 * limit
+        if self.world.any(self.stop_requested or late):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.optimizer.zero_grad(set_to_none=True)
+        raise Stopped
+
+
+def _checksum(rows: Sequence[TrainRow]) -> int:
+    crc = 0
+    for row in rows:
+        for part in (row.context_ids, row.token_ids, row.coef.double()):
+            crc = zlib.crc32(part.numpy().tobytes(), crc)
+    return crc
 
 
 def _counts(dropped: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ travels are the drawn tensors; the rest of a path is known from its request.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from safetensors.torch import load, save
@@ -51,7 +52,8 @@ class ParallelEngine:
         if not all(parts):
             raise Stopped
         if on_progress is not None and requests:
-            on_progress(len(requests) - shown)
+            with suppress(Stopped):  # alone it must not leave now; the caller asks all
+                on_progress(len(requests) - shown)
         drawn = [path for part in parts for path in _from_tensors(load(part))]
         return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
 
