@@ -88,13 +88,14 @@ def train_bench(name: str, words: str) -> str:
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
 TRAIN = "{python} -m vpgea_fast.cli train configs/tiny.yaml --train.steps 20 --model.device cuda"
-RUN_7B = (
-    "{python} -m vpgea_fast.cli train configs/7b-1gpu.yaml --run.dir {scratch}/run_7b "
-    "--model.path {scratch}/model_7b --data.train {scratch}/world/train.jsonl "
-    "--data.question_key question --parallel.cpu_offload false --rollout.max_new_tokens 1024 "
-    "--objective.preset paper --metrics.diag_every 0"
+RUN = (
+    "{python} -m vpgea_fast.cli train configs/7b-1gpu.yaml --parallel.cpu_offload false "
+    "--model.path {scratch}/model --data.train {scratch}/world/train.jsonl "
+    "--data.question_key question --rollout.max_new_tokens 1024 --objective.preset paper "
+    "--metrics.diag_every 0 --checkpoint.export false"
 )
 ATTENTION = ("flash", "varlen", "sdpa")
+TRAINED = {"train": "train_7b", "train_long": "train_7b_32k"}
 PARTS = (
     Part(
         "dense",
@@ -161,9 +162,12 @@ PARTS = (
         270,
         (
             "{python} -m vpgea_fast.cli make-tiny {scratch}/world",
-            "{python} benchmarks/random_model.py qwen2.5-7b {scratch}/model_7b",
-            f"{RUN_7B} --train.steps 2",
-            "{python} -m vpgea_fast.cli train --resume {scratch}/run_7b --train.steps 3",
+            "{python} benchmarks/random_model.py qwen2.5-7b {scratch}/model",
+            f"{RUN} --run.dir {{scratch}}/run_7b --train.steps 3",
+            "rm -r {scratch}/model {scratch}/run_7b/checkpoints",  # 57 GiB
+            "{python} benchmarks/random_model.py qwen2.5-1.5b {scratch}/model",
+            f"{RUN} --run.dir {{scratch}}/run_1.5b --train.steps 2 --parallel.cpu_offload true",
+            "{python} -m vpgea_fast.cli train --resume {scratch}/run_1.5b --train.steps 3",
         ),
     ),
     Part(
@@ -316,8 +320,35 @@ class Aim:
 
 
 def aims(done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of both of our CUDA backends; a value is None where a number is missing."""
-    return [asdict(aim) for ours in ("triton", "cublas") for aim in _aims(ours, done)]
+    """Of both of our CUDA heads, and of the train phase; None where nothing was measured."""
+    heads = [aim for ours in ("triton", "cublas") for aim in _aims(ours, done)]
+    return [asdict(aim) for aim in (*heads, *_train_aims(done))]
+
+
+def _most(name: str, value: float | None, limit: float) -> Aim:
+    return Aim(name, value, f"<= {limit}", value and value <= limit)
+
+
+def _least(name: str, value: float | None, limit: float) -> Aim:
+    return Aim(name, value, f">= {limit}", value and value >= limit)
+
+
+def _train_aims(done: dict[str, Any]) -> Iterator[Aim]:
+    """Of Qwen2.5-7B at 16k and 32k tokens a forward."""
+    results = {n: done.get(p, {}).get("results", {}).get(n) or {} for p, n in TRAINED.items()}
+    for name, result in results.items():
+        rows = {row["variant"]: row for row in result.get("records", [])}
+        ours = rows.get("gated", {})
+        yield _least(f"{name}: MFU", ours.get("mfu"), 0.35)
+        padded = rows.get("padded", {}).get("times_gated")
+        yield _least(f"{name}: times as fast as the padded loop", padded, 1.3)
+        if name == "train_7b":
+            dense = ratio(ours.get("paths_per_s"), rows.get("ungated", {}).get("paths_per_s"))
+            yield _least(f"{name}: paths per second, gate 0.5 / dense", dense, 1.25)
+            yield _most(f"{name}: share of head and loss", ours.get("head_share"), 0.08)
+        memory = result.get("estimate", {})
+        off = ratio(memory.get("mib"), memory.get("measured_mib"))
+        yield _most(f"{name}: estimate beside measured peak", off and abs(off - 1), 0.1)
 
 
 def _aims(ours: str, done: dict[str, Any]) -> Iterator[Aim]:
@@ -333,10 +364,10 @@ def _aims(ours: str, done: dict[str, Any]) -> Iterator[Aim]:
         return find("two_stream", "two_stream", mode="full", provider=ours, gate=gate, rows=16384)
 
     def most(name: str, value: float | None, limit: float) -> Aim:
-        return Aim(f"{ours}: {name}", value, f"<= {limit}", value and value <= limit)
+        return _most(f"{ours}: {name}", value, limit)
 
     def least(name: str, value: float | None, limit: float) -> Aim:
-        return Aim(f"{ours}: {name}", value, f">= {limit}", value and value >= limit)
+        return _least(f"{ours}: {name}", value, limit)
 
     forward = find("dense", "logprob", mode="forward", provider=ours, rows=16384)
     yield most("forward, ms", forward, 28)

@@ -50,7 +50,7 @@ def test_every_benchmark_of_a_part_takes_its_words(on_gpu, monkeypatch):
             _, script, *words = on_gpu.shlex.split(command.format(**dict.fromkeys(PLACES, "x")))
             if (name := Path(script).stem) in scripts:
                 seen.append(scripts[name].arguments(words).out.stem)
-            if words[:2] == ["vpgea_fast.cli", "train"] and words[2].endswith(".yaml"):
+            if words[:1] == ["vpgea_fast.cli"] and words[2].endswith(".yaml"):
                 config.load(ROOT / words[2], words[3:])
     assert seen == [name for part in on_gpu.PARTS for name in part.results]
     shards = importlib.import_module("test_kernels_interpret").SHARDS
@@ -143,6 +143,28 @@ def test_aims_are_ratios_of_the_same_run(on_gpu):
     assert found["triton: times as fast as QuACK"] == (None, None)
     assert found["triton: transient memory at 4096 rows, MiB"] == (1300.0, True)
     assert on_gpu.aims({})[0]["holds"] is None
+
+
+def test_aims_of_the_train_phase(on_gpu):
+    records = [
+        {"variant": "gated", "mfu": 0.4, "paths_per_s": 2.6, "head_share": 0.05},
+        {"variant": "ungated", "paths_per_s": 2.0},
+        {"variant": "padded", "times_gated": 1.2},
+    ]
+    result = {"records": records, "estimate": {"mib": 80.0, "measured_mib": 100.0}}
+    done = {"train": {"results": {"train_7b": result}}}
+    found = {aim["name"]: (aim["value"], aim["holds"]) for aim in on_gpu.aims(done)}
+    assert found["train_7b: MFU"] == (0.4, True)
+    assert found["train_7b: times as fast as the padded loop"] == (1.2, False)
+    assert found["train_7b: paths per second, gate 0.5 / dense"] == (1.3, True)
+    assert found["train_7b: share of head and loss"] == (0.05, True)
+    assert found["train_7b: estimate beside measured peak"] == (pytest.approx(0.2), False)
+    assert found["train_7b_32k: MFU"] == (None, None)
+
+
+def test_the_waiting_list_names_every_part(on_gpu):
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert [part.name for part in on_gpu.PARTS if f"| `{part.name}` |" not in text] == []
 
 
 def test_the_sweep_lists_its_tiles(on_gpu, capsys):
