@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 
 from vpgea_fast.distributed import Stopped, World
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage
 from vpgea_fast.types import Finish, Path, SampleRequest
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
@@ -62,6 +62,14 @@ class ParallelEngine:
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See RolloutEngine; in every process."""
         self.engine.load_weights(named)
+
+    def rest(self) -> None:
+        """See RolloutEngine; in every process."""
+        self.engine.rest()
+
+    def usage(self) -> Usage:
+        """Of all processes together. A collective."""
+        return Usage(*map(sum, zip(*self.world.gather(self.engine.usage()), strict=True)))
 
     def close(self) -> None:
         self.engine.close()
