@@ -349,6 +349,19 @@ def make_replica(policy: Policy, path: str) -> Any:
     return replica.eval()
 
 
+def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
+    """A causal LM without storage, and its weights as the files hold them, one at a time: for an
+    engine that is no module. Errors: ModelError."""
+    check_model_dir(path)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, file in _weight_files(path).items():
+            with safe_open(file, framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+
+    return _without_storage(path, dtype), weights()
+
+
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

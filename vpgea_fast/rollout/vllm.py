@@ -6,9 +6,9 @@ vLLM; everything that does is inside a function, so the module can be read witho
 
 Sampling   temperature, stop ids and seed of each request are vLLM's; log-probs are `processed`:
            after the temperature, in float32
-Weights    names of the transformers model, one after the other into vLLM's own reload; on a CPU the
-           tied head is untied there, because vLLM 0.32 keeps a packed copy of it that no reload
-           refreshes
+Weights    names of the transformers model, one after the other into vLLM's own reload. Into a
+           child they go by CUDA IPC, on a CPU by safetensors files. On a CPU the tied head is
+           untied there: vLLM 0.32 keeps a packed copy of it that no reload refreshes
 Sleep      on CUDA: after a rollout weights and KV cache are dropped; a refresh wakes the weights,
            fills them, and only then wakes the KV cache, so that old and new weights and the cache
            never lie side by side
@@ -20,17 +20,24 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import tempfile
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.rollout.engine import (
@@ -51,6 +58,9 @@ LOOK_EVERY = 16
 """Tokens of a path between two looks at it. It costs at most so many tokens beyond a limit."""
 
 GIB = 2**30
+
+FILE_BYTES = GIB
+"""Of one file of weights."""
 
 
 def check_installed() -> None:
@@ -92,12 +102,13 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 class VllmEngine:
-    """Rollout engine over a vLLM of this process's own; see `RolloutEngine`.
+    """Rollout engine over a vLLM in this process or in a child of it; see `RolloutEngine`.
 
     path       Hugging Face directory or Hub name; only its config.json is read, the weights come
                through `load_weights`
     context    positions that a path may need, prompt included; at most the model's own
     max_batch  paths that are decoded side by side
+    files      where weights lie on their way into a process of its own; default the system's place
     """
 
     def __init__(
@@ -109,9 +120,10 @@ class VllmEngine:
         device: torch.device,
         context: int | None = None,
         cfg: VllmEngineConfig | None = None,
+        files: str | None = None,
         seed: int = 0,
     ) -> None:
-        self.cfg = cfg or VllmEngineConfig()
+        self.cfg, self.files = cfg or VllmEngineConfig(), files
         self.device, self.dtype, self.used = device, dtype, Usage()
         self.complete = self.asleep = False
         self.untied = device.type == "cpu"
@@ -160,10 +172,18 @@ class VllmEngine:
             options["tensor_parallel_size"] = cfg.tensor_parallel
             if self.shares_group and "RANK" in os.environ:
                 options["distributed_executor_backend"] = "external_launcher"
+        else:
+            options["worker_extension_cls"] = f"{__name__}.{WorkerExtension.__name__}"
+            if cuda:
+                options["weight_transfer_config"] = {"backend": "ipc"}
         with _environment(cfg.process, self.device):
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
 
-            return LLM(**options)
+            llm = LLM(**options)
+        if cfg.process == "own":
+            (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
+            _Guard(llm.llm_engine.engine_core, engine).start()
+        return llm
 
     def generate(
         self,
@@ -190,14 +210,9 @@ class VllmEngine:
                 if on_progress is not None:
                     on_progress(len(finished))
         except BaseException as error:
+            if _is_dead(error):
+                raise self._gone() from error
             self._give_up(open_)
-            if type(error).__name__ == "EngineDeadError":
-                self.complete = False
-                raise RolloutError(
-                    "the vLLM engine process is gone (killed, or out of memory: see the lines "
-                    "above); the last checkpoint is good: go on with --resume, with a smaller "
-                    "vllm.gpu_memory or rollout.max_batch if memory ran out"
-                ) from error
             raise
         return [paths[number] for number in range(len(requests))]
 
@@ -256,13 +271,17 @@ class VllmEngine:
         return ended
 
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
-        """Take what was being drawn out of the scheduler; a dead engine holds nothing."""
-        if open_ and self.llm is not None:
-            try:
-                self.llm.llm_engine.abort_request(list(open_))
-            except Exception as error:  # the cause is on its way up already
-                if type(error).__name__ != "EngineDeadError":
-                    raise
+        """Take what was being drawn out of the scheduler."""
+        if open_:
+            self.llm.llm_engine.abort_request(list(open_))
+
+    def _gone(self) -> RolloutError:
+        self.complete = False
+        return RolloutError(
+            "the vLLM engine's process is gone (killed, or out of memory, see the lines above); "
+            "the last checkpoint is good: go on with --resume, with a smaller rollout.max_batch, "
+            "vllm.gpu_memory or vllm.kv_cache_gib if memory ran out"
+        )
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """See RolloutEngine."""
@@ -276,15 +295,17 @@ class VllmEngine:
         rest = iter(named)
         try:
             self._wake("weights")
-            self.llm.collective_rpc(
-                "reload_weights",
-                kwargs={"weights_iterator": self._as_loaded(rest), "is_checkpoint_format": True},
-            )
+            self._hand_over(self._as_loaded(rest))
+            self._wake("kv_cache")
+            clean = self.llm.reset_prefix_cache()
+        except Exception as error:
+            if _is_dead(error):
+                raise self._gone() from error
+            raise
         finally:
             for _ in rest:  # its collectives are waited for by other processes
                 pass
-        self._wake("kv_cache")
-        if not self.llm.reset_prefix_cache():
+        if not clean:
             raise RolloutError("vLLM kept its prefix cache: a path was being drawn during a sync")
         self.weights.check()
         self.complete = True
@@ -298,6 +319,17 @@ class VllmEngine:
             yield name, copy
             if self.untied and name in second:
                 yield second[name], copy
+
+    def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.cfg.process == "shared":
+            options = {"weights_iterator": named, "is_checkpoint_format": True}
+            self.llm.collective_rpc("reload_weights", kwargs=options)
+        elif self.device.type == "cuda":
+            _send_ipc(self.llm, named)
+        else:
+            with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
+                write_weights(named, FilePath(directory))
+                self.llm.collective_rpc("load_files", args=(directory,))
 
     def _wake(self, part: str) -> None:
         if self.asleep:
@@ -334,6 +366,115 @@ class VllmEngine:
         if parallel_state._WORLD is not None:
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
+
+
+class WorkerExtension:
+    """What vLLM mixes into the worker of an engine that runs in a process of its own."""
+
+    model_runner: Any
+
+    def load_files(self, directory: str) -> None:
+        """Take over the weights that `write_weights` left in a directory."""
+        self.model_runner.reload_weights(
+            weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
+        )
+
+    def end_with(self, trainer: int) -> int:
+        """End this worker and the engine above it within seconds of the process `trainer`, also
+        when that is killed; the engine's process."""
+        engine = os.getpid() if os.getppid() == trainer else os.getppid()
+
+        def watch() -> None:
+            while _runs(trainer):
+                time.sleep(1.0)
+            with suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        return engine
+
+
+class _Guard(threading.Thread):
+    """Wakes a trainer that waits for a killed engine: vLLM 0.32's client would wait for ever, for
+    tokens (its queue) and for answers to calls (its futures) alike."""
+
+    def __init__(self, client: Any, engine: int) -> None:
+        super().__init__(daemon=True)
+        self.client, self.engine = weakref.ref(client), engine
+
+    def run(self) -> None:
+        from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
+            EngineDeadError,
+        )
+
+        while _runs(self.engine):
+            time.sleep(0.5)
+        if (client := self.client()) is not None:
+            client.resources.engine_dead = True
+            client.outputs_queue.put_nowait(EngineDeadError())
+            for future in list(client.utility_results.values()):
+                if not future.done():
+                    future.set_exception(EngineDeadError())
+
+
+def _is_dead(error: BaseException) -> bool:
+    """By name: the class is vLLM's."""
+    return type(error).__name__ == "EngineDeadError"
+
+
+def _runs(process: int) -> bool:
+    """Not gone, and no zombie that nobody has waited for yet."""
+    try:
+        stat = FilePath(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
+    """Safetensors files of about FILE_BYTES each, so the whole model is never in memory."""
+    part: dict[str, torch.Tensor] = {}
+    held = number = 0
+    for name, tensor in named:
+        part[name] = tensor.detach().cpu().clone().contiguous()
+        held += part[name].nbytes
+        if held >= FILE_BYTES:
+            save_file(part, directory / f"{number:05d}.safetensors")
+            part, held, number = {}, 0, number + 1
+    if part:
+        save_file(part, directory / f"{number:05d}.safetensors")
+
+
+def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, opened.get_tensor(name)
+
+
+def _send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """vLLM's IPC transfer into a child on the same GPU: handles go over the pipe between the two,
+    the weights stay where they are. Not run on a GPU by this project yet.
+
+    vLLM's trainer side would gather pickled handles of all processes, other nodes' too; each engine
+    here has one trainer, so its worker side is called directly.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    kept = [(name, tensor.contiguous()) for name, tensor in named]  # until vLLM has read them
+    update = {
+        "names": [name for name, _ in kept],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in kept],
+        "shapes": [list(tensor.shape) for _, tensor in kept],
+        "ipc_handles": [{device: reduce_tensor(tensor)[1]} for _, tensor in kept],
+    }
+    llm.init_weight_transfer_engine({"init_info": {"packed": False}})
+    llm.start_weight_update()
+    llm.update_weights({"update_info": update})
+    llm.finish_weight_update()
+    torch.cuda.ipc_collect()
 
 
 @dataclass
@@ -388,7 +529,11 @@ def _environment(process: str, device: torch.device) -> Iterator[None]:
     own = process == "own"
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own))}
     if own and device.type == "cuda":
-        wanted["CUDA_VISIBLE_DEVICES"] = str(device.index or 0)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        index = device.index or 0
+        wanted["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
+        # CUDA handles are no plain data; they go through the pipe to the child and nowhere else.
+        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # Its information is hundreds of lines; on a CPU its warnings are dozens, none of use here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device.type == "cpu" else "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
