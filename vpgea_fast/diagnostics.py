@@ -123,11 +123,24 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
         if row.sample_logps is not None:
             (own if row.own_view else distilled).append(row.sample_logps.double() - row_logps)
     if own:
-        metrics["mismatch_mean"] = torch.cat(own).abs().exp().mean().item()
-        metrics["mismatch_max"] = torch.cat(own).abs().max().item()
+        metrics |= mismatch(torch.cat(own))
     if distilled:
         metrics["kl_gated"] = torch.cat(distilled).mean().item()
     return metrics
+
+
+def mismatch(gap: torch.Tensor) -> dict[str, float]:
+    """How far the sampler is from the trainer, from log p_engine - log p_trainer of every token:
+    mean exp|gap| (NeMo-RL's bar is 1.05), the largest |gap|, the smallest and largest ratio
+    p_trainer / p_engine, and the share of ratios outside [0.9, 1.1]."""
+    ratio = (-gap).exp()
+    return {
+        "mismatch_mean": gap.abs().exp().mean().item(),
+        "mismatch_max": gap.abs().max().item(),
+        "mismatch_ratio_min": ratio.min().item(),
+        "mismatch_ratio_max": ratio.max().item(),
+        "mismatch_outside": ((ratio - 1.0).abs() > 0.1).double().mean().item(),
+    }
 
 
 def work_metrics(

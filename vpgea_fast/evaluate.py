@@ -15,10 +15,12 @@ import torch
 
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import load_questions
+from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import load_policy, load_tokenizer
+from vpgea_fast.model import load_policy, load_tokenizer, stored_model
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
+from vpgea_fast.rollout.factory import check_engine, open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import answers_correct
 from vpgea_fast.types import Path, Question, SampleRequest
@@ -149,6 +151,7 @@ class Evaluator:
                 "tokens": tokens,
                 "eps3": eps3(acc, tokens),
                 "truncated": sum(path.truncated for path in paths) / len(paths),
+                "errors": sum(path.finish == "error" for path in paths),
                 "n": len(paths),
                 "questions": len(questions),
                 "dropped": sum(self.dropped[name].values()),
@@ -198,18 +201,52 @@ def make_sampling(
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data`; the result of
-    `Evaluator.run`. `console` shows what is drawn and the time left."""
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
+    the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
+    check_engine(cfg)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
-    policy = load_policy(replace(cfg.model, activation_checkpointing="none"))
-    engine = HFEngine(policy.causal_lm, max_batch=cfg.rollout.max_batch, dtype=policy.dtype)
+    causal_lm, engine = _model_and_engine(cfg)
+    try:
+        return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine)
+    finally:
+        engine.close()
+
+
+def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine]:
+    """The model (without storage, for an engine that is no module) and what samples with it."""
+    world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
+    weights = None
+    if cfg.rollout.engine == "hf":
+        policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
+        causal_lm = policy.causal_lm
+    else:
+        causal_lm, weights = stored_model(cfg.model.path, dtype)
+    engine = open_engine(
+        cfg,
+        world,
+        dtype=dtype,
+        hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
+    )
+    if weights is not None:
+        engine.load_weights(weights)
+    return causal_lm, engine
+
+
+def _evaluate(
+    cfg: Config,
+    console: Console | None,
+    tokenizer: Any,
+    prompter: Prompter,
+    causal_lm: Any,
+    engine: RolloutEngine,
+) -> dict[str, dict[str, Any]]:
     with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
         evaluator = Evaluator(
             cfg,
             engine=engine,
             prompter=prompter,
-            sampling=make_sampling(cfg.rollout, prompter, tokenizer, policy.causal_lm),
+            sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             verifier=verifier,
         )
@@ -243,12 +280,13 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
 
 
 def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
+    counts = ("n", "questions", "dropped", "errors")
     mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
     return {
         **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
         "eps3": mean_of_ratios,
         "eps3_mean": ratio_of_means,
-        **{key: sum(int(part[key]) for part in parts) for key in ("n", "questions", "dropped")},
+        **{key: sum(int(part[key]) for part in parts) for key in counts},
     }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -357,6 +358,19 @@ def make_replica(policy: Policy, path: str) -> Any:
     _allocate(replica, policy.device)
     replica.tie_weights()  # storage of its own for each name has untied them
     return replica.eval()
+
+
+def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
+    """A causal LM without storage, and its weights as the files hold them, one at a time: for an
+    engine that is no module. Errors: ModelError."""
+    check_model_dir(path)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, file in _weight_files(path).items():
+            with safe_open(file, framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+
+    return _without_storage(path, dtype), weights()
 
 
 def load_config(path: str) -> Any:

@@ -29,16 +29,18 @@ from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
 from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
-from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.objectives.rows import PathKey, build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import RolloutEngine
+from vpgea_fast.rollout.factory import check_engine, open_engine
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.parallel import ParallelEngine
+from vpgea_fast.rollout.probe import TOLERANCE, SyncProbe
 from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
+    Coefficients,
     PackedBatch,
     ScoredBatch,
     StepStats,
@@ -102,7 +104,7 @@ class Trainer:
             self._build_stages()
             if resume:
                 self._restore()
-            self.sync_engine()
+            self.sync_engine(updated=False)
             self.world.on_main(self._write_run_files)
         except BaseException:
             self.verifier.close()
@@ -130,7 +132,8 @@ class Trainer:
             if self.claim is not None:
                 self.claim.release()
         if error is None:
-            del self.policy, self.engine, self.optimizer, self.collector, self.evaluator, self.saver
+            del self.policy, self.engine, self.optimizer, self.collector, self.evaluator
+            del self.saver, self.probe
             self.world.close()
 
     def train_step(self) -> StepStats:
@@ -138,11 +141,17 @@ class Trainer:
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         evaluated = self._scheduled_evaluation()
         batch, coefs = self.collector.collect(self.step, timer)
+        used = self.engine.usage()
+        self.engine.rest()
         self._leave_together()
-        rows = build_rows(batch, coefs, cfg.train, norm_constant=self.norm_constant)
+        with timer("importance"):
+            ratios, weighed = self.importance(batch, coefs)
+        constant = self.norm_constant
+        rows = build_rows(batch, coefs, cfg.train, norm_constant=constant, ratios=ratios)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
-            found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics}
+            found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics, **weighed}
+            found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
                 found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
             records = diagnostics.path_records(
@@ -151,7 +160,7 @@ class Trainer:
         with timer("train"):
             update, skipped = self.update(rows)
         with timer("sync"):
-            self.sync_engine()
+            found |= self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
@@ -165,6 +174,21 @@ class Trainer:
         return StepStats(
             {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
         )
+
+    def importance(
+        self, batch: ScoredBatch, coefs: Coefficients
+    ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
+        """Truncated p_trainer / p_engine of every token with a gradient, and the share that was
+        cut: one forward more, of the paths in the view that drew them."""
+        cap = self.cfg.rollout.importance_cap
+        if cap is None:
+            return None, {}
+        rows = drawn_rows(batch, coefs)
+        temperature = self.cfg.rollout.temperature
+        scored = self.passes(
+            lambda b, _: self.policy.logprob(b, temperature=temperature), list(rows.values())
+        )
+        return truncated_ratios(rows, scored, cap=cap)
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
         """The gradient of all rows, one optimiser step; and why there was none, if there was none.
@@ -362,6 +386,7 @@ class Trainer:
 
     def _build_stages(self) -> None:
         cfg = self.cfg
+        check_engine(cfg)
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
         loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
@@ -391,6 +416,7 @@ class Trainer:
             background=cfg.checkpoint.background,
         )
         self.engine = self._build_engine()
+        self.probe = self._build_probe()
         sampling = make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.policy.causal_lm)
         self.evaluator = Evaluator(
             cfg,
@@ -414,21 +440,40 @@ class Trainer:
         self.alarms = Alarms()
 
     def _build_engine(self) -> RolloutEngine:
-        """The trained module itself samples; a sharded one has a whole copy beside it that does."""
+        """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
         cfg, policy = self.cfg, self.policy
-        sampler = make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm
-        engine = HFEngine(
-            sampler,
-            max_batch=cfg.rollout.max_batch,
-            dtype=None if policy.sharded else policy.dtype,
-            complete=not policy.sharded,
-        )
-        return ParallelEngine(engine, self.world) if self.world.size > 1 else engine
 
-    def sync_engine(self) -> None:
-        """Give the engine the weights, unless it samples with the trained module itself."""
-        if self.policy.sharded:
-            self.engine.load_weights(full_weights(self.policy))
+        def hf() -> HFEngine:
+            return HFEngine(
+                make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
+                max_batch=cfg.rollout.max_batch,
+                dtype=None if policy.sharded else policy.dtype,
+                complete=not policy.sharded,
+            )
+
+        return open_engine(cfg, self.world, dtype=policy.dtype, hf=hf)
+
+    def _build_probe(self) -> SyncProbe:
+        first, cfg = self.questions[0], self.cfg.rollout
+        return SyncProbe(
+            self.engine,
+            lambda rows: self.passes(lambda b, _: self.policy.logprob(b), rows),
+            [first.student_ids, first.teacher_ids],
+            engines=self.world.size,
+            limit=cfg.max_new_tokens,
+            tolerance=cfg.probe_tolerance or TOLERANCE.get(self.policy.dtype, 0.05),
+        )
+
+    def sync_engine(self, *, updated: bool) -> dict[str, float]:
+        """Give the engine the weights, unless it samples with the trained module itself, and see
+        that it has them. RolloutError otherwise."""
+        if not (self.policy.sharded or self.cfg.rollout.engine != "hf"):
+            return {}
+        self.engine.load_weights(full_weights(self.policy))
+        every = self.cfg.rollout.probe_every
+        if updated and not (every and (self.step + 1) % every == 0):
+            return {}
+        return self.probe(updated=updated)
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""

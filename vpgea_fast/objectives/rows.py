@@ -14,16 +14,26 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from vpgea_fast.config import TrainConfig
-from vpgea_fast.types import Coefficients, Groups, ScoredBatch, TrainRow
+from vpgea_fast.types import Coefficients, Groups, ScoredBatch, Stream, TrainRow, View
 
 
 def build_rows(
-    batch: ScoredBatch, coefficients: Coefficients, cfg: TrainConfig, *, norm_constant: float
+    batch: ScoredBatch,
+    coefficients: Coefficients,
+    cfg: TrainConfig,
+    *,
+    norm_constant: float,
+    ratios: Mapping[PathKey, torch.Tensor] | None = None,
 ) -> list[TrainRow]:
-    """One row for every path and view with a weight other than zero; the others do not exist."""
+    """One row for every path and view with a weight other than zero; the others do not exist.
+
+    `ratios`: a factor a token for paths drawn by another sampler than the policy, both views alike.
+    """
     rows = []
     for (stream, view), weights in coefficients.weights.items():
         paths = batch.posterior if stream == "posterior" else batch.prior
@@ -41,9 +51,50 @@ def build_rows(
             for path, weight, factor in zip(group, row_weights, row_scale, strict=True):
                 if weight != 0.0 and path.z_ids.numel():
                     coef = torch.full(path.z_ids.shape, weight * factor, dtype=torch.float64)
+                    if ratios is not None:
+                        coef *= ratios[path.question_id, stream, path.index]
                     context = question.context(view)
                     rows.append(TrainRow(context, path.z_ids, coef, stream, view, path.logps))
     return rows
+
+
+PathKey = tuple[str, Stream, int]
+"""Question, stream and index: what tells a path from all others of its step."""
+
+
+def drawn_rows(batch: ScoredBatch, coefficients: Coefficients) -> dict[PathKey, TrainRow]:
+    """Every path with a weight in any view, in the view that it was drawn in; no coefficients."""
+    rows: dict[PathKey, TrainRow] = {}
+    for (stream, _), weights in coefficients.weights.items():
+        view: View = "teacher" if stream == "posterior" else "student"
+        pairs = batch.pairs(stream)
+        for (question, path), weight in zip(pairs, weights.flatten().tolist(), strict=True):
+            if weight != 0.0 and path.z_ids.numel():
+                none = torch.zeros(path.z_ids.shape, dtype=torch.float64)
+                context = question.context(view)
+                row = TrainRow(context, path.z_ids, none, stream, view, path.logps)
+                rows[path.question_id, stream, path.index] = row
+    return rows
+
+
+def truncated_ratios(
+    rows: Mapping[PathKey, TrainRow], trainer: Sequence[torch.Tensor], *, cap: float
+) -> tuple[dict[PathKey, torch.Tensor], dict[str, float]]:
+    """min(p_trainer / p_engine, cap) of every token of `drawn_rows`, float64; the share cut.
+
+    Importance weights for paths that the engine drew, token by token (truncated importance
+    sampling, Ionides 2008): that the prefix too was drawn by the engine is left out.
+
+    trainer: log-probs of every row's tokens under the policy that is trained.
+    """
+    ratios, cut = {}, [torch.zeros(0, dtype=torch.bool)]
+    for (key, row), logps in zip(rows.items(), trainer, strict=True):
+        assert row.sample_logps is not None
+        ratio = (logps.double() - row.sample_logps.double()).exp()
+        ratios[key] = ratio.clamp(max=cap)
+        cut.append(ratio > cap)
+    share = torch.cat(cut).double().mean().item() if rows else 0.0
+    return ratios, {"importance_capped": share}
 
 
 def _normaliser(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -79,6 +79,17 @@ def answer_only(sampling: Sampling, temperature: float) -> Sampling:
     )
 
 
+class RolloutError(RuntimeError):
+    """The engine cannot go on; the message says why and what to do."""
+
+
+class Usage(NamedTuple):
+    """Prompt tokens that were asked for, and those among them that were already in the cache."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
 class RolloutEngine(Protocol):
     """Samples paths, and takes over new weights between steps."""
 
@@ -91,9 +102,10 @@ class RolloutEngine(Protocol):
         """One path a request, in the order of the requests.
 
         The sampling log-prob of a token is log softmax(logits / temperature), natural log, float32,
-        under the full softmax also where top_p < 1, and at temperature 1 for greedy decoding.
+        at temperature 1 for greedy decoding. Where top_p < 1 it is that of the full softmax, or NaN
+        in an engine that cannot tell it. A path that the engine gives up has finish "error".
         `on_progress` gets the number of newly finished paths, often 0; it may raise.
-        Errors as `check`, before anything is drawn.
+        Errors as `check`, before anything is drawn; RolloutError for an engine that is lost.
         """
         ...
 
@@ -110,9 +122,96 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is sampled until the next `load_weights`: give memory back to the trainer."""
+        ...
+
+    def usage(self) -> Usage:
+        """Counted since the last call."""
+        ...
+
     def close(self) -> None:
         """Give back what the engine holds; it cannot be used afterwards."""
         ...
+
+
+def check_room(
+    requests: Sequence[SampleRequest], sampling: Sampling, room: int | None, source: str
+) -> None:
+    """ValueError for an empty prompt, and for one that leaves fewer than `sampling.limit` of the
+    `room` positions that `source` gives."""
+    for request in requests:
+        prompt = request.prompt_ids.numel()
+        if prompt == 0:
+            raise ValueError(f"question {request.question_id}: the prompt has no tokens")
+        if room is not None and prompt + sampling.limit > room:
+            raise ValueError(
+                f"question {request.question_id}: a prompt of {prompt} tokens and up to "
+                f"{sampling.limit} new ones need {prompt + sampling.limit} positions, but the "
+                f"model has {room} ({source}); lower rollout.max_new_tokens (in an evaluation "
+                "eval.max_new_tokens), or drop longer prompts with data.max_prompt_tokens"
+            )
+
+
+def not_finite(question_id: str, step: int) -> RolloutError:
+    """NaN or +inf among the logits makes the log-prob of the drawn token NaN."""
+    return RolloutError(
+        f"non-finite logits for question {question_id} at decode step {step}; likely the weights "
+        "hold NaN or inf (a diverged update, a damaged checkpoint), or the dtype overflows: check "
+        "the last checkpoint, or try model.dtype float32 or bfloat16"
+    )
+
+
+class WeightSet:
+    """All weights of a model, and which of them one refresh has brought.
+
+    shapes   name -> shape, in the names of the model's own parameters
+    aliases  second name of a tied weight -> its first; one of the two is enough
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self.shapes, self.aliases = shapes, aliases or {}
+        self.given: set[str] = set()
+        self.misfits: list[str] = []
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> WeightSet:
+        first: dict[int, str] = {}
+        shapes, aliases = {}, {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if (known := first.setdefault(id(parameter), name)) != name:
+                aliases[name] = known
+            shapes[name] = tuple(parameter.shape)
+        return cls(shapes, aliases)
+
+    def fitting(
+        self, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that fit, under their first names; what does not is noted for `check`."""
+        self.given, self.misfits = set(), []
+        for name, tensor in named:
+            if name not in self.shapes:
+                self.misfits.append(f"unknown {name}")
+            elif tuple(tensor.shape) != self.shapes[name]:
+                self.misfits.append(
+                    f"shape of {name}: got {tuple(tensor.shape)}, expected {self.shapes[name]}"
+                )
+            else:
+                name = self.aliases.get(name, name)
+                self.given.add(name)
+                yield name, tensor
+
+    def check(self) -> None:
+        """ValueError that lists every weight which `fitting` found missing, unknown, misshapen."""
+        absent = self.shapes.keys() - self.aliases.keys() - self.given
+        misfits = [*self.misfits, *(f"missing {name}" for name in self.shapes if name in absent)]
+        if misfits:
+            raise ValueError(
+                "weights do not fit the rollout model, which cannot sample now; give every "
+                f"parameter under its name in model.named_parameters(): {'; '.join(misfits)}"
+            )
 
 
 def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> int:

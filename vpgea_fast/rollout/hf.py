@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from vpgea_fast.rollout.engine import Sampling, split_path
+from vpgea_fast.rollout.engine import (
+    Sampling,
+    Usage,
+    WeightSet,
+    check_room,
+    not_finite,
+    split_path,
+)
 from vpgea_fast.types import Finish, Path, SampleRequest
 
 ROOM = 64
@@ -61,6 +68,7 @@ class HFEngine:
         self.model: Any = model
         self.complete = complete
         self.max_batch = max_batch
+        self.used = Usage()
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
 
@@ -94,44 +102,36 @@ class HFEngine:
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See RolloutEngine. One name of a tied weight is enough. Tensors that already are the
-        model's own storage are not copied; others are cast to the parameter's dtype."""
+        """See RolloutEngine. Tensors that already are the model's own storage are not copied;
+        others are cast to the parameter's dtype."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        filled: dict[int, str] = {}
-        misfits: list[str] = []
-        for name, tensor in named:
-            if misfit := _misfit(name, tensor, own, filled):
-                misfits.append(misfit)
-                continue
-            filled[id(own[name])] = name
-            if tensor.data_ptr() != own[name].data_ptr():
+        weights, self.complete = WeightSet.of(self.model), False
+        filled: set[str] = set()
+        for name, tensor in weights.fitting(named):
+            if name in filled:
+                if not torch.equal(own[name], tensor.to(own[name])):
+                    weights.misfits.append(f"two values of {name}, but the model ties them")
+            elif tensor.data_ptr() != own[name].data_ptr():
                 own[name].copy_(tensor)
-        misfits += [f"missing {name}" for name, own_ in own.items() if id(own_) not in filled]
-        self.complete = not misfits
-        if misfits:
-            raise ValueError(
-                "weights do not fit the rollout model, which cannot sample now; give every "
-                f"parameter under its name in model.named_parameters(): {'; '.join(misfits)}"
-            )
-
-    def close(self) -> None:
-        self.model = None
+            filled.add(name)
+        weights.check()
+        self.complete = True
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """See RolloutEngine."""
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for request in requests:
-            prompt = request.prompt_ids.numel()
-            if prompt == 0:
-                raise ValueError(f"question {request.question_id}: the prompt has no tokens")
-            if room is not None and prompt + sampling.limit > room:
-                raise ValueError(
-                    f"question {request.question_id}: a prompt of {prompt} tokens and up to "
-                    f"{sampling.limit} new ones need {prompt + sampling.limit} positions, but the "
-                    f"model has {room} (max_position_embeddings); lower rollout.max_new_tokens "
-                    "(in an evaluation eval.max_new_tokens), or drop longer prompts with "
-                    "data.max_prompt_tokens"
-                )
+        check_room(requests, sampling, room, "max_position_embeddings")
+
+    def rest(self) -> None:
+        """Nothing to give back: the cache of a wave lives as long as the wave."""
+
+    def usage(self) -> Usage:
+        """Prompts that share a wave are run once."""
+        used, self.used = self.used, Usage()
+        return used
+
+    def close(self) -> None:
+        self.model = None
 
     def _decode(
         self, requests: Sequence[SampleRequest], sampling: Sampling
@@ -171,6 +171,11 @@ class HFEngine:
             distinct.setdefault(tuple(r.prompt_ids.tolist()), len(distinct)) for r in requests
         ]
         width, limit, rows = max(map(len, distinct)), sampling.limit, len(requests)
+        asked = sum(request.prompt_ids.numel() for request in requests)
+        self.used = Usage(
+            self.used.prompt_tokens + asked,
+            self.used.cached_tokens + asked - sum(map(len, distinct)),
+        )
         ids_PW = torch.full((len(distinct), width), sampling.pad_id)
         mask_PS = torch.ones(len(distinct), width + limit, dtype=torch.long)
         for prompt, number in distinct.items():
@@ -249,18 +254,13 @@ class _Batch:
         self.length_R = torch.where(ends_R & (self.length_R == 0), step + 1, self.length_R)
 
     def check_finite(self, steps: int, last: int, requests: Sequence[SampleRequest]) -> None:
-        """NaN or +inf among the logits makes the log-prob of the drawn token NaN, so R numbers a
-        step tell what R * V numbers hold."""
+        """R log-probs a step tell what R * V logits hold."""
         since = max(0, steps - last)
         bad = ~self.logps_LR[since:steps].isfinite()
         if bad.any():
             step, row = bad.nonzero()[0].tolist()
             question = requests[self.numbers[row]].question_id
-            raise RuntimeError(
-                f"non-finite logits for question {question} at decode step {since + step}; likely "
-                "the weights hold NaN or inf (a diverged update, a damaged checkpoint), or the "
-                "dtype overflows: check the last checkpoint, or try model.dtype float32 or bfloat16"
-            )
+            raise not_finite(question, since + step)
 
     def finished(
         self, requests: Sequence[SampleRequest], sampling: Sampling
@@ -336,21 +336,6 @@ def _uniforms(requests: Sequence[SampleRequest], sampling: Sampling) -> torch.Te
         for request in requests
     ]
     return torch.stack(columns, dim=1)
-
-
-def _misfit(
-    name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor], filled: dict[int, str]
-) -> str | None:
-    """What keeps `tensor` from being the weight `name`; `filled` are those that were taken over."""
-    if name not in own:
-        return f"unknown {name}"
-    if tensor.shape != own[name].shape:
-        expected = tuple(own[name].shape)
-        return f"shape of {name}: got {tuple(tensor.shape)}, expected {expected}"
-    first = filled.get(id(own[name]), name)
-    if first != name and not torch.equal(own[name], tensor.to(own[name])):
-        return f"{first} and {name} differ, but the model ties them"
-    return None
 
 
 class _GrowingLayer(DynamicLayer):

@@ -13,17 +13,24 @@ import torch
 from safetensors.torch import load, save
 
 from vpgea_fast.distributed import Stopped, World
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage
 from vpgea_fast.types import Finish, Path, SampleRequest
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
 
 
 class ParallelEngine:
-    """A RolloutEngine over one of each process's own."""
+    """A RolloutEngine over one of each process's own, or over one of each `group` processes, which
+    then draw the same paths together (tensor parallel)."""
 
-    def __init__(self, engine: RolloutEngine, world: World) -> None:
-        self.engine, self.world = engine, world
+    def __init__(self, engine: RolloutEngine, world: World, *, group: int = 1) -> None:
+        if world.size % group:
+            raise ValueError(
+                f"vllm.tensor_parallel: got {group}, expected a divisor of the {world.size} "
+                "processes; take the GPUs of a node, or 1"
+            )
+        self.engine, self.world, self.group = engine, world, group
+        self.teams = World(world.device, rank=world.rank // group, size=world.size // group)
 
     def generate(
         self,
@@ -39,13 +46,15 @@ class ParallelEngine:
         def advance(count: int) -> None:
             nonlocal shown
             if on_progress is not None:
-                step = min(count * self.world.size, most - shown)
+                step = min(count * self.teams.size, most - shown)
                 shown += step
                 on_progress(step)
 
-        own = requests[self.world.share(len(requests))]
+        own = requests[self.teams.share(len(requests))]
+        # A member that stops alone would leave the others of its team waiting for it.
+        watched = advance if self.group == 1 else None
         try:
-            data = save(_to_tensors(self.engine.generate(own, sampling, advance)))
+            data = save(_to_tensors(self.engine.generate(own, sampling, watched)))
         except Stopped:
             data = b""
         parts = self.world.gather_bytes(data)
@@ -54,7 +63,7 @@ class ParallelEngine:
         if on_progress is not None and requests:
             with suppress(Stopped):  # alone it must not leave now; the caller asks all
                 on_progress(len(requests) - shown)
-        drawn = [path for part in parts for path in _from_tensors(load(part))]
+        drawn = [path for part in parts[:: self.group] for path in _from_tensors(load(part))]
         return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
@@ -64,6 +73,15 @@ class ParallelEngine:
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See RolloutEngine; in every process."""
         self.engine.load_weights(named)
+
+    def rest(self) -> None:
+        """See RolloutEngine; in every process."""
+        self.engine.rest()
+
+    def usage(self) -> Usage:
+        """Of all processes together. A collective."""
+        parts = self.world.gather(self.engine.usage())[:: self.group]
+        return Usage(*map(sum, zip(*parts, strict=True)))
 
     def close(self) -> None:
         self.engine.close()

@@ -1,0 +1,347 @@
+"""vLLM, for real, on a CPU: whole runs, hand-overs that fail, processes that die. The contract that
+it shares with the other engine is in test_rollout.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from vpgea_fast import config
+from vpgea_fast.cli import main
+from vpgea_fast.config import VllmEngineConfig
+from vpgea_fast.distributed import Stopped
+from vpgea_fast.rollout.engine import RolloutError, Sampling
+from vpgea_fast.rollout.vllm import VllmEngine
+from vpgea_fast.trainer import Trainer
+from vpgea_fast.types import SampleRequest
+
+pytestmark = pytest.mark.vllm
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+SMALL = VllmEngineConfig(kv_cache_gib=0.125)
+CPU = torch.device("cpu")
+FIVE_STEPS = """
+import json, sys
+from vpgea_fast import config
+from vpgea_fast.trainer import Trainer
+
+with Trainer(config.load(sys.argv[1], sys.argv[3:])) as trainer:
+    for _ in range(5):
+        stats = trainer.train_step()
+        trainer.step += 1
+        if trainer.world.main:
+            with open(sys.argv[2], "a") as file:
+                file.write(json.dumps(stats.metrics) + chr(10))
+"""
+
+
+@pytest.fixture
+def words(tiny_world, tmp_path):
+    """Command-line words of five steps of the tiny task, without an evaluation."""
+
+    def make(name, *more):
+        fixed = {
+            "run.dir": tmp_path / name,
+            "model.path": tiny_world.base_dir,
+            "data.train": tiny_world.train_path,
+            "eval.data": "[]",
+            "rollout.engine": "vllm",
+            "vllm.kv_cache_gib": 0.125,
+            "train.steps": 5,
+            "train.questions_per_step": 4,
+            "metrics.compare": "null",
+            "metrics.diag_every": 0,
+        }
+        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
+
+    return make
+
+
+@pytest.fixture
+def make_engine(random_qwen2, tmp_path):
+    """An engine with the weights of a random model: `engine, model = make_engine()`."""
+    made = []
+
+    def make(cfg=SMALL, kind=VllmEngine, **config):
+        model = random_qwen2(hidden=64, **config)
+        path = str(tmp_path / f"model{len(made)}")
+        model.config.save_pretrained(path)
+        engine = kind(path, max_batch=16, dtype=torch.float32, device=CPU, cfg=cfg)
+        made.append(engine)
+        engine.load_weights(model.named_parameters())
+        return engine, model
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def requests(count=4, prompt=(4, 5, 6)):
+    return [SampleRequest("q", "prior", i, torch.tensor(prompt), seed=i) for i in range(count)]
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def running(marker):
+    """Processes whose environment holds `marker`, as (pid, command)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if marker.encode() in (entry / "environ").read_bytes():
+                stat = (entry / "stat").read_text()
+                if stat.rpartition(")")[2].split()[0] != "Z":
+                    found.append((int(entry.name), stat))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def test_five_steps_as_with_the_transformers_engine(words, tmp_path, capsys):
+    """Log-probs within 1e-4 before every sync (what was sampled, against the trainer that has not
+    moved since) and after it (the probe); the same lines in metrics.jsonl, probe aside."""
+    assert main(["train", str(TINY), *words("vllm")]) == 0
+    assert main(["train", str(TINY), *words("hf", "--rollout.engine", "hf")]) == 0
+    capsys.readouterr()
+    ours, theirs = lines(tmp_path / "vllm"), lines(tmp_path / "hf")
+    assert len(ours) == len(theirs) == 5
+    for line, other in zip(ours, theirs, strict=True):
+        assert line.keys() - other.keys() == {"probe_mean", "probe_max"}
+        assert other.keys() <= line.keys()
+        assert line["probe_max"] <= 1e-4
+        assert line["mismatch_max"] <= 1e-4
+        assert line["skipped"] == 0
+        assert line["mismatch_outside"] == 0
+        assert line["len_prior"] == pytest.approx(other["len_prior"], rel=0.5)
+
+
+def test_two_training_processes_see_what_one_sees(words, tmp_path):
+    script = tmp_path / "five_steps.py"
+    script.write_text(FIVE_STEPS)
+    results = {}
+    for processes in (1, 2):
+        out = tmp_path / f"of_{processes}.jsonl"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+        command = [*torchrun, str(processes), "--master-port", "29611", str(script), str(TINY)]
+        done = subprocess.run(
+            [*command, str(out), *words(f"run_{processes}", "--parallel.shard", "always")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results[processes] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(results[1]) == len(results[2]) == 5
+    for one, two in zip(results[1], results[2], strict=True):
+        assert one.keys() == two.keys()
+        assert max(one["probe_max"], two["probe_max"]) <= 1e-4
+        assert max(one["mismatch_max"], two["mismatch_max"]) <= 1e-4
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["tokens_generated"] == one["tokens_generated"]
+
+
+def test_temperature_and_truncated_importance_weights(words, capsys):
+    """At temperature 0.7 the log-probs still agree, so no ratio reaches the cap."""
+    more = ["--rollout.temperature", "0.7", "--rollout.importance_cap", "2", "--train.steps", "2"]
+    cfg = config.load(TINY, words("cool", *more))
+    with Trainer(cfg) as trainer:
+        for _ in range(2):
+            metrics = trainer.train_step().metrics
+            assert metrics["importance_capped"] == 0
+            assert 0 < metrics["mismatch_max"] <= 1e-4
+            trainer.step += 1
+    capsys.readouterr()
+
+
+def test_evaluation(tiny_world, tmp_path, capsys):
+    """The tiny base is right nearly always when greedy; both engines say the same."""
+    out = {}
+    for engine in ("hf", "vllm"):
+        file = tmp_path / f"{engine}.json"
+        status = main(
+            [
+                *("eval", str(tiny_world.base_dir), str(tiny_world.test_path)),
+                *("--config", str(TINY), "--eval.limit", "24", "--eval.samples", "0"),
+                *("--rollout.engine", engine, "--vllm.kv_cache_gib", "0.125", "--out", str(file)),
+            ]
+        )
+        assert status == 0, capsys.readouterr().err
+        out[engine] = json.loads(file.read_text())["greedy"]
+    assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
+    assert out["vllm"]["tokens"] == out["hf"]["tokens"]
+    assert out["vllm"]["errors"] == 0
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_a_skipped_sync_stops_the_run_within_one_step(words, monkeypatch):
+    """The engine swallows the third set of weights; a rate of 1e-7 moves no log-prob by 1e-4."""
+    cfg = config.load(TINY, words("skipped", "--optim.lr", "1e-7"))
+    load, calls = VllmEngine.load_weights, []
+
+    def swallow(engine, named):
+        calls.append(1)
+        if len(calls) == 3:
+            for _ in named:
+                pass
+        else:
+            load(engine, named)
+
+    monkeypatch.setattr(VllmEngine, "load_weights", swallow)
+    with Trainer(cfg) as trainer:
+        trainer.train_step()
+        trainer.step += 1
+        with pytest.raises(RolloutError, match=r"did not take over the new weights.*same bits"):
+            trainer.train_step()
+
+
+def test_a_partial_sync_stops_the_run(words, monkeypatch):
+    """One layer of the second set is the first's again."""
+    cfg = config.load(TINY, words("partial"))
+    as_loaded, old = VllmEngine._as_loaded, {}
+
+    def partial(engine, named):
+        for name, tensor in as_loaded(engine, named):
+            if "layers.1.mlp" in name:
+                yield name, old.setdefault(name, tensor)
+            else:
+                yield name, tensor
+
+    monkeypatch.setattr(VllmEngine, "_as_loaded", partial)
+    with Trainer(cfg) as trainer, pytest.raises(RolloutError, match="engine and trainer disagree"):
+        trainer.train_step()
+
+
+class Tied(VllmEngine):
+    def _start(self, path, max_batch, seed):
+        self.untied = False
+        return super()._start(path, max_batch, seed)
+
+
+def test_why_the_tied_head_is_untied_on_a_cpu(make_engine):
+    """vLLM 0.32 refreshes all but its packed copy of a tied head. If this fails, untie no more."""
+    worst = {}
+    for kind in (Tied, VllmEngine):
+        engine, model = make_engine(kind=kind)
+        paths = engine.generate(requests(), Sampling(8, think_close_id=1000, eos_ids=()))
+        gaps = []
+        for path in paths:
+            ids = torch.cat([torch.tensor([4, 5, 6]), path.z_ids])[None]
+            with torch.no_grad():
+                logp_TV = model(ids).logits[0, 2:-1].log_softmax(-1)
+            gaps.append((logp_TV.gather(-1, path.z_ids[:, None])[:, 0] - path.logps).abs().max())
+        worst[kind] = max(gaps).item()
+        engine.close()
+    assert worst[VllmEngine] < 1e-4
+    assert worst[Tied] > 0.1
+
+
+def test_the_prefix_cache_is_used_and_forgotten_at_a_sync(make_engine, random_qwen2):
+    engine, _ = make_engine()
+    sampling = Sampling(4, think_close_id=3, eos_ids=(1,))
+    prompt = torch.arange(4, 44) % 40 + 4
+    asked = [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(4)]
+    engine.generate(asked, sampling)
+    engine.usage()
+    engine.generate(asked, sampling)
+    usage = engine.usage()
+    assert usage.prompt_tokens == 4 * 40
+    assert usage.cached_tokens == 4 * 32  # whole blocks of 32
+    engine.load_weights(random_qwen2(hidden=64, seed=1).named_parameters())
+    engine.generate(asked[:1], sampling)
+    assert engine.usage().cached_tokens == 0
+
+
+# --- robustness -----------------------------------------------------------------------------------
+
+
+def test_a_stop_leaves_nothing_in_the_scheduler(make_engine):
+    engine, _ = make_engine()
+    sampling = Sampling(200, think_close_id=1000, eos_ids=())
+    expected = [path.z_ids.tolist() for path in engine.generate(requests(), sampling)]
+
+    def stop(_):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        engine.generate(requests(), sampling, stop)
+    assert engine.llm.llm_engine.get_num_unfinished_requests() == 0
+    assert [path.z_ids.tolist() for path in engine.generate(requests(), sampling)] == expected
+
+
+def test_paths_that_take_too_long_cost_their_question_not_the_run(words, capsys):
+    words = words("late", "--vllm.timeout_s", "1e-9", "--train.steps", "1")
+    cfg = config.load(TINY, words)
+    with Trainer(cfg) as trainer:
+        before = [p.clone() for p in trainer.policy.parameters()]
+        stats = trainer.train_step()
+        assert stats.metrics["paths_error"] == 4 * 12
+        assert stats.metrics["groups_dropped"] == 4
+        assert stats.skipped == "no path has a gradient"
+        assert all(map(torch.equal, before, trainer.policy.parameters()))
+    capsys.readouterr()
+
+
+def test_closing_leaves_the_callers_process_group(make_engine):
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        engine, _ = make_engine()
+        engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=(1,)))
+        engine.close()
+        assert dist.is_initialized()
+        one = torch.ones(1)
+        dist.all_reduce(one)
+        assert one.item() == 1
+        again, _ = make_engine()
+        assert len(again.generate(requests(), Sampling(4, think_close_id=3, eos_ids=(1,)))) == 4
+        again.close()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("victim", ["engine", "trainer"])
+def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victim):
+    """SIGKILL in the middle of a rollout, the engine in a process of its own."""
+    long = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
+    command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY), *words("run", *long)]
+    marker = f"VPGEA_TEST_MARK={tmp_path}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VPGEA_TEST_MARK": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as run:
+        deadline = time.monotonic() + 400
+        metrics = tmp_path / "run/metrics.jsonl"
+        while not (metrics.exists() and len(lines(tmp_path / "run")) >= 2):
+            assert run.poll() is None, run.stderr.read()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        engines = [pid for pid, stat in running(marker) if "(VLLM::EngineCor" in stat]
+        assert len(engines) == 1
+        killed = time.monotonic()
+        os.kill(engines[0] if victim == "engine" else run.pid, signal.SIGKILL)
+        _, said = run.communicate(timeout=60)
+        if victim == "engine":
+            assert run.returncode == 2
+            assert "the vLLM engine's process is gone" in said
+        while running(marker):
+            assert time.monotonic() - killed < 60, running(marker)
+            time.sleep(0.2)
+    from vpgea_fast import checkpoint
+
+    saved = checkpoint.load_checkpoint(tmp_path / "run", device=CPU)
+    assert saved is not None
+    assert saved.step >= 2
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.model_state.values())

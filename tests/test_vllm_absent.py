@@ -1,0 +1,55 @@
+"""What a machine without vLLM, or with another one than this project knows, is told."""
+
+import pytest
+
+from vpgea_fast.cli import main
+from vpgea_fast.config import ConfigError
+from vpgea_fast.rollout import vllm
+
+
+def test_without_vllm_the_error_names_the_extra_and_the_other_engine(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(vllm, "find_spec", lambda _: None)
+    words = ["--model.path", str(tiny_world.base_dir), "--data.train", str(tiny_world.train_path)]
+    run = ["--run.dir", str(tmp_path / "run"), "--rollout.engine", "vllm"]
+    assert main(["train", "configs/tiny.yaml", *words, *run]) == 2
+    said = capsys.readouterr().err
+    assert "vpgea_fast[vllm]" in said
+    assert "set rollout.engine 'hf'" in said
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+FITTING = {"vllm": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        FITTING,
+        {**FITTING, "transformers": "5.16.1"},
+        {**FITTING, "vllm": "0.32.1+cu130", "torch": "2.13.1"},
+    ],
+)
+def test_versions_that_fit(found):
+    vllm.check_versions(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vllm": "0.33.0"},
+        {"torch": "2.11.0"},
+        {"torch": "2.130.0"},
+        {"transformers": "5.20.0"},
+        {"transformers": "5.16.0"},
+    ],
+)
+def test_versions_that_do_not_fit_are_shown_beside_those_that_do(change):
+    with pytest.raises(ConfigError, match=r"fit together: .*expected vllm 0\.32\.x with torch"):
+        vllm.check_versions({**FITTING, **change})
+
+
+def test_a_build_without_metadata_does_not_pass_as_any_version():
+    with pytest.raises(ConfigError, match="do not fit together"):
+        vllm.check_versions({"torch": "2.13.0", "transformers": "5.19.0"})

@@ -1,0 +1,48 @@
+"""The engine that a configuration names, over all processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vpgea_fast.config import Config
+from vpgea_fast.distributed import World
+from vpgea_fast.rollout import vllm
+from vpgea_fast.rollout.engine import RolloutEngine
+from vpgea_fast.rollout.parallel import ParallelEngine
+
+
+def check_engine(cfg: Config) -> None:
+    """ConfigError, before anything is loaded, for an engine that cannot run here."""
+    if cfg.rollout.engine == "vllm":
+        vllm.check_installed()
+
+
+def open_engine(
+    cfg: Config, world: World, *, dtype: torch.dtype, hf: Callable[[], RolloutEngine]
+) -> RolloutEngine:
+    """`hf` makes the transformers engine, which samples with a module of the caller's; any other
+    is given all its weights through `load_weights` before it samples. A collective."""
+    if cfg.rollout.engine == "hf":
+        engine, group = hf(), 1
+    else:
+        engine, group = _vllm(cfg, world, dtype), cfg.vllm.tensor_parallel
+    return ParallelEngine(engine, world, group=group) if world.size > 1 else engine
+
+
+def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:
+    longest = cfg.rollout.max_new_tokens
+    if cfg.eval.data:
+        longest = max(longest, cfg.eval.max_new_tokens)
+    # One more: a thought that is not closed gets its think-close token before an answer.
+    needed = cfg.data.max_prompt_tokens + longest + cfg.rollout.max_answer_tokens + 1
+    return vllm.VllmEngine(
+        cfg.model.path,
+        max_batch=cfg.rollout.max_batch,
+        dtype=dtype,
+        device=world.device,
+        context=cfg.vllm.context or needed,
+        cfg=cfg.vllm,
+        seed=cfg.run.seed,
+    )

