@@ -173,3 +173,22 @@ def test_random_weights_need_a_configuration_alone(random_qwen2, tied, sharded):
         del out, policy, embedding, parameter, value
     finally:
         world.close()
+
+
+@pytest.mark.gpu
+def test_liger_layers_compute_the_same(model_dir):
+    pytest.importorskip("liger_kernel")
+    plain, fused = (
+        load_policy(ModelConfig(path=str(model_dir), dtype="bfloat16", device="cuda", liger=choice))
+        for choice in ("never", "always")
+    )
+    first, second = (policy.causal_lm.model.layers[0].mlp for policy in (plain, fused))
+    assert first.forward.__func__ is not second.forward.__func__
+    assert torch.allclose(plain.logprob(one_batch()), fused.logprob(one_batch()), atol=0.05)
+    for policy in (plain, fused):
+        policy(one_batch()).loss.backward()
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()]).item()
+        for policy in (plain, fused)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
