@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpgea_fast.kernels import reference
+from vpgea_fast import losses
+from vpgea_fast.kernels import head, reference
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -834,6 +835,46 @@ def test_default_chunks_take_a_sixth_of_the_memory():
         )
         nll_T.backward(-coef_T)
     assert ours.peak <= eager.peak / 6
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as MPS: making a tensor of it is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if torch.is_tensor(x) and x.dtype is torch.float64]
+        assert not made, f"{func} makes float64"
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_float64_where_mps_has_none(backend, monkeypatch):
+    """`wide` is the only place that asks for the device; here the CPU gets the answer of MPS."""
+    post_TD, weight_VD, bias_V, targets_T, coef_T = head_case(torch.float32)
+    prior_TD = head_case(torch.float32)[0]
+    options = {"bias": bias_V, "softcap": 3.0, "backend": backend, "chunk_bytes": CHUNK}
+
+    def everything():
+        lone = linear_logprob(post_TD, weight_VD, targets_T, return_entropy=True, **options)
+        weighted = weighted_logprob_loss(post_TD, weight_VD, targets_T, coef_T, **options)
+        both = vpgea_loss(
+            post_TD, prior_TD, weight_VD, targets_T, CU, ADVANTAGE.float(), denominator=9, **options
+        )
+        values = (lone.logp.sum() + lone.entropy.sum(), weighted.loss, both.loss)
+        return [x for loss in values for x in (loss, *gradients(loss, post_TD, weight_VD))]
+
+    exact = everything()
+    answer = head.wide(torch.device("mps"))
+    for module in (head, losses):
+        monkeypatch.setattr(module, "wide", lambda _: answer)
+    with NoFloat64():
+        narrow = everything()
+    assert_close(narrow, exact, 1e-6)
+    assert answer is torch.float32
+    monkeypatch.undo()
+    assert head.wide(torch.device("cpu")) is torch.float64
+    with pytest.raises(AssertionError, match="makes float64"), NoFloat64():
+        everything()
 
 
 BAD_CALLS = {

@@ -47,6 +47,7 @@ from vpgea_fast.kernels.head import (
     check,
     dot,
     register,
+    wide,
     without_values,
 )
 
@@ -534,7 +535,7 @@ def _path_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logq_S, logp_S, pg_loss = -sum w A logq, distill_loss = sum w gate (logq - logp).
 
-    Added in float64. On CUDA with Triton by kernels/group_advantage.py: two launches for about
+    Added in `wide`. On CUDA with Triton by kernels/group_advantage.py: two launches for about
     thirty, and one order of every sum, where index_add has atomics.
     """
     if (logq_T.is_cuda or backends.interpreted()) and backends.triton_missing() is None:
@@ -550,9 +551,9 @@ def _path_sums(
             gate_S=gate_S,
         )
         return sums.logq_S, sums.logp_S, sums.pg_loss, sums.distill_loss
-    zero_S = torch.zeros(gate_S.shape, dtype=torch.float64, device=logq_T.device)
-    logq_S = zero_S.index_add(0, sequence_T, logq_T.double())
-    logp_S = zero_S.index_add(0, sequence_U, logp_U.double())
+    zero_S = torch.zeros(gate_S.shape, dtype=wide(logq_T.device), device=logq_T.device)
+    logq_S = zero_S.index_add(0, sequence_T, logq_T.to(zero_S.dtype))
+    logp_S = zero_S.index_add(0, sequence_U, logp_U.to(zero_S.dtype))
     pg_loss = -(weight_S * advantage_S * logq_S).sum()
     distill_loss = (weight_S * gate_S * (logq_S - logp_S)).sum()
     dtype = logq_T.dtype
