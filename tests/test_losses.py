@@ -925,7 +925,7 @@ def test_bad_calls_say_what_to_do(name):
 
 @pytest.mark.filterwarnings("ignore:.*redistribute:UserWarning")
 def test_a_dtensor_names_the_remedy(tmp_path):
-    """Replicated or sharded, weight or hidden state: no silent gather, no local shard."""
+    """Replicated or sharded, whichever argument it is: no silent gather, no local shard."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -942,6 +942,16 @@ def test_a_dtensor_names_the_remedy(tmp_path):
                 weighted_logprob_loss(hidden_TD, weight, targets_T, coef_T)
             with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*full_tensor"):
                 linear_logprob(hidden, weight_VD, targets_T)
+            coef, sink = (
+                distribute_tensor(x, mesh, [placement])
+                for x in (coef_T, torch.zeros_like(weight_VD))
+            )
+            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*full_tensor"):
+                weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef)
+            with pytest.raises(ValueError, match=r"dweight_out is a DTensor.*a plain buffer"):
+                weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, dweight_out=sink)
+            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*full_tensor"):
+                two_stream_loss(hidden_TD, hidden, weight_VD, targets_T, targets_T, coef_T, coef_T)
     finally:
         dist.destroy_process_group()
 
