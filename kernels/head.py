@@ -533,5 +533,11 @@ def _stored(x: Tensor) -> torch.dtype:
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """sum left right: added in float64, given in right's dtype."""
-    return (left.detach().double() * right.detach().double()).sum().to(right.dtype)
+    """sum left right: added in `wide`, given in right's dtype."""
+    dtype = wide(right.device)
+    return (left.detach().to(dtype) * right.detach().to(dtype)).sum().to(right.dtype)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest float to add scalars in: float64, but float32 on MPS, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -437,7 +437,7 @@ def test_grad_scaler_and_accumulation(device):
 
 # --- CUDA graphs, synchronisations, addresses ---------------------------------------------------
 
-BACKENDS_ON_CUDA = ["torch", "triton"]
+BACKENDS_ON_CUDA = ["torch", "cublas", "triton"]
 
 
 @pytest.mark.gpu

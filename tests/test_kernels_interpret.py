@@ -14,6 +14,8 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("*.py"))
+HEADS = HERE / "interpreted" / "linear_logprob.py"
+"""The only one with slow tests and with tensors that follow the device."""
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -37,9 +39,8 @@ def test_in_the_interpreter(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter_at_length(file):
-    run(file, "-m", "slow and not gpu")
+def test_in_the_interpreter_at_length():
+    run(HEADS, "-m", "slow and not gpu")
 
 
 SHARDS = {
@@ -55,6 +56,25 @@ SHARDS = {
 @pytest.mark.gpu
 @pytest.mark.timeout(540)
 @pytest.mark.parametrize("shard", SHARDS)
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_on_the_device(file, shard):
-    run(file, "-m", "", "--tb=short", "-k", SHARDS[shard], interpret=False)
+def test_on_the_device(shard):
+    run(HEADS, "-m", "", "--tb=short", "-k", SHARDS[shard], interpret=False)
+
+
+COLLECT = """
+import sys, pytest
+file, *selections = sys.argv[1:]
+for marker, words in zip(selections[::2], selections[1::2], strict=True):
+    found = pytest.main(
+        ["-q", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", marker, "-k", words, file]
+    )
+    assert found == 0, (marker, words, found)
+"""
+
+
+def test_every_selection_finds_a_test():
+    """pytest fails a run that selects nothing, which only a GPU, or a slow run, would show."""
+    selections = [("slow and not gpu", ""), *(("", words) for words in SHARDS.values())]
+    command = [sys.executable, "-c", COLLECT, str(HEADS), *sum(selections, ())]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

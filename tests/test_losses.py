@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpgea_fast.kernels import reference
+from vpgea_fast import losses
+from vpgea_fast.kernels import head, reference
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -836,6 +837,46 @@ def test_default_chunks_take_a_sixth_of_the_memory():
     assert ours.peak <= eager.peak / 6
 
 
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as MPS: making a tensor of it is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if torch.is_tensor(x) and x.dtype is torch.float64]
+        assert not made, f"{func} makes float64"
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_float64_where_mps_has_none(backend, monkeypatch):
+    """`wide` is the only place that asks for the device; here the CPU gets the answer of MPS."""
+    post_TD, weight_VD, bias_V, targets_T, coef_T = head_case(torch.float32)
+    prior_TD = head_case(torch.float32)[0]
+    options = {"bias": bias_V, "softcap": 3.0, "backend": backend, "chunk_bytes": CHUNK}
+
+    def everything():
+        lone = linear_logprob(post_TD, weight_VD, targets_T, return_entropy=True, **options)
+        weighted = weighted_logprob_loss(post_TD, weight_VD, targets_T, coef_T, **options)
+        both = vpgea_loss(
+            post_TD, prior_TD, weight_VD, targets_T, CU, ADVANTAGE.float(), denominator=9, **options
+        )
+        values = (lone.logp.sum() + lone.entropy.sum(), weighted.loss, both.loss)
+        return [x for loss in values for x in (loss, *gradients(loss, post_TD, weight_VD))]
+
+    exact = everything()
+    answer = head.wide(torch.device("mps"))
+    for module in (head, losses):
+        monkeypatch.setattr(module, "wide", lambda _: answer)
+    with NoFloat64():
+        narrow = everything()
+    assert_close(narrow, exact, 1e-6)
+    assert answer is torch.float32
+    monkeypatch.undo()
+    assert head.wide(torch.device("cpu")) is torch.float64
+    with pytest.raises(AssertionError, match="makes float64"), NoFloat64():
+        everything()
+
+
 BAD_CALLS = {
     "target V": ({"targets_T": torch.full((T,), V)}, r"outside \[0, V = 61\)"),
     "negative target": ({"targets_T": torch.full((T,), -1)}, "outside"),
@@ -884,7 +925,7 @@ def test_bad_calls_say_what_to_do(name):
 
 @pytest.mark.filterwarnings("ignore:.*redistribute:UserWarning")
 def test_a_dtensor_names_the_remedy(tmp_path):
-    """Replicated or sharded, weight or hidden state: no silent gather, no local shard."""
+    """Replicated or sharded, whichever argument it is: no silent gather, no local shard."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -901,6 +942,16 @@ def test_a_dtensor_names_the_remedy(tmp_path):
                 weighted_logprob_loss(hidden_TD, weight, targets_T, coef_T)
             with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*full_tensor"):
                 linear_logprob(hidden, weight_VD, targets_T)
+            coef, sink = (
+                distribute_tensor(x, mesh, [placement])
+                for x in (coef_T, torch.zeros_like(weight_VD))
+            )
+            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*full_tensor"):
+                weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef)
+            with pytest.raises(ValueError, match=r"dweight_out is a DTensor.*a plain buffer"):
+                weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, dweight_out=sink)
+            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*full_tensor"):
+                two_stream_loss(hidden_TD, hidden, weight_VD, targets_T, targets_T, coef_T, coef_T)
     finally:
         dist.destroy_process_group()
 

@@ -47,6 +47,7 @@ from vpgea_fast.kernels.head import (
     check,
     dot,
     register,
+    wide,
     without_values,
 )
 
@@ -443,6 +444,9 @@ def _weighted_streams(
     for name, hidden_RD, targets_R, coef_R in zip(
         ("post", "prior"), hidden, targets, coef, strict=True
     ):
+        _check_plain(f"hidden_{name}", hidden_RD)
+        _check_plain(f"targets_{name}", targets_R)
+        _check_plain(f"coef_{name}", coef_R)
         if hidden_RD.dtype != weight_VD.dtype or hidden_RD.shape[1:] != weight_VD.shape[1:]:
             raise ValueError(
                 f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
@@ -534,7 +538,7 @@ def _path_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logq_S, logp_S, pg_loss = -sum w A logq, distill_loss = sum w gate (logq - logp).
 
-    Added in float64. On CUDA with Triton by kernels/group_advantage.py: two launches for about
+    Added in `wide`. On CUDA with Triton by kernels/group_advantage.py: two launches for about
     thirty, and one order of every sum, where index_add has atomics.
     """
     if (logq_T.is_cuda or backends.interpreted()) and backends.triton_missing() is None:
@@ -550,9 +554,9 @@ def _path_sums(
             gate_S=gate_S,
         )
         return sums.logq_S, sums.logp_S, sums.pg_loss, sums.distill_loss
-    zero_S = torch.zeros(gate_S.shape, dtype=torch.float64, device=logq_T.device)
-    logq_S = zero_S.index_add(0, sequence_T, logq_T.double())
-    logp_S = zero_S.index_add(0, sequence_U, logp_U.double())
+    zero_S = torch.zeros(gate_S.shape, dtype=wide(logq_T.device), device=logq_T.device)
+    logq_S = zero_S.index_add(0, sequence_T, logq_T.to(zero_S.dtype))
+    logp_S = zero_S.index_add(0, sequence_U, logp_U.to(zero_S.dtype))
     pg_loss = -(weight_S * advantage_S * logq_S).sum()
     distill_loss = (weight_S * gate_S * (logq_S - logp_S)).sum()
     dtype = logq_T.dtype
@@ -633,12 +637,7 @@ def _check_tensors(inputs: Inputs) -> None:
     for name, x in zip(names, inputs, strict=True):
         if x is None:
             continue
-        if hasattr(x, "device_mesh"):
-            raise ValueError(
-                f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. "
-                "Under FSDP2 call it inside the forward of the module that owns the weight, where "
-                f"hooks have unsharded it; otherwise pass {name}.full_tensor()"
-            )
+        _check_plain(name, x)
         if x.device != hidden_TD.device:
             raise ValueError(f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}: move one")
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
@@ -681,12 +680,22 @@ def _check_settings(settings: Settings) -> None:
         )
 
 
+def _check_plain(name: str, x: Tensor, instead: str = "") -> None:
+    if hasattr(x, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. Under FSDP2 "
+            "call it inside the forward of the module that owns the weight, where hooks have "
+            f"unsharded it; otherwise pass {instead or f'{name}.full_tensor()'}"
+        )
+
+
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
 def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
+    _check_plain(name, x)
     _check_shape(name, x, like.shape)
     if not x.is_floating_point() or x.device != like.device:
         raise ValueError(
@@ -702,6 +711,8 @@ def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
 def _check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
     if dweight_out is None:
         return
+    # full_tensor() is a copy: what is added to it would be lost.
+    _check_plain("dweight_out", dweight_out, instead="a plain buffer of the whole weight")
     _check_shape("dweight_out", dweight_out, weight_VD.shape)
     expected = accumulator(weight_VD)
     if dweight_out.dtype != expected or dweight_out.device != weight_VD.device:
@@ -726,6 +737,7 @@ def _sequence_weight(
         given = "neither" if denominator is None else "both"
         raise ValueError(f"got {given} of denominator and weight_S, expected exactly one")
     if isinstance(denominator, Tensor):
+        _check_plain("denominator", denominator)
         _check_shape("denominator", denominator, ())
         if denominator.device != advantage_S.device:
             raise ValueError(
@@ -744,12 +756,14 @@ def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
     for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
+        _check_plain(name, x)
         if x.device != targets_T.device:
             raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
 
 
 def _check_prior_index(prior_index: Tensor, cu_seqlens: Tensor) -> None:
+    _check_plain("prior_index", prior_index)
     if prior_index.dtype != torch.int64 or prior_index.dim() != 1:
         raise ValueError(
             f"prior_index: got {prior_index.dtype} {tuple(prior_index.shape)}, expected int64 (P,)"
