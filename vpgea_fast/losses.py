@@ -659,6 +659,10 @@ def _check_tensors(inputs: Inputs) -> None:
     _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
+        if not bias.is_floating_point():
+            raise ValueError(
+                f"bias: got {bias.dtype}, expected a float dtype: cast it, bias.to(weight.dtype)"
+            )
     if temperature_T is not None:
         _check_constant("temperature", temperature_T, targets_T)
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
@@ -666,7 +670,14 @@ def _check_tensors(inputs: Inputs) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    temperature, softcap, logit_scale = settings[:3]
+    temperature, softcap, logit_scale, ignore_index = settings[:4]
+    _check_number("temperature", temperature, "a positive number or a (T,) tensor")
+    if softcap is not None:
+        _check_number("softcap", softcap, "a positive number or None")
+    _check_number("logit_scale", logit_scale, "a finite number")
+    _check_number("ignore_index", ignore_index, "an int", whole=True)
+    if settings.chunk_bytes is not None:
+        _check_number("chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True)
     # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or (T,)")
@@ -676,8 +687,19 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
     if settings.chunk_bytes is not None and settings.chunk_bytes <= 0:
         raise ValueError(
-            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive number or None"
+            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive int or None"
         )
+
+
+def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> None:
+    """The ops take these as Python numbers; a bool would be read as 0 or 1."""
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(x, kinds) or isinstance(x, bool):
+        got, remedy = repr(x), "convert it, or leave it out for the default"
+        if isinstance(x, Tensor):
+            convert = "int" if whole else "float"
+            got, remedy = "a Tensor", f"pass {convert}({name}), on CUDA made outside the step"
+        raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
 def _check_plain(name: str, x: Tensor, instead: str = "") -> None:
