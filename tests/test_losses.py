@@ -922,7 +922,7 @@ BAD_CALLS = {
     "negative rows": ({"rows": torch.tensor([-1])}, "rows must lie"),
     "rows twice": ({"rows": torch.tensor([4, 1, 4])}, "names a row twice"),
     "backend": ({"backend": "cuda"}, "available"),
-    "batch_invariant": ({"batch_invariant": True, "backend": "torch"}, "use 'triton'"),
+    "batch_invariant": ({"batch_invariant": True, "backend": "torch"}, "needs CUDA: 'triton'"),
     "sink dtype": ({"dweight_out": torch.zeros(V, D).bfloat16()}, "expected torch.float32"),
     "sink shape": ({"dweight_out": torch.zeros(V, D + 1)}, r"expected \(61, 12\)"),
     "expanded sink": ({"dweight_out": torch.zeros(1, D).expand(V, D)}, "share memory"),
