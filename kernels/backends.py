@@ -2,7 +2,8 @@
 
 A backend is one function with the signature of `chunked.head_pass` and a line in BACKENDS, which is
 the order of preference. A call that names a backend gets it or a ValueError; "auto" takes the first
-one that can run the call and has nothing against it, and says which and why, once, at INFO.
+one that can run the call and has nothing against it, and says which and why, once, at INFO. It
+looks at the device, the dtype and what the call wants; shape and free memory decide only the chunk.
 """
 
 import functools
@@ -121,9 +122,12 @@ def _triton_objection(call: Situation) -> str | None:
 def _depends_on_neighbours(call: Situation) -> str | None:
     if not call.batch_invariant:
         return None
+    remedy = "for batch_invariant=True use 'triton'"
+    if call.device != "cuda" and not interpreted():
+        remedy = "batch_invariant=True needs CUDA: 'triton'"
     return (
         "its GEMM library picks a kernel by the number of rows, so a row's bits depend on its "
-        "chunk; for batch_invariant=True use 'triton'"
+        f"chunk; {remedy}"
     )
 
 

@@ -74,7 +74,12 @@ def test_auto_says_what_is_not_here():
             {},
             "for batch_invariant=True use 'triton'",
         ),
-        ("reference", Situation("cpu", torch.float32, None, batch_invariant=True), {}, "'triton'"),
+        (
+            "reference",
+            Situation("cpu", torch.float32, None, batch_invariant=True),
+            {},
+            "batch_invariant=True needs CUDA: 'triton'",
+        ),
         (
             "auto",
             Situation("cpu", torch.float32, None, batch_invariant=True),

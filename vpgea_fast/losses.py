@@ -62,15 +62,16 @@ class HeadOptions(TypedDict, total=False):
     softcap: positive float or None: logits become softcap tanh(logits / softcap).
     logit_scale: float multiplying h . w, before the bias.
     ignore_index: target value of rows that take no part.
-    backend: "auto", "reference", "torch" or "triton"; see `choose_backend`.
+    backend: "auto", "reference", "torch", "cublas" or "triton"; see `choose_backend`.
     rows: (R,) int64 without repeats or None: the only rows that may take part; the rest count as
         coefficient 0. Spares CUDA the host synchronisation that finds them. Two streams: indices
         into [posterior; prior], prior ones + T.
-    chunk_bytes: memory for the logits of one chunk (backends "torch" and "triton"); None: 256 MiB
-        on a CPU; on CUDA up to 4 GiB and at most 1/8 of what is free at the first call of this
-        head on this device, which is the only time the driver is asked.
+    chunk_bytes: memory for the logits of one chunk (all backends but "reference"); None: 48 MiB or
+        256 rows, whichever is more; on CUDA up to 4 GiB and at most 1/8 of what is free at the
+        first call of this head on this device, which is the only time the driver is asked.
     batch_invariant: a row's logp, lse and entropy depend, bit for bit, neither on its neighbours
-        nor on its place in a chunk. Always so in "triton"; a ValueError in the others.
+        nor on its place in a chunk. Always so in "triton", which needs CUDA; a ValueError in the
+        others.
     validate: on CUDA, wrong values (targets, rows, temperatures, boundaries) are a ValueError here
         and now, at the price of a synchronisation for each check, and not an assertion on the
         device, after which the process cannot go on. On a CPU they always are a ValueError.
@@ -160,10 +161,12 @@ def choose_backend(
 ) -> BackendChoice:
     """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
-    "reference" (full logits), "torch" (chunked), "triton" (CUDA). "auto" takes "triton" for half
-    precision on sm_80 or newer, for values and gradients of logp and lse, and "torch" for the rest;
-    each pass is decided alone, so only a backward with a gradient of the entropy runs on "torch".
-    Each distinct decision of "auto" is logged once, at INFO, on the logger "vpgea_fast.losses".
+    "reference" (full logits), "torch" (chunked), "cublas" and "triton" (CUDA). "auto" chooses by
+    device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
+    and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
+    backward with a gradient of the entropy runs on "torch". Shape and free memory decide the size
+    of a chunk, not the backend. Each distinct decision of "auto" is logged once, at INFO, on the
+    logger "vpgea_fast.losses".
 
     ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
@@ -659,6 +662,10 @@ def _check_tensors(inputs: Inputs) -> None:
     _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
+        if not bias.is_floating_point():
+            raise ValueError(
+                f"bias: got {bias.dtype}, expected a float dtype: cast it, bias.to(weight.dtype)"
+            )
     if temperature_T is not None:
         _check_constant("temperature", temperature_T, targets_T)
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
@@ -666,7 +673,14 @@ def _check_tensors(inputs: Inputs) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    temperature, softcap, logit_scale = settings[:3]
+    temperature, softcap, logit_scale, ignore_index = settings[:4]
+    _check_number("temperature", temperature, "a positive number or a (T,) tensor")
+    if softcap is not None:
+        _check_number("softcap", softcap, "a positive number or None")
+    _check_number("logit_scale", logit_scale, "a finite number")
+    _check_number("ignore_index", ignore_index, "an int", whole=True)
+    if settings.chunk_bytes is not None:
+        _check_number("chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True)
     # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, expected a positive number or (T,)")
@@ -676,8 +690,19 @@ def _check_settings(settings: Settings) -> None:
         raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
     if settings.chunk_bytes is not None and settings.chunk_bytes <= 0:
         raise ValueError(
-            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive number or None"
+            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive int or None"
         )
+
+
+def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> None:
+    """The ops take these as Python numbers; a bool would be read as 0 or 1."""
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(x, kinds) or isinstance(x, bool):
+        got, remedy = repr(x), "convert it, or leave it out for the default"
+        if isinstance(x, Tensor):
+            convert = "int" if whole else "float"
+            got, remedy = "a Tensor", f"pass {convert}({name}), on CUDA made outside the step"
+        raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
 def _check_plain(name: str, x: Tensor, instead: str = "") -> None:
