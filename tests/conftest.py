@@ -48,6 +48,27 @@ def tiny_world(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny") / "world")
 
 
+@pytest.fixture
+def tiny_words(tiny_world, tmp_path):
+    """Command-line words of small runs of the tiny task, without an evaluation unless asked for:
+    `words = tiny_words({"train.steps": 4}); words("name of the run", "--optim.lr", "1e-3")`."""
+
+    def settle(settings):
+        def make(name, *more):
+            fixed = {
+                "run.dir": tmp_path / name,
+                "model.path": tiny_world.base_dir,
+                "data.train": tiny_world.train_path,
+                "eval.data": "[]",
+                **settings,
+            }
+            return [w for key, value in fixed.items() for w in (f"--{key}", str(value))] + [*more]
+
+        return make
+
+    return settle
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_world):
     from transformers import AutoTokenizer

@@ -27,14 +27,10 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @pytest.fixture
-def words(tiny_world, tmp_path):
+def words(tiny_words, tiny_world):
     """Command-line words for a small run of the tiny task: `words("name", "--a.b", "c")`."""
-
-    def make(name, *more):
-        fixed = {
-            "run.dir": tmp_path / name,
-            "model.path": tiny_world.base_dir,
-            "data.train": tiny_world.train_path,
+    return tiny_words(
+        {
             "eval.data": f"[{tiny_world.test_path}]",
             "eval.limit": 8,
             "train.questions_per_step": 2,
@@ -42,9 +38,7 @@ def words(tiny_world, tmp_path):
             "objective.prior_samples": 2,
             "train.steps": 4,
         }
-        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
-
-    return make
+    )
 
 
 def lines(run_dir, name="metrics.jsonl"):

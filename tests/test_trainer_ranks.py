@@ -24,15 +24,10 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "peak_memory")
 
 
 @pytest.fixture
-def words(tiny_world, tmp_path):
+def words(tiny_words):
     """Command-line words for a small run of the tiny task: `words("name", "--a.b", "c")`."""
-
-    def make(name, *more):
-        fixed = {
-            "run.dir": tmp_path / name,
-            "model.path": tiny_world.base_dir,
-            "data.train": tiny_world.train_path,
-            "eval.data": "[]",
+    return tiny_words(
+        {
             "train.questions_per_step": 2,
             "objective.group_size": 4,
             "objective.prior_samples": 2,
@@ -40,9 +35,7 @@ def words(tiny_world, tmp_path):
             "checkpoint.save_every": 10,
             "optim.schedule": "constant",
         }
-        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
-
-    return make
+    )
 
 
 def records(run_dir):

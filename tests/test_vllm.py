@@ -43,15 +43,10 @@ with Trainer(config.load(sys.argv[1], sys.argv[3:])) as trainer:
 
 
 @pytest.fixture
-def words(tiny_world, tmp_path):
+def words(tiny_words):
     """Command-line words of five steps of the tiny task, without an evaluation."""
-
-    def make(name, *more):
-        fixed = {
-            "run.dir": tmp_path / name,
-            "model.path": tiny_world.base_dir,
-            "data.train": tiny_world.train_path,
-            "eval.data": "[]",
+    return tiny_words(
+        {
             "rollout.engine": "vllm",
             "vllm.kv_cache_gib": 0.125,
             "train.steps": 5,
@@ -59,9 +54,7 @@ def words(tiny_world, tmp_path):
             "metrics.compare": "null",
             "metrics.diag_every": 0,
         }
-        return [word for key, value in fixed.items() for word in (f"--{key}", str(value))] + [*more]
-
-    return make
+    )
 
 
 @pytest.fixture
