@@ -3,8 +3,9 @@
 import pytest
 
 from vpgea_fast.cli import main
-from vpgea_fast.config import ConfigError
+from vpgea_fast.config import ConfigError, resolve
 from vpgea_fast.rollout import vllm
+from vpgea_fast.rollout.factory import check_engine
 
 
 def test_without_vllm_the_error_names_the_extra_and_the_other_engine(
@@ -53,3 +54,11 @@ def test_versions_that_do_not_fit_are_shown_beside_those_that_do(change):
 def test_a_build_without_metadata_does_not_pass_as_any_version():
     with pytest.raises(ConfigError, match="do not fit together"):
         vllm.check_versions({"torch": "2.13.0", "transformers": "5.19.0"})
+
+
+@pytest.mark.parametrize(
+    "given", [{"server": "http://127.0.0.1:8000"}, {"sync": "nccl"}, {"sync_dir": "here"}]
+)
+def test_a_server_is_refused_until_it_is_built(given):
+    with pytest.raises(ConfigError, match="not built yet"):
+        check_engine(resolve({"rollout": {"engine": "vllm"}, "vllm": given}))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World
 from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
@@ -15,8 +15,14 @@ from vpgea_fast.rollout.parallel import ParallelEngine
 
 def check_engine(cfg: Config) -> None:
     """ConfigError, before anything is loaded, for an engine that cannot run here."""
-    if cfg.rollout.engine == "vllm":
-        vllm.check_installed()
+    if cfg.rollout.engine != "vllm":
+        return
+    if cfg.vllm.server or cfg.vllm.sync_dir or cfg.vllm.sync == "nccl":
+        raise ConfigError(
+            "vllm.server, vllm.sync, vllm.sync_dir: a server of its own is not built yet; leave "
+            "them out and take vllm.process 'shared' or 'own'"
+        )
+    vllm.check_installed()
 
 
 def open_engine(
