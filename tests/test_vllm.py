@@ -120,29 +120,32 @@ def test_five_steps_as_with_the_transformers_engine(words, tmp_path, capsys):
 
 
 def test_two_training_processes_see_what_one_sees(words, tmp_path):
+    """An engine each, or one that both share (tensor parallel)."""
     script = tmp_path / "five_steps.py"
     script.write_text(FIVE_STEPS)
     results = {}
-    for processes in (1, 2):
-        out = tmp_path / f"of_{processes}.jsonl"
+    for name, processes, share in (("one", 1, 1), ("two", 2, 1), ("shared", 2, 2)):
+        out = tmp_path / f"{name}.jsonl"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
         command = [*torchrun, str(processes), "--master-port", "29611", str(script), str(TINY)]
+        more = ["--parallel.shard", "always", "--vllm.tensor_parallel", str(share)]
         done = subprocess.run(
-            [*command, str(out), *words(f"run_{processes}", "--parallel.shard", "always")],
+            [*command, str(out), *words(name, *more)],
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        results[processes] = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(results[1]) == len(results[2]) == 5
-    for one, two in zip(results[1], results[2], strict=True):
-        assert one.keys() == two.keys()
-        assert max(one["probe_max"], two["probe_max"]) <= 1e-4
-        assert max(one["mismatch_max"], two["mismatch_max"]) <= 1e-4
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        assert two["tokens_generated"] == one["tokens_generated"]
+        results[name] = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(results[name]) == 5
+    for name in ("two", "shared"):
+        for one, other in zip(results["one"], results[name], strict=True):
+            assert one.keys() == other.keys()
+            assert max(one["probe_max"], other["probe_max"]) <= 1e-4
+            assert max(one["mismatch_max"], other["mismatch_max"]) <= 1e-4
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+            assert other["tokens_generated"] == one["tokens_generated"]
 
 
 def test_temperature_and_truncated_importance_weights(words, capsys):

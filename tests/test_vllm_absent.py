@@ -3,9 +3,8 @@
 import pytest
 
 from vpgea_fast.cli import main
-from vpgea_fast.config import ConfigError, resolve
+from vpgea_fast.config import ConfigError
 from vpgea_fast.rollout import vllm
-from vpgea_fast.rollout.factory import check_engine
 
 
 def test_without_vllm_the_error_names_the_extra_and_the_other_engine(
@@ -56,9 +55,18 @@ def test_a_build_without_metadata_does_not_pass_as_any_version():
         vllm.check_versions({"torch": "2.13.0", "transformers": "5.19.0"})
 
 
-@pytest.mark.parametrize(
-    "given", [{"server": "http://127.0.0.1:8000"}, {"sync": "nccl"}, {"sync_dir": "here"}]
-)
-def test_a_server_is_refused_until_it_is_built(given):
-    with pytest.raises(ConfigError, match="not built yet"):
-        check_engine(resolve({"rollout": {"engine": "vllm"}, "vllm": given}))
+def test_a_server_beyond_this_machine_needs_a_key(monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert main(["serve", "some/model", "--host", "0.0.0.0", "--print"]) == 2
+    assert "set VLLM_API_KEY to a secret" in capsys.readouterr().err
+    assert main(["serve", "some/model", "--print"]) == 0
+    command = capsys.readouterr().out
+    assert "--host 127.0.0.1" in command
+    assert "--middleware vpgea_fast.rollout.server.require_key" in command
+    assert "trust-remote-code" not in command
+
+
+def test_a_cut_distribution_is_refused_for_training(capsys):
+    words = ["--rollout.engine", "vllm", "--rollout.top_p", "0.9", "--print-config"]
+    assert main(["train", "configs/tiny.yaml", *words]) == 2
+    assert "log-probs of the cut distribution" in capsys.readouterr().err

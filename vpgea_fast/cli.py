@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, report, make-tiny. Every configuration key is an option: `--section.key
-value`."""
+"""`vpgea`: train, eval, serve, report, make-tiny. Every configuration key is an option:
+`--section.key value`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,6 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="write the result and its settings as JSON here")
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to training runs (vLLM), with vllm.server as their URL",
+        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16. The key is "
+        "read from VLLM_API_KEY; beyond this machine there must be one.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    serve.add_argument("model", help="Hugging Face directory or Hub name")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--print", action="store_true", help="print the command and stop")
+    serve.set_defaults(run=_serve, parser=serve)
+
     report = commands.add_parser(
         "report", help="draw a run directory", allow_abbrev=False, parents=[common]
     )
@@ -244,6 +259,21 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
+    return 0
+
+
+def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
+    words = ["--model.path", args.model, *overrides]
+    cfg = config.resolve(config.parse_overrides(words), source="command line")
+    from vpgea_fast.rollout.server import check_key, serve_command
+    from vpgea_fast.rollout.vllm import check_installed
+
+    check_key(args.host)
+    command, environment = serve_command(cfg, args.host, args.port)
+    if not args.print:
+        check_installed()
+        os.execve(command[0], command, {**os.environ, **environment})
+    print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
     return 0
 
 

@@ -203,6 +203,16 @@ class WeightSet:
                 self.given.add(name)
                 yield name, tensor
 
+    def both_names(
+        self, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """A tied weight under its second name too, for an engine that does not tie it."""
+        second = {first: name for name, first in self.aliases.items()}
+        for name, tensor in named:
+            yield name, tensor
+            if name in second:
+                yield second[name], tensor
+
     def check(self) -> None:
         """ValueError that lists every weight which `fitting` found missing, unknown, misshapen."""
         absent = self.shapes.keys() - self.aliases.keys() - self.given

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from vpgea_fast.config import Config, ConfigError
+from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
 from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine
+from vpgea_fast.rollout.server import ServerEngine
 
 
 def check_engine(cfg: Config) -> None:
-    """ConfigError, before anything is loaded, for an engine that cannot run here."""
-    if cfg.rollout.engine != "vllm":
-        return
-    if cfg.vllm.server or cfg.vllm.sync_dir or cfg.vllm.sync == "nccl":
-        raise ConfigError(
-            "vllm.server, vllm.sync, vllm.sync_dir: a server of its own is not built yet; leave "
-            "them out and take vllm.process 'shared' or 'own'"
-        )
-    vllm.check_installed()
+    """ConfigError, before anything is loaded, for an engine that cannot run here. A server needs
+    vLLM where it runs, and here only to send weights over NCCL."""
+    if cfg.rollout.engine == "vllm" and (cfg.vllm.server is None or cfg.vllm.sync == "nccl"):
+        vllm.check_installed()
 
 
 def open_engine(
@@ -30,8 +27,18 @@ def open_engine(
 ) -> RolloutEngine:
     """`hf` makes the transformers engine, which samples with a module of the caller's; any other
     is given all its weights through `load_weights` before it samples. A collective."""
+    group = 1
     if cfg.rollout.engine == "hf":
-        engine, group = hf(), 1
+        engine = hf()
+    elif cfg.vllm.server is not None:
+        engine = ServerEngine(
+            cfg.model.path,
+            cfg=cfg.vllm,
+            world=world,
+            max_batch=cfg.rollout.max_batch,
+            dtype=dtype,
+            files=cfg.vllm.sync_dir or str(Path(cfg.run.dir) / "sync"),
+        )
     else:
         engine, group = _vllm(cfg, world, dtype), cfg.vllm.tensor_parallel
     return ParallelEngine(engine, world, group=group) if world.size > 1 else engine
@@ -50,5 +57,6 @@ def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:
         device=world.device,
         context=cfg.vllm.context or needed,
         cfg=cfg.vllm,
+        files=cfg.vllm.sync_dir,
         seed=cfg.run.seed,
     )

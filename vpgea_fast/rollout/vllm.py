@@ -18,6 +18,7 @@ Seeds      a path's tokens depend on its seed and its logits; float32 sums depen
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -26,7 +27,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -127,10 +129,10 @@ class VllmEngine:
         self.device, self.dtype, self.used = device, dtype, Usage()
         self.complete = self.asleep = False
         self.untied = device.type == "cpu"
-        skeleton = _skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
-        self.weights = WeightSet.of(skeleton)
-        self.vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-        room = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+        model = skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
+        self.weights = WeightSet.of(model)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.room, self.source = room, "max_position_embeddings"
         if context is not None and (room is None or context < room):
             self.room, self.source = context, "vllm.context"
@@ -313,12 +315,11 @@ class VllmEngine:
     def _as_loaded(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        second = {first: name for name, first in self.weights.aliases.items()}
-        for name, tensor in self.weights.fitting(named):
-            copy = tensor.detach().to(self.dtype, copy=True)
-            yield name, copy
-            if self.untied and name in second:
-                yield second[name], copy
+        copies = (
+            (name, tensor.detach().to(self.dtype, copy=True))
+            for name, tensor in self.weights.fitting(named)
+        )
+        return self.weights.both_names(copies) if self.untied else copies
 
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.cfg.process == "shared":
@@ -447,7 +448,13 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath
 
 
 def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in sorted(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"no weights in {directory}: vllm.sync_dir must be a directory that the trainer and "
+            "the server share"
+        )
+    for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 yield name, opened.get_tensor(name)
@@ -475,6 +482,52 @@ def _send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     llm.update_weights({"update_info": update})
     llm.finish_weight_update()
     torch.cuda.ipc_collect()
+
+
+class NcclSender:
+    """vLLM's NCCL transfer to the workers of a server: each tensor is broadcast as it comes, so no
+    process holds the whole model. Not run on a GPU by this project yet.
+
+    The two sides meet by a unique id that goes with the other JSON: vLLM's own meeting would
+    pickle it. `client` has vLLM's four calls of a weight transfer.
+    """
+
+    def __init__(self, client: Any, workers: Mapping[str, int]) -> None:
+        from vllm.distributed.device_communicators.pynccl import (  # pyright: ignore[reportMissingImports]
+            PyNcclCommunicator,
+        )
+        from vllm.distributed.device_communicators.pynccl_wrapper import (  # pyright: ignore[reportMissingImports]
+            NCCLLibrary,
+        )
+
+        self.client, size = client, workers["world_size"] + 1
+        unique = bytes(NCCLLibrary().ncclGetUniqueId().internal)
+        meeting = {
+            "nccl_unique_id_b64": base64.b64encode(unique).decode(),
+            "rank_offset": 1,
+            "world_size": size,
+            "packed": False,
+        }
+        with ThreadPoolExecutor(max_workers=1) as other_side:
+            joined = other_side.submit(client.init_weight_transfer_engine, meeting)
+            self.group = PyNcclCommunicator.from_unique_id_bytes(
+                unique, rank=0, world_size=size, device=torch.cuda.current_device()
+            )
+            joined.result()
+
+    def send(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.client.start_weight_update()
+        with ThreadPoolExecutor(max_workers=1) as other_side:
+            for name, tensor in named:
+                update = {
+                    "names": [name],
+                    "dtype_names": [str(tensor.dtype).removeprefix("torch.")],
+                    "shapes": [list(tensor.shape)],
+                }
+                taken = other_side.submit(self.client.update_weights, update)
+                self.group.broadcast(tensor.contiguous(), src=0)
+                taken.result()
+        self.client.finish_weight_update()
 
 
 @dataclass
@@ -512,7 +565,7 @@ class _Drawing:
         return split_path(self.request, ids, logps, sampling, finish)
 
 
-def _skeleton(path: str, *, trust_remote_code: bool) -> Any:
+def skeleton(path: str, *, trust_remote_code: bool) -> Any:
     """The transformers model without storage: its parameters' names and shapes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

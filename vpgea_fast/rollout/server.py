@@ -1,0 +1,370 @@
+"""An engine elsewhere: `vpgea serve` (a `vllm serve` with safe settings) on other GPUs or nodes.
+
+    each process posts its share of the requests, token ids in and out, as JSON
+    weights: the main process writes safetensors that the server reads, or broadcasts them over NCCL
+
+The key in VLLM_API_KEY goes with every call. Nothing is pickled. A server draws a path to the sum
+of both limits before it is cut, since it knows one limit only.
+"""
+
+from __future__ import annotations
+
+import hmac
+import http.client
+import ipaddress
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path as FilePath
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from vpgea_fast.config import Config, ConfigError, VllmEngineConfig
+from vpgea_fast.distributed import World
+from vpgea_fast.rollout.engine import (
+    RolloutError,
+    Sampling,
+    Usage,
+    WeightSet,
+    check_room,
+    not_finite,
+    split_path,
+)
+from vpgea_fast.rollout.vllm import GIB, NcclSender, WorkerExtension, skeleton, write_weights
+from vpgea_fast.types import Finish, Path, SampleRequest
+
+KEY = "VLLM_API_KEY"
+"""The environment variable that holds the key, for vLLM and here."""
+
+SYNC_SECONDS = 1800.0
+"""A server that takes longer to take over weights is lost."""
+
+HEALTH_SECONDS = 10.0
+
+
+def is_loopback(host: str) -> bool:
+    """
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_key(host: str) -> None:
+    """ConfigError for a host beyond this machine without a key: whoever reaches the server could
+    sample from it and change its weights."""
+    if not is_loopback(host) and not os.environ.get(KEY):
+        raise ConfigError(
+            f"a server on {host} is reachable from other machines: set {KEY} to a secret, here and "
+            "where it is trained, or keep to 127.0.0.1"
+        )
+
+
+class ServerEngine:
+    """Rollout engine over a server at `cfg.server`; see `RolloutEngine`.
+
+    path   the model that is served; only its config.json is read here
+    files  directory that the server sees too
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        cfg: VllmEngineConfig,
+        world: World,
+        max_batch: int,
+        dtype: torch.dtype,
+        files: str | None = None,
+    ) -> None:
+        assert cfg.server is not None
+        self.cfg, self.world, self.dtype, self.files = cfg, world, dtype, files
+        self.client = _Client(cfg.server)
+        self.max_batch, self.used, self.complete = max_batch, Usage(), False
+        model = skeleton(path, trust_remote_code=cfg.trust_remote_code)
+        self.weights = WeightSet.of(model)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        served = self.client.get("/v1/models")["data"][0]
+        self.room = served.get("max_model_len")
+        self.nccl: NcclSender | None = None
+        self.threads = ThreadPoolExecutor(max_workers=max_batch, thread_name_prefix="rollout")
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """See RolloutEngine. A request that takes longer than `vllm.timeout_s` is given up."""
+        self.check(requests, sampling)
+        if not self.complete:
+            raise ValueError("the rollout model has no whole set of weights: load_weights first")
+        keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
+        order = sorted(range(len(requests)), key=keys.__getitem__)
+        run = f"vpgea-{os.getpid()}-{time.monotonic_ns()}"
+        waiting: dict[Future[tuple[Path, int]], int] = {}
+        try:
+            for number in order:
+                name = f"{run}-{number}"
+                work = self.threads.submit(self._draw, name, requests[number], sampling)
+                waiting[work] = number
+            paths: dict[int, Path] = {}
+            while waiting:
+                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                for work in done:
+                    number = waiting.pop(work)
+                    paths[number], cached = work.result()
+                    asked = requests[number].prompt_ids.numel()
+                    self.used = Usage(
+                        self.used.prompt_tokens + asked, self.used.cached_tokens + cached
+                    )
+                if on_progress is not None:
+                    on_progress(len(done))
+        except BaseException:
+            self._abort(run, waiting)
+            raise
+        return [paths[number] for number in range(len(requests))]
+
+    def _abort(self, run: str, waiting: dict[Future[tuple[Path, int]], int]) -> None:
+        names = [f"{run}-{number}" for work, number in waiting.items() if not work.cancel()]
+        if names and self.client.healthy():
+            self.client.post("/inference/v1/abort_requests", {"request_ids": names}, 60.0)
+
+    def _draw(self, name: str, request: SampleRequest, sampling: Sampling) -> tuple[Path, int]:
+        """A path, and how many tokens of its prompt the server had in its cache."""
+        body = {
+            "request_id": name,
+            "token_ids": request.prompt_ids.tolist(),
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_tokens": sampling.limit,
+                "seed": request.seed,
+                "stop_token_ids": [i for i in sampling.stop_ids if 0 <= i < self.vocabulary],
+                "ignore_eos": True,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        none = torch.zeros(0)
+        try:
+            answer = self.client.post("/inference/v1/generate", body, self.cfg.timeout_s)
+        except TimeoutError:
+            if not self.client.healthy():
+                raise self.client.lost("no answer") from None
+            return split_path(request, none.long(), none, sampling, "error"), 0
+        choice = answer["choices"][0]
+        ids = torch.tensor(choice["token_ids"] or [], dtype=torch.int64)
+        content = (choice["logprobs"] or {}).get("content") or []
+        logps = torch.tensor([token["logprob"] for token in content], dtype=torch.float32)
+        if ids.numel() != logps.numel():
+            raise RolloutError(
+                f"the server gave {logps.numel()} log-probs for {ids.numel()} tokens; start it "
+                "with `vpgea serve`"
+            )
+        for step in logps.isnan().nonzero()[:1, 0].tolist():
+            raise not_finite(request.question_id, step)
+        if sampling.top_p < 1:
+            logps.fill_(math.nan)  # they are those of the cut distribution
+        usage = answer.get("usage") or {}
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        reasons: dict[str, Finish] = {"stop": "stop", "length": "length"}
+        finish = reasons.get(choice["finish_reason"], "error")
+        return split_path(request, ids, logps, sampling, finish), cached
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
+        check_room(requests, sampling, self.room, "max_model_len of the server")
+
+    @torch.no_grad()
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See RolloutEngine. The main process hands over; all come back when the server has the
+        weights. A collective."""
+        self.complete = False
+        rest = iter(named)
+        fitting = self.weights.fitting(rest)
+        try:
+            if self.world.main:
+                self._hand_over(fitting)
+            else:
+                for _ in fitting:
+                    pass
+        finally:
+            for _ in rest:
+                pass
+        self.world.barrier()
+        self.weights.check()
+        self.complete = True
+
+    def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.cfg.sync == "nccl":
+            self.nccl = self.nccl or NcclSender(self.client, self.client.get("/get_world_size"))
+            self.nccl.send((name, tensor.to(self.dtype)) for name, tensor in named)
+        else:
+            if self.files is not None:
+                FilePath(self.files).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
+                cast = ((name, tensor.to(self.dtype)) for name, tensor in named)
+                write_weights(self.weights.both_names(cast), FilePath(directory))
+                call = {"method": "load_files", "args": [str(FilePath(directory).resolve())]}
+                self.client.post("/collective_rpc", call, SYNC_SECONDS)
+        if not self.client.post("/reset_prefix_cache", {}, 60.0)["success"]:
+            raise RolloutError(
+                "the server kept its prefix cache: something is drawing from it during a sync; "
+                "give every run a server of its own"
+            )
+
+    def rest(self) -> None:
+        """The server's memory is not the trainer's."""
+
+    def usage(self) -> Usage:
+        """See RolloutEngine."""
+        used, self.used = self.used, Usage()
+        return used
+
+    def close(self) -> None:
+        """The server goes on: it was not started here."""
+        self.complete = False
+        self.threads.shutdown(wait=True, cancel_futures=True)
+
+
+def serve_command(cfg: Config, host: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """The `vllm serve` (words, environment) that `ServerEngine` can sample from and hand weights
+    to: token ids in and out, log-probs after the temperature, and the key on every route."""
+    cuda = torch.cuda.is_available()
+    settings = cfg.vllm
+    extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
+    # What `vllm serve` runs; that word fails in the CPU build, whose package has another name.
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.api_server.entry",
+        "--model",
+        cfg.model.path,
+    ]
+    words += ["--host", host, "--port", str(port), "--tokens-only", "--dtype", cfg.model.dtype]
+    words += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    words += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
+    words += ["--disable-uvicorn-access-log"]
+    words += ["--worker-extension-cls", extension, "--middleware", f"{__name__}.require_key"]
+    words += ["--max-num-seqs", str(cfg.rollout.max_batch), "--seed", str(cfg.run.seed)]
+    words += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+    words += ["--gpu-memory-utilization", str(settings.gpu_memory)]
+    if settings.context is not None:
+        words += ["--max-model-len", str(settings.context)]
+    if settings.kv_cache_gib is not None or not cuda:
+        words += ["--kv-cache-memory-bytes", str(int((settings.kv_cache_gib or 1) * GIB))]
+    if settings.trust_remote_code:
+        words += ["--trust-remote-code"]
+    if settings.sync == "nccl":
+        words += ["--weight-transfer-config", '{"backend": "nccl"}']
+    if settings.enforce_eager or not cuda:
+        words += ["--enforce-eager"]
+    overrides: dict[str, Any] = {"head_dtype": "float32"} if settings.fp32_head else {}
+    if not cuda:
+        overrides["tie_word_embeddings"] = False
+        words += ["--block-size", "32", "--no-enable-chunked-prefill"]
+        words += ["--max-num-batched-tokens", str(max(settings.context or 0, 4096))]
+        words += ["--load-format", "dummy"]  # the files have no head of its own
+    if overrides:
+        words += ["--hf-overrides", json.dumps(overrides)]
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",  # has the routes that take weights
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    return words, environment
+
+
+async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
+    """The key on every route but /health; vLLM's own check leaves open what changes weights."""
+    from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+
+    wanted = f"Bearer {os.environ.get(KEY, '')}"
+    given = request.headers.get("authorization", "")
+    open_ = KEY not in os.environ or request.url.path == "/health"
+    if open_ or hmac.compare_digest(given.encode(), wanted.encode()):
+        return await go_on(request)
+    return JSONResponse({"error": "Unauthorized"}, status_code=401)
+
+
+class _Client:
+    """JSON over HTTP with the key; also vLLM's four calls of a weight transfer."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"vllm.server: got {url!r}, expected http://host:port")
+        check_key(parts.hostname)
+        self.url, self.secure, self.host = url, parts.scheme == "https", parts.hostname
+        self.port = parts.port or (443 if self.secure else 80)
+
+    def get(self, path: str) -> Any:
+        return self._call("GET", path, None, 60.0)
+
+    def post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
+        """The answer. TimeoutError after `seconds`; RolloutError for a server that is gone, or that
+        refuses."""
+        return self._call("POST", path, body, seconds)
+
+    def healthy(self) -> bool:
+        try:
+            self._call("GET", "/health", None, HEALTH_SECONDS)
+        except (TimeoutError, RolloutError):
+            return False
+        return True
+
+    def lost(self, why: str) -> RolloutError:
+        return RolloutError(
+            f"the rollout server at {self.url} is gone ({why}); start it again with `vpgea serve` "
+            "and go on with --resume: the last checkpoint is good"
+        )
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.post("/init_weight_transfer_engine", {"init_info": init_info}, SYNC_SECONDS)
+
+    def start_weight_update(self) -> None:
+        self.post("/start_weight_update", {}, SYNC_SECONDS)
+
+    def update_weights(self, update_info: Any) -> None:
+        self.post("/update_weights", {"update_info": update_info}, SYNC_SECONDS)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = {} if weight_version is None else {"weight_version": weight_version}
+        self.post("/finish_weight_update", body, SYNC_SECONDS)
+
+    def _call(self, method: str, path: str, body: Any, seconds: float) -> Any:
+        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=seconds)
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, body=data, headers=headers)
+            response = connection.getresponse()
+            said = response.read()
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise self.lost(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        if response.status == 401:
+            raise RolloutError(f"the server at {self.url} wants another key: set {KEY} as there")
+        if response.status >= 400:
+            raise RolloutError(
+                f"the server at {self.url} refuses {path}: {response.status} "
+                f"{said[:400].decode(errors='replace')}; start it with this version's `vpgea serve`"
+            )
+        return json.loads(said) if said.strip() else None
