@@ -1,6 +1,7 @@
 """What a machine without vLLM, or with another one than this project knows, is told."""
 
 import pytest
+import torch
 
 from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError
@@ -70,3 +71,51 @@ def test_a_cut_distribution_is_refused_for_training(capsys):
     words = ["--rollout.engine", "vllm", "--rollout.top_p", "0.9", "--print-config"]
     assert main(["train", "configs/tiny.yaml", *words]) == 2
     assert "log-probs of the cut distribution" in capsys.readouterr().err
+
+
+class Recorder:
+    """Stands for vLLM's engine where there is no GPU: what it is told, in order."""
+
+    def __init__(self):
+        self.told = []
+
+    def sleep(self, level):
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.told.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, kwargs):
+        named = [name for name, _ in kwargs["weights_iterator"]]
+        self.told.append(f"{method} {len(named)}")
+
+    def reset_prefix_cache(self):
+        self.told.append("reset")
+        return True
+
+
+class OnCuda(vllm.VllmEngine):
+    def _start(self, *_):
+        return Recorder()
+
+
+def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(random_qwen2, tmp_path):
+    model = random_qwen2()
+    model.config.save_pretrained(tmp_path)
+    cuda = torch.device("cuda", 0)
+    engine = OnCuda(str(tmp_path), max_batch=4, dtype=torch.bfloat16, device=cuda)
+    weights = len(list(model.named_parameters()))
+    engine.load_weights(model.named_parameters())
+    engine.rest()
+    engine.rest()
+    assert not engine.complete
+    engine.load_weights(model.named_parameters())
+    load = f"reload_weights {weights}"
+    assert engine.llm.told == [
+        *(load, "reset"),
+        "sleep 2",
+        *("wake weights", load, "wake kv_cache", "reset"),
+    ]
+    assert engine.complete
+    with pytest.raises(ConfigError, match=r"float32, bfloat16 or float16, got torch\.float64"):
+        OnCuda(str(tmp_path), max_batch=4, dtype=torch.float64, device=cuda)

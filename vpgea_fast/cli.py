@@ -144,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--config", help="YAML file whose sections are used, all but model.path and eval.data"
     )
+    evaluate.add_argument(
+        "--engine", choices=["hf", "vllm"], help="what draws the answers, short for rollout.engine"
+    )
     evaluate.add_argument("--out", help="write the result and its settings as JSON here")
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
@@ -234,6 +237,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
     words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
+    if args.engine is not None:
+        words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
     source = args.config or (run if Path(args.model).name == "export" and run.is_file() else None)
     cfg = (

@@ -61,6 +61,7 @@ class Collector:
         self.row_logprobs = row_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
         self.verifier = verifier
+        self.lost_answers: set[str] = set()
 
     def collect(self, step: int, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
         """Paths, scores and coefficients of a step: a function of (weights, seed, step).
@@ -68,6 +69,7 @@ class Collector:
         With `train.resample_rounds`, questions without a gradient make room for others, which are a
         function of (seed, step, round) like the first ones.
         """
+        self.lost_answers = set()
         batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
         used, replaced = {q.question.id for q in batch.questions}, 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
@@ -146,11 +148,15 @@ class Collector:
             return batch, self._coefficients(batch)
 
     def _coefficients(self, batch: ScoredBatch) -> Coefficients:
-        """Of the objective; a question one of whose paths the engine gave up has none."""
+        """Of the objective; a question one of whose paths, or of whose sampled answers, the engine
+        gave up has none."""
         coefs = objectives.coefficients(self.cfg.objective, batch)
         lost = [
             sum(path.finish == "error" for path in (*posterior, *prior))
-            for posterior, prior in zip(batch.posterior, batch.prior, strict=True)
+            + (question.question.id in self.lost_answers)
+            for question, posterior, prior in zip(
+                batch.questions, batch.posterior, batch.prior, strict=True
+            )
         ]
         lost_B1 = torch.tensor(lost)[:, None] > 0
         weights = {key: part.masked_fill(lost_B1, 0.0) for key, part in coefs.weights.items()}
@@ -188,7 +194,9 @@ class Collector:
                 seed = request_seed(self.cfg.run.seed, step, name, path.stream, index)
                 requests.append(SampleRequest(path.question_id, path.stream, index, prompt, seed))
         how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
-        texts = [self.decode(answer.z_ids) for answer in self.engine.generate(requests, how)]
+        answers = self.engine.generate(requests, how)
+        self.lost_answers |= {a.question_id for a in answers if a.finish == "error"}
+        texts = [self.decode(answer.z_ids) for answer in answers]
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
         return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count)

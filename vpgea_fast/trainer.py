@@ -532,6 +532,7 @@ class Trainer:
             "run_device": str(self.policy.device),
             "parameters": sum(p.numel() for p in self.policy.parameters()),
             "loss_backend": self.policy.backend.name,
+            "rollout_engine": self.cfg.rollout.engine,
             "loss_backend_reason": self.policy.backend.reason,
             **self.policy.attention.facts(),
         }

@@ -29,7 +29,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -125,7 +125,13 @@ class VllmEngine:
         files: str | None = None,
         seed: int = 0,
     ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"model.dtype: vLLM samples in float32, bfloat16 or float16, got {dtype}; choose "
+                "one of them, or rollout.engine 'hf'"
+            )
         self.cfg, self.files = cfg or VllmEngineConfig(), files
+        self.guard: _Guard | None = None
         self.device, self.dtype, self.used = device, dtype, Usage()
         self.complete = self.asleep = False
         self.untied = device.type == "cpu"
@@ -184,7 +190,8 @@ class VllmEngine:
             llm = LLM(**options)
         if cfg.process == "own":
             (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
-            _Guard(llm.llm_engine.engine_core, engine).start()
+            self.guard = _Guard(llm.llm_engine.engine_core, engine, cfg.timeout_s)
+            self.guard.start()
         return llm
 
     def generate(
@@ -247,7 +254,9 @@ class VllmEngine:
         """One step of the scheduler: names and reasons of the paths that have ended."""
         ended: dict[str, Finish] = {}
         cut: list[str] = []
-        for output in self.llm.llm_engine.step():
+        with self._waiting():
+            outputs = self.llm.llm_engine.step()
+        for output in outputs:
             drawing, completion = open_[output.request_id], output.outputs[0]
             if not drawing.ids:
                 self.used = Usage(
@@ -272,6 +281,10 @@ class VllmEngine:
             self.llm.llm_engine.abort_request(cut)
         return ended
 
+    def _waiting(self) -> AbstractContextManager[None]:
+        """While the trainer waits for an engine in a process of its own."""
+        return nullcontext() if self.guard is None else self.guard.waiting()
+
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
         """Take what was being drawn out of the scheduler."""
         if open_:
@@ -280,9 +293,10 @@ class VllmEngine:
     def _gone(self) -> RolloutError:
         self.complete = False
         return RolloutError(
-            "the vLLM engine's process is gone (killed, or out of memory, see the lines above); "
-            "the last checkpoint is good: go on with --resume, with a smaller rollout.max_batch, "
-            "vllm.gpu_memory or vllm.kv_cache_gib if memory ran out"
+            "the vLLM engine's process is gone (killed, out of memory, or silent for "
+            f"{self.cfg.timeout_s:g} s, vllm.timeout_s; see the lines above); the last checkpoint "
+            "is good: go on with --resume, with a smaller rollout.max_batch, vllm.gpu_memory or "
+            "vllm.kv_cache_gib if memory ran out"
         )
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
@@ -296,10 +310,11 @@ class VllmEngine:
         self.complete = False
         rest = iter(named)
         try:
-            self._wake("weights")
-            self._hand_over(self._as_loaded(rest))
-            self._wake("kv_cache")
-            clean = self.llm.reset_prefix_cache()
+            with self._waiting():
+                self._wake("weights")
+                self._hand_over(self._as_loaded(rest))
+                self._wake("kv_cache")
+                clean = self.llm.reset_prefix_cache()
         except Exception as error:
             if _is_dead(error):
                 raise self._gone() from error
@@ -398,11 +413,20 @@ class WorkerExtension:
 
 class _Guard(threading.Thread):
     """Wakes a trainer that waits for a killed engine: vLLM 0.32's client would wait for ever, for
-    tokens (its queue) and for answers to calls (its futures) alike."""
+    tokens (its queue) and for answers to calls (its futures) alike. Kills one that is silent."""
 
-    def __init__(self, client: Any, engine: int) -> None:
+    def __init__(self, client: Any, engine: int, patience: float) -> None:
         super().__init__(daemon=True)
-        self.client, self.engine = weakref.ref(client), engine
+        self.client, self.engine, self.patience = weakref.ref(client), engine, patience
+        self.since: float | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
 
     def run(self) -> None:
         from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
@@ -411,6 +435,10 @@ class _Guard(threading.Thread):
 
         while _runs(self.engine):
             time.sleep(0.5)
+            since = self.since
+            if since is not None and time.monotonic() - since > self.patience:
+                with suppress(ProcessLookupError):
+                    os.kill(self.engine, signal.SIGKILL)
         if (client := self.client()) is not None:
             client.resources.engine_dead = True
             client.outputs_queue.put_nowait(EngineDeadError())
