@@ -2,7 +2,8 @@
 
     python benchmarks/on_gpu.py --out benchmarks/results/on_gpu.json [--minutes 13] [--only dense]
 
-The parts train* are of the training engine, about 15 minutes; the others, as much, of the kernels.
+The parts train* are of the training engine, about 15 minutes; `vllm`, 7 minutes, needs vLLM; the
+others, 15 minutes, are of the kernels.
 
 A part is a few commands; their exit status, time, last lines and JSON go into the file after every
 part, with device, commit and versions, so that a run that is cut short loses the part it was in. A
@@ -193,6 +194,19 @@ PARTS = (
             for name in ATTENTION
         ),
         tuple(f"train_1.5b_{name}" for name in ATTENTION),
+    ),
+    Part(
+        "vllm",
+        400,
+        (
+            f'{PYTEST} -m "vllm and gpu" tests',
+            "{python} benchmarks/random_model.py qwen2.5-1.5b {scratch}/model",
+            (
+                "{python} benchmarks/rollout_bench.py --model {scratch}/model --dtype bfloat16 "
+                "--questions 32 --tokens 1024 --out {scratch}/rollout.json"
+            ),
+        ),
+        ("rollout",),
     ),
 )
 

@@ -39,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _arguments(argv)
+    args = arguments(argv)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
@@ -173,7 +173,7 @@ def row(
     }
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face directory instead of random weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

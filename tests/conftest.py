@@ -23,15 +23,17 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_collection_modifyitems(items):
     """Skip, with the reason in the report, what this machine has no device or engine for."""
-    missing = {}
-    if not torch.cuda.is_available():
-        missing["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
-    if importlib.util.find_spec("vllm") is None:
-        missing["vllm"] = pytest.mark.skip(reason="needs vLLM: pip install vpgea_fast[vllm]")
+    cuda, vllm = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
     for item in items:
-        for name, skip in missing.items():
-            if name in item.keywords:
-                item.add_marker(skip)
+        on_gpu, with_vllm = ("gpu" in item.keywords, "vllm" in item.keywords)
+        if on_gpu and not cuda:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if with_vllm and not vllm:
+            reason = "needs vLLM: pip install vpgea_fast[vllm]"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if with_vllm and vllm and cuda and not on_gpu:
+            reason = "for vLLM's CPU build; on a GPU: -m 'vllm and gpu'"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ def test_two_training_processes_see_what_one_sees(words, tmp_path):
     """From start to export; an engine each, or one that both share (tensor parallel)."""
     results = {}
     for name, processes, share in (("one", 1, 1), ("two", 2, 1), ("shared", 2, 2)):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "29611"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node", str(processes), "-m", "vpgea_fast.cli", "train"]
         more = ["--parallel.shard", "always", "--vllm.tensor_parallel", str(share)]
         done = subprocess.run(
@@ -329,3 +329,52 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victi
     assert saved is not None
     assert saved.step >= 1  # the second line of metrics.jsonl comes before the second save
     assert all(bool(tensor.isfinite().all()) for tensor in saved.tensors().values())
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("process", ["shared", "own"])
+def test_sleep_gives_memory_back_and_a_sync_fills_the_engine_again(process, random_qwen2, tmp_path):
+    """`own` gets its weights by CUDA IPC. bfloat16, two models in turn, heads of 64."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = {"hidden": 256, "heads": 4, "dtype": torch.bfloat16, "initializer_range": 0.07}
+    models = [random_qwen2(seed=seed, **shape).to(device) for seed in (0, 1)]
+    models[0].config.save_pretrained(tmp_path)
+    engine = VllmEngine(
+        str(tmp_path),
+        max_batch=8,
+        dtype=torch.bfloat16,
+        device=device,
+        cfg=VllmEngineConfig(process=process, kv_cache_gib=1.0, gpu_memory=0.1),
+    )
+    try:
+        for model in (*models, *models):
+            engine.load_weights(model.named_parameters())
+            paths = engine.generate(requests(8), Sampling(32, think_close_id=1000, eos_ids=()))
+            awake, _ = torch.cuda.mem_get_info(device)
+            engine.rest()
+            asleep, _ = torch.cuda.mem_get_info(device)
+            assert asleep - awake >= 2**30
+            gaps = []
+            for path in paths:
+                ids = torch.cat([torch.tensor([4, 5, 6]), path.z_ids])[None].to(device)
+                with torch.no_grad():
+                    logp_TV = model(ids).logits[0, 2:-1].float().log_softmax(-1).cpu()
+                drawn = logp_TV.gather(-1, path.z_ids[:, None])[:, 0]
+                gaps.append((drawn - path.logps).abs().mean())
+            assert torch.stack(gaps).mean() < 0.05  # the other model's differ by more than 0.5
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("process", ["shared", "own"])
+def test_five_steps_on_a_gpu(words, tmp_path, process, capsys):
+    more = ["--model.device", "cuda", "--model.dtype", "bfloat16", "--vllm.process", process]
+    assert main(["train", str(TINY), *words("run", *more)]) == 0, capsys.readouterr().err
+    for line in lines(tmp_path / "run"):
+        assert line["probe_mean"] < 0.05
+        assert line["mismatch_mean"] < 1.05
+        assert line["rest_freed_mib"] >= 0.125 * 2**10

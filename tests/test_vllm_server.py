@@ -4,9 +4,11 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ from vpgea_fast.types import SampleRequest
 
 pytestmark = pytest.mark.vllm
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-PORT = 8437
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    PORT = probe.getsockname()[1]
 URL = f"http://127.0.0.1:{PORT}"
 SECRET = "only-for-this-test"
 ROUTES = (
@@ -40,17 +44,15 @@ def ask(method, path, key=None):
         connection.close()
 
 
-@pytest.fixture(scope="module")
-def server(tiny_world, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vpgea_fast.cli", "serve", str(tiny_world.base_dir)]
-    words = ["--port", str(PORT), "--model.dtype", "float32"]
-    words += ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
-    environment = {**os.environ, KEY: SECRET, "OMP_NUM_THREADS": "1"}
+@contextmanager
+def serving(log, *words, **environment):
+    """`vpgea serve` with these words, from when it answers to its end."""
+    command = [sys.executable, "-m", "vpgea_fast.cli", "serve", *map(str, words)]
+    environment = {**os.environ, KEY: SECRET, "OMP_NUM_THREADS": "1", **environment}
     with (
         log.open("wb") as said,
         subprocess.Popen(
-            [*command, *words],
+            [*command, "--port", str(PORT)],
             env=environment,
             stdout=said,
             stderr=subprocess.STDOUT,
@@ -70,6 +72,14 @@ def server(tiny_world, tmp_path_factory):
             yield process
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_world, tmp_path_factory):
+    words = ["--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(log, tiny_world.base_dir, *words) as process:
+        yield process
 
 
 @pytest.fixture
@@ -94,29 +104,46 @@ def requests(count=4):
     return [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(count)]
 
 
-@pytest.mark.usefixtures("server")
-def test_five_steps_with_a_server(tiny_world, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def words(tiny_words, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
-    fixed = {
-        "run.dir": tmp_path / "run",
-        "model.path": tiny_world.base_dir,
-        "data.train": tiny_world.train_path,
-        "eval.data": "[]",
-        "rollout.engine": "vllm",
-        "vllm.server": URL,
-        "train.steps": 5,
-        "train.questions_per_step": 4,
-        "metrics.compare": "null",
-        "metrics.diag_every": 0,
-    }
-    words = [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
-    assert main(["train", str(TINY), *words]) == 0, capsys.readouterr().err
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    return tiny_words(
+        {
+            "rollout.engine": "vllm",
+            "vllm.server": URL,
+            "train.steps": 5,
+            "train.questions_per_step": 4,
+            "metrics.compare": "null",
+            "metrics.diag_every": 0,
+        }
+    )
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("server")
+def test_five_steps_with_a_server(words, tmp_path, capsys):
+    assert main(["train", str(TINY), *words("run")]) == 0, capsys.readouterr().err
+    records = lines(tmp_path / "run")
     assert len(records) == 5
     assert max(record["probe_max"] for record in records) <= 1e-4
     assert max(record["mismatch_max"] for record in records) <= 1e-4
     assert not list((tmp_path / "run/sync").iterdir())
+
+
+@pytest.mark.gpu
+def test_weights_go_to_a_server_over_nccl(words, tiny_world, tmp_path, capsys):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for each side")
+    share = ["--model.dtype", "bfloat16", "--vllm.sync", "nccl"]
+    more = ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
+    log = tmp_path / "log"
+    with serving(log, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1"):
+        status = main(["train", str(TINY), *words("run", "--model.device", "cuda", *share)])
+        assert status == 0, capsys.readouterr().err
+    assert max(record["probe_mean"] for record in lines(tmp_path / "run")) < 0.05
 
 
 def test_log_probs_stops_and_order_of_a_server(engine, tiny_model):
@@ -174,6 +201,26 @@ def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
         engine.load_weights(tiny_model.named_parameters())
     with pytest.raises(ValueError, match="load_weights first"):
         engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=()))
+
+
+def test_a_silent_server_is_noticed(engine, server, tiny_model, monkeypatch):
+    """Stopped, it keeps its connections open, as a machine that lost its power does. Seconds are a
+    fifth of what they are in a run: lost within 8 s, so within 40 s there."""
+    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    began = time.monotonic()
+
+    def stop(_):
+        os.killpg(server.pid, signal.SIGSTOP)
+
+    sampling = Sampling(400, think_close_id=1000, eos_ids=())
+    try:
+        with pytest.raises(RolloutError, match=r"is gone \(2 calls of /health were not answered"):
+            engine.generate(requests(16), sampling, stop)
+        with pytest.raises(RolloutError, match="is gone"):
+            engine.load_weights(tiny_model.named_parameters())
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+    assert time.monotonic() - began < 40
 
 
 def test_a_killed_server_is_noticed(engine, server):

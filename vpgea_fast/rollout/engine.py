@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -176,6 +177,11 @@ class WeightSet:
         self.given: set[str] = set()
         self.misfits: list[str] = []
 
+    @property
+    def largest(self) -> int:
+        """Elements of the largest weight."""
+        return max(map(math.prod, self.shapes.values()))
+
     @classmethod
     def of(cls, model: torch.nn.Module) -> WeightSet:
         first: dict[int, str] = {}
@@ -211,7 +217,7 @@ class WeightSet:
         for name, tensor in named:
             yield name, tensor
             if name in second:
-                yield second[name], tensor
+                yield second[name], tensor.clone()  # no file holds one tensor twice
 
     def check(self) -> None:
         """ValueError that lists every weight which `fitting` found missing, unknown, misshapen."""

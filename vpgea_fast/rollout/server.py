@@ -15,11 +15,14 @@ import ipaddress
 import json
 import math
 import os
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,7 +40,14 @@ from vpgea_fast.rollout.engine import (
     not_finite,
     split_path,
 )
-from vpgea_fast.rollout.vllm import GIB, NcclSender, WorkerExtension, skeleton, write_weights
+from vpgea_fast.rollout.vllm import (
+    GIB,
+    NcclSender,
+    WorkerExtension,
+    copied,
+    skeleton,
+    write_weights,
+)
 from vpgea_fast.types import Finish, Path, SampleRequest
 
 KEY = "VLLM_API_KEY"
@@ -47,6 +57,10 @@ SYNC_SECONDS = 1800.0
 """A server that takes longer to take over weights is lost."""
 
 HEALTH_SECONDS = 10.0
+"""Between two looks at a server that owes an answer, and to wait for /health; and to connect."""
+
+MISSES = 2
+"""Looks in a row without an answer after which a server is lost: at most 40 s."""
 
 
 def is_loopback(host: str) -> bool:
@@ -139,6 +153,7 @@ class ServerEngine:
         names = [f"{run}-{number}" for work, number in waiting.items() if not work.cancel()]
         if names and self.client.healthy():
             self.client.post("/inference/v1/abort_requests", {"request_ids": names}, 60.0)
+        self.client.hang_up()
 
     def _draw(self, name: str, request: SampleRequest, sampling: Sampling) -> tuple[Path, int]:
         """A path, and how many tokens of its prompt the server had in its cache."""
@@ -209,13 +224,13 @@ class ServerEngine:
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.cfg.sync == "nccl":
             self.nccl = self.nccl or NcclSender(self.client, self.client.get("/get_world_size"))
-            self.nccl.send((name, tensor.to(self.dtype)) for name, tensor in named)
+            self.nccl.send(copied(named, self.dtype))
         else:
             if self.files is not None:
                 FilePath(self.files).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
-                cast = ((name, tensor.to(self.dtype)) for name, tensor in named)
-                write_weights(self.weights.both_names(cast), FilePath(directory))
+                whole = self.weights.both_names(copied(named, self.dtype))
+                write_weights(whole, FilePath(directory))
                 call = {"method": "load_files", "args": [str(FilePath(directory).resolve())]}
                 self.client.post("/collective_rpc", call, SYNC_SECONDS)
         if not self.client.post("/reset_prefix_cache", {}, 60.0)["success"]:
@@ -235,6 +250,7 @@ class ServerEngine:
     def close(self) -> None:
         """The server goes on: it was not started here."""
         self.complete = False
+        self.client.close()
         self.threads.shutdown(wait=True, cancel_futures=True)
 
 
@@ -299,7 +315,11 @@ async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
 
 
 class _Client:
-    """JSON over HTTP with the key; also vLLM's four calls of a weight transfer."""
+    """JSON over HTTP with the key; also vLLM's four calls of a weight transfer.
+
+    A server whose machine is gone sends nothing, not even an error. So while an answer is owed,
+    /health is looked at; a server that misses MISSES of them is lost, and every call ends.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -308,6 +328,9 @@ class _Client:
         check_key(parts.hostname)
         self.url, self.secure, self.host = url, parts.scheme == "https", parts.hostname
         self.port = parts.port or (443 if self.secure else 80)
+        self.owed: set[socket.socket] = set()
+        self.silent, self.closed = "", threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def get(self, path: str) -> Any:
         return self._call("GET", path, None, 60.0)
@@ -319,7 +342,7 @@ class _Client:
 
     def healthy(self) -> bool:
         try:
-            self._call("GET", "/health", None, HEALTH_SECONDS)
+            self._call("GET", "/health", None, HEALTH_SECONDS, watched=False)
         except (TimeoutError, RolloutError):
             return False
         return True
@@ -329,6 +352,16 @@ class _Client:
             f"the rollout server at {self.url} is gone ({why}); start it again with `vpgea serve` "
             "and go on with --resume: the last checkpoint is good"
         )
+
+    def hang_up(self) -> None:
+        """End the calls that wait for an answer."""
+        for waiting in list(self.owed):
+            with suppress(OSError):
+                waiting.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.closed.set()
+        self.hang_up()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.post("/init_weight_transfer_engine", {"init_info": init_info}, SYNC_SECONDS)
@@ -343,23 +376,30 @@ class _Client:
         body = {} if weight_version is None else {"weight_version": weight_version}
         self.post("/finish_weight_update", body, SYNC_SECONDS)
 
-    def _call(self, method: str, path: str, body: Any, seconds: float) -> Any:
-        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=seconds)
+    def _watch(self) -> None:
+        misses = 0
+        while not self.closed.wait(HEALTH_SECONDS):
+            misses = misses + 1 if self.owed and not self.healthy() else 0
+            if misses >= MISSES:
+                self.silent = f"{MISSES} calls of /health were not answered"
+                self.hang_up()
+
+    def _call(
+        self, method: str, path: str, body: Any, seconds: float, *, watched: bool = True
+    ) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {key}"
-        try:
-            data = None if body is None else json.dumps(body)
-            connection.request(method, path, body=data, headers=headers)
-            response = connection.getresponse()
-            said = response.read()
-        except TimeoutError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            raise self.lost(f"{type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
+        data = None if body is None else json.dumps(body)
+        with self._connected(seconds, watched=watched) as connection:
+            try:
+                connection.request(method, path, body=data, headers=headers)
+                response = connection.getresponse()
+                said = response.read()
+            except TimeoutError:
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                raise self.lost(self.silent or f"{type(error).__name__}: {error}") from error
         if response.status == 401:
             raise RolloutError(f"the server at {self.url} wants another key: set {KEY} as there")
         if response.status >= 400:
@@ -368,3 +408,22 @@ class _Client:
                 f"{said[:400].decode(errors='replace')}; start it with this version's `vpgea serve`"
             )
         return json.loads(said) if said.strip() else None
+
+    @contextmanager
+    def _connected(self, seconds: float, *, watched: bool) -> Iterator[http.client.HTTPConnection]:
+        """A connection whose answer may take `seconds`."""
+        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=HEALTH_SECONDS)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise self.lost(self.silent or f"{type(error).__name__}: {error}") from error
+        opened = connection.sock
+        opened.settimeout(seconds)
+        if watched:
+            self.owed.add(opened)
+        try:
+            yield connection
+        finally:
+            self.owed.discard(opened)
+            connection.close()

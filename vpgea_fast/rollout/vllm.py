@@ -28,11 +28,12 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -61,8 +62,8 @@ LOOK_EVERY = 16
 
 GIB = 2**30
 
-FILE_BYTES = GIB
-"""Of one file of weights."""
+CHUNK_BYTES = GIB
+"""Of weights that travel together: one file, one staging buffer, one broadcast."""
 
 
 def check_installed() -> None:
@@ -330,10 +331,7 @@ class VllmEngine:
     def _as_loaded(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        copies = (
-            (name, tensor.detach().to(self.dtype, copy=True))
-            for name, tensor in self.weights.fitting(named)
-        )
+        copies = copied(self.weights.fitting(named), self.dtype)
         return self.weights.both_names(copies) if self.untied else copies
 
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -341,7 +339,7 @@ class VllmEngine:
             options = {"weights_iterator": named, "is_checkpoint_format": True}
             self.llm.collective_rpc("reload_weights", kwargs=options)
         elif self.device.type == "cuda":
-            _send_ipc(self.llm, named)
+            _send_ipc(self.llm, named, max(CHUNK_BYTES, self.weights.largest * self.dtype.itemsize))
         else:
             with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
                 write_weights(named, FilePath(directory))
@@ -461,17 +459,28 @@ def _runs(process: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
-    """Safetensors files of about FILE_BYTES each, so the whole model is never in memory."""
+def copied(
+    named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that outlive the next one: those of a sharded model do not."""
+    return ((name, tensor.detach().to(dtype, copy=True)) for name, tensor in named)
+
+
+def chunks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """About CHUNK_BYTES together, so the whole model is never in one place."""
     part: dict[str, torch.Tensor] = {}
-    held = number = 0
     for name, tensor in named:
-        part[name] = tensor.detach().cpu().clone().contiguous()
-        held += part[name].nbytes
-        if held >= FILE_BYTES:
-            save_file(part, directory / f"{number:05d}.safetensors")
-            part, held, number = {}, 0, number + 1
+        part[name] = tensor.contiguous()
+        if sum(held.nbytes for held in part.values()) >= CHUNK_BYTES:
+            yield part
+            part = {}
     if part:
+        yield part
+
+
+def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
+    """Safetensors, a file for each of `chunks`. A tensor under two names must be two."""
+    for number, part in enumerate(chunks(named)):
         save_file(part, directory / f"{number:05d}.safetensors")
 
 
@@ -488,74 +497,113 @@ def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def _send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """vLLM's IPC transfer into a child on the same GPU: handles go over the pipe between the two,
-    the weights stay where they are. Not run on a GPU by this project yet.
+def _send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]], staged: int) -> None:
+    """vLLM's packed IPC transfer into a child on the same GPU: weights pass through one staging
+    buffer of `staged` bytes, whose handle goes over the pipe between the two processes. Not run on
+    a GPU by this project yet.
 
-    vLLM's trainer side would gather pickled handles of all processes, other nodes' too; each engine
-    here has one trainer, so its worker side is called directly.
+    vLLM's own trainer side would gather pickled handles of all processes, other nodes' too; each
+    engine here has one trainer, so its producer is driven directly.
     """
-    from torch.multiprocessing.reductions import reduce_tensor
+    from vllm.distributed.weight_transfer.packed_tensor import (  # pyright: ignore[reportMissingImports]
+        packed_ipc_producer,
+    )
 
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    kept = [(name, tensor.contiguous()) for name, tensor in named]  # until vLLM has read them
-    update = {
-        "names": [name for name, _ in kept],
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in kept],
-        "shapes": [list(tensor.shape) for _, tensor in kept],
-        "ipc_handles": [{device: reduce_tensor(tensor)[1]} for _, tensor in kept],
-    }
-    llm.init_weight_transfer_engine({"init_info": {"packed": False}})
+    llm.init_weight_transfer_engine({"init_info": {"packed": True}})
     llm.start_weight_update()
-    llm.update_weights({"update_info": update})
+    for chunk in packed_ipc_producer(iter(named), device, itemgetter(1), staged):
+        update = {
+            "names": chunk.names,
+            "dtype_names": chunk.dtype_names,
+            "shapes": chunk.shapes,
+            "ipc_handles": chunk.ipc_handle,
+            "tensor_sizes": chunk.tensor_sizes,
+        }
+        llm.update_weights({"update_info": update})  # the buffer has been read when this returns
     llm.finish_weight_update()
     torch.cuda.ipc_collect()
 
 
 class NcclSender:
-    """vLLM's NCCL transfer to the workers of a server: each tensor is broadcast as it comes, so no
-    process holds the whole model. Not run on a GPU by this project yet.
+    """vLLM's NCCL transfer to the workers of a server, a call for every chunk, so no process holds
+    the whole model. Not run on a GPU by this project yet.
 
     The two sides meet by a unique id that goes with the other JSON: vLLM's own meeting would
     pickle it. `client` has vLLM's four calls of a weight transfer.
     """
 
     def __init__(self, client: Any, workers: Mapping[str, int]) -> None:
-        from vllm.distributed.device_communicators.pynccl import (  # pyright: ignore[reportMissingImports]
-            PyNcclCommunicator,
-        )
         from vllm.distributed.device_communicators.pynccl_wrapper import (  # pyright: ignore[reportMissingImports]
             NCCLLibrary,
         )
 
-        self.client, size = client, workers["world_size"] + 1
+        self.client, self.device = client, torch.cuda.current_device()
+        self.group: Any = None
+        self.size = workers["world_size"] + 1
         unique = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         meeting = {
             "nccl_unique_id_b64": base64.b64encode(unique).decode(),
             "rank_offset": 1,
-            "world_size": size,
+            "world_size": self.size,
             "packed": False,
         }
-        with ThreadPoolExecutor(max_workers=1) as other_side:
-            joined = other_side.submit(client.init_weight_transfer_engine, meeting)
-            self.group = PyNcclCommunicator.from_unique_id_bytes(
-                unique, rank=0, world_size=size, device=torch.cuda.current_device()
-            )
-            joined.result()
+        side_by_side(
+            lambda: client.init_weight_transfer_engine(meeting), lambda: self._join(unique)
+        )
+
+    def _join(self, unique: bytes) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import (  # pyright: ignore[reportMissingImports]
+            uid_init_process_group,
+        )
+
+        with torch.cuda.device(self.device):
+            self.group = uid_init_process_group(unique, 0, self.size, self.device)
 
     def send(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Tensors must outlive the next one; see `copied`."""
         self.client.start_weight_update()
-        with ThreadPoolExecutor(max_workers=1) as other_side:
-            for name, tensor in named:
-                update = {
-                    "names": [name],
-                    "dtype_names": [str(tensor.dtype).removeprefix("torch.")],
-                    "shapes": [list(tensor.shape)],
-                }
-                taken = other_side.submit(self.client.update_weights, update)
-                self.group.broadcast(tensor.contiguous(), src=0)
-                taken.result()
+        for part in chunks(named):
+            self._send(part)
         self.client.finish_weight_update()
+
+    def _send(self, part: Mapping[str, torch.Tensor]) -> None:
+        update = {
+            "names": list(part),
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in part.values()],
+            "shapes": [list(tensor.shape) for tensor in part.values()],
+        }
+        side_by_side(
+            lambda: self.client.update_weights(update), lambda: self._broadcast(part.values())
+        )
+
+    def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        with torch.cuda.device(self.device):
+            for tensor in tensors:
+                self.group.broadcast(tensor, src=0)
+            torch.cuda.current_stream().synchronize()
+
+
+def side_by_side(*parts: Callable[[], object]) -> None:
+    """All of them at once; the first error is raised whatever the others still wait for: a call to
+    a server that has died ends, but a broadcast to it never does.
+
+    >>> side_by_side(lambda: time.sleep(1e6), lambda: 1 / 0)
+    Traceback (most recent call last):
+    ZeroDivisionError: division by zero
+    """
+    ends: list[Future[object]] = [Future() for _ in parts]
+
+    def run(part: Callable[[], object], end: Future[object]) -> None:
+        try:
+            end.set_result(part())
+        except BaseException as error:
+            end.set_exception(error)
+
+    for each in zip(parts, ends, strict=True):
+        threading.Thread(target=run, args=each, daemon=True).start()
+    for end in wait(ends, return_when=FIRST_EXCEPTION).done:
+        end.result()
 
 
 @dataclass
