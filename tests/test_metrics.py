@@ -227,8 +227,16 @@ def test_shares_above_their_limit_name_the_remedy():
     assert raised(records[:4]) == []
 
 
+def test_a_sampler_that_is_off_is_named():
+    (text,) = raised([{"mismatch_mean": 1.051}] * 6)
+    assert "is 1.051" in text
+    assert "vllm.fp32_head" in text
+    assert raised([{"mismatch_mean": 1.049}] * 6) == []
+
+
 numbers = st.none() | st.floats(-1, 1) | st.just(math.nan) | st.just(-math.inf)
 watched = ["adv_post", "acc_student", "u_post", "share_cov_negative", "trunc_prior", "trunc_post"]
+watched += ["mismatch_mean"]
 
 
 @given(

@@ -64,18 +64,28 @@ STEP_LINE = (
 """(label, metric, format) of a step's line; a metric that the step lacks is left out."""
 
 
-SHARES = {
-    "share_cov_negative": (0.3, "of the questions have Cov(L, S) < 0; lower objective.alpha"),
+LIMITS = {
+    "share_cov_negative": (
+        0.3,
+        "{:.0%} of the questions have Cov(L, S) < 0; lower objective.alpha",
+    ),
     "trunc_prior": (
         0.2,
-        "of the student's paths are cut at the token limit; raise rollout.max_new_tokens",
+        "{:.0%} of the student's paths are cut at the token limit; raise rollout.max_new_tokens",
     ),
     "trunc_post": (
         0.2,
-        "of the teacher's paths are cut at the token limit; raise rollout.max_new_tokens",
+        "{:.0%} of the teacher's paths are cut at the token limit; raise rollout.max_new_tokens",
+    ),
+    "mismatch_mean": (
+        1.05,
+        (
+            "the engine samples from another policy than the one trained: mean exp|log-prob gap| "
+            "is {:.3f}; try vllm.fp32_head true, or rollout.importance_cap 2"
+        ),
     ),
 }
-"""metric -> (limit of its mean over a few steps, what is said after the percentage)."""
+"""metric -> (limit of its mean over a few steps, what is said of that mean)."""
 
 
 class MetricsWriter:
@@ -300,6 +310,7 @@ class Alarms:
                 thoughts learn to state or copy the answer
     covariance  mean share_cov_negative of the last 5 steps > 0.3
     truncation  mean trunc_prior, or trunc_post, of the last 5 steps > 0.2
+    mismatch    mean mismatch_mean of the last 5 steps > 1.05, NeMo-RL's bar
 
     The state is a function of the records alone: a resumed run replays metrics.jsonl and goes on as
     if it had not stopped.
@@ -311,7 +322,7 @@ class Alarms:
         self._first_advantages: list[float] = []
         self._accuracy: deque[float] = deque(maxlen=2 * self.WINDOW)
         self._utility: deque[float] = deque(maxlen=2 * self.WINDOW)
-        self._shares = {key: deque[float](maxlen=self.FEW) for key in SHARES}
+        self._last = {key: deque[float](maxlen=self.FEW) for key in LIMITS}
         self._raised: set[str] = set()
 
     def update(self, record: Mapping[str, Any]) -> list[str]:
@@ -319,7 +330,7 @@ class Alarms:
         found = {
             "preflight": self._preflight(record),
             "collapse": self._collapse(record),
-            **{key: self._share(record, key) for key in SHARES},
+            **{key: self._beyond(record, key) for key in LIMITS},
         }
         fresh = {name: text for name, text in found.items() if text and name not in self._raised}
         self._raised |= fresh.keys()
@@ -364,13 +375,13 @@ class Alarms:
             "paths.jsonl, set objective.verify to gate, or lower optim.lr"
         )
 
-    def _share(self, record: Mapping[str, Any], key: str) -> str | None:
-        last, value, (limit, text) = self._shares[key], finite(record.get(key)), SHARES[key]
+    def _beyond(self, record: Mapping[str, Any], key: str) -> str | None:
+        last, value, (limit, text) = self._last[key], finite(record.get(key)), LIMITS[key]
         if value is None:
             return None
         last.append(value)
         mean = statistics.fmean(last)
-        return f"{mean:.0%} {text}" if len(last) == self.FEW and mean > limit else None
+        return text.format(mean) if len(last) == self.FEW and mean > limit else None
 
 
 def eps3(acc: float, tokens: float) -> float:
