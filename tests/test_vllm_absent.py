@@ -67,6 +67,13 @@ def test_a_server_beyond_this_machine_needs_a_key(monkeypatch, capsys):
     assert "trust-remote-code" not in command
 
 
+def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
+    assert main(["serve", "some/model", "--print", "--", "--data-parallel-size", "8"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--data-parallel-size 8")
+    assert main(["report", "runs/a", "--", "--optim.lr", "1"]) == 2
+    assert "got '--optim.lr' after --; only serve" in capsys.readouterr().err
+
+
 def test_a_cut_distribution_is_refused_for_training(capsys):
     words = ["--rollout.engine", "vllm", "--rollout.top_p", "0.9", "--print-config"]
     assert main(["train", "configs/tiny.yaml", *words]) == 2

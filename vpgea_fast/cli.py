@@ -41,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for an error (one line on stderr), 143 and 130 for a stopped run."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        words, overrides = _split(argv)
+        words, overrides, passed = _split(argv)
         args, unknown = _parser().parse_known_args(words)
         if unknown:
             raise UsageError(_unknown(unknown[0], args.parser))
+        if passed and args.run is not _serve:
+            raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
+        args.passed = passed
         return args.run(args, overrides)
     except (ValueError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
@@ -80,16 +83,17 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown argument {name!r}; {hint}"
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for argparse, and the `--section.key value` pairs, which it would misread."""
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words for argparse; the `--section.key value` pairs, which it would misread; what is behind
+    a `--`."""
     words, pairs, rest = [], [], iter(argv)
-    for word in rest:
+    for word in iter(lambda: next(rest, "--"), "--"):
         key, equals, _ = word.partition("=")
         if key.startswith("--") and "." in key:
             pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
         else:
             words.append(word)
-    return words, pairs
+    return words, pairs, list(rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,8 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a model to training runs (vLLM), with vllm.server as their URL",
-        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16. The key is "
-        "read from VLLM_API_KEY; beyond this machine there must be one.",
+        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
+        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
+        "beyond this machine there must be one.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -275,6 +280,7 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
 
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port)
+    command += args.passed
     if not args.print:
         check_installed()
         os.execve(command[0], command, {**os.environ, **environment})
