@@ -71,20 +71,6 @@ def lines(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def running(marker):
-    """Processes whose environment holds `marker`, as (pid, command)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if marker.encode() in (entry / "environ").read_bytes():
-                stat = (entry / "stat").read_text()
-                if stat.rpartition(")")[2].split()[0] != "Z":
-                    found.append((int(entry.name), stat))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
 # --- whole runs -----------------------------------------------------------------------------------
 
 
@@ -294,7 +280,7 @@ def test_closing_leaves_the_callers_process_group(make_engine):
 
 
 @pytest.mark.parametrize("victim", ["engine", "trainer", "silent engine"])
-def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victim):
+def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victim, running):
     """SIGKILL (for the last SIGSTOP) in the middle of a rollout, the engine in its own process."""
     long = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
     long += ["--vllm.timeout_s", "10" if victim == "silent engine" else "600"]

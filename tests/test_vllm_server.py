@@ -45,18 +45,19 @@ def ask(method, path, key=None):
 
 
 @contextmanager
-def serving(log, *words, **environment):
-    """`vpgea serve` with these words, from when it answers to its end."""
+def serving(folder, *words, **environment):
+    """`vpgea serve` with these words: its process, and a word of the environment of all of its
+    processes, from when it answers to its end."""
+    log, marker = folder / "log", f"VPGEA_TEST_MARK={folder}"
     command = [sys.executable, "-m", "vpgea_fast.cli", "serve", *map(str, words)]
     environment = {**os.environ, KEY: SECRET, "OMP_NUM_THREADS": "1", **environment}
     with (
         log.open("wb") as said,
         subprocess.Popen(
             [*command, "--port", str(PORT)],
-            env=environment,
+            env={**environment, "VPGEA_TEST_MARK": str(folder)},
             stdout=said,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         ) as process,
     ):
         try:
@@ -69,22 +70,34 @@ def serving(log, *words, **environment):
                         break
                 except OSError:
                     time.sleep(0.5)
-            yield process
+            yield process, marker
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
+
+
+SMALL = ("--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.context", "512")
 
 
 @pytest.fixture(scope="module")
 def server(tiny_world, tmp_path_factory):
-    words = ["--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with serving(log, tiny_world.base_dir, *words) as process:
-        yield process
+    with serving(tmp_path_factory.mktemp("server"), tiny_world.base_dir, *SMALL) as started:
+        yield started
+
+
+@pytest.fixture
+def vllm_itself(server, running):
+    """The process below `vpgea serve` that answers."""
+    process, marker = server
+    return next(pid for pid, stat in running(marker) if parent(stat) == process.pid)
+
+
+def parent(stat):
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 @pytest.fixture
 def engine(server, tiny_world, tiny_model, tmp_path, monkeypatch):
-    assert server.poll() is None
+    assert server[0].poll() is None
     monkeypatch.setenv(KEY, SECRET)
     made = ServerEngine(
         str(tiny_world.base_dir),
@@ -139,8 +152,7 @@ def test_weights_go_to_a_server_over_nccl(words, tiny_world, tmp_path, capsys):
         pytest.skip("NCCL needs a GPU for each side")
     share = ["--model.dtype", "bfloat16", "--vllm.sync", "nccl"]
     more = ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
-    log = tmp_path / "log"
-    with serving(log, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1"):
+    with serving(tmp_path, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1"):
         status = main(["train", str(TINY), *words("run", "--model.device", "cuda", *share)])
         assert status == 0, capsys.readouterr().err
     assert max(record["probe_mean"] for record in lines(tmp_path / "run")) < 0.05
@@ -203,14 +215,14 @@ def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
         engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=()))
 
 
-def test_a_silent_server_is_noticed(engine, server, tiny_model, monkeypatch):
+def test_a_silent_server_is_noticed(engine, vllm_itself, tiny_model, monkeypatch):
     """Stopped, it keeps its connections open, as a machine that lost its power does. Seconds are a
-    fifth of what they are in a run: lost within 8 s, so within 40 s there."""
+    fifth of what they are in a run, where a call is lost within 40."""
     monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
     began = time.monotonic()
 
     def stop(_):
-        os.killpg(server.pid, signal.SIGSTOP)
+        os.kill(vllm_itself, signal.SIGSTOP)
 
     sampling = Sampling(400, think_close_id=1000, eos_ids=())
     try:
@@ -219,16 +231,30 @@ def test_a_silent_server_is_noticed(engine, server, tiny_model, monkeypatch):
         with pytest.raises(RolloutError, match="is gone"):
             engine.load_weights(tiny_model.named_parameters())
     finally:
-        os.killpg(server.pid, signal.SIGCONT)
+        os.kill(vllm_itself, signal.SIGCONT)
     assert time.monotonic() - began < 40
 
 
-def test_a_killed_server_is_noticed(engine, server):
+def test_a_killed_server_is_noticed_and_leaves_nothing(engine, server, vllm_itself, running):
     began = time.monotonic()
 
     def kill(_):
-        os.killpg(server.pid, signal.SIGKILL)
+        os.kill(vllm_itself, signal.SIGKILL)
 
     with pytest.raises(RolloutError, match=f"the rollout server at {URL} is gone"):
         engine.generate(requests(16), Sampling(400, think_close_id=1000, eos_ids=()), kill)
     assert time.monotonic() - began < 30
+    process, marker = server
+    assert process.wait(30) == 128 + signal.SIGKILL
+    assert running(marker) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ends_with_the_command_that_started_it(number, tiny_world, tmp_path, running):
+    with serving(tmp_path, tiny_world.base_dir, *SMALL) as (process, marker):
+        assert len(running(marker)) > 2
+        process.send_signal(number)
+        deadline = time.monotonic() + 60
+        while running(marker):
+            assert time.monotonic() < deadline, running(marker)
+            time.sleep(0.2)

@@ -275,17 +275,17 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     words = ["--model.path", args.model, *overrides]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
-    from vpgea_fast.rollout.server import check_key, serve_command
+    from vpgea_fast.rollout.server import check_key, serve, serve_command
     from vpgea_fast.rollout.vllm import check_installed
 
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port)
     command += args.passed
-    if not args.print:
-        check_installed()
-        os.execve(command[0], command, {**os.environ, **environment})
-    print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
-    return 0
+    if args.print:
+        print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
+        return 0
+    check_installed()
+    return serve(command, environment)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -9,18 +9,21 @@ of both limits before it is cut, since it knows one limit only.
 
 from __future__ import annotations
 
+import ctypes
 import hmac
 import http.client
 import ipaddress
 import json
 import math
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path as FilePath
@@ -61,6 +64,10 @@ HEALTH_SECONDS = 10.0
 
 MISSES = 2
 """Looks in a row without an answer after which a server is lost: at most 40 s."""
+
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 def is_loopback(host: str) -> bool:
@@ -300,6 +307,27 @@ def serve_command(cfg: Config, host: str, port: int) -> tuple[list[str], dict[st
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     return words, environment
+
+
+def serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a server to its end; its exit status. Its engines, which a killed vLLM would leave behind
+    with their memory, end with it, and it ends with this process."""
+
+    def end_with_parent() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    started = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: started.send_signal(number))
+    status = started.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    return status if status >= 0 else 128 - status
 
 
 async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
