@@ -152,6 +152,22 @@ def test_dry_run_ends_with_the_error_of_the_run(train, refusal, tmp_path):
     )
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_benchmark_that_cannot_be_drawn_is_refused_by_run_and_dry_run(
+    dry, train, refusal, tiny_world, tmp_path
+):
+    """Before the weights are loaded: there are none."""
+    model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"")
+    test = ["--model.path", model, "--eval.data", f"[{tiny_world.test_path}]", *dry]
+    assert "there is no file" in refusal(train(*dry, "--eval.data", f"[{tmp_path}/none.jsonl]"))
+    said = refusal(train(*test, "--eval.max_new_tokens", 100000))
+    assert "benchmark test, question test-" in said
+    assert "and up to 100006 new ones need" in said
+    assert "(max_position_embeddings); lower" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 SHAPES = {
     "7b": (3584, 28, 4, 18944, 152064, 7_615_616_512),
     "1.5b": (1536, 12, 2, 8960, 151936, 1_777_088_000),

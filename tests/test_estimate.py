@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
+from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
@@ -502,6 +503,18 @@ def question(student=5, teacher=9, target_tokens=4):
             r"rollout\.max_new_tokens: got 8192.*4096 positions",
         ),
         (
+            {"rollout": {"engine": "vllm"}, "vllm": {"context": 10239}},
+            {},
+            GPUS,
+            r"a prompt of 2048 .* need 10240 positions.*10239 \(vllm\.context\).*to 10240",
+        ),
+        (
+            {"rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel": 3}},
+            {},
+            GPUS,
+            r"vllm\.tensor_parallel: got 3, expected a divisor of the model's 8 attention heads",
+        ),
+        (
             {"parallel": {"cpu_offload": True}},
             {},
             LAPTOP,
@@ -533,6 +546,40 @@ def test_what_cannot_work_is_refused_with_key_and_remedy(given, hf, on, message)
     cfg = config.resolve(tree)
     with pytest.raises(ValueError, match=message):
         check_config(cfg, qwen(SMALL, **hf), on.processes, on=on)
+
+
+def test_the_context_is_that_of_the_longest_path_of_every_kind():
+    """A teacher's prompt of 9 tokens; a student's of 5, a thought of 90, its closing token, and an
+    answer of 7; a benchmark's of 6, 95 and 7. What a server has, only it knows."""
+    other = {"data": {"max_prompt_tokens": 50}, "scoring": {"u_source": "likelihood"}}
+
+    def check(context, benchmarks=(), engine="vllm", **given):
+        cfg = config.resolve(
+            {
+                "rollout": {"engine": engine, "max_new_tokens": 90, "max_answer_tokens": 7},
+                "vllm": {"context": context},
+                "eval": {"max_new_tokens": 95},
+            }
+            | other
+            | given
+        )
+        check_config(
+            cfg, qwen(SMALL), 8, questions=[question()], benchmarks=dict(benchmarks), on=GPUS
+        )
+
+    def refuse(needed, match, **given):
+        check(needed, **given)
+        with pytest.raises(ValueError, match=f"{match} .*need {needed} positions.*vllm.context"):
+            check(needed - 1, **given)
+        check(needed - 1, engine="hf", **{k: v for k, v in given.items() if k != "vllm"})
+
+    refuse(99, "question q: a prompt of 9")
+    answers = {"u_source": "accuracy"}
+    refuse(103, "question q, answers after its thought: a prompt of 96", scoring=answers)
+    item = (Question("b", "x", "y"), torch.zeros(6, dtype=torch.long))
+    test = [("test", Benchmark((item,), {}, ""))]
+    refuse(108, "benchmark test, question b: a prompt of 6", benchmarks=test)
+    check(10, vllm={"context": 10, "server": "http://127.0.0.1:8000"})
 
 
 def test_a_missing_compiler_is_found_before_the_first_step(monkeypatch):

@@ -133,6 +133,16 @@ def test_two_training_processes_see_what_one_sees(words, tmp_path):
             assert other["tokens_generated"] == one["tokens_generated"]
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_context_that_is_too_small_is_refused_by_run_and_dry_run(words, dry, tmp_path, capsys):
+    """A teacher prompt of 11 tokens and 246 new ones, before any weight is loaded."""
+    assert main(["train", str(TINY), *words("run", "--vllm.context", "200", *dry)]) == 2
+    said = capsys.readouterr().err
+    assert "new ones need " in said
+    assert "but the model has 200 (vllm.context)" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_temperature_and_truncated_importance_weights(words, capsys):
     """At temperature 0.7 the log-probs still agree, so no ratio reaches the cap."""
     more = ["--rollout.temperature", "0.7", "--rollout.importance_cap", "2", "--train.steps", "2"]

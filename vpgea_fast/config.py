@@ -424,6 +424,11 @@ class Config:
     eval: EvalConfig = Field(default_factory=EvalConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
 
+    @property
+    def colocated(self) -> bool:
+        """vLLM samples on the devices of the training processes, not at a server."""
+        return self.rollout.engine == "vllm" and self.vllm.server is None
+
     def __post_init__(self) -> None:
         if self.objective.verifies_answers and not self.rollout.full_answer:
             raise ValueError(
