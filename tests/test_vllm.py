@@ -18,6 +18,7 @@ from vpgea_fast import checkpoint, config
 from vpgea_fast.cli import main
 from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
+from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
 from vpgea_fast.rollout.vllm import VllmEngine
 from vpgea_fast.trainer import Trainer
@@ -173,6 +174,22 @@ def test_evaluation(tiny_world, tmp_path, capsys):
     assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
     assert out["vllm"]["tokens"] == out["hf"]["tokens"]
     assert out["vllm"]["errors"] == 0
+
+
+def test_the_estimated_cache_is_the_one_that_vllm_allocates(make_engine):
+    engine, model = make_engine()
+    cfg = config.resolve(
+        {
+            "model": {"dtype": "float32"},
+            "rollout": {"engine": "vllm"},
+            "vllm": {"kv_cache_gib": SMALL.kv_cache_gib},
+        }
+    )
+    found = estimate_memory(
+        model_shape(model.config), cfg, cuda=False, context=512, prompt=3
+    ).engine
+    settings = engine.llm.llm_engine.vllm_config.cache_config
+    assert found.tokens == settings.num_gpu_blocks * settings.block_size
 
 
 # --- weights --------------------------------------------------------------------------------------

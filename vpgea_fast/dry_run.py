@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import ssl
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -27,12 +29,20 @@ from vpgea_fast.data import (
     step_questions,
 )
 from vpgea_fast.distributed import check_world, pick_device
-from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.estimate import (
+    GIB,
+    RESERVE,
+    EngineMemory,
+    MemoryEstimate,
+    communication,
+    estimate_memory,
+    model_shape,
+)
 from vpgea_fast.model import load_config, load_tokenizer
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import check_positions
-from vpgea_fast.rollout.factory import check_engine
+from vpgea_fast.rollout.factory import check_engine, positions
 from vpgea_fast.types import PromptedQuestion, Question, View
 from vpgea_fast.verify import Verifier
 
@@ -52,7 +62,8 @@ SAMPLE_QUESTIONS = tuple(
         ]
     )
 )
-GIB = 2**30
+AWAKE = ("sampling", "scoring")
+"""Phases in which a vLLM in the training processes is awake."""
 
 Say = Callable[[str], object]
 
@@ -353,7 +364,13 @@ def _needs(
     context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
     shape = model_shape(model_config)
     estimate = estimate_memory(
-        shape, cfg, world=on.processes, cuda=on.cuda, context=context, prompt=prompt
+        shape,
+        cfg,
+        world=on.processes,
+        cuda=on.cuda,
+        context=context,
+        prompt=prompt,
+        device_bytes=on.device_bytes,
     )
     say(
         f"memory estimate for one of {on.processes} devices: {shape.parameters / 1e6:.1f} M "
@@ -380,7 +397,82 @@ def _needs(
         part, remedy = estimate.lower()
         say(f"  more than it holds; of what can be set {part!r} is largest: {remedy},")
         say("  or take larger devices")
+    if estimate.engine is not None:
+        room = min(
+            cfg.vllm.context or positions(cfg),
+            getattr(model_config, "max_position_embeddings", None) or sys.maxsize,
+        )
+        _cache(cfg, estimate.engine, context, room, say, share=_is_share(cfg, on))
+        if on.cuda:
+            _share(cfg, estimate, estimate.engine, room, on, say)
     _traffic(cfg, shape, row, on, say)
+
+
+def _is_share(cfg: Config, on: Target) -> bool:
+    """Whether vLLM takes a share of the device, and the rest of it is its KV cache."""
+    return on.cuda and cfg.vllm.kv_cache_gib is None
+
+
+def _cache(
+    cfg: Config, engine: EngineMemory, context: int, room: int, say: Say, *, share: bool
+) -> None:
+    """How many paths vLLM's KV cache holds; prompts that paths have in common are not counted."""
+    key = "vllm.gpu_memory" if share else "vllm.kv_cache_gib"
+    paths = engine.tokens // context
+    say(
+        f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
+        f"{engine.tokens} tokens: {paths} paths of {context} at once"
+    )
+    if engine.tokens < room:
+        say(
+            f"  vLLM will not start: one path may have {room} tokens (vllm.context); raise {key}, "
+            "or lower vllm.context and what may be drawn"
+        )
+    elif paths < cfg.rollout.max_batch:
+        say(
+            f"  fewer than rollout.max_batch {cfg.rollout.max_batch}: the rest wait or are computed"
+            f" again: slower, not wrong; raise {key}, or lower rollout.max_batch"
+        )
+
+
+def _share(
+    cfg: Config, estimate: MemoryEstimate, engine: EngineMemory, room: int, on: Target, say: Say
+) -> None:
+    """Whether vLLM fits beside the trainer's states, and how large it may be."""
+    usable, device = on.device_bytes * (1 - RESERVE), on.device_bytes
+    awake = {name: sum(estimate.phases[name].values()) for name in AWAKE if name in estimate.phases}
+    phase = max(awake, key=lambda name: awake[name])
+    over, whole = awake[phase] - usable, engine.least + engine.cache
+    if over > 0:
+        say(
+            f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
+            f"the trainer are {over / GIB:.3f} too many; " + _smaller(cfg, engine, over, room, on)
+        )
+    asked = cfg.vllm.gpu_memory * device  # vLLM asks for it at its start, whatever it will take
+    free = usable - estimate.phases["sampling"]["weights"]
+    if asked > free > 0 and not _is_share(cfg, on):
+        say(
+            f"  vLLM will not start: it asks for vllm.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"memory also with vllm.kv_cache_gib, and {free / GIB:.3f} are free; set "
+            f"vllm.gpu_memory to {_floor(free / device):.2f} or less"
+        )
+
+
+def _smaller(cfg: Config, engine: EngineMemory, over: float, room: int, on: Target) -> str:
+    """What to set so that vLLM takes `over` bytes less and still starts."""
+    if engine.cache - over < room * engine.token:
+        return (
+            f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {room} tokens "
+            f"{room * engine.token / GIB:.3f}: raise vllm.tensor_parallel, take more processes, or "
+            "let a server draw (vllm.server)"
+        )
+    if _is_share(cfg, on):
+        return f"set vllm.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
+    return f"set vllm.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
+
+
+def _floor(value: float) -> float:
+    return math.floor(100 * value) / 100
 
 
 def _traffic(cfg: Config, shape: Any, row: int, on: Target, say: Say) -> None:
