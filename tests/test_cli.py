@@ -152,6 +152,22 @@ def test_dry_run_ends_with_the_error_of_the_run(train, refusal, tmp_path):
     )
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_benchmark_that_cannot_be_drawn_is_refused_by_run_and_dry_run(
+    dry, train, refusal, tiny_world, tmp_path
+):
+    """Before the weights are loaded: there are none."""
+    model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"")
+    test = ["--model.path", model, "--eval.data", f"[{tiny_world.test_path}]", *dry]
+    assert "there is no file" in refusal(train(*dry, "--eval.data", f"[{tmp_path}/none.jsonl]"))
+    said = refusal(train(*test, "--eval.max_new_tokens", 100000))
+    assert "benchmark test, question test-" in said
+    assert "and up to 100006 new ones need" in said
+    assert "(max_position_embeddings); lower" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 SHAPES = {
     "7b": (3584, 28, 4, 18944, 152064, 7_615_616_512),
     "1.5b": (1536, 12, 2, 8960, 151936, 1_777_088_000),
@@ -236,6 +252,75 @@ def test_dry_run_says_what_to_lower(large_model, capsys):
     shown = capsys.readouterr().out
     assert "such a device holds 79.600 GiB, 73.232 beside CUDA" in shown
     assert "'kv cache' is largest: rollout.max_batch or rollout.max_new_tokens" in shown
+
+
+@pytest.fixture
+def vllm_plan(large_model, capsys):
+    """The lines that a dry run of the 7B preset with vLLM on 8 GPUs of 80 GiB ends with."""
+    model = large_model("7b")
+
+    def plan(*more):
+        words = ["--model.path", str(model), "--rollout.engine", "vllm", *more]
+        machine = ["--processes", "8", "--device-gib", "80"]
+        assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
+        return capsys.readouterr().out
+
+    return plan
+
+
+def test_dry_run_counts_the_paths_in_vllms_cache(vllm_plan):
+    """28 layers, 4 key heads of 128, bfloat16: 57,344 bytes a token, 28,672 on two GPUs."""
+    shown = vllm_plan("--vllm.kv_cache_gib", "14")
+    paths = 14 * 2**30 // 57344 // 8607
+    assert (
+        "vLLM's KV cache: 14.000 GiB, 57344 bytes a token, 262144 tokens: "
+        f"{paths} paths of 8607 at once" in shown
+    )
+    assert "fewer than rollout.max_batch 64: the rest wait or are computed again" in shown
+    assert "slower, not wrong; raise vllm.kv_cache_gib, or lower rollout.max_batch" in shown
+    shown = vllm_plan("--vllm.tensor_parallel", "2", "--vllm.gpu_memory", "0.45")
+    assert "28672 bytes a token" in shown
+    assert "fewer than" not in shown
+    assert "too many" not in shown
+    assert "will not start" not in shown
+    assert "sampling replica" not in shown
+    assert "weight sync" in shown
+
+
+def test_dry_run_says_that_vllm_would_not_start(vllm_plan):
+    shown = vllm_plan("--vllm.gpu_memory", "0.2")
+    assert "0 tokens: 0 paths of 8607 at once" in shown
+    one = "vLLM will not start: one path may have 10241 tokens (vllm.context); raise vllm."
+    assert f"{one}gpu_memory, or lower" in shown
+    room = 10240 * 57344 / 2**30
+    assert f"{one}kv_cache_gib" in vllm_plan("--vllm.kv_cache_gib", str(room))
+    fits = vllm_plan("--vllm.kv_cache_gib", str(room), "--vllm.context", "10240")
+    assert "will not start" not in fits
+    shown = vllm_plan("--vllm.kv_cache_gib", "10", "--vllm.gpu_memory", "0.9")
+    assert "it asks for vllm.gpu_memory (72.000 GiB) of free memory also with" in shown
+    free = 80 * 0.92 - 4 * SHAPES["7b"][-1] / 8 / 2**30
+    assert f"and {free:.3f} are free; set vllm.gpu_memory to {int(free / 0.8) / 100:.2f}" in shown
+
+
+def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
+    shown = vllm_plan("--vllm.gpu_memory", "0.8")
+    assert "'vllm kv cache' is largest: vllm.gpu_memory or vllm.kv_cache_gib" in shown
+    found = re.search(
+        r"scoring: vLLM's 64\.000 GiB beside ([0-9.]+) of the trainer are ([0-9.]+) too many; "
+        r"set vllm\.gpu_memory to ([0-9.]+)",
+        shown,
+    )
+    assert found is not None
+    trainer, over, share = map(float, found.groups())
+    assert trainer + 64 - over == pytest.approx(80 * 0.92, abs=2e-3)
+    assert "more than it holds" not in vllm_plan("--vllm.gpu_memory", str(share))
+    assert "more than it holds" in vllm_plan("--vllm.gpu_memory", str(share + 0.01))
+    shown = vllm_plan("--vllm.kv_cache_gib", "45")
+    cache = re.search(r"too many; set vllm\.kv_cache_gib to ([0-9.]+)", shown)
+    assert cache is not None
+    assert "more than it holds" not in vllm_plan("--vllm.kv_cache_gib", cache[1])
+    wide = ["--vllm.gpu_memory", "0.5", "--train.micro_batch_tokens", "200000"]
+    assert "raise vllm.tensor_parallel, take more processes, or let a server" in vllm_plan(*wide)
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):

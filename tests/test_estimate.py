@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
+from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
@@ -146,11 +147,151 @@ def test_what_to_lower_is_the_largest_part_of_the_peak():
     for given, part, key in (
         ({"rollout": {"max_batch": 4096}}, "kv cache", "rollout.max_batch"),
         ({"train": {"micro_batch_tokens": 2**20}}, "activations", "train.micro_batch_tokens"),
+        ({"rollout": {"engine": "vllm"}}, "vllm kv cache", "vllm.gpu_memory or vllm.kv_cache_gib"),
     ):
         cfg = settings(**given)
-        found = estimate_memory(shape, cfg, world=4, context=100, prompt=10)
+        found = estimate_memory(shape, cfg, world=4, context=100, prompt=10, device_bytes=100 * GIB)
         assert found.lower()[0] == part
         assert key in found.lower()[1]
+
+
+# --- vLLM, by hand: 3 layers, 256 wide, MLP 1024, 8 heads of 32, 2 of keys, 2051 tokens -----------
+
+DEVICE = 10 * GIB
+TRAINING = ("head", "backward", "reduction", "embedding", "update")
+
+
+def with_vllm(vllm=(), *, tied=False, rollout=(), **given):
+    shape = model_shape(qwen(SMALL, tied=tied))
+    around = {"world": 4, "cuda": True, "context": 1000, "prompt": 10, "device_bytes": DEVICE}
+    known = {name: given.pop(name) for name in list(given) if name in around}
+    rollout = {"engine": "vllm", "max_batch": 6} | dict(rollout)
+    cfg = settings(rollout=rollout, vllm=dict(vllm), **given)
+    return shape, estimate_memory(shape, cfg, **around | known)
+
+
+def in_phases(found, part):
+    return {name: parts[part] for name, parts in found.phases.items() if parts.get(part)}
+
+
+def test_the_hugging_face_engine_has_no_part_of_vllms():
+    shape, found = with_vllm(rollout={"engine": "hf"})
+    assert list(found.phases) == [*TRAINING, "sampling"]
+    assert found.engine is None
+    assert found.phases["sampling"].keys() - found.phases["update"].keys() == {
+        *("kv cache", "prefill", "logits", "forward copy")
+    }
+    assert in_phases(found, "sampling replica") == dict.fromkeys(
+        [*TRAINING, "sampling"], 2 * shape.parameters
+    )
+
+
+@pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (4, 1)])
+def test_vllm_takes_its_share_of_a_gpu_awake_and_nearly_nothing_asleep(group, heads):
+    """bfloat16; a process has its part of weights, MLP and key heads, one head at least."""
+    shape, found = with_vllm({"tensor_parallel": group, "gpu_memory": 0.5})
+    engine, whole = found.engine, 2 * shape.parameters
+    assert engine.weights == -(-whole // group)
+    assert engine.work == 16384 * 2 * (3 * 1024 // group + 2 * 256) + 6 * 2051 * (2 + 16)
+    assert engine.kept == GIB
+    assert engine.weights + engine.work + engine.kept + engine.cache == DEVICE // 2
+    assert engine.token == 2 * 3 * heads * 32 * 2
+    assert engine.tokens == engine.cache // engine.token
+    states = 12 * sum(
+        -(-rows // 4) * math.prod(rest) for unit in shape.units.values() for rows, *rest in unit
+    )
+    assert sum(found.phases["sampling"].values()) == states + DEVICE // 2
+    awake = ("sampling", "scoring")
+    assert in_phases(found, "vllm graphs") == dict.fromkeys([*TRAINING, *awake, "sync"], GIB)
+    assert in_phases(found, "vllm weights") == dict.fromkeys([*awake, "sync"], engine.weights)
+    assert in_phases(found, "vllm kv cache") == dict.fromkeys(awake, engine.cache)
+    assert in_phases(found, "vllm work") == dict.fromkeys(awake, engine.work)
+    for part in ("sampling replica", "kv cache", "prefill", "logits"):
+        assert not in_phases(found, part)
+
+
+def test_vllms_cache_may_have_a_size_of_its_own():
+    shape, found = with_vllm(
+        {"kv_cache_gib": 0.25, "tensor_parallel": 2}, device_bytes=None, world=2
+    )
+    assert found.engine.cache == GIB // 4
+    assert found.engine.weights == shape.parameters
+    assert found.engine.tokens == GIB // 4 // (2 * 3 * 32 * 2)
+    with pytest.raises(ValueError, match=r"device_bytes: got None.*set vllm\.kv_cache_gib"):
+        with_vllm(device_bytes=None)
+    _, full = with_vllm({"gpu_memory": 0.05})  # not even the graphs
+    assert full.engine.cache == full.engine.tokens == 0
+    assert sum(full.phases["sampling"].values()) > full.engine.least > GIB
+
+
+def test_while_vllm_is_awake_answers_are_scored():
+    """A layer's tensors once, and what is whole in a forward: blocks, head, embedding."""
+    shape, found = with_vllm()
+    scoring = {
+        name: size
+        for name, size in found.phases["scoring"].items()
+        if name not in found.phases["sampling"]
+    }
+    backward, head = found.phases["backward"], found.phases["head"]
+    assert scoring["head"] == head["head"]
+    assert 0 < scoring["activations"] <= backward["activations"]
+    block = sum(math.prod(p) for p in shape.blocks[0])
+    assert scoring["units"] == 2 * (2 * 2051 * 256 + max(2 * block, 2051 * 256))
+    for given in (
+        {"scoring": {"u_source": "accuracy"}},
+        {"objective": {"name": "grpo"}, "rollout": {"full_answer": True}},
+    ):
+        assert "scoring" not in with_vllm(**given)[1].phases
+
+
+@pytest.mark.parametrize(
+    ("vllm", "cuda", "copies"),
+    [
+        # gate and up together are 2 x 1024 x 256; the embedding's 2051 x 256 is the larger
+        ({}, True, 2 * 2 * 2051 * 256),
+        ({"process": "own"}, True, 2 * 2051 * 256 + GIB),
+        ({"server": "http://127.0.0.1:8000"}, True, 2 * 2051 * 256),
+        ({"process": "own"}, False, "and all weights, which one file holds"),
+        ({"server": "http://127.0.0.1:8000"}, False, "and all weights, which one file holds"),
+    ],
+)
+def test_a_sync_gathers_a_unit_and_copies_a_tensor(vllm, cuda, copies):
+    shape, found = with_vllm(vllm, cuda=cuda)
+    if isinstance(copies, str):
+        copies = 2 * 2051 * 256 + 2 * shape.parameters
+    block = sum(math.prod(p) for p in shape.blocks[0])
+    sync = found.phases["sync"]
+    assert sync["hand-over"] == copies
+    assert sync["units"] == 2 * 2 * max(block, 2051 * 256)  # and its flat copy
+    _, alone = with_vllm(vllm, cuda=cuda, world=1, parallel={"shard": "never"})
+    assert alone.phases["sync"]["units"] == 0
+
+
+def test_a_server_leaves_the_device_to_the_trainer():
+    shape, found = with_vllm({"server": "http://127.0.0.1:8000"}, device_bytes=None)
+    assert found.engine is None
+    assert list(found.phases) == [*TRAINING, "sampling", "sync"]
+    assert found.phases["sampling"].keys() == {"weights", "optimiser", "sampling replica"}
+    assert not any(part.startswith("vllm") for part in found.parts)
+    assert not in_phases(found, "sampling replica")
+    hf = with_vllm(rollout={"engine": "hf"})[1]
+    for phase in TRAINING:
+        assert sum(hf.phases[phase].values()) - sum(found.phases[phase].values()) == (
+            2 * shape.parameters
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_on_a_cpu_vllm_never_sleeps_and_unties_the_head(tied):
+    shape, found = with_vllm(tied=tied, cuda=False)
+    engine = found.engine
+    assert engine.weights == 2 * (shape.parameters + tied * 2051 * 256)
+    assert engine.cache == GIB
+    assert engine.work == 4096 * 2 * (3 * 1024 + 2 * 256) + 6 * 2051 * 18
+    assert engine.kept == 0
+    everywhere = [*TRAINING, "sampling", "scoring", "sync"]
+    assert in_phases(found, "vllm weights") == dict.fromkeys(everywhere, engine.weights)
+    assert in_phases(found, "vllm kv cache") == dict.fromkeys(everywhere, GIB)
 
 
 # --- simulation: many processes in one, the others' messages left out ----------------------------
@@ -502,6 +643,18 @@ def question(student=5, teacher=9, target_tokens=4):
             r"rollout\.max_new_tokens: got 8192.*4096 positions",
         ),
         (
+            {"rollout": {"engine": "vllm"}, "vllm": {"context": 10239}},
+            {},
+            GPUS,
+            r"a prompt of 2048 .* need 10240 positions.*10239 \(vllm\.context\).*to 10240",
+        ),
+        (
+            {"rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel": 3}},
+            {},
+            GPUS,
+            r"vllm\.tensor_parallel: got 3, expected a divisor of the model's 8 attention heads",
+        ),
+        (
             {"parallel": {"cpu_offload": True}},
             {},
             LAPTOP,
@@ -533,6 +686,40 @@ def test_what_cannot_work_is_refused_with_key_and_remedy(given, hf, on, message)
     cfg = config.resolve(tree)
     with pytest.raises(ValueError, match=message):
         check_config(cfg, qwen(SMALL, **hf), on.processes, on=on)
+
+
+def test_the_context_is_that_of_the_longest_path_of_every_kind():
+    """A teacher's prompt of 9 tokens; a student's of 5, a thought of 90, its closing token, and an
+    answer of 7; a benchmark's of 6, 95 and 7. What a server has, only it knows."""
+    other = {"data": {"max_prompt_tokens": 50}, "scoring": {"u_source": "likelihood"}}
+
+    def check(context, benchmarks=(), engine="vllm", **given):
+        cfg = config.resolve(
+            {
+                "rollout": {"engine": engine, "max_new_tokens": 90, "max_answer_tokens": 7},
+                "vllm": {"context": context},
+                "eval": {"max_new_tokens": 95},
+            }
+            | other
+            | given
+        )
+        check_config(
+            cfg, qwen(SMALL), 8, questions=[question()], benchmarks=dict(benchmarks), on=GPUS
+        )
+
+    def refuse(needed, match, **given):
+        check(needed, **given)
+        with pytest.raises(ValueError, match=f"{match} .*need {needed} positions.*vllm.context"):
+            check(needed - 1, **given)
+        check(needed - 1, engine="hf", **{k: v for k, v in given.items() if k != "vllm"})
+
+    refuse(99, "question q: a prompt of 9")
+    answers = {"u_source": "accuracy"}
+    refuse(103, "question q, answers after its thought: a prompt of 96", scoring=answers)
+    item = (Question("b", "x", "y"), torch.zeros(6, dtype=torch.long))
+    test = [("test", Benchmark((item,), {}, ""))]
+    refuse(108, "benchmark test, question b: a prompt of 6", benchmarks=test)
+    check(10, vllm={"context": 10, "server": "http://127.0.0.1:8000"})
 
 
 def test_a_missing_compiler_is_found_before_the_first_step(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 
 from vpgea_fast import config
 from vpgea_fast.config import Config, DataConfig, EvalConfig, PromptConfig
+from vpgea_fast.data import load_benchmarks
 from vpgea_fast.evaluate import Evaluator, evaluate_model, make_sampling, result_table
 from vpgea_fast.model import load_policy, load_tokenizer
 from vpgea_fast.prompts import Prompter
@@ -99,10 +100,11 @@ def build(verifier, tiny_tokenizer):
             prompt=prompt,
             eval=EvalConfig(data=tuple(files), **(fixed | settings)),
         )
+        prompter = Prompter(tiny_tokenizer, prompt)
         return Evaluator(
             cfg,
             engine=Scripted(tiny_tokenizer),
-            prompter=Prompter(tiny_tokenizer, prompt),
+            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
             sampling=Sampling(max_new_tokens=3, think_close_id=CLOSE, eos_ids=(2,)),
             decode=lambda ids: rf"\boxed{{{ids.item()}}}",
             verifier=verifier,
@@ -192,7 +194,7 @@ def test_no_question_leaves_in_silence(build, files, tmp_path):
     assert "short: 2 questions, 1 dropped (empty answer)" in evaluator.describe()
     assert evaluator.run()["sampled"]["benchmarks"]["short"]["dropped"] == 1
     with pytest.raises(ValueError, match="the first is question 'row-1'"):
-        build(files, longest=evaluator.benchmarks["short"][0][1].numel() - 1)
+        build(files, longest=evaluator.benchmarks["short"].questions[0][1].numel() - 1)
     with pytest.raises(ValueError, match="two benchmarks 'short'"):
         build([files[0], files[0]])
 
@@ -235,11 +237,12 @@ def test_the_batch_width_changes_no_greedy_answer(cfg):
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     with Verifier(timeout_s=20.0) as verifier:
+        benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable)
         results = [
             Evaluator(
                 replace(cfg, eval=replace(cfg.eval, samples=0)),
                 engine=HFEngine(policy.causal_lm, max_batch=rows),
-                prompter=prompter,
+                benchmarks=benchmarks,
                 sampling=make_sampling(cfg.rollout, prompter, tokenizer, policy.causal_lm),
                 decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
                 verifier=verifier,

@@ -18,6 +18,7 @@ from vpgea_fast import checkpoint, config
 from vpgea_fast.cli import main
 from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
+from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
 from vpgea_fast.rollout.vllm import VllmEngine
 from vpgea_fast.trainer import Trainer
@@ -119,6 +120,16 @@ def test_two_training_processes_see_what_one_sees(words, tmp_path):
             assert other["tokens_generated"] == one["tokens_generated"]
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_context_that_is_too_small_is_refused_by_run_and_dry_run(words, dry, tmp_path, capsys):
+    """A teacher prompt of 11 tokens and 246 new ones, before any weight is loaded."""
+    assert main(["train", str(TINY), *words("run", "--vllm.context", "200", *dry)]) == 2
+    said = capsys.readouterr().err
+    assert "new ones need " in said
+    assert "but the model has 200 (vllm.context)" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_temperature_and_truncated_importance_weights(words, capsys):
     """At temperature 0.7 the log-probs still agree, so no ratio reaches the cap."""
     more = ["--rollout.temperature", "0.7", "--rollout.importance_cap", "2", "--train.steps", "2"]
@@ -149,6 +160,22 @@ def test_evaluation(tiny_world, tmp_path, capsys):
     assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
     assert out["vllm"]["tokens"] == out["hf"]["tokens"]
     assert out["vllm"]["errors"] == 0
+
+
+def test_the_estimated_cache_is_the_one_that_vllm_allocates(make_engine):
+    engine, model = make_engine()
+    cfg = config.resolve(
+        {
+            "model": {"dtype": "float32"},
+            "rollout": {"engine": "vllm"},
+            "vllm": {"kv_cache_gib": SMALL.kv_cache_gib},
+        }
+    )
+    found = estimate_memory(
+        model_shape(model.config), cfg, cuda=False, context=512, prompt=3
+    ).engine
+    settings = engine.llm.llm_engine.vllm_config.cache_config
+    assert found.tokens == settings.num_gpu_blocks * settings.block_size
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -8,17 +8,49 @@ from vpgea_fast.config import ConfigError
 from vpgea_fast.rollout import vllm
 
 
-def test_without_vllm_the_error_names_the_extra_and_the_other_engine(
-    tiny_world, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture(params=["run", "dry run"])
+def refused(request, tiny_words, tmp_path, capsys):
+    """What a run with vLLM, or its dry run, ends with: `refused("--vllm.tensor_parallel", "2")`."""
+
+    def say(*more):
+        words = tiny_words({"rollout.engine": "vllm"})("run", *more)
+        dry = ["--dry-run"] * (request.param == "dry run")
+        assert main(["train", "configs/tiny.yaml", *words, *dry]) == 2
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    return say
+
+
+def test_without_vllm_the_error_names_the_extra_and_the_other_engine(refused, monkeypatch):
     monkeypatch.setattr(vllm, "find_spec", lambda _: None)
-    words = ["--model.path", str(tiny_world.base_dir), "--data.train", str(tiny_world.train_path)]
-    run = ["--run.dir", str(tmp_path / "run"), "--rollout.engine", "vllm"]
-    assert main(["train", "configs/tiny.yaml", *words, *run]) == 2
-    said = capsys.readouterr().err
+    said = refused()
     assert "vpgea_fast[vllm]" in said
     assert "set rollout.engine 'hf'" in said
-    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_another_vllm_is_refused_with_the_table(refused, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda _: True)
+    monkeypatch.setattr(vllm, "FITS", {"0.1": ("1.0", "4.0", "4.1")})
+    assert "expected vllm 0.1.x with torch 1.0.x and transformers 4.0 to below 4.1" in refused()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--vllm.tensor_parallel", "2"],
+            "vllm.tensor_parallel: got 2, expected a divisor of the 1 processes",
+        ),
+        (
+            ["--vllm.tensor_parallel", "2", "--vllm.process", "own"],
+            "vllm.tensor_parallel: got 2 with vllm.process 'own'",
+        ),
+        (["--model.dtype", "float64"], "float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
+def test_what_no_vllm_can_do_is_refused_with_or_without_it(words, said, refused):
+    assert said in refused(*words)
 
 
 FITTING = {"vllm": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"}

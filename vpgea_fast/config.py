@@ -181,9 +181,11 @@ class VllmEngineConfig:
     """URL of a `vllm serve` that samples instead, e.g. http://127.0.0.1:8000; its key is read from
     the environment variable VLLM_API_KEY."""
     tensor_parallel: PositiveInt = 1
-    """Training processes of a node that share one engine (`process: shared`)."""
+    """Training processes of a node that share one engine (`process: shared`); a divisor of their
+    number and of the model's attention heads."""
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Share of a GPU for weights and KV cache; asleep, all of it is the trainer's."""
+    """Share of the whole GPU for weights, work and KV cache, which must be free when vLLM starts;
+    asleep, all but its CUDA graphs is the trainer's. `--dry-run` says what fits."""
     kv_cache_gib: PositiveFloat | None = None
     """Size of the KV cache; default what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
@@ -423,6 +425,11 @@ class Config:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+
+    @property
+    def colocated(self) -> bool:
+        """vLLM samples on the devices of the training processes, not at a server."""
+        return self.rollout.engine == "vllm" and self.vllm.server is None
 
     def __post_init__(self) -> None:
         if self.objective.verifies_answers and not self.rollout.full_answer:

@@ -12,13 +12,15 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from vpgea_fast.config import DataConfig
+from torch import Tensor
+
+from vpgea_fast.config import DataConfig, EvalConfig
 from vpgea_fast.types import Question
 
 HUB = re.compile(r"hub:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?")
@@ -74,6 +76,55 @@ def load_questions(
             f"whether data.answer_key, now {cfg.answer_key!r}, names the final answer"
         )
     return LoadedQuestions(tuple(q for q in places if q not in bad), dropped)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The questions of one file with their student prompts: all that an evaluation knows. `shown`
+    is the first prompt as text."""
+
+    questions: tuple[tuple[Question, Tensor], ...]
+    dropped: Mapping[str, int]
+    shown: str
+
+
+class StudentPrompts(Protocol):
+    """What of a Prompter an evaluation may use: no teacher prompt can reach it."""
+
+    def student_ids(self, question_texts: Sequence[str]) -> list[Tensor]: ...
+
+    def student_text(self, question_text: str) -> str: ...
+
+
+def load_benchmarks(
+    cfg: EvalConfig,
+    data: DataConfig,
+    prompter: StudentPrompts,
+    *,
+    parseable: Callable[[list[str]], list[bool]] | None = None,
+) -> dict[str, Benchmark]:
+    """name -> benchmark, of every file in `cfg.data`. ValueError for two of one name, for a prompt
+    above data.max_prompt_tokens (the rest would be another benchmark), and if nothing is drawn."""
+    if cfg.data and not (cfg.samples or cfg.greedy):
+        raise ValueError(
+            "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
+        )
+    found: dict[str, Benchmark] = {}
+    for source in cfg.data:
+        loaded = load_questions(source, replace(data, limit=cfg.limit), parseable=parseable)
+        name = Path(source).stem
+        if name in found:
+            raise ValueError(f"eval.data names two benchmarks {name!r}; rename one of the files")
+        texts = [question.text for question in loaded.questions]
+        questions = tuple(zip(loaded.questions, prompter.student_ids(texts), strict=True))
+        long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
+        if long:
+            raise ValueError(
+                f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
+                f"tokens (the first is question {long[0]!r}); raise data.max_prompt_tokens"
+            )
+        found[name] = Benchmark(questions, loaded.dropped, prompter.student_text(texts[0]))
+    return found
 
 
 def step_questions(

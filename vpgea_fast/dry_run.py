@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import ssl
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -18,13 +21,29 @@ from huggingface_hub import constants, is_offline_mode
 
 from vpgea_fast import attention
 from vpgea_fast.config import Config, ConfigError
-from vpgea_fast.data import DataError, load_questions, step_questions
+from vpgea_fast.data import (
+    Benchmark,
+    DataError,
+    load_benchmarks,
+    load_questions,
+    step_questions,
+)
 from vpgea_fast.distributed import check_world, pick_device
-from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.estimate import (
+    GIB,
+    RESERVE,
+    EngineMemory,
+    MemoryEstimate,
+    communication,
+    estimate_memory,
+    model_shape,
+)
 from vpgea_fast.model import load_config, load_tokenizer
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.prompts import Prompter, length_report
-from vpgea_fast.types import PromptedQuestion, Question
+from vpgea_fast.rollout.engine import check_positions
+from vpgea_fast.rollout.factory import check_engine, positions
+from vpgea_fast.types import PromptedQuestion, Question, View
 from vpgea_fast.verify import Verifier
 
 ITEMS = 8
@@ -43,7 +62,8 @@ SAMPLE_QUESTIONS = tuple(
         ]
     )
 )
-GIB = 2**30
+AWAKE = ("sampling", "scoring")
+"""Phases in which a vLLM in the training processes is awake."""
 
 Say = Callable[[str], object]
 
@@ -77,6 +97,7 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
     """
     on = on or target(cfg)
+    check_engine(cfg, on.processes, here=on.here)
     tokenizer = load_tokenizer(cfg.model.path)
     model_config = load_config(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
@@ -101,8 +122,17 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
     if questions is not SAMPLE_QUESTIONS:  # the error that the run would end with
         step_questions(kept, seed=cfg.run.seed, step=0, batch=cfg.train.questions_per_step)
-    check_config(cfg, model_config, on.processes, questions=kept, tokenizer=tokenizer, on=on)
-    _needs(cfg, model_config, kept, on, say)
+    benchmarks = _benchmarks(cfg, prompter, say)
+    check_config(
+        cfg,
+        model_config,
+        on.processes,
+        questions=kept,
+        benchmarks=benchmarks,
+        tokenizer=tokenizer,
+        on=on,
+    )
+    _needs(cfg, model_config, kept, benchmarks, on, say)
 
 
 def check_config(
@@ -111,16 +141,19 @@ def check_config(
     world_size: int,
     *,
     questions: Sequence[PromptedQuestion] = (),
+    benchmarks: Mapping[str, Benchmark] = MappingProxyType({}),
     tokenizer: Any = None,
     on: Target | None = None,
 ) -> None:
     """ValueError for what cannot work, with the key, what it got, what is expected, and what to
-    do; before any GPU work. Lengths are those of `questions`, else the limits of the configuration.
+    do; before any weight is loaded. Lengths are those of `questions` and `benchmarks`, else the
+    limits of the configuration.
     """
     on = on or target(cfg, processes=world_size)
     check_world(cfg.parallel, world_size)
     _check_model(cfg, model_config, tokenizer)
     _check_lengths(cfg, model_config, questions)
+    _check_positions(cfg, model_config, questions, benchmarks)
     _check_precision(cfg, world_size, on)
     if on.here:
         device = pick_device(cfg.model.device)
@@ -132,6 +165,12 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
     attention.check_model(model)
+    heads, group = model.num_attention_heads, cfg.vllm.tensor_parallel
+    if cfg.colocated and heads % group:
+        raise ConfigError(
+            f"vllm.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
+            "attention heads, which vLLM deals out; set 1 or another divisor"
+        )
     if tokenizer is None:
         return
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -144,9 +183,9 @@ def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
 
 
 def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion]) -> None:
-    """The longest row that may come must fit a micro-batch, the longest path the model."""
+    """The longest row that may come must fit a micro-batch and the model."""
     thought = cfg.rollout.max_new_tokens
-    prompt, row = longest(cfg, questions)
+    _, row = longest(cfg, questions)
     packed = row - 1  # the last token of a row is only ever a target
     if packed > cfg.train.micro_batch_tokens:
         raise ConfigError(
@@ -155,13 +194,56 @@ def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion
             f"it to {packed} or more, or lower rollout.max_new_tokens or data.max_prompt_tokens"
         )
     room = getattr(model, "max_position_embeddings", None)
-    answer = cfg.rollout.max_answer_tokens if cfg.rollout.full_answer else 0
-    if room is not None and max(prompt + thought + answer, row) > room:
+    if room is not None and row > room:
         raise ConfigError(
-            f"rollout.max_new_tokens: got {thought}, but with a prompt of {prompt} tokens and an "
-            f"answer of {answer} the model has {room} positions (max_position_embeddings); lower "
-            "it, or data.max_prompt_tokens"
+            f"rollout.max_new_tokens: got {thought}, but with {row - thought} tokens around it the "
+            f"model has {room} positions (max_position_embeddings); lower it, or "
+            "data.max_prompt_tokens"
         )
+
+
+def _check_positions(
+    cfg: Config,
+    model: Any,
+    questions: Sequence[PromptedQuestion],
+    benchmarks: Mapping[str, Benchmark],
+) -> None:
+    """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
+    server's room is known when it is there."""
+    rooms = {
+        "max_position_embeddings": getattr(model, "max_position_embeddings", None),
+        "vllm.context": cfg.vllm.context if cfg.colocated else None,
+    }
+    for what, prompt, new in draws(cfg, questions, benchmarks):
+        for source, room in rooms.items():
+            check_positions(what, prompt=prompt, new=new, room=room, source=source)
+
+
+def draws(
+    cfg: Config,
+    questions: Sequence[PromptedQuestion],
+    benchmarks: Mapping[str, Benchmark],
+) -> list[tuple[str, int, int]]:
+    """(what, tokens of its prompt, tokens drawn at most) of the longest paths of every kind."""
+    rollout, objective, limit = cfg.rollout, cfg.objective, cfg.data.max_prompt_tokens
+    thought, answer = rollout.max_new_tokens, rollout.max_answer_tokens
+
+    def most(view: View) -> tuple[str, int]:
+        lengths = [(f"question {q.question.id}", q.context(view).numel()) for q in questions]
+        return max(lengths, key=lambda item: item[1], default=("data.max_prompt_tokens", limit))
+
+    student, new = most("student"), thought + (answer if rollout.full_answer else 0)
+    found = [(*student, new)]
+    if objective.posterior_paths:
+        found.append((*most("teacher"), new))
+    if objective.scores_answers and cfg.scoring.u_source == "accuracy":  # behind </think>
+        what, prompt = student
+        found.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
+    for name, benchmark in benchmarks.items():
+        question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
+        what = f"benchmark {name}, question {question.id}"
+        found.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
+    return found
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -222,18 +304,40 @@ def _check_packages(cfg: Config, on: Target) -> None:
 
 def _questions(cfg: Config, say: Say) -> tuple[tuple[Question, ...], dict[str, int]]:
     source = cfg.data.train
-    hub = source.startswith("hub:")
-    reason = "the Hub does not answer"
-    if not hub or is_offline_mode() or _hub_answers():
+    reason = _unreachable(source)
+    if reason is None:
         try:
             loaded = load_questions(source, cfg.data)
             return loaded.questions, dict(loaded.dropped)
         except DataError as error:
-            if not (hub and is_offline_mode()):
+            if not (source.startswith("hub:") and is_offline_mode()):
                 raise
             reason = str(error)
     say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {source}")
     return SAMPLE_QUESTIONS, {}
+
+
+def _benchmarks(cfg: Config, prompter: Prompter, say: Say) -> dict[str, Benchmark]:
+    sources = []
+    for source in cfg.eval.data:
+        reason = _unreachable(source)
+        if reason is None and source.startswith("hub:") and is_offline_mode():
+            reason = "the Hub is switched off"
+        if reason is None:
+            sources.append(source)
+        else:
+            say(f"eval.data: {reason}; {source} is left out here, the run itself needs it")
+    found = load_benchmarks(replace(cfg.eval, data=tuple(sources)), cfg.data, prompter)
+    for name, benchmark in found.items():
+        most = max(ids.numel() for _, ids in benchmark.questions)
+        say(f"benchmark {name}: {len(benchmark.questions)} questions, prompt tokens at most {most}")
+    return found
+
+
+def _unreachable(source: str) -> str | None:
+    """Why data on a Hub cannot be asked for; in offline mode it may lie in a cache."""
+    hub = source.startswith("hub:") and not is_offline_mode()
+    return "the Hub does not answer" if hub and not _hub_answers() else None
 
 
 def _hub_answers() -> bool:
@@ -248,17 +352,25 @@ def _hub_answers() -> bool:
 
 
 def _needs(
-    cfg: Config, model_config: Any, questions: Sequence[PromptedQuestion], on: Target, say: Say
+    cfg: Config,
+    model_config: Any,
+    questions: Sequence[PromptedQuestion],
+    benchmarks: Mapping[str, Benchmark],
+    on: Target,
+    say: Say,
 ) -> None:
     """The tables of memory and traffic, and what to lower when it does not fit."""
     prompt, row = longest(cfg, questions)
-    answer = cfg.rollout.max_answer_tokens if cfg.rollout.full_answer else 0
-    context = prompt + cfg.rollout.max_new_tokens + answer
-    if cfg.eval.data:
-        context = max(context, prompt + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens)
+    context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
     shape = model_shape(model_config)
     estimate = estimate_memory(
-        shape, cfg, world=on.processes, cuda=on.cuda, context=context, prompt=prompt
+        shape,
+        cfg,
+        world=on.processes,
+        cuda=on.cuda,
+        context=context,
+        prompt=prompt,
+        device_bytes=on.device_bytes,
     )
     say(
         f"memory estimate for one of {on.processes} devices: {shape.parameters / 1e6:.1f} M "
@@ -285,7 +397,82 @@ def _needs(
         part, remedy = estimate.lower()
         say(f"  more than it holds; of what can be set {part!r} is largest: {remedy},")
         say("  or take larger devices")
+    if estimate.engine is not None:
+        room = min(
+            cfg.vllm.context or positions(cfg),
+            getattr(model_config, "max_position_embeddings", None) or sys.maxsize,
+        )
+        _cache(cfg, estimate.engine, context, room, say, share=_is_share(cfg, on))
+        if on.cuda:
+            _share(cfg, estimate, estimate.engine, room, on, say)
     _traffic(cfg, shape, row, on, say)
+
+
+def _is_share(cfg: Config, on: Target) -> bool:
+    """Whether vLLM takes a share of the device, and the rest of it is its KV cache."""
+    return on.cuda and cfg.vllm.kv_cache_gib is None
+
+
+def _cache(
+    cfg: Config, engine: EngineMemory, context: int, room: int, say: Say, *, share: bool
+) -> None:
+    """How many paths vLLM's KV cache holds; prompts that paths have in common are not counted."""
+    key = "vllm.gpu_memory" if share else "vllm.kv_cache_gib"
+    paths = engine.tokens // context
+    say(
+        f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
+        f"{engine.tokens} tokens: {paths} paths of {context} at once"
+    )
+    if engine.tokens < room:
+        say(
+            f"  vLLM will not start: one path may have {room} tokens (vllm.context); raise {key}, "
+            "or lower vllm.context and what may be drawn"
+        )
+    elif paths < cfg.rollout.max_batch:
+        say(
+            f"  fewer than rollout.max_batch {cfg.rollout.max_batch}: the rest wait or are computed"
+            f" again: slower, not wrong; raise {key}, or lower rollout.max_batch"
+        )
+
+
+def _share(
+    cfg: Config, estimate: MemoryEstimate, engine: EngineMemory, room: int, on: Target, say: Say
+) -> None:
+    """Whether vLLM fits beside the trainer's states, and how large it may be."""
+    usable, device = on.device_bytes * (1 - RESERVE), on.device_bytes
+    awake = {name: sum(estimate.phases[name].values()) for name in AWAKE if name in estimate.phases}
+    phase = max(awake, key=lambda name: awake[name])
+    over, whole = awake[phase] - usable, engine.least + engine.cache
+    if over > 0:
+        say(
+            f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
+            f"the trainer are {over / GIB:.3f} too many; " + _smaller(cfg, engine, over, room, on)
+        )
+    asked = cfg.vllm.gpu_memory * device  # vLLM asks for it at its start, whatever it will take
+    free = usable - estimate.phases["sampling"]["weights"]
+    if asked > free > 0 and not _is_share(cfg, on):
+        say(
+            f"  vLLM will not start: it asks for vllm.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"memory also with vllm.kv_cache_gib, and {free / GIB:.3f} are free; set "
+            f"vllm.gpu_memory to {_floor(free / device):.2f} or less"
+        )
+
+
+def _smaller(cfg: Config, engine: EngineMemory, over: float, room: int, on: Target) -> str:
+    """What to set so that vLLM takes `over` bytes less and still starts."""
+    if engine.cache - over < room * engine.token:
+        return (
+            f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {room} tokens "
+            f"{room * engine.token / GIB:.3f}: raise vllm.tensor_parallel, take more processes, or "
+            "let a server draw (vllm.server)"
+        )
+    if _is_share(cfg, on):
+        return f"set vllm.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
+    return f"set vllm.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
+
+
+def _floor(value: float) -> float:
+    return math.floor(100 * value) / 100
 
 
 def _traffic(cfg: Config, shape: Any, row: int, on: Target, say: Say) -> None:

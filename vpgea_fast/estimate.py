@@ -16,7 +16,13 @@ ceil(rows / S) rows of every parameter.
 |           | their reduction buffer, and the head's                                              |
 | embedding | a dense V D gradient and its reduction buffer                                       |
 | update    | reduced gradients, scratch of the optimiser                                         |
-| sampling  | KV cache, prefill, logits (no gradients)                                            |
+| sampling  | KV cache, prefill, logits (no gradients); or vLLM, awake                            |
+| scoring   | vLLM in the training processes only: it is awake beside a forward without gradients |
+| sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
+
+vLLM awake is its weights / tensor_parallel, its work and its KV cache: together vllm.gpu_memory of
+the device, unless vllm.kv_cache_gib sizes the cache. Asleep, in the other phases, weights and cache
+are gone; on a CPU it never sleeps. None of this was measured on a GPU.
 
 Checked by simulation without a GPU (tests/test_estimate.py): shards and communication to the byte
 under a fake process group, the phases against measured peaks on a CPU.
@@ -47,6 +53,9 @@ KEYS = {
     "prefill": "rollout.max_batch or data.max_prompt_tokens",
     "logits": "rollout.max_batch",
     "scratch": "optim.name adamw",
+    "vllm weights": "vllm.tensor_parallel (vllm.gpu_memory can then be smaller)",
+    "vllm kv cache": "vllm.gpu_memory or vllm.kv_cache_gib",
+    "vllm work": "rollout.max_batch",
 }
 """Part -> what to lower, or to set, when it does not fit."""
 
@@ -56,6 +65,20 @@ HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
 RESERVE = 0.08
 """Share of a device left to the CUDA context, NCCL's buffers and the allocator's gaps: a choice,
 not a measurement."""
+
+GIB = 2**30
+
+VLLM_TOKENS, VLLM_TOKENS_CPU = 16384, 4096
+"""Tokens of one forward of vLLM 0.32: its default on a GPU of 70 GiB or more (half on a smaller
+one), and the least that its engine here asks for on a CPU."""
+
+VLLM_KEPT = GIB
+"""Bytes that vLLM keeps on a GPU asleep and awake: CUDA graphs, workspaces, the CUDA context of a
+process of its own. A choice, not a measurement."""
+
+STAGING = GIB
+"""Least bytes of a buffer by which weights go into vLLM in a process of its own on a GPU; about
+the bytes of one file of weights elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +193,42 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of a vLLM in the training processes on one device: what is there while it is awake,
+    what of it (`kept`) stays on a GPU while it sleeps, and one `token` in its KV cache."""
+
+    weights: int
+    work: int
+    cache: int
+    kept: int
+    token: int
+
+    @property
+    def tokens(self) -> int:
+        """That the KV cache holds."""
+        return self.cache // self.token
+
+    @property
+    def least(self) -> int:
+        """All but the KV cache."""
+        return self.weights + self.work + self.kept
+
+    @property
+    def parts(self) -> dict[str, int]:
+        sizes = (self.weights, self.cache, self.work, self.kept)
+        names = ("vllm weights", "vllm kv cache", "vllm work", "vllm graphs")
+        return dict(zip(names, sizes, strict=True))
+
+    def asleep(self, *, cuda: bool) -> dict[str, int]:
+        """What lies beside the training. On a CPU there is no sleep."""
+        gone = ("vllm weights", "vllm kv cache") if cuda else ()
+        return {name: n for name, n in self.parts.items() if name not in (*gone, "vllm work")}
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by phase and purpose on one device; `host` is one process's share of host memory.
+    """Bytes by phase and purpose on one device; `host` is one process's share of host memory,
+    `engine` the vLLM on the device.
 
     `parts` has the largest of every purpose over the phases, `peak` is the largest phase.
     """
@@ -179,6 +236,7 @@ class MemoryEstimate:
     phases: Mapping[str, Mapping[str, int]]
     host: Mapping[str, int]
     parameters: int
+    engine: EngineMemory | None = None
 
     @property
     def phase(self) -> str:
@@ -208,9 +266,10 @@ def estimate_memory(
     cuda: bool = True,
     context: int,
     prompt: int,
+    device_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Peak memory of one device. `context` tokens of the longest sampled sequence, `prompt` of the
-    longest prompt.
+    longest prompt; vLLM on CUDA also needs to know the device's size.
 
     An upper estimate: every micro-batch is full, every row is trained, all paths of a batch reach
     the longest length together. Not counted: what torch does not allocate (see RESERVE).
@@ -220,17 +279,26 @@ def estimate_memory(
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
-        "sampling replica": replica if lay.sharded else 0,
+        "sampling replica": replica if lay.sharded and cfg.rollout.engine == "hf" else 0,
     }
     copies = {"forward copy": replica if lay.autocast else 0}
-    sampling = {**_sampling(lay, context=context, prompt=prompt), **copies}
+    engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
+    beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     gradients = _gradients(lay)
-    phases = {name: {**states, **parts} for name, parts in _training(lay, gradients).items()}
+    phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
-    phases["update"] = {**states, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
-    phases["sampling"] = {**states, **sampling}
-    return MemoryEstimate(phases, _host(lay), shape.parameters)
+    phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    if cfg.rollout.engine == "hf":
+        phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
+        return MemoryEstimate(phases, _host(lay), shape.parameters)
+    awake = {**states, **(engine.parts if engine else {})}
+    phases["sampling"] = awake
+    if engine and cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":
+        phases["scoring"] = {**awake, **_scoring(lay), **copies}
+    weights = {"vllm weights": engine.weights} if engine else {}
+    phases["sync"] = {**beside, **weights, **_hand_over(lay)}
+    return MemoryEstimate(phases, _host(lay), shape.parameters, engine)
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -368,6 +436,64 @@ def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
     }
 
 
+def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMemory:
+    """vLLM's share of one device. Its work is a forward of as many tokens as it batches, and for
+    every path a row of logits with four float32 numbers more a column; a path's keys and values
+    take 2 layers (K / tensor_parallel, at least one head) elements a token."""
+    shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
+    group, rows = vllm.tensor_parallel, lay.cfg.rollout.max_batch
+    untied = _numel(shape.embedding) if shape.tied and not lay.cuda else 0
+    weights = -(-(shape.parameters + untied) * s // group)
+    tokens = VLLM_TOKENS if lay.cuda else max(context, rows, VLLM_TOKENS_CPU)
+    work = tokens * s * (3 * shape.mlp // group + 2 * shape.hidden)
+    work += rows * shape.vocabulary * (s + 16)
+    kept = VLLM_KEPT if lay.cuda else 0
+    if vllm.kv_cache_gib is not None or not lay.cuda:
+        cache = int((vllm.kv_cache_gib or 1) * GIB)
+    elif device_bytes is None:
+        raise ValueError(
+            "device_bytes: got None, but vllm.gpu_memory is a share of the device; give its bytes, "
+            "or set vllm.kv_cache_gib"
+        )
+    else:
+        cache = max(0, int(vllm.gpu_memory * device_bytes) - weights - work - kept)
+    width = max(shape.key // group, shape.query // shape.heads)
+    return EngineMemory(weights, work, cache, kept, token=2 * len(shape.blocks) * width * s)
+
+
+def _scoring(lay: Layout) -> dict[str, int]:
+    """A forward without gradients: at most what one layer keeps and adds, the head as in training,
+    the units that are whole for it."""
+    shape, s = lay.shape, lay.forward
+    block = max(map(_numel, shape.blocks)) * lay.sharded
+    head = _numel(shape.head or shape.embedding) * lay.sharded
+    embedding = 0 if shape.tied else _numel(shape.embedding) * lay.sharded
+    flat = lay.shards > 1
+    return {
+        "activations": sum(_activations(lay)) * lay.cfg.train.micro_batch_tokens,
+        "head": _head(lay),
+        "units": s * (head + embedding + max(block * (1 + flat), head * flat)),
+    }
+
+
+def _hand_over(lay: Layout) -> dict[str, int]:
+    """Weights on their way to vLLM. A sharded model gathers its largest unit. Inside the process
+    vLLM holds a layer's tensors twice, as copies and as its own new ones, before they take the
+    place of the old; elsewhere a tensor is copied into a buffer, or a file's worth into memory."""
+    shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
+    unit = max(map(_numel, shape.units.values())) * lay.sharded
+    tensor = s * max(math.prod(p) for unit_ in shape.units.values() for p in unit_)
+    if lay.cfg.colocated and vllm.process == "shared":
+        copies = 2 * max(tensor, 2 * shape.mlp * shape.hidden * s)
+    elif lay.cfg.colocated and lay.cuda:
+        copies = tensor + max(STAGING, tensor)
+    elif lay.cuda:  # files are written from host memory
+        copies = tensor
+    else:
+        copies = tensor + min(shape.parameters * s, STAGING + tensor)
+    return {"units": unit * s * (1 + (lay.shards > 1)), "hand-over": copies}
+
+
 def _scratch(lay: Layout) -> int:
     """float32 copies of one chunk of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
@@ -423,7 +549,7 @@ def communication(
     root stay gathered from a scoring batch to the next backward, the head to the last one of the
     step: it is gathered and reduced once. The other gradients are reduced every micro-batch, or
     once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
-    sampling replica is filled.
+    sampling replica is filled, or vLLM's weights are.
     """
     lay = Layout(shape, cfg, world, cuda)
     if not lay.sharded or world == 1:
@@ -446,7 +572,8 @@ def communication(
         found["all-reduce"] = _all_reduce(
             sums, lay.reduce, replicas=replicas, stride=shards, node=node
         )
-    found["replica refresh"] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
+    refresh = "replica refresh" if cfg.rollout.engine == "hf" else "weight sync"
+    found[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
     return found
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 
 from vpgea_fast.config import Config, RolloutConfig
-from vpgea_fast.data import load_questions
+from vpgea_fast.data import Benchmark, load_benchmarks
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
 from vpgea_fast.model import load_policy, load_tokenizer, stored_model
@@ -34,42 +33,23 @@ Progress = Callable[[int], None]
 
 
 class Evaluator:
-    """The benchmarks of `cfg.eval`, loaded once, and the settings under which they are sampled."""
+    """Benchmarks, and the settings of `cfg.eval` under which they are sampled."""
 
     def __init__(
         self,
         cfg: Config,
         *,
         engine: RolloutEngine,
-        prompter: Prompter,
+        benchmarks: Mapping[str, Benchmark],
         sampling: Sampling,
         decode: Decode,
         verifier: Verifier,
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
-        if cfg.eval.data and not (cfg.eval.samples or cfg.eval.greedy):
-            raise ValueError(
-                "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
-            )
-        self.benchmarks: dict[str, list[Item]] = {}
-        self.dropped: dict[str, Mapping[str, int]] = {}
-        self.prompts: dict[str, str] = {}
-        for source in cfg.eval.data:
-            loaded = load_questions(
-                source, replace(cfg.data, limit=cfg.eval.limit), parseable=verifier.parseable
-            )
-            name = FilePath(source).stem
-            if name in self.benchmarks:
-                raise ValueError(
-                    f"eval.data names two benchmarks {name!r}; rename one of the files"
-                )
-            ids = prompter.student_ids([question.text for question in loaded.questions])
-            self.benchmarks[name] = list(zip(loaded.questions, ids, strict=True))
-            self.dropped[name] = loaded.dropped
-            self.prompts[name] = prompter.student_text(loaded.questions[0].text)
-            self._check_lengths(name, cfg.data.max_prompt_tokens)
-            engine.check(self._requests(self.benchmarks[name], samples=1), self.sampling)
+        self.benchmarks = benchmarks
+        for benchmark in benchmarks.values():
+            engine.check(self._requests(benchmark.questions, samples=1), self.sampling)
 
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
         # step -1: no training step ever draws with an evaluation's seed
@@ -79,28 +59,21 @@ class Evaluator:
             for i in range(samples)
         ]
 
-    def _check_lengths(self, name: str, limit: int) -> None:
-        """No question of a benchmark is left out: the rest would be another benchmark."""
-        long = [question.id for question, ids in self.benchmarks[name] if ids.numel() > limit]
-        if long:
-            raise ValueError(
-                f"benchmark {name}: {len(long)} prompts are longer than {limit} tokens (the "
-                f"first is question {long[0]!r}); raise data.max_prompt_tokens"
-            )
-
     @property
     def samples(self) -> int:
         """Answers that one run draws."""
-        return sum(map(len, self.benchmarks.values())) * (self.cfg.samples + int(self.cfg.greedy))
+        questions = sum(len(benchmark.questions) for benchmark in self.benchmarks.values())
+        return questions * (self.cfg.samples + int(self.cfg.greedy))
 
     def describe(self) -> list[str]:
         """What will be drawn, and what of the files cannot be used."""
         cfg, lines = self.cfg, []
-        for name, questions in self.benchmarks.items():
-            lines.append(f"student prompt: {self.prompts[name]}")
-            dropped = ", ".join(f"{n} dropped ({why})" for why, n in self.dropped[name].items())
+        for name, benchmark in self.benchmarks.items():
+            lines.append(f"student prompt: {benchmark.shown}")
+            dropped = ", ".join(f"{n} dropped ({why})" for why, n in benchmark.dropped.items())
             lines.append(
-                f"{name}: {len(questions)} questions" + (f", {dropped}" if dropped else "")
+                f"{name}: {len(benchmark.questions)} questions"
+                + (f", {dropped}" if dropped else "")
             )
         sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
         ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
@@ -139,7 +112,8 @@ class Evaluator:
         # one generator: the benchmarks are resampled independently of each other
         generator = torch.Generator().manual_seed(self.cfg.seed)
         parts, resampled = {}, []
-        for name, questions in self.benchmarks.items():
+        for name, benchmark in self.benchmarks.items():
+            questions = benchmark.questions
             paths, correct_QN = self._answers(questions, samples, sampling, on_progress)
             means_R = _bootstrap(correct_QN.mean(dim=1), generator)
             resampled.append(means_R)
@@ -154,7 +128,7 @@ class Evaluator:
                 "errors": sum(path.finish == "error" for path in paths),
                 "n": len(paths),
                 "questions": len(questions),
-                "dropped": sum(self.dropped[name].values()),
+                "dropped": sum(benchmark.dropped.values()),
             }
         whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
         return {**whole, "benchmarks": parts}
@@ -203,7 +177,7 @@ def make_sampling(
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
     the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
-    check_engine(cfg)
+    check_engine(cfg, processes=1)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
     causal_lm, engine = _model_and_engine(cfg)
@@ -245,7 +219,7 @@ def _evaluate(
         evaluator = Evaluator(
             cfg,
             engine=engine,
-            prompter=prompter,
+            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
             sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             verifier=verifier,

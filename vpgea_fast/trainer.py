@@ -23,7 +23,7 @@ import torch
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
-from vpgea_fast.data import fingerprint, load_questions
+from vpgea_fast.data import fingerprint, load_benchmarks, load_questions
 from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
@@ -387,7 +387,7 @@ class Trainer:
 
     def _build_stages(self) -> None:
         cfg = self.cfg
-        check_engine(cfg)
+        check_engine(cfg, self.world.size)
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
         loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
@@ -396,11 +396,15 @@ class Trainer:
         )
         self.dropped = {**loaded.dropped, **unfit}
         self.fingerprint = fingerprint([q.question for q in self.questions])
+        benchmarks = load_benchmarks(
+            cfg.eval, cfg.data, self.prompter, parseable=self.verifier.parseable
+        )
         check_config(
             cfg,
             load_config(cfg.model.path),
             self.world.size,
             questions=self.questions,
+            benchmarks=benchmarks,
             tokenizer=self.tokenizer,
         )
         self.policy = load_policy(cfg.model, self.world, cfg.parallel, backend=cfg.loss.backend)
@@ -422,7 +426,7 @@ class Trainer:
         self.evaluator = Evaluator(
             cfg,
             engine=self.engine,
-            prompter=self.prompter,
+            benchmarks=benchmarks,
             sampling=sampling,
             decode=self.decode,
             verifier=self.verifier,

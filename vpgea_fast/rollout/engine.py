@@ -142,16 +142,23 @@ def check_room(
     """ValueError for an empty prompt, and for one that leaves fewer than `sampling.limit` of the
     `room` positions that `source` gives."""
     for request in requests:
-        prompt = request.prompt_ids.numel()
+        prompt, what = request.prompt_ids.numel(), f"question {request.question_id}"
         if prompt == 0:
-            raise ValueError(f"question {request.question_id}: the prompt has no tokens")
-        if room is not None and prompt + sampling.limit > room:
-            raise ValueError(
-                f"question {request.question_id}: a prompt of {prompt} tokens and up to "
-                f"{sampling.limit} new ones need {prompt + sampling.limit} positions, but the "
-                f"model has {room} ({source}); lower rollout.max_new_tokens (in an evaluation "
-                "eval.max_new_tokens), or drop longer prompts with data.max_prompt_tokens"
-            )
+            raise ValueError(f"{what}: the prompt has no tokens")
+        check_positions(what, prompt=prompt, new=sampling.limit, room=room, source=source)
+
+
+def check_positions(what: str, *, prompt: int, new: int, room: int | None, source: str) -> None:
+    """ValueError where `prompt` tokens and `new` ones are more than the `room` positions that
+    `source` gives."""
+    if room is not None and prompt + new > room:
+        larger = f", or raise {source} to {prompt + new}" if source == "vllm.context" else ""
+        raise ValueError(
+            f"{what}: a prompt of {prompt} tokens and up to {new} new ones need {prompt + new} "
+            f"positions, but the model has {room} ({source}); lower rollout.max_new_tokens (in an "
+            "evaluation eval.max_new_tokens), drop longer prompts with data.max_prompt_tokens"
+            + larger
+        )
 
 
 def not_finite(question_id: str, step: int) -> RolloutError:

@@ -7,19 +7,39 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World
 from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
-from vpgea_fast.rollout.parallel import ParallelEngine
+from vpgea_fast.rollout.parallel import ParallelEngine, check_group
 from vpgea_fast.rollout.server import ServerEngine
 
 
-def check_engine(cfg: Config) -> None:
-    """ConfigError, before anything is loaded, for an engine that cannot run here. A server needs
-    vLLM where it runs, and here only to send weights over NCCL."""
-    if cfg.rollout.engine == "vllm" and (cfg.vllm.server is None or cfg.vllm.sync == "nccl"):
+def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
+    """ConfigError, before anything is loaded, for an engine that `processes` cannot run. A server
+    needs vLLM where it runs, and here only to send weights over NCCL; what is installed on this
+    machine does not matter to a run that is not planned for `here`."""
+    if cfg.rollout.engine != "vllm":
+        return
+    if cfg.colocated:
+        vllm.check_dtype(getattr(torch, cfg.model.dtype))
+        if cfg.vllm.tensor_parallel > 1 and cfg.vllm.process == "own":
+            raise ConfigError(
+                f"vllm.tensor_parallel: got {cfg.vllm.tensor_parallel} with vllm.process 'own', "
+                "which makes an engine for each training process; set 1, or vllm.process 'shared'"
+            )
+        check_group(cfg.vllm.tensor_parallel, processes)
+    if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
         vllm.check_installed()
+
+
+def positions(cfg: Config) -> int:
+    """Positions that a path of this configuration may need, its prompt included. One is for the
+    think-close token that a thought which is not closed gets before an answer."""
+    longest = cfg.rollout.max_new_tokens
+    if cfg.eval.data:
+        longest = max(longest, cfg.eval.max_new_tokens)
+    return cfg.data.max_prompt_tokens + longest + cfg.rollout.max_answer_tokens + 1
 
 
 def open_engine(
@@ -45,17 +65,12 @@ def open_engine(
 
 
 def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:
-    longest = cfg.rollout.max_new_tokens
-    if cfg.eval.data:
-        longest = max(longest, cfg.eval.max_new_tokens)
-    # One more: a thought that is not closed gets its think-close token before an answer.
-    needed = cfg.data.max_prompt_tokens + longest + cfg.rollout.max_answer_tokens + 1
     return vllm.VllmEngine(
         cfg.model.path,
         max_batch=cfg.rollout.max_batch,
         dtype=dtype,
         device=world.device,
-        context=cfg.vllm.context or needed,
+        context=cfg.vllm.context or positions(cfg),
         cfg=cfg.vllm,
         files=cfg.vllm.sync_dir,
         seed=cfg.run.seed,

@@ -12,6 +12,7 @@ from contextlib import suppress
 import torch
 from safetensors.torch import load, save
 
+from vpgea_fast.config import ConfigError
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage
 from vpgea_fast.types import Finish, Path, SampleRequest
@@ -19,16 +20,21 @@ from vpgea_fast.types import Finish, Path, SampleRequest
 FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
 
 
+def check_group(group: int, size: int) -> None:
+    """ConfigError unless `size` processes make whole engines of `group` each."""
+    if size % group:
+        raise ConfigError(
+            f"vllm.tensor_parallel: got {group}, expected a divisor of the {size} processes; take "
+            "the GPUs of a node, or 1"
+        )
+
+
 class ParallelEngine:
     """A RolloutEngine over one of each process's own, or over one of each `group` processes, which
     then draw the same paths together (tensor parallel)."""
 
     def __init__(self, engine: RolloutEngine, world: World, *, group: int = 1) -> None:
-        if world.size % group:
-            raise ValueError(
-                f"vllm.tensor_parallel: got {group}, expected a divisor of the {world.size} "
-                "processes; take the GPUs of a node, or 1"
-            )
+        check_group(group, world.size)
         self.engine, self.world, self.group = engine, world, group
         self.teams = World(world.device, rank=world.rank // group, size=world.size // group)
 

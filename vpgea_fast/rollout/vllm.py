@@ -100,6 +100,15 @@ def check_versions(found: dict[str, str]) -> None:
     )
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """ConfigError for a dtype that vLLM does not sample in."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"model.dtype: vLLM samples in float32, bfloat16 or float16, got {dtype}; choose one "
+            "of them, or rollout.engine 'hf'"
+        )
+
+
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
@@ -126,11 +135,7 @@ class VllmEngine:
         files: str | None = None,
         seed: int = 0,
     ) -> None:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"model.dtype: vLLM samples in float32, bfloat16 or float16, got {dtype}; choose "
-                "one of them, or rollout.engine 'hf'"
-            )
+        check_dtype(dtype)
         self.cfg, self.files = cfg or VllmEngineConfig(), files
         self.guard: _Guard | None = None
         self.device, self.dtype, self.used = device, dtype, Usage()
