@@ -303,7 +303,10 @@ def test_dry_run_says_that_vllm_would_not_start(vllm_plan):
 
 
 def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
-    shown = vllm_plan("--vllm.gpu_memory", "0.8")
+    def plan(*words):
+        return vllm_plan("--train.resample_rounds", "1", *words)
+
+    shown = plan("--vllm.gpu_memory", "0.8")
     assert "'vllm kv cache' is largest: vllm.gpu_memory or vllm.kv_cache_gib" in shown
     found = re.search(
         r"scoring: vLLM's 64\.000 GiB beside ([0-9.]+) of the trainer are ([0-9.]+) too many; "
@@ -313,14 +316,14 @@ def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
     assert found is not None
     trainer, over, share = map(float, found.groups())
     assert trainer + 64 - over == pytest.approx(80 * 0.92, abs=2e-3)
-    assert "more than it holds" not in vllm_plan("--vllm.gpu_memory", str(share))
-    assert "more than it holds" in vllm_plan("--vllm.gpu_memory", str(share + 0.01))
-    shown = vllm_plan("--vllm.kv_cache_gib", "45")
+    assert "more than it holds" not in plan("--vllm.gpu_memory", str(share))
+    assert "more than it holds" in plan("--vllm.gpu_memory", str(share + 0.01))
+    shown = plan("--vllm.kv_cache_gib", "45")
     cache = re.search(r"too many; set vllm\.kv_cache_gib to ([0-9.]+)", shown)
     assert cache is not None
-    assert "more than it holds" not in vllm_plan("--vllm.kv_cache_gib", cache[1])
+    assert "more than it holds" not in plan("--vllm.kv_cache_gib", cache[1])
     wide = ["--vllm.gpu_memory", "0.5", "--train.micro_batch_tokens", "200000"]
-    assert "raise vllm.tensor_parallel, take more processes, or let a server" in vllm_plan(*wide)
+    assert "raise vllm.tensor_parallel, take more processes, or let a server" in plan(*wide)
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):

@@ -25,6 +25,7 @@ from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_s
 from vpgea_fast.model import Policy, _checkpoint_activations, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
+from vpgea_fast.rollout.vllm import CHUNK_BYTES
 from vpgea_fast.types import PromptedQuestion, Question, TrainRow
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,7 @@ def test_what_to_lower_is_the_largest_part_of_the_peak():
 
 DEVICE = 10 * GIB
 TRAINING = ("head", "backward", "reduction", "embedding", "update")
+RESAMPLED = {"resample_rounds": 1}
 
 
 def with_vllm(vllm=(), *, tied=False, rollout=(), **given):
@@ -189,7 +191,8 @@ def test_the_hugging_face_engine_has_no_part_of_vllms():
 @pytest.mark.parametrize(("group", "heads"), [(1, 2), (2, 1), (4, 1)])
 def test_vllm_takes_its_share_of_a_gpu_awake_and_nearly_nothing_asleep(group, heads):
     """bfloat16; a process has its part of weights, MLP and key heads, one head at least."""
-    shape, found = with_vllm({"tensor_parallel": group, "gpu_memory": 0.5})
+    vllm = {"tensor_parallel": group, "gpu_memory": 0.5}
+    shape, found = with_vllm(vllm, train=RESAMPLED)
     engine, whole = found.engine, 2 * shape.parameters
     assert engine.weights == -(-whole // group)
     assert engine.work == 16384 * 2 * (3 * 1024 // group + 2 * 256) + 6 * 2051 * (2 + 16)
@@ -224,9 +227,9 @@ def test_vllms_cache_may_have_a_size_of_its_own():
     assert sum(full.phases["sampling"].values()) > full.engine.least > GIB
 
 
-def test_while_vllm_is_awake_answers_are_scored():
+def test_answers_are_scored_beside_a_vllm_that_may_be_asked_again():
     """A layer's tensors once, and what is whole in a forward: blocks, head, embedding."""
-    shape, found = with_vllm()
+    shape, found = with_vllm(train=RESAMPLED)
     scoring = {
         name: size
         for name, size in found.phases["scoring"].items()
@@ -238,8 +241,9 @@ def test_while_vllm_is_awake_answers_are_scored():
     block = sum(math.prod(p) for p in shape.blocks[0])
     assert scoring["units"] == 2 * (2 * 2051 * 256 + max(2 * block, 2051 * 256))
     for given in (
-        {"scoring": {"u_source": "accuracy"}},
-        {"objective": {"name": "grpo"}, "rollout": {"full_answer": True}},
+        {},
+        {"train": RESAMPLED, "scoring": {"u_source": "accuracy"}},
+        {"train": RESAMPLED, "objective": {"name": "grpo"}, "rollout": {"full_answer": True}},
     ):
         assert "scoring" not in with_vllm(**given)[1].phases
 
@@ -251,6 +255,7 @@ def test_while_vllm_is_awake_answers_are_scored():
         ({}, True, 2 * 2 * 2051 * 256),
         ({"process": "own"}, True, 2 * 2051 * 256 + GIB),
         ({"server": "http://127.0.0.1:8000"}, True, 2 * 2051 * 256),
+        ({"server": "http://127.0.0.1:8000", "sync": "nccl"}, True, 2 * 2051 * 256 + GIB),
         ({"process": "own"}, False, "and all weights, which one file holds"),
         ({"server": "http://127.0.0.1:8000"}, False, "and all weights, which one file holds"),
     ],
@@ -259,6 +264,7 @@ def test_a_sync_gathers_a_unit_and_copies_a_tensor(vllm, cuda, copies):
     shape, found = with_vllm(vllm, cuda=cuda)
     if isinstance(copies, str):
         copies = 2 * 2051 * 256 + 2 * shape.parameters
+    assert CHUNK_BYTES == GIB
     block = sum(math.prod(p) for p in shape.blocks[0])
     sync = found.phases["sync"]
     assert sync["hand-over"] == copies
@@ -289,7 +295,7 @@ def test_on_a_cpu_vllm_never_sleeps_and_unties_the_head(tied):
     assert engine.cache == GIB
     assert engine.work == 4096 * 2 * (3 * 1024 + 2 * 256) + 6 * 2051 * 18
     assert engine.kept == 0
-    everywhere = [*TRAINING, "sampling", "scoring", "sync"]
+    everywhere = [*TRAINING, "sampling", "sync"]
     assert in_phases(found, "vllm weights") == dict.fromkeys(everywhere, engine.weights)
     assert in_phases(found, "vllm kv cache") == dict.fromkeys(everywhere, GIB)
 

@@ -143,6 +143,27 @@ def test_temperature_and_truncated_importance_weights(words, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--train.resample_rounds", "1", "--eval.every", "1", "--eval.limit", "8"],
+        ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],
+    ],
+)
+def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_world, more, capsys):
+    """An engine that rests refuses to sample until it is given weights."""
+    more = [*more, "--eval.data", f"[{tiny_world.test_path}]", "--eval.samples", "0"]
+    with Trainer(config.load(TINY, words("rest", *more))) as trainer:
+        for _ in range(2):
+            stats = trainer.train_step()
+            assert stats.metrics["tokens_generated"] > 0
+            trainer.step += 1
+        trainer.engine.rest()
+        with pytest.raises(ValueError, match="load_weights first"):
+            trainer.train_step()
+    capsys.readouterr()
+
+
 def test_evaluation(tiny_world, tmp_path, capsys):
     """The tiny base is right nearly always when greedy; both engines say the same."""
     out = {}
@@ -191,6 +212,7 @@ def test_a_skipped_sync_stops_the_run_within_one_step(words, monkeypatch):
         if len(calls) == 3:
             for _ in named:
                 pass
+            engine.complete = True
         else:
             load(engine, named)
 

@@ -138,7 +138,11 @@ class OnCuda(vllm.VllmEngine):
         return Recorder()
 
 
-def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(random_qwen2, tmp_path):
+def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(
+    random_qwen2, tmp_path, monkeypatch
+):
+    free = iter([3 * 2**30, 5 * 2**30])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 8 * 2**30))
     model = random_qwen2()
     model.config.save_pretrained(tmp_path)
     cuda = torch.device("cuda", 0)
@@ -148,6 +152,8 @@ def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(random_
     engine.rest()
     engine.rest()
     assert not engine.complete
+    assert engine.usage().freed_bytes == 2 * 2**30
+    assert engine.usage().freed_bytes == 0
     engine.load_weights(model.named_parameters())
     load = f"reload_weights {weights}"
     assert engine.llm.told == [

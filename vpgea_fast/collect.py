@@ -102,6 +102,13 @@ class Collector:
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
 
+    @property
+    def draws_again(self) -> bool:
+        """More than the paths of a step's questions may be sampled."""
+        cfg = self.cfg
+        answers = cfg.objective.scores_answers and cfg.scoring.u_source == "accuracy"
+        return answers or cfg.train.resample_rounds > 0
+
     def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
         plan: list[tuple[Stream, View, int]] = [
             ("posterior", "teacher", self.cfg.objective.posterior_paths),
@@ -142,6 +149,8 @@ class Collector:
     ) -> tuple[ScoredBatch, Coefficients]:
         with timer("rollout"):
             posterior, prior = self.sample(questions, step)
+            if not self.draws_again:
+                self.engine.rest()  # scoring has its memory
         with timer("score"):
             batch = self.score(questions, posterior, prior, step)
         with timer("advantage"):

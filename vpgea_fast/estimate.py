@@ -17,7 +17,8 @@ ceil(rows / S) rows of every parameter.
 | embedding | a dense V D gradient and its reduction buffer                                       |
 | update    | reduced gradients, scratch of the optimiser                                         |
 | sampling  | KV cache, prefill, logits (no gradients); or vLLM, awake                            |
-| scoring   | vLLM in the training processes only: it is awake beside a forward without gradients |
+| scoring   | vLLM in the training processes, awake for train.resample_rounds beside a forward    |
+|           | without gradients                                                                   |
 | sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
 
 vLLM awake is its weights / tensor_parallel, its work and its KV cache: together vllm.gpu_memory of
@@ -77,8 +78,7 @@ VLLM_KEPT = GIB
 process of its own. A choice, not a measurement."""
 
 STAGING = GIB
-"""Least bytes of a buffer by which weights go into vLLM in a process of its own on a GPU; about
-the bytes of one file of weights elsewhere."""
+"""`rollout.vllm.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,8 @@ def estimate_memory(
         return MemoryEstimate(phases, _host(lay), shape.parameters)
     awake = {**states, **(engine.parts if engine else {})}
     phases["sampling"] = awake
-    if engine and cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":
+    scored = cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood"
+    if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
@@ -488,7 +489,7 @@ def _hand_over(lay: Layout) -> dict[str, int]:
     elif lay.cfg.colocated and lay.cuda:
         copies = tensor + max(STAGING, tensor)
     elif lay.cuda:  # files are written from host memory
-        copies = tensor
+        copies = tensor + (STAGING if vllm.sync == "nccl" else 0)
     else:
         copies = tensor + min(shape.parameters * s, STAGING + tensor)
     return {"units": unit * s * (1 + (lay.shards > 1)), "hand-over": copies}

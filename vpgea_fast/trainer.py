@@ -141,8 +141,8 @@ class Trainer:
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         evaluated = self._scheduled_evaluation()
         batch, coefs = self.collector.collect(self.step, timer)
+        self.engine.rest()
         used = self.engine.usage()
-        rested = self._rest_engine()
         self._leave_together()
         with timer("importance"):
             ratios, weighed = self.importance(batch, coefs)
@@ -151,8 +151,8 @@ class Trainer:
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
             found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics, **weighed}
-            found |= rested
             found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
+            found["rest_freed_mib"] = used.freed_bytes / 2**20
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
                 found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
             records = diagnostics.path_records(
@@ -558,16 +558,6 @@ class Trainer:
                 for key in ("acc", "tokens", "eps3", "truncated")
             },
         }
-
-    def _rest_engine(self) -> dict[str, float]:
-        """Memory of the device that the engine's sleep gave back: the least of all processes."""
-        if not self.on_cuda:
-            self.engine.rest()
-            return {}
-        before, _ = torch.cuda.mem_get_info()
-        self.engine.rest()
-        after, _ = torch.cuda.mem_get_info()
-        return {"rest_freed_mib": min(self.world.gather((after - before) / 2**20))}
 
     def _memory(self) -> dict[str, float]:
         """Peak since the start, the largest of all processes: of the device, or of the process

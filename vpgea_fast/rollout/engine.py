@@ -85,10 +85,12 @@ class RolloutError(RuntimeError):
 
 
 class Usage(NamedTuple):
-    """Prompt tokens that were asked for, and those among them that were already in the cache."""
+    """Prompt tokens that were asked for, and those among them that were already in the cache; and
+    memory of the device that the last rest gave back."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    freed_bytes: int = 0
 
 
 class RolloutEngine(Protocol):

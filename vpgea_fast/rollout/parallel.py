@@ -85,9 +85,15 @@ class ParallelEngine:
         self.engine.rest()
 
     def usage(self) -> Usage:
-        """Of all processes together. A collective."""
-        parts = self.world.gather(self.engine.usage())[:: self.group]
-        return Usage(*map(sum, zip(*parts, strict=True)))
+        """Tokens of all processes together, the least memory that one of them got back. A
+        collective."""
+        every = [Usage(*used) for used in self.world.gather(self.engine.usage())]
+        teams = every[:: self.group]
+        return Usage(
+            prompt_tokens=sum(used.prompt_tokens for used in teams),
+            cached_tokens=sum(used.cached_tokens for used in teams),
+            freed_bytes=min(used.freed_bytes for used in every),
+        )
 
     def close(self) -> None:
         self.engine.close()

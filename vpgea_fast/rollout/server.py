@@ -236,7 +236,7 @@ class ServerEngine:
             if self.files is not None:
                 FilePath(self.files).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
-                whole = self.weights.both_names(copied(named, self.dtype))
+                whole = self.weights.both_names(copied(named, self.dtype, "cpu"))
                 write_weights(whole, FilePath(directory))
                 call = {"method": "load_files", "args": [str(FilePath(directory).resolve())]}
                 self.client.post("/collective_rpc", call, SYNC_SECONDS)
@@ -247,7 +247,8 @@ class ServerEngine:
             )
 
     def rest(self) -> None:
-        """The server's memory is not the trainer's."""
+        """See RolloutEngine. The server's memory is not the trainer's."""
+        self.complete = False
 
     def usage(self) -> Usage:
         """See RolloutEngine."""

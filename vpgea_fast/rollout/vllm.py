@@ -352,14 +352,19 @@ class VllmEngine:
 
     def _wake(self, part: str) -> None:
         if self.asleep:
+            torch.cuda.empty_cache()  # vLLM's memory is not the caching allocator's
             self.llm.wake_up(tags=[part])
             self.asleep = part != "kv_cache"
 
     def rest(self) -> None:
-        """See RolloutEngine; drops weights and KV cache of a CUDA device."""
+        """See RolloutEngine; on CUDA this drops weights and KV cache."""
+        self.complete = False
         if self.device.type == "cuda" and not self.asleep:
-            self.complete, self.asleep = False, True
+            before, _ = torch.cuda.mem_get_info(self.device)
             self.llm.sleep(level=2)
+            self.asleep = True
+            after, _ = torch.cuda.mem_get_info(self.device)
+            self.used = self.used._replace(freed_bytes=after - before)
 
     def usage(self) -> Usage:
         """See RolloutEngine."""
@@ -465,10 +470,10 @@ def _runs(process: int) -> bool:
 
 
 def copied(
-    named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+    named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that outlive the next one: those of a sharded model do not."""
-    return ((name, tensor.detach().to(dtype, copy=True)) for name, tensor in named)
+    """Tensors that outlive the next one, where those of a sharded model do not."""
+    return ((name, tensor.detach().to(device, dtype, copy=True)) for name, tensor in named)
 
 
 def chunks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
