@@ -1,5 +1,6 @@
 """What every test shares: repeatable, offline, one thread; the tiny world, random tiny models."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -45,18 +46,18 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def running():
-    """Finds processes by a word of their environment: `running("MARK=1")` gives (pid, stat)."""
+    """Living processes of a session, or children of a process: `running(session=1)[pid]` is its
+    line in /proc. Not by its environment: vLLM's processes write their title over that."""
 
-    def find(marker):
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if marker.encode() in (entry / "environ").read_bytes():
-                    stat = (entry / "stat").read_text()
-                    if stat.rpartition(")")[2].split()[0] != "Z":
-                        found.append((int(entry.name), stat))
-            except (OSError, ValueError):
-                continue
+    def find(**wanted):
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                stat = entry.read_text()
+                state, parent, _, session, *_ = stat.rpartition(")")[2].split()
+                facts = {"parent": int(parent), "session": int(session)}
+                if state != "Z" and wanted.items() <= facts.items():
+                    found[int(entry.parent.name)] = stat
         return found
 
     return find

@@ -334,10 +334,13 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victi
     long = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
     long += ["--vllm.timeout_s", "10" if victim == "silent engine" else "600"]
     command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY), *words("run", *long)]
-    marker = f"VPGEA_TEST_MARK={tmp_path}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VPGEA_TEST_MARK": str(tmp_path)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     ) as run:
         deadline = time.monotonic() + 400
         metrics = tmp_path / "run/metrics.jsonl"
@@ -345,11 +348,11 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victi
             assert run.poll() is None, run.stderr.read()[-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        engines = [pid for pid, stat in running(marker) if "(VLLM::EngineCor" in stat]
-        assert len(engines) == 1
+        started = running(session=run.pid)
+        (engine,) = [pid for pid, stat in started.items() if "(VLLM::EngineCor" in stat]
         killed = time.monotonic()
         signal_ = signal.SIGSTOP if victim == "silent engine" else signal.SIGKILL
-        os.kill(run.pid if victim == "trainer" else engines[0], signal_)
+        os.kill(run.pid if victim == "trainer" else engine, signal_)
         try:
             _, said = run.communicate(timeout=60)
         finally:
@@ -357,8 +360,8 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victi
         if victim != "trainer":
             assert run.returncode == 2
             assert "the vLLM engine's process is gone" in said
-        while running(marker):
-            assert time.monotonic() - killed < 60, running(marker)
+        while left := running(session=run.pid):
+            assert time.monotonic() - killed < 60, left
             time.sleep(0.2)
     saved = checkpoint.find_checkpoint(tmp_path / "run", world=World(CPU))
     assert saved is not None

@@ -46,16 +46,15 @@ def ask(method, path, key=None):
 
 @contextmanager
 def serving(folder, *words, **environment):
-    """`vpgea serve` with these words: its process, and a word of the environment of all of its
-    processes, from when it answers to its end."""
-    log, marker = folder / "log", f"VPGEA_TEST_MARK={folder}"
+    """The process of `vpgea serve` with these words, from when it answers to its end."""
+    log = folder / "log"
     command = [sys.executable, "-m", "vpgea_fast.cli", "serve", *map(str, words)]
     environment = {**os.environ, KEY: SECRET, "OMP_NUM_THREADS": "1", **environment}
     with (
         log.open("wb") as said,
         subprocess.Popen(
             [*command, "--port", str(PORT)],
-            env={**environment, "VPGEA_TEST_MARK": str(folder)},
+            env=environment,
             stdout=said,
             stderr=subprocess.STDOUT,
         ) as process,
@@ -70,7 +69,7 @@ def serving(folder, *words, **environment):
                         break
                 except OSError:
                     time.sleep(0.5)
-            yield process, marker
+            yield process
         finally:
             process.terminate()
 
@@ -86,18 +85,14 @@ def server(tiny_world, tmp_path_factory):
 
 @pytest.fixture
 def vllm_itself(server, running):
-    """The process below `vpgea serve` that answers."""
-    process, marker = server
-    return next(pid for pid, stat in running(marker) if parent(stat) == process.pid)
-
-
-def parent(stat):
-    return int(stat.rpartition(")")[2].split()[1])
+    """The process below `vpgea serve` that answers; all of vLLM's are in its session."""
+    (pid,) = running(parent=server.pid)
+    return pid
 
 
 @pytest.fixture
 def engine(server, tiny_world, tiny_model, tmp_path, monkeypatch):
-    assert server[0].poll() is None
+    assert server.poll() is None
     monkeypatch.setenv(KEY, SECRET)
     made = ServerEngine(
         str(tiny_world.base_dir),
@@ -244,17 +239,17 @@ def test_a_killed_server_is_noticed_and_leaves_nothing(engine, server, vllm_itse
     with pytest.raises(RolloutError, match=f"the rollout server at {URL} is gone"):
         engine.generate(requests(16), Sampling(400, think_close_id=1000, eos_ids=()), kill)
     assert time.monotonic() - began < 30
-    process, marker = server
-    assert process.wait(30) == 128 + signal.SIGKILL
-    assert running(marker) == []
+    assert server.wait(30) == 128 + signal.SIGKILL
+    assert not running(session=vllm_itself)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_server_ends_with_the_command_that_started_it(number, tiny_world, tmp_path, running):
-    with serving(tmp_path, tiny_world.base_dir, *SMALL) as (process, marker):
-        assert len(running(marker)) > 2
+    with serving(tmp_path, tiny_world.base_dir, *SMALL) as process:
+        (session,) = running(parent=process.pid)
+        assert any("(VLLM::EngineCor" in stat for stat in running(session=session).values())
         process.send_signal(number)
         deadline = time.monotonic() + 60
-        while running(marker):
-            assert time.monotonic() < deadline, running(marker)
+        while left := running(session=session):
+            assert time.monotonic() < deadline, left
             time.sleep(0.2)
