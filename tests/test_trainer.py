@@ -489,6 +489,24 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
     assert whole.weights["posterior", "teacher"][0].any()
 
 
+def test_paths_given_up_before_their_first_token_leave_a_step_with_diagnostics(words):
+    """As a server's time-outs leave them; the other questions' numbers do not move."""
+    with Trainer(config.load(TINY, words("run"))) as trainer:
+        batch, _ = trainer.collector.collect(0, PhaseTimer())
+        none = torch.zeros(0)
+        lost = [
+            replace(p, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
+            for p in batch.posterior[0]
+        ]
+        partly = replace(
+            batch, posterior=((lost[0], *batch.posterior[0][1:]), *batch.posterior[1:])
+        )
+        others = trainer.view_divergence(batch.select(range(1, len(batch.questions))))
+        assert trainer.view_divergence(partly) == pytest.approx(others, rel=1e-5)
+        one = batch.select([0])
+        assert trainer.view_divergence(replace(one, posterior=(tuple(lost),))) == {}
+
+
 def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
     """The sampler is the trained module itself: ratios of 1 within float32."""
     rows = {}

@@ -331,10 +331,17 @@ class Trainer:
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads."""
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. A question
+        one of whose paths the engine gave up (it may hold no token) is left out."""
         objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
-        if not isinstance(objective, VpgeaConfig):
+        whole = [
+            place
+            for place, paths in enumerate(batch.posterior)
+            if all(path.finish != "error" for path in paths)
+        ]
+        if not isinstance(objective, VpgeaConfig) or not whole:
             return {}
+        batch = batch.select(whole)
         pairs = batch.pairs("posterior")
         views = [
             self.passes(
