@@ -1,11 +1,18 @@
 """What a machine without vLLM, or with another one than this project knows, is told."""
 
+import http.server
+import socket
+import threading
+
 import pytest
 import torch
 
 from vpgea_fast.cli import main
-from vpgea_fast.config import ConfigError
+from vpgea_fast.config import ConfigError, VllmEngineConfig
+from vpgea_fast.distributed import World
 from vpgea_fast.rollout import vllm
+from vpgea_fast.rollout.engine import RolloutError
+from vpgea_fast.rollout.server import ServerEngine
 
 
 @pytest.fixture(params=["run", "dry run"])
@@ -97,6 +104,109 @@ def test_a_server_beyond_this_machine_needs_a_key(monkeypatch, capsys):
     assert "--host 127.0.0.1" in command
     assert "--middleware vpgea_fast.rollout.server.require_key" in command
     assert "trust-remote-code" not in command
+
+
+@pytest.mark.parametrize("key", ["abc\n", "a b", "k\u00e9y"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    assert main(["serve", "some/model", "--print"]) == 2
+    said = capsys.readouterr().err
+    assert "VLLM_API_KEY: got a key with a line end, a space" in said
+    assert key.strip() not in said
+
+
+def test_an_empty_key_is_none(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert main(["serve", "some/model", "--host", "0.0.0.0", "--print"]) == 2
+    assert "set VLLM_API_KEY to a secret" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:99999", "Port out of range"),
+        ("http://127.0.0.1:8000/v1", "and no path"),
+        ("ftp://127.0.0.1:8000", "expected http"),
+        ("127.0.0.1:8000", "expected http"),
+        ("http://", "expected http"),
+    ],
+)
+def test_a_url_that_is_none(url, said, connect):
+    with pytest.raises(ConfigError, match=rf"vllm\.server: got .*{said}"):
+        connect(url)
+
+
+@pytest.fixture
+def connect(random_qwen2, tmp_path):
+    def make(url):
+        random_qwen2().config.save_pretrained(tmp_path)
+        return ServerEngine(
+            str(tmp_path),
+            cfg=VllmEngineConfig(server=url),
+            world=World(torch.device("cpu")),
+            max_batch=4,
+            dtype=torch.float32,
+        )
+
+    return make
+
+
+def test_a_server_that_is_not_there(connect):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(RolloutError, match=f"no rollout server answers at {url}.*vpgea serve"):
+            connect(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, b"<html>hello</html>", r"with b'<html>hello</html>', expected JSON"),
+        (200, b'{"data": []}', "with .*, expected one answer of each worker"),
+        (200, b"", "with None, expected one answer of each worker"),
+        (404, b'{"detail": "Not Found"}', "refuses /collective_rpc: 404.*start it with"),
+    ],
+)
+def test_a_server_that_is_something_else(status, body, said, connect):
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(RolloutError, match=said):
+                connect(f"http://127.0.0.1:{other.server_address[1]}")
+        finally:
+            other.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--vllm.sync", "nccl"], "vllm.sync: got 'nccl' without vllm.server"),
+        (
+            ["--vllm.sync", "nccl", "--vllm.server", "http://127.0.0.1:8000"],
+            "vllm.sync: got 'nccl' without a CUDA device",
+        ),
+        (
+            ["--vllm.tensor_parallel", "2", "--vllm.server", "http://127.0.0.1:8000"],
+            "which are of engines here; give them to `vpgea serve`",
+        ),
+    ],
+)
+def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_words, capsys):
+    words = tiny_words({"rollout.engine": "vllm", "model.device": "cpu"})("run", *words)
+    assert main(["train", "configs/tiny.yaml", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):

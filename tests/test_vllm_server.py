@@ -1,5 +1,6 @@
 """A real server on loopback, started by `vpgea serve`: whole runs, keys, stops, and its death."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -7,26 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.config import VllmEngineConfig
+from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutError, Sampling
 from vpgea_fast.rollout.server import KEY, ServerEngine
+from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
 pytestmark = pytest.mark.vllm
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    PORT = probe.getsockname()[1]
-URL = f"http://127.0.0.1:{PORT}"
 SECRET = "only-for-this-test"
 ROUTES = (
     *("/inference/v1/generate", "/v1/models", "/collective_rpc", "/reset_prefix_cache", "/pause"),
@@ -34,42 +35,55 @@ ROUTES = (
 )
 
 
-def ask(method, path, key=None):
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=5)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    try:
-        connection.request(method, path, body="{}" if method == "POST" else None, headers=headers)
-        return connection.getresponse().status
-    finally:
-        connection.close()
+class Served(NamedTuple):
+    """A `vpgea serve`, and where it answers."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, method, path, key=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        body = "{}" if method == "POST" else None
+        with contextlib.closing(connection):
+            connection.request(method, path, body=body, headers=headers)
+            return connection.getresponse().status
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(folder, *words, **environment):
-    """The process of `vpgea serve` with these words, from when it answers to its end."""
+    """`vpgea serve` with these words, from when it answers to its end."""
     log = folder / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "vpgea_fast.cli", "serve", *map(str, words)]
     environment = {**os.environ, KEY: SECRET, "OMP_NUM_THREADS": "1", **environment}
     with (
         log.open("wb") as said,
         subprocess.Popen(
-            [*command, "--port", str(PORT)],
+            [*command, "--port", str(port)],
             env=environment,
             stdout=said,
             stderr=subprocess.STDOUT,
         ) as process,
     ):
+        served = Served(process, port)
         try:
             deadline = time.monotonic() + 400
             while True:
                 assert process.poll() is None, log.read_text()[-4000:]
                 assert time.monotonic() < deadline
                 try:
-                    if ask("GET", "/health") == 200:
+                    if served.ask("GET", "/health") == 200:
                         break
                 except OSError:
                     time.sleep(0.5)
-            yield process
+            yield served
         finally:
             process.terminate()
 
@@ -79,32 +93,46 @@ SMALL = ("--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.cont
 
 @pytest.fixture(scope="module")
 def server(tiny_world, tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("server"), tiny_world.base_dir, *SMALL) as started:
-        yield started
+    with serving(tmp_path_factory.mktemp("server"), tiny_world.base_dir, *SMALL) as served:
+        yield served
 
 
 @pytest.fixture
 def vllm_itself(server, running):
     """The process below `vpgea serve` that answers; all of vLLM's are in its session."""
-    (pid,) = running(parent=server.pid)
+    (pid,) = running(parent=server.process.pid)
     return pid
 
 
 @pytest.fixture
-def engine(server, tiny_world, tiny_model, tmp_path, monkeypatch):
-    assert server.poll() is None
+def connect(tiny_world, tmp_path, monkeypatch):
+    """Makes engines over a server: `connect(server, sync_dir="/dev/shm")`."""
     monkeypatch.setenv(KEY, SECRET)
-    made = ServerEngine(
-        str(tiny_world.base_dir),
-        cfg=VllmEngineConfig(server=URL),
-        world=World(torch.device("cpu")),
-        max_batch=16,
-        dtype=torch.float32,
-        files=str(tmp_path / "sync"),
-    )
+    made = []
+
+    def make(server, path=tiny_world.base_dir, **settings):
+        made.append(
+            ServerEngine(
+                str(path),
+                cfg=VllmEngineConfig(**{"server": server.url} | settings),
+                world=World(torch.device("cpu")),
+                max_batch=16,
+                dtype=torch.float32,
+                files=settings.get("sync_dir") or str(tmp_path / "sync"),
+            )
+        )
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine(connect, server, tiny_model):
+    made = connect(server)
     made.load_weights(tiny_model.named_parameters())
-    yield made
-    made.close()
+    return made
 
 
 def requests(count=4):
@@ -118,7 +146,6 @@ def words(tiny_words, monkeypatch):
     return tiny_words(
         {
             "rollout.engine": "vllm",
-            "vllm.server": URL,
             "train.steps": 5,
             "train.questions_per_step": 4,
             "metrics.compare": "null",
@@ -131,9 +158,10 @@ def lines(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("server")
-def test_five_steps_with_a_server(words, tmp_path, capsys):
-    assert main(["train", str(TINY), *words("run")]) == 0, capsys.readouterr().err
+def test_five_steps_with_a_server(server, words, tmp_path, capsys):
+    assert main(["train", str(TINY), *words("run", "--vllm.server", server.url)]) == 0, (
+        capsys.readouterr().err
+    )
     records = lines(tmp_path / "run")
     assert len(records) == 5
     assert max(record["probe_max"] for record in records) <= 1e-4
@@ -147,8 +175,9 @@ def test_weights_go_to_a_server_over_nccl(words, tiny_world, tmp_path, capsys):
         pytest.skip("NCCL needs a GPU for each side")
     share = ["--model.dtype", "bfloat16", "--vllm.sync", "nccl"]
     more = ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
-    with serving(tmp_path, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1"):
-        status = main(["train", str(TINY), *words("run", "--model.device", "cuda", *share)])
+    with serving(tmp_path, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1") as served:
+        here = ["--model.device", "cuda", "--vllm.server", served.url]
+        status = main(["train", str(TINY), *words("run", *here, *share)])
         assert status == 0, capsys.readouterr().err
     assert max(record["probe_mean"] for record in lines(tmp_path / "run")) < 0.05
 
@@ -172,23 +201,73 @@ def test_log_probs_stops_and_order_of_a_server(engine, tiny_model):
         engine.generate(asked, Sampling(512, think_close_id=3, eos_ids=()))
 
 
-@pytest.mark.usefixtures("server")
-def test_every_route_wants_the_key():
+def test_every_route_wants_the_key(server):
     for route in ROUTES:
-        assert ask("POST", route) == ask("POST", route, "another") == 401
-    assert ask("GET", "/health") == 200
-    assert ask("GET", "/v1/models", SECRET) == 200
+        assert server.ask("POST", route) == server.ask("POST", route, "another") == 401
+    assert server.ask("GET", "/health") == 200
+    assert server.ask("GET", "/v1/models", SECRET) == 200
 
 
-@pytest.mark.usefixtures("server")
-def test_a_wrong_key_is_named(tiny_world, monkeypatch):
+def test_a_wrong_key_is_named(connect, server, monkeypatch):
     monkeypatch.setenv(KEY, "another")
-    options = {"cfg": VllmEngineConfig(server=URL), "world": World(torch.device("cpu"))}
     with pytest.raises(RolloutError, match=f"wants another key: set {KEY}"):
-        ServerEngine(str(tiny_world.base_dir), max_batch=4, dtype=torch.float32, **options)
+        connect(server)
 
 
-def test_a_stop_and_a_time_out(engine):
+def test_another_model_is_refused(connect, server, random_qwen2, tmp_path):
+    random_qwen2(layers=3, vocab=99).config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"another model .* there, vocab_size 99, .*layers 3 here"
+    ):
+        connect(server, tmp_path)
+
+
+def test_weights_of_another_run_are_noticed(connect, server, engine, tiny_model):
+    """As after a new start of the server, whose workers have no mark."""
+    other = connect(server)
+    other.load_weights(tiny_model.named_parameters())
+    with pytest.raises(RolloutError, match="holds other weights than this run gave it"):
+        engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=()))
+    with pytest.raises(ValueError, match="load_weights first"):
+        engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=()))
+    sampling = Sampling(100, think_close_id=1000, eos_ids=())
+    with pytest.raises(RolloutError, match="holds other weights"):
+        other.generate(requests(), sampling, lambda _: engine.client.rpc("set_mark", "mine"))
+
+
+def test_what_a_killed_run_left_on_its_way_is_removed(connect, server, tmp_path):
+    for folder in ("sync", "shared"):
+        (tmp_path / folder / "weights-left").mkdir(parents=True)
+    connect(server)
+    connect(server, sync_dir=str(tmp_path / "shared"))
+    assert not (tmp_path / "sync").exists()
+    assert (tmp_path / "shared/weights-left").exists()  # perhaps of a run that goes on
+
+
+def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeypatch):
+    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write below /proc/nothing"):
+        connect(server, sync_dir="/proc/nothing").load_weights(tiny_model.named_parameters())
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.save_file", full)
+    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write weights .*No space"):
+        connect(server).load_weights(tiny_model.named_parameters())
+
+
+def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
+    more = ["--vllm.server", server.url, "--metrics.diag_every", "1"]
+    with Trainer(config.load(TINY, words("run", *more))) as trainer:
+        trainer.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
+        monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
+        stats = trainer.train_step()
+    assert stats.metrics["groups_dropped"] == 4
+    assert stats.skipped == "no path has a gradient"
+    capsys.readouterr()
+
+
+def test_a_stop_and_a_time_out(engine, server):
     sampling = Sampling(400, think_close_id=1000, eos_ids=())
 
     def stop(_):
@@ -196,7 +275,7 @@ def test_a_stop_and_a_time_out(engine):
 
     with pytest.raises(Stopped):
         engine.generate(requests(16), sampling, stop)
-    engine.cfg = VllmEngineConfig(server=URL, timeout_s=0.05)
+    engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.05)
     paths = engine.generate(requests(16), sampling)
     assert {path.finish for path in paths} == {"error"}
     assert {path.z_ids.numel() for path in paths} == {0}
@@ -236,19 +315,39 @@ def test_a_killed_server_is_noticed_and_leaves_nothing(engine, server, vllm_itse
     def kill(_):
         os.kill(vllm_itself, signal.SIGKILL)
 
-    with pytest.raises(RolloutError, match=f"the rollout server at {URL} is gone"):
+    with pytest.raises(RolloutError, match=f"the rollout server at {server.url} is gone"):
         engine.generate(requests(16), Sampling(400, think_close_id=1000, eos_ids=()), kill)
     assert time.monotonic() - began < 30
-    assert server.wait(30) == 128 + signal.SIGKILL
+    assert server.process.wait(30) == 128 + signal.SIGKILL
     assert not running(session=vllm_itself)
+
+
+def test_an_engine_that_dies_in_a_hand_over(
+    connect, tiny_world, tiny_model, tmp_path, running, monkeypatch
+):
+    """vLLM then waits for the end of the call that nobody will answer, and takes no other."""
+    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
+        (session,) = running(parent=served.process.pid)
+        found = running(session=session).items()
+        (core,) = [pid for pid, stat in found if "(VLLM::EngineCor" in stat]
+        engine = connect(served)
+        os.kill(core, signal.SIGSTOP)  # so that the call does not end before
+        threading.Timer(3.0, os.kill, (core, signal.SIGKILL)).start()
+        began = time.monotonic()
+        with pytest.raises(RolloutError, match=r"is gone|refuses /collective_rpc"):
+            engine.load_weights(tiny_model.named_parameters())
+        assert time.monotonic() - began < 40
+        assert served.process.wait(90) == 128 + signal.SIGKILL
+        assert not running(session=session)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_server_ends_with_the_command_that_started_it(number, tiny_world, tmp_path, running):
-    with serving(tmp_path, tiny_world.base_dir, *SMALL) as process:
-        (session,) = running(parent=process.pid)
+    with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
+        (session,) = running(parent=served.process.pid)
         assert any("(VLLM::EngineCor" in stat for stat in running(session=session).values())
-        process.send_signal(number)
+        served.process.send_signal(number)
         deadline = time.monotonic() + 60
         while left := running(session=session):
             assert time.monotonic() < deadline, left

@@ -285,7 +285,7 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
         print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
         return 0
     check_installed()
-    return serve(command, environment)
+    return serve(command, environment, args.host, args.port)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:

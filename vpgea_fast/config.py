@@ -195,7 +195,9 @@ class VllmEngineConfig:
     fp32_head: bool = False
     """Logits from a float32 product with the head, as in the trainer (bfloat16 models)."""
     timeout_s: PositiveFloat = 1800.0
-    """A path that draws longer is given up; its question has no gradient in this step."""
+    """A path that takes longer is given up (with a server from the request on, queueing included),
+    and its question has no gradient in this step. Not with tensor_parallel, whose processes must
+    stop alike."""
     sync: Literal["auto", "disk", "nccl"] = "auto"
     """How a server gets weights: safetensors in sync_dir, or NCCL; `auto` is disk."""
     sync_dir: str | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vpgea_fast.config import Config, ConfigError
-from vpgea_fast.distributed import World
+from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
@@ -29,6 +29,20 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
                 "which makes an engine for each training process; set 1, or vllm.process 'shared'"
             )
         check_group(cfg.vllm.tensor_parallel, processes)
+    elif (cfg.vllm.tensor_parallel, cfg.vllm.process) != (1, "shared"):
+        raise ConfigError(
+            "vllm.server: got a server with vllm.tensor_parallel or vllm.process, which are of "
+            "engines here; give them to `vpgea serve`, or leave vllm.server out"
+        )
+    if cfg.vllm.sync == "nccl" and cfg.colocated:
+        raise ConfigError(
+            "vllm.sync: got 'nccl' without vllm.server; it is how a server gets weights: set "
+            "'auto', or vllm.server"
+        )
+    if here and cfg.vllm.sync == "nccl" and pick_device(cfg.model.device).type != "cuda":
+        raise ConfigError(
+            "vllm.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
+        )
     if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
         vllm.check_installed()
 

@@ -3,8 +3,10 @@
     each process posts its share of the requests, token ids in and out, as JSON
     weights: the main process writes safetensors that the server reads, or broadcasts them over NCCL
 
-The key in VLLM_API_KEY goes with every call. Nothing is pickled. A server draws a path to the sum
-of both limits before it is cut, since it knows one limit only.
+Each hand-over leaves a mark in the server's workers, which is looked for before and after every
+rollout: a server that was started again, or given weights by another run, is noticed. The key in
+VLLM_API_KEY goes with every call. Nothing is pickled. A server draws a path to the sum of both
+limits before it is cut, since it knows one limit only.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ import ipaddress
 import json
 import math
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from pathlib import Path as FilePath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,7 +50,9 @@ from vpgea_fast.rollout.vllm import (
     NcclSender,
     WorkerExtension,
     copied,
+    describe,
     skeleton,
+    weights_directory,
     write_weights,
 )
 from vpgea_fast.types import Finish, Path, SampleRequest
@@ -81,10 +85,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_key() -> str:
+    """The key of the environment, empty if there is none. ConfigError, which does not show it, for
+    one that a header cannot hold."""
+    key = os.environ.get(KEY, "")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{KEY}: got a key with a line end, a space or a character beyond ASCII, which a "
+            "header cannot hold; use letters and digits, here and where it is served"
+        )
+    return key
+
+
 def check_key(host: str) -> None:
     """ConfigError for a host beyond this machine without a key: whoever reaches the server could
     sample from it and change its weights."""
-    if not is_loopback(host) and not os.environ.get(KEY):
+    if not read_key() and not is_loopback(host):
         raise ConfigError(
             f"a server on {host} is reachable from other machines: set {KEY} to a secret, here and "
             "where it is trained, or keep to 127.0.0.1"
@@ -115,10 +131,34 @@ class ServerEngine:
         model = skeleton(path, trust_remote_code=cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        served = self.client.get("/v1/models")["data"][0]
-        self.room = served.get("max_model_len")
+        self.room, self.mark = self._connect(describe(model.config)), ""
         self.nccl: NcclSender | None = None
         self.threads = ThreadPoolExecutor(max_workers=max_batch, thread_name_prefix="rollout")
+        if world.main and cfg.sync_dir is None and files is not None:
+            shutil.rmtree(files, ignore_errors=True)  # of a run that was killed in a hand-over
+
+    def _connect(self, here: Mapping[str, Any]) -> int:
+        """The positions of the server's model, which must be of the trained one's shape."""
+        served = self.client.rpc("describe")[0]
+        other = {key: served[key] for key in here if served[key] != here[key]}
+        if other:
+            wanted = ", ".join(f"{key} {value}" for key, value in other.items())
+            expected = ", ".join(f"{key} {here[key]}" for key in other)
+            self.client.close()
+            raise ConfigError(
+                f"the server at {self.cfg.server} serves another model than model.path: {wanted} "
+                f"there, {expected} here; start `vpgea serve` with this model"
+            )
+        return served["positions"]
+
+    def _check_mark(self) -> None:
+        if set(self.client.rpc("marked")) != {self.mark}:
+            self.complete = False
+            raise RolloutError(
+                f"the server at {self.cfg.server} holds other weights than this run gave it: it "
+                "was started again, or another run uses it; give each run a server of its own and "
+                "go on with --resume: the last checkpoint is good"
+            )
 
     def generate(
         self,
@@ -130,6 +170,7 @@ class ServerEngine:
         self.check(requests, sampling)
         if not self.complete:
             raise ValueError("the rollout model has no whole set of weights: load_weights first")
+        self._check_mark()
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         run = f"vpgea-{os.getpid()}-{time.monotonic_ns()}"
@@ -154,6 +195,7 @@ class ServerEngine:
         except BaseException:
             self._abort(run, waiting)
             raise
+        self._check_mark()
         return [paths[number] for number in range(len(requests))]
 
     def _abort(self, run: str, waiting: dict[Future[tuple[Path, int]], int]) -> None:
@@ -224,27 +266,28 @@ class ServerEngine:
         finally:
             for _ in rest:
                 pass
-        self.world.barrier()
+        self.mark = self.world.gather(self.mark)[0]
         self.weights.check()
         self.complete = True
 
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.mark = secrets.token_hex(8)
         if self.cfg.sync == "nccl":
             self.nccl = self.nccl or NcclSender(self.client, self.client.get("/get_world_size"))
             self.nccl.send(copied(named, self.dtype))
         else:
-            if self.files is not None:
-                FilePath(self.files).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
-                whole = self.weights.both_names(copied(named, self.dtype, "cpu"))
-                write_weights(whole, FilePath(directory))
-                call = {"method": "load_files", "args": [str(FilePath(directory).resolve())]}
-                self.client.post("/collective_rpc", call, SYNC_SECONDS)
+            self._leave_files(self.weights.both_names(copied(named, self.dtype, "cpu")))
         if not self.client.post("/reset_prefix_cache", {}, 60.0)["success"]:
             raise RolloutError(
                 "the server kept its prefix cache: something is drawing from it during a sync; "
                 "give every run a server of its own"
             )
+        self.client.rpc("set_mark", self.mark)
+
+    def _leave_files(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        with weights_directory(self.files) as directory:
+            write_weights(named, directory)
+            self.client.rpc("load_files", str(directory.resolve()), seconds=SYNC_SECONDS)
 
     def rest(self) -> None:
         """See RolloutEngine. The server's memory is not the trainer's."""
@@ -310,9 +353,13 @@ def serve_command(cfg: Config, host: str, port: int) -> tuple[list[str], dict[st
     return words, environment
 
 
-def serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def serve(command: Sequence[str], environment: Mapping[str, str], host: str, port: int) -> int:
     """Run a server to its end; its exit status. Its engines, which a killed vLLM would leave behind
-    with their memory, end with it, and it ends with this process."""
+    with their memory, end with it, and it ends with this process.
+
+    A vLLM whose engine has died in a call waits for that call for ever. So one that has answered
+    /health, or was told to end, and then misses more than MISSES of them is killed.
+    """
 
     def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -323,11 +370,26 @@ def serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
         start_new_session=True,
         preexec_fn=end_with_parent,
     )
+    told = threading.Event()
+
+    def tell(number: int, _: object) -> None:
+        told.set()
+        started.send_signal(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: started.send_signal(number))
-    status = started.wait()
+        signal.signal(number, tell)
+    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    client = _Client(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
+    status, misses, answered = None, 0, False
+    while status is None and misses <= MISSES:
+        with suppress(subprocess.TimeoutExpired):
+            status = started.wait(HEALTH_SECONDS if answered else 0.5)
+        healthy = client.healthy()
+        answered = answered or healthy or told.is_set()
+        misses = 0 if healthy or not answered else misses + 1
     with suppress(ProcessLookupError):
         os.killpg(started.pid, signal.SIGKILL)
+    status = started.wait()
     return status if status >= 0 else 128 - status
 
 
@@ -335,12 +397,26 @@ async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
     """The key on every route but /health; vLLM's own check leaves open what changes weights."""
     from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
-    wanted = f"Bearer {os.environ.get(KEY, '')}"
-    given = request.headers.get("authorization", "")
-    open_ = KEY not in os.environ or request.url.path == "/health"
-    if open_ or hmac.compare_digest(given.encode(), wanted.encode()):
+    key, given = read_key(), request.headers.get("authorization", "")
+    open_ = not key or request.url.path == "/health"
+    if open_ or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
         return await go_on(request)
     return JSONResponse({"error": "Unauthorized"}, status_code=401)
+
+
+def _address(url: str) -> tuple[bool, str, int]:
+    """(https or not, host, port) of `vllm.server`."""
+    expected = "expected http://host:port or https://host:port, and no path"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"vllm.server: got {url!r} ({error}); {expected}") from None
+    known = parts.scheme in ("http", "https") and parts.hostname
+    if not known or parts.path.strip("/") or parts.query:
+        raise ConfigError(f"vllm.server: got {url!r}; {expected}")
+    secure = parts.scheme == "https"
+    return secure, str(parts.hostname), port or (443 if secure else 80)
 
 
 class _Client:
@@ -351,12 +427,9 @@ class _Client:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"vllm.server: got {url!r}, expected http://host:port")
-        check_key(parts.hostname)
-        self.url, self.secure, self.host = url, parts.scheme == "https", parts.hostname
-        self.port = parts.port or (443 if self.secure else 80)
+        self.secure, self.host, self.port = _address(url)
+        check_key(self.host)
+        self.url, self.reached = url, False
         self.owed: set[socket.socket] = set()
         self.silent, self.closed = "", threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -369,6 +442,20 @@ class _Client:
         refuses."""
         return self._call("POST", path, body, seconds)
 
+    def rpc(self, method: str, *args: str, seconds: float = 60.0) -> list[Any]:
+        """What each of the server's workers answers; see WorkerExtension."""
+        call = "/collective_rpc"
+        answer = self.post(call, {"method": method, "args": args}, seconds)
+        if not isinstance(answer, dict) or not answer.get("results"):
+            raise self._stranger(call, answer, "one answer of each worker")
+        return answer["results"]
+
+    def _stranger(self, path: str, said: object, expected: str) -> RolloutError:
+        return RolloutError(
+            f"the server at {self.url} answers {path} with {said!r}, expected {expected}; "
+            "vllm.server must be the URL of a `vpgea serve`"
+        )
+
     def healthy(self) -> bool:
         try:
             self._call("GET", "/health", None, HEALTH_SECONDS, watched=False)
@@ -377,6 +464,11 @@ class _Client:
         return True
 
     def lost(self, why: str) -> RolloutError:
+        if not self.reached:
+            return RolloutError(
+                f"no rollout server answers at {self.url} ({why}); start one with `vpgea serve`, "
+                "or correct vllm.server"
+            )
         return RolloutError(
             f"the rollout server at {self.url} is gone ({why}); start it again with `vpgea serve` "
             "and go on with --resume: the last checkpoint is good"
@@ -417,7 +509,7 @@ class _Client:
         self, method: str, path: str, body: Any, seconds: float, *, watched: bool = True
     ) -> Any:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := read_key():
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body)
         with self._connected(seconds, watched=watched) as connection:
@@ -429,6 +521,7 @@ class _Client:
                 raise
             except (OSError, http.client.HTTPException) as error:
                 raise self.lost(self.silent or f"{type(error).__name__}: {error}") from error
+        self.reached = True
         if response.status == 401:
             raise RolloutError(f"the server at {self.url} wants another key: set {KEY} as there")
         if response.status >= 400:
@@ -436,7 +529,10 @@ class _Client:
                 f"the server at {self.url} refuses {path}: {response.status} "
                 f"{said[:400].decode(errors='replace')}; start it with this version's `vpgea serve`"
             )
-        return json.loads(said) if said.strip() else None
+        try:
+            return json.loads(said) if said.strip() else None
+        except ValueError:
+            raise self._stranger(path, said[:80], "JSON") from None
 
     @contextmanager
     def _connected(self, seconds: float, *, watched: bool) -> Iterator[http.client.HTTPConnection]:

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vpgea_fast.config import ConfigError, VllmEngineConfig
@@ -346,9 +346,9 @@ class VllmEngine:
         elif self.device.type == "cuda":
             _send_ipc(self.llm, named, max(CHUNK_BYTES, self.weights.largest * self.dtype.itemsize))
         else:
-            with tempfile.TemporaryDirectory(dir=self.files, prefix="weights-") as directory:
-                write_weights(named, FilePath(directory))
-                self.llm.collective_rpc("load_files", args=(directory,))
+            with weights_directory(self.files) as directory:
+                write_weights(named, directory)
+                self.llm.collective_rpc("load_files", args=(str(directory),))
 
     def _wake(self, part: str) -> None:
         if self.asleep:
@@ -392,13 +392,40 @@ class VllmEngine:
             parallel_state._WORLD = None
 
 
+SHAPE = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+"""Of a configuration: what two models must share for one to take the other's weights."""
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """SHAPE of a transformers configuration."""
+    text = config.get_text_config()
+    return {key: getattr(text, key, None) for key in SHAPE}
+
+
 class WorkerExtension:
     """What vLLM mixes into the worker of an engine that runs in a process of its own."""
 
     model_runner: Any
+    mark = ""
+
+    def describe(self) -> dict[str, Any]:
+        """The served model, and the positions that a path may have."""
+        model = self.model_runner.model_config
+        return {**describe(model.hf_config), "positions": model.max_model_len}
+
+    def set_mark(self, mark: str) -> None:
+        """Who gave the weights, and when."""
+        self.mark = mark
+
+    def marked(self) -> str:
+        return self.mark
 
     def load_files(self, directory: str) -> None:
         """Take over the weights that `write_weights` left in a directory."""
+        self.mark = ""
         self.model_runner.reload_weights(
             weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
         )
@@ -488,10 +515,32 @@ def chunks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torc
         yield part
 
 
+@contextmanager
+def weights_directory(parent: str | None) -> Iterator[FilePath]:
+    """A directory for weights on their way, below `parent` (default: the system's place)."""
+    try:
+        if parent is not None:
+            FilePath(parent).mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=parent, prefix="weights-")
+    except OSError as error:
+        raise RolloutError(
+            f"vllm.sync_dir: cannot write below {parent or tempfile.gettempdir()} ({error}); set "
+            "it to a directory that can be written"
+        ) from error
+    with made as directory:
+        yield FilePath(directory)
+
+
 def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
     """Safetensors, a file for each of `chunks`. A tensor under two names must be two."""
     for number, part in enumerate(chunks(named)):
-        save_file(part, directory / f"{number:05d}.safetensors")
+        try:
+            save_file(part, directory / f"{number:05d}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise RolloutError(
+                f"vllm.sync_dir: cannot write weights to {directory} ({error}); set it to a "
+                "directory with room for the model"
+            ) from error
 
 
 def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
