@@ -202,14 +202,18 @@ def test_the_estimated_cache_is_the_one_that_vllm_allocates(make_engine):
 # --- weights --------------------------------------------------------------------------------------
 
 
-def test_a_skipped_sync_stops_the_run_within_one_step(words, monkeypatch):
-    """The engine swallows the third set of weights; a rate of 1e-7 moves no log-prob by 1e-4."""
-    cfg = config.load(TINY, words("skipped", "--optim.lr", "1e-7"))
+@pytest.mark.parametrize(("rate", "most"), [("1e-6", 1), ("1e-7", 3)])
+def test_a_skipped_sync_stops_the_run(words, monkeypatch, rate, most):
+    """The engine swallows all weights from the third set on, after one update that it took. A step
+    at 1e-6 moves the probe's log-probs by a mean of 2e-5, a fifth of the tolerance and five times
+    what can be rounding: found at once. One at 1e-7 moves them by 2e-6: two of them are found."""
+    more = ("--optim.lr", rate, "--optim.schedule", "constant", "--train.steps", "20")
+    cfg = config.load(TINY, words("skipped", *more))
     load, calls = VllmEngine.load_weights, []
 
     def swallow(engine, named):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) >= 3:
             for _ in named:
                 pass
             engine.complete = True
@@ -220,8 +224,14 @@ def test_a_skipped_sync_stops_the_run_within_one_step(words, monkeypatch):
     with Trainer(cfg) as trainer:
         trainer.train_step()
         trainer.step += 1
+
+        def skip():
+            for _ in range(most):
+                trainer.train_step()
+                trainer.step += 1
+
         with pytest.raises(RolloutError, match=r"did not take over the new weights.*same bits"):
-            trainer.train_step()
+            skip()
 
 
 def test_a_partial_sync_stops_the_run(words, monkeypatch):

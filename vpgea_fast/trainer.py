@@ -37,7 +37,7 @@ from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import check_engine, open_engine
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.probe import TOLERANCE, SyncProbe
+from vpgea_fast.rollout.probe import SyncProbe
 from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
     Coefficients,
@@ -473,7 +473,8 @@ class Trainer:
             [first.student_ids, first.teacher_ids],
             engines=self.world.size,
             limit=cfg.max_new_tokens,
-            tolerance=cfg.probe_tolerance or TOLERANCE.get(self.policy.dtype, 0.05),
+            dtype=self.policy.dtype,
+            tolerance=cfg.probe_tolerance,
         )
 
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
@@ -485,7 +486,7 @@ class Trainer:
         every = self.cfg.rollout.probe_every
         if updated and not (every and (self.step + 1) % every == 0):
             return {}
-        return self.probe(updated=updated)
+        return self.probe()
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""
