@@ -164,6 +164,18 @@ def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_wo
     capsys.readouterr()
 
 
+def test_a_resume_may_change_the_engine(words, tmp_path, capsys):
+    """hf to vLLM and back, as the messages of a lost engine advise."""
+    run, short = tmp_path / "run", ["--train.steps", "1", "--rollout.engine", "hf"]
+    assert main(["train", str(TINY), *words("run", *short)]) == 0
+    for steps, engine in ((2, "vllm"), (3, "hf")):
+        more = ["--train.steps", str(steps), "--rollout.engine", engine]
+        assert main(["train", "--resume", str(run), *more]) == 0
+        assert json.loads((run / "environment.json").read_text())["rollout_engine"] == engine
+    assert "changed at step 1: rollout.engine 'hf' -> 'vllm'" in capsys.readouterr().out
+    assert [("probe_mean" in line) for line in lines(run)] == [False, True, False]
+
+
 def test_evaluation(tiny_world, tmp_path, capsys):
     """The tiny base is right nearly always when greedy; both engines say the same."""
     out = {}

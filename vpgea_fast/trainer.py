@@ -51,10 +51,13 @@ from vpgea_fast.verify import Verifier
 MAX_SKIPPED_IN_A_ROW = 5
 FIXED_ON_RESUME = (
     *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
-    *("prompt.", "rollout.", "scoring.", "objective."),
+    *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
+    *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
+    "rollout.importance_cap",
     *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
-"""Keys that a resumed run keeps; the rest may change, and the run says so."""
+"""Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
+distribution of the samples and their weights, not which engine draws them, how many at a time."""
 
 
 class TrainingError(RuntimeError):
