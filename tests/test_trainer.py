@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vpgea_fast import checkpoint, config, objectives
+from vpgea_fast import checkpoint, config, diagnostics, objectives
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
@@ -487,42 +487,100 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
 
 
+def losing(path):
+    """As a server's time-out leaves it: not a token."""
+    none = torch.zeros(0)
+    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
+
+
 def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypatch):
-    cfg = config.load(TINY, words("run"))
-    with Trainer(cfg) as trainer:
-        _, whole = trainer.collector.collect(0, PhaseTimer())
+    """The other questions' weights stay, and all means are theirs: a lost path is no wrong, short
+    or rejected one."""
+    with Trainer(config.load(TINY, words("run", "--train.questions_per_step", "3"))) as trainer:
+        batch, full = trainer.collector.collect(0, PhaseTimer())
         generate = HFEngine.generate
 
         def give_up_the_first(*args):
             first, *others = generate(*args)
-            return [replace(first, finish="error"), *others]
+            return [losing(first), *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
-        _, rest = trainer.collector.collect(0, PhaseTimer())
-    assert (whole.metrics["groups_dropped"], whole.metrics["paths_error"]) == (0, 0)
+        part, rest = trainer.collector.collect(0, PhaseTimer())
+        others = batch.select([1, 2])
+        diverged = trainer.view_divergence(others)
+        stats = trainer.train_step()
+    assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
     for key, weights in rest.weights.items():
         assert not weights[0].any()
-        assert torch.equal(weights[1:], whole.weights[key][1:])
-    assert whole.weights["posterior", "teacher"][0].any()
+        assert torch.equal(weights[1:], full.weights[key][1:])
+    assert full.weights["posterior", "teacher"][0].any()
+    assert part.whole is not None
+    assert [q.question.id for q in part.whole.questions] == [
+        q.question.id for q in others.questions
+    ]
+    of_others = objectives.coefficients(trainer.cfg.objective, others).metrics
+    means = {**of_others, **diagnostics.batch_metrics(others), **diverged}
+    assert {"acc_student", "len_prior", "trunc_post", "accept_rate", "adv_post", "elbo"} <= {*means}
+    assert {key: stats.metrics[key] for key in means} == pytest.approx(means, rel=1e-4)
+    assert stats.metrics["tokens_generated"] == part.tokens > others.tokens
 
 
-def test_paths_given_up_before_their_first_token_leave_a_step_with_diagnostics(words):
-    """As a server's time-outs leave them; the other questions' numbers do not move."""
-    with Trainer(config.load(TINY, words("run"))) as trainer:
-        batch, _ = trainer.collector.collect(0, PhaseTimer())
-        none = torch.zeros(0)
-        lost = [
-            replace(p, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
-            for p in batch.posterior[0]
-        ]
-        partly = replace(
-            batch, posterior=((lost[0], *batch.posterior[0][1:]), *batch.posterior[1:])
-        )
-        others = trainer.view_divergence(batch.select(range(1, len(batch.questions))))
-        assert trainer.view_divergence(partly) == pytest.approx(others, rel=1e-5)
-        one = batch.select([0])
-        assert trainer.view_divergence(replace(one, posterior=(tuple(lost),))) == {}
+@pytest.mark.parametrize("objective", ["vpgea", "grpo"])
+def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_path, objective):
+    """No update, no mean, no alarm; what it cost is counted, console and report cope."""
+    more = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--train.resample_rounds", "1"]}
+    given = words("run", "--eval.data", "[]", *more[objective], "--train.steps", "7")
+    if objective == "grpo":
+        skip = given.index("--objective.prior_samples")
+        del given[skip : skip + 2]
+    generate = HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda *args: [*map(losing, generate(*args))])
+    with Trainer(config.load(TINY, given)) as trainer:
+        before = [p.clone() for p in trainer.policy.parameters()]
+        said = []
+        trainer.say = said.append
+        for _ in range(7):
+            trainer.finish_step(trainer.train_step())
+        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        trainer.finish_run()
+    expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
+    assert not any("alarm" in text for text in said)
+    for record in lines(tmp_path / "run"):
+        assert (record["groups_dropped"], record["skipped"]) == (2, 1)
+        assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)
+        means = ("acc_", "eps3_", "len_", "trunc_", "u_p", "accept", "adv_", "kl_", "elbo")
+        assert not [key for key in record if key.startswith(means)]
+    assert "Alarms" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_lost_answer_drops_its_question(words, monkeypatch):
+    """u_source accuracy: the thoughts are whole, an answer after one of them is not."""
+    more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
+    with Trainer(config.load(TINY, words("run", *more))) as trainer:
+        generate, calls = HFEngine.generate, []
+
+        def give_up_an_answer(*args):
+            calls.append(1)
+            first, *others = generate(*args)
+            return [losing(first) if len(calls) == 2 else first, *others]
+
+        monkeypatch.setattr(HFEngine, "generate", give_up_an_answer)
+        batch, coefs = trainer.collector.collect(0, PhaseTimer())
+    assert batch.lost.tolist() == [1, 0]
+    assert (coefs.metrics["groups_dropped"], coefs.metrics["paths_error"]) == (1, 1)
+    assert not any(weights[0].any() for weights in coefs.weights.values())
+
+
+def test_a_stop_request_is_heard_while_answers_are_sampled(words):
+    more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
+    with Trainer(config.load(TINY, words("run", *more))) as trainer:
+        questions = trainer.questions[:2]
+        paths = trainer.collector.sample(questions, step=0)
+        trainer.stop_requested = True
+        with pytest.raises(Stopped):
+            trainer.collector.score(questions, *paths, step=0)
 
 
 def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):

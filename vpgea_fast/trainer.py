@@ -153,16 +153,21 @@ class Trainer:
         rows = build_rows(batch, coefs, cfg.train, norm_constant=constant, ratios=ratios)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
-            found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics, **weighed}
+            whole = batch.whole
+            seen = diagnostics.batch_metrics(whole) if whole else {}
+            found = {**evaluated, **seen, **coefs.metrics, **weighed}
             found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
             found["rest_freed_mib"] = used.freed_bytes / 2**20
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
-                found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
+                found |= self.view_divergence(whole) if whole else {}
+                found |= self.stream_norms(rows)
             records = diagnostics.path_records(
                 batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
             )
         with timer("train"):
             update, skipped = self.update(rows)
+        if whole is None:
+            skipped = "the engine gave up a path of every question; see vllm.timeout_s"
         with timer("sync"):
             found |= self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
@@ -334,17 +339,11 @@ class Trainer:
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads. A question
-        one of whose paths the engine gave up (it may hold no token) is left out."""
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Every path
+        must have a token, which one that the engine gave up may lack."""
         objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
-        whole = [
-            place
-            for place, paths in enumerate(batch.posterior)
-            if all(path.finish != "error" for path in paths)
-        ]
-        if not isinstance(objective, VpgeaConfig) or not whole:
+        if not isinstance(objective, VpgeaConfig):
             return {}
-        batch = batch.select(whole)
         pairs = batch.pairs("posterior")
         views = [
             self.passes(
