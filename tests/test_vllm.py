@@ -189,7 +189,11 @@ def test_evaluation(tiny_world, tmp_path, capsys):
             ]
         )
         assert status == 0, capsys.readouterr().err
-        out[engine] = json.loads(file.read_text())["greedy"]
+        written = json.loads(file.read_text())
+        assert written["settings"]["rollout"]["engine"] == engine
+        section = written["settings"].get("vllm")
+        assert section is None if engine == "hf" else section["kv_cache_gib"] == 0.125
+        out[engine] = written["greedy"]
     assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
     assert out["vllm"]["tokens"] == out["hf"]["tokens"]
     assert out["vllm"]["errors"] == 0
