@@ -40,6 +40,7 @@ def batch():
         torch.tensor([[True, True]]),
         double([1, 0]),
         double([0, 1]),
+        torch.tensor([False]),
     )
 
 

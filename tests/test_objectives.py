@@ -42,6 +42,7 @@ def batch(u_post=((-1.0, -5.0),), lengths=((50, 200),), closed=((True, True),), 
         closed_prior_BN=torch.ones(count, 2, dtype=torch.bool),
         correct_post_BG=double(correct or [[1.0] * len(u_post[0])] * count),
         correct_prior_BN=double([[1.0, 0.0]] * count),
+        answers_lost_B=torch.zeros(count, dtype=torch.bool),
     )
 
 

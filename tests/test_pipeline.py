@@ -72,6 +72,7 @@ def batch():
         closed(prior),
         torch.full((B, G), float("nan"), dtype=torch.float64),
         (uniform(B, N) > 0.4).double(),
+        torch.zeros(B, dtype=torch.bool),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vpgea_fast import checkpoint, config, objectives
+from vpgea_fast import checkpoint, config, diagnostics, objectives
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
@@ -348,22 +348,27 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
     same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--objective.alpha", "0.7"], "--resume would change objective.alpha"),
-        (["--eval.samples", "3"], "--resume would change eval.samples"),
-        (["--run.seed", "5"], "--resume would change run.seed"),
-        (["--train.steps", "1"], "4 steps are made already"),
-    ],
-)
-def test_a_resumed_run_stays_the_same_run(words, tmp_path, change, message):
+def test_a_resumed_run_stays_the_same_run(words, tmp_path):
     run = tmp_path / "run"
     assert fit(config.load(TINY, words("run")))
     before = (run / "config.yaml").read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=message):
-        fit(config.load(run / "config.yaml", change), resume=True)
-    assert (run / "config.yaml").read_bytes() == before
+    refused = {
+        "objective.alpha": 0.7,
+        "eval.samples": 3,
+        "run.seed": 5,
+        "rollout.temperature": 0.9,
+        "rollout.top_p": 0.9,
+        "rollout.max_new_tokens": 99,
+        "rollout.full_answer": False,
+        "rollout.max_answer_tokens": 9,
+        "rollout.importance_cap": 2,
+    }
+    messages = {key: f"--resume would change {key}," for key in refused}
+    for key, value in {**refused, "train.steps": 1}.items():
+        message = messages.get(key, "4 steps are made already")
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            fit(config.load(run / "config.yaml", [f"--{key}", str(value)]), resume=True)
+        assert (run / "config.yaml").read_bytes() == before
 
 
 def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
@@ -376,6 +381,19 @@ def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
     assert "no evaluation before training" in shown
     assert set(json.loads((run / "eval.json").read_text())) == {"after"}
     assert config.load(run / "config.until_step_4.yaml").train.steps == 4
+
+
+def test_a_resume_may_change_how_paths_are_drawn_not_which(words, tmp_path, capsys):
+    """What the messages of a lost engine and of a probe advise."""
+    run = tmp_path / "run"
+    assert fit(config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1")))
+    more = ["--rollout.max_batch", "5", "--rollout.probe_every", "2"]
+    more += ["--rollout.probe_tolerance", "0.1", "--train.steps", "2"]
+    assert fit(config.load(run / "config.yaml", more), resume=True)
+    shown = capsys.readouterr().out
+    assert "changed at step 1: rollout.max_batch 192 -> 5" in shown
+    assert "changed at step 1: rollout.probe_tolerance None -> 0.1" in shown
+    assert [record["step"] for record in lines(run)] == [1, 2]
 
 
 def test_other_questions_under_the_same_name_are_another_run(words, tmp_path, tiny_world):
@@ -469,42 +487,100 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
 
 
+def losing(path):
+    """As a server's time-out leaves it: not a token."""
+    none = torch.zeros(0)
+    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
+
+
 def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypatch):
-    cfg = config.load(TINY, words("run"))
-    with Trainer(cfg) as trainer:
-        _, whole = trainer.collector.collect(0, PhaseTimer())
+    """The other questions' weights stay, and all means are theirs: a lost path is no wrong, short
+    or rejected one."""
+    with Trainer(config.load(TINY, words("run", "--train.questions_per_step", "3"))) as trainer:
+        batch, full = trainer.collector.collect(0, PhaseTimer())
         generate = HFEngine.generate
 
         def give_up_the_first(*args):
             first, *others = generate(*args)
-            return [replace(first, finish="error"), *others]
+            return [losing(first), *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
-        _, rest = trainer.collector.collect(0, PhaseTimer())
-    assert (whole.metrics["groups_dropped"], whole.metrics["paths_error"]) == (0, 0)
+        part, rest = trainer.collector.collect(0, PhaseTimer())
+        others = batch.select([1, 2])
+        diverged = trainer.view_divergence(others)
+        stats = trainer.train_step()
+    assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
     for key, weights in rest.weights.items():
         assert not weights[0].any()
-        assert torch.equal(weights[1:], whole.weights[key][1:])
-    assert whole.weights["posterior", "teacher"][0].any()
+        assert torch.equal(weights[1:], full.weights[key][1:])
+    assert full.weights["posterior", "teacher"][0].any()
+    assert part.whole is not None
+    assert [q.question.id for q in part.whole.questions] == [
+        q.question.id for q in others.questions
+    ]
+    of_others = objectives.coefficients(trainer.cfg.objective, others).metrics
+    means = {**of_others, **diagnostics.batch_metrics(others), **diverged}
+    assert {"acc_student", "len_prior", "trunc_post", "accept_rate", "adv_post", "elbo"} <= {*means}
+    assert {key: stats.metrics[key] for key in means} == pytest.approx(means, rel=1e-4)
+    assert stats.metrics["tokens_generated"] == part.tokens > others.tokens
 
 
-def test_paths_given_up_before_their_first_token_leave_a_step_with_diagnostics(words):
-    """As a server's time-outs leave them; the other questions' numbers do not move."""
-    with Trainer(config.load(TINY, words("run"))) as trainer:
-        batch, _ = trainer.collector.collect(0, PhaseTimer())
-        none = torch.zeros(0)
-        lost = [
-            replace(p, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
-            for p in batch.posterior[0]
-        ]
-        partly = replace(
-            batch, posterior=((lost[0], *batch.posterior[0][1:]), *batch.posterior[1:])
-        )
-        others = trainer.view_divergence(batch.select(range(1, len(batch.questions))))
-        assert trainer.view_divergence(partly) == pytest.approx(others, rel=1e-5)
-        one = batch.select([0])
-        assert trainer.view_divergence(replace(one, posterior=(tuple(lost),))) == {}
+@pytest.mark.parametrize("objective", ["vpgea", "grpo"])
+def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_path, objective):
+    """No update, no mean, no alarm; what it cost is counted, console and report cope."""
+    more = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--train.resample_rounds", "1"]}
+    given = words("run", "--eval.data", "[]", *more[objective], "--train.steps", "7")
+    if objective == "grpo":
+        skip = given.index("--objective.prior_samples")
+        del given[skip : skip + 2]
+    generate = HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda *args: [*map(losing, generate(*args))])
+    with Trainer(config.load(TINY, given)) as trainer:
+        before = [p.clone() for p in trainer.policy.parameters()]
+        said = []
+        trainer.say = said.append
+        for _ in range(7):
+            trainer.finish_step(trainer.train_step())
+        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        trainer.finish_run()
+    expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
+    assert not any("alarm" in text for text in said)
+    for record in lines(tmp_path / "run"):
+        assert (record["groups_dropped"], record["skipped"]) == (2, 1)
+        assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)
+        means = ("acc_", "eps3_", "len_", "trunc_", "u_p", "accept", "adv_", "kl_", "elbo")
+        assert not [key for key in record if key.startswith(means)]
+    assert "Alarms" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_lost_answer_drops_its_question(words, monkeypatch):
+    """u_source accuracy: the thoughts are whole, an answer after one of them is not."""
+    more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
+    with Trainer(config.load(TINY, words("run", *more))) as trainer:
+        generate, calls = HFEngine.generate, []
+
+        def give_up_an_answer(*args):
+            calls.append(1)
+            first, *others = generate(*args)
+            return [losing(first) if len(calls) == 2 else first, *others]
+
+        monkeypatch.setattr(HFEngine, "generate", give_up_an_answer)
+        batch, coefs = trainer.collector.collect(0, PhaseTimer())
+    assert batch.lost.tolist() == [1, 0]
+    assert (coefs.metrics["groups_dropped"], coefs.metrics["paths_error"]) == (1, 1)
+    assert not any(weights[0].any() for weights in coefs.weights.values())
+
+
+def test_a_stop_request_is_heard_while_answers_are_sampled(words):
+    more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
+    with Trainer(config.load(TINY, words("run", *more))) as trainer:
+        questions = trainer.questions[:2]
+        paths = trainer.collector.sample(questions, step=0)
+        trainer.stop_requested = True
+        with pytest.raises(Stopped):
+            trainer.collector.score(questions, *paths, step=0)
 
 
 def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):

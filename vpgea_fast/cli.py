@@ -265,7 +265,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     console.table(*result_table(results), notes=EVAL_NOTES)
     if out is not None:
         known = config.as_dict(cfg)
-        sections = ("model", "data", "prompt", "rollout", "eval")
+        sections = ["model", "data", "prompt", "rollout", "eval"]
+        sections += ["vllm"] * (cfg.rollout.engine == "vllm")
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))

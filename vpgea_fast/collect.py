@@ -61,7 +61,6 @@ class Collector:
         self.row_logprobs = row_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
         self.verifier = verifier
-        self.lost_answers: set[str] = set()
 
     def collect(self, step: int, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
         """Paths, scores and coefficients of a step: a function of (weights, seed, step).
@@ -69,7 +68,6 @@ class Collector:
         With `train.resample_rounds`, questions without a gradient make room for others, which are a
         function of (seed, step, round) like the first ones.
         """
-        self.lost_answers = set()
         batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
         used, replaced = {q.question.id for q in batch.questions}, 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
@@ -132,17 +130,23 @@ class Collector:
     ) -> ScoredBatch:
         """Cross-view utilities, lengths and (with full answers) correctness of all paths."""
         matrices: dict[str, torch.Tensor] = {}
+        lost: set[str] = set()
         for name, groups in {"post_BG": posterior, "prior_BN": prior}.items():
             pairs = [(q, p) for q, group in zip(questions, groups, strict=True) for p in group]
             shape = (len(groups), len(groups[0]))
+            utilities, unanswered = self._utilities(pairs, step)
+            lost |= unanswered
             columns = {
-                "u": self._utilities(pairs, step),
+                "u": utilities,
                 "correct": self._correct(pairs),
                 "len": torch.tensor([p.length for _, p in pairs], dtype=torch.float64),
                 "closed": torch.tensor([p.closed for _, p in pairs], dtype=torch.bool),
             }
             matrices |= {f"{key}_{name}": column.view(shape) for key, column in columns.items()}
-        return ScoredBatch(tuple(questions), posterior, prior, **matrices)
+        answers_lost_B = torch.tensor([q.question.id in lost for q in questions], dtype=torch.bool)
+        return ScoredBatch(
+            tuple(questions), posterior, prior, **matrices, answers_lost_B=answers_lost_B
+        )
 
     def _draw(
         self, questions: Sequence[PromptedQuestion], step: int, timer: PhaseTimer
@@ -157,20 +161,18 @@ class Collector:
             return batch, self._coefficients(batch)
 
     def _coefficients(self, batch: ScoredBatch) -> Coefficients:
-        """Of the objective; a question one of whose paths, or of whose sampled answers, the engine
-        gave up has none."""
-        coefs = objectives.coefficients(self.cfg.objective, batch)
-        lost = [
-            sum(path.finish == "error" for path in (*posterior, *prior))
-            + (question.question.id in self.lost_answers)
-            for question, posterior, prior in zip(
-                batch.questions, batch.posterior, batch.prior, strict=True
+        """Of the objective; a question that is not whole has none, and is in no mean."""
+        coefs, lost_B = objectives.coefficients(self.cfg.objective, batch), batch.lost
+        dropped_B = lost_B > 0
+        if dropped_B.any():
+            whole, zero = batch.whole, dropped_B[:, None]
+            coefs = Coefficients(
+                {key: part.masked_fill(zero, 0.0) for key, part in coefs.weights.items()},
+                coefs.path_scores,
+                objectives.coefficients(self.cfg.objective, whole).metrics if whole else {},
             )
-        ]
-        lost_B1 = torch.tensor(lost)[:, None] > 0
-        weights = {key: part.masked_fill(lost_B1, 0.0) for key, part in coefs.weights.items()}
-        counts = {"paths_error": sum(lost), "groups_dropped": int(lost_B1.sum())}
-        return replace(coefs, weights=weights, metrics={**coefs.metrics, **counts})
+        counts = {"paths_error": int(lost_B.sum()), "groups_dropped": int(dropped_B.sum())}
+        return replace(coefs, metrics={**coefs.metrics, **counts})
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(
@@ -180,20 +182,24 @@ class Collector:
             batch=self.cfg.train.questions_per_step,
         )
 
-    def _utilities(self, pairs: Pairs, step: int) -> torch.Tensor:
-        if not self.cfg.objective.scores_answers:
-            return torch.full((len(pairs),), math.nan, dtype=torch.float64)
+    def _utilities(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
+        """U of every path; the questions of which the engine gave up a sampled answer."""
+        if not pairs or not self.cfg.objective.scores_answers:
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
         if self.cfg.scoring.u_source == "accuracy":
-            return accuracy_utility(self._sampled_answers(pairs, step))
-        return answer_likelihood(
+            verdicts, lost = self._sampled_answers(pairs, step)
+            return accuracy_utility(verdicts), lost
+        utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
             think_close_id=self.sampling.think_close_id,
             u_norm=self.cfg.scoring.u_norm,
         )
+        return utilities, set()
 
-    def _sampled_answers(self, pairs: Pairs, step: int) -> torch.Tensor:
-        """(len(pairs), J): correctness of J answers sampled after each thought, student view."""
+    def _sampled_answers(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
+        """(len(pairs), J): correctness of J answers sampled after each thought, student view; the
+        questions of which the engine gave up an answer."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
@@ -203,12 +209,12 @@ class Collector:
                 seed = request_seed(self.cfg.run.seed, step, name, path.stream, index)
                 requests.append(SampleRequest(path.question_id, path.stream, index, prompt, seed))
         how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
-        answers = self.engine.generate(requests, how)
-        self.lost_answers |= {a.question_id for a in answers if a.finish == "error"}
+        answers = self.engine.generate(requests, how, self.progress(len(requests)))
+        lost = {answer.question_id for answer in answers if answer.finish == "error"}
         texts = [self.decode(answer.z_ids) for answer in answers]
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
-        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count)
+        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost
 
     def _correct(self, pairs: Pairs) -> torch.Tensor:
         if not self.sampling.full_answer:

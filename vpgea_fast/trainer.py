@@ -37,7 +37,7 @@ from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import check_engine, open_engine
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.probe import TOLERANCE, SyncProbe
+from vpgea_fast.rollout.probe import SyncProbe
 from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
     Coefficients,
@@ -51,10 +51,13 @@ from vpgea_fast.verify import Verifier
 MAX_SKIPPED_IN_A_ROW = 5
 FIXED_ON_RESUME = (
     *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
-    *("prompt.", "rollout.", "scoring.", "objective."),
+    *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
+    *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
+    "rollout.importance_cap",
     *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
-"""Keys that a resumed run keeps; the rest may change, and the run says so."""
+"""Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
+distribution of the samples and their weights, not which engine draws them, how many at a time."""
 
 
 class TrainingError(RuntimeError):
@@ -150,16 +153,21 @@ class Trainer:
         rows = build_rows(batch, coefs, cfg.train, norm_constant=constant, ratios=ratios)
         rows = drop_zero_rows(rows)
         with timer("diagnose"):
-            found = {**evaluated, **diagnostics.batch_metrics(batch), **coefs.metrics, **weighed}
+            whole = batch.whole
+            seen = diagnostics.batch_metrics(whole) if whole else {}
+            found = {**evaluated, **seen, **coefs.metrics, **weighed}
             found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
             found["rest_freed_mib"] = used.freed_bytes / 2**20
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
-                found |= {**self.view_divergence(batch), **self.stream_norms(rows)}
+                found |= self.view_divergence(whole) if whole else {}
+                found |= self.stream_norms(rows)
             records = diagnostics.path_records(
                 batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
             )
         with timer("train"):
             update, skipped = self.update(rows)
+        if whole is None:
+            skipped = "the engine gave up a path of every question; see vllm.timeout_s"
         with timer("sync"):
             found |= self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
@@ -331,17 +339,11 @@ class Trainer:
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads. A question
-        one of whose paths the engine gave up (it may hold no token) is left out."""
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Every path
+        must have a token, which one that the engine gave up may lack."""
         objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
-        whole = [
-            place
-            for place, paths in enumerate(batch.posterior)
-            if all(path.finish != "error" for path in paths)
-        ]
-        if not isinstance(objective, VpgeaConfig) or not whole:
+        if not isinstance(objective, VpgeaConfig):
             return {}
-        batch = batch.select(whole)
         pairs = batch.pairs("posterior")
         views = [
             self.passes(
@@ -473,7 +475,8 @@ class Trainer:
             [first.student_ids, first.teacher_ids],
             engines=self.world.size,
             limit=cfg.max_new_tokens,
-            tolerance=cfg.probe_tolerance or TOLERANCE.get(self.policy.dtype, 0.05),
+            dtype=self.policy.dtype,
+            tolerance=cfg.probe_tolerance,
         )
 
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
@@ -485,7 +488,7 @@ class Trainer:
         every = self.cfg.rollout.probe_every
         if updated and not (every and (self.step + 1) % every == 0):
             return {}
-        return self.probe(updated=updated)
+        return self.probe()
 
     def _restore(self) -> None:
         """The newest checkpoint, and logs that end where it ends."""

@@ -133,11 +133,12 @@ class ScoredBatch:
     posterior[b][i] and prior[b][j] are paths; u_post_BG, u_prior_BN their log P(y*|x, z) in the
     student view (an objective without a stream has a (B, 0) matrix there); len_* count thought
     tokens; closed_* tell whether the thought ended by itself; correct_* are 1 / 0, or NaN where no
-    answer was verified.
+    answer was verified. answers_lost_B: the engine gave up an answer sampled to score a path.
 
     >>> one = torch.tensor([[0.0, -1.0]])
-    >>> none = torch.zeros(1, 0)
-    >>> batch = ScoredBatch((), (), (), one, none, one.exp(), none, one > -1, none > 0, one, none)
+    >>> none, kept = torch.zeros(1, 0), torch.tensor([False])
+    >>> u = one, none, one.exp(), none, one > -1, none > 0, one, none
+    >>> batch = ScoredBatch((), (), (), *u, kept)
     >>> batch.u_post_BG.shape
     torch.Size([1, 2])
     """
@@ -153,6 +154,23 @@ class ScoredBatch:
     closed_prior_BN: torch.Tensor
     correct_post_BG: torch.Tensor
     correct_prior_BN: torch.Tensor
+    answers_lost_B: torch.Tensor
+
+    @property
+    def lost(self) -> torch.Tensor:
+        """Paths of each question that the engine gave up, and one for lost answers; (B,) int64."""
+        paths = [
+            sum(path.finish == "error" for path in (*posterior, *prior))
+            for posterior, prior in zip(self.posterior, self.prior, strict=True)
+        ]
+        return torch.tensor(paths, dtype=torch.int64) + self.answers_lost_B
+
+    @property
+    def whole(self) -> ScoredBatch | None:
+        """The questions of which nothing was lost, the only ones with a gradient or in a mean;
+        None if there are none."""
+        places = (self.lost == 0).nonzero()[:, 0].tolist()
+        return self.select(places) if places else None
 
     @property
     def tokens(self) -> int:

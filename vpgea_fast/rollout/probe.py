@@ -1,16 +1,24 @@
 """Whether an engine samples with the trainer's weights: after a hand-over, the log-probs of a few
-greedy tokens, as the engine drew them and as the trainer scores them.
+greedy tokens, e as the engine drew them and t as the trainer scores them.
 
 Two ways to fail, each with its own reason:
 
-    partial   mean |engine - trainer| above the tolerance of the engine's dtype
-    skipped   the trainer's log-probs changed since the last probe, the engine's are the same bits.
-              This needs no tolerance: it finds a step of 1e-6 in bfloat16, where rounding hides it.
+    partial   mean |e - t| above the tolerance of the engine's dtype
+    skipped   all tokens and log-probs of an engine are the same bits as at an earlier probe, and
+              the trainer has moved since: mean |t - t_then| > 4 max(mean |e_then - t_then|, least)
+
+The same bits alone prove nothing: a small step moves log-probs by less than a rounding, and rounds
+otherwise in the trainer than in the engine. An engine with the right weights was a gap away from
+the trainer then and is a gap away now, so the trainer moved by the sum of the two at most: 4 gaps
+are no rounding. A skipped hand-over of a smaller step leaves the two equal to within rounding, and
+is found when more such steps have added up: `then` is the probe at which the engine's bits last
+changed. An engine that does not repeat its own bits is watched by the first check alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -23,14 +31,36 @@ TOKENS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Mean |difference|; other dtypes 0.05, which is NeMo-RL's bar of mean exp|difference| <= 1.05."""
 
+GAPS = 4
+"""How far the trainer may move while an engine stands still, in gaps of the two."""
+
 Score = Callable[[Sequence[TrainRow]], Sequence[torch.Tensor]]
 """The trainer's log-probs, at temperature 1, of every row's tokens."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one engine drew at a probe, its prompts one after the other, and the trainer's score."""
+
+    ids: torch.Tensor
+    drawn: torch.Tensor
+    scored: torch.Tensor
+
+    @property
+    def gaps(self) -> torch.Tensor:
+        return (self.drawn - self.scored).abs()
+
+    def same_bits(self, other: _Seen) -> bool:
+        return torch.equal(self.ids, other.ids) and torch.equal(self.drawn, other.drawn)
 
 
 class SyncProbe:
     """Call it after each hand-over, in every process; RolloutError for weights that are not there.
 
-    prompts  probed once for each of `engines` processes, in their order, so every engine is probed
+    prompts    probed once for each of `engines` processes, in their order, so every engine is
+               probed
+    dtype      in which the engine computes
+    tolerance  of the mean |difference|; None: the dtype's
     """
 
     def __init__(
@@ -41,32 +71,28 @@ class SyncProbe:
         *,
         engines: int,
         limit: int,
-        tolerance: float,
+        dtype: torch.dtype,
+        tolerance: float | None = None,
     ) -> None:
-        self.engine, self.score, self.tolerance = engine, score, tolerance
+        self.engine, self.score, self.engines = engine, score, engines
+        self.tolerance = TOLERANCE.get(dtype, 0.05) if tolerance is None else tolerance
+        # Some pairs agree to the last bit. 8 eps is the rounding of a logit; log-probs are float32
+        # at best. In bfloat16 that is above the tolerance, and the second check would be idle.
+        eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
+        self.least_gap = min(8 * eps, self.tolerance / 32)
         self.sampling = Sampling(min(TOKENS, limit), think_close_id=-1, eos_ids=(), temperature=0.0)
         self.requests = [
             SampleRequest(f"probe {engine}", "prior", i, prompt, seed=0)
             for engine in range(engines)
             for i, prompt in enumerate(prompts)
         ]
-        self.before: tuple[list[torch.Tensor], ...] | None = None
+        self.changed: list[_Seen] = []
+        """Of each engine, the probe at which its bits last changed."""
 
-    def __call__(self, *, updated: bool) -> dict[str, float]:
-        """Mean and largest |difference|. `updated`: the weights changed since the last call."""
-        paths = self.engine.generate(self.requests, self.sampling)
-        self.engine.usage()
-        rows = [
-            TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
-            for r, p in zip(self.requests, paths, strict=True)
-        ]
-        ids, drawn = [path.z_ids for path in paths], [path.logps for path in paths]
-        scored = [logps.cpu() for logps in self.score(rows)]
-        now = (ids, drawn, scored)
-        before, self.before = self.before, now
-        gaps = torch.cat(
-            [(a.double() - b.double()).abs() for a, b in zip(drawn, scored, strict=True)]
-        )
+    def __call__(self) -> dict[str, float]:
+        """Mean and largest |difference|."""
+        now = self._look()
+        gaps = torch.cat([seen.gaps for seen in now])
         mean, largest = gaps.mean().item(), gaps.max().item()
         if not mean <= self.tolerance:
             raise RolloutError(
@@ -77,13 +103,37 @@ class SyncProbe:
                 "--resume and rollout.engine 'hf', or raise rollout.probe_tolerance if the dtype "
                 "explains it"
             )
-        if updated and before is not None:
-            for number, request in enumerate(self.requests):
-                same = [torch.equal(a[number], b[number]) for a, b in zip(before, now, strict=True)]
-                if same == [True, True, False]:
-                    raise RolloutError(
-                        f"the engine did not take over the new weights ({request.question_id}): "
-                        "the trainer's log-probs changed since the last probe, the engine's are "
-                        "the same bits; the last checkpoint is good: go on with --resume"
-                    )
+        before = self.changed or now
+        self.changed = [
+            old if new.same_bits(old) else new for old, new in zip(before, now, strict=True)
+        ]
+        for number, (old, new) in enumerate(zip(self.changed, now, strict=True)):
+            moved = (new.scored - old.scored).abs().mean().item()
+            allowed = GAPS * max(old.gaps.mean().item(), self.least_gap)
+            if moved > allowed:
+                raise RolloutError(
+                    f"the engine of process {number} did not take over the new weights: its "
+                    "log-probs are the same bits as at an earlier probe, and the trainer's have "
+                    f"moved since by a mean of {moved:.2g}, where rounding explains {allowed:.2g}; "
+                    "the last checkpoint is good: go on with --resume"
+                )
         return {"probe_mean": mean, "probe_max": largest}
+
+    def _look(self) -> list[_Seen]:
+        """What every engine draws now, and how the trainer scores it."""
+        paths = self.engine.generate(self.requests, self.sampling)
+        self.engine.usage()
+        rows = [
+            TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
+            for r, p in zip(self.requests, paths, strict=True)
+        ]
+        scored = [logps.cpu().double() for logps in self.score(rows)]
+        each = len(paths) // self.engines
+        return [
+            _Seen(
+                torch.cat([path.z_ids for path in paths[start : start + each]]),
+                torch.cat([path.logps.double() for path in paths[start : start + each]]),
+                torch.cat(scored[start : start + each]),
+            )
+            for start in range(0, len(paths), each)
+        ]
