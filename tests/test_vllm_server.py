@@ -263,7 +263,7 @@ def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, 
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
         stats = trainer.train_step()
     assert stats.metrics["groups_dropped"] == 4
-    assert stats.skipped == "no path has a gradient"
+    assert "gave up a path of every question" in stats.skipped
     capsys.readouterr()
 
 

@@ -123,6 +123,10 @@ class SyncProbe:
         """What every engine draws now, and how the trainer scores it."""
         paths = self.engine.generate(self.requests, self.sampling)
         self.engine.usage()
+        if not all(path.z_ids.numel() for path in paths):
+            raise RolloutError(
+                "the engine gave up a probe before its first token; raise vllm.timeout_s"
+            )
         rows = [
             TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
             for r, p in zip(self.requests, paths, strict=True)
