@@ -203,7 +203,9 @@ def test_vllm_takes_its_share_of_a_gpu_awake_and_nearly_nothing_asleep(group, he
     states = 12 * sum(
         -(-rows // 4) * math.prod(rest) for unit in shape.units.values() for rows, *rest in unit
     )
-    assert sum(found.phases["sampling"].values()) == states + DEVICE // 2
+    sampling = found.phases["sampling"]
+    assert sampling["units"] == found.phases["scoring"]["units"]  # of the probe
+    assert sum(sampling.values()) == states + DEVICE // 2 + sampling["units"]
     awake = ("sampling", "scoring")
     assert in_phases(found, "vllm graphs") == dict.fromkeys([*TRAINING, *awake, "sync"], GIB)
     assert in_phases(found, "vllm weights") == dict.fromkeys([*awake, "sync"], engine.weights)
@@ -230,11 +232,7 @@ def test_vllms_cache_may_have_a_size_of_its_own():
 def test_answers_are_scored_beside_a_vllm_that_may_be_asked_again():
     """A layer's tensors once, and what is whole in a forward: blocks, head, embedding."""
     shape, found = with_vllm(train=RESAMPLED)
-    scoring = {
-        name: size
-        for name, size in found.phases["scoring"].items()
-        if name not in found.phases["sampling"]
-    }
+    scoring = found.phases["scoring"]
     backward, head = found.phases["backward"], found.phases["head"]
     assert scoring["head"] == head["head"]
     assert 0 < scoring["activations"] <= backward["activations"]

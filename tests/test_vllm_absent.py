@@ -212,6 +212,9 @@ def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_word
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
     assert main(["serve", "some/model", "--print", "--", "--data-parallel-size", "8"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--data-parallel-size 8")
+    for word in ("--host=0.0.0.0", "--port", "--ssl-keyfile", "--middleware=none"):
+        assert main(["serve", "some/model", "--print", "--", word, "0.0.0.0"]) == 2
+        assert f"got '{word.partition('=')[0]}' after --, which" in capsys.readouterr().err
     assert main(["report", "runs/a", "--", "--optim.lr", "1"]) == 2
     assert "got '--optim.lr' after --; only serve" in capsys.readouterr().err
 
@@ -251,13 +254,14 @@ class OnCuda(vllm.VllmEngine):
 def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(
     random_qwen2, tmp_path, monkeypatch
 ):
-    free = iter([3 * 2**30, 5 * 2**30])
+    free = iter([0, 1 * 2**30, 3 * 2**30, 5 * 2**30])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 8 * 2**30))
     model = random_qwen2()
     model.config.save_pretrained(tmp_path)
     cuda = torch.device("cuda", 0)
     engine = OnCuda(str(tmp_path), max_batch=4, dtype=torch.bfloat16, device=cuda)
     weights = len(list(model.named_parameters()))
+    assert engine.usage().freed_bytes == 2**30
     engine.load_weights(model.named_parameters())
     engine.rest()
     engine.rest()
@@ -266,11 +270,8 @@ def test_a_sleeping_engine_wakes_weights_then_loads_then_wakes_the_cache(
     assert engine.usage().freed_bytes == 0
     engine.load_weights(model.named_parameters())
     load = f"reload_weights {weights}"
-    assert engine.llm.told == [
-        *(load, "reset"),
-        "sleep 2",
-        *("wake weights", load, "wake kv_cache", "reset"),
-    ]
+    woken = ("wake weights", load, "wake kv_cache", "reset")
+    assert engine.llm.told == ["sleep 2", *woken, "sleep 2", *woken]
     assert engine.complete
     with pytest.raises(ConfigError, match=r"float32, bfloat16 or float16, got torch\.float64"):
         OnCuda(str(tmp_path), max_batch=4, dtype=torch.float64, device=cuda)

@@ -246,6 +246,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
     source = args.config or (run if Path(args.model).name == "export" and run.is_file() else None)
+    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
+        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
     cfg = (
         config.load(source, words)
         if source
@@ -280,8 +282,7 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.rollout.vllm import check_installed
 
     check_key(args.host)
-    command, environment = serve_command(cfg, args.host, args.port)
-    command += args.passed
+    command, environment = serve_command(cfg, args.host, args.port, args.passed)
     if args.print:
         print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
         return 0

@@ -165,11 +165,15 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
     attention.check_model(model)
-    heads, group = model.num_attention_heads, cfg.vllm.tensor_parallel
-    if cfg.colocated and heads % group:
+    group = cfg.vllm.tensor_parallel
+    heads = model.num_attention_heads
+    keys = getattr(model, "num_key_value_heads", None) or heads
+    rest = (heads % group, model.intermediate_size % group, min(keys % group, group % keys))
+    if cfg.colocated and any(rest):
         raise ConfigError(
             f"vllm.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
-            "attention heads, which vLLM deals out; set 1 or another divisor"
+            f"attention heads and {model.intermediate_size} MLP columns, and a divisor or a "
+            f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
         )
     if tokenizer is None:
         return

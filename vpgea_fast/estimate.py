@@ -293,7 +293,8 @@ def estimate_memory(
         phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
         return MemoryEstimate(phases, _host(lay), shape.parameters)
     awake = {**states, **(engine.parts if engine else {})}
-    phases["sampling"] = awake
+    probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
+    phases["sampling"] = {**awake, **probe}
     scored = cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood"
     if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}

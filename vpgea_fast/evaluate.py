@@ -6,7 +6,7 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ Decode = Callable[[torch.Tensor], str]
 Item = tuple[Question, torch.Tensor]
 """A question and its student prompt: all that an evaluation knows."""
 Progress = Callable[[int], None]
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class Evaluator:
@@ -180,15 +181,18 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
     check_engine(cfg, processes=1)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
-    causal_lm, engine = _model_and_engine(cfg)
+    causal_lm, engine, weights = _model_and_engine(cfg)
     try:
+        if weights is not None:
+            engine.load_weights(weights)
         return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine)
     finally:
         engine.close()
 
 
-def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine]:
-    """The model (without storage, for an engine that is no module) and what samples with it."""
+def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
+    """The model (without storage, for an engine that is no module), what samples with it, and the
+    weights that this one still needs."""
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
     if cfg.rollout.engine == "hf":
@@ -202,9 +206,7 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine]:
         dtype=dtype,
         hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
     )
-    if weights is not None:
-        engine.load_weights(weights)
-    return causal_lm, engine
+    return causal_lm, engine, weights
 
 
 def _evaluate(

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import resource
+import shutil
 import signal
 import time
 import zlib
@@ -35,7 +36,7 @@ from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.rollout.engine import RolloutEngine
-from vpgea_fast.rollout.factory import check_engine, open_engine
+from vpgea_fast.rollout.factory import SYNC_DIR, check_engine, open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import SyncProbe
 from vpgea_fast.scoring import score_row
@@ -599,6 +600,8 @@ class Trainer:
 
     def _claim(self, resume: bool) -> None:
         self.claim = checkpoint.claim_run_dir(self.run_dir, resume=resume)
+        # of a run that was killed in a hand-over
+        shutil.rmtree(self.run_dir / SYNC_DIR, ignore_errors=True)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:

@@ -14,6 +14,9 @@ from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
 from vpgea_fast.rollout.server import ServerEngine
 
+SYNC_DIR = "sync"
+"""Below run.dir: weights on their way to a server, unless vllm.sync_dir says otherwise."""
+
 
 def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
     """ConfigError, before anything is loaded, for an engine that `processes` cannot run. A server
@@ -65,14 +68,15 @@ def open_engine(
     if cfg.rollout.engine == "hf":
         engine = hf()
     elif cfg.vllm.server is not None:
-        engine = ServerEngine(
-            cfg.model.path,
-            cfg=cfg.vllm,
-            world=world,
-            max_batch=cfg.rollout.max_batch,
-            dtype=dtype,
-            files=cfg.vllm.sync_dir or str(Path(cfg.run.dir) / "sync"),
-        )
+        with world.together():
+            engine = ServerEngine(
+                cfg.model.path,
+                cfg=cfg.vllm,
+                world=world,
+                max_batch=cfg.rollout.max_batch,
+                dtype=dtype,
+                files=cfg.vllm.sync_dir or str(Path(cfg.run.dir) / SYNC_DIR),
+            )
     else:
         engine, group = _vllm(cfg, world, dtype), cfg.vllm.tensor_parallel
     return ParallelEngine(engine, world, group=group) if world.size > 1 else engine

@@ -59,10 +59,9 @@ class ParallelEngine:
         own = requests[self.teams.share(len(requests))]
         # A member that stops alone would leave the others of its team waiting for it.
         watched = advance if self.group == 1 else None
-        try:
+        data = b""
+        with self.world.together(), suppress(Stopped):
             data = save(_to_tensors(self.engine.generate(own, sampling, watched)))
-        except Stopped:
-            data = b""
         parts = self.world.gather_bytes(data)
         if not all(parts):
             raise Stopped
@@ -77,8 +76,10 @@ class ParallelEngine:
         self.engine.check(requests, sampling)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See RolloutEngine; in every process."""
-        self.engine.load_weights(named)
+        """See RolloutEngine; in every process. All take every tensor, so a failure of one can be
+        told to all. A collective."""
+        with self.world.together():
+            self.engine.load_weights(named)
 
     def rest(self) -> None:
         """See RolloutEngine; in every process."""

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +46,7 @@ from vpgea_fast.rollout.engine import (
 )
 from vpgea_fast.rollout.vllm import (
     GIB,
+    SYNC_SECONDS,
     NcclSender,
     WorkerExtension,
     copied,
@@ -60,14 +60,20 @@ from vpgea_fast.types import Finish, Path, SampleRequest
 KEY = "VLLM_API_KEY"
 """The environment variable that holds the key, for vLLM and here."""
 
-SYNC_SECONDS = 1800.0
-"""A server that takes longer to take over weights is lost."""
-
 HEALTH_SECONDS = 10.0
-"""Between two looks at a server that owes an answer, and to wait for /health; and to connect."""
+"""Between two looks at a server that owes an answer. A look may take as long: half of it to
+connect, half for the answer of /health."""
 
 MISSES = 2
 """Looks in a row without an answer after which a server is lost: at most 40 s."""
+
+CONNECT_SECONDS = 30.0
+
+OURS = (
+    *("--host", "--port", "--uds", "--ssl", "--config", "--api-key", "--middleware"),
+    *("--worker-extension-cls", "--weight-transfer-config", "--tokens-only", "--no-tokens-only"),
+)
+"""Options of vLLM that `vpgea serve` sets, or that would take the server out of its sight."""
 
 
 PR_SET_PDEATHSIG = 1
@@ -131,11 +137,13 @@ class ServerEngine:
         model = skeleton(path, trust_remote_code=cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.room, self.mark = self._connect(describe(model.config)), ""
+        try:
+            self.room, self.mark = self._connect(describe(model.config)), ""
+        except BaseException:
+            self.client.close()
+            raise
         self.nccl: NcclSender | None = None
         self.threads = ThreadPoolExecutor(max_workers=max_batch, thread_name_prefix="rollout")
-        if world.main and cfg.sync_dir is None and files is not None:
-            shutil.rmtree(files, ignore_errors=True)  # of a run that was killed in a hand-over
 
     def _connect(self, here: Mapping[str, Any]) -> int:
         """The positions of the server's model, which must be of the trained one's shape."""
@@ -144,7 +152,6 @@ class ServerEngine:
         if other:
             wanted = ", ".join(f"{key} {value}" for key, value in other.items())
             expected = ", ".join(f"{key} {here[key]}" for key in other)
-            self.client.close()
             raise ConfigError(
                 f"the server at {self.cfg.server} serves another model than model.path: {wanted} "
                 f"there, {expected} here; start `vpgea serve` with this model"
@@ -200,9 +207,12 @@ class ServerEngine:
 
     def _abort(self, run: str, waiting: dict[Future[tuple[Path, int]], int]) -> None:
         names = [f"{run}-{number}" for work, number in waiting.items() if not work.cancel()]
-        if names and self.client.healthy():
-            self.client.post("/inference/v1/abort_requests", {"request_ids": names}, 60.0)
-        self.client.hang_up()
+        try:
+            if names and self.client.healthy():
+                with suppress(RolloutError):  # what ended the rollout is what is told
+                    self.client.post("/inference/v1/abort_requests", {"request_ids": names}, 60.0)
+        finally:
+            self.client.hang_up()
 
     def _draw(self, name: str, request: SampleRequest, sampling: Sampling) -> tuple[Path, int]:
         """A path, and how many tokens of its prompt the server had in its cache."""
@@ -222,10 +232,8 @@ class ServerEngine:
         }
         none = torch.zeros(0)
         try:
-            answer = self.client.post("/inference/v1/generate", body, self.cfg.timeout_s)
+            answer = self.client.draw(body, self.cfg.timeout_s)
         except TimeoutError:
-            if not self.client.healthy():
-                raise self.client.lost("no answer") from None
             return split_path(request, none.long(), none, sampling, "error"), 0
         choice = answer["choices"][0]
         ids = torch.tensor(choice["token_ids"] or [], dtype=torch.int64)
@@ -257,15 +265,13 @@ class ServerEngine:
         self.complete = False
         rest = iter(named)
         fitting = self.weights.fitting(rest)
-        try:
-            if self.world.main:
-                self._hand_over(fitting)
-            else:
-                for _ in fitting:
+        with self.world.together():
+            try:
+                if self.world.main:
+                    self._hand_over(fitting)
+            finally:
+                for _ in (*fitting, *rest):
                     pass
-        finally:
-            for _ in rest:
-                pass
         self.mark = self.world.gather(self.mark)[0]
         self.weights.check()
         self.complete = True
@@ -274,6 +280,7 @@ class ServerEngine:
         self.mark = secrets.token_hex(8)
         if self.cfg.sync == "nccl":
             self.nccl = self.nccl or NcclSender(self.client, self.client.get("/get_world_size"))
+            self.client.rpc("set_mark", "")
             self.nccl.send(copied(named, self.dtype))
         else:
             self._leave_files(self.weights.both_names(copied(named, self.dtype, "cpu")))
@@ -305,9 +312,18 @@ class ServerEngine:
         self.threads.shutdown(wait=True, cancel_futures=True)
 
 
-def serve_command(cfg: Config, host: str, port: int) -> tuple[list[str], dict[str, str]]:
+def serve_command(
+    cfg: Config, host: str, port: int, more: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
     """The `vllm serve` (words, environment) that `ServerEngine` can sample from and hand weights
-    to: token ids in and out, log-probs after the temperature, and the key on every route."""
+    to: token ids in and out, log-probs after the temperature, and the key on every route. `more`
+    goes to vLLM as it is. ConfigError for an option in it that must be as it is here."""
+    for word in more:
+        if word.startswith(OURS):
+            raise ConfigError(
+                f"got {word.partition('=')[0]!r} after --, which `vpgea serve` sets itself; leave "
+                "it out, or use its own option"
+            )
     cuda = torch.cuda.is_available()
     settings = cfg.vllm
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
@@ -345,6 +361,7 @@ def serve_command(cfg: Config, host: str, port: int) -> tuple[list[str], dict[st
         words += ["--load-format", "dummy"]  # the files have no head of its own
     if overrides:
         words += ["--hf-overrides", json.dumps(overrides)]
+    words += more
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",  # has the routes that take weights
         "VLLM_NO_USAGE_STATS": "1",
@@ -360,6 +377,9 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
     A vLLM whose engine has died in a call waits for that call for ever. So one that has answered
     /health, or was told to end, and then misses more than MISSES of them is killed.
     """
+
+    here = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    client = _Client(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
 
     def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -378,8 +398,6 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, tell)
-    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    client = _Client(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
     status, misses, answered = None, 0, False
     while status is None and misses <= MISSES:
         with suppress(subprocess.TimeoutExpired):
@@ -387,6 +405,7 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
         healthy = client.healthy()
         answered = answered or healthy or told.is_set()
         misses = 0 if healthy or not answered else misses + 1
+    client.close()
     with suppress(ProcessLookupError):
         os.killpg(started.pid, signal.SIGKILL)
     status = started.wait()
@@ -435,15 +454,25 @@ class _Client:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def get(self, path: str) -> Any:
-        return self._call("GET", path, None, 60.0)
+        return self._answer("GET", path, None, 60.0)
 
     def post(self, path: str, body: dict[str, Any], seconds: float) -> Any:
-        """The answer. TimeoutError after `seconds`; RolloutError for a server that is gone, or that
-        refuses."""
-        return self._call("POST", path, body, seconds)
+        """The answer. RolloutError for a server that is gone, that refuses, or that has not
+        answered after `seconds`."""
+        return self._answer("POST", path, body, seconds)
+
+    def draw(self, body: dict[str, Any], seconds: float) -> Any:
+        """As `post`, but TimeoutError after `seconds` while the server is well."""
+        try:
+            return self._call("POST", "/inference/v1/generate", body, seconds)
+        except TimeoutError:
+            if not self.healthy():
+                raise self.lost("no answer") from None
+            raise
 
     def rpc(self, method: str, *args: str, seconds: float = 60.0) -> list[Any]:
-        """What each of the server's workers answers; see WorkerExtension."""
+        """What each worker answers, with data parallel of the first engine; all are called. See
+        WorkerExtension."""
         call = "/collective_rpc"
         answer = self.post(call, {"method": method, "args": args}, seconds)
         if not isinstance(answer, dict) or not answer.get("results"):
@@ -458,7 +487,7 @@ class _Client:
 
     def healthy(self) -> bool:
         try:
-            self._call("GET", "/health", None, HEALTH_SECONDS, watched=False)
+            self._call("GET", "/health", None, HEALTH_SECONDS / 2, watched=False)
         except (TimeoutError, RolloutError):
             return False
         return True
@@ -501,9 +530,20 @@ class _Client:
         misses = 0
         while not self.closed.wait(HEALTH_SECONDS):
             misses = misses + 1 if self.owed and not self.healthy() else 0
-            if misses >= MISSES:
+            if misses < MISSES:
+                self.silent = ""
+            else:
                 self.silent = f"{MISSES} calls of /health were not answered"
                 self.hang_up()
+
+    def _answer(self, method: str, path: str, body: Any, seconds: float) -> Any:
+        try:
+            return self._call(method, path, body, seconds)
+        except TimeoutError:
+            raise RolloutError(
+                f"the server at {self.url} has not answered {path} after {seconds:g} s; it hangs, "
+                "perhaps in a hand-over that did not end: start it again, and go on with --resume"
+            ) from None
 
     def _call(
         self, method: str, path: str, body: Any, seconds: float, *, watched: bool = True
@@ -538,9 +578,12 @@ class _Client:
     def _connected(self, seconds: float, *, watched: bool) -> Iterator[http.client.HTTPConnection]:
         """A connection whose answer may take `seconds`."""
         kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        connection = kind(self.host, self.port, timeout=HEALTH_SECONDS)
+        patience = CONNECT_SECONDS if watched else HEALTH_SECONDS / 2
+        connection = kind(self.host, self.port, timeout=patience)
         try:
             connection.connect()
+        except TimeoutError:
+            raise
         except OSError as error:
             raise self.lost(self.silent or f"{type(error).__name__}: {error}") from error
         opened = connection.sock
@@ -548,6 +591,8 @@ class _Client:
         if watched:
             self.owed.add(opened)
         try:
+            if self.closed.is_set():
+                raise self.lost("this side has closed")
             yield connection
         finally:
             self.owed.discard(opened)

@@ -19,6 +19,7 @@ Seeds      a path's tokens depend on its seed and its logits; float32 sums depen
 from __future__ import annotations
 
 import base64
+import math
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -61,6 +62,9 @@ LOOK_EVERY = 16
 """Tokens of a path between two looks at it. It costs at most so many tokens beyond a limit."""
 
 GIB = 2**30
+
+SYNC_SECONDS = 1800.0
+"""An engine that takes longer to take over weights, or to sleep, is lost."""
 
 CHUNK_BYTES = GIB
 """Of weights that travel together: one file, one staging buffer, one broadcast."""
@@ -140,6 +144,7 @@ class VllmEngine:
         self.guard: _Guard | None = None
         self.device, self.dtype, self.used = device, dtype, Usage()
         self.complete = self.asleep = False
+        self.alive = True
         self.untied = device.type == "cpu"
         model = skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
@@ -150,6 +155,7 @@ class VllmEngine:
             self.room, self.source = context, "vllm.context"
         self.shares_group = dist.is_initialized()
         self.llm: Any = self._start(path, max_batch, seed)
+        self.rest()  # the first hand-over too finds weights and cache asleep
 
     def _start(self, path: str, max_batch: int, seed: int) -> Any:
         cfg, cuda = self.cfg, self.device.type == "cuda"
@@ -196,7 +202,7 @@ class VllmEngine:
             llm = LLM(**options)
         if cfg.process == "own":
             (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
-            self.guard = _Guard(llm.llm_engine.engine_core, engine, cfg.timeout_s)
+            self.guard = _Guard(llm.llm_engine.engine_core, engine)
             self.guard.start()
         return llm
 
@@ -224,9 +230,7 @@ class VllmEngine:
                     paths[int(name)] = open_.pop(name).path(sampling, finish)
                 if on_progress is not None:
                     on_progress(len(finished))
-        except BaseException as error:
-            if _is_dead(error):
-                raise self._gone() from error
+        except BaseException:
             self._give_up(open_)
             raise
         return [paths[number] for number in range(len(requests))]
@@ -260,7 +264,7 @@ class VllmEngine:
         """One step of the scheduler: names and reasons of the paths that have ended."""
         ended: dict[str, Finish] = {}
         cut: list[str] = []
-        with self._waiting():
+        with self._waiting(self.cfg.timeout_s):
             outputs = self.llm.llm_engine.step()
         for output in outputs:
             drawing, completion = open_[output.request_id], output.outputs[0]
@@ -287,20 +291,28 @@ class VllmEngine:
             self.llm.llm_engine.abort_request(cut)
         return ended
 
-    def _waiting(self) -> AbstractContextManager[None]:
-        """While the trainer waits for an engine in a process of its own."""
-        return nullcontext() if self.guard is None else self.guard.waiting()
+    @contextmanager
+    def _waiting(self, seconds: float) -> Iterator[None]:
+        """While the trainer waits for an engine in a process of its own, which is killed when it is
+        silent for so long; RolloutError for one that is dead."""
+        try:
+            with nullcontext() if self.guard is None else self.guard.waiting(seconds):
+                yield
+        except Exception as error:
+            if _is_dead(error):
+                raise self._gone() from error
+            raise
 
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
-        """Take what was being drawn out of the scheduler."""
-        if open_:
+        """Take what was being drawn out of the scheduler, if there still is one."""
+        if open_ and self.alive:
             self.llm.llm_engine.abort_request(list(open_))
 
     def _gone(self) -> RolloutError:
-        self.complete = False
+        self.complete = self.alive = False
         return RolloutError(
-            "the vLLM engine's process is gone (killed, out of memory, or silent for "
-            f"{self.cfg.timeout_s:g} s, vllm.timeout_s; see the lines above); the last checkpoint "
+            "the vLLM engine's process is gone (killed, out of memory, or silent for longer than "
+            f"vllm.timeout_s, {self.cfg.timeout_s:g} s; see the lines above); the last checkpoint "
             "is good: go on with --resume, with a smaller rollout.max_batch, vllm.gpu_memory or "
             "vllm.kv_cache_gib if memory ran out"
         )
@@ -316,15 +328,11 @@ class VllmEngine:
         self.complete = False
         rest = iter(named)
         try:
-            with self._waiting():
+            with self._waiting(SYNC_SECONDS):
                 self._wake("weights")
                 self._hand_over(self._as_loaded(rest))
                 self._wake("kv_cache")
                 clean = self.llm.reset_prefix_cache()
-        except Exception as error:
-            if _is_dead(error):
-                raise self._gone() from error
-            raise
         finally:
             for _ in rest:  # its collectives are waited for by other processes
                 pass
@@ -361,7 +369,8 @@ class VllmEngine:
         self.complete = False
         if self.device.type == "cuda" and not self.asleep:
             before, _ = torch.cuda.mem_get_info(self.device)
-            self.llm.sleep(level=2)
+            with self._waiting(SYNC_SECONDS):
+                self.llm.sleep(level=2)
             self.asleep = True
             after, _ = torch.cuda.mem_get_info(self.device)
             self.used = self.used._replace(freed_bytes=after - before)
@@ -450,18 +459,18 @@ class _Guard(threading.Thread):
     """Wakes a trainer that waits for a killed engine: vLLM 0.32's client would wait for ever, for
     tokens (its queue) and for answers to calls (its futures) alike. Kills one that is silent."""
 
-    def __init__(self, client: Any, engine: int, patience: float) -> None:
+    def __init__(self, client: Any, engine: int) -> None:
         super().__init__(daemon=True)
-        self.client, self.engine, self.patience = weakref.ref(client), engine, patience
-        self.since: float | None = None
+        self.client, self.engine = weakref.ref(client), engine
+        self.until = math.inf
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        self.since = time.monotonic()
+    def waiting(self, seconds: float) -> Iterator[None]:
+        self.until = time.monotonic() + seconds
         try:
             yield
         finally:
-            self.since = None
+            self.until = math.inf
 
     def run(self) -> None:
         from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
@@ -470,8 +479,7 @@ class _Guard(threading.Thread):
 
         while _runs(self.engine):
             time.sleep(0.5)
-            since = self.since
-            if since is not None and time.monotonic() - since > self.patience:
+            if time.monotonic() > self.until:
                 with suppress(ProcessLookupError):
                     os.kill(self.engine, signal.SIGKILL)
         if (client := self.client()) is not None:
@@ -632,6 +640,7 @@ class NcclSender:
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in part.values()],
             "shapes": [list(tensor.shape) for tensor in part.values()],
         }
+        torch.cuda.current_stream().synchronize()  # the copies are there
         side_by_side(
             lambda: self.client.update_weights(update), lambda: self._broadcast(part.values())
         )
@@ -639,7 +648,7 @@ class NcclSender:
     def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         with torch.cuda.device(self.device):
             for tensor in tensors:
-                self.group.broadcast(tensor, src=0)
+                self.group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
             torch.cuda.current_stream().synchronize()
 
 
@@ -716,12 +725,15 @@ def _environment(process: str, device: torch.device) -> Iterator[None]:
     """What vLLM reads from the environment while it starts; undoes what it changes in torch."""
     own = process == "own"
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own))}
+    if own:
+        # CUDA handles are no plain data; they go through the pipe to the child and nowhere else.
+        # Both ends must agree for as long as they talk, so this one stays.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if own and device.type == "cuda":
+        torch.cuda.empty_cache()  # the child asks for gpu_memory that is free
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         index = device.index or 0
         wanted["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
-        # CUDA handles are no plain data; they go through the pipe to the child and nowhere else.
-        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # Its information is hundreds of lines; on a CPU its warnings are dozens, none of use here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device.type == "cpu" else "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
