@@ -19,6 +19,9 @@ Seeds      a path's tokens depend on its seed and its logits; float32 sums depen
 from __future__ import annotations
 
 import base64
+import ctypes
+import functools
+import multiprocessing.process
 import os
 import re
 import signal
@@ -121,6 +124,8 @@ class VllmEngine:
     context    positions that a path may need, prompt included; at most the model's own
     max_batch  paths that are decoded side by side
     files      where weights lie on their way into a process of its own; default the system's place
+
+    A process of its own ends with the thread that made the engine.
     """
 
     def __init__(
@@ -190,12 +195,15 @@ class VllmEngine:
             options["worker_extension_cls"] = f"{__name__}.{WorkerExtension.__name__}"
             if cuda:
                 options["weight_transfer_config"] = {"backend": "ipc"}
-        with _environment(cfg.process, self.device):
+        with (
+            _environment(cfg.process, self.device),
+            ending_with_this_process() as started,
+        ):
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
 
             llm = LLM(**options)
         if cfg.process == "own":
-            (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
+            (engine,) = started
             self.guard = _Guard(llm.llm_engine.engine_core, engine, cfg.timeout_s)
             self.guard.start()
         return llm
@@ -403,20 +411,58 @@ class WorkerExtension:
             weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
         )
 
-    def end_with(self, trainer: int) -> int:
-        """End this worker and the engine above it within seconds of the process `trainer`, also
-        when that is killed; the engine's process."""
-        engine = os.getpid() if os.getppid() == trainer else os.getppid()
 
-        def watch() -> None:
-            while _runs(trainer):
-                time.sleep(1.0)
-            with suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGKILL)
-            os._exit(1)
+LEAVE = 34
+"""The signal by which a process of an engine is asked to end by the one that started it: the first
+of Linux's real-time signals, which no terminal, scheduler or launcher sends."""
 
-        threading.Thread(target=watch, daemon=True).start()
-        return engine
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when the one that started it ends."""
+
+
+@contextmanager
+def ending_with_this_process() -> Iterator[list[int]]:
+    """What `multiprocessing` starts meanwhile, and what that starts, ends with this process and at
+    its word alone; the ids of what was started.
+
+    vLLM 0.32's processes outlive a trainer that is killed, for ever if it still waits for them to
+    start; and they obey a Ctrl-C or a scheduler's SIGTERM, which come to every process of a job,
+    before the trainer has saved. "This process" is for Linux the thread that is here.
+    """
+    start, started = multiprocessing.process.BaseProcess.start, list[int]()
+
+    def start_bound(process: Any) -> None:
+        process._target = functools.partial(_run_bound, os.getpid(), process._target)
+        start(process)
+        process.terminate = functools.partial(os.kill, process.pid, LEAVE)
+        started.append(process.pid)
+
+    multiprocessing.process.BaseProcess.start = start_bound  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield started
+    finally:
+        multiprocessing.process.BaseProcess.start = start
+
+
+def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run `target`, the whole of a process, which ends by SIGKILL when `parent` ends, whatever it
+    is doing; SIGINT and SIGTERM are ignored, what it would do at SIGTERM it does at LEAVE."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    install = signal.signal
+    for number in (signal.SIGINT, signal.SIGTERM):
+        install(number, signal.SIG_IGN)
+
+    def install_elsewhere(number: int, handler: Any) -> Any:
+        if number == signal.SIGINT:
+            return signal.SIG_IGN
+        return install(LEAVE if number == signal.SIGTERM else number, handler)
+
+    # Not by a mask: threads that torch has started at its import would still take the signals.
+    signal.signal = install_elsewhere
+    with ending_with_this_process():
+        target(*args, **kwargs)
 
 
 class _Guard(threading.Thread):
