@@ -38,7 +38,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -197,6 +197,7 @@ class VllmEngine:
                 options["weight_transfer_config"] = {"backend": "ipc"}
         with (
             _environment(cfg.process, self.device),
+            _interruptible(),
             ending_with_this_process() as started,
         ):
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
@@ -386,7 +387,7 @@ class VllmEngine:
             return
         core = llm.llm_engine.engine_core
         if self.cfg.process == "own" or not self.shares_group:
-            core.shutdown()
+            core.shutdown(timeout=CLOSE_SECONDS)
             return
         # vLLM's own shutdown would destroy the trainer's default group too.
         from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
@@ -411,6 +412,10 @@ class WorkerExtension:
             weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
         )
 
+
+CLOSE_SECONDS = 20.0
+"""An engine that takes longer to close is killed. vLLM's own 5 s are less than its processes take
+on a busy CPU, and a killed one leaves shared memory that its resource tracker complains of."""
 
 LEAVE = 34
 """The signal by which a process of an engine is asked to end by the one that started it: the first
@@ -463,6 +468,31 @@ def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: A
     signal.signal = install_elsewhere
     with ending_with_this_process():
         target(*args, **kwargs)
+
+
+class _Interrupt(BaseException):
+    """A Ctrl-C."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Hear a Ctrl-C: vLLM 0.32 drops a KeyboardInterrupt while it waits for its engine to start,
+    and goes on to wait, for up to ten minutes."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise _Interrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupt:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Guard(threading.Thread):
