@@ -20,7 +20,7 @@ from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.vllm import VllmEngine
+from vpgea_fast.rollout.vllm import LEAVE, VllmEngine
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -356,45 +356,162 @@ def test_closing_leaves_the_callers_process_group(make_engine):
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def start(running, words, tmp_path):
+    """A run with the engine in a process of its own, in a session of its own:
+    `run = start("--vllm.timeout_s", "10")`; `run.wait_for_lines(2)`, `run.end_by(time)`."""
+    own = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
+
+    class Run(subprocess.Popen):
+        def __init__(self, *more):
+            command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY)]
+            super().__init__(
+                [*command, *words("run", *own, *more)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+        def processes(self, title=""):
+            return [pid for pid, stat in running(session=self.pid).items() if title in stat]
+
+        def wait_for(self, condition):
+            deadline = time.monotonic() + 400
+            while not (found := condition()):
+                assert self.poll() is None, self.stderr.read()[-4000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            return found
+
+        def wait_for_lines(self, count):
+            metrics = tmp_path / "run/metrics.jsonl"
+            self.wait_for(lambda: metrics.exists() and len(lines(tmp_path / "run")) >= count)
+
+        def end_by(self, deadline):
+            """What it said on stderr; nothing of it may run on."""
+            try:
+                _, said = self.communicate(timeout=deadline - time.monotonic())
+            finally:
+                self.kill()
+            while left := running(session=self.pid):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.1)
+            return said
+
+    return Run
+
+
+def check_saved(run_dir, least):
+    saved = checkpoint.find_checkpoint(run_dir, world=World(CPU))
+    assert saved is not None
+    assert saved.step >= least
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.tensors().values())
+
+
 @pytest.mark.parametrize("victim", ["engine", "trainer", "silent engine"])
-def test_a_killed_process_ends_the_job_and_leaves_nothing(words, tmp_path, victim, running):
+def test_a_killed_process_ends_the_job_and_leaves_nothing(start, tmp_path, victim):
     """SIGKILL (for the last SIGSTOP) in the middle of a rollout, the engine in its own process."""
-    long = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
-    long += ["--vllm.timeout_s", "10" if victim == "silent engine" else "600"]
-    command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY), *words("run", *long)]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    ) as run:
-        deadline = time.monotonic() + 400
-        metrics = tmp_path / "run/metrics.jsonl"
-        while not (metrics.exists() and len(lines(tmp_path / "run")) >= 2):
-            assert run.poll() is None, run.stderr.read()[-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        started = running(session=run.pid)
-        (engine,) = [pid for pid, stat in started.items() if "(VLLM::EngineCor" in stat]
+    with start("--vllm.timeout_s", "10" if victim == "silent engine" else "600") as run:
+        run.wait_for_lines(2)
+        (engine,) = run.processes("(VLLM::EngineCor")
         killed = time.monotonic()
         signal_ = signal.SIGSTOP if victim == "silent engine" else signal.SIGKILL
         os.kill(run.pid if victim == "trainer" else engine, signal_)
+        said = run.end_by(killed + 60)
+    if victim != "trainer":
+        assert run.returncode == 2
+        assert "the vLLM engine's process is gone" in said
+    check_saved(
+        tmp_path / "run", 1
+    )  # the second line of metrics.jsonl comes before the second save
+
+
+def test_a_signal_to_every_process_of_a_job_is_answered_by_the_trainer(start, tmp_path):
+    """As terminals and schedulers send it: the engine goes on until the trainer has saved."""
+    with start() as run:
+        run.wait_for_lines(1)
+        for signal_ in (signal.SIGINT, signal.SIGTERM):
+            for process in run.processes("(VLLM::"):
+                os.kill(process, signal_)
+        run.wait_for_lines(3)
+        assert len(run.processes("(VLLM::")) == 2
+        os.killpg(run.pid, signal.SIGINT)
+        said = run.end_by(time.monotonic() + 60)
+    assert run.returncode == 143, said
+    assert "Traceback" not in said
+    assert "leaked" not in said  # shared memory of an engine that had to be killed
+    check_saved(tmp_path / "run", 3)
+
+
+@pytest.mark.parametrize(("signal_", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_trainer_that_ends_while_its_engine_starts_leaves_nothing(start, signal_, status):
+    with start() as run:
+        run.wait_for(lambda: run.processes("(VLLM::EngineCor"))
+        if signal_ == signal.SIGINT:
+            os.killpg(run.pid, signal_)
+        else:
+            os.kill(run.pid, signal_)
+        said = run.end_by(time.monotonic() + 60)
+    assert run.returncode == status, said
+
+
+FAMILY = """
+import multiprocessing, os, sys, time
+from vpgea_fast.rollout.vllm import ending_with_this_process
+
+def work(context):
+    if context is not None:
+        context.Process(target=work, args=(None,)).start()
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    for _ in range(2):
+        engine = context.Process(target=work, args=(context,))
+        with ending_with_this_process():
+            engine.start()
+        if input() == "end":
+            engine.terminate()
+            engine.join()
+            os.write(1, b"%d\\n" % engine.exitcode)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_and_theirs_end_with_a_process_or_at_its_word(method, tmp_path, running):
+    """A stopped one too; and they do not end at a SIGINT or SIGTERM of others."""
+    (tmp_path / "family.py").write_text(FAMILY)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "family.py"), method],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(TINY.parents[1])},
+        start_new_session=True,
+    ) as family:
         try:
-            _, said = run.communicate(timeout=60)
+            for ends in (f"{-LEAVE}", "killed"):
+                engine, worker = sorted(int(family.stdout.readline()) for _ in "ew")
+                for process in (engine, worker):
+                    os.kill(process, signal.SIGINT)
+                    os.kill(process, signal.SIGTERM)
+                time.sleep(0.2)
+                assert {engine, worker} <= running(session=family.pid).keys()
+                os.kill(worker, signal.SIGSTOP)
+                if ends == "killed":
+                    family.kill()
+                else:
+                    print("end", file=family.stdin, flush=True)
+                    assert family.stdout.readline() == f"{ends}\n"
+                deadline = time.monotonic() + 5
+                while left := {engine, worker} & running(session=family.pid).keys():
+                    assert time.monotonic() < deadline, left
+                    time.sleep(0.02)
         finally:
-            run.kill()
-        if victim != "trainer":
-            assert run.returncode == 2
-            assert "the vLLM engine's process is gone" in said
-        while left := running(session=run.pid):
-            assert time.monotonic() - killed < 60, left
-            time.sleep(0.2)
-    saved = checkpoint.find_checkpoint(tmp_path / "run", world=World(CPU))
-    assert saved is not None
-    assert saved.step >= 1  # the second line of metrics.jsonl comes before the second save
-    assert all(bool(tensor.isfinite().all()) for tensor in saved.tensors().values())
+            family.kill()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

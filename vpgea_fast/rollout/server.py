@@ -11,7 +11,7 @@ limits before it is cut, since it knows one limit only.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import hmac
 import http.client
 import ipaddress
@@ -51,6 +51,7 @@ from vpgea_fast.rollout.vllm import (
     WorkerExtension,
     copied,
     describe,
+    end_with_parent,
     skeleton,
     weights_directory,
     write_weights,
@@ -74,10 +75,6 @@ OURS = (
     *("--worker-extension-cls", "--weight-transfer-config", "--tokens-only", "--no-tokens-only"),
 )
 """Options of vLLM that `vpgea serve` sets, or that would take the server out of its sight."""
-
-
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 
 def is_loopback(host: str) -> bool:
@@ -381,14 +378,11 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
     here = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     client = _Client(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
 
-    def end_with_parent() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     started = subprocess.Popen(
         command,
         env={**os.environ, **environment},
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
     )
     told = threading.Event()
 

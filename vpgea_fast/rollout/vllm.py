@@ -19,7 +19,10 @@ Seeds      a path's tokens depend on its seed and its logits; float32 sums depen
 from __future__ import annotations
 
 import base64
+import ctypes
+import functools
 import math
+import multiprocessing.process
 import os
 import re
 import signal
@@ -36,7 +39,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -125,6 +128,8 @@ class VllmEngine:
     context    positions that a path may need, prompt included; at most the model's own
     max_batch  paths that are decoded side by side
     files      where weights lie on their way into a process of its own; default the system's place
+
+    A process of its own ends with the thread that made the engine.
     """
 
     def __init__(
@@ -196,12 +201,16 @@ class VllmEngine:
             options["worker_extension_cls"] = f"{__name__}.{WorkerExtension.__name__}"
             if cuda:
                 options["weight_transfer_config"] = {"backend": "ipc"}
-        with _environment(cfg.process, self.device):
+        with (
+            _environment(cfg.process, self.device),
+            _interruptible(),
+            ending_with_this_process() as started,
+        ):
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
 
             llm = LLM(**options)
         if cfg.process == "own":
-            (engine,) = set(llm.collective_rpc("end_with", args=(os.getpid(),)))
+            (engine,) = started
             self.guard = _Guard(llm.llm_engine.engine_core, engine)
             self.guard.start()
         return llm
@@ -387,7 +396,7 @@ class VllmEngine:
             return
         core = llm.llm_engine.engine_core
         if self.cfg.process == "own" or not self.shares_group:
-            core.shutdown()
+            core.shutdown(timeout=CLOSE_SECONDS)
             return
         # vLLM's own shutdown would destroy the trainer's default group too.
         from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
@@ -439,20 +448,92 @@ class WorkerExtension:
             weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
         )
 
-    def end_with(self, trainer: int) -> int:
-        """End this worker and the engine above it within seconds of the process `trainer`, also
-        when that is killed; the engine's process."""
-        engine = os.getpid() if os.getppid() == trainer else os.getppid()
 
-        def watch() -> None:
-            while _runs(trainer):
-                time.sleep(1.0)
-            with suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGKILL)
-            os._exit(1)
+CLOSE_SECONDS = 20.0
+"""An engine that takes longer to close is killed. vLLM's own 5 s are less than its processes take
+on a busy CPU, and a killed one leaves shared memory that its resource tracker complains of."""
 
-        threading.Thread(target=watch, daemon=True).start()
-        return engine
+LEAVE = 34
+"""The signal by which a process of an engine is asked to end by the one that started it: the first
+of Linux's real-time signals, which no terminal, scheduler or launcher sends."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when the one that started it ends."""
+
+
+def end_with_parent(number: int) -> None:
+    """Let this process get a signal when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+@contextmanager
+def ending_with_this_process() -> Iterator[list[int]]:
+    """What `multiprocessing` starts meanwhile, and what that starts, ends with this process and at
+    its word alone; the ids of what was started.
+
+    vLLM 0.32's processes outlive a trainer that is killed, for ever if it still waits for them to
+    start; and they obey a Ctrl-C or a scheduler's SIGTERM, which come to every process of a job,
+    before the trainer has saved. "This process" is for Linux the thread that is here.
+    """
+    start, started = multiprocessing.process.BaseProcess.start, list[int]()
+
+    def start_bound(process: Any) -> None:
+        process._target = functools.partial(_run_bound, os.getpid(), process._target)
+        start(process)
+        process.terminate = functools.partial(os.kill, process.pid, LEAVE)
+        started.append(process.pid)
+
+    multiprocessing.process.BaseProcess.start = start_bound  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield started
+    finally:
+        multiprocessing.process.BaseProcess.start = start
+
+
+def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run `target`, the whole of a process, which ends by SIGKILL when `parent` ends, whatever it
+    is doing; SIGINT and SIGTERM are ignored, what it would do at SIGTERM it does at LEAVE."""
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    install = signal.signal
+    for number in (signal.SIGINT, signal.SIGTERM):
+        install(number, signal.SIG_IGN)
+
+    def install_elsewhere(number: int, handler: Any) -> Any:
+        if number == signal.SIGINT:
+            return signal.SIG_IGN
+        return install(LEAVE if number == signal.SIGTERM else number, handler)
+
+    # Not by a mask: threads that torch has started at its import would still take the signals.
+    signal.signal = install_elsewhere
+    with ending_with_this_process():
+        target(*args, **kwargs)
+
+
+class _Interrupt(BaseException):
+    """A Ctrl-C."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Hear a Ctrl-C: vLLM 0.32 drops a KeyboardInterrupt while it waits for its engine to start,
+    and goes on to wait, for up to ten minutes."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise _Interrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupt:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Guard(threading.Thread):
