@@ -195,7 +195,7 @@ def test_vllm_takes_its_share_of_a_gpu_awake_and_nearly_nothing_asleep(group, he
     shape, found = with_vllm(vllm, train=RESAMPLED)
     engine, whole = found.engine, 2 * shape.parameters
     assert engine.weights == -(-whole // group)
-    assert engine.work == 16384 * 2 * (3 * 1024 // group + 2 * 256) + 6 * 2051 * (2 + 16)
+    assert engine.work == 8192 * 2 * (3 * 1024 // group + 2 * 256) + 6 * 2051 * (2 + 16)
     assert engine.kept == GIB
     assert engine.weights + engine.work + engine.kept + engine.cache == DEVICE // 2
     assert engine.token == 2 * 3 * heads * 32 * 2

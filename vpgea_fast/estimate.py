@@ -69,9 +69,9 @@ not a measurement."""
 
 GIB = 2**30
 
-VLLM_TOKENS, VLLM_TOKENS_CPU = 16384, 4096
-"""Tokens of one forward of vLLM 0.32: its default on a GPU of 70 GiB or more (half on a smaller
-one), and the least that its engine here asks for on a CPU."""
+VLLM_TOKENS, VLLM_TOKENS_SMALL, VLLM_TOKENS_CPU = 16384, 8192, 4096
+"""Tokens of one forward of vLLM 0.32: its default on a GPU of 70 GiB or more, on a smaller one (and
+on an A100), and the least that its engine here asks for on a CPU."""
 
 VLLM_KEPT = GIB
 """Bytes that vLLM keeps on a GPU asleep and awake: CUDA graphs, workspaces, the CUDA context of a
@@ -446,7 +446,10 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
     group, rows = vllm.tensor_parallel, lay.cfg.rollout.max_batch
     untied = _numel(shape.embedding) if shape.tied and not lay.cuda else 0
     weights = -(-(shape.parameters + untied) * s // group)
-    tokens = VLLM_TOKENS if lay.cuda else max(context, rows, VLLM_TOKENS_CPU)
+    tokens = max(context, rows, VLLM_TOKENS_CPU)
+    if lay.cuda:
+        small = device_bytes is not None and device_bytes < 70 * GIB
+        tokens = VLLM_TOKENS_SMALL if small else VLLM_TOKENS
     work = tokens * s * (3 * shape.mlp // group + 2 * shape.hidden)
     work += rows * shape.vocabulary * (s + 16)
     kept = VLLM_KEPT if lay.cuda else 0
