@@ -18,6 +18,7 @@ import ipaddress
 import json
 import math
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -26,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -110,6 +111,20 @@ def check_key(host: str) -> None:
         )
 
 
+Drawn = Future[tuple[Path, int]]
+"""A path, and how many tokens of its prompt the server had in its cache."""
+
+
+def _taken(ended: queue.SimpleQueue[Drawn], seconds: float) -> list[Drawn]:
+    """What is there, or comes within `seconds`."""
+    found: list[Drawn] = []
+    with suppress(queue.Empty):
+        found.append(ended.get(timeout=seconds))
+        while True:
+            found.append(ended.get_nowait())
+    return found
+
+
 class ServerEngine:
     """Rollout engine over a server at `cfg.server`; see `RolloutEngine`.
 
@@ -178,15 +193,17 @@ class ServerEngine:
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         run = f"vpgea-{os.getpid()}-{time.monotonic_ns()}"
-        waiting: dict[Future[tuple[Path, int]], int] = {}
+        waiting: dict[Drawn, int] = {}
+        ended: queue.SimpleQueue[Drawn] = queue.SimpleQueue()
         try:
             for number in order:
                 name = f"{run}-{number}"
                 work = self.threads.submit(self._draw, name, requests[number], sampling)
                 waiting[work] = number
+                work.add_done_callback(ended.put)
             paths: dict[int, Path] = {}
             while waiting:
-                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                done = _taken(ended, 0.2)
                 for work in done:
                     number = waiting.pop(work)
                     paths[number], cached = work.result()
@@ -202,7 +219,7 @@ class ServerEngine:
         self._check_mark()
         return [paths[number] for number in range(len(requests))]
 
-    def _abort(self, run: str, waiting: dict[Future[tuple[Path, int]], int]) -> None:
+    def _abort(self, run: str, waiting: Mapping[Drawn, int]) -> None:
         names = [f"{run}-{number}" for work, number in waiting.items() if not work.cancel()]
         try:
             if names and self.client.healthy():
