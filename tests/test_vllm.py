@@ -267,6 +267,16 @@ def test_a_partial_sync_stops_the_run(words, monkeypatch):
         trainer.train_step()
 
 
+def test_a_reload_that_vllm_leaves_out_is_noticed_at_once(make_engine, monkeypatch):
+    """At any learning rate: every weight must have been asked for."""
+    engine, model = make_engine()
+    monkeypatch.setattr(engine.llm, "collective_rpc", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"missing model\.embed_tokens\.weight; missing"):
+        engine.load_weights(model.named_parameters())
+    with pytest.raises(ValueError, match="load_weights first"):
+        engine.generate(requests(), Sampling(4, think_close_id=3, eos_ids=(1,)))
+
+
 class Tied(VllmEngine):
     def _start(self, path, max_batch, seed):
         self.untied = False

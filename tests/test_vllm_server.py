@@ -23,6 +23,7 @@ from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutError, Sampling
 from vpgea_fast.rollout.server import KEY, ServerEngine
+from vpgea_fast.rollout.vllm import write_weights
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -274,6 +275,15 @@ def test_a_stop_and_a_time_out(engine, server):
     late = [path for path in paths if path.finish == "error"]
     assert late  # not all: a thread that the machine lets wait finds its answer there already
     assert {path.z_ids.numel() for path in late} == {0}
+
+
+def test_weights_that_the_server_leaves_out(engine, tiny_model, monkeypatch):
+    def one_more(named, directory):
+        return write_weights(named, directory) + 1
+
+    monkeypatch.setattr("vpgea_fast.rollout.server.write_weights", one_more)
+    with pytest.raises(RolloutError, match=r"the engine took 27 of 28 weights"):
+        engine.load_weights(tiny_model.named_parameters())
 
 
 def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):

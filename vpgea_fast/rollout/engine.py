@@ -204,8 +204,14 @@ class WeightSet:
     def fitting(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that fit, under their first names; what does not is noted for `check`."""
+        """The tensors that fit, under their first names; what does not, or is never asked for, is
+        noted for `check`."""
         self.given, self.misfits = set(), []
+        return self._fitting(named)
+
+    def _fitting(
+        self, named: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named:
             if name not in self.shapes:
                 self.misfits.append(f"unknown {name}")

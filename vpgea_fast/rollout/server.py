@@ -50,6 +50,7 @@ from vpgea_fast.rollout.vllm import (
     SYNC_SECONDS,
     NcclSender,
     WorkerExtension,
+    check_taken,
     copied,
     describe,
     end_with_parent,
@@ -307,8 +308,9 @@ class ServerEngine:
 
     def _leave_files(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
         with weights_directory(self.files) as directory:
-            write_weights(named, directory)
-            self.client.rpc("load_files", str(directory.resolve()), seconds=SYNC_SECONDS)
+            written = write_weights(named, directory)
+            where = str(directory.resolve())
+            check_taken(written, self.client.rpc("load_files", where, seconds=SYNC_SECONDS))
 
     def rest(self) -> None:
         """See RolloutEngine. The server's memory is not the trainer's."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import functools
+import itertools
 import math
 import multiprocessing.process
 import os
@@ -364,8 +365,9 @@ class VllmEngine:
             _send_ipc(self.llm, named, max(CHUNK_BYTES, self.weights.largest * self.dtype.itemsize))
         else:
             with weights_directory(self.files) as directory:
-                write_weights(named, directory)
-                self.llm.collective_rpc("load_files", args=(str(directory),))
+                written = write_weights(named, directory)
+                taken = self.llm.collective_rpc("load_files", args=(str(directory),))
+                check_taken(written, taken)
 
     def _wake(self, part: str) -> None:
         if self.asleep:
@@ -441,12 +443,13 @@ class WorkerExtension:
     def marked(self) -> str:
         return self.mark
 
-    def load_files(self, directory: str) -> None:
-        """Take over the weights that `write_weights` left in a directory."""
-        self.mark = ""
-        self.model_runner.reload_weights(
-            weights_iterator=_read_weights(FilePath(directory)), is_checkpoint_format=True
-        )
+    def load_files(self, directory: str) -> int:
+        """Take over the weights that `write_weights` left in a directory; how many vLLM took."""
+        self.mark, taken = "", itertools.count()
+        read = _read_weights(FilePath(directory))
+        named = (weight for weight, _ in zip(read, taken, strict=False))
+        self.model_runner.reload_weights(weights_iterator=named, is_checkpoint_format=True)
+        return next(taken)
 
 
 CLOSE_SECONDS = 20.0
@@ -620,9 +623,21 @@ def weights_directory(parent: str | None) -> Iterator[FilePath]:
         yield FilePath(directory)
 
 
-def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> None:
-    """Safetensors, a file for each of `chunks`. A tensor under two names must be two."""
+def check_taken(written: int, taken: Iterable[object]) -> None:
+    """RolloutError unless every worker's answer to `load_files` is what was written."""
+    if {str(count) for count in taken} != {str(written)}:
+        raise RolloutError(
+            f"the engine took {', '.join(map(str, taken))} of {written} weights; the last "
+            "checkpoint is good: go on with --resume"
+        )
+
+
+def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> int:
+    """Safetensors, a file for each of `chunks`; how many tensors. One under two names must be
+    two."""
+    written = 0
     for number, part in enumerate(chunks(named)):
+        written += len(part)
         try:
             save_file(part, directory / f"{number:05d}.safetensors")
         except (OSError, SafetensorError) as error:
@@ -630,6 +645,7 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath
                 f"vllm.sync_dir: cannot write weights to {directory} ({error}); set it to a "
                 "directory with room for the model"
             ) from error
+    return written
 
 
 def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
