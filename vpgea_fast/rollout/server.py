@@ -71,6 +71,7 @@ MISSES = 2
 """Looks in a row without an answer after which a server is lost: at most 40 s."""
 
 CONNECT_SECONDS = 30.0
+"""To connect, for any other call: many paths ask at once."""
 
 OURS = (
     *("--host", "--port", "--uds", "--ssl", "--config", "--api-key", "--middleware"),
@@ -146,7 +147,7 @@ class ServerEngine:
         assert cfg.server is not None
         self.cfg, self.world, self.dtype, self.files = cfg, world, dtype, files
         self.client = _Client(cfg.server)
-        self.max_batch, self.used, self.complete = max_batch, Usage(), False
+        self.used, self.complete = Usage(), False
         model = skeleton(path, trust_remote_code=cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
