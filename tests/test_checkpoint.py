@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -604,6 +606,45 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(tmp_path
     assert torch.equal(weight, before[0])
     assert dict(kept["optimizer"].state) == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+class Hostile:
+    """Pickled, it is a call of os.mkdir; unpickled by a plain pickle, the call is made."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def reindexed(path, raw):
+    """A checkpoint as somebody would hand it on: another index, and the manifest made to fit."""
+    (path / ".metadata").write_bytes(raw)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][".metadata"] = {"bytes": len(raw), "crc32": zlib.crc32(raw)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_index_of_somebody_else_runs_no_code(tmp_path):
+    path = save(tmp_path, 1)
+    reindexed(path, pickle.dumps(Hostile(tmp_path / "made")))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir, which no index .* needs"):
+        loaded_step(tmp_path)
+    assert not (tmp_path / "made").exists()
+    for raw in (b"no pickle", pickle.dumps(torch.Size([3]))):
+        reindexed(path, raw)
+        with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+            loaded_step(tmp_path)
+
+
+def test_an_index_names_no_file_elsewhere(tmp_path):
+    path = save(tmp_path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = "../step_9/__0_0.distcp"
+    reindexed(path, pickle.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./step_9.*lies elsewhere"):
+        loaded_step(tmp_path)
 
 
 def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
