@@ -703,6 +703,16 @@ def test_a_start_that_failed_leaves_nothing_and_one_that_wrote_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["wrote"]
 
 
+def test_a_start_that_failed_takes_back_what_it_made_and_no_more(tmp_path):
+    claim_run_dir(tmp_path / "a/b/run").abandon()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for there in ("elsewhere", "link", "elsewhere/../link"):
+        claim_run_dir(tmp_path / there).abandon()
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link"]
+
+
 def test_directories_that_cannot_be_runs(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
