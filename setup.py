@@ -72,7 +72,5 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],
-        "trl": ["trl>=1.0"],
-        "wandb": ["wandb>=0.18"],
     },
 )

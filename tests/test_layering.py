@@ -20,7 +20,7 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "trainer": {"trainer"},
-    "evaluation": {"collect", "diagnostics", "dry_run", "evaluate", "report"},
+    "evaluation": {"collect", "diagnostics", "doctor", "dry_run", "evaluate", "report"},
     "stages": {
         "checkpoint",
         "data",

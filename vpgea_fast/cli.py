@@ -1,4 +1,4 @@
-"""`vpgea`: train, eval, serve, report, make-tiny. Every configuration key is an option:
+"""`vpgea`: train, eval, serve, report, doctor, make-tiny. Every configuration key is an option:
 `--section.key value`."""
 
 from __future__ import annotations
@@ -175,6 +175,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN")
     report.set_defaults(run=_report, parser=report)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what runs on this machine, and why the rest does not",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+
     tiny = commands.add_parser(
         "make-tiny",
         help="make the tiny model and its questions",
@@ -302,6 +311,15 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     if rows:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.doctor import examine
+
+    for found in examine(args.device):
+        print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
     return 0
 
 
