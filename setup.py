@@ -30,6 +30,7 @@ setup(
     packages=[
         "vpgea_fast",
         "vpgea_fast.checkpoint",
+        "vpgea_fast.data",
         "vpgea_fast.objectives",
         "vpgea_fast.rollout",
         "vpgea_fast.kernels",

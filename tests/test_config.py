@@ -111,7 +111,7 @@ def test_overrides(tmp_path):
     assert (cfg.optim.lr, cfg.run.seed, cfg.eval.data, cfg.prompt.student) == (
         5e-4,
         3,
-        ("a.jsonl", "b.jsonl"),
+        (config.DataFile("a.jsonl"), config.DataFile("b.jsonl")),
         "Q: {question}",
     )
 

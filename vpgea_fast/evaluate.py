@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.config import Config, RolloutConfig
-from vpgea_fast.data import Benchmark, load_benchmarks
+from vpgea_fast.data import Benchmark, load_benchmarks, write_dropped
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
 from vpgea_fast.model import load_policy, load_tokenizer, stored_model
@@ -76,6 +76,7 @@ class Evaluator:
                 f"{name}: {len(benchmark.questions)} questions"
                 + (f", {dropped}" if dropped else "")
             )
+            lines += [f"{name}: {line}" for line in benchmark.loaded.lines()]
         sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
         ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
         lines.append(
@@ -218,10 +219,15 @@ def _evaluate(
     engine: RolloutEngine,
 ) -> dict[str, dict[str, Any]]:
     with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
+        judge = verifier.parseable
+        if console is not None:
+            judge = console.watched(judge, "reference answers")
+        benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=judge)
+        write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
         evaluator = Evaluator(
             cfg,
             engine=engine,
-            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
+            benchmarks=benchmarks,
             sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             verifier=verifier,

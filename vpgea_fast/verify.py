@@ -29,6 +29,7 @@ Job = tuple[str, str | None]
 """(gold, text to verify), or (gold, None): can the gold answer be parsed at all?"""
 
 Outcome = Literal["right", "wrong", "late", "dead"]
+Progress = Callable[[int], None]
 
 START_S = 120.0  # the import takes 0.7 s from a warm cache; a cold network disk may need a minute
 ORPHAN_S = 1.0  # how long after its deadline a busy worker ends when no parent is left to kill it
@@ -84,29 +85,29 @@ class Verifier:
         """
         return self._judge(list(pairs))
 
-    def parseable(self, golds: Iterable[str]) -> list[bool]:
-        """Whether math-verify can make a mathematical object of each gold answer."""
-        return self._judge([(gold, None) for gold in golds])
+    def parseable(self, golds: Iterable[str], on_progress: Progress | None = None) -> list[bool]:
+        """Whether math-verify can make a mathematical object of each gold answer. `on_progress`
+        hears how many more this process has judged."""
+        return self._judge([(gold, None) for gold in golds], on_progress)
 
-    def _judge(self, jobs: Sequence[Job]) -> list[bool]:
-        return (
-            self._judge_own(jobs)
-            if self._world is None
-            else self._world.spread(self._judge_own, jobs)
-        )
+    def _judge(self, jobs: Sequence[Job], on_progress: Progress | None = None) -> list[bool]:
+        def judge(share: Sequence[Job]) -> list[bool]:
+            return self._judge_own(share, on_progress)
 
-    def _judge_own(self, jobs: Sequence[Job]) -> list[bool]:
+        return judge(jobs) if self._world is None else self._world.spread(judge, jobs)
+
+    def _judge_own(self, jobs: Sequence[Job], on_progress: Progress | None) -> list[bool]:
         if not self._workers:
             raise ValueError("this Verifier is closed; make a new one")
         distinct = dict.fromkeys(jobs)
         verdicts = {job: self._cache.pop(job) for job in distinct if job in self._cache}
-        verdicts |= self._run([job for job in distinct if job not in verdicts])
+        verdicts |= self._run([job for job in distinct if job not in verdicts], on_progress)
         self._cache |= verdicts
         for job in list(self._cache)[:-CACHED_JOBS]:
             del self._cache[job]
         return [verdicts[job] for job in jobs]
 
-    def _run(self, jobs: Sequence[Job]) -> dict[Job, bool]:
+    def _run(self, jobs: Sequence[Job], on_progress: Progress | None) -> dict[Job, bool]:
         """Give every free worker one job at a time until each job has its verdict."""
         waiting, verdicts, retried = deque(jobs), {}, set()
         while len(verdicts) < len(jobs):
@@ -122,6 +123,8 @@ class Verifier:
                 self.timeouts += outcome == "late"
                 self.crashes += outcome == "dead"
                 verdicts[job] = outcome == "right"
+                if on_progress is not None:
+                    on_progress(1)
         return verdicts
 
     def _outcomes(self) -> list[tuple[Job, Outcome]]:
