@@ -32,6 +32,7 @@ setup(
         "vpgea_fast.checkpoint",
         "vpgea_fast.objectives",
         "vpgea_fast.rollout",
+        "vpgea_fast.verify",
         "vpgea_fast.kernels",
     ],
     package_dir={"vpgea_fast.kernels": "kernels"},

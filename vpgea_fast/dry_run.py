@@ -108,13 +108,13 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     counts = {**dropped, **unfit}
     lost = ", ".join(f"{count} dropped ({why})" for why, count in counts.items() if count)
     say(f"{len(kept)} questions, {lost or 'none dropped'}; the first {len(kept[:ITEMS])}:")
-    with Verifier(timeout_s=cfg.verify.timeout_s) as verifier:
-        readable = verifier.parseable([item.question.answer for item in kept[:ITEMS]])
+    with Verifier.configured(cfg.verify) as verifier:
+        readable = verifier.accepts_itself([item.question.answer for item in kept[:ITEMS]])
     for item, good in zip(kept[:ITEMS], readable, strict=True):
         say(
             f"  {item.question.id}: prompt tokens student {len(item.student_ids)}, teacher "
             f"{len(item.teacher_ids)}; scored answer {tokenizer.decode(item.target_ids)!r}"
-            + ("" if good else ", which math-verify cannot parse")
+            + ("" if good else ", which the checker does not accept")
         )
     say(f"student prompt:\n{tokenizer.decode(kept[0].student_ids)}\n")
     say(f"teacher prompt:\n{tokenizer.decode(kept[0].teacher_ids)}\n")

@@ -102,9 +102,9 @@ class Trainer:
         self.world = open_world(cfg.parallel, cfg.model.device)
         self.world.require_same(resume, "question whether the run has started already")
         self.claim: checkpoint.RunLock | None = None
-        self.world.on_main(functools.partial(self._claim, resume))
-        self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s, self.world)
+        self.verifier = Verifier.configured(cfg.verify, self.world)
         try:
+            self.world.on_main(functools.partial(self._claim, resume))
             self._build_stages()
             if resume:
                 self._restore()
@@ -400,14 +400,14 @@ class Trainer:
         check_engine(cfg, self.world.size)
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
-        loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
+        loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.accepts_itself)
         self.questions, unfit = self.prompter.prompt_within(
             loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
         )
         self.dropped = {**loaded.dropped, **unfit}
         self.fingerprint = fingerprint([q.question for q in self.questions])
         benchmarks = load_benchmarks(
-            cfg.eval, cfg.data, self.prompter, parseable=self.verifier.parseable
+            cfg.eval, cfg.data, self.prompter, parseable=self.verifier.accepts_itself
         )
         check_config(
             cfg,
