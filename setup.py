@@ -33,6 +33,7 @@ setup(
         "vpgea_fast.data",
         "vpgea_fast.objectives",
         "vpgea_fast.rollout",
+        "vpgea_fast.verify",
         "vpgea_fast.kernels",
     ],
     package_dir={"vpgea_fast.kernels": "kernels"},

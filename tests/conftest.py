@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_verdicts(tmp_path_factory):
+    """Kept verdicts of this session and its children: never the user's."""
+    os.environ["VPGEA_CACHE"] = str(tmp_path_factory.mktemp("verdicts"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

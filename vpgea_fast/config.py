@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -303,8 +304,27 @@ class VllmEngineConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class VerifyConfig:
+    """Who judges answers, in training and evaluation alike."""
+
+    name: Literal["math", "text", "number", "letter", "custom"] = "math"
+    """`math`: math-verify; `number`: equal as exact rationals; `text`: the same words, case and
+    spaces aside; `letter`: the same choice, A to J; `custom`: target."""
+    target: str | None = None
+    """`package.module:function` of (gold, text) that returns True or False; `custom` only. Found
+    where the run finds modules and in the working directory; must accept `\\boxed{gold}`."""
     workers: PositiveInt = 1
+    """Processes that judge, for each process of the run."""
     timeout_s: PositiveFloat = 5.0
+    """A judgement that takes longer is ended, and its answer counts as wrong."""
+
+    def __post_init__(self) -> None:
+        if (self.name == "custom") != (self.target is not None):
+            raise ValueError(
+                f"verify.name is {self.name!r} and verify.target {self.target!r}: a target belongs "
+                "to name custom, and custom needs one; set both or neither"
+            )
+        if self.target is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
+            raise ValueError(f"verify.target is {self.target!r}; expected package.module:function")
 
 
 @dataclass(frozen=True, config=STRICT)

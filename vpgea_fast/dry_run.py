@@ -109,10 +109,10 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     model_config = load_config(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     with (
-        Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier,
+        Verifier.configured(cfg.verify) as verifier,
         closing(Console(quiet_s=math.inf)) as console,
     ):
-        judge = console.watched(verifier.parseable, "reference answers")
+        judge = console.watched(verifier.accepts_itself, "reference answers")
         loaded = _questions(cfg, say, judge)
         benchmarks = _benchmarks(cfg, prompter, say, judge)
     kept, lost = prompter.prompt_within(

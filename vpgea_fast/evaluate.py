@@ -182,13 +182,14 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
     check_engine(cfg, processes=1)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
-    causal_lm, engine, weights = _model_and_engine(cfg)
-    try:
-        if weights is not None:
-            engine.load_weights(weights)
-        return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine)
-    finally:
-        engine.close()
+    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
+        causal_lm, engine, weights = _model_and_engine(cfg)
+        try:
+            if weights is not None:
+                engine.load_weights(weights)
+            return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine, verifier)
+        finally:
+            engine.close()
 
 
 def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
@@ -217,26 +218,26 @@ def _evaluate(
     prompter: Prompter,
     causal_lm: Any,
     engine: RolloutEngine,
+    verifier: Verifier,
 ) -> dict[str, dict[str, Any]]:
-    with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
-        judge = verifier.parseable
-        if console is not None:
-            judge = console.watched(judge, "reference answers")
-        benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=judge)
-        write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
-        evaluator = Evaluator(
-            cfg,
-            engine=engine,
-            benchmarks=benchmarks,
-            sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            verifier=verifier,
-        )
-        if console is None:
-            return evaluator.run()
-        for line in evaluator.describe():
-            console.message(line)
-        return evaluator.run(console.samples(evaluator.samples))
+    judge = verifier.accepts_itself
+    if console is not None:
+        judge = console.watched(judge, "reference answers")
+    benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=judge)
+    write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
+    evaluator = Evaluator(
+        cfg,
+        engine=engine,
+        benchmarks=benchmarks,
+        sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        verifier=verifier,
+    )
+    if console is None:
+        return evaluator.run()
+    for line in evaluator.describe():
+        console.message(line)
+    return evaluator.run(console.samples(evaluator.samples))
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

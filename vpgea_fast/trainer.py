@@ -111,9 +111,9 @@ class Trainer:
         self.world = open_world(cfg.parallel, cfg.model.device)
         self.world.require_same(resume, "question whether the run has started already")
         self.claim: checkpoint.RunLock | None = None
-        self.world.on_main(functools.partial(self._claim, resume))
-        self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s, self.world)
+        self.verifier = Verifier.configured(cfg.verify, self.world)
         try:
+            self.world.on_main(functools.partial(self._claim, resume))
             self._build_stages()
             if resume:
                 self._restore()
@@ -415,7 +415,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
         with closing(Console(silent=not self.world.main, quiet_s=math.inf)) as console:
-            judge = console.watched(self.verifier.parseable, "reference answers")
+            judge = console.watched(self.verifier.accepts_itself, "reference answers")
             loaded = load_training(cfg.data, parseable=judge)
             benchmarks = load_benchmarks(cfg.eval, cfg.data, self.prompter, parseable=judge)
         self.questions, lost = self.prompter.prompt_within(
