@@ -37,7 +37,7 @@ LAYERS = {
         "verify",
     },
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
-    "tensor library": {"advantage", "attention", "losses", "packing"},
+    "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
     "services": {"distributed", "metrics"},
     "records": {"config", "types"},
     "kernels": {"kernels"},

@@ -90,7 +90,7 @@ class ModelConfig:
     halves them and needs optim.stochastic_rounding: at 1e-6 a rounded update is lost."""
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """`full` keeps a layer's input and runs the layer again in the backward; `selective` also keeps
-    what attention and every second GEMM gave."""
+    what attention gave, its queries, keys and values, and the gate of the MLP."""
     compile: bool = False
     """torch.compile, one graph for all decoder layers."""
     liger: Literal["auto", "always", "never"] = "auto"
