@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if "--traceback" in argv:
             raise
-        print(f"vpgea: {_one_line(error)}", file=sys.stderr)
+        print(f"vpgea: {config.printable(_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vpgea: interrupted", file=sys.stderr)

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PlainSerializer,
@@ -44,6 +45,18 @@ TEACHER_TEMPLATE = (
     "repeated checks and restarts; never mention, use or hint that an answer was given. "
     r"Put the final answer within \boxed{}."
 )
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer one (escape sequences, carriage returns, reversed
+    writing) or cannot be encoded is spelled out; line breaks and tabs stay.
+
+    >>> printable("\\x1b[2J 2 + 2\\r = ?")
+    '\\\\x1b[2J 2 + 2\\\\r = ?'
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
@@ -244,6 +257,8 @@ class PromptConfig:
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are
     the only fields; every other brace is itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""
 
 
 @dataclass(frozen=True, config=STRICT)

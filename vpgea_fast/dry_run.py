@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import constants, is_offline_mode
 
 from vpgea_fast import attention
-from vpgea_fast.config import Config, ConfigError
+from vpgea_fast.config import Config, ConfigError, printable
 from vpgea_fast.data import (
     Benchmark,
     DataError,
@@ -45,9 +45,14 @@ from vpgea_fast.estimate import (
     model_shape,
 )
 from vpgea_fast.metrics import Console
-from vpgea_fast.model import load_config, load_tokenizer
+from vpgea_fast.model import (
+    check_vocabulary,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+)
 from vpgea_fast.optim import check_torchao
-from vpgea_fast.prompts import Prompter, length_report
+from vpgea_fast.prompts import Prompter, eos_ids, length_report
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.rollout.factory import check_engine, positions
 from vpgea_fast.types import PromptedQuestion, Question, View
@@ -103,7 +108,11 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     Writes nothing, loads no weight, and draws nothing. Bad input is the error that the run would
     end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
     """
-    on = on or target(cfg)
+    on, tell = on or target(cfg), say
+
+    def say(text: str) -> object:
+        return tell(printable(text))
+
     check_engine(cfg, on.processes, here=on.here)
     tokenizer = load_tokenizer(cfg.model.path)
     model_config = load_config(cfg.model.path)
@@ -128,10 +137,10 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     for item in kept[:ITEMS]:
         say(
             f"  {item.question.id}: prompt tokens student {len(item.student_ids)}, teacher "
-            f"{len(item.teacher_ids)}; scored answer {tokenizer.decode(item.target_ids)!r}"
+            f"{len(item.teacher_ids)}; scored answer {prompter.shown(item.target_ids)!r}"
         )
-    say(f"student prompt:\n{tokenizer.decode(kept[0].student_ids)}\n")
-    say(f"teacher prompt:\n{tokenizer.decode(kept[0].teacher_ids)}\n")
+    say(f"student prompt:\n{prompter.shown(kept[0].student_ids)}\n")
+    say(f"teacher prompt:\n{prompter.shown(kept[0].teacher_ids)}\n")
     for view, lengths in length_report(kept).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
     if not stand_in:  # the error that the run would end with
@@ -190,15 +199,9 @@ def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
             f"attention heads and {model.intermediate_size} MLP columns, and a divisor or a "
             f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
         )
-    if tokenizer is None:
-        return
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= model.vocab_size:
-        raise ConfigError(
-            f"model.path {cfg.model.path}: the tokenizer's {token!r} is token {largest}, but the "
-            f"model embeds {model.vocab_size} tokens; use the tokenizer that belongs to the model, "
-            "or enlarge the embedding (resize_token_embeddings) and train it"
-        )
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model, cfg.model.path)
+        eos_ids(tokenizer, load_generation_config(cfg.model.path, model))
 
 
 def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion]) -> None:

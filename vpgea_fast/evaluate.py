@@ -16,7 +16,14 @@ from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import Benchmark, load_benchmarks, write_dropped
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import load_policy, load_tokenizer, stored_model
+from vpgea_fast.model import (
+    check_vocabulary,
+    load_config,
+    load_generation_config,
+    load_policy,
+    load_tokenizer,
+    stored_model,
+)
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.factory import check_engine, open_engine
@@ -182,6 +189,9 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
     check_engine(cfg, processes=1)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
+    model_config = load_config(cfg.model.path)
+    check_vocabulary(tokenizer, model_config, cfg.model.path)
+    eos_ids(tokenizer, load_generation_config(cfg.model.path, model_config))
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
         try:

@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from vpgea_fast.config import printable
 from vpgea_fast.types import ModelFlops
 
 METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
@@ -216,7 +217,7 @@ class Console:
         self._bar.start()
 
     def message(self, text: str) -> None:
-        self._terminal.print(text, markup=False, soft_wrap=True)
+        self._terminal.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A line for the step that `metrics` tells of; the time left follows the last 20 steps."""
@@ -278,7 +279,7 @@ class Console:
         for index, header in enumerate(headers):
             table.add_column(header, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(printable(cell)) for cell in row))
         self._terminal.print(table)
         for note in notes:
             self.message(note)

@@ -273,9 +273,9 @@ class Trainer:
         cfg, first, say = self.cfg, self.questions[0], self.say
         for text in self.changed:
             say(text)
-        say(f"student prompt: {self.tokenizer.decode(first.student_ids)}")
+        say(f"student prompt: {self.prompter.shown(first.student_ids)}")
         if cfg.objective.posterior_paths:
-            say(f"teacher prompt: {self.tokenizer.decode(first.teacher_ids)}")
+            say(f"teacher prompt: {self.prompter.shown(first.teacher_ids)}")
         say(f"{len(self.questions)} questions, {_counts(self.loaded.dropped)}")
         for line in [*self.loaded.lines(), *long_targets(self.questions)]:
             say(line)

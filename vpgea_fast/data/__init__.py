@@ -140,7 +140,7 @@ def load_questions(
 @dataclass(frozen=True)
 class Benchmark:
     """The questions of one file with their student prompts: all that an evaluation knows. `shown`
-    is the first prompt as text, `loaded` what the file held."""
+    is what the ids of the first prompt say, `loaded` what the file held."""
 
     questions: tuple[tuple[Question, Tensor], ...]
     loaded: LoadedQuestions
@@ -156,7 +156,7 @@ class StudentPrompts(Protocol):
 
     def student_ids(self, question_texts: Sequence[str]) -> list[Tensor]: ...
 
-    def student_text(self, question_text: str) -> str: ...
+    def shown(self, ids: Tensor) -> str: ...
 
 
 def load_benchmarks(
@@ -189,7 +189,7 @@ def load_benchmarks(
                 f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
                 f"tokens (the first is question {long[0]!r}); raise data.max_prompt_tokens"
             )
-        found[name] = Benchmark(questions, loaded, prompter.student_text(texts[0]))
+        found[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
     return found
 
 
