@@ -238,6 +238,8 @@ class Console:
 
         def advance(count: int) -> None:
             nonlocal finished, spoke
+            if not count:  # the bar of the last one is gone
+                return
             finished += count
             left = (time.monotonic() - began) / max(1, finished) * (total - finished)
             self._bar.update(task, completed=finished, left=f"{clock_time(left)} left")
