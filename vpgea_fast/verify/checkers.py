@@ -30,7 +30,8 @@ from fractions import Fraction
 from functools import lru_cache
 from multiprocessing.connection import Connection
 
-Judge = Callable[[str, str], bool]
+Judge = Callable[[str, str], object]
+"""(gold, text) -> whether the text states the gold answer: a bool, unless a user wrote it."""
 
 WRAPPERS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox)"
 
@@ -55,7 +56,7 @@ SPELLINGS = [
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√(?=\s*\{)", r"\\sqrt"),
-    (r"\s*(?:°|\\degrees?\b)", r"^{\\circ}"),
+    (r"°|\\degrees?\b", r"^{\\circ}"),
     (rf"(?:{WRAPPERS}|\{{\\rm)(?:\{{|\s)\s*([ie])\s*\}}", r" \1 "),  # upright i and e
     (r"\\varnothing\b|∅|\\\{\s*\\\}", r"\\emptyset "),
     (rf"{WRAPPERS}\{{\s*(?:percent|\\?%)\s*\}}", r"\\%"),
@@ -64,7 +65,6 @@ SPELLINGS = [
     (r"≈", r"\\approx "),
     (r"(?<=[\d}])\s*percent(?:age)?\b(?!\s*point)", r"\\%"),
 ]
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in SPELLINGS]
 
 # 10 080, 10\,080, 10~080: thousands apart. Commas are math-verify's.
 _GAP = r"(?:\\[,:;! ]|~|[ \u00a0\u2009\u202f])"
@@ -82,10 +82,14 @@ QUALIFIERS = frozenset(
     "where whether without".split()
 )
 
+BASE = re.compile(r"\d\s*_\s*\{?\s*(\d+)")
 LABEL = re.compile(
-    rf"^(?:{WRAPPERS}\{{\s*)?(?:\(([A-J])\)|([A-J])[.:)])(?:\s*\}})?"
-    r"(?:\s|\\[ ,;:]|\\q?quad|~)*(.*)$",
+    rf"^(?:{WRAPPERS}\{{\s*)?(?:\(([A-J])\)|([A-J])[.:)])(?:\s*\}})?+"
+    r"(?![-+*/^_=<>!])(?:\s|\\[ ,;:]|\\q?quad|~)*(.*)$",
     re.DOTALL,
+)
+SECOND_LABEL = re.compile(
+    rf"\([A-J]\)|^[^a-zA-Z]*[A-J]\b|^\W*(?:{WRAPPERS}\{{)?\W*(?:or|and|not|nor|but)\b"
 )
 LETTER = re.compile(
     rf"^(?:{WRAPPERS}\{{)?\s*(?:[Oo]ption|[Cc]hoice)?\s*\(?([A-J])\)?[.:]?\s*\}}?[.,]?$"
@@ -118,8 +122,8 @@ def stated(text: str) -> str | None:
     """What a text without a box says last: its final-answer line, or itself if it is short."""
     last = last_line(text)
     found = STATED.findall(last)
-    said = (found[-1] if found else last if last == text.strip() else "").strip()
-    said = re.sub(r"^[*_\s]+|[*_\s.]+$", "", said)
+    said = found[-1] if found else last if last == text.strip() else ""
+    said = said.strip().lstrip("*_ ").rstrip("*_ .")
     if said.count("$") == 2 and said[0] == said[-1] == "$":
         said = said[1:-1]
     return said if 0 < len(said) <= STATED_CHARS else None
@@ -128,13 +132,18 @@ def stated(text: str) -> str | None:
 def respell(text: str) -> str:
     """SPELLINGS, thousands and TeX's brace-less arguments, wherever they stand."""
     for pattern, new in SPELLINGS:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     text = THOUSANDS.sub(lambda match: GAP.sub("", match[0]), text)
     return _brace_arguments(text) if re.search(r"\\[dtc]?frac|\\sqrt|\\d?binom", text) else text
 
 
 _TAKES_ARGUMENTS = re.compile(r"\\(?:([dtc]?frac|[dt]?binom)|sqrt\s*(?:\[[^\]]*\])?)(?![a-zA-Z])")
 _ONE_TOKEN = re.compile(r"\s*(\\[a-zA-Z]+|[0-9a-zA-Z])")
+
+
+def bare(answer: str) -> str:
+    """An answer without the signs that open and close mathematics, spelled as one way."""
+    return respell(re.sub(r"\\?\$|(?<!\\)\\[()\[\]]", " ", answer).strip())
 
 
 def _brace_arguments(text: str) -> str:
@@ -189,7 +198,7 @@ def meaningful(answer: str) -> bool:
     return (
         balanced(answer)
         and re.search(r"\w", answer) is not None
-        and re.search(r"[=<>+/^_-]\s*$", answer) is None
+        and re.search(r"[=<>+/^_:-]\s*$", answer) is None
     )
 
 
@@ -220,7 +229,9 @@ def labelled(answer: str) -> tuple[str | None, str]:
     if alone:
         return alone[1], ""
     match = LABEL.match(answer)
-    return (match[1] or match[2], match[3].strip()) if match else (None, answer)
+    if match is None or SECOND_LABEL.search(match[3]):  # `(A) or (B)` is no choice
+        return None, answer
+    return match[1] or match[2], match[3].strip()
 
 
 def plain_text(answer: str) -> str:
@@ -255,8 +266,13 @@ def make_math() -> Judge:
     anywhere = [in_latex, ExprExtractionConfig()]
 
     def read(answer: str) -> list:
-        # Of a box only LaTeX: where it fails, math-verify would take any number (`\geq 4` is 4).
-        return parse(rf"\boxed{{{answer}}}", extraction_config=[in_latex], parsing_timeout=0)
+        # The whole answer or nothing: else math-verify takes any part (of `\geq 4` the 4).
+        return parse(
+            rf"\boxed{{{answer}}}",
+            extraction_config=[in_latex],
+            extraction_mode="first_match",
+            parsing_timeout=0,
+        )
 
     read_gold = lru_cache(maxsize=1024)(read)  # G + N texts of a step share one; 1-70 ms each
 
@@ -268,17 +284,20 @@ def make_math() -> Judge:
     def same(gold: str, answer: str) -> bool:
         if claims(gold) != claims(answer) or not balanced(answer):
             return False
+        bases = BASE.findall(gold), BASE.findall(answer)
+        if all(bases) and bases[0] != bases[1]:  # to math-verify 40_9 and 40_5 are 40
+            return False
         return equal(gold, read(answer)) or gold.replace(" ", "") == answer.replace(" ", "")
 
     def judge(gold: str, text: str) -> bool:
-        gold = respell(gold.strip())
+        gold = bare(gold)
         if not meaningful(gold):
             return False
         gold_label, gold_rest = labelled(gold)
         inside = boxed(text)
         answer = stated(text) if inside is None else inside
         if answer is not None:
-            answer = respell(answer)
+            answer = bare(answer)
             label, rest = labelled(answer)
             if not gold_rest or not rest:  # a letter alone, on one side at least
                 right = gold_label == label if gold_label and label else same(gold, answer)
@@ -308,7 +327,7 @@ NUMBER = re.compile(
 
 def number(answer: str) -> Fraction | None:
     """An answer as an exact rational; None where it is no number."""
-    answer = respell(answer.strip())
+    answer = bare(answer)
     if claims(answer):
         return None
     answer = without_unit(labelled(answer)[1])
@@ -347,9 +366,9 @@ def make_text() -> Judge:
 
 def make_letter() -> Judge:
     def judge(gold: str, text: str) -> bool:
-        wanted = labelled(respell(gold.strip()))[0]
+        wanted = labelled(bare(gold))[0]
         answer = answer_of(text) or last_line(text)
-        return wanted is not None and labelled(respell(answer.strip()))[0] == wanted
+        return wanted is not None and labelled(bare(answer))[0] == wanted
 
     return judge
 
@@ -372,15 +391,20 @@ def make_custom(target: str, path: list[str]) -> Judge:
         function = getattr(function, part)
     if not callable(function):
         raise ValueError(f"it is not callable but of type {type(function).__name__}")
-    with suppress(ValueError):  # a builtin without a signature
-        signature = inspect.signature(function)
-        try:
-            signature.bind("gold", "text")
-        except TypeError as error:
-            raise ValueError(
-                f"its signature is {signature}, which cannot take two texts"
-            ) from error
+    problem = None
+    with suppress(ValueError):  # no signature: a builtin; it is taken
+        problem = _cannot_bind(inspect.signature(function))
+    if problem:
+        raise ValueError(problem)
     return function
+
+
+def _cannot_bind(signature: inspect.Signature) -> str | None:
+    try:
+        signature.bind("gold", "text")
+    except TypeError:
+        return f"its signature is {signature}, which cannot take two texts"
+    return None
 
 
 def _say(error: BaseException) -> str:
@@ -390,7 +414,7 @@ def _say(error: BaseException) -> str:
 def outcome_of(judge: Judge, gold: str, text: str, *, custom: bool) -> str | tuple[str, str]:
     """What pool.py calls an Outcome."""
     try:
-        verdict: object = judge(gold, text)
+        verdict = judge(gold, text)
     except BaseException as error:
         return ("raised", _say(error)) if custom else "wrong"
     if not isinstance(verdict, bool):

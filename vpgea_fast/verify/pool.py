@@ -134,7 +134,7 @@ class Verifier:
         for verdict in verdicts:
             if isinstance(verdict, str):  # on every process: none is left waiting
                 raise ConfigError(f"verify.target {self._target!r}: {verdict}")
-        return verdicts
+        return [verdict is True for verdict in verdicts]
 
     def _accept(self, golds: Sequence[str], on_progress: Progress) -> list[bool | str]:
         kept = None if self._name == "custom" else Verdicts(self._name, CHECKERS)
