@@ -676,12 +676,12 @@ def test_progress_counts_every_item_once(verifier: Verifier):
 
 
 HOSTILE = [
-    r"\boxed{" + r"\frac{" * 3000 + "}",
-    r"\boxed{" + r"\frac{1}{" * 2000 + "2" + "}" * 2001,
-    r"\boxed{" + "(" * 20_000 + "}",
-    "answer " * 20_000,
+    r"\boxed{" + r"\frac{" * 800 + "}",
+    r"\boxed{" + r"\frac{1}{" * 800 + "2" + "}" * 801,
+    r"\boxed{" + "(" * 5000 + "}",
+    "answer " * 5000,
     " " * 100_000 + "7x",
-    r"\boxed{" + "1 " * 20_000 + "}",
+    r"\boxed{" + "1 " * 5000 + "}",
     r"\boxed{__import__('os').system('touch OWNED')}",
     "\x1b]52;c;\x07 \ud800 \\boxed{\ud800}",
 ]
