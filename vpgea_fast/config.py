@@ -149,6 +149,9 @@ def _listed(value: Any) -> Any:
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError("expected a file, {path: FILE, question_key: KEY, ...}, or a list of them")
+    for item in value:
+        if not isinstance(item, (str, Mapping, DataFile)):
+            raise ValueError(f"expected a path or {{path: FILE, ...}} in the list, got {item!r}")
     return tuple({"path": item} if isinstance(item, str) else item for item in value)
 
 

@@ -37,7 +37,7 @@ class DataError(ValueError):
 
 def open_rows(source: str) -> tuple[str, Iterator[tuple[int, Row]]]:
     """What a row is called there ("line" or "row"), and the numbered rows."""
-    path = Path(source)
+    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
     if source.startswith("hub:"):
         return "row", enumerate(_hub_rows(source), 1)
     if path.is_dir():
