@@ -184,6 +184,13 @@ def test_files_are_a_path_a_mapping_or_a_list(words, paths):
     assert config.resolve(yaml.safe_load(config.dump(cfg))) == cfg
 
 
+def test_a_file_of_the_command_line_replaces_all_of_the_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {train: {path: a.jsonl, question_key: problem, limit: 3}}\n")
+    [found] = config.load(file, ["--data.train", "{path: b.jsonl, limit: 4}"]).data.train
+    assert found == config.DataFile("b.jsonl", limit=4)
+
+
 def test_what_a_file_leaves_open_is_that_of_the_section():
     files = ["a.jsonl", {"path": "b.jsonl", "question_key": "problem", "choices_key": ""}]
     data = config.resolve({"data": {"train": files, "choices_key": ["x", "y"], "limit": 5}}).data

@@ -6,7 +6,9 @@ import json
 import os
 import random
 import re
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -468,6 +470,33 @@ def test_a_solution_without_its_answer_is_no_answer(tmp_path: Path, text: str, r
     assert load_questions(source, DataConfig()).dropped == {reason: 1}
     with pytest.raises(DataError, match=f"line 2: {reason} "):
         load_questions(source, DataConfig(bad_answer="error"))
+
+
+@pytest.mark.parametrize(
+    "text", ["a", " ", "=", ". ", "A. ", "\\boxed{", "{", "1,", "a=b ", "\n=a"]
+)
+def test_a_long_text_takes_a_moment(text: str):
+    """A megabyte of one thing: linear, where a careless pattern takes hours."""
+    for whole in (text * (1_000_000 // len(text)), f"b{text * 100_000}b"):
+        began = time.process_time()
+        with suppress(ValueError):
+            final_answer(whole)
+        assert time.process_time() - began < 5
+
+
+def test_variants_are_answers_too(tmp_path: Path):
+    rows = [
+        {**GOOD, "other": ["$4$", "it is 4\n#### 4", 4.0, "2+2", None]},
+        {**GOOD, "other": ["4", WORKED]},
+        {**GOOD, "other": np.array([]).tolist()},
+    ]
+    loaded = load_questions(jsonl(tmp_path, *rows), DataConfig(variants_key="other"))
+    assert [q.variants for q in loaded.questions] == [("4", "2+2"), ()]
+    assert loaded.dropped == {"worked solution among the variants": 1}
+    with pytest.raises(
+        DataError, match="line 1: expected a list of answers under 'other', got '4'"
+    ):
+        load_questions(jsonl(tmp_path, {**GOOD, "other": "4"}), DataConfig(variants_key="other"))
 
 
 MMLU = {"question": "Which?", "choices": ["four", "five", "six"], "answer": 1}

@@ -52,15 +52,17 @@ def make_question(
         return made(f"{text}\n{shown}", answer), None
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
-    given = [reader.answer(keys.answer_key or ""), *reader.variants(keys.variants_key)]
+    given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
     try:
-        answers = [final_answer(value) for value in given]
+        answer, where = final_answer(given)
     except ValueError as error:
-        return made(text, given[0].strip()), str(error)
-    answer, where = answers[0]
+        return made(text, given.strip()), str(error)
+    try:
+        variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
+    except ValueError as error:
+        return made(text, answer), f"{error} among the variants"
     if where is not None:
         notes[f"answers: {where}"] += 1
-    variants = tuple(dict.fromkeys(v for v, _ in answers[1:] if v))
     return made(text, answer, variants), None if answer else "empty answer"
 
 
