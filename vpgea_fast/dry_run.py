@@ -101,7 +101,8 @@ def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
     """Tokenise the data, show 8 items and both prompts, report lengths, memory and traffic.
 
     Writes nothing but data.dropped_file, loads no weight, draws nothing. Bad input is the error
-    that the run would end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
+    that the run would end with; only data on a Hub that cannot be reached is replaced, loudly, by
+    built-in questions.
     """
     on = on or target(cfg)
     check_engine(cfg, on.processes, here=on.here)
