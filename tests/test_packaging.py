@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "data", "dist", "runs"
+    ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "dist", "runs"
 )
 # argv: the environment's own site-packages, whether `kernels` is installed.
 CHECK = """
@@ -48,6 +48,11 @@ torch.testing.assert_close(out.logp, torch.cat([expected_T, torch.zeros(1)]))
 """
 
 
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """What .gitignore names; `data` is questions at the root, and a room in the package."""
+    return NOT_SOURCE(folder, names) | ({"data"} if Path(folder) == ROOT else set())
+
+
 def run(*command: object, cwd: Path) -> str:
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -60,7 +65,7 @@ def built(tmp_path_factory):
     """{"sdist": file, "wheel": file}, the wheel built from the sdist, neither from this tree."""
     folder = tmp_path_factory.mktemp("packaging")
     tree, out = folder / "tree", folder / "dist"
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=NOT_SOURCE)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=not_source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree, cwd=folder)
     return {"sdist": next(out.glob("*.tar.gz")), "wheel": next(out.glob("*.whl"))}
 

@@ -144,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     evaluate.add_argument("model", help="Hugging Face directory or Hub name")
-    evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
+    evaluate.add_argument(
+        "data",
+        nargs="+",
+        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        "'{path: math500.jsonl, question_key: problem}'",
+    )
     evaluate.add_argument(
         "--config", help="YAML file whose sections are used, all but model.path and eval.data"
     )
@@ -250,7 +255,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
+    files = ", ".join(word if word.startswith("{") else json.dumps(word) for word in args.data)
+    words = ["--model.path", args.model, "--eval.data", f"[{files}]", *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"

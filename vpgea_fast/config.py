@@ -163,6 +163,9 @@ def _listed(value: Any) -> Any:
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError("expected a file, {path: FILE, question_key: KEY, ...}, or a list of them")
+    for item in value:
+        if not isinstance(item, (str, Mapping, DataFile)):
+            raise ValueError(f"expected a path or {{path: FILE, ...}} in the list, got {item!r}")
     return tuple({"path": item} if isinstance(item, str) else item for item in value)
 
 
@@ -663,16 +666,21 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
                     "a value that starts with --"
                 )
-        tree.setdefault(section, {})[name] = (
-            value if _is_text(section, name, value) else _parse(value)
-        )
+        tree.setdefault(section, {})[name] = _read(section, name, value)
     return tree
 
 
-def _is_text(section: str, name: str, value: str) -> bool:
+def _read(section: str, name: str, value: str) -> Any:
+    if (section, name) in {("data", "train"), ("eval", "data")}:  # a path, or YAML of files
+        if not value.lstrip().startswith(("[", "{")):
+            return value
+        files = _parse(value)
+        return [files] if isinstance(files, Mapping) else files  # a list replaces, never merges
+    return value if _is_text(section, name) else _parse(value)
+
+
+def _is_text(section: str, name: str) -> bool:
     """Whether a field takes text: then a `#`, a colon or a number in it means nothing."""
-    if (section, name) in {("data", "train"), ("eval", "data")}:  # a path, or YAML of several
-        return not value.lstrip().startswith(("[", "{"))
     records = [VpgeaConfig, GrpoConfig] if section == "objective" else []
     if not records and section in Config.__dataclass_fields__:
         records = [get_type_hints(Config)[section]]
