@@ -256,7 +256,7 @@ def test_a_compiled_call_checks_values_too():
 
 
 def settings(**changes):
-    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False)
+    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False, None)
     return fixed._replace(**changes)
 
 
