@@ -312,7 +312,7 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
 
 def _is_batched(x: Tensor) -> bool:
     """Whether vmap holds several gradients in x. No, where torch cannot be asked."""
-    return any(probe(x) for probe in (_probes() or ())[1:])
+    return not without_values(x) and any(probe(x) for probe in (_probes() or ())[1:])
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import sys
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -1061,6 +1062,67 @@ def test_bad_calls_say_what_to_do(name):
     changed, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         weighted_logprob_loss(**{**call, "coef_T": coef_T, **changed})
+
+
+def valid_calls():
+    """Every function with valid arguments by name, float32."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    head = {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "targets_T": targets_T}
+    streams = {
+        "hidden_post_TD": hidden_TD,
+        "hidden_prior_UD": hidden_TD,
+        "weight_VD": weight_VD,
+    }
+    targets = {"targets_post_T": targets_T, "targets_prior_U": targets_T}
+    paths = {"cu_seqlens": torch.tensor([0, 9, T]), "advantage_S": torch.tensor([1.0, -1.0])}
+    coefs = {"coef_post_T": coef_T, "coef_prior_U": coef_T}
+    return {
+        linear_logprob: head,
+        weighted_logprob_loss: {**head, "coef_T": coef_T},
+        two_stream_loss: {**streams, **targets, **coefs},
+        vpgea_loss: {**streams, "targets_T": targets_T, **paths, "denominator": 4.0},
+    }
+
+
+@pytest.mark.parametrize("instead", [1.0, 2, True, [0.5], (1,), None, "x", np.zeros(T)], ids=repr)
+def test_what_is_no_tensor_is_named(instead):
+    """In any place that wants a tensor, of any function: never an AttributeError."""
+    for function, call in valid_calls().items():
+        for name in call.keys() - {"denominator"}:
+            with pytest.raises(
+                ValueError, match=rf"{name.split('_')[0]}\w*: got .*expected a tens"
+            ):
+                function(**{**call, name: instead})
+        for name in ("bias", "rows") if instead is not None else ():
+            with pytest.raises(ValueError, match=rf"{name}: got .*expected a tensor"):
+                function(**{**call, name: instead})
+
+
+BAD_PATHS = {
+    "bool denominator": ({"denominator": True}, "denominator: got True, expected a positive"),
+    "text denominator": ({"denominator": "4"}, "denominator: got '4'"),
+    "NaN denominator": ({"denominator": math.nan}, "denominator: got nan"),
+    "negative denominator": ({"denominator": -1.0}, "denominator: got -1.0"),
+    "tensor beta": ({"beta": torch.tensor(0.5)}, r"beta: got a Tensor.*float\(beta\)"),
+    "bool beta": ({"beta": True}, "beta: got True"),
+    "NaN beta": ({"beta": math.nan}, "beta: got nan"),
+    "list weights": ({"weight_S": [1.0, 1.0], "denominator": None}, "weight_S: got a list"),
+    "list index": ({"prior_index": [0]}, "prior_index: got a list"),
+    "3-D hidden": ({"hidden_post_TD": torch.zeros(1, T, D)}, "flatten"),
+    "3-D prior": ({"hidden_prior_UD": torch.zeros(T, 1, D)}, "flatten"),
+    "scalar targets": ({"targets_T": torch.tensor(3)}, r"targets_T: got shape \(\), expected"),
+    "scalar hidden": ({"hidden_prior_UD": torch.tensor(3.0)}, r"hidden_prior_UD: got shape \(\)"),
+    "two dtypes": ({"hidden_prior_UD": torch.zeros(T, D).double()}, "cast one of"),
+    "complex advantage": ({"advantage_S": torch.ones(2) * 1j}, "advantage_S: got torch.complex64"),
+    "int advantage": ({"advantage_S": torch.ones(2).long()}, "advantage_S: got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_bad_paths_say_what_to_do(name):
+    changed, message = BAD_PATHS[name]
+    with pytest.raises(ValueError, match=message):
+        vpgea_loss(**{**valid_calls()[vpgea_loss], **changed})
 
 
 @pytest.mark.filterwarnings("ignore:.*redistribute:UserWarning")

@@ -379,9 +379,9 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
-    _check_plain("hidden_prior_UD", hidden_prior_UD)
-    _check_plain("targets_T", targets_T)
-    tokens, prior_tokens = len(targets_T), len(hidden_prior_UD)
+    _check_dims(hidden_prior_UD=(hidden_prior_UD, "UD"), targets_T=(targets_T, "T"))
+    _check_dims(cu_seqlens=(cu_seqlens, "S"), advantage_S=(advantage_S, "S"))
+    tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_sequences(cu_seqlens, advantage_S, targets_T)
     advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
@@ -661,7 +661,7 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
     for name, x in zip(names, inputs, strict=True):
-        if x is None:
+        if x is None and name in ("bias", "temperature", "rows"):
             continue
         _check_plain(name, x)
         if x.device != hidden_TD.device:
@@ -757,6 +757,17 @@ def _plain_of(name: str) -> str:
     return f"this rank's own rows, {name}.to_local(), with the targets and coefficients of those"
 
 
+def _check_dims(**tensors: tuple[Any, str]) -> None:
+    """Name -> (tensor, a letter for each dimension)."""
+    for name, (x, letters) in tensors.items():
+        _check_plain(name, x)
+        if x.dim() != len(letters):
+            expected = ", ".join(letters) + "," * (len(letters) == 1)
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected ({expected}); flatten batch and time"
+            )
+
+
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
@@ -820,13 +831,10 @@ def _sequence_weight(
 
 
 def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
-    if advantage_S.dim() != 1:
-        raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
     for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
-        _check_plain(name, x)
         if x.device != targets_T.device:
             raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
