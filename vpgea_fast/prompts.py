@@ -36,6 +36,8 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]")
 """What a chat template spells as a tag; one that is a single token acts as one, added or not."""
 RENDER_SECONDS = 10.0
+RING_AGAIN = 0.1
+"""Jinja takes an error while it folds constants for a reason to compute them later."""
 RENDER_LIMIT = 1 << 20
 """Characters that a chat template may put around the turns."""
 
@@ -246,7 +248,7 @@ class Prompter:
         self, texts: Sequence[str], rows: Sequence[torch.Tensor], names: Sequence[str]
     ) -> None:
         """A ConfigError for the first text that its ids do not say, but for Unicode's composed form
-        (NFC, the normaliser of Qwen2), which means the same. 40,000 questions: COST."""
+        (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of tokenising."""
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
                 raise ConfigError(_difference(text, said, name))
@@ -347,7 +349,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN)
     try:
         yield
     finally:
