@@ -802,3 +802,69 @@ def test_what_is_shown_are_the_ids_and_steers_no_terminal(r1_model_dir, tmp_path
     console.message(f"student prompt: {benchmark.shown}")
     console.close()
     assert "\x1b" not in capsys.readouterr().out
+
+
+# Damage of any kind.
+
+JUNK = [None, True, -1, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], {}, [1], {"a": 1}, [None]]
+
+
+def places(tree: Any, path: tuple = ()) -> list[tuple]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:9])
+    found = [(*path, key) for key, _ in items]
+    deeper = [
+        place
+        for key, value in (tree.items() if isinstance(tree, dict) else enumerate(tree[:9]))
+        if isinstance(value, (dict, list)) and key != "vocab"
+        for place in places(value, (*path, key))
+    ]
+    return found + deeper
+
+
+def damaged(content: bytes, *, is_json: bool, rng: random.Random) -> bytes:
+    """One value replaced or taken away, the end cut off, or a few bytes changed."""
+    kind = rng.random()
+    if is_json and kind < 0.75:
+        tree = json.loads(content)
+        *path, last = rng.choice(places(tree))
+        node = tree
+        for key in path:
+            node = node[key]
+        if rng.random() < 0.3:
+            del node[last]
+        else:
+            node[last] = rng.choice(JUNK)
+        return json.dumps(tree).encode()
+    if kind < 0.85:
+        return content[: rng.randrange(len(content))]
+    changed_bytes = bytearray(content)
+    for _ in range(rng.choice([1, 3, 10])):
+        changed_bytes[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(changed_bytes)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"],
+)
+def test_no_damage_to_a_file_ends_in_a_traceback(file: str, r1_model_dir: str, monkeypatch):
+    """Refused with its own words, or usable: prompts, decoded ids and what an export writes."""
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.5)
+    path, rng = Path(r1_model_dir) / file, random.Random(file)
+    content = path.read_bytes()
+    questions = [Question("a", "What is 2 + 2?", "4", ("5",)), Question("b", "é\n\n <x>中", "72")]
+    refused = 0
+    for _ in range(25):
+        path.write_bytes(damaged(content, is_json=file.endswith("json"), rng=rng))
+        try:
+            tokenizer, config = load_tokenizer(r1_model_dir), load_config(r1_model_dir)
+            prompter = Prompter(tokenizer, PromptConfig())
+            check_vocabulary(tokenizer, config, r1_model_dir)
+            generation = load_generation_config(r1_model_dir, config)
+            assert eos_ids(tokenizer, generation)
+            prompter.prompt_within(questions, limit=2000, policy="drop")
+            tokenizer.save_pretrained(path.parent / "out")
+            generation.save_pretrained(path.parent / "out")
+        except (ConfigError, ModelError):
+            refused += 1
+    assert refused > 5
