@@ -320,7 +320,7 @@ def llama_dir(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path / "llama"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=356, num_hidden_layers=1, bos_token_id=350, eos_token_id=351, **sizes
@@ -515,8 +515,9 @@ def test_a_tag_in_another_spelling_that_the_normaliser_makes_one_counts(r1_token
     assert prompter.has_special("<\uff5cUser\uff5c>")
 
 
-def test_half_a_character_is_named(r1_tokenizer: Any):
-    prompter = Prompter(r1_tokenizer, PromptConfig())
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
+def test_half_a_character_is_named(r1_tokenizer: Any, normalizer: Any):
+    prompter = Prompter(changed(r1_tokenizer, normalizer=normalizer), PromptConfig())
     rows = cases("lone_surrogate.jsonl")
     questions = [Question(row["id"], row["question"], row["answer"]) for row in rows]
     message = r"question 's0': half a character .* at 32: .*9 A\\ud83d-three"

@@ -165,13 +165,14 @@ class Prompter:
 
     def _chat(self, *messages: dict[str, str]) -> str:
         roles = " + ".join(message["role"] for message in messages)
+        switches: dict[str, Any] = self._cfg.chat_template_kwargs
         try:
             with _time_limit(RENDER_SECONDS):
                 text = self._tokenizer.apply_chat_template(
                     list(messages),
                     tokenize=False,
                     add_generation_prompt=True,
-                    **self._cfg.chat_template_kwargs,
+                    **switches,
                 )
         except Exception as error:  # a template is a program: it may raise anything
             raise ConfigError(
@@ -264,8 +265,11 @@ class Prompter:
         return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _decode(self, rows: Sequence[torch.Tensor]) -> list[str]:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return [self._tokenizer.decode(row.tolist(), **options) for row in rows]
+        options: dict[str, Any] = {
+            "skip_special_tokens": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        return [str(self._tokenizer.decode(row.tolist(), **options)) for row in rows]
 
     def _steering_tokens(self, spelled: str) -> set[str]:
         """Special tokens, think tags, and the tokens that the template (`spelled`: its source and
@@ -289,7 +293,9 @@ class Prompter:
         return {token for token in found | known if token}
 
     def _normalised(self, text: str) -> str:
-        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+        if self._normalizer is None or LONE_SURROGATE.search(text):
+            return text
+        return self._normalizer.normalize_str(text)
 
     def _check_kwargs(self) -> None:
         """What the template never reads would change nothing, in silence."""
