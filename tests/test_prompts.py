@@ -592,6 +592,18 @@ def test_a_thought_is_opened_once_and_never_behind_a_closed_one(tail, prefix, re
     assert Prompter(tokenizer, cfg).student_text("a").endswith(f"within \\boxed{{}}.{result}")
 
 
+def test_a_question_that_stands_in_the_end_of_the_template(qwen3_tokenizer: Any):
+    """`think` and `a` are found there too; what is behind the turn is what counts."""
+    cfg = PromptConfig(student="{question}", think_prefix="<think>")
+    prompter = Prompter(qwen3_tokenizer, cfg)
+    tokenizer = make_tokenizer("<think>\n")
+    for question in ("think", "assistant", "a", "\n", ">"):
+        text = prompter.student_text(question)
+        assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n<think>")
+        text = Prompter(tokenizer, cfg).student_text(question)
+        assert text == f"<bos><user>{question}<assistant><think>"
+
+
 def test_tags_in_the_words_before_do_not_count():
     """A system turn of the template, or the user's own words, may explain the tags."""
     turns = "Write <think> and </think>. " + TURNS

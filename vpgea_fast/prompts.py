@@ -45,8 +45,9 @@ RENDER_LIMIT = 1 << 20
 class Prompter:
     """Renders questions through a tokenizer's chat template.
 
-    `think_close_id` is the one token that ends a thought. A ConfigError names what is missing: a
-    chat template, think tags that are single tokens, or a field of a template.
+    `think_close_id` is the one token that ends a thought. A ConfigError names what is missing (a
+    chat template that renders, think tags that are single tokens, a field of a template) or wrong:
+    a switch that the template never reads, a thought that it closes itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> None:
@@ -56,6 +57,7 @@ class Prompter:
         self._check_kwargs()
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
+        self._tail: str | None = None
         probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
         steering = self._steering_tokens(self._template + probe)
@@ -201,12 +203,14 @@ class Prompter:
         Only the tags behind the last turn count. A thought that the template has closed is not
         opened a second time.
         """
-        prefix, opening, closing = (
-            self._cfg.think_prefix,
-            self._cfg.think_open,
-            self._cfg.think_close,
-        )
-        tail = text[text.rindex(last_turn) + len(last_turn) :]
+        cfg = self._cfg
+        prefix, opening, closing = cfg.think_prefix, cfg.think_open, cfg.think_close
+        if self._tail is not None and text.endswith(self._tail):  # a short turn may stand in it
+            tail = self._tail
+        else:
+            tail = text[text.rindex(last_turn) + len(last_turn) :]
+        if self._tail is None:  # the first text of all is that of a known turn
+            self._tail = tail
         opened, closed = tail.rfind(opening), tail.rfind(closing)
         if closed > opened:
             raise ConfigError(
