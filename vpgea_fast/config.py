@@ -733,6 +733,8 @@ def _explain(error: Any) -> str:
     variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
     owner: Any = Config
     for part in loc[:-1]:
+        if not dataclasses.is_dataclass(owner):  # inside a mapping: its keys are the user's
+            break
         owner = variants.get(part) or _field_type(owner, part)
     key = ".".join(part for part in loc if part not in variants)
     if error["type"] == "unexpected_keyword_argument":
