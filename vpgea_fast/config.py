@@ -733,9 +733,10 @@ def _explain(error: Any) -> str:
     variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
     owner: Any = Config
     for part in loc[:-1]:
-        if not dataclasses.is_dataclass(owner):  # inside a mapping: its keys are the user's
-            break
-        owner = variants.get(part) or _field_type(owner, part)
+        if part in variants:
+            owner = variants[part]
+        elif dataclasses.is_dataclass(owner):  # else inside a mapping: its keys are the user's
+            owner = _field_type(owner, part)
     key = ".".join(part for part in loc if part not in variants)
     if error["type"] == "unexpected_keyword_argument":
         known = [f.name for f in dataclasses.fields(owner)]
