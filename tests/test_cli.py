@@ -88,7 +88,7 @@ def test_help_names_every_command(capsys):
         (["train", str(TINY), "--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
         (["train", str(TINY), "--objective.group_size", "1"], "objective.group_size: "),
         (["train", str(TINY), "--objective.prior_samples=0"], "objective.prior_samples: "),
-        (["train", str(TINY), "--objective.alpha", "-1"], "equal to 0, got -1"),
+        (["train", str(TINY), "--objective.alpha", "-1"], "got -1, expected 0 or more"),
         (["train", "--resume", "none"], "none is no run: config.yaml is missing"),
         (["train", "--resume", "b", "--resume-if-started"], "goes with a YAML file"),
         (["train", "a.yaml", "--processes", "8"], "are for --dry-run"),

@@ -30,31 +30,34 @@ def test_presets_load_and_survive_a_round_trip(path):
         ),
         (
             {"objective": {"name": "grop"}},
-            "does not match any of the expected tags: 'vpgea', 'grpo'",
+            "objective.name: got 'grop', expected 'vpgea', 'grpo'; did you mean 'grpo'?",
         ),
         (
             {"objective": {"group_size": 1}},
-            "objective.group_size: Input should be greater than or equal to 2, got 1",
+            "objective.group_size: got 1, expected 2 or more; the z-score",
         ),
         (
             {"objective": {"prior_samples": 0}},
-            "objective.prior_samples: Input should be greater than 0, got 0",
+            "objective.prior_samples: got 0, expected 1 or more",
         ),
         (
             {"objective": {"alpha": -0.5}},
-            "objective.alpha: Input should be greater than or equal to 0, got -0.5",
+            "objective.alpha: got -0.5, expected 0 or more",
         ),
         ({"objective": {"eta_clip": [4, 0.25]}}, "expected (low, high) with low <= high"),
         (
             {"objective": {"alpha": float("inf")}},
-            "objective.alpha: Input should be a finite number",
+            "objective.alpha: got Infinity, expected a finite number",
         ),
-        ({"optim": {"lr": float("nan")}}, "optim.lr: Input should be a finite number"),
-        ({"model": {"dtype": "float16"}}, "model.dtype: Input should be 'float32', 'bfloat16' or"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: got NaN, expected a finite number"),
+        (
+            {"model": {"dtype": "float16"}},
+            "model.dtype: got 'float16', expected 'float32', 'bfloat16' or",
+        ),
         ({"objective": {"alpha": -1}}, "0 turns the length factor off"),
         (
             {"objective": {"preset": "papr"}},
-            "objective.preset: Input should be 'paper' or 'robust', got 'papr'",
+            "objective.preset: got 'papr', expected 'paper' or 'robust'; did you mean 'paper'?",
         ),
         (
             {"objective": {"name": "grpo"}},
@@ -64,9 +67,9 @@ def test_presets_load_and_survive_a_round_trip(path):
             {"objective": {"verify": "gate"}},
             "verifies sampled answers, but rollout.full_answer is false",
         ),
-        ({"train": {"steps": "many"}}, "train.steps: Input should be a valid integer"),
-        ({"optim": 3}, "optim: Input should be a dictionary"),
-        ({"rollout": {"top_p": 0.0}}, "rollout.top_p: Input should be greater than 0, got 0.0"),
+        ({"train": {"steps": "many"}}, "train.steps: got 'many', expected a whole number"),
+        ({"optim": 3}, "optim: got 3, expected keys (name, "),
+        ({"rollout": {"top_p": 0.0}}, "rollout.top_p: got 0.0, expected more than 0"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(tree, message):
@@ -155,10 +158,13 @@ def test_unreadable_files(tmp_path):
         config.load(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("run: [unclosed\n")
-    with pytest.raises(config.ConfigError, match="is not valid YAML"):
+    with pytest.raises(
+        config.ConfigError,
+        match=r"bad.yaml, line 2: is not YAML: while parsing a flow sequence expected",
+    ):
         config.load(bad)
     bad.write_text("- a list\n")
-    with pytest.raises(config.ConfigError, match="expected sections"):
+    with pytest.raises(config.ConfigError, match="got a list, expected sections"):
         config.load(bad)
 
 

@@ -363,7 +363,7 @@ def test_a_resumed_run_stays_the_same_run(words, tmp_path):
         "rollout.max_answer_tokens": 9,
         "rollout.importance_cap": 2,
     }
-    messages = {key: f"--resume would change {key}," for key in refused}
+    messages = {key: f"--resume would change {key} from " for key in refused}
     for key, value in {**refused, "train.steps": 1}.items():
         message = messages.get(key, "4 steps are made already")
         with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -392,7 +392,7 @@ def test_a_resume_may_change_how_paths_are_drawn_not_which(words, tmp_path, caps
     assert fit(config.load(run / "config.yaml", more), resume=True)
     shown = capsys.readouterr().out
     assert "changed at step 1: rollout.max_batch 192 -> 5" in shown
-    assert "changed at step 1: rollout.probe_tolerance None -> 0.1" in shown
+    assert "changed at step 1: rollout.probe_tolerance null -> 0.1" in shown
     assert [record["step"] for record in lines(run)] == [1, 2]
 
 
