@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vpgea_fast import __version__, config, strict_yaml
 
@@ -95,7 +95,7 @@ def _gib(word: str) -> float:
     raise argparse.ArgumentTypeError(f"got {word!r}, expected a number above 0, up to {MAX_GIB}")
 
 
-def _yaml(word: str) -> object:
+def _yaml(word: str) -> Any:
     """None for what is no YAML."""
     try:
         return strict_yaml.parse_word(word)

@@ -260,7 +260,7 @@ class VpgeaConfig:
 
     name: Literal["vpgea"] = "vpgea"
     preset: Literal["paper", "robust"] = "paper"
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
     """G, posterior paths a question; the z-score needs two."""
     prior_samples: PositiveInt = 8
     """N, prior paths a question; they define the baseline utility and the base length."""
@@ -325,7 +325,7 @@ class GrpoConfig:
     len)^alpha."""
 
     name: Literal["grpo"] = "grpo"
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
     alpha: Exponent = 0.0
     """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean
     length."""
@@ -498,12 +498,12 @@ def load(
     tree, top = read_sections(path), parse_overrides(overrides)
     lost = _foreign(tree, top)
     if lost:
-        say(
-            f"{path}: objective.name {top['objective']['name']!r} leaves out the file's "
-            + ", ".join(f"objective.{key}" for key in lost)
-        )
-        tree = {key: value for key, value in tree.items() if key != "objective"}
-    return resolve(_merge(tree, top), source=str(path))
+        tree = {**tree, "objective": {}}
+    cfg = resolve(_merge(tree, top), source=str(path))
+    if lost:
+        keys = ", ".join(f"objective.{key}" for key in lost)
+        say(f"{path}: objective.name {cfg.objective.name!r} leaves out the file's {keys}")
+    return cfg
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
