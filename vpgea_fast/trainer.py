@@ -560,7 +560,7 @@ class Trainer:
             f"changed at step {step}: {key} {_spelled(a)} -> {_spelled(b)}"
             for key, (a, b) in changed.items()
         ]
-        self.notices += _rate_changes(self.before, self.cfg, step)
+        self.notices += rate_changes(self.before, self.cfg, step)
         if saved and record is None:
             self.notices.append(
                 f"{saved.path} does not say with which configuration its steps were made (another "
@@ -663,7 +663,7 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
         return None
 
 
-def _rate_changes(old: Config, new: Config, step: int) -> list[str]:
+def rate_changes(old: Config, new: Config, step: int) -> list[str]:
     """What a resume does to the learning rate of the next update, in numbers."""
     if step >= new.train.steps:
         return []
