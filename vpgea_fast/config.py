@@ -725,7 +725,7 @@ def _place(error: Any) -> tuple[str, list[Any]]:
         else:  # the name of a union's member
             names = {kind: (getattr(kind, "name", None), _name(kind)) for kind in kinds}
             kinds = [kind for kind in kinds if part in names[kind]] or kinds
-    if error["type"] in ("dataclass_type", "dataclass_exact_type", "missing_keyword_only_argument"):
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         owners = [kind for kind in kinds if _hints(kind)]
     return key, owners
 
@@ -738,6 +738,8 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     (error, owners), kinds = group[0], {error["type"] for error, _ in group}
     if "unexpected_keyword_argument" in kinds:
         return f"unknown key; {_nearest_key(key, owners)}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        return "is missing; give it a value"
     value = error["input"]
     if error["type"] == "union_tag_invalid":
         value = value["name"]
