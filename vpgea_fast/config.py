@@ -650,11 +650,17 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A single value as a list of one where only a list is wanted."""
+    """A single value as a list of one where only a list is wanted; where that is of records, text
+    is the first key of one. Here, because a validator of pydantic's would end the strict reading of
+    JSON."""
 
     def wrapped(hint: Any, value: Any) -> Any:
-        single = value is not None and not isinstance(value, (list, tuple))
-        return [value] if _item(hint) and single else value
+        item = _item(hint)
+        if item is None or value is None:
+            return value
+        values = value if isinstance(value, (list, tuple)) else [value]
+        first = next(iter(_hints(item)), None)
+        return [{first: v} if first and isinstance(v, str) else v for v in values]
 
     done = dict(tree)
     for section, keys in tree.items():
@@ -680,6 +686,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text (in quotes)",
     "tuple_type": "a list, [a, b]",
+    "too_short": "{min_length} entries or more",
     "too_long": "{max_length} entries",
     "dict_type": "keys and values",
     "greater_than": "more than {gt}",
@@ -705,7 +712,7 @@ def _explain(errors: Iterable[Any]) -> list[str]:
     return [
         f"  {key or 'configuration'}: {_complaint(key, group)}"
         for key, group in found.items()
-        if not key or not any(other.startswith((f"{key}.", f"{key},")) for other in found)
+        if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in found)
     ]
 
 
@@ -717,7 +724,7 @@ def _place(error: Any) -> tuple[str, list[Any]]:
         hints = [_hints(kind)[part] for kind in kinds if part in _hints(kind)]
         unknown = error["type"] == "unexpected_keyword_argument" and place == len(loc) - 1
         if isinstance(part, int):
-            key += f", entry {part + 1}"
+            key += f"[{part}]"
         elif hints or unknown:
             key, owners = f"{key}.{part}".lstrip("."), kinds
             kinds = [t for hint in hints for t in _members(hint)]
