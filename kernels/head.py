@@ -171,6 +171,8 @@ def _run(
     if selection.masked:
         hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
     chunk_bytes = settings.chunk_bytes
+    if chunk_bytes is None:
+        chunk_bytes = chunk_budget(weight_VD, gradients=upstream is not None)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         return BACKENDS[choice.name].run(
             hidden_TD,
@@ -186,7 +188,7 @@ def _run(
             dhidden_TD=sinks[0],
             dweight_VD=sinks[1],
             dbias_V=sinks[2],
-            chunk_bytes=chunk_budget(weight_VD) if chunk_bytes is None else chunk_bytes,
+            chunk_bytes=chunk_bytes,
         )
 
 

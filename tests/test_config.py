@@ -105,7 +105,7 @@ def test_presets_load_and_survive_a_round_trip(path):
         ({"optim": {"betas": [0.9, "a"]}}, "optim.betas[1]: got 'a', expected a number"),
         ({"optim": {"betas": [0.1] * 3}}, "expected 2 entries"),
         ({"optim": {"betas": 0.9}}, "optim.betas: got 0.9, expected a list, [a, b]"),
-        ({"eval": {"data": 3}}, "eval.data[0]: got 3, expected text (in quotes)"),
+        ({"eval": {"data": 3}}, "eval.data[0]: got 3, expected text or keys (path, "),
         ({"eval": {"data": None}}, "eval.data: got null, expected a list"),
         ({"rollout": {"top_p": 0.0}}, "rollout.top_p: got 0.0, expected more than 0"),
     ],
@@ -184,8 +184,8 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     cfg = config.resolve(config.parse_overrides(words))
     assert cfg == config.resolve(strict_yaml.parse(config.dump(cfg)))
     assert (cfg.run.dir, cfg.model.path) == (f"{tmp_path}/run", f"{tmp_path}/m")
-    assert cfg.data.train == f"{tmp_path}/t.jsonl"
-    assert cfg.eval.data == (f"{tmp_path}/a.jsonl", "b~c.jsonl")
+    assert [file.path for file in cfg.data.train] == [f"{tmp_path}/t.jsonl"]
+    assert [file.path for file in cfg.eval.data] == [f"{tmp_path}/a.jsonl", "b~c.jsonl"]
     assert (cfg.metrics.compare, cfg.vllm.sync_dir) == (f"{tmp_path}/c.json", f"{tmp_path}/sync")
     assert config.resolve({"run": {"dir": "./~x"}}).run.dir == "./~x"
     assert config.resolve({"model": {"path": "org/name"}}).model.path == "org/name"
@@ -193,12 +193,25 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
 
 def test_one_file_is_a_list_of_one():
     def data(*words):
-        return config.resolve(config.parse_overrides(words)).eval.data
+        cfg = config.resolve(config.parse_overrides(words))
+        assert config.resolve(strict_yaml.parse(config.dump(cfg))) == cfg
+        return [(file.path, file.limit) for file in cfg.eval.data]
 
-    assert data("--eval.data", "a b.jsonl") == ("a b.jsonl",)
-    assert data("--eval.data", "[a.jsonl, 'b, c.jsonl']") == ("a.jsonl", "b, c.jsonl")
-    assert data("--eval.data", "[]") == ()
-    assert config.resolve({"eval": {"data": "a.jsonl"}}).eval.data == ("a.jsonl",)
+    assert data("--eval.data", "a b.jsonl") == [("a b.jsonl", None)]
+    assert data("--eval.data", "a: #b, 2") == [("a: #b, 2", None)]
+    assert data("--eval.data", "{path: a, limit: 3}") == [("a", 3)]
+    assert data("--eval.data", "[a, {path: b}]") == [("a", None), ("b", None)]
+    assert data("--eval.data", "[]") == []
+    assert config.resolve({"eval": {"data": "a"}}).eval.data == (config.DataFile("a"),)
+    for word, said in {
+        "{limit: 3}": r"eval\.data\[0\]\.path: is missing; give it a value",
+        "{path: a, limt: 3}": r"eval\.data\[0\]\.limt: unknown key; did you mean 'limit'\?",
+        "[a, 3]": r"eval\.data\[1\]: got 3, expected text or keys \(path, name, ",
+        "[[a]]": r"eval\.data\[0\]: got \[\"a\"\], expected text or keys",
+        "{path: a, limit: yes}": r"eval\.data\[0\]\.limit: got 'yes', expected a whole number",
+    }.items():
+        with pytest.raises(config.ConfigError, match=said):
+            data("--eval.data", word)
     with pytest.raises(config.ConfigError, match=r"--eval\.data: got '\[a': is not YAML"):
         data("--eval.data", "[a")
 
@@ -227,7 +240,7 @@ def test_every_number_has_a_range():
         f"{record}.{key}": [{"minimum", "exclusiveMinimum"} & {*n} for n in numbers(field)]
         + [{"maximum", "exclusiveMaximum"} & {*n} for n in numbers(field)]
         for record, schema in records.items()
-        for key, field in schema["properties"].items()
+        for key, field in schema.get("properties", {}).items()
     }
     assert len(found["OptimConfig.betas"]) == 4
     assert [key for key, ends in found.items() if not all(ends)] == []
@@ -269,7 +282,7 @@ def test_overrides(tmp_path):
     assert (cfg.optim.lr, cfg.run.seed, cfg.eval.data, cfg.prompt.student) == (
         5e-4,
         3,
-        ("a.jsonl", "b.jsonl"),
+        (config.DataFile("a.jsonl"), config.DataFile("b.jsonl")),
         "Q: {question}",
     )
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vpgea_fast import config
-from vpgea_fast.config import Config, DataConfig, EvalConfig, PromptConfig
+from vpgea_fast.config import Config, DataConfig, DataFile, EvalConfig, PromptConfig
 from vpgea_fast.data import load_benchmarks
 from vpgea_fast.evaluate import Evaluator, evaluate_model, make_sampling, result_table
 from vpgea_fast.model import load_policy, load_tokenizer
@@ -98,13 +98,15 @@ def build(verifier, tiny_tokenizer):
         cfg = Config(
             data=DataConfig(max_prompt_tokens=longest),
             prompt=prompt,
-            eval=EvalConfig(data=tuple(files), **(fixed | settings)),
+            eval=EvalConfig(data=tuple(map(DataFile, files)), **(fixed | settings)),
         )
         prompter = Prompter(tiny_tokenizer, prompt)
         return Evaluator(
             cfg,
             engine=Scripted(tiny_tokenizer),
-            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
+            benchmarks=load_benchmarks(
+                cfg.eval, cfg.data, prompter, parseable=verifier.accepts_itself
+            ),
             sampling=Sampling(max_new_tokens=3, think_close_id=CLOSE, eos_ids=(2,)),
             decode=lambda ids: rf"\boxed{{{ids.item()}}}",
             verifier=verifier,
@@ -237,7 +239,9 @@ def test_the_batch_width_changes_no_greedy_answer(cfg):
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     with Verifier(timeout_s=20.0) as verifier:
-        benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable)
+        benchmarks = load_benchmarks(
+            cfg.eval, cfg.data, prompter, parseable=verifier.accepts_itself
+        )
         results = [
             Evaluator(
                 replace(cfg, eval=replace(cfg.eval, samples=0)),

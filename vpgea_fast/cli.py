@@ -1,4 +1,4 @@
-"""`vpgea`: train, eval, serve, report, make-tiny. Every configuration key is an option:
+"""`vpgea`: train, eval, serve, report, doctor, make-tiny. Every configuration key is an option:
 `--section.key value`."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--traceback" in argv:
             raise
-        print(f"vpgea: {_one_line(error)}", file=sys.stderr)
+        print(f"vpgea: {config.printable(_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vpgea: interrupted", file=sys.stderr)
@@ -221,6 +221,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN", type=_path)
     report.set_defaults(run=_report, parser=report)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what runs on this machine, and why the rest does not",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+
     tiny = commands.add_parser(
         "make-tiny",
         help="make the tiny model and its questions",
@@ -287,8 +296,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data, ensure_ascii=False)]
-    words += overrides
+    files = [
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in args.data
+    ]
+    words = ["--model.path", args.model, "--eval.data", f"[{', '.join(files)}]", *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
@@ -349,6 +360,15 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     if rows:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.doctor import examine
+
+    for found in examine(args.device):
+        print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
     return 0
 
 

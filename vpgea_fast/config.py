@@ -18,7 +18,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import strict_yaml
@@ -36,6 +44,18 @@ TEACHER_TEMPLATE = (
     "repeated checks and restarts; never mention, use or hint that an answer was given. "
     r"Put the final answer within \boxed{}."
 )
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer one (escape sequences, carriage returns, reversed
+    writing) or cannot be encoded is spelled out; line breaks and tabs stay.
+
+    >>> printable("\\x1b[2J 2 + 2\\r = ?")
+    '\\\\x1b[2J 2 + 2\\\\r = ?'
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def expand_home(path: str) -> str:
@@ -118,7 +138,7 @@ class ModelConfig:
     halves them and needs optim.stochastic_rounding: at 1e-6 a rounded update is lost."""
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """`full` keeps a layer's input and runs the layer again in the backward; `selective` also keeps
-    what attention and every second GEMM gave."""
+    what attention gave, its queries, keys and values, and the gate of the MLP."""
     compile: bool = False
     """torch.compile, one graph for all decoder layers."""
     liger: Literal["auto", "always", "never"] = "auto"
@@ -147,20 +167,105 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DataFile:
+    """One entry of data.train or eval.data: a path, or a mapping. A key that is not given is that
+    of the section `data`; an empty text there means none."""
+
+    path: PathText
+    """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
+    `hub:owner/name[/config][:split]`."""
+    name: str | None = None
+    """Name of the benchmark, and of the file before ids that two files have; default the file's."""
+    weight: PositiveFloat | None = None
+    """Share of the questions of a step (data.train), against the other files' weights."""
+    question_key: str | None = None
+    answer_key: str | None = None
+    id_key: str | None = None
+    variants_key: str | None = None
+    choices_key: str | tuple[str, ...] | None = None
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
+    choices_seed: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).stem
+
+
+def _written(files: tuple[DataFile, ...]) -> Any:
+    """What `resolve` reads, as short as can be: a path where nothing else is given."""
+    given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
+    given = [entry["path"] if len(entry) == 1 else entry for entry in given]
+    plain = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in given
+    ]
+    return plain[0] if len(plain) == 1 else plain
+
+
+Files = Annotated[tuple[DataFile, ...], PlainSerializer(_written)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    train: PathText = "data/train.jsonl"
-    """JSONL or parquet file, or `hub:owner/name[:split]`."""
+    """Keys of rows may lead inside (`reward_model.ground_truth`, `prompt.0.content`); a key that
+    holds a dot itself comes first."""
+
+    train: Annotated[Files, Field(min_length=1)] = (DataFile("data/train.jsonl"),)
+    """A file (see DataFile), or a list of them. Several are one data set, of which a step takes
+    what comes; with a weight each, it takes so many questions of every file."""
     question_key: str = "question"
+    """Key of the text, or of chat messages with one user turn; `{Body} {Question}` joins keys."""
     answer_key: str = "answer"
+    """Key of the final answer. Of a worked solution what follows the last `####`, or what its last
+    \\boxed{} holds, is the answer, and the run says so."""
     id_key: str = "id"
     variants_key: str | None = None
     """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
+    choices_key: str | tuple[str, ...] | None = None
+    """Key of a question's choices: shown with letters, and the letter is the answer. A list of keys
+    of which the first is right is shuffled. An empty text: leave choices out."""
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
+    """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0."""
+    choices_seed: NonNegativeInt | None = None
+    """Shuffle the choices, each question by this seed and its id; default the published order."""
     max_prompt_tokens: PositiveInt = 2048
     overlong: Literal["drop", "error"] = "drop"
     """What to do with a prompt above the limit. It is never cut."""
     bad_answer: Literal["drop", "error"] = "drop"
-    """What to do with a reference answer that the verifier cannot parse."""
+    """What to do with a reference answer that is empty, a worked solution without a final answer,
+    or nothing that the verifier accepts."""
     limit: PositiveInt | None = None
+    """Rows read of each file."""
+    dropped_file: PathText | None = None
+    """Write every dropped row there, as JSON lines: place, reason, id, answer."""
+
+    def __post_init__(self) -> None:
+        weighted = [file.weight is not None for file in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"data.train: {weighted.count(False)} of {len(self.train)} files have no weight; "
+                "give every file one, or none (then questions come by the size of the files)"
+            )
+        names = [file.label for file in self.train]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.train names two files {twice!r}; give one another `name`")
+
+    def filled(self, file: DataFile) -> DataFile:
+        """`file` with what it leaves open taken from this section."""
+        mine = {
+            k: getattr(self, k) for k, v in vars(file).items() if v is None and hasattr(self, k)
+        }
+        return dataclasses.replace(file, **mine)
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each file by its name; None: questions come by the size of the files."""
+        weights = {file.label: file.weight for file in self.train if file.weight is not None}
+        return weights if len(weights) > 1 else None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -178,6 +283,8 @@ class PromptConfig:
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are
     the only fields; every other brace is itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -238,8 +345,27 @@ class VllmEngineConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class VerifyConfig:
+    """Who judges answers, in training and evaluation alike."""
+
+    name: Literal["math", "text", "number", "letter", "custom"] = "math"
+    """`math`: math-verify; `number`: equal as exact rationals; `text`: the same words, case and
+    spaces aside; `letter`: the same choice, A to J; `custom`: target."""
+    target: str | None = None
+    """`package.module:function` of (gold, text) that returns True or False; `custom` only. Found
+    where the run finds modules and in the working directory; must accept `\\boxed{gold}`."""
     workers: PositiveInt = 1
+    """Processes that judge, for each process of the run."""
     timeout_s: Seconds = 5.0
+    """A judgement that takes longer is ended, and its answer counts as wrong."""
+
+    def __post_init__(self) -> None:
+        if (self.name == "custom") != (self.target is not None):
+            raise ValueError(
+                f"verify.name is {self.name!r} and verify.target {self.target!r}: a target belongs "
+                "to name custom, and custom needs one; set both or neither"
+            )
+        if self.target is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
+            raise ValueError(f"verify.target is {self.target!r}; expected package.module:function")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -414,8 +540,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvalConfig:
-    data: tuple[PathText, ...] = ()
-    """JSONL or parquet files, one a benchmark; empty: no evaluation."""
+    data: Files = ()
+    """Files as in data.train, one a benchmark; empty: no evaluation."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0: only before and after."""
     samples: NonNegativeInt = 1
@@ -426,6 +552,11 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 32768
     limit: PositiveInt | None = None
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        weighted = next((file.path for file in self.data if file.weight is not None), None)
+        if weighted is not None:
+            raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -594,12 +725,13 @@ def _parse(section: str, name: str, word: str) -> Any:
     types = [t for record in _records(section) for t in _members(_hints(record).get(name))]
     types += [t for kind in types for t in _members(_item(kind))]
     structured = any(kind not in (str, type(None)) for kind in types)
+    takes_text = str in types or any(_hints(kind) for kind in types)  # a record's first key
     opens = word.lstrip()[:1] in ("[", "{")
     if strict_yaml.LONE.search(word):
         raise ConfigError(f"--{section}.{name}: got {word!r}, expected UTF-8")
     if word in strict_yaml.NULL and word:
         return None
-    if not types or (str in types and not (structured and opens)):
+    if not types or (takes_text and not (structured and opens)):
         return word
     if not word.strip():
         raise ConfigError(f"--{section}.{name}: got an empty word; write null to unset the key")
@@ -770,7 +902,8 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
     """What an error of pydantic's expected, in words; None where it brings its own message."""
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         keys = dict.fromkeys(name for owner in owners for name in _hints(owner))
-        return f"keys ({', '.join(list(keys)[:4])}, ...)"
+        text = "text or " * isinstance(error["loc"][-1], int)
+        return f"{text}keys ({', '.join(list(keys)[:4])}, ...)"
     if error["type"] == "missing":
         return "a value more"
     template, limits = EXPECTED.get(error["type"]), error.get("ctx", {})

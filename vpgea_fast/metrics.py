@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from vpgea_fast.config import printable
 from vpgea_fast.types import ModelFlops
 
 METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
@@ -216,7 +217,7 @@ class Console:
         self._bar.start()
 
     def message(self, text: str) -> None:
-        self._terminal.print(text, markup=False, soft_wrap=True)
+        self._terminal.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A line for the step that `metrics` tells of; the time left follows the last 20 steps."""
@@ -226,17 +227,19 @@ class Console:
         self.message(step_line(metrics, self._total, left))
         self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
 
-    def samples(self, total: int) -> Callable[[int], None]:
+    def samples(self, total: int, what: str = "samples") -> Callable[[int], None]:
         """Progress of drawing `total` samples: call the result with the number newly finished.
 
         The time left is that of the samples so far, so it falls short while only short ones ended.
         """
-        task = self._bar.add_task("samples", total=total, left="")
+        task = self._bar.add_task(what, total=total, left="")
         finished, spoke = 0, time.monotonic()
         began = spoke
 
         def advance(count: int) -> None:
             nonlocal finished, spoke
+            if not count:  # the bar of the last one is gone
+                return
             finished += count
             left = (time.monotonic() - began) / max(1, finished) * (total - finished)
             self._bar.update(task, completed=finished, left=f"{clock_time(left)} left")
@@ -244,9 +247,27 @@ class Console:
                 self._bar.remove_task(task)
             elif self._bar.disable and time.monotonic() - spoke > self._quiet_s:
                 spoke = time.monotonic()
-                self.message(f"samples {finished}/{total}  left {clock_time(left)}")
+                self.message(f"{what} {finished}/{total}  left {clock_time(left)}")
 
         return advance
+
+    def watched(self, judge: Callable[..., list[bool]], what: str) -> Callable[..., list[bool]]:
+        """`judge` of many items with a bar; its `on_progress` need not hear of all of them."""
+
+        def run(items: Sequence[str]) -> list[bool]:
+            advance, left = self.samples(len(items), what), len(items)
+
+            def on_progress(count: int) -> None:
+                nonlocal left
+                left -= count
+                advance(count)
+
+            verdicts = judge(items, on_progress=on_progress)
+            if left:  # what was known already, and what other processes judged
+                advance(left)
+            return verdicts
+
+        return run
 
     def table(
         self,
@@ -260,7 +281,7 @@ class Console:
         for index, header in enumerate(headers):
             table.add_column(header, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(printable(cell)) for cell in row))
         self._terminal.print(table)
         for note in notes:
             self.message(note)

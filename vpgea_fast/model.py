@@ -38,15 +38,23 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from vpgea_fast import attention, losses
+from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.types import PackedBatch
 
 P = TypeVar("P", bound="Policy")
 HALF = (torch.bfloat16, torch.float16)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+SAMPLING_KEYS = (
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""What generation_config.json says of sampling, and only of sampling."""
 
 
 class ModelError(ValueError):
@@ -288,8 +296,8 @@ def _make_policy(
     dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
-    _use_liger(causal_lm, cfg.liger, world.device)
-    _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
+    _use_liger(causal_lm, cfg, world.device)
+    checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
     policy.attention = choice
@@ -388,14 +396,9 @@ def load_config(path: str) -> Any:
 
 
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
-    from transformers import GenerationConfig
-
     config = load_config(path)
     causal_lm = _on_meta(config, dtype)
-    try:
-        causal_lm.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:  # an old or a tiny model may have none
-        causal_lm.generation_config = GenerationConfig.from_model_config(config)
+    causal_lm.generation_config = load_generation_config(path, config)
     return causal_lm
 
 
@@ -500,35 +503,10 @@ def _weight_files(path: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _checkpoint_activations(causal_lm: Any, grade: str) -> None:
-    if grade == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if grade == "selective":
-        options["context_fn"] = _selective_contexts
-    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _selective_contexts() -> tuple[Any, Any]:
-    """Keep what attention and every second matrix product gave; the rest is cheap to make again."""
-    products = {False: 0, True: 0}  # in the forward, in its repetition
-
-    def choose(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        name = str(op)
-        if "attention" in name or "attn" in name:
-            return CheckpointPolicy.MUST_SAVE
-        if name.startswith(("aten.mm", "aten.addmm")):
-            products[ctx.is_recompute] += 1
-            if products[ctx.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(choose)
-
-
-def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
+def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
     """Liger's RMSNorm, RoPE and SwiGLU in place of transformers'. Errors: ModelError for `always`
     where it cannot run."""
+    choice = cfg.liger
     installed = importlib.util.find_spec("liger_kernel") is not None
     if choice == "never" or (choice == "auto" and not (installed and device.type == "cuda")):
         return
@@ -550,7 +528,9 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
             )
         return
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](
-        rope=True,
+        # Liger rotates queries and keys where they lie: those that `selective` keeps would be
+        # rotated again in the backward, and no version counter tells, since Triton writes them.
+        rope=cfg.activation_checkpointing != "selective",
         rms_norm=True,
         swiglu=True,
         cross_entropy=False,
@@ -595,21 +575,100 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint"
         )
+    causal_lm.generation_config = load_generation_config(path, causal_lm.config)
     return causal_lm
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a Hugging Face directory or Hub name. Errors: ModelError."""
-    from transformers import AutoTokenizer
+    """The tokenizer that tokenizer.json of a Hugging Face directory or Hub name describes.
+
+    Not AutoTokenizer, whose classes rebuild a tokenizer from its vocabulary alone: LlamaTokenizer
+    drops every space of a byte-level tokenizer.json. Decoding cleans up nothing, so it says what
+    the ids say. Errors: ModelError.
+    """
+    from transformers import PreTrainedTokenizerFast
 
     check_model_dir(path)
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{path} has no tokenizer.json; expected the tokenizer beside the weights: copy it "
+                "there, or write it with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)"
+            )
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                _json_object(directory / name)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer.clean_up_tokenization_spaces = False
+        tokenizer.get_vocab()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         raise ModelError(
             f"cannot load a tokenizer from {path!r}: {_first_line(error)}; give a complete Hugging "
             "Face directory, or the Hub name (owner/name) of a model that can be reached"
         ) from error
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, config: Any, path: str) -> None:
+    """ModelError where the tokenizer knows a token that the model of `config` does not embed."""
+    rows = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ModelError(
+            f"model.path {path}: the tokenizer's {token!r} is token {largest}, but the model "
+            f"embeds {rows} tokens; use the tokenizer that belongs to the model, or enlarge the "
+            "embedding (resize_token_embeddings) and train it"
+        )
+
+
+def load_generation_config(path: str, config: Any) -> Any:
+    """generation_config.json of a model directory or Hub name as transformers can write it again;
+    that of `config` where there is none.
+
+    With `do_sample: false` a temperature means nothing to transformers, which yet refuses to save
+    it: such keys are left out. Errors: ModelError for what is no number of its kind, for an eos
+    token that is none, and for all else that an export could not write.
+    """
+    from transformers import GenerationConfig
+
+    file = Path(path) / "generation_config.json"
+    if file.is_file():
+        _json_object(file)
+    try:
+        try:
+            found = GenerationConfig.from_pretrained(path)
+        except OSError:  # an old or a tiny model may have none
+            found = GenerationConfig.from_model_config(config)
+        _check_generation_types(found, config.get_text_config().vocab_size)
+        if found.do_sample is not True:
+            for key in SAMPLING_KEYS:
+                setattr(found, key, None)
+        found.validate(strict=True)
+        json.dumps(found.to_dict(), allow_nan=False)
+    except Exception as error:  # whatever a wrong type leads to
+        raise ModelError(
+            f"{path}: generation_config.json cannot be used, and an export could not write it "
+            f"again: {' '.join(str(error).split())}; repair it, or take it away"
+        ) from error
+    return found
+
+
+def _check_generation_types(found: Any, rows: int) -> None:
+    """A ValueError for sampling keys that are no numbers and for end tokens that are no tokens."""
+    for key in SAMPLING_KEYS:
+        value = getattr(found, key, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{key} is {value!r}, expected a number")
+    if not (found.do_sample is None or isinstance(found.do_sample, bool)):
+        raise ValueError(f"do_sample is {found.do_sample!r}, expected true or false")
+    named = found.eos_token_id
+    for token in named if isinstance(named, list) else [] if named is None else [named]:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
+            raise ValueError(f"eos_token_id is {named!r}, expected tokens of 0..{rows - 1}")
 
 
 def check_model_dir(path: str) -> None:

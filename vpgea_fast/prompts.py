@@ -7,18 +7,23 @@
 
 The student view is made from the question's text alone: no function on its way is given the answer.
 Both views end with the same think prefix, so the ids of a thought z can stand behind either. Text
-is tokenised once, here; what a model sampled is never decoded and tokenised again.
+is tokenised once, here; what a model sampled is never decoded and tokenised again. What the ids say
+is the text, or there is no prompt: all that is tokenised is decoded again and compared.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+import signal
+import threading
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jinja2 import TemplateError
 
 from vpgea_fast.config import ConfigError, PromptConfig
 from vpgea_fast.types import PromptedQuestion, Question
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 FIELD = re.compile(r"\{(question|answer)\}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]")
+"""What a chat template spells as a tag; one that is a single token acts as one, added or not."""
+RENDER_SECONDS = 10.0
+RENDER_LIMIT = 1 << 20
+"""Characters that a chat template may put around the turns."""
 
 
 class Prompter:
@@ -38,25 +49,24 @@ class Prompter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> None:
         _check_templates(cfg)
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; "
-                "use an instruction-tuned model, or save a chat_template.jinja beside its weights"
-            )
-        self._tokenizer = tokenizer
-        self._cfg = cfg
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        special = {str(token) for token in added if token.special}
-        self._special = {*special, *tokenizer.all_special_tokens, cfg.think_open, cfg.think_close}
+        self._tokenizer, self._cfg = tokenizer, cfg
+        self._template = _chat_template(tokenizer)
+        self._check_kwargs()
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
+        probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
+        self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
+        steering = self._steering_tokens(self._template + probe)
+        both = {*steering, *map(self._normalised, steering)}
+        longest_first = sorted(both, key=len, reverse=True)
+        self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
 
     def student_text(self, question_text: str) -> str:
-        """The student view as text, for the eye: what the model sees are `student_ids`."""
+        """The student view as text; what the model sees are `student_ids`."""
         return self._chat({"role": "user", "content": self._student_turn(question_text)})
 
     def teacher_text(self, question: Question) -> str:
-        """The teacher view as text, for the eye."""
+        """The teacher view as text."""
         words = fill(self._cfg.teacher, question=question.text, answer=question.answer)
         if self._cfg.teacher_role == "user":
             return self._chat({"role": "user", "content": words})
@@ -65,41 +75,47 @@ class Prompter:
             {"role": "user", "content": self._student_turn(question.text)},
         )
 
+    def shown(self, ids: torch.Tensor) -> str:
+        """What the ids say, special tokens included: for the eye."""
+        [text] = self._decode([ids])
+        return text
+
     def has_special(self, *texts: str) -> bool:
-        """Whether data spells a token that steers a chat: tokenised, it would act as one."""
-        return any(token in text for token in self._special for text in texts)
+        """Whether data spells a token that steers a chat: tokenised, it would act as one.
+
+        These are the special tokens, the think tags, and every token that the chat template spells.
+        """
+        return any(self._steers.search(form) for t in texts for form in {t, self._normalised(t)})
 
     def student_ids(self, question_texts: Sequence[str]) -> list[torch.Tensor]:
         """The student view alone, for evaluation: no teacher prompt is ever made."""
-        for text in question_texts:
-            if self.has_special(text):
-                raise ConfigError(
-                    f"a question spells a special token of this model: {text[:200]!r}; as a prompt "
-                    "it would steer the chat, so take the question out or rewrite it"
-                )
-        return self._encode([self.student_text(text) for text in question_texts])
+        return self._student_ids(question_texts, [repr(text[:80]) for text in question_texts])
 
     def prompt(self, questions: Sequence[Question]) -> list[PromptedQuestion]:
         """Both views of every question, the cue and the target, each tokenised by itself.
 
         Tokenising cue and target apart is canonical for the default templates: byte-level BPEs of
-        the Qwen2 and Llama 3 kind always break between `\\boxed` and `{`.
+        the Qwen2 and Llama 3 kind always break between `\\boxed` and `{`. A ConfigError names the
+        first question whose ids do not say its text.
         """
-        cfg = self._cfg
+        cfg, names = self._cfg, [repr(q.id) for q in questions]
         fields = [{"question": q.text, "answer": q.answer} for q in questions]
+        cues = [fill(cfg.answer_cue, question=q.text) for q in questions]
         columns = (
-            self.student_ids([q.text for q in questions]),
-            self._encode([self.teacher_text(q) for q in questions]),
-            self._encode([fill(cfg.answer_cue, question=q.text) for q in questions]),
-            self._encode([fill(cfg.answer_target, **f) for f in fields]),
+            self._student_ids([q.text for q in questions], names),
+            self._encode([self.teacher_text(q) for q in questions], names),
+            self._behind_thought([""] * len(cues), cues, names),
+            self._behind_thought(cues, [fill(cfg.answer_target, **f) for f in fields], names),
         )
         variants = [
             tuple(
-                self._encode(
-                    [fill(cfg.answer_target, question=q.text, answer=v) for v in q.variants]
+                self._behind_thought(
+                    [cue] * len(q.variants),
+                    [fill(cfg.answer_target, question=q.text, answer=v) for v in q.variants],
+                    [name] * len(q.variants),
                 )
             )
-            for q in questions
+            for q, cue, name in zip(questions, cues, names, strict=True)
         ]
         rows = zip(questions, *columns, variants, strict=True)
         return [PromptedQuestion(q, *ids) for q, *ids in rows]
@@ -133,22 +149,40 @@ class Prompter:
             )
         return kept, {f"longer than {limit} tokens": dropped, "special token in text": spelled}
 
+    def _student_ids(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
+        for text, name in zip(texts, names, strict=True):
+            if self.has_special(text):
+                raise ConfigError(
+                    f"question {name} spells a special token of this model: {text[:200]!r}; as a "
+                    "prompt it would steer the chat, so take the question out or rewrite it"
+                )
+        return self._encode([self.student_text(text) for text in texts], names)
+
     def _student_turn(self, question_text: str) -> str:
         return fill(self._cfg.student, question=question_text)
 
     def _chat(self, *messages: dict[str, str]) -> str:
+        roles = " + ".join(message["role"] for message in messages)
         try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
+            with _time_limit(RENDER_SECONDS):
+                text = self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **self._cfg.chat_template_kwargs,
                 )
-            )
-        except TemplateError as error:
-            roles = " + ".join(message["role"] for message in messages)
+        except Exception as error:  # a template is a program: it may raise anything
             raise ConfigError(
-                f"the chat template refuses the turns {roles}: {error}; set prompt.teacher_role to "
-                "user, or repair the template"
+                f"the chat template refuses the turns {roles}: {error or type(error).__name__}; "
+                + ("set prompt.teacher_role to user, or " if len(messages) > 1 else "")
+                + "repair the template (chat_template.jinja or tokenizer_config.json of the model)"
             ) from error
+        text = str(text)
+        if len(text) > RENDER_LIMIT + 4 * sum(len(message["content"]) for message in messages):
+            raise ConfigError(
+                f"the chat template made {len(text)} characters of the turns {roles}; expected at "
+                f"most {RENDER_LIMIT} around them; repair the template"
+            )
         for message in messages:
             if message["content"].strip() not in text:
                 raise ConfigError(
@@ -156,23 +190,123 @@ class Prompter:
                     f"{message['content']!r} became {text!r}; set prompt.teacher_role to user, or "
                     "repair the template"
                 )
-        return self._open_thought(text)
+        return self._open_thought(text, messages[-1]["content"].strip())
 
-    def _open_thought(self, text: str) -> str:
-        """End `text` with the think prefix, once: some chat templates end with the tag already."""
-        prefix, tag = self._cfg.think_prefix, self._cfg.think_open
-        head, opened, rest = text.rpartition(tag)
-        if prefix.startswith(tag) and opened and not rest.strip():
-            return head + prefix
-        return text if text.endswith(prefix) else text + prefix
+    def _open_thought(self, text: str, last_turn: str) -> str:
+        """End `text` with the think prefix, once: some chat templates end with the tag already.
 
-    def _encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        Only the tags behind the last turn count. A thought that the template has closed is not
+        opened a second time.
+        """
+        prefix, opening, closing = (
+            self._cfg.think_prefix,
+            self._cfg.think_open,
+            self._cfg.think_close,
+        )
+        tail = text[text.rindex(last_turn) + len(last_turn) :]
+        opened, closed = tail.rfind(opening), tail.rfind(closing)
+        if closed > opened:
+            raise ConfigError(
+                f"the chat template ends with a thought that is closed: {tail!r}, so none can "
+                "follow; if it has a switch, turn thinking on (prompt.chat_template_kwargs: "
+                "{enable_thinking: true}), else repair the template"
+            )
+        if text.endswith(prefix):
+            return text
+        words = tail[opened + len(opening) :]
+        if opened >= 0 and prefix.startswith(opening) and not words.strip():
+            return text[: len(text) - len(opening) - len(words)] + prefix
+        if opened >= 0 and opening in prefix:
+            raise ConfigError(
+                f"the chat template opens a thought and begins it: {tail!r}; a second {opening!r} "
+                "would follow: set prompt.think_prefix to what the template ends with, or repair it"
+            )
+        return text + prefix
+
+    def _encode(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
         """Ids of each text as it is: the chat template wrote the BOS, none is added to it."""
+        rows = self._ids(texts, names)
+        self._require_said(texts, rows, names)
+        return rows
+
+    def _behind_thought(
+        self, before: Sequence[str], texts: Sequence[str], names: Sequence[str]
+    ) -> list[torch.Tensor]:
+        """Ids of each text by itself, as it stands behind a thought's end: not as a text begins,
+        where SentencePiece puts a space. Checked behind the end tag and `before`."""
+        tag = self._cfg.think_close
+        heads = self._ids([tag + text for text in before], names)
+        rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
+        joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
+        wanted = [tag + a + b for a, b in zip(before, texts, strict=True)]
+        self._require_said(wanted, joined, names)
+        return rows
+
+    def _require_said(
+        self, texts: Sequence[str], rows: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> None:
+        """A ConfigError for the first text that its ids do not say, but for Unicode's composed form
+        (NFC, the normaliser of Qwen2), which means the same. 40,000 questions: COST."""
+        for text, said, name in zip(texts, self._decode(rows), names, strict=True):
+            if said != text and said != unicodedata.normalize("NFC", text):
+                raise ConfigError(_difference(text, said, name))
+
+    def _ids(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
+        for text, name in zip(texts, names, strict=True):
+            if (place := LONE_SURROGATE.search(text)) is not None:
+                raise ConfigError(
+                    f"question {name}: half a character (a lone surrogate) at {place.start()}: "
+                    f"{_around(text, place.start())!r}; expected Unicode text, repair the row"
+                )
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [torch.tensor(row, dtype=torch.long) for row in ids]
 
+    def _decode(self, rows: Sequence[torch.Tensor]) -> list[str]:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return [self._tokenizer.decode(row.tolist(), **options) for row in rows]
+
+    def _steering_tokens(self, spelled: str) -> set[str]:
+        """Special tokens, think tags, and the tokens that the template (`spelled`: its source and
+        what it renders) has: R1's `<｜User｜>` is no special token in its tokenizer.json.
+
+        Words and white space are not meant: some vocabularies add runs of spaces as tokens.
+        """
+        added = self._tokenizer.added_tokens_decoder.values()
+        found = {
+            str(token)
+            for token in added
+            if token.special or (str(token) in spelled and re.search(r"[^\w\s]", str(token)))
+        }
+        tags = sorted(set(TAG.findall(spelled)))
+        found |= {
+            tag
+            for tag, ids in zip(tags, self._ids(tags, tags), strict=True)
+            if ids.numel() == 1 and ids.item() != self._tokenizer.unk_token_id
+        }
+        known = {*self._tokenizer.all_special_tokens, self._cfg.think_open, self._cfg.think_close}
+        return {token for token in found | known if token}
+
+    def _normalised(self, text: str) -> str:
+        return text if self._normalizer is None else self._normalizer.normalize_str(text)
+
+    def _check_kwargs(self) -> None:
+        """What the template never reads would change nothing, in silence."""
+        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = {*taken, "messages", *self._tokenizer.special_tokens_map}
+        for name in self._cfg.chat_template_kwargs:
+            if name in reserved:
+                raise ConfigError(
+                    f"prompt.chat_template_kwargs: {name!r} is given to the template already; "
+                    "leave it out"
+                )
+            if not re.search(rf"\b{re.escape(name)}\b", self._template):
+                raise ConfigError(
+                    f"prompt.chat_template_kwargs: the chat template never reads {name!r}; leave "
+                    "it out, or see the template for the name"
+                )
+
     def _tag_id(self, key: str, tag: str) -> int:
-        [ids] = self._encode([tag])
+        [ids] = self._ids([tag], [tag])
         if ids.numel() != 1 or ids.item() == self._tokenizer.unk_token_id:
             raise ConfigError(
                 f"prompt.{key}: the tokenizer makes {ids.tolist()} of {tag!r}, but a thought ends "
@@ -180,6 +314,63 @@ class Prompter:
                 "the tag to the tokenizer (add_tokens) and to the embedding"
             )
         return int(ids.item())
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    name = tokenizer.name_or_path or "the model"
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {name} has no chat template; use an instruction-tuned model, or "
+            "save a chat_template.jinja beside its weights"
+        )
+    try:
+        template = tokenizer.get_chat_template()
+    except Exception as error:  # of several templates none is called default, or they are no dict
+        raise ConfigError(f"the chat template of {name} cannot be used: {error}") from error
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"the chat template of {name} is {template!r}; expected the text of a Jinja template; "
+            "repair tokenizer_config.json"
+        )
+    return template
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """A TimeoutError after so long, where signals can be heard: in the main thread. A timer that
+    ran before goes on."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"no end after {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, ring)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+def _difference(text: str, said: str, name: str) -> str:
+    place = next(
+        (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
+        min(len(text), len(said)),
+    )
+    return (
+        f"question {name}: the tokenizer does not keep the text: at character {place} "
+        f"{_around(text, place)!r} becomes {_around(said, place)!r}; use a tokenizer.json that can "
+        "be decoded without a loss, or take such characters out of data and prompt templates"
+    )
+
+
+def _around(text: str, place: int) -> str:
+    return text[max(0, place - 20) : place + 20]
 
 
 def fill(template: str, **fields: str) -> str:
@@ -239,6 +430,11 @@ def _check_templates(cfg: PromptConfig) -> None:
     for name, template, field, wanted, complaint in rules:
         if (field in template) != wanted:
             raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
+    if cfg.think_open == cfg.think_close:
+        raise ConfigError(
+            f"prompt.think_close: got {cfg.think_close!r}, which think_open is too; expected the "
+            "tag that ends a thought"
+        )
 
 
 def _longer_view(prompted: PromptedQuestion) -> int:
