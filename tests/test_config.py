@@ -347,6 +347,66 @@ def test_frozen():
         config.resolve({}).run.seed = 3
 
 
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["--eval.data", "a.jsonl"], ["a.jsonl"]),
+        (["--eval.data", "a: #b.jsonl"], ["a: #b.jsonl"]),
+        (["--eval.data=2024"], ["2024"]),
+        (["--eval.data", "[a.jsonl, {path: b.csv}]"], ["a.jsonl", "b.csv"]),
+        (["--eval.data", "{path: b.csv, limit: 3}"], ["b.csv"]),
+        (["--eval.data", "[]"], []),
+    ],
+)
+def test_files_are_a_path_a_mapping_or_a_list(words, paths):
+    cfg = config.resolve(config.parse_overrides(words))
+    assert [file.path for file in cfg.eval.data] == paths
+    assert config.resolve(yaml.safe_load(config.dump(cfg))) == cfg
+
+
+def test_a_file_of_the_command_line_replaces_all_of_the_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {train: {path: a.jsonl, question_key: problem, limit: 3}}\n")
+    [found] = config.load(file, ["--data.train", "{path: b.jsonl, limit: 4}"]).data.train
+    assert found == config.DataFile("b.jsonl", limit=4)
+
+
+def test_what_a_file_leaves_open_is_that_of_the_section():
+    files = ["a.jsonl", {"path": "b.jsonl", "question_key": "problem", "choices_key": ""}]
+    data = config.resolve({"data": {"train": files, "choices_key": ["x", "y"], "limit": 5}}).data
+    assert config.as_dict(config.resolve({"data": {"train": files}}))["data"]["train"] == files
+    first, second = map(data.filled, data.train)
+    assert (first.question_key, first.choices_key, first.limit) == ("question", ("x", "y"), 5)
+    assert (second.question_key, second.choices_key, second.id_key) == ("problem", "", "id")
+    assert first.choices_answer == "auto"
+    assert data.weights is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {"train": [{"path": "a", "answerkey": "x"}]}}, "did you mean 'answer_key'?"),
+        ({"data": {"train": []}}, "data.train: got [], expected 1 entries or more"),
+        ({"data": {"train": 3}}, "data.train[0]: got 3, expected text or keys (path, name, "),
+        ({"data": {"train": ["a", 3]}}, "data.train[1]: got 3, expected text or keys (path, "),
+        ({"data": {"train": [["a"]]}}, 'data.train[0]: got ["a"], expected text or keys'),
+        ({"data": {"train": {"limit": 3}}}, "data.train[0].path: is missing; give it"),
+        (
+            {"data": {"train": {"path": "a", "weight": 0}}},
+            "data.train[0].weight: got 0, expected more than 0",
+        ),
+        ({"data": {"train": ["a", {"path": "b", "weight": 1}]}}, "1 of 2 files have no weight"),
+        ({"data": {"train": ["a/x.csv", "b/x.csv"]}}, "names two files 'x'"),
+        ({"eval": {"data": [{"path": "a", "weight": 1}]}}, "a has a weight, which is for data."),
+        ({"data": {"choices_key": 3}}, "data.choices_key"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tree, message):
+    with pytest.raises(config.ConfigError) as error:
+        config.resolve(tree)
+    assert message in str(error.value)
+
+
 # Text that YAML, Python or a shell gives a meaning to, and values of every type.
 ODD = ":{}[]#&*!|>'\"%@`\t\n\r -~0x1e.,?<=\\\0\x85\u2028\ufeff\ud800é"
 PIECES = ["&a ", "*a", "<<: ", "!!python/name:os ", "---\n", "%YAML 1.1\n", "[" * 50, "9" * 5000]

@@ -186,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     evaluate.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
-    evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
+    evaluate.add_argument(
+        "data",
+        nargs="+",
+        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        "'{path: math500.jsonl, question_key: problem}'",
+    )
     evaluate.add_argument(
         "--config",
         type=_path,

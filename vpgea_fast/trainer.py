@@ -291,6 +291,9 @@ class Trainer:
         say(f"{len(self.questions)} questions, {_counts(self.loaded.dropped)}")
         for line in [*self.loaded.lines(), *long_targets(self.questions)]:
             say(line)
+        for name, benchmark in self.evaluator.benchmarks.items():
+            for line in benchmark.loaded.lines():
+                say(f"benchmark {name}: {line}")
         if cfg.data.weights is not None:
             shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
             say("questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items()))
