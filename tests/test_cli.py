@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_prompts import make_tokenizer
 
-from vpgea_fast import checkpoint, config
+from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import _status, main
 from vpgea_fast.distributed import World
 
@@ -89,10 +89,44 @@ def test_help_names_every_command(capsys):
         (["train", str(TINY), "--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
         (["train", str(TINY), "--objective.group_size", "1"], "objective.group_size: "),
         (["train", str(TINY), "--objective.prior_samples=0"], "objective.prior_samples: "),
-        (["train", str(TINY), "--objective.alpha", "-1"], "equal to 0, got -1"),
+        (["train", str(TINY), "--objective.alpha", "-1"], "got -1, expected 0 or more"),
         (["train", "--resume", "none"], "none is no run: config.yaml is missing"),
         (["train", "--resume", "b", "--resume-if-started"], "goes with a YAML file"),
         (["train", "a.yaml", "--processes", "8"], "are for --dry-run"),
+        (
+            ["train", "a.yaml", "--dry-run", "--processes", "-1"],
+            "--processes: got '-1', expected a",
+        ),
+        (["train", "a.yaml", "--dry-run", "--processes", "0"], "a whole number from 1 to 1048576"),
+        (["train", "a.yaml", "--dry-run", "--processes", "2.0"], "got '2.0', expected a whole"),
+        (
+            ["train", "a.yaml", "--dry-run", "--device-gib", "-5"],
+            "--device-gib: got '-5', expected",
+        ),
+        (
+            ["train", "a.yaml", "--dry-run", "--device-gib", ".nan"],
+            "a number above 0, up to 100000",
+        ),
+        (["train", "a.yaml", "--device-gib", "yes"], "--device-gib: got 'yes', expected a number"),
+        (
+            ["train", "~nobody-here/a.yaml"],
+            "has no home directory here; write ./~nobody-here/a.yaml",
+        ),
+        (["train", ""], "got '', expected a path"),
+        (["train", str(TINY), "--run.threads", "100000"], "run.threads: got 100000, expected 1024"),
+        (["train", str(TINY), "--optim.lr", "yes"], "optim.lr: got 'yes', expected a number"),
+        (["train", str(TINY), "--data.limit", ""], "--data.limit: got an empty word; write null"),
+        (
+            ["train", str(TINY), "--metrics.note", "\udcff"],
+            "--metrics.note: got '\\udcff', expected",
+        ),
+        (["train", str(TINY), "--eval.data", "[a"], "--eval.data: got '[a': is not YAML"),
+        (["serve", "m", "--port", "99999"], "--port: got '99999', expected a whole number from 1"),
+        (
+            ["serve", "m", "--port", "http"],
+            "--port: got 'http', expected a whole number from 1 to 65",
+        ),
+        (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["eval"], "required: model, data; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
         (["eval", "./none", "d"], "no model directory at ./none"),
@@ -105,6 +139,30 @@ def test_help_names_every_command(capsys):
 def test_a_wrong_command_line_is_one_line_with_the_remedy(words, said, refusal, tmp_path):
     assert said in refusal(main(words))
     assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"vpgea_fast {__version__}\n"
+
+
+def test_what_another_objective_leaves_out_is_said_beside_the_configuration(capsys):
+    words = ["--objective.name", "grpo", "--print-config"]
+    assert main(["train", str(TINY), *words]) == 0
+    printed = capsys.readouterr()
+    assert config.resolve(strict_yaml.parse(printed.out)).objective == config.GrpoConfig()
+    assert printed.err.startswith("vpgea: ")
+    assert "objective.name 'grpo' leaves out the file's objective.preset, objective." in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(refusal):
+    words: list = ["train", 3]
+    assert "(AttributeError; --traceback shows where)" in refusal(main(words))
+    with pytest.raises(AttributeError):
+        main([*words, "--traceback"])
 
 
 def test_several_wrong_keys_stand_in_one_line(refusal):

@@ -617,7 +617,7 @@ def test_several_files_are_one_data_set(tmp_path: Path):
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in "abc"}
 
     def load(*names: str) -> LoadedQuestions:
-        return load_training(DataConfig(train=[paths[name] for name in names]))
+        return load_training(DataConfig(train=tuple(DataFile(paths[name]) for name in names)))
 
     assert [q.id for q in load("a", "c").questions] == ["1", "2", "7", "8"]
     assert [q.id for q in load("a", "b").questions] == ["a/1", "a/2", "b/2", "b/3"]

@@ -14,9 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vpgea_fast.checkpoint import write_text
+from vpgea_fast.config import ConfigError, read_sections
 from vpgea_fast.metrics import METRICS, Alarms, finite, read_jsonl
 
 if TYPE_CHECKING:
@@ -349,12 +348,9 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 def _config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     try:
-        tree = yaml.safe_load(_text(path)) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ReportError(f"{path}: got {type(tree).__name__}, expected sections")
-    return tree
+        return read_sections(path) if path.exists() else {}
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

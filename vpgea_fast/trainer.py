@@ -24,7 +24,16 @@ import torch
 
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
-from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
+from vpgea_fast.config import (
+    Config,
+    ConfigError,
+    VpgeaConfig,
+    as_dict,
+    changes,
+    dump,
+    load,
+    resolve,
+)
 from vpgea_fast.data import (
     fingerprint,
     load_benchmarks,
@@ -64,10 +73,12 @@ FIXED_ON_RESUME = (
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
     "rollout.importance_cap",
-    *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+    *("data.", "verify.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
 distribution of the samples and their weights, not which engine draws them, how many at a time."""
+FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
+"""Exceptions: they do not change what is drawn or how it is judged."""
 
 
 class TrainingError(RuntimeError):
@@ -103,7 +114,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
-        self.skipped_in_a_row, self.stop_requested, self.changed = 0, False, []
+        self.skipped_in_a_row, self.stop_requested = 0, False
+        self.before, self.notices = cfg, list[str]()
         self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
@@ -271,7 +283,7 @@ class Trainer:
     def introduce(self) -> None:
         """Show both prompts, their lengths, what will be drawn, and what the preset leaves out."""
         cfg, first, say = self.cfg, self.questions[0], self.say
-        for text in self.changed:
+        for text in self.notices:
             say(text)
         say(f"student prompt: {self.prompter.shown(first.student_ids)}")
         if cfg.objective.posterior_paths:
@@ -353,7 +365,12 @@ class Trainer:
     def save(self) -> None:
         self.saved = time.monotonic()
         self.saver.save(
-            self.step, {"skipped_in_a_row": self.skipped_in_a_row, "data": self.fingerprint}
+            self.step,
+            {
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "data": self.fingerprint,
+                "config": as_dict(self.cfg),
+            },
         )
 
     def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
@@ -523,14 +540,10 @@ class Trainer:
         self.world.on_main(self._cut_logs)
 
     def _cut_logs(self) -> None:
-        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside.
-
-        A copy: without its config.yaml a run that is killed here could not be resumed.
-        """
-        if self.changed:
+        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
+        if changes(self.before, self.cfg):
             old = self.run_dir / f"config.until_step_{self.step}.yaml"
-            now = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
-            checkpoint.write_text(old, now)
+            checkpoint.write_text(old, dump(self.before))
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
         (self.run_dir / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
@@ -538,16 +551,21 @@ class Trainer:
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
-        before = load(self.run_dir / "config.yaml")
-        changed = changes(before, self.cfg)
-        evaluated = ("eval",) if (self.run_dir / "eval.json").exists() else ()
-        fixed = [key for key in changed if key.startswith((*FIXED_ON_RESUME, *evaluated))]
+        step, record = 0 if saved is None else saved.step, _record(saved)
+        self.before = record or load(self.run_dir / "config.yaml")
+        changed = changes(self.before, self.cfg)
+        evaluated = ("eval.",) if (self.run_dir / "eval.json").exists() else ()
+        fixed = [
+            f"{key} from {_spelled(old)} to {_spelled(new)}"
+            for key, (old, new) in changed.items()
+            if key.startswith((*FIXED_ON_RESUME, *evaluated)) and key not in FREE_ON_RESUME
+        ]
         if fixed:
             raise checkpoint.CheckpointError(
-                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; leave "
-                "them as they are, or start another run"
+                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; set "
+                f"them back in {self.run_dir / 'config.yaml'} and on the command line, or start "
+                "another run"
             )
-        step = 0 if saved is None else saved.step
         if self.cfg.train.steps < step:
             raise checkpoint.CheckpointError(
                 f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
@@ -558,9 +576,16 @@ class Trainer:
                 "those that the run began with; "
                 "bring them back, or start another run"
             )
-        self.changed = [
-            f"changed at step {step}: {key} {a!r} -> {b!r}" for key, (a, b) in changed.items()
+        self.notices = [
+            f"changed at step {step}: {key} {_spelled(a)} -> {_spelled(b)}"
+            for key, (a, b) in changed.items()
         ]
+        self.notices += rate_changes(self.before, self.cfg, step)
+        if saved and record is None:
+            self.notices.append(
+                f"{saved.path} does not say with which configuration its steps were made (another "
+                "version wrote it): config.yaml is believed, edited or not"
+            )
 
     def _write_run_files(self) -> None:
         facts = {
@@ -647,6 +672,34 @@ class Trainer:
     def _stop(self) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise Stopped
+
+
+def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
+    """The configuration that a checkpoint's steps were made with; None if it does not say, or has
+    keys that are no more."""
+    try:
+        return None if saved is None else resolve(saved.trainer_state["config"])
+    except (KeyError, ConfigError):
+        return None
+
+
+def rate_changes(old: Config, new: Config, step: int) -> list[str]:
+    """What a resume does to the learning rate of the next update, in numbers."""
+    if step >= new.train.steps:
+        return []
+    now = learning_rate(new.optim, step, new.train.steps)
+    planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
+    last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
+    if now == planned or (step >= old.train.steps and now == last):
+        return []
+    return [
+        f"learning rate: {last:.3g} at step {step}, {now:.3g} at step {step + 1}; without the "
+        + (f"change {planned:.3g}" if step < old.train.steps else "change the run had ended")
+    ]
+
+
+def _spelled(value: object) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _checksum(rows: Sequence[TrainRow]) -> int:
