@@ -1,4 +1,4 @@
-"""benchmarks/objective_bench.py: which run is short, which rate is picked, and what is committed."""
+"""benchmarks/objective_bench.py: which run is short, which rate is picked, what is committed."""
 
 import importlib.util
 import json
@@ -91,17 +91,17 @@ def test_committed_rows_are_those_of_the_committed_runs(bench, tmp_path, capsys,
 def test_the_table_of_the_readme_is_that_of_the_committed_rows():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in json.loads((RESULTS / "tiny_demo.json").read_text())["rows"]:
-        before, after = row["before"], row["after"]
-        both = lambda mode, key, scale, digits: (  # noqa: E731
-            f"{scale * before[mode][key]:.{digits}f} → {scale * after[mode][key]:.{digits}f}"
-        )
-        greedy = both("greedy", "acc", 100, 1).replace("100.0 →", "100 →")
+        greedy = arrow(row, "greedy", "acc", 1, scale=100).replace("100.0 →", "100 →")
         cells = (
             LABELS[row["name"].split(", lr")[0]],
-            f"{both('sampled', 'acc', 100, 1)} %",
-            both("sampled", "tokens", 1, 1),
-            both("sampled", "eps3", 1, 0),
+            f"{arrow(row, 'sampled', 'acc', 1, scale=100)} %",
+            arrow(row, "sampled", "tokens", 1),
+            arrow(row, "sampled", "eps3", 0),
             f"{greedy} %",
             str(row["short_runs"]),
         )
         assert f"| {' | '.join(cells)} |" in readme
+
+
+def arrow(row, mode, key, digits, scale=1):
+    return " → ".join(f"{scale * row[when][mode][key]:.{digits}f}" for when in ("before", "after"))
