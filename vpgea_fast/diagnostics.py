@@ -122,24 +122,24 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
         for row, values in zip(rows, logps, strict=True)
         if row.own_view and row.path is not None
     }
-    sums, own, distilled = {True: 0.0, False: 0.0}, [], []
+    loss_pg, loss_distill = 0.0, 0.0
+    own, distilled = [], []
     for row, row_logps in zip(rows, logps, strict=True):
         if row.own_view:
-            sums[True] += (row.coef * row_logps).sum().item()
+            loss_pg += (row.coef * row_logps).sum().item()
             if row.sample_logps is not None:
                 own.append(row.sample_logps.double() - row_logps)
             continue
-        reference = drawn.get(row.path, row.sample_logps)
+        reference = drawn.get(row.path, row.sample_logps) if row.path else row.sample_logps
         if reference is None:
             raise ValueError(
                 f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
                 "log-probs; give the row its path or sample_logps"
             )
         distilled.append(reference.double() - row_logps)
-        sums[False] -= (row.coef * distilled[-1]).sum().item()
-    parts = {"loss": sum(sums.values()), "loss_pg": sums[True], "loss_distill": sums[False]}
+        loss_distill -= (row.coef * distilled[-1]).sum().item()
     return merge(
-        parts,
+        {"loss": loss_pg + loss_distill, "loss_pg": loss_pg, "loss_distill": loss_distill},
         mismatch(torch.cat(own)) if own else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )

@@ -372,7 +372,7 @@ class Trainer:
         ]
         early = diagnostics.early_answer_rate(whole, self.decode)
         return merge(
-            diagnostics.view_divergence(*views, log_utility_BG[batch.lost == 0]),
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
             {"early_answer_rate": early},
         )
 

@@ -68,7 +68,8 @@ def drawn_rows(batch: ScoredBatch, coefficients: Coefficients) -> dict[PathKey, 
         for (question, path), weight in zip(pairs, weights.flatten().tolist(), strict=True):
             if weight != 0.0 and path.z_ids.numel():
                 none = torch.zeros(path.z_ids.shape, dtype=torch.float64)
-                context, key = question.context(view), (path.question_id, stream, path.index)
+                key: PathKey = path.question_id, stream, path.index
+                context = question.context(view)
                 rows[key] = TrainRow(context, path.z_ids, none, stream, view, path.logps, key)
     return rows
 
