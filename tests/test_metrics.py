@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import resource
+import select
 import subprocess
 import time
 
@@ -32,6 +33,7 @@ from vpgea_fast.metrics import (
     eps3,
     eps3_mean,
     finite,
+    merge,
     mfu,
     model_flops,
     peak_flops,
@@ -83,6 +85,13 @@ def test_a_full_disk_names_the_file_and_the_remedy(tmp_path):
     writer.close()
 
 
+def test_merge_loses_nothing_and_refuses_a_repeated_key():
+    assert merge({"a": 1.0}, {}, {"b": None}) == {"a": 1.0, "b": None}
+    assert merge() == {}
+    with pytest.raises(ValueError, match="got len_post, loss twice"):
+        merge({"loss": 1.0, "len_post": 2.0}, {"u": 0.0}, {"loss": 1.0, "len_post": 2.0})
+
+
 def test_reading_skips_only_an_unfinished_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
@@ -116,7 +125,8 @@ RECORD = {
     "acc_student": 0.8125,
     "eps3_student": 122.4,
     "len_prior": 53.94,
-    "len_gated": None,
+    "len_gated": 60.0,
+    "len_gated_ratio": 0.734,
     "gate_rate": 0.375,
     "time_rollout_s": 1.5,
     "time_train_s": 0.5,
@@ -125,7 +135,7 @@ RECORD = {
 
 def test_a_step_is_one_line_without_the_metrics_it_lacks():
     assert step_line({**RECORD, "grad_norm": math.nan}, 60, 96.0) == (
-        "step 12/60  acc 0.812  eps3 122  prior 53.9  gate 38%  left 1:36"
+        "step 12/60  acc 0.812  eps3 122  prior 53.9  gated 0.73x  gate 38%  left 1:36"
     )
     assert [clock_time(s) for s in (0, 59.5, 3599.4, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
 

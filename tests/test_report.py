@@ -60,6 +60,7 @@ def write_run(run_dir, *, steps=60, evaluation=None, compare=None, note=""):
             "len_prior": 54 - 0.6 * step,
             "len_post": 40 - 0.3 * step,
             "len_gated": None if step % 7 == 0 else 25.0,
+            "len_gated_ratio": None if step % 7 == 0 else 0.8,
             "acc_student": 0.8 + 0.002 * step,
             "eps3_student": 100 + 5 * step,
             "adv_post": -0.5,

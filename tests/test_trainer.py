@@ -114,7 +114,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     if cfg.objective.name == "vpgea":
         always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
         always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
-        assert {"kl_q_pi", "kl_q_pi_max", "leak_rate", "elbo"} <= {*records[0]}
+        assert {"kl_q_pi", "kl_q_pi_max", "hint_token_rate", "elbo"} <= {*records[0]}
         assert {"entropy_teacher", "entropy_student", "early_answer_rate", "grad_norm_pg"} <= {
             *records[0]
         }
@@ -243,6 +243,47 @@ def test_an_all_gated_step_makes_no_update(words, tmp_path):
         assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
         assert not trainer.optimizer.state
     assert lines(tmp_path / "run")[0]["skipped"] == 1
+
+
+def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
+    """An evaluation before the step draws with the same engine; its prompts are not the step's.
+
+    2 questions x (4 + 2) paths: of 12 prompts, 4 are the first of their view and question."""
+    changes = (
+        "--train.norm",
+        "seq_sum",
+        "--objective.preset",
+        "paper",
+        "--rollout.max_batch",
+        "64",
+    )
+    rates = []
+    for evaluate in (False, True):
+        with Trainer(config.load(TINY, words(f"run{evaluate}", *changes))) as trainer:
+            if evaluate:
+                trainer.evaluator.run()
+            stats = trainer.train_step().metrics
+            rates.append(stats["prefix_hit_rate"])
+    assert rates[0] == rates[1] > 0.5
+    assert stats["loss"] == pytest.approx(stats["loss_pg"] + stats["loss_distill"], abs=1e-12)
+    # beta, 1/(B G) and nats: kl_gated is the same difference, by token
+    assert stats["loss_distill"] * stats["kl_gated"] > 0
+
+
+@pytest.mark.parametrize("key", ["len_post", "loss"])
+def test_an_objective_cannot_overwrite_a_metric_of_the_step(words, monkeypatch, key):
+    real = objectives.coefficients
+
+    def naming_it(cfg, batch):
+        coefs = real(cfg, batch)
+        return replace(coefs, metrics={**coefs.metrics, key: -1.0})
+
+    monkeypatch.setattr(objectives, "coefficients", naming_it)
+    with (
+        Trainer(config.load(TINY, words("run", "--eval.data", "[]"))) as trainer,
+        pytest.raises(ValueError, match=f"metrics: got {key} twice"),
+    ):
+        trainer.train_step()
 
 
 def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, tmp_path):
@@ -593,7 +634,8 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
         part, rest = trainer.collector.collect(0, PhaseTimer())
         others = batch.select([1, 2])
-        diverged = trainer.view_divergence(others)
+        alone = objectives.coefficients(trainer.cfg.objective, others)
+        diverged = trainer.view_divergence(others, alone)
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
@@ -605,8 +647,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
     assert [q.question.id for q in part.whole.questions] == [
         q.question.id for q in others.questions
     ]
-    of_others = objectives.coefficients(trainer.cfg.objective, others).metrics
-    means = {**of_others, **diagnostics.batch_metrics(others), **diverged}
+    means = {**alone.metrics, **diagnostics.batch_metrics(others), **diverged}
     assert {"acc_student", "len_prior", "trunc_post", "accept_rate", "adv_post", "elbo"} <= {*means}
     assert {key: stats.metrics[key] for key in means} == pytest.approx(means, rel=1e-4)
     assert stats.metrics["tokens_generated"] == part.tokens > others.tokens

@@ -46,9 +46,17 @@ from vpgea_fast.data import (
 from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
-from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
+from vpgea_fast.metrics import (
+    Alarms,
+    Console,
+    MetricsWriter,
+    PhaseTimer,
+    environment,
+    merge,
+    model_flops,
+)
 from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
-from vpgea_fast.objectives.rows import PathKey, build_rows, drawn_rows, truncated_ratios
+from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.passes import Passes
@@ -61,6 +69,7 @@ from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
     Coefficients,
     PackedBatch,
+    PathKey,
     ScoredBatch,
     StepStats,
     TrainRow,
@@ -165,6 +174,7 @@ class Trainer:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         evaluated = self._scheduled_evaluation()
+        self.engine.usage()  # what evaluations asked for is not this step's
         batch, coefs = self.collector.collect(self.step, timer)
         self.engine.rest()
         used = self.engine.usage()
@@ -177,12 +187,13 @@ class Trainer:
         with timer("diagnose"):
             whole = batch.whole
             seen = diagnostics.batch_metrics(whole) if whole else {}
-            found = {**evaluated, **seen, **coefs.metrics, **weighed}
-            found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
-            found["rest_freed_mib"] = used.freed_bytes / 2**20
+            engine = {
+                "prefix_hit_rate": used.cached_tokens / max(1, used.prompt_tokens),
+                "rest_freed_mib": used.freed_bytes / 2**20,
+            }
+            found = merge(evaluated, seen, coefs.metrics, weighed, engine)
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
-                found |= self.view_divergence(whole) if whole else {}
-                found |= self.stream_norms(rows)
+                found = merge(found, self.view_divergence(batch, coefs), self.stream_norms(rows))
             records = diagnostics.path_records(
                 batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
             )
@@ -191,20 +202,19 @@ class Trainer:
         if whole is None:
             skipped = "the engine gave up a path of every question; see vllm.timeout_s"
         with timer("sync"):
-            found |= self.sync_engine(updated=skipped is None)
+            synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
-        work |= diagnostics.speed_metrics(
+        speed = diagnostics.speed_metrics(
             rows,
             self.passes.flops,
             seconds=timer.metrics()["time_train_s"],
             device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
-        return StepStats(
-            {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
-        )
+        step = {"step": self.step + 1}
+        return StepStats(merge(step, found, update, synced, work, speed, self._memory()), skipped)
 
     def importance(
         self, batch: ScoredBatch, coefs: Coefficients
@@ -229,19 +239,25 @@ class Trainer:
         self.world.require_same(_checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
-            return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
+            found = merge(
+                {"lr": lr, "grad_norm": 0.0, "skipped": 1}, diagnostics.row_metrics([], [])
+            )
+            return found, "no path has a gradient"
         plan = self.passes.plan(rows)
         logps = self.accumulate(rows, plan)
         reshard(self.policy)
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
-        found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
-        found |= diagnostics.plan_metrics(plan, rows, self.passes.flops)
+        found = merge(
+            {"lr": lr, "grad_norm": norm, "skipped": int(not math.isfinite(norm))},
+            diagnostics.row_metrics(rows, logps),
+            diagnostics.plan_metrics(plan, rows, self.passes.flops),
+        )
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
-            return {**found, "skipped": 0}, None
+            return found, None
         numbers = [(row, torch.cat([row.coef, v])) for row, v in zip(rows, logps, strict=True)]
         self.offending = [row for row, n in numbers if not n.isfinite().all()] or list(rows)
-        return {**found, "skipped": 1}, f"the gradient norm is {norm}"
+        return found, f"the gradient norm is {norm}"
 
     def accumulate(
         self, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
@@ -373,13 +389,14 @@ class Trainer:
             },
         )
 
-    def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Every path
-        must have a token, which one that the engine gave up may lack."""
-        objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
-        if not isinstance(objective, VpgeaConfig):
+    def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
+        that are not whole are left out: a path that the engine gave up may lack a token."""
+        log_utility_BG = coefs.path_scores.get("posterior", {}).get("log_utility")
+        whole, temperature = batch.whole, self.cfg.rollout.temperature
+        if log_utility_BG is None or whole is None:
             return {}
-        pairs = batch.pairs("posterior")
+        pairs = whole.pairs("posterior")
         views = [
             self.passes(
                 lambda batch, _: self.policy.logprob_entropy(batch, temperature=temperature),
@@ -387,12 +404,11 @@ class Trainer:
             )
             for v in ("teacher", "student")
         ]
-        return {
-            **diagnostics.view_divergence(
-                batch, *views, alpha=objective.alpha, u_min=objective.u_min
-            ),
-            "early_answer_rate": diagnostics.early_answer_rate(batch, self.decode),
-        }
+        early = diagnostics.early_answer_rate(whole, self.decode)
+        return merge(
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
+            {"early_answer_rate": early},
+        )
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each stream alone: one more forward and backward of all rows."""
