@@ -7,7 +7,6 @@ import math
 import os
 import pty
 import resource
-import select
 import subprocess
 import time
 

@@ -566,7 +566,7 @@ def test_switches_come_from_yaml_and_the_command_line(tmp_path: Path):
     words = ["--prompt.chat_template_kwargs", "{enable_thinking: false}"]
     assert load(file, words).prompt.chat_template_kwargs["enable_thinking"] is False
     assert resolve(parse_overrides(words)).prompt.chat_template_kwargs == {"enable_thinking": False}
-    for wrong in ("[1]", "{a: 2020-01-01}", "{1: 2}", "yes"):
+    for wrong in ("[1]", "{1: 2}", "yes"):
         with pytest.raises(ConfigError, match=r"prompt\.chat_template_kwargs"):
             resolve(parse_overrides(["--prompt.chat_template_kwargs", wrong]))
 
