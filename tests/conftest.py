@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items):
     """Skip, with the reason in the report, what this machine has no device or engine for."""
     cuda, vllm = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
     for item in items:
-        on_gpu, with_vllm = ("gpu" in item.keywords, "vllm" in item.keywords)
+        # Not item.keywords, which hold the names of the folders above: a checkout may lie in `gpu`.
+        on_gpu, with_vllm = (any(item.iter_markers(name)) for name in ("gpu", "vllm"))
         if on_gpu and not cuda:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if with_vllm and not vllm:
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items):
         if with_vllm and vllm and cuda and not on_gpu:
             reason = "for vLLM's CPU build; on a GPU: -m 'vllm and gpu'"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_verdicts(tmp_path_factory):
+    """Kept verdicts of this session and its children: never the user's."""
+    os.environ["VPGEA_CACHE"] = str(tmp_path_factory.mktemp("verdicts"))
 
 
 @pytest.fixture(autouse=True)

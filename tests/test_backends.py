@@ -1,16 +1,23 @@
 """Which backend runs, and why: the policy is a pure function, so every machine can be asked."""
 
 import logging
+import types
 import typing
 
 import pytest
 import torch
 
 from vpgea_fast.config import LossConfig
-from vpgea_fast.kernels import backends
+from vpgea_fast.kernels import backends, head
 from vpgea_fast.kernels.backends import BACKENDS, Situation, choose
-from vpgea_fast.losses import choose_backend, linear_logprob, resolve_backend
+from vpgea_fast.losses import (
+    choose_backend,
+    linear_logprob,
+    resolve_backend,
+    weighted_logprob_loss,
+)
 
+GIB = 2**30
 H200 = (9, 0)
 NOWHERE = dict.fromkeys(("triton", "cublas"), "triton is not installed")
 
@@ -132,18 +139,82 @@ def test_a_chunk_takes_an_eighth_of_what_is_free(free_gib, expected_mib):
     assert budget >> 20 == expected_mib
 
 
+class FakeDriver:
+    """A device of 80 GiB: what torch.cuda would say of it, and how often it was asked."""
+
+    def __init__(self, monkeypatch):
+        self.free, self.asked = 0, 0
+        properties = types.SimpleNamespace(total_memory=80 * GIB)
+        for name, answer in (
+            ("get_device_properties", lambda _: properties),
+            ("is_current_stream_capturing", lambda: False),
+            ("memory_reserved", lambda _: 3 * GIB),
+            ("memory_allocated", lambda _: 2 * GIB),
+            ("mem_get_info", self.answer),
+        ):
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(backends, "_budgets", {})
+
+    def answer(self, _):
+        self.asked += 1
+        return self.free * GIB, 80 * GIB
+
+
+class OnCuda:
+    """A weight there, as far as the question goes: device, shape, dtype."""
+
+    device, shape, dtype = torch.device("cuda", 0), (152064, 3584), torch.bfloat16
+
+
+def test_a_probe_while_an_engine_holds_the_device_decides_nothing(monkeypatch):
+    """1 GiB free while vLLM is awake, 39 GiB when the training begins, 1 at the next probe."""
+    driver = FakeDriver(monkeypatch)
+    budgets = []
+    for free, gradients in ((1, False), (39, True), (0, False), (0, True)):
+        driver.free = free
+        budgets.append(backends.chunk_budget(OnCuda, gradients=gradients))
+    assert [budget >> 20 for budget in budgets] == [512, 4096, 4096, 4096]
+    assert driver.asked == 1
+    backends._budgets.clear()
+    assert backends.chunk_budget(OnCuda, gradients=True) == 128 << 20  # 1/8 of what torch holds
+    assert driver.asked == 2
+
+
+def test_only_calls_with_gradients_ask(monkeypatch):
+    """The losses say which they are: scoring, a value whose gradient comes later, one pass."""
+    asked, real = [], head.chunk_budget
+
+    def spy(weight_VD, *, gradients):
+        asked.append(gradients)
+        return real(weight_VD, gradients=gradients)
+
+    monkeypatch.setattr(head, "chunk_budget", spy)
+    hidden_TD, weight_VD = torch.randn(5, 4), torch.randn(9, 4, requires_grad=True)
+    targets_T, coef_T = torch.arange(5), torch.ones(5)
+    with torch.no_grad():
+        linear_logprob(hidden_TD, weight_VD, targets_T)
+    assert asked == [False]
+    linear_logprob(hidden_TD, weight_VD, targets_T).logp.sum().backward()
+    assert asked == [False, False, True]
+    weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+    assert asked == [False, False, True, True]
+    with torch.no_grad():
+        weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+    assert asked == [False, False, True, True, False]
+
+
 @pytest.mark.gpu
 def test_the_driver_is_asked_once_and_a_full_device_gets_small_chunks():
     weight_VD = torch.zeros(1000, 8, device="cuda")
     backends._budgets.clear()
-    first = backends.chunk_budget(weight_VD)
+    first = backends.chunk_budget(weight_VD, gradients=True)
     free = torch.cuda.mem_get_info()[0]
     assert first is not None
     assert first <= max(backends.LEAST_CHUNK, free // backends.FREE_SHARE)
     ballast = torch.empty(int(0.97 * free), dtype=torch.uint8, device="cuda")
-    assert backends.chunk_budget(weight_VD) == first
+    assert backends.chunk_budget(weight_VD, gradients=True) == first
     backends._budgets.clear()
-    small = backends.chunk_budget(weight_VD)
+    small = backends.chunk_budget(weight_VD, gradients=True)
     del ballast
     assert small is not None
     assert small < first

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -606,6 +608,45 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(tmp_path
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+class Hostile:
+    """Pickled, it is a call of os.mkdir; unpickled by a plain pickle, the call is made."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def reindexed(path, raw):
+    """A checkpoint as somebody would hand it on: another index, and the manifest made to fit."""
+    (path / ".metadata").write_bytes(raw)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][".metadata"] = {"bytes": len(raw), "crc32": zlib.crc32(raw)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_index_of_somebody_else_runs_no_code(tmp_path):
+    path = save(tmp_path, 1)
+    reindexed(path, pickle.dumps(Hostile(tmp_path / "made")))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir, which no index .* needs"):
+        loaded_step(tmp_path)
+    assert not (tmp_path / "made").exists()
+    for raw in (b"no pickle", pickle.dumps(torch.Size([3]))):
+        reindexed(path, raw)
+        with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
+            loaded_step(tmp_path)
+
+
+def test_an_index_names_no_file_elsewhere(tmp_path):
+    path = save(tmp_path, 1)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = "../step_9/__0_0.distcp"
+    reindexed(path, pickle.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names the file '\.\./step_9.*lies elsewhere"):
+        loaded_step(tmp_path)
+
+
 def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = ['{"step": 1, "x": 0.1}\n', '{"note":  "é"}\n', '{"x": null, "step": 2}\n']
@@ -660,6 +701,16 @@ def test_a_start_that_failed_leaves_nothing_and_one_that_wrote_stays(tmp_path):
             (tmp_path / name / "config.yaml").touch()
         claim.abandon()
     assert [path.name for path in tmp_path.iterdir()] == ["wrote"]
+
+
+def test_a_start_that_failed_takes_back_what_it_made_and_no_more(tmp_path):
+    claim_run_dir(tmp_path / "a/b/run").abandon()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for there in ("elsewhere", "link", "elsewhere/../link"):
+        claim_run_dir(tmp_path / there).abandon()
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link"]
 
 
 def test_directories_that_cannot_be_runs(tmp_path):

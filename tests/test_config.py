@@ -111,7 +111,7 @@ def test_overrides(tmp_path):
     assert (cfg.optim.lr, cfg.run.seed, cfg.eval.data, cfg.prompt.student) == (
         5e-4,
         3,
-        ("a.jsonl", "b.jsonl"),
+        (config.DataFile("a.jsonl"), config.DataFile("b.jsonl")),
         "Q: {question}",
     )
 
@@ -165,3 +165,60 @@ def test_unreadable_files(tmp_path):
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.resolve({}).run.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["--eval.data", "a.jsonl"], ["a.jsonl"]),
+        (["--eval.data", "a: #b.jsonl"], ["a: #b.jsonl"]),
+        (["--eval.data=2024"], ["2024"]),
+        (["--eval.data", "[a.jsonl, {path: b.csv}]"], ["a.jsonl", "b.csv"]),
+        (["--eval.data", "{path: b.csv, limit: 3}"], ["b.csv"]),
+        (["--eval.data", "[]"], []),
+    ],
+)
+def test_files_are_a_path_a_mapping_or_a_list(words, paths):
+    cfg = config.resolve(config.parse_overrides(words))
+    assert [file.path for file in cfg.eval.data] == paths
+    assert config.resolve(yaml.safe_load(config.dump(cfg))) == cfg
+
+
+def test_a_file_of_the_command_line_replaces_all_of_the_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {train: {path: a.jsonl, question_key: problem, limit: 3}}\n")
+    [found] = config.load(file, ["--data.train", "{path: b.jsonl, limit: 4}"]).data.train
+    assert found == config.DataFile("b.jsonl", limit=4)
+
+
+def test_what_a_file_leaves_open_is_that_of_the_section():
+    files = ["a.jsonl", {"path": "b.jsonl", "question_key": "problem", "choices_key": ""}]
+    data = config.resolve({"data": {"train": files, "choices_key": ["x", "y"], "limit": 5}}).data
+    assert config.as_dict(config.resolve({"data": {"train": files}}))["data"]["train"] == files
+    first, second = map(data.filled, data.train)
+    assert (first.question_key, first.choices_key, first.limit) == ("question", ("x", "y"), 5)
+    assert (second.question_key, second.choices_key, second.id_key) == ("problem", "", "id")
+    assert first.choices_answer == "auto"
+    assert data.weights is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {"train": [{"path": "a", "answerkey": "x"}]}}, "did you mean 'answer_key'?"),
+        ({"data": {"train": []}}, "data.train: Value should have at least 1 item"),
+        ({"data": {"train": 3}}, "expected a file, {path: FILE, question_key: KEY, ...}, or a"),
+        ({"data": {"train": [3]}}, "data.train: expected a path or {path: FILE, ...} in the list"),
+        ({"data": {"train": [["a"]]}}, "in the list, got ['a']"),
+        ({"data": {"train": {"limit": 3}}}, "data.train.0.path: Field required"),
+        ({"data": {"train": {"path": "a", "weight": 0}}}, "data.train.0.weight: Input should be"),
+        ({"data": {"train": ["a", {"path": "b", "weight": 1}]}}, "1 of 2 files have no weight"),
+        ({"data": {"train": ["a/x.csv", "b/x.csv"]}}, "names two files 'x'"),
+        ({"eval": {"data": [{"path": "a", "weight": 1}]}}, "a has a weight, which is for data."),
+        ({"data": {"choices_key": 3}}, "data.choices_key"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tree, message):
+    with pytest.raises(config.ConfigError) as error:
+        config.resolve(tree)
+    assert message in str(error.value)

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
+from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
-from vpgea_fast.model import Policy, _checkpoint_activations, shard
+from vpgea_fast.model import Policy, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.rollout.vllm import CHUNK_BYTES
@@ -138,6 +139,8 @@ def test_sampling_and_grades_of_checkpointing():
         for grade in ("full", "selective", "none")
     ]
     assert grades[0] == 3 * 768 * 256 * 2  # the inputs of the layers
+    # and attention's output with its 8 log-sums, q, k and v of 256, 64 and 64 columns, the gate
+    assert grades[1] - grades[0] == 3 * 768 * (2 * (256 + 256 + 64 + 64 + 1024) + 4 * 8)
     assert grades == sorted(set(grades))
     slim = settings(model={"activation_checkpointing": "none", "compile": True})
     assert parts(shape, slim, "head")["activations"] < grades[2]
@@ -324,7 +327,7 @@ def causal_lm(sizes, cfg, tied):
     torch.manual_seed(0)
     hf = qwen(sizes, tied=tied)
     model = Qwen2ForCausalLM._from_config(hf, attn_implementation=attention.register()).float()
-    _checkpoint_activations(model, cfg.model.activation_checkpointing)
+    checkpoint_activations(model, cfg.model.activation_checkpointing)
     return model.train()
 
 
@@ -463,6 +466,7 @@ MEASURED = [
     ("float32", "full", 0, True),
     ("bfloat16", "none", 0, False),
     ("bfloat16", "selective", 8, False),
+    ("float32", "selective", 0, False),
     ("bfloat16", "full", 8, False),
     ("bfloat16", "none", 8, True),
     ("float32", "full", 8, False),

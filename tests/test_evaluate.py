@@ -104,7 +104,9 @@ def build(verifier, tiny_tokenizer):
         return Evaluator(
             cfg,
             engine=Scripted(tiny_tokenizer),
-            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
+            benchmarks=load_benchmarks(
+                cfg.eval, cfg.data, prompter, parseable=verifier.accepts_itself
+            ),
             sampling=Sampling(max_new_tokens=3, think_close_id=CLOSE, eos_ids=(2,)),
             decode=lambda ids: rf"\boxed{{{ids.item()}}}",
             verifier=verifier,
@@ -237,7 +239,9 @@ def test_the_batch_width_changes_no_greedy_answer(cfg):
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
     with Verifier(timeout_s=20.0) as verifier:
-        benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable)
+        benchmarks = load_benchmarks(
+            cfg.eval, cfg.data, prompter, parseable=verifier.accepts_itself
+        )
         results = [
             Evaluator(
                 replace(cfg, eval=replace(cfg.eval, samples=0)),

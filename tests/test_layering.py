@@ -20,7 +20,7 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "trainer": {"trainer"},
-    "evaluation": {"collect", "diagnostics", "dry_run", "evaluate", "report"},
+    "evaluation": {"collect", "diagnostics", "doctor", "dry_run", "evaluate", "report"},
     "stages": {
         "checkpoint",
         "data",
@@ -37,7 +37,7 @@ LAYERS = {
         "verify",
     },
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
-    "tensor library": {"advantage", "attention", "losses", "packing"},
+    "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
     "services": {"distributed", "metrics"},
     "records": {"config", "types"},
     "kernels": {"kernels"},

@@ -1,5 +1,6 @@
 """What a run writes and prints: valid JSON always, alarms that a replay raises again, eps3."""
 
+import contextlib
 import io
 import json
 import math
@@ -163,18 +164,54 @@ def test_tables_are_aligned_escaped_and_fit_an_ascii_log():
     assert text.endswith("toy\n" + "b" * 200 + "\n")
 
 
-def test_a_terminal_gets_a_bar():
+def on_terminal(show):
+    """What `show(stream)` writes to a terminal, all of it: one read gives what has arrived."""
     parent, child = pty.openpty()
     with os.fdopen(child, "w") as stream:
+        show(stream)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody holds
+        while part := os.read(parent, 100_000):
+            shown += part
+    os.close(parent)
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar():
+    def show(stream):
         console = Console(60, done=11, stream=stream)
         console.step(RECORD)
         console.samples(3)(3)
         console.close()
-        shown = os.read(parent, 100_000).decode()
-    os.close(parent)
+
+    shown = on_terminal(show)
     assert "left 1:36" in shown
     assert "12/60" in shown
     assert "1:36 left" in shown
+
+
+def test_a_judge_is_watched_on_a_terminal_and_quiet_in_a_log():
+    """What the judge does not tell of (verdicts that it knew) is added when it returns."""
+
+    def judge(golds, on_progress):
+        on_progress(len(golds[1:]))
+        time.sleep(0.3)  # the bar is drawn ten times a second
+        return [gold == "4" for gold in golds]
+
+    def show(stream):
+        console = Console(stream=stream)
+        assert console.watched(judge, "reference answers")(["4", "5", "4"]) == [True, False, True]
+        assert console.watched(judge, "nothing")([]) == []
+        console.close()
+
+    shown = on_terminal(show)
+    assert "reference answers" in shown
+    assert "2/3" in shown
+    log = io.StringIO()
+    console = Console(stream=log, quiet_s=math.inf)
+    assert console.watched(judge, "reference answers")(["4"]) == [True]
+    console.close()
+    assert log.getvalue() == ""
 
 
 def raised(records):

@@ -72,7 +72,7 @@ def verifier():
         ("4", r"not \boxed{4} since that root is negative. So \boxed{3}", False),
         (r"\frac{3}{4}", r"\boxed{0.75}", True),
         (r"\frac34", r"\boxed{\frac{3}{4}}", True),  # a sloppy gold answer is understood
-        ("0.75", r"\boxed{\frac34}", False),  # a sloppy prediction is not: it would be trained
+        ("0.75", r"\boxed{\frac34}", True),  # and a sloppy prediction: TeX sets the same
         ("x+1", r"\boxed{1 + x}", True),
         (r"\text{(A)}", r"\boxed{A}", True),
         ("-7", r"\boxed{7}", False),
@@ -90,9 +90,9 @@ def test_judgement(verifier: Verifier, gold: str, text: str, expected: bool):
     assert verifier.verify([(gold, text)]) == [expected]
 
 
-def test_parseable_needs_a_mathematical_object(verifier: Verifier):
+def test_a_gold_answer_that_means_something_accepts_itself(verifier: Verifier):
     golds = ["204", r"\frac12", r"\text{Monday}", "", r"\frac{1}{", "x=", "???"]
-    assert verifier.parseable(golds) == [True, True, True, False, False, False, False]
+    assert verifier.accepts_itself(golds) == [True, True, True, False, False, False, False]
 
 
 def test_order_and_repeats_are_kept_over_several_workers():

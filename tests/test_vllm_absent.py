@@ -212,9 +212,19 @@ def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_word
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
     assert main(["serve", "some/model", "--print", "--", "--data-parallel-size", "8"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--data-parallel-size 8")
-    for word in ("--host=0.0.0.0", "--port", "--ssl-keyfile", "--middleware=none"):
+    refused = ("--host=0.0.0.0", "--port", "--ssl-keyfile", "--middleware=none")
+    for word in (
+        *refused,
+        "--api_key",
+        "--hos",
+        "--weight_transfer_config.backend",
+        "--ssl_keyfile",
+    ):
         assert main(["serve", "some/model", "--print", "--", word, "0.0.0.0"]) == 2
         assert f"got '{word.partition('=')[0]}' after --, which" in capsys.readouterr().err
+    for word in ("--api-server-count", "--chat-template", "--swap-space", "-O3"):
+        assert main(["serve", "some/model", "--print", "--", word, "2"]) == 0
+    capsys.readouterr()
     assert main(["report", "runs/a", "--", "--optim.lr", "1"]) == 2
     assert "got '--optim.lr' after --; only serve" in capsys.readouterr().err
 

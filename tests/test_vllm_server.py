@@ -1,5 +1,6 @@
 """A real server on loopback, started by `vpgea serve`: whole runs, keys, stops, and its death."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +24,7 @@ from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.server import KEY, ServerEngine
+from vpgea_fast.rollout.server import KEY, ServerEngine, require_key
 from vpgea_fast.rollout.vllm import write_weights
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
@@ -46,9 +48,9 @@ class Served(NamedTuple):
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(self, method, path, key=None):
+    def ask(self, method, path, key=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         body = "{}" if method == "POST" else None
         with contextlib.closing(connection):
             connection.request(method, path, body=body, headers=headers)
@@ -208,8 +210,25 @@ def test_log_probs_stops_and_order_of_a_server(engine, tiny_model):
 def test_every_route_wants_the_key(server):
     for route in ROUTES:
         assert server.ask("POST", route) == server.ask("POST", route, "another") == 401
+        assert server.ask("POST", route, Host="x/health?") in (400, 401)
     assert server.ask("GET", "/health") == 200
     assert server.ask("GET", "/v1/models", SECRET) == 200
+
+
+def test_the_path_that_opens_is_the_request_line_and_no_header(monkeypatch):
+    """starlette before 1.1 built `request.url` from any Host header."""
+    monkeypatch.setenv(KEY, SECRET)
+
+    async def go_on(_):
+        return "open"
+
+    def answer(path, host_path):
+        url = SimpleNamespace(path=host_path)
+        request = SimpleNamespace(url=url, scope={"path": path}, headers={})
+        return asyncio.run(require_key(request, go_on))
+
+    assert answer("/health", "/health") == "open"
+    assert answer("/update_weights", "/health").status_code == 401
 
 
 def test_a_wrong_key_is_named(connect, server, monkeypatch):

@@ -1,4 +1,4 @@
-"""`vpgea`: train, eval, serve, report, make-tiny. Every configuration key is an option:
+"""`vpgea`: train, eval, serve, report, doctor, make-tiny. Every configuration key is an option:
 `--section.key value`."""
 
 from __future__ import annotations
@@ -144,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     evaluate.add_argument("model", help="Hugging Face directory or Hub name")
-    evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
+    evaluate.add_argument(
+        "data",
+        nargs="+",
+        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        "'{path: math500.jsonl, question_key: problem}'",
+    )
     evaluate.add_argument(
         "--config", help="YAML file whose sections are used, all but model.path and eval.data"
     )
@@ -174,6 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", metavar="RUN")
     report.set_defaults(run=_report, parser=report)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what runs on this machine, and why the rest does not",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
+    doctor.set_defaults(run=_doctor, parser=doctor)
 
     tiny = commands.add_parser(
         "make-tiny",
@@ -241,7 +255,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
+    files = ", ".join(word if word.startswith("{") else json.dumps(word) for word in args.data)
+    words = ["--model.path", args.model, "--eval.data", f"[{files}]", *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
@@ -302,6 +317,15 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     if rows:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
+    return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.doctor import examine
+
+    for found in examine(args.device):
+        print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
     return 0
 
 

@@ -180,6 +180,7 @@ class Collector:
             seed=f"{self.cfg.run.seed}/{round_}",
             step=step,
             batch=self.cfg.train.questions_per_step,
+            weights=self.cfg.data.weights,
         )
 
     def _utilities(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:

@@ -13,16 +13,18 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
@@ -101,7 +103,7 @@ class ModelConfig:
     halves them and needs optim.stochastic_rounding: at 1e-6 a rounded update is lost."""
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """`full` keeps a layer's input and runs the layer again in the backward; `selective` also keeps
-    what attention and every second GEMM gave."""
+    what attention gave, its queries, keys and values, and the gate of the MLP."""
     compile: bool = False
     """torch.compile, one graph for all decoder layers."""
     liger: Literal["auto", "always", "never"] = "auto"
@@ -130,20 +132,117 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DataFile:
+    """One entry of data.train or eval.data: a path, or a mapping. A key that is not given is that
+    of the section `data`; an empty text there means none."""
+
+    path: str
+    """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
+    `hub:owner/name[/config][:split]`."""
+    name: str | None = None
+    """Name of the benchmark, and of the file before ids that two files have; default the file's."""
+    weight: PositiveFloat | None = None
+    """Share of the questions of a step (data.train), against the other files' weights."""
+    question_key: str | None = None
+    answer_key: str | None = None
+    id_key: str | None = None
+    variants_key: str | None = None
+    choices_key: str | tuple[str, ...] | None = None
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
+    choices_seed: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).stem
+
+
+def _listed(value: Any) -> Any:
+    """One file, or several: each a path or a mapping."""
+    if isinstance(value, (str, Mapping, DataFile)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("expected a file, {path: FILE, question_key: KEY, ...}, or a list of them")
+    for item in value:
+        if not isinstance(item, (str, Mapping, DataFile)):
+            raise ValueError(f"expected a path or {{path: FILE, ...}} in the list, got {item!r}")
+    return tuple({"path": item} if isinstance(item, str) else item for item in value)
+
+
+def _written(files: tuple[DataFile, ...]) -> Any:
+    """What `_listed` reads, as short as can be: a path where nothing else is given."""
+    given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
+    given = [entry["path"] if len(entry) == 1 else entry for entry in given]
+    plain = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in given
+    ]
+    return plain[0] if len(plain) == 1 else plain
+
+
+Files = Annotated[tuple[DataFile, ...], BeforeValidator(_listed), PlainSerializer(_written)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    train: str = "data/train.jsonl"
-    """JSONL or parquet file, or `hub:owner/name[:split]`."""
+    """Keys of rows may lead inside (`reward_model.ground_truth`, `prompt.0.content`); a key that
+    holds a dot itself comes first."""
+
+    train: Annotated[Files, Field(min_length=1)] = (DataFile("data/train.jsonl"),)
+    """A file (see DataFile), or a list of them. Several are one data set, of which a step takes
+    what comes; with a weight each, it takes so many questions of every file."""
     question_key: str = "question"
+    """Key of the text, or of chat messages with one user turn; `{Body} {Question}` joins keys."""
     answer_key: str = "answer"
+    """Key of the final answer. Of a worked solution what follows the last `####`, or what its last
+    \\boxed{} holds, is the answer, and the run says so."""
     id_key: str = "id"
     variants_key: str | None = None
     """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
+    choices_key: str | tuple[str, ...] | None = None
+    """Key of a question's choices: shown with letters, and the letter is the answer. A list of keys
+    of which the first is right is shuffled. An empty text: leave choices out."""
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
+    """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0."""
+    choices_seed: NonNegativeInt | None = None
+    """Shuffle the choices, each question by this seed and its id; default the published order."""
     max_prompt_tokens: PositiveInt = 2048
     overlong: Literal["drop", "error"] = "drop"
     """What to do with a prompt above the limit. It is never cut."""
     bad_answer: Literal["drop", "error"] = "drop"
-    """What to do with a reference answer that the verifier cannot parse."""
+    """What to do with a reference answer that is empty, a worked solution without a final answer,
+    or nothing that the verifier accepts."""
     limit: PositiveInt | None = None
+    """Rows read of each file."""
+    dropped_file: str | None = None
+    """Write every dropped row there, as JSON lines: place, reason, id, answer."""
+
+    def __post_init__(self) -> None:
+        weighted = [file.weight is not None for file in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"data.train: {weighted.count(False)} of {len(self.train)} files have no weight; "
+                "give every file one, or none (then questions come by the size of the files)"
+            )
+        names = [file.label for file in self.train]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.train names two files {twice!r}; give one another `name`")
+
+    def filled(self, file: DataFile) -> DataFile:
+        """`file` with what it leaves open taken from this section."""
+        mine = {
+            k: getattr(self, k) for k, v in vars(file).items() if v is None and hasattr(self, k)
+        }
+        return dataclasses.replace(file, **mine)
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each file by its name; None: questions come by the size of the files."""
+        weights = {file.label: file.weight for file in self.train if file.weight is not None}
+        return weights if len(weights) > 1 else None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -223,8 +322,27 @@ class VllmEngineConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class VerifyConfig:
+    """Who judges answers, in training and evaluation alike."""
+
+    name: Literal["math", "text", "number", "letter", "custom"] = "math"
+    """`math`: math-verify; `number`: equal as exact rationals; `text`: the same words, case and
+    spaces aside; `letter`: the same choice, A to J; `custom`: target."""
+    target: str | None = None
+    """`package.module:function` of (gold, text) that returns True or False; `custom` only. Found
+    where the run finds modules and in the working directory; must accept `\\boxed{gold}`."""
     workers: PositiveInt = 1
+    """Processes that judge, for each process of the run."""
     timeout_s: PositiveFloat = 5.0
+    """A judgement that takes longer is ended, and its answer counts as wrong."""
+
+    def __post_init__(self) -> None:
+        if (self.name == "custom") != (self.target is not None):
+            raise ValueError(
+                f"verify.name is {self.name!r} and verify.target {self.target!r}: a target belongs "
+                "to name custom, and custom needs one; set both or neither"
+            )
+        if self.target is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
+            raise ValueError(f"verify.target is {self.target!r}; expected package.module:function")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -399,8 +517,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvalConfig:
-    data: tuple[str, ...] = ()
-    """JSONL or parquet files, one a benchmark; empty: no evaluation."""
+    data: Files = ()
+    """Files as in data.train, one a benchmark; empty: no evaluation."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0: only before and after."""
     samples: NonNegativeInt = 1
@@ -411,6 +529,11 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 32768
     limit: PositiveInt | None = None
     seed: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        weighted = next((file.path for file in self.data if file.weight is not None), None)
+        if weighted is not None:
+            raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -543,8 +666,17 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
                     "a value that starts with --"
                 )
-        tree.setdefault(section, {})[name] = value if _is_text(section, name) else _parse(value)
+        tree.setdefault(section, {})[name] = _read(section, name, value)
     return tree
+
+
+def _read(section: str, name: str, value: str) -> Any:
+    if (section, name) in {("data", "train"), ("eval", "data")}:  # a path, or YAML of files
+        if not value.lstrip().startswith(("[", "{")):
+            return value
+        files = _parse(value)
+        return [files] if isinstance(files, Mapping) else files  # a list replaces, never merges
+    return value if _is_text(section, name) else _parse(value)
 
 
 def _is_text(section: str, name: str) -> bool:
@@ -586,6 +718,14 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, "objective": {**preset, **objective}}
 
 
+def _field_type(owner: Any, part: str) -> Any:
+    """The record under a key of `owner`; of a list of files that of one of them."""
+    if part.isdigit() or not dataclasses.is_dataclass(owner):  # keys of a mapping are the user's
+        return owner
+    hint = get_type_hints(owner).get(part, owner)
+    return DataFile if DataFile in get_args(hint) else hint
+
+
 def _explain(error: Any) -> str:
     """One line for one pydantic error: the key, what was got, and the nearest key when it is
     unknown."""
@@ -593,9 +733,7 @@ def _explain(error: Any) -> str:
     variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
     owner: Any = Config
     for part in loc[:-1]:
-        if not dataclasses.is_dataclass(owner):  # inside a mapping: its keys are the user's
-            break
-        owner = variants.get(part) or get_type_hints(owner).get(part, owner)
+        owner = variants.get(part) or _field_type(owner, part)
     key = ".".join(part for part in loc if part not in variants)
     if error["type"] == "unexpected_keyword_argument":
         known = [f.name for f in dataclasses.fields(owner)]

@@ -10,6 +10,7 @@ import shutil
 import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -24,9 +25,14 @@ from vpgea_fast.config import Config, ConfigError, printable
 from vpgea_fast.data import (
     Benchmark,
     DataError,
+    Judge,
+    LoadedQuestions,
     load_benchmarks,
-    load_questions,
+    load_training,
+    long_targets,
     step_questions,
+    unfit,
+    write_dropped,
 )
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import (
@@ -38,6 +44,7 @@ from vpgea_fast.estimate import (
     estimate_memory,
     model_shape,
 )
+from vpgea_fast.metrics import Console
 from vpgea_fast.model import (
     check_vocabulary,
     load_config,
@@ -98,8 +105,9 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
 def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None:
     """Tokenise the data, show 8 items and both prompts, report lengths, memory and traffic.
 
-    Writes nothing, loads no weight, and draws nothing. Bad input is the error that the run would
-    end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
+    Writes nothing but data.dropped_file, loads no weight, draws nothing. Bad input is the error
+    that the run would end with; only data on a Hub that cannot be reached is replaced, loudly, by
+    built-in questions.
     """
     on = on or target(cfg)
 
@@ -110,28 +118,36 @@ def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None
     tokenizer = load_tokenizer(cfg.model.path)
     model_config = load_config(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
-    questions, dropped = _questions(cfg, say)
-    kept, unfit = prompter.prompt_within(
-        questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
+    with (
+        Verifier.configured(cfg.verify) as verifier,
+        closing(Console(quiet_s=math.inf)) as console,
+    ):
+        judge = console.watched(verifier.accepts_itself, "reference answers")
+        loaded = _questions(cfg, say, judge)
+        benchmarks = _benchmarks(cfg, prompter, say, judge)
+    kept, lost = prompter.prompt_within(
+        loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
     )
-    counts = {**dropped, **unfit}
-    lost = ", ".join(f"{count} dropped ({why})" for why, count in counts.items() if count)
-    say(f"{len(kept)} questions, {lost or 'none dropped'}; the first {len(kept[:ITEMS])}:")
-    with Verifier(timeout_s=cfg.verify.timeout_s) as verifier:
-        readable = verifier.parseable([item.question.answer for item in kept[:ITEMS]])
-    for item, good in zip(kept[:ITEMS], readable, strict=True):
+    stand_in = loaded.questions is SAMPLE_QUESTIONS
+    loaded = unfit(loaded, kept, lost, prompter.has_special)
+    write_dropped(cfg.data.dropped_file, [loaded, *(b.loaded for b in benchmarks.values())])
+    counts = ", ".join(f"{count} dropped ({why})" for why, count in loaded.dropped.items())
+    for line in [*loaded.lines(), *long_targets(kept)]:
+        say(line)
+    say(f"{len(kept)} questions, {counts or 'none dropped'}; the first {len(kept[:ITEMS])}:")
+    for item in kept[:ITEMS]:
         say(
             f"  {item.question.id}: prompt tokens student {len(item.student_ids)}, teacher "
             f"{len(item.teacher_ids)}; scored answer {prompter.shown(item.target_ids)!r}"
-            + ("" if good else ", which math-verify cannot parse")
         )
     say(f"student prompt:\n{prompter.shown(kept[0].student_ids)}\n")
     say(f"teacher prompt:\n{prompter.shown(kept[0].teacher_ids)}\n")
     for view, lengths in length_report(kept).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
-    if questions is not SAMPLE_QUESTIONS:  # the error that the run would end with
-        step_questions(kept, seed=cfg.run.seed, step=0, batch=cfg.train.questions_per_step)
-    benchmarks = _benchmarks(cfg, prompter, say)
+    if not stand_in:  # the error that the run would end with
+        batch, weights = cfg.train.questions_per_step, cfg.data.weights
+        step_questions(kept, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
+    _say_benchmarks(benchmarks, say)
     check_config(
         cfg,
         model_config,
@@ -309,36 +325,41 @@ def _check_packages(cfg: Config, on: Target) -> None:
         raise ConfigError(f"model.compile: got true, but {what}; install it, or set false")
 
 
-def _questions(cfg: Config, say: Say) -> tuple[tuple[Question, ...], dict[str, int]]:
-    source = cfg.data.train
-    reason = _unreachable(source)
+def _questions(cfg: Config, say: Say, judge: Judge) -> LoadedQuestions:
+    hub = [file.path for file in cfg.data.train if file.path.startswith("hub:")]
+    reason = next(filter(None, map(_unreachable, hub)), None)
     if reason is None:
         try:
-            loaded = load_questions(source, cfg.data)
-            return loaded.questions, dict(loaded.dropped)
+            return load_training(cfg.data, parseable=judge)
         except DataError as error:
-            if not (source.startswith("hub:") and is_offline_mode()):
+            if not (hub and is_offline_mode()):
                 raise
             reason = str(error)
-    say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {source}")
-    return SAMPLE_QUESTIONS, {}
+    needed = ", ".join(hub)
+    say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {needed}")
+    return LoadedQuestions(SAMPLE_QUESTIONS)
 
 
-def _benchmarks(cfg: Config, prompter: Prompter, say: Say) -> dict[str, Benchmark]:
-    sources = []
-    for source in cfg.eval.data:
-        reason = _unreachable(source)
-        if reason is None and source.startswith("hub:") and is_offline_mode():
+def _benchmarks(cfg: Config, prompter: Prompter, say: Say, judge: Judge) -> dict[str, Benchmark]:
+    files = []
+    for file in cfg.eval.data:
+        reason = _unreachable(file.path)
+        if reason is None and file.path.startswith("hub:") and is_offline_mode():
             reason = "the Hub is switched off"
         if reason is None:
-            sources.append(source)
+            files.append(file)
         else:
-            say(f"eval.data: {reason}; {source} is left out here, the run itself needs it")
-    found = load_benchmarks(replace(cfg.eval, data=tuple(sources)), cfg.data, prompter)
+            say(f"eval.data: {reason}; {file.path} is left out here, the run itself needs it")
+    reachable = replace(cfg.eval, data=tuple(files))
+    return load_benchmarks(reachable, cfg.data, prompter, parseable=judge)
+
+
+def _say_benchmarks(found: Mapping[str, Benchmark], say: Say) -> None:
     for name, benchmark in found.items():
+        for line in benchmark.loaded.lines():
+            say(f"benchmark {name}: {line}")
         most = max(ids.numel() for _, ids in benchmark.questions)
         say(f"benchmark {name}: {len(benchmark.questions)} questions, prompt tokens at most {most}")
-    return found
 
 
 def _unreachable(source: str) -> str | None:

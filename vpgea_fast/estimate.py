@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from vpgea_fast.activations import kept_width
 from vpgea_fast.config import Config
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -97,6 +98,8 @@ class ModelShape:
     mlp: int
     vocabulary: int
     qk_norm: bool = False
+    kept: int = 0
+    """Widths of the products of one block that `selective` checkpointing keeps, together."""
 
     @property
     def tied(self) -> bool:
@@ -140,6 +143,7 @@ def model_shape(config: Any) -> ModelShape:
         mlp=config.intermediate_size,
         vocabulary=config.vocab_size,
         qk_norm=any("q_norm" in name for name, _ in blocks[0].named_parameters()),
+        kept=max(map(kept_width, blocks)),
     )
 
 
@@ -397,10 +401,12 @@ def _activations(lay: Layout) -> tuple[int, int]:
         saved += (2 * x if model.compile or liger else 4 + x) * (q + k)
     if model.activation_checkpointing == "none":
         return saved, extra + 2 * s * d
-    kept = x * d
+    # The repetition makes neither what is kept nor, of a float32 input, a copy for the norm.
+    kept, shared = x * d, x * d if x == 4 else 0
     if model.activation_checkpointing == "selective":
-        kept += s * (2 * q + k + f + d) + 4 * shape.heads
-    shared = kept if x == 4 else kept - x * d  # recomputed are neither these nor a float32 input
+        kept += s * (q + shape.kept) + 4 * shape.heads
+        rotated = min(shape.kept, q + k)  # autograd holds them after the rotation, beside these
+        shared += s * (q + shape.kept - rotated) + 4 * shape.heads
     return kept, saved + extra + 2 * s * d - shared
 
 

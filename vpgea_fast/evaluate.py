@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.config import Config, RolloutConfig
-from vpgea_fast.data import Benchmark, load_benchmarks
+from vpgea_fast.data import Benchmark, load_benchmarks, write_dropped
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
 from vpgea_fast.model import (
@@ -83,6 +83,7 @@ class Evaluator:
                 f"{name}: {len(benchmark.questions)} questions"
                 + (f", {dropped}" if dropped else "")
             )
+            lines += [f"{name}: {line}" for line in benchmark.loaded.lines()]
         sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
         ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
         lines.append(
@@ -191,13 +192,14 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
     model_config = load_config(cfg.model.path)
     check_vocabulary(tokenizer, model_config, cfg.model.path)
     eos_ids(tokenizer, load_generation_config(cfg.model.path, model_config))
-    causal_lm, engine, weights = _model_and_engine(cfg)
-    try:
-        if weights is not None:
-            engine.load_weights(weights)
-        return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine)
-    finally:
-        engine.close()
+    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
+        causal_lm, engine, weights = _model_and_engine(cfg)
+        try:
+            if weights is not None:
+                engine.load_weights(weights)
+            return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine, verifier)
+        finally:
+            engine.close()
 
 
 def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
@@ -226,21 +228,26 @@ def _evaluate(
     prompter: Prompter,
     causal_lm: Any,
     engine: RolloutEngine,
+    verifier: Verifier,
 ) -> dict[str, dict[str, Any]]:
-    with Verifier(cfg.verify.workers, cfg.verify.timeout_s) as verifier:
-        evaluator = Evaluator(
-            cfg,
-            engine=engine,
-            benchmarks=load_benchmarks(cfg.eval, cfg.data, prompter, parseable=verifier.parseable),
-            sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            verifier=verifier,
-        )
-        if console is None:
-            return evaluator.run()
-        for line in evaluator.describe():
-            console.message(line)
-        return evaluator.run(console.samples(evaluator.samples))
+    judge = verifier.accepts_itself
+    if console is not None:
+        judge = console.watched(judge, "reference answers")
+    benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=judge)
+    write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
+    evaluator = Evaluator(
+        cfg,
+        engine=engine,
+        benchmarks=benchmarks,
+        sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        verifier=verifier,
+    )
+    if console is None:
+        return evaluator.run()
+    for line in evaluator.describe():
+        console.message(line)
+    return evaluator.run(console.samples(evaluator.samples))
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -227,17 +227,19 @@ class Console:
         self.message(step_line(metrics, self._total, left))
         self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
 
-    def samples(self, total: int) -> Callable[[int], None]:
+    def samples(self, total: int, what: str = "samples") -> Callable[[int], None]:
         """Progress of drawing `total` samples: call the result with the number newly finished.
 
         The time left is that of the samples so far, so it falls short while only short ones ended.
         """
-        task = self._bar.add_task("samples", total=total, left="")
+        task = self._bar.add_task(what, total=total, left="")
         finished, spoke = 0, time.monotonic()
         began = spoke
 
         def advance(count: int) -> None:
             nonlocal finished, spoke
+            if not count:  # the bar of the last one is gone
+                return
             finished += count
             left = (time.monotonic() - began) / max(1, finished) * (total - finished)
             self._bar.update(task, completed=finished, left=f"{clock_time(left)} left")
@@ -245,9 +247,27 @@ class Console:
                 self._bar.remove_task(task)
             elif self._bar.disable and time.monotonic() - spoke > self._quiet_s:
                 spoke = time.monotonic()
-                self.message(f"samples {finished}/{total}  left {clock_time(left)}")
+                self.message(f"{what} {finished}/{total}  left {clock_time(left)}")
 
         return advance
+
+    def watched(self, judge: Callable[..., list[bool]], what: str) -> Callable[..., list[bool]]:
+        """`judge` of many items with a bar; its `on_progress` need not hear of all of them."""
+
+        def run(items: Sequence[str]) -> list[bool]:
+            advance, left = self.samples(len(items), what), len(items)
+
+            def on_progress(count: int) -> None:
+                nonlocal left
+                left -= count
+                advance(count)
+
+            verdicts = judge(items, on_progress=on_progress)
+            if left:  # what was known already, and what other processes judged
+                advance(left)
+            return verdicts
+
+        return run
 
     def table(
         self,

@@ -38,9 +38,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from vpgea_fast import attention, losses
+from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.types import PackedBatch
@@ -296,8 +296,8 @@ def _make_policy(
     dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
-    _use_liger(causal_lm, cfg.liger, world.device)
-    _checkpoint_activations(causal_lm, cfg.activation_checkpointing)
+    _use_liger(causal_lm, cfg, world.device)
+    checkpoint_activations(causal_lm, cfg.activation_checkpointing)
     causal_lm.train()
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
     policy.attention = choice
@@ -503,35 +503,10 @@ def _weight_files(path: str) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _checkpoint_activations(causal_lm: Any, grade: str) -> None:
-    if grade == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if grade == "selective":
-        options["context_fn"] = _selective_contexts
-    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _selective_contexts() -> tuple[Any, Any]:
-    """Keep what attention and every second matrix product gave; the rest is cheap to make again."""
-    products = {False: 0, True: 0}  # in the forward, in its repetition
-
-    def choose(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        name = str(op)
-        if "attention" in name or "attn" in name:
-            return CheckpointPolicy.MUST_SAVE
-        if name.startswith(("aten.mm", "aten.addmm")):
-            products[ctx.is_recompute] += 1
-            if products[ctx.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(choose)
-
-
-def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
+def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
     """Liger's RMSNorm, RoPE and SwiGLU in place of transformers'. Errors: ModelError for `always`
     where it cannot run."""
+    choice = cfg.liger
     installed = importlib.util.find_spec("liger_kernel") is not None
     if choice == "never" or (choice == "auto" and not (installed and device.type == "cuda")):
         return
@@ -553,7 +528,9 @@ def _use_liger(causal_lm: Any, choice: str, device: torch.device) -> None:
             )
         return
     MODEL_TYPE_TO_APPLY_LIGER_FN[kind](
-        rope=True,
+        # Liger rotates queries and keys where they lie: those that `selective` keeps would be
+        # rotated again in the backward, and no version counter tells, since Triton writes them.
+        rope=cfg.activation_checkpointing != "selective",
         rms_norm=True,
         swiglu=True,
         cross_entropy=False,

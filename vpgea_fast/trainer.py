@@ -15,6 +15,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -24,7 +25,15 @@ import torch
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
-from vpgea_fast.data import fingerprint, load_benchmarks, load_questions
+from vpgea_fast.data import (
+    fingerprint,
+    load_benchmarks,
+    load_training,
+    long_targets,
+    step_shares,
+    unfit,
+    write_dropped,
+)
 from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
@@ -102,9 +111,9 @@ class Trainer:
         self.world = open_world(cfg.parallel, cfg.model.device)
         self.world.require_same(resume, "question whether the run has started already")
         self.claim: checkpoint.RunLock | None = None
-        self.world.on_main(functools.partial(self._claim, resume))
-        self.verifier = Verifier(cfg.verify.workers, cfg.verify.timeout_s, self.world)
+        self.verifier = Verifier.configured(cfg.verify, self.world)
         try:
+            self.world.on_main(functools.partial(self._claim, resume))
             self._build_stages()
             if resume:
                 self._restore()
@@ -267,7 +276,15 @@ class Trainer:
         say(f"student prompt: {self.prompter.shown(first.student_ids)}")
         if cfg.objective.posterior_paths:
             say(f"teacher prompt: {self.prompter.shown(first.teacher_ids)}")
-        say(f"{len(self.questions)} questions, {_counts(self.dropped)}")
+        say(f"{len(self.questions)} questions, {_counts(self.loaded.dropped)}")
+        for line in [*self.loaded.lines(), *long_targets(self.questions)]:
+            say(line)
+        for name, benchmark in self.evaluator.benchmarks.items():
+            for line in benchmark.loaded.lines():
+                say(f"benchmark {name}: {line}")
+        if cfg.data.weights is not None:
+            shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
+            say("questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items()))
         say(f"prompt tokens: {length_report(self.questions)}")
         paths = cfg.objective.posterior_paths + cfg.objective.prior_paths
         say(
@@ -400,15 +417,17 @@ class Trainer:
         check_engine(cfg, self.world.size)
         self.tokenizer = load_tokenizer(cfg.model.path)
         self.prompter = Prompter(self.tokenizer, cfg.prompt)
-        loaded = load_questions(cfg.data.train, cfg.data, parseable=self.verifier.parseable)
-        self.questions, unfit = self.prompter.prompt_within(
+        with closing(Console(silent=not self.world.main, quiet_s=math.inf)) as console:
+            judge = console.watched(self.verifier.accepts_itself, "reference answers")
+            loaded = load_training(cfg.data, parseable=judge)
+            benchmarks = load_benchmarks(cfg.eval, cfg.data, self.prompter, parseable=judge)
+        self.questions, lost = self.prompter.prompt_within(
             loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
         )
-        self.dropped = {**loaded.dropped, **unfit}
+        self.loaded = unfit(loaded, self.questions, lost, self.prompter.has_special)
         self.fingerprint = fingerprint([q.question for q in self.questions])
-        benchmarks = load_benchmarks(
-            cfg.eval, cfg.data, self.prompter, parseable=self.verifier.parseable
-        )
+        every = [self.loaded, *(benchmark.loaded for benchmark in benchmarks.values())]
+        self.world.on_main(functools.partial(write_dropped, cfg.data.dropped_file, every))
         check_config(
             cfg,
             load_config(cfg.model.path),
@@ -535,7 +554,8 @@ class Trainer:
             )
         if saved and saved.trainer_state["data"] != self.fingerprint:
             raise checkpoint.CheckpointError(
-                f"the questions of {self.cfg.data.train} are not those that the run began with; "
+                f"the questions of {', '.join(file.path for file in self.cfg.data.train)} are not "
+                "those that the run began with; "
                 "bring them back, or start another run"
             )
         self.changed = [

@@ -11,7 +11,7 @@ Shape suffixes of the whole project:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,8 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the data set; `variants` are other spellings of the answer.
+    """One line of the data set; `variants` are other spellings of the answer, `file` and `place`
+    tell where it stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -39,6 +40,8 @@ class Question:
     text: str
     answer: str
     variants: tuple[str, ...] = ()
+    file: str = field(default="", compare=False)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class PromptedQuestion:
     cue_ids: torch.Tensor
     target_ids: torch.Tensor
     variant_ids: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return self.question.file
 
     def context(self, view: View) -> torch.Tensor:
         return self.student_ids if view == "student" else self.teacher_ids

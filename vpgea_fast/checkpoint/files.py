@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -80,18 +80,24 @@ def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
 
 @dataclass(frozen=True)
 class RunLock:
-    """A claimed run directory. The claim ends with `release`, the `with` block, or the process."""
+    """A claimed run directory. The claim ends with `release`, the `with` block, or the process.
+
+    `made`: the directories that the claim made, the innermost first.
+    """
 
     path: Path
     handle: IO[str]
+    made: tuple[Path, ...] = ()
 
     def release(self) -> None:
         self.handle.close()
 
     def abandon(self) -> None:
-        """Release, and remove the directory if the run never wrote into it: a start has failed."""
+        """Release, and leave no more behind than the claim found: a start has failed. What the run
+        has written stays, and so does a directory, a link or a mount point that was there."""
         if [entry.name for entry in self.path.iterdir()] == [LOCK]:
-            remove(self.path)
+            remove(self.path / LOCK)
+            _remove_empty(self.made)
         self.release()
 
     def __enter__(self) -> RunLock:
@@ -111,10 +117,12 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     """
     path = Path(run_dir)
     _check_claim(path, resume)
+    made = tuple(each for each in (path, *path.parents) if not each.exists())
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = (path / LOCK).open("a+", encoding="ascii")
     except OSError as error:
+        _remove_empty(made)
         raise CheckpointError(
             f"cannot write the run directory {path}: {error.strerror}; give a writable --run.dir"
         ) from error
@@ -126,7 +134,7 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     except BaseException:
         handle.close()
         raise
-    return RunLock(path, handle)
+    return RunLock(path, handle, made)
 
 
 def make_directory(path: Path) -> None:
@@ -154,6 +162,13 @@ def _belongs(line: bytes, key: str, upto: int) -> bool:
     except ValueError:
         return False
     return line.endswith(b"\n") and isinstance(record, dict) and record.get(key, upto) <= upto
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Those that are there and empty; another process may have begun to use one."""
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def _lock(handle: IO[str], path: Path) -> None:

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
         where no model fits. Needs no other process."""
-        reader = FileSystemReader(self.path)
+        reader = Reader(self.path)
         metadata = reader.read_metadata()
         whole = {
             name: torch.empty(saved.size, dtype=saved.properties.dtype)
@@ -91,6 +91,56 @@ class Snapshot:
     planned: Planned
     own: dict[str, Any]
     state: str
+
+
+class Index(pickle.Unpickler):
+    """DCP's index, which is a pickle: of DCP's own records, sizes and dtypes, and nothing else. A
+    checkpoint may come from someone else, and any other class could run code."""
+
+    known: ClassVar[dict[str, set[str]]] = {
+        Metadata.__module__: {
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+            *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"} | {name for name, x in vars(torch).items() if isinstance(x, torch.dtype)},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},  # Python 3.13
+    }
+
+    def find_class(self, module_name: str, name: str) -> Any:
+        if name in self.known.get(module_name, ()):
+            return super().find_class(module_name, name)
+        raise CheckpointError(
+            f"the index of this checkpoint ({INDEX}) names {module_name}.{name}, which no index of "
+            "a checkpoint needs and which could run code; do not use this checkpoint"
+        )
+
+
+class Reader(FileSystemReader):
+    """DCP's reader, with an index that cannot run code and names no file elsewhere."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        path = Path(self.path) / INDEX
+        with path.open("rb") as file:
+            try:
+                index = Index(file).load()
+                places = list(index.storage_data.values())
+            except (CheckpointError, OSError):
+                raise
+            except Exception as error:  # a pickle that is none may raise anything
+                raise CheckpointError(
+                    f"{path} is no index of a checkpoint ({type(error).__name__}: {error}); delete "
+                    "this checkpoint to go on from the one before"
+                ) from error
+        for place in places:
+            if Path(place.relative_path).name != place.relative_path:
+                raise CheckpointError(
+                    f"{path} names the file {place.relative_path!r}, which lies elsewhere; do not "
+                    "use this checkpoint"
+                )
+        return index
 
 
 class Planner(DefaultSavePlanner):
@@ -173,7 +223,7 @@ def put(
 
     CheckpointError, on every process and before anything has changed, if it does not fit.
     """
-    reader = FileSystemReader(found.path)
+    reader = Reader(found.path)
     weights = named_weights(model)
     what, remedy = f"cannot read {found.path}", "delete it to go on from the one before"
     with together(world, what, remedy):

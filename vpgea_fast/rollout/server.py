@@ -336,11 +336,7 @@ def serve_command(
     to: token ids in and out, log-probs after the temperature, and the key on every route. `more`
     goes to vLLM as it is. ConfigError for an option in it that must be as it is here."""
     for word in more:
-        if word.startswith(OURS):
-            raise ConfigError(
-                f"got {word.partition('=')[0]!r} after --, which `vpgea serve` sets itself; leave "
-                "it out, or use its own option"
-            )
+        _check_passed(word)
     cuda = torch.cuda.is_available()
     settings = cfg.vllm
     extension = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
@@ -387,6 +383,21 @@ def serve_command(
     return words, environment
 
 
+def _check_passed(word: str) -> None:
+    """ConfigError for a word behind `--` that vLLM would read as one of OURS. Its parser takes `_`
+    for `-`, and any beginning of an option that is the only one to begin so; a nested option
+    (`--ssl.x`) begins as its owner does."""
+    name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+    if len(name) > 2 and name.startswith("--"):
+        for ours in OURS:
+            if name.startswith(ours) or ours.startswith(name):
+                raise ConfigError(
+                    f"got {word.partition('=')[0]!r} after --, which can mean {ours}, and `vpgea "
+                    "serve` sets that itself; leave it out, use its own option, or spell another "
+                    "option of vLLM in full"
+                )
+
+
 def serve(command: Sequence[str], environment: Mapping[str, str], host: str, port: int) -> int:
     """Run a server to its end; its exit status. Its engines, which a killed vLLM would leave behind
     with their memory, end with it, and it ends with this process.
@@ -427,11 +438,15 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
 
 
 async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
-    """The key on every route but /health; vLLM's own check leaves open what changes weights."""
+    """The key on every route but /health; vLLM's own check leaves open what changes weights.
+
+    The path is the request line's own: that of `request.url` is built from the Host header, which
+    a client may write as `x/health?` (starlette before 1.1 took it).
+    """
     from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
     key, given = read_key(), request.headers.get("authorization", "")
-    open_ = not key or request.url.path == "/health"
+    open_ = not key or request.scope["path"] == "/health"
     if open_ or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
         return await go_on(request)
     return JSONResponse({"error": "Unauthorized"}, status_code=401)

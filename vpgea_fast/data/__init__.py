@@ -1,0 +1,392 @@
+"""Questions from files or the Hugging Face Hub, and which of them a step works on.
+
+Nothing is repaired in silence: what cannot be read is an error with its place, what is dropped is
+counted and named, and where an answer was found in a longer text the run says so.
+
+    files.py    rows of JSONL, JSON, CSV, TSV, parquet, directories, the Hub
+    rows.py     keys into a row, choices
+    answers.py  the final answer and its plainest spelling
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from vpgea_fast.config import DataConfig, DataFile, EvalConfig
+from vpgea_fast.data.answers import WORKED, normalise_answer
+from vpgea_fast.data.files import KINDS, DataError, open_rows
+from vpgea_fast.data.rows import make_question
+from vpgea_fast.types import PromptedQuestion, Question
+
+__all__ = [
+    "Benchmark",
+    "DataError",
+    "Drop",
+    "Judge",
+    "LoadedQuestions",
+    "fingerprint",
+    "load_benchmarks",
+    "load_questions",
+    "load_training",
+    "long_targets",
+    "normalise_answer",
+    "step_questions",
+    "step_shares",
+    "unfit",
+    "write_dropped",
+]
+SHOWN = 5
+LONG_TARGET = 64
+"""Tokens of a scored answer above which it is probably no final answer."""
+
+Judge = Callable[[list[str]], list[bool]]
+"""A verifier's judgement of many answers: which of them accept themselves."""
+
+
+class Filed(Protocol):
+    """What a mixture asks of a question: the name of its file."""
+
+    @property
+    def file(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Filed)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row that is left out, and why."""
+
+    question: Question
+    reason: str
+
+    def __str__(self) -> str:
+        q = self.question
+        return f"{q.place} ({q.id!r}): {self.reason} {_cut(q.answer)}"
+
+
+@dataclass(frozen=True)
+class LoadedQuestions:
+    """The usable questions in the order of their source, the others, and what is to be told.
+
+    >>> bad = Drop(Question("row-2", "What?", ""), "empty answer")
+    >>> LoadedQuestions((Question("row-1", "2 + 2 = ?", "4"),), (bad,)).dropped
+    {'empty answer': 1}
+    """
+
+    questions: tuple[Question, ...]
+    drops: tuple[Drop, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many were dropped for what."""
+        return dict(Counter(drop.reason for drop in self.drops))
+
+    def lines(self) -> list[str]:
+        """What a run says of its data: the notes, and the first dropped rows of each reason."""
+        return [*self.notes, *shown_drops(self.drops)]
+
+
+def load_training(cfg: DataConfig, *, parseable: Judge | None = None) -> LoadedQuestions:
+    """The questions of every file in `cfg.train` as one data set, in the order of the files."""
+    parts = {f.label: load_questions(f, cfg, parseable=parseable) for f in cfg.train}
+    return next(iter(parts.values())) if len(parts) == 1 else _merged(parts)
+
+
+def load_questions(
+    source: str | DataFile, cfg: DataConfig, *, parseable: Judge | None = None
+) -> LoadedQuestions:
+    """Read, check and normalise the first `limit` rows of a source (see files.KINDS).
+
+    A row needs `question_key` and `answer_key`, of the file or else of `cfg`. Its id is what
+    `id_key` holds, else `row-N` for line or row N of the source. An answer that is empty, a worked
+    solution without a final answer, or refused by `parseable` (a verifier's judgement of many) is
+    dropped and named, or an error, by `cfg.bad_answer`. All else that is wrong is a DataError with
+    its place.
+    """
+    file = cfg.filled(DataFile(source) if isinstance(source, str) else source)
+    questions, bad, notes = _read(file)
+    bad |= _refused(questions, bad, parseable)
+    drops = tuple(Drop(q, bad[q.id]) for q in questions if q.id in bad)
+    if drops and cfg.bad_answer == "error":
+        first = drops[0]
+        raise DataError(
+            f"{first.question.place}: {first.reason} {_cut(first.question.answer)} under "
+            f"{file.answer_key!r} ({len(drops)} such in all); repair it"
+            + (", name the final answer in data.answer_key" if first.reason == WORKED else "")
+            + ", or set data.bad_answer to drop"
+        )
+    loaded = LoadedQuestions(tuple(q for q in questions if q.id not in bad), drops, tuple(notes))
+    if not loaded.questions:
+        raise DataError(
+            f"{file.path}: all {len(questions)} questions have an unusable answer "
+            f"({loaded.dropped}, the first is {drops[0]}); see whether data.answer_key, now "
+            f"{file.answer_key!r}, names the final answer"
+        )
+    return loaded
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The questions of one file with their student prompts: all that an evaluation knows. `shown`
+    is what the ids of the first prompt say, `loaded` what the file held."""
+
+    questions: tuple[tuple[Question, Tensor], ...]
+    loaded: LoadedQuestions
+    shown: str
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        return self.loaded.dropped
+
+
+class StudentPrompts(Protocol):
+    """What of a Prompter an evaluation may use: no teacher prompt can reach it."""
+
+    def student_ids(self, question_texts: Sequence[str]) -> list[Tensor]: ...
+
+    def shown(self, ids: Tensor) -> str: ...
+
+
+def load_benchmarks(
+    cfg: EvalConfig,
+    data: DataConfig,
+    prompter: StudentPrompts,
+    *,
+    parseable: Judge | None = None,
+) -> dict[str, Benchmark]:
+    """name -> benchmark, of every file in `cfg.data`, with its own keys. ValueError for two of one
+    name, for a prompt above data.max_prompt_tokens (the rest would be another benchmark), and if
+    nothing is drawn."""
+    if cfg.data and not (cfg.samples or cfg.greedy):
+        raise ValueError(
+            "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
+        )
+    found: dict[str, Benchmark] = {}
+    for file in cfg.data:
+        name = file.label
+        if name in found:
+            raise ValueError(
+                f"eval.data names two benchmarks {name!r}; give one another `name`, or rename it"
+            )
+        loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
+        texts = [question.text for question in loaded.questions]
+        questions = tuple(zip(loaded.questions, prompter.student_ids(texts), strict=True))
+        long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
+        if long:
+            raise ValueError(
+                f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
+                f"tokens (the first is question {long[0]!r}); raise data.max_prompt_tokens"
+            )
+        found[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
+    return found
+
+
+def unfit(
+    loaded: LoadedQuestions,
+    kept: Sequence[PromptedQuestion],
+    counts: Mapping[str, int],
+    has_special: Callable[..., bool],
+) -> LoadedQuestions:
+    """`loaded` without what `Prompter.prompt_within` left out (`counts`, by reason)."""
+    reasons = [reason for reason, count in counts.items() if count]
+    fit = {item.question.id for item in kept}
+    lost = [question for question in loaded.questions if question.id not in fit]
+
+    def reason(q: Question) -> str:
+        steers = has_special(q.text, q.answer, *q.variants)
+        said = [r for r in reasons if ("special" in r) == steers] if len(reasons) > 1 else reasons
+        return " or ".join(said)
+
+    drops = (*loaded.drops, *(Drop(question, reason(question)) for question in lost))
+    return replace(loaded, questions=tuple(item.question for item in kept), drops=drops)
+
+
+def long_targets(prompted: Sequence[PromptedQuestion]) -> list[str]:
+    """A line of warning where a scored answer has more than LONG_TARGET tokens."""
+    long = [item for item in prompted if item.target_ids.numel() > LONG_TARGET]
+    if not long:
+        return []
+    most = max(long, key=lambda item: item.target_ids.numel())
+    line = (
+        f"{len(long)} of {len(prompted)} scored answers have more than {LONG_TARGET} tokens, the "
+        f"longest {most.target_ids.numel()} ({most.question.place or most.question.id}): see "
+        "whether data.answer_key names the final answer"
+    )
+    return [line]
+
+
+def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
+    """Every dropped row as a JSON line, if data.dropped_file names a file."""
+    if file is None:
+        return
+    rows = [
+        {
+            "place": d.question.place,
+            "reason": d.reason,
+            "id": d.question.id,
+            "answer": d.question.answer,
+        }
+        for part in loaded
+        for d in part.drops
+    ]
+    try:
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"data.dropped_file {file}: {error.strerror}; name a file in a directory that exists"
+        ) from error
+
+
+def shown_drops(drops: Sequence[Drop]) -> list[str]:
+    """The first SHOWN of each reason, and how many more there are."""
+    by_reason: dict[str, list[Drop]] = {}
+    for drop in drops:
+        by_reason.setdefault(drop.reason, []).append(drop)
+    lines = []
+    for reason, group in by_reason.items():
+        lines += [f"dropped: {drop}" for drop in group[:SHOWN]]
+        if len(group) > SHOWN:
+            lines.append(
+                f"dropped: {len(group) - SHOWN} more ({reason}); data.dropped_file lists all"
+            )
+    return lines
+
+
+def step_questions(
+    questions: Sequence[Item],
+    *,
+    seed: int | str,
+    step: int,
+    batch: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[Item]:
+    """The questions of step 0, 1, ...: a pure function of its arguments, so there is no state.
+
+    An epoch is a permutation drawn from (seed, epoch) and cut into floor(n / batch) batches. The
+    n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
+    With `weights` (of files, by name) every file has its share of each step and epochs of its own.
+    """
+    if weights is not None:
+        shares = step_shares(weights, batch)
+        files = {name: [q for q in questions if q.file == name] for name in shares}
+        for name, count in shares.items():
+            if count > len(files[name]):
+                raise DataError(
+                    f"data.train: by its weight {name!r} gives {count} questions a step and holds "
+                    f"{len(files[name])}; lower its weight, or train.questions_per_step"
+                )
+        return [
+            item
+            for name, count in shares.items()
+            for item in step_questions(files[name], seed=f"{seed}/{name}", step=step, batch=count)
+        ]
+    if not 1 <= batch <= len(questions):
+        raise DataError(
+            f"a step takes {batch} questions and the data set holds {len(questions)}; set "
+            f"train.questions_per_step to 1..{len(questions)}, or give more data"
+        )
+    epoch, index = divmod(step, len(questions) // batch)
+    order = list(range(len(questions)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # 40,000 questions: 20 ms
+    return [questions[i] for i in order[index * batch : (index + 1) * batch]]
+
+
+def step_shares(weights: Mapping[str, float], batch: int) -> dict[str, int]:
+    """How many of a step's questions come from each file: largest remainders, so the same at every
+    step, and each within one question of its share.
+
+    >>> step_shares({"gsm8k": 3, "math": 1}, 6)
+    {'gsm8k': 5, 'math': 1}
+    """
+    total = sum(weights.values())
+    exact = {name: batch * weight / total for name, weight in weights.items()}
+    shares = {name: int(share) for name, share in exact.items()}
+    rest = sorted(exact, key=lambda name: shares[name] - exact[name])  # stable: ties by order
+    for name in rest[: batch - sum(shares.values())]:
+        shares[name] += 1
+    none = next((name for name, count in shares.items() if count == 0), None)
+    if none is not None:
+        raise DataError(
+            f"data.train: of {batch} questions a step {none!r} would give none by its weight "
+            f"({exact[none]:.2g}); raise its weight, or train.questions_per_step"
+        )
+    return shares
+
+
+def fingerprint(questions: Sequence[Question]) -> str:
+    """BLAKE2b over questions in their order: a resumed run must see the same ones."""
+    digest = hashlib.blake2b(digest_size=16)
+    for question in questions:
+        digest.update(json.dumps([question.id, question.text, question.answer]).encode())
+    return digest.hexdigest()
+
+
+def _merged(parts: Mapping[str, LoadedQuestions]) -> LoadedQuestions:
+    """Several files as one data set; ids that two files have get their file's name before them."""
+    counts = Counter(q.id for part in parts.values() for q in part.questions)
+    clash = any(count > 1 for count in counts.values())
+
+    def named(q: Question) -> Question:
+        return replace(q, id=f"{q.file}/{q.id}") if clash else q
+
+    return LoadedQuestions(
+        tuple(named(q) for part in parts.values() for q in part.questions),
+        tuple(drop for part in parts.values() for drop in part.drops),
+        tuple(
+            f"{name}: {line}"
+            for name, part in parts.items()
+            for line in (f"{len(part.questions)} questions", *part.notes)
+        ),
+    )
+
+
+def _read(file: DataFile) -> tuple[list[Question], dict[str, str], list[str]]:
+    """Every question of a file, why the answer of some (by id) cannot be used, and the notes."""
+    unit, rows = open_rows(file.path)
+    questions: list[Question] = []
+    bad: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    notes: Counter[str] = Counter()
+    for number, row in islice(rows, file.limit):
+        place = f"{file.path}, {unit} {number}"
+        made, reason = make_question(row, file, number=number, place=place, notes=notes)
+        if made.id in seen:
+            raise DataError(
+                f"{place}: the id {made.id!r} stands at {seen[made.id]} already; make ids "
+                f"unique, or name another key in data.id_key (now {file.id_key!r})"
+            )
+        seen[made.id] = place
+        questions.append(made)
+        if reason is not None:
+            bad[made.id] = reason
+    if not questions:
+        raise DataError(f"{file.path} is empty; expected {KINDS} with at least one question")
+    return questions, bad, [f"{count} {what}" for what, count in notes.items()]
+
+
+def _refused(
+    questions: Sequence[Question], bad: Mapping[str, str], parseable: Judge | None
+) -> dict[str, str]:
+    """The ids of questions whose answer the verifier does not accept -> the reason."""
+    if parseable is None:
+        return {}
+    asked = [question for question in questions if question.id not in bad]
+    verdicts = parseable([question.answer for question in asked])
+    refused = [q.id for q, good in zip(asked, verdicts, strict=True) if not good]
+    return dict.fromkeys(refused, "unparseable answer")
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")

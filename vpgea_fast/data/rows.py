@@ -1,0 +1,321 @@
+"""A row as a question: the keys that lead into it, its choices, and its answer."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+from vpgea_fast.config import DataFile
+from vpgea_fast.data.answers import final_answer, spelled
+from vpgea_fast.data.files import DataError, Row
+from vpgea_fast.types import Question
+
+USUAL = {
+    "question_key": (
+        *("question", "problem", "Question", "Problem", "prompt", "query", "input", "Body"),
+        "instruction",
+    ),
+    "answer_key": (
+        *("answer", "final_answer", "Answer", "answerKey", "correct", "target", "ground_truth"),
+        *("expected_answer", "gold", "reward_model.ground_truth", "Correct Answer", "solution"),
+    ),
+}
+"""What public data sets call them, for the advice when a key is missing; none is ever guessed."""
+CHOICES = ("choices", "options")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
+MISSING = object()
+
+
+def make_question(
+    row: Row, keys: DataFile, *, number: int, place: str, notes: Counter[str]
+) -> tuple[Question, str | None]:
+    """The question of a row, and why its answer cannot be used (None: it can).
+
+    `keys` has every key filled in. `notes` counts what the run should say once of a file. All that
+    is wrong beyond the answer is a DataError.
+    """
+    reader = _Reader(row, place)
+    text, name = reader.question(keys.question_key or ""), reader.get(keys.id_key or "")
+    if keys.id_key != "id" and name is MISSING:
+        notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
+    name = f"row-{number}" if name in (MISSING, None, "") else str(name)
+    made = partial(Question, reader.check(name, "id"), file=keys.label, place=place)
+    choices = reader.choices(keys)
+    if choices:
+        shown, answer = _with_letters(reader, choices, keys, name, notes)
+        return made(f"{text}\n{shown}", answer), None
+    if keys.choices_key:
+        notes[f"rows without choices under {keys.choices_key!r}"] += 1
+    given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
+    try:
+        answer, where = final_answer(given)
+    except ValueError as error:
+        return made(text, given.strip()), str(error)
+    try:
+        variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
+    except ValueError as error:
+        return made(text, answer), f"{error} among the variants"
+    if where is not None:
+        notes[f"answers: {where}"] += 1
+    return made(text, answer, variants), None if answer else "empty answer"
+
+
+class _Reader:
+    """A row and its place, for the errors."""
+
+    def __init__(self, row: Row, place: str) -> None:
+        self.row, self.place = row, place
+
+    def get(self, key: str) -> Any:
+        """What the row holds under a key, a dotted path into it, or a list index in such a path."""
+        return _lookup(self.row, key)
+
+    def need(self, key: str, setting: str) -> Any:
+        value = self.get(key)
+        if value is not MISSING:
+            return value
+        usual = [k for k in USUAL.get(setting, ()) if self.get(k) is not MISSING]
+        likely = f"to {' or '.join(map(repr, usual))}" if usual else "to the right one"
+        raise DataError(
+            f"{self.place}: no key {key!r} among {_short(sorted(map(str, self.row)))}; "
+            f"set data.{setting} (or {setting} of this file) {likely}"
+        )
+
+    def check(self, text: str, key: str) -> str:
+        """Text that can be written as UTF-8: a tokenizer takes no other."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.place}: half a surrogate pair ({text[error.start]!r}) at character "
+                f"{error.start} under {key!r}; write the whole character, or remove it"
+            ) from None
+        return text
+
+    def question(self, key: str) -> str:
+        fields = re.findall(r"\{([^{}]+)\}", key)
+        if not fields:
+            return self.text(key, self.need(key, "question_key"))
+        for field in fields:
+            self.text(field, self.need(field, "question_key"))
+        return re.sub(r"\{([^{}]+)\}", lambda m: self.text(m[1], self.get(m[1])), key)
+
+    def text(self, key: str, value: Any) -> str:
+        if _is_chat(value):
+            value = self._user_turn(key, value)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{self.place}: expected the text of a question under {key!r}, got "
+                f"{_short(value)}; repair the row, or set data.question_key"
+            )
+        return self.check(value, key)
+
+    def _user_turn(self, key: str, messages: Sequence[Mapping[str, Any]]) -> Any:
+        roles = [message.get("role") for message in messages]
+        if roles != ["user"]:
+            raise DataError(
+                f"{self.place}: the chat under {key!r} has the turns {roles}, expected one user "
+                "turn: the prompt is made from the templates of the section prompt; set "
+                f"data.question_key to the one that asks, e.g. {key}.{len(roles) - 1}.content"
+            )
+        return messages[0].get("content")
+
+    def answer(self, key: str) -> str:
+        value = _plain(self.need(key, "answer_key"))
+        if isinstance(value, list) and len(value) <= 1:  # OlympiadBench: ["2"]
+            value = _plain(value[0]) if value else None
+        return self.spelled(key, value)
+
+    def spelled(self, key: str, value: Any) -> str:
+        try:
+            return self.check(spelled(value), key)
+        except DataError:
+            raise
+        except ValueError as error:
+            many = isinstance(value, list)
+            remedy = "if these are spellings of one answer, give one under data.answer_key and all "
+            raise DataError(
+                f"{self.place}: expected an answer (text or a number) under {key!r}, got "
+                f"{_short(value)}, which "
+                + ("lists several" if many else str(error))
+                + "; "
+                + (f"{remedy}under data.variants_key" if many else "give one reference answer")
+                + ", or set data.answer_key"
+            ) from None
+
+    def variants(self, key: str | None) -> list[str]:
+        value = _plain(self.get(key)) if key else None
+        if value is None or value is MISSING:
+            return []
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+            raise DataError(
+                f"{self.place}: expected a list of answers under {key!r}, got {_short(value)}; "
+                "repair the row, or set data.variants_key to null"
+            )
+        return [self.spelled(key or "", item) for item in value]
+
+    def choices(self, keys: DataFile) -> list[tuple[str, str]]:
+        """(label or "", text) of every choice; none where the row has none."""
+        key = keys.choices_key
+        if key is None:
+            self._refuse_choices()
+        if not key:
+            return []
+        if isinstance(key, tuple):
+            value: Any = [self.need(k, "choices_key") for k in key]
+        else:
+            value = _plain(self.need(key, "choices_key"))
+        pairs = _pairs(value)
+        if pairs is None or len(pairs) == 1 or len(pairs) > len(LETTERS):
+            raise DataError(
+                f"{self.place}: expected 2 to {len(LETTERS)} choices under {key!r} (a list, "
+                f"{{A: ...}}, or {{text: [...], label: [...]}}), got {_short(value)}; repair the "
+                "row, or set data.choices_key"
+            )
+        return [(label, self.text(str(key), self.spelled(str(key), t))) for label, t in pairs]
+
+    def _refuse_choices(self) -> None:
+        """Choices that nobody asked for: without them the question is another one."""
+        held = [key for key in CHOICES if _pairs(_plain(self.row.get(key)))]
+        wrong = sorted(k for k in self.row if str(k).lower().startswith("incorrect answer"))
+        if held or wrong:
+            right = next((k for k in self.row if str(k).lower() == "correct answer"), "RIGHT")
+            value = held[0] if held else [right, *wrong]
+            raise DataError(
+                f"{self.place}: the row has choices under {(held or wrong)[0]!r}, which the prompt "
+                f"would not show; set data.choices_key (or choices_key of this file) to {value!r}, "
+                "or to '' to leave them out"
+            )
+
+
+def _with_letters(
+    reader: _Reader,
+    choices: Sequence[tuple[str, str]],
+    keys: DataFile,
+    name: str,
+    notes: Counter[str],
+) -> tuple[str, str]:
+    """The choices as lines `A. text`, and the letter of the right one."""
+    if isinstance(keys.choices_key, tuple):
+        right, how = 0, f"the choice under {keys.choices_key[0]!r}"
+    else:
+        value = _plain(reader.need(keys.answer_key or "", "answer_key"))
+        right, how = _right_choice(reader, choices, value, keys)
+    order = list(range(len(choices)))
+    seed = keys.choices_seed
+    if seed is None and isinstance(keys.choices_key, tuple):
+        seed = 0  # else every answer would be A
+    if seed is not None:
+        random.Random(f"{seed}/{name}").shuffle(order)
+        how += f", shuffled by seed {seed}"
+    notes[f"answers: a letter, of {how}"] += 1
+    lines = [f"{LETTERS[i]}. {choices[old][1]}" for i, old in enumerate(order)]
+    return "\n".join(lines), LETTERS[order.index(right)]
+
+
+def _right_choice(
+    reader: _Reader, choices: Sequence[tuple[str, str]], value: Any, keys: DataFile
+) -> tuple[int, str]:
+    """Which choice the answer names, and in which way."""
+    text = reader.spelled(keys.answer_key or "", value).strip()
+    labels = [label or LETTERS[i] for i, (label, _) in enumerate(choices)]
+    letter = LABEL.fullmatch(f"{text})") if len(text) == 1 else LABEL.fullmatch(text)
+    bare = text if text in labels else letter[1] if letter and not letter[2].strip(") ") else None
+    texts = [i for i, (_, choice) in enumerate(choices) if choice.strip() == text]
+    digits = int(text) if re.fullmatch(r"\d{1,2}", text) else None
+    ways = {
+        "letter": [labels.index(bare)] if bare in labels else [],
+        "text": texts,
+        "index": [digits] if digits is not None and digits < len(choices) else [],
+        "index_from_1": [digits - 1] if digits and digits <= len(choices) else [],
+    }
+    words = {"letter": "its label", "text": "its text", "index": "its index from 0"}
+    words["index_from_1"] = "its index from 1"
+    way = keys.choices_answer or "auto"
+    if way == "auto":
+        tried = ("letter", "text", "index") if isinstance(value, str) else ("index",)
+        if any(label for label, _ in choices):  # ARC labels its choices 1 to 4
+            tried = ("letter", "text")
+        hits = {w: ways[w] for w in tried if ways[w]}
+        if len({tuple(found) for found in hits.values()}) > 1:
+            several = " or ".join(words[w] for w in hits)
+            raise DataError(
+                f"{reader.place}: the answer {_short(value)} may be {several} among the choices; "
+                f"set data.choices_answer to {' or '.join(hits)}"
+            )
+        way = next(iter(hits), tried[0])
+    found = ways[way]
+    if len(found) != 1:
+        raise DataError(
+            f"{reader.place}: the answer {_short(value)} names {len(found)} of the choices "
+            f"{labels} ({words[way]}); expected one: set data.answer_key, or "
+            "data.choices_answer (index_from_1 where the first is 1)"
+        )
+    return found[0], words[way]
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]] | None:
+    """(label or "", text) of choices in the shapes of MMLU, AQuA, ARC; None for another shape."""
+    if value is None or value is MISSING:
+        return []
+    if isinstance(value, Mapping):
+        labels, texts = _plain(value.get("label")), _plain(value.get("text"))
+        if isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts):
+            return [(str(label), text) for label, text in zip(labels, texts, strict=True)]
+        return [(str(label), text) for label, text in value.items() if text is not None]
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(item, Mapping) and "text" in item for item in value):
+        return [(str(item.get("label", "")), item["text"]) for item in value]
+    spelt = [LABEL.fullmatch(item) if isinstance(item, str) else None for item in value]
+    if value and all(m and m[1] == LETTERS[i] for i, m in enumerate(spelt) if i < len(LETTERS)):
+        return [(m[1], m[2]) for m in spelt if m]
+    return [("", item) for item in value]
+
+
+def _lookup(value: Any, key: str) -> Any:
+    """Under the key itself, else under its longest beginning that leads on to the rest."""
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+        for cut in reversed([i for i, char in enumerate(key) if char == "."]):
+            if key[:cut] in value:
+                found = _lookup(value[key[:cut]], key[cut + 1 :])
+                if found is not MISSING:
+                    return found
+    elif isinstance(value, list):
+        index, _, rest = key.partition(".")
+        if re.fullmatch(r"\d{1,9}", index) and int(index) < len(value):
+            return _lookup(value[int(index)], rest) if rest else value[int(index)]
+    return MISSING
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and "role" in item for item in value)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """numpy's arrays and tuples as lists."""
+    if getattr(value, "ndim", 0):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    try:
+        text = str(value) if isinstance(value, Decimal) else repr(value)
+        text = "nothing" if value is MISSING else text
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,91 @@
+"""What runs on this machine, and why the rest does not: `vpgea doctor`.
+
+Each line asks the very function that a run asks, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vpgea_fast import attention, losses
+from vpgea_fast.distributed import pick_device
+from vpgea_fast.kernels.backends import BACKENDS
+from vpgea_fast.metrics import environment
+from vpgea_fast.optim import check_torchao
+from vpgea_fast.rollout.vllm import check_installed
+
+HEAD_DIM = 128
+"""Of Qwen2.5 1.5B and 7B, Llama 3 and Qwen3."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run could use: Finding("attention", "flash", False, "there is no CUDA")."""
+
+    part: str
+    name: str
+    runs: bool
+    detail: str
+
+
+def examine(device: str = "auto") -> list[Finding]:
+    """Everything that a run on `device` chooses from. ConfigError for a device that is not here."""
+    where = pick_device(device)
+    return [*_machine(where), *_backends(where), *_attention(where), *_engines(), *_extras()]
+
+
+def _machine(where: torch.device) -> Iterator[Finding]:
+    found = environment()
+    names = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
+    for name in ("python", *names):
+        yield Finding("version", name, found[name] is not None, found[name] or "not installed")
+    count = f"{found['devices']} x " if found["devices"] else ""
+    detail = f"{count}{found['device']}, {found['cpus']} CPU cores"
+    if where.type == "cuda":
+        detail += f", {torch.cuda.get_device_properties(where).total_memory / 2**30:.1f} GiB"
+    yield Finding("device", str(where), True, detail)
+
+
+def _backends(where: torch.device) -> Iterator[Finding]:
+    """The loss backends for the dtype that a model on this device would have."""
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    for name in ("auto", *BACKENDS):
+        yield _asked("loss backend", name, lambda name=name: _backend(name, where, dtype))
+
+
+def _backend(name: str, where: torch.device, dtype: torch.dtype) -> str:
+    choice = losses.choose_backend(name, device=where, dtype=dtype)
+    return choice.reason if name == choice.name else f"takes {choice.name!r}: {choice.reason}"
+
+
+def _attention(where: torch.device) -> Iterator[Finding]:
+    for name in ("auto", *attention.NAMES):
+        yield _asked(
+            "attention",
+            name,
+            lambda name=name: str(attention.choose(name, where, torch.bfloat16, HEAD_DIM)),
+        )
+
+
+def _engines() -> Iterator[Finding]:
+    yield Finding("rollout engine", "hf", True, "the trained model itself, by transformers")
+    yield _asked("rollout engine", "vllm", lambda: check_installed() or "fits torch, transformers")
+
+
+def _extras() -> Iterator[Finding]:
+    yield _asked("extra", "torchao", lambda: check_torchao() or "optim.name adamw_8bit")
+    liger, use = importlib.util.find_spec("liger_kernel"), "RMSNorm, RoPE and SwiGLU on CUDA"
+    lack = f"not installed; pip install 'vpgea_fast[liger]' for its {use}"
+    yield Finding("extra", "liger", liger is not None, use if liger is not None else lack)
+
+
+def _asked(part: str, name: str, ask: Callable[[], str]) -> Finding:
+    """What the run's own check says: its answer, or its error."""
+    try:
+        return Finding(part, name, True, ask())
+    except ValueError as error:
+        return Finding(part, name, False, str(error))
