@@ -231,3 +231,6 @@ def test_the_figure_draws_what_was_recorded_and_leaves_out_what_was_not(tmp_path
     bare = write_run(tmp_path / "bare")
     (bare / "metrics.jsonl").write_text('{"step": 1, "len_prior": 51.0, "len_post": null}\n')
     assert colours(plot_training(bare, tmp_path / "bare.png")) == {"prior"}
+    # a mean over all questions says nothing beside len_post
+    (bare / "metrics.jsonl").write_text('{"step": 1, "len_prior": 51.0, "len_gated": 60.0}\n')
+    assert colours(plot_training(bare, tmp_path / "bare.png")) == {"prior"}
