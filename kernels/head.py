@@ -329,6 +329,13 @@ def _probes() -> list[Any] | None:
     return None if None in found else found
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.func holds x: under its grad, vmap or jvp. No, where torch cannot be asked."""
+    module = getattr(torch._C, "_functorch", None)
+    probe = getattr(module, "is_functorch_wrapped_tensor", None)
+    return probe is not None and probe(x)
+
+
 # --- value now, gradients by a second pass ------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ from vpgea_fast.kernels.head import (
     accumulator,
     check,
     dot,
+    is_transformed,
     register,
     wide,
     without_values,
@@ -664,6 +665,7 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
         if x is None and name in ("bias", "temperature", "rows"):
             continue
         _check_plain(name, x)
+        assert x is not None
         if x.device != hidden_TD.device:
             raise ValueError(f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}: move one")
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
@@ -742,7 +744,7 @@ def _check_plain(name: str, x: Any, instead: str = "") -> None:
             "call it inside the forward of the module that owns the weight, where hooks have "
             f"unsharded it; otherwise pass {instead or _plain_of(name)}"
         )
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not torch.compiler.is_compiling() and is_transformed(x):
         raise ValueError(f"{name} is inside a torch.func transform; {TRANSFORMS}")
 
 
