@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_prompts import make_tokenizer
 
 from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import _status, main
@@ -675,3 +676,39 @@ def test_one_evaluation_of_files_with_keys_of_their_own(tiny_world, tmp_path, ca
     assert parts["test"] == parts["array"]
     assert found["settings"]["eval"]["data"][1] == json.loads(entry)
     assert "array: 2 questions" in capsys.readouterr().out
+
+
+def test_raw_gsm8k_is_trained_on_its_numbers(train, tmp_path, random_qwen2, capsys):
+    """As published, with a byte-level tokenizer of R1's shape and a random model, whose thoughts
+    of 400 tokens close often enough for an update."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = random_qwen2(vocab=512, max_position_embeddings=2048)
+    model.save_pretrained(tmp_path / "model")
+    prompt = config.PromptConfig()
+    words = [
+        "--model.path",
+        tmp_path / "model",
+        "--data.train",
+        ROOT / "tests/cases/gsm8k_raw.jsonl",
+    ]
+    words += ["--data.max_prompt_tokens", 1024, "--rollout.max_new_tokens", 400]
+    words += ["--train.micro_batch_tokens", 4096, "--train.steps", 1]
+    words += ["--objective.reward", "paper", "--objective.std_gate", 0]
+    words += ["--objective.clamp_u", "false", "--objective.baseline", "mean"]
+    for key in ("student", "teacher", "answer_cue", "answer_target", "think_prefix"):
+        words += [f"--prompt.{key}", getattr(prompt, key)]
+    assert train(*words, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    teacher = shown.partition("teacher prompt:")[2].partition("\n\n")[0]
+    assert "The reference answer to this problem is: 72." in teacher
+    assert "4 answers: what follows the last ####" in shown
+    assert "scored answer '{72}'" in shown
+    assert "<<" not in shown
+    assert train(*words) == 0
+    [record] = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert record["skipped"] == 0
+    assert record["grad_norm"] > 0
+    assert "<<" not in capsys.readouterr().out
