@@ -357,8 +357,9 @@ def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
 
 
 def mm(case: Case, times: int = 1) -> tuple[None, Tensor]:
+    """Of one logits GEMM, `times` over; the results before the last are freed as they are made."""
     for _ in range(times - 1):
-        case.hiddens[0][:MM_ROWS] @ case.weight.T
+        torch.mm(case.hiddens[0][:MM_ROWS], case.weight.T)
     return None, case.hiddens[0][:MM_ROWS] @ case.weight.T
 
 

@@ -24,6 +24,12 @@ from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
 
 Tensor = torch.Tensor
 
+TRANSFORMS = (
+    "call torch.autograd.grad or backward once a gradient, without torch.func, or take "
+    "vpgea_fast.kernels.reference, which is plain PyTorch"
+)
+"""The remedy for who wants another derivative than one reverse-mode gradient."""
+
 LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
 """Registered without an autograd kernel: OnePass and Recompute are the autograd, and the backend
 `reference` needs a live one inside."""
@@ -56,11 +62,16 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
     batch_invariant: bool
     validate: bool
+    operands: torch.dtype | None  # autocast's, for hidden, weight and bias; None: their own
+
+    def operand(self, x: Tensor) -> torch.dtype:
+        """The dtype in which x enters the products. Autocast leaves float64 alone, as in torch."""
+        return x.dtype if self.operands is None or x.dtype is torch.float64 else self.operands
 
 
 SETTINGS = (
     "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-    "int? chunk_bytes, bool batch_invariant, bool validate"
+    "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType? operands"
 )
 
 
@@ -158,8 +169,16 @@ def _run(
     upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     sinks: Sequence[Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out."""
-    hidden_TD, weight_VD = inputs.hidden_TD, inputs.weight_VD
+    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
+
+    Under autocast the operands are cast here, below autograd: dW comes out in the weight's dtype,
+    not rounded through autocast's. The copies (V x D and T x D) live as long as this pass.
+    """
+    hidden_TD, weight_VD, bias_V = (
+        None if x is None else x.to(settings.operand(x)) for x in inputs[:3]
+    )
+    assert hidden_TD is not None
+    assert weight_VD is not None
     choice = resolve(
         settings.backend,
         hidden_TD.device,
@@ -179,7 +198,7 @@ def _run(
             weight_VD,
             selection.targets_K,
             rows_K=selection.rows_K,
-            bias_V=inputs.bias_V,
+            bias_V=bias_V,
             temperature=selection.temperature,
             softcap=settings.softcap,
             logit_scale=settings.logit_scale,
@@ -288,8 +307,12 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
     """
     if without_values(grad_loss) or (probes := _probes()) is None:
         return False
-    keeps_graph, *is_batched = probes
-    return not keeps_graph() and not any(probe(grad_loss) for probe in is_batched)
+    return not probes[0]() and not _is_batched(grad_loss)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether vmap holds several gradients in x. No, where torch cannot be asked."""
+    return not without_values(x) and any(probe(x) for probe in (_probes() or ())[1:])
 
 
 @functools.cache
@@ -304,6 +327,13 @@ def _probes() -> list[Any] | None:
         )
     ]
     return None if None in found else found
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether torch.func holds x: under its grad, vmap or jvp. No, where torch cannot be asked."""
+    module = getattr(torch._C, "_functorch", None)
+    probe = getattr(module, "is_functorch_wrapped_tensor", None)
+    return probe is not None and probe(x)
 
 
 # --- value now, gradients by a second pass ------------------------------------------------------
@@ -367,6 +397,11 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream_T):
         _refuse_double_backward()
+        if any(_is_batched(x) for x in upstream_T if x is not None):
+            raise RuntimeError(
+                "linear_logprob makes one gradient at a time and got a batch of them "
+                f"(is_grads_batched or torch.func.vmap over its backward); {TRANSFORMS}"
+            )
         inputs, needs = Inputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:3])
         nothing = [None] * (len(Inputs._fields) - 1)
         if all(x is None for x in upstream_T):
@@ -478,7 +513,7 @@ def _without_unused(
     kept: list[Tensor | None] = [g_logp]
     for x, gradients in ((g_lse, (True, False)), (g_entropy, (False, True))):
         try:
-            resolve(settings.backend, hidden_TD.device, hidden_TD.dtype, *gradients)
+            resolve(settings.backend, hidden_TD.device, settings.operand(hidden_TD), *gradients)
         except ValueError as refusal:
             if x is not None:
                 check(~x.any(), str(refusal))

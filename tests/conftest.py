@@ -146,3 +146,34 @@ def random_qwen2():
         return model.to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def r1_tokenizer():
+    """R1-Distill-Qwen's shape: `<｜User｜>`, `<｜Assistant｜>`, the think tags are not special."""
+    import chat_models
+
+    return chat_models.r1_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer():
+    """Qwen3's shape: the chat template reads `enable_thinking`."""
+    import chat_models
+
+    return chat_models.qwen3_tokenizer()
+
+
+@pytest.fixture
+def r1_model_dir(r1_tokenizer, random_qwen2, tmp_path):
+    """A Qwen2 directory with random weights and the R1-shaped tokenizer, a new one each test."""
+    import chat_models
+
+    ends = {"bos_token_id": r1_tokenizer.bos_token_id, "eos_token_id": r1_tokenizer.eos_token_id}
+    model = random_qwen2(
+        vocab=len(r1_tokenizer),
+        pad_token_id=ends["eos_token_id"],
+        max_position_embeddings=2048,
+        **ends,
+    )
+    return chat_models.save_model(tmp_path / "r1", r1_tokenizer, model)

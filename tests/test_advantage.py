@@ -20,6 +20,7 @@ from vpgea_fast.advantage import (
     elbo_terms,
     group_zscore,
     length_factor,
+    log_utility,
     posterior_monitors,
 )
 
@@ -418,12 +419,13 @@ def test_elbo_terms_by_hand() -> None:
         torch.tensor([[25, 400]]),
         torch.tensor([100.0]),
     )
-    without = elbo_terms(u, lengths, base)
-    assert without.log_utility.item() == pytest.approx((-1 - 20) / 2, abs=1e-14)  # eta = 2, 1/2
-    assert (without.kl, without.elbo) == (None, None)
-    full = elbo_terms(u, lengths, base, log_ratio_BG=torch.tensor([[2.0, 4.0]]))
-    assert full.elbo is not None
-    assert full.elbo.item() == pytest.approx(-13.5, abs=1e-14)
+    values = log_utility(u, lengths, base)
+    log_2 = math.log(2)  # eta = 2, 1/2
+    assert values[0].tolist() == pytest.approx([-1 + log_2, -20 - log_2], abs=1e-14)
+    terms = elbo_terms(values, torch.tensor([[2.0, 4.0]]))
+    assert terms.log_utility.item() == pytest.approx((-1 - 20) / 2, abs=1e-14)
+    assert terms.kl.item() == 3.0
+    assert terms.elbo.item() == pytest.approx(-13.5, abs=1e-14)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -473,9 +475,9 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (lambda: length_factor(LENGTHS, BASE[:1]), r"len_base \(1,\), expected \(B, G\) and \(B,\)"),
     (lambda: length_factor(LENGTHS, BASE * 0), r"len_base: got \[0.0, 0.0\], expected positive"),
     (lambda: posterior_monitors(U[:, :0], U, LENGTHS[:, :0], LENGTHS), r"got 0 posterior paths"),
-    (lambda: elbo_terms(U, LENGTHS[:, :2], BASE), r"len_post \(2, 2\), expected the same"),
-    (lambda: elbo_terms(U, LENGTHS, BASE, log_ratio_BG=U * NAN), r"log_ratio: .*finite values"),
-    (lambda: elbo_terms(U, LENGTHS, BASE, log_ratio_BG=U[:, :1]), r"log_ratio: got shape \(2, 1\)"),
+    (lambda: log_utility(U, LENGTHS[:, :2], BASE), r"len \(2, 2\), expected the same"),
+    (lambda: elbo_terms(U, U * NAN), r"log_ratio: .*finite values"),
+    (lambda: elbo_terms(U, U[:, :1]), r"log_ratio: got shape \(2, 1\)"),
 ]
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_prompts import make_tokenizer
 
-from vpgea_fast import checkpoint, config
+from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import _status, main
 from vpgea_fast.distributed import World
 
@@ -88,10 +89,44 @@ def test_help_names_every_command(capsys):
         (["train", str(TINY), "--optim.lrr", "1"], "optim.lrr: unknown key; did you mean 'lr'?"),
         (["train", str(TINY), "--objective.group_size", "1"], "objective.group_size: "),
         (["train", str(TINY), "--objective.prior_samples=0"], "objective.prior_samples: "),
-        (["train", str(TINY), "--objective.alpha", "-1"], "equal to 0, got -1"),
+        (["train", str(TINY), "--objective.alpha", "-1"], "got -1, expected 0 or more"),
         (["train", "--resume", "none"], "none is no run: config.yaml is missing"),
         (["train", "--resume", "b", "--resume-if-started"], "goes with a YAML file"),
         (["train", "a.yaml", "--processes", "8"], "are for --dry-run"),
+        (
+            ["train", "a.yaml", "--dry-run", "--processes", "-1"],
+            "--processes: got '-1', expected a",
+        ),
+        (["train", "a.yaml", "--dry-run", "--processes", "0"], "a whole number from 1 to 1048576"),
+        (["train", "a.yaml", "--dry-run", "--processes", "2.0"], "got '2.0', expected a whole"),
+        (
+            ["train", "a.yaml", "--dry-run", "--device-gib", "-5"],
+            "--device-gib: got '-5', expected",
+        ),
+        (
+            ["train", "a.yaml", "--dry-run", "--device-gib", ".nan"],
+            "a number above 0, up to 100000",
+        ),
+        (["train", "a.yaml", "--device-gib", "yes"], "--device-gib: got 'yes', expected a number"),
+        (
+            ["train", "~nobody-here/a.yaml"],
+            "has no home directory here; write ./~nobody-here/a.yaml",
+        ),
+        (["train", ""], "got '', expected a path"),
+        (["train", str(TINY), "--run.threads", "100000"], "run.threads: got 100000, expected 1024"),
+        (["train", str(TINY), "--optim.lr", "yes"], "optim.lr: got 'yes', expected a number"),
+        (["train", str(TINY), "--data.limit", ""], "--data.limit: got an empty word; write null"),
+        (
+            ["train", str(TINY), "--metrics.note", "\udcff"],
+            "--metrics.note: got '\\udcff', expected",
+        ),
+        (["train", str(TINY), "--eval.data", "[a"], "--eval.data: got '[a': is not YAML"),
+        (["serve", "m", "--port", "99999"], "--port: got '99999', expected a whole number from 1"),
+        (
+            ["serve", "m", "--port", "http"],
+            "--port: got 'http', expected a whole number from 1 to 65",
+        ),
+        (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["eval"], "required: model, data; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
         (["eval", "./none", "d"], "no model directory at ./none"),
@@ -104,6 +139,30 @@ def test_help_names_every_command(capsys):
 def test_a_wrong_command_line_is_one_line_with_the_remedy(words, said, refusal, tmp_path):
     assert said in refusal(main(words))
     assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"vpgea_fast {__version__}\n"
+
+
+def test_what_another_objective_leaves_out_is_said_beside_the_configuration(capsys):
+    words = ["--objective.name", "grpo", "--print-config"]
+    assert main(["train", str(TINY), *words]) == 0
+    printed = capsys.readouterr()
+    assert config.resolve(strict_yaml.parse(printed.out)).objective == config.GrpoConfig()
+    assert printed.err.startswith("vpgea: ")
+    assert "objective.name 'grpo' leaves out the file's objective.preset, objective." in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(refusal):
+    words: list = ["train", 3]
+    assert "(AttributeError; --traceback shows where)" in refusal(main(words))
+    with pytest.raises(AttributeError):
+        main([*words, "--traceback"])
 
 
 def test_several_wrong_keys_stand_in_one_line(refusal):
@@ -551,3 +610,105 @@ def test_the_program_is_one_process_away():
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("vpgea: cannot read the configuration none.yaml")
+
+
+def test_files_of_a_mixture_have_keys_and_shares(train, tmp_path, capsys):
+    """Two files with keys of their own, 3 to 1: each step of 4 takes three of one, one of other."""
+    one = [
+        {"question": f"{i} A-three", "answer": f"so it is {i} and no more\n#### {i}"}
+        for i in range(6)
+    ]
+    two = [{"problem": f"{i} B+two", "final_answer": [str(i)]} for i in range(6)]
+    for name, rows in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = [
+        {"path": f"{tmp_path}/one.jsonl", "weight": 3},
+        {"path": f"{tmp_path}/two.jsonl", "weight": 1, "question_key": "problem",
+         "answer_key": "final_answer"},
+    ]  # fmt: skip
+    more = ["--train.questions_per_step", 4, "--metrics.paths_per_step", 99]
+    assert train("--data.train", json.dumps(files), *more) == 0
+    shown = capsys.readouterr().out
+    assert "12 questions, none dropped" in shown
+    assert "one: 6 answers: what follows the last ####" in shown
+    assert "questions a step: 3 of one, 1 of two" in shown
+    paths = [json.loads(line) for line in (tmp_path / "run/paths.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        asked = {path["question_id"] for path in paths if path["step"] == step}
+        assert sorted(name.split("/")[0] for name in asked) == ["one", "one", "one", "two"]
+    again = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["train"]
+    assert again == [{**files[0], "weight": 3.0}, {**files[1], "weight": 1.0}]
+
+
+def test_a_dry_run_drops_what_the_run_drops_and_names_it(train, tmp_path, capsys):
+    rows = [f'{{"question": "{i} A-three", "answer": "{i}"}}\n' for i in range(4)]
+    bad = '{"question": "9 A+two", "answer": "\\\\frac{1}{"}\n'
+    data = jsonl(tmp_path / "some.jsonl", *rows, bad, bad.replace("\\\\frac{1}{", ""))
+    list_of_all = tmp_path / "dropped.jsonl"
+    words = ["--data.train", data, "--data.dropped_file", list_of_all]
+    written, said = [], []
+    for more in (["--dry-run"], []):
+        assert train(*words, *more) == 0
+        shown = capsys.readouterr().out
+        assert "4 questions, 1 dropped (unparseable answer), 1 dropped (empty answer)" in shown
+        said.append([line for line in shown.splitlines() if line.startswith("dropped: ")])
+        written.append(list_of_all.read_text())
+        list_of_all.unlink()
+    assert said[0] == said[1]
+    assert said[0][0] == f"dropped: {data}, line 5 ('row-5'): unparseable answer '\\\\frac{{1}}{{'"
+    assert written[0] == written[1]
+    assert [json.loads(line)["id"] for line in written[0].splitlines()] == ["row-5", "row-6"]
+
+
+def test_one_evaluation_of_files_with_keys_of_their_own(tiny_world, tmp_path, capsys):
+    rows = [json.loads(line) for line in tiny_world.test_path.read_text().splitlines()[:2]]
+    other = [{"problem": row["question"], "answer": row["answer"]} for row in rows]
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(other))
+    entry = json.dumps({"path": str(file), "question_key": "problem", "name": "array"})
+    out = tmp_path / "result.json"
+    words = ["--config", TINY, "--eval.limit", 2, "--eval.samples", 0, "--out", out]
+    base, test = tiny_world.base_dir, tiny_world.test_path
+    assert main(["eval", *map(str, [base, test, entry, *words])]) == 0
+    found = json.loads(out.read_text())
+    parts = found["greedy"]["benchmarks"]
+    assert set(parts) == {"test", "array"}
+    assert parts["test"] == parts["array"]
+    assert found["settings"]["eval"]["data"][1] == json.loads(entry)
+    assert "array: 2 questions" in capsys.readouterr().out
+
+
+def test_raw_gsm8k_is_trained_on_its_numbers(train, tmp_path, random_qwen2, capsys):
+    """As published, with a byte-level tokenizer of R1's shape and a random model, whose thoughts
+    of 400 tokens close often enough for an update."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = random_qwen2(vocab=512, max_position_embeddings=2048)
+    model.save_pretrained(tmp_path / "model")
+    prompt = config.PromptConfig()
+    words = [
+        "--model.path",
+        tmp_path / "model",
+        "--data.train",
+        ROOT / "tests/cases/gsm8k_raw.jsonl",
+    ]
+    words += ["--data.max_prompt_tokens", 1024, "--rollout.max_new_tokens", 400]
+    words += ["--train.micro_batch_tokens", 4096, "--train.steps", 1]
+    words += ["--objective.reward", "paper", "--objective.std_gate", 0]
+    words += ["--objective.clamp_u", "false", "--objective.baseline", "mean"]
+    for key in ("student", "teacher", "answer_cue", "answer_target", "think_prefix"):
+        words += [f"--prompt.{key}", getattr(prompt, key)]
+    assert train(*words, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    teacher = shown.partition("teacher prompt:")[2].partition("\n\n")[0]
+    assert "The reference answer to this problem is: 72." in teacher
+    assert "4 answers: what follows the last ####" in shown
+    assert "scored answer '{72}'" in shown
+    assert "<<" not in shown
+    assert train(*words) == 0
+    [record] = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert record["skipped"] == 0
+    assert record["grad_norm"] > 0
+    assert "<<" not in capsys.readouterr().out

@@ -2,12 +2,16 @@
 neighbour."""
 
 import dataclasses
+import math
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
-from vpgea_fast import config
+from vpgea_fast import config, strict_yaml
+from vpgea_fast.cli import main
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -30,31 +34,34 @@ def test_presets_load_and_survive_a_round_trip(path):
         ),
         (
             {"objective": {"name": "grop"}},
-            "does not match any of the expected tags: 'vpgea', 'grpo'",
+            "objective.name: got 'grop', expected 'vpgea', 'grpo'; did you mean 'grpo'?",
         ),
         (
             {"objective": {"group_size": 1}},
-            "objective.group_size: Input should be greater than or equal to 2, got 1",
+            "objective.group_size: got 1, expected 2 or more; the z-score",
         ),
         (
             {"objective": {"prior_samples": 0}},
-            "objective.prior_samples: Input should be greater than 0, got 0",
+            "objective.prior_samples: got 0, expected 1 or more",
         ),
         (
             {"objective": {"alpha": -0.5}},
-            "objective.alpha: Input should be greater than or equal to 0, got -0.5",
+            "objective.alpha: got -0.5, expected 0 or more",
         ),
         ({"objective": {"eta_clip": [4, 0.25]}}, "expected (low, high) with low <= high"),
         (
             {"objective": {"alpha": float("inf")}},
-            "objective.alpha: Input should be a finite number",
+            "objective.alpha: got Infinity, expected a finite number",
         ),
-        ({"optim": {"lr": float("nan")}}, "optim.lr: Input should be a finite number"),
-        ({"model": {"dtype": "float16"}}, "model.dtype: Input should be 'float32', 'bfloat16' or"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: got NaN, expected a finite number"),
+        (
+            {"model": {"dtype": "float16"}},
+            "model.dtype: got 'float16', expected 'float32', 'bfloat16' or",
+        ),
         ({"objective": {"alpha": -1}}, "0 turns the length factor off"),
         (
             {"objective": {"preset": "papr"}},
-            "objective.preset: Input should be 'paper' or 'robust', got 'papr'",
+            "objective.preset: got 'papr', expected 'paper' or 'robust'; did you mean 'paper'?",
         ),
         (
             {"objective": {"name": "grpo"}},
@@ -64,15 +71,179 @@ def test_presets_load_and_survive_a_round_trip(path):
             {"objective": {"verify": "gate"}},
             "verifies sampled answers, but rollout.full_answer is false",
         ),
-        ({"train": {"steps": "many"}}, "train.steps: Input should be a valid integer"),
-        ({"optim": 3}, "optim: Input should be a dictionary"),
-        ({"rollout": {"top_p": 0.0}}, "rollout.top_p: Input should be greater than 0, got 0.0"),
+        ({"train": {"steps": "many"}}, "train.steps: got 'many', expected a whole number"),
+        ({"optim": 3}, "optim: got 3, expected keys (name, "),
+        ({"optim": {"lr": "1e-6"}}, "optim.lr: got '1e-6', expected a number"),
+        ({"optim": {"lr": True}}, "optim.lr: got true, expected a number"),
+        ({"optim": {"lr": None}}, "optim.lr: got null, expected a number; leave the key out"),
+        ({"train": {"steps": True}}, "train.steps: got true, expected a whole number"),
+        ({"train": {"steps": 2.0}}, "train.steps: got 2.0, expected a whole number; write 2"),
+        ({"train": {"steps": 2**31}}, "train.steps: got 2147483648, expected less than 2147483648"),
+        ({"train": {"lr": 1}}, "train.lr: unknown key; did you mean 'optim.lr'?"),
+        ({"run": {"seed": 2**32}}, "run.seed: got 4294967296, expected less than 4294967296"),
+        ({"run": {"seed": 10**39}}, "run.seed: got 1000000000000000000000000"),
+        ({"run": {"threads": 100000}}, "run.threads: got 100000, expected 1024 or less"),
+        (
+            {"run": {"max_minutes": 1e9}},
+            "run.max_minutes: got 1000000000.0, expected 1e+06 or less",
+        ),
+        ({"run": {"dir": 2024}}, "run.dir: got 2024, expected text (in quotes)"),
+        ({"run": {"dir": ""}}, "run.dir: got '', expected a path"),
+        ({"run": {"dir": "a\0b"}}, "expected a path"),
+        ({"run": {"dir": "~nobody-here/x"}}, "write ./~nobody-here/x for a file of this name"),
+        ({"metrics": {"note": "\ud800"}}, "configuration: "),
+        ({"metrics": {"note": object()}}, "expected what YAML can hold"),
+        ({"rollout": {"full_answer": "yes"}}, "got 'yes', expected true or false"),
+        ({"rollout": {"full_answer": 1}}, "rollout.full_answer: got 1, expected true or false"),
+        ({"rollout": {"temperature": 1e-9}}, "got 1e-09, expected 0.0001 or more"),
+        ({"objective": {"preset": ["paper"]}}, 'objective.preset: got ["paper"], expected'),
+        ({"objective": {"name": ["vpgea"]}}, 'objective.name: got ["vpgea"], expected'),
+        ({"objective": {"ddof": True}}, "objective.ddof: got true, expected a whole number"),
+        ({"objective": None}, "objective: got null, expected keys and values"),
+        ({"optim": None}, "optim: got null, expected keys (name, "),
+        ({"optim": {"betas": [0.9]}}, "optim.betas[1]: got [0.9], expected a value more"),
+        ({"optim": {"betas": [0.9, "a"]}}, "optim.betas[1]: got 'a', expected a number"),
+        ({"optim": {"betas": [0.1] * 3}}, "expected 2 entries"),
+        ({"optim": {"betas": 0.9}}, "optim.betas: got 0.9, expected a list, [a, b]"),
+        ({"eval": {"data": 3}}, "eval.data[0]: got 3, expected text or keys (path, "),
+        ({"eval": {"data": None}}, "eval.data: got null, expected a list"),
+        ({"rollout": {"top_p": 0.0}}, "rollout.top_p: got 0.0, expected more than 0"),
     ],
 )
 def test_errors_name_the_key_and_the_remedy(tree, message):
     with pytest.raises(config.ConfigError) as error:
         config.resolve(tree)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "c.yaml: got an empty file, expected sections"),
+        (b"# all of it\n", "c.yaml: got an empty file"),
+        (b"- a\n", "c.yaml: got a list, expected sections"),
+        (b"run: {seed: 1}\nrun: {dir: x}\n", "c.yaml, line 2: 'run' stands twice, first in line 1"),
+        (b"run: {dir: \xe9}\n", "c.yaml, line 1: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        ("run: {seed: 1}\n".encode("utf-16"), "c.yaml, line 1: byte 0xff is not UTF-8"),
+        (b"run:\n  dir: \x00\n", "c.yaml, line 2: character U+0000 may not stand here"),
+        (bytes(range(1, 256)), "c.yaml, line"),
+        (b"x" * 2_000_000, "c.yaml: more than 1000000 bytes"),
+        (b"[" * 100_000, "c.yaml, line 1: more than 16 levels"),
+        (b"optim: {lr: yes}\n", "c.yaml: optim.lr: got 'yes', expected a number"),
+        (b"train: {steps: 1:30}\n", "c.yaml: train.steps: got '1:30', expected a whole number"),
+        (b"train: 5\n", "train: got 5, expected keys (steps, "),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["--run.seed", "3"]], ids=["file", "with an option"])
+def test_a_file_that_cannot_be_used_is_named_in_one_line(text, said, words, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text)
+    assert main(["train", str(file), *words, "--print-config"]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert str(file) in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+def test_words_mean_the_same_in_a_file_and_on_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    for word, want in {"010": 10, "0o17": 15, "7": 7}.items():
+        file.write_text(f"run: {{seed: {word}}}\n")
+        assert config.load(file).run.seed == want
+        assert config.load(file, ["--run.seed", word]).run.seed == want
+    for word in ("yes", "1:30", "1_000", "2026-01-02", "2.0", "true", "'3'", "null", "[1]", "1e2"):
+        file.write_text(f"run: {{seed: {word}}}\n")
+        with pytest.raises(config.ConfigError) as in_file:
+            config.load(file)
+        file.write_text("run: {}\n")
+        with pytest.raises(config.ConfigError) as as_option:
+            config.load(file, ["--run.seed", word])
+        assert str(in_file.value) == str(as_option.value)
+    file.write_bytes(b"\xef\xbb\xbfoptim: {lr: 1e-6, betas: [.5, 0]}\n")  # as some editors save it
+    assert (config.load(file).optim.lr, config.load(file).optim.betas) == (1e-6, (0.5, 0.0))
+
+
+def test_null_unsets():
+    words = ["--metrics.compare", "null", "--data.limit=~", "--objective.eta_clip", "null"]
+    words += ["--vllm.server", "NULL", "--objective.preset", "robust"]
+    cfg = config.resolve(config.parse_overrides(words))
+    found = (cfg.metrics.compare, cfg.data.limit, cfg.objective.eta_clip, cfg.vllm.server)
+    assert found == (None, None, None, None)
+    with pytest.raises(config.ConfigError, match=r"run\.dir: got null, expected text"):
+        config.resolve(config.parse_overrides(["--run.dir", "null"]))
+    for word in ("", " "):
+        with pytest.raises(config.ConfigError, match=r"data\.limit: got an empty word; write null"):
+            config.parse_overrides(["--data.limit", word])
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--run.dir", "~/run", "--model.path=~/m", "--data.train", "~/t.jsonl"]
+    words += ["--eval.data", "[~/a.jsonl, b~c.jsonl]", "--metrics.compare", "~/c.json"]
+    words += ["--vllm.sync_dir", "~/sync"]
+    cfg = config.resolve(config.parse_overrides(words))
+    assert cfg == config.resolve(strict_yaml.parse(config.dump(cfg)))
+    assert (cfg.run.dir, cfg.model.path) == (f"{tmp_path}/run", f"{tmp_path}/m")
+    assert [file.path for file in cfg.data.train] == [f"{tmp_path}/t.jsonl"]
+    assert [file.path for file in cfg.eval.data] == [f"{tmp_path}/a.jsonl", "b~c.jsonl"]
+    assert (cfg.metrics.compare, cfg.vllm.sync_dir) == (f"{tmp_path}/c.json", f"{tmp_path}/sync")
+    assert config.resolve({"run": {"dir": "./~x"}}).run.dir == "./~x"
+    assert config.resolve({"model": {"path": "org/name"}}).model.path == "org/name"
+
+
+def test_one_file_is_a_list_of_one():
+    def data(*words):
+        cfg = config.resolve(config.parse_overrides(words))
+        assert config.resolve(strict_yaml.parse(config.dump(cfg))) == cfg
+        return [(file.path, file.limit) for file in cfg.eval.data]
+
+    assert data("--eval.data", "a b.jsonl") == [("a b.jsonl", None)]
+    assert data("--eval.data", "a: #b, 2") == [("a: #b, 2", None)]
+    assert data("--eval.data", "{path: a, limit: 3}") == [("a", 3)]
+    assert data("--eval.data", "[a, {path: b}]") == [("a", None), ("b", None)]
+    assert data("--eval.data", "[]") == []
+    assert config.resolve({"eval": {"data": "a"}}).eval.data == (config.DataFile("a"),)
+    for word, said in {
+        "{limit: 3}": r"eval\.data\[0\]\.path: is missing; give it a value",
+        "{path: a, limt: 3}": r"eval\.data\[0\]\.limt: unknown key; did you mean 'limit'\?",
+        "[a, 3]": r"eval\.data\[1\]: got 3, expected text or keys \(path, name, ",
+        "[[a]]": r"eval\.data\[0\]: got \[\"a\"\], expected text or keys",
+        "{path: a, limit: yes}": r"eval\.data\[0\]\.limit: got 'yes', expected a whole number",
+    }.items():
+        with pytest.raises(config.ConfigError, match=said):
+            data("--eval.data", word)
+    with pytest.raises(config.ConfigError, match=r"--eval\.data: got '\[a': is not YAML"):
+        data("--eval.data", "[a")
+
+
+def test_the_command_line_lays_over_one_key_and_no_more(tmp_path):
+    """Naming another optimiser once left the rate of the file behind."""
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {name: adamw_bf16, lr: 3e-4, betas: [0.5, 0.6]}\n")
+    optim = config.load(file, ["--optim.name", "adamw_8bit"]).optim
+    assert (optim.name, optim.lr, optim.betas) == ("adamw_8bit", 3e-4, (0.5, 0.6))
+
+
+def test_every_number_has_a_range():
+    """Both ends, of every field of every record, optional ones and lists among them."""
+
+    def numbers(node):
+        if isinstance(node, dict):
+            if node.get("type") in ("integer", "number"):
+                yield node
+            node = list(node.values())
+        for part in node if isinstance(node, list) else []:
+            yield from numbers(part)
+
+    records = TypeAdapter(config.Config).json_schema()["$defs"]
+    found = {
+        f"{record}.{key}": [{"minimum", "exclusiveMinimum"} & {*n} for n in numbers(field)]
+        + [{"maximum", "exclusiveMaximum"} & {*n} for n in numbers(field)]
+        for record, schema in records.items()
+        for key, field in schema.get("properties", {}).items()
+    }
+    assert len(found["OptimConfig.betas"]) == 4
+    assert [key for key, ends in found.items() if not all(ends)] == []
 
 
 def test_preset_fills_only_what_is_not_given():
@@ -116,11 +287,17 @@ def test_overrides(tmp_path):
     )
 
 
-def test_another_variant_leaves_the_keys_of_the_old_one(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text("objective: {name: vpgea, beta: 0.3}\nrollout: {full_answer: true}\n")
-    cfg = config.load(file, ["--objective.name", "grpo", "--objective.group_size", "4"])
-    assert (cfg.objective.name, cfg.objective.group_size) == ("grpo", 4)
+@pytest.mark.parametrize("name", ["name: vpgea, ", ""], ids=["named", "by default"])
+def test_another_variant_leaves_the_keys_of_the_old_one_and_says_so(name, tmp_path):
+    file, said = tmp_path / "c.yaml", []
+    file.write_text(f"objective: {{{name}beta: 0.3, eps: 0.1}}\nrollout: {{full_answer: true}}\n")
+    words = ["--objective.name", "grpo", "--objective.group_size", "4"]
+    cfg = config.load(file, words, said.append)
+    assert (cfg.objective.name, cfg.objective.group_size, cfg.objective.eps) == ("grpo", 4, 1e-6)
+    [line] = said
+    assert "'grpo' leaves out the file's objective.beta, objective.eps" in line
+    assert config.load(file, ["--objective.name", "vpgea"], said.append).objective.beta == 0.3
+    assert len(said) == 1
     assert config.load(file, ["--objective.alpha", "0.1"]).objective.beta == 0.3
 
 
@@ -155,13 +332,148 @@ def test_unreadable_files(tmp_path):
         config.load(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("run: [unclosed\n")
-    with pytest.raises(config.ConfigError, match="is not valid YAML"):
+    with pytest.raises(
+        config.ConfigError,
+        match=r"bad.yaml, line 2: is not YAML: while parsing a flow sequence expected",
+    ):
         config.load(bad)
     bad.write_text("- a list\n")
-    with pytest.raises(config.ConfigError, match="expected sections"):
+    with pytest.raises(config.ConfigError, match="got a list, expected sections"):
         config.load(bad)
 
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.resolve({}).run.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["--eval.data", "a.jsonl"], ["a.jsonl"]),
+        (["--eval.data", "a: #b.jsonl"], ["a: #b.jsonl"]),
+        (["--eval.data=2024"], ["2024"]),
+        (["--eval.data", "[a.jsonl, {path: b.csv}]"], ["a.jsonl", "b.csv"]),
+        (["--eval.data", "{path: b.csv, limit: 3}"], ["b.csv"]),
+        (["--eval.data", "[]"], []),
+    ],
+)
+def test_files_are_a_path_a_mapping_or_a_list(words, paths):
+    cfg = config.resolve(config.parse_overrides(words))
+    assert [file.path for file in cfg.eval.data] == paths
+    assert config.resolve(yaml.safe_load(config.dump(cfg))) == cfg
+
+
+def test_a_file_of_the_command_line_replaces_all_of_the_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {train: {path: a.jsonl, question_key: problem, limit: 3}}\n")
+    [found] = config.load(file, ["--data.train", "{path: b.jsonl, limit: 4}"]).data.train
+    assert found == config.DataFile("b.jsonl", limit=4)
+
+
+def test_what_a_file_leaves_open_is_that_of_the_section():
+    files = ["a.jsonl", {"path": "b.jsonl", "question_key": "problem", "choices_key": ""}]
+    data = config.resolve({"data": {"train": files, "choices_key": ["x", "y"], "limit": 5}}).data
+    assert config.as_dict(config.resolve({"data": {"train": files}}))["data"]["train"] == files
+    first, second = map(data.filled, data.train)
+    assert (first.question_key, first.choices_key, first.limit) == ("question", ("x", "y"), 5)
+    assert (second.question_key, second.choices_key, second.id_key) == ("problem", "", "id")
+    assert first.choices_answer == "auto"
+    assert data.weights is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {"train": [{"path": "a", "answerkey": "x"}]}}, "did you mean 'answer_key'?"),
+        ({"data": {"train": []}}, "data.train: got [], expected 1 entries or more"),
+        ({"data": {"train": 3}}, "data.train[0]: got 3, expected text or keys (path, name, "),
+        ({"data": {"train": ["a", 3]}}, "data.train[1]: got 3, expected text or keys (path, "),
+        ({"data": {"train": [["a"]]}}, 'data.train[0]: got ["a"], expected text or keys'),
+        ({"data": {"train": {"limit": 3}}}, "data.train[0].path: is missing; give it"),
+        (
+            {"data": {"train": {"path": "a", "weight": 0}}},
+            "data.train[0].weight: got 0, expected more than 0",
+        ),
+        ({"data": {"train": ["a", {"path": "b", "weight": 1}]}}, "1 of 2 files have no weight"),
+        ({"data": {"train": ["a/x.csv", "b/x.csv"]}}, "names two files 'x'"),
+        ({"eval": {"data": [{"path": "a", "weight": 1}]}}, "a has a weight, which is for data."),
+        ({"data": {"choices_key": 3}}, "data.choices_key"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(tree, message):
+    with pytest.raises(config.ConfigError) as error:
+        config.resolve(tree)
+    assert message in str(error.value)
+
+
+# Text that YAML, Python or a shell gives a meaning to, and values of every type.
+ODD = ":{}[]#&*!|>'\"%@`\t\n\r -~0x1e.,?<=\\\0\x85\u2028\ufeff\ud800é"
+PIECES = ["&a ", "*a", "<<: ", "!!python/name:os ", "---\n", "%YAML 1.1\n", "[" * 50, "9" * 5000]
+VALUES = [None, True, "", " ", "yes", "null", "~", "~nobody/x", -1, 0, 2.0, 2**70, 1e308, 5e-324]
+VALUES += [math.nan, [], {}, [[[1]]], [None], {"a": {"b": [1]}}, {"name": []}, "\0", "x" * 9999]
+VALUES += ["1:30", "010", "1_0", "[", "{a: 1, a: 2}", "*a", "!!str 1", "- 1", "%", "=", "<<", "-1"]
+KEYS = [f"{s}.{k}" for s, keys in config.as_dict(config.Config()).items() for k in keys]
+
+
+def spoil(rng, text):
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(text) + 1)
+        end = at + rng.choice([0, 1, 1, 3, 30])
+        new = rng.choice([rng.choice(ODD), text[at:end] * 2, "", rng.choice(PIECES)])
+        text = text[:at] + new + text[end:]
+    return text
+
+
+def spoiled(rng):
+    """A shipped file and words behind it, one of them spoiled: in its characters, its bytes, a
+    value or the words."""
+    text = rng.choice(CONFIGS).read_text()
+    kind = rng.choice(["characters", "bytes", "value", "words"])
+    raw, words = text.encode(), []
+    if kind == "characters":
+        raw = spoil(rng, text).encode("utf-8", "surrogatepass")
+    elif kind == "bytes":
+        at = rng.randrange(len(raw))
+        raw = raw[:at] + rng.randbytes(3) + raw[at + 3 :]
+        raw = rng.choice([raw, raw, text.encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"]))])
+    elif kind == "value":
+        tree, (section, key) = strict_yaml.parse(text), rng.choice(KEYS).split(".")
+        tree[section] = {**tree.get(section, {}), key: rng.choice(VALUES)}
+        tree = rng.choice([tree, tree, tree | {section: rng.choice(VALUES)}])
+        raw = strict_yaml.dump(tree).encode()
+    else:
+        for _ in range(rng.randint(1, 3)):
+            key, value = f"--{rng.choice(KEYS)}", str(rng.choice(VALUES))
+            odd = [spoil(rng, key), value]
+            words += rng.choice([[key, value], [f"{key}={value}"], odd, [key], [value]])
+    return raw, words
+
+
+def sweep(seeds, tmp_path, capsys):
+    """Status 2 and one line of this program, or a configuration that prints and reads as itself."""
+    file, printed_file, statuses = tmp_path / "c.yaml", tmp_path / "printed.yaml", []
+    for seed in seeds:
+        raw, words = spoiled(Random(seed))
+        file.write_bytes(raw)
+        statuses.append(main(["train", str(file), *words, "--print-config"]))
+        printed = capsys.readouterr()
+        if statuses[-1] == 0:
+            printed_file.write_text(printed.out)
+            assert config.load(printed_file) == config.load(file, words), seed
+        else:
+            assert statuses[-1] == 2, seed
+            assert printed.err.startswith("vpgea: "), seed
+            assert printed.err.count("\n") == 1, seed
+            assert "--traceback" not in printed.err, seed  # an error that nobody foresaw
+    assert {*tmp_path.iterdir()} <= {file, printed_file}
+    assert {*statuses} == {0, 2}
+
+
+def test_forty_spoiled_configurations(tmp_path, capsys):
+    sweep(range(40), tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_three_hundred_spoiled_configurations(tmp_path, capsys):
+    sweep(range(40, 340), tmp_path, capsys)

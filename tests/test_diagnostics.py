@@ -7,6 +7,7 @@ import torch
 
 from vpgea_fast import diagnostics, objectives
 from vpgea_fast.config import TrainConfig, VpgeaConfig
+from vpgea_fast.losses import vpgea_loss
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.types import ModelFlops, Path, PromptedQuestion, Question, ScoredBatch, TrainRow
 
@@ -62,20 +63,50 @@ def test_nothing_is_claimed_about_answers_that_were_not_verified(batch):
 
 def test_view_divergence_and_elbo(batch):
     # log q is -0.5 a token; the first path is 1 nat a token less likely for the student, the second
-    # has one leak
+    # has one token of 6 nats
     teacher = [torch.tensor([[-0.5] * n, [0.25] * n]) for n in (4, 8)]
     student = [torch.tensor([[-1.5] * 4, [1.0] * 4]), torch.tensor([[-0.5] * 8, [0.4] * 8])]
     student[1][0, 3] = -6.5
-    metrics = diagnostics.view_divergence(batch, teacher, student, alpha=0.5, u_min=-20.0)
+    coefs = objectives.coefficients(VpgeaConfig(alpha=0.5), batch)
+    values = coefs.path_scores["posterior"]["log_utility"]
+    metrics = diagnostics.view_divergence(teacher, student, values)
     assert metrics["entropy_teacher"] == pytest.approx(0.25)
     assert metrics["entropy_student"] == pytest.approx((4 * 1.0 + 8 * 0.4) / 12)
     assert metrics["kl_q_pi"] == pytest.approx((4 + 6) / 12)
     assert metrics["kl_q_pi_max"] == pytest.approx(6.0)
-    assert metrics["leak_rate"] == 0.5
+    assert metrics["hint_token_rate"] == 0.0
     log_eta = [0.5 * math.log(8 / 4), 0.5 * math.log(8 / 8)]
     assert metrics["elbo"] == pytest.approx(
         ((-1 + log_eta[0]) + (-3 + log_eta[1])) / 2 - (4 + 6) / 2
     )
+
+
+def test_the_elbo_has_the_alpha_that_made_the_utilities(batch):
+    """At alpha = 0 there is no length in it; a schedule of alpha has nobody else to tell."""
+    same = [torch.zeros(2, n) for n in (4, 8)]
+    for alpha, expected in ((0.0, -2.0), (1.0, -2.0 + 0.5 * math.log(2))):
+        coefs = objectives.coefficients(VpgeaConfig(alpha=alpha), batch)
+        values = coefs.path_scores["posterior"]["log_utility"]
+        elbo = diagnostics.view_divergence(same, same, values)["elbo"]
+        assert elbo == pytest.approx(expected, abs=1e-14)
+
+
+def test_a_switch_of_mode_is_no_hint_token_and_a_spelled_answer_is():
+    """10 tokens a path; gaps above 5 nats: one in the first path, three in the second."""
+    teacher, student = torch.zeros(2, 2, 10), torch.zeros(2, 2, 10)
+    student[0, 0, 0], student[1, 0, 2:5] = -12.0, -6.0
+    student[1, 0, 7] = -5.0  # not above
+    rate = diagnostics.view_divergence([*teacher], [*student], torch.zeros(1, 2))["hint_token_rate"]
+    assert rate == 2 / 20
+    only = diagnostics.view_divergence([teacher[0]], [student[0]], torch.zeros(1, 1))
+    assert (only["hint_token_rate"], only["kl_q_pi_max"]) == (0.0, 12.0)
+
+
+def test_a_nan_log_prob_is_not_hidden_by_a_maximum():
+    student = torch.zeros(2, 4)
+    student[0, 2] = math.nan
+    with pytest.raises(ValueError, match="expected finite values"):
+        diagnostics.view_divergence([torch.zeros(2, 4)], [student], torch.zeros(1, 1))
 
 
 def test_early_answers_are_found_in_the_first_fifth(batch):
@@ -93,14 +124,115 @@ def test_row_metrics_split_the_loss_and_see_the_mismatch():
         [own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()]
     )
     assert metrics["loss_pg"] == pytest.approx(-2 * -2.25)
-    assert metrics["loss_distill"] == pytest.approx(-1 * -7.0)
-    assert metrics["loss"] == pytest.approx(11.5)
+    assert metrics["loss_distill"] == pytest.approx(-1 * (-7.0 - -2.0))  # the sampler's log q
+    assert metrics["loss"] == pytest.approx(4.5 + 5.0)
     assert metrics["mismatch_max"] == pytest.approx(0.25)
     assert metrics["mismatch_mean"] == pytest.approx((1 + math.exp(0.25)) / 2)
     ratios = (metrics["mismatch_ratio_min"], metrics["mismatch_ratio_max"])
     assert ratios == pytest.approx((math.exp(-0.25), 1.0))
     assert metrics["mismatch_outside"] == 0.5
     assert metrics["kl_gated"] == pytest.approx((2 + 3) / 2)
+
+
+@pytest.mark.parametrize("norm", ["seq_sum", "const", "seq_mean", "token_mean"])
+@pytest.mark.parametrize("gate", ["indicator", "relu"])
+def test_the_logged_loss_is_that_of_vpgea_loss(norm, gate):
+    """The same paths, float64: 1e-12, some hundred roundings of path log-probs of 20 nats."""
+    generator = torch.Generator().manual_seed(5)
+    lengths, beta, constant, vocabulary = ((4, 7, 2), (5, 3, 9)), 0.7, 6.0, 11
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    scored = random_batch(lengths, draw, vocabulary)
+    cfg = VpgeaConfig(beta=beta, gate=gate)
+    coefs = objectives.coefficients(cfg, scored)
+    advantage_S = -coefs.weights["posterior", "teacher"].flatten()
+    assert (advantage_S > 0).any()
+    rows = build_rows(scored, coefs, TrainConfig(norm=norm), norm_constant=constant)
+    length_S = ids(lengths).flatten()
+    hidden = {view: draw(int(length_S.sum()), 8) for view in ("teacher", "student")}
+    weight_VD = draw(vocabulary, 8)
+    tokens = torch.cat([path.z_ids for _, path in scored.pairs("posterior")])
+    places = torch.arange(tokens.numel()).split(length_S.tolist())
+
+    def logged(views):
+        logps = []
+        for row in rows:
+            assert row.path is not None
+            at = places[3 * int(row.path[0]) + row.path[2]]
+            logits = views[row.view][at] @ weight_VD.T
+            logps.append(logits.log_softmax(1).gather(1, row.token_ids[:, None])[:, 0])
+        return diagnostics.row_metrics(rows, logps)
+
+    paths = length_S.numel()
+    weight_S = {
+        "seq_sum": torch.full((paths,), 1 / paths, dtype=torch.float64),
+        "const": torch.full((paths,), 1 / (paths * constant), dtype=torch.float64),
+        "seq_mean": 1 / (paths * length_S.double()),
+        "token_mean": torch.full((paths,), 1 / int(length_S.sum()), dtype=torch.float64),
+    }[norm]
+    # relu: the distillation weighs beta A where the indicator has beta; one path at a time
+    expected = [
+        vpgea_loss(
+            hidden["teacher"][at],
+            hidden["student"][at],
+            weight_VD,
+            tokens[at],
+            ids([0, at.numel()]),
+            advantage_S[s : s + 1],
+            weight_S=weight_S[s : s + 1],
+            beta=beta * (max(0.0, advantage_S[s].item()) if gate == "relu" else 1.0),
+        )
+        for s, at in enumerate(places)
+    ]
+    relu = [max(0.0, a) if gate == "relu" else 1.0 for a in advantage_S.tolist()]
+    metrics = logged(hidden)
+    parts = {
+        "loss": sum(e.loss.item() for e in expected),
+        "loss_pg": sum(e.pg_loss.item() for e in expected),
+        "loss_distill": sum(
+            beta * r * e.distill_loss.item() for e, r in zip(expected, relu, strict=True)
+        ),
+    }
+    assert {key: metrics[key] for key in parts} == pytest.approx(parts, rel=1e-12, abs=1e-12)
+    assert logged(dict.fromkeys(hidden, hidden["teacher"]))["loss_distill"] == 0.0
+
+
+def random_batch(lengths, draw, vocabulary):
+    """Questions named 0, 1, ... whose sampler has other log-probs than any trainer."""
+    count, prompt = len(lengths), (ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7]))
+
+    def groups(stream, rows):
+        def one(b, i, n):
+            z = draw(n, vocabulary).argmax(1)
+            return Path(str(b), stream, i, z, draw(n) - 3, ids([1]), True, "stop")
+
+        return tuple(tuple(one(b, i, n) for i, n in enumerate(row)) for b, row in enumerate(rows))
+
+    sizes = torch.tensor(lengths, dtype=torch.float64)
+    yes, none = (
+        torch.ones(sizes.shape, dtype=torch.bool),
+        torch.full(sizes.shape, math.nan).double(),
+    )
+    return ScoredBatch(
+        tuple(PromptedQuestion(Question(str(b), "?", "7"), *prompt) for b in range(count)),
+        groups("posterior", lengths),
+        groups("prior", lengths),
+        draw(*sizes.shape),
+        draw(*sizes.shape) - 1,
+        sizes,
+        sizes,
+        yes,
+        yes,
+        none,
+        none,
+        torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
+    row = TrainRow(ids([1]), ids([2, 3]), -torch.ones(2), "posterior", "student")
+    with pytest.raises(ValueError, match="posterior path in the student view alone"):
+        diagnostics.row_metrics([row], [torch.zeros(2)])
+    assert diagnostics.row_metrics([], []) == {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
 
 
 def test_tokens_trained_and_gated_off_add_up(batch):

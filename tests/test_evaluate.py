@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vpgea_fast import config
-from vpgea_fast.config import Config, DataConfig, EvalConfig, PromptConfig
+from vpgea_fast.config import Config, DataConfig, DataFile, EvalConfig, PromptConfig
 from vpgea_fast.data import load_benchmarks
 from vpgea_fast.evaluate import Evaluator, evaluate_model, make_sampling, result_table
 from vpgea_fast.model import load_policy, load_tokenizer
@@ -98,7 +98,7 @@ def build(verifier, tiny_tokenizer):
         cfg = Config(
             data=DataConfig(max_prompt_tokens=longest),
             prompt=prompt,
-            eval=EvalConfig(data=tuple(files), **(fixed | settings)),
+            eval=EvalConfig(data=tuple(map(DataFile, files)), **(fixed | settings)),
         )
         prompter = Prompter(tiny_tokenizer, prompt)
         return Evaluator(

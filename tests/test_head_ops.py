@@ -194,6 +194,26 @@ def test_compiled_equals_eager(call, dynamic):
     compiled_equals_eager(call, "torch", "aot_eager", dynamic, torch.float32)
 
 
+def autocast_inside(x, **options):
+    with torch.autocast("cpu", torch.bfloat16):
+        return weighted_all(x, **options)
+
+
+@pytest.mark.parametrize("call", [weighted_all, logprob_all, vpgea_some, weighted_into_a_sink])
+def test_compiled_equals_eager_under_autocast(call):
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled_equals_eager(call, "torch", "aot_eager", None, torch.float32)
+
+
+def test_autocast_inside_a_compiled_call_is_the_autocast_around_it():
+    compiled_equals_eager(autocast_inside, "torch", "aot_eager", None, torch.float32)
+    x = inputs_of()
+    inside = run(autocast_inside, x, whole)
+    assert not torch.equal(inside[1], run(weighted_all, x, whole)[1])  # it does something
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(run(weighted_all, x, whole), inside, budget=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -256,7 +276,7 @@ def test_a_compiled_call_checks_values_too():
 
 
 def settings(**changes):
-    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False)
+    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False, None)
     return fixed._replace(**changes)
 
 
@@ -274,11 +294,13 @@ def op_arguments(name, x):
             (*few, x["coef"], None, [True, True, False], *settings()),
             (*many, x["coef"], x["sink"], [True, True, True], *settings()),
             (*few, x["coef"], None, [False, False, False], *settings(softcap=None)),
+            (*many, x["coef"], None, [True, True, True], *settings(operands=torch.float16)),
         ],
         "logprob": [(*few, False, *settings()), (*many, True, *settings())],
         "logprob_backward": [
             (*few, up_T, None, None, [True, False, False], *settings()),
             (*many, up_T, up_T, up_T, [True, True, True], *settings()),
+            (*many, up_T, None, None, [True, True, True], *settings(operands=torch.bfloat16)),
         ],
         "stream_layout": [
             (CU, x["classes"], ADVANTAGE, None, None, T, False),

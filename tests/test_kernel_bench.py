@@ -1,9 +1,13 @@
 """benchmarks/kernel_bench.py in process, on tiny shapes: what it refuses, writes and says."""
 
 import csv
+import functools
 import importlib
 import importlib.util
 import json
+import sys
+import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,3 +228,84 @@ def test_a_cpu_takes_a_model_shape_at_an_eighth(bench):
     args = bench.arguments(["--shape", "qwen2.5-7b"])
     assert args.shape == (2048, 448, 19008)
     assert "/ 8" in args.note
+
+
+def test_torch_mm_is_repeated_until_it_lasts_as_long_as_the_median_contender(bench):
+    """A burst runs at boost clock; what takes six times as long does not."""
+
+    class Sleeper(bench.Job):
+        def __init__(self, seconds):
+            self.loss, self.seconds = None, seconds
+
+        def prepare(self):
+            pass
+
+        def __call__(self):
+            time.sleep(self.seconds)
+
+    args = bench.arguments(["--shape", SHAPE, "--warmup", "0"])
+    jobs = {"torch.mm": Sleeper(0.03), "quick": Sleeper(0.0), "slow": Sleeper(0.18)}
+    assert 2 <= bench.mm_times(jobs | {"slower": Sleeper(0.3)}, args) <= 6  # 6 on a quiet machine
+    assert bench.mm_times({"torch.mm": jobs["slow"], "quick": jobs["quick"]}, args) == 1
+    assert bench.mm_times({"torch.mm": jobs["slow"]}, args) == 1
+    case = bench.head_case("weighted", args.shape, None, args)
+    counts = [
+        bench.launches(
+            bench.Job(functools.partial(bench.mm, times=n), case, "scoring"), args.device
+        )
+        for n in (1, 4)
+    ]
+    assert counts[1] == 4 * counts[0]
+
+
+SMI = """#!{python} -S
+import pathlib, sys, time
+print("1980, 690.50\\n1755, [N/A]\\n1800, 650.25", flush=True)
+pathlib.Path("{words}").write_text(" ".join(sys.argv[1:]))
+time.sleep(60)
+"""
+
+
+def test_clock_and_power_are_watched_while_the_block_runs(bench, monkeypatch, tmp_path):
+    cuda, words = torch.device("cuda", 0), tmp_path / "words"
+    nothing = dict.fromkeys(("sm_mhz", "sm_mhz_low", "watts"))
+    with bench.watched(torch.device("cpu")) as seen:
+        pass
+    assert seen == nothing
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with bench.watched(cuda) as seen:  # no nvidia-smi
+        pass
+    assert seen == nothing
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI.format(python=sys.executable, words=words))
+    program.chmod(0o755)
+    properties = types.SimpleNamespace(uuid="ab-cd")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    with bench.watched(cuda) as seen:
+        end = time.monotonic() + 20
+        while not words.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        start = time.monotonic()
+    assert time.monotonic() - start < 20, "the block's end stops it"
+    assert seen == {"sm_mhz": 1800, "sm_mhz_low": 1755, "watts": (690.5 + 650.25) / 2}
+    asked = words.read_text()
+    assert "--query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits" in asked
+    assert "--id=GPU-ab-cd" in asked
+
+
+def test_who_is_stopped_keeps_the_tables_that_were_done(bench, monkeypatch, tmp_path):
+    chunked = next(p.call for p in bench.PROVIDERS if p.name == "torch")
+
+    def stopped(case):
+        if case.op == "weighted":
+            raise KeyboardInterrupt
+        return chunked(case)
+
+    monkeypatch.setattr(bench, "PROVIDERS", [bench.Provider("stopped", stopped)])
+    out = tmp_path / "result.json"
+    words = ["--shape", SHAPE, "--op", "linear_logprob", "weighted", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*words, "--no-static", "--repeats", "1", "--warmup", "0"])
+    records = json.loads(out.read_text(encoding="utf-8"))["records"]
+    assert {r["op"] for r in records} == {"linear_logprob"}
+    assert {r["mode"] for r in records if r["p50_ms"]} == set(bench.HEAD_MODES)

@@ -40,6 +40,7 @@ LAYERS = {
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
     "services": {"distributed", "metrics"},
     "records": {"config", "types"},
+    "text": {"strict_yaml"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)

@@ -11,15 +11,20 @@ import sys
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vpgea_fast import losses
-from vpgea_fast.kernels import head, reference
+from vpgea_fast.config import ParallelConfig
+from vpgea_fast.distributed import open_world
+from vpgea_fast.kernels import backends, head, reference
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -675,20 +680,137 @@ def test_tied_embeddings_receive_both_gradients():
     assert_close(gradients(ours, weight_VD), gradients(truth, weight_VD), 1e-12)
 
 
+def autocast_case(dtype=torch.float32):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    return hidden_TD, weight_VD, bias_V, targets_T, coef_T.float()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_leaves_the_inputs_alone(backend):
-    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+def test_operands_follow_autocast_and_dw_stays_in_float32(backend, low):
+    """Bit for bit what a caller gets who casts the operands and keeps dW in float32."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = autocast_case()
+    with torch.autocast("cpu", dtype=low):
+        got = weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, bias=bias_V, backend=backend
+        )
+    dx, dw, db = gradients(got.loss, hidden_TD, weight_VD, bias_V)
+    assert (dx.dtype, dw.dtype, db.dtype) == (torch.float32,) * 3
+    cast = [x.detach().to(low).requires_grad_() for x in (hidden_TD, weight_VD, bias_V)]
+    sink = torch.zeros_like(weight_VD)
+    by_hand = weighted_logprob_loss(
+        cast[0], cast[1], targets_T, coef_T, bias=cast[2], backend=backend, dweight_out=sink
+    )
+    expected_dx, expected_db = gradients(by_hand.loss, cast[0], cast[2])
+    assert torch.equal(got.logp, by_hand.logp)
+    assert torch.equal(dw, sink)
+    assert torch.equal(dx.to(low), expected_dx)
+    assert torch.equal(db.to(low), expected_db)
 
-    def run():
-        loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend=backend).loss
-        logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, backend=backend).logp
-        return loss, *gradients(loss + logp_T.sum(), hidden_TD, weight_VD)
 
-    expected = run()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_is_as_close_to_the_truth_as_the_eager_head_under_it(backend):
+    """Eager rounds its logits to bfloat16, 2^-9 of them; ours keeps them in float32."""
+    hidden_TD, weight_VD, bias_V, targets_T, _ = autocast_case()
+    rounded = [x.detach().bfloat16().double() for x in (hidden_TD, weight_VD, bias_V)]
+    logits = F.linear(*rounded)
+    truth = logits.log_softmax(-1).gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
+    kept = targets_T >= 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run()
-    for mine, theirs in zip(got, expected, strict=True):
+        ours = linear_logprob(hidden_TD, weight_VD, targets_T, bias=bias_V, backend=backend).logp
+        eager = F.linear(hidden_TD, weight_VD, bias_V).float().log_softmax(-1)
+    eager = eager.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
+    budget = 2 * logits.abs().max().item() * 2**-9  # of the target's logit and of lse
+    assert (eager - truth)[kept].abs().max() <= budget
+    assert (ours - truth)[kept].abs().max() <= 1e-5 < budget
+    assert ours.dtype is torch.float32
+
+
+def test_autocast_off_inside_and_float64_are_as_without():
+    hidden_TD, weight_VD, _, targets_T, coef_T = autocast_case()
+    wide = [x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD)]
+
+    def run(*head):
+        loss = weighted_logprob_loss(*head, targets_T, coef_T).loss
+        logp_T = linear_logprob(*head, targets_T).logp
+        return loss, *gradients(loss + logp_T.sum(), *head)
+
+    expected, expected_wide = run(hidden_TD, weight_VD), run(*wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got_wide = run(*wide)
+        with torch.autocast("cpu", enabled=False):
+            got = run(hidden_TD, weight_VD)
+        mixed = linear_logprob(hidden_TD, weight_VD.detach().bfloat16(), targets_T).logp
+        assert torch.equal(mixed, linear_logprob(hidden_TD, weight_VD, targets_T).logp)
+        with pytest.raises(ValueError, match="cast one of them"):
+            linear_logprob(wide[0], weight_VD, targets_T)
+    for mine, theirs in zip((*got, *got_wide), (*expected, *expected_wide), strict=True):
         assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match="cast one of them"):
+        linear_logprob(hidden_TD, weight_VD.detach().bfloat16(), targets_T)
+
+
+def test_under_autocast_no_second_weight_is_kept_and_auto_chooses_for_its_dtype(caplog):
+    hidden_TD, weight_VD, _, targets_T, coef_T = autocast_case()
+    kept = []
+
+    def keep(x):
+        kept.append(x)
+        return x
+
+    backends.resolve.cache_clear()
+    backends._announce.cache_clear()
+    with (
+        caplog.at_level("INFO", logger="vpgea_fast.losses"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        linear_logprob(hidden_TD, weight_VD, targets_T)
+        assert any(x.data_ptr() == weight_VD.data_ptr() for x in kept)
+        assert not any(x.dtype is torch.bfloat16 for x in kept)
+        kept.clear()
+        weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+        assert {x.dtype for x in kept} == {torch.float32}
+        assert [tuple(x.shape) for x in kept] == [hidden_TD.shape, weight_VD.shape]  # dX, dW
+    assert "for bfloat16 on cpu" in caplog.text
+    assert "float32" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of forward_ad
+def test_other_derivatives_are_refused_in_words_or_right():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
+    up = torch.tensor([1.0, -2.0], dtype=loss.dtype)
+    (both,) = torch.autograd.grad(loss, hidden_TD, up, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, hidden_TD)
+    assert_close(both, torch.stack([one, -2 * one]), 1e-15)
+
+    logp_T = linear_logprob(hidden_TD, weight_VD, targets_T).logp
+    up = torch.ones(2, len(logp_T), dtype=logp_T.dtype)
+    with pytest.raises(RuntimeError, match=r"makes one gradient at a time .*is_grads_batched"):
+        torch.autograd.grad(logp_T, hidden_TD, up, is_grads_batched=True)
+
+    def losses(x):
+        yield lambda: weighted_logprob_loss(x, weight_VD.detach(), targets_T, coef_T).loss
+        yield lambda: linear_logprob(x, weight_VD.detach(), targets_T).logp.sum()
+
+    for number in (0, 1):
+
+        def value(x, number=number):
+            return [*losses(x)][number]()
+
+        x = hidden_TD.detach()
+        with pytest.raises(ValueError, match=r"hidden_TD is inside a torch\.func transform; call"):
+            torch.func.grad(value)(x)
+        with pytest.raises(ValueError, match=r"inside a torch\.func transform"):
+            torch.func.vmap(value)(torch.stack([x, x]))
+        with pytest.raises(ValueError, match=r"inside a torch\.func transform"):
+            torch.func.jvp(value, (x,), (x,))
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match="jvp"),
+        ):
+            value(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("op", ["one pass", "recompute"])
@@ -942,6 +1064,67 @@ def test_bad_calls_say_what_to_do(name):
         weighted_logprob_loss(**{**call, "coef_T": coef_T, **changed})
 
 
+def valid_calls():
+    """Every function with valid arguments by name, float32."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    head = {"hidden_TD": hidden_TD, "weight_VD": weight_VD, "targets_T": targets_T}
+    streams = {
+        "hidden_post_TD": hidden_TD,
+        "hidden_prior_UD": hidden_TD,
+        "weight_VD": weight_VD,
+    }
+    targets = {"targets_post_T": targets_T, "targets_prior_U": targets_T}
+    paths = {"cu_seqlens": torch.tensor([0, 9, T]), "advantage_S": torch.tensor([1.0, -1.0])}
+    coefs = {"coef_post_T": coef_T, "coef_prior_U": coef_T}
+    return {
+        linear_logprob: head,
+        weighted_logprob_loss: {**head, "coef_T": coef_T},
+        two_stream_loss: {**streams, **targets, **coefs},
+        vpgea_loss: {**streams, "targets_T": targets_T, **paths, "denominator": 4.0},
+    }
+
+
+@pytest.mark.parametrize("instead", [1.0, 2, True, [0.5], (1,), None, "x", np.zeros(T)], ids=repr)
+def test_what_is_no_tensor_is_named(instead):
+    """In any place that wants a tensor, of any function: never an AttributeError."""
+    for function, call in valid_calls().items():
+        for name in call.keys() - {"denominator"}:
+            with pytest.raises(
+                ValueError, match=rf"{name.split('_')[0]}\w*: got .*expected a tens"
+            ):
+                function(**{**call, name: instead})
+        for name in ("bias", "rows") if instead is not None else ():
+            with pytest.raises(ValueError, match=rf"{name}: got .*expected a tensor"):
+                function(**{**call, name: instead})
+
+
+BAD_PATHS = {
+    "bool denominator": ({"denominator": True}, "denominator: got True, expected a positive"),
+    "text denominator": ({"denominator": "4"}, "denominator: got '4'"),
+    "NaN denominator": ({"denominator": math.nan}, "denominator: got nan"),
+    "negative denominator": ({"denominator": -1.0}, "denominator: got -1.0"),
+    "tensor beta": ({"beta": torch.tensor(0.5)}, r"beta: got a Tensor.*float\(beta\)"),
+    "bool beta": ({"beta": True}, "beta: got True"),
+    "NaN beta": ({"beta": math.nan}, "beta: got nan"),
+    "list weights": ({"weight_S": [1.0, 1.0], "denominator": None}, "weight_S: got a list"),
+    "list index": ({"prior_index": [0]}, "prior_index: got a list"),
+    "3-D hidden": ({"hidden_post_TD": torch.zeros(1, T, D)}, "flatten"),
+    "3-D prior": ({"hidden_prior_UD": torch.zeros(T, 1, D)}, "flatten"),
+    "scalar targets": ({"targets_T": torch.tensor(3)}, r"targets_T: got shape \(\), expected"),
+    "scalar hidden": ({"hidden_prior_UD": torch.tensor(3.0)}, r"hidden_prior_UD: got shape \(\)"),
+    "two dtypes": ({"hidden_prior_UD": torch.zeros(T, D).double()}, "cast one of"),
+    "complex advantage": ({"advantage_S": torch.ones(2) * 1j}, "advantage_S: got torch.complex64"),
+    "int advantage": ({"advantage_S": torch.ones(2).long()}, "advantage_S: got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_bad_paths_say_what_to_do(name):
+    changed, message = BAD_PATHS[name]
+    with pytest.raises(ValueError, match=message):
+        vpgea_loss(**{**valid_calls()[vpgea_loss], **changed})
+
+
 @pytest.mark.filterwarnings("ignore:.*redistribute:UserWarning")
 def test_a_dtensor_names_the_remedy(tmp_path):
     """Replicated or sharded, whichever argument it is: no silent gather, no local shard."""
@@ -957,22 +1140,62 @@ def test_a_dtensor_names_the_remedy(tmp_path):
             hidden, weight = (
                 distribute_tensor(x.detach(), mesh, [placement]) for x in (hidden_TD, weight_VD)
             )
-            with pytest.raises(ValueError, match=r"weight_VD is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"weight_VD is a DTensor.*grad_placements="):
                 weighted_logprob_loss(hidden_TD, weight, targets_T, coef_T)
-            with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*to_local"):
                 linear_logprob(hidden, weight_VD, targets_T)
             coef, sink = (
                 distribute_tensor(x, mesh, [placement])
                 for x in (coef_T, torch.zeros_like(weight_VD))
             )
-            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*to_local"):
                 weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef)
             with pytest.raises(ValueError, match=r"dweight_out is a DTensor.*a plain buffer"):
                 weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, dweight_out=sink)
-            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*to_local"):
                 two_stream_loss(hidden_TD, hidden, weight_VD, targets_T, targets_T, coef_T, coef_T)
     finally:
         dist.destroy_process_group()
+
+
+def rank_gradients(remedy, replicas):
+    """Errors of dW and db, against one process with all rows, of a head that is sharded by rows
+    over the ranks (with `replicas` 2 copied) and a loss of each rank's own rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(torch.float64)
+    out = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, bias=bias_V)
+    expected = gradients(out.loss, weight_VD, bias_V)
+
+    world = open_world(ParallelConfig(), "cpu")
+    mesh = init_device_mesh("cpu", (replicas, 2 // replicas))
+    placements = [Replicate(), Shard(0)]
+    weight, bias = (
+        distribute_tensor(x.detach(), mesh, placements).requires_grad_()
+        for x in (weight_VD, bias_V)
+    )
+    options = {"grad_placements": [Partial()] * weight.device_mesh.ndim} if remedy else {}
+    mine = torch.arange(T)[world.rank :: 2]
+    loss = weighted_logprob_loss(
+        hidden_TD[mine],
+        weight.full_tensor(**options),
+        targets_T[mine],
+        coef_T[mine],
+        bias=bias.full_tensor(**options),
+    ).loss
+    loss.backward()
+    found = weight.grad.full_tensor(), bias.grad.full_tensor()
+    return [((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_remedy_for_a_dtensor_adds_up_the_ranks(replicas):
+    for errors in run_ranks(rank_gradients, True, replicas):
+        assert max(errors) <= 1e-14
+    for errors in run_ranks(rank_gradients, False, replicas):  # the bare full_tensor() does not
+        assert min(errors) > 0.3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

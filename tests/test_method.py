@@ -80,20 +80,56 @@ def test_log_expected_utility_is_elbo_plus_kl_to_the_tilted_posterior(alpha: flo
         assert case.elbo(case.posterior(), alpha).item() < log_utility - 1e-3
 
 
+def test_the_monitors_bias_is_of_order_one_over_n_and_zero_without_an_eta() -> None:
+    """E[cov_ls] and E[adv_post] over all 4^N draws of N priors, against the infinite sample."""
+    case, bias = oracle.FOUR_TRACES, {}
+    pi, u, length = case.prior_Z, case.likelihood_Z.log(), case.length_Z.double()
+    for alpha, count in ((0.0, 2), (0.5, 2), (0.5, 4), (0.5, 8)):
+        if count < 8:
+            draws = torch.cartesian_prod(*[torch.arange(4)] * count)
+        else:  # as multisets, or there are 65,536 of them
+            draws = torch.combinations(torch.arange(4), count, with_replacement=True)
+        chance = torch.stack([_chance(pi, draw, ordered=count < 8) for draw in draws])
+        found = [
+            advantage.posterior_monitors(
+                u.expand(1, 4), u[draw][None], length.expand(1, 4), length[draw][None], alpha=alpha
+            )
+            for draw in draws
+        ]
+        s = case.utility(alpha)
+        mean_s, mean_l = (pi * s).sum(), (pi * case.likelihood_Z).sum()
+        exact = {
+            "cov_ls": (pi * case.likelihood_Z * s).sum() - mean_l * mean_s,
+            "adv_post": s.mean() - mean_s,
+        }
+        for key, value in exact.items():
+            values = torch.tensor([monitors[key] for monitors in found], dtype=torch.float64)
+            bias[key, alpha, count] = ((chance * values).sum() - value).item()
+    for key in ("cov_ls", "adv_post"):
+        assert abs(bias[key, 0.0, 2]) < 1e-13
+        two, four, eight = (bias[key, 0.5, count] for count in (2, 4, 8))
+        assert abs(two) > abs(four) > abs(eight) > 1e-5
+        assert eight / four == pytest.approx(0.5, abs=0.15)
+
+
+def _chance(pi: Tensor, draw: Tensor, *, ordered: bool) -> Tensor:
+    counts = draw.bincount(minlength=4).tolist()
+    orders = 1 if ordered else math.factorial(len(draw)) // math.prod(map(math.factorial, counts))
+    return orders * pi[draw].prod()
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_elbo_terms_reach_the_bound_at_the_tilted_posterior(alpha: float) -> None:
     """There log L + log eta - (log q - log pi) is one constant, so any sample gives the bound."""
     case = oracle.FOUR_TRACES
     prior, tilted = case.prior_Z, case.posterior(alpha)
-    terms = advantage.elbo_terms(
+    values = advantage.log_utility(
         case.likelihood_Z.log()[None],
         case.length_Z[None],
         (prior * case.length_Z).sum()[None],
         alpha=alpha,
-        log_ratio_BG=(tilted / prior).log()[None],
     )
-    assert terms.elbo is not None
-    assert terms.kl is not None
+    terms = advantage.elbo_terms(values, (tilted / prior).log()[None])
     log_utility = (prior * case.utility(alpha)).sum().log().item()
     assert terms.elbo.item() == pytest.approx(log_utility, abs=1e-13)
     assert terms.kl.item() == pytest.approx((tilted / prior).log().mean().item(), abs=1e-13)

@@ -1,5 +1,6 @@
 """What a run writes and prints: valid JSON always, alarms that a replay raises again, eps3."""
 
+import contextlib
 import io
 import json
 import math
@@ -31,6 +32,7 @@ from vpgea_fast.metrics import (
     eps3,
     eps3_mean,
     finite,
+    merge,
     mfu,
     model_flops,
     peak_flops,
@@ -82,6 +84,13 @@ def test_a_full_disk_names_the_file_and_the_remedy(tmp_path):
     writer.close()
 
 
+def test_merge_loses_nothing_and_refuses_a_repeated_key():
+    assert merge({"a": 1.0}, {}, {"b": None}) == {"a": 1.0, "b": None}
+    assert merge() == {}
+    with pytest.raises(ValueError, match="got len_post, loss twice"):
+        merge({"loss": 1.0, "len_post": 2.0}, {"u": 0.0}, {"loss": 1.0, "len_post": 2.0})
+
+
 def test_reading_skips_only_an_unfinished_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
@@ -115,7 +124,8 @@ RECORD = {
     "acc_student": 0.8125,
     "eps3_student": 122.4,
     "len_prior": 53.94,
-    "len_gated": None,
+    "len_gated": 60.0,
+    "len_gated_ratio": 0.734,
     "gate_rate": 0.375,
     "time_rollout_s": 1.5,
     "time_train_s": 0.5,
@@ -124,7 +134,7 @@ RECORD = {
 
 def test_a_step_is_one_line_without_the_metrics_it_lacks():
     assert step_line({**RECORD, "grad_norm": math.nan}, 60, 96.0) == (
-        "step 12/60  acc 0.812  eps3 122  prior 53.9  gate 38%  left 1:36"
+        "step 12/60  acc 0.812  eps3 122  prior 53.9  gated 0.73x  gate 38%  left 1:36"
     )
     assert [clock_time(s) for s in (0, 59.5, 3599.4, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
 
@@ -163,18 +173,54 @@ def test_tables_are_aligned_escaped_and_fit_an_ascii_log():
     assert text.endswith("toy\n" + "b" * 200 + "\n")
 
 
-def test_a_terminal_gets_a_bar():
+def on_terminal(show):
+    """What `show(stream)` writes to a terminal, all of it: one read gives what has arrived."""
     parent, child = pty.openpty()
     with os.fdopen(child, "w") as stream:
+        show(stream)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody holds
+        while part := os.read(parent, 100_000):
+            shown += part
+    os.close(parent)
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar():
+    def show(stream):
         console = Console(60, done=11, stream=stream)
         console.step(RECORD)
         console.samples(3)(3)
         console.close()
-        shown = os.read(parent, 100_000).decode()
-    os.close(parent)
+
+    shown = on_terminal(show)
     assert "left 1:36" in shown
     assert "12/60" in shown
     assert "1:36 left" in shown
+
+
+def test_a_judge_is_watched_on_a_terminal_and_quiet_in_a_log():
+    """What the judge does not tell of (verdicts that it knew) is added when it returns."""
+
+    def judge(golds, on_progress):
+        on_progress(len(golds[1:]))
+        time.sleep(0.3)  # the bar is drawn ten times a second
+        return [gold == "4" for gold in golds]
+
+    def show(stream):
+        console = Console(stream=stream)
+        assert console.watched(judge, "reference answers")(["4", "5", "4"]) == [True, False, True]
+        assert console.watched(judge, "nothing")([]) == []
+        console.close()
+
+    shown = on_terminal(show)
+    assert "reference answers" in shown
+    assert "2/3" in shown
+    log = io.StringIO()
+    console = Console(stream=log, quiet_s=math.inf)
+    assert console.watched(judge, "reference answers")(["4"]) == [True]
+    console.close()
+    assert log.getvalue() == ""
 
 
 def raised(records):

@@ -1,12 +1,14 @@
 """Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 
 from vpgea_fast import objectives
-from vpgea_fast.config import GrpoConfig, TrainConfig, VpgeaConfig
+from vpgea_fast.config import GrpoConfig, ObjectiveConfig, TrainConfig, VpgeaConfig
 from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch
 
@@ -82,6 +84,98 @@ def test_weights_by_hand(cfg, scored, expected):
     for key, rows in expected.items():
         stream, view = key.split()
         assert torch.allclose(weights[stream, view], double(rows), atol=1e-5), key
+
+
+def three_priors():
+    """Groups of 3: the z-score keeps what two paths lose, so every setting has its own weights.
+
+    Priors with lengths (100, 200, 600), the middle one wrong; base length 300.
+    """
+    return replace(
+        batch(u_post=((-1.0, -5.0, -2.5),), lengths=((50, 200, 300),), closed=((True,) * 3,)),
+        prior=(group("prior", (100, 200, 600), (True,) * 3),),
+        u_prior_BN=double([[-0.1, -4.0, -3.0]]),
+        len_prior_BN=double([[100, 200, 600]]),
+        closed_prior_BN=torch.ones(1, 3, dtype=torch.bool),
+        correct_prior_BN=double([[1.0, 0.0, 1.0]]),
+    )
+
+
+def zscore(rewards):
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / std for r in rewards]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "rewards", "key"),
+    [
+        (GrpoConfig(group_size=3), [1, 0, 1], ("prior", "student")),
+        (
+            GrpoConfig(group_size=3, alpha=0.5),
+            [3**0.5, 0, 0.5**0.5],
+            ("prior", "student"),
+        ),
+        (GrpoConfig(group_size=3, reward="likelihood"), [1, 0, 0], ("prior", "student")),
+        # Ubar = -7.1 / 3: R = (1.37, 0, 0)
+        (VpgeaConfig(), [1.0, 0, 0], ("posterior", "teacher")),
+        # with a margin of 1, R = (2.37, 0, 0.87), eta = (6^.5, ., 1)
+        (
+            VpgeaConfig(r_margin=1.0),
+            [6**0.5 * (7.1 / 3), 0, 7.1 / 3 - 1.5],
+            ("posterior", "teacher"),
+        ),
+    ],
+)
+def test_groups_of_three_tell_the_objectives_apart(cfg, rewards, key):
+    weights = objectives.coefficients(cfg, three_priors()).weights
+    assert weights[key][0].tolist() == pytest.approx([-a for a in zscore(rewards)], abs=1e-4)
+    assert set(weights) == (
+        {("prior", "student")}
+        if isinstance(cfg, GrpoConfig)
+        else {("posterior", "teacher"), ("posterior", "student")}
+    )
+
+
+def test_an_objective_without_a_line_in_the_dispatch_is_refused():
+    """A copy of GrpoConfig under another name, as a new type begins; and no type of the union."""
+
+    @dataclass(frozen=True)
+    class Rloo:
+        name: str = "rloo"
+        reward: str = "verify"
+        alpha: float = 0.0
+        eta_clip: None = None
+        eps: float = 1e-6
+        ddof: int = 0
+        std_gate: float = 0.0
+
+    with pytest.raises(ValueError, match="got a Rloo, expected VpgeaConfig or GrpoConfig"):
+        objectives.coefficients(cast(Any, Rloo()), batch())
+    for kind in get_args(get_args(ObjectiveConfig)[0]):
+        assert objectives.coefficients(kind(), batch()).weights
+
+
+def test_gated_lengths_are_compared_within_their_own_group():
+    """Two questions, one with long thoughts that gates two of three paths. Pooled, the gated ones
+    look longer than the rest; within each group they are shorter."""
+    two = batch(
+        u_post=((-1.0, -1.2, -5.0), (-1.0, -5.0, -5.0)),
+        lengths=((300, 330, 400), (20, 40, 60)),
+        closed=((True,) * 3,) * 2,
+    )
+    cfg = VpgeaConfig(alpha=0.0, r_margin=0.0)
+    out = objectives.coefficients(cfg, two)
+    assert (out.weights["posterior", "student"] < 0).tolist() == [
+        [True, True, False],
+        [True, False, False],
+    ]
+    assert out.metrics["len_gated"] == pytest.approx((300 + 330 + 20) / 3)
+    assert out.metrics["len_gated"] > two.len_post_BG.mean().item()
+    expected = (300 * 3 / 1030 + 330 * 3 / 1030 + 20 / 40) / 3
+    assert out.metrics["len_gated_ratio"] == pytest.approx(expected, abs=1e-14)
+    none = objectives.coefficients(VpgeaConfig(std_gate=1e9), two).metrics
+    assert (none["len_gated"], none["len_gated_ratio"]) == (None, None)
 
 
 def test_scores_and_counts():

@@ -6,6 +6,7 @@ followed, so an editable install of the project stays invisible). Both are tried
 the Hugging Face package `kernels`, whose name the root folder kernels/ shares.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "data", "dist", "runs"
+    ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "dist", "runs"
 )
 # argv: the environment's own site-packages, whether `kernels` is installed.
 CHECK = """
@@ -48,6 +49,11 @@ torch.testing.assert_close(out.logp, torch.cat([expected_T, torch.zeros(1)]))
 """
 
 
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """What .gitignore names; `data` is questions at the root, and a room in the package."""
+    return NOT_SOURCE(folder, names) | ({"data"} if Path(folder) == ROOT else set())
+
+
 def run(*command: object, cwd: Path) -> str:
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -60,7 +66,7 @@ def built(tmp_path_factory):
     """{"sdist": file, "wheel": file}, the wheel built from the sdist, neither from this tree."""
     folder = tmp_path_factory.mktemp("packaging")
     tree, out = folder / "tree", folder / "dist"
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=NOT_SOURCE)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=not_source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, tree, cwd=folder)
     return {"sdist": next(out.glob("*.tar.gz")), "wheel": next(out.glob("*.whl"))}
 
@@ -122,3 +128,29 @@ def test_constraints_pin_every_direct_requirement(built):
     pinned = {canonicalize_name(Requirement(line).name) for line in pins}
     assert {"torch", "transformers", "pytest"} <= {r.name for r in wanted}
     assert [r.name for r in wanted if canonicalize_name(r.name) not in pinned] == []
+
+
+def test_the_script_of_a_clean_clone_runs_every_target_and_finds_the_data_beside_it(tmp_path):
+    """`make` is a stand-in that notes its words and VPGEA_DATA; one that fails ends the script."""
+    clone, noted = tmp_path / "clone", tmp_path / "noted"
+    shutil.copytree(ROOT / ".ci", clone / ".ci")
+    make = tmp_path / "bin" / "make"
+    make.parent.mkdir()
+    make.write_text(f'#!/bin/sh\necho "$* ${{VPGEA_DATA-unset}}" >> {noted}\ntest "$*" != "$BAD"\n')
+    make.chmod(0o755)
+    around = {k: v for k, v in os.environ.items() if k != "VPGEA_DATA"}
+    around["PATH"] = f"{make.parent}:{around['PATH']}"
+
+    def run(**more):
+        noted.unlink(missing_ok=True)
+        done = subprocess.run([clone / ".ci" / "run"], env=around | more, cwd="/", check=False)
+        return done.returncode, noted.read_text().splitlines()
+
+    targets = ["test", "test-triton36", "test-vllm"]
+    assert run() == (0, [f"{target} unset" for target in targets])
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    assert run() == (0, [f"{target} {tmp_path}/shared/data" for target in targets])
+    assert run(VPGEA_DATA="/mine")[1] == [f"{target} /mine" for target in targets]
+    code, lines = run(BAD="test-triton36")
+    assert code != 0
+    assert len(lines) == 2

@@ -1,22 +1,50 @@
-"""The two views: no answer in the student's, one BOS, one think prefix, nothing cut."""
+"""The two views: no answer in the student's, one BOS, one think prefix, nothing cut, nothing lost
+between text and ids; tokenizers and templates that cannot be used are refused in words."""
 
+import json
 import random
+import shutil
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from chat_models import QWEN2_SPLIT, R1_TEMPLATE
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from vpgea_fast.config import ConfigError, PromptConfig
+from vpgea_fast import prompts
+from vpgea_fast.checkpoint import export_model
+from vpgea_fast.cli import main
+from vpgea_fast.config import ConfigError, PromptConfig, load, parse_overrides, printable, resolve
+from vpgea_fast.data import load_benchmarks
+from vpgea_fast.distributed import World
+from vpgea_fast.dry_run import dry_run
+from vpgea_fast.metrics import Console
+from vpgea_fast.model import (
+    ModelError,
+    check_vocabulary,
+    load_causal_lm,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+)
 from vpgea_fast.prompts import Prompter, eos_ids, fill, length_report
 from vpgea_fast.types import Question
 
-# The split of Qwen2: a letter run takes one mark before it, other marks stay together.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"|\s?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CASES = Path(__file__).parent / "cases"
 SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<think>", "</think>"]
 CORPUS = [
     "\n\n**Final Answer**\n\\boxed{204}. So \\boxed{\\frac{3}{4}} or \\boxed{x+1}, \\boxed{-7}",
@@ -281,3 +309,575 @@ def test_chat_templates_that_cannot_work_are_refused():
 
 def test_nothing_in_nothing_out(tokenizer: Any):
     assert Prompter(tokenizer, PromptConfig()).prompt([]) == []
+
+
+# What the ids say is the text.
+
+
+@pytest.fixture
+def llama_dir(tmp_path):
+    """R1-Distill-Llama's shape: model type llama, a byte-level tokenizer.json."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path / "llama"
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=356, num_hidden_layers=1, bos_token_id=350, eos_token_id=351, **sizes
+        )
+    ).save_pretrained(path)
+    for name in ("tokenizer", "tokenizer_config"):
+        shutil.copy(CASES / f"bytelevel_llama_{name}.json", path / f"{name}.json")
+    return path
+
+
+def test_the_tokenizer_is_the_one_that_tokenizer_json_describes(llama_dir: Path, tmp_path: Path):
+    """LlamaTokenizer would rebuild it from its vocabulary and lose every space and line break."""
+    text = "Hello world .\n\nWhat is  the\tanswer?"
+    tokenizer = load_tokenizer(str(llama_dir))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    serialised = Tokenizer.from_file(str(llama_dir / "tokenizer.json"))
+    assert ids == serialised.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # an answer: not cleaned up
+    cfg = PromptConfig(student="{question}\nThink.", teacher="{question} It is {answer}.")
+    [got] = Prompter(tokenizer, cfg).prompt([Question("q", text, "4 2")])
+    head = "<｜begin▁of▁sentence｜><｜User｜>"
+    tail = "<｜Assistant｜><think>\n"
+    assert serialised.decode(got.student_ids.tolist(), skip_special_tokens=False) == (
+        f"{head}{text}\nThink.{tail}"
+    )
+    assert serialised.decode(got.teacher_ids.tolist(), skip_special_tokens=False) == (
+        f"{head}{text} It is 4 2.{tail}"
+    )
+    model = load_causal_lm(str(llama_dir), torch.float32)
+    out = export_model(model, tokenizer, tmp_path / "out", world=World(torch.device("cpu")))
+    for again in (load_tokenizer(str(out)), AutoTokenizer.from_pretrained(out)):
+        assert again(text, add_special_tokens=False)["input_ids"] == ids
+        assert again.decode(ids) == text
+        assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_that_loses_text_is_refused(llama_dir: Path):
+    rebuilt = AutoTokenizer.from_pretrained(llama_dir)
+    if rebuilt.decode(rebuilt("a b", add_special_tokens=False)["input_ids"]) == "a b":
+        pytest.skip("this transformers takes tokenizer.json as it is")
+    message = (
+        r"question 'q': the tokenizer does not keep the text: at character 7 '<｜begin▁of▁sente"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Prompter(rebuilt, PromptConfig()).prompt([Question("q", "a b", "4")])
+    with pytest.raises(ConfigError, match="question 'a b': the tokenizer does not keep"):
+        Prompter(rebuilt, PromptConfig()).student_ids(["a b"])
+
+
+def changed(tokenizer: Any, **parts: Any) -> Any:
+    """The tokenizer with other parts (normalizer=..., decoder=...)."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=tokenizer.chat_template, **names
+    )
+
+
+def test_only_composed_unicode_may_differ(r1_tokenizer: Any):
+    question = Question("q", "Cafe\u0301 costs 5 \u212b", "4")  # NFC: one character each
+    [got] = Prompter(changed(r1_tokenizer, normalizer=normalizers.NFC()), PromptConfig()).prompt(
+        [question]
+    )
+    assert "Caf\u00e9 costs 5 \u00c5\n" in r1_tokenizer.decode(got.student_ids)
+    [got] = Prompter(r1_tokenizer, PromptConfig()).prompt([question])
+    assert question.text in r1_tokenizer.decode(got.student_ids)
+    bare = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    for lossy in (normalizers.Lowercase(), normalizers.NFKC(), bare):
+        prompter = Prompter(changed(r1_tokenizer, normalizer=lossy), PromptConfig(think_prefix=""))
+        with pytest.raises(ConfigError, match="does not keep the text: at character"):
+            prompter.prompt([Question("q", "Caf\u00e9 \u00bd", "4")])
+
+
+def test_the_answer_and_its_variants_are_checked_too(r1_tokenizer: Any):
+    lossy = changed(r1_tokenizer, normalizer=normalizers.Replace("\u00bd", "1/2"))
+    prompter = Prompter(lossy, PromptConfig(teacher="{question}"))
+    for spoiled in (Question("a", "q", "\u00bd"), Question("a", "q", "4", ("5", "\u00bd"))):
+        with pytest.raises(ConfigError, match=r"question 'a': .*\{\u00bd\}' becomes '.*\{1/2\}'"):
+            prompter.prompt([spoiled])
+    assert prompter.prompt([Question("a", "q", "4", ("5",))])[0].variant_ids[0].numel() == 3
+
+
+def sentence_piece(scheme: str, turns: str = TURNS) -> Any:
+    """A BPE of Llama 2's kind: `▁` for a space, bytes for the rest."""
+    space = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    letters = [*"abcdefghijklmnopqrstuvwxyzIFAPWThink.?{}0123456789*▁\\", "<unk>"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(letters))}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = space
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)])
+    tokenizer.add_special_tokens([AddedToken(tag, normalized=False) for tag in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=turns.replace("GENERATE", ""),
+    )
+
+
+def test_a_cue_behind_a_thought_has_no_space_of_a_beginning():
+    tokenizer = sentence_piece("first")
+    cfg = PromptConfig(student="{question}", teacher="{question}{answer}", answer_cue="It is \\")
+    [got] = Prompter(tokenizer, cfg).prompt([Question("q", "What is it?", "4")])
+    close = torch.tensor([tokenizer.convert_tokens_to_ids("</think>")])
+    ids = torch.cat([got.student_ids, close, got.cue_ids, got.target_ids])
+    assert tokenizer.decode(ids) == (
+        "<bos><user>What is it?<assistant><think>\n</think>It is \\{4}"
+    )
+    with pytest.raises(ConfigError, match="does not keep the text"):  # a space behind every tag
+        Prompter(sentence_piece("always"), cfg).prompt([Question("q", "What is it?", "4")])
+
+
+# Data that steers the chat.
+
+
+def cases(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (CASES / name).read_text("utf-8").splitlines()]
+
+
+def test_tags_of_the_chat_template_in_data_are_left_out(r1_tokenizer: Any):
+    assert not any(
+        token.special
+        for token in r1_tokenizer.added_tokens_decoder.values()
+        if "User" in str(token)
+    )
+    prompter = Prompter(r1_tokenizer, PromptConfig())
+    questions = [
+        Question(row["id"], row["problem"], row["answer"]) for row in cases("chat_tags.jsonl")
+    ]
+    kept, dropped = prompter.prompt_within(questions, limit=9999, policy="drop")
+    assert [p.question.id for p in kept] == ["b"]
+    assert dropped["special token in text"] == 1
+    with pytest.raises(ConfigError, match=r"1 of 2 questions spell a special token.*'a'"):
+        prompter.prompt_within(questions, limit=9999, policy="error")
+    with pytest.raises(ConfigError, match=r"question 'What is 2.* spells a special token"):
+        prompter.student_ids([q.text for q in questions])
+    in_answers = [
+        Question("a", "1", "<｜User｜>"),
+        Question("v", "1", "2", ("3", "<｜Assistant｜>")),
+    ]
+    kept, _ = prompter.prompt_within([*in_answers, questions[1]], limit=9999, policy="drop")
+    assert [p.question.id for p in kept] == ["b"]
+
+
+def test_what_counts_as_a_tag(r1_tokenizer: Any):
+    tokenizer = changed(r1_tokenizer)
+    runs = ["    ", "user", "<tool>", "<unused>"]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in runs])
+    tokenizer.chat_template = R1_TEMPLATE + "    {# user #}{% if tools %}<tool>{% endif %}"
+    prompter = Prompter(tokenizer, PromptConfig())
+    assert not prompter.has_special("a    b", "a user", "<unused>", "x < y > z", "<b>")
+    for text in ("<tool>", "a<think>", "</think>", "<｜end▁of▁sentence｜>", "<｜User｜>"):
+        assert prompter.has_special("1", f"a {text}")
+
+
+def test_a_tag_that_is_a_token_without_being_added_counts():
+    turns = TURNS.replace("<{{ m['role'] }}>", "[INST]")
+    tokenizer = make_tokenizer(turns=turns)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": r"\[INST\]|."},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    vocab = backend["model"]["vocab"]
+    backend["model"] |= {"merges": [], "ignore_merges": True}
+    backend["model"]["vocab"] = {t: i for i, t in enumerate([*vocab, "[INST]", " ", "\n"])}
+    backend["decoder"] = {"type": "Fuse"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=turns.replace("GENERATE", ""),
+    )
+    prompter = Prompter(tokenizer, PromptConfig(student="{question}"))
+    assert prompter.has_special("2+2?[INST]no")
+    assert not prompter.has_special("[INSTEAD]")
+
+
+def test_a_tag_in_another_spelling_that_the_normaliser_makes_one_counts(r1_tokenizer: Any):
+    prompter = Prompter(
+        changed(r1_tokenizer, normalizer=normalizers.NFKC()), PromptConfig(student="{question}")
+    )
+    assert prompter.has_special("<|User|>")
+    assert prompter.has_special("<\uff5cUser\uff5c>")
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
+def test_half_a_character_is_named(r1_tokenizer: Any, normalizer: Any):
+    prompter = Prompter(changed(r1_tokenizer, normalizer=normalizer), PromptConfig())
+    rows = cases("lone_surrogate.jsonl")
+    questions = [Question(row["id"], row["question"], row["answer"]) for row in rows]
+    message = r"question 's0': half a character .* at 32: .*9 A\\ud83d-three"
+    with pytest.raises(ConfigError, match=message) as caught:
+        prompter.prompt_within(questions, limit=9999, policy="drop")
+    str(caught.value).encode()  # the message itself can be printed
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        prompter.prompt([Question("a", "1", "4", ("\ud800",))])
+
+
+# Switches of the chat template, and the thought that it opens or closes.
+
+
+def test_switches_reach_the_chat_template_of_both_views(qwen3_tokenizer: Any):
+    for role in ("user", "system"):
+        on = PromptConfig(chat_template_kwargs={"enable_thinking": True}, teacher_role=role)
+        [got] = Prompter(qwen3_tokenizer, on).prompt([Question("q", "2+2?", "4")])
+        for ids in (got.student_ids, got.teacher_ids):
+            assert qwen3_tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
+            assert qwen3_tokenizer.decode(ids).count("<think>") == 1
+    off = PromptConfig(chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ConfigError, match=r"a thought that is closed: .*enable_thinking: true"):
+        Prompter(qwen3_tokenizer, off)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"messages": []}, "'messages' is given to the template already"),
+        ({"tokenize": True}, "'tokenize' is given"),
+        ({"add_generation_prompt": False}, "'add_generation_prompt' is given"),
+        ({"chat_template": "x"}, "'chat_template' is given"),
+        ({"eos_token": "x"}, "'eos_token' is given"),
+        ({"enable_thinkin": True}, "never reads 'enable_thinkin'"),
+    ],
+)
+def test_switches_that_mean_nothing_are_refused(qwen3_tokenizer: Any, kwargs: dict, message: str):
+    with pytest.raises(ConfigError, match=rf"prompt\.chat_template_kwargs: .*{message}"):
+        Prompter(qwen3_tokenizer, PromptConfig(chat_template_kwargs=kwargs))
+
+
+def test_switches_come_from_yaml_and_the_command_line(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text("prompt:\n  chat_template_kwargs: {enable_thinking: true, level: high}\n")
+    assert load(file).prompt.chat_template_kwargs == {"enable_thinking": True, "level": "high"}
+    words = ["--prompt.chat_template_kwargs", "{enable_thinking: false}"]
+    assert load(file, words).prompt.chat_template_kwargs["enable_thinking"] is False
+    assert resolve(parse_overrides(words)).prompt.chat_template_kwargs == {"enable_thinking": False}
+    for wrong in ("[1]", "{1: 2}", "yes"):
+        with pytest.raises(ConfigError, match=r"prompt\.chat_template_kwargs"):
+            resolve(parse_overrides(["--prompt.chat_template_kwargs", wrong]))
+
+
+@pytest.mark.parametrize(
+    ("tail", "prefix", "result"),
+    [
+        ("<think>\n\n</think>\n\n", "<think>\n", "a thought that is closed"),
+        ("<think>\n\n</think>\n\n", "", "a thought that is closed"),
+        ("</think>", "<think>\n", "a thought that is closed"),
+        ("<think>\nOkay, ", "<think>\n", "opens a thought and begins it"),
+        ("<think>\nOkay, ", "", "<assistant><think>\nOkay, "),
+        ("<think>\nOkay, ", "<think>\nOkay, ", "<assistant><think>\nOkay, "),
+        ("Now <think></think><think>", "<think>\n", "<assistant>Now <think></think><think>\n"),
+    ],
+)
+def test_a_thought_is_opened_once_and_never_behind_a_closed_one(tail, prefix, result):
+    tokenizer, cfg = make_tokenizer(tail), PromptConfig(think_prefix=prefix)
+    if not result.startswith("<assistant>"):
+        with pytest.raises(ConfigError, match=result):
+            Prompter(tokenizer, cfg)
+        return
+    assert Prompter(tokenizer, cfg).student_text("a").endswith(f"within \\boxed{{}}.{result}")
+
+
+def test_a_question_that_stands_in_the_end_of_the_template(qwen3_tokenizer: Any):
+    """`think` and `a` are found there too; what is behind the turn is what counts."""
+    cfg = PromptConfig(student="{question}", think_prefix="<think>")
+    prompter = Prompter(qwen3_tokenizer, cfg)
+    tokenizer = make_tokenizer("<think>\n")
+    for question in ("think", "assistant", "a", "\n", ">"):
+        text = prompter.student_text(question)
+        assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n<think>")
+        text = Prompter(tokenizer, cfg).student_text(question)
+        assert text == f"<bos><user>{question}<assistant><think>"
+
+
+def test_tags_in_the_words_before_do_not_count():
+    """A system turn of the template, or the user's own words, may explain the tags."""
+    turns = "Write <think> and </think>. " + TURNS
+    cfg = PromptConfig(student="{question} Use <think></think>.")
+    text = Prompter(make_tokenizer("", turns=turns), cfg).student_text("a")
+    assert text.endswith("Use <think></think>.<assistant><think>\n")
+
+
+# Templates and files that cannot be used.
+
+TEMPLATES = {
+    "raises": ("{{ raise_exception('no') }}", "refuses the turns user: no; repair the template"),
+    "an integer": (5, "is 5; expected the text of a Jinja template"),
+    "includes": ("{% include 'a.jinja' %}", "refuses the turns user: "),
+    "a wrong type": ("{{ messages + 1 }}", "refuses the turns user: "),
+    "no Jinja": ("{% if %}", "refuses the turns user: "),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the turns user: "),
+    "a long range": ("{% for i in range(10**9) %}x{% endfor %}", "refuses the turns user: "),
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "no end after 0.5 s",
+    ),
+    "a power": ("{{ 9**(9**9) }}", "no end after 0.5 s"),
+    "megabytes": ("{{ messages[0].content }}{{ 'x' * 3000000 }}", "made 3000"),
+    "no text": ("", "has no chat template"),
+    "nothing of it": ("hello", "loses or changes the user turn"),
+    "no default": ([{"name": "tool", "template": "x"}], "chat template of .* cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_broken_chat_template_is_refused(name: str, r1_tokenizer: Any, monkeypatch):
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.5)
+    template, message = TEMPLATES[name]
+    tokenizer = changed(r1_tokenizer)
+    tokenizer.chat_template = (
+        {entry["name"]: entry["template"] for entry in template}
+        if isinstance(template, list)
+        else template
+    )
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=message):
+        Prompter(tokenizer, PromptConfig())
+    assert time.monotonic() - began < 5
+
+
+def test_the_time_limit_leaves_an_older_timer_running(r1_tokenizer: Any):
+    import signal
+
+    rang: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 30)
+        Prompter(r1_tokenizer, PromptConfig()).student_text("a")
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+        assert 0 < left <= 30
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    made: list[str] = []
+    prompter = Prompter(r1_tokenizer, PromptConfig())
+    thread = threading.Thread(target=lambda: made.append(prompter.student_text("a")))
+    thread.start()
+    thread.join()
+    assert made == [prompter.student_text("a")]  # a thread hears no signal: no limit there
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", None, "has no tokenizer.json; expected the tokenizer beside"),
+        ("tokenizer.json", "{}", "cannot load a tokenizer from"),
+        ("tokenizer.json", '{"version": ', "tokenizer.json is damaged (Expecting value"),
+        ("tokenizer.json", "[]", "tokenizer.json is damaged (no JSON object)"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 3}}', "cannot load a tokenizer"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is damaged"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer"),
+        ("tokenizer_config.json", '{"chat_template": 5, "eos_token": "</think>"}', "chat template"),
+        ("generation_config.json", "{", "generation_config.json is damaged"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "expected tokens of 0..425"),
+    ],
+)
+def test_a_broken_tokenizer_is_one_line(
+    command, file, content, said, r1_model_dir, tmp_path, capsys
+):
+    path = Path(r1_model_dir) / file
+    (path.parent / "chat_template.jinja").rename(tmp_path / "template")
+    config = path.parent / "tokenizer_config.json"
+    known = json.loads(config.read_text()) | {"chat_template": R1_TEMPLATE}
+    config.write_text(json.dumps(known))
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "2+2?", "answer": "4"}\n')
+    if command == "train":
+        yaml = tmp_path / "a.yaml"
+        yaml.write_text("train: {questions_per_step: 1}\nmodel: {device: cpu, dtype: float32}\n")
+        words = ["train", str(yaml), "--data.train", str(data), "--model.path", r1_model_dir]
+        words += ["--run.dir", str(tmp_path / "run")]
+    else:
+        words = ["eval", r1_model_dir, str(data), "--model.device", "cpu"]
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("vpgea: ")
+    assert said in error
+    assert "\n" not in error
+    assert r1_model_dir in error
+    assert not (tmp_path / "run").exists()
+
+
+# generation_config.json
+
+
+def with_generation(directory: str, **settings: Any) -> str:
+    file = Path(directory) / "generation_config.json"
+    file.write_text(json.dumps(settings))
+    return directory
+
+
+def test_a_generation_config_is_made_valid_and_exported(r1_model_dir: str, tmp_path: Path):
+    shutil.copy(CASES / "generation_config.json", Path(r1_model_dir) / "generation_config.json")
+    model = load_causal_lm(r1_model_dir, torch.float32)
+    tokenizer = load_tokenizer(r1_model_dir)
+    out = export_model(model, tokenizer, tmp_path / "out", world=World(torch.device("cpu")))
+    written = GenerationConfig.from_pretrained(out)
+    written.validate(strict=True)
+    assert (written.do_sample, written.eos_token_id) == (False, 2)
+    assert (written.temperature, written.top_p) == (None, None)
+    sampled = with_generation(r1_model_dir, do_sample=True, temperature=0.6, eos_token_id=[2, 3])
+    kept = load_generation_config(sampled, load_config(sampled))
+    assert (kept.temperature, kept.eos_token_id) == (0.6, [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot", "do_sample": True}, "temperature is 'hot', expected a number"),
+        ({"top_p": True}, "top_p is True, expected a number"),
+        ({"do_sample": "no"}, "do_sample is 'no', expected true or false"),
+        ({"eos_token_id": [1, 426]}, r"eos_token_id is \[1, 426\], expected tokens of 0..425"),
+        ({"eos_token_id": -1}, "eos_token_id is -1, expected tokens"),
+        ({"eos_token_id": [[1]]}, r"eos_token_id is \[\[1\]\]"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"max_new_tokens": -5}, "max_new_tokens"),
+        ({"max_new_tokens": "5"}, "cannot be used"),
+        ({"pad_token_id": "a"}, "cannot be used"),
+        ({"cache_implementation": "none"}, "cache_implementation"),
+        ({"num_beams": 1, "early_stopping": True}, "early_stopping"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_written_is_refused(
+    settings: dict, message: str, r1_model_dir: str
+):
+    with_generation(r1_model_dir, **settings)
+    with pytest.raises(
+        ModelError,
+        match=rf"generation_config\.json cannot be used.*{message}|"
+        rf"{message}.*generation_config\.json|generation_config\.json {message}",
+    ):
+        load_generation_config(r1_model_dir, load_config(r1_model_dir))
+
+
+def test_an_unknown_vocabulary_is_refused_before_weights(r1_model_dir):
+    tokenizer = load_tokenizer(r1_model_dir)
+    config = load_config(r1_model_dir)
+    check_vocabulary(tokenizer, config, r1_model_dir)
+    config.vocab_size = 425
+    with pytest.raises(ModelError, match="'</think>' is token 425, but the model embeds 425"):
+        check_vocabulary(tokenizer, config, r1_model_dir)
+
+
+# What is shown is what the model sees, and steers no terminal.
+
+
+def test_control_characters_are_spelled():
+    assert printable("a\x1b]52;c;aGk=\x07\tb\nc\r\x9b2J\u202e\ud83d\x00é") == (
+        "a\\x1b]52;c;aGk=\\x07\tb\nc\\r\\x9b2J\\u202e\\ud83d\\x00é"
+    )
+
+
+def test_what_is_shown_are_the_ids_and_steers_no_terminal(r1_model_dir, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    text = "2+2\x1b[2J\x1b]52;c;aGk=\x07?"
+    data.write_text(json.dumps({"id": "q\x1b[31m", "question": text, "answer": "4\x1b[0m"}) + "\n")
+    tree = {
+        "model": {"path": r1_model_dir, "device": "cpu", "dtype": "float32"},
+        "data": {"train": str(data)},
+        "eval": {"data": [str(data)], "max_new_tokens": 8},
+        "rollout": {"max_new_tokens": 8},
+        "train": {"questions_per_step": 1},
+    }
+    cfg = resolve(tree)
+    dry_run(cfg)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert (
+        "student prompt:\n<｜begin▁of▁sentence｜><｜User｜>2+2\\x1b[2J\\x1b]52;c;aGk=\\x07?"
+        in shown
+    )
+    prompter = Prompter(load_tokenizer(r1_model_dir), cfg.prompt)
+    [benchmark] = load_benchmarks(cfg.eval, cfg.data, prompter).values()
+    assert (
+        benchmark.shown == prompter.student_text(text) == prompter.shown(benchmark.questions[0][1])
+    )
+    console = Console()
+    console.message(f"student prompt: {benchmark.shown}")
+    console.close()
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# Damage of any kind.
+
+JUNK = [None, True, -1, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], {}, [1], {"a": 1}, [None]]
+
+
+def places(tree: Any, path: tuple = ()) -> list[tuple]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:9])
+    found = [(*path, key) for key, _ in items]
+    deeper = [
+        place
+        for key, value in (tree.items() if isinstance(tree, dict) else enumerate(tree[:9]))
+        if isinstance(value, (dict, list)) and key != "vocab"
+        for place in places(value, (*path, key))
+    ]
+    return found + deeper
+
+
+def damaged(content: bytes, *, is_json: bool, rng: random.Random) -> bytes:
+    """One value replaced or taken away, the end cut off, or a few bytes changed."""
+    kind = rng.random()
+    if is_json and kind < 0.75:
+        tree = json.loads(content)
+        *path, last = rng.choice(places(tree))
+        node = tree
+        for key in path:
+            node = node[key]
+        if rng.random() < 0.3:
+            del node[last]
+        else:
+            node[last] = rng.choice(JUNK)
+        return json.dumps(tree).encode()
+    if kind < 0.85:
+        return content[: rng.randrange(len(content))]
+    changed_bytes = bytearray(content)
+    for _ in range(rng.choice([1, 3, 10])):
+        changed_bytes[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(changed_bytes)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"],
+)
+def test_no_damage_to_a_file_ends_in_a_traceback(file: str, r1_model_dir: str, monkeypatch):
+    """Refused with its own words, or usable: prompts, decoded ids and what an export writes."""
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.5)
+    path, rng = Path(r1_model_dir) / file, random.Random(file)
+    content = path.read_bytes()
+    questions = [Question("a", "What is 2 + 2?", "4", ("5",)), Question("b", "é\n\n <x>中", "72")]
+    refused = 0
+    for _ in range(25):
+        path.write_bytes(damaged(content, is_json=file.endswith("json"), rng=rng))
+        try:
+            tokenizer, config = load_tokenizer(r1_model_dir), load_config(r1_model_dir)
+            prompter = Prompter(tokenizer, PromptConfig())
+            check_vocabulary(tokenizer, config, r1_model_dir)
+            generation = load_generation_config(r1_model_dir, config)
+            assert eos_ids(tokenizer, generation)
+            prompter.prompt_within(questions, limit=2000, policy="drop")
+            tokenizer.save_pretrained(path.parent / "out")
+            generation.save_pretrained(path.parent / "out")
+        except (ConfigError, ModelError):
+            refused += 1
+    assert refused > 5

@@ -60,6 +60,7 @@ def write_run(run_dir, *, steps=60, evaluation=None, compare=None, note=""):
             "len_prior": 54 - 0.6 * step,
             "len_post": 40 - 0.3 * step,
             "len_gated": None if step % 7 == 0 else 25.0,
+            "len_gated_ratio": None if step % 7 == 0 else 0.8,
             "acc_student": 0.8 + 0.002 * step,
             "eps3_student": 100 + 5 * step,
             "adv_post": -0.5,
@@ -229,4 +230,7 @@ def test_the_figure_draws_what_was_recorded_and_leaves_out_what_was_not(tmp_path
     assert colours(plot_training(full, tmp_path / "full.png")) == {"prior", "posterior", "gated"}
     bare = write_run(tmp_path / "bare")
     (bare / "metrics.jsonl").write_text('{"step": 1, "len_prior": 51.0, "len_post": null}\n')
+    assert colours(plot_training(bare, tmp_path / "bare.png")) == {"prior"}
+    # a mean over all questions says nothing beside len_post
+    (bare / "metrics.jsonl").write_text('{"step": 1, "len_prior": 51.0, "len_gated": 60.0}\n')
     assert colours(plot_training(bare, tmp_path / "bare.png")) == {"prior"}

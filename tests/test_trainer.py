@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.trainer import Trainer, TrainingError, fit
+from vpgea_fast.trainer import Trainer, TrainingError, fit, rate_changes
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
@@ -113,7 +114,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     if cfg.objective.name == "vpgea":
         always |= {"len_post", "u_prior", "u_post", "u_post_p10", "gate_rate", "adv_post"}
         always |= {"cov_ls", "prop1_gap", "e_qstar_s", "share_cov_negative"}
-        assert {"kl_q_pi", "kl_q_pi_max", "leak_rate", "elbo"} <= {*records[0]}
+        assert {"kl_q_pi", "kl_q_pi_max", "hint_token_rate", "elbo"} <= {*records[0]}
         assert {"entropy_teacher", "entropy_student", "early_answer_rate", "grad_norm_pg"} <= {
             *records[0]
         }
@@ -244,6 +245,47 @@ def test_an_all_gated_step_makes_no_update(words, tmp_path):
     assert lines(tmp_path / "run")[0]["skipped"] == 1
 
 
+def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
+    """An evaluation before the step draws with the same engine; its prompts are not the step's.
+
+    2 questions x (4 + 2) paths: of 12 prompts, 4 are the first of their view and question."""
+    changes = (
+        "--train.norm",
+        "seq_sum",
+        "--objective.preset",
+        "paper",
+        "--rollout.max_batch",
+        "64",
+    )
+    rates = []
+    for evaluate in (False, True):
+        with Trainer(config.load(TINY, words(f"run{evaluate}", *changes))) as trainer:
+            if evaluate:
+                trainer.evaluator.run()
+            stats = trainer.train_step().metrics
+            rates.append(stats["prefix_hit_rate"])
+    assert rates[0] == rates[1] > 0.5
+    assert stats["loss"] == pytest.approx(stats["loss_pg"] + stats["loss_distill"], abs=1e-12)
+    # beta, 1/(B G) and nats: kl_gated is the same difference, by token
+    assert stats["loss_distill"] * stats["kl_gated"] > 0
+
+
+@pytest.mark.parametrize("key", ["len_post", "loss"])
+def test_an_objective_cannot_overwrite_a_metric_of_the_step(words, monkeypatch, key):
+    real = objectives.coefficients
+
+    def naming_it(cfg, batch):
+        coefs = real(cfg, batch)
+        return replace(coefs, metrics={**coefs.metrics, key: -1.0})
+
+    monkeypatch.setattr(objectives, "coefficients", naming_it)
+    with (
+        Trainer(config.load(TINY, words("run", "--eval.data", "[]"))) as trainer,
+        pytest.raises(ValueError, match=f"metrics: got {key} twice"),
+    ):
+        trainer.train_step()
+
+
 def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, tmp_path):
     cfg = config.load(
         TINY,
@@ -363,7 +405,7 @@ def test_a_resumed_run_stays_the_same_run(words, tmp_path):
         "rollout.max_answer_tokens": 9,
         "rollout.importance_cap": 2,
     }
-    messages = {key: f"--resume would change {key}," for key in refused}
+    messages = {key: f"--resume would change {key} from " for key in refused}
     for key, value in {**refused, "train.steps": 1}.items():
         message = messages.get(key, "4 steps are made already")
         with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -383,6 +425,91 @@ def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
     assert config.load(run / "config.until_step_4.yaml").train.steps == 4
 
 
+def test_a_resume_is_held_against_what_its_checkpoint_rests_on(words, tmp_path, capsys):
+    """config.yaml may be edited between a stop and the resume; it is no witness."""
+    run = tmp_path / "run"
+    schedule = ["--optim.schedule", "cosine", "--optim.warmup_steps", "0", "--optim.lr", "1e-3"]
+    start = words("run", "--eval.data", "[]", "--data.limit", "9", "--train.steps", "2", *schedule)
+    assert fit(config.load(TINY, start))
+    file = run / "config.yaml"
+    kept = file.read_text()
+    for old, new, said in [
+        ("seed: 0", "seed: 7", "would change run.seed from 0 to 7, on which"),
+        ("teacher_role: user", "teacher_role: system", 'role from "user" to "system", on which'),
+    ]:
+        assert old in kept
+        file.write_text(kept.replace(old, new, 1))
+        with pytest.raises(checkpoint.CheckpointError, match=said):
+            fit(config.load(file, ["--train.steps", "3"]), resume=True)
+        assert file.read_text() == kept.replace(old, new, 1)
+    edited = kept.replace("lr: 0.001", "lr: 0.002").replace("steps: 2", "steps: 3")
+    file.write_text(edited.replace("workers: 1", "workers: 2"))
+    capsys.readouterr()
+    assert fit(config.load(file), resume=True)
+    shown = capsys.readouterr().out
+    for said in ("optim.lr 0.001 -> 0.002", "train.steps 2 -> 3", "verify.workers 1 -> 2"):
+        assert f"changed at step 2: {said}" in shown
+    last, now = (lines(run)[step]["lr"] for step in (1, 2))
+    assert now == pytest.approx(0.002 * 0.5 * (1 + math.cos(2 / 3 * math.pi)))
+    assert f"learning rate: {last:.3g} at step 2, {now:.3g} at step 3; without the change" in shown
+    assert config.load(run / "config.until_step_2.yaml") == config.load(TINY, start)
+    assert newest(run).trainer_state["config"] == config.as_dict(config.load(file))
+
+
+def test_a_checkpoint_without_its_configuration_is_taken_with_a_word(words, tmp_path, capsys):
+    """As an older version wrote it."""
+    run = tmp_path / "run"
+    few = ["--eval.data", "[]", "--data.limit", "9", "--train.steps", "1"]
+    assert fit(config.load(TINY, words("run", *few)))
+    folder = run / "checkpoints/step_1"
+    state = json.loads((folder / "state.json").read_text())
+    del state["trainer_state"]["config"]
+    raw = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(raw)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(raw), "crc32": zlib.crc32(raw)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert fit(config.load(run / "config.yaml", ["--train.steps", "2"]), resume=True)
+    shown = capsys.readouterr().out
+    assert f"{folder} does not say with which configuration its steps were made" in shown
+    assert "changed at step 1: train.steps 1 -> 2" in shown
+    assert config.load(run / "config.until_step_1.yaml").train.steps == 1
+    assert "config" in newest(run).trainer_state
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "said"),
+    [
+        ({}, {"lr": 2e-3}, 5, "0.001 at step 5, 0.002 at step 6; without the change 0.001"),
+        ({}, {"steps": 20}, 5, None),
+        ({}, {"steps": 20}, 10, None),
+        ({"schedule": "linear"}, {"steps": 20}, 5, "0.0006 at step 5, 0.00075 at step 6; without "),
+        (
+            {"schedule": "cosine"},
+            {"steps": 20},
+            10,
+            "2.45e-05 at step 10, 0.0005 at step 11; without the change the run had ended",
+        ),
+        (
+            {},
+            {"warmup_steps": 8},
+            5,
+            "0.001 at step 5, 0.00075 at step 6; without the change 0.001",
+        ),
+        ({}, {"schedule": "linear", "steps": 5}, 5, None),
+    ],
+)
+def test_a_resume_says_what_becomes_of_the_rate(before, after, step, said):
+    def cfg(keys):
+        optim = {"lr": 1e-3, "warmup_steps": 0, **keys}
+        steps = optim.pop("steps", 10)
+        return config.resolve({"optim": optim, "train": {"steps": steps}})
+
+    found = rate_changes(cfg(before), cfg({**before, **after}), step)
+    assert len(found) == (said is not None)
+    assert not said or said in found[0]
+
+
 def test_a_resume_may_change_how_paths_are_drawn_not_which(words, tmp_path, capsys):
     """What the messages of a lost engine and of a probe advise."""
     run = tmp_path / "run"
@@ -392,7 +519,7 @@ def test_a_resume_may_change_how_paths_are_drawn_not_which(words, tmp_path, caps
     assert fit(config.load(run / "config.yaml", more), resume=True)
     shown = capsys.readouterr().out
     assert "changed at step 1: rollout.max_batch 192 -> 5" in shown
-    assert "changed at step 1: rollout.probe_tolerance None -> 0.1" in shown
+    assert "changed at step 1: rollout.probe_tolerance null -> 0.1" in shown
     assert [record["step"] for record in lines(run)] == [1, 2]
 
 
@@ -507,7 +634,8 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
         part, rest = trainer.collector.collect(0, PhaseTimer())
         others = batch.select([1, 2])
-        diverged = trainer.view_divergence(others)
+        alone = objectives.coefficients(trainer.cfg.objective, others)
+        diverged = trainer.view_divergence(others, alone)
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
@@ -519,8 +647,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
     assert [q.question.id for q in part.whole.questions] == [
         q.question.id for q in others.questions
     ]
-    of_others = objectives.coefficients(trainer.cfg.objective, others).metrics
-    means = {**of_others, **diagnostics.batch_metrics(others), **diverged}
+    means = {**alone.metrics, **diagnostics.batch_metrics(others), **diverged}
     assert {"acc_student", "len_prior", "trunc_post", "accept_rate", "adv_post", "elbo"} <= {*means}
     assert {key: stats.metrics[key] for key in means} == pytest.approx(means, rel=1e-4)
     assert stats.metrics["tokens_generated"] == part.tokens > others.tokens

@@ -51,8 +51,8 @@ class ElboTerms:
     """
 
     log_utility: Tensor  # (B,) E_q[log L + log eta], nats
-    kl: Tensor | None  # (B,) E_q[log q - log pi], nats; None where no log-ratio was given
-    elbo: Tensor | None  # (B,)
+    kl: Tensor  # (B,) E_q[log q - log pi], nats
+    elbo: Tensor  # (B,)
 
 
 def length_factor(
@@ -188,12 +188,16 @@ def posterior_monitors(
 
         adv_post            mean S_post - mean S_prior, an estimate of E_q[S] - E_pi[S]
         e_qstar_s           sum_j w_j S_j, E[S] under the exact posterior
-        cov_ls              unbiased covariance of (L, S) over the N prior paths
+        cov_ls              covariance of (L, S) over the N prior paths, N - 1 in the denominator
         prop1_gap           cov_ls / mean L, the gain that the exact posterior would have
         share_cov_negative  share of prompts with cov_ls < 0: there the exact posterior loses,
                             and alpha is too large (alpha = 0 cannot be negative)
 
     Computed as N/(N-1) (e_qstar_s - mean S_prior), prop1_gap is defined however small L is.
+    cov_ls is unbiased for a fixed len_base. Here len_base is the mean of the same N paths, as in
+    the training reward, so every monitor with an eta has a bias of order 1/N; at alpha = 0 there
+    is no eta, and cov_ls and adv_post are unbiased. e_qstar_s and prop1_gap, whose weights divide
+    by a sample mean, are consistent, with a bias of order 1/N at any alpha.
     What is undefined is absent, never NaN: the last three keys for N = 1, all keys for B = 0.
     Raises ValueError for wrong shapes, bad lengths, alpha < 0 or a u_min that is not finite.
     """
@@ -226,38 +230,39 @@ def posterior_monitors(
     return monitors
 
 
-def elbo_terms(
-    u_post_BG: Tensor,
-    len_post_BG: Tensor,
-    len_base_B: Tensor,
-    *,
-    alpha: float = 0.5,
-    u_min: float = -20.0,
-    log_ratio_BG: Tensor | None = None,
-) -> ElboTerms:
+def log_utility(
+    u_BG: Tensor, len_BG: Tensor, len_base_B: Tensor, *, alpha: float = 0.5, u_min: float = -20.0
+) -> Tensor:
+    """log L + log eta of every path, float64 (B, G) nats: what the ELBO is an average of.
+
+    u_BG (B, G) nats, each lifted to u_min; len_BG (B, G) and len_base_B (B,) tokens. eta is not
+    clipped. Raises ValueError for wrong shapes and bad lengths. Source: VPG-EA, arXiv 2605.11019.
+    """
+    if u_BG.shape != len_BG.shape or u_BG.ndim != 2 or u_BG.shape[1] < 1:
+        raise ValueError(
+            f"log_utility: got u {tuple(u_BG.shape)} and len {tuple(len_BG.shape)}, expected the "
+            "same (B, G) with G >= 1"
+        )
+    u_BG, _ = _finite_u(u_BG, u_min, clamp=True)
+    return u_BG + length_factor(len_BG, len_base_B, alpha).log()
+
+
+def elbo_terms(log_utility_BG: Tensor, log_ratio_BG: Tensor) -> ElboTerms:
     """ELBO(q) = E_q[log L + log eta] - KL(q || pi) <= log E_pi[L eta], by prompt.
 
     The bounded quantity is the log of the expected utility; the bound is tight for q in
-    proportion to pi L eta. u_post_BG (B, G) nats, each lifted to u_min; log_ratio_BG (B, G) is
+    proportion to pi L eta. log_utility_BG (B, G) as the objective made it; log_ratio_BG (B, G) is
     log q(z|x,y*) - log pi(z|x) summed over path tokens. Returns float64 sample means.
-    Raises ValueError for wrong shapes, bad lengths and a non-finite log-ratio.
+    Raises ValueError for other shapes and a non-finite log-ratio.
     Source: VPG-EA, arXiv 2605.11019.
     """
-    if u_post_BG.shape != len_post_BG.shape or u_post_BG.ndim != 2 or u_post_BG.shape[1] < 1:
-        raise ValueError(
-            f"elbo_terms: got u_post {tuple(u_post_BG.shape)} and len_post "
-            f"{tuple(len_post_BG.shape)}, expected the same (B, G) with G >= 1"
-        )
-    u_post_BG, _ = _finite_u(u_post_BG, u_min, clamp=True)
-    log_eta_BG = length_factor(len_post_BG, len_base_B, alpha).log()
-    log_utility_B = (u_post_BG + log_eta_BG).mean(dim=1)
-    if log_ratio_BG is None:
-        return ElboTerms(log_utility=log_utility_B, kl=None, elbo=None)
-    if log_ratio_BG.shape != u_post_BG.shape or not bool(torch.isfinite(log_ratio_BG).all()):
+    shape = log_utility_BG.shape
+    if log_ratio_BG.shape != shape or not bool(torch.isfinite(log_ratio_BG).all()):
         raise ValueError(
             f"log_ratio: got shape {tuple(log_ratio_BG.shape)}, expected finite values of shape "
-            f"{tuple(u_post_BG.shape)}; sum log q - log pi over the tokens of each path"
+            f"{tuple(shape)}; sum log q - log pi over the tokens of each path"
         )
+    log_utility_B = _float64(log_utility_BG).mean(dim=1)
     kl_B = _float64(log_ratio_BG).mean(dim=1)
     return ElboTerms(log_utility=log_utility_B, kl=kl_B, elbo=log_utility_B - kl_B)
 

@@ -12,17 +12,18 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from vpgea_fast import config
+from vpgea_fast import __version__, config, strict_yaml
 
 EVAL_NOTES = (
     "tokens: mean generated, thought and answer; cut answers are counted, and are wrong",
     "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
 )
 STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that saved
+MAX_GIB = 100_000
 INTERRUPTED = 130  # 128 + SIGINT
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
         args.passed = passed
         return args.run(args, overrides)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if "--traceback" in argv:
             raise
         print(f"vpgea: {config.printable(_one_line(error))}", file=sys.stderr)
@@ -66,6 +67,40 @@ def _one_line(error: BaseException) -> str:
     module = type(error).__module__
     own = module == __name__ or module.startswith("vpgea_fast") or type(error) is ValueError
     return text if own else f"{text} ({type(error).__name__}; --traceback shows where)"
+
+
+def _path(word: str) -> str:
+    try:
+        return config.expand_home(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(word: str) -> int:
+        value = _yaml(word)
+        if type(value) is int and low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(
+            f"got {word!r}, expected a whole number from {low} to {high}"
+        )
+
+    return read
+
+
+def _gib(word: str) -> float:
+    value = _yaml(word)
+    if type(value) in (int, float) and 0 < value <= MAX_GIB:
+        return float(value)
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected a number above 0, up to {MAX_GIB}")
+
+
+def _yaml(word: str) -> Any:
+    """None for what is no YAML."""
+    try:
+        return strict_yaml.parse_word(word)
+    except strict_yaml.YamlError:
+        return None
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
@@ -102,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="show the whole traceback of an error"
     )
     parser = _Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
+    parser.add_argument("--version", action="version", version=f"vpgea_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser(
@@ -111,9 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    train.add_argument("config", nargs="?", help="YAML file, e.g. configs/tiny.yaml")
+    train.add_argument("config", nargs="?", type=_path, help="YAML file, e.g. configs/tiny.yaml")
     train.add_argument(
-        "--resume", metavar="RUN", help="go on with a run directory (its own config.yaml is used)"
+        "--resume",
+        metavar="RUN",
+        type=_path,
+        help="go on with a run directory (its own config.yaml is used)",
     )
     train.add_argument(
         "--resume-if-started",
@@ -128,10 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="show prompts, lengths and memory, and stop"
     )
     train.add_argument(
-        "--processes", type=int, metavar="N", help="--dry-run for N processes, one a device"
+        "--processes",
+        type=_whole(1, 2**20),
+        metavar="N",
+        help="--dry-run for N processes, one a device",
     )
     train.add_argument(
-        "--device-gib", type=float, metavar="G", help="--dry-run for CUDA devices of G GiB"
+        "--device-gib", type=_gib, metavar="G", help="--dry-run for CUDA devices of G GiB"
     )
     train.set_defaults(run=_train, parser=train)
 
@@ -143,15 +185,24 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    evaluate.add_argument("model", help="Hugging Face directory or Hub name")
-    evaluate.add_argument("data", nargs="+", help="JSONL or parquet files, one a benchmark")
+    evaluate.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
     evaluate.add_argument(
-        "--config", help="YAML file whose sections are used, all but model.path and eval.data"
+        "data",
+        nargs="+",
+        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        "'{path: math500.jsonl, question_key: problem}'",
+    )
+    evaluate.add_argument(
+        "--config",
+        type=_path,
+        help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
         "--engine", choices=["hf", "vllm"], help="what draws the answers, short for rollout.engine"
     )
-    evaluate.add_argument("--out", help="write the result and its settings as JSON here")
+    evaluate.add_argument(
+        "--out", type=_path, help="write the result and its settings as JSON here"
+    )
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
     serve = commands.add_parser(
@@ -163,16 +214,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    serve.add_argument("model", help="Hugging Face directory or Hub name")
+    serve.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--port", type=_whole(1, 65535), default=8000)
     serve.add_argument("--print", action="store_true", help="print the command and stop")
     serve.set_defaults(run=_serve, parser=serve)
 
     report = commands.add_parser(
         "report", help="draw a run directory", allow_abbrev=False, parents=[common]
     )
-    report.add_argument("run_dir", metavar="RUN")
+    report.add_argument("run_dir", metavar="RUN", type=_path)
     report.set_defaults(run=_report, parser=report)
 
     doctor = commands.add_parser(
@@ -190,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    tiny.add_argument("out", help="directory to make")
+    tiny.add_argument("out", type=_path, help="directory to make")
     tiny.add_argument(
         "--base",
         choices=["demo", "common"],
@@ -202,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train the base instead of copying the shipped one",
     )
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
     tiny.set_defaults(run=_make_tiny, parser=tiny)
     return parser
 
@@ -212,7 +263,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
     if args.resume_if_started and args.config is None:
         raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
-    if (args.processes or args.device_gib) and not args.dry_run:
+    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
         raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
     source, run = args.config, args.resume
     if args.resume_if_started:
@@ -223,7 +274,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, "--run.dir", run]
         if not source.is_file():
             raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
-    cfg = config.load(source, overrides)
+    cfg = config.load(source, overrides, _notice)
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
@@ -250,7 +301,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", json.dumps(args.data), *overrides]
+    files = [
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in args.data
+    ]
+    words = ["--model.path", args.model, "--eval.data", f"[{', '.join(files)}]", *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
@@ -258,7 +312,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if source == run and not any(word.startswith("--vllm.server") for word in overrides):
         words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
     cfg = (
-        config.load(source, words)
+        config.load(source, words, _notice)
         if source
         else config.resolve(config.parse_overrides(words), source="command line")
     )
@@ -353,6 +407,12 @@ def _plain_logs() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def _notice(text: str) -> None:
+    """On stderr, once: what --print-config prints is a configuration."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vpgea: {text}", file=sys.stderr)
 
 
 def _no_more(overrides: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from vpgea_fast import objectives
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
-from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.metrics import PhaseTimer, merge
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.scoring import (
     RowsFn,
@@ -82,7 +82,7 @@ class Collector:
             replaced += batch.select(dead[: len(fresh)]).tokens
             batch = kept.join(self._draw(fresh, step, timer)[0])
             coefs = self._coefficients(batch)
-        return batch, replace(coefs, metrics={**coefs.metrics, "tokens_replaced": replaced})
+        return batch, replace(coefs, metrics=merge(coefs.metrics, {"tokens_replaced": replaced}))
 
     def check(self) -> None:
         """ValueError now for what the first step, or a long prompt in a later one, would refuse."""
@@ -172,7 +172,7 @@ class Collector:
                 objectives.coefficients(self.cfg.objective, whole).metrics if whole else {},
             )
         counts = {"paths_error": int(lost_B.sum()), "groups_dropped": int(dropped_B.sum())}
-        return replace(coefs, metrics={**coefs.metrics, **counts})
+        return replace(coefs, metrics=merge(coefs.metrics, counts))
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(

@@ -2,35 +2,34 @@
 value`.
 
 An unknown key is an error that names the nearest known one; a variant (the objective) is a type of
-its own, so no field is read by one branch only. `resolve` gives the record, `dump` the YAML that
-makes the same record again.
+its own, so no field is read by one branch only. Values are taken as strict_yaml.py reads them, in a
+file and on the command line alike, and never converted. `resolve` gives the record, `dump` the YAML
+that makes the same record again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
-    NonNegativeFloat,
-    NonNegativeInt,
     PlainSerializer,
-    PositiveFloat,
-    PositiveInt,
     TypeAdapter,
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
+
+from vpgea_fast import strict_yaml
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -59,6 +58,38 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def expand_home(path: str) -> str:
+    """A path with the home directory for a leading `~` or `~user`. ValueError where none is known,
+    and for what is no path."""
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"got {path!r}, expected a path")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError(
+            f"got {path!r}, and that user has no home directory here; write ./{path} for a file of "
+            "this name"
+        ) from error
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+
+# A count beyond int32 is a slip, and so is a quantity beyond 1e12: both end in crashes elsewhere.
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e12)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e12)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes, inside vLLM."""
+Minutes = Annotated[float, Field(gt=0.0, le=1e6)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
+Gibibytes = Annotated[float, Field(gt=0.0, le=1e5)]
+Temperature = Annotated[float, Field(ge=1e-4, le=100.0)]
+"""Below, logits overflow float32."""
+Exponent = Annotated[float, Field(ge=0.0, le=8.0)]
+"""Of a ratio of lengths, whose power must stay in float32."""
+
+
 def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     if clip[0] > clip[1]:
         raise ValueError("expected (low, high) with low <= high")
@@ -74,25 +105,29 @@ REMEDIES = {
 }
 
 
+MAX_BYTES = 1_000_000
+"""Of a configuration: what is larger is another file."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says where, what was got and what to do."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    dir: str = "runs/vpgea"
+    dir: PathText = "runs/vpgea"
     """Run directory; an existing run is never overwritten (`--resume` continues it)."""
-    seed: NonNegativeInt = 0
-    threads: NonNegativeInt = 0
+    seed: Seed = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend
     on it bitwise."""
-    max_minutes: PositiveFloat | None = None
+    max_minutes: Minutes | None = None
     """Save and stop, as on SIGTERM, when the run has taken so long: before a scheduler ends it."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    path: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    path: PathText = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """A Hugging Face directory, or the name of a model on the Hub."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
@@ -127,7 +162,7 @@ class ParallelConfig:
     process and reduced once (4 bytes a parameter). The head always does the latter."""
     cpu_offload: bool = False
     """Weights, gradients and optimiser states in host memory between uses."""
-    timeout_minutes: PositiveFloat = 30.0
+    timeout_minutes: Minutes = 30.0
     """A collective that waits longer ends the job."""
 
 
@@ -136,7 +171,7 @@ class DataFile:
     """One entry of data.train or eval.data: a path, or a mapping. A key that is not given is that
     of the section `data`; an empty text there means none."""
 
-    path: str
+    path: PathText
     """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
     `hub:owner/name[/config][:split]`."""
     name: str | None = None
@@ -157,17 +192,8 @@ class DataFile:
         return self.name or Path(self.path).stem
 
 
-def _listed(value: Any) -> Any:
-    """One file, or several: each a path or a mapping."""
-    if isinstance(value, (str, Mapping, DataFile)):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("expected a file, {path: FILE, question_key: KEY, ...}, or a list of them")
-    return tuple({"path": item} if isinstance(item, str) else item for item in value)
-
-
 def _written(files: tuple[DataFile, ...]) -> Any:
-    """What `_listed` reads, as short as can be: a path where nothing else is given."""
+    """What `resolve` reads, as short as can be: a path where nothing else is given."""
     given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
     given = [entry["path"] if len(entry) == 1 else entry for entry in given]
     plain = [
@@ -179,7 +205,7 @@ def _written(files: tuple[DataFile, ...]) -> Any:
     return plain[0] if len(plain) == 1 else plain
 
 
-Files = Annotated[tuple[DataFile, ...], BeforeValidator(_listed), PlainSerializer(_written)]
+Files = Annotated[tuple[DataFile, ...], PlainSerializer(_written)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -213,7 +239,7 @@ class DataConfig:
     or nothing that the verifier accepts."""
     limit: PositiveInt | None = None
     """Rows read of each file."""
-    dropped_file: str | None = None
+    dropped_file: PathText | None = None
     """Write every dropped row there, as JSON lines: place, reason, id, answer."""
 
     def __post_init__(self) -> None:
@@ -266,7 +292,7 @@ class RolloutConfig:
     engine: Literal["hf", "vllm"] = "hf"
     """`hf`: the trained model itself, or a copy of it; `vllm`: see the section `vllm`."""
     max_new_tokens: PositiveInt = 8192
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     full_answer: bool = False
     """Sample on after the thought to the end of the answer, so that it can be verified."""
@@ -278,7 +304,7 @@ class RolloutConfig:
     engine against trainer, after the first hand-over and then so often; 0: only the first."""
     probe_tolerance: PositiveFloat | None = None
     """Largest mean |difference| of those log-probs; default 1e-4 in float32, 0.05 in bfloat16."""
-    importance_cap: Annotated[float, Field(ge=1.0)] | None = None
+    importance_cap: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
     """Truncated importance weights: coefficients times min(p_trainer / p_engine, cap), token by
     token. Costs a forward of every path that is trained. Off by default: the mismatch is logged."""
 
@@ -298,7 +324,7 @@ class VllmEngineConfig:
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
     """Share of the whole GPU for weights, work and KV cache, which must be free when vLLM starts;
     asleep, all but its CUDA graphs is the trainer's. `--dry-run` says what fits."""
-    kv_cache_gib: PositiveFloat | None = None
+    kv_cache_gib: Gibibytes | None = None
     """Size of the KV cache; default what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
     """Positions of a path, prompt included; default what data, rollout and eval can need."""
@@ -306,13 +332,13 @@ class VllmEngineConfig:
     """No CUDA graphs, no torch.compile; always so on a CPU."""
     fp32_head: bool = False
     """Logits from a float32 product with the head, as in the trainer (bfloat16 models)."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Seconds = 1800.0
     """A path that takes longer is given up (with a server from the request on, queueing included),
     and its question has no gradient in this step. Not with tensor_parallel, whose processes must
     stop alike."""
     sync: Literal["auto", "disk", "nccl"] = "auto"
     """How a server gets weights: safetensors in sync_dir, or NCCL; `auto` is disk."""
-    sync_dir: str | None = None
+    sync_dir: PathText | None = None
     """Where weights pass through files; a server must see it too. Default: sync/ in run.dir."""
     trust_remote_code: bool = False
 
@@ -329,7 +355,7 @@ class VerifyConfig:
     where the run finds modules and in the working directory; must accept `\\boxed{gold}`."""
     workers: PositiveInt = 1
     """Processes that judge, for each process of the run."""
-    timeout_s: PositiveFloat = 5.0
+    timeout_s: Seconds = 5.0
     """A judgement that takes longer is ended, and its answer counts as wrong."""
 
     def __post_init__(self) -> None:
@@ -350,7 +376,7 @@ class ScoringConfig:
     """`accuracy`: U = log((J acc + 1/2) / (J + 1)) of J answers sampled after the thought."""
     answer_samples: PositiveInt = 8
     """J; `accuracy` only."""
-    answer_temperature: PositiveFloat = 0.7
+    answer_temperature: Temperature = 0.7
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -360,21 +386,21 @@ class VpgeaConfig:
 
     name: Literal["vpgea"] = "vpgea"
     preset: Literal["paper", "robust"] = "paper"
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
     """G, posterior paths a question; the z-score needs two."""
     prior_samples: PositiveInt = 8
     """N, prior paths a question; they define the baseline utility and the base length."""
-    alpha: NonNegativeFloat = 0.5
+    alpha: Exponent = 0.5
     beta: NonNegativeFloat = 0.5
     gate: Literal["indicator", "relu"] = "indicator"
     reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
     baseline: Literal["mean", "lme"] = "mean"
     r_margin: NonNegativeFloat = 0.0
     clamp_u: bool = False
-    u_min: Annotated[float, Field(lt=0.0)] = -20.0
+    u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
     eta_clip: Clip | None = None
     eps: PositiveFloat = 1e-6
-    ddof: Literal[0, 1] = 0
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
     std_gate: NonNegativeFloat = 0.0
     verify: Literal["none", "gate"] = "none"
     """`gate`: a posterior path is accepted only if the answer sampled after it verifies (needs
@@ -425,8 +451,8 @@ class GrpoConfig:
     len)^alpha."""
 
     name: Literal["grpo"] = "grpo"
-    group_size: Annotated[int, Field(ge=2)] = 8
-    alpha: NonNegativeFloat = 0.0
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    alpha: Exponent = 0.0
     """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean
     length."""
     reward: Literal["verify", "likelihood"] = "verify"
@@ -434,7 +460,7 @@ class GrpoConfig:
     0.5."""
     eta_clip: Clip | None = None
     eps: PositiveFloat = 1e-6
-    ddof: Literal[0, 1] = 0
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
     std_gate: NonNegativeFloat = 0.0
 
     @property
@@ -503,7 +529,7 @@ class TrainConfig:
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     save_every: PositiveInt = 20
-    save_minutes: PositiveFloat | None = None
+    save_minutes: Minutes | None = None
     """Also save when so much time has passed since the last save."""
     keep_last: PositiveInt = 2
     background: bool = False
@@ -521,11 +547,11 @@ class EvalConfig:
     samples: NonNegativeInt = 1
     """n sampled answers a question; 0: greedy only."""
     greedy: bool = True
-    temperature: PositiveFloat = 0.6
+    temperature: Temperature = 0.6
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     max_new_tokens: PositiveInt = 32768
     limit: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         weighted = next((file.path for file in self.data if file.weight is not None), None)
@@ -539,7 +565,7 @@ class MetricsConfig:
     """Steps between the costly diagnostics (KL of the two views on whole paths); 0: never."""
     paths_per_step: NonNegativeInt = 16
     """Sampled paths written to paths.jsonl a step."""
-    compare: str | None = None
+    compare: PathText | None = None
     """JSON of committed rows shown beside the run's own in the closing table and the report."""
     note: str = ""
     """A line printed under the closing table."""
@@ -595,41 +621,67 @@ class Config:
             )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> Config:
     """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it."""
-    path = Path(path)
+    over it. `say` hears which of the file's keys another objective leaves out."""
+    tree, top = read_sections(path), parse_overrides(overrides)
+    lost = _foreign(tree, top)
+    if lost:
+        tree = {**tree, "objective": {}}
+    cfg = resolve(_merge(tree, top), source=str(path))
+    if lost:
+        keys = ", ".join(f"objective.{key}" for key in lost)
+        say(f"{path}: objective.name {cfg.objective.name!r} leaves out the file's {keys}")
+    return cfg
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
         ) from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: more than {MAX_BYTES} bytes; expected a configuration in YAML")
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
+        tree = strict_yaml.parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
         raise ConfigError(
-            f"{path}: expected sections (run:, model:, ...), got {type(tree).__name__}"
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as "
+            "UTF-8"
+        ) from error
+    except strict_yaml.YamlError as error:
+        raise ConfigError(f"{path}, line {error.line}: {error}") from error
+    if not isinstance(tree, dict):
+        got = "an empty file" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(
+            f"{path}: got {got}, expected sections (run:, model:, ...); for the defaults write one "
+            "key, e.g. run: {seed: 0}"
         )
-    return resolve(_merge(tree, parse_overrides(overrides)), source=str(path))
+    return tree
 
 
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate a tree of sections; presets fill the keys of their objective that the tree leaves
-    open."""
+    """Validate a tree of sections, of values that JSON has; presets fill the keys of their
+    objective that the tree leaves open. A single value is a list of one where a list is wanted."""
     try:
-        return TypeAdapter(Config).validate_python(_with_preset(tree))
+        text = json.dumps(_with_preset(_with_lists(tree)))
+        return TypeAdapter(Config).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(
-            f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())
-        ) from error
+        raise ConfigError(f"{source}:\n" + "\n".join(_explain(error.errors()))) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: expected what YAML can hold, got {error}") from error
 
 
 def dump(config: Config) -> str:
-    """YAML of every key; `resolve(yaml.safe_load(dump(c))) == c`."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    """YAML of every key, which `load` reads as the same configuration."""
+    return strict_yaml.dump(as_dict(config))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -645,9 +697,9 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": "1e-5"}, "run": {"seed": 3}}`.
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`.
 
-    Text fields take their value as it stands; others read it as YAML.
+    Text fields take their value as it stands; others read it as YAML. `null` unsets either.
     """
     tree: dict[str, Any] = {}
     rest = iter(words)
@@ -663,75 +715,219 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
                     "a value that starts with --"
                 )
-        tree.setdefault(section, {})[name] = (
-            value if _is_text(section, name, value) else _parse(value)
-        )
+        tree.setdefault(section, {})[name] = _parse(section, name, value)
     return tree
 
 
-def _is_text(section: str, name: str, value: str) -> bool:
-    """Whether a field takes text: then a `#`, a colon or a number in it means nothing."""
-    if (section, name) in {("data", "train"), ("eval", "data")}:  # a path, or YAML of several
-        return not value.lstrip().startswith(("[", "{"))
-    records = [VpgeaConfig, GrpoConfig] if section == "objective" else []
-    if not records and section in Config.__dataclass_fields__:
-        records = [get_type_hints(Config)[section]]
-    return any(get_type_hints(record).get(name) in (str, str | None) for record in records)
-
-
-def _parse(value: str) -> Any:
+def _parse(section: str, name: str, word: str) -> Any:
+    """A word as its field takes it. Where text is one choice among others, a word that opens a list
+    or a mapping is one; a `#`, a colon or a number means nothing in text."""
+    types = [t for record in _records(section) for t in _members(_hints(record).get(name))]
+    types += [t for kind in types for t in _members(_item(kind))]
+    structured = any(kind not in (str, type(None)) for kind in types)
+    takes_text = str in types or any(_hints(kind) for kind in types)  # a record's first key
+    opens = word.lstrip()[:1] in ("[", "{")
+    if strict_yaml.LONE.search(word):
+        raise ConfigError(f"--{section}.{name}: got {word!r}, expected UTF-8")
+    if word in strict_yaml.NULL and word:
+        return None
+    if not types or (takes_text and not (structured and opens)):
+        return word
+    if not word.strip():
+        raise ConfigError(f"--{section}.{name}: got an empty word; write null to unset the key")
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
+        return strict_yaml.parse_word(word)
+    except strict_yaml.YamlError as error:
+        raise ConfigError(f"--{section}.{name}: got {word[:80]!r}: {error}") from error
+
+
+def _hints(record: Any) -> dict[str, Any]:
+    return get_type_hints(record) if dataclasses.is_dataclass(record) else {}
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types of a union, or the one type; none for None, which is no type."""
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for part in get_args(hint) for kind in _members(part)]
+    return [] if hint is None else [hint]
+
+
+def _item(hint: Any) -> Any:
+    """What a list of any length holds; None for other types."""
+    args = get_args(hint)
+    return args[0] if get_origin(hint) is tuple and args[1:] == (...,) else None
+
+
+def _records(section: str) -> list[Any]:
+    return [kind for kind in _members(_hints(Config).get(section)) if _hints(kind)]
+
+
+def _foreign(tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
+    """Keys of the file's objective, where the command line names another one."""
+    base, name = tree.get("objective"), top.get("objective", {}).get("name")
+    if not isinstance(base, dict) or name is None or name == base.get("name", "vpgea"):
+        return []
+    return [key for key in base if key != "name"]
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; naming another variant (`objective.name`) leaves the old one's keys."""
-    if "name" in top and top["name"] != base.get("name", top["name"]):
-        return dict(top)
+    """The keys of `top` over those of `base`, section by section."""
     merged = dict(base)
-    for key, value in top.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
+    for section, keys in top.items():
+        below = merged.get(section, {})
+        if not isinstance(below, Mapping):
+            raise ConfigError(f"{section}: got {_show(below)}, expected keys")
+        merged[section] = {**below, **keys}
     return merged
 
 
+def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A single value as a list of one where only a list is wanted; where that is of records, text
+    is the first key of one. Here, because a validator of pydantic's would end the strict reading of
+    JSON."""
+
+    def wrapped(hint: Any, value: Any) -> Any:
+        item = _item(hint)
+        if item is None or value is None:
+            return value
+        values = value if isinstance(value, (list, tuple)) else [value]
+        first = next(iter(_hints(item)), None)
+        return [{first: v} if first and isinstance(v, str) else v for v in values]
+
+    done = dict(tree)
+    for section, keys in tree.items():
+        for record in _records(section) if isinstance(keys, Mapping) else []:
+            hints = _hints(record)
+            done[section] = {k: wrapped(hints.get(k), v) for k, v in done[section].items()}
+    return done
+
+
 def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    objective = tree.get("objective") or {}
+    objective = tree.get("objective", {})
     if not isinstance(objective, Mapping):
         return dict(tree)
     objective = {"name": "vpgea", **objective}
-    preset = (
-        VPGEA_PRESETS.get(objective.get("preset", "paper"), {})
-        if objective["name"] == "vpgea"
-        else {}
-    )
-    return {**tree, "objective": {**preset, **objective}}
+    preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
+    return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}
 
 
-def _field_type(owner: Any, part: str) -> Any:
-    """The record under a key of `owner`; of a list of files that of one of them."""
-    if part.isdigit():
-        return owner
-    hint = get_type_hints(owner).get(part, owner)
-    return DataFile if DataFile in get_args(hint) else hint
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes)",
+    "tuple_type": "a list, [a, b]",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries",
+    "dict_type": "keys and values",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+}
+"""What was expected, by pydantic's type of an error."""
 
 
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: the key, what was got, and the nearest key when it is
-    unknown."""
-    loc = [str(part) for part in error["loc"]]
-    variants = {"vpgea": VpgeaConfig, "grpo": GrpoConfig}
-    owner: Any = Config
-    for part in loc[:-1]:
-        owner = variants.get(part) or _field_type(owner, part)
-    key = ".".join(part for part in loc if part not in variants)
-    if error["type"] == "unexpected_keyword_argument":
-        known = [f.name for f in dataclasses.fields(owner)]
-        near = difflib.get_close_matches(loc[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"  {key}: unknown key; {hint}"
-    got = "" if isinstance(error["input"], (dict, list)) else f", got {error['input']!r}"
+def _explain(errors: Iterable[Any]) -> list[str]:
+    """A line for each key: what was got, what was expected, and the nearest key or value.
+
+    Of a union pydantic gives an error a member: their expectations stand in one line, and where one
+    member fits but for a key of it, that key alone counts.
+    """
+    found: dict[str, list[tuple[Any, list[Any]]]] = {}
+    for error in errors:
+        key, owners = _place(error)
+        found.setdefault(key, []).append((error, owners))
+    return [
+        f"  {key or 'configuration'}: {_complaint(key, group)}"
+        for key, group in found.items()
+        if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in found)
+    ]
+
+
+def _place(error: Any) -> tuple[str, list[Any]]:
+    """The key of an error as the user writes it, and the records that the last part is a key of."""
+    key, owners, kinds = "", [Config], [Config]
+    loc = [*error["loc"], "name"] if error["type"].startswith("union_tag") else error["loc"]
+    for place, part in enumerate(loc):
+        hints = [_hints(kind)[part] for kind in kinds if part in _hints(kind)]
+        unknown = error["type"] == "unexpected_keyword_argument" and place == len(loc) - 1
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif hints or unknown:
+            key, owners = f"{key}.{part}".lstrip("."), kinds
+            kinds = [t for hint in hints for t in _members(hint)]
+            kinds += [t for kind in kinds for t in _members(_item(kind))]
+        else:  # the name of a union's member
+            names = {kind: (getattr(kind, "name", None), _name(kind)) for kind in kinds}
+            kinds = [kind for kind in kinds if part in names[kind]] or kinds
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        owners = [kind for kind in kinds if _hints(kind)]
+    return key, owners
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", "")
+
+
+def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
+    (error, owners), kinds = group[0], {error["type"] for error, _ in group}
+    if "unexpected_keyword_argument" in kinds:
+        return f"unknown key; {_nearest_key(key, owners)}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        return "is missing; give it a value"
+    value = error["input"]
+    if error["type"] == "union_tag_invalid":
+        value = value["name"]
+    wanted = list(dict.fromkeys(_wanted(error, owners) for error, owners in group))
     remedy = f"; {REMEDIES[key]}" if key in REMEDIES else ""
-    return f"  {key or 'configuration'}: {error['msg'].removeprefix('Value error, ')}{got}{remedy}"
+    if None in wanted:
+        own = error["msg"].removeprefix("Value error, ")
+        got = "" if "got " in own or isinstance(value, Mapping) else f", got {_show(value)}"
+        return f"{own}{got}{remedy}"
+    expected = " or ".join(map(str, wanted))
+    if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):
+        remedy = f"; did you mean {near!r}?{remedy}"
+    if value is None:
+        remedy = f"; leave the key out for its default{remedy}"
+    if isinstance(value, float) and value.is_integer() and "int_type" in kinds:
+        remedy = f"; write {int(value)}{remedy}"
+    return f"got {_show(value)}, expected {expected}{remedy}"
+
+
+def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
+    """What an error of pydantic's expected, in words; None where it brings its own message."""
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        keys = dict.fromkeys(name for owner in owners for name in _hints(owner))
+        text = "text or " * isinstance(error["loc"][-1], int)
+        return f"{text}keys ({', '.join(list(keys)[:4])}, ...)"
+    if error["type"] == "missing":
+        return "a value more"
+    template, limits = EXPECTED.get(error["type"]), error.get("ctx", {})
+    plain = {k: f"{v:g}" if isinstance(v, float) else v for k, v in limits.items()}
+    return template and template.format(**plain)
+
+
+def _nearest_key(key: str, owners: Sequence[Any]) -> str:
+    """Of the same record, or the same name in another section."""
+    first, *_, last = [*key.split("."), key.split(".")[-1]]
+    known = list(dict.fromkeys(name for owner in owners for name in _hints(owner)))
+    if near := _near(last, known):
+        return f"did you mean {near!r}?"
+    for other in _hints(Config):
+        if other != first and any(last in _hints(record) for record in _records(other)):
+            return f"did you mean '{other}.{last}'?"
+    return f"known keys: {', '.join(known)}"
+
+
+def _near(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+
+
+def _show(value: Any) -> str:
+    """A value as YAML has it, cut."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

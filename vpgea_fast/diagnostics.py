@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from vpgea_fast.advantage import elbo_terms
-from vpgea_fast.metrics import eps3, mfu
+from vpgea_fast.metrics import eps3, merge, mfu
 from vpgea_fast.packing import RankPlan, plan_stats
 from vpgea_fast.types import Coefficients, Groups, ModelFlops, ScoredBatch, Stream, TrainRow
 
-LEAK_NATS = 5.0
-"""A token this much likelier under the teacher's prompt than under the student's counts as
-leaked."""
+HINT_NATS = 5.0
+"""A token this much likelier under the teacher's prompt than under the student's comes from the
+hint."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
@@ -62,40 +62,33 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
 
 
 def view_divergence(
-    batch: ScoredBatch,
     teacher: Sequence[torch.Tensor],
     student: Sequence[torch.Tensor],
-    *,
-    alpha: float,
-    u_min: float,
+    log_utility_BG: torch.Tensor,
 ) -> dict[str, float]:
-    """How far the views are apart on the posterior paths: KL(q || pi) a token and its largest
-    token, the share of leaked paths, both entropies, and the ELBO of VPG-EA (arXiv 2605.11019),
+    """How far the views are apart on the posterior paths, and the ELBO (arXiv 2605.11019).
 
-        ELBO(q) = E_q[log L + log eta] - KL(q || pi), mean over questions.
+    kl_q_pi          KL(q || pi) a token; kl_q_pi_max: that of the largest token
+    hint_token_rate  share of the tokens that are HINT_NATS likelier under the hint, the first of
+                     each path not counted: one such token opens another way of thinking, which the
+                     student then follows (wanted); a path that leans on the hint has more of them
+    entropy_*        of both views, mean over tokens
+    elbo             E_q[log L + log eta] - KL(q || pi), mean over questions
 
     teacher, student: (2, len) of every posterior path in that view, in the order of the batch:
-    log-prob and entropy of each token.
+    log-prob and entropy of each token. log_utility_BG: log L + log eta, as the objective has it.
     """
     gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
-    tokens = sum(gap.numel() for gap in gaps)
-    sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(batch.u_post_BG)
-    worst = [gap.max().item() for gap in gaps if gap.numel()]
-    terms = elbo_terms(
-        batch.u_post_BG,
-        batch.len_post_BG,
-        batch.len_prior_BN.mean(dim=1),
-        alpha=alpha,
-        u_min=u_min,
-        log_ratio_BG=sums_BG,
-    )
-    assert terms.elbo is not None
+    gap_T = torch.cat(gaps)
+    hinted = [int((gap > HINT_NATS).sum()) for gap in gaps]
+    sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(log_utility_BG)
+    terms = elbo_terms(log_utility_BG, sums_BG)
     return {
-        "kl_q_pi": sums_BG.sum().item() / tokens,
-        "kl_q_pi_max": max(worst),
+        "kl_q_pi": gap_T.mean().item(),
+        "kl_q_pi_max": gap_T.max().item(),
         "entropy_teacher": torch.cat([q[1] for q in teacher]).mean().item(),
         "entropy_student": torch.cat([pi[1] for pi in student]).mean().item(),
-        "leak_rate": sum(gap > LEAK_NATS for gap in worst) / len(gaps),
+        "hint_token_rate": sum(max(0, count - 1) for count in hinted) / gap_T.numel(),
         "elbo": terms.elbo.mean().item(),
     }
 
@@ -112,21 +105,44 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
 
 
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Loss parts of the trained rows, the gated KL of the distilled ones, and the mismatch of
-    sampler and trainer."""
-    metrics = {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
+    """The loss by its formula, the gated KL, and the mismatch of sampler and trainer.
+
+    loss_pg       sum over rows in their own view of sum_t coef_t log p_t
+    loss_distill  sum over the others of sum_t coef_t (log p_t - sg log q_t), beta included: 0 where
+                  the views meet. log q_t of the same path in its own view
+    loss          loss_pg + loss_distill
+    kl_gated      mean of log q_t - log p_t over the tokens of the distilled rows
+
+    log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
+    with the sampler stays out of the loss. A path without such a row takes the sampler's;
+    ValueError where there is none.
+    """
+    drawn = {
+        row.path: values
+        for row, values in zip(rows, logps, strict=True)
+        if row.own_view and row.path is not None
+    }
+    loss_pg, loss_distill = 0.0, 0.0
     own, distilled = [], []
     for row, row_logps in zip(rows, logps, strict=True):
-        value = (row.coef * row_logps).sum().item()
-        metrics["loss"] += value
-        metrics["loss_pg" if row.own_view else "loss_distill"] += value
-        if row.sample_logps is not None:
-            (own if row.own_view else distilled).append(row.sample_logps.double() - row_logps)
-    if own:
-        metrics |= mismatch(torch.cat(own))
-    if distilled:
-        metrics["kl_gated"] = torch.cat(distilled).mean().item()
-    return metrics
+        if row.own_view:
+            loss_pg += (row.coef * row_logps).sum().item()
+            if row.sample_logps is not None:
+                own.append(row.sample_logps.double() - row_logps)
+            continue
+        reference = drawn.get(row.path, row.sample_logps) if row.path else row.sample_logps
+        if reference is None:
+            raise ValueError(
+                f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
+                "log-probs; give the row its path or sample_logps"
+            )
+        distilled.append(reference.double() - row_logps)
+        loss_distill -= (row.coef * distilled[-1]).sum().item()
+    return merge(
+        {"loss": loss_pg + loss_distill, "loss_pg": loss_pg, "loss_distill": loss_distill},
+        mismatch(torch.cat(own)) if own else {},
+        {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
+    )
 
 
 def mismatch(gap: torch.Tensor) -> dict[str, float]:
@@ -158,13 +174,13 @@ def work_metrics(
     )
     trained = sum(row.tokens for row in rows)
     generated = batch.tokens + (coefs.metrics.get("tokens_replaced") or 0)
-    return {
+    counts = {
         "tokens_generated": generated,
         "tokens_trained": trained,
         "tokens_gated_off": possible - trained,
         "tokens_per_s": (generated + trained) / sum(seconds.values()),
-        **seconds,
     }
+    return merge(counts, seconds)
 
 
 def plan_metrics(

@@ -102,13 +102,14 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
     return Target(size, _device_memory(cuda), cuda, node)
 
 
-def dry_run(cfg: Config, say: Say = print, *, on: Target | None = None) -> None:
+def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None:
     """Tokenise the data, show 8 items and both prompts, report lengths, memory and traffic.
 
-    Writes nothing, loads no weight, and draws nothing. Bad input is the error that the run would
-    end with; only data on a Hub that cannot be reached is replaced, loudly, by built-in questions.
+    Writes nothing but data.dropped_file, loads no weight, draws nothing. Bad input is the error
+    that the run would end with; only data on a Hub that cannot be reached is replaced, loudly, by
+    built-in questions.
     """
-    on, tell = on or target(cfg), say
+    on = on or target(cfg)
 
     def say(text: str) -> object:
         return tell(printable(text))

@@ -16,7 +16,10 @@ Rules that hold for all four functions:
   one host synchronisation on CUDA; pass `rows` to avoid it. Inside CUDA graph capture, and with
   `rows`, rows are masked instead.
 * fp16, bf16 and fp32 inputs give float32 values and accumulators; float64 gives float64. Gradients
-  have their tensor's dtype. Under autocast the inputs keep their dtype.
+  have their tensor's dtype, dW of a float32 weight is float32.
+* Under autocast hidden, weight and bias enter the products in autocast's dtype, as in F.linear
+  (float64 stays), and "auto" chooses for that dtype. A pass casts once: V x D and T x D elements
+  more for its duration, nothing kept. Pass a weight in half precision to save the copy.
 * All sums, no means: the normaliser belongs in the coefficients, computed once per optimiser step
   over all ranks and micro-batches. Frameworks that average gradients over ranks (DDP, FSDP) divide
   the sum by the number of ranks: multiply the coefficients, or 1 / denominator, by the world size
@@ -25,7 +28,8 @@ Rules that hold for all four functions:
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
   in place.
-* Differentiating twice is an error. Coefficients, advantages, sequence weights and temperatures are
+* Differentiating twice, forward mode, torch.func and, in `linear_logprob`, is_grads_batched are
+  errors. Coefficients, advantages, sequence weights and temperatures are
   constants.
 """
 
@@ -39,6 +43,7 @@ import torch
 from vpgea_fast.kernels import backends
 from vpgea_fast.kernels.backends import BackendChoice
 from vpgea_fast.kernels.head import (
+    TRANSFORMS,
     Inputs,
     OnePass,
     Recompute,
@@ -46,6 +51,7 @@ from vpgea_fast.kernels.head import (
     accumulator,
     check,
     dot,
+    is_transformed,
     register,
     wide,
     without_values,
@@ -204,10 +210,11 @@ def linear_logprob(
         a = logit_scale (h . w) + bias        z = softcap tanh(a / softcap) / temperature
         logp = z_target - lse(z)              entropy = -sum_v p_v log p_v
 
-    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype; targets_T is (T,) int32 or int64;
-    the options are those of `HeadOptions`. Gradients flow to hidden, weight and bias from any mix
-    of logp, lse and entropy. logp <= 0 always and 1 - p is exact for confident tokens. Nothing but
-    the inputs is saved; the backward makes the logits again.
+    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype, their own or autocast's;
+    targets_T is (T,) int32 or int64; the options are those of `HeadOptions`. Gradients flow to
+    hidden, weight and bias from any mix of logp, lse and entropy. logp <= 0 always and 1 - p is
+    exact for confident tokens. Nothing but the inputs is saved; the backward makes the logits
+    again.
 
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
@@ -373,10 +380,13 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
+    _check_dims(hidden_prior_UD=(hidden_prior_UD, "UD"), targets_T=(targets_T, "T"))
+    _check_dims(cu_seqlens=(cu_seqlens, "S"), advantage_S=(advantage_S, "S"))
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_sequences(cu_seqlens, advantage_S, targets_T)
     advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
+    _check_number("beta", beta, "a finite number >= 0")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
     if prior_index is not None:
@@ -444,16 +454,22 @@ def _weighted_streams(
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """`weighted_logprob_loss` of [posterior; prior]."""
+    _check_plain("weight_VD", weight_VD)
     for name, hidden_RD, targets_R, coef_R in zip(
         ("post", "prior"), hidden, targets, coef, strict=True
     ):
         _check_plain(f"hidden_{name}", hidden_RD)
         _check_plain(f"targets_{name}", targets_R)
         _check_plain(f"coef_{name}", coef_R)
-        if hidden_RD.dtype != weight_VD.dtype or hidden_RD.shape[1:] != weight_VD.shape[1:]:
+        if hidden_RD.dim() != 2 or hidden_RD.shape[1:] != weight_VD.shape[1:]:
             raise ValueError(
-                f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
-                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD"
+                f"hidden_{name}: got {tuple(hidden_RD.shape)}, expected (rows, "
+                f"{weight_VD.shape[-1]}) as in weight_VD; flatten batch and time first"
+            )
+        if hidden_RD.dtype != hidden[0].dtype:
+            raise ValueError(
+                f"hidden_{name} is {hidden_RD.dtype}, hidden_post {hidden[0].dtype}: cast one of "
+                "them (.to() is differentiable)"
             )
         if hidden_RD.device != weight_VD.device:
             raise ValueError(
@@ -628,19 +644,28 @@ def _inputs(
     temperature_T = temperature if isinstance(temperature, Tensor) else None
     inputs = Inputs(hidden_TD, weight_VD, bias, targets_T, temperature_T, rows)
     scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    settings = Settings(temperature=scalar, **options)
-    _check_tensors(inputs)
+    _check_plain("hidden_TD", hidden_TD)
+    settings = Settings(temperature=scalar, operands=_autocast_dtype(hidden_TD), **options)
+    _check_tensors(inputs, settings)
     _check_settings(settings)
     return inputs, settings
 
 
-def _check_tensors(inputs: Inputs) -> None:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check_tensors(inputs: Inputs, settings: Settings) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
     for name, x in zip(names, inputs, strict=True):
-        if x is None:
+        if x is None and name in ("bias", "temperature", "rows"):
             continue
         _check_plain(name, x)
+        assert x is not None
         if x.device != hidden_TD.device:
             raise ValueError(f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}: move one")
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
@@ -650,7 +675,7 @@ def _check_tensors(inputs: Inputs) -> None:
         )
     if hidden_TD.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"hidden_TD: got {hidden_TD.dtype}, expected float16, bfloat16, 32 or 64")
-    if weight_VD.dtype != hidden_TD.dtype:
+    if settings.operand(weight_VD) != settings.operand(hidden_TD):
         raise ValueError(
             f"weight_VD is {weight_VD.dtype}, hidden_TD is {hidden_TD.dtype}: cast one of "
             "them to the other's dtype (.to() is differentiable)"
@@ -705,13 +730,44 @@ def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> N
         raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
-def _check_plain(name: str, x: Tensor, instead: str = "") -> None:
+def _check_plain(name: str, x: Any, instead: str = "") -> None:
+    """ValueError for what is no tensor, and for tensors that stand for others."""
+    if not isinstance(x, Tensor):
+        got = repr(x) if isinstance(x, (bool, int, float)) else f"a {type(x).__name__}"
+        raise ValueError(
+            f"{name}: got {got}, expected a tensor; make one, torch.as_tensor({name}), with the "
+            "shape, dtype and device that the docstring names"
+        )
     if hasattr(x, "device_mesh"):
         raise ValueError(
             f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. Under FSDP2 "
             "call it inside the forward of the module that owns the weight, where hooks have "
-            f"unsharded it; otherwise pass {instead or f'{name}.full_tensor()'}"
+            f"unsharded it; otherwise pass {instead or _plain_of(name)}"
         )
+    if not torch.compiler.is_compiling() and is_transformed(x):
+        raise ValueError(f"{name} is inside a torch.func transform; {TRANSFORMS}")
+
+
+def _plain_of(name: str) -> str:
+    """How a DTensor is passed so that its gradient is right. The backward of a bare full_tensor()
+    takes the gradient of one rank for that of all; Partial() adds them up over the ranks."""
+    if name in ("weight_VD", "bias"):
+        return (
+            f"{name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), which "
+            "adds up the gradients of all ranks (a sum: no factor of the world size)"
+        )
+    return f"this rank's own rows, {name}.to_local(), with the targets and coefficients of those"
+
+
+def _check_dims(**tensors: tuple[Any, str]) -> None:
+    """Name -> (tensor, a letter for each dimension)."""
+    for name, (x, letters) in tensors.items():
+        _check_plain(name, x)
+        if x.dim() != len(letters):
+            expected = ", ".join(letters) + "," * (len(letters) == 1)
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected ({expected}); flatten batch and time"
+            )
 
 
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
@@ -769,19 +825,18 @@ def _sequence_weight(
                 f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
                 "move one"
             )
-    elif not 0 < denominator < math.inf:
-        raise ValueError(f"denominator: got {denominator}, expected a positive number")
+    else:
+        _check_number("denominator", denominator, "a positive number or a 0-dim tensor")
+        if not 0 < denominator < math.inf:
+            raise ValueError(f"denominator: got {denominator}, expected a positive number")
     return torch.ones_like(advantage_S) / denominator
 
 
 def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
-    if advantage_S.dim() != 1:
-        raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
     for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
-        _check_plain(name, x)
         if x.device != targets_T.device:
             raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))

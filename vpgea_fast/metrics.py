@@ -55,7 +55,7 @@ STEP_LINE = (
     ("eps3", "eps3_student", "{:.3g}"),
     ("prior", "len_prior", "{:.1f}"),
     ("post", "len_post", "{:.1f}"),
-    ("gated", "len_gated", "{:.1f}"),
+    ("gated", "len_gated_ratio", "{:.2f}x"),
     ("accept", "accept_rate", "{:.0%}"),
     ("gate", "gate_rate", "{:.0%}"),
     ("cut", "trunc_prior", "{:.0%}"),
@@ -87,6 +87,24 @@ LIMITS = {
     ),
 }
 """metric -> (limit of its mean over a few steps, what is said of that mean)."""
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
+
+    >>> merge({"len_post": 4.0}, {"loss": 0.1})
+    {'len_post': 4.0, 'loss': 0.1}
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        repeated = sorted(merged.keys() & part.keys())
+        if repeated:
+            raise ValueError(
+                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
+                "the objective"
+            )
+        merged |= part
+    return merged
 
 
 class MetricsWriter:

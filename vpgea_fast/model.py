@@ -602,7 +602,8 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         tokenizer.clean_up_tokenization_spaces = False
-        tokenizer.get_vocab()
+        tokenizer.decode(tokenizer("What is 1 + 1?")["input_ids"])  # a wrong setting ends here
+        json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()  # or in export
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # of any kind: tokenizers' panics are no Exception

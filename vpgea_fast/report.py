@@ -14,9 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vpgea_fast.checkpoint import write_text
+from vpgea_fast.config import ConfigError, read_sections
 from vpgea_fast.metrics import METRICS, Alarms, finite, read_jsonl
 
 if TYPE_CHECKING:
@@ -33,8 +32,13 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...], str], ...] = (
         (
             ("len_prior", "prior (student)", BLUE),
             ("len_post", "posterior (teacher)", ORANGE),
-            ("len_gated", "gated", GREEN),
         ),
+        "",
+    ),
+    (
+        "Gated against its group",
+        "length / mean length of the group",
+        (("len_gated_ratio", "gated", GREEN),),
         "",
     ),
     (
@@ -114,7 +118,7 @@ def closing_notes(run_dir: str | Path) -> list[str]:
 
 
 def plot_training(run_dir: str | Path, out_png: str | Path) -> Path:
-    """Lengths, accuracy and eps3 over the steps, dots for evaluations, without missing series.
+    """Lengths, gate, accuracy and eps3 by step, dots for evaluations, without missing series.
 
     Thin lines are the steps, bold ones their moving average over a twentieth of the run.
     Raises ReportError when no step was recorded.
@@ -126,9 +130,11 @@ def plot_training(run_dir: str | Path, out_png: str | Path) -> Path:
     if not records:
         raise ReportError(f"{run_dir / METRICS} has no step; a figure needs one. Train first")
     evaluation = _read_json(run_dir / "eval.json")
-    figure = Figure(figsize=(13, 4))
+    figure = Figure(figsize=(17, 4))
     figure.set_layout_engine("constrained", wspace=0.06)
-    for axes, (title, unit, lines, eval_key) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    for axes, (title, unit, lines, eval_key) in zip(
+        figure.subplots(1, len(PANELS)), PANELS, strict=True
+    ):
         scale = 100 if eval_key == "acc" else 1
         for key, label, colour in lines:
             _draw(axes, [(r["step"], r.get(key)) for r in records], scale, label, colour)
@@ -308,7 +314,7 @@ def _environment(run_dir: Path) -> str:
 def _figure(run_dir: Path) -> str:
     data = plot_training(run_dir, run_dir / FIGURE).read_bytes()
     source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
-    alt = "Lengths, accuracy and eps3 over the training steps"
+    alt = "Lengths, gate, accuracy and eps3 over the training steps"
     return f'<img alt="{alt}" src="{source}">'
 
 
@@ -349,12 +355,9 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 def _config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     try:
-        tree = yaml.safe_load(_text(path)) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ReportError(f"{path}: got {type(tree).__name__}, expected sections")
-    return tree
+        return read_sections(path) if path.exists() else {}
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,16 @@ import torch
 
 from vpgea_fast import checkpoint, diagnostics, report
 from vpgea_fast.collect import Collector
-from vpgea_fast.config import Config, VpgeaConfig, changes, dump, load
+from vpgea_fast.config import (
+    Config,
+    ConfigError,
+    VpgeaConfig,
+    as_dict,
+    changes,
+    dump,
+    load,
+    resolve,
+)
 from vpgea_fast.data import (
     fingerprint,
     load_benchmarks,
@@ -37,9 +46,17 @@ from vpgea_fast.data import (
 from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
-from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, environment, model_flops
+from vpgea_fast.metrics import (
+    Alarms,
+    Console,
+    MetricsWriter,
+    PhaseTimer,
+    environment,
+    merge,
+    model_flops,
+)
 from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
-from vpgea_fast.objectives.rows import PathKey, build_rows, drawn_rows, truncated_ratios
+from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.passes import Passes
@@ -52,6 +69,7 @@ from vpgea_fast.scoring import score_row
 from vpgea_fast.types import (
     Coefficients,
     PackedBatch,
+    PathKey,
     ScoredBatch,
     StepStats,
     TrainRow,
@@ -64,10 +82,12 @@ FIXED_ON_RESUME = (
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
     "rollout.importance_cap",
-    *("data.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+    *("data.", "verify.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
 distribution of the samples and their weights, not which engine draws them, how many at a time."""
+FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
+"""Exceptions: they do not change what is drawn or how it is judged."""
 
 
 class TrainingError(RuntimeError):
@@ -103,7 +123,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, *, resume: bool = False) -> None:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
-        self.skipped_in_a_row, self.stop_requested, self.changed = 0, False, []
+        self.skipped_in_a_row, self.stop_requested = 0, False
+        self.before, self.notices = cfg, list[str]()
         self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
@@ -153,6 +174,7 @@ class Trainer:
         """One rollout batch, one update. No state changes until `update` has every gradient."""
         cfg, timer = self.cfg, PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
         evaluated = self._scheduled_evaluation()
+        self.engine.usage()  # what evaluations asked for is not this step's
         batch, coefs = self.collector.collect(self.step, timer)
         self.engine.rest()
         used = self.engine.usage()
@@ -165,12 +187,13 @@ class Trainer:
         with timer("diagnose"):
             whole = batch.whole
             seen = diagnostics.batch_metrics(whole) if whole else {}
-            found = {**evaluated, **seen, **coefs.metrics, **weighed}
-            found["prefix_hit_rate"] = used.cached_tokens / max(1, used.prompt_tokens)
-            found["rest_freed_mib"] = used.freed_bytes / 2**20
+            engine = {
+                "prefix_hit_rate": used.cached_tokens / max(1, used.prompt_tokens),
+                "rest_freed_mib": used.freed_bytes / 2**20,
+            }
+            found = merge(evaluated, seen, coefs.metrics, weighed, engine)
             if cfg.metrics.diag_every and self.step % cfg.metrics.diag_every == 0:
-                found |= self.view_divergence(whole) if whole else {}
-                found |= self.stream_norms(rows)
+                found = merge(found, self.view_divergence(batch, coefs), self.stream_norms(rows))
             records = diagnostics.path_records(
                 batch, coefs, self.decode, step=self.step + 1, limit=cfg.metrics.paths_per_step
             )
@@ -179,20 +202,19 @@ class Trainer:
         if whole is None:
             skipped = "the engine gave up a path of every question; see vllm.timeout_s"
         with timer("sync"):
-            found |= self.sync_engine(updated=skipped is None)
+            synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
-        work |= diagnostics.speed_metrics(
+        speed = diagnostics.speed_metrics(
             rows,
             self.passes.flops,
             seconds=timer.metrics()["time_train_s"],
             device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
-        return StepStats(
-            {"step": self.step + 1, **found, **update, **work, **self._memory()}, skipped
-        )
+        step = {"step": self.step + 1}
+        return StepStats(merge(step, found, update, synced, work, speed, self._memory()), skipped)
 
     def importance(
         self, batch: ScoredBatch, coefs: Coefficients
@@ -217,19 +239,25 @@ class Trainer:
         self.world.require_same(_checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
-            return {"lr": lr, "loss": 0.0, "grad_norm": 0.0, "skipped": 1}, "no path has a gradient"
+            found = merge(
+                {"lr": lr, "grad_norm": 0.0, "skipped": 1}, diagnostics.row_metrics([], [])
+            )
+            return found, "no path has a gradient"
         plan = self.passes.plan(rows)
         logps = self.accumulate(rows, plan)
         reshard(self.policy)
         norm = apply_update(self.optimizer, lr=lr, max_grad_norm=self.cfg.optim.max_grad_norm)
-        found = {"lr": lr, **diagnostics.row_metrics(rows, logps), "grad_norm": norm}
-        found |= diagnostics.plan_metrics(plan, rows, self.passes.flops)
+        found = merge(
+            {"lr": lr, "grad_norm": norm, "skipped": int(not math.isfinite(norm))},
+            diagnostics.row_metrics(rows, logps),
+            diagnostics.plan_metrics(plan, rows, self.passes.flops),
+        )
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         if math.isfinite(norm):
-            return {**found, "skipped": 0}, None
+            return found, None
         numbers = [(row, torch.cat([row.coef, v])) for row, v in zip(rows, logps, strict=True)]
         self.offending = [row for row, n in numbers if not n.isfinite().all()] or list(rows)
-        return {**found, "skipped": 1}, f"the gradient norm is {norm}"
+        return found, f"the gradient norm is {norm}"
 
     def accumulate(
         self, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
@@ -271,7 +299,7 @@ class Trainer:
     def introduce(self) -> None:
         """Show both prompts, their lengths, what will be drawn, and what the preset leaves out."""
         cfg, first, say = self.cfg, self.questions[0], self.say
-        for text in self.changed:
+        for text in self.notices:
             say(text)
         say(f"student prompt: {self.prompter.shown(first.student_ids)}")
         if cfg.objective.posterior_paths:
@@ -279,6 +307,9 @@ class Trainer:
         say(f"{len(self.questions)} questions, {_counts(self.loaded.dropped)}")
         for line in [*self.loaded.lines(), *long_targets(self.questions)]:
             say(line)
+        for name, benchmark in self.evaluator.benchmarks.items():
+            for line in benchmark.loaded.lines():
+                say(f"benchmark {name}: {line}")
         if cfg.data.weights is not None:
             shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
             say("questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items()))
@@ -350,16 +381,22 @@ class Trainer:
     def save(self) -> None:
         self.saved = time.monotonic()
         self.saver.save(
-            self.step, {"skipped_in_a_row": self.skipped_in_a_row, "data": self.fingerprint}
+            self.step,
+            {
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "data": self.fingerprint,
+                "config": as_dict(self.cfg),
+            },
         )
 
-    def view_divergence(self, batch: ScoredBatch) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Every path
-        must have a token, which one that the engine gave up may lack."""
-        objective, temperature = self.cfg.objective, self.cfg.rollout.temperature
-        if not isinstance(objective, VpgeaConfig):
+    def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
+        that are not whole are left out: a path that the engine gave up may lack a token."""
+        log_utility_BG = coefs.path_scores.get("posterior", {}).get("log_utility")
+        whole, temperature = batch.whole, self.cfg.rollout.temperature
+        if log_utility_BG is None or whole is None:
             return {}
-        pairs = batch.pairs("posterior")
+        pairs = whole.pairs("posterior")
         views = [
             self.passes(
                 lambda batch, _: self.policy.logprob_entropy(batch, temperature=temperature),
@@ -367,12 +404,11 @@ class Trainer:
             )
             for v in ("teacher", "student")
         ]
-        return {
-            **diagnostics.view_divergence(
-                batch, *views, alpha=objective.alpha, u_min=objective.u_min
-            ),
-            "early_answer_rate": diagnostics.early_answer_rate(batch, self.decode),
-        }
+        early = diagnostics.early_answer_rate(whole, self.decode)
+        return merge(
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
+            {"early_answer_rate": early},
+        )
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each stream alone: one more forward and backward of all rows."""
@@ -520,14 +556,10 @@ class Trainer:
         self.world.on_main(self._cut_logs)
 
     def _cut_logs(self) -> None:
-        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside.
-
-        A copy: without its config.yaml a run that is killed here could not be resumed.
-        """
-        if self.changed:
+        """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
+        if changes(self.before, self.cfg):
             old = self.run_dir / f"config.until_step_{self.step}.yaml"
-            now = (self.run_dir / "config.yaml").read_text(encoding="utf-8")
-            checkpoint.write_text(old, now)
+            checkpoint.write_text(old, dump(self.before))
         for name in ("metrics.jsonl", "paths.jsonl"):
             checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
         (self.run_dir / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
@@ -535,16 +567,21 @@ class Trainer:
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
-        before = load(self.run_dir / "config.yaml")
-        changed = changes(before, self.cfg)
-        evaluated = ("eval",) if (self.run_dir / "eval.json").exists() else ()
-        fixed = [key for key in changed if key.startswith((*FIXED_ON_RESUME, *evaluated))]
+        step, record = 0 if saved is None else saved.step, _record(saved)
+        self.before = record or load(self.run_dir / "config.yaml")
+        changed = changes(self.before, self.cfg)
+        evaluated = ("eval.",) if (self.run_dir / "eval.json").exists() else ()
+        fixed = [
+            f"{key} from {_spelled(old)} to {_spelled(new)}"
+            for key, (old, new) in changed.items()
+            if key.startswith((*FIXED_ON_RESUME, *evaluated)) and key not in FREE_ON_RESUME
+        ]
         if fixed:
             raise checkpoint.CheckpointError(
-                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; leave "
-                "them as they are, or start another run"
+                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; set "
+                f"them back in {self.run_dir / 'config.yaml'} and on the command line, or start "
+                "another run"
             )
-        step = 0 if saved is None else saved.step
         if self.cfg.train.steps < step:
             raise checkpoint.CheckpointError(
                 f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
@@ -555,9 +592,16 @@ class Trainer:
                 "those that the run began with; "
                 "bring them back, or start another run"
             )
-        self.changed = [
-            f"changed at step {step}: {key} {a!r} -> {b!r}" for key, (a, b) in changed.items()
+        self.notices = [
+            f"changed at step {step}: {key} {_spelled(a)} -> {_spelled(b)}"
+            for key, (a, b) in changed.items()
         ]
+        self.notices += rate_changes(self.before, self.cfg, step)
+        if saved and record is None:
+            self.notices.append(
+                f"{saved.path} does not say with which configuration its steps were made (another "
+                "version wrote it): config.yaml is believed, edited or not"
+            )
 
     def _write_run_files(self) -> None:
         facts = {
@@ -644,6 +688,34 @@ class Trainer:
     def _stop(self) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise Stopped
+
+
+def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
+    """The configuration that a checkpoint's steps were made with; None if it does not say, or has
+    keys that are no more."""
+    try:
+        return None if saved is None else resolve(saved.trainer_state["config"])
+    except (KeyError, ConfigError):
+        return None
+
+
+def rate_changes(old: Config, new: Config, step: int) -> list[str]:
+    """What a resume does to the learning rate of the next update, in numbers."""
+    if step >= new.train.steps:
+        return []
+    now = learning_rate(new.optim, step, new.train.steps)
+    planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
+    last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
+    if now == planned or (step >= old.train.steps and now == last):
+        return []
+    return [
+        f"learning rate: {last:.3g} at step {step}, {now:.3g} at step {step + 1}; without the "
+        + (f"change {planned:.3g}" if step < old.train.steps else "change the run had ended")
+    ]
+
+
+def _spelled(value: object) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _checksum(rows: Sequence[TrainRow]) -> int:

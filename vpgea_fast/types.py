@@ -236,15 +236,19 @@ class Coefficients:
         return torch.stack(used).any(dim=0)
 
 
+PathKey = tuple[str, Stream, int]
+"""Question, stream and index: what tells a path from all others of its step."""
+
+
 @dataclass(frozen=True)
 class TrainRow:
     """A context, tokens after it, and one coefficient a token: all that the trainer knows of an
     objective.
 
-    loss of the row = sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
-    `sample_logps` are the log-probs under which the tokens were drawn: in the path's own view the
-    mismatch of sampler and trainer, in the other view the stop-gradient half of the distillation
-    KL.
+    gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
+    That sum is the loss in the view that the path was drawn in. In another view the path is
+    distilled: there its own log-prob is subtracted, sg log q(token_ids[t]), a constant for the log
+    alone. `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
 
     >>> context, tokens = torch.tensor([1, 5]), torch.tensor([4, 9])
     >>> TrainRow(context, tokens, torch.tensor([-0.5, -0.5]), "posterior", "teacher").tokens
@@ -257,6 +261,7 @@ class TrainRow:
     stream: Stream
     view: View
     sample_logps: torch.Tensor | None = None
+    path: PathKey | None = None
 
     @property
     def own_view(self) -> bool:

@@ -72,7 +72,7 @@ class Drop:
 
     def __str__(self) -> str:
         q = self.question
-        return f"{q.place} ({q.id}): {self.reason} {_cut(q.answer)}"
+        return f"{q.place} ({q.id!r}): {self.reason} {_cut(q.answer)}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ MOST_DIGITS = 400
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 LATEX = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+")
 WORD = re.compile(r"[^\W\d_]{2,}")
-CHAIN = re.compile(r"=[^,;=]*[^,;=\s{][^,;=]*=")  # a = b = c, not x=1, y=2
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 WORKED = "worked solution"
@@ -75,36 +75,31 @@ def is_prose(text: str) -> bool:
     words = len(WORD.findall(plain))
     lines = [line for line in plain.splitlines() if line.strip()]
     equations = sum("=" in line for line in lines)
-    sentences = re.search(r"[^\W\d_]{2,}\$?[.!?]\s+[A-Z]", plain)
+    sentences = re.search(r"[^\W\d_]\$?[.!?]\s+[A-Z]", plain)
+    chained = [part for part in plain.split("=")[1:-1] if not re.search("[,;]", part)]
     return (
         words >= MOST_WORDS
         or "<<" in plain
         or (words >= 4 and (len(lines) > 1 or sentences is not None))
         or (equations > 1 and r"\begin{cases}" not in text)
-        or (len(plain) > 40 and CHAIN.search(plain) is not None)
+        or (len(plain) > 40 and any(part.strip(" {") for part in chained))
     )
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, inside) of every outermost \\boxed{} that is closed."""
+    closing, opened = {}, []
+    for match in BRACES.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
     found: list[tuple[int, int, str]] = []
     for match in BOX.finditer(text):
-        if found and match.start() < found[-1][1]:
-            continue
-        end = _closing(text, match.end())
-        if end is not None:
+        end = closing.get(match.end())
+        if end is not None and not (found and match.start() < found[-1][1]):
             found.append((match.start(), end + 1, text[match.end() + 1 : end]))
     return found
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace that opens at `start` is closed."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += (match[0] == "{") - (match[0] == "}")
-        if depth == 0:
-            return match.start()
-    return None
 
 
 def normalise_answer(answer: str) -> str:
@@ -123,8 +118,16 @@ def normalise_answer(answer: str) -> str:
     before = None
     while text != before:
         before = text
-        text = _unboxed(re.sub(r"(?<!\\right)[.\s]+$", "", text.strip()))
+        text = _unboxed(_without_end(text.strip()))
     return text
+
+
+def _without_end(text: str) -> str:
+    r"""`text` without dots and spaces at its end; the delimiter `\right.` keeps its dot."""
+    end = len(text)
+    while end and (text[end - 1] == "." or text[end - 1].isspace()):
+        end -= 1
+    return text[: end + text.endswith(r"\right", 0, end)]
 
 
 def _unboxed(text: str) -> str:

@@ -37,7 +37,7 @@ class DataError(ValueError):
 
 def open_rows(source: str) -> tuple[str, Iterator[tuple[int, Row]]]:
     """What a row is called there ("line" or "row"), and the numbered rows."""
-    path = Path(source)
+    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
     if source.startswith("hub:"):
         return "row", enumerate(_hub_rows(source), 1)
     if path.is_dir():
@@ -79,13 +79,14 @@ def _json_rows(path: Path) -> tuple[str, Iterator[tuple[int, Row]]]:
         return "row", enumerate(_objects(path, _whole(path)), 1)
     if start == b"{" and not (whole and second):
         try:
-            held = _held(path)
+            value = _whole(path)
         except DataError:
             if not whole and path.suffix.lower() == ".json":
                 raise
         else:
+            held = _held(path, value)
             if held is not None or not whole:
-                return "row", enumerate(_objects(path, held or [_whole(path)]), 1)
+                return "row", enumerate(_objects(path, held or [value]), 1)
     return "line", _json_lines(path)
 
 
@@ -93,9 +94,8 @@ def _whole(path: Path) -> Any:
     return _loads(path.read_bytes(), place=str(path), numbered=True)
 
 
-def _held(path: Path) -> list[Any] | None:
+def _held(path: Path, value: Mapping[str, Any]) -> list[Any] | None:
     """The rows that one JSON object holds under a key of CONTAINERS, if it does."""
-    value = _whole(path)
     held = [key for key in CONTAINERS if _is_table(value.get(key))]
     if len(held) > 1:
         raise DataError(
@@ -140,7 +140,11 @@ def _loads(text: bytes, *, place: str, numbered: bool = False) -> Any:
     except json.JSONDecodeError as error:
         place += f", line {error.lineno}" * numbered
         wrong = f"{error.msg} at column {error.colno}"
-        text = text.splitlines()[error.lineno - 1] if numbered else text
+        text = text.split(b"\n")[error.lineno - 1] if numbered else text
+    except UnicodeDecodeError as error:
+        number = text.count(b"\n", 0, error.start)
+        place += f", line {number + 1}" * numbered
+        wrong, text = str(error), text.split(b"\n")[number]
     except (ValueError, RecursionError) as error:
         wrong = str(error)
     raise DataError(

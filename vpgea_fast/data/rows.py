@@ -6,6 +6,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from vpgea_fast.config import DataFile
@@ -43,24 +45,25 @@ def make_question(
     if keys.id_key != "id" and name is MISSING:
         notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
-    found = {"id": reader.check(name, "id"), "file": keys.label, "place": place}
+    made = partial(Question, reader.check(name, "id"), file=keys.label, place=place)
     choices = reader.choices(keys)
     if choices:
         shown, answer = _with_letters(reader, choices, keys, name, notes)
-        return Question(text=f"{text}\n{shown}", answer=answer, **found), None
+        return made(f"{text}\n{shown}", answer), None
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
-    given = [reader.answer(keys.answer_key or ""), *reader.variants(keys.variants_key)]
+    given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
     try:
-        answers = [final_answer(value) for value in given]
+        answer, where = final_answer(given)
     except ValueError as error:
-        return Question(text=text, answer=given[0].strip(), **found), str(error)
-    answer, where = answers[0]
+        return made(text, given.strip()), str(error)
+    try:
+        variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
+    except ValueError as error:
+        return made(text, answer), f"{error} among the variants"
     if where is not None:
         notes[f"answers: {where}"] += 1
-    variants = tuple(dict.fromkeys(v for v, _ in answers[1:] if v))
-    made = Question(text=text, answer=answer, variants=variants, **found)
-    return made, None if answer else "empty answer"
+    return made(text, answer, variants), None if answer else "empty answer"
 
 
 class _Reader:
@@ -80,8 +83,8 @@ class _Reader:
         usual = [k for k in USUAL.get(setting, ()) if self.get(k) is not MISSING]
         likely = f"to {' or '.join(map(repr, usual))}" if usual else "to the right one"
         raise DataError(
-            f"{self.place}: no key {key!r} among {sorted(map(str, self.row))}; set "
-            f"data.{setting} (or {setting} of this file) {likely}"
+            f"{self.place}: no key {key!r} among {_short(sorted(map(str, self.row)))}; "
+            f"set data.{setting} (or {setting} of this file) {likely}"
         )
 
     def check(self, text: str, key: str) -> str:
@@ -182,7 +185,8 @@ class _Reader:
         held = [key for key in CHOICES if _pairs(_plain(self.row.get(key)))]
         wrong = sorted(k for k in self.row if str(k).lower().startswith("incorrect answer"))
         if held or wrong:
-            value = held[0] if held else ["THE RIGHT ONE", *wrong]
+            right = next((k for k in self.row if str(k).lower() == "correct answer"), "RIGHT")
+            value = held[0] if held else [right, *wrong]
             raise DataError(
                 f"{self.place}: the row has choices under {(held or wrong)[0]!r}, which the prompt "
                 f"would not show; set data.choices_key (or choices_key of this file) to {value!r}, "
@@ -240,9 +244,10 @@ def _right_choice(
             tried = ("letter", "text")
         hits = {w: ways[w] for w in tried if ways[w]}
         if len({tuple(found) for found in hits.values()}) > 1:
+            several = " or ".join(words[w] for w in hits)
             raise DataError(
-                f"{reader.place}: the answer {value!r} may be {' or '.join(words[w] for w in hits)}"
-                f" among the choices; set data.choices_answer to {' or '.join(hits)}"
+                f"{reader.place}: the answer {_short(value)} may be {several} among the choices; "
+                f"set data.choices_answer to {' or '.join(hits)}"
             )
         way = next(iter(hits), tried[0])
     found = ways[way]
@@ -308,5 +313,9 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is MISSING else repr(value)
+    try:
+        text = str(value) if isinstance(value, Decimal) else repr(value)
+        text = "nothing" if value is MISSING else text
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -6,13 +6,21 @@ A new objective is one function here, one config type, one row in tests/test_obj
 
 from __future__ import annotations
 
-from vpgea_fast.config import GrpoConfig, VpgeaConfig
+from vpgea_fast.config import ConfigError, GrpoConfig, VpgeaConfig
 from vpgea_fast.objectives import policy_gradient, vpgea
 from vpgea_fast.types import Coefficients, ScoredBatch
 
 
 def coefficients(cfg: VpgeaConfig | GrpoConfig, batch: ScoredBatch) -> Coefficients:
-    """The weights that the configured objective gives to the paths of a step."""
+    """The weights that the configured objective gives to the paths of a step.
+
+    ConfigError for a config type without a line here: it must not train another objective.
+    """
     if isinstance(cfg, VpgeaConfig):
         return vpgea.coefficients(cfg, batch)
-    return policy_gradient.grpo(cfg, batch)
+    if isinstance(cfg, GrpoConfig):
+        return policy_gradient.grpo(cfg, batch)
+    raise ConfigError(
+        f"objective: got a {type(cfg).__name__}, expected VpgeaConfig or GrpoConfig; give the new "
+        "type a line in objectives.coefficients"
+    )

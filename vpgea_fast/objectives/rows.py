@@ -1,7 +1,7 @@
 """Coefficients of an objective -> training rows, with the normaliser of the whole step folded in.
 
-loss = sum over rows of sum_t coef_t log p(token_t | context), coef_t = weight_i * w_i, where w_i
-divides by
+loss = sum over rows of sum_t coef_t log p(token_t | context), coef_t = weight_i * w_i, up to the
+constants of distilled rows (`TrainRow`); w_i divides by
 
     seq_sum     B G                the formula of the paper literally
     const       B G C              the same direction at a length-free scale (default)
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vpgea_fast.config import TrainConfig
-from vpgea_fast.types import Coefficients, Groups, ScoredBatch, Stream, TrainRow, View
+from vpgea_fast.types import Coefficients, Groups, PathKey, ScoredBatch, TrainRow, View
 
 
 def build_rows(
@@ -51,15 +51,12 @@ def build_rows(
             for path, weight, factor in zip(group, row_weights, row_scale, strict=True):
                 if weight != 0.0 and path.z_ids.numel():
                     coef = torch.full(path.z_ids.shape, weight * factor, dtype=torch.float64)
+                    key = path.question_id, stream, path.index
                     if ratios is not None:
-                        coef *= ratios[path.question_id, stream, path.index]
+                        coef *= ratios[key]
                     context = question.context(view)
-                    rows.append(TrainRow(context, path.z_ids, coef, stream, view, path.logps))
+                    rows.append(TrainRow(context, path.z_ids, coef, stream, view, path.logps, key))
     return rows
-
-
-PathKey = tuple[str, Stream, int]
-"""Question, stream and index: what tells a path from all others of its step."""
 
 
 def drawn_rows(batch: ScoredBatch, coefficients: Coefficients) -> dict[PathKey, TrainRow]:
@@ -71,9 +68,9 @@ def drawn_rows(batch: ScoredBatch, coefficients: Coefficients) -> dict[PathKey, 
         for (question, path), weight in zip(pairs, weights.flatten().tolist(), strict=True):
             if weight != 0.0 and path.z_ids.numel():
                 none = torch.zeros(path.z_ids.shape, dtype=torch.float64)
+                key: PathKey = path.question_id, stream, path.index
                 context = question.context(view)
-                row = TrainRow(context, path.z_ids, none, stream, view, path.logps)
-                rows[path.question_id, stream, path.index] = row
+                rows[key] = TrainRow(context, path.z_ids, none, stream, view, path.logps, key)
     return rows
 
 

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import torch
 
-from vpgea_fast.advantage import cross_view_utility, posterior_monitors
+from vpgea_fast.advantage import cross_view_utility, log_utility, posterior_monitors
 from vpgea_fast.config import VpgeaConfig
+from vpgea_fast.metrics import merge
 from vpgea_fast.types import Coefficients, ScoredBatch
 
 
 def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
-    """Weights of both streams, the scores of every posterior path, and the group diagnostics."""
+    """Weights of both streams, the scores of every posterior path, and the group diagnostics.
+
+    len_gated        mean length of the gated paths of all questions: of the groups with many gated
+                     paths, not comparable with len_post
+    len_gated_ratio  mean over the gated paths of len_i / mean length of its own group
+
+    Both None where no path is gated. Whoever needs alpha later takes `log_utility` from here.
+    """
     accept = batch.closed_post_BG & torch.isfinite(batch.u_post_BG)
     if cfg.verify == "gate":
         accept = accept & (batch.correct_post_BG == 1.0)
@@ -40,31 +48,36 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
     )
     gate = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
     gated = batch.len_post_BG[u.gate]
-    metrics = {
+    ratio = (batch.len_post_BG / batch.len_post_BG.mean(dim=1, keepdim=True))[u.gate]
+    metrics: dict[str, float | None] = {
         "accept_rate": (u.reward > 0).double().mean().item(),
         "gate_rate": u.gate.double().mean().item(),
         "len_gated": gated.mean().item() if gated.numel() else None,
+        "len_gated_ratio": ratio.mean().item() if ratio.numel() else None,
         "groups_all_rejected": int((u.reward <= 0).all(dim=1).sum()),
         "groups_zero_var": int((u.advantage == 0).all(dim=1).sum()),
         "std_s": u.utility.std(dim=1, correction=cfg.ddof).mean().item(),
         "utility": u.utility.mean().item(),
         "u_replaced": u.n_replaced,
         "net_token_push": (u.advantage * batch.len_post_BG).sum().item(),
-        **posterior_monitors(
-            batch.u_post_BG,
-            batch.u_prior_BN,
-            batch.len_post_BG,
-            batch.len_prior_BN,
-            alpha=cfg.alpha,
-            u_min=cfg.u_min,
-        ),
     }
+    monitors = posterior_monitors(
+        batch.u_post_BG,
+        batch.u_prior_BN,
+        batch.len_post_BG,
+        batch.len_prior_BN,
+        alpha=cfg.alpha,
+        u_min=cfg.u_min,
+    )
     scores = {
         "reward": u.reward,
         "eta": u.eta,
         "utility": u.utility,
         "advantage": u.advantage,
         "u": batch.u_post_BG,
+        "log_utility": log_utility(
+            batch.u_post_BG, batch.len_post_BG, u.len_base, alpha=cfg.alpha, u_min=cfg.u_min
+        ),
     }
     return Coefficients(
         weights={
@@ -72,5 +85,5 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
             ("posterior", "student"): -cfg.beta * gate,
         },
         path_scores={"posterior": scores, "prior": {"u": batch.u_prior_BN}},
-        metrics=metrics,
+        metrics=merge(metrics, monitors),
     )

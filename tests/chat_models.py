@@ -1,0 +1,95 @@
+"""Tokenizers of the shapes that people bring, trained here on a little text, and tiny models with
+random weights around them."""
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+# The split of Qwen2: a letter run takes one mark before it, other marks stay together.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"|\s?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXT = [
+    "Please reason step by step, and put your final answer within \\boxed{}.",
+    (
+        "The reference answer to this problem is: 72.\nReconstruct the shortest complete chain of "
+        "reasoning that a solver who does NOT know this answer would follow to derive it."
+    ),
+    (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May. "
+        "How many clips did Natalia sell altogether in April and May?\n\n"
+        "**Final Answer**\n\\boxed{72}"
+    ),
+    "Think in the first person; keep every step needed to reach the result, drop dead ends.",
+]
+R1_BOS, R1_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+R1_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+  {%- if message.role == 'system' %}{{ message.content }}
+  {%- elif message.role == 'user' %}{{ '<｜User｜>' + message.content }}
+  {%- else %}{{ '<｜Assistant｜>' + message.content.split('</think>')[-1] + eos_token }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+QWEN3_TEMPLATE = """\
+{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|im_start|>assistant\\n' }}
+  {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
+  {%- endif %}
+{%- endif %}"""
+
+
+def byte_level(
+    template: str, *, special: dict[str, str], plain: list[str], vocab_size: int = 420
+) -> Any:
+    """A byte-level BPE of the Qwen2 kind; `special` names its special tokens (`bos_token`, ...),
+    `plain` are added tokens that tokenizer.json calls not special."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 5, trainer)
+    options = {"normalized": False}
+    names = dict.fromkeys(special.values())
+    tokenizer.add_special_tokens([AddedToken(name, special=True, **options) for name in names])
+    tokenizer.add_tokens([AddedToken(name, special=False, **options) for name in plain])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
+
+
+def r1_tokenizer() -> Any:
+    """DeepSeek-R1-Distill-Qwen's shape: turn and think tags that are not special."""
+    return byte_level(
+        R1_TEMPLATE,
+        special={"bos_token": R1_BOS, "eos_token": R1_EOS, "pad_token": R1_EOS},
+        plain=["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
+    )
+
+
+def qwen3_tokenizer() -> Any:
+    """Qwen3's shape: no BOS, special turn tags, think tags that are not, `enable_thinking`."""
+    tokenizer = byte_level(
+        QWEN3_TEMPLATE,
+        special={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        plain=["<think>", "</think>"],
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return tokenizer
+
+
+def save_model(path: Any, tokenizer: Any, model: Any) -> str:
+    """A Hugging Face directory of both."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
