@@ -435,6 +435,38 @@ def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--verify.name", "custom"], "a target belongs to name custom, and custom needs one"),
+        (["--verify.target", "mine:f"], "verify.name is 'math' and verify.target 'mine:f'"),
+        (["--verify.name", "custom", "--verify.target", "nowhere:f"], "cannot import nowhere"),
+    ],
+)
+def test_a_checker_that_cannot_be_used_is_refused_before_anything_is_made(
+    words, said, train, refusal, tmp_path
+):
+    assert said in refusal(train(*words)).replace("\n", " ")
+    assert said in refusal(train("--dry-run", *words))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "asked"
+    (tmp_path / "mine.py").write_text(
+        "def right(gold, text):\n"
+        f"    open({str(log)!r}, 'a').write(text.replace('\\n', ' ') + '\\n')\n"
+        "    return gold != '3'\n"
+    )
+    words = ["--verify.name", "custom", "--verify.target", "mine:right"]
+    assert train(*words, "--rollout.full_answer", "true") == 0
+    asked = log.read_text().splitlines()
+    assert r"\boxed{3}" in asked  # the gold answers first, then what was sampled
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["acc_student"] for line in lines] == [1.0, 1.0]
+
+
 def _no_template(model):
     file = model / "tokenizer_config.json"
     settings = json.loads(file.read_text())
