@@ -509,7 +509,7 @@ def _weight_files(path: str) -> dict[str, Path]:
     if not Path(path).exists():
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        path = snapshot_download(path, allow_patterns=["model*.safetensors", "*.json"])
         check_model_dir(path)
     directory = Path(path)
     index = directory / "model.safetensors.index.json"
