@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from vpgea_fast import families
 from vpgea_fast.config import ConfigError, ModelConfig
@@ -84,6 +84,7 @@ TAKEN = {
         "model_type": "llama",
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, **THETA},
     },
+    "mixtral routed": {**MIXTURE, "model_type": "mixtral", "output_router_logits": True},
     "granite scaled": {**GROUPED, "model_type": "granite", "logits_scaling": 8.0},
     "cohere scaled": {**GROUPED, "model_type": "cohere", "logit_scale": 0.25},
     "gemma2 capped": {**HEADS, "model_type": "gemma2", "final_logit_softcapping": 3.0},
@@ -95,7 +96,10 @@ TAKEN = {
 def config_of(name):
     """The configuration, every rate of dropout, dropped layers and noise in it at 0.3."""
     settings = dict(TAKEN[name])
-    config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
+    kind = settings.pop("model_type", name)
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    config = AutoConfig.for_model(kind, **settings)
     for key, value in config.to_dict().items():
         if ("drop" in key or "jitter" in key) and type(value) is float:
             setattr(config, key, 0.3)
@@ -211,6 +215,8 @@ SAID = {
 
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_other_families_are_refused_in_words_before_weights_are_read(name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
     config = AutoConfig.for_model(name)
     with pytest.raises(ValueError, match=SAID.get(name, "take another|take a model")) as caught:
         measure(config)
@@ -229,7 +235,7 @@ def test_rows_beyond_the_length_of_constant_frequencies_are_refused(name, tmp_pa
     together = policy.logprob(pack_rows([short, long]))
     assert torch.equal(together[:8], policy.logprob(pack_rows([short])))
     longer = TrainRow(ids[:2], torch.arange(3, 35), torch.ones(32), "prior", "student")
-    with pytest.raises(ModelError, match=r"a row has 33 tokens, .* up to 32 only"):
+    with pytest.raises(ModelError, match=r"a row has 33 tokens, but the model has 32 positions"):
         policy.logprob(pack_rows([longer]))
     engine = HFEngine(policy.causal_lm, max_batch=4)
     request = SampleRequest("q", "prior", 0, ids[:20], seed=0)

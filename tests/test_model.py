@@ -139,6 +139,9 @@ def test_a_damaged_directory_is_refused(model_dir, damage, message):
         load_policy(ModelConfig(path=str(model_dir), dtype="float32", **CPU))
 
 
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
 def head(weights, scale):
     weights["lm_head.weight"] = scale * weights["model.embed_tokens.weight"]
 
@@ -247,8 +250,11 @@ def test_a_directory_that_could_mean_two_models_is_refused_by_every_reader(model
 
 @pytest.mark.parametrize(
     "change",
-    [lambda d: rewrite(d, lambda w: head(w, 1.0)), split_in_two, as_type(torch.bfloat16)],
-    ids=["the tied head stored too", "two files", "mixed types"],
+    [
+        *(lambda d: rewrite(d, lambda w: head(w, 1.0)), split_in_two, as_type(torch.bfloat16)),
+        lambda d: rewrite(d, lambda w: w.update({FREQUENCIES: torch.ones(8)})),
+    ],
+    ids=["the tied head stored too", "two files", "mixed types", "frequencies stored"],
 )
 def test_what_means_one_model_gives_every_reader_the_same_weights(model_dir, change):
     change(model_dir)

@@ -76,12 +76,14 @@ class HeadOptions(NamedTuple):
 
 def without_randomness(config: Any) -> Any:
     """The same configuration, changed in place: every rate of dropout, of dropped layers and of
-    router noise is 0, in its parts too."""
+    router noise is 0, in its parts too; no router logits, whose auxiliary loss nobody asked for."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             without_randomness(value)
         elif _is_rate(name, value):
             setattr(config, name, 0.0)
+        elif name == "output_router_logits":
+            setattr(config, name, False)
     return config
 
 
@@ -211,10 +213,11 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
     allowed = TOLERANCE * float(logits.abs().max())
     error = math.inf
     for cap in (None, *(value for key, value in numbers.items() if "softcap" in key)):
-        plain = logits
+        x, y = raw, logits
         if cap is not None:
-            plain = cap * (logits / cap).clamp(-1 + 1e-6, 1 - 1e-6).atanh()
-        scale = float((raw * plain).sum() / (raw * raw).sum())
+            inside = (logits / cap).abs() < 0.9  # beyond it rounding grows
+            x, y = raw[inside], cap * (logits[inside] / cap).atanh()
+        scale = float((x * y).sum() / (x * x).sum())
         nearest = min(known, key=lambda value: abs(value - scale))
         predicted = raw * nearest
         if cap is not None:

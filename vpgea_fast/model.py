@@ -221,8 +221,8 @@ class Policy(nn.Module):
         room, source = self.room
         if room is not None and max(batch.seqlens) > room:
             raise ModelError(
-                f"a row has {max(batch.seqlens)} tokens, but the model scores rows alike up to "
-                f"{room} only ({source}); lower rollout.max_new_tokens or data.max_prompt_tokens"
+                f"a row has {max(batch.seqlens)} tokens, but the model has {room} positions "
+                f"({source}); lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
         with self.autocast():
             output = self.causal_lm.base_model(**attention.packed_inputs(batch))
@@ -376,8 +376,9 @@ def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, file in _weight_files(path).items():
-            with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+            if not _without_meaning(causal_lm, name):
+                with safe_open(file, framework="pt") as opened:
+                    yield name, opened.get_tensor(name)
 
     causal_lm = _without_storage(path, dtype)
     check_weights(causal_lm, path)
@@ -513,13 +514,10 @@ def _weight_files(path: str) -> dict[str, Path]:
         check_model_dir(path)
     directory = Path(path)
     index = directory / "model.safetensors.index.json"
-    named: dict[str, str] | None = None
-    files = {"model.safetensors"}
-    if index.is_file():
-        named = _json_object(index)["weight_map"]
-        files = set(named.values())
+    named: dict[str, str] = _json_object(index)["weight_map"] if index.is_file() else {}
+    files = set(named.values()) or {"model.safetensors"}
     held = {name: directory / file for file in sorted(files) for name in _names(directory / file)}
-    if named is not None and named != {name: file.name for name, file in held.items()}:
+    if named and named != {name: file.name for name, file in held.items()}:
         wrong = sorted({*named.items()} ^ {(name, file.name) for name, file in held.items()})
         raise ModelError(
             f"{index} and the files that it names do not agree ({wrong[0][0]} in {wrong[0][1]}); "
@@ -546,12 +544,7 @@ def check_weights(causal_lm: Any, path: str) -> None:
     are too many); a sharded model and engines refuse that themselves. Errors: ModelError.
     """
     own, files = causal_lm.state_dict(), _weight_files(path)
-    known = [*(causal_lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
-    extra = [
-        name
-        for name in sorted(files.keys() - own.keys())
-        if not any(re.search(pattern, name) for pattern in known)
-    ]
+    extra = [n for n in sorted(files.keys() - own.keys()) if not _without_meaning(causal_lm, n)]
     missing = [name for name, _ in causal_lm.named_parameters() if name not in files]
     for names, what in ((missing, "missing"), (extra, "of no use to this model")):
         if names and not (missing and extra):
@@ -565,6 +558,12 @@ def check_weights(causal_lm: Any, path: str) -> None:
                 stored = opened.get_slice(name)
                 _check_stored(f"{file}: {name}", stored, own.get(name))
     _check_ties(causal_lm, files)
+
+
+def _without_meaning(causal_lm: Any, name: str) -> bool:
+    """A stored tensor that transformers makes anew or leaves out for this class of models."""
+    known = [*(causal_lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return any(re.search(pattern, name) for pattern in known)
 
 
 def _check_stored(what: str, stored: Any, own: torch.Tensor | None) -> None:
