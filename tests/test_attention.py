@@ -514,9 +514,8 @@ def test_a_model_with_sinks_is_refused():
         num_experts_per_tok=1,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    policy = make_policy(config, attention.register())
     with pytest.raises(ValueError, match="the model passes s_aux"):
-        policy.logprob(pack_rows(rows()))
+        make_policy(config, attention.register())
 
 
 def config_of(model_type, **changes):

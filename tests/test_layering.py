@@ -36,6 +36,7 @@ LAYERS = {
         "tiny",
         "verify",
     },
+    "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
     "services": {"distributed", "metrics"},

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from vpgea_fast import attention
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import open_world
-from vpgea_fast.model import ModelError, Policy, check_model_dir, load_policy, random_policy
+from vpgea_fast.model import (
+    ModelError,
+    Policy,
+    check_model_dir,
+    load_policy,
+    random_policy,
+    stored_model,
+)
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
@@ -116,7 +123,7 @@ def damage_missing_shard(directory):
     ("damage", "message"),
     [
         (damage_nan, "1 tensors hold NaN or Inf .*model.norm.weight"),
-        (damage_missing_tensor, "weights are missing or misshapen .*layers.1.mlp.up_proj"),
+        (damage_missing_tensor, "1 weights are missing .*layers.1.mlp.up_proj"),
         (damage_truncated, "a weight file is damaged or cut"),
         (damage_no_weights, "is incomplete: model.safetensors missing"),
         (damage_no_config, "has no config.json"),
@@ -130,6 +137,136 @@ def test_a_damaged_directory_is_refused(model_dir, damage, message):
     damage(model_dir)
     with pytest.raises(ModelError, match=message):
         load_policy(ModelConfig(path=str(model_dir), dtype="float32", **CPU))
+
+
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def head(weights, scale):
+    weights["lm_head.weight"] = scale * weights["model.embed_tokens.weight"]
+
+
+def edit_config(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def split_in_two(directory, change=None):
+    """The same weights as two files with an index, which `change` edits."""
+    weights = load_file(directory / "model.safetensors")
+    names = sorted(weights)
+    index = {"metadata": {}, "weight_map": {}}
+    for number, part in enumerate((names[:5], names[5:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({k: weights[k] for k in part}, directory / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(part, file)
+    (directory / "model.safetensors").unlink()
+    if change is not None:
+        change(index["weight_map"])
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def two_models(directory):
+    kept = (directory / "model.safetensors").read_bytes()
+    split_in_two(directory)
+    (directory / "model.safetensors").write_bytes(kept)
+
+
+def misnamed(weight_map):
+    weight_map["model.norm.weight"] = "model-00001-of-00002.safetensors"
+
+
+def outside(weight_map):
+    weight_map["model.norm.weight"] = "../other/model.safetensors"
+
+
+def pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def as_type(dtype):
+    def change(weights):
+        name = "model.layers.0.mlp.up_proj.weight"
+        weights[name] = weights[name].to(dtype)
+
+    return lambda directory: rewrite(directory, change)
+
+
+TWO_MEANINGS = {
+    "another head than the tied one": (
+        lambda d: rewrite(d, lambda w: head(w, 2.0)),
+        "lm_head.weight and model.embed_tokens.weight differ, but config.json ties them",
+    ),
+    "no head": (
+        lambda d: edit_config(d, tie_word_embeddings=False),
+        r"1 weights are missing \(lm_head.weight",
+    ),
+    "a weight too many": (
+        lambda d: rewrite(d, lambda w: w.update({"model.layers.0.q_norm.weight": torch.ones(8)})),
+        r"1 weights are of no use to this model \(model.layers.0.q_norm.weight",
+    ),
+    "float8": (as_type(torch.float8_e4m3fn), "layers.0.mlp.up_proj.weight is stored as F8_E4M3"),
+    "int8": (as_type(torch.int8), "layers.0.mlp.up_proj.weight is stored as I8"),
+    "another shape": (
+        lambda d: edit_config(d, intermediate_size=60),
+        r"mlp.*weight is \(.*64.*\), config.json says \(.*60",
+    ),
+    "two models": (two_models, "holds model.safetensors and an index of other files"),
+    "a wrong index": (lambda d: split_in_two(d, misnamed), "do not agree .model.norm.weight"),
+    "a file outside": (lambda d: split_in_two(d, outside), "expected a file of its own directory"),
+    "pickled": (pickled, "pickled ones are not read"),
+    "quantised": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}),
+        "is quantised",
+    ),
+}
+
+
+def every_reader(path):
+    """One process, shards, and the files for an engine that is no module."""
+
+    def sharded():
+        world = open_world(ParallelConfig(shard="always"), "cpu")
+        try:
+            return load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
+        finally:
+            world.close()
+
+    return {
+        "one process": lambda: load_policy(ModelConfig(path=path, dtype="float32", **CPU)),
+        "shards": sharded,
+        "engine": lambda: stored_model(path, torch.float32),
+    }
+
+
+@pytest.mark.parametrize("reader", ["one process", "shards", "engine"])
+@pytest.mark.parametrize("name", list(TWO_MEANINGS))
+def test_a_directory_that_could_mean_two_models_is_refused_by_every_reader(model_dir, name, reader):
+    change, message = TWO_MEANINGS[name]
+    change(model_dir)
+    with pytest.raises(ModelError, match=message):
+        every_reader(str(model_dir))[reader]()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda d: rewrite(d, lambda w: head(w, 1.0)), split_in_two, as_type(torch.bfloat16)),
+        lambda d: rewrite(d, lambda w: w.update({FREQUENCIES: torch.ones(8)})),
+    ],
+    ids=["the tied head stored too", "two files", "mixed types", "frequencies stored"],
+)
+def test_what_means_one_model_gives_every_reader_the_same_weights(model_dir, change):
+    change(model_dir)
+    readers = every_reader(str(model_dir))
+    one = dict(readers["one process"]().causal_lm.named_parameters())
+    model, weights = readers["engine"]()
+    stored = dict(weights)
+    assert one.keys() == {name for name, _ in model.named_parameters()} <= stored.keys()
+    shards = dict(readers["shards"]().causal_lm.named_parameters())
+    for name, parameter in one.items():
+        assert torch.equal(parameter, stored[name].float()), name
+        assert torch.equal(parameter, shards[name].to_local()), name
 
 
 def test_no_such_directory():

@@ -203,6 +203,32 @@ def check_model(config: Any) -> None:
         raise ValueError(f"model.path: the attention of {name!r} is not causal; take a causal LM")
 
 
+def positions(config: Any) -> tuple[int | None, str]:
+    """How many positions a model has on which a token means the same in any company, and the key
+    that says so.
+
+    The frequencies of longrope and of dynamic NTK depend on the longest position of a forward:
+    beyond the trained length a neighbour, a batch or a cache would change them. Up to it they are
+    constant, and a longer row is refused.
+    """
+    text = _text_config(config)
+    room, source = getattr(text, "max_position_embeddings", None), "max_position_embeddings"
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for part in parts:
+        kind = part.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = part.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        if limit is not None and kind == "dynamic":
+            limit = min(limit, room or limit)
+        if limit is not None and (room is None or limit < room):
+            room, source = limit, f"original_max_position_embeddings of {kind} RoPE"
+    return room, source
+
+
 def register(backend: str = "sdpa") -> str:
     """Make a backend known to transformers (idempotent); returns its `attn_implementation`."""
     make = {"flash": _flash_kernel, "varlen": _varlen_kernel}.get(backend)

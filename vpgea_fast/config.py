@@ -131,7 +131,8 @@ class ModelConfig:
     """A Hugging Face directory, or the name of a model on the Hub."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
-    float64)."""
+    float64). float64 is for checks: norms and rotary tables of transformers compute in float32
+    inside, so its log-probs are exact to about 1e-5."""
     device: str = "auto"
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16

@@ -339,7 +339,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "cpu"
-    device = torch.device(name)
+    here = torch.accelerator.current_accelerator()
+    known = {"cpu", "cuda", *([] if here is None else [here.type])}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in known:
+        raise ConfigError(
+            f"model.device: got {name!r}, expected one of {', '.join(sorted(known))}, or 'auto'"
+        )
     if device.type != "cuda":
         return device
     if not cuda:

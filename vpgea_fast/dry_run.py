@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 import torch
 from huggingface_hub import constants, is_offline_mode
 
-from vpgea_fast import attention
+from vpgea_fast import attention, families
 from vpgea_fast.config import Config, ConfigError, printable
 from vpgea_fast.data import (
     Benchmark,
@@ -189,7 +189,7 @@ def check_config(
 
 
 def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
-    attention.check_model(model)
+    families.measure(model)
     group = cfg.vllm.tensor_parallel
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
@@ -216,11 +216,11 @@ def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion
             f"{packed} tokens (rollout.max_new_tokens {thought}, {row - thought} around it); set "
             f"it to {packed} or more, or lower rollout.max_new_tokens or data.max_prompt_tokens"
         )
-    room = getattr(model, "max_position_embeddings", None)
+    room, source = attention.positions(model)
     if room is not None and row > room:
         raise ConfigError(
             f"rollout.max_new_tokens: got {thought}, but with {row - thought} tokens around it the "
-            f"model has {room} positions (max_position_embeddings); lower it, or "
+            f"model has {room} positions ({source}); lower it, or "
             "data.max_prompt_tokens"
         )
 
@@ -233,12 +233,10 @@ def _check_positions(
 ) -> None:
     """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
     server's room is known when it is there."""
-    rooms = {
-        "max_position_embeddings": getattr(model, "max_position_embeddings", None),
-        "vllm.context": cfg.vllm.context if cfg.colocated else None,
-    }
+    rooms = [attention.positions(model)]
+    rooms.append((cfg.vllm.context if cfg.colocated else None, "vllm.context"))
     for what, prompt, new in draws(cfg, questions, benchmarks):
-        for source, room in rooms.items():
+        for room, source in rooms:
             check_positions(what, prompt=prompt, new=new, room=room, source=source)
 
 
@@ -428,7 +426,7 @@ def _needs(
     if estimate.engine is not None:
         room = min(
             cfg.vllm.context or positions(cfg),
-            getattr(model_config, "max_position_embeddings", None) or sys.maxsize,
+            attention.positions(model_config)[0] or sys.maxsize,
         )
         _cache(cfg, estimate.engine, context, room, say, share=_is_share(cfg, on))
         if on.cuda:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,7 +40,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from vpgea_fast import attention, losses
+from vpgea_fast import attention, families, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
@@ -55,6 +56,8 @@ SAMPLING_KEYS = (
     *("epsilon_cutoff", "eta_cutoff"),
 )
 """What generation_config.json says of sampling, and only of sampling."""
+STORED = ("F64", "F32", "F16", "BF16")
+"""Types of stored weights, as safetensors spells them."""
 
 
 class ModelError(ValueError):
@@ -80,15 +83,12 @@ class LossHead(nn.Linear):
     must stay outside activation checkpointing.
     """
 
-    def __init__(self, head: nn.Linear, config: Any, backend: str) -> None:
+    def __init__(self, head: nn.Linear, options: families.HeadOptions, backend: str) -> None:
         bias = head.bias is not None
         super().__init__(head.in_features, head.out_features, bias=bias, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.backend = backend
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.logit_scale, self.softcap = options
 
     def forward(
         self,
@@ -152,9 +152,12 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.run_device = device
         self.backend = losses.choose_backend(backend, device=self.device, dtype=dtype)
-        head = LossHead(causal_lm.get_output_embeddings(), causal_lm.config, self.backend.name)
+        options = families.measure(causal_lm.config)
+        families.remove_randomness(causal_lm)
+        head = LossHead(causal_lm.get_output_embeddings(), options, self.backend.name)
         causal_lm.set_output_embeddings(head)
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
+        self.room = attention.positions(causal_lm.config)
         self.whole_gradients = self.offloaded = False
         self.attention = attention.Choice("sdpa", "not chosen: as the model was given")
 
@@ -223,6 +226,12 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, self.dtype, enabled=wanted)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
+        room, source = self.room
+        if room is not None and max(batch.seqlens) > room:
+            raise ModelError(
+                f"a row has {max(batch.seqlens)} tokens, but the model has {room} positions "
+                f"({source}); lower rollout.max_new_tokens or data.max_prompt_tokens"
+            )
         with self.autocast():
             output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
@@ -241,10 +250,10 @@ def load_policy(
     storage, cut, and each process reads its own part of the files. Errors: ModelError.
     """
     world = world or World(pick_device(cfg.device))
+    causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
+    check_weights(causal_lm, cfg.path)
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
-    else:
-        causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
     policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
     if world.mesh is not None:
         _read_shards(causal_lm, cfg.path)
@@ -375,24 +384,35 @@ def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         for name, file in _weight_files(path).items():
-            with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
+            if not _without_meaning(causal_lm, name):
+                with safe_open(file, framework="pt") as opened:
+                    yield name, opened.get_tensor(name)
 
-    return _without_storage(path, dtype), weights()
+    causal_lm = _without_storage(path, dtype)
+    check_weights(causal_lm, path)
+    return causal_lm, weights()
 
 
 def load_config(path: str) -> Any:
-    """The transformers configuration of a model directory or Hub name. Errors: ModelError."""
+    """The transformers configuration of a model directory or Hub name. No code of the directory
+    runs. Errors: ModelError."""
     from transformers import AutoConfig
 
     check_model_dir(path)
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a configuration class may raise anything at a wrong value
         raise ModelError(
-            f"cannot read the configuration of the model {path!r}: {_first_line(error)}; give a "
-            "complete Hugging Face directory, or a Hub name that can be reached"
+            f"{path}/config.json: cannot read the configuration of the model ("
+            f"{' '.join(str(error).split())[:300] or type(error).__name__}); give a complete "
+            "Hugging Face directory of a type that transformers knows, or a Hub name that can be "
+            "reached"
         ) from error
+    try:
+        families.check(config)
+    except ValueError as error:
+        raise ModelError(f"{error} ({path}/config.json)") from error
+    return config
 
 
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
@@ -405,9 +425,12 @@ def _without_storage(path: str, dtype: torch.dtype) -> Any:
 def _on_meta(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    families.measure(config)
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.register()
+            families.without_randomness(config),
+            dtype=dtype,
+            attn_implementation=attention.register(),
         )
     causal_lm.tie_weights()
     return causal_lm
@@ -458,11 +481,6 @@ def _read_shards(causal_lm: Any, path: str) -> None:
         try:
             with safe_open(files[name], framework="pt") as file:
                 stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != tuple(parameter.shape):
-                    raise ModelError(
-                        f"{path}: {name} is {tuple(stored.get_shape())}, config.json says "
-                        f"{tuple(parameter.shape)}; copy the model again"
-                    )
                 if local.numel():
                     local.copy_(stored[_rows_of(parameter)])
         except SafetensorError as error:
@@ -493,14 +511,92 @@ def _weight_files(path: str) -> dict[str, Path]:
     if not Path(path).exists():
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        path = snapshot_download(path, allow_patterns=["model*.safetensors", "*.json"])
+        check_model_dir(path)
     directory = Path(path)
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return {k: directory / v for k, v in _json_object(index)["weight_map"].items()}
-    single = directory / "model.safetensors"
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    named: dict[str, str] = _json_object(index)["weight_map"] if index.is_file() else {}
+    files = set(named.values()) or {"model.safetensors"}
+    held = {name: directory / file for file in sorted(files) for name in _names(directory / file)}
+    if named and named != {name: file.name for name, file in held.items()}:
+        wrong = sorted({*named.items()} ^ {(name, file.name) for name, file in held.items()})
+        raise ModelError(
+            f"{index} and the files that it names do not agree ({wrong[0][0]} in {wrong[0][1]}); "
+            "copy the model again"
+        )
+    return held
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: a weight file is damaged or cut ({error}); copy the model again"
+        ) from error
+
+
+def check_weights(causal_lm: Any, path: str) -> None:
+    """One meaning of a directory, whoever reads it: the headers of its files against a model
+    without storage, before any weight is read.
+
+    Only the names may differ, where transformers converts them (then names are missing and others
+    are too many); a sharded model and engines refuse that themselves. Errors: ModelError.
+    """
+    own, files = causal_lm.state_dict(), _weight_files(path)
+    extra = [n for n in sorted(files.keys() - own.keys()) if not _without_meaning(causal_lm, n)]
+    missing = [name for name, _ in causal_lm.named_parameters() if name not in files]
+    for names, what in ((missing, "missing"), (extra, "of no use to this model")):
+        if names and not (missing and extra):
+            raise ModelError(
+                f"{path}: {len(names)} weights are {what} ({names[0]}, ...), by its config.json; "
+                "copy the model again, or correct config.json"
+            )
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                stored = opened.get_slice(name)
+                _check_stored(f"{file}: {name}", stored, own.get(name))
+    _check_ties(causal_lm, files)
+
+
+def _without_meaning(causal_lm: Any, name: str) -> bool:
+    """A stored tensor that transformers makes anew or leaves out for this class of models."""
+    known = [*(causal_lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return any(re.search(pattern, name) for pattern in known)
+
+
+def _check_stored(what: str, stored: Any, own: torch.Tensor | None) -> None:
+    if own is not None and tuple(stored.get_shape()) != tuple(own.shape):
+        raise ModelError(
+            f"{what} is {tuple(stored.get_shape())}, config.json says {tuple(own.shape)}; "
+            "correct config.json, or copy the model again"
+        )
+    floating = own is None or own.is_floating_point()
+    if floating and stored.get_dtype() not in STORED:
+        raise ModelError(
+            f"{what} is stored as {stored.get_dtype()}, expected {', '.join(STORED)}: a quantised "
+            "model cannot be trained; take it in bfloat16 or float32"
+        )
+
+
+def _check_ties(causal_lm: Any, files: dict[str, Path]) -> None:
+    """Two names of one parameter may both be stored, with one value."""
+    first: dict[int, str] = {}
+    for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known == name or name not in files or known not in files:
+            continue
+        with (
+            safe_open(files[known], framework="pt") as one,
+            safe_open(files[name], framework="pt") as other,
+        ):
+            if not torch.equal(one.get_tensor(known), other.get_tensor(name)):
+                raise ModelError(
+                    f"{files[name]}: {name} and {known} differ, but config.json ties them; set "
+                    "tie_word_embeddings to false there, or take the second name out of the files"
+                )
 
 
 def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
@@ -548,9 +644,11 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=families.without_randomness(load_config(path)),
             dtype=dtype,
             attn_implementation=attention.register(),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
         causal_lm, info = loaded
@@ -562,14 +660,12 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{path}: a weight file is damaged or cut ({error}); copy the model again"
         ) from error
-    missing = sorted(info["missing_keys"]) + sorted(
-        str(key) for key in info.get("mismatched_keys", ())
-    )
-    if missing:
-        raise ModelError(
-            f"{path}: {len(missing)} weights are missing or misshapen ({missing[0]}, ...); "
-            "copy the model again"
-        )
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, info.get(what, ()))):
+            raise ModelError(
+                f"{path}: {len(names)} weights are {what.removesuffix('_keys')} ({names[0]}, ...), "
+                "by its config.json; copy the model again, or correct config.json"
+            )
     bad = [name for name, p in causal_lm.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ModelError(
@@ -689,15 +785,27 @@ def check_model_dir(path: str) -> None:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index} names no weight files; copy the model again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ModelError(
+                    f"{index} names {name!r}, expected a file of its own directory; copy the model "
+                    "again, from a source that you trust"
+                )
         wanted = sorted(set(weight_map.values()))
     else:
         wanted = ["model.safetensors"]
     absent = [name for name in wanted if not (directory / name).is_file()]
     if absent:
         raise ModelError(
-            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)"
+            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model, with its "
+            "weights as safetensors (pickled ones are not read)"
+        )
+    if wanted != ["model.safetensors"] and (directory / "model.safetensors").is_file():
+        raise ModelError(
+            f"{path} holds model.safetensors and an index of other files, so two models; take one "
+            "of the two away"
         )
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vpgea_fast import attention
 from vpgea_fast.rollout.engine import (
     Sampling,
     Usage,
@@ -119,8 +120,7 @@ class HFEngine:
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """See RolloutEngine."""
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        check_room(requests, sampling, room, "max_position_embeddings")
+        check_room(requests, sampling, *attention.positions(self.model.config))
 
     def rest(self) -> None:
         """Nothing to give back: the cache of a wave lives as long as the wave."""

@@ -47,6 +47,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vpgea_fast import attention
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.rollout.engine import (
     RolloutError,
@@ -155,8 +156,7 @@ class VllmEngine:
         model = skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.room, self.source = room, "max_position_embeddings"
+        room, _ = self.room, self.source = attention.positions(model.config)
         if context is not None and (room is None or context < room):
             self.room, self.source = context, "vllm.context"
         self.shares_group = dist.is_initialized()

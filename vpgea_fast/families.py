@@ -1,0 +1,376 @@
+"""What a family of models computes, measured on a tiny clone of its configuration before any weight
+is loaded: names of keys mean different things in different families, and code says what is true.
+
+    config -> no dropout, no jitter -> clone (2 layers and more, narrow, random weights, CPU)
+           -> packed twice, alone, padded with a cache, at a far position -> HeadOptions, or refused
+
+The clone keeps the kinds of layers, the shape of a head and its rotary embedding, and every scale.
+Its cost is 20 to 300 ms a configuration, once a process.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from vpgea_fast import attention
+from vpgea_fast.packing import pack_rows
+from vpgea_fast.types import PackedBatch, TrainRow
+
+VOCABULARY = 64
+LENGTHS = (9, 14, 1, 12)
+"""Tokens of the documents of the measurement: longer than the clone's window, and of one token."""
+
+WINDOW = 5
+TOLERANCE = 1e-4
+"""Of the largest logit. Float32 gives below 2e-6; the smallest fault seen so far was 1e-2."""
+
+RANDOM_KEYS = ("drop", "jitter")
+NARROW = {
+    "vocab_size_per_layer_input": VOCABULARY,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "n_inner": 48,
+    "ffn_hidden_size": 48,
+    "moe_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "intermediate_size_mlp": 48,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "sliding_window": WINDOW,
+}
+"""Largest value of a key in the clone. Widths and counts that change no formula."""
+
+OTHER_THAN_TEXT = ("audio", "image", "speech", "text", "video", "vision", "vq")
+"""Beginnings of the names of parts that a model of text alone has not."""
+
+POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Keys of a configuration without effect on the measurement, which is made once for all others."""
+
+
+class HeadOptions(NamedTuple):
+    """logits = softcap tanh(scale (W h + b) / softcap); softcap None is no tanh."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def without_randomness(config: Any) -> Any:
+    """The same configuration, changed in place: every rate of dropout, of dropped layers and of
+    router noise is 0, in its parts too; no router logits, whose auxiliary loss nobody asked for."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            without_randomness(value)
+        elif _is_rate(name, value):
+            setattr(config, name, 0.0)
+        elif name == "output_router_logits":
+            setattr(config, name, False)
+    return config
+
+
+def remove_randomness(model: nn.Module) -> None:
+    """Every rate of the configuration, every Dropout module and every rate that a module keeps for
+    itself becomes 0."""
+    if hasattr(model, "config"):
+        without_randomness(model.config)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_rate(name, value):
+                setattr(module, name, 0.0)
+
+
+def measure(config: Any) -> HeadOptions:
+    """What stands between the head's product and the logits, after a proof that the family scores
+    a packed document as it does alone, twice the same. Errors: ValueError."""
+    check(config)
+    config = without_randomness(copy.deepcopy(config))
+    facts = {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
+    key = f"{type(config).__name__} {facts}"
+    if key not in _MEASURED:
+        _MEASURED[key] = _measured(config)
+    return _MEASURED[key]
+
+
+_MEASURED: dict[str, HeadOptions] = {}
+
+
+def check(config: Any) -> None:
+    """Refuse by the configuration alone what no clone is needed for. Errors: ValueError."""
+    name = config.model_type
+    with _in_words(f"the configuration of {name!r} cannot be read", "correct its config.json"):
+        _check(config, name)
+
+
+def _check(config: Any, name: str) -> None:
+    if getattr(config, "quantization_config", None):
+        raise FamilyError(
+            f"model.path: {name!r} is quantised (quantization_config in config.json), and such "
+            "weights cannot be trained; take the model in bfloat16 or float32"
+        )
+    if config.is_encoder_decoder:
+        raise FamilyError(f"model.path: {name!r} is an encoder and a decoder; take a causal LM")
+    others = [part for part in config.sub_configs if part.startswith(OTHER_THAN_TEXT)]
+    if config.get_text_config() is not config or others:
+        raise FamilyError(
+            f"model.path: {name!r} is a model of more than text; take a text-only causal LM"
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise FamilyError(
+            f"model.path: layers of {name!r} share keys and values (num_kv_shared_layers), which a "
+            "small model of it does not show; take another model"
+        )
+    for key in POSITIVE:
+        value = getattr(config, key, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise FamilyError(
+                f"model.path: {key} of {name!r} is {value!r}, expected a whole number of at least "
+                "1; correct its config.json"
+            )
+    attention.check_model(config)
+
+
+NO_INTERFACE = (
+    "the attention of {!r} does not go through transformers' attention interface, which keeps "
+    "packed documents apart"
+)
+
+
+def _measured(config: Any) -> HeadOptions:
+    name = config.model_type
+    with _in_words(f"the configuration of {name!r} makes no model", "correct its config.json"):
+        try:
+            clone = _clone(config)
+        except KeyError as error:  # its class looks the implementation up in a table of its own
+            if error.args[0] not in attention.NAMES.values():
+                raise
+            reason = f"model.path: {NO_INTERFACE.format(name)}; take another model"
+            raise FamilyError(reason) from error
+    documents = _documents()
+    with _in_words(NO_INTERFACE.format(name), "take another model"):
+        raw = _packed(clone, pack_rows(documents), name)
+    with _in_words(f"a model of type {name!r} does not run", "take another model"):
+        logits = _alone(clone, documents)
+        options = fit_head(raw, logits, clone.config, name)
+        _check_padded(clone, documents, logits, name)
+        _check_far(clone, config, name)
+    return options
+
+
+@contextmanager
+def _in_words(what: str, remedy: str) -> Iterator[None]:
+    """Whatever a model's own code raises, as a ValueError of one line; what is in words stays."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and text.startswith("model.path"):
+            raise
+        if isinstance(error, ValueError) and text.startswith(("attention:", "packed attention:")):
+            raise FamilyError(f"model.path: {text}") from error
+        raise FamilyError(
+            f"model.path: {what} ({type(error).__name__}: {text}); {remedy}"
+        ) from error
+
+
+class FamilyError(ValueError):
+    """A measurement that came out wrong; its text is whole."""
+
+
+def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) -> HeadOptions:
+    """The HeadOptions with which `raw` = W h + b gives the model's own `logits`, both (T, V).
+
+    The scale is measured, and must be 1, or a number of the configuration or its inverse: then it
+    is the same for any width. Errors: FamilyError.
+    """
+    numbers = {
+        key: float(value)
+        for key, value in config.to_dict().items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value
+    }
+    known = {1.0, *numbers.values(), *(1.0 / value for value in numbers.values())}
+    raw, logits = raw.double(), logits.double()
+    allowed = TOLERANCE * float(logits.abs().max())
+    error = math.inf
+    for cap in (None, *(value for key, value in numbers.items() if "softcap" in key)):
+        x, y = raw, logits
+        if cap is not None:
+            inside = (logits / cap).abs() < 0.9  # beyond it rounding grows
+            x, y = raw[inside], cap * (logits[inside] / cap).atanh()
+        scale = float((x * y).sum() / (x * x).sum())
+        nearest = min(known, key=lambda value: abs(value - scale))
+        predicted = raw * nearest
+        if cap is not None:
+            predicted = cap * (predicted / cap).tanh()
+        error = min(error, float((predicted - logits).abs().max()))
+        if error <= allowed:
+            return HeadOptions(nearest, cap)
+    raise FamilyError(
+        f"model.path: the logits of {name!r} are not those of its head, with any scale or softcap "
+        f"of its config.json: {error:.2g} off at best; take another model"
+    )
+
+
+def shrunken(config: Any) -> Any:
+    """A copy with few layers, few heads and narrow: of each kind of layer one at least, and heads
+    as wide as they were."""
+    small = without_randomness(copy.deepcopy(config))
+    values = {key: value for key, value in small.to_dict().items() if value is not None}
+    layers, heads = small.num_hidden_layers, small.num_attention_heads
+    lists = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == layers}
+    depth = max([2, *(1 + v.index(x) for v in lists.values() for x in v)])
+    depth = min(depth, layers)
+    width = getattr(small, "head_dim", None) or small.hidden_size // heads
+    keys = getattr(small, "num_key_value_heads", None)
+    few_keys = min(keys or heads, 2)
+    few_heads = few_keys * min(heads // (keys or heads), 2)
+    changes: dict[str, Any] = {key: value[:depth] for key, value in lists.items()}
+    changes |= {"vocab_size": VOCABULARY, "num_hidden_layers": depth}
+    changes |= {"num_attention_heads": few_heads, "hidden_size": few_heads * width}
+    if isinstance(keys, int):
+        changes["num_key_value_heads"] = few_keys
+    if values.get("word_embed_proj_dim") == small.hidden_size:
+        changes["word_embed_proj_dim"] = changes["hidden_size"]
+    for key, limit in NARROW.items():
+        value = getattr(small, key, None)
+        if type(value) is int:
+            changes[key] = min(value, limit)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(small, key, None)
+        if type(value) is int and value >= VOCABULARY:
+            changes[key] = 0
+    for key, value in changes.items():
+        setattr(small, key, value)
+    return small
+
+
+def _clone(config: Any) -> Any:
+    """The shrunken model with random weights: logits of a few units, norms and biases that are not
+    the trivial ones, as a wrong place would not show with those."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.manual_seed(0)
+        clone: Any = AutoModelForCausalLM.from_config(
+            shrunken(config), dtype=torch.float32, attn_implementation=attention.register()
+        )
+        for parameter in clone.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        clone.get_output_embeddings().weight.normal_(
+            0.0, 4.0 * clone.get_output_embeddings().in_features ** -0.5
+        )
+    remove_randomness(clone)
+    return clone
+
+
+def _documents() -> list[TrainRow]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, VOCABULARY, (n + 1,), generator=generator) for n in LENGTHS]
+    return [TrainRow(x[:1], x[1:], torch.ones(x.numel() - 1), "prior", "student") for x in ids]
+
+
+@torch.no_grad()
+def _packed(clone: Any, batch: PackedBatch, name: str) -> torch.Tensor:
+    """(T, V) the head's product at every target, the model in train mode. Errors: FamilyError for
+    two passes that differ in a bit."""
+    clone.train()
+    first, second = (
+        clone.get_output_embeddings()(
+            clone.base_model(**attention.packed_inputs(batch)).last_hidden_state[0]
+        )[batch.logit_index]
+        for _ in range(2)
+    )
+    clone.eval()
+    if not torch.equal(first, second):
+        raise FamilyError(
+            f"model.path: {name!r} scores the same row twice with a difference of "
+            f"{float((first - second).abs().max()):.2g}: something in it is random; take another"
+        )
+    return first
+
+
+@torch.no_grad()
+def _alone(clone: Any, documents: list[TrainRow]) -> torch.Tensor:
+    """(T, V) the model's own logits, a document at a time, with transformers' eager attention."""
+    clone.set_attn_implementation("eager")
+    logits = [clone(_ids(row)[None, :-1], use_cache=False).logits[0] for row in documents]
+    clone.set_attn_implementation(attention.register())
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def _check_padded(clone: Any, documents: list[TrainRow], logits: torch.Tensor, name: str) -> None:
+    """Sampling: rows padded on the left, then one more token with a cache. Errors: FamilyError."""
+    rows = [_ids(row)[:-1] for row in documents]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long).unbind()
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=clone.config)
+    parts = []
+    for part in (slice(0, width - 1), slice(width - 1, width)):
+        output = clone(
+            input_ids=ids[:, part],
+            attention_mask=mask[:, : part.stop],
+            position_ids=places[:, part],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        parts.append(output.logits)
+    sampled = torch.cat(parts, dim=1)[mask.bool()]
+    _check_same(sampled, logits, name, "in a padded batch with a cache")
+
+
+@torch.no_grad()
+def _check_far(clone: Any, config: Any, name: str) -> None:
+    """A last token at the last position that may be used moves nothing before it: else the rotary
+    embedding of a document depends on its neighbours. Errors: FamilyError."""
+    ids = torch.arange(3, 11)[None]
+    near = torch.arange(8)[None]
+    far = near.clone()
+    room = attention.positions(config)[0]
+    far[0, -1] = (room or 1 << 20) - 1
+    first, second = (
+        clone(ids, position_ids=places, use_cache=False).logits[0, :-1] for places in (near, far)
+    )
+    _check_same(second, first, name, f"with a token at position {int(far[0, -1])} behind it")
+
+
+def _check_same(found: torch.Tensor, wanted: torch.Tensor, name: str, where: str) -> None:
+    error = float((found - wanted).abs().max())
+    if not error <= TOLERANCE * float(wanted.abs().max()):
+        raise FamilyError(
+            f"model.path: {name!r} gives a document other logits {where} than alone: {error:.2g} "
+            "apart; take another model"
+        )
+
+
+def _ids(row: TrainRow) -> torch.Tensor:
+    return torch.cat([row.context_ids, row.token_ids])
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return numeric and value != 0 and any(word in name.lower() for word in RANDOM_KEYS)
