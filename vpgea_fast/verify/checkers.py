@@ -287,7 +287,8 @@ def make_math() -> Judge:
         bases = BASE.findall(gold), BASE.findall(answer)
         if all(bases) and bases[0] != bases[1]:  # to math-verify 40_9 and 40_5 are 40
             return False
-        return equal(gold, read(answer)) or gold.replace(" ", "") == answer.replace(" ", "")
+        prediction = read_gold(answer) if answer == gold else read(answer)
+        return equal(gold, prediction) or gold.replace(" ", "") == answer.replace(" ", "")
 
     def judge(gold: str, text: str) -> bool:
         gold = bare(gold)
