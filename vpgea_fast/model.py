@@ -673,6 +673,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
             attn_implementation=attention.register(),
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
         causal_lm, info = loaded
