@@ -258,6 +258,15 @@ def test_randomness_that_no_key_names_is_found(monkeypatch):
         families._measured(config_of("gpt2"))
 
 
+def test_a_wrong_shape_behind_converted_names_is_told_by_name(tmp_path):
+    """Mixtral stores experts apart and holds them together: only the loading sees their shape."""
+    path = save(config_of("mixtral"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+    with pytest.raises(ModelError, match=r"weights are mismatched \(.*experts"):
+        load_policy(ModelConfig(path=path, **CPU))
+
+
 def test_a_policy_of_a_model_with_dropout_loses_it():
     config = config_of("seed_oss")
     assert config.residual_dropout == 0.3

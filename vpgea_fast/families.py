@@ -60,11 +60,18 @@ NARROW = {
 OTHER_THAN_TEXT = ("audio", "image", "speech", "text", "video", "vision", "vq")
 """Beginnings of the names of parts that a model of text alone has not."""
 
+LARGEST = 50_000_000
+"""Parameters of a clone: Gemma 3, with heads 256 wide and six layers, has 10 million."""
+
 POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Keys of a configuration without effect on the measurement, which is made once for all others."""
+
+
+MOST_LAYERS, MOST = 1000, 100_000_000
+"""Bounds of what a model can be: beyond them a mistake takes minutes or the memory."""
 
 
 class HeadOptions(NamedTuple):
@@ -118,7 +125,7 @@ _MEASURED: dict[str, HeadOptions] = {}
 def check(config: Any) -> None:
     """Refuse by the configuration alone what no clone is needed for. Errors: ValueError."""
     name = config.model_type
-    with _in_words(f"the configuration of {name!r} cannot be read", "correct its config.json"):
+    with in_words(f"the configuration of {name!r} cannot be read", "correct its config.json"):
         _check(config, name)
 
 
@@ -142,10 +149,11 @@ def _check(config: Any, name: str) -> None:
         )
     for key in POSITIVE:
         value = getattr(config, key, None)
-        if value is not None and (type(value) is not int or value < 1):
+        most = MOST_LAYERS if key == "num_hidden_layers" else MOST
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise FamilyError(
-                f"model.path: {key} of {name!r} is {value!r}, expected a whole number of at least "
-                "1; correct its config.json"
+                f"model.path: {key} of {name!r} is {value!r}, expected a whole number from 1 to "
+                f"{most}; correct its config.json"
             )
     attention.check_model(config)
 
@@ -158,7 +166,7 @@ NO_INTERFACE = (
 
 def _measured(config: Any) -> HeadOptions:
     name = config.model_type
-    with _in_words(f"the configuration of {name!r} makes no model", "correct its config.json"):
+    with in_words(f"the configuration of {name!r} makes no model", "correct its config.json"):
         try:
             clone = _clone(config)
         except KeyError as error:  # its class looks the implementation up in a table of its own
@@ -167,9 +175,9 @@ def _measured(config: Any) -> HeadOptions:
             reason = f"model.path: {NO_INTERFACE.format(name)}; take another model"
             raise FamilyError(reason) from error
     documents = _documents()
-    with _in_words(NO_INTERFACE.format(name), "take another model"):
+    with in_words(NO_INTERFACE.format(name), "take another model"):
         raw = _packed(clone, pack_rows(documents), name)
-    with _in_words(f"a model of type {name!r} does not run", "take another model"):
+    with in_words(f"a model of type {name!r} does not run", "take another model"):
         logits = _alone(clone, documents)
         options = fit_head(raw, logits, clone.config, name)
         _check_padded(clone, documents, logits, name)
@@ -178,7 +186,7 @@ def _measured(config: Any) -> HeadOptions:
 
 
 @contextmanager
-def _in_words(what: str, remedy: str) -> Iterator[None]:
+def in_words(what: str, remedy: str) -> Iterator[None]:
     """Whatever a model's own code raises, as a ValueError of one line; what is in words stays."""
     try:
         yield
@@ -267,11 +275,23 @@ def shrunken(config: Any) -> Any:
 def _clone(config: Any) -> Any:
     """The shrunken model with random weights: logits of a few units, norms and biases that are not
     the trivial ones, as a wrong place would not show with those."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.manual_seed(0)
-        clone: Any = AutoModelForCausalLM.from_config(
-            shrunken(config), dtype=torch.float32, attn_implementation=attention.register()
+    small = shrunken(config)
+
+    def build(device: str) -> Any:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(small), dtype=torch.float32, attn_implementation=attention.register()
+            )
+
+    size = sum(parameter.numel() for parameter in build("meta").parameters())
+    if size > LARGEST:
+        raise FamilyError(
+            f"model.path: a narrow {config.model_type!r} of {small.num_hidden_layers} layers still "
+            f"has {size:,} parameters, too many to measure it; correct its config.json"
         )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        clone = build("cpu")
         for parameter in clone.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)

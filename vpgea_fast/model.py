@@ -247,7 +247,8 @@ def load_policy(
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
-    storage, cut, and each process reads its own part of the files. Errors: ModelError.
+    storage, cut, and each process reads its own part of the files. Errors: ModelError; ValueError
+    for a family that `families.measure` refuses.
     """
     world = world or World(pick_device(cfg.device))
     causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
@@ -426,7 +427,8 @@ def _on_meta(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     families.measure(config)
-    with torch.device("meta"):
+    what = f"the configuration of {config.model_type!r} makes no model"
+    with families.in_words(what, "correct its config.json"), torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             families.without_randomness(config),
             dtype=dtype,
@@ -649,6 +651,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
             attn_implementation=attention.register(),
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
         causal_lm, info = loaded
