@@ -23,7 +23,7 @@ from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
-from vpgea_fast.model import Policy, shard
+from vpgea_fast.model import ModelError, Policy, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.rollout.vllm import CHUNK_BYTES
@@ -781,5 +781,5 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
         if good:
             check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
             continue
-        with pytest.raises(config.ConfigError, match=f"the model embeds {vocabulary} tokens"):
+        with pytest.raises(ModelError, match=f"the model embeds {vocabulary} tokens"):
             check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
