@@ -14,21 +14,17 @@ values, the selection of rows and the checks, happens inside, the outputs have s
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
 
 Tensor = torch.Tensor
-
-TRANSFORMS = (
-    "call torch.autograd.grad or backward once a gradient, without torch.func, or take "
-    "vpgea_fast.kernels.reference, which is plain PyTorch"
-)
-"""The remedy for who wants another derivative than one reverse-mode gradient."""
 
 LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
 """Registered without an autograd kernel: OnePass and Recompute are the autograd, and the backend
@@ -52,7 +48,10 @@ INPUTS = (
 
 
 class Settings(NamedTuple):
-    """The options of a call that are no tensors: the last arguments of every op, in this order."""
+    """The options of a call that are no tensors: the last arguments of every op, in this order.
+
+    operands: what hidden and weight are cast to, once a pass; autocast's dtype, or their own.
+    """
 
     temperature: float
     softcap: float | None
@@ -62,16 +61,12 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
     batch_invariant: bool
     validate: bool
-    operands: torch.dtype | None  # autocast's, for hidden, weight and bias; None: their own
-
-    def operand(self, x: Tensor) -> torch.dtype:
-        """The dtype in which x enters the products. Autocast leaves float64 alone, as in torch."""
-        return x.dtype if self.operands is None or x.dtype is torch.float64 else self.operands
+    operands: torch.dtype
 
 
 SETTINGS = (
     "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-    "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType? operands"
+    "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands"
 )
 
 
@@ -125,8 +120,8 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
     )
     temperature = settings.temperature
     if inputs.temperature_T is not None:
-        positive = (inputs.temperature_T > 0).all()
-        check(positive, "temperature: every value must be positive", validate)
+        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
+        check(fine, "temperature: every value must be positive and finite", validate)
     masked = rows is not None or _capturing(targets_T)
     if rows is not None:
         rows_K = rows
@@ -171,18 +166,13 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
 
-    Under autocast the operands are cast here, below autograd: dW comes out in the weight's dtype,
-    not rounded through autocast's. The copies (V x D and T x D) live as long as this pass.
+    Under autocast the cast weight lives as long as this pass; the sinks keep their own dtypes.
     """
-    hidden_TD, weight_VD, bias_V = (
-        None if x is None else x.to(settings.operand(x)) for x in inputs[:3]
-    )
-    assert hidden_TD is not None
-    assert weight_VD is not None
+    hidden_TD, weight_VD = (x.to(settings.operands) for x in inputs[:2])
     choice = resolve(
         settings.backend,
         hidden_TD.device,
-        hidden_TD.dtype,
+        settings.operands,
         upstream is not None and upstream[1] is not None,
         upstream is not None and upstream[2] is not None,
         settings.batch_invariant,
@@ -198,7 +188,7 @@ def _run(
             weight_VD,
             selection.targets_K,
             rows_K=selection.rows_K,
-            bias_V=bias_V,
+            bias_V=inputs.bias_V,
             temperature=selection.temperature,
             softcap=settings.softcap,
             logit_scale=settings.logit_scale,
@@ -294,6 +284,8 @@ def _check_one(grad_loss: Tensor) -> None:
     )
     if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
         torch.ops.aten._assert_async.msg(grad_loss == 1, message)
+    elif _is_batched(grad_loss):
+        raise ValueError(message)
     else:
         check(grad_loss == 1, message)
 
@@ -310,9 +302,9 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
     return not probes[0]() and not _is_batched(grad_loss)
 
 
-def _is_batched(x: Tensor) -> bool:
-    """Whether vmap holds several gradients in x. No, where torch cannot be asked."""
-    return not without_values(x) and any(probe(x) for probe in (_probes() or ())[1:])
+def _is_batched(x: Tensor | None) -> bool:
+    """Whether x stands for many tensors (is_grads_batched, vmap); no where torch cannot tell."""
+    return x is not None and any(probe(x) for probe in (_probes() or ())[1:])
 
 
 @functools.cache
@@ -327,13 +319,6 @@ def _probes() -> list[Any] | None:
         )
     ]
     return None if None in found else found
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether torch.func holds x: under its grad, vmap or jvp. No, where torch cannot be asked."""
-    module = getattr(torch._C, "_functorch", None)
-    probe = getattr(module, "is_functorch_wrapped_tensor", None)
-    return probe is not None and probe(x)
 
 
 # --- value now, gradients by a second pass ------------------------------------------------------
@@ -397,16 +382,12 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream_T):
         _refuse_double_backward()
-        if any(_is_batched(x) for x in upstream_T if x is not None):
-            raise RuntimeError(
-                "linear_logprob makes one gradient at a time and got a batch of them "
-                f"(is_grads_batched or torch.func.vmap over its backward); {TRANSFORMS}"
-            )
         inputs, needs = Inputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:3])
         nothing = [None] * (len(Inputs._fields) - 1)
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
-        if without_values(inputs.hidden_TD):
+        # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
+        if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
             made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
             grads = [x if need else None for x, need in zip(made, needs, strict=True)]
         else:
@@ -513,7 +494,7 @@ def _without_unused(
     kept: list[Tensor | None] = [g_logp]
     for x, gradients in ((g_lse, (True, False)), (g_entropy, (False, True))):
         try:
-            resolve(settings.backend, hidden_TD.device, settings.operand(hidden_TD), *gradients)
+            resolve(settings.backend, hidden_TD.device, settings.operands, *gradients)
         except ValueError as refusal:
             if x is not None:
                 check(~x.any(), str(refusal))
@@ -550,6 +531,27 @@ def without_values(x: Tensor) -> bool:
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.device.type == "meta"
     )
+
+
+NO_TRANSFORMS = (
+    "this loss has reverse-mode gradients only, made by hand: no torch.func transform (grad, vmap, "
+    "jvp) and no forward-mode AD goes through it. Use backward() or torch.autograd.grad, or "
+    "vpgea_fast.kernels.reference"
+)
+
+
+def refuse_transforms(x: Tensor) -> None:
+    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
+
+    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    dual = getattr(forward_ad, "_current_level", -1) >= 0
+    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
+        raise RuntimeError(NO_TRANSFORMS)
 
 
 def _refuse_double_backward() -> None:

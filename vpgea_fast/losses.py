@@ -16,10 +16,11 @@ Rules that hold for all four functions:
   one host synchronisation on CUDA; pass `rows` to avoid it. Inside CUDA graph capture, and with
   `rows`, rows are masked instead.
 * fp16, bf16 and fp32 inputs give float32 values and accumulators; float64 gives float64. Gradients
-  have their tensor's dtype, dW of a float32 weight is float32.
-* Under autocast hidden, weight and bias enter the products in autocast's dtype, as in F.linear
-  (float64 stays), and "auto" chooses for that dtype. A pass casts once: V x D and T x D elements
-  more for its duration, nothing kept. Pass a weight in half precision to save the copy.
+  have their tensor's dtype.
+* Under autocast hidden and weight are cast to its dtype, as F.linear casts them; float64 is left
+  alone, as there. "auto" chooses by that dtype. The copies (T, D) and (V, D) live as long as one
+  pass and are made again by the backward of `linear_logprob`. Logits, bias, values and dW stay
+  float32: a float32 weight gets a gradient that was never rounded to half precision.
 * All sums, no means: the normaliser belongs in the coefficients, computed once per optimiser step
   over all ranks and micro-batches. Frameworks that average gradients over ranks (DDP, FSDP) divide
   the sum by the number of ranks: multiply the coefficients, or 1 / denominator, by the world size
@@ -28,13 +29,14 @@ Rules that hold for all four functions:
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
   in place.
-* Differentiating twice, forward mode, torch.func and, in `linear_logprob`, is_grads_batched are
-  errors. Coefficients, advantages, sequence weights and temperatures are
-  constants.
+* Differentiating twice, forward mode and torch.func transforms are a RuntimeError;
+  torch.autograd.grad(is_grads_batched=True) works, a pass for each gradient. Coefficients,
+  advantages, denominators, sequence weights and temperatures are constants.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -43,7 +45,6 @@ import torch
 from vpgea_fast.kernels import backends
 from vpgea_fast.kernels.backends import BackendChoice
 from vpgea_fast.kernels.head import (
-    TRANSFORMS,
     Inputs,
     OnePass,
     Recompute,
@@ -51,7 +52,7 @@ from vpgea_fast.kernels.head import (
     accumulator,
     check,
     dot,
-    is_transformed,
+    refuse_transforms,
     register,
     wide,
     without_values,
@@ -210,11 +211,11 @@ def linear_logprob(
         a = logit_scale (h . w) + bias        z = softcap tanh(a / softcap) / temperature
         logp = z_target - lse(z)              entropy = -sum_v p_v log p_v
 
-    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype, their own or autocast's;
-    targets_T is (T,) int32 or int64; the options are those of `HeadOptions`. Gradients flow to
-    hidden, weight and bias from any mix of logp, lse and entropy. logp <= 0 always and 1 - p is
-    exact for confident tokens. Nothing but the inputs is saved; the backward makes the logits
-    again.
+    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype, or are cast by autocast; targets_T
+    is (T,) int32 or int64;
+    the options are those of `HeadOptions`. Gradients flow to hidden, weight and bias from any mix
+    of logp, lse and entropy. logp <= 0 always and 1 - p is exact for confident tokens. Nothing but
+    the inputs is saved; the backward makes the logits again.
 
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
@@ -234,7 +235,8 @@ def linear_logprob(
         batch_invariant=batch_invariant,
         validate=validate,
     )
-    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, bool(return_entropy), settings)
+    _check_flag("return_entropy", return_entropy)
+    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, return_entropy, settings)
     return LogprobOutput(logp_T, lse_T, entropy_T)
 
 
@@ -380,15 +382,19 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
-    _check_dims(hidden_prior_UD=(hidden_prior_UD, "UD"), targets_T=(targets_T, "T"))
-    _check_dims(cu_seqlens=(cu_seqlens, "S"), advantage_S=(advantage_S, "S"))
+    _check_matrix("hidden_post_TD", hidden_post_TD, "(T, D): flatten batch and time first")
+    _check_matrix("hidden_prior_UD", hidden_prior_UD, "(U, D): flatten batch and time first")
+    _check_float("hidden_post_TD", hidden_post_TD)
+    _check_plain("targets_T", targets_T)
+    _check_targets("targets_T", targets_T, "hidden_post_TD", hidden_post_TD)
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
+    _check_flag("validate", options.get("validate", False))
     _check_sequences(cu_seqlens, advantage_S, targets_T)
-    advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
+    advantage_S = advantage_S.to(
+        torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
+    )
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
-    _check_number("beta", beta, "a finite number >= 0")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
+    _check_number("beta", beta, "a finite number >= 0", low=0, high=FLOAT32.max)
     if prior_index is not None:
         _check_prior_index(prior_index, cu_seqlens)
     elif prior_tokens != tokens:
@@ -407,7 +413,7 @@ def vpgea_loss(
         prior_index,
         denominator if isinstance(denominator, Tensor) else None,
         prior_tokens,
-        bool(options.get("validate", False)),
+        options.get("validate", False),
     )
     if prior_index is None:
         sequence_U, targets_U = sequence_T, targets_T
@@ -454,34 +460,32 @@ def _weighted_streams(
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """`weighted_logprob_loss` of [posterior; prior]."""
-    _check_plain("weight_VD", weight_VD)
-    for name, hidden_RD, targets_R, coef_R in zip(
-        ("post", "prior"), hidden, targets, coef, strict=True
-    ):
-        _check_plain(f"hidden_{name}", hidden_RD)
-        _check_plain(f"targets_{name}", targets_R)
-        _check_plain(f"coef_{name}", coef_R)
-        if hidden_RD.dim() != 2 or hidden_RD.shape[1:] != weight_VD.shape[1:]:
+    _check_matrix("weight_VD", weight_VD, "(V, D): gather a sharded one")
+    for name, *tensors in zip(("post", "prior"), hidden, targets, coef, strict=True):
+        named = zip(("hidden", "targets", "coef"), tensors, strict=True)
+        for label, x in ((f"{kind}_{name}", x) for kind, x in named):
+            _check_plain(label, x)
+            if x.device != weight_VD.device:
+                raise ValueError(
+                    f"{label} is on {x.device}, weight_VD on {weight_VD.device}: move one"
+                )
+        hidden_RD, targets_R, coef_R = tensors
+        alike = hidden_RD.dtype == weight_VD.dtype or _autocast(hidden_RD, weight_VD) is not None
+        if not alike or hidden_RD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
             raise ValueError(
-                f"hidden_{name}: got {tuple(hidden_RD.shape)}, expected (rows, "
-                f"{weight_VD.shape[-1]}) as in weight_VD; flatten batch and time first"
+                f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
+                f"{weight_VD.dtype} (rows, {weight_VD.shape[1]}) as in weight_VD: cast or flatten"
             )
-        if hidden_RD.dtype != hidden[0].dtype:
-            raise ValueError(
-                f"hidden_{name} is {hidden_RD.dtype}, hidden_post {hidden[0].dtype}: cast one of "
-                "them (.to() is differentiable)"
-            )
-        if hidden_RD.device != weight_VD.device:
-            raise ValueError(
-                f"hidden_{name} is on {hidden_RD.device}, weight_VD on {weight_VD.device}: move one"
-            )
-        _check_shape(f"targets_{name}", targets_R, (hidden_RD.shape[0],))
-        _check_shape(f"coef_{name}", coef_R, (hidden_RD.shape[0],))
+        _check_targets(f"targets_{name}", targets_R, f"hidden_{name}", hidden_RD)
+        _check_constant(f"coef_{name}", coef_R, targets_R)
+    with _without_autocast(weight_VD):  # a CPU's takes no float16 and no float64 in cat
+        both = [torch.cat(pair) for pair in (hidden, targets, coef)]
+    hidden_RD, targets_R, coef_R = both
     return weighted_logprob_loss(
-        torch.cat(hidden),
+        hidden_RD,
         weight_VD,
-        torch.cat(targets),
-        torch.cat(coef),
+        targets_R,
+        coef_R,
         dweight_out=dweight_out,
         **options,
     )
@@ -507,7 +511,8 @@ def _stream_layout(
         validate,
     )
     if denominator is not None:
-        check(denominator > 0, "denominator: must be positive", validate)
+        fine = (denominator > 0) & (denominator < math.inf)
+        check(fine, "denominator: must be positive and finite", validate)
     sequence_T = _sequence_of_token(cu_seqlens, tokens)
     if prior_index is None:
         return sequence_T, sequence_T, targets_T
@@ -644,53 +649,58 @@ def _inputs(
     temperature_T = temperature if isinstance(temperature, Tensor) else None
     inputs = Inputs(hidden_TD, weight_VD, bias, targets_T, temperature_T, rows)
     scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    _check_plain("hidden_TD", hidden_TD)
-    settings = Settings(temperature=scalar, operands=_autocast_dtype(hidden_TD), **options)
-    _check_tensors(inputs, settings)
+    _check_tensors(inputs)
+    operands = _autocast(hidden_TD, weight_VD) or hidden_TD.dtype
+    settings = Settings(temperature=scalar, operands=operands, **options)
     _check_settings(settings)
     return inputs, settings
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+def _autocast(*operands: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the operands of a GEMM; None where it leaves them alone."""
+    kind = operands[0].device.type
+    if not _autocast_on(kind) or any(x.dtype is torch.float64 for x in operands):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(kind)
 
 
-def _check_tensors(inputs: Inputs, settings: Settings) -> None:
+def _autocast_on(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else nullcontext()
+
+
+def _check_tensors(inputs: Inputs) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
+    optional = ("bias", "temperature", "rows")
     for name, x in zip(names, inputs, strict=True):
-        if x is None and name in ("bias", "temperature", "rows"):
-            continue
-        _check_plain(name, x)
-        assert x is not None
-        if x.device != hidden_TD.device:
+        if x is not None or name not in optional:
+            _check_plain(name, x)
+        if x is not None and x.device != hidden_TD.device:
             raise ValueError(f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}: move one")
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)}: expected "
-            "(T, D) and (V, D); flatten batch and time first, and gather a sharded weight"
+            "(T, D) and (V, D); flatten batch and time first (hidden.reshape(-1, D), and "
+            "reshape(-1) what is per token), and gather a sharded weight"
         )
-    if hidden_TD.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"hidden_TD: got {hidden_TD.dtype}, expected float16, bfloat16, 32 or 64")
-    if settings.operand(weight_VD) != settings.operand(hidden_TD):
+    _check_float("hidden_TD", hidden_TD)
+    _check_float("weight_VD", weight_VD)
+    if weight_VD.dtype != hidden_TD.dtype and _autocast(hidden_TD, weight_VD) is None:
         raise ValueError(
             f"weight_VD is {weight_VD.dtype}, hidden_TD is {hidden_TD.dtype}: cast one of "
             "them to the other's dtype (.to() is differentiable)"
         )
     if weight_VD.shape[0] < 2:
         raise ValueError(f"weight_VD: got V = {weight_VD.shape[0]}, expected at least 2 classes")
-    if targets_T.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"targets_T: got {targets_T.dtype}, expected int64 or int32")
-    _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
+    _check_targets("targets_T", targets_T, "hidden_TD", hidden_TD)
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
-        if not bias.is_floating_point():
-            raise ValueError(
-                f"bias: got {bias.dtype}, expected a float dtype: cast it, bias.to(weight.dtype)"
-            )
+        _check_float("bias", bias)
     if temperature_T is not None:
         _check_constant("temperature", temperature_T, targets_T)
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
@@ -698,76 +708,126 @@ def _check_tensors(inputs: Inputs, settings: Settings) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    temperature, softcap, logit_scale, ignore_index = settings[:4]
-    _check_number("temperature", temperature, "a positive number or a (T,) tensor")
-    if softcap is not None:
-        _check_number("softcap", softcap, "a positive number or None")
-    _check_number("logit_scale", logit_scale, "a finite number")
-    _check_number("ignore_index", ignore_index, "an int", whole=True)
+    tiny, huge = FLOAT32.tiny, FLOAT32.max
+    positive = "a positive number or "
+    _check_number("temperature", settings.temperature, f"{positive}(T,)", low=tiny, high=huge)
+    if settings.softcap is not None:
+        _check_number("softcap", settings.softcap, f"{positive}None", low=tiny, high=huge)
+    _check_number("logit_scale", settings.logit_scale, "a finite number", low=-huge, high=huge)
+    _check_number("ignore_index", settings.ignore_index, "an int", whole=True, low=-(1 << 63))
     if settings.chunk_bytes is not None:
-        _check_number("chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True)
-    # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, expected a positive number or (T,)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: got {softcap}, expected a positive number or None")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
-    if settings.chunk_bytes is not None and settings.chunk_bytes <= 0:
-        raise ValueError(
-            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive int or None"
+        _check_number(
+            "chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True, low=1
         )
+    if not isinstance(settings.backend, str):
+        raise ValueError(f"backend: got {_told(settings.backend)}, expected a name such as 'auto'")
+    _check_flag("batch_invariant", settings.batch_invariant)
+    _check_flag("validate", settings.validate)
 
 
-def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> None:
-    """The ops take these as Python numbers; a bool would be read as 0 or 1."""
+FLOAT32 = torch.finfo(torch.float32)
+INT64 = (1 << 63) - 1
+
+
+def _check_number(
+    name: str, x: Any, expected: str, *, low: float, high: float = INT64, whole: bool = False
+) -> None:
+    """The ops take these as Python numbers; a bool would be read as 0 or 1. Beyond `low` and `high`
+    float32 has 0 or inf, and the loss NaN."""
     kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(x, kinds) or isinstance(x, bool):
-        got, remedy = repr(x), "convert it, or leave it out for the default"
+        got, remedy = _told(x), "convert it, or leave it out for the default"
         if isinstance(x, Tensor):
             convert = "int" if whole else "float"
             got, remedy = "a Tensor", f"pass {convert}({name}), on CUDA made outside the step"
         raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
+    # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
+    if not low <= x <= (min(high, INT64) if isinstance(x, int) else high):
+        raise ValueError(f"{name}: got {x}, expected {expected}, from {low} to {high}")
+
+
+def _check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"{name}: got {_told(x)}, expected True or False: pass bool(...) of it")
+
+
+def _check_matrix(name: str, x: Any, expected: str) -> None:
+    _check_plain(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+
+
+def _check_targets(name: str, targets_T: Tensor, rows: str, hidden_TD: Tensor) -> None:
+    if targets_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: got {targets_T.dtype}, expected int64 or int32: .long()")
+    expected = (hidden_TD.shape[0],)
+    if tuple(targets_T.shape) != expected:
+        raise ValueError(
+            f"{name}: got shape {tuple(targets_T.shape)}, expected {expected}, one for each row "
+            f"of {rows}"
+        )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(
+            f"{name}: got {x.dtype}, expected float16, bfloat16, float32 or float64: cast it, "
+            f"{name}.to(hidden.dtype)"
+        )
 
 
 def _check_plain(name: str, x: Any, instead: str = "") -> None:
-    """ValueError for what is no tensor, and for tensors that stand for others."""
+    """A dense tensor of this process, outside torch.func."""
     if not isinstance(x, Tensor):
-        got = repr(x) if isinstance(x, (bool, int, float)) else f"a {type(x).__name__}"
-        raise ValueError(
-            f"{name}: got {got}, expected a tensor; make one, torch.as_tensor({name}), with the "
-            "shape, dtype and device that the docstring names"
-        )
+        remedy = f"torch.as_tensor({name}, device=hidden.device)"
+        if isinstance(x, (bool, int, float)):
+            remedy = "torch.full((T,), value), one value for each token (or sequence)"
+        elif isinstance(x, torch.nn.Module):
+            remedy = "the module's weight"
+        kind = type(x).__name__
+        raise ValueError(f"{name}: got {_told(x)} ({kind}), expected a tensor; pass {remedy}")
     if hasattr(x, "device_mesh"):
+        raise ValueError(_dtensor_advice(name, x, instead))
+    if x.layout is not torch.strided:
         raise ValueError(
-            f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. Under FSDP2 "
-            "call it inside the forward of the module that owns the weight, where hooks have "
-            f"unsharded it; otherwise pass {instead or _plain_of(name)}"
+            f"{name}: got a {x.layout} tensor, expected a dense one: pack it first "
+            "(.values() of a nested one, .to_dense() of a sparse one)"
         )
-    if not torch.compiler.is_compiling() and is_transformed(x):
-        raise ValueError(f"{name} is inside a torch.func transform; {TRANSFORMS}")
+    refuse_transforms(x)
 
 
-def _plain_of(name: str) -> str:
-    """How a DTensor is passed so that its gradient is right. The backward of a bare full_tensor()
-    takes the gradient of one rank for that of all; Partial() adds them up over the ranks."""
-    if name in ("weight_VD", "bias"):
+def _told(x: Any) -> str:
+    """A value that may be long, in a message of one line."""
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _dtensor_advice(name: str, x: Any, instead: str) -> str:
+    """What to pass for a DTensor.
+
+    A plain `full_tensor()` takes the gradient of each rank for the whole one: a rank's tokens train
+    its own shard, and nothing of the others. Data is the reverse: each rank gives its own rows.
+    """
+    start = f"{name} is a DTensor {tuple(x.shape)} placed {tuple(x.placements)}: the loss needs a "
+    if instead:
+        return f"{start}plain tensor; pass {instead}"
+    if name not in ("weight_VD", "bias"):
         return (
-            f"{name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim), which "
-            "adds up the gradients of all ranks (a sum: no factor of the world size)"
+            f"{start}plain tensor; pass the rows of this rank, {name}.to_local(), beside those of "
+            "every other argument (only where another dimension than the rows is cut "
+            f"{name}.full_tensor(), on every rank)"
         )
-    return f"this rank's own rows, {name}.to_local(), with the targets and coefficients of those"
-
-
-def _check_dims(**tensors: tuple[Any, str]) -> None:
-    """Name -> (tensor, a letter for each dimension)."""
-    for name, (x, letters) in tensors.items():
-        _check_plain(name, x)
-        if x.dim() != len(letters):
-            expected = ", ".join(letters) + "," * (len(letters) == 1)
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected ({expected}); flatten batch and time"
-            )
+    partial = ", ".join(["Partial()"] * len(x.placements))
+    return (
+        f"{start}plain tensor. Under FSDP2 call it inside the forward of the module that owns the "
+        "weight, where hooks have unsharded it. Otherwise pass "
+        f"{name}.full_tensor(grad_placements=[{partial}]), which adds the ranks' gradients: leave "
+        "out the world-size factor. Partial() is for a mesh dimension along which ranks hold other "
+        "tokens; where they hold the same tokens it is Replicate()"
+    )
 
 
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
@@ -778,9 +838,10 @@ def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
 def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
     _check_plain(name, x)
     _check_shape(name, x, like.shape)
-    if not x.is_floating_point() or x.device != like.device:
+    if x.dtype not in FLOATS or x.device != like.device:
         raise ValueError(
-            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}"
+            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}: "
+            ".to() makes one"
         )
     if x.requires_grad:
         raise ValueError(
@@ -825,20 +886,26 @@ def _sequence_weight(
                 f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
                 "move one"
             )
-    else:
-        _check_number("denominator", denominator, "a positive number or a 0-dim tensor")
-        if not 0 < denominator < math.inf:
-            raise ValueError(f"denominator: got {denominator}, expected a positive number")
+        if denominator.dtype not in (*FLOATS, torch.int32, torch.int64):
+            raise ValueError(f"denominator: got {denominator.dtype}, expected a float or int64")
+        if denominator.requires_grad:
+            raise ValueError("denominator requires grad, but is a constant here: detach it")
+        return torch.ones_like(advantage_S) / denominator
+    expected = "a positive number or a 0-dim tensor"
+    _check_number("denominator", denominator, expected, low=FLOAT32.tiny, high=FLOAT32.max)
     return torch.ones_like(advantage_S) / denominator
 
 
 def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
+    for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
+        _check_plain(name, x)
+        if x.device != targets_T.device:
+            raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
+    if advantage_S.dim() != 1:
+        raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
-    for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
-        if x.device != targets_T.device:
-            raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
 
 
