@@ -14,6 +14,7 @@ values, the selection of rows and the checks, happens inside, the outputs have s
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,7 +47,10 @@ INPUTS = (
 
 
 class Settings(NamedTuple):
-    """The options of a call that are no tensors: the last arguments of every op, in this order."""
+    """The options of a call that are no tensors: the last arguments of every op, in this order.
+
+    operands: what hidden and weight are cast to, once a pass; autocast's dtype, or their own.
+    """
 
     temperature: float
     softcap: float | None
@@ -56,11 +60,12 @@ class Settings(NamedTuple):
     chunk_bytes: int | None
     batch_invariant: bool
     validate: bool
+    operands: torch.dtype
 
 
 SETTINGS = (
     "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-    "int? chunk_bytes, bool batch_invariant, bool validate"
+    "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands"
 )
 
 
@@ -114,8 +119,8 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
     )
     temperature = settings.temperature
     if inputs.temperature_T is not None:
-        positive = (inputs.temperature_T > 0).all()
-        check(positive, "temperature: every value must be positive", validate)
+        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
+        check(fine, "temperature: every value must be positive and finite", validate)
     masked = rows is not None or _capturing(targets_T)
     if rows is not None:
         rows_K = rows
@@ -158,12 +163,15 @@ def _run(
     upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
     sinks: Sequence[Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out."""
-    hidden_TD, weight_VD = inputs.hidden_TD, inputs.weight_VD
+    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
+
+    Under autocast the cast weight lives as long as this pass; the sinks keep their own dtypes.
+    """
+    hidden_TD, weight_VD = (x.to(settings.operands) for x in inputs[:2])
     choice = resolve(
         settings.backend,
         hidden_TD.device,
-        hidden_TD.dtype,
+        settings.operands,
         upstream is not None and upstream[1] is not None,
         upstream is not None and upstream[2] is not None,
         settings.batch_invariant,
@@ -265,6 +273,10 @@ class OnePass(torch.autograd.Function):
         ]
         return *grads, *[None] * (len(Inputs._fields) + 1)
 
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(NO_TRANSFORMS)
+
 
 def _check_one(grad_loss: Tensor) -> None:
     message = (
@@ -286,8 +298,12 @@ def _may_overwrite(grad_loss: Tensor) -> bool:
     """
     if without_values(grad_loss) or (probes := _probes()) is None:
         return False
-    keeps_graph, *is_batched = probes
-    return not keeps_graph() and not any(probe(grad_loss) for probe in is_batched)
+    return not probes[0]() and not _is_batched(grad_loss)
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    """Whether x stands for many tensors (is_grads_batched, vmap); no where torch cannot tell."""
+    return x is not None and any(probe(x) for probe in (_probes() or ())[1:])
 
 
 @functools.cache
@@ -369,12 +385,17 @@ class Recompute(torch.autograd.Function):
         nothing = [None] * (len(Inputs._fields) - 1)
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
-        if without_values(inputs.hidden_TD):
+        # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
+        if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
             made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
             grads = [x if need else None for x, need in zip(made, needs, strict=True)]
         else:
             grads = _logprob_backward(inputs, ctx.selection, upstream_T, needs, ctx.settings)
         return *grads, *nothing
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(NO_TRANSFORMS)
 
 
 # --- the ops ------------------------------------------------------------------------------------
@@ -476,7 +497,7 @@ def _without_unused(
     kept: list[Tensor | None] = [g_logp]
     for x, gradients in ((g_lse, (True, False)), (g_entropy, (False, True))):
         try:
-            resolve(settings.backend, hidden_TD.device, hidden_TD.dtype, *gradients)
+            resolve(settings.backend, hidden_TD.device, settings.operands, *gradients)
         except ValueError as refusal:
             if x is not None:
                 check(~x.any(), str(refusal))
@@ -513,6 +534,22 @@ def without_values(x: Tensor) -> bool:
         or type(x) not in (Tensor, torch.nn.Parameter)
         or x.device.type == "meta"
     )
+
+
+NO_TRANSFORMS = (
+    "this loss has reverse-mode gradients only, made by hand: no torch.func transform (grad, vmap, "
+    "jvp) and no forward-mode AD goes through it. Use backward() or torch.autograd.grad, or "
+    "vpgea_fast.kernels.reference"
+)
+
+
+def refuse_transforms(x: Tensor) -> None:
+    """RuntimeError for a tensor of torch.func; torch's own words name setup_context."""
+    if torch.compiler.is_compiling():
+        return
+    probe = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    if probe is not None and probe(x):
+        raise RuntimeError(NO_TRANSFORMS)
 
 
 def _refuse_double_backward() -> None:

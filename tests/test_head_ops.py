@@ -256,7 +256,7 @@ def test_a_compiled_call_checks_values_too():
 
 
 def settings(**changes):
-    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False)
+    fixed = Settings(0.9, 3.0, 0.8, -100, "torch", CHUNK, False, False, torch.float32)
     return fixed._replace(**changes)
 
 
@@ -299,6 +299,7 @@ def test_opcheck(name, dtype):
     """Schema, autograd registration, fake kernel against the real one, AOT with dynamic shapes."""
     for arguments in op_arguments(name, inputs_of(dtype)):
         plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        plain = [dtype if isinstance(a, torch.dtype) else a for a in plain]
         torch.library.opcheck(getattr(torch.ops.vpgea_fast, name).default, plain)
 
 

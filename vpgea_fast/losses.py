@@ -16,7 +16,11 @@ Rules that hold for all four functions:
   one host synchronisation on CUDA; pass `rows` to avoid it. Inside CUDA graph capture, and with
   `rows`, rows are masked instead.
 * fp16, bf16 and fp32 inputs give float32 values and accumulators; float64 gives float64. Gradients
-  have their tensor's dtype. Under autocast the inputs keep their dtype.
+  have their tensor's dtype.
+* Under autocast hidden and weight are cast to its dtype, as F.linear casts them; float64 is left
+  alone, as there. "auto" chooses by that dtype. The copies (T, D) and (V, D) live as long as one
+  pass and are made again by the backward of `linear_logprob`. Logits, bias, values and dW stay
+  float32: a float32 weight gets a gradient that was never rounded to half precision.
 * All sums, no means: the normaliser belongs in the coefficients, computed once per optimiser step
   over all ranks and micro-batches. Frameworks that average gradients over ranks (DDP, FSDP) divide
   the sum by the number of ranks: multiply the coefficients, or 1 / denominator, by the world size
@@ -25,8 +29,9 @@ Rules that hold for all four functions:
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
   in place.
-* Differentiating twice is an error. Coefficients, advantages, sequence weights and temperatures are
-  constants.
+* Differentiating twice, forward mode and torch.func transforms are a RuntimeError;
+  torch.autograd.grad(is_grads_batched=True) works, a pass for each gradient. Coefficients,
+  advantages, denominators, sequence weights and temperatures are constants.
 """
 
 import math
@@ -46,6 +51,7 @@ from vpgea_fast.kernels.head import (
     accumulator,
     check,
     dot,
+    refuse_transforms,
     register,
     wide,
     without_values,
@@ -204,7 +210,8 @@ def linear_logprob(
         a = logit_scale (h . w) + bias        z = softcap tanh(a / softcap) / temperature
         logp = z_target - lse(z)              entropy = -sum_v p_v log p_v
 
-    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype; targets_T is (T,) int32 or int64;
+    hidden_TD (T, D) and weight_VD (V, D) share a floating dtype, or are cast by autocast; targets_T
+    is (T,) int32 or int64;
     the options are those of `HeadOptions`. Gradients flow to hidden, weight and bias from any mix
     of logp, lse and entropy. logp <= 0 always and 1 - p is exact for confident tokens. Nothing but
     the inputs is saved; the backward makes the logits again.
@@ -373,10 +380,14 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
+    _check_plain("targets_T", targets_T)
+    _check_plain("hidden_prior_UD", hidden_prior_UD)
+    _check_dims(targets_T=(targets_T, 1), hidden_prior_UD=(hidden_prior_UD, 2))
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_sequences(cu_seqlens, advantage_S, targets_T)
     advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
+    _check_number("beta", beta, "a finite number >= 0")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
     if prior_index is not None:
@@ -444,16 +455,18 @@ def _weighted_streams(
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """`weighted_logprob_loss` of [posterior; prior]."""
+    _check_plain("weight_VD", weight_VD)
     for name, hidden_RD, targets_R, coef_R in zip(
         ("post", "prior"), hidden, targets, coef, strict=True
     ):
         _check_plain(f"hidden_{name}", hidden_RD)
         _check_plain(f"targets_{name}", targets_R)
         _check_plain(f"coef_{name}", coef_R)
-        if hidden_RD.dtype != weight_VD.dtype or hidden_RD.shape[1:] != weight_VD.shape[1:]:
+        alike = hidden_RD.dtype == weight_VD.dtype or _autocast(hidden_RD, weight_VD) is not None
+        if not alike or hidden_RD.dim() != 2 or hidden_RD.shape[1:] != weight_VD.shape[1:]:
             raise ValueError(
                 f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
-                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD"
+                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD: cast or flatten"
             )
         if hidden_RD.device != weight_VD.device:
             raise ValueError(
@@ -491,7 +504,8 @@ def _stream_layout(
         validate,
     )
     if denominator is not None:
-        check(denominator > 0, "denominator: must be positive", validate)
+        fine = (denominator > 0) & (denominator < math.inf)
+        check(fine, "denominator: must be positive and finite", validate)
     sequence_T = _sequence_of_token(cu_seqlens, tokens)
     if prior_index is None:
         return sequence_T, sequence_T, targets_T
@@ -628,10 +642,21 @@ def _inputs(
     temperature_T = temperature if isinstance(temperature, Tensor) else None
     inputs = Inputs(hidden_TD, weight_VD, bias, targets_T, temperature_T, rows)
     scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    settings = Settings(temperature=scalar, **options)
     _check_tensors(inputs)
+    operands = _autocast(hidden_TD, weight_VD) or hidden_TD.dtype
+    settings = Settings(temperature=scalar, operands=operands, **options)
     _check_settings(settings)
     return inputs, settings
+
+
+def _autocast(*operands: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the operands of a GEMM; None where it leaves them alone."""
+    kind = operands[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    if any(x.dtype is torch.float64 for x in operands):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _check_tensors(inputs: Inputs) -> None:
@@ -646,11 +671,12 @@ def _check_tensors(inputs: Inputs) -> None:
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)}: expected "
-            "(T, D) and (V, D); flatten batch and time first, and gather a sharded weight"
+            "(T, D) and (V, D); flatten batch and time first (hidden.reshape(-1, D), and "
+            "reshape(-1) what is per token), and gather a sharded weight"
         )
-    if hidden_TD.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"hidden_TD: got {hidden_TD.dtype}, expected float16, bfloat16, 32 or 64")
-    if weight_VD.dtype != hidden_TD.dtype:
+    _check_float("hidden_TD", hidden_TD)
+    _check_float("weight_VD", weight_VD)
+    if weight_VD.dtype != hidden_TD.dtype and _autocast(hidden_TD, weight_VD) is None:
         raise ValueError(
             f"weight_VD is {weight_VD.dtype}, hidden_TD is {hidden_TD.dtype}: cast one of "
             "them to the other's dtype (.to() is differentiable)"
@@ -662,10 +688,7 @@ def _check_tensors(inputs: Inputs) -> None:
     _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
-        if not bias.is_floating_point():
-            raise ValueError(
-                f"bias: got {bias.dtype}, expected a float dtype: cast it, bias.to(weight.dtype)"
-            )
+        _check_float("bias", bias)
     if temperature_T is not None:
         _check_constant("temperature", temperature_T, targets_T)
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
@@ -705,13 +728,65 @@ def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> N
         raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
-def _check_plain(name: str, x: Tensor, instead: str = "") -> None:
-    if hasattr(x, "device_mesh"):
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
         raise ValueError(
-            f"{name} is a DTensor {tuple(x.shape)}: the loss needs a plain tensor. Under FSDP2 "
-            "call it inside the forward of the module that owns the weight, where hooks have "
-            f"unsharded it; otherwise pass {instead or f'{name}.full_tensor()'}"
+            f"{name}: got {x.dtype}, expected float16, bfloat16, float32 or float64: cast it, "
+            f"{name}.to(hidden.dtype)"
         )
+
+
+def _check_plain(name: str, x: Any, instead: str = "") -> None:
+    """A dense tensor of this process, outside torch.func."""
+    if not isinstance(x, Tensor):
+        remedy = f"torch.as_tensor({name}, device=hidden.device)"
+        if isinstance(x, (bool, int, float)):
+            remedy = "torch.full((T,), value), one value for each token (or sequence)"
+        elif isinstance(x, torch.nn.Module):
+            remedy = "the module's weight"
+        raise ValueError(f"{name}: got {_told(x)}, expected a tensor; pass {remedy}")
+    if hasattr(x, "device_mesh"):
+        raise ValueError(_dtensor_advice(name, x, instead))
+    if x.layout is not torch.strided:
+        raise ValueError(
+            f"{name}: got a {x.layout} tensor, expected a dense one: pack it first "
+            "(.values() of a nested one, .to_dense() of a sparse one)"
+        )
+    refuse_transforms(x)
+
+
+def _told(x: Any) -> str:
+    """'1.0 (float)': a value that may be long, in a message."""
+    text = repr(x).replace("\n", " ")
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(x).__name__})"
+
+
+def _dtensor_advice(name: str, x: Any, instead: str) -> str:
+    """What to pass for a DTensor.
+
+    A plain `full_tensor()` takes the gradient of each rank for the whole one: a rank's tokens train
+    its own shard, and nothing of the others. Data is the reverse: each rank gives its own rows.
+    """
+    start = f"{name} is a DTensor {tuple(x.shape)} placed {tuple(x.placements)}: the loss needs a "
+    if instead:
+        return f"{start}plain tensor; pass {instead}"
+    if name not in ("weight_VD", "bias"):
+        return (
+            f"{start}plain tensor; pass the rows of this rank, {name}.to_local(), beside those of "
+            "every other argument (only where another dimension than the rows is cut "
+            f"{name}.full_tensor(), on every rank)"
+        )
+    partial = ", ".join(["Partial()"] * len(x.placements))
+    return (
+        f"{start}plain tensor. Under FSDP2 call it inside the forward of the module that owns the "
+        "weight, where hooks have unsharded it. Otherwise pass "
+        f"{name}.full_tensor(grad_placements=[{partial}]), which adds the ranks' gradients: leave "
+        "out the world-size factor. Partial() is for a mesh dimension along which ranks hold other "
+        "tokens; where they hold the same tokens it is Replicate()"
+    )
 
 
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
@@ -719,12 +794,22 @@ def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
+def _check_dims(**tensors: tuple[Tensor, int]) -> None:
+    for name, (x, dims) in tensors.items():
+        if x.dim() != dims:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected {dims} dimensions: flatten batch "
+                "and time first"
+            )
+
+
 def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
     _check_plain(name, x)
     _check_shape(name, x, like.shape)
-    if not x.is_floating_point() or x.device != like.device:
+    if x.dtype not in FLOATS or x.device != like.device:
         raise ValueError(
-            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}"
+            f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}: "
+            ".to() makes one"
         )
     if x.requires_grad:
         raise ValueError(
@@ -769,21 +854,27 @@ def _sequence_weight(
                 f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
                 "move one"
             )
-    elif not 0 < denominator < math.inf:
+        if denominator.dtype is torch.bool or denominator.is_complex():
+            raise ValueError(f"denominator: got {denominator.dtype}, expected a float or int dtype")
+        if denominator.requires_grad:
+            raise ValueError("denominator requires grad, but is a constant here: detach it")
+        return torch.ones_like(advantage_S) / denominator
+    _check_number("denominator", denominator, "a positive number or a 0-dim tensor")
+    if not 0 < denominator < math.inf:
         raise ValueError(f"denominator: got {denominator}, expected a positive number")
     return torch.ones_like(advantage_S) / denominator
 
 
 def _check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:
+    for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
+        _check_plain(name, x)
+        if x.device != targets_T.device:
+            raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     if advantage_S.dim() != 1:
         raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
     _check_constant("advantage_S", advantage_S, advantage_S)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
-    for name, x in (("cu_seqlens", cu_seqlens), ("advantage_S", advantage_S)):
-        _check_plain(name, x)
-        if x.device != targets_T.device:
-            raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
 
 
