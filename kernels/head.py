@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
 
@@ -273,10 +274,6 @@ class OnePass(torch.autograd.Function):
         ]
         return *grads, *[None] * (len(Inputs._fields) + 1)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(NO_TRANSFORMS)
-
 
 def _check_one(grad_loss: Tensor) -> None:
     message = (
@@ -285,6 +282,8 @@ def _check_one(grad_loss: Tensor) -> None:
     )
     if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
         torch.ops.aten._assert_async.msg(grad_loss == 1, message)
+    elif _is_batched(grad_loss):
+        raise ValueError(message)
     else:
         check(grad_loss == 1, message)
 
@@ -392,10 +391,6 @@ class Recompute(torch.autograd.Function):
         else:
             grads = _logprob_backward(inputs, ctx.selection, upstream_T, needs, ctx.settings)
         return *grads, *nothing
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(NO_TRANSFORMS)
 
 
 # --- the ops ------------------------------------------------------------------------------------
@@ -544,11 +539,15 @@ NO_TRANSFORMS = (
 
 
 def refuse_transforms(x: Tensor) -> None:
-    """RuntimeError for a tensor of torch.func; torch's own words name setup_context."""
+    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
+
+    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
+    """
     if torch.compiler.is_compiling():
         return
-    probe = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    if probe is not None and probe(x):
+    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    dual = getattr(forward_ad, "_current_level", -1) >= 0
+    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
         raise RuntimeError(NO_TRANSFORMS)
 
 

@@ -12,6 +12,7 @@ import torch
 from test_losses import CHUNK, CU, DEVICES, D, Recorder, T, V, assert_close, gradients, head_case
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vpgea_fast.kernels import head
@@ -390,6 +391,242 @@ def test_a_graph_that_is_kept_keeps_its_gradients(private, monkeypatch):
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
     head._probes.cache_clear()
+
+
+# --- autocast: the operands in its dtype, the gradients in their tensor's -----------------------
+
+
+def under_autocast(call, dtype=torch.bfloat16, enabled=True):
+    def inside(x, **options):
+        with torch.autocast(x["hidden"].device.type, dtype, enabled=enabled):
+            return call(x, **options)
+
+    return inside
+
+
+def cast(x, dtype):
+    """The float32 leaves as leaves of `dtype`, what a user would write by hand; not the bias."""
+    names = ("hidden", "hidden_prior", "weight")
+    return {k: v.detach().to(dtype).requires_grad_() if k in names else v for k, v in x.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("call", CALLS)
+def test_operands_follow_autocast(call, backend, dtype):
+    """Bit for bit the call with operands cast by hand; but dX and dW come in float32."""
+    x = inputs_of()  # `whole`: a factor would scale a bfloat16 gradient that is rounded already
+    got = run(under_autocast(call, dtype), x, whole, backend=backend)
+    expected = run(call, cast(x, dtype), whole, backend=backend)
+    assert all(v.dtype in (torch.float32, torch.bool) for v in got)
+    compare([v.to(e.dtype) for v, e in zip(got, expected, strict=True)], expected, budget=0)
+    plain = run(call, x, whole, backend=backend)
+    assert not all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("call", ["one pass", "recompute"])
+def test_autocast_never_rounds_dweight(call, dtype):
+    """The gradient of a float32 weight is the float32 sum itself, as `dweight_out` holds it."""
+    x = inputs_of()
+    y = cast(x, dtype)
+    weighted_logprob_loss(y["hidden"], y["weight"], y["targets"], y["coef"], dweight_out=y["sink"])
+    with torch.autocast("cpu", dtype):
+        if call == "one pass":
+            loss = weighted(x).loss
+        else:
+            logp_T = linear_logprob(x["hidden"], x["weight"], x["targets"], chunk_bytes=CHUNK).logp
+            loss = (x["coef"] * logp_T).sum()
+    (dweight_VD,) = gradients(loss, x["weight"])
+    assert dweight_VD.dtype is torch.float32
+    assert_close((dweight_VD,), (y["sink"],), 1e-6)
+    assert not torch.equal(dweight_VD, dweight_VD.to(dtype).float())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_autocast_leaves_float64_and_can_be_turned_off(call):
+    """As in F.linear: float64 is no operand of autocast; `enabled=False` inside ends it."""
+    loss = whole if call is weighted_into_a_sink else scaled
+    for dtype, inner in (
+        (torch.float64, call),
+        (torch.float32, under_autocast(call, enabled=False)),
+    ):
+        x = inputs_of(dtype)
+        compare(run(under_autocast(inner), x, loss), run(call, x, loss), budget=0)
+
+
+@pytest.mark.parametrize("pair", [("bfloat16", "float32"), ("float32", "float16")])
+def test_autocast_takes_operands_of_two_dtypes(pair):
+    """A half-precision hidden state over a float32 weight, or the reverse."""
+    hidden, weight = (getattr(torch, name) for name in pair)
+    x = inputs_of()
+    x["hidden"] = x["hidden"].detach().to(hidden).requires_grad_()
+    x["weight"] = x["weight"].detach().to(weight).requires_grad_()
+    with pytest.raises(ValueError, match="cast one of them"):
+        weighted(x)
+    for call in (weighted, logprob, two_streams, vpgea):
+        got = run(under_autocast(call), x, whole)
+        expected = run(call, cast(x, torch.bfloat16), whole)
+        values = len(got) - (4 if call in (two_streams, vpgea) else 3)
+        ours = [weight if g.shape == (V, D) else hidden for g in got[values:-1]]
+        if call in (two_streams, vpgea):
+            ours[1] = torch.float32  # hidden_prior, which was not cast
+        assert [g.dtype for g in got[values:-1]] == ours
+        for mine, theirs in zip(got, expected, strict=True):
+            # By way of float16: rounded twice, and bfloat16's smallest are its subnormals.
+            rtol, atol = (2.0**-7, 1e-7) if mine.dtype is torch.float16 else (0, 0)
+            torch.testing.assert_close(mine.to(theirs.dtype), theirs, rtol=rtol, atol=atol)
+    x["weight"] = x["weight"].detach().double()
+    with pytest.raises(ValueError, match="float64"):
+        under_autocast(weighted)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_agrees_with_eager(dtype):
+    """F.linear and log_softmax under the same autocast, whose logits are rounded.
+
+    A logit is off by u |z|, so logp by 2 u max|z| and p_v by a factor exp(that). dz is rounded
+    once more on either side; its product with the weight is rounded by eager's output.
+    """
+    x, unit = inputs_of(), torch.finfo(dtype).eps / 2
+    hidden_TD, weight_VD, coef_T = x["hidden"], x["weight"], x["coef"]
+    targets_T = x["classes"]
+    with torch.autocast("cpu", dtype):
+        ours = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T)
+        logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD)
+        eager_T = logits_TV.float().log_softmax(1).gather(1, targets_T[:, None]).squeeze(1)
+    assert logits_TV.dtype is dtype
+    slack_T1 = 2.02 * unit * logits_TV.float().abs().amax(1, keepdim=True) + 1e-5
+    assert ((ours.logp - eager_T).abs() <= slack_T1.squeeze(1))[coef_T != 0].all()
+    p_TV = logits_TV.float().softmax(1)
+    dz_TV = coef_T[:, None] * (torch.nn.functional.one_hot(targets_T, V) - p_TV)
+    off = (coef_T[:, None] * p_TV * slack_T1.expm1()).norm() + 2.02 * unit * dz_TV.norm()
+    mine = gradients(ours.loss, hidden_TD, weight_VD)
+    theirs = gradients((coef_T * eager_T).sum(), hidden_TD, weight_VD)
+    factors = [torch.linalg.matrix_norm(m, 2) for m in (weight_VD, hidden_TD)]
+    for a, b, factor in zip(mine, theirs, factors, strict=True):
+        assert (a - b).norm() <= 1.01 * (off * factor + unit * (b.norm() + a.norm()))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_under_autocast(call):
+    """One graph with autocast around the compiled call, and inside it: the eager bits."""
+    x, inside = inputs_of(), under_autocast(call)
+    loss = whole if call is weighted_into_a_sink else scaled
+    expected = run(inside, x, loss)
+    for place in ("inside", "outside"):
+        torch._dynamo.reset()
+        traced = inside if place == "inside" else call
+        compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
+        compare(
+            run(compiled if place == "inside" else under_autocast(compiled), x, loss),
+            expected,
+            budget=0,
+        )
+
+
+def test_autocast_without_values():
+    """Fake tensors have the shapes and dtypes of real ones; meta has no autocast and says so."""
+    x = inputs_of()
+    for call in (under_autocast(weighted_all), under_autocast(logprob_all)):
+        with FakeTensorMode() as mode:
+            y = {name: mode.from_tensor(v) if torch.is_tensor(v) else v for name, v in x.items()}
+            fake = run(call, y, whole)
+        for real, shape in zip(run(call, x, whole), fake, strict=True):
+            assert (real.shape, real.dtype) == (shape.shape, shape.dtype)
+
+
+@pytest.mark.parametrize("call", [weighted, logprob])
+def test_autocast_keeps_no_second_weight(call):
+    """One cast of the weight a pass, and none of them outlives it."""
+
+    class Casts(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+                self.made += out.shape == (V, D) and args[0].dtype is torch.float32
+            return out
+
+    x, saved = inputs_of(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, Casts() as casts:
+        loss = whole(tuple(vars(under_autocast(call)(x)).values()) if call is weighted
+                     else under_autocast(call)(x))  # fmt: skip
+        forward = casts.made
+        gradients(loss, x["weight"])
+    assert (forward, casts.made) == ((1, 1) if call is weighted else (1, 2))
+    assert not any(t.dtype is torch.bfloat16 for t in saved)
+
+
+# --- gradients of many gradients, transforms ----------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_batched_gradients_of_logprob(backend):
+    """is_grads_batched, and so a vectorised Jacobian: each slice as if it came alone."""
+    x = inputs_of(torch.float64)
+    leaves = x["hidden"], x["weight"], x["bias"]
+    out = linear_logprob(*leaves[:2], x["targets"], bias=leaves[2], return_entropy=True,
+                         backend=backend)  # fmt: skip
+    up_3T = [torch.randn(3, T, dtype=torch.float64) for _ in range(3)]
+    values = out.logp, out.lse, out.entropy
+    got = torch.autograd.grad(values, leaves, up_3T, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        alone = torch.autograd.grad(values, leaves, [g[i] for g in up_3T], retain_graph=True)
+        compare([g[i] for g in got], alone, budget=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_the_backward():
+    """torch.func.vmap around autograd.grad: torch's loop over the op, and its warning."""
+    x = inputs_of(torch.float64)
+    logp_T = linear_logprob(x["hidden"], x["weight"], x["targets"]).logp
+    up_3T = torch.randn(3, T, dtype=torch.float64)
+
+    def backward(g_T):
+        return torch.autograd.grad(logp_T, x["weight"], g_T, retain_graph=True)[0]
+
+    got = torch.func.vmap(backward)(up_3T)
+    assert torch.equal(got, torch.stack([backward(g_T) for g_T in up_3T]))
+
+
+def test_a_sink_takes_no_batch_of_gradients():
+    x = inputs_of()
+    loss = weighted_into_a_sink(x).loss
+    with pytest.raises(ValueError, match="into the coefficients"):
+        torch.autograd.grad(loss, x["hidden"], torch.ones(3), is_grads_batched=True)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, *x.shape)),
+}
+
+
+def forward_mode(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("transform", [*TRANSFORMS.values(), forward_mode],
+                         ids=[*TRANSFORMS, "forward mode"])  # fmt: skip
+@pytest.mark.parametrize("call", [weighted, logprob, two_streams, vpgea])
+def test_transforms_are_refused_in_words(call, transform):
+    x = inputs_of()
+
+    def loss(hidden_TD):
+        out = call({**x, "hidden": hidden_TD})
+        return out[0] if isinstance(out, tuple) else out.loss
+
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        transform(loss, x["hidden"].detach())
 
 
 def test_batched_upstream_gradients():

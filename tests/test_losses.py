@@ -6,15 +6,18 @@ logits and the logit gradient rounded once to bf16.
 """
 
 import math
+import re
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -675,22 +678,6 @@ def test_tied_embeddings_receive_both_gradients():
     assert_close(gradients(ours, weight_VD), gradients(truth, weight_VD), 1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_leaves_the_inputs_alone(backend):
-    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
-
-    def run():
-        loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend=backend).loss
-        logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, backend=backend).logp
-        return loss, *gradients(loss + logp_T.sum(), hidden_TD, weight_VD)
-
-    expected = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run()
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize("op", ["one pass", "recompute"])
 def test_backward_twice_and_double_backward_are_errors(op):
     hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
@@ -957,22 +944,145 @@ def test_a_dtensor_names_the_remedy(tmp_path):
             hidden, weight = (
                 distribute_tensor(x.detach(), mesh, [placement]) for x in (hidden_TD, weight_VD)
             )
-            with pytest.raises(ValueError, match=r"weight_VD is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"weight_VD is a DTensor.*grad_placements=\[Part"):
                 weighted_logprob_loss(hidden_TD, weight, targets_T, coef_T)
-            with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*hidden_TD.to_local\(\)"):
                 linear_logprob(hidden, weight_VD, targets_T)
             coef, sink = (
                 distribute_tensor(x, mesh, [placement])
                 for x in (coef_T, torch.zeros_like(weight_VD))
             )
-            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"coef_T is a DTensor.*coef_T.to_local\(\)"):
                 weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef)
             with pytest.raises(ValueError, match=r"dweight_out is a DTensor.*a plain buffer"):
                 weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, dweight_out=sink)
-            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*full_tensor"):
+            with pytest.raises(ValueError, match=r"hidden_prior is a DTensor.*to_local"):
                 two_stream_loss(hidden_TD, hidden, weight_VD, targets_T, targets_T, coef_T, coef_T)
     finally:
         dist.destroy_process_group()
+
+
+RANKS_TOKENS = 12
+
+
+def head_of_all_ranks():
+    """The same on every rank: what one process would have, float64."""
+    torch.manual_seed(3)
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(tokens=RANKS_TOKENS)
+    return hidden_TD, weight_VD, bias_V, targets_T, coef_T.double()
+
+
+def as_advised(name, call, plain):
+    """What the error about the DTensor `name` says to pass, evaluated."""
+    from torch.distributed.tensor import Partial
+
+    with pytest.raises(ValueError, match=f"{name} is a DTensor") as refused:
+        call()
+    words = r"pass .*?(\w+\.(?:to_local\(\)|full_tensor\(grad_placements=\[.*?\]\)))"
+    (advice,) = re.findall(words, str(refused.value))
+    return eval(advice, {name: plain, "Partial": Partial})
+
+
+def follow_the_advice(shape, by):
+    """Errors of dX, dW and db against one process, for DTensors on a mesh of this shape."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    with process_group():
+        mesh = init_device_mesh("cpu", shape)
+        hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_of_all_ranks()
+        truth = (coef_T * oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]).sum()
+        expected = gradients(truth, hidden_TD, weight_VD, bias_V)
+        # FSDP keeps a shard on the last dimension and copies along the ones before; data is cut
+        # over all of them.
+        laid_out = [Replicate()] * (len(shape) - 1) + [{"shard": Shard(0), "copy": Replicate()}[by]]
+        weight, bias = (distribute_tensor(x.detach(), mesh, laid_out).requires_grad_()
+                        for x in (weight_VD, bias_V))  # fmt: skip
+        data = [Shard(0)] * len(shape)
+        hidden = distribute_tensor(hidden_TD.detach(), mesh, data).requires_grad_()
+        targets, coef = (distribute_tensor(x, mesh, data) for x in (targets_T, coef_T))
+
+        def call(hidden, weight, targets, coef, bias):
+            return weighted_logprob_loss(hidden, weight, targets, coef, bias=bias).loss
+
+        h = as_advised("hidden_TD", lambda: call(hidden, weight_VD, targets, coef, None), hidden)
+        t = as_advised("targets_T", lambda: call(h, weight_VD, targets, coef, None), targets)
+        c = as_advised("coef_T", lambda: call(h, weight_VD, t, coef, None), coef)
+        w = as_advised("weight_VD", lambda: call(h, weight, t, c, None), weight)
+        b = as_advised("bias", lambda: call(h, w, t, c, bias), bias)
+        logp_T = linear_logprob(h, w, t, bias=b).logp
+        found = {}
+        for name, loss in (("one pass", call(h, w, t, c, b)), ("recompute", (c * logp_T).sum())):
+            got = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+            found[name] = [relative(g.full_tensor(), e) for g, e in zip(got, expected, strict=True)]
+        plain = torch.autograd.grad(call(h, weight.full_tensor(), t, c, None), weight)[0]
+        return found, relative(plain.full_tensor(), expected[1])
+
+
+@contextmanager
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def relative(got, truth):
+    return ((got - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("shape", "by"), [((2,), "shard"), ((2,), "copy"), ((2, 1), "shard"), ((2, 2), "shard")]
+)
+def test_the_advice_about_a_dtensor_gives_the_gradient_of_one_process(shape, by):
+    """Taken from the error and evaluated, for each argument; plain full_tensor() is far off."""
+    for found, plain in run_ranks(follow_the_advice, shape, by, size=math.prod(shape)):
+        for errors in found.values():
+            assert max(errors) < 1e-13
+        assert plain > 0.1
+
+
+def same_tokens_on_every_rank():
+    """Replicate() where the ranks hold the same tokens; and FSDP2's own hooks, which average."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    class Head(torch.nn.Linear):
+        def forward(self, hidden_TD, targets_T, coef_T):
+            return weighted_logprob_loss(
+                hidden_TD, self.weight, targets_T, coef_T, bias=self.bias
+            ).loss
+
+    with process_group():
+        mesh = init_device_mesh("cpu", (2,))
+        hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_of_all_ranks()
+        truth = (coef_T * oracle(hidden_TD, weight_VD, targets_T, bias=bias_V)[0]).sum()
+        _, dweight_VD, dbias_V = gradients(truth, hidden_TD, weight_VD, bias_V)
+        weight = distribute_tensor(weight_VD.detach(), mesh, [Shard(0)]).requires_grad_()
+        whole = weight.full_tensor(grad_placements=[Replicate()])
+        loss = weighted_logprob_loss(hidden_TD, whole, targets_T, coef_T, bias=bias_V).loss
+        alike = torch.autograd.grad(loss, weight)[0].full_tensor()
+        layer = Head(D, V, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(weight_VD)
+            layer.bias.copy_(bias_V)
+        fully_shard(layer, mesh=mesh)
+        mine = slice(mesh.get_rank(), None, 2)
+        layer(hidden_TD[mine], targets_T[mine], 2 * coef_T[mine]).backward()
+        gathered = [p.grad.full_tensor() for p in (layer.weight, layer.bias)]
+        return [
+            relative(g, e)
+            for g, e in zip((alike, *gathered), (dweight_VD, dweight_VD, dbias_V), strict=True)
+        ]
+
+
+def test_the_same_tokens_on_every_rank_and_the_hooks_of_fsdp():
+    for errors in run_ranks(same_tokens_on_every_rank):
+        assert max(errors) < 1e-13
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
