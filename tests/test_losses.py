@@ -13,6 +13,7 @@ import weakref
 from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -927,6 +928,111 @@ def test_bad_calls_say_what_to_do(name):
     changed, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         weighted_logprob_loss(**{**call, "coef_T": coef_T, **changed})
+
+
+def valid_calls():
+    """Each public function with a valid value for every argument."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(torch.float32)
+    head = {
+        "weight_VD": weight_VD,
+        "bias": bias_V,
+        "temperature": 0.9,
+        "softcap": 3.0,
+        "logit_scale": 1.1,
+        "ignore_index": -100,
+        "backend": "torch",
+        "rows": None,
+        "chunk_bytes": CHUNK,
+        "batch_invariant": False,
+        "validate": False,
+    }
+    rows = {"hidden_TD": hidden_TD, "targets_T": targets_T}
+    streams = {"hidden_post_TD": hidden_TD, "hidden_prior_UD": hidden_TD}
+    sink = {"dweight_out": torch.zeros(V, D)}
+    return {
+        linear_logprob: {**head, **rows, "return_entropy": True},
+        weighted_logprob_loss: {**head, **rows, **sink, "coef_T": coef_T},
+        two_stream_loss: {
+            **head,
+            **streams,
+            **sink,
+            "targets_post_T": targets_T,
+            "targets_prior_U": targets_T,
+            "coef_post_T": coef_T,
+            "coef_prior_U": coef_T,
+        },
+        vpgea_loss: {
+            **head,
+            **streams,
+            **sink,
+            "targets_T": targets_T,
+            "cu_seqlens": CU,
+            "advantage_S": ADVANTAGE,
+            "denominator": 4.0,
+            "weight_S": None,
+            "prior_index": None,
+            "beta": 0.5,
+        },
+    }
+
+
+HOSTILE = [
+    *(None, 1, 0, -1, 0.5, math.nan, math.inf, 10**30, 1e308, 5e-324, 1 + 2j, True, "text", [], {}),
+    *([1.0] * T, (1, 2), object(), numpy.float32(1), numpy.int64(1), numpy.zeros(T), torch.int32),
+    torch.nn.Linear(D, V),
+    torch.tensor(1.0, requires_grad=True),
+    *(
+        torch.zeros(shape).to(dtype)
+        for shape in [(), (0,), (1,), (T,), (V,), (6,), (T, D), (V, D), (1, T, D), (T, 1)]
+        for dtype in (torch.complex64, torch.float8_e4m3fn, torch.bool, torch.int16)
+    ),
+    *(torch.zeros(s, device="meta") for s in [(), (T,), (V,), (6,), (T, D), (V, D)]),
+    *(torch.zeros(s).to_sparse() for s in [(T,), (T, D), (V, D)]),
+    torch.nested.nested_tensor([torch.zeros(2, D), torch.zeros(T - 2, D)], layout=torch.jagged),
+    torch.zeros(T, D, dtype=torch.float16),
+    torch.zeros(V, D, dtype=torch.float64),
+    *(torch.ones(s, requires_grad=True) for s in [(T,), (6,)]),
+]
+
+
+@pytest.mark.parametrize(
+    "function", [linear_logprob, weighted_logprob_loss, two_stream_loss, vpgea_loss]
+)
+def test_any_argument_may_be_anything(function):
+    """A ValueError that names the argument, or a result that is a number; never another error."""
+    call = valid_calls()[function]
+    for name in call:
+        stem = re.sub("_[A-Z]+$", "", name)
+        refused = []
+        for value in HOSTILE:
+            instead = {"denominator": None} if name == "weight_S" and value is not None else {}
+            try:
+                out = function(**{**call, name: value, **instead})
+            except ValueError as error:
+                refused.append(str(error))
+            else:
+                values = [x for x in vars(out).values() if x is not None]
+                assert all(x.isfinite().all() for x in values), (name, value)
+        assert len(refused) >= len(HOSTILE) - 12, name
+        assert not [words for words in refused if stem not in words], name
+
+
+NO_TENSORS = {
+    "float": (0.5, r"got 0.5 \(float\), expected a tensor; pass torch.full\("),
+    "int": (1, r"got 1 \(int\), expected a tensor; pass torch.full\("),
+    "list": ([0.5] * T, r"\(list\), expected a tensor; pass torch.as_tensor\("),
+    "array": (numpy.zeros(T), r"\(ndarray\), expected a tensor; pass torch.as_tensor\("),
+    "nothing": (None, r"got None \(NoneType\), expected a tensor"),
+    "module": (torch.nn.Linear(D, V), r"\(Linear\), expected a tensor; pass the module's weight"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+@pytest.mark.parametrize("name", ["coef_T", "targets_T", "weight_VD", "hidden_TD"])
+def test_what_is_no_tensor_is_told_what_to_pass(name, kind):
+    value, message = NO_TENSORS[kind]
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        weighted_logprob_loss(**{**valid_calls()[weighted_logprob_loss], name: value})
 
 
 @pytest.mark.filterwarnings("ignore:.*redistribute:UserWarning")

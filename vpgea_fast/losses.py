@@ -234,7 +234,8 @@ def linear_logprob(
         batch_invariant=batch_invariant,
         validate=validate,
     )
-    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, bool(return_entropy), settings)
+    _check_flag("return_entropy", return_entropy)
+    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, return_entropy, settings)
     return LogprobOutput(logp_T, lse_T, entropy_T)
 
 
@@ -380,16 +381,16 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
+    _check_matrix("hidden_post_TD", hidden_post_TD, "(T, D): flatten batch and time first")
+    _check_matrix("hidden_prior_UD", hidden_prior_UD, "(U, D): flatten batch and time first")
     _check_plain("targets_T", targets_T)
-    _check_plain("hidden_prior_UD", hidden_prior_UD)
-    _check_dims(targets_T=(targets_T, 1), hidden_prior_UD=(hidden_prior_UD, 2))
+    _check_targets("targets_T", targets_T, "hidden_post_TD", hidden_post_TD)
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
+    _check_flag("validate", options.get("validate", False))
     _check_sequences(cu_seqlens, advantage_S, targets_T)
     advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
-    _check_number("beta", beta, "a finite number >= 0")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
+    _check_number("beta", beta, "a finite number >= 0", low=0, high=FLOAT32.max)
     if prior_index is not None:
         _check_prior_index(prior_index, cu_seqlens)
     elif prior_tokens != tokens:
@@ -408,7 +409,7 @@ def vpgea_loss(
         prior_index,
         denominator if isinstance(denominator, Tensor) else None,
         prior_tokens,
-        bool(options.get("validate", False)),
+        options.get("validate", False),
     )
     if prior_index is None:
         sequence_U, targets_U = sequence_T, targets_T
@@ -455,25 +456,24 @@ def _weighted_streams(
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """`weighted_logprob_loss` of [posterior; prior]."""
-    _check_plain("weight_VD", weight_VD)
-    for name, hidden_RD, targets_R, coef_R in zip(
-        ("post", "prior"), hidden, targets, coef, strict=True
-    ):
-        _check_plain(f"hidden_{name}", hidden_RD)
-        _check_plain(f"targets_{name}", targets_R)
-        _check_plain(f"coef_{name}", coef_R)
+    _check_matrix("weight_VD", weight_VD, "(V, D): gather a sharded one")
+    for name, *tensors in zip(("post", "prior"), hidden, targets, coef, strict=True):
+        named = zip(("hidden", "targets", "coef"), tensors, strict=True)
+        for label, x in ((f"{kind}_{name}", x) for kind, x in named):
+            _check_plain(label, x)
+            if x.device != weight_VD.device:
+                raise ValueError(
+                    f"{label} is on {x.device}, weight_VD on {weight_VD.device}: move one"
+                )
+        hidden_RD, targets_R, coef_R = tensors
         alike = hidden_RD.dtype == weight_VD.dtype or _autocast(hidden_RD, weight_VD) is not None
-        if not alike or hidden_RD.dim() != 2 or hidden_RD.shape[1:] != weight_VD.shape[1:]:
+        if not alike or hidden_RD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
             raise ValueError(
                 f"hidden_{name}: got {hidden_RD.dtype} {tuple(hidden_RD.shape)}, expected "
-                f"{weight_VD.dtype} (rows, {weight_VD.shape[-1]}) as in weight_VD: cast or flatten"
+                f"{weight_VD.dtype} (rows, {weight_VD.shape[1]}) as in weight_VD: cast or flatten"
             )
-        if hidden_RD.device != weight_VD.device:
-            raise ValueError(
-                f"hidden_{name} is on {hidden_RD.device}, weight_VD on {weight_VD.device}: move one"
-            )
-        _check_shape(f"targets_{name}", targets_R, (hidden_RD.shape[0],))
-        _check_shape(f"coef_{name}", coef_R, (hidden_RD.shape[0],))
+        _check_targets(f"targets_{name}", targets_R, f"hidden_{name}", hidden_RD)
+        _check_constant(f"coef_{name}", coef_R, targets_R)
     return weighted_logprob_loss(
         torch.cat(hidden),
         weight_VD,
@@ -662,8 +662,9 @@ def _autocast(*operands: Tensor) -> torch.dtype | None:
 def _check_tensors(inputs: Inputs) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
+    optional = ("bias", "temperature", "rows")
     for name, x in zip(names, inputs, strict=True):
-        if x is None:
+        if x is None and name in optional:
             continue
         _check_plain(name, x)
         if x.device != hidden_TD.device:
@@ -683,9 +684,7 @@ def _check_tensors(inputs: Inputs) -> None:
         )
     if weight_VD.shape[0] < 2:
         raise ValueError(f"weight_VD: got V = {weight_VD.shape[0]}, expected at least 2 classes")
-    if targets_T.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"targets_T: got {targets_T.dtype}, expected int64 or int32")
-    _check_shape("targets_T", targets_T, (hidden_TD.shape[0],))
+    _check_targets("targets_T", targets_T, "hidden_TD", hidden_TD)
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
         _check_float("bias", bias)
@@ -696,36 +695,64 @@ def _check_tensors(inputs: Inputs) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    temperature, softcap, logit_scale, ignore_index = settings[:4]
-    _check_number("temperature", temperature, "a positive number or a (T,) tensor")
-    if softcap is not None:
-        _check_number("softcap", softcap, "a positive number or None")
-    _check_number("logit_scale", logit_scale, "a finite number")
-    _check_number("ignore_index", ignore_index, "an int", whole=True)
+    positive = {"low": FLOAT32.tiny, "high": FLOAT32.max}
+    _check_number("temperature", settings.temperature, "a positive number or (T,)", **positive)
+    if settings.softcap is not None:
+        _check_number("softcap", settings.softcap, "a positive number or None", **positive)
+    finite = {"low": -FLOAT32.max, "high": FLOAT32.max}
+    _check_number("logit_scale", settings.logit_scale, "a finite number", **finite)
+    _check_number("ignore_index", settings.ignore_index, "an int", whole=True, low=-(1 << 63))
     if settings.chunk_bytes is not None:
-        _check_number("chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True)
-    # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, expected a positive number or (T,)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: got {softcap}, expected a positive number or None")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
-    if settings.chunk_bytes is not None and settings.chunk_bytes <= 0:
-        raise ValueError(
-            f"chunk_bytes: got {settings.chunk_bytes}, expected a positive int or None"
+        _check_number(
+            "chunk_bytes", settings.chunk_bytes, "a positive int or None", whole=True, low=1
         )
+    if not isinstance(settings.backend, str):
+        raise ValueError(f"backend: got {_told(settings.backend)}, expected a name such as 'auto'")
+    _check_flag("batch_invariant", settings.batch_invariant)
+    _check_flag("validate", settings.validate)
 
 
-def _check_number(name: str, x: Any, expected: str, *, whole: bool = False) -> None:
-    """The ops take these as Python numbers; a bool would be read as 0 or 1."""
+FLOAT32 = torch.finfo(torch.float32)
+INT64 = (1 << 63) - 1
+
+
+def _check_number(
+    name: str, x: Any, expected: str, *, low: float, high: float = INT64, whole: bool = False
+) -> None:
+    """The ops take these as Python numbers; a bool would be read as 0 or 1. Beyond `low` and `high`
+    float32 has 0 or inf, and the loss NaN."""
     kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(x, kinds) or isinstance(x, bool):
-        got, remedy = repr(x), "convert it, or leave it out for the default"
+        got, remedy = _told(x), "convert it, or leave it out for the default"
         if isinstance(x, Tensor):
             convert = "int" if whole else "float"
             got, remedy = "a Tensor", f"pass {convert}({name}), on CUDA made outside the step"
         raise ValueError(f"{name}: got {got}, expected {expected}; {remedy}")
+    # Comparisons, which NaN fails: torch.compile does not trace math.isfinite of a dynamic float.
+    if not low <= x <= (min(high, INT64) if isinstance(x, int) else high):
+        raise ValueError(f"{name}: got {x}, expected {expected}, from {low} to {high}")
+
+
+def _check_flag(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise ValueError(f"{name}: got {_told(x)}, expected True or False: pass bool(...) of it")
+
+
+def _check_matrix(name: str, x: Any, expected: str) -> None:
+    _check_plain(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+
+
+def _check_targets(name: str, targets_T: Tensor, rows: str, hidden_TD: Tensor) -> None:
+    if targets_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: got {targets_T.dtype}, expected int64 or int32: .long()")
+    expected = (hidden_TD.shape[0],)
+    if tuple(targets_T.shape) != expected:
+        raise ValueError(
+            f"{name}: got shape {tuple(targets_T.shape)}, expected {expected}, one for each row "
+            f"of {rows}"
+        )
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -747,7 +774,8 @@ def _check_plain(name: str, x: Any, instead: str = "") -> None:
             remedy = "torch.full((T,), value), one value for each token (or sequence)"
         elif isinstance(x, torch.nn.Module):
             remedy = "the module's weight"
-        raise ValueError(f"{name}: got {_told(x)}, expected a tensor; pass {remedy}")
+        kind = type(x).__name__
+        raise ValueError(f"{name}: got {_told(x)} ({kind}), expected a tensor; pass {remedy}")
     if hasattr(x, "device_mesh"):
         raise ValueError(_dtensor_advice(name, x, instead))
     if x.layout is not torch.strided:
@@ -759,9 +787,9 @@ def _check_plain(name: str, x: Any, instead: str = "") -> None:
 
 
 def _told(x: Any) -> str:
-    """'1.0 (float)': a value that may be long, in a message."""
-    text = repr(x).replace("\n", " ")
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(x).__name__})"
+    """A value that may be long, in a message of one line."""
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _dtensor_advice(name: str, x: Any, instead: str) -> str:
@@ -792,15 +820,6 @@ def _dtensor_advice(name: str, x: Any, instead: str) -> str:
 def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
-
-
-def _check_dims(**tensors: tuple[Tensor, int]) -> None:
-    for name, (x, dims) in tensors.items():
-        if x.dim() != dims:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected {dims} dimensions: flatten batch "
-                "and time first"
-            )
 
 
 def _check_constant(name: str, x: Tensor, like: Tensor) -> None:
@@ -854,14 +873,13 @@ def _sequence_weight(
                 f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
                 "move one"
             )
-        if denominator.dtype is torch.bool or denominator.is_complex():
-            raise ValueError(f"denominator: got {denominator.dtype}, expected a float or int dtype")
+        if denominator.dtype not in (*FLOATS, torch.int32, torch.int64):
+            raise ValueError(f"denominator: got {denominator.dtype}, expected a float or int64")
         if denominator.requires_grad:
             raise ValueError("denominator requires grad, but is a constant here: detach it")
         return torch.ones_like(advantage_S) / denominator
-    _check_number("denominator", denominator, "a positive number or a 0-dim tensor")
-    if not 0 < denominator < math.inf:
-        raise ValueError(f"denominator: got {denominator}, expected a positive number")
+    expected = "a positive number or a 0-dim tensor"
+    _check_number("denominator", denominator, expected, low=FLOAT32.tiny, high=FLOAT32.max)
     return torch.ones_like(advantage_S) / denominator
 
 
