@@ -36,6 +36,7 @@ Rules that hold for all four functions:
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
@@ -388,7 +389,9 @@ def vpgea_loss(
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     _check_flag("validate", options.get("validate", False))
     _check_sequences(cu_seqlens, advantage_S, targets_T)
-    advantage_S = advantage_S.to(torch.promote_types(advantage_S.dtype, torch.float32))
+    advantage_S = advantage_S.to(
+        torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
+    )
     weight_S = _sequence_weight(advantage_S, denominator, weight_S)
     _check_number("beta", beta, "a finite number >= 0", low=0, high=FLOAT32.max)
     if prior_index is not None:
@@ -474,11 +477,14 @@ def _weighted_streams(
             )
         _check_targets(f"targets_{name}", targets_R, f"hidden_{name}", hidden_RD)
         _check_constant(f"coef_{name}", coef_R, targets_R)
+    with _without_autocast(weight_VD):  # a CPU's takes no float16 and no float64 in cat
+        both = [torch.cat(pair) for pair in (hidden, targets, coef)]
+    hidden_RD, targets_R, coef_R = both
     return weighted_logprob_loss(
-        torch.cat(hidden),
+        hidden_RD,
         weight_VD,
-        torch.cat(targets),
-        torch.cat(coef),
+        targets_R,
+        coef_R,
         dweight_out=dweight_out,
         **options,
     )
@@ -652,11 +658,18 @@ def _inputs(
 def _autocast(*operands: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives the operands of a GEMM; None where it leaves them alone."""
     kind = operands[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    if any(x.dtype is torch.float64 for x in operands):
+    if not _autocast_on(kind) or any(x.dtype is torch.float64 for x in operands):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def _autocast_on(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else nullcontext()
 
 
 def _check_tensors(inputs: Inputs) -> None:
