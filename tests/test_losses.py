@@ -1419,6 +1419,147 @@ def test_bad_vpgea_calls_say_what_to_do(name):
         vpgea_loss(post_TD, prior_UD, weight_VD, targets_T, **call)
 
 
+# --- any valid call -----------------------------------------------------------------------------
+
+
+def laid_out(x, how):
+    """The same values in another layout: a slice, a view with an offset, transposed, expanded."""
+    if how == "slice":
+        wide = x.new_full([2 * n for n in x.shape], 7).to(x.dtype)
+        view = wide[tuple(slice(0, None, 2) for _ in x.shape)]
+        return view.copy_(x)
+    if how == "offset":
+        return torch.cat((x.new_full((3,), 7), x.reshape(-1)))[3:].view(x.shape)
+    if how == "transposed":
+        return x.mT.contiguous().mT if x.dim() == 2 else x
+    return x[:1].expand(x.shape) if how == "expanded" else x.clone()
+
+
+LAYOUTS = st.sampled_from(["dense", "slice", "offset", "transposed", "expanded"])
+HALVES = [torch.float16, torch.bfloat16]
+SINGLE = [*HALVES, torch.float32]
+
+
+@st.composite
+def any_call(draw):
+    """Hidden, weight, bias or None, targets, coefficients, dead rows, options, autocast's dtype."""
+    torch.manual_seed(draw(st.integers(0, 1 << 30)))
+    tokens, width, classes = (draw(st.sampled_from(n)) for n in ([0, 1, 2, 9], [1, 5], [2, 3, 67]))
+    dtype = draw(st.sampled_from([torch.float64, *SINGLE]))
+    autocast = draw(st.sampled_from([None, *HALVES]))
+    dtypes = [dtype, dtype]
+    if autocast is not None and dtype is not torch.float64:
+        dtypes = [draw(st.sampled_from(SINGLE)) for _ in range(2)]
+    layout = [draw(LAYOUTS) for _ in range(5)]
+    hidden_TD = laid_out(torch.randn(tokens, width).to(dtypes[0]), layout[0])
+    weight_VD = laid_out(torch.randn(classes, width).to(dtypes[1]), layout[1])
+    bias_V = None
+    if draw(st.booleans()):
+        bias_V = laid_out(torch.randn(classes).to(draw(st.sampled_from(SINGLE))), layout[2])
+    ignore_index = draw(st.sampled_from([-100, -1, 0, classes]))
+    targets_T = torch.randint(
+        0, classes, (tokens,), dtype=draw(st.sampled_from([torch.int32, torch.int64]))
+    )
+    coef_T = torch.randn(tokens).to(draw(st.sampled_from([torch.float64, *SINGLE])))
+    share = draw(st.sampled_from([0.0, 0.4, 1.0]))
+    targets_T[torch.rand(tokens) < share] = ignore_index
+    coef_T[torch.rand(tokens) < share] = 0.0
+    targets_T, coef_T = laid_out(targets_T, layout[3]), laid_out(coef_T, layout[4])
+    dead_T = (targets_T == ignore_index) | (coef_T == 0)
+    rows = torch.randperm(tokens)[: draw(st.integers(0, tokens))] if draw(st.booleans()) else None
+    if rows is not None:
+        dead_T = dead_T | ~torch.zeros(tokens, dtype=torch.bool).index_fill(0, rows, True)
+    if layout[0] != "expanded":
+        hidden_TD[dead_T] = math.nan
+    options = {
+        "softcap": draw(st.sampled_from([None, 2.5])),
+        "logit_scale": draw(st.sampled_from([1, 0.4, -1.5, 0])),
+        "temperature": draw(st.sampled_from([1, 0.7, torch.rand(tokens) + 0.5])),
+        "ignore_index": ignore_index,
+    }
+    backend = draw(st.sampled_from(BACKENDS))
+    more = {
+        "rows": rows,
+        "backend": backend,
+        "chunk_bytes": draw(st.sampled_from([None, 1, CHUNK])),
+    }
+    tensors = hidden_TD, weight_VD, bias_V, targets_T, coef_T, dead_T
+    return tensors, options, more, autocast
+
+
+@settings(max_examples=150)
+@given(any_call(), st.sampled_from(["one pass", "two streams", "recompute"]), st.data())
+def test_any_valid_call(call, op, data):
+    """Values and gradients against float64 autograd, in every mode and every layout.
+
+    Budgets: those of this file, of the coarser of operand and gradient, times the largest
+    coefficient: a row whose gradient cancels keeps the noise of its terms.
+    """
+    (hidden_TD, weight_VD, bias_V, targets_T, coef_T, dead_T), options, more, dtype = call
+    mode = data.draw(st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode]))
+    given = [x for x in (hidden_TD, weight_VD, bias_V) if x is not None]
+    leaves = [x for x in given if x.requires_grad_(data.draw(st.booleans())).requires_grad]
+    if hidden_TD.dtype is torch.float64:
+        dtype = None
+    operand = dtype or hidden_TD.dtype
+    exact = [
+        x.detach().to(operand if x is not bias_V else x.dtype).double().requires_grad_()
+        for x in given
+    ]
+    hidden, weight, bias = (*exact, None)[:3]
+    truth_T = oracle(
+        hidden.masked_fill(dead_T[:, None], 0.0),
+        weight,
+        targets_T.masked_fill(dead_T, options["ignore_index"]),
+        bias=bias,
+        **options,
+    )[0]
+    live_T = coef_T.double().masked_fill(dead_T, 0.0)
+    cut = data.draw(st.integers(0, len(targets_T)))
+    with mode(), torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        if op == "one pass":
+            out = weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T, bias=bias_V, **options, **more
+            )
+            loss = out.loss
+            assert torch.equal(out.kept, ~dead_T)
+        elif op == "two streams":
+            pairs = [(x[:cut], x[cut:]) for x in (hidden_TD, targets_T, coef_T)]
+            loss = two_stream_loss(
+                *pairs[0], weight_VD, *pairs[1], *pairs[2], bias=bias_V, **options, **more
+            ).loss
+        else:
+            clean_T = targets_T.masked_fill(dead_T, options["ignore_index"])
+            loss = (
+                live_T
+                * linear_logprob(hidden_TD, weight_VD, clean_T, bias=bias_V, **options, **more).logp
+            ).sum()
+    budget = 1e-5 if operand is not torch.float64 else 1e-12
+    assert (loss - (live_T * truth_T).sum()).abs() <= budget * (live_T.abs() * (1 - truth_T)).sum()
+    assert loss.requires_grad == (mode is torch.enable_grad and bool(leaves))
+    if not loss.requires_grad:
+        return
+    factor = data.draw(st.sampled_from([1.0, -0.3]))
+    wanted = torch.autograd.grad(factor * (live_T * truth_T).sum(), exact)
+    for keep in (True, False):
+        found = dict(
+            zip(leaves, torch.autograd.grad(factor * loss, leaves, retain_graph=keep), strict=True)
+        )
+        for x, truth in zip(given, wanted, strict=True):
+            if x not in found:
+                continue
+            assert found[x].dtype == x.dtype
+            near = 4 * max(BUDGET[operand], BUDGET[x.dtype])
+            torch.testing.assert_close(
+                found[x].double(),
+                truth,
+                rtol=near,
+                atol=near * float(live_T.abs().amax() if len(live_T) else 0),
+            )
+            if x is hidden_TD:
+                assert not found[x][dead_T].any()
+
+
 @pytest.mark.gpu
 def test_a_target_out_of_range_stops_the_device():
     """Without `validate` nothing waits: the assertion ends the process at its next look at CUDA."""
