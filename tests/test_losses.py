@@ -1157,7 +1157,11 @@ def same_tokens_on_every_rank():
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    class Head(torch.nn.Linear):
+    class Head(torch.nn.Module):
+        def __init__(self, weight_VD, bias_V):
+            super().__init__()
+            self.weight, self.bias = (torch.nn.Parameter(x.detach()) for x in (weight_VD, bias_V))
+
         def forward(self, hidden_TD, targets_T, coef_T):
             return weighted_logprob_loss(
                 hidden_TD, self.weight, targets_T, coef_T, bias=self.bias
@@ -1172,10 +1176,7 @@ def same_tokens_on_every_rank():
         whole = weight.full_tensor(grad_placements=[Replicate()])
         loss = weighted_logprob_loss(hidden_TD, whole, targets_T, coef_T, bias=bias_V).loss
         alike = torch.autograd.grad(loss, weight)[0].full_tensor()
-        layer = Head(D, V, dtype=torch.float64)
-        with torch.no_grad():
-            layer.weight.copy_(weight_VD)
-            layer.bias.copy_(bias_V)
+        layer = Head(weight_VD, bias_V)
         fully_shard(layer, mesh=mesh)
         mine = slice(mesh.get_rank(), None, 2)
         layer(hidden_TD[mine], targets_T[mine], 2 * coef_T[mine]).backward()
@@ -1317,6 +1318,15 @@ def test_vpgea_loss_is_the_published_formula(backend, weights, held):
     assert_close((ours.logp_S,), (logp_S * (ADVANTAGE > 0),), 1e-12)
 
 
+def test_float32_advantages_of_float64_states_are_weighed_in_float64():
+    post_TD, weight_VD, _, targets_T, _ = head_case()
+    advantage_S = ADVANTAGE.float()
+    ours = vpgea_loss(post_TD, post_TD, weight_VD, targets_T, CU, advantage_S, denominator=3.0)
+    logq_T = oracle(post_TD, weight_VD, targets_T)[0].detach()
+    parts = zip(advantage_S.double(), logq_T.split(CU.diff().tolist()), strict=True)
+    assert_close((ours.loss,), (-sum(a * q.sum() for a, q in parts) / 3,), 1e-12)
+
+
 def test_reference_vpgea_loss_is_the_published_formula():
     post_TD, weight_VD, _, targets_T, _ = head_case()
     prior_TD = head_case()[0]
@@ -1405,6 +1415,15 @@ BAD_VPGEA = {
         {"denominator": torch.tensor(4.0, device="meta")},
         "denominator is on meta, advantage_S on cpu",
     ),
+    "endless denominator": ({"denominator": torch.tensor(math.inf)}, "positive and finite"),
+    "live denominator": ({"denominator": torch.tensor(4.0, requires_grad=True)}, "constant here"),
+    "bool denominator": ({"denominator": True}, "denominator: got True, expected a positive"),
+    "bool tensor": ({"denominator": torch.tensor(True)}, "denominator: got torch.bool"),
+    "tensor beta": ({"denominator": 4, "beta": torch.tensor(0.5)}, r"beta: got a Tensor.*float\("),
+    "list advantage": ({"denominator": 4, "advantage_S": [1.0]}, r"advantage_S: .*list.*as_tensor"),
+    "list bounds": ({"denominator": 4, "cu_seqlens": [0, T]}, r"cu_seqlens: .*list.*as_tensor"),
+    "list index": ({"denominator": 4, "prior_index": [0]}, r"prior_index: .*list.*as_tensor"),
+    "float weight": ({"weight_S": 0.25}, r"weight_S: got 0.25 \(float\).*torch.full"),
     "index dtype": ({"denominator": 4, "prior_index": torch.tensor([0.0])}, "int64"),
 }
 

@@ -677,10 +677,9 @@ def _check_tensors(inputs: Inputs) -> None:
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
     optional = ("bias", "temperature", "rows")
     for name, x in zip(names, inputs, strict=True):
-        if x is None and name in optional:
-            continue
-        _check_plain(name, x)
-        if x.device != hidden_TD.device:
+        if x is not None or name not in optional:
+            _check_plain(name, x)
+        if x is not None and x.device != hidden_TD.device:
             raise ValueError(f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}: move one")
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
@@ -708,12 +707,12 @@ def _check_tensors(inputs: Inputs) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    positive = {"low": FLOAT32.tiny, "high": FLOAT32.max}
-    _check_number("temperature", settings.temperature, "a positive number or (T,)", **positive)
+    tiny, huge = FLOAT32.tiny, FLOAT32.max
+    positive = "a positive number or "
+    _check_number("temperature", settings.temperature, f"{positive}(T,)", low=tiny, high=huge)
     if settings.softcap is not None:
-        _check_number("softcap", settings.softcap, "a positive number or None", **positive)
-    finite = {"low": -FLOAT32.max, "high": FLOAT32.max}
-    _check_number("logit_scale", settings.logit_scale, "a finite number", **finite)
+        _check_number("softcap", settings.softcap, f"{positive}None", low=tiny, high=huge)
+    _check_number("logit_scale", settings.logit_scale, "a finite number", low=-huge, high=huge)
     _check_number("ignore_index", settings.ignore_index, "an int", whole=True, low=-(1 << 63))
     if settings.chunk_bytes is not None:
         _check_number(
