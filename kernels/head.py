@@ -545,7 +545,8 @@ def refuse_transforms(x: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
     dual = getattr(forward_ad, "_current_level", -1) >= 0
     if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
         raise RuntimeError(NO_TRANSFORMS)

@@ -384,6 +384,7 @@ def vpgea_loss(
     """
     _check_matrix("hidden_post_TD", hidden_post_TD, "(T, D): flatten batch and time first")
     _check_matrix("hidden_prior_UD", hidden_prior_UD, "(U, D): flatten batch and time first")
+    _check_float("hidden_post_TD", hidden_post_TD)
     _check_plain("targets_T", targets_T)
     _check_targets("targets_T", targets_T, "hidden_post_TD", hidden_post_TD)
     tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
