@@ -421,7 +421,7 @@ def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys
         tmp_path / "some.jsonl", *rows, '{"question": "9 A+two", "answer": "\\\\frac{1}{"}\n'
     )
     strict = refusal(train("--data.train", data, "--data.bad_answer", "error"))
-    assert "some.jsonl, line 5: unparseable answer" in strict
+    assert "some.jsonl, line 5: answer not accepted" in strict
     long = jsonl(tmp_path / "long.jsonl", *rows, '{"question": "1 A+two B+two", "answer": "5"}\n')
     short = ["--data.train", long, "--data.max_prompt_tokens", 10]
     strict = refusal(train(*short, "--data.overlong", "error"))
@@ -430,7 +430,7 @@ def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys
     assert train("--data.train", data, run_dir=tmp_path / "a") == 0
     assert train(*short, run_dir=tmp_path / "b") == 0
     shown = capsys.readouterr().out
-    assert "4 questions, 1 dropped (unparseable answer)" in shown
+    assert "4 questions, 1 dropped (answer not accepted)" in shown
     assert "4 questions, 1 dropped (longer than 10 tokens)" in shown
     assert not (tmp_path / "run").exists()
 
@@ -682,12 +682,12 @@ def test_a_dry_run_drops_what_the_run_drops_and_names_it(train, tmp_path, capsys
     for more in (["--dry-run"], []):
         assert train(*words, *more) == 0
         shown = capsys.readouterr().out
-        assert "4 questions, 1 dropped (unparseable answer), 1 dropped (empty answer)" in shown
+        assert "4 questions, 1 dropped (answer not accepted), 1 dropped (empty answer)" in shown
         said.append([line for line in shown.splitlines() if line.startswith("dropped: ")])
         written.append(list_of_all.read_text())
         list_of_all.unlink()
     assert said[0] == said[1]
-    assert said[0][0] == f"dropped: {data}, line 5 ('row-5'): unparseable answer '\\\\frac{{1}}{{'"
+    assert said[0][0] == f"dropped: {data}, line 5 ('row-5'): answer not accepted '\\\\frac{{1}}{{'"
     assert written[0] == written[1]
     assert [json.loads(line)["id"] for line in written[0].splitlines()] == ["row-5", "row-6"]
 

@@ -156,7 +156,7 @@ def test_unusable_answers_are_dropped_with_a_count_or_an_error(tmp_path: Path):
 
     loaded = load_questions(source, DataConfig(), parseable=parseable)
     assert [question.id for question in loaded.questions] == ["row-1", "row-6"]
-    assert loaded.dropped == {"empty answer": 3, "unparseable answer": 2}
+    assert loaded.dropped == {"empty answer": 3, "answer not accepted": 2}
     assert len(load_questions(source, DataConfig()).questions) == 4
 
     strict = DataConfig(bad_answer="error")
@@ -165,7 +165,7 @@ def test_unusable_answers_are_dropped_with_a_count_or_an_error(tmp_path: Path):
     ):
         load_questions(source, strict, parseable=parseable)
     only_bad = jsonl(tmp_path, GOOD, {"question": "a", "answer": "?"})
-    with pytest.raises(DataError, match=r"line 2: unparseable answer '\?'"):
+    with pytest.raises(DataError, match=r"line 2: answer not accepted '\?'"):
         load_questions(only_bad, strict, parseable=lambda golds: [gold != "?" for gold in golds])
     with pytest.raises(DataError, match=r"all 2 questions .*data\.answer_key"):
         load_questions(only_bad, DataConfig(), parseable=lambda golds: [False] * len(golds))

@@ -237,7 +237,7 @@ class DataConfig:
     """What to do with a prompt above the limit. It is never cut."""
     bad_answer: Literal["drop", "error"] = "drop"
     """What to do with a reference answer that is empty, a worked solution without a final answer,
-    or nothing that the verifier accepts."""
+    or one that the checker (verify.name) does not accept as itself."""
     limit: PositiveInt | None = None
     """Rows read of each file."""
     dropped_file: PathText | None = None

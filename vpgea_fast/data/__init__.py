@@ -132,7 +132,7 @@ def load_questions(
         raise DataError(
             f"{file.path}: all {len(questions)} questions have an unusable answer "
             f"({loaded.dropped}, the first is {drops[0]}); see whether data.answer_key, now "
-            f"{file.answer_key!r}, names the final answer"
+            f"{file.answer_key!r}, names the final answer, and whether verify.name suits it"
         )
     return loaded
 
@@ -385,7 +385,7 @@ def _refused(
     asked = [question for question in questions if question.id not in bad]
     verdicts = parseable([question.answer for question in asked])
     refused = [q.id for q, good in zip(asked, verdicts, strict=True) if not good]
-    return dict.fromkeys(refused, "unparseable answer")
+    return dict.fromkeys(refused, "answer not accepted")
 
 
 def _cut(text: str) -> str:
