@@ -461,6 +461,9 @@ def test_where_the_answer_of_a_solution_stands(text: str, answer: str, where: st
         (WORKED + r" It is \boxed{1", "worked solution"),
         (WORKED + r" So \boxed{15\frac{39}{40}}, or \boxed{16}.", "several boxed answers"),
         (WORKED + "\n####", "worked solution"),
+        (r"-\boxed{5}", "a box inside a formula"),
+        (WORKED + r" So $x = 3\boxed{5}$.", "a box inside a formula"),
+        (WORKED + r" So $\frac{1}{\boxed{2}}$.", "a box inside a formula"),
     ],
 )
 def test_a_solution_without_its_answer_is_no_answer(tmp_path: Path, text: str, reason: str):
@@ -556,6 +559,59 @@ def test_choices_are_never_left_out_in_silence(tmp_path: Path):
     gpqa = DataFile(str(CASES / "gpqa_like.csv"), question_key="Question", answer_key=GPQA[0])
     with pytest.raises(DataError, match=r"to \['Correct Answer', 'Incorrect Answer 1'"):
         load_questions(gpqa, DataConfig())
+
+
+CEVAL = {"question": "Which?", "answer": "B", "A": "one", "B": "two", "C": "three"}
+LEFT_OUT = [
+    (CEVAL, "['A', 'B', 'C']"),
+    ({**GOOD, "opa": "1", "opb": "2", "cop": 1}, "['opa', 'opb']"),
+    ({**GOOD, "option1": "x", "option2": "y"}, "['option1', 'option2']"),
+    ({**GOOD, "Choices": ["x", "y"]}, "'Choices'"),
+    ({**GOOD, "options": "a ) 38 , b ) 27"}, "'options'"),
+    ({**GOOD, "question": {"stem": "q", "choices": ["x", "y"]}}, "'question.choices'"),
+]
+
+
+@pytest.mark.parametrize(("row", "named"), LEFT_OUT, ids=lambda v: str(v)[-16:])
+def test_choices_of_every_spelling_are_noticed(tmp_path: Path, row, named: str):
+    key = "question.stem" if isinstance(row["question"], dict) else "question"
+    source = jsonl(tmp_path, row)
+    with pytest.raises(DataError, match=re.escape(f"to {named}, or to ''")):
+        load_questions(source, DataConfig(question_key=key))
+    [question] = load_questions(source, DataConfig(question_key=key, choices_key="")).questions
+    assert question.answer == row["answer"]
+
+
+def test_one_letter_and_an_empty_column_are_no_choices(tmp_path: Path):
+    row = {**GOOD, "A": "a matrix", "option1": "", "choices": None, "meta": {"choices": []}}
+    assert load_questions(jsonl(tmp_path, row), DataConfig()).questions[0].answer == "4"
+
+
+def test_of_columns_the_answer_says_which_is_right(tmp_path: Path):
+    """The first only where the row has no answer of its own."""
+    cfg = DataConfig(choices_key=("A", "B", "C"))
+    loaded = load_questions(jsonl(tmp_path, CEVAL), cfg)
+    assert loaded.questions[0].text == "Which?\nA. one\nB. two\nC. three"
+    assert loaded.questions[0].answer == "B"
+    for key in ("A", "nothing"):
+        loaded = load_questions(jsonl(tmp_path, CEVAL), replace(cfg, answer_key=key))
+        assert f"\n{loaded.questions[0].answer}. one" in loaded.questions[0].text
+        assert "the choice under 'A', shuffled by seed 0" in loaded.notes[0]
+
+
+def test_a_list_that_went_through_a_csv_is_a_list(tmp_path: Path):
+    for written in ("['2']", '["2"]', " [ '2' ] "):
+        assert (
+            load_questions(jsonl(tmp_path, {**GOOD, "answer": written}), DataConfig())
+            .questions[0]
+            .answer
+            == "2"
+        )
+    with pytest.raises(DataError, match="which lists several"):
+        load_questions(jsonl(tmp_path, {**GOOD, "answer": "['2', '3']"}), DataConfig())
+    for kept in ("[1, 2]", "[2]", "['a' 'b']"):
+        loaded = load_questions(jsonl(tmp_path, {**GOOD, "answer": kept}), DataConfig())
+        assert loaded.questions[0].answer == kept
 
 
 def test_a_shuffle_of_choices_is_fixed_by_seed_and_question(tmp_path: Path):

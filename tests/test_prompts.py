@@ -552,6 +552,9 @@ def test_switches_reach_the_chat_template_of_both_views(qwen3_tokenizer: Any):
         ({"chat_template": "x"}, "'chat_template' is given"),
         ({"eos_token": "x"}, "'eos_token' is given"),
         ({"enable_thinkin": True}, "never reads 'enable_thinkin'"),
+        ({"message": True}, "never reads 'message'"),  # the template's own
+        ({"role": True}, "never reads 'role'"),  # of a message
+        ({"enable_thinking": "no"}, "enable_thinking is the text 'no', which any template takes"),
     ],
 )
 def test_switches_that_mean_nothing_are_refused(qwen3_tokenizer: Any, kwargs: dict, message: str):

@@ -576,6 +576,28 @@ def test_dead_questions_make_room_for_others(words):
     assert resampled[: len(survivors)] == survivors
 
 
+def test_a_mixture_keeps_its_shares_when_dead_questions_make_room(words, tiny_world, tmp_path):
+    """Every group is dead (the gate is above any spread), so that every round replaces all."""
+    lines = Path(tiny_world.train_path).read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"one": lines[:40], "two": lines[40:80]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    train = ", ".join(f"{{path: {tmp_path}/{name}.jsonl, weight: 1}}" for name in files)
+    given = {
+        "data.train": f"[{train}]",
+        "eval.data": "[]",
+        "train.questions_per_step": "4",
+        "train.resample_rounds": "1",
+        "objective.std_gate": "1e9",
+    }
+    cfg = config.load(TINY, words("mix", *(w for k, v in given.items() for w in (f"--{k}", v))))
+    with Trainer(cfg) as trainer:
+        batch, coefs = trainer.collector.collect(0, PhaseTimer())
+    assert not coefs.alive.any()
+    assert coefs.metrics["tokens_replaced"] > 0
+    assert sorted(q.file for q in batch.questions) == ["one", "one", "two", "two"]
+
+
 def test_stream_norms_leave_the_update_as_it_is(words, tmp_path):
     for name, every in (("with", "1"), ("without", "0")):
         given = words(name, "--eval.data", "[]", "--metrics.diag_every", every)

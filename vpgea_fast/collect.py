@@ -74,15 +74,30 @@ class Collector:
             alive = coefs.alive.nonzero()[:, 0].tolist()
             dead = (~coefs.alive).nonzero()[:, 0].tolist()
             unused = [q for q in self._questions(step, round_) if q.question.id not in used]
-            fresh = unused[: len(dead)]
-            if not fresh:
+            swaps = self._replacements(batch, dead, unused)
+            if not swaps:
                 break
+            fresh = list(swaps.values())
             used |= {q.question.id for q in fresh}
-            kept = batch.select(alive + dead[len(fresh) :])  # never fewer questions than asked for
-            replaced += batch.select(dead[: len(fresh)]).tokens
+            kept = batch.select(alive + [i for i in dead if i not in swaps])  # never fewer than B
+            replaced += batch.select(list(swaps)).tokens
             batch = kept.join(self._draw(fresh, step, timer)[0])
             coefs = self._coefficients(batch)
         return batch, replace(coefs, metrics=merge(coefs.metrics, {"tokens_replaced": replaced}))
+
+    def _replacements(
+        self, batch: ScoredBatch, dead: Sequence[int], unused: Sequence[PromptedQuestion]
+    ) -> dict[int, PromptedQuestion]:
+        """Place of a question without a gradient -> the one that comes for it: with weights of its
+        own file, so that a mixture keeps its shares."""
+        weighted, left = self.cfg.data.weights is not None, list(unused)
+        swaps = {}
+        for place in dead:
+            file = batch.questions[place].file
+            fits = (i for i, q in enumerate(left) if not weighted or q.file == file)
+            if (found := next(fits, None)) is not None:
+                swaps[place] = left.pop(found)
+        return swaps
 
     def check(self) -> None:
         """ValueError now for what the first step, or a long prompt in a later one, would refuse."""

@@ -226,8 +226,9 @@ class DataConfig:
     variants_key: str | None = None
     """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
     choices_key: str | tuple[str, ...] | None = None
-    """Key of a question's choices: shown with letters, and the letter is the answer. A list of keys
-    of which the first is right is shuffled. An empty text: leave choices out."""
+    """Key of a question's choices: shown with letters, and the letter is the answer. Or a list of
+    keys, one a choice: where a row has nothing under answer_key, or that is the first of them, the
+    first is right, and they are shuffled. An empty text: leave choices out."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
     """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0."""
     choices_seed: NonNegativeInt | None = None

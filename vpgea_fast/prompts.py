@@ -35,6 +35,8 @@ FIELD = re.compile(r"\{(question|answer)\}")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]")
 """What a chat template spells as a tag; one that is a single token acts as one, added or not."""
+SWITCH_WORDS = {"yes", "no", "on", "off", "y", "n"}
+"""Text in YAML 1.2, and text is true in Jinja."""
 RENDER_SECONDS = 10.0
 RING_AGAIN = 0.1
 """Jinja takes an error while it folds constants for a reason to compute them later."""
@@ -305,16 +307,26 @@ class Prompter:
         """What the template never reads would change nothing, in silence."""
         taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
         reserved = {*taken, "messages", *self._tokenizer.special_tokens_map}
-        for name in self._cfg.chat_template_kwargs:
+        read = _read_names(self._template)
+        for name, value in self._cfg.chat_template_kwargs.items():
             if name in reserved:
                 raise ConfigError(
                     f"prompt.chat_template_kwargs: {name!r} is given to the template already; "
                     "leave it out"
                 )
-            if not re.search(rf"\b{re.escape(name)}\b", self._template):
+            if name not in read:
                 raise ConfigError(
                     f"prompt.chat_template_kwargs: the chat template never reads {name!r}; leave "
                     "it out, or see the template for the name"
+                )
+
+            quoted = isinstance(value, str) and re.search(
+                rf"['\"]{re.escape(value)}['\"]", self._template
+            )
+            if str(value).lower() in SWITCH_WORDS and not quoted:
+                raise ConfigError(
+                    f"prompt.chat_template_kwargs: {name} is the text {value!r}, which any "
+                    "template takes for true; write true or false"
                 )
 
     def _tag_id(self, key: str, tag: str) -> int:
@@ -326,6 +338,23 @@ class Prompter:
                 "the tag to the tokenizer (add_tokens) and to the embedding"
             )
         return int(ids.item())
+
+
+def _read_names(template: str) -> set[str]:
+    """The variables that a template takes from outside; every word of one that is no Jinja (its
+    own error comes when it renders). By its syntax tree: jinja2.meta would compute its constants,
+    and `9 ** 9 ** 9` has no end."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        tree = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except (TemplateError, RecursionError):
+        return set(re.findall(r"\w+", template))
+    names = list(tree.find_all(nodes.Name))
+    holders = [nodes.Tuple([loop.target], "store") for loop in tree.find_all(nodes.For)]
+    looped = {name.name for holder in holders for name in holder.find_all(nodes.Name)}
+    return {name.name for name in names if name.ctx == "load"} - looped
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

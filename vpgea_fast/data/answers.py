@@ -21,6 +21,9 @@ THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 WORKED = "worked solution"
 SEVERAL = "several boxed answers"
+INSIDE = "a box inside a formula"
+PART = re.compile(r"(?:[-\d]|[+/^]\s?|\\[dt]?frac\{(?:[^{}]*\}\{)?|\\sqrt\{)$")
+"""Before a box: it is a part of the answer, as in `-\\boxed{5}` or `3\\boxed{5}`."""
 
 
 def spelled(value: object) -> str:
@@ -50,7 +53,8 @@ def final_answer(text: str) -> tuple[str, str | None]:
     """(the final answer in `text`, where it was found: None for all of it).
 
     A worked solution gives what follows its last `####` (GSM8K), else what its last \\boxed{} holds
-    (MATH); ValueError with the reason where it has neither, or ends in several boxes.
+    (MATH); ValueError with the reason where it has neither, ends in several boxes, or in a box that
+    is a part of a formula.
     """
     _, mark, tail = text.rpartition("####")
     if mark and tail.strip() and not is_prose(tail) and BOX.search(tail) is None:
@@ -63,6 +67,8 @@ def final_answer(text: str) -> tuple[str, str | None]:
         (start, _, answer), rest = boxes[-1], boxes[:-1]
         if rest and len(whole[rest[-1][1] : start]) <= 20:
             raise ValueError(SEVERAL)
+        if PART.search(whole[max(0, start - 80) : start]):
+            raise ValueError(INSIDE)
         return normalise_answer(answer), r"what the last \boxed{} holds"
     if prose:
         raise ValueError(WORKED)

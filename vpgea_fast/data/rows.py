@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -26,9 +28,12 @@ USUAL = {
     ),
 }
 """What public data sets call them, for the advice when a key is missing; none is ever guessed."""
-CHOICES = ("choices", "options")
+CHOICES = re.compile(r"(answer[ _]?)?(choices|options|candidates)|endings", re.IGNORECASE)
+CHOICE_COLUMN = re.compile(r"[A-E]|(?i:op|opt|option|choice|ending|sol)[ _]?(?i:[a-e]|[0-5])")
+"""Of C-Eval and CMMLU (A to D), MedMCQA (opa to opd), WinoGrande, PIQA and others."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
+PRINTED = re.compile(r"""\s*\[\s*("[^"\n]*"|'[^'\n]*')(\s*,\s*("[^"\n]*"|'[^'\n]*'))*\s*\]\s*""")
 MISSING = object()
 
 
@@ -128,6 +133,9 @@ class _Reader:
 
     def answer(self, key: str) -> str:
         value = _plain(self.need(key, "answer_key"))
+        if isinstance(value, str) and PRINTED.fullmatch(value):  # a list, through a CSV
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                value = ast.literal_eval(value.strip())
         if isinstance(value, list) and len(value) <= 1:  # OlympiadBench: ["2"]
             value = _plain(value[0]) if value else None
         return self.spelled(key, value)
@@ -182,15 +190,19 @@ class _Reader:
 
     def _refuse_choices(self) -> None:
         """Choices that nobody asked for: without them the question is another one."""
-        held = [key for key in CHOICES if _pairs(_plain(self.row.get(key)))]
-        wrong = sorted(k for k in self.row if str(k).lower().startswith("incorrect answer"))
-        if held or wrong:
-            right = next((k for k in self.row if str(k).lower() == "correct answer"), "RIGHT")
-            value = held[0] if held else [right, *wrong]
+        keys = [str(key) for key, value in self.row.items() if value not in (None, "")]
+        inside = [(k, v) for k, v in self.row.items() if isinstance(v, Mapping)]
+        named = [str(k) for k in self.row if CHOICES.fullmatch(str(k)) and _holds(self.row[k])]
+        named += [f"{k}.{i}" for k, v in inside for i in v if CHOICES.fullmatch(i) and _holds(v[i])]
+        columns = sorted(key for key in keys if CHOICE_COLUMN.fullmatch(key))
+        wrong = sorted(key for key in keys if key.lower().startswith("incorrect answer"))
+        right = next((key for key in keys if key.lower() == "correct answer"), "RIGHT")
+        value = named[:1] or (columns if len(columns) > 1 else [right, *wrong] if wrong else [])
+        if value:
             raise DataError(
-                f"{self.place}: the row has choices under {(held or wrong)[0]!r}, which the prompt "
-                f"would not show; set data.choices_key (or choices_key of this file) to {value!r}, "
-                "or to '' to leave them out"
+                f"{self.place}: the row has choices under {value[-1]!r}, which the prompt would "
+                "not show; set data.choices_key (or choices_key of this file) to "
+                f"{value[0] if named else value!r}, or to '' to leave them out"
             )
 
 
@@ -202,14 +214,17 @@ def _with_letters(
     notes: Counter[str],
 ) -> tuple[str, str]:
     """The choices as lines `A. text`, and the letter of the right one."""
-    if isinstance(keys.choices_key, tuple):
-        right, how = 0, f"the choice under {keys.choices_key[0]!r}"
+    columns = keys.choices_key if isinstance(keys.choices_key, tuple) else None
+    named = keys.answer_key or ""
+    if columns and (named == columns[0] or reader.get(named) is MISSING):
+        first, right, how = True, 0, f"the choice under {columns[0]!r}"
     else:
-        value = _plain(reader.need(keys.answer_key or "", "answer_key"))
+        first = False
+        value = _plain(reader.need(named, "answer_key"))
         right, how = _right_choice(reader, choices, value, keys)
     order = list(range(len(choices)))
     seed = keys.choices_seed
-    if seed is None and isinstance(keys.choices_key, tuple):
+    if seed is None and first:
         seed = 0  # else every answer would be A
     if seed is not None:
         random.Random(f"{seed}/{name}").shuffle(order)
@@ -258,6 +273,12 @@ def _right_choice(
             "data.choices_answer (index_from_1 where the first is 1)"
         )
     return found[0], words[way]
+
+
+def _holds(value: Any) -> bool:
+    """Whether a value may hold choices: a text of them (MathQA: `a ) 38 , b ) 27`) too."""
+    value = _plain(value)
+    return isinstance(value, (str, list, Mapping)) and bool(value)
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]] | None:
