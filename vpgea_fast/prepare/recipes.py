@@ -17,8 +17,8 @@ SHOWN = 6
 class Source:
     """One split of one configuration of a data set on the Hub, and its files in a folder.
 
-    `rows` as published. `files` are patterns beside those of the Hub's own parquet files; `part`
-    are the rows (from, to) to take of a file that holds more.
+    `rows` as published. `files` are patterns beside the Hub's own parquet files, or, with `plain`,
+    all that there are; `part` are the rows (from, to) to take of a file that holds more.
     """
 
     hub: str
@@ -30,6 +30,7 @@ class Source:
     answer: str = "answer"
     id: str = "id"
     part: tuple[int, int | None] = (0, None)
+    plain: bool = False
 
     @property
     def hub_path(self) -> str:
@@ -38,7 +39,7 @@ class Source:
     @property
     def patterns(self) -> tuple[str, ...]:
         """What is looked for in a folder, the first that matches is taken."""
-        if self.part != (0, None):  # not on the Hub as it is
+        if self.plain:
             return self.files
         return (f"{self.config or 'data'}/{self.split}-*.parquet", *self.files)
 
@@ -58,7 +59,7 @@ def _svamp(split: str, rows: int, part: tuple[int, int | None]) -> tuple[Sources
     hub = "ChilleD/SVAMP"
     return (
         (Source(hub, split, rows, (f"{split}.json",), **keys),),
-        (Source(hub, split, rows, ("svamp.jsonl", "SVAMP.json"), **keys, part=part),),
+        (Source(hub, split, rows, ("svamp.jsonl", "SVAMP.json"), **keys, part=part, plain=True),),
     )
 
 
@@ -83,6 +84,7 @@ MATH_SPLITS = Source(  # PRM800K's: the 12,000 already without the 500
     ("math_train.jsonl", "math_splits/train.jsonl"),
     answer="solution",
     id="unique_id",
+    plain=True,
 )
 MATH_500 = Source(
     "HuggingFaceH4/MATH-500",
