@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vpgea_fast.data import DataError
@@ -55,12 +55,16 @@ def _gsm8k(split: str, rows: int) -> Source:
 
 
 def _svamp(split: str, rows: int, part: tuple[int, int | None]) -> tuple[Sources, ...]:
-    keys = {"question": "{Body} {Question}", "answer": "Answer", "id": "ID"}
-    hub = "ChilleD/SVAMP"
-    return (
-        (Source(hub, split, rows, (f"{split}.json",), **keys),),
-        (Source(hub, split, rows, ("svamp.jsonl", "SVAMP.json"), **keys, part=part, plain=True),),
+    hub = Source(
+        "ChilleD/SVAMP",
+        split,
+        rows,
+        (f"{split}.json",),
+        question="{Body} {Question}",
+        answer="Answer",
+        id="ID",
     )
+    return (hub,), (replace(hub, files=("svamp.jsonl", "SVAMP.json"), part=part, plain=True),)
 
 
 MATH_ROWS = {  # of train and test
