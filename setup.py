@@ -32,6 +32,7 @@ setup(
         "vpgea_fast.checkpoint",
         "vpgea_fast.data",
         "vpgea_fast.objectives",
+        "vpgea_fast.prepare",
         "vpgea_fast.rollout",
         "vpgea_fast.verify",
         "vpgea_fast.kernels",

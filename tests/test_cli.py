@@ -71,7 +71,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("train", "eval", "report", "make-tiny"))
+    assert all(name in shown for name in ("train", "eval", "data", "report", "make-tiny"))
 
 
 @pytest.mark.parametrize(

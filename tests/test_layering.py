@@ -19,7 +19,7 @@ PACKAGE = "vpgea_fast"
 # (the files of one folder) and the rooms of lower layers, and no other room of its own layer.
 LAYERS = {
     "command line": {"cli"},
-    "trainer": {"trainer"},
+    "trainer": {"prepare", "trainer"},
     "evaluation": {"collect", "diagnostics", "doctor", "dry_run", "evaluate", "report"},
     "stages": {
         "checkpoint",

@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, serve, report, doctor, make-tiny. Every configuration key is an option:
-`--section.key value`."""
+"""`vpgea`: train, eval, data, serve, report, doctor, make-tiny. Every configuration key is an
+option: `--section.key value`."""
 
 from __future__ import annotations
 
@@ -86,6 +86,15 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         )
 
     return read
+
+
+def _range(word: str) -> tuple[float, float]:
+    low, colon, high = word.partition(":")
+    values = [_yaml(part) for part in (low, high)] if colon else []
+    numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
+    if numbers and 0 <= values[0] <= values[1] <= 1:
+        return float(values[0]), float(values[1])
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected LOW:HIGH within 0:1, e.g. 0.1:0.9")
 
 
 def _gib(word: str) -> float:
@@ -205,6 +214,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
+    data = commands.add_parser(
+        "data",
+        help="write a published data set as training and test questions",
+        epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
+        "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
+        "--eval.temperature 1 --rollout.engine vllm.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    data.add_argument("name", metavar="NAME", help="data set, e.g. gsm8k")
+    data.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        type=_path,
+        metavar="FOLDER",
+        help="read its files as published from here, not the Hub; may be given again",
+    )
+    data.add_argument("--out", type=_path, metavar="DIR", help="default: data/NAME")
+    data.add_argument(
+        "--against",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="evaluation files besides the test split whose questions are left out of training",
+    )
+    data.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    data.add_argument("--model", type=_path, help="sample answers to each training question")
+    data.add_argument(
+        "--keep",
+        type=_range,
+        metavar="LOW:HIGH",
+        help="with --model: write the training questions whose pass rate is in this range",
+    )
+    data.add_argument(
+        "--samples",
+        type=_whole(1, 2**20),
+        metavar="N",
+        help="with --model: answers each, default 8",
+    )
+    data.add_argument("--config", type=_path, help="YAML file whose sections are used")
+    data.set_defaults(run=_data, parser=data)
+
     serve = commands.add_parser(
         "serve",
         help="serve a model to training runs (vLLM), with vllm.server as their URL",
@@ -301,21 +355,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    files = [
-        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in args.data
-    ]
-    words = ["--model.path", args.model, "--eval.data", f"[{', '.join(files)}]", *overrides]
+    words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
-    run = Path(args.model).parent / "config.yaml"
-    source = args.config or (run if Path(args.model).name == "export" and run.is_file() else None)
-    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
-        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
-    cfg = (
-        config.load(source, words, _notice)
-        if source
-        else config.resolve(config.parse_overrides(words), source="command line")
-    )
+    source, cfg = _of_model(args, words, overrides)
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
@@ -335,6 +378,64 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
+    return 0
+
+
+def _files(words: Sequence[str]) -> str:
+    """Words of a command line as the value of eval.data."""
+    files = [
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in words
+    ]
+    return f"[{', '.join(files)}]"
+
+
+def _of_model(
+    args: argparse.Namespace, words: list[str], overrides: list[str]
+) -> tuple[str | Path | None, config.Config]:
+    """The configuration of `words`, over that of --config, or of the run that a model comes from;
+    and where the latter stands."""
+    run = Path(args.model or "").parent / "config.yaml"
+    exported = args.model and Path(args.model).name == "export" and run.is_file()
+    source = args.config or (run if exported else None)
+    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
+        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
+    if source is None:
+        return None, config.resolve(config.parse_overrides(words), source="command line")
+    return source, config.load(source, words, _notice)
+
+
+def _data(args: argparse.Namespace, overrides: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("vpgea data is one process: start it without torchrun")
+    if args.model is None and (args.keep, args.samples) != (None, None):
+        raise UsageError("--keep and --samples need --model, the model whose pass rate counts")
+    words = ["--eval.data", _files(args.against), "--eval.samples", "8", *overrides]
+    if args.samples is not None:
+        words += ["--eval.samples", str(args.samples)]
+    if args.model is not None:
+        words += ["--model.path", args.model]
+    source, cfg = _of_model(args, words, overrides)
+    if args.model is not None:
+        print(f"settings: {source or 'defaults and the command line'}")
+    from vpgea_fast.metrics import Console
+    from vpgea_fast.prepare import Order, prepare
+
+    if not cfg.eval.samples:
+        raise UsageError("eval.samples: got 0; a pass rate needs one sample or more")
+    order = Order(
+        name=args.name,
+        out=Path(args.out or Path("data") / args.name),
+        folders=tuple(map(Path, args.folders)),
+        overwrite=args.overwrite,
+        measure=args.model is not None,
+        keep=args.keep,
+    )
+    _plain_logs()
+    console = Console()
+    try:
+        prepare(order, cfg, console)
+    finally:
+        console.close()
     return 0
 
 

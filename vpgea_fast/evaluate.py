@@ -6,8 +6,9 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,17 +103,18 @@ class Evaluator:
         benchmarks of ACC^2/tokens, eps3_mean = (mean ACC)^2 / mean tokens: the paper does not say
         which of the two it prints.
         """
-        modes = {
-            "sampled": (
-                self.cfg.samples,
-                {"temperature": self.cfg.temperature, "top_p": self.cfg.top_p},
-            ),
-            "greedy": (int(self.cfg.greedy), {"temperature": 0.0}),
-        }
         return {
-            mode: self._mode(count, replace(self.sampling, **settings), on_progress)
-            for mode, (count, settings) in modes.items()
+            mode: self._mode(count, sampling, on_progress)
+            for mode, (count, sampling) in self.modes().items()
             if count
+        }
+
+    def modes(self) -> dict[str, tuple[int, Sampling]]:
+        """The answers a question that each mode draws, and how."""
+        warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
+        return {
+            "sampled": (self.cfg.samples, warm),
+            "greedy": (int(self.cfg.greedy), replace(self.sampling, temperature=0.0)),
         }
 
     def _mode(
@@ -123,7 +125,7 @@ class Evaluator:
         parts, resampled = {}, []
         for name, benchmark in self.benchmarks.items():
             questions = benchmark.questions
-            paths, correct_QN = self._answers(questions, samples, sampling, on_progress)
+            paths, correct_QN = self.answers(questions, samples, sampling, on_progress)
             means_R = _bootstrap(correct_QN.mean(dim=1), generator)
             resampled.append(means_R)
             acc = correct_QN.mean().item()
@@ -142,7 +144,7 @@ class Evaluator:
         whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
         return {**whole, "benchmarks": parts}
 
-    def _answers(
+    def answers(
         self,
         questions: Sequence[Item],
         samples: int,
@@ -183,23 +185,68 @@ def make_sampling(
     )
 
 
-def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
-    the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
+@dataclass(frozen=True)
+class OpenModel:
+    """What an evaluation draws with, and what judges it."""
+
+    tokenizer: Any
+    prompter: Prompter
+    causal_lm: Any
+    engine: RolloutEngine
+    verifier: Verifier
+
+    def evaluator(self, cfg: Config, benchmarks: Mapping[str, Benchmark]) -> Evaluator:
+        return Evaluator(
+            cfg,
+            engine=self.engine,
+            benchmarks=benchmarks,
+            sampling=make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.causal_lm),
+            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            verifier=self.verifier,
+        )
+
+
+def check_model(cfg: Config) -> tuple[Any, Prompter]:
+    """Refuses, in a second and without weights, an engine that cannot run here and a model that
+    does not think; else its tokenizer and prompter."""
     check_engine(cfg, processes=1)
     tokenizer = load_tokenizer(cfg.model.path)
-    prompter = Prompter(tokenizer, cfg.prompt)  # refuses a model that does not think, in a second
+    prompter = Prompter(tokenizer, cfg.prompt)
     model_config = load_config(cfg.model.path)
     check_vocabulary(tokenizer, model_config, cfg.model.path)
     eos_ids(tokenizer, load_generation_config(cfg.model.path, model_config))
+    return tokenizer, prompter
+
+
+@contextmanager
+def open_model(cfg: Config) -> Iterator[OpenModel]:
+    """The model directory `cfg.model.path` with `cfg.rollout.engine`, after `check_model`."""
+    tokenizer, prompter = check_model(cfg)
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
         try:
             if weights is not None:
                 engine.load_weights(weights)
-            return _evaluate(cfg, console, tokenizer, prompter, causal_lm, engine, verifier)
+            yield OpenModel(tokenizer, prompter, causal_lm, engine, verifier)
         finally:
             engine.close()
+
+
+def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
+    the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
+    with open_model(cfg) as model:
+        judge = model.verifier.accepts_itself
+        if console is not None:
+            judge = console.watched(judge, "reference answers")
+        benchmarks = load_benchmarks(cfg.eval, cfg.data, model.prompter, parseable=judge)
+        write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
+        evaluator = model.evaluator(cfg, benchmarks)
+        if console is None:
+            return evaluator.run()
+        for line in evaluator.describe():
+            console.message(line)
+        return evaluator.run(console.samples(evaluator.samples))
 
 
 def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
@@ -219,35 +266,6 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
         hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
     )
     return causal_lm, engine, weights
-
-
-def _evaluate(
-    cfg: Config,
-    console: Console | None,
-    tokenizer: Any,
-    prompter: Prompter,
-    causal_lm: Any,
-    engine: RolloutEngine,
-    verifier: Verifier,
-) -> dict[str, dict[str, Any]]:
-    judge = verifier.accepts_itself
-    if console is not None:
-        judge = console.watched(judge, "reference answers")
-    benchmarks = load_benchmarks(cfg.eval, cfg.data, prompter, parseable=judge)
-    write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
-    evaluator = Evaluator(
-        cfg,
-        engine=engine,
-        benchmarks=benchmarks,
-        sampling=make_sampling(cfg.rollout, prompter, tokenizer, causal_lm),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        verifier=verifier,
-    )
-    if console is None:
-        return evaluator.run()
-    for line in evaluator.describe():
-        console.message(line)
-    return evaluator.run(console.samples(evaluator.samples))
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -34,12 +34,14 @@ __all__ = [
     "Drop",
     "Judge",
     "LoadedQuestions",
+    "dropped_rows",
     "fingerprint",
     "load_benchmarks",
     "load_questions",
     "load_training",
     "long_targets",
     "normalise_answer",
+    "shown_drops",
     "step_questions",
     "step_shares",
     "unfit",
@@ -231,7 +233,18 @@ def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
     """Every dropped row as a JSON line, if data.dropped_file names a file."""
     if file is None:
         return
-    rows = [
+    text = "".join(json.dumps(row) + "\n" for row in dropped_rows(loaded))
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"data.dropped_file {file}: {error.strerror}; name a file in a directory that exists"
+        ) from error
+
+
+def dropped_rows(loaded: Iterable[LoadedQuestions]) -> list[dict[str, str]]:
+    """Place, reason, id and answer of every dropped row."""
+    return [
         {
             "place": d.question.place,
             "reason": d.reason,
@@ -241,16 +254,10 @@ def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
         for part in loaded
         for d in part.drops
     ]
-    try:
-        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"data.dropped_file {file}: {error.strerror}; name a file in a directory that exists"
-        ) from error
 
 
-def shown_drops(drops: Sequence[Drop]) -> list[str]:
-    """The first SHOWN of each reason, and how many more there are."""
+def shown_drops(drops: Sequence[Drop], file: str = "data.dropped_file") -> list[str]:
+    """The first SHOWN of each reason, and how many more there are; `file` lists all."""
     by_reason: dict[str, list[Drop]] = {}
     for drop in drops:
         by_reason.setdefault(drop.reason, []).append(drop)
@@ -258,9 +265,7 @@ def shown_drops(drops: Sequence[Drop]) -> list[str]:
     for reason, group in by_reason.items():
         lines += [f"dropped: {drop}" for drop in group[:SHOWN]]
         if len(group) > SHOWN:
-            lines.append(
-                f"dropped: {len(group) - SHOWN} more ({reason}); data.dropped_file lists all"
-            )
+            lines.append(f"dropped: {len(group) - SHOWN} more ({reason}); {file} lists all")
     return lines
 
 

@@ -1,0 +1,163 @@
+"""Published data sets: where each split lies, on the Hub and as files, and the keys of its rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vpgea_fast.data import DataError
+
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of one configuration of a data set on the Hub, and its files in a folder.
+
+    `rows` as published. `files` are patterns beside the Hub's own parquet files, or, with `plain`,
+    all that there are; `part` are the rows (from, to) to take of a file that holds more.
+    """
+
+    hub: str
+    split: str
+    rows: int
+    files: tuple[str, ...] = ()
+    config: str | None = None
+    question: str = "problem"
+    answer: str = "answer"
+    id: str = "id"
+    part: tuple[int, int | None] = (0, None)
+    plain: bool = False
+
+    @property
+    def hub_path(self) -> str:
+        return f"hub:{self.hub}" + (f"/{self.config}" if self.config else "") + f":{self.split}"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What is looked for in a folder, the first that matches is taken."""
+        if self.plain:
+            return self.files
+        return (f"{self.config or 'data'}/{self.split}-*.parquet", *self.files)
+
+
+Sources = tuple[Source, ...]
+Recipe = dict[str, tuple[Sources, ...]]
+"""train, test -> ways to get the split: the first from the Hub, any from a folder."""
+
+
+def _gsm8k(split: str, rows: int) -> Source:
+    files = f"gsm8k_{split}.jsonl", f"grade_school_math/data/{split}.jsonl", f"{split}.jsonl"
+    return Source("openai/gsm8k", split, rows, files, config="main", question="question")
+
+
+def _svamp(split: str, rows: int, part: tuple[int, int | None]) -> tuple[Sources, ...]:
+    hub = Source(
+        "ChilleD/SVAMP",
+        split,
+        rows,
+        (f"{split}.json",),
+        question="{Body} {Question}",
+        answer="Answer",
+        id="ID",
+    )
+    return (hub,), (replace(hub, files=("svamp.jsonl", "SVAMP.json"), part=part, plain=True),)
+
+
+MATH_ROWS = {  # of train and test
+    "algebra": (1744, 1187),
+    "counting_and_probability": (771, 474),
+    "geometry": (870, 479),
+    "intermediate_algebra": (1295, 903),
+    "number_theory": (869, 540),
+    "prealgebra": (1205, 871),
+    "precalculus": (746, 546),
+}
+MATH = tuple(
+    Source("EleutherAI/hendrycks_math", split, rows[i], config=config, answer="solution")
+    for i, split in enumerate(("train", "test"))
+    for config, rows in MATH_ROWS.items()
+)
+MATH_SPLITS = Source(  # PRM800K's: the 12,000 already without the 500
+    "openai/prm800k",
+    "train",
+    12_000,
+    ("math_train.jsonl", "math_splits/train.jsonl"),
+    answer="solution",
+    id="unique_id",
+    plain=True,
+)
+MATH_500 = Source(
+    "HuggingFaceH4/MATH-500",
+    "test",
+    500,
+    ("math500.jsonl", "test.jsonl", "math_splits/test.jsonl"),
+    id="unique_id",
+)
+DEEPSCALER = Source(
+    "agentica-org/DeepScaleR-Preview-Dataset", "train", 40_315, ("deepscaler.json",)
+)
+AIME_24 = Source("HuggingFaceH4/aime_2024", "train", 30, ("aime24.jsonl", "aime_2024.jsonl"))
+AIME_25 = Source("math-ai/aime25", "test", 30, ("aime25.jsonl", "test.jsonl"))
+
+RECIPES: dict[str, Recipe] = {
+    "gsm8k": {"train": ((_gsm8k("train", 7473),),), "test": ((_gsm8k("test", 1319),),)},
+    "math": {"train": (MATH, (MATH_SPLITS,)), "test": ((MATH_500,),)},
+    "math500": {"test": ((MATH_500,),)},
+    "deepscaler": {"train": ((DEEPSCALER,),)},
+    "aime24": {"test": ((AIME_24,),)},
+    "aime25": {"test": ((AIME_25,),)},
+    "svamp": {"train": _svamp("train", 700, (0, 700)), "test": _svamp("test", 300, (700, None))},
+}
+
+
+def located(
+    ways: Sequence[Sources], folders: Sequence[Path], what: str
+) -> list[tuple[Source, str]]:
+    """(source, path or Hub name) of everything that a split is read from. Without folders the Hub.
+    DataError that says what was looked for."""
+    if not folders:
+        return [(source, source.hub_path) for source in ways[0]]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"--from {folder}: expected a folder that holds {what} as published")
+    for sources in ways:
+        found = [(source, _find(source, folders)) for source in sources]
+        if all(files for _, files in found):
+            return [(source, str(file)) for source, files in found for file in files]
+    missing = [source for source in ways[0] if not _find(source, folders)]
+    others = [source for sources in ways[1:] for source in sources]
+    wanted = list(dict.fromkeys(p for source in (*others, *missing) for p in source.patterns))
+    shown = wanted[:SHOWN]
+    raise DataError(
+        f"{what}: looked in {', '.join(map(str, folders))} for {', or '.join(shown)}"
+        + (f" and {len(wanted) - len(shown)} more" if len(wanted) > len(shown) else "")
+        + f" (also below {ways[0][0].hub.partition('/')[2]}/) and found "
+        + ("only a part" if len(missing) < len(ways[0]) else "none")
+        + f"; give with --from the files of {ways[0][0].hub}, or leave --from out for the Hub"
+    )
+
+
+def _find(source: Source, folders: Sequence[Path]) -> list[Path]:
+    """The files of the first pattern that matches; all shards of a parquet file."""
+    for root in _roots(source, folders):
+        for pattern in source.patterns:
+            if files := sorted(root.glob(pattern)):
+                shards = SHARD.search(files[0].name)
+                if shards and int(shards[1]) != len(files):
+                    raise DataError(
+                        f"{root / pattern}: {len(files)} of {int(shards[1])} files are there; "
+                        "copy them all"
+                    )
+                return files
+    return []
+
+
+def _roots(source: Source, folders: Sequence[Path]) -> Iterator[Path]:
+    """The folders, and in each one of the data set's own name, as a clone makes it."""
+    for folder in folders:
+        yield folder
+        yield folder / source.hub.partition("/")[2]
