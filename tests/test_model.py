@@ -116,7 +116,7 @@ def damage_missing_shard(directory):
     ("damage", "message"),
     [
         (damage_nan, "1 tensors hold NaN or Inf .*model.norm.weight"),
-        (damage_missing_tensor, "weights are missing or misshapen .*layers.1.mlp.up_proj"),
+        (damage_missing_tensor, "1 weights of .* are in no file .*layers.1.mlp.up_proj"),
         (damage_truncated, "a weight file is damaged or cut"),
         (damage_no_weights, "is incomplete: model.safetensors missing"),
         (damage_no_config, "has no config.json"),

@@ -339,8 +339,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "cpu"
-    device = torch.device(name)
-    if device.type != "cuda":
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"model.device: got {name!r}, expected auto, cpu, cuda or cuda:N (the number of a GPU)"
+        )
+    if device.type == "cpu":
         return device
     if not cuda:
         raise ConfigError(f"model.device: got {name!r}, but torch sees no CUDA device; set 'auto'")

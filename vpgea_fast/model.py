@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -43,6 +42,18 @@ from vpgea_fast import attention, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.model_dir import (
+    ModelError,
+    Weights,
+    blamed_on,
+    check_model_dir,
+    empty_model,
+    find_weights,
+    json_object,
+    one_line,
+    read,
+    read_config,
+)
 from vpgea_fast.types import PackedBatch
 
 P = TypeVar("P", bound="Policy")
@@ -55,10 +66,6 @@ SAMPLING_KEYS = (
     *("epsilon_cutoff", "eta_cutoff"),
 )
 """What generation_config.json says of sampling, and only of sampling."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or trained; the message says what was found and what to do."""
 
 
 class Output(NamedTuple):
@@ -243,11 +250,11 @@ def load_policy(
     world = world or World(pick_device(cfg.device))
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
-    else:
-        causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
+        return _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
+    causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
+    weights = _whole_files(causal_lm, cfg.path)
     policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
-    if world.mesh is not None:
-        _read_shards(causal_lm, cfg.path)
+    _read_shards(causal_lm, weights)
     return policy
 
 
@@ -269,7 +276,7 @@ def random_policy(
     """
     world = world or World(pick_device(cfg.device))
     # A copy: the model reads the name of its attention from it, and another model may write there.
-    causal_lm = _on_meta(copy.deepcopy(config), _master_dtype(cfg))
+    causal_lm = empty_model(copy.deepcopy(config), _master_dtype(cfg))
     if world.mesh is None:
         _allocate(causal_lm, world.device)
         causal_lm.tie_weights()
@@ -371,45 +378,14 @@ def make_replica(policy: Policy, path: str) -> Any:
 def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
     """A causal LM without storage, and its weights as the files hold them, one at a time: for an
     engine that is no module. Errors: ModelError."""
-    check_model_dir(path)
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, file in _weight_files(path).items():
-            with safe_open(file, framework="pt") as opened:
-                yield name, opened.get_tensor(name)
-
-    return _without_storage(path, dtype), weights()
-
-
-def load_config(path: str) -> Any:
-    """The transformers configuration of a model directory or Hub name. Errors: ModelError."""
-    from transformers import AutoConfig
-
-    check_model_dir(path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot read the configuration of the model {path!r}: {_first_line(error)}; give a "
-            "complete Hugging Face directory, or a Hub name that can be reached"
-        ) from error
+    causal_lm = _without_storage(path, dtype)
+    return causal_lm, find_weights(causal_lm, path).given(dict(causal_lm.named_parameters()))
 
 
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
-    config = load_config(path)
-    causal_lm = _on_meta(config, dtype)
+    config = read_config(path)
+    causal_lm = empty_model(config, dtype, path)
     causal_lm.generation_config = load_generation_config(path, config)
-    return causal_lm
-
-
-def _on_meta(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.register()
-        )
-    causal_lm.tie_weights()
     return causal_lm
 
 
@@ -445,37 +421,25 @@ def _draw_weights(causal_lm: Any, std: float, seed: int) -> None:
             local.fill_(1.0 if "norm" in name else 0.0)
 
 
-@torch.no_grad()
-def _read_shards(causal_lm: Any, path: str) -> None:
-    """Fill this process's part of every parameter from the safetensors files."""
-    files = _weight_files(path)
-    missing = []
-    for name, parameter in causal_lm.named_parameters():
-        if name not in files:
-            missing.append(name)
-            continue
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        try:
-            with safe_open(files[name], framework="pt") as file:
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != tuple(parameter.shape):
-                    raise ModelError(
-                        f"{path}: {name} is {tuple(stored.get_shape())}, config.json says "
-                        f"{tuple(parameter.shape)}; copy the model again"
-                    )
-                if local.numel():
-                    local.copy_(stored[_rows_of(parameter)])
-        except SafetensorError as error:
-            raise ModelError(
-                f"{path}: a weight file is damaged or cut ({error}); copy the model again"
-            ) from error
-        if not bool(torch.isfinite(local).all()):
-            raise ModelError(f"{path}: {name} holds NaN or Inf; use an earlier checkpoint")
-    if missing:
+def _whole_files(causal_lm: Any, path: str) -> Weights:
+    """Weights of which each process can read its part. Errors: ModelError."""
+    weights = find_weights(causal_lm, path)
+    if weights.converted:
         raise ModelError(
-            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model "
-            "again, or set parallel.shard: never where transformers converts this model's names"
+            f"{path}: transformers makes weights of {type(causal_lm).__name__} out of several "
+            f"tensors ({next(iter(weights.converted))}, ...), which no process can read in parts; "
+            "set parallel.shard: never"
         )
+    return weights
+
+
+@torch.no_grad()
+def _read_shards(causal_lm: Any, weights: Weights) -> None:
+    """Fill this process's part of every parameter from the safetensors files."""
+    for name, parameter in causal_lm.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():
+            local.copy_(read(weights.of[name], _rows_of(parameter)))
 
 
 def _rows_of(parameter: torch.Tensor) -> slice:
@@ -486,21 +450,6 @@ def _rows_of(parameter: torch.Tensor) -> slice:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     return slice(offset[0], offset[0] + shape[0])
-
-
-def _weight_files(path: str) -> dict[str, Path]:
-    """Tensor name -> safetensors file, of a directory or of a model on the Hub."""
-    if not Path(path).exists():
-        from huggingface_hub import snapshot_download
-
-        path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-    directory = Path(path)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return {k: directory / v for k, v in _json_object(index)["weight_map"].items()}
-    single = directory / "model.safetensors"
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
@@ -544,38 +493,29 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
     non-finite weights."""
     from transformers import AutoModelForCausalLM
 
-    check_model_dir(path)
-    try:
+    outline = _without_storage(path, dtype)
+    weights = find_weights(outline, path)
+    with blamed_on(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            str(weights.directory),
+            config=read_config(path),
             dtype=dtype,
             attn_implementation=attention.register(),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-        causal_lm, info = loaded
-    except OSError as error:
+    causal_lm, info = loaded
+    if missing := sorted(info["missing_keys"]):  # of those that are made of several tensors
         raise ModelError(
-            f"cannot load the model {path!r}: {_first_line(error)}; give a complete directory"
-        ) from error
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path}: a weight file is damaged or cut ({error}); copy the model again"
-        ) from error
-    missing = sorted(info["missing_keys"]) + sorted(
-        str(key) for key in info.get("mismatched_keys", ())
-    )
-    if missing:
-        raise ModelError(
-            f"{path}: {len(missing)} weights are missing or misshapen ({missing[0]}, ...); "
-            "copy the model again"
+            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model again"
         )
     bad = [name for name, p in causal_lm.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ModelError(
             f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint"
         )
-    causal_lm.generation_config = load_generation_config(path, causal_lm.config)
+    causal_lm.generation_config = outline.generation_config
     return causal_lm
 
 
@@ -598,7 +538,7 @@ def load_tokenizer(path: str) -> Any:
             )
         for name in TOKENIZER_FILES:
             if (directory / name).is_file():
-                _json_object(directory / name)
+                json_object(directory / name)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         tokenizer.clean_up_tokenization_spaces = False
@@ -608,7 +548,7 @@ def load_tokenizer(path: str) -> Any:
         raise
     except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         raise ModelError(
-            f"cannot load a tokenizer from {path!r}: {_first_line(error)}; give a complete Hugging "
+            f"cannot load a tokenizer from {path!r}: {one_line(error)}; give a complete Hugging "
             "Face directory, or the Hub name (owner/name) of a model that can be reached"
         ) from error
     return tokenizer
@@ -638,7 +578,7 @@ def load_generation_config(path: str, config: Any) -> Any:
 
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        _json_object(file)
+        json_object(file)
     try:
         try:
             found = GenerationConfig.from_pretrained(path)
@@ -653,7 +593,7 @@ def load_generation_config(path: str, config: Any) -> Any:
     except Exception as error:  # whatever a wrong type leads to
         raise ModelError(
             f"{path}: generation_config.json cannot be used, and an export could not write it "
-            f"again: {' '.join(str(error).split())}; repair it, or take it away"
+            f"again: {one_line(error)}; repair it, or take it away"
         ) from error
     return found
 
@@ -670,46 +610,3 @@ def _check_generation_types(found: Any, rows: int) -> None:
     for token in named if isinstance(named, list) else [] if named is None else [named]:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
             raise ValueError(f"eos_token_id is {named!r}, expected tokens of 0..{rows - 1}")
-
-
-def check_model_dir(path: str) -> None:
-    """A local directory must hold config.json and every weight file that its index names. A Hub
-    name is not checked."""
-    directory = Path(path)
-    if not directory.exists():
-        if path.startswith((".", "/")) or path.count("/") > 1:
-            raise ModelError(
-                f"no model directory at {path}; "
-                "give a Hugging Face directory or a Hub name (owner/name)"
-            )
-        return
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
-    _json_object(directory / "config.json")
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index} names no weight files; copy the model again")
-        wanted = sorted(set(weight_map.values()))
-    else:
-        wanted = ["model.safetensors"]
-    absent = [name for name in wanted if not (directory / name).is_file()]
-    if absent:
-        raise ModelError(
-            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)"
-        )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is damaged ({error}); copy the model again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
-    return content
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
