@@ -1,16 +1,20 @@
 """The policy and its loading: what is trained, what is refused, what the optimiser may touch."""
 
+import hashlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
-from vpgea_fast.config import ModelConfig, ParallelConfig
-from vpgea_fast.distributed import open_world
-from vpgea_fast.model import ModelError, Policy, check_model_dir, load_policy, random_policy
+from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig
+from vpgea_fast.distributed import full_weights, open_world, pick_device
+from vpgea_fast.model import Policy, load_causal_lm, load_policy, random_policy, stored_model
+from vpgea_fast.model_dir import ModelError, check_model_dir, load_config
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
@@ -192,3 +196,278 @@ def test_liger_layers_compute_the_same(model_dir):
         for policy in (plain, fused)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+# --- one meaning of the weight files --------------------------------------------------------------
+
+
+def to_shards(directory, parts=("a.safetensors", "b.safetensors")):
+    """The weights in two files with an index; (weight_map, its file)."""
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {name: parts[place % 2] for place, name in enumerate(names)}
+    for part in parts:
+        (directory / part).parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: weights[n] for n in names if weight_map[n] == part}, directory / part)
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory, weight_map):
+    content = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def config_of(directory, **change):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def as_it_is(directory):
+    """A valid directory."""
+
+
+def hub_cache(directory):
+    """The snapshot of a Hub cache: every file is a link to ../../blobs."""
+    blobs = directory.parents[1] / "blobs"
+    blobs.mkdir()
+    to_shards(directory)
+    for file in list(directory.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+
+
+def only_the_head(directory):
+    """What safetensors' save_model keeps of a tie: the first name."""
+    rewrite(directory, lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")}))
+
+
+def both_of_a_tie(directory):
+    rewrite(
+        directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    )
+
+
+def without_prefix(directory):
+    """A base model that was saved alone; its head is the embedding."""
+
+    def change(weights):
+        for name in list(weights):
+            weights[name.removeprefix("model.")] = weights.pop(name)
+
+    rewrite(directory, change)
+
+
+def other_dtypes(directory):
+    dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.float32]
+    rewrite(
+        directory,
+        lambda w: w.update({n: w[n].to(dtypes[i % 4]) for i, n in enumerate(sorted(w))}),
+    )
+
+
+def old_buffer(directory):
+    rewrite(
+        directory,
+        lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    )
+
+
+def untied(directory):
+    rewrite(directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    config_of(directory, tie_word_embeddings=False)
+
+
+GOOD = [as_it_is, to_shards, hub_cache, only_the_head, both_of_a_tie, without_prefix]
+GOOD += [other_dtypes, old_buffer, untied]
+
+
+def digest(named):
+    """Name -> hash of the float32 bits. Of a copy: numpy would hold the storage that FSDP frees."""
+    return {
+        name: hashlib.sha256(
+            value.detach().to(torch.float32, copy=True).numpy().tobytes()
+        ).hexdigest()
+        for name, value in named
+    }
+
+
+def digests(paths):
+    """What every path reads in this world; the words of what is refused."""
+    world, found = open_world(ParallelConfig(), "cpu"), []
+    for path in paths:
+        try:
+            policy = load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
+            found.append(digest(full_weights(policy)))
+            del policy
+        except ModelError as error:
+            found.append(str(error))
+    world.close()
+    return found
+
+
+@pytest.fixture
+def make_dirs(model_dir, tmp_path):
+    def make(changes):
+        made = []
+        for change in changes:
+            directory = tmp_path / change.__name__ / "snapshots" / "0"
+            shutil.copytree(model_dir, directory)
+            change(directory)
+            made.append(str(directory))
+        return made
+
+    return make
+
+
+def test_what_is_accepted_is_the_same_for_every_reader(make_dirs, model_dir):
+    paths = make_dirs(GOOD)
+    first, second = run_ranks(digests, paths)
+    assert first == second
+    plain = digest(load_file(model_dir / "model.safetensors").items())
+    for path, sharded in zip(paths, first, strict=True):
+        config = load_config(path)
+        whole = load_causal_lm(path, torch.float32)
+        _, given = stored_model(path, torch.float32)
+        assert digest(whole.named_parameters()) == digest(given) == sharded, path
+        head, embedding = whole.lm_head.weight, whole.model.embed_tokens.weight
+        assert (head is embedding) == config.tie_word_embeddings
+        if config.tie_word_embeddings and "other_dtypes" not in path:
+            assert sharded == plain, path
+
+
+def missing_head(directory):
+    config_of(directory, tie_word_embeddings=False)
+
+
+def another_head(directory):
+    def change(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["lm_head.weight"][7] += 1
+
+    rewrite(directory, change)
+
+
+def head_bias(directory):
+    rewrite(directory, lambda w: w.update({"lm_head.bias": torch.ones(53)}))
+
+
+def surplus_layer(directory):
+    rewrite(
+        directory,
+        lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}),
+    )
+
+
+def misshapen(directory):
+    rewrite(directory, lambda w: w.update({"model.norm.weight": torch.ones(31)}))
+
+
+def fp8(directory):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda w: w.update({name: w[name].to(torch.float8_e4m3fn)}))
+
+
+def int8(directory):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda w: w.update({name: w[name].to(torch.int8)}))
+
+
+def twice_by_prefix(directory):
+    rewrite(directory, lambda w: w.update({"norm.weight": torch.ones(32)}))
+
+
+def outside(directory):
+    to_shards(directory, ("../a.safetensors", "b.safetensors"))
+
+
+def absolute(directory):
+    weight_map = to_shards(directory)
+    (directory / "a.safetensors").rename(directory.parent / "a.safetensors")
+    elsewhere = {"a.safetensors": str(directory.parent / "a.safetensors")}
+    write_index(directory, {n: elsewhere.get(f, f) for n, f in weight_map.items()})
+
+
+def number_for_a_file(directory):
+    write_index(directory, dict.fromkeys(to_shards(directory), 3))
+
+
+def index_and_other_file(directory):
+    single = (directory / "model.safetensors").read_bytes()
+    to_shards(directory)
+    (directory / "model.safetensors").write_bytes(single)
+
+
+def wrong_index(directory):
+    weight_map = to_shards(directory)
+    write_index(directory, weight_map | {"model.norm.weight": "a.safetensors"})
+
+
+def unlisted(directory):
+    weight_map = to_shards(directory)
+    write_index(directory, {n: f for n, f in weight_map.items() if n != "model.norm.weight"})
+
+
+def twice_in_files(directory):
+    weight_map = to_shards(directory)
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
+    file = directory / other[weight_map["model.norm.weight"]]
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(32)}, file)
+
+
+def bin_only(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def cut_header(directory):
+    (directory / "model.safetensors").write_bytes(b"\xff" * 20)
+
+
+def empty_file(directory):
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+BAD = [
+    (missing_head, r"1 weights of .* are in no file \(lm_head.weight"),
+    (another_head, r"model.safetensors: lm_head.weight differs from .*embed_tokens.* in row 7, "),
+    (head_bias, "model.safetensors: lm_head.bias is no weight of the model in config.json"),
+    (surplus_layer, "model.safetensors: model.layers.2.mlp.up_proj.weight is no weight"),
+    (misshapen, r"model.safetensors: model.norm.weight is \(31,\), config.json says \(32,\)"),
+    (fp8, "model.safetensors: model.layers.0.mlp.up_proj.weight is stored as F8_E4M3"),
+    (int8, "model.safetensors: model.layers.0.mlp.up_proj.weight is stored as I8"),
+    (twice_by_prefix, "norm.weight are both model.norm.weight|and norm.weight are both"),
+    (outside, r"index.json: .* is in '../a.safetensors', expected the name"),
+    (absolute, r"index.json: .* is in '/.*a.safetensors', expected the name"),
+    (number_for_a_file, r"index.json: .* is in 3, expected the name"),
+    (index_and_other_file, "holds model.safetensors and model.safetensors.index.json, which names"),
+    (wrong_index, "index.json: model.norm.weight is in b.safetensors, the index says a.safe"),
+    (unlisted, "index.json: model.norm.weight is in b.safetensors, the index says None"),
+    (twice_in_files, "b.safetensors: model.norm.weight is in a.safetensors, too"),
+    (bin_only, r"is incomplete: model.safetensors missing.*pytorch_model.bin"),
+    (cut_header, "model.safetensors: a weight file is damaged or cut"),
+    (empty_file, "model.safetensors: a weight file is damaged or cut"),
+]
+
+
+def test_what_is_refused_is_refused_by_every_reader_in_the_same_words(make_dirs):
+    paths = make_dirs([change for change, _ in BAD])
+    first, second = run_ranks(digests, paths)
+    assert first == second
+    for path, (_, words), sharded in zip(paths, BAD, first, strict=True):
+        for reader in (
+            load_config,
+            lambda path: load_causal_lm(path, torch.float32),
+            lambda path: stored_model(path, torch.float32),
+        ):
+            with pytest.raises(ModelError, match=words) as refused:
+                reader(path)
+            assert str(refused.value) == sharded, path
+        assert "\n" not in sharded
+
+
+@pytest.mark.parametrize("name", ["toaster", "meta", "cuda:x", "mps", ""])
+def test_a_device_that_is_none_names_its_key(name):
+    with pytest.raises(ConfigError, match=r"^model.device: got .*, expected auto, cpu, cuda or"):
+        pick_device(name)

@@ -205,8 +205,15 @@ def check_model_dir(path: str) -> None:
     wanted = sorted({SINGLE} if index is None else set(index.values()))
     absent = [name for name in wanted if not (directory / name).is_file()]
     if absent:
+        pickled = (directory / "pytorch_model.bin").is_file()
         raise ModelError(
-            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model (safetensors)"
+            f"{path} is incomplete: {', '.join(absent)} missing; "
+            + (
+                "pytorch_model.bin may run code: save it as"
+                if pickled
+                else "copy the whole model in"
+            )
+            + " safetensors"
         )
     if index is not None and SINGLE not in wanted and (directory / SINGLE).is_file():
         raise ModelError(
