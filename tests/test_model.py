@@ -11,7 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
-from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig
+from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig, printable
 from vpgea_fast.distributed import full_weights, open_world, pick_device
 from vpgea_fast.model import Policy, load_causal_lm, load_policy, random_policy, stored_model
 from vpgea_fast.model_dir import ModelError, check_model_dir, load_config
@@ -471,3 +471,76 @@ def test_what_is_refused_is_refused_by_every_reader_in_the_same_words(make_dirs)
 def test_a_device_that_is_none_names_its_key(name):
     with pytest.raises(ConfigError, match=r"^model.device: got .*, expected auto, cpu, cuda or"):
         pick_device(name)
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+BAD_CONFIGS = [
+    ({"use_sliding_window": "x"}, "use_sliding_window"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', expected a whole number of 1..1000"),
+    ({"num_hidden_layers": -1, "layer_types": None}, "num_hidden_layers is -1, expected"),
+    ({"num_hidden_layers": 10**30, "layer_types": None}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number"),
+    ({"num_attention_heads": 3}, "_proj.* is .*, config.json says"),
+    ({"hidden_size": 10**9}, "embed_tokens.weight is .*, config.json says"),
+    ({"vocab_size": 10**12}, "vocab_size is 1000000000000, expected"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, expected a number above 0"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0, expected"),
+    ({"hidden_act": "\x1b[2J\nx"}, r"KeyError: '\\x1b\[2J\\nx'"),
+    ({"model_type": "nonsense"}, "nonsense"),
+    ({"model_type": "bart"}, "'bart' is an encoder-decoder"),
+    ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq': quantised weights"),
+    ({"initializer_range": math.inf}, "initializer_range is inf, expected a finite number"),
+]
+
+
+def test_what_config_json_cannot_say_is_one_line_that_names_it(model_dir):
+    """Before a weight: none is as large as these say."""
+    good = (model_dir / "config.json").read_text()
+    for change, words in BAD_CONFIGS:
+        (model_dir / "config.json").write_text(good)
+        config_of(model_dir, **change)
+        with pytest.raises(ModelError, match=words) as refused:
+            load_config(str(model_dir))
+        said = str(refused.value)
+        assert str(model_dir) in said
+        assert "config.json" in said
+        assert printable(said) == said
+        assert "\n" not in said
+    (model_dir / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config.json: Unrecognized model"):
+        load_config(str(model_dir))
+
+
+def converted_facts(path):
+    world = open_world(ParallelConfig(), "cpu")
+    try:
+        load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
+    except ModelError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+def test_experts_are_read_whole_and_refused_in_shards_before_a_weight(tmp_path):
+    """Mixtral's files hold a tensor for each expert, the model one for all of them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 53, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path)
+    path = str(tmp_path)
+    read = load_causal_lm(path, torch.float32)
+    assert digest(read.named_parameters()) == digest(model.named_parameters())
+    _, given = stored_model(path, torch.float32)
+    assert set(dict(given)) == set(load_file(tmp_path / "model.safetensors"))
+    for words in run_ranks(converted_facts, path):
+        assert "experts" in words
+        assert "set parallel.shard: never" in words
+    rewrite(tmp_path, lambda w: w.pop(next(name for name in w if ".experts.1." in name)))
+    with pytest.raises(ModelError, match="experts"):
+        load_causal_lm(path, torch.float32)

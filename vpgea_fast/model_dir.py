@@ -30,12 +30,13 @@ from vpgea_fast.config import printable
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TRAINABLE = ("BF16", "F16", "F32", "F64")
 """Dtypes of safetensors that hold a weight itself, not one that a scale elsewhere belongs to."""
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 MOST_LAYERS = 1000
-MOST = 2**31 - 1
 COUNTS = (
     *("hidden_size", "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings"),
-    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("num_attention_heads", "num_key_value_heads", "n_positions", "n_embd", "n_head", *LAYERS),
 )
+MOST = 2**31 - 1
 ABOVE_ZERO = ("_eps", "_epsilon", "rope_theta")
 ROWS_COMPARED = 4096
 
@@ -107,18 +108,14 @@ def load_config(path: str) -> Any:
 
 def read_config(path: str) -> Any:
     """config.json alone, as transformers reads it. Errors: ModelError."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     check_model_dir(path)
-    local = Path(path).is_dir()
     with blamed_on(path):
-        if local:
-            _check_raw(json_object(Path(path) / "config.json"))
+        _check_raw(PreTrainedConfig.get_config_dict(path)[0])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _check_raw(config.to_dict())
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{config.model_type!r} is an encoder-decoder; take a decoder alone")
-        _check_counts(config.get_text_config())
     return config
 
 
@@ -159,29 +156,29 @@ def blamed_on(path: str) -> Iterator[None]:
 
 
 def _check_raw(content: Mapping[str, Any]) -> None:
-    """ValueError for what transformers would take and no run can: quantised weights, no numbers."""
+    """ValueError for what transformers would take and no run can: quantised weights, no numbers,
+    and sizes that are none, of which it makes lists before anything else."""
     for key, value in content.items():
-        if isinstance(value, Mapping) and key != "quantization_config":
-            _check_raw(value)
-        elif key == "quantization_config" and value is not None:
+        if key == "quantization_config" and value is not None:
             how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
             raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
+        if isinstance(value, Mapping):
+            _check_raw(value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} is {value}, expected a finite number")
+        elif key in COUNTS and value is not None:
+            _check_counts(key, value)
         elif isinstance(value, int) and abs(value) > 2**63 - 1:
             raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
-        elif str(key).endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
+        elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
             raise ValueError(f"{key} is {value}, expected a number above 0")
 
 
-def _check_counts(text: Any) -> None:
-    """ValueError for sizes that are none, before a model of them is made."""
-    for key in COUNTS:
-        value = getattr(text, key, None)
-        for count in value if isinstance(value, list) else [] if value is None else [value]:
-            most = MOST_LAYERS if key == "num_hidden_layers" else MOST
-            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-                raise ValueError(f"{key} is {count!r:.60}, expected a whole number of 1..{most}")
+def _check_counts(key: str, value: Any) -> None:
+    most = MOST_LAYERS if key in LAYERS else MOST
+    for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
 
 
 # The weight files
