@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
+from vpgea_fast.checkpoint import export_model
 from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig, printable
-from vpgea_fast.distributed import full_weights, open_world, pick_device
+from vpgea_fast.distributed import World, full_weights, open_world, pick_device
 from vpgea_fast.model import Policy, load_causal_lm, load_policy, random_policy, stored_model
 from vpgea_fast.model_dir import ModelError, check_model_dir, load_config
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
+ALONE = World(torch.device("cpu"))
 CPU = {"device": "cpu", "activation_checkpointing": "none"}
 
 
@@ -120,7 +123,7 @@ def damage_missing_shard(directory):
     ("damage", "message"),
     [
         (damage_nan, "1 tensors hold NaN or Inf .*model.norm.weight"),
-        (damage_missing_tensor, "1 weights of .* are in no file .*layers.1.mlp.up_proj"),
+        (damage_missing_tensor, "1 weights are missing .*layers.1.mlp.up_proj"),
         (damage_truncated, "a weight file is damaged or cut"),
         (damage_no_weights, "is incomplete: model.safetensors missing"),
         (damage_no_config, "has no config.json"),
@@ -337,6 +340,27 @@ def test_what_is_accepted_is_the_same_for_every_reader(make_dirs, model_dir):
             assert sharded == plain, path
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_reads_back_as_the_model_that_it_was(make_dirs, r1_tokenizer, tmp_path, dtype):
+    """Ties, dtype, generation_config; a file that was odd is an ordinary one then."""
+    for path in make_dirs([only_the_head, without_prefix, untied]):
+        policy = load_policy(ModelConfig(path=path, dtype=dtype, **CPU))
+        policy.causal_lm.generation_config.max_new_tokens = 17
+        out = str(
+            export_model(policy, r1_tokenizer, tmp_path / "export", world=ALONE, replace=True)
+        )
+        stored = getattr(torch, dtype)
+        back = load_causal_lm(out, stored)
+        want = {name: p.to(stored) for name, p in policy.causal_lm.named_parameters()}
+        _, given = stored_model(out, stored)
+        given = dict(given)
+        assert {value.dtype for value in given.values()} == {stored}
+        assert digest(want.items()) == digest(given.items()) == digest(back.named_parameters())
+        tied = back.lm_head.weight is back.model.embed_tokens.weight
+        assert tied == policy.tied == load_config(out).tie_word_embeddings
+        assert back.generation_config.max_new_tokens == 17
+
+
 def missing_head(directory):
     config_of(directory, tie_word_embeddings=False)
 
@@ -430,7 +454,7 @@ def empty_file(directory):
 
 
 BAD = [
-    (missing_head, r"1 weights of .* are in no file \(lm_head.weight"),
+    (missing_head, r"1 weights are missing \(lm_head.weight"),
     (another_head, r"model.safetensors: lm_head.weight differs from .*embed_tokens.* in row 7, "),
     (head_bias, "model.safetensors: lm_head.bias is no weight of the model in config.json"),
     (surplus_layer, "model.safetensors: model.layers.2.mlp.up_proj.weight is no weight"),
@@ -490,6 +514,7 @@ BAD_CONFIGS = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0, expected"),
     ({"hidden_act": "\x1b[2J\nx"}, r"KeyError: '\\x1b\[2J\\nx'"),
     ({"model_type": "nonsense"}, "nonsense"),
+    ({"model_type": "gptj"}, "'gptj' takes no attention but its own"),
     ({"model_type": "bart"}, "'bart' is an encoder-decoder"),
     ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq': quantised weights"),
@@ -529,8 +554,17 @@ def test_experts_are_read_whole_and_refused_in_shards_before_a_weight(tmp_path):
     """Mixtral's files hold a tensor for each expert, the model one for all of them."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 53, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "vocab_size": 53,
+        "num_hidden_layers": 1,
+    }
+    heads: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     model.save_pretrained(tmp_path)
     path = str(tmp_path)

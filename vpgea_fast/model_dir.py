@@ -124,14 +124,20 @@ def empty_model(config: Any, dtype: torch.dtype, path: str | None = None) -> Any
     config.json of `path`, for a configuration of which none can be made."""
     from transformers import AutoModelForCausalLM
 
+    name = attention.register()
     with blamed_on(path or getattr(config, "model_type", "")):
-        with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attention.register(),
-                trust_remote_code=False,
-            )
+        try:
+            with torch.device("meta"):
+                causal_lm = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=name, trust_remote_code=False
+                )
+        except KeyError as error:
+            if error.args != (name,):
+                raise
+            raise ValueError(
+                f"transformers' {config.model_type!r} takes no attention but its own, which would "
+                "mix packed documents"
+            ) from error
         causal_lm.tie_weights()
     return causal_lm
 
@@ -251,8 +257,8 @@ def find_weights(causal_lm: Any, path: str) -> Weights:
     ]
     if missing:
         raise ModelError(
-            f"{directory}: {len(missing)} weights of the model in config.json are in no file "
-            f"({missing[0]}, ...); copy the model again"
+            f"{directory}: {len(missing)} weights are missing ({missing[0]}, ...), which the model "
+            "in config.json has and no file; copy the model again"
         )
     return Weights(directory, of, converted)
 
@@ -267,7 +273,7 @@ def _matched(
 
     known = get_model_conversion_mapping(causal_lm)
     converters = [rule for rule in known if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in known if not isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in known if not isinstance(rule, WeightConverter)]
     prefix = causal_lm.base_model_prefix
     of, converted, extra, made = {}, {}, {}, set()
     for name, tensor in stored.items():
