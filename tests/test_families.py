@@ -12,7 +12,8 @@ from vpgea_fast import families
 from vpgea_fast.config import ConfigError, ModelConfig
 from vpgea_fast.distributed import pick_device
 from vpgea_fast.families import HeadOptions, measure
-from vpgea_fast.model import ModelError, Policy, load_config, load_policy
+from vpgea_fast.model import Policy, load_policy
+from vpgea_fast.model_dir import ModelError, load_config
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine
@@ -299,7 +300,7 @@ MODEL_TEXT = {"model_type": "qwen2", **GROUPED}
         ({**MODEL_TEXT, "rope_parameters": {"rope_type": "nothing", **THETA}}, "nothing"),
         ({**MODEL_TEXT, "layer_types": ["full_attention"]}, "layer"),
         ({**MODEL_TEXT, "hidden_act": "no_such"}, "no_such"),
-        ({**MODEL_TEXT, "quantization_config": {"quant_method": "fp8"}}, "is quantised"),
+        ({**MODEL_TEXT, "quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
     ],
     ids=str,
 )

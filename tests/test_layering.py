@@ -36,6 +36,9 @@ LAYERS = {
         "tiny",
         "verify",
     },
+    # What a model directory means, to every reader of it.
+    "model directory": {"model_dir"},
+    # What a family of models computes, measured on a tiny clone.
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},

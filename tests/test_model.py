@@ -1,26 +1,26 @@
 """The policy and its loading: what is trained, what is refused, what the optimiser may touch."""
 
+import hashlib
 import json
 import math
+import shutil
+from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from vpgea_fast import attention
-from vpgea_fast.config import ModelConfig, ParallelConfig
-from vpgea_fast.distributed import open_world
-from vpgea_fast.model import (
-    ModelError,
-    Policy,
-    check_model_dir,
-    load_policy,
-    random_policy,
-    stored_model,
-)
+from vpgea_fast.checkpoint import export_model
+from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig, printable
+from vpgea_fast.distributed import World, full_weights, open_world, pick_device
+from vpgea_fast.model import Policy, load_causal_lm, load_policy, random_policy, stored_model
+from vpgea_fast.model_dir import ModelError, check_model_dir, load_config
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
 
+ALONE = World(torch.device("cpu"))
 CPU = {"device": "cpu", "activation_checkpointing": "none"}
 
 
@@ -142,133 +142,6 @@ def test_a_damaged_directory_is_refused(model_dir, damage, message):
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
-def head(weights, scale):
-    weights["lm_head.weight"] = scale * weights["model.embed_tokens.weight"]
-
-
-def edit_config(directory, **changes):
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def split_in_two(directory, change=None):
-    """The same weights as two files with an index, which `change` edits."""
-    weights = load_file(directory / "model.safetensors")
-    names = sorted(weights)
-    index = {"metadata": {}, "weight_map": {}}
-    for number, part in enumerate((names[:5], names[5:]), start=1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({k: weights[k] for k in part}, directory / file, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(part, file)
-    (directory / "model.safetensors").unlink()
-    if change is not None:
-        change(index["weight_map"])
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def two_models(directory):
-    kept = (directory / "model.safetensors").read_bytes()
-    split_in_two(directory)
-    (directory / "model.safetensors").write_bytes(kept)
-
-
-def misnamed(weight_map):
-    weight_map["model.norm.weight"] = "model-00001-of-00002.safetensors"
-
-
-def outside(weight_map):
-    weight_map["model.norm.weight"] = "../other/model.safetensors"
-
-
-def pickled(directory):
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-
-
-def as_type(dtype):
-    def change(weights):
-        name = "model.layers.0.mlp.up_proj.weight"
-        weights[name] = weights[name].to(dtype)
-
-    return lambda directory: rewrite(directory, change)
-
-
-TWO_MEANINGS = {
-    "another head than the tied one": (
-        lambda d: rewrite(d, lambda w: head(w, 2.0)),
-        "lm_head.weight and model.embed_tokens.weight differ, but config.json ties them",
-    ),
-    "no head": (
-        lambda d: edit_config(d, tie_word_embeddings=False),
-        r"1 weights are missing \(lm_head.weight",
-    ),
-    "a weight too many": (
-        lambda d: rewrite(d, lambda w: w.update({"model.layers.0.q_norm.weight": torch.ones(8)})),
-        r"1 weights are of no use to this model \(model.layers.0.q_norm.weight",
-    ),
-    "float8": (as_type(torch.float8_e4m3fn), "layers.0.mlp.up_proj.weight is stored as F8_E4M3"),
-    "int8": (as_type(torch.int8), "layers.0.mlp.up_proj.weight is stored as I8"),
-    "another shape": (
-        lambda d: edit_config(d, intermediate_size=60),
-        r"mlp.*weight is \(.*64.*\), config.json says \(.*60",
-    ),
-    "two models": (two_models, "holds model.safetensors and an index of other files"),
-    "a wrong index": (lambda d: split_in_two(d, misnamed), "do not agree .model.norm.weight"),
-    "a file outside": (lambda d: split_in_two(d, outside), "expected a file of its own directory"),
-    "pickled": (pickled, "pickled ones are not read"),
-    "quantised": (
-        lambda d: edit_config(d, quantization_config={"quant_method": "fp8"}),
-        "is quantised",
-    ),
-}
-
-
-def every_reader(path):
-    """One process, shards, and the files for an engine that is no module."""
-
-    def sharded():
-        world = open_world(ParallelConfig(shard="always"), "cpu")
-        try:
-            return load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
-        finally:
-            world.close()
-
-    return {
-        "one process": lambda: load_policy(ModelConfig(path=path, dtype="float32", **CPU)),
-        "shards": sharded,
-        "engine": lambda: stored_model(path, torch.float32),
-    }
-
-
-@pytest.mark.parametrize("reader", ["one process", "shards", "engine"])
-@pytest.mark.parametrize("name", list(TWO_MEANINGS))
-def test_a_directory_that_could_mean_two_models_is_refused_by_every_reader(model_dir, name, reader):
-    change, message = TWO_MEANINGS[name]
-    change(model_dir)
-    with pytest.raises(ModelError, match=message):
-        every_reader(str(model_dir))[reader]()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *(lambda d: rewrite(d, lambda w: head(w, 1.0)), split_in_two, as_type(torch.bfloat16)),
-        lambda d: rewrite(d, lambda w: w.update({FREQUENCIES: torch.ones(8)})),
-    ],
-    ids=["the tied head stored too", "two files", "mixed types", "frequencies stored"],
-)
-def test_what_means_one_model_gives_every_reader_the_same_weights(model_dir, change):
-    change(model_dir)
-    readers = every_reader(str(model_dir))
-    one = dict(readers["one process"]().causal_lm.named_parameters())
-    model, weights = readers["engine"]()
-    stored = dict(weights)
-    assert one.keys() == {name for name, _ in model.named_parameters()} <= stored.keys()
-    shards = dict(readers["shards"]().causal_lm.named_parameters())
-    for name, parameter in one.items():
-        assert torch.equal(parameter, stored[name].float()), name
-        assert torch.equal(parameter, shards[name].to_local()), name
-
-
 def test_no_such_directory():
     with pytest.raises(ModelError, match="no model directory at"):
         check_model_dir("./nowhere/model")
@@ -329,3 +202,382 @@ def test_liger_layers_compute_the_same(model_dir):
         for policy in (plain, fused)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+# --- one meaning of the weight files --------------------------------------------------------------
+
+
+def to_shards(directory, parts=("a.safetensors", "b.safetensors")):
+    """The weights in two files with an index; (weight_map, its file)."""
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {name: parts[place % 2] for place, name in enumerate(names)}
+    for part in parts:
+        (directory / part).parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: weights[n] for n in names if weight_map[n] == part}, directory / part)
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory, weight_map):
+    content = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def config_of(directory, **change):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def as_it_is(directory):
+    """A valid directory."""
+
+
+def hub_cache(directory):
+    """The snapshot of a Hub cache: every file is a link to ../../blobs."""
+    blobs = directory.parents[1] / "blobs"
+    blobs.mkdir()
+    to_shards(directory)
+    for file in list(directory.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+
+
+def only_the_head(directory):
+    """What safetensors' save_model keeps of a tie: the first name."""
+    rewrite(directory, lambda w: w.update({"lm_head.weight": w.pop("model.embed_tokens.weight")}))
+
+
+def both_of_a_tie(directory):
+    rewrite(
+        directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    )
+
+
+def without_prefix(directory):
+    """A base model that was saved alone; its head is the embedding."""
+
+    def change(weights):
+        for name in list(weights):
+            weights[name.removeprefix("model.")] = weights.pop(name)
+
+    rewrite(directory, change)
+
+
+def other_dtypes(directory):
+    dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.float32]
+    rewrite(
+        directory,
+        lambda w: w.update({n: w[n].to(dtypes[i % 4]) for i, n in enumerate(sorted(w))}),
+    )
+
+
+def old_buffer(directory):
+    rewrite(
+        directory,
+        lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    )
+
+
+def untied(directory):
+    rewrite(directory, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    config_of(directory, tie_word_embeddings=False)
+
+
+GOOD = [as_it_is, to_shards, hub_cache, only_the_head, both_of_a_tie, without_prefix]
+GOOD += [other_dtypes, old_buffer, untied]
+
+
+def digest(named):
+    """Name -> hash of the float32 bits. Of a copy: numpy would hold the storage that FSDP frees."""
+    return {
+        name: hashlib.sha256(
+            value.detach().to(torch.float32, copy=True).numpy().tobytes()
+        ).hexdigest()
+        for name, value in named
+    }
+
+
+def digests(paths):
+    """What every path reads in this world; the words of what is refused."""
+    world, found = open_world(ParallelConfig(), "cpu"), []
+    for path in paths:
+        try:
+            policy = load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
+            found.append(digest(full_weights(policy)))
+            del policy
+        except ModelError as error:
+            found.append(str(error))
+    world.close()
+    return found
+
+
+@pytest.fixture
+def make_dirs(model_dir, tmp_path):
+    def make(changes):
+        made = []
+        for change in changes:
+            directory = tmp_path / change.__name__ / "snapshots" / "0"
+            shutil.copytree(model_dir, directory)
+            change(directory)
+            made.append(str(directory))
+        return made
+
+    return make
+
+
+def test_what_is_accepted_is_the_same_for_every_reader(make_dirs, model_dir):
+    paths = make_dirs(GOOD)
+    first, second = run_ranks(digests, paths)
+    assert first == second
+    plain = digest(load_file(model_dir / "model.safetensors").items())
+    for path, sharded in zip(paths, first, strict=True):
+        config = load_config(path)
+        whole = load_causal_lm(path, torch.float32)
+        _, given = stored_model(path, torch.float32)
+        assert digest(whole.named_parameters()) == digest(given) == sharded, path
+        head, embedding = whole.lm_head.weight, whole.model.embed_tokens.weight
+        assert (head is embedding) == config.tie_word_embeddings
+        if config.tie_word_embeddings and "other_dtypes" not in path:
+            assert sharded == plain, path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_reads_back_as_the_model_that_it_was(make_dirs, r1_tokenizer, tmp_path, dtype):
+    """Ties, dtype, generation_config; a file that was odd is an ordinary one then."""
+    for path in make_dirs([only_the_head, without_prefix, untied]):
+        policy = load_policy(ModelConfig(path=path, dtype=dtype, **CPU))
+        policy.causal_lm.generation_config.max_new_tokens = 17
+        out = str(
+            export_model(policy, r1_tokenizer, tmp_path / "export", world=ALONE, replace=True)
+        )
+        stored = getattr(torch, dtype)
+        back = load_causal_lm(out, stored)
+        want = {name: p.to(stored) for name, p in policy.causal_lm.named_parameters()}
+        _, given = stored_model(out, stored)
+        given = dict(given)
+        assert {value.dtype for value in given.values()} == {stored}
+        assert digest(want.items()) == digest(given.items()) == digest(back.named_parameters())
+        tied = back.lm_head.weight is back.model.embed_tokens.weight
+        assert tied == policy.tied == load_config(out).tie_word_embeddings
+        assert back.generation_config.max_new_tokens == 17
+
+
+def missing_head(directory):
+    config_of(directory, tie_word_embeddings=False)
+
+
+def another_head(directory):
+    def change(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["lm_head.weight"][7] += 1
+
+    rewrite(directory, change)
+
+
+def head_bias(directory):
+    rewrite(directory, lambda w: w.update({"lm_head.bias": torch.ones(53)}))
+
+
+def surplus_layer(directory):
+    rewrite(
+        directory,
+        lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}),
+    )
+
+
+def misshapen(directory):
+    rewrite(directory, lambda w: w.update({"model.norm.weight": torch.ones(31)}))
+
+
+def fp8(directory):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda w: w.update({name: w[name].to(torch.float8_e4m3fn)}))
+
+
+def int8(directory):
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(directory, lambda w: w.update({name: w[name].to(torch.int8)}))
+
+
+def twice_by_prefix(directory):
+    rewrite(directory, lambda w: w.update({"norm.weight": torch.ones(32)}))
+
+
+def outside(directory):
+    to_shards(directory, ("../a.safetensors", "b.safetensors"))
+
+
+def absolute(directory):
+    weight_map = to_shards(directory)
+    (directory / "a.safetensors").rename(directory.parent / "a.safetensors")
+    elsewhere = {"a.safetensors": str(directory.parent / "a.safetensors")}
+    write_index(directory, {n: elsewhere.get(f, f) for n, f in weight_map.items()})
+
+
+def number_for_a_file(directory):
+    write_index(directory, dict.fromkeys(to_shards(directory), 3))
+
+
+def index_and_other_file(directory):
+    single = (directory / "model.safetensors").read_bytes()
+    to_shards(directory)
+    (directory / "model.safetensors").write_bytes(single)
+
+
+def wrong_index(directory):
+    weight_map = to_shards(directory)
+    write_index(directory, weight_map | {"model.norm.weight": "a.safetensors"})
+
+
+def unlisted(directory):
+    weight_map = to_shards(directory)
+    write_index(directory, {n: f for n, f in weight_map.items() if n != "model.norm.weight"})
+
+
+def twice_in_files(directory):
+    weight_map = to_shards(directory)
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
+    file = directory / other[weight_map["model.norm.weight"]]
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(32)}, file)
+
+
+def bin_only(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80")
+
+
+def cut_header(directory):
+    (directory / "model.safetensors").write_bytes(b"\xff" * 20)
+
+
+def empty_file(directory):
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+BAD = [
+    (missing_head, r"1 weights are missing \(lm_head.weight"),
+    (another_head, r"model.safetensors: lm_head.weight differs from .*embed_tokens.* in row 7, "),
+    (head_bias, "model.safetensors: lm_head.bias is no weight of the model in config.json"),
+    (surplus_layer, "model.safetensors: model.layers.2.mlp.up_proj.weight is no weight"),
+    (misshapen, r"model.safetensors: model.norm.weight is \(31,\), config.json says \(32,\)"),
+    (fp8, "model.safetensors: model.layers.0.mlp.up_proj.weight is stored as F8_E4M3"),
+    (int8, "model.safetensors: model.layers.0.mlp.up_proj.weight is stored as I8"),
+    (twice_by_prefix, "norm.weight are both model.norm.weight|and norm.weight are both"),
+    (outside, r"index.json: .* is in '../a.safetensors', expected the name"),
+    (absolute, r"index.json: .* is in '/.*a.safetensors', expected the name"),
+    (number_for_a_file, r"index.json: .* is in 3, expected the name"),
+    (index_and_other_file, "holds model.safetensors and model.safetensors.index.json, which names"),
+    (wrong_index, "index.json: model.norm.weight is in b.safetensors, the index says a.safe"),
+    (unlisted, "index.json: model.norm.weight is in b.safetensors, the index says None"),
+    (twice_in_files, "b.safetensors: model.norm.weight is in a.safetensors, too"),
+    (bin_only, r"is incomplete: model.safetensors missing.*pytorch_model.bin"),
+    (cut_header, "model.safetensors: a weight file is damaged or cut"),
+    (empty_file, "model.safetensors: a weight file is damaged or cut"),
+]
+
+
+def test_what_is_refused_is_refused_by_every_reader_in_the_same_words(make_dirs):
+    paths = make_dirs([change for change, _ in BAD])
+    first, second = run_ranks(digests, paths)
+    assert first == second
+    for path, (_, words), sharded in zip(paths, BAD, first, strict=True):
+        for reader in (
+            load_config,
+            lambda path: load_causal_lm(path, torch.float32),
+            lambda path: stored_model(path, torch.float32),
+        ):
+            with pytest.raises(ModelError, match=words) as refused:
+                reader(path)
+            assert str(refused.value) == sharded, path
+        assert "\n" not in sharded
+
+
+@pytest.mark.parametrize("name", ["toaster", "meta", "cuda:x", "mps", ""])
+def test_a_device_that_is_none_names_its_key(name):
+    with pytest.raises(ConfigError, match=r"^model.device: got .*, expected auto, cpu, cuda or"):
+        pick_device(name)
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+BAD_CONFIGS = [
+    ({"use_sliding_window": "x"}, "use_sliding_window"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', expected a whole number of 1..1000"),
+    ({"num_hidden_layers": -1, "layer_types": None}, "num_hidden_layers is -1, expected"),
+    ({"num_hidden_layers": 10**30, "layer_types": None}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": 10**9, "layer_types": None}, "num_hidden_layers is 1000000000"),
+    ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number"),
+    ({"num_attention_heads": 3}, "num_attention_heads 3 of 'qwen2' is no multiple of"),
+    ({"hidden_size": 10**9}, "hidden_size of .qwen2. is 1000000000, expected a whole number"),
+    ({"vocab_size": 10**12}, "vocab_size is 1000000000000, expected"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, expected a number above 0"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0, expected"),
+    ({"hidden_act": "\x1b[2J\nx"}, r"KeyError: '\\x1b\[2J\\nx'"),
+    ({"model_type": "nonsense"}, "nonsense"),
+    ({"model_type": "gptj"}, "'gptj' takes no attention but its own"),
+    ({"model_type": "bart"}, "'bart' is an encoder-decoder"),
+    ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq': quantised weights"),
+    ({"initializer_range": math.inf}, "initializer_range is inf, expected a finite number"),
+]
+
+
+def test_what_config_json_cannot_say_is_one_line_that_names_it(model_dir):
+    """Before a weight: none is as large as these say."""
+    good = (model_dir / "config.json").read_text()
+    for change, words in BAD_CONFIGS:
+        (model_dir / "config.json").write_text(good)
+        config_of(model_dir, **change)
+        with pytest.raises(ModelError, match=words) as refused:
+            load_config(str(model_dir))
+        said = str(refused.value)
+        assert str(model_dir) in said
+        assert "config.json" in said
+        assert printable(said) == said
+        assert "\n" not in said
+    (model_dir / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config.json: Unrecognized model"):
+        load_config(str(model_dir))
+
+
+def converted_facts(path):
+    world = open_world(ParallelConfig(), "cpu")
+    try:
+        load_policy(ModelConfig(path=path, dtype="float32", **CPU), world)
+    except ModelError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+def test_experts_are_read_whole_and_refused_in_shards_before_a_weight(tmp_path):
+    """Mixtral's files hold a tensor for each expert, the model one for all of them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "vocab_size": 53,
+        "num_hidden_layers": 1,
+    }
+    heads: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path)
+    path = str(tmp_path)
+    read = load_causal_lm(path, torch.float32)
+    assert digest(read.named_parameters()) == digest(model.named_parameters())
+    _, given = stored_model(path, torch.float32)
+    assert set(dict(given)) == set(load_file(tmp_path / "model.safetensors"))
+    for words in run_ranks(converted_facts, path):
+        assert "experts" in words
+        assert "set parallel.shard: never" in words
+    rewrite(tmp_path, lambda w: w.pop(next(name for name in w if ".experts.1." in name)))
+    with pytest.raises(ModelError, match="experts"):
+        load_causal_lm(path, torch.float32)

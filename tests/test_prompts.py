@@ -37,10 +37,10 @@ from vpgea_fast.model import (
     ModelError,
     check_vocabulary,
     load_causal_lm,
-    load_config,
     load_generation_config,
     load_tokenizer,
 )
+from vpgea_fast.model_dir import load_config
 from vpgea_fast.prompts import Prompter, eos_ids, fill, length_report
 from vpgea_fast.types import Question
 

@@ -47,10 +47,10 @@ from vpgea_fast.estimate import (
 from vpgea_fast.metrics import Console
 from vpgea_fast.model import (
     check_vocabulary,
-    load_config,
     load_generation_config,
     load_tokenizer,
 )
+from vpgea_fast.model_dir import load_config
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.prompts import Prompter, eos_ids, length_report
 from vpgea_fast.rollout.engine import check_positions

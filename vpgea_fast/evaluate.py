@@ -19,12 +19,12 @@ from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console, eps3, eps3_mean
 from vpgea_fast.model import (
     check_vocabulary,
-    load_config,
     load_generation_config,
     load_policy,
     load_tokenizer,
     stored_model,
 )
+from vpgea_fast.model_dir import load_config
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.factory import check_engine, open_engine

@@ -22,13 +22,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -44,6 +42,18 @@ from vpgea_fast import attention, families, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.model_dir import (
+    ModelError,
+    Weights,
+    blamed_on,
+    check_model_dir,
+    empty_model,
+    find_weights,
+    json_object,
+    one_line,
+    read,
+    read_config,
+)
 from vpgea_fast.types import PackedBatch
 
 P = TypeVar("P", bound="Policy")
@@ -56,12 +66,6 @@ SAMPLING_KEYS = (
     *("epsilon_cutoff", "eta_cutoff"),
 )
 """What generation_config.json says of sampling, and only of sampling."""
-STORED = ("F64", "F32", "F16", "BF16")
-"""Types of stored weights, as safetensors spells them."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or trained; the message says what was found and what to do."""
 
 
 class Output(NamedTuple):
@@ -251,13 +255,13 @@ def load_policy(
     for a family that `families.measure` refuses.
     """
     world = world or World(pick_device(cfg.device))
-    causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
-    check_weights(causal_lm, cfg.path)
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
+        return _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
+    causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
+    weights = _whole_files(causal_lm, cfg.path)
     policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
-    if world.mesh is not None:
-        _read_shards(causal_lm, cfg.path)
+    _read_shards(causal_lm, weights)
     return policy
 
 
@@ -279,7 +283,7 @@ def random_policy(
     """
     world = world or World(pick_device(cfg.device))
     # A copy: the model reads the name of its attention from it, and another model may write there.
-    causal_lm = _on_meta(copy.deepcopy(config), _master_dtype(cfg))
+    causal_lm = empty_model(copy.deepcopy(config), _master_dtype(cfg))
     if world.mesh is None:
         _allocate(causal_lm, world.device)
         causal_lm.tie_weights()
@@ -381,60 +385,14 @@ def make_replica(policy: Policy, path: str) -> Any:
 def stored_model(path: str, dtype: torch.dtype) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
     """A causal LM without storage, and its weights as the files hold them, one at a time: for an
     engine that is no module. Errors: ModelError."""
-    check_model_dir(path)
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, file in _weight_files(path).items():
-            if not _without_meaning(causal_lm, name):
-                with safe_open(file, framework="pt") as opened:
-                    yield name, opened.get_tensor(name)
-
     causal_lm = _without_storage(path, dtype)
-    check_weights(causal_lm, path)
-    return causal_lm, weights()
-
-
-def load_config(path: str) -> Any:
-    """The transformers configuration of a model directory or Hub name. No code of the directory
-    runs. Errors: ModelError."""
-    from transformers import AutoConfig
-
-    check_model_dir(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a configuration class may raise anything at a wrong value
-        raise ModelError(
-            f"{path}/config.json: cannot read the configuration of the model ("
-            f"{' '.join(str(error).split())[:300] or type(error).__name__}); give a complete "
-            "Hugging Face directory of a type that transformers knows, or a Hub name that can be "
-            "reached"
-        ) from error
-    try:
-        families.check(config)
-    except ValueError as error:
-        raise ModelError(f"{error} ({path}/config.json)") from error
-    return config
+    return causal_lm, find_weights(causal_lm, path).given(dict(causal_lm.named_parameters()))
 
 
 def _without_storage(path: str, dtype: torch.dtype) -> Any:
-    config = load_config(path)
-    causal_lm = _on_meta(config, dtype)
+    config = read_config(path)
+    causal_lm = empty_model(config, dtype, path)
     causal_lm.generation_config = load_generation_config(path, config)
-    return causal_lm
-
-
-def _on_meta(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    families.measure(config)
-    what = f"the configuration of {config.model_type!r} makes no model"
-    with families.in_words(what, "correct its config.json"), torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            families.without_randomness(config),
-            dtype=dtype,
-            attn_implementation=attention.register(),
-        )
-    causal_lm.tie_weights()
     return causal_lm
 
 
@@ -470,32 +428,25 @@ def _draw_weights(causal_lm: Any, std: float, seed: int) -> None:
             local.fill_(1.0 if "norm" in name else 0.0)
 
 
-@torch.no_grad()
-def _read_shards(causal_lm: Any, path: str) -> None:
-    """Fill this process's part of every parameter from the safetensors files."""
-    files = _weight_files(path)
-    missing = []
-    for name, parameter in causal_lm.named_parameters():
-        if name not in files:
-            missing.append(name)
-            continue
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        try:
-            with safe_open(files[name], framework="pt") as file:
-                stored = file.get_slice(name)
-                if local.numel():
-                    local.copy_(stored[_rows_of(parameter)])
-        except SafetensorError as error:
-            raise ModelError(
-                f"{path}: a weight file is damaged or cut ({error}); copy the model again"
-            ) from error
-        if not bool(torch.isfinite(local).all()):
-            raise ModelError(f"{path}: {name} holds NaN or Inf; use an earlier checkpoint")
-    if missing:
+def _whole_files(causal_lm: Any, path: str) -> Weights:
+    """Weights of which each process can read its part. Errors: ModelError."""
+    weights = find_weights(causal_lm, path)
+    if weights.converted:
         raise ModelError(
-            f"{path}: {len(missing)} weights are missing ({missing[0]}, ...); copy the model "
-            "again, or set parallel.shard: never where transformers converts this model's names"
+            f"{path}: transformers makes weights of {type(causal_lm).__name__} out of several "
+            f"tensors ({next(iter(weights.converted))}, ...), which no process can read in parts; "
+            "set parallel.shard: never"
         )
+    return weights
+
+
+@torch.no_grad()
+def _read_shards(causal_lm: Any, weights: Weights) -> None:
+    """Fill this process's part of every parameter from the safetensors files."""
+    for name, parameter in causal_lm.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():
+            local.copy_(read(weights.of[name], _rows_of(parameter)))
 
 
 def _rows_of(parameter: torch.Tensor) -> slice:
@@ -506,99 +457,6 @@ def _rows_of(parameter: torch.Tensor) -> slice:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     return slice(offset[0], offset[0] + shape[0])
-
-
-def _weight_files(path: str) -> dict[str, Path]:
-    """Tensor name -> safetensors file, of a directory or of a model on the Hub."""
-    if not Path(path).exists():
-        from huggingface_hub import snapshot_download
-
-        path = snapshot_download(path, allow_patterns=["model*.safetensors", "*.json"])
-        check_model_dir(path)
-    directory = Path(path)
-    index = directory / "model.safetensors.index.json"
-    named: dict[str, str] = _json_object(index)["weight_map"] if index.is_file() else {}
-    files = set(named.values()) or {"model.safetensors"}
-    held = {name: directory / file for file in sorted(files) for name in _names(directory / file)}
-    if named and named != {name: file.name for name, file in held.items()}:
-        wrong = sorted({*named.items()} ^ {(name, file.name) for name, file in held.items()})
-        raise ModelError(
-            f"{index} and the files that it names do not agree ({wrong[0][0]} in {wrong[0][1]}); "
-            "copy the model again"
-        )
-    return held
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{file}: a weight file is damaged or cut ({error}); copy the model again"
-        ) from error
-
-
-def check_weights(causal_lm: Any, path: str) -> None:
-    """One meaning of a directory, whoever reads it: the headers of its files against a model
-    without storage, before any weight is read.
-
-    Only the names may differ, where transformers converts them (then names are missing and others
-    are too many); a sharded model and engines refuse that themselves. Errors: ModelError.
-    """
-    own, files = causal_lm.state_dict(), _weight_files(path)
-    extra = [n for n in sorted(files.keys() - own.keys()) if not _without_meaning(causal_lm, n)]
-    missing = [name for name, _ in causal_lm.named_parameters() if name not in files]
-    for names, what in ((missing, "missing"), (extra, "of no use to this model")):
-        if names and not (missing and extra):
-            raise ModelError(
-                f"{path}: {len(names)} weights are {what} ({names[0]}, ...), by its config.json; "
-                "copy the model again, or correct config.json"
-            )
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                stored = opened.get_slice(name)
-                _check_stored(f"{file}: {name}", stored, own.get(name))
-    _check_ties(causal_lm, files)
-
-
-def _without_meaning(causal_lm: Any, name: str) -> bool:
-    """A stored tensor that transformers makes anew or leaves out for this class of models."""
-    known = [*(causal_lm._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
-    return any(re.search(pattern, name) for pattern in known)
-
-
-def _check_stored(what: str, stored: Any, own: torch.Tensor | None) -> None:
-    if own is not None and tuple(stored.get_shape()) != tuple(own.shape):
-        raise ModelError(
-            f"{what} is {tuple(stored.get_shape())}, config.json says {tuple(own.shape)}; "
-            "correct config.json, or copy the model again"
-        )
-    floating = own is None or own.is_floating_point()
-    if floating and stored.get_dtype() not in STORED:
-        raise ModelError(
-            f"{what} is stored as {stored.get_dtype()}, expected {', '.join(STORED)}: a quantised "
-            "model cannot be trained; take it in bfloat16 or float32"
-        )
-
-
-def _check_ties(causal_lm: Any, files: dict[str, Path]) -> None:
-    """Two names of one parameter may both be stored, with one value."""
-    first: dict[int, str] = {}
-    for name, parameter in causal_lm.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
-        if known == name or name not in files or known not in files:
-            continue
-        with (
-            safe_open(files[known], framework="pt") as one,
-            safe_open(files[name], framework="pt") as other,
-        ):
-            if not torch.equal(one.get_tensor(known), other.get_tensor(name)):
-                raise ModelError(
-                    f"{files[name]}: {name} and {known} differ, but config.json ties them; set "
-                    "tie_word_embeddings to false there, or take the second name out of the files"
-                )
 
 
 def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
@@ -642,11 +500,12 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
     non-finite weights."""
     from transformers import AutoModelForCausalLM
 
-    check_model_dir(path)
-    try:
+    outline = _without_storage(path, dtype)
+    weights = find_weights(outline, path)
+    with blamed_on(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=families.without_randomness(load_config(path)),
+            str(weights.directory),
+            config=read_config(path),
             dtype=dtype,
             attn_implementation=attention.register(),
             use_safetensors=True,
@@ -654,16 +513,8 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # told below, by name
             output_loading_info=True,
         )
-        causal_lm, info = loaded
-    except OSError as error:
-        raise ModelError(
-            f"cannot load the model {path!r}: {_first_line(error)}; give a complete directory"
-        ) from error
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path}: a weight file is damaged or cut ({error}); copy the model again"
-        ) from error
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+    causal_lm, info = loaded
+    for what in ("missing_keys", "mismatched_keys"):  # of those that are made of several tensors
         if names := sorted(map(str, info.get(what, ()))):
             raise ModelError(
                 f"{path}: {len(names)} weights are {what.removesuffix('_keys')} ({names[0]}, ...), "
@@ -674,7 +525,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint"
         )
-    causal_lm.generation_config = load_generation_config(path, causal_lm.config)
+    causal_lm.generation_config = outline.generation_config
     return causal_lm
 
 
@@ -697,7 +548,7 @@ def load_tokenizer(path: str) -> Any:
             )
         for name in TOKENIZER_FILES:
             if (directory / name).is_file():
-                _json_object(directory / name)
+                json_object(directory / name)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         tokenizer.clean_up_tokenization_spaces = False
@@ -707,7 +558,7 @@ def load_tokenizer(path: str) -> Any:
         raise
     except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         raise ModelError(
-            f"cannot load a tokenizer from {path!r}: {_first_line(error)}; give a complete Hugging "
+            f"cannot load a tokenizer from {path!r}: {one_line(error)}; give a complete Hugging "
             "Face directory, or the Hub name (owner/name) of a model that can be reached"
         ) from error
     return tokenizer
@@ -737,7 +588,7 @@ def load_generation_config(path: str, config: Any) -> Any:
 
     file = Path(path) / "generation_config.json"
     if file.is_file():
-        _json_object(file)
+        json_object(file)
     try:
         try:
             found = GenerationConfig.from_pretrained(path)
@@ -752,7 +603,7 @@ def load_generation_config(path: str, config: Any) -> Any:
     except Exception as error:  # whatever a wrong type leads to
         raise ModelError(
             f"{path}: generation_config.json cannot be used, and an export could not write it "
-            f"again: {' '.join(str(error).split())}; repair it, or take it away"
+            f"again: {one_line(error)}; repair it, or take it away"
         ) from error
     return found
 
@@ -769,58 +620,3 @@ def _check_generation_types(found: Any, rows: int) -> None:
     for token in named if isinstance(named, list) else [] if named is None else [named]:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
             raise ValueError(f"eos_token_id is {named!r}, expected tokens of 0..{rows - 1}")
-
-
-def check_model_dir(path: str) -> None:
-    """A local directory must hold config.json and every weight file that its index names. A Hub
-    name is not checked."""
-    directory = Path(path)
-    if not directory.exists():
-        if path.startswith((".", "/")) or path.count("/") > 1:
-            raise ModelError(
-                f"no model directory at {path}; "
-                "give a Hugging Face directory or a Hub name (owner/name)"
-            )
-        return
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
-    _json_object(directory / "config.json")
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index} names no weight files; copy the model again")
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ModelError(
-                    f"{index} names {name!r}, expected a file of its own directory; copy the model "
-                    "again, from a source that you trust"
-                )
-        wanted = sorted(set(weight_map.values()))
-    else:
-        wanted = ["model.safetensors"]
-    absent = [name for name in wanted if not (directory / name).is_file()]
-    if absent:
-        raise ModelError(
-            f"{path} is incomplete: {', '.join(absent)} missing; copy the whole model, with its "
-            "weights as safetensors (pickled ones are not read)"
-        )
-    if wanted != ["model.safetensors"] and (directory / "model.safetensors").is_file():
-        raise ModelError(
-            f"{path} holds model.safetensors and an index of other files, so two models; take one "
-            "of the two away"
-        )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is damaged ({error}); copy the model again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
-    return content
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

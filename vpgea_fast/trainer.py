@@ -55,7 +55,8 @@ from vpgea_fast.metrics import (
     merge,
     model_flops,
 )
-from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
+from vpgea_fast.model import load_policy, load_tokenizer, make_replica
+from vpgea_fast.model_dir import load_config
 from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.optim import apply_update, build_optimizer, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
