@@ -477,3 +477,16 @@ def test_forty_spoiled_configurations(tmp_path, capsys):
 @pytest.mark.slow
 def test_three_hundred_spoiled_configurations(tmp_path, capsys):
     sweep(range(40, 340), tmp_path, capsys)
+
+
+@pytest.mark.parametrize("place", ["data.train", "eval.data"])
+def test_the_file_for_dropped_rows_is_none_that_is_read(place: str, tmp_path: Path):
+    """It is written anew, in a dry run too: the data would be lost."""
+    file = tmp_path / "a.jsonl"
+    words = [f"--{place}", str(file), "--data.dropped_file", str(tmp_path / "." / "a.jsonl")]
+    with pytest.raises(
+        config.ConfigError, match=r"data\.dropped_file is .*read from; give a file of its"
+    ):
+        config.resolve(config.parse_overrides(words))
+    other = [*words[:3], str(tmp_path / "b.jsonl")]
+    assert config.resolve(config.parse_overrides(other)).data.dropped_file == other[3]

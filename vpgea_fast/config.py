@@ -598,6 +598,13 @@ class Config:
         return self.rollout.engine == "vllm" and self.vllm.server is None
 
     def __post_init__(self) -> None:
+        target = self.data.dropped_file
+        files = [file.path for file in (*self.data.train, *self.eval.data)]
+        if target is not None and Path(target).resolve() in [Path(f).resolve() for f in files]:
+            raise ValueError(
+                f"data.dropped_file is {target!r}, which questions are read from; give a file of "
+                "its own: it is written anew"
+            )
         if self.objective.verifies_answers and not self.rollout.full_answer:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
