@@ -147,6 +147,7 @@ def test_math_without_the_500(said, tmp_path):
     held = {"problem": "Of geometry in  test: find 2.", "answer": "2", "unique_id": "test/g/2.json"}
     write(tmp_path / "MATH-500/test.jsonl", [held])
     printed = said("math", "--from", tmp_path, "--out", tmp_path / "out")
+    assert r"math train: 42 answers: what the last \boxed{} holds" in printed
     train = rows(tmp_path / "out/train.jsonl")
     assert "train: 42 read, 41 kept, 1 dropped (1 in the test split)" in printed
     assert train[0]["id"] == "math-algebra-train-1"
@@ -169,7 +170,9 @@ def test_one_file_for_two_splits(said, tmp_path):
         for n in range(1, 703)
     ]
     write(tmp_path / "svamp.jsonl", made)
-    said("svamp", "--from", tmp_path, "--out", tmp_path / "out")
+    printed = said("svamp", "--from", tmp_path, "--out", tmp_path / "out")
+    assert "svamp.jsonl, rows 1 to 700\n" in printed
+    assert "svamp.jsonl, rows 701 to its end\n" in printed
     train, test = (rows(tmp_path / f"out/{name}.jsonl") for name in ("train", "test"))
     assert (len(train), train[-1]["id"], train[-1]["answer"]) == (700, "svamp-c-700", "700")
     assert [row["id"] for row in test] == ["svamp-c-701", "svamp-c-702"]
