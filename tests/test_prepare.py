@@ -5,8 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pyarrow
 import pytest
@@ -116,6 +119,76 @@ def test_a_hub_shaped_folder(hub_folder, said, tmp_path):
     assert [row["question"] for row in held][:3] == [row["question"] for row in train][:3]
 
 
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as `datasets` asks for, over the folder `root`."""
+
+    root: Path
+    commit = "c" * 40
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        words = urlsplit(self.path).path.strip("/").split("/")
+        if words[0] == "datasets":  # datasets/owner/name/resolve/REVISION/PATH
+            file = self.root.joinpath(*words[1:3], *words[5:])
+            if file.is_file():
+                held = {"ETag": f'"{words[-1]}"', "X_Repo_Commit": self.commit}
+                return self.answer(file.read_bytes(), **held)
+        elif words[1] == "datasets":  # api/datasets/owner/name[/tree/REVISION/PATH]
+            repository = self.root.joinpath(*words[2:4])
+            if words[4:5] == ["tree"]:
+                below = repository.joinpath(*words[6:])
+                if below.is_dir():
+                    return self.json([self.entry(repository, f) for f in below.iterdir()])
+            else:
+                names = [self.entry(repository, f)["path"] for f in repository.rglob("*.*")]
+                siblings = [{"rfilename": name} for name in names]
+                found = {"id": "/".join(words[2:4]), "sha": self.commit, "siblings": siblings}
+                return self.json(found)
+        return self.answer(b"", status=404, X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def entry(self, repository, file):
+        path = file.relative_to(repository).as_posix()
+        kind = "directory" if file.is_dir() else "file"
+        return {"type": kind, "path": path, "size": file.stat().st_size, "oid": path}
+
+    def json(self, value):
+        self.answer(json.dumps(value).encode(), Content_Type="application/json")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_from_the_hub(hub_folder, said, tmp_path):
+    """`datasets` loads from a server here as from the Hub; the files are those of the folder."""
+    (tmp_path / "root").mkdir()
+    hub_folder.rename(tmp_path / "root/gsm8k")
+    (tmp_path / "root").rename(tmp_path / "hub/openai")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Hub,), {"root": tmp_path / "hub"}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    around = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    around |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "no_proxy": "127.0.0.1"}
+    around |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "vpgea_fast.cli", "data", "gsm8k", "--out", tmp_path / "a"]
+    done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=200)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "gsm8k train: 5 rows from hub:openai/gsm8k/main:train" in done.stdout
+    said("gsm8k", "--from", tmp_path / "hub", "--out", tmp_path / "b")
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_files_that_are_there_are_kept(hub_folder, said, tmp_path):
     words = "gsm8k", "--from", hub_folder, "--out", tmp_path / "out"
     said(*words)
@@ -147,6 +220,7 @@ def test_math_without_the_500(said, tmp_path):
     held = {"problem": "Of geometry in  test: find 2.", "answer": "2", "unique_id": "test/g/2.json"}
     write(tmp_path / "MATH-500/test.jsonl", [held])
     printed = said("math", "--from", tmp_path, "--out", tmp_path / "out")
+    assert r"math train: 42 answers: what the last \boxed{} holds" in printed
     train = rows(tmp_path / "out/train.jsonl")
     assert "train: 42 read, 41 kept, 1 dropped (1 in the test split)" in printed
     assert train[0]["id"] == "math-algebra-train-1"
@@ -169,7 +243,9 @@ def test_one_file_for_two_splits(said, tmp_path):
         for n in range(1, 703)
     ]
     write(tmp_path / "svamp.jsonl", made)
-    said("svamp", "--from", tmp_path, "--out", tmp_path / "out")
+    printed = said("svamp", "--from", tmp_path, "--out", tmp_path / "out")
+    assert "svamp.jsonl, rows 1 to 700\n" in printed
+    assert "svamp.jsonl, rows 701 to its end\n" in printed
     train, test = (rows(tmp_path / f"out/{name}.jsonl") for name in ("train", "test"))
     assert (len(train), train[-1]["id"], train[-1]["answer"]) == (700, "svamp-c-700", "700")
     assert [row["id"] for row in test] == ["svamp-c-701", "svamp-c-702"]

@@ -431,6 +431,10 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         keep=args.keep,
     )
     _plain_logs()
+    if not sys.stderr.isatty():
+        import datasets
+
+        datasets.disable_progress_bars()
     console = Console()
     try:
         prepare(order, cfg, console)

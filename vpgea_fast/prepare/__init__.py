@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,8 +137,12 @@ def _load(
         console.message(f"{what}: of each file the first {limit} rows (data.limit)")
     elif read != published:
         console.message(f"{what}: {published} rows were published, {read} are here")
-    for line in dict.fromkeys(line for _, part in parts for line in part.notes):
-        console.message(f"{what}: {line}")
+    notes: Counter[str] = Counter()
+    for note in (note for _, part in parts for note in part.notes):
+        count, _, text = note.partition(" ")
+        notes[text] += int(count)
+    for text, count in notes.items():
+        console.message(f"{what}: {count} {text}")
     return LoadedQuestions(
         tuple(q for _, part in parts for q in part.questions),
         tuple(drop for _, part in parts for drop in part.drops),
@@ -189,8 +194,10 @@ def _named(loaded: LoadedQuestions, name: str, tag: str, start: int) -> LoadedQu
 
 
 def _from(sources: Sequence[tuple[Source, str]]) -> str:
-    first, more = sources[0][1], len(sources) - 1
-    return first + (f" and {more} more" if more else "")
+    (source, path), more = sources[0], len(sources) - 1
+    first, last = source.part
+    part = f", rows {first + 1} to {last or 'its end'}" if first or last else ""
+    return path + part + (f" and {more} more" if more else "")
 
 
 def _cause(error: BaseException) -> str:

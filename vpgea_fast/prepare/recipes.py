@@ -157,7 +157,6 @@ def _find(source: Source, folders: Sequence[Path]) -> list[Path]:
 
 
 def _roots(source: Source, folders: Sequence[Path]) -> Iterator[Path]:
-    """The folders, and in each one of the data set's own name, as a clone makes it."""
+    """The folders, and in each one of the data set's own name, as a clone or a mirror makes it."""
     for folder in folders:
-        yield folder
-        yield folder / source.hub.partition("/")[2]
+        yield from (folder, folder / source.hub.partition("/")[2], folder / source.hub)
