@@ -163,6 +163,11 @@ def _imported(file: Path, *, deep: bool) -> frozenset[str]:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("with_name"):
+            program = str(getattr(node.args[0], "value", ""))  # a file beside it, run as a program
+            if program.endswith(".py"):
+                beside = file.with_name(program).relative_to(ROOT).with_suffix("")
+                names.add(".".join(beside.parts))
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             waiting += node.orelse
         elif deep or not isinstance(node, ast.FunctionDef):

@@ -517,7 +517,7 @@ BAD_CONFIGS = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0, expected"),
     ({"hidden_act": "\x1b[2J\nx"}, r"KeyError: '\\x1b\[2J\\nx'"),
     ({"model_type": "nonsense"}, "nonsense"),
-    ({"model_type": "gptj"}, "'gptj' takes no attention but its own"),
+    ({"model_type": "gptj"}, "the attention of 'gptj' does not go through"),
     ({"model_type": "bart"}, "'bart' is an encoder-decoder"),
     ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq': quantised weights"),

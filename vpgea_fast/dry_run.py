@@ -193,11 +193,12 @@ def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
     group = cfg.vllm.tensor_parallel
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
-    rest = (heads % group, model.intermediate_size % group, min(keys % group, group % keys))
+    columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name
+    rest = (heads % group, columns % group, min(keys % group, group % keys))
     if cfg.colocated and any(rest):
         raise ConfigError(
             f"vllm.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
-            f"attention heads and {model.intermediate_size} MLP columns, and a divisor or a "
+            f"attention heads and {columns} MLP columns, and a divisor or a "
             f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
         )
     if tokenizer is not None:

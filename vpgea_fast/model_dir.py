@@ -130,18 +130,10 @@ def empty_model(config: Any, dtype: torch.dtype, path: str | None = None) -> Any
     with _of_the_family(path):
         families.measure(config)
     with blamed_on(path or getattr(config, "model_type", "")):
-        try:
-            with torch.device("meta"):
-                causal_lm = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=name, trust_remote_code=False
-                )
-        except KeyError as error:
-            if error.args != (name,):
-                raise
-            raise ValueError(
-                f"transformers' {config.model_type!r} takes no attention but its own, which would "
-                "mix packed documents"
-            ) from error
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=name, trust_remote_code=False
+            )
         causal_lm.tie_weights()
     return causal_lm
 
