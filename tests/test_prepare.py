@@ -7,21 +7,28 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
+from test_evaluate import Scripted
 
 from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
-from vpgea_fast.config import DataConfig
+from vpgea_fast.config import Config, DataConfig, EvalConfig
 from vpgea_fast.data import load_questions
+from vpgea_fast.evaluate import Evaluator
 from vpgea_fast.prepare.overlap import Overlap
+from vpgea_fast.prepare.pass_rates import Rate, _block
 from vpgea_fast.prepare.recipes import MATH, MATH_ROWS, RECIPES
+from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.types import Question
+from vpgea_fast.verify import Verifier
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 WORDS = "a train leaves the old station at noon and drives north past two quiet lakes".split()
@@ -378,10 +385,10 @@ def test_published_files(name, train, test, said, tmp_path):
 
 @pytest.fixture
 def tiny_order(tiny_world, tmp_path):
-    """Words of an order for 24 questions of the tiny task, 4 answers each, in blocks of 4."""
+    """Words of an order for 16 questions of the tiny task, 4 answers each, in blocks of 4."""
     source = tmp_path / "source"
     if not source.exists():
-        write(source / "gsm8k_train.jsonl", rows(tiny_world.train_path)[:24])
+        write(source / "gsm8k_train.jsonl", rows(tiny_world.train_path)[:16])
         write(source / "gsm8k_test.jsonl", rows(tiny_world.test_path)[:2])
 
     def words(out, *more):
@@ -395,14 +402,14 @@ def tiny_order(tiny_world, tmp_path):
 def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
     """One block, so the answers are those of an evaluation of the same file, to the last one."""
     out = tmp_path / "out"
-    more = "--rollout.max_batch", "24", "--eval.temperature", "1.3"
+    more = "--rollout.max_batch", "16", "--eval.temperature", "1.3"
     printed = said(*tiny_order(out, "--keep", "0.5:0.75", *more))
     header, *rates = rows(out / "pass_rates.jsonl")
-    assert header["block"] == len(rates) == 24
+    assert header["block"] == len(rates) == 16
     kept = rows(out / "train-0.5-0.75.jsonl")
     inside = [rate["id"] for rate in rates if 0.5 <= rate["right"] / rate["drawn"] <= 0.75]
     assert [row["id"] for row in kept] == inside
-    assert 0 < len(kept) < 24
+    assert 0 < len(kept) < 16
     assert {row["pass_rate"] for row in kept} <= {0.5, 0.75}
     assert settings(printed).data.train[0].path == str(out / "train-0.5-0.75.jsonl")
     shown = dict(re.findall(r"^ +([\d.]+) +(\d+) +\d+ +#+", printed, re.M))
@@ -415,14 +422,14 @@ def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
     assert main(["eval", str(tiny_world.base_dir), str(out / "train.jsonl"), *settings_words]) == 0
     capsys.readouterr()
     result = json.loads(found.read_text())["sampled"]
-    assert result["acc"] == sum(rate["right"] for rate in rates) / 96
-    assert result["tokens"] == pytest.approx(sum(rate["tokens"] for rate in rates) / 24, abs=1e-3)
+    assert result["acc"] == sum(rate["right"] for rate in rates) / 64
+    assert result["tokens"] == pytest.approx(sum(rate["tokens"] for rate in rates) / 16, abs=1e-3)
 
     narrow = said(*tiny_order(out, "--keep", "0.6:0.8", *more))  # nothing is drawn again
     assert "student prompt" not in narrow
     assert {row["pass_rate"] for row in rows(out / "train-0.6-0.8.jsonl")} == {0.75}
     none = said(*tiny_order(out, "--keep", "0.01:0.02", *more), refused=True)
-    assert "none of 24 questions has a pass rate from 0.01 to 0.02; widen --keep" in none
+    assert "none of 16 questions has a pass rate from 0.01 to 0.02; widen --keep" in none
     other = said(*tiny_order(out, *more, "--eval.seed", "1"), refused=True)
     assert "drawn with other settings (eval.seed: 0 there, 1 now)" in other
 
@@ -431,9 +438,44 @@ def test_prompts_that_a_run_drops_have_no_rate(tiny_order, said, tmp_path):
     printed = said(*tiny_order(tmp_path / "out", "--data.max_prompt_tokens", "10"))
     rates = rows(tmp_path / "out/pass_rates.jsonl")[1:]
     long = [rate for rate in rates if rate["why"] == "longer than 10 tokens"]
-    assert 0 < len(long) < 24
+    assert 0 < len(long) < 16
     assert all(rate["drawn"] == 0 for rate in long)
     assert re.search(rf"longer than 10 tokens +{len(long)} +0", printed)
+    none = said(
+        *tiny_order(tmp_path / "none", "--data.max_prompt_tokens", "2", "--keep", "0:1"),
+        refused=True,
+    )
+    assert "none of 16 questions has a pass rate from 0 to 1" in none
+
+
+class Lossy(Scripted):
+    """Gives the second answer of each question up."""
+
+    def path(self, request):
+        path = super().path(request)
+        return replace(path, finish="error") if request.index == 1 else path
+
+
+def test_answers_that_an_engine_gave_up_count_for_nothing(tiny_tokenizer):
+    """By the script of test_evaluate.py: right 4 tokens, wrong 6; and wrong 10, cut 20."""
+    with Verifier() as verifier:
+        evaluator = Evaluator(
+            Config(eval=EvalConfig(samples=2)),
+            engine=Lossy(tiny_tokenizer),
+            benchmarks={},
+            sampling=Sampling(max_new_tokens=3, think_close_id=5, eos_ids=(2,)),
+            decode=lambda ids: rf"\boxed{{{ids.item()}}}",
+            verifier=verifier,
+        )
+        texts = "1 A+two", "3 A+two"
+        asked = [
+            (Question(text, text, "7"), torch.tensor(tiny_tokenizer(text)["input_ids"]))
+            for text in texts
+        ]
+        left = Rate("long", why="longer than 10 tokens")
+        found = _block(evaluator, [asked[0], left, asked[1]], lambda _: None)
+    assert found == [Rate(texts[0], 1, 1, 4.0), left, Rate(texts[1], 0, 1, 10.0)]
+    assert Rate("lost").value is None
 
 
 def killed_at(words, file, count):
@@ -462,17 +504,17 @@ def test_a_killed_filter_goes_on_where_it_was(tiny_order, said, tmp_path):
     torn = left + whole[len(left) :][:250]  # a block that was half written
     file.write_bytes(torn)
     kept = (torn.count(b"\n") - 1) // 4 * 4
-    assert lines <= kept < 24
+    assert lines <= kept < 16
     printed = said(*words)
-    assert f"goes on behind {kept} of 24 questions" in printed
-    assert f"train: {24 - kept} questions" in printed  # what this process drew
+    assert f"goes on behind {kept} of 16 questions" in printed
+    assert f"train: {16 - kept} questions" in printed  # what this process drew
     assert file.read_bytes() == whole
     names = "train-0-0.9.jsonl", "train.jsonl", "test.jsonl", "dropped.jsonl"
     for name in names:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
     file.write_bytes(whole[:-40] + b"x" * 39 + b"\n")
-    assert "line 25: b'" in said(*words, refused=True)
+    assert "line 17: b'" in said(*words, refused=True)
 
 
 HOLD = """
@@ -498,7 +540,7 @@ def test_killed_ten_times(tiny_order, said, tmp_path):
     said(*tiny_order(tmp_path / "whole"))
     whole = (tmp_path / "whole/pass_rates.jsonl").read_bytes()
     file, words = tmp_path / "cut/pass_rates.jsonl", tiny_order(tmp_path / "cut")
-    for count in (1, 5, 6, 9, 9, 13, 14, 17, 21, 21):
+    for count in (1, 5, 5, 6, 9, 9, 10, 13, 13, 13):
         assert whole.startswith(killed_at(words, file, count))
     said(*words)
     assert file.read_bytes() == whole

@@ -212,15 +212,10 @@ def _sampled(
     rates: list[Rate] = []
     with open_model(cfg) as model:
         asked = _prompted(cfg, model, questions)
-        items = [item for item in asked if not isinstance(item, Rate)]
-        if not items:
-            raise DataError(
-                f"none of {len(questions)} questions can be asked ({asked[0]}); raise "
-                "data.max_prompt_tokens"
-            )
+        items = tuple(item for item in asked if not isinstance(item, Rate))
         loaded = LoadedQuestions(tuple(question for question, _ in items))
-        shown = model.prompter.shown(items[0][1])
-        evaluator = model.evaluator(cfg, {"train": Benchmark(tuple(items), loaded, shown)})
+        shown = model.prompter.shown(items[0][1]) if items else "none fits"
+        evaluator = model.evaluator(cfg, {"train": Benchmark(items, loaded, shown)})
         for line in evaluator.describe():
             console.message(line)
         advance = console.samples(evaluator.samples)
