@@ -40,6 +40,7 @@ import torch
 
 from vpgea_fast.activations import kept_width
 from vpgea_fast.config import Config
+from vpgea_fast.model_dir import decoder_layers
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -127,7 +128,8 @@ def model_shape(config: Any) -> ModelShape:
     units: dict[str, Any] = {"embedding": model.get_input_embeddings()}
     if not tied:
         units["head"] = model.get_output_embeddings()
-    blocks = list(model.base_model.layers)
+    blocks = decoder_layers(model)
+    widest = max(max(p.shape) for p in blocks[0].parameters() if p.ndim == 2)
     inside = {id(p) for part in (*units.values(), *blocks) for p in part.parameters()}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -140,7 +142,7 @@ def model_shape(config: Any) -> ModelShape:
         query=config.num_attention_heads * head_dim,
         key=kv_heads * head_dim,
         heads=config.num_attention_heads,
-        mlp=config.intermediate_size,
+        mlp=getattr(config, "intermediate_size", None) or widest,  # GPT-2's kind has another name
         vocabulary=config.vocab_size,
         qk_norm=any("q_norm" in name for name, _ in blocks[0].named_parameters()),
         kept=max(map(kept_width, blocks)),

@@ -47,6 +47,7 @@ from vpgea_fast.model_dir import (
     Weights,
     blamed_on,
     check_model_dir,
+    decoder_layers,
     empty_model,
     find_weights,
     json_object,
@@ -322,18 +323,6 @@ def _make_policy(
         shard(policy, world, parallel or ParallelConfig())
         _allocate(causal_lm, world.device if not policy.offloaded else torch.device("cpu"))
     return policy
-
-
-def decoder_layers(causal_lm: Any) -> list[nn.Module]:
-    """The modules that transformers says must stay in one piece. Errors: ModelError."""
-    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
-    layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ModelError(
-            f"{type(causal_lm).__name__} names no layers (_no_split_modules), so it cannot be cut "
-            "into units; use a decoder-only causal LM of transformers, or parallel.shard: never"
-        )
-    return layers
 
 
 def shard(policy: Policy, world: World, parallel: ParallelConfig) -> Policy:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from vpgea_fast import attention, families
 from vpgea_fast.config import printable
@@ -136,6 +137,18 @@ def empty_model(config: Any, dtype: torch.dtype, path: str | None = None) -> Any
             )
         causal_lm.tie_weights()
     return causal_lm
+
+
+def decoder_layers(causal_lm: Any) -> list[nn.Module]:
+    """The modules that transformers says must stay in one piece. Errors: ModelError."""
+    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
+    layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"{type(causal_lm).__name__} names no layers (_no_split_modules), so it cannot be cut "
+            "into units; use a decoder-only causal LM of transformers, or parallel.shard: never"
+        )
+    return layers
 
 
 @contextmanager
