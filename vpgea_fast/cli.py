@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from vpgea_fast import __version__, config, strict_yaml
 
 EVAL_NOTES = (
-    "tokens: mean generated, thought and answer; cut answers are counted, and are wrong",
+    "tokens: mean generated, thought and answer, cut ones too; a thought that was cut is wrong",
     "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
 )
 STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that saved

@@ -535,6 +535,11 @@ def load_tokenizer(path: str) -> Any:
                 f"{path} has no tokenizer.json; expected the tokenizer beside the weights: copy it "
                 "there, or write it with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)"
             )
+        if not (directory / "tokenizer_config.json").is_file():
+            raise ModelError(
+                f"{path} has no tokenizer_config.json, which names the tokens that begin and end a "
+                "text: copy it beside tokenizer.json"
+            )
         for name in TOKENIZER_FILES:
             if (directory / name).is_file():
                 json_object(directory / name)

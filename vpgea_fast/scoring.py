@@ -55,9 +55,13 @@ def answers_correct(
     decode: Callable[[torch.Tensor], str],
     verify: Callable[[list[tuple[str, str]]], list[bool]],
 ) -> torch.Tensor:
-    """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0."""
-    texts = [decode(path.answer_ids) if path.closed else "" for path in paths]
-    return torch.tensor(verify(list(zip(golds, texts, strict=True))), dtype=torch.float64)
+    """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0: a
+    thought that was cut has no answer, whatever a checker would say."""
+    closed = [number for number, path in enumerate(paths) if path.closed]
+    texts = [(golds[number], decode(paths[number].answer_ids)) for number in closed]
+    correct = torch.zeros(len(paths), dtype=torch.float64)
+    correct[closed] = torch.tensor(verify(texts), dtype=torch.float64)
+    return correct
 
 
 def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:

@@ -234,12 +234,26 @@ def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
     if file is None:
         return
     text = "".join(json.dumps(row) + "\n" for row in dropped_rows(loaded))
+    _check_replaceable(Path(file))
     try:
         Path(file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"data.dropped_file {file}: {error.strerror}; name a file in a directory that exists"
         ) from error
+
+
+def _check_replaceable(file: Path) -> None:
+    """DataError for a file that holds anything but a list of dropped rows: it would be lost."""
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    with file.open("rb") as opened:
+        first = opened.readline(1 << 20)
+    if not first.startswith(b'{"place": '):
+        raise DataError(
+            f"data.dropped_file {file} is there and holds something else ({first[:40]!r}); name a "
+            "new file"
+        )
 
 
 def dropped_rows(loaded: Iterable[LoadedQuestions]) -> list[dict[str, str]]:

@@ -77,6 +77,7 @@ class Verifier:
                 "positive time limit: set verify.workers and verify.timeout_s"
             )
         self.timeouts = self.crashes = self.errors = 0
+        self._silent = True
         self._name, self._target, self._world = name, target, world
         self._memory: dict[Job, bool | str] = {}
         self._unsure: set[Job] = set()  # judged by a deadline or a crash: another day may differ
@@ -185,19 +186,30 @@ class Verifier:
         self.crashes += outcome == "dead"
         if outcome in ("late", "dead"):
             self._unsure.add(job)
+            if self._name == "custom":  # with math-verify it is an answer's fault, and expected
+                took = (
+                    "took longer than verify.timeout_s"
+                    if outcome == "late"
+                    else "ended its process"
+                )
+                self._say_once(took, job)
         if not isinstance(outcome, tuple):
             return outcome == "right"
         kind, what = outcome
         if kind == "returned":
             return f"got {what} for the gold answer {job[0]!r}; expected True or False: use bool()"
         self.errors += 1
-        if self.errors == 1:
-            warnings.warn(
-                f"verify.target {self._target!r} raised {what} for the gold answer {job[0]!r}; "
-                "such answers count as wrong (said once)",
-                stacklevel=2,
-            )
+        self._say_once(f"raised {what}", job)
         return False
+
+    def _say_once(self, what: str, job: Job) -> None:
+        if self._silent:
+            self._silent = False
+            warnings.warn(
+                f"verify.target {self._target!r} {what} for the gold answer {job[0]!r}; "
+                "such answers count as wrong (said once)",
+                stacklevel=3,
+            )
 
     def _outcomes(self) -> list[tuple[Job, Outcome]]:
         """Sleep until a worker has something to say or is late; what became of which jobs."""
