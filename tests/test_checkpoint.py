@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -538,6 +539,35 @@ def test_nothing_to_load_and_leftovers_go(tmp_path):
     (tmp_path / ".tmp-metrics.jsonl").touch()
     assert loaded_step(tmp_path) is None
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+
+
+LOST = {
+    "gone": lambda folder: shutil.rmtree(folder),
+    "emptied": lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
+    "all damaged": lambda folder: [(path / "manifest.json").unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST.keys())
+@pytest.mark.filterwarnings("ignore:.*falling back")
+def test_checkpoints_that_are_lost_are_no_run_that_was_never_saved(tmp_path, lose):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / ".saved").unlink()  # as an older version left it
+    assert loaded_step(tmp_path) == 2
+    lose(tmp_path / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=r"its checkpoints are (gone|damaged: step_1, step_2)"
+    ):
+        loaded_step(tmp_path)
+
+
+def test_a_directory_that_was_cleared_is_a_fresh_one(tmp_path):
+    """`rm -rf run/*` leaves the files with a dot."""
+    save(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with claim_run_dir(tmp_path):
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
 
 
 def test_saving_a_step_twice_keeps_the_complete_one(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,6 +412,30 @@ def test_a_resumed_run_stays_the_same_run(words, tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             fit(config.load(run / "config.yaml", [f"--{key}", str(value)]), resume=True)
         assert (run / "config.yaml").read_bytes() == before
+
+
+def contents(run):
+    return {
+        path: path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back")
+def test_a_run_without_its_checkpoints_stops_and_keeps_its_logs(words, tmp_path):
+    run = tmp_path / "run"
+    few = ["--eval.data", "[]", "--checkpoint.save_every", "2", "--checkpoint.export", "false"]
+    assert fit(config.load(TINY, words("run", *few)))
+    (run / "checkpoints/step_2/state.json").write_text("{")
+    os.truncate(run / "checkpoints/step_4/__0_0.distcp", 9)
+    for lost in ("damaged: step_2, step_4", "gone"):
+        before = contents(run)
+        with pytest.raises(checkpoint.CheckpointError, match=f"its checkpoints are {lost}"):
+            fit(config.load(run / "config.yaml", ["--train.steps", "5"]), resume=True)
+        assert contents(run) == before
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    assert len(lines(run)) == 4
 
 
 def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):

@@ -16,6 +16,8 @@ from vpgea_fast.distributed import RemoteError, World
 
 RUN_MARK = "config.yaml"
 LOCK = ".lock"
+SAVED = ".saved"
+"""Left by the first save: where it is and no checkpoint is, the checkpoints are lost."""
 
 
 class CheckpointError(RuntimeError):
@@ -129,6 +131,8 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     try:
         _lock(handle, path)
         _check_claim(path, resume)  # again: a run may have come and gone since the first look
+        if not resume:
+            remove(path / SAVED)  # of a run of which all else was deleted
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:
@@ -192,7 +196,8 @@ def _check_claim(path: Path, resume: bool) -> None:
         not resume
         and path.is_dir()
         and any(
-            entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()
+            entry.name not in (LOCK, SAVED) and not entry.name.startswith(".tmp-")
+            for entry in path.iterdir()
         )
     ):
         raise CheckpointError(

@@ -23,6 +23,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.storage import WriteResult
 
-from vpgea_fast.checkpoint.files import make_directory, remove, sync, together
+from vpgea_fast.checkpoint.files import (
+    SAVED,
+    CheckpointError,
+    make_directory,
+    remove,
+    sync,
+    together,
+)
 from vpgea_fast.checkpoint.state import (
     INDEX,
     OWN,
@@ -180,22 +188,26 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Put the newest complete checkpoint into model, optimiser and random generators, in place.
 
-    None: there is none, and nothing has changed. A collective; each process reads the shards that
-    it needs, whatever the number of processes that wrote them. On as many as wrote them the run
-    goes on bitwise; on another number with a warning, and a process beyond those that wrote seeds
-    its generators from process 0's state and its own rank.
+    None: the run never reached its first save, and nothing has changed. A collective; each process
+    reads the shards that it needs, whatever the number of processes that wrote them. On as many as
+    wrote them the run goes on bitwise; on another number with a warning, and a process beyond those
+    that wrote seeds its generators from process 0's state and its own rank.
 
-    CheckpointError, before anything has changed: a checkpoint of another model, vocabulary, dtype
-    or optimiser, or of another number of processes with states in blocks (8 bits). Also removes
-    what an interrupted save left aside: for the process that claimed the run only.
+    CheckpointError, before anything has changed: no complete checkpoint of a run that was saved; a
+    checkpoint of another model, vocabulary, dtype or optimiser, or of another number of processes
+    with states in blocks (8 bits). Also removes what an interrupted save left aside: for the
+    process that claimed the run only.
     """
+    run_dir = Path(run_dir)
     if world.main:
-        for leftover in (*Path(run_dir).glob(".tmp-*"), *Path(run_dir).glob("checkpoints/.tmp-*")):
+        for leftover in (*run_dir.glob(".tmp-*"), *run_dir.glob("checkpoints/.tmp-*")):
             remove(leftover)
     found = find_checkpoint(run_dir, world=world)
-    if found is None:
-        return None
-    put(found, world=world, model=model, optimizer=optimizer)
+    with together(world):
+        if world.main:
+            _require_kept(run_dir, found)
+    if found is not None:
+        put(found, world=world, model=model, optimizer=optimizer)
     return found
 
 
@@ -242,7 +254,32 @@ def _write(final: Path, taken: Snapshot, world: World, *, keep_last: int, do: Do
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
     if world.main:
+        _mark_saved(parent.parent)
         _forget(final, keep_last, do)
+
+
+def _mark_saved(run_dir: Path) -> None:
+    """No part of the protocol: a mark that is lost costs the word that checkpoints are."""
+    if not (run_dir / SAVED).exists():
+        with suppress(OSError):
+            (run_dir / SAVED).touch()
+            sync(run_dir)
+
+
+def _require_kept(run_dir: Path, found: Checkpoint | None) -> None:
+    """CheckpointError if there is no checkpoint where there was one: to begin again at step 0 would
+    cost the logs of the steps that were made."""
+    if found is not None:
+        _mark_saved(run_dir)  # a run of an older version
+        return
+    damaged = [path.name for path in _by_step(run_dir / "checkpoints")]
+    if damaged or (run_dir / SAVED).exists():
+        state = f"damaged: {', '.join(damaged)}" if damaged else "gone"
+        raise CheckpointError(
+            f"{run_dir} was saved, but its checkpoints are {state}; bring "
+            f"{run_dir / 'checkpoints'} back from a copy, or start another run (--run.dir). The "
+            "logs are as they were"
+        )
 
 
 def _aside(final: Path) -> Path:
