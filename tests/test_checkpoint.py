@@ -677,15 +677,33 @@ def test_an_index_names_no_file_elsewhere(tmp_path):
         loaded_step(tmp_path)
 
 
-def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
+def test_truncate_keeps_bytes_and_puts_aside_what_it_takes_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = ['{"step": 1, "x": 0.1}\n', '{"note":  "é"}\n', '{"x": null, "step": 2}\n']
-    path.write_text("".join(kept) + '{"step": 3}\n[1]\n{"step": 2, "x"\n{"step": 1}', "utf-8")
-    assert truncate_jsonl(path, upto=2) == 4
+    kept = ['{"step": 1, "x": 0.1}\n', '{"note":  "é", "step": 2}\n']
+    odd = ['{"step": null}\n', "[1]\n", '{"x": 1}\n', "[" * 9999 + "\n", '{"step": true}\n']
+    later, twice, torn = ['{"step": 3}\n', '{"step": 9}\n'], ['{"step": 1}\n'], ['{"step": 2, "x']
+    raw = "".join([kept[0], *odd, kept[1], *later, *twice, *torn])
+    path.write_text(raw, "utf-8")
+    cut = truncate_jsonl(path, upto=2, once=True)
     assert path.read_text("utf-8") == "".join(kept)
-    assert truncate_jsonl(path, upto=2) == 0
-    assert truncate_jsonl(tmp_path / "missing.jsonl", upto=2) == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (cut.later, cut.damaged) == (2, [2, 3, 4, 5, 6, 10, 11])
+    assert dict(cut.lines) == {1: 1, 2: 1}
+    aside = tmp_path / "metrics.dropped.jsonl"
+    assert aside.read_text("utf-8") == "".join([*odd, *later, *twice, *torn, "\n"])
+    first, second = cut.words(path, 2)
+    assert first.startswith(f"{path}: lines taken out: 2 of steps after 2")
+    assert "7 damaged (the first was line 2)" in second
+    assert f"kept in {aside}" in second
+    for name in ("metrics.jsonl", "missing.jsonl"):
+        cut = truncate_jsonl(tmp_path / name, upto=2)
+        assert cut.words(path, 2) == []
+    assert sorted(tmp_path.iterdir()) == [aside, path]
+
+
+def test_a_step_has_many_paths(tmp_path):
+    path = tmp_path / "paths.jsonl"
+    path.write_text('{"step": 1}\n' * 3)
+    assert truncate_jsonl(path, upto=1).lines == {1: 3}
 
 
 def test_a_text_is_replaced_whole(tmp_path):

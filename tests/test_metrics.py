@@ -34,9 +34,10 @@ from vpgea_fast.metrics import (
     finite,
     merge,
     mfu,
+    missing_steps,
     model_flops,
     peak_flops,
-    read_jsonl,
+    read_steps,
     step_line,
 )
 
@@ -93,16 +94,37 @@ def test_merge_loses_nothing_and_refuses_a_repeated_key():
 
 def test_reading_skips_only_an_unfinished_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    assert list(read_steps(tmp_path)) == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
-    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_jsonl(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"line 1: got \[1\], expected an object"):
-        read_jsonl(path)
+    assert list(read_steps(tmp_path)) == [{"step": 1}, {"step": 2}]
     path.write_text("")
-    assert read_jsonl(path) == []
+    assert list(read_steps(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        (b'{"step": 2', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 9999, "not JSON"),
+        (b"[1]", "got a list"),
+        (b'{"step": null}', "got step None"),
+        (b'{"step": true}', "got step True"),
+        (b'{"step": 1e400}', "got step inf"),
+        (b'{"step": -1}', "got step -1"),
+        (b'{"loss": 1}', "got step None"),
+    ],
+)
+def test_a_line_that_is_no_step_is_named(tmp_path, line, got):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {got}.*--resume take it out"):
+        list(read_steps(tmp_path))
+
+
+def test_missing_steps_are_named_in_few_words():
+    assert missing_steps({1, 2, 3}, 3) == missing_steps([], 0) == ""
+    assert missing_steps({3}, 5) == "1 to 2, 4 to 5"
+    assert missing_steps(range(2, 101, 2), 100) == "1, 3, 5, 7, 9, 11, 13, 15, 42 more gaps"
 
 
 def test_phase_times_add_up_over_a_step_and_wait_for_the_device():

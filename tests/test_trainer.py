@@ -438,6 +438,41 @@ def test_a_run_without_its_checkpoints_stops_and_keeps_its_logs(words, tmp_path)
     assert len(lines(run)) == 4
 
 
+def test_what_a_resume_cuts_from_the_logs_is_said_and_kept(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit(config.load(TINY, words("run", "--eval.data", "[]")))
+    for name, wrong in (("metrics", '{"step": null}\n'), ("paths", '{"step": 2, "te\n')):
+        rows = (run / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        two = next(i for i, row in enumerate(rows) if json.loads(row)["step"] == 2)
+        late = json.dumps({"step": 5}) + "\n"
+        (run / f"{name}.jsonl").write_text("".join([*rows[:two], wrong, *rows[two + 1 :], late]))
+    capsys.readouterr()
+    assert fit(config.load(run / "config.yaml"), resume=True)
+    shown = capsys.readouterr().out
+    for name in ("metrics", "paths"):
+        path, aside = run / f"{name}.jsonl", run / f"{name}.dropped.jsonl"
+        assert f"{path}: lines taken out: 1 of steps after 4" in shown
+        assert f"{path}: lines taken out: 1 damaged (the first was line" in shown
+        assert len(aside.read_text().splitlines()) == 2
+    assert f"{run / 'metrics.jsonl'}: no line of steps 2\n" in shown
+    assert f"{run / 'paths.jsonl'}: not all lines of steps" not in shown  # step 2 counts no more
+    (run / "paths.jsonl").write_text("".join(rows[:-1]))  # as the straight run left it, but one
+    assert fit(config.load(run / "config.yaml"), resume=True)
+    assert f"{run / 'paths.jsonl'}: not all lines of steps 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"before": [1]}', '{"before": {"step": null}}'])
+def test_a_damaged_evaluation_stops_a_resume_before_anything_changes(tmp_path, words, text):
+    run = tmp_path / "run"
+    if not run.exists():
+        assert fit(config.load(TINY, words("run", "--train.steps", "1", "--eval.limit", "2")))
+    (run / "eval.json").write_text(text)
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"eval\.json.*remove it"):
+        fit(config.load(run / "config.yaml", ["--train.steps", "2"]), resume=True)
+    assert contents(run) == before
+
+
 def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
     run = tmp_path / "run"
     assert fit(config.load(TINY, words("run", "--eval.data", "[]")))

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,7 @@ from vpgea_fast.types import ModelFlops
 METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
 KEY = re.compile(r"[a-z][a-z0-9_]*")
 TIME = re.compile(r"time_\w+_s")
+MAX_SPANS = 8
 
 PEAK_FLOPS = (
     ("H100 PCIe", 756.5e12),
@@ -151,25 +152,49 @@ class MetricsWriter:
         self.close()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; an unfinished last line (a live or killed run) is left out.
+def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, one at a time; none without the file. An unfinished last
+    line (a live or killed run) is left out.
 
-    Raises ValueError with file and line number for anything else that is not a JSON object.
+    Raises ValueError with file and line number for anything else that is no step's JSON object.
     """
-    path = Path(path)
-    records: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as file:
+    path = Path(run_dir) / METRICS
+    if not path.exists():
+        return
+    remedy = "delete the line, or let --resume take it out"
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                if not line.endswith("\n"):
-                    break
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); delete it") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: got {record!r}, expected an object")
-            records.append(record)
-    return records
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{where}: not JSON ({error}); {remedy}") from error
+            step = record.get("step") if isinstance(record, dict) else None
+            if type(step) is not int or not 0 <= step < 2**31:
+                got = f"step {step!r}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f"{where}: got {got}, expected an object of a step; {remedy}")
+            yield record
+
+
+def missing_steps(seen: Collection[int], upto: int) -> str:
+    """Which of the steps 1 to `upto` are not in `seen`, in words; "" where none is missing.
+
+    >>> missing_steps({1, 2, 4, 8}, 9)
+    '3, 5 to 7, 9'
+    """
+    spans: list[list[int]] = []
+    for step in range(1, upto + 1):
+        if step in seen:
+            continue
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    words = [f"{a}" if a == b else f"{a} to {b}" for a, b in spans]
+    more = [f"{len(words) - MAX_SPANS} more gaps"] if len(words) > MAX_SPANS else []
+    return ", ".join(words[:MAX_SPANS] + more)
 
 
 class PhaseTimer:
@@ -377,9 +402,7 @@ class Alarms:
 
     def replay(self, run_dir: str | Path) -> list[str]:
         """`update` with every line of the run's metrics.jsonl, and all that it said."""
-        path = Path(run_dir) / METRICS
-        records = read_jsonl(path) if path.exists() else []
-        return [text for record in records for text in self.update(record)]
+        return [text for record in read_steps(run_dir) for text in self.update(record)]
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:
         first, value = self._first_advantages, finite(record.get("adv_post"))

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -47,13 +48,17 @@ from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import (
+    METRICS,
+    PATHS,
     Alarms,
     Console,
     MetricsWriter,
     PhaseTimer,
     environment,
     merge,
+    missing_steps,
     model_flops,
+    read_steps,
 )
 from vpgea_fast.model import load_config, load_policy, load_tokenizer, make_replica
 from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
@@ -205,6 +210,7 @@ class Trainer:
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
+        found = merge(found, {"paths_written": len(records)})
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         speed = diagnostics.speed_metrics(
             rows,
@@ -342,13 +348,15 @@ class Trainer:
     def evaluate_once(self, when: str) -> None:
         """The evaluation before or after training, into eval.json; a resumed run keeps it."""
         file = self.run_dir / "eval.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        known = self.world.gather(known)[0]
+        known = self.world.gather(report.read_evaluation(self.run_dir))[0]
         step = 0 if when == "before" else self.step
         if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
         if step != self.step:
-            self.say("no evaluation before training: it was not asked for when the run began")
+            self.say(
+                "no evaluation before training: it was not asked for when the run began, or "
+                f"{file} was removed"
+            )
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
@@ -560,17 +568,32 @@ class Trainer:
         if changes(self.before, self.cfg):
             old = self.run_dir / f"config.until_step_{self.step}.yaml"
             checkpoint.write_text(old, dump(self.before))
-        for name in ("metrics.jsonl", "paths.jsonl"):
-            checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
+        lines, paths = self._cut_log(METRICS, once=True), self._cut_log(PATHS, once=False)
         (self.run_dir / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
-        self.alarms.replay(self.run_dir)
+        written: dict[int, int] = {}
+        for record in read_steps(self.run_dir):
+            self.alarms.update(record)
+            written[record["step"]] = record.get("paths_written", paths[record["step"]])
+        if gaps := missing_steps(lines, self.step):
+            self.notices.append(f"{self.run_dir / METRICS}: no line of steps {gaps}")
+        whole = {step for step, count in written.items() if paths[step] == count}
+        if gaps := missing_steps(whole | (set(range(self.step)) - written.keys()), self.step):
+            self.notices.append(f"{self.run_dir / PATHS}: not all lines of steps {gaps}")
+
+    def _cut_log(self, name: str, *, once: bool) -> Counter[int]:
+        """How many lines of each step there are."""
+        path = self.run_dir / name
+        cut = checkpoint.truncate_jsonl(path, upto=self.step, once=once)
+        self.notices += cut.words(path, self.step)
+        return cut.lines
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
         step, record = 0 if saved is None else saved.step, _record(saved)
         self.before = record or load(self.run_dir / "config.yaml")
         changed = changes(self.before, self.cfg)
-        evaluated = ("eval.",) if (self.run_dir / "eval.json").exists() else ()
+        known = report.read_evaluation(self.run_dir)
+        evaluated = ("eval.",) if known else ()
         fixed = [
             f"{key} from {_spelled(old)} to {_spelled(new)}"
             for key, (old, new) in changed.items()
