@@ -22,7 +22,7 @@ from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.trainer import Trainer, TrainingError, fit, rate_changes
+from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit, rate_changes
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
@@ -244,6 +244,38 @@ def test_an_all_gated_step_makes_no_update(words, tmp_path):
         assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
         assert not trainer.optimizer.state
     assert lines(tmp_path / "run")[0]["skipped"] == 1
+
+
+def test_a_run_that_makes_no_update_saves_evaluates_exports_and_ends(words, tmp_path, capsys):
+    few = ["--eval.limit", "2", "--eval.greedy", "false", "--train.idle_stop", "3"]
+    few += ["--train.idle_alarm", "2", "--train.steps", "9"]
+    cfg = config.load(TINY, words("run", *few, "--objective.std_gate", "1e9"))
+    assert fit(cfg) is Ending.HALTED
+    run, shown = tmp_path / "run", capsys.readouterr().out
+    assert "alarm at step 2: no update for 2 steps in a row (2 x " in shown
+    assert "ended after step 3, before train.steps: no update for 3 steps in a row (3 x" in shown
+    assert newest(run).step == 3
+    assert json.loads((run / "eval.json").read_text())["after"]["step"] == 3
+    assert (run / "export/config.json").exists()
+    assert "stopped at step 3: no update" in (run / "report.html").read_text()
+    more = ["--checkpoint.export", "false", "--train.steps", "5"]
+    assert fit(config.load(run / "config.yaml", more), resume=True) is Ending.DONE
+    assert newest(run).step == 5  # another chance, of three steps
+
+
+def test_an_engine_that_is_far_from_the_trainer_ends_the_run(words, monkeypatch, tmp_path):
+    generate = HFEngine.generate
+
+    def off(*args):
+        return [replace(path, logps=path.logps + 1.0) for path in generate(*args)]
+
+    monkeypatch.setattr(HFEngine, "generate", off)
+    more = ["--eval.data", "[]", "--checkpoint.export", "false", "--train.steps", "9"]
+    assert fit(config.load(TINY, words("run", *more))) is Ending.HALTED
+    means = [record["mismatch_mean"] for record in lines(tmp_path / "run")]
+    assert [mean > 2 for mean in means][-3:] == [True] * 3
+    assert newest(tmp_path / "run").step == len(means) < 9
+    assert "train.mismatch_stop (2) for 3 steps" in (tmp_path / "run/report.html").read_text()
 
 
 def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
@@ -667,7 +699,7 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
         *(f"step_{n}" for n in (1, 2, 3))
     }
     limited = words("limited", *more, "--run.max_minutes", "1e-4")
-    assert not fit(config.load(TINY, limited))  # stopped and saved, as by SIGTERM
+    assert fit(config.load(TINY, limited)) is Ending.STOPPED  # and saved, as by SIGTERM
     assert not lines(tmp_path / "limited")
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
@@ -715,7 +747,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
 
 @pytest.mark.parametrize("objective", ["vpgea", "grpo"])
 def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_path, objective):
-    """No update, no mean, no alarm; what it cost is counted, console and report cope."""
+    """No update, no mean, one alarm; what it cost is counted, console and report cope."""
     more = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--train.resample_rounds", "1"]}
     given = words("run", "--eval.data", "[]", *more[objective], "--train.steps", "7")
     if objective == "grpo":
@@ -732,8 +764,10 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
         assert all(map(torch.equal, before, trainer.policy.parameters()))
         trainer.finish_run()
     expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    (alarm,) = [text for text in said if "alarm" in text]
+    assert "5 x the engine gave up a path of every question" in alarm
+    said.remove(alarm)
     assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
-    assert not any("alarm" in text for text in said)
     for record in lines(tmp_path / "run"):
         assert (record["groups_dropped"], record["skipped"]) == (2, 1)
         assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)

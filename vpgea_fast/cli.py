@@ -14,15 +14,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vpgea_fast import __version__, config, strict_yaml
+
+if TYPE_CHECKING:
+    from vpgea_fast.trainer import Ending
 
 EVAL_NOTES = (
     "tokens: mean generated, thought and answer; cut answers are counted, and are wrong",
     "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
 )
-STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that saved
+STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
+"""Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
+job that saved."""
 MAX_GIB = 100_000
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -39,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 2 for an error (one line on stderr), 143 and 130 for a stopped run."""
+    """The exit status: 0, 2 for an error (one line on stderr), 3 for a run that had to end before
+    its last step, 143 and 130 for a stopped one."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
@@ -286,13 +292,13 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.trainer import fit
 
     _plain_logs()
-    return _status(done=fit(cfg, resume=run is not None))
+    return _status(fit(cfg, resume=run is not None))
 
 
-def _status(*, done: bool) -> int:
-    """0 for a run that has ended, and under torchrun for one that was stopped and saved: there any
-    other status is a failure, and starts the stopped run again."""
-    return 0 if done or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+def _status(ending: Ending) -> int:
+    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
+    status is a failure, and starts the run again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:

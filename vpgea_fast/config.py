@@ -524,6 +524,16 @@ class TrainConfig:
     ones, up to so many times a step. 0: off."""
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens a forward; at least the longest row that may come."""
+    idle_alarm: PositiveInt = 5
+    """Steps in a row without an update that raise an alarm."""
+    idle_stop: PositiveInt | None = 25
+    """Steps in a row without an update after which the run saves, evaluates, exports and ends with
+    status 3; null: never."""
+    mismatch_stop: Annotated[float, Field(gt=1.0, le=1e12)] | None = 2.0
+    """mismatch_mean (mean exp|log p_engine - log p_trainer|, 1 where they agree) above which the
+    run ends in the same way; null: never."""
+    mismatch_steps: PositiveInt = 3
+    """So many measured steps in a row above train.mismatch_stop."""
 
 
 @dataclass(frozen=True, config=STRICT)

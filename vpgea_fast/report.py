@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, read_sections
+from vpgea_fast.config import ConfigError, TrainConfig, read_sections, resolve
 from vpgea_fast.metrics import METRICS, Alarms, finite, missing_steps, read_steps
 
 if TYPE_CHECKING:
@@ -193,11 +193,13 @@ class Log:
         self.spans: dict[str, Span] = {}
         self.lines = {key: Line() for _, _, lines, _ in PANELS for key, *_ in lines}
         self.evaluations = {f"{mode}_{key}": Line() for *_, key in PANELS for mode in MODES if key}
-        alarms, ends = Alarms(), read_evaluation(run_dir)
+        alarms, ends = Alarms(_limits(run_dir)), read_evaluation(run_dir)
         self.alarms: list[str] = []
         self._evaluated(ends.get("before", {}))
         for record in read_steps(run_dir):
             self.alarms += alarms.update(record)
+            if alarms.halt:
+                self.alarms.append(f"stopped at step {record['step']}: {alarms.halt}")
             self._add(record)
         self._evaluated(ends.get("after", {}))
 
@@ -454,6 +456,16 @@ def _comparison(run_dir: Path) -> dict[str, Any]:
         for when in ("before", "after"):
             _check_results(f"{path}: {row['name']}: {when}", row.get(when) or {}, remedy)
     return comparison
+
+
+def _limits(run_dir: Path) -> TrainConfig:
+    """The section `train` as far as the alarms read it: other keys may be of another version."""
+    names = ("idle_alarm", "idle_stop", "mismatch_stop", "mismatch_steps")
+    keys = {key: value for key, value in _section(run_dir, "train").items() if key in names}
+    try:
+        return resolve({"train": keys}, source=str(run_dir / "config.yaml")).train
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
 
 
 def _section(run_dir: Path, name: str) -> Record:

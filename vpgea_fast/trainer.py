@@ -6,6 +6,7 @@ of a step) and holds the only mutable state of a run: parameters, optimiser, ste
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import math
@@ -99,8 +100,21 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
-def fit(cfg: Config, *, resume: bool = False) -> bool:
-    """Train to `cfg.train.steps` in `cfg.run.dir`; True when done, False when stopped by a signal.
+class Ending(enum.IntEnum):
+    """How a run ended; only DONE is true."""
+
+    STOPPED = 0
+    """By a signal or its time: saved, and can go on."""
+    DONE = 1
+    HALTED = 2
+    """Because it learnt nothing more, or wrong: saved, evaluated, exported. See `Alarms.halt`."""
+
+    def __bool__(self) -> bool:
+        return self is Ending.DONE
+
+
+def fit(cfg: Config, *, resume: bool = False) -> Ending:
+    """Train to `cfg.train.steps` in `cfg.run.dir`, unless the run is stopped or has to halt.
 
     A stopped run is saved first. With `resume` the run directory's newest checkpoint is continued,
     bitwise as if it had never stopped. Errors: ValueError for bad input, CheckpointError for the
@@ -110,7 +124,7 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
         trainer.introduce()
         try:
             trainer.evaluate_once("before")
-            while trainer.step < cfg.train.steps:
+            while trainer.step < cfg.train.steps and trainer.halted is None:
                 stats = trainer.train_step()
                 trainer.finish_step(stats)
             trainer.evaluate_once("after")
@@ -118,9 +132,12 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
             trainer.save()
             trainer.saver.wait()
             trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
-            return False
+            return Ending.STOPPED
         trainer.finish_run()
-    return True
+        if trainer.halted is None:
+            return Ending.DONE
+        trainer.say(f"ended after step {trainer.step}, before train.steps: {trainer.halted}")
+    return Ending.HALTED
 
 
 class Trainer:
@@ -130,6 +147,7 @@ class Trainer:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
         self.skipped_in_a_row, self.stop_requested = 0, False
         self.before, self.notices = cfg, list[str]()
+        self.halted: str | None = None
         self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
@@ -290,6 +308,8 @@ class Trainer:
             self.say(f"step {self.step}: no update, {stats.skipped}")
         for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
+        # Process 0's word: of a resumed run it alone has read the steps before.
+        self.halted = self.world.gather(self.alarms.halt)[0]
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             file = self.run_dir / f"nonfinite_step_{self.step}.jsonl"
             self.world.on_main(lambda: self._write_rows(file, self.offending))
@@ -298,7 +318,8 @@ class Trainer:
                 f"rows of the last one are in {file}, the last checkpoint is good: lower optim.lr "
                 "and go on with --resume"
             )
-        if self.step == self.cfg.train.steps or self._save_is_due():
+        ends = self.halted is not None or self.step == self.cfg.train.steps
+        if ends or self._save_is_due():
             self.save()
         self._leave_together()
 
@@ -512,7 +533,7 @@ class Trainer:
             progress=self.progress,
         )
         self.collector.check()
-        self.alarms = Alarms()
+        self.alarms = Alarms(cfg.train)
 
     def _build_engine(self) -> RolloutEngine:
         """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
