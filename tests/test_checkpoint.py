@@ -18,7 +18,7 @@ import textwrap
 import threading
 import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -36,10 +36,13 @@ from vpgea_fast.checkpoint import (
     export_model,
     find_checkpoint,
     load_checkpoint,
+    open_checkpoint,
     perform,
+    put_weights,
     restore_rng,
     rng_state,
     save_checkpoint,
+    saved_steps,
     truncate_jsonl,
     write_text,
 )
@@ -64,7 +67,7 @@ def numbers(step, size=8, world=ALONE):
     return {"model": model, "optimizer": optimizer}
 
 
-def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE):
+def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE, worth=None):
     """Every number of checkpoint N is N, in each of its files."""
     return save_checkpoint(
         run_dir,
@@ -72,6 +75,7 @@ def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE):
         world=world,
         trainer_state={"paths": step},
         keep_last=keep_last,
+        worth=worth,
         do=do,
         **numbers(step, size, world),
     )
@@ -493,6 +497,53 @@ def test_keeps_the_last_k_by_number_not_by_name(tmp_path):
     assert steps_on_disk(tmp_path) == ["step_10", "step_11"]
     with pytest.raises(ValueError, match=r"checkpoint\.keep_last: got 0"):
         save(tmp_path, 12, keep_last=0)
+
+
+def test_the_best_outlives_the_last_k(tmp_path):
+    worth = {}
+    kept = []
+    for step, value in enumerate([1.0, 3.0, 2.0, 3.0, 0.5, 0.5, 0.5], start=1):
+        save(tmp_path, step, keep_last=2, worth=worth)
+        kept.append(steps_on_disk(tmp_path))
+        worth[step] = value  # known only after the save
+    assert kept[3] == ["step_2", "step_3", "step_4"]
+    assert kept[4] == ["step_4", "step_5"]  # the later of equals
+    assert kept[6] == ["step_4", "step_6", "step_7"]
+    save(tmp_path, 8, keep_last=2, worth={2: 9.0, 99: 9.0})  # no longer there
+    assert steps_on_disk(tmp_path) == ["step_7", "step_8"]
+
+
+def test_the_best_survives_a_fault_at_every_operation(tmp_path):
+    counting = FailAt()
+    for index in range(-1, 99):
+        run_dir = tmp_path / str(index)
+        for step in (1, 2):
+            save(run_dir, step, keep_last=1, worth={1: 5.0})
+        do = counting if index < 0 else FailAt(index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(CheckpointError):
+                save(run_dir, 3, keep_last=1, worth={1: 5.0, 2: 4.0}, do=do)
+        found = open_checkpoint(run_dir, 1, world=ALONE)
+        assert (found.tensors()["model.weight"] == 1).all()
+        assert loaded_step(run_dir) in (2, 3)
+        if index == counting.count - 1:
+            break
+    assert counting.count > 15
+
+
+def test_a_checkpoint_is_opened_by_its_step_or_refused_in_words(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    flip_a_bit(tmp_path / "checkpoints/step_2/__0_0.distcp")
+    assert saved_steps(tmp_path) == [1, 2]
+    assert open_checkpoint(tmp_path, 1, world=ALONE).step == 1
+    for step, fault in ((2, "the checksum of"), (3, "there is none")):
+        with pytest.raises(CheckpointError, match=f"step_{step}: {fault}.*a checkpoint: 1, 2"):
+            open_checkpoint(tmp_path, step, world=ALONE)
+    other = nn.Linear(8, 4)
+    with pytest.raises(CheckpointError, match="is of another model"):
+        put_weights(open_checkpoint(tmp_path, 1, world=ALONE), other, world=ALONE)
 
 
 def flip_a_bit(path):

@@ -533,6 +533,25 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(train, refusal, tmp_p
     assert steps() == [1, 2, 3]
 
 
+def test_a_checkpoint_is_exported_by_its_step(train, refusal, capsys, tmp_path):
+    run = tmp_path / "run"
+    assert train("--checkpoint.export", "false") == 0
+    for more, said in (
+        (["--step", "best"], "checkpoint.keep_best is null.* --step N (there are: 1, 2)"),
+        (["--step", "9"], "step_9: there is none; the steps with a checkpoint: 1, 2"),
+        (["--step", "first"], "--step: got 'first', expected a whole number"),
+    ):
+        capsys.readouterr()
+        assert re.search(
+            said.replace("(", r"\(").replace(")", r"\)"), refusal(main(["export", str(run), *more]))
+        )
+    assert main(["export", str(run), "--step", "1"]) == 0
+    assert capsys.readouterr().out == f"{run / 'export_step_1'}\n"
+    assert main(["export", str(run), "--out", str(tmp_path / "last")]) == 0
+    weights = [p / "model.safetensors" for p in (run / "export_step_1", tmp_path / "last")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
 def test_a_stopped_run_is_no_failure_under_torchrun(monkeypatch):
     """Another status than 0 would make torchrun start a run that has just saved and stopped."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

@@ -477,3 +477,22 @@ def test_forty_spoiled_configurations(tmp_path, capsys):
 @pytest.mark.slow
 def test_three_hundred_spoiled_configurations(tmp_path, capsys):
     sweep(range(40, 340), tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "lacks"),
+    [
+        ({"eval.data": ["a.jsonl"]}, "eval.every asks for none"),
+        ({"eval.every": 5}, "eval.data asks for none"),
+        ({"eval.data": ["a.jsonl"], "eval.every": 5, "eval.samples": 0}, "eval.samples asks for"),
+        ({"eval.data": ["a.jsonl"], "eval.every": 5}, None),
+    ],
+)
+def test_the_best_checkpoint_needs_an_evaluation(keys, lacks):
+    tree = {"checkpoint": {"keep_best": "sampled_eps3"}, "eval": {}}
+    tree["eval"] = {key.removeprefix("eval."): value for key, value in keys.items()}
+    if lacks is None:
+        assert config.resolve(tree).checkpoint.keep_best == "sampled_eps3"
+        return
+    with pytest.raises(config.ConfigError, match=lacks):
+        config.resolve(tree)

@@ -22,7 +22,14 @@ from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit, rate_changes
+from vpgea_fast.trainer import (
+    Ending,
+    Trainer,
+    TrainingError,
+    export_step,
+    fit,
+    rate_changes,
+)
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
@@ -395,6 +402,43 @@ def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
         assert all((hint in r.context_ids.tolist()) == (r.view == "teacher") for r in rows)
         assert batch.u_post_BG.shape == (2, 4)
         assert batch.u_prior_BN.shape == (2, 2)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
+    """The same after a kill: which step is the best is in the files."""
+    more = ["--eval.every", "2", "--eval.greedy", "false", "--checkpoint.keep_last", "1"]
+    more += ["--checkpoint.save_every", "3", "--checkpoint.keep_best", "sampled_acc"]
+    more += ["--optim.lr", "0.003", "--optim.warmup_steps", "0"]  # ruined by step 6
+    more += ["--optim.schedule", "constant"]
+    assert fit(config.load(TINY, words("straight", *more, "--train.steps", "8")))
+    run, shown = tmp_path / "straight", capsys.readouterr().out
+    points = {r["eval_step"]: r["eval_sampled_acc"] for r in lines(run) if "eval_step" in r}
+    points[8] = json.loads((run / "eval.json").read_text())["after"]["sampled"]["acc"]
+    assert [*points] == [2, 4, 6, 8]
+    best = max(points, key=lambda step: (points[step], step))
+    assert best < 8, points
+    assert checkpoint.saved_steps(run) == [best, 8]
+    assert f"best by sampled_acc: step {best} " in shown
+    assert fit(config.load(TINY, words("parts", *more, "--train.steps", "5")))
+    (tmp_path / "parts/metrics.jsonl").write_text("")  # the checkpoint knows it, too
+    points[5] = json.loads((tmp_path / "parts/eval.json").read_text())["after"]["sampled"]["acc"]
+    kept = max(points, key=lambda step: (points[step], step))
+    onward = config.load(tmp_path / "parts/config.yaml", ["--train.steps", "8"])
+    assert fit(onward, resume=True)
+    assert checkpoint.saved_steps(tmp_path / "parts") == [kept, 8]
+
+    out = export_step(run, "best")
+    assert out == run / f"export_step_{best}"
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    saved = checkpoint.open_checkpoint(run, best, world=World(torch.device("cpu"))).tensors()
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in exported.named_parameters())
+    again = export_step(run, 8, tmp_path / "eight")
+    assert (again / "model.safetensors").read_bytes() == (
+        run / "export/model.safetensors"
+    ).read_bytes()
+    assert {p.name for p in again.iterdir()} == {p.name for p in (run / "export").iterdir()}
+    with pytest.raises(checkpoint.CheckpointError, match="eight is not empty"):
+        export_step(run, "last", tmp_path / "eight")
 
 
 def test_an_existing_run_is_never_overwritten(words, tmp_path):

@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, serve, report, doctor, make-tiny. Every configuration key is an option:
-`--section.key value`."""
+"""`vpgea`: train, eval, export, serve, report, doctor, make-tiny. Every configuration key is an
+option: `--section.key value`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,10 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         )
 
     return read
+
+
+def _step(word: str) -> int | str:
+    return word if word in ("best", "last") else _whole(0, 2**31 - 1)(word)
 
 
 def _gib(word: str) -> float:
@@ -211,6 +215,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
+    export = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    export.add_argument("run_dir", metavar="RUN", type=_path)
+    export.add_argument(
+        "--step",
+        metavar="N|best|last",
+        type=_step,
+        default="last",
+        help="which checkpoint; best is by checkpoint.keep_best; default last",
+    )
+    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
+    export.set_defaults(run=_export, parser=export)
+
     serve = commands.add_parser(
         "serve",
         help="serve a model to training runs (vLLM), with vllm.server as their URL",
@@ -314,7 +335,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     run = Path(args.model).parent / "config.yaml"
-    source = args.config or (run if Path(args.model).name == "export" and run.is_file() else None)
+    exported = re.fullmatch(r"export(_step_\d+)?", Path(args.model).name) and run.is_file()
+    source = args.config or (run if exported else None)
     if source == run and not any(word.startswith("--vllm.server") for word in overrides):
         words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
     cfg = (
@@ -341,6 +363,15 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
+    return 0
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.trainer import export_step
+
+    _plain_logs()
+    print(export_step(args.run_dir, args.step, args.out))
     return 0
 
 

@@ -120,6 +120,20 @@ def read_evaluation(run_dir: str | Path) -> dict[str, Any]:
     return evaluation
 
 
+def evaluated(run_dir: str | Path, name: str) -> dict[int, float]:
+    """Step -> `name` (sampled_eps3, greedy_acc, ...), of every evaluation in the run's files."""
+    mode, _, key = name.partition("_")
+    found = [(r.get("eval_step"), r.get(f"eval_{name}")) for r in read_steps(run_dir)]
+    ends = read_evaluation(run_dir)
+    results = [ends[when] for when in ("before", "after") if when in ends]
+    found += [(result.get("step"), result.get(mode, {}).get(key)) for result in results]
+    return {
+        step: value
+        for step, raw in found
+        if type(step) is int and (value := finite(raw)) is not None
+    }
+
+
 def closing_notes(run_dir: str | Path) -> list[str]:
     """The lines under the closing table: the run's note, and where the committed rows come from."""
     run_dir = Path(run_dir)

@@ -16,11 +16,12 @@ import signal
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -45,7 +46,7 @@ from vpgea_fast.data import (
     unfit,
     write_dropped,
 )
-from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
+from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import (
@@ -148,6 +149,7 @@ class Trainer:
         self.skipped_in_a_row, self.stop_requested = 0, False
         self.before, self.notices = cfg, list[str]()
         self.halted: str | None = None
+        self.worth: dict[int, float] = {}
         self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
@@ -381,6 +383,7 @@ class Trainer:
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
+        self._count_evaluation(step, known[when])
         self._leave_together()
         self.world.on_main(lambda: checkpoint.write_text(file, json.dumps(known, indent=1)))
 
@@ -403,20 +406,35 @@ class Trainer:
         self.console.close()
         if table:
             self.console.table(headers, table, notes=report.closing_notes(self.run_dir))
+        best = checkpoint.best_step(self.worth, checkpoint.saved_steps(self.run_dir))
+        if best is not None:
+            self.say(
+                f"best by {self.cfg.checkpoint.keep_best}: step {best} ({self.worth[best]:.4g}); "
+                f"vpgea export {self.run_dir} --step best"
+            )
         files = [page, self.run_dir / "training.png"]
         files += [self.run_dir / "export"] * self.cfg.checkpoint.export
         self.say(", ".join(map(str, files)))
 
     def save(self) -> None:
         self.saved = time.monotonic()
+        best = self.cfg.checkpoint.keep_best
         self.saver.save(
             self.step,
             {
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "data": self.fingerprint,
                 "config": as_dict(self.cfg),
+                "evaluated": {best: self.worth} if best else {},
             },
+            self.worth,
         )
+
+    def _count_evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        best = self.cfg.checkpoint.keep_best
+        if best is not None:
+            mode, _, key = best.partition("_")
+            self.worth[step] = results[mode][key]
 
     def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
@@ -583,6 +601,12 @@ class Trainer:
             self.step = saved.step
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
         self.world.on_main(self._cut_logs)
+        best = self.cfg.checkpoint.keep_best
+        if best and saved:
+            known = saved.trainer_state.get("evaluated", {}).get(best, {})
+            self.worth = {int(step): value for step, value in known.items()}
+            with self.world.together():  # a log may have lost lines, the checkpoint the last one
+                self.worth |= report.evaluated(self.run_dir, best)
 
     def _cut_logs(self) -> None:
         """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
@@ -666,6 +690,7 @@ class Trainer:
         if not every or not self.step or self.step % every:
             return {}
         results = self.evaluator.run(self.progress(self.evaluator.samples))
+        self._count_evaluation(self.step, results)
         return {
             "eval_step": self.step,
             **{
@@ -684,8 +709,10 @@ class Trainer:
         return {"peak_memory_mib": max(self.world.gather(peak))}
 
     def _save_is_due(self) -> bool:
-        """By steps, or by the main process's clock."""
+        """By steps, by the main process's clock, or because the step will be evaluated."""
         cfg = self.cfg.checkpoint
+        if cfg.keep_best and self.step % self.cfg.eval.every == 0:
+            return True
         late = cfg.save_minutes and time.monotonic() - self.saved > 60 * cfg.save_minutes
         return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
 
@@ -741,6 +768,45 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
         return None if saved is None else resolve(saved.trainer_state["config"])
     except (KeyError, ConfigError):
         return None
+
+
+def export_step(
+    run_dir: str | Path, step: int | Literal["best", "last"], out_dir: str | Path | None = None
+) -> Path:
+    """Write the model of a checkpoint as a Hugging Face directory (RUN/export_step_N unless
+    `out_dir` says where), on the CPU; return its path.
+
+    `best` is by the run's checkpoint.keep_best. The run may go on meanwhile. Errors: ValueError for
+    what is no run, CheckpointError for a step without a complete checkpoint.
+    """
+    run_dir, world = Path(run_dir), World(torch.device("cpu"))
+    cfg = load(run_dir / "config.yaml")
+    steps = checkpoint.saved_steps(run_dir)
+    if step == "best":
+        name = cfg.checkpoint.keep_best
+        worth = {} if name is None else report.evaluated(run_dir, name)
+        chosen = checkpoint.best_step(worth, steps)
+        if chosen is None:
+            raise checkpoint.CheckpointError(
+                f"{run_dir}: checkpoint.keep_best is {_spelled(name)}, and no step with a "
+                "checkpoint was evaluated by it; give --step N (there are: "
+                f"{', '.join(map(str, steps))})"
+            )
+    else:
+        chosen = max(steps, default=0) if step == "last" else step
+    found = checkpoint.open_checkpoint(run_dir, chosen, world=world)
+    model = replace(
+        (_record(found) or cfg).model,
+        device="cpu",
+        attention="auto",
+        liger="never",
+        activation_checkpointing="none",
+        compile=False,
+    )
+    out_dir = Path(out_dir or run_dir / f"export_step_{chosen}")
+    policy = load_policy(model, world)
+    checkpoint.put_weights(found, policy, world=world)
+    return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
 
 
 def rate_changes(old: Config, new: Config, step: int) -> list[str]:

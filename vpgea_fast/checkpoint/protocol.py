@@ -75,9 +75,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     trainer_state: Mapping[str, Any],
     keep_last: int,
+    worth: Mapping[int, float] | None = None,
     do: Do = perform,
 ) -> Path:
     """Write checkpoints/step_<step>, random states included; return its path once it is durable.
+
+    Older ones are deleted but for the last `keep_last` and the one of the most `worth`, by step.
 
     A collective: every process writes its own shards. `model` is a causal LM, or holds one as
     `causal_lm`. The optimiser's hyper-parameters belong to the configuration and are not saved. A
@@ -90,7 +93,7 @@ def save_checkpoint(
     with Saver(
         run_dir, world=world, model=model, optimizer=optimizer, keep_last=keep_last, do=do
     ) as saver:
-        return saver.save(step, trainer_state)
+        return saver.save(step, trainer_state, worth)
 
 
 class Saver:
@@ -124,7 +127,9 @@ class Saver:
         self.pending: Future[None] | None = None
         self.planned: Planned | None = None
 
-    def save(self, step: int, trainer_state: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, trainer_state: Mapping[str, Any], worth: Mapping[int, float] | None = None
+    ) -> Path:
         """As `save_checkpoint`, but in the background it is durable only after the next wait."""
         self.wait()
         final = self.run_dir / "checkpoints" / f"step_{step}"
@@ -140,9 +145,10 @@ class Saver:
             known=self.planned,
         )
         self.planned = taken.planned
-        write = functools.partial(
-            _write, final, taken, self.writers, keep_last=self.keep_last, do=self.do
+        forget = functools.partial(
+            _forget, final, keep_last=self.keep_last, worth=dict(worth or {}), do=self.do
         )
+        write = functools.partial(_write, final, taken, self.writers, forget=forget, do=self.do)
         if self.thread is None:
             write()
         else:
@@ -177,7 +183,7 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
         path = parent / name
         fault = _fault(path, world)
         if fault is None:
-            return Checkpoint(path, **json.loads((path / STATE).read_text(encoding="utf-8")))
+            return _open(path)
         if world.main:
             warnings.warn(f"{path}: {fault}; falling back to the checkpoint before", stacklevel=2)
     return None
@@ -211,7 +217,9 @@ def load_checkpoint(
     return found
 
 
-def _write(final: Path, taken: Snapshot, world: World, *, keep_last: int, do: Do) -> None:
+def _write(
+    final: Path, taken: Snapshot, world: World, *, forget: Callable[[], None], do: Do
+) -> None:
     """The protocol at the head of this file. A collective, over the connections of `world`."""
     parent, aside = final.parent, _aside(final)
     what = f"cannot save {final}"
@@ -255,7 +263,7 @@ def _write(final: Path, taken: Snapshot, world: World, *, keep_last: int, do: Do
             shutil.rmtree(aside, ignore_errors=True)
     if world.main:
         _mark_saved(parent.parent)
-        _forget(final, keep_last, do)
+        forget()
 
 
 def _mark_saved(run_dir: Path) -> None:
@@ -286,15 +294,18 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".tmp-{final.name}")
 
 
-def _forget(final: Path, keep_last: int, do: Do) -> None:
-    """Delete all but the newest `keep_last` up to `final`.
+def _forget(final: Path, *, keep_last: int, worth: Mapping[int, float], do: Do) -> None:
+    """Delete all but the newest `keep_last` up to `final`, and of those with a worth the best.
 
     Later steps do not count: they are incomplete ones that the run fell back from. A rename comes
     first, so that a kill leaves no half a checkpoint under a checkpoint's name. The new one is safe
     by now, so a directory that cannot be deleted is no reason to stop the run.
     """
     upto = [path for path in _by_step(final.parent) if _step_of(path) <= _step_of(final)]
+    best = best_step(worth, map(_step_of, upto))
     for old in upto[:-keep_last]:
+        if _step_of(old) == best:
+            continue
         doomed = final.with_name(f".tmp-old-{old.name}")
         try:
             do(remove, doomed)
@@ -302,6 +313,30 @@ def _forget(final: Path, keep_last: int, do: Do) -> None:
             do(remove, doomed)
         except OSError as error:
             warnings.warn(f"cannot delete {old}: {error}; delete it by hand", stacklevel=3)
+
+
+def best_step(worth: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """Of the steps that have a worth the best one, of equals the last; None where none has."""
+    return max((s for s in steps if s in worth), key=lambda s: (worth[s], s), default=None)
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """The steps of which there are checkpoints, complete or not, in order."""
+    return [_step_of(path) for path in _by_step(Path(run_dir) / "checkpoints")]
+
+
+def open_checkpoint(run_dir: str | Path, step: int, *, world: World) -> Checkpoint:
+    """The checkpoint of a step. CheckpointError if there is none or it is damaged. A collective."""
+    path = Path(run_dir) / "checkpoints" / f"step_{step}"
+    fault = _fault(path, world) if any(world.gather(path.exists())) else "there is none"
+    if fault is not None:
+        there = ", ".join(map(str, saved_steps(run_dir))) or "none"
+        raise CheckpointError(f"{path}: {fault}; the steps with a checkpoint: {there}")
+    return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
+    return Checkpoint(path, **json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
 def _by_step(parent: Path) -> list[Path]:
