@@ -793,6 +793,14 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
         assert (run_dir / "config.yaml").exists()
 
 
+def test_a_folder_in_the_place_of_a_log_is_refused_before_anything_changes(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "paths.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"paths\.jsonl is a directory, expected a file"):
+        claim_run_dir(tmp_path, resume=True)
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_start_that_failed_leaves_nothing_and_one_that_wrote_stays(tmp_path):
     for name in ("failed", "wrote"):
         claim = claim_run_dir(tmp_path / name)

@@ -180,6 +180,8 @@ def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(run_dir) / METRICS
     if not path.exists():
         return
+    if not path.is_file():
+        raise ValueError(f"{path}: got a directory, expected the lines of the steps; move it away")
     remedy = "delete the line, or let --resume take it out"
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

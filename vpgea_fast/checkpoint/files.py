@@ -16,6 +16,7 @@ from typing import IO
 from vpgea_fast.distributed import RemoteError, World
 
 RUN_MARK = "config.yaml"
+FILES = ("metrics.jsonl", "paths.jsonl", "eval.json", "environment.json")
 LOCK = ".lock"
 SAVED = ".saved"
 """Left by the first save: where it is and no checkpoint is, the checkpoints are lost."""
@@ -229,6 +230,9 @@ def _check_claim(path: Path, resume: bool) -> None:
         raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
     if resume and not (path / RUN_MARK).is_file():
         raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
+    odd = next((path / name for name in FILES if (path / name).is_dir()), None)
+    if odd is not None:
+        raise CheckpointError(f"{odd} is a directory, expected a file of the run; move it away")
     if (
         not resume
         and path.is_dir()
