@@ -295,7 +295,7 @@ def resuming(run):
     return ["train", "--resume", str(run), "--train.steps", "3"]
 
 
-def check(whole, kept, run, name, before, each, statuses, outputs):
+def check(whole, run, name, before, each, statuses, outputs):
     """Nothing is trained on a wrong state unsaid, and a refusal is one line and changes nothing."""
     for words, status, text in zip(each, statuses, outputs, strict=True):
         assert status in (0, 2), f"{words[0]}: status {status}: {text}"
@@ -311,7 +311,8 @@ def check(whole, kept, run, name, before, each, statuses, outputs):
     told = "changed at step" in outputs[-1]
     assert same[0] == same[1] or told, f"trained on another state: {outputs[-1]}"
     log = name in ("metrics.jsonl", "paths.jsonl")
-    if log and not (run / name).read_bytes().startswith((kept / name).read_bytes()):
+    counts = [(r / name).read_bytes().count(b"\n") if log else 0 for r in (run, whole)]
+    if counts[0] < counts[1]:  # a digit that became another one is no cut
         assert f"{run / name}: " in outputs[-1], f"a log was cut unsaid: {outputs[-1]}"
 
 
@@ -336,7 +337,7 @@ def damage_all(finished, tiny_world, cases):
         ours, texts = [*islice(statuses, len(each))], [*islice(outputs, len(each))]
         refused += 2 in ours
         try:
-            check(whole, kept, run, name, before, each, ours, texts)
+            check(whole, run, name, before, each, ours, texts)
         except AssertionError as error:
             wrong.append(f"{label}: {error}")
     assert not wrong, "\n\n".join(wrong)
