@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import textwrap
 import threading
 import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,13 @@ from vpgea_fast.checkpoint import (
     export_model,
     find_checkpoint,
     load_checkpoint,
+    open_checkpoint,
     perform,
+    put_weights,
     restore_rng,
     rng_state,
     save_checkpoint,
+    saved_steps,
     truncate_jsonl,
     write_text,
 )
@@ -63,7 +67,7 @@ def numbers(step, size=8, world=ALONE):
     return {"model": model, "optimizer": optimizer}
 
 
-def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE):
+def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE, worth=None):
     """Every number of checkpoint N is N, in each of its files."""
     return save_checkpoint(
         run_dir,
@@ -71,6 +75,7 @@ def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE):
         world=world,
         trainer_state={"paths": step},
         keep_last=keep_last,
+        worth=worth,
         do=do,
         **numbers(step, size, world),
     )
@@ -494,6 +499,53 @@ def test_keeps_the_last_k_by_number_not_by_name(tmp_path):
         save(tmp_path, 12, keep_last=0)
 
 
+def test_the_best_outlives_the_last_k(tmp_path):
+    worth = {}
+    kept = []
+    for step, value in enumerate([1.0, 3.0, 2.0, 3.0, 0.5, 0.5, 0.5], start=1):
+        save(tmp_path, step, keep_last=2, worth=worth)
+        kept.append(steps_on_disk(tmp_path))
+        worth[step] = value  # known only after the save
+    assert kept[3] == ["step_2", "step_3", "step_4"]
+    assert kept[4] == ["step_4", "step_5"]  # the later of equals
+    assert kept[6] == ["step_4", "step_6", "step_7"]
+    save(tmp_path, 8, keep_last=2, worth={2: 9.0, 99: 9.0})  # no longer there
+    assert steps_on_disk(tmp_path) == ["step_7", "step_8"]
+
+
+def test_the_best_survives_a_fault_at_every_operation(tmp_path):
+    counting = FailAt()
+    for index in range(-1, 99):
+        run_dir = tmp_path / str(index)
+        for step in (1, 2):
+            save(run_dir, step, keep_last=1, worth={1: 5.0})
+        do = counting if index < 0 else FailAt(index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(CheckpointError):
+                save(run_dir, 3, keep_last=1, worth={1: 5.0, 2: 4.0}, do=do)
+        found = open_checkpoint(run_dir, 1, world=ALONE)
+        assert (found.tensors()["model.weight"] == 1).all()
+        assert loaded_step(run_dir) in (2, 3)
+        if index == counting.count - 1:
+            break
+    assert counting.count > 15
+
+
+def test_a_checkpoint_is_opened_by_its_step_or_refused_in_words(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    flip_a_bit(tmp_path / "checkpoints/step_2/__0_0.distcp")
+    assert saved_steps(tmp_path) == [1, 2]
+    assert open_checkpoint(tmp_path, 1, world=ALONE).step == 1
+    for step, fault in ((2, "the checksum of"), (3, "there is none")):
+        with pytest.raises(CheckpointError, match=f"step_{step}: {fault}.*a checkpoint: 1, 2"):
+            open_checkpoint(tmp_path, step, world=ALONE)
+    other = nn.Linear(8, 4)
+    with pytest.raises(CheckpointError, match="is of another model"):
+        put_weights(open_checkpoint(tmp_path, 1, world=ALONE), other, world=ALONE)
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -538,6 +590,35 @@ def test_nothing_to_load_and_leftovers_go(tmp_path):
     (tmp_path / ".tmp-metrics.jsonl").touch()
     assert loaded_step(tmp_path) is None
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+
+
+LOST = {
+    "gone": lambda folder: shutil.rmtree(folder),
+    "emptied": lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
+    "all damaged": lambda folder: [(path / "manifest.json").unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST.keys())
+@pytest.mark.filterwarnings("ignore:.*falling back")
+def test_checkpoints_that_are_lost_are_no_run_that_was_never_saved(tmp_path, lose):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / ".saved").unlink()  # as an older version left it
+    assert loaded_step(tmp_path) == 2
+    lose(tmp_path / "checkpoints")
+    with pytest.raises(
+        CheckpointError, match=r"its checkpoints are (gone|damaged: step_1, step_2)"
+    ):
+        loaded_step(tmp_path)
+
+
+def test_a_directory_that_was_cleared_is_a_fresh_one(tmp_path):
+    """`rm -rf run/*` leaves the files with a dot."""
+    save(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with claim_run_dir(tmp_path):
+        assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
 
 
 def test_saving_a_step_twice_keeps_the_complete_one(tmp_path):
@@ -647,15 +728,33 @@ def test_an_index_names_no_file_elsewhere(tmp_path):
         loaded_step(tmp_path)
 
 
-def test_truncate_drops_lost_steps_and_torn_lines_and_keeps_bytes(tmp_path):
+def test_truncate_keeps_bytes_and_puts_aside_what_it_takes_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = ['{"step": 1, "x": 0.1}\n', '{"note":  "é"}\n', '{"x": null, "step": 2}\n']
-    path.write_text("".join(kept) + '{"step": 3}\n[1]\n{"step": 2, "x"\n{"step": 1}', "utf-8")
-    assert truncate_jsonl(path, upto=2) == 4
+    kept = ['{"step": 1, "x": 0.1}\n', '{"note":  "é", "step": 2}\n']
+    odd = ['{"step": null}\n', "[1]\n", '{"x": 1}\n', "[" * 9999 + "\n", '{"step": true}\n']
+    later, twice, torn = ['{"step": 3}\n', '{"step": 9}\n'], ['{"step": 1}\n'], ['{"step": 2, "x']
+    raw = "".join([kept[0], *odd, kept[1], *later, *twice, *torn])
+    path.write_text(raw, "utf-8")
+    cut = truncate_jsonl(path, upto=2, once=True)
     assert path.read_text("utf-8") == "".join(kept)
-    assert truncate_jsonl(path, upto=2) == 0
-    assert truncate_jsonl(tmp_path / "missing.jsonl", upto=2) == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (cut.later, cut.damaged) == (2, [2, 3, 4, 5, 6, 10, 11])
+    assert dict(cut.lines) == {1: 1, 2: 1}
+    aside = tmp_path / "metrics.dropped.jsonl"
+    assert aside.read_text("utf-8") == "".join([*odd, *later, *twice, *torn, "\n"])
+    first, second = cut.words(path, 2)
+    assert first.startswith(f"{path}: lines taken out: 2 of steps after 2")
+    assert "7 damaged (the first was line 2)" in second
+    assert f"kept in {aside}" in second
+    for name in ("metrics.jsonl", "missing.jsonl"):
+        cut = truncate_jsonl(tmp_path / name, upto=2)
+        assert cut.words(path, 2) == []
+    assert sorted(tmp_path.iterdir()) == [aside, path]
+
+
+def test_a_step_has_many_paths(tmp_path):
+    path = tmp_path / "paths.jsonl"
+    path.write_text('{"step": 1}\n' * 3)
+    assert truncate_jsonl(path, upto=1).lines == {1: 3}
 
 
 def test_a_text_is_replaced_whole(tmp_path):
@@ -692,6 +791,14 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
         claim_run_dir(run_dir)
     with claim_run_dir(run_dir, resume=True):
         assert (run_dir / "config.yaml").exists()
+
+
+def test_a_folder_in_the_place_of_a_log_is_refused_before_anything_changes(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "paths.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"paths\.jsonl is a directory, expected a file"):
+        claim_run_dir(tmp_path, resume=True)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_start_that_failed_leaves_nothing_and_one_that_wrote_stays(tmp_path):

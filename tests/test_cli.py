@@ -17,6 +17,7 @@ from test_prompts import make_tokenizer
 from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import _status, main
 from vpgea_fast.distributed import World
+from vpgea_fast.trainer import Ending
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/tiny.yaml"
@@ -564,12 +565,33 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(train, refusal, tmp_p
     assert steps() == [1, 2, 3]
 
 
+def test_a_checkpoint_is_exported_by_its_step(train, refusal, capsys, tmp_path):
+    run = tmp_path / "run"
+    assert train("--checkpoint.export", "false") == 0
+    for more, said in (
+        (["--step", "best"], "checkpoint.keep_best is null.* --step N (there are: 1, 2)"),
+        (["--step", "9"], "step_9: there is none; the steps with a checkpoint: 1, 2"),
+        (["--step", "first"], "--step: got 'first', expected a whole number"),
+    ):
+        capsys.readouterr()
+        assert re.search(
+            said.replace("(", r"\(").replace(")", r"\)"), refusal(main(["export", str(run), *more]))
+        )
+    assert main(["export", str(run), "--step", "1"]) == 0
+    assert capsys.readouterr().out == f"{run / 'export_step_1'}\n"
+    assert main(["export", str(run), "--out", str(tmp_path / "last")]) == 0
+    weights = [p / "model.safetensors" for p in (run / "export_step_1", tmp_path / "last")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
 def test_a_stopped_run_is_no_failure_under_torchrun(monkeypatch):
     """Another status than 0 would make torchrun start a run that has just saved and stopped."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert (_status(done=True), _status(done=False)) == (0, 143)
+    endings = (Ending.DONE, Ending.HALTED, Ending.STOPPED)
+    assert [*map(_status, endings)] == [0, 3, 143]
+    assert [*map(bool, endings)] == [True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert (_status(done=True), _status(done=False)) == (0, 0)
+    assert [*map(_status, endings)] == [0, 0, 0]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, capsys, tmp_path):

@@ -490,3 +490,22 @@ def test_the_file_for_dropped_rows_is_none_that_is_read(place: str, tmp_path: Pa
         config.resolve(config.parse_overrides(words))
     other = [*words[:3], str(tmp_path / "b.jsonl")]
     assert config.resolve(config.parse_overrides(other)).data.dropped_file == other[3]
+
+
+@pytest.mark.parametrize(
+    ("keys", "lacks"),
+    [
+        ({"eval.data": ["a.jsonl"]}, "eval.every asks for none"),
+        ({"eval.every": 5}, "eval.data asks for none"),
+        ({"eval.data": ["a.jsonl"], "eval.every": 5, "eval.samples": 0}, "eval.samples asks for"),
+        ({"eval.data": ["a.jsonl"], "eval.every": 5}, None),
+    ],
+)
+def test_the_best_checkpoint_needs_an_evaluation(keys, lacks):
+    tree = {"checkpoint": {"keep_best": "sampled_eps3"}, "eval": {}}
+    tree["eval"] = {key.removeprefix("eval."): value for key, value in keys.items()}
+    if lacks is None:
+        assert config.resolve(tree).checkpoint.keep_best == "sampled_eps3"
+        return
+    with pytest.raises(config.ConfigError, match=lacks):
+        config.resolve(tree)

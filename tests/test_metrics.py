@@ -9,6 +9,7 @@ import pty
 import resource
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vpgea_fast.config import TrainConfig
 from vpgea_fast.metrics import (
     Alarms,
     Console,
@@ -34,9 +36,10 @@ from vpgea_fast.metrics import (
     finite,
     merge,
     mfu,
+    missing_steps,
     model_flops,
     peak_flops,
-    read_jsonl,
+    read_steps,
     step_line,
 )
 
@@ -93,16 +96,37 @@ def test_merge_loses_nothing_and_refuses_a_repeated_key():
 
 def test_reading_skips_only_an_unfinished_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    assert list(read_steps(tmp_path)) == []
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
-    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_jsonl(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"line 1: got \[1\], expected an object"):
-        read_jsonl(path)
+    assert list(read_steps(tmp_path)) == [{"step": 1}, {"step": 2}]
     path.write_text("")
-    assert read_jsonl(path) == []
+    assert list(read_steps(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        (b'{"step": 2', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 9999, "not JSON"),
+        (b"[1]", "got a list"),
+        (b'{"step": null}', "got step None"),
+        (b'{"step": true}', "got step True"),
+        (b'{"step": 1e400}', "got step inf"),
+        (b'{"step": -1}', "got step -1"),
+        (b'{"loss": 1}', "got step None"),
+    ],
+)
+def test_a_line_that_is_no_step_is_named(tmp_path, line, got):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {got}.*--resume take it out"):
+        list(read_steps(tmp_path))
+
+
+def test_missing_steps_are_named_in_few_words():
+    assert missing_steps({1, 2, 3}, 3) == missing_steps([], 0) == ""
+    assert missing_steps({3}, 5) == "1 to 2, 4 to 5"
+    assert missing_steps(range(2, 101, 2), 100) == "1, 3, 5, 7, 9, 11, 13, 15, 42 more gaps"
 
 
 def test_phase_times_add_up_over_a_step_and_wait_for_the_device():
@@ -280,13 +304,75 @@ def test_a_sampler_that_is_off_is_named():
     assert raised([{"mismatch_mean": 1.049}] * 6) == []
 
 
+EMPTY = {"skipped": 1, "grad_norm": 0.0, "groups_zero_var": 4, "groups_all_rejected": 0}
+FULL = {"skipped": 0, "grad_norm": 0.5, "groups_zero_var": 1, "std_s": 0.3}
+WHY = {
+    "equal and right": {"std_s": 0.01, "acc_student": 1.0, "acc_teacher": 1.0},
+    "was not finite": {"grad_norm": None, "std_s": 0.3},
+    "vllm.timeout_s": {"groups_zero_var": None},
+    "every path was rejected": {"groups_all_rejected": 4, "std_s": 0.0, "acc_student": 0.9},
+    "worth the same": {"std_s": 0.0, "acc_student": 0.5, "accept_rate": 1.0},
+    "objective.std_gate": {"std_s": 0.3, "acc_student": 1.0},
+}
+
+
+def halts(records, **limits):
+    alarms, found = Alarms(replace(TrainConfig(), **limits)), {}
+    for step, record in enumerate(records, start=1):
+        update(alarms, step, record)
+        if alarms.halt:
+            found[step] = alarms.halt
+    return found
+
+
+@pytest.mark.parametrize("why", WHY)
+def test_a_run_that_learns_nothing_says_why_and_stops(why):
+    idle = {**EMPTY, **WHY[why]}
+    assert raised([idle] * 4) == []
+    (text,) = raised([FULL] + [idle] * 24)
+    assert text.startswith("alarm at step 5: ")
+    assert "no update for 5 steps in a row (5 x " in text
+    assert why in text
+    assert ("converged" in text) == (why == "equal and right")
+    assert halts([idle] * 24) == halts(([idle] * 24 + [FULL]) * 2) == {}
+    found = halts([idle] * 50)
+    assert [*found] == [25, 50]  # a resumed run begins to count anew
+    assert why in found[25]
+    assert halts([idle] * 99, idle_stop=None) == {}
+    assert [*halts([idle] * 5, idle_stop=2)] == [2, 4]
+
+
+def test_without_verified_answers_right_is_what_the_objective_accepts():
+    equal = {**EMPTY, "std_s": 0.0}
+    assert "converged" in halts([{**equal, "accept_rate": 1.0}] * 25)[25]
+    assert "converged" not in halts([{**equal, "accept_rate": 0.9}] * 25)[25]
+
+
+def test_the_reasons_of_a_stop_are_counted():
+    mixed = [{**EMPTY, **WHY["equal and right"]}] * 5 + [{**EMPTY, **WHY["vllm.timeout_s"]}] * 20
+    (text,) = halts(mixed).values()
+    assert text.startswith("no update for 25 steps in a row (20 x the engine gave up")
+    assert "5 x all paths of each question were equal and right" in text
+
+
+def test_a_sampler_that_is_far_off_stops_the_run():
+    off, fine, none = ({"mismatch_mean": value} for value in (2.01, 2.0, None))
+    (text,) = halts([off, {}, off, off]).values()  # a step without trained tokens has no mean
+    assert "above train.mismatch_stop (2) for 3 steps in a row, the last time 2.01" in text
+    assert halts([off, off, fine, off, off]) == {}
+    assert [*halts([none] * 3)] == [3]  # infinity
+    assert halts([off] * 9, mismatch_stop=None) == {}
+    assert [*halts([off] * 4, mismatch_steps=2)] == [2, 4]
+
+
 numbers = st.none() | st.floats(-1, 1) | st.just(math.nan) | st.just(-math.inf)
 watched = ["adv_post", "acc_student", "u_post", "share_cov_negative", "trunc_prior", "trunc_post"]
-watched += ["mismatch_mean"]
+watched += ["mismatch_mean", "grad_norm", "groups_zero_var"]
+observed = {**dict.fromkeys(watched, numbers), "skipped": st.sampled_from([0, 1, 1, 1])}
 
 
 @given(
-    st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(watched, numbers)), max_size=60),
+    st.lists(st.fixed_dictionaries({}, optional=observed), max_size=60),
     st.integers(0, 60),
 )
 def test_a_replayed_run_raises_what_the_uninterrupted_one_does(tmp_path_factory, records, cut):
@@ -300,6 +386,7 @@ def test_a_replayed_run_raises_what_the_uninterrupted_one_does(tmp_path_factory,
     resumed = Alarms()
     assert resumed.replay(run_dir) == [text for texts in whole[:cut] for text in texts]
     assert [resumed.update(record) for record in records[cut:]] == whole[cut:]
+    assert resumed.halt == straight.halt
 
 
 def test_eps3_is_the_published_figure():

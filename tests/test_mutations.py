@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -197,3 +198,160 @@ def test_forty_damaged_inputs(inputs, outcome):
 @pytest.mark.slow
 def test_two_hundred_damaged_inputs(inputs, outcome):
     sweep(inputs, outcome, range(1000, 1200))
+
+
+STEP_2 = "checkpoints/step_2"
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "paths.jsonl", "eval.json", "environment.json", ".lock"),
+    *(f"{STEP_2}/state.json", f"{STEP_2}/manifest.json", f"{STEP_2}/.metadata"),
+    *(f"{STEP_2}/__0_0.distcp", f"{STEP_2}/process_0.pt", "checkpoints", STEP_2, ".saved"),
+    *("export/config.json", "export/model.safetensors", "export/tokenizer.json", "export"),
+)
+DAMAGES = ("remove", "empty", "half", "garbage", "null", "list", "folder", "value", "bytes")
+
+
+def harm(path, damage, draw):
+    """One damage to a file of a run, or to all files of a folder; False: it changes nothing."""
+    if path.is_dir():
+        if damage == "remove":
+            shutil.rmtree(path)
+            return True
+        files = [file for file in path.rglob("*") if file.is_file()]
+        return sum(harm(file, damage, draw) for file in files) > 0
+    raw = path.read_bytes() if path.exists() else b""
+    structured = path.suffix in (".json", ".jsonl")
+    if damage in ("remove", "folder"):
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+        return True
+    if damage in ("value", "bytes") and (not raw or (damage == "value" and not structured)):
+        return False
+    made = {
+        "empty": lambda: b"",
+        "half": lambda: raw[: len(raw) // 2],
+        "garbage": lambda: draw.randbytes(300),
+        "null": lambda: b"null\n",
+        "list": lambda: b"[1, 2]\n",
+        "value": lambda: mutate(path.name, raw, draw),
+        "bytes": lambda: changed_bytes(raw, draw),
+    }[damage]()
+    path.write_bytes(made)
+    return made != raw
+
+
+def commands(*each):
+    """The statuses of command lines, one after the other; their outputs are parted."""
+    import warnings
+
+    warnings.filterwarnings("default", message=".*falling back")
+    statuses = []
+    for words in each:
+        print(PARTED, flush=True)
+        statuses.append(attempt(words))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return statuses
+
+
+PARTED = "=== next command"
+
+
+def contents(run):
+    """Every file but the lock and what a report makes."""
+    made = (".lock", "report.html", "training.png")
+    files = [path for path in run.rglob("*") if path.is_file() and path.name not in made]
+    return {path.relative_to(run): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def finished(tiny_world, tiny_words, tmp_path):
+    """A finished run of two steps, what a third one makes of its weights, and its evaluation."""
+    settings = {
+        "eval.data": f"[{tiny_world.test_path}]",
+        "eval.limit": 2,
+        "eval.greedy": False,
+        "eval.max_new_tokens": 8,
+        "train.questions_per_step": 2,
+        "train.steps": 2,
+        "rollout.max_new_tokens": 8,
+        "objective.group_size": 2,
+        "objective.prior_samples": 2,
+        "checkpoint.save_every": 1,
+        "optim.schedule": "constant",
+        "metrics.compare": "null",
+    }
+    words = tiny_words(settings)("kept")
+    whole = tmp_path / "whole"
+    (rank,) = watch_ranks(commands, ["train", str(TINY), *words], size=1, timeout_s=120)
+    assert rank.result == [0], rank.output
+    shutil.copytree(tmp_path / "kept", whole)
+    (rank,) = watch_ranks(commands, resuming(whole), size=1, timeout_s=120)
+    assert rank.result == [0], rank.output
+    return tmp_path / "kept", whole, ["--eval.limit", "2", "--eval.greedy", "false"]
+
+
+def resuming(run):
+    return ["train", "--resume", str(run), "--train.steps", "3"]
+
+
+def check(whole, run, name, before, each, statuses, outputs):
+    """Nothing is trained on a wrong state unsaid, and a refusal is one line and changes nothing."""
+    for words, status, text in zip(each, statuses, outputs, strict=True):
+        assert status in (0, 2), f"{words[0]}: status {status}: {text}"
+        refused = [line for line in text.splitlines() if line.startswith("vpgea: ")]
+        if status == 2:
+            assert len(refused) == 1, f"{words[0]}: {text}"
+            assert "--traceback" not in refused[0], f"{words[0]}: {text}"
+            assert str(run) in refused[0], f"{words[0]}: {text}"
+    if statuses[-1] == 2:
+        assert contents(run) == before, "a refused resume changed the run"
+        return
+    same = [(r / "export/model.safetensors").read_bytes() for r in (run, whole)]
+    told = "changed at step" in outputs[-1]
+    assert same[0] == same[1] or told, f"trained on another state: {outputs[-1]}"
+    log = name in ("metrics.jsonl", "paths.jsonl")
+    counts = [(r / name).read_bytes().count(b"\n") if log else 0 for r in (run, whole)]
+    if counts[0] < counts[1]:  # a digit that became another one is no cut
+        assert f"{run / name}: " in outputs[-1], f"a log was cut unsaid: {outputs[-1]}"
+
+
+def damage_all(finished, tiny_world, cases):
+    """All command lines in one process: what it imports once takes longer than they do."""
+    kept, whole, few = finished
+    damaged = []
+    for number, (name, damage, seed) in enumerate(cases):
+        run = kept.with_name(f"damaged_{number}")
+        shutil.copytree(kept, run)
+        if harm(run / name, damage, random.Random(seed)):
+            each = [["report", str(run)], resuming(run)]
+            if name.startswith("export"):
+                each.insert(0, ["eval", str(run / "export"), str(tiny_world.test_path), *few])
+            damaged.append((f"{name}, {damage}, seed {seed}", run, name, contents(run), each))
+    lines = [words for *_, each in damaged for words in each]
+    (rank,) = watch_ranks(commands, *lines, size=1, timeout_s=1500)
+    assert rank.status == 0, f"traceback or crash ({rank.status}): {rank.output[-3000:]}"
+    outputs, statuses, wrong = iter(rank.output.split(f"{PARTED}\n")[1:]), iter(rank.result), []
+    refused = 0
+    for label, run, name, before, each in damaged:
+        ours, texts = [*islice(statuses, len(each))], [*islice(outputs, len(each))]
+        refused += 2 in ours
+        try:
+            check(whole, run, name, before, each, ours, texts)
+        except AssertionError as error:
+            wrong.append(f"{label}: {error}")
+    assert not wrong, "\n\n".join(wrong)
+    return refused
+
+
+CASES = [(name, damage, 7) for name in RUN_FILES for damage in DAMAGES]
+
+
+def test_twenty_damages_of_a_run_directory(finished, tiny_world):
+    assert damage_all(finished, tiny_world, CASES[3::8][:20]) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_damage_of_a_run_directory(finished, tiny_world):
+    assert damage_all(finished, tiny_world, CASES) > 40

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,14 @@ from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.trainer import Trainer, TrainingError, fit, rate_changes
+from vpgea_fast.trainer import (
+    Ending,
+    Trainer,
+    TrainingError,
+    export_step,
+    fit,
+    rate_changes,
+)
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
@@ -245,6 +253,38 @@ def test_an_all_gated_step_makes_no_update(words, tmp_path):
     assert lines(tmp_path / "run")[0]["skipped"] == 1
 
 
+def test_a_run_that_makes_no_update_saves_evaluates_exports_and_ends(words, tmp_path, capsys):
+    few = ["--eval.limit", "2", "--eval.greedy", "false", "--train.idle_stop", "3"]
+    few += ["--train.idle_alarm", "2", "--train.steps", "9"]
+    cfg = config.load(TINY, words("run", *few, "--objective.std_gate", "1e9"))
+    assert fit(cfg) is Ending.HALTED
+    run, shown = tmp_path / "run", capsys.readouterr().out
+    assert "alarm at step 2: no update for 2 steps in a row (2 x " in shown
+    assert "ended after step 3, before train.steps: no update for 3 steps in a row (3 x" in shown
+    assert newest(run).step == 3
+    assert json.loads((run / "eval.json").read_text())["after"]["step"] == 3
+    assert (run / "export/config.json").exists()
+    assert "stopped at step 3: no update" in (run / "report.html").read_text()
+    more = ["--checkpoint.export", "false", "--train.steps", "5"]
+    assert fit(config.load(run / "config.yaml", more), resume=True) is Ending.DONE
+    assert newest(run).step == 5  # another chance, of three steps
+
+
+def test_an_engine_that_is_far_from_the_trainer_ends_the_run(words, monkeypatch, tmp_path):
+    generate = HFEngine.generate
+
+    def off(*args):
+        return [replace(path, logps=path.logps + 1.0) for path in generate(*args)]
+
+    monkeypatch.setattr(HFEngine, "generate", off)
+    more = ["--eval.data", "[]", "--checkpoint.export", "false", "--train.steps", "9"]
+    assert fit(config.load(TINY, words("run", *more))) is Ending.HALTED
+    means = [record["mismatch_mean"] for record in lines(tmp_path / "run")]
+    assert [mean > 2 for mean in means][-3:] == [True] * 3
+    assert newest(tmp_path / "run").step == len(means) < 9
+    assert "train.mismatch_stop (2) for 3 steps" in (tmp_path / "run/report.html").read_text()
+
+
 def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
     """An evaluation before the step draws with the same engine; its prompts are not the step's.
 
@@ -364,6 +404,43 @@ def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
         assert batch.u_prior_BN.shape == (2, 2)
 
 
+def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
+    """The same after a kill: which step is the best is in the files."""
+    more = ["--eval.every", "2", "--eval.greedy", "false", "--checkpoint.keep_last", "1"]
+    more += ["--checkpoint.save_every", "3", "--checkpoint.keep_best", "sampled_acc"]
+    more += ["--optim.lr", "0.003", "--optim.warmup_steps", "0"]  # ruined by step 6
+    more += ["--optim.schedule", "constant"]
+    assert fit(config.load(TINY, words("straight", *more, "--train.steps", "8")))
+    run, shown = tmp_path / "straight", capsys.readouterr().out
+    points = {r["eval_step"]: r["eval_sampled_acc"] for r in lines(run) if "eval_step" in r}
+    points[8] = json.loads((run / "eval.json").read_text())["after"]["sampled"]["acc"]
+    assert [*points] == [2, 4, 6, 8]
+    best = max(points, key=lambda step: (points[step], step))
+    assert best < 8, points
+    assert checkpoint.saved_steps(run) == [best, 8]
+    assert f"best by sampled_acc: step {best} " in shown
+    assert fit(config.load(TINY, words("parts", *more, "--train.steps", "5")))
+    (tmp_path / "parts/metrics.jsonl").write_text("")  # the checkpoint knows it, too
+    points[5] = json.loads((tmp_path / "parts/eval.json").read_text())["after"]["sampled"]["acc"]
+    kept = max(points, key=lambda step: (points[step], step))
+    onward = config.load(tmp_path / "parts/config.yaml", ["--train.steps", "8"])
+    assert fit(onward, resume=True)
+    assert checkpoint.saved_steps(tmp_path / "parts") == [kept, 8]
+
+    out = export_step(run, "best")
+    assert out == run / f"export_step_{best}"
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    saved = checkpoint.open_checkpoint(run, best, world=World(torch.device("cpu"))).tensors()
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in exported.named_parameters())
+    again = export_step(run, 8, tmp_path / "eight")
+    assert (again / "model.safetensors").read_bytes() == (
+        run / "export/model.safetensors"
+    ).read_bytes()
+    assert {p.name for p in again.iterdir()} == {p.name for p in (run / "export").iterdir()}
+    with pytest.raises(checkpoint.CheckpointError, match="eight is not empty"):
+        export_step(run, "last", tmp_path / "eight")
+
+
 def test_an_existing_run_is_never_overwritten(words, tmp_path):
     cfg = config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1"))
     assert fit(cfg)
@@ -411,6 +488,65 @@ def test_a_resumed_run_stays_the_same_run(words, tmp_path):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             fit(config.load(run / "config.yaml", [f"--{key}", str(value)]), resume=True)
         assert (run / "config.yaml").read_bytes() == before
+
+
+def contents(run):
+    return {
+        path: path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*falling back")
+def test_a_run_without_its_checkpoints_stops_and_keeps_its_logs(words, tmp_path):
+    run = tmp_path / "run"
+    few = ["--eval.data", "[]", "--checkpoint.save_every", "2", "--checkpoint.export", "false"]
+    assert fit(config.load(TINY, words("run", *few)))
+    (run / "checkpoints/step_2/state.json").write_text("{")
+    os.truncate(run / "checkpoints/step_4/__0_0.distcp", 9)
+    for lost in ("damaged: step_2, step_4", "gone"):
+        before = contents(run)
+        with pytest.raises(checkpoint.CheckpointError, match=f"its checkpoints are {lost}"):
+            fit(config.load(run / "config.yaml", ["--train.steps", "5"]), resume=True)
+        assert contents(run) == before
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    assert len(lines(run)) == 4
+
+
+def test_what_a_resume_cuts_from_the_logs_is_said_and_kept(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit(config.load(TINY, words("run", "--eval.data", "[]")))
+    for name, wrong in (("metrics", '{"step": null}\n'), ("paths", '{"step": 2, "te\n')):
+        rows = (run / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        two = next(i for i, row in enumerate(rows) if json.loads(row)["step"] == 2)
+        late = json.dumps({"step": 5}) + "\n"
+        (run / f"{name}.jsonl").write_text("".join([*rows[:two], wrong, *rows[two + 1 :], late]))
+    capsys.readouterr()
+    assert fit(config.load(run / "config.yaml"), resume=True)
+    shown = capsys.readouterr().out
+    for name in ("metrics", "paths"):
+        path, aside = run / f"{name}.jsonl", run / f"{name}.dropped.jsonl"
+        assert f"{path}: lines taken out: 1 of steps after 4" in shown
+        assert f"{path}: lines taken out: 1 damaged (the first was line" in shown
+        assert len(aside.read_text().splitlines()) == 2
+    assert f"{run / 'metrics.jsonl'}: no line of steps 2\n" in shown
+    assert f"{run / 'paths.jsonl'}: not all lines of steps" not in shown  # step 2 counts no more
+    (run / "paths.jsonl").write_text("".join(rows[:-1]))  # as the straight run left it, but one
+    assert fit(config.load(run / "config.yaml"), resume=True)
+    assert f"{run / 'paths.jsonl'}: not all lines of steps 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"before": [1]}', '{"before": {"step": null}}'])
+def test_a_damaged_evaluation_stops_a_resume_before_anything_changes(tmp_path, words, text):
+    run = tmp_path / "run"
+    if not run.exists():
+        assert fit(config.load(TINY, words("run", "--train.steps", "1", "--eval.limit", "2")))
+    (run / "eval.json").write_text(text)
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"eval\.json.*remove it"):
+        fit(config.load(run / "config.yaml", ["--train.steps", "2"]), resume=True)
+    assert contents(run) == before
 
 
 def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
@@ -629,7 +765,7 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
         *(f"step_{n}" for n in (1, 2, 3))
     }
     limited = words("limited", *more, "--run.max_minutes", "1e-4")
-    assert not fit(config.load(TINY, limited))  # stopped and saved, as by SIGTERM
+    assert fit(config.load(TINY, limited)) is Ending.STOPPED  # and saved, as by SIGTERM
     assert not lines(tmp_path / "limited")
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
@@ -677,7 +813,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
 
 @pytest.mark.parametrize("objective", ["vpgea", "grpo"])
 def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_path, objective):
-    """No update, no mean, no alarm; what it cost is counted, console and report cope."""
+    """No update, no mean, one alarm; what it cost is counted, console and report cope."""
     more = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--train.resample_rounds", "1"]}
     given = words("run", "--eval.data", "[]", *more[objective], "--train.steps", "7")
     if objective == "grpo":
@@ -694,8 +830,10 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
         assert all(map(torch.equal, before, trainer.policy.parameters()))
         trainer.finish_run()
     expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    (alarm,) = [text for text in said if "alarm" in text]
+    assert "5 x the engine gave up a path of every question" in alarm
+    said.remove(alarm)
     assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
-    assert not any("alarm" in text for text in said)
     for record in lines(tmp_path / "run"):
         assert (record["groups_dropped"], record["skipped"]) == (2, 1)
         assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)

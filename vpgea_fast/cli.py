@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, data, serve, report, doctor, make-tiny. Every configuration key is an
-option: `--section.key value`."""
+"""`vpgea`: train, eval, export, data, serve, report, doctor, make-tiny. Every configuration key is
+an option: `--section.key value`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vpgea_fast import __version__, config, strict_yaml
+
+if TYPE_CHECKING:
+    from vpgea_fast.trainer import Ending
 
 EVAL_NOTES = (
     "tokens: mean generated, thought and answer, cut ones too; a thought that was cut is wrong",
     "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
 )
-STOPPED = 143  # 128 + SIGTERM, what a scheduler expects of a preempted job that saved
+STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
+"""Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
+job that saved."""
 MAX_GIB = 100_000
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -39,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 2 for an error (one line on stderr), 143 and 130 for a stopped run."""
+    """The exit status: 0, 2 for an error (one line on stderr), 3 for a run that had to end before
+    its last step, 143 and 130 for a stopped one."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
@@ -95,6 +101,10 @@ def _range(word: str) -> tuple[float, float]:
     if numbers and 0 <= values[0] <= values[1] <= 1:
         return float(values[0]), float(values[1])
     raise argparse.ArgumentTypeError(f"got {word!r}, expected LOW:HIGH within 0:1, e.g. 0.1:0.9")
+
+
+def _step(word: str) -> int | str:
+    return word if word in ("best", "last") else _whole(0, 2**31 - 1)(word)
 
 
 def _gib(word: str) -> float:
@@ -259,6 +269,23 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--config", type=_path, help="YAML file whose sections are used")
     data.set_defaults(run=_data, parser=data)
 
+    export = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    export.add_argument("run_dir", metavar="RUN", type=_path)
+    export.add_argument(
+        "--step",
+        metavar="N|best|last",
+        type=_step,
+        default="last",
+        help="which checkpoint; best is by checkpoint.keep_best; default last",
+    )
+    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
+    export.set_defaults(run=_export, parser=export)
+
     serve = commands.add_parser(
         "serve",
         help="serve a model to training runs (vLLM), with vllm.server as their URL",
@@ -340,13 +367,13 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.trainer import fit
 
     _plain_logs()
-    return _status(done=fit(cfg, resume=run is not None))
+    return _status(fit(cfg, resume=run is not None))
 
 
-def _status(*, done: bool) -> int:
-    """0 for a run that has ended, and under torchrun for one that was stopped and saved: there any
-    other status is a failure, and starts the stopped run again."""
-    return 0 if done or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+def _status(ending: Ending) -> int:
+    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
+    status is a failure, and starts the run again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -355,6 +382,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    if out is not None and out.resolve() in {Path(name).resolve() for name in args.data}:
+        raise UsageError(f"--out {out}: the questions are read from it; give another file")
     words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
@@ -395,7 +424,8 @@ def _of_model(
     """The configuration of `words`, over that of --config, or of the run that a model comes from;
     and where the latter stands."""
     run = Path(args.model or "").parent / "config.yaml"
-    exported = args.model and Path(args.model).name == "export" and run.is_file()
+    name = Path(args.model or "").name
+    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
     source = args.config or (run if exported else None)
     if source == run and not any(word.startswith("--vllm.server") for word in overrides):
         words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
@@ -440,6 +470,14 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         prepare(order, cfg, console)
     finally:
         console.close()
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast.trainer import export_step
+
+    _plain_logs()
+    print(export_step(args.run_dir, args.step, args.out))
     return 0
 
 

@@ -526,6 +526,16 @@ class TrainConfig:
     ones, up to so many times a step. 0: off."""
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens a forward; at least the longest row that may come."""
+    idle_alarm: PositiveInt = 5
+    """Steps in a row without an update that raise an alarm."""
+    idle_stop: PositiveInt | None = 25
+    """Steps in a row without an update after which the run saves, evaluates, exports and ends with
+    status 3; null: never."""
+    mismatch_stop: Annotated[float, Field(gt=1.0, le=1e12)] | None = 2.0
+    """mismatch_mean (mean exp|log p_engine - log p_trainer|, 1 where they agree) above which the
+    run ends in the same way; null: never."""
+    mismatch_steps: PositiveInt = 3
+    """So many measured steps in a row above train.mismatch_stop."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -534,6 +544,9 @@ class CheckpointConfig:
     save_minutes: Minutes | None = None
     """Also save when so much time has passed since the last save."""
     keep_last: PositiveInt = 2
+    keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
+    """Also keep the checkpoint with the best evaluation; then every evaluated step is saved (needs
+    eval.data and eval.every)."""
     background: bool = False
     """Copy the state to host memory, train on, and write from a thread."""
     export: bool = True
@@ -616,6 +629,7 @@ class Config:
                 "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
                 "(an evaluation may cut: eval.top_p)"
             )
+        self._check_keep_best()
         rounded = self.model.master_dtype == "bfloat16"
         if rounded != self.optim.stochastic_rounding:
             raise ValueError(
@@ -627,6 +641,20 @@ class Config:
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
+            )
+
+    def _check_keep_best(self) -> None:
+        best = self.checkpoint.keep_best
+        if best is None:
+            return
+        drawn = self.eval.greedy if best.startswith("greedy") else self.eval.samples
+        wanting = {"eval.data": self.eval.data, "eval.every": self.eval.every}
+        wanting["eval.greedy or eval.samples"] = drawn
+        lacks = next((key for key, value in wanting.items() if not value), None)
+        if lacks is not None:
+            raise ValueError(
+                f"checkpoint.keep_best {best!r} chooses by an evaluation while training, and "
+                f"{lacks} asks for none; set it, or checkpoint.keep_best null"
             )
 
 

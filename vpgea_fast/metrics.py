@@ -15,8 +15,8 @@ import re
 import statistics
 import subprocess
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -29,12 +29,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from vpgea_fast.config import printable
+from vpgea_fast.config import TrainConfig, printable
 from vpgea_fast.types import ModelFlops
 
 METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
 KEY = re.compile(r"[a-z][a-z0-9_]*")
 TIME = re.compile(r"time_\w+_s")
+MAX_SPANS = 8
 
 PEAK_FLOPS = (
     ("H100 PCIe", 756.5e12),
@@ -87,6 +88,25 @@ LIMITS = {
     ),
 }
 """metric -> (limit of its mean over a few steps, what is said of that mean)."""
+
+
+CONVERGED = "all paths of each question were equal and right"
+IDLE = {
+    CONVERGED: "these questions teach no more: take harder ones, or be content",
+    "the gradient was not finite": "lower optim.lr",
+    "the engine gave up a path of every question": "see vllm.timeout_s",
+    "every path was rejected (cut, wrong, or no better than the student's own)": (
+        "read paths.jsonl: do the answers have the form that the data has? Lower optim.lr, or "
+        "raise rollout.max_new_tokens"
+    ),
+    "all paths of each question were worth the same": (
+        "raise rollout.temperature, or take questions that the student sometimes fails"
+    ),
+    "every group's spread was below objective.std_gate": "lower objective.std_gate",
+}
+"""Why a step made no update -> what to do."""
+EQUAL = 0.05
+"""std_s below which paths are worth the same: the gate of preset `robust`."""
 
 
 def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,25 +171,51 @@ class MetricsWriter:
         self.close()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; an unfinished last line (a live or killed run) is left out.
+def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, one at a time; none without the file. An unfinished last
+    line (a live or killed run) is left out.
 
-    Raises ValueError with file and line number for anything else that is not a JSON object.
+    Raises ValueError with file and line number for anything else that is no step's JSON object.
     """
-    path = Path(path)
-    records: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as file:
+    path = Path(run_dir) / METRICS
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{path}: got a directory, expected the lines of the steps; move it away")
+    remedy = "delete the line, or let --resume take it out"
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                if not line.endswith("\n"):
-                    break
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); delete it") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: got {record!r}, expected an object")
-            records.append(record)
-    return records
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"{where}: not JSON ({error}); {remedy}") from error
+            step = record.get("step") if isinstance(record, dict) else None
+            if type(step) is not int or not 0 <= step < 2**31:
+                got = f"step {step!r}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f"{where}: got {got}, expected an object of a step; {remedy}")
+            yield record
+
+
+def missing_steps(seen: Collection[int], upto: int) -> str:
+    """Which of the steps 1 to `upto` are not in `seen`, in words; "" where none is missing.
+
+    >>> missing_steps({1, 2, 4, 8}, 9)
+    '3, 5 to 7, 9'
+    """
+    spans: list[list[int]] = []
+    for step in range(1, upto + 1):
+        if step in seen:
+            continue
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    words = [f"{a}" if a == b else f"{a} to {b}" for a, b in spans]
+    more = [f"{len(words) - MAX_SPANS} more gaps"] if len(words) > MAX_SPANS else []
+    return ", ".join(words[:MAX_SPANS] + more)
 
 
 class PhaseTimer:
@@ -350,6 +396,12 @@ class Alarms:
     covariance  mean share_cov_negative of the last 5 steps > 0.3
     truncation  mean trunc_prior, or trunc_post, of the last 5 steps > 0.2
     mismatch    mean mismatch_mean of the last 5 steps > 1.05, NeMo-RL's bar
+    idle        no update for train.idle_alarm steps in a row, with the reasons counted
+
+    `halt` says why the run must end after the last record, or is None: no update for
+    train.idle_stop steps in a row, or mismatch_mean above train.mismatch_stop for
+    train.mismatch_steps measured steps in a row. Having said so it counts anew: a resumed run gets
+    another chance.
 
     The state is a function of the records alone: a resumed run replays metrics.jsonl and goes on as
     if it had not stopped.
@@ -357,7 +409,10 @@ class Alarms:
 
     FEW, WINDOW = 5, 10
 
-    def __init__(self) -> None:
+    def __init__(self, cfg: TrainConfig | None = None) -> None:
+        self.cfg, self.halt = cfg or TrainConfig(), None
+        self._idle: list[str] = []
+        self._mismatched = 0
         self._first_advantages: list[float] = []
         self._accuracy: deque[float] = deque(maxlen=2 * self.WINDOW)
         self._utility: deque[float] = deque(maxlen=2 * self.WINDOW)
@@ -366,7 +421,9 @@ class Alarms:
 
     def update(self, record: Mapping[str, Any]) -> list[str]:
         """The alarms that this record sets off, each a text with the remedy."""
+        self.halt = self._stays_idle(record) or self._is_off(record)
         found = {
+            "idle": self._idles(),
             "preflight": self._preflight(record),
             "collapse": self._collapse(record),
             **{key: self._beyond(record, key) for key in LIMITS},
@@ -377,9 +434,44 @@ class Alarms:
 
     def replay(self, run_dir: str | Path) -> list[str]:
         """`update` with every line of the run's metrics.jsonl, and all that it said."""
-        path = Path(run_dir) / METRICS
-        records = read_jsonl(path) if path.exists() else []
-        return [text for record in records for text in self.update(record)]
+        return [text for record in read_steps(run_dir) for text in self.update(record)]
+
+    def _stays_idle(self, record: Mapping[str, Any]) -> str | None:
+        if record.get("skipped") != 1:
+            self._idle.clear()
+            return None
+        self._idle.append(idle_reason(record))
+        if self.cfg.idle_stop is None or len(self._idle) < self.cfg.idle_stop:
+            return None
+        text = self._idle_words()
+        self._idle.clear()
+        return text
+
+    def _idles(self) -> str | None:
+        return self._idle_words() if len(self._idle) == self.cfg.idle_alarm else None
+
+    def _idle_words(self) -> str:
+        counts = Counter(self._idle).most_common()
+        told = "; ".join(f"{count} x {reason}: {IDLE[reason]}" for reason, count in counts)
+        converged = "converged: " if {*self._idle} == {CONVERGED} else ""
+        return f"{converged}no update for {len(self._idle)} steps in a row ({told})"
+
+    def _is_off(self, record: Mapping[str, Any]) -> str | None:
+        """A mean that is no number (null in metrics.jsonl) is beyond every limit."""
+        limit = self.cfg.mismatch_stop
+        if limit is None or "mismatch_mean" not in record:
+            return None
+        mean = finite(record["mismatch_mean"])
+        self._mismatched = 0 if mean is not None and mean <= limit else self._mismatched + 1
+        if self._mismatched < self.cfg.mismatch_steps:
+            return None
+        self._mismatched = 0
+        return (
+            "the engine samples from another policy than the one trained: mismatch_mean was above "
+            f"train.mismatch_stop ({limit:g}) for {self.cfg.mismatch_steps} steps in a row, the "
+            f"last time {'not finite' if mean is None else f'{mean:.3g}'}; see that the engine has "
+            "the weights (rollout.probe_every 1), try vllm.fp32_head true"
+        )
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:
         first, value = self._first_advantages, finite(record.get("adv_post"))
@@ -421,6 +513,24 @@ class Alarms:
         last.append(value)
         mean = statistics.fmean(last)
         return text.format(mean) if len(last) == self.FEW and mean > limit else None
+
+
+def idle_reason(record: Mapping[str, Any]) -> str:
+    """Why the step of this record made no update: a key of IDLE."""
+    groups, spread = record.get("groups_zero_var"), finite(record.get("std_s"))
+    right = [finite(record[k]) for k in ("acc_student", "acc_teacher") if k in record]
+    right = right or [finite(record.get("accept_rate"))]
+    converged, infinite, lost, rejected, same, gated = IDLE
+    if finite(record.get("grad_norm")) is None:
+        return infinite
+    if groups is None:
+        return lost
+    equal = spread is not None and spread < EQUAL
+    if equal and all(share == 1 for share in right):
+        return converged
+    if record.get("groups_all_rejected") == groups:
+        return rejected
+    return same if equal else gated
 
 
 def eps3(acc: float, tokens: float) -> float:

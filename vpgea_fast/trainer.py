@@ -6,6 +6,7 @@ of a step) and holds the only mutable state of a run: parameters, optimiser, ste
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import math
@@ -14,11 +15,13 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -43,17 +46,21 @@ from vpgea_fast.data import (
     unfit,
     write_dropped,
 )
-from vpgea_fast.distributed import Stopped, full_weights, open_world, reshard
+from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
 from vpgea_fast.dry_run import check_config
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.metrics import (
+    METRICS,
+    PATHS,
     Alarms,
     Console,
     MetricsWriter,
     PhaseTimer,
     environment,
     merge,
+    missing_steps,
     model_flops,
+    read_steps,
 )
 from vpgea_fast.model import load_policy, load_tokenizer, make_replica
 from vpgea_fast.model_dir import load_config
@@ -95,8 +102,21 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
-def fit(cfg: Config, *, resume: bool = False) -> bool:
-    """Train to `cfg.train.steps` in `cfg.run.dir`; True when done, False when stopped by a signal.
+class Ending(enum.IntEnum):
+    """How a run ended; only DONE is true."""
+
+    STOPPED = 0
+    """By a signal or its time: saved, and can go on."""
+    DONE = 1
+    HALTED = 2
+    """Because it learnt nothing more, or wrong: saved, evaluated, exported. See `Alarms.halt`."""
+
+    def __bool__(self) -> bool:
+        return self is Ending.DONE
+
+
+def fit(cfg: Config, *, resume: bool = False) -> Ending:
+    """Train to `cfg.train.steps` in `cfg.run.dir`, unless the run is stopped or has to halt.
 
     A stopped run is saved first. With `resume` the run directory's newest checkpoint is continued,
     bitwise as if it had never stopped. Errors: ValueError for bad input, CheckpointError for the
@@ -106,7 +126,7 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
         trainer.introduce()
         try:
             trainer.evaluate_once("before")
-            while trainer.step < cfg.train.steps:
+            while trainer.step < cfg.train.steps and trainer.halted is None:
                 stats = trainer.train_step()
                 trainer.finish_step(stats)
             trainer.evaluate_once("after")
@@ -114,9 +134,12 @@ def fit(cfg: Config, *, resume: bool = False) -> bool:
             trainer.save()
             trainer.saver.wait()
             trainer.say(f"stopped after step {trainer.step}, saved; go on: --resume {cfg.run.dir}")
-            return False
+            return Ending.STOPPED
         trainer.finish_run()
-    return True
+        if trainer.halted is None:
+            return Ending.DONE
+        trainer.say(f"ended after step {trainer.step}, before train.steps: {trainer.halted}")
+    return Ending.HALTED
 
 
 class Trainer:
@@ -126,6 +149,8 @@ class Trainer:
         self.cfg, self.run_dir, self.step = cfg, Path(cfg.run.dir), 0
         self.skipped_in_a_row, self.stop_requested = 0, False
         self.before, self.notices = cfg, list[str]()
+        self.halted: str | None = None
+        self.worth: dict[int, float] = {}
         self.offending: list[TrainRow] = []
         self.began = self.saved = time.monotonic()
         if cfg.run.threads:
@@ -206,6 +231,7 @@ class Trainer:
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
+        found = merge(found, {"paths_written": len(records)})
         work = diagnostics.work_metrics(batch, coefs, rows, seconds=timer.metrics())
         speed = diagnostics.speed_metrics(
             rows,
@@ -285,6 +311,8 @@ class Trainer:
             self.say(f"step {self.step}: no update, {stats.skipped}")
         for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
+        # Process 0's word: of a resumed run it alone has read the steps before.
+        self.halted = self.world.gather(self.alarms.halt)[0]
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             file = self.run_dir / f"nonfinite_step_{self.step}.jsonl"
             self.world.on_main(lambda: self._write_rows(file, self.offending))
@@ -293,7 +321,8 @@ class Trainer:
                 f"rows of the last one are in {file}, the last checkpoint is good: lower optim.lr "
                 "and go on with --resume"
             )
-        if self.step == self.cfg.train.steps or self._save_is_due():
+        ends = self.halted is not None or self.step == self.cfg.train.steps
+        if ends or self._save_is_due():
             self.save()
         self._leave_together()
 
@@ -343,16 +372,19 @@ class Trainer:
     def evaluate_once(self, when: str) -> None:
         """The evaluation before or after training, into eval.json; a resumed run keeps it."""
         file = self.run_dir / "eval.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        known = self.world.gather(known)[0]
+        known = self.world.gather(report.read_evaluation(self.run_dir))[0]
         step = 0 if when == "before" else self.step
         if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
         if step != self.step:
-            self.say("no evaluation before training: it was not asked for when the run began")
+            self.say(
+                "no evaluation before training: it was not asked for when the run began, or "
+                f"{file} was removed"
+            )
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         known[when] = {**self.evaluator.run(self.progress(self.evaluator.samples)), "step": step}
+        self._count_evaluation(step, known[when])
         self._leave_together()
         self.world.on_main(lambda: checkpoint.write_text(file, json.dumps(known, indent=1)))
 
@@ -375,20 +407,35 @@ class Trainer:
         self.console.close()
         if table:
             self.console.table(headers, table, notes=report.closing_notes(self.run_dir))
+        best = checkpoint.best_step(self.worth, checkpoint.saved_steps(self.run_dir))
+        if best is not None:
+            self.say(
+                f"best by {self.cfg.checkpoint.keep_best}: step {best} ({self.worth[best]:.4g}); "
+                f"vpgea export {self.run_dir} --step best"
+            )
         files = [page, self.run_dir / "training.png"]
         files += [self.run_dir / "export"] * self.cfg.checkpoint.export
         self.say(", ".join(map(str, files)))
 
     def save(self) -> None:
         self.saved = time.monotonic()
+        best = self.cfg.checkpoint.keep_best
         self.saver.save(
             self.step,
             {
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "data": self.fingerprint,
                 "config": as_dict(self.cfg),
+                "evaluated": {best: self.worth} if best else {},
             },
+            self.worth,
         )
+
+    def _count_evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        best = self.cfg.checkpoint.keep_best
+        if best is not None:
+            mode, _, key = best.partition("_")
+            self.worth[step] = results[mode][key]
 
     def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
@@ -505,7 +552,7 @@ class Trainer:
             progress=self.progress,
         )
         self.collector.check()
-        self.alarms = Alarms()
+        self.alarms = Alarms(cfg.train)
 
     def _build_engine(self) -> RolloutEngine:
         """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
@@ -555,23 +602,44 @@ class Trainer:
             self.step = saved.step
             self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
         self.world.on_main(self._cut_logs)
+        best = self.cfg.checkpoint.keep_best
+        if best and saved:
+            known = saved.trainer_state.get("evaluated", {}).get(best, {})
+            self.worth = {int(step): value for step, value in known.items()}
+            with self.world.together():  # a log may have lost lines, the checkpoint the last one
+                self.worth |= report.evaluated(self.run_dir, best)
 
     def _cut_logs(self) -> None:
         """Logs end where the checkpoint ends; a changed configuration leaves the old one beside."""
         if changes(self.before, self.cfg):
             old = self.run_dir / f"config.until_step_{self.step}.yaml"
             checkpoint.write_text(old, dump(self.before))
-        for name in ("metrics.jsonl", "paths.jsonl"):
-            checkpoint.truncate_jsonl(self.run_dir / name, upto=self.step)
+        lines, paths = self._cut_log(METRICS, once=True), self._cut_log(PATHS, once=False)
         (self.run_dir / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
-        self.alarms.replay(self.run_dir)
+        written: dict[int, int] = {}
+        for record in read_steps(self.run_dir):
+            self.alarms.update(record)
+            written[record["step"]] = record.get("paths_written", paths[record["step"]])
+        if gaps := missing_steps(lines, self.step):
+            self.notices.append(f"{self.run_dir / METRICS}: no line of steps {gaps}")
+        whole = {step for step, count in written.items() if paths[step] == count}
+        if gaps := missing_steps(whole | (set(range(self.step)) - written.keys()), self.step):
+            self.notices.append(f"{self.run_dir / PATHS}: not all lines of steps {gaps}")
+
+    def _cut_log(self, name: str, *, once: bool) -> Counter[int]:
+        """How many lines of each step there are."""
+        path = self.run_dir / name
+        cut = checkpoint.truncate_jsonl(path, upto=self.step, once=once)
+        self.notices += cut.words(path, self.step)
+        return cut.lines
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
         step, record = 0 if saved is None else saved.step, _record(saved)
         self.before = record or load(self.run_dir / "config.yaml")
         changed = changes(self.before, self.cfg)
-        evaluated = ("eval.",) if (self.run_dir / "eval.json").exists() else ()
+        known = report.read_evaluation(self.run_dir)
+        evaluated = ("eval.",) if known else ()
         fixed = [
             f"{key} from {_spelled(old)} to {_spelled(new)}"
             for key, (old, new) in changed.items()
@@ -623,6 +691,7 @@ class Trainer:
         if not every or not self.step or self.step % every:
             return {}
         results = self.evaluator.run(self.progress(self.evaluator.samples))
+        self._count_evaluation(self.step, results)
         return {
             "eval_step": self.step,
             **{
@@ -641,8 +710,10 @@ class Trainer:
         return {"peak_memory_mib": max(self.world.gather(peak))}
 
     def _save_is_due(self) -> bool:
-        """By steps, or by the main process's clock."""
+        """By steps, by the main process's clock, or because the step will be evaluated."""
         cfg = self.cfg.checkpoint
+        if cfg.keep_best and self.step % self.cfg.eval.every == 0:
+            return True
         late = cfg.save_minutes and time.monotonic() - self.saved > 60 * cfg.save_minutes
         return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
 
@@ -698,6 +769,45 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
         return None if saved is None else resolve(saved.trainer_state["config"])
     except (KeyError, ConfigError):
         return None
+
+
+def export_step(
+    run_dir: str | Path, step: int | Literal["best", "last"], out_dir: str | Path | None = None
+) -> Path:
+    """Write the model of a checkpoint as a Hugging Face directory (RUN/export_step_N unless
+    `out_dir` says where), on the CPU; return its path.
+
+    `best` is by the run's checkpoint.keep_best. The run may go on meanwhile. Errors: ValueError for
+    what is no run, CheckpointError for a step without a complete checkpoint.
+    """
+    run_dir, world = Path(run_dir), World(torch.device("cpu"))
+    cfg = load(run_dir / "config.yaml")
+    steps = checkpoint.saved_steps(run_dir)
+    if step == "best":
+        name = cfg.checkpoint.keep_best
+        worth = {} if name is None else report.evaluated(run_dir, name)
+        chosen = checkpoint.best_step(worth, steps)
+        if chosen is None:
+            raise checkpoint.CheckpointError(
+                f"{run_dir}: checkpoint.keep_best is {_spelled(name)}, and no step with a "
+                "checkpoint was evaluated by it; give --step N (there are: "
+                f"{', '.join(map(str, steps))})"
+            )
+    else:
+        chosen = max(steps, default=0) if step == "last" else step
+    found = checkpoint.open_checkpoint(run_dir, chosen, world=world)
+    model = replace(
+        (_record(found) or cfg).model,
+        device="cpu",
+        attention="auto",
+        liger="never",
+        activation_checkpointing="none",
+        compile=False,
+    )
+    out_dir = Path(out_dir or run_dir / f"export_step_{chosen}")
+    policy = load_policy(model, world)
+    checkpoint.put_weights(found, policy, world=world)
+    return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
 
 
 def rate_changes(old: Config, new: Config, step: int) -> list[str]:

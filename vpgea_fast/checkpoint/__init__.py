@@ -14,26 +14,33 @@ from vpgea_fast.checkpoint.files import (
 )
 from vpgea_fast.checkpoint.protocol import (
     Saver,
+    best_step,
     find_checkpoint,
     load_checkpoint,
+    open_checkpoint,
     perform,
     save_checkpoint,
+    saved_steps,
 )
-from vpgea_fast.checkpoint.state import Checkpoint, restore_rng, rng_state
+from vpgea_fast.checkpoint.state import Checkpoint, put_weights, restore_rng, rng_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "RunLock",
     "Saver",
+    "best_step",
     "claim_run_dir",
     "export_model",
     "find_checkpoint",
     "load_checkpoint",
+    "open_checkpoint",
     "perform",
+    "put_weights",
     "restore_rng",
     "rng_state",
     "save_checkpoint",
+    "saved_steps",
     "truncate_jsonl",
     "write_text",
 ]

@@ -6,16 +6,20 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from vpgea_fast.distributed import RemoteError, World
 
 RUN_MARK = "config.yaml"
+FILES = ("metrics.jsonl", "paths.jsonl", "eval.json", "environment.json")
 LOCK = ".lock"
+SAVED = ".saved"
+"""Left by the first save: where it is and no checkpoint is, the checkpoints are lost."""
 
 
 class CheckpointError(RuntimeError):
@@ -50,32 +54,59 @@ def write_text(path: str | Path, text: str) -> None:
         remove(aside)
 
 
-def truncate_jsonl(path: str | Path, *, upto: int, key: str = "step") -> int:
-    """Drop torn lines and those whose `key` is above `upto`; return how many. Atomic.
+@dataclass
+class Cut:
+    """What `truncate_jsonl` took out of a log, and how many lines it left of each step."""
 
-    A resumed run calls it, so that no line of a lost step stays. Lines without the key stay; a
-    missing file has no lines.
+    kept_in: Path
+    later: int = 0
+    """Lines of steps after the last one."""
+    damaged: list[int] = field(default_factory=list)
+    """Numbers of the lines that are torn, no step's, or a second one of a step."""
+    lines: Counter[int] = field(default_factory=Counter)
+
+    def words(self, path: Path, upto: int) -> list[str]:
+        """A sentence for each kind of line that was taken out."""
+        found = []
+        if self.later:
+            found.append(f"{self.later} of steps after {upto}, which are made again")
+        if self.damaged:
+            found.append(f"{len(self.damaged)} damaged (the first was line {self.damaged[0]})")
+        return [f"{path}: lines taken out: {text}; kept in {self.kept_in}" for text in found]
+
+
+def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
+    """Take out torn lines, those of no step, and those of steps after `upto`; with `once` a second
+    line of a step too. They are appended to NAME.dropped.jsonl beside. Atomic.
+
+    A resumed run calls it, so that no line of a lost step stays. A missing file has no lines.
     """
     path = Path(path)
+    cut = Cut(path.with_name(f"{path.stem}.dropped.jsonl"))
     if not path.exists():
-        return 0
-    aside = path.with_name(f".tmp-{path.name}")
-    dropped = 0
+        return cut
+    aside, dropped = path.with_name(f".tmp-{path.name}"), list[bytes]()
     try:
         with path.open("rb") as old, aside.open("wb") as new:
-            for line in old:
-                if _belongs(line, key, upto):
+            for number, line in enumerate(old, start=1):
+                if _keeps(cut, line, number, upto, once):
                     new.write(line)
                 else:
-                    dropped += 1
+                    dropped.append(line.rstrip(b"\n") + b"\n")
         sync(aside)
-        aside.replace(path)
+        if dropped:
+            with cut.kept_in.open("ab") as kept:
+                kept.writelines(dropped)
+            sync(cut.kept_in)
+            aside.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot rewrite {path}: {error}; free disk space first") from error
+        raise CheckpointError(
+            f"cannot rewrite {path}: {error}; it must be a file, on a disk with room"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
-    return dropped
+    return cut
 
 
 @dataclass(frozen=True)
@@ -129,6 +160,8 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     try:
         _lock(handle, path)
         _check_claim(path, resume)  # again: a run may have come and gone since the first look
+        if not resume:
+            remove(path / SAVED)  # of a run of which all else was deleted
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:
@@ -156,12 +189,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _belongs(line: bytes, key: str, upto: int) -> bool:
+def _keeps(cut: Cut, line: bytes, number: int, upto: int, once: bool) -> bool:
+    """Whether a line stays in the log; counts it."""
     try:
         record = json.loads(line)
-    except ValueError:
-        return False
-    return line.endswith(b"\n") and isinstance(record, dict) and record.get(key, upto) <= upto
+    except (ValueError, RecursionError):
+        record = None
+    step = record.get("step") if isinstance(record, dict) and line.endswith(b"\n") else None
+    if type(step) is not int or step < 0 or (once and step in cut.lines):
+        cut.damaged.append(number)
+    elif step > upto:
+        cut.later += 1
+    else:
+        cut.lines[step] += 1
+        return True
+    return False
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:
@@ -188,11 +230,15 @@ def _check_claim(path: Path, resume: bool) -> None:
         raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
     if resume and not (path / RUN_MARK).is_file():
         raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
+    odd = next((path / name for name in FILES if (path / name).is_dir()), None)
+    if odd is not None:
+        raise CheckpointError(f"{odd} is a directory, expected a file of the run; move it away")
     if (
         not resume
         and path.is_dir()
         and any(
-            entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()
+            entry.name not in (LOCK, SAVED) and not entry.name.startswith(".tmp-")
+            for entry in path.iterdir()
         )
     ):
         raise CheckpointError(

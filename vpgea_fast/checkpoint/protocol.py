@@ -23,6 +23,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.storage import WriteResult
 
-from vpgea_fast.checkpoint.files import make_directory, remove, sync, together
+from vpgea_fast.checkpoint.files import (
+    SAVED,
+    CheckpointError,
+    make_directory,
+    remove,
+    sync,
+    together,
+)
 from vpgea_fast.checkpoint.state import (
     INDEX,
     OWN,
@@ -67,9 +75,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     trainer_state: Mapping[str, Any],
     keep_last: int,
+    worth: Mapping[int, float] | None = None,
     do: Do = perform,
 ) -> Path:
     """Write checkpoints/step_<step>, random states included; return its path once it is durable.
+
+    Older ones are deleted but for the last `keep_last` and the one of the most `worth`, by step.
 
     A collective: every process writes its own shards. `model` is a causal LM, or holds one as
     `causal_lm`. The optimiser's hyper-parameters belong to the configuration and are not saved. A
@@ -82,7 +93,7 @@ def save_checkpoint(
     with Saver(
         run_dir, world=world, model=model, optimizer=optimizer, keep_last=keep_last, do=do
     ) as saver:
-        return saver.save(step, trainer_state)
+        return saver.save(step, trainer_state, worth)
 
 
 class Saver:
@@ -116,7 +127,9 @@ class Saver:
         self.pending: Future[None] | None = None
         self.planned: Planned | None = None
 
-    def save(self, step: int, trainer_state: Mapping[str, Any]) -> Path:
+    def save(
+        self, step: int, trainer_state: Mapping[str, Any], worth: Mapping[int, float] | None = None
+    ) -> Path:
         """As `save_checkpoint`, but in the background it is durable only after the next wait."""
         self.wait()
         final = self.run_dir / "checkpoints" / f"step_{step}"
@@ -132,9 +145,10 @@ class Saver:
             known=self.planned,
         )
         self.planned = taken.planned
-        write = functools.partial(
-            _write, final, taken, self.writers, keep_last=self.keep_last, do=self.do
+        forget = functools.partial(
+            _forget, final, keep_last=self.keep_last, worth=dict(worth or {}), do=self.do
         )
+        write = functools.partial(_write, final, taken, self.writers, forget=forget, do=self.do)
         if self.thread is None:
             write()
         else:
@@ -169,7 +183,7 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
         path = parent / name
         fault = _fault(path, world)
         if fault is None:
-            return Checkpoint(path, **json.loads((path / STATE).read_text(encoding="utf-8")))
+            return _open(path)
         if world.main:
             warnings.warn(f"{path}: {fault}; falling back to the checkpoint before", stacklevel=2)
     return None
@@ -180,26 +194,32 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Put the newest complete checkpoint into model, optimiser and random generators, in place.
 
-    None: there is none, and nothing has changed. A collective; each process reads the shards that
-    it needs, whatever the number of processes that wrote them. On as many as wrote them the run
-    goes on bitwise; on another number with a warning, and a process beyond those that wrote seeds
-    its generators from process 0's state and its own rank.
+    None: the run never reached its first save, and nothing has changed. A collective; each process
+    reads the shards that it needs, whatever the number of processes that wrote them. On as many as
+    wrote them the run goes on bitwise; on another number with a warning, and a process beyond those
+    that wrote seeds its generators from process 0's state and its own rank.
 
-    CheckpointError, before anything has changed: a checkpoint of another model, vocabulary, dtype
-    or optimiser, or of another number of processes with states in blocks (8 bits). Also removes
-    what an interrupted save left aside: for the process that claimed the run only.
+    CheckpointError, before anything has changed: no complete checkpoint of a run that was saved; a
+    checkpoint of another model, vocabulary, dtype or optimiser, or of another number of processes
+    with states in blocks (8 bits). Also removes what an interrupted save left aside: for the
+    process that claimed the run only.
     """
+    run_dir = Path(run_dir)
     if world.main:
-        for leftover in (*Path(run_dir).glob(".tmp-*"), *Path(run_dir).glob("checkpoints/.tmp-*")):
+        for leftover in (*run_dir.glob(".tmp-*"), *run_dir.glob("checkpoints/.tmp-*")):
             remove(leftover)
     found = find_checkpoint(run_dir, world=world)
-    if found is None:
-        return None
-    put(found, world=world, model=model, optimizer=optimizer)
+    with together(world):
+        if world.main:
+            _require_kept(run_dir, found)
+    if found is not None:
+        put(found, world=world, model=model, optimizer=optimizer)
     return found
 
 
-def _write(final: Path, taken: Snapshot, world: World, *, keep_last: int, do: Do) -> None:
+def _write(
+    final: Path, taken: Snapshot, world: World, *, forget: Callable[[], None], do: Do
+) -> None:
     """The protocol at the head of this file. A collective, over the connections of `world`."""
     parent, aside = final.parent, _aside(final)
     what = f"cannot save {final}"
@@ -242,22 +262,50 @@ def _write(final: Path, taken: Snapshot, world: World, *, keep_last: int, do: Do
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
     if world.main:
-        _forget(final, keep_last, do)
+        _mark_saved(parent.parent)
+        forget()
+
+
+def _mark_saved(run_dir: Path) -> None:
+    """No part of the protocol: a mark that is lost costs the word that checkpoints are."""
+    if not (run_dir / SAVED).exists():
+        with suppress(OSError):
+            (run_dir / SAVED).touch()
+            sync(run_dir)
+
+
+def _require_kept(run_dir: Path, found: Checkpoint | None) -> None:
+    """CheckpointError if there is no checkpoint where there was one: to begin again at step 0 would
+    cost the logs of the steps that were made."""
+    if found is not None:
+        _mark_saved(run_dir)  # a run of an older version
+        return
+    damaged = [path.name for path in _by_step(run_dir / "checkpoints")]
+    if damaged or (run_dir / SAVED).exists():
+        state = f"damaged: {', '.join(damaged)}" if damaged else "gone"
+        raise CheckpointError(
+            f"{run_dir} was saved, but its checkpoints are {state}; bring "
+            f"{run_dir / 'checkpoints'} back from a copy, or start another run (--run.dir). The "
+            "logs are as they were"
+        )
 
 
 def _aside(final: Path) -> Path:
     return final.with_name(f".tmp-{final.name}")
 
 
-def _forget(final: Path, keep_last: int, do: Do) -> None:
-    """Delete all but the newest `keep_last` up to `final`.
+def _forget(final: Path, *, keep_last: int, worth: Mapping[int, float], do: Do) -> None:
+    """Delete all but the newest `keep_last` up to `final`, and of those with a worth the best.
 
     Later steps do not count: they are incomplete ones that the run fell back from. A rename comes
     first, so that a kill leaves no half a checkpoint under a checkpoint's name. The new one is safe
     by now, so a directory that cannot be deleted is no reason to stop the run.
     """
     upto = [path for path in _by_step(final.parent) if _step_of(path) <= _step_of(final)]
+    best = best_step(worth, map(_step_of, upto))
     for old in upto[:-keep_last]:
+        if _step_of(old) == best:
+            continue
         doomed = final.with_name(f".tmp-old-{old.name}")
         try:
             do(remove, doomed)
@@ -265,6 +313,30 @@ def _forget(final: Path, keep_last: int, do: Do) -> None:
             do(remove, doomed)
         except OSError as error:
             warnings.warn(f"cannot delete {old}: {error}; delete it by hand", stacklevel=3)
+
+
+def best_step(worth: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    """Of the steps that have a worth the best one, of equals the last; None where none has."""
+    return max((s for s in steps if s in worth), key=lambda s: (worth[s], s), default=None)
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """The steps of which there are checkpoints, complete or not, in order."""
+    return [_step_of(path) for path in _by_step(Path(run_dir) / "checkpoints")]
+
+
+def open_checkpoint(run_dir: str | Path, step: int, *, world: World) -> Checkpoint:
+    """The checkpoint of a step. CheckpointError if there is none or it is damaged. A collective."""
+    path = Path(run_dir) / "checkpoints" / f"step_{step}"
+    fault = _fault(path, world) if any(world.gather(path.exists())) else "there is none"
+    if fault is not None:
+        there = ", ".join(map(str, saved_steps(run_dir))) or "none"
+        raise CheckpointError(f"{path}: {fault}; the steps with a checkpoint: {there}")
+    return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
+    return Checkpoint(path, **json.loads((path / STATE).read_text(encoding="utf-8")))
 
 
 def _by_step(parent: Path) -> list[Path]:

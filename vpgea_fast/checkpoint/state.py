@@ -243,6 +243,20 @@ def put(
         _restore_rng(found, own["rng"], world)
 
 
+def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
+    """The weights of a checkpoint into a model, and nothing else of it. A collective.
+
+    CheckpointError, on every process and before anything has changed, if they do not fit.
+    """
+    reader, weights = Reader(found.path), named_weights(model)
+    with together(world, f"cannot read {found.path}", "take another checkpoint"):
+        metadata = reader.read_metadata()
+        _check_weights(found, metadata, weights)
+    with together(world, f"cannot read {found.path}", "take another checkpoint"):
+        targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+        _fill(targets, reader, metadata)
+
+
 def exchange(world: World, value: Any) -> list[Any]:
     """`world.gather` of what JSON cannot say: DCP's records, of which the names repeat."""
     if world.size == 1:
@@ -394,6 +408,28 @@ def _check_fit(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """CheckpointError if the checkpoint is not one of this model and this kind of optimiser."""
+    remedy = _check_weights(found, metadata, weights)
+    kind = type(optimizer).__name__
+    if found.optimizer["class"] != kind:
+        raise CheckpointError(
+            f"{found.path} holds states of {found.optimizer['class']}, this run has {kind}; set "
+            "optim.name to what the run began with"
+        )
+    if odd := {*found.optimizer["parameters"]} ^ _trained(optimizer, weights).keys():
+        raise CheckpointError(
+            f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
+        )
+    if found.optimizer["bound"] and found.processes != world.size:
+        raise CheckpointError(
+            f"{found.path} is of {found.processes} processes, now there are {world.size}, and the "
+            f"blocks of {kind} cannot be cut anew; go on with {found.processes}"
+        )
+
+
+def _check_weights(
+    found: Checkpoint, metadata: Metadata, weights: Mapping[str, torch.Tensor]
+) -> str:
+    """CheckpointError if the checkpoint is not one of this model; the remedy for such errors."""
     saved = {
         name.removeprefix("model."): tensor
         for name, tensor in _saved_tensors(metadata).items()
@@ -415,21 +451,7 @@ def _check_fit(
                 f"{found.path} holds {name} in {saved[name].properties.dtype}, this run in "
                 f"{weight.dtype}; set model.dtype and model.master_dtype to what the run began with"
             )
-    kind = type(optimizer).__name__
-    if found.optimizer["class"] != kind:
-        raise CheckpointError(
-            f"{found.path} holds states of {found.optimizer['class']}, this run has {kind}; set "
-            "optim.name to what the run began with"
-        )
-    if odd := {*found.optimizer["parameters"]} ^ _trained(optimizer, weights).keys():
-        raise CheckpointError(
-            f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
-        )
-    if found.optimizer["bound"] and found.processes != world.size:
-        raise CheckpointError(
-            f"{found.path} is of {found.processes} processes, now there are {world.size}, and the "
-            f"blocks of {kind} cannot be cut anew; go on with {found.processes}"
-        )
+    return remedy
 
 
 def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> None:
