@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_prompts import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import _status, main
@@ -216,9 +217,10 @@ def test_dry_run_ends_with_the_error_of_the_run(train, refusal, tmp_path):
 def test_a_benchmark_that_cannot_be_drawn_is_refused_by_run_and_dry_run(
     dry, train, refusal, tiny_world, tmp_path
 ):
-    """Before the weights are loaded: there are none."""
+    """Before the weights are loaded: these would be refused as NaN."""
     model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
-    (model / "model.safetensors").write_bytes(b"")
+    weights = load_file(model / "model.safetensors")
+    save_file({k: w.fill_(float("nan")) for k, w in weights.items()}, model / "model.safetensors")
     test = ["--model.path", model, "--eval.data", f"[{tiny_world.test_path}]", *dry]
     assert "there is no file" in refusal(train(*dry, "--eval.data", f"[{tmp_path}/none.jsonl]"))
     said = refusal(train(*test, "--eval.max_new_tokens", 100000))
@@ -253,10 +255,28 @@ def large_model(tiny_world, tmp_path):
             "max_position_embeddings": 131072,
         }
         (model / "config.json").write_text(json.dumps(shape))
-        (model / "model.safetensors").write_bytes(b"")
+        hollow_weights(model)
         return model
 
     return make
+
+
+def hollow_weights(directory):
+    """model.safetensors with the header that config.json asks for, and a hole for the weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(parameter.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,7 @@ CASES = [(name, damage, 7) for name in RUN_FILES for damage in DAMAGES]
 
 
 def test_twenty_damages_of_a_run_directory(finished, tiny_world):
-    assert damage_all(finished, tiny_world, CASES[3::8][:20]) > 4
+    assert damage_all(finished, tiny_world, CASES[3::16][:20]) > 4
 
 
 @pytest.mark.slow

@@ -470,6 +470,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         prepare(order, cfg, console)
     finally:
         console.close()
+    return 0
 
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
