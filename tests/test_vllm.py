@@ -172,7 +172,7 @@ def test_a_resume_may_change_the_engine(words, tmp_path, capsys):
         more = ["--train.steps", str(steps), "--rollout.engine", engine]
         assert main(["train", "--resume", str(run), *more]) == 0
         assert json.loads((run / "environment.json").read_text())["rollout_engine"] == engine
-    assert "changed at step 1: rollout.engine 'hf' -> 'vllm'" in capsys.readouterr().out
+    assert 'changed at step 1: rollout.engine "hf" -> "vllm"' in capsys.readouterr().out
     assert [("probe_mean" in line) for line in lines(run)] == [False, True, False]
 
 
