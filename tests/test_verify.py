@@ -541,7 +541,10 @@ def test_a_custom_function_that_raises_counts_as_wrong_and_is_announced_once():
 
 @pytest.mark.usefixtures("user_code")
 def test_a_custom_function_that_hangs_is_killed():
-    with Verifier(name="custom", target="mine:hangs", timeout_s=1.0) as verifier:
+    with (
+        Verifier(name="custom", target="mine:hangs", timeout_s=1.0) as verifier,
+        pytest.warns(UserWarning, match=r"'mine:hangs' took longer than verify\.timeout_s for"),
+    ):
         assert verifier.verify([("7", "7"), ("8", "7")]) == [False, True]
         assert (verifier.timeouts, verifier.errors) == (1, 0)
 
@@ -680,7 +683,7 @@ HOSTILE = [
     r"\boxed{" + r"\frac{1}{" * 800 + "2" + "}" * 801,
     r"\boxed{" + "(" * 5000 + "}",
     "answer " * 5000,
-    " " * 100_000 + "7x",
+    " " * 100_000 + "x",
     r"\boxed{" + "1 " * 5000 + "}",
     r"\boxed{__import__('os').system('touch OWNED')}",
     "\x1b]52;c;\x07 \ud800 \\boxed{\ud800}",
