@@ -23,6 +23,7 @@ from vpgea_fast import config
 from vpgea_fast.config import DataConfig, DataFile, PromptConfig
 from vpgea_fast.data import (
     DataError,
+    Drop,
     LoadedQuestions,
     load_benchmarks,
     load_questions,
@@ -933,3 +934,16 @@ def test_the_rule_for_worked_solutions_on_published_ones(published):
     assert sum(not is_prose(text) for text in solutions) <= 18
     golds = [row["gold"] for row in published("verify_labelled")[1]]
     assert not any(is_prose(gold) for gold in golds)
+
+
+def test_a_file_for_dropped_rows_takes_the_place_of_nothing_else(tmp_path):
+    """It once emptied the data that it was given; its own list it may write anew."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"question": "What?", "answer": "1"}\n')
+    with pytest.raises(DataError, match=r"is there and holds something else .*name a new file"):
+        write_dropped(str(file), [LoadedQuestions(())])
+    assert file.read_text() == '{"question": "What?", "answer": "1"}\n'
+    drops = (Drop(Question("row-2", "What?", "", place="a.jsonl, line 2"), "empty answer"),)
+    for loaded in (LoadedQuestions((), drops), LoadedQuestions(())):
+        write_dropped(str(tmp_path / "drops.jsonl"), [loaded])
+    assert (tmp_path / "drops.jsonl").read_text() == ""
