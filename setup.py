@@ -34,6 +34,7 @@ setup(
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",
         "vpgea_fast.rollout",
+        "vpgea_fast.rollout.vllm",
         "vpgea_fast.verify",
         "vpgea_fast.kernels",
     ],

@@ -26,7 +26,7 @@ from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_s
 from vpgea_fast.model import ModelError, Policy, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
-from vpgea_fast.rollout.vllm import CHUNK_BYTES
+from vpgea_fast.rollout.vllm.transfer import CHUNK_BYTES
 from vpgea_fast.types import PromptedQuestion, Question, TrainRow
 
 ROOT = Path(__file__).parents[1]

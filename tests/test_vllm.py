@@ -20,7 +20,8 @@ from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.vllm import LEAVE, VllmEngine
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.lifetime import LEAVE
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -469,7 +470,7 @@ def test_a_trainer_that_ends_while_its_engine_starts_leaves_nothing(start, signa
 
 FAMILY = """
 import multiprocessing, os, sys, time
-from vpgea_fast.rollout.vllm import ending_with_this_process
+from vpgea_fast.rollout.vllm.lifetime import ending_with_this_process
 
 def work(context):
     if context is not None:

@@ -485,8 +485,9 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     words = ["--model.path", args.model, *overrides]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
-    from vpgea_fast.rollout.server import check_key, serve, serve_command
-    from vpgea_fast.rollout.vllm import check_installed
+    from vpgea_fast.rollout.vllm.client import check_key
+    from vpgea_fast.rollout.vllm.serve import serve, serve_command
+    from vpgea_fast.rollout.vllm.versions import check_installed
 
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port, args.passed)
