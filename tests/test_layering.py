@@ -20,8 +20,12 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "trainer": {"prepare", "trainer"},
-    "evaluation": {"collect", "diagnostics", "doctor", "dry_run", "evaluate", "report"},
+    "composition": {"build", "dry_run", "run_dir"},
+    "evaluation": {"doctor", "evaluate", "report"},
+    # What a step, a check or an evaluation is made of.
+    "preparation": {"check", "collect", "diagnostics", "intake"},
     "stages": {
+        "callbacks",
         "checkpoint",
         "data",
         "estimate",
@@ -33,6 +37,7 @@ LAYERS = {
         "prompts",
         "rollout",
         "scoring",
+        "stop",
         "tiny",
         "verify",
     },

@@ -360,7 +360,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         print(config.dump(cfg), end="")
         return 0
     if args.dry_run:
-        from vpgea_fast.dry_run import dry_run, target
+        from vpgea_fast.check import target
+        from vpgea_fast.dry_run import dry_run
 
         dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
         return 0
@@ -475,7 +476,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     _no_more(overrides)
-    from vpgea_fast.trainer import export_step
+    from vpgea_fast.run_dir import export_step
 
     _plain_logs()
     print(export_step(args.run_dir, args.step, args.out))
