@@ -793,7 +793,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
         part, rest = trainer.stages.collector.collect(0, PhaseTimer())
         others = batch.select([1, 2])
         alone = objectives.coefficients(trainer.cfg.objective, others)
-        diverged = trainer.view_divergence(others, alone)
+        diverged = trainer.stages.measure.view_divergence(others, alone)
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
@@ -876,7 +876,7 @@ def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
     for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
         with Trainer(config.load(TINY, words(name, *more))) as trainer:
             batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
-            ratios, _ = trainer.importance(batch, coefs)
+            ratios, _ = trainer.stages.measure.importance(batch, coefs)
             constant = trainer.norm_constant
             cfg = trainer.cfg.train
             rows[name] = build_rows(batch, coefs, cfg, norm_constant=constant, ratios=ratios)

@@ -24,6 +24,7 @@ from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read
+from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
 from vpgea_fast.model import Policy, load_policy, make_replica
 from vpgea_fast.optim import build_optimizer
@@ -53,6 +54,7 @@ class Stages:
     probe: SyncProbe
     evaluator: Evaluator
     collector: Collector
+    measure: Measure
     verifier: Verifier
 
     def close(self) -> None:
@@ -130,6 +132,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         probe=probe,
         evaluator=evaluator,
         collector=collector,
+        measure=Measure(cfg, world, policy, passes, text.decode),
         verifier=verifier,
     )
 

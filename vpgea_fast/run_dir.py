@@ -25,7 +25,15 @@ import torch
 from vpgea_fast import checkpoint, report
 from vpgea_fast.config import Config, ConfigError, changes, dump, load, resolve
 from vpgea_fast.distributed import World
-from vpgea_fast.metrics import METRICS, PATHS, Alarms, environment, missing_steps, read_steps
+from vpgea_fast.metrics import (
+    METRICS,
+    PATHS,
+    Alarms,
+    Console,
+    environment,
+    missing_steps,
+    read_steps,
+)
 from vpgea_fast.model import Policy, load_policy, load_tokenizer
 from vpgea_fast.optim import learning_rate
 from vpgea_fast.rollout.factory import SYNC_DIR
@@ -133,6 +141,24 @@ class RunDir:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         self.world.on_main(lambda: checkpoint.write_text(file, text))
         return file
+
+    def report(self, console: Console, worth: Mapping[int, float]) -> None:
+        """Write report.html and training.png, print the closing table and which step was best. For
+        the main process."""
+        page = report.write_report(self.path)
+        headers, table = report.closing_table(self.path)
+        console.close()  # the bar would be drawn below the table
+        if table:
+            console.table(headers, table, notes=report.closing_notes(self.path))
+        best = checkpoint.best_step(worth, checkpoint.saved_steps(self.path))
+        if best is not None:
+            console.message(
+                f"best by {self.cfg.checkpoint.keep_best}: step {best} ({worth[best]:.4g}); "
+                f"vpgea export {self.path} --step best"
+            )
+        files = [page, self.path / "training.png"]
+        files += [self.path / "export"] * self.cfg.checkpoint.export
+        console.message(", ".join(map(str, files)))
 
     def _claim(self, resume: bool) -> None:
         self.lock = checkpoint.claim_run_dir(self.path, resume=resume)

@@ -21,7 +21,6 @@ From Python:
 from __future__ import annotations
 
 import math
-import resource
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,27 +30,20 @@ from typing import Any
 import torch
 
 from vpgea_fast import callbacks as listeners
-from vpgea_fast import checkpoint, diagnostics, report
+from vpgea_fast import checkpoint, diagnostics
 from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
 from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
+from vpgea_fast.measure import evaluation_metrics
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, merge
-from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
+from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.optim import apply_update, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan, drop_zero_rows
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.run_dir import RunDir
-from vpgea_fast.scoring import score_row
 from vpgea_fast.stop import Stop
-from vpgea_fast.types import (
-    Coefficients,
-    PackedBatch,
-    PathKey,
-    ScoredBatch,
-    StepStats,
-    TrainRow,
-)
+from vpgea_fast.types import Coefficients, PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
@@ -125,7 +117,7 @@ class Trainer:
             torch.set_num_threads(cfg.run.threads)
         self.world = open_world(cfg.parallel, cfg.model.device)
         self.stop = Stop(self.world, cfg.run.max_minutes)
-        # Each is a collective below if it is so for one process, and would hang if not for all.
+        # Both decide about collectives: processes that differ would wait for each other for ever.
         self.world.require_same(resume, "question whether the run has started already")
         self.world.require_same(len(self.callbacks), "number of callbacks")
         self.run, self.alarms = RunDir(cfg, self.world), Alarms(cfg.train)
@@ -163,29 +155,26 @@ class Trainer:
         No state changes until `update` has every gradient, so a step may be left at any time before
         and made again, with the same paths.
         """
-        timer = PhaseTimer(torch.cuda.synchronize if self.on_cuda else None)
+        measure = self.stages.measure
+        timer = PhaseTimer(torch.cuda.synchronize if measure.on_cuda else None)
         evaluated = self.scheduled_evaluation()
         batch, coefs, usage = self.collect(timer)
         with timer("importance"):
-            ratios, weighed = self.importance(batch, coefs)
+            ratios, weighed = measure.importance(batch, coefs)
         rows = self.rows(batch, coefs, ratios)
         with timer("diagnose"):  # before the update: of the weights that drew the paths
-            diagnosed, records = self.diagnose(batch, coefs, rows)
+            diagnosed = self.diagnose(batch, coefs, rows)
+            records = measure.records(batch, coefs, self.step + 1)
         with timer("train"):
             update, skipped = self.update(rows)
         with timer("sync"):
             synced = self.sync_engine(updated=skipped is None)
-        found = merge(evaluated, diagnosed, weighed, _usage_metrics(usage), update, synced)
         if self.metrics is not None:
             self.metrics.write_paths(records)
-        return self.describe(
-            batch,
-            coefs,
-            rows,
-            found=merge(found, {"paths_written": len(records)}),
-            seconds=timer.metrics(),
-            skipped=skipped if batch.whole else NO_PATHS,
-        )
+        found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
+        cost = measure.cost(batch, coefs, rows, usage=usage, seconds=timer.metrics())
+        line = merge({"step": self.step + 1}, found, update, synced, cost)
+        return StepStats(line, skipped if batch.whole else NO_PATHS)
 
     def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
@@ -196,21 +185,6 @@ class Trainer:
         usage = engine.usage()
         self.stop.together()
         return batch, coefs, usage
-
-    def importance(
-        self, batch: ScoredBatch, coefs: Coefficients
-    ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
-        """Truncated p_trainer / p_engine of every token with a gradient, and the share that was
-        cut: one forward more, of the paths in the view that drew them."""
-        cap = self.cfg.rollout.importance_cap
-        if cap is None:
-            return None, {}
-        rows = drawn_rows(batch, coefs)
-        temperature = self.cfg.rollout.temperature
-        scored = self.stages.passes(
-            lambda b, _: self.stages.policy.logprob(b, temperature=temperature), list(rows.values())
-        )
-        return truncated_ratios(rows, scored, cap=cap)
 
     def rows(
         self,
@@ -225,17 +199,14 @@ class Trainer:
 
     def diagnose(
         self, batch: ScoredBatch, coefs: Coefficients, rows: Sequence[TrainRow]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics of the batch, every metrics.diag_every steps with those that cost passes of
-        their own; and the lines for paths.jsonl."""
-        cfg, whole = self.cfg.metrics, batch.whole
-        found = merge(diagnostics.batch_metrics(whole) if whole else {}, coefs.metrics)
-        if cfg.diag_every and self.step % cfg.diag_every == 0:
-            found = merge(found, self.view_divergence(batch, coefs), self.stream_norms(rows))
-        records = diagnostics.path_records(
-            batch, coefs, self.decode, step=self.step + 1, limit=cfg.paths_per_step
-        )
-        return found, records
+    ) -> dict[str, float]:
+        """What the batch shows; every metrics.diag_every steps also what costs passes of its own:
+        two heads over the posterior paths, a forward and backward of all rows."""
+        every, measure = self.cfg.metrics.diag_every, self.stages.measure
+        found = measure.quality(batch, coefs)
+        if every and self.step % every == 0:
+            found = merge(found, measure.view_divergence(batch, coefs), self.stream_norms(rows))
+        return found
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
         """The gradient of all rows, one optimiser step; and why there was none, if there was none.
@@ -299,28 +270,6 @@ class Trainer:
             return {}
         return self.stages.probe()
 
-    def describe(
-        self,
-        batch: ScoredBatch,
-        coefs: Coefficients,
-        rows: Sequence[TrainRow],
-        *,
-        found: Mapping[str, Any],
-        seconds: dict[str, float],
-        skipped: str | None,
-    ) -> StepStats:
-        """The step's line of metrics.jsonl: what was `found`, and what it cost."""
-        speed = diagnostics.speed_metrics(
-            rows,
-            self.stages.passes.flops,
-            seconds=seconds["time_train_s"],
-            device=torch.cuda.get_device_name(self.stages.policy.device) if self.on_cuda else "cpu",
-            devices=self.world.size,
-        )
-        work = diagnostics.work_metrics(batch, coefs, rows, seconds=seconds)
-        step = {"step": self.step + 1}
-        return StepStats(merge(step, found, work, speed, self._memory()), skipped)
-
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule, tell the callbacks."""
         self.step += 1
@@ -382,14 +331,7 @@ class Trainer:
         results = evaluator.run(self.progress(evaluator.samples))
         self._count_evaluation(self.step, results)
         self._tell("on_evaluation", self.step, results)
-        return {
-            "eval_step": self.step,
-            **{
-                f"eval_{mode}_{key}": result[key]
-                for mode, result in results.items()
-                for key in ("acc", "tokens", "eps3", "truncated")
-            },
-        }
+        return evaluation_metrics(self.step, results)
 
     def leave(self) -> Ending:
         """Save a run that was stopped, and say how it goes on."""
@@ -410,7 +352,7 @@ class Trainer:
                 world=self.world,
                 replace=True,
             )
-        self.world.on_main(self._report)
+        self.world.on_main(lambda: self.run.report(self.console, self.worth))
         ending = Ending.DONE if self.halted is None else Ending.HALTED
         if self.halted is not None:
             self.say(f"ended after step {self.step}, before train.steps: {self.halted}")
@@ -432,27 +374,6 @@ class Trainer:
             self.worth,
         )
 
-    def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
-        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
-        that are not whole are left out: a path that the engine gave up may lack a token."""
-        log_utility_BG = coefs.path_scores.get("posterior", {}).get("log_utility")
-        whole, temperature = batch.whole, self.cfg.rollout.temperature
-        if log_utility_BG is None or whole is None:
-            return {}
-        pairs, policy = whole.pairs("posterior"), self.stages.policy
-        views = [
-            self.stages.passes(
-                lambda batch, _: policy.logprob_entropy(batch, temperature=temperature),
-                [score_row(q.context(v), p.z_ids) for q, p in pairs],
-            )
-            for v in ("teacher", "student")
-        ]
-        early = diagnostics.early_answer_rate(whole, self.decode)
-        return merge(
-            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
-            {"early_answer_rate": early},
-        )
-
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each stream alone: one more forward and backward of all rows."""
         if all(row.own_view for row in rows):
@@ -466,10 +387,6 @@ class Trainer:
                 norms[name] = gradient_norm(self.stages.optimizer)
                 self.stages.optimizer.zero_grad(set_to_none=True)
         return norms
-
-    @property
-    def on_cuda(self) -> bool:
-        return self.stages.policy.device.type == "cuda"
 
     @property
     def norm_constant(self) -> float:
@@ -510,34 +427,11 @@ class Trainer:
         if listeners.tell(self.callbacks, self.world, hook, *args):
             self.stop.requested = True
 
-    def _report(self) -> None:
-        page = report.write_report(self.run.path)
-        headers, table = report.closing_table(self.run.path)
-        self.console.close()
-        if table:
-            self.console.table(headers, table, notes=report.closing_notes(self.run.path))
-        best = checkpoint.best_step(self.worth, checkpoint.saved_steps(self.run.path))
-        if best is not None:
-            self.say(
-                f"best by {self.cfg.checkpoint.keep_best}: step {best} ({self.worth[best]:.4g}); "
-                f"vpgea export {self.run.path} --step best"
-            )
-        files = [page, self.run.path / "training.png"]
-        files += [self.run.path / "export"] * self.cfg.checkpoint.export
-        self.say(", ".join(map(str, files)))
-
     def _count_evaluation(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         best = self.cfg.checkpoint.keep_best
         if best is not None:
             mode, _, key = best.partition("_")
             self.worth[step] = results[mode][key]
-
-    def _memory(self) -> dict[str, float]:
-        """Peak memory so far, maximum over processes (device memory; host RSS on a CPU)."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        if self.on_cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        return {"peak_memory_mib": max(self.world.gather(peak))}
 
     def _save_is_due(self) -> bool:
         """By steps, by the main process's clock, or because the step will be evaluated."""
@@ -546,13 +440,6 @@ class Trainer:
             return True
         late = cfg.save_minutes and time.monotonic() - self.saved_at > 60 * cfg.save_minutes
         return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
-
-
-def _usage_metrics(usage: Usage) -> dict[str, float]:
-    return {
-        "prefix_hit_rate": usage.cached_tokens / max(1, usage.prompt_tokens),
-        "rest_freed_mib": usage.freed_bytes / 2**20,
-    }
 
 
 def _checksum(rows: Sequence[TrainRow]) -> int:
