@@ -33,8 +33,8 @@ from vpgea_fast.prompts import length_report
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.probe import SyncProbe
-from vpgea_fast.types import TrainRow
+from vpgea_fast.rollout.probe import Score, SyncProbe
+from vpgea_fast.types import PromptedQuestion, TrainRow
 from vpgea_fast.verify import Verifier
 
 Progress = Callable[[int], Callable[[int], None]]
@@ -90,16 +90,8 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
             return passes(lambda batch, _: policy.logprob(batch), rows)
 
-        first, text = intake.questions[0], intake.text
-        probe = SyncProbe(
-            engine,
-            score,
-            [first.student_ids, first.teacher_ids],
-            engines=world.size,
-            limit=cfg.rollout.max_new_tokens,
-            dtype=policy.dtype,
-            tolerance=cfg.rollout.probe_tolerance,
-        )
+        text, first = intake.text, intake.questions[0]
+        probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
         # Both refuse, before the first step, a path that the engine has no room for.
         evaluator = Evaluator(
@@ -163,10 +155,32 @@ def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
     return open_engine(cfg, world, dtype=policy.dtype, hf=hf)
 
 
+def _build_probe(
+    cfg: Config,
+    world: World,
+    policy: Policy,
+    *,
+    engine: RolloutEngine,
+    score: Score,
+    first: PromptedQuestion,
+) -> SyncProbe:
+    """Two prompts, one a view, are probed after a hand-over: see rollout/probe.py."""
+    return SyncProbe(
+        engine,
+        score,
+        [first.student_ids, first.teacher_ids],
+        engines=world.size,
+        limit=cfg.rollout.max_new_tokens,
+        dtype=policy.dtype,
+        tolerance=cfg.rollout.probe_tolerance,
+    )
+
+
 def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     """Both prompts, their lengths, what will be drawn, and what the preset leaves out."""
     intake, policy = stages.intake, stages.policy
     first, prompter = intake.questions[0], intake.text.prompter
+    # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
     yield f"student prompt: {prompter.shown(first.student_ids)}"
     if cfg.objective.posterior_paths:
         yield f"teacher prompt: {prompter.shown(first.teacher_ids)}"

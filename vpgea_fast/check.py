@@ -62,6 +62,7 @@ def check_config(
     limits of the configuration.
     """
     on = on or target(cfg, processes=world_size)
+    # The family first: the lengths and shapes below are read from a config that is understood.
     check_world(cfg.parallel, world_size)
     _check_model(cfg, model_config)
     _check_lengths(cfg, model_config, questions)

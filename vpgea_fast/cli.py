@@ -223,6 +223,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
     source, run = args.config, args.resume
     if args.resume_if_started:
+        # The run directory is known from the configuration alone; whose config.yaml is there rules.
         run_dir = config.load(source, overrides).run.dir
         run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
     if run is not None:
@@ -294,6 +295,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     source, cfg = _of_model(args, words, overrides)
+    # Printed before the imports: torch and transformers take seconds, a refusal must not.
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
@@ -414,6 +416,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         keep=args.keep,
     )
     _plain_logs()
+    # `datasets` draws a bar per file and map; in a log each redraw is a line.
     if not sys.stderr.isatty():
         import datasets
 

@@ -159,6 +159,7 @@ def make_sampling(
 
     ValueError for a tokenizer that knows these tokens and a model that does not.
     """
+    # Token ids from the tokenizer, rows from the model: a resized one may have fewer than it needs.
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
     largest = max(prompter.think_open_id, prompter.think_close_id, *ends)

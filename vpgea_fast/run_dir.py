@@ -265,6 +265,7 @@ def export_step(
     else:
         chosen = max(steps, default=0) if step == "last" else step
     found = checkpoint.open_checkpoint(run_dir, chosen, world=world)
+    # The weights are those of any machine; what the run's own needed (kernels, a GPU) is left out.
     model = replace(
         (_record(found) or cfg).model,
         device="cpu",
