@@ -662,7 +662,11 @@ def load(
     path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
 ) -> Config:
     """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it. `say` hears which of the file's keys another objective leaves out."""
+    over it. `say` hears which of the file's keys another objective leaves out.
+
+    `load("configs/tiny.yaml", ["--run.dir", "runs/b", "--optim.lr=1e-5"])` is what `vpgea train`
+    makes of the same words. Errors: ConfigError, which names the key and the nearest known one.
+    """
     tree, top = read_sections(path), parse_overrides(overrides)
     lost = _foreign(tree, top)
     if lost:
@@ -706,7 +710,17 @@ def read_sections(path: str | Path) -> dict[str, Any]:
 
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a tree of sections, of values that JSON has; presets fill the keys of their
-    objective that the tree leaves open. A single value is a list of one where a list is wanted."""
+    objective that the tree leaves open. A single value is a list of one where a list is wanted.
+
+    It makes a Config in Python; what the tree leaves out has its default. The records are frozen:
+    `dataclasses.replace` makes another one, validated anew. Errors: ConfigError.
+
+    >>> cfg = resolve({"model": {"path": "base"}, "data": {"train": "questions.jsonl"}})
+    >>> cfg.model.path, cfg.data.train[0].path, cfg.objective.name
+    ('base', 'questions.jsonl', 'vpgea')
+    >>> dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=10)).train.steps
+    10
+    """
     try:
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)
