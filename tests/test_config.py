@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
+from vpgea_fast.kernels.options import GroupOptions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -264,6 +265,26 @@ def test_preset_fills_only_what_is_not_given():
         None,
     )
     assert (paper.beta, paper.alpha, paper.gate, paper.u_min) == (0.5, 0.5, "indicator", -20.0)
+
+
+def test_every_option_of_the_utility_comes_from_the_key_of_its_name():
+    values = {
+        "alpha": 1.5,
+        "baseline": "lme",
+        "reward": "paper",
+        "r_margin": 0.25,
+        "u_min": -9.0,
+        "clamp_u": True,
+        "eta_clip": (0.5, 2.0),
+        "eps": 0.125,
+        "ddof": 1,
+        "std_gate": 0.75,
+    }
+    options = config.resolve({"objective": values}).objective.group_options()
+    assert dataclasses.asdict(options) == values
+    assert config.resolve({}).objective.group_options() == GroupOptions()
+    with pytest.raises(config.ConfigError, match=r"r_margin: got 0\.25 with reward="):
+        config.resolve({"objective": {**values, "reward": "likelihood_mix"}})
 
 
 def test_overrides(tmp_path):

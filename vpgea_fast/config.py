@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import strict_yaml
+from vpgea_fast.kernels.options import GroupOptions
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -411,11 +412,12 @@ class VpgeaConfig:
     """The counterfactual guard of `robust` is not built yet; the run says so."""
 
     def __post_init__(self) -> None:
-        if self.r_margin and self.reward != "paper":
-            raise ValueError(
-                f"r_margin {self.r_margin} belongs to reward 'paper', got reward "
-                f"{self.reward!r}; set it to 0"
-            )
+        self.group_options()  # refuses keys that do not go together
+
+    def group_options(self) -> GroupOptions:
+        """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
+        names = [field.name for field in dataclasses.fields(GroupOptions)]
+        return GroupOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def posterior_paths(self) -> int:
