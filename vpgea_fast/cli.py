@@ -29,6 +29,9 @@ STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
 """Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
 MAX_GIB = 100_000
+TINY_WORLD = "data/tiny"
+TINY_BASE = f"{TINY_WORLD}/base"
+"""What the configuration `tiny` trains."""
 INTERRUPTED = 130  # 128 + SIGINT
 
 
@@ -80,6 +83,10 @@ def _path(word: str) -> str:
         return config.expand_home(word)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _config(word: str) -> str:
+    return config.find(_path(word))
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -166,7 +173,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    train.add_argument("config", nargs="?", type=_path, help="YAML file, e.g. configs/tiny.yaml")
+    names = ", ".join(sorted(file.stem for file in config.SHIPPED.glob("*.yaml")))
+    train.add_argument(
+        "config", nargs="?", type=_config, help=f"YAML file, or one that is installed: {names}"
+    )
     train.add_argument(
         "--resume",
         metavar="RUN",
@@ -213,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--config",
-        type=_path,
+        type=_config,
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
@@ -266,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --model: answers each, default 8",
     )
-    data.add_argument("--config", type=_path, help="YAML file whose sections are used")
+    data.add_argument("--config", type=_config, help="YAML file whose sections are used")
     data.set_defaults(run=_data, parser=data)
 
     export = commands.add_parser(
@@ -359,6 +369,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
+    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
+        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
     if args.dry_run:
         from vpgea_fast.dry_run import dry_run, target
 
