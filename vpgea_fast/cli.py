@@ -29,6 +29,9 @@ STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
 """Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
 MAX_GIB = 100_000
+TINY_WORLD = "data/tiny"
+TINY_BASE = f"{TINY_WORLD}/base"
+"""What the configuration `tiny` trains."""
 INTERRUPTED = 130  # 128 + SIGINT
 
 Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
@@ -82,6 +85,10 @@ def _path(word: str) -> str:
         return config.expand_home(word)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _config(word: str) -> str:
+    return config.find(_path(word))
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -183,7 +190,10 @@ def _declare_train(commands: Commands, common: _Parser) -> None:
         allow_abbrev=False,
         parents=[common],
     )
-    train.add_argument("config", nargs="?", type=_path, help="YAML file, e.g. configs/tiny.yaml")
+    names = ", ".join(sorted(file.stem for file in config.SHIPPED.glob("*.yaml")))
+    train.add_argument(
+        "config", nargs="?", type=_config, help=f"YAML file, or one that is installed: {names}"
+    )
     train.add_argument(
         "--resume",
         metavar="RUN",
@@ -235,6 +245,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
+    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
+        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
     if args.dry_run:
         from vpgea_fast.check import target
         from vpgea_fast.dry_run import dry_run
@@ -271,7 +283,7 @@ def _declare_eval(commands: Commands, common: _Parser) -> None:
     )
     evaluate.add_argument(
         "--config",
-        type=_path,
+        type=_config,
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
@@ -385,7 +397,7 @@ def _declare_data(commands: Commands, common: _Parser) -> None:
         metavar="N",
         help="with --model: answers each, default 8",
     )
-    data.add_argument("--config", type=_path, help="YAML file whose sections are used")
+    data.add_argument("--config", type=_config, help="YAML file whose sections are used")
     data.set_defaults(run=_data, parser=data)
 
 
