@@ -636,6 +636,8 @@ class Trainer:
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
         step, record = 0 if saved is None else saved.step, _record(saved)
+        if saved:
+            _require_state(saved)
         self.before = record or load(self.run_dir / "config.yaml")
         changed = changes(self.before, self.cfg)
         known = report.read_evaluation(self.run_dir)
@@ -760,6 +762,17 @@ class Trainer:
     def _stop(self) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise Stopped
+
+
+def _require_state(saved: checkpoint.Checkpoint) -> None:
+    """CheckpointError for a state that `Trainer.save` does not write."""
+    state = saved.trainer_state
+    for key, kind in {"skipped_in_a_row": int, "data": str, "evaluated": dict}.items():
+        if type(state.get(key, {} if kind is dict else None)) is not kind:
+            raise checkpoint.CheckpointError(
+                f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
+                f"{kind.__name__}; delete this checkpoint to go on from the one before"
+            )
 
 
 def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
