@@ -65,6 +65,7 @@ def resuming(run):
 def make_runs(world, folder, alien_model):
     settings = {
         "data.train": world["train"],
+        "data.limit": 8,
         "eval.data": f"[{world['test']}]",
         "eval.limit": 2,
         "eval.greedy": False,
@@ -595,6 +596,31 @@ def test_a_few_damages_of_a_run_directory(runs):
 @pytest.mark.parametrize("part", range(8))
 def test_every_damage_of_a_run_directory(runs, part):
     assert judge(runs, [*cases_of(TABLE[part::8], runs)]) > 2
+
+
+def as_nobody(lines):
+    """`commands` of a user who may read everything and write nothing of it."""
+    os.seteuid(65534)
+    try:
+        return commands(*lines)
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
+def test_a_run_directory_of_another_user(runs, tiny_world):
+    run = copy_of(runs)
+    for path in (*run.parents, *Path(tiny_world.base_dir).parents):
+        if "pytest" in str(path):
+            path.chmod(0o755)
+    case = Case("read-only", run, [""], [["report", str(run)], lines_of(run, runs, "last")])
+    case.each.append(resuming(run))
+    before = contents(run)
+    (rank,) = watch_ranks(as_nobody, case.each, size=1, timeout_s=120)
+    assert rank.result == [2, 2, 2], rank.output
+    for words, text in zip(case.each, rank.output.split(f"{PARTED}\n")[1:], strict=True):
+        check_refusal(run, words, text, case.names)
+    assert contents(run) == before
 
 
 RUN_FILES = (

@@ -802,9 +802,9 @@ def export_step(
         chosen = checkpoint.best_step(worth, steps)
         if chosen is None:
             raise checkpoint.CheckpointError(
-                f"{run_dir}: checkpoint.keep_best is {_spelled(name)}, and no step with a "
-                "checkpoint was evaluated by it; give --step N (there are: "
-                f"{', '.join(map(str, steps))})"
+                f"{run_dir / 'checkpoints'}: checkpoint.keep_best is {_spelled(name)}, and no step "
+                "with a checkpoint was evaluated by it; give --step N (there are: "
+                f"{', '.join(map(str, steps)) or 'none'})"
             )
     else:
         chosen = max(steps, default=0) if step == "last" else step
