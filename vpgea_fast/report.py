@@ -283,7 +283,12 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
                 )
         _finish(axes, title, unit, last=log.last)
     figure.suptitle(f"{_label(run_dir)}: {log.last} steps", fontsize=13)
-    figure.savefig(out_png, dpi=130)
+    try:
+        figure.savefig(out_png, dpi=130)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write {out_png}: {error.strerror}; free disk space or make it writable"
+        ) from error
     return out_png
 
 
@@ -511,6 +516,8 @@ def _read_json(path: Path, remedy: str = "write it again or remove it") -> dict[
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe that nobody writes is waited for
+        raise ReportError(f"cannot read {path}: it is no file; move it away")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

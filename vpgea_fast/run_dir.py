@@ -168,6 +168,8 @@ class RunDir:
     def _check_resume(self, saved: checkpoint.Checkpoint | None, data: str) -> None:
         """CheckpointError where a key of FIXED_ON_RESUME, the steps or the questions do not fit."""
         step, record = 0 if saved is None else saved.step, _record(saved)
+        if saved:
+            _require_state(saved)
         self.before = record or load(self.path / "config.yaml")
         changed = changes(self.before, self.cfg)
         # An evaluation of other settings would stand beside those before as if it were one of them.
@@ -231,6 +233,17 @@ class RunDir:
         return cut.lines
 
 
+def _require_state(saved: checkpoint.Checkpoint) -> None:
+    """CheckpointError for a state that `Trainer.save` does not write."""
+    state = saved.trainer_state
+    for key, kind in {"skipped_in_a_row": int, "data": str, "evaluated": dict}.items():
+        if type(state.get(key, {} if kind is dict else None)) is not kind:
+            raise checkpoint.CheckpointError(
+                f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
+                f"{kind.__name__}; delete this checkpoint to go on from the one before"
+            )
+
+
 def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
     """The configuration that a checkpoint's steps were made with; None if it does not say, or has
     keys that are no more."""
@@ -258,9 +271,9 @@ def export_step(
         chosen = checkpoint.best_step(worth, steps)
         if chosen is None:
             raise checkpoint.CheckpointError(
-                f"{run_dir}: checkpoint.keep_best is {_spelled(name)}, and no step with a "
-                "checkpoint was evaluated by it; give --step N (there are: "
-                f"{', '.join(map(str, steps))})"
+                f"{run_dir / 'checkpoints'}: checkpoint.keep_best is {_spelled(name)}, and no step "
+                "with a checkpoint was evaluated by it; give --step N (there are: "
+                f"{', '.join(map(str, steps)) or 'none'})"
             )
     else:
         chosen = max(steps, default=0) if step == "last" else step
