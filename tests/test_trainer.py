@@ -829,7 +829,7 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
             trainer.finish_step(trainer.train_step())
         assert all(map(torch.equal, before, trainer.policy.parameters()))
         trainer.finish_run()
-    expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    expected = "no update, the engine gave up a path of every question; see engine.timeout_s"
     (alarm,) = [text for text in said if "alarm" in text]
     assert "5 x the engine gave up a path of every question" in alarm
     said.remove(alarm)

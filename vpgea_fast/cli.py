@@ -125,11 +125,7 @@ def _yaml(word: str) -> Any:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     """What to say of a word that is no option, with the option that was probably meant."""
     name = word.partition("=")[0]
-    keys = [
-        f"--{section}.{field.name}"
-        for section, record in vars(config.Config()).items()
-        for field in dataclasses.fields(record)
-    ]
+    keys = [f"--{key}" for key in config.known_keys()]
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
     near += difflib.get_close_matches(name, [*options, *keys], n=1)
@@ -138,12 +134,12 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for argparse; the `--section.key value` pairs, which it would misread; what is behind
-    a `--`."""
+    """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
+    misread; what is behind a `--`."""
     words, pairs, rest = [], [], iter(argv)
     for word in iter(lambda: next(rest, "--"), "--"):
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and "." in key:
+        if key.startswith("--") and ("." in key or key[2:] in config.VARIANTS):
             pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
         else:
             words.append(word)
@@ -199,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate the student view of a model",
-        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. For "
+        epilog="Keys are options, e.g. --engine vllm --eval.samples 4 --eval.limit 100. For "
         "RUN/export the settings of its run (RUN/config.yaml) are used.",
         allow_abbrev=False,
         parents=[common],
@@ -217,9 +213,6 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
-        "--engine", choices=["hf", "vllm"], help="what draws the answers, short for rollout.engine"
-    )
-    evaluate.add_argument(
         "--out", type=_path, help="write the result and its settings as JSON here"
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
@@ -229,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write a published data set as training and test questions",
         epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
         "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
-        "--eval.temperature 1 --rollout.engine vllm.",
+        "--eval.temperature 1 --engine vllm.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -288,10 +281,10 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser(
         "serve",
-        help="serve a model to training runs (vLLM), with vllm.server as their URL",
-        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
-        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
-        "beyond this machine there must be one.",
+        help="serve a model to training runs (vLLM), with engine.server as their URL",
+        epilog="Keys are options, e.g. --engine.gpu_memory 0.9 --model.dtype bfloat16; words "
+        "behind a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from "
+        "VLLM_API_KEY; beyond this machine there must be one.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -355,7 +348,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, "--run.dir", run]
         if not source.is_file():
             raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
-    cfg = config.load(source, overrides, _notice)
+    cfg = config.load(source, overrides, _notice, record=run is not None)
     if args.print_config:
         print(config.dump(cfg), end="")
         return 0
@@ -385,8 +378,6 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and out.resolve() in {Path(name).resolve() for name in args.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
     words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
-    if args.engine is not None:
-        words += ["--rollout.engine", args.engine]
     source, cfg = _of_model(args, words, overrides)
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
@@ -402,8 +393,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     console.table(*result_table(results), notes=EVAL_NOTES)
     if out is not None:
         known = config.as_dict(cfg)
-        sections = ["model", "data", "prompt", "rollout", "eval"]
-        sections += ["vllm"] * (cfg.rollout.engine == "vllm")
+        sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
@@ -427,11 +417,14 @@ def _of_model(
     name = Path(args.model or "").name
     exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
     source = args.config or (run if exported else None)
-    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
-        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
     if source is None:
         return None, config.resolve(config.parse_overrides(words), source="command line")
-    return source, config.load(source, words, _notice)
+    cfg = config.load(source, words, _notice, record=source == run)
+    named = any(word.startswith("--engine.server") for word in overrides)
+    if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
+        # The run may go on at its server, with weights of its own.
+        cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, server=None))
+    return source, cfg
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -483,7 +476,7 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
-    words = ["--model.path", args.model, *overrides]
+    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
     from vpgea_fast.rollout.vllm.client import check_key
     from vpgea_fast.rollout.vllm.serve import serve, serve_command

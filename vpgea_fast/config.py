@@ -1,10 +1,10 @@
 """Configuration: one frozen dataclass a stage, validated at birth, from YAML and `--section.key
 value`.
 
-An unknown key is an error that names the nearest known one; a variant (the objective) is a type of
-its own, so no field is read by one branch only. Values are taken as strict_yaml.py reads them, in a
-file and on the command line alike, and never converted. `resolve` gives the record, `dump` the YAML
-that makes the same record again.
+An unknown key is an error that names the nearest known one; for a key of an older version it gives
+the new one. A variant (the objective, the engine) is a type of its own, so no field is read
+by one branch only. Values are taken as strict_yaml.py reads them, in a file and on the command line
+alike, and never converted. `resolve` gives the record, `dump` the YAML that makes it again.
 """
 
 from __future__ import annotations
@@ -291,8 +291,6 @@ class PromptConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
-    engine: Literal["hf", "vllm"] = "hf"
-    """`hf`: the trained model itself, or a copy of it; `vllm`: see the section `vllm`."""
     max_new_tokens: PositiveInt = 8192
     temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -312,9 +310,17 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class VllmEngineConfig:
-    """Where vLLM runs and what it may take; read when rollout.engine is vllm."""
+class HfEngineConfig:
+    """The trained model itself samples, or a copy of it beside a sharded one."""
 
+    name: Literal["hf"] = "hf"
+
+
+@dataclass(frozen=True, config=STRICT)
+class VllmEngineConfig:
+    """vLLM samples: where it runs and what it may take."""
+
+    name: Literal["vllm"] = "vllm"
     process: Literal["shared", "own"] = "shared"
     """`shared`: vLLM inside each training process; `own`: in a child of it."""
     server: str | None = None
@@ -343,6 +349,9 @@ class VllmEngineConfig:
     sync_dir: PathText | None = None
     """Where weights pass through files; a server must see it too. Default: sync/ in run.dir."""
     trust_remote_code: bool = False
+
+
+EngineConfig = Annotated[HfEngineConfig | VllmEngineConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -594,7 +603,7 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    vllm: VllmEngineConfig = Field(default_factory=VllmEngineConfig)
+    engine: EngineConfig = Field(default_factory=HfEngineConfig)
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
@@ -608,7 +617,14 @@ class Config:
     @property
     def colocated(self) -> bool:
         """vLLM samples on the devices of the training processes, not at a server."""
-        return self.rollout.engine == "vllm" and self.vllm.server is None
+        return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
+
+    @property
+    def vllm(self) -> VllmEngineConfig:
+        """The engine where it is vLLM; ValueError for a reader that has not asked."""
+        if isinstance(self.engine, VllmEngineConfig):
+            return self.engine
+        raise ValueError(f"engine.name: got {self.engine.name!r}, expected 'vllm'; set it")
 
     def __post_init__(self) -> None:
         target = self.data.dropped_file
@@ -623,7 +639,7 @@ class Config:
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"
             )
-        if self.rollout.engine == "vllm" and self.rollout.top_p < 1:
+        if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(
                 f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
                 "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
@@ -658,20 +674,105 @@ class Config:
             )
 
 
+VARIANTS = {"objective": "vpgea", "engine": "hf"}
+"""Sections whose `name` chooses what other keys they have, with the name that is the default."""
+
+RENAMED = {"rollout.engine": "engine.name", "vllm": "engine"}
+"""Key or section of an older version -> what it is now."""
+
+
 def load(
-    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    record: bool = False,
 ) -> Config:
     """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it. `say` hears which of the file's keys another objective leaves out."""
-    tree, top = read_sections(path), parse_overrides(overrides)
-    lost = _foreign(tree, top)
-    if lost:
-        tree = {**tree, "objective": {}}
+    over it. `say` hears which of the file's keys another objective or engine leaves out.
+
+    record   the file is a run's own, so keys of an older version are read as what they are now
+    """
+    tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
+    if record:
+        tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
+    lost = {section: _foreign(section, tree, top) for section in VARIANTS}
+    tree = {**tree, **{section: {} for section, keys in lost.items() if keys}}
     cfg = resolve(_merge(tree, top), source=str(path))
-    if lost:
-        keys = ", ".join(f"objective.{key}" for key in lost)
-        say(f"{path}: objective.name {cfg.objective.name!r} leaves out the file's {keys}")
+    for section, keys in lost.items():
+        if keys:
+            name, left = getattr(cfg, section).name, ", ".join(f"{section}.{key}" for key in keys)
+            say(f"{path}: {section}.name {name!r} leaves out the file's {left}")
     return cfg
+
+
+def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The sections of a run's record with keys of an older version under their new names. Keys of
+    a variant that was not chosen are left out: nothing read them. `say` hears of both."""
+    moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
+    if not moved:
+        return dict(tree)
+    values: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    for section, keys in tree.items():
+        if isinstance(keys, Mapping):
+            values |= {
+                moved[old]: keys[old.partition(".")[2]] for old in moved if _in(old, section)
+            }
+            keys = {k: v for k, v in keys.items() if f"{section}.{k}" not in moved}
+        if section not in RENAMED:
+            done[section] = keys
+    # Which variant it was is itself among the values that move.
+    chosen = {section: values.get(f"{section}.name", name) for section, name in VARIANTS.items()}
+    kept, left = [], []
+    for old, new in moved.items():
+        section, _, key = new.partition(".")
+        kinds = [k for k in _records(section) if chosen.get(section) in (None, k.name)]
+        if any(key in _hints(kind) for kind in kinds):
+            done.setdefault(section, {})[key] = values[new]
+            kept.append(f"{old} as {new}")
+        else:
+            left.append(old)
+    said = f"; left out {', '.join(left)}, which nothing read" if left else ""
+    say(f"written by an older version: read {', '.join(kept)}{said}")
+    return done
+
+
+def _in(key: str, section: str) -> bool:
+    return key.partition(".")[0] == section
+
+
+def _old_keys(tree: Mapping[str, Any]) -> list[str]:
+    """`section.key` of an older version; a section that is empty, or no mapping, by its name."""
+    found: list[str] = []
+    for section, keys in tree.items():
+        whole = section in RENAMED
+        if isinstance(keys, Mapping) and keys:
+            names = [f"{section}.{key}" for key in keys]
+            found += [name for name in names if whole or name in RENAMED]
+        elif whole:
+            found.append(section)
+    return found
+
+
+def _new_name(old: str) -> str:
+    section, _, key = old.partition(".")
+    return RENAMED.get(old) or f"{RENAMED[section]}.{key}"
+
+
+def _refuse_old(tree: Mapping[str, Any], source: str) -> None:
+    """ConfigError for keys of an older version, with their new names."""
+    lines = [f"  {old}: is now {_new_name(old)}; write that" for old in _old_keys(tree)]
+    if lines:
+        raise ConfigError(f"{source}:\n" + "\n".join(lines))
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant that is given as text by what the text names: `engine: vllm`."""
+    return {
+        section: {"name": keys} if section in VARIANTS and isinstance(keys, str) else keys
+        for section, keys in tree.items()
+    }
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
@@ -707,6 +808,8 @@ def read_sections(path: str | Path) -> dict[str, Any]:
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a tree of sections, of values that JSON has; presets fill the keys of their
     objective that the tree leaves open. A single value is a list of one where a list is wanted."""
+    tree = _by_name(tree)
+    _refuse_old(tree, source)
     try:
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)
@@ -726,15 +829,22 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.key` -> (old value, new value) of every key that differs, run.dir aside."""
+    """`section.key` -> (old value, new value) of every key that differs, run.dir aside; of another
+    variant the keys that both have."""
     a, b = as_dict(old), as_dict(new)
-    keys = [(section, key) for section in b for key in {**a[section], **b[section]}]
+    keys = [
+        (section, key)
+        for section in b
+        for key in {**a[section], **b[section]}
+        if section not in VARIANTS or {key in a[section], key in b[section]} == {True}
+    ]
     pairs = {f"{s}.{k}": (a[s].get(k), b[s].get(k)) for s, k in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`.
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`;
+    `--engine vllm` is short for `--engine.name vllm`, as of any variant.
 
     Text fields take their value as it stands; others read it as YAML. `null` unsets either.
     """
@@ -743,6 +853,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in rest:
         key, equals, value = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
+        if section in VARIANTS and not dot:
+            dot, name = ".", "name"
         if not key.startswith("--") or not dot:
             raise ConfigError(f"expected --section.key value, got {word!r}")
         if not equals:
@@ -795,14 +907,23 @@ def _item(hint: Any) -> Any:
     return args[0] if get_origin(hint) is tuple and args[1:] == (...,) else None
 
 
+def known_keys() -> list[str]:
+    """Every `section.key`, of all variants."""
+    return list(
+        dict.fromkeys(
+            f"{s}.{key}" for s in _hints(Config) for r in _records(s) for key in _hints(r)
+        )
+    )
+
+
 def _records(section: str) -> list[Any]:
     return [kind for kind in _members(_hints(Config).get(section)) if _hints(kind)]
 
 
-def _foreign(tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
-    """Keys of the file's objective, where the command line names another one."""
-    base, name = tree.get("objective"), top.get("objective", {}).get("name")
-    if not isinstance(base, dict) or name is None or name == base.get("name", "vpgea"):
+def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
+    """Keys of the file's variant, where the command line names another one."""
+    base, name = tree.get(section), top.get(section, {}).get("name")
+    if not isinstance(base, dict) or name is None or name == base.get("name", VARIANTS[section]):
         return []
     return [key for key in base if key != "name"]
 
@@ -840,10 +961,14 @@ def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    objective = tree.get("objective", {})
+    """Variants with their name, and an objective with the keys of its preset."""
+    tree = dict(tree)
+    for section, name in VARIANTS.items():
+        keys = tree.get(section, {})
+        tree[section] = {"name": name, **keys} if isinstance(keys, Mapping) else keys
+    objective = tree["objective"]
     if not isinstance(objective, Mapping):
-        return dict(tree)
-    objective = {"name": "vpgea", **objective}
+        return tree
     preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
     return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}
 
@@ -951,6 +1076,9 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
 def _nearest_key(key: str, owners: Sequence[Any]) -> str:
     """Of the same record, or the same name in another section."""
     first, *_, last = [*key.split("."), key.split(".")[-1]]
+    others = [kind.name for kind in _records(first) if last in _hints(kind)]
+    if first in VARIANTS and others:
+        return f"it belongs to {first}.name {others[0]!r}: set that too"
     known = list(dict.fromkeys(name for owner in owners for name in _hints(owner)))
     if near := _near(last, known):
         return f"did you mean {near!r}?"

@@ -190,14 +190,14 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any, tokenizer: Any) -> None:
     families.measure(model)
-    group = cfg.vllm.tensor_parallel
+    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
     columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name
     rest = (heads % group, columns % group, min(keys % group, group % keys))
-    if cfg.colocated and any(rest):
+    if any(rest):
         raise ConfigError(
-            f"vllm.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
+            f"engine.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
             f"attention heads and {columns} MLP columns, and a divisor or a "
             f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
         )
@@ -235,7 +235,7 @@ def _check_positions(
     """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
     server's room is known when it is there."""
     rooms = [attention.positions(model)]
-    rooms.append((cfg.vllm.context if cfg.colocated else None, "vllm.context"))
+    rooms.append((cfg.vllm.context if cfg.colocated else None, "engine.context"))
     for what, prompt, new in draws(cfg, questions, benchmarks):
         for room, source in rooms:
             check_positions(what, prompt=prompt, new=new, room=room, source=source)
@@ -444,7 +444,7 @@ def _cache(
     cfg: Config, engine: EngineMemory, context: int, room: int, say: Say, *, share: bool
 ) -> None:
     """How many paths vLLM's KV cache holds; prompts that paths have in common are not counted."""
-    key = "vllm.gpu_memory" if share else "vllm.kv_cache_gib"
+    key = "engine.gpu_memory" if share else "engine.kv_cache_gib"
     paths = engine.tokens // context
     say(
         f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
@@ -452,8 +452,8 @@ def _cache(
     )
     if engine.tokens < room:
         say(
-            f"  vLLM will not start: one path may have {room} tokens (vllm.context); raise {key}, "
-            "or lower vllm.context and what may be drawn"
+            f"  vLLM will not start: one path may have {room} tokens (engine.context); raise "
+            f"{key}, or lower engine.context and what may be drawn"
         )
     elif paths < cfg.rollout.max_batch:
         say(
@@ -479,9 +479,9 @@ def _share(
     free = usable - estimate.phases["sampling"]["weights"]
     if asked > free > 0 and not _is_share(cfg, on):
         say(
-            f"  vLLM will not start: it asks for vllm.gpu_memory ({asked / GIB:.3f} GiB) of free "
-            f"memory also with vllm.kv_cache_gib, and {free / GIB:.3f} are free; set "
-            f"vllm.gpu_memory to {_floor(free / device):.2f} or less"
+            f"  vLLM will not start: it asks for engine.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"memory also with engine.kv_cache_gib, and {free / GIB:.3f} are free; set "
+            f"engine.gpu_memory to {_floor(free / device):.2f} or less"
         )
 
 
@@ -490,12 +490,14 @@ def _smaller(cfg: Config, engine: EngineMemory, over: float, room: int, on: Targ
     if engine.cache - over < room * engine.token:
         return (
             f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {room} tokens "
-            f"{room * engine.token / GIB:.3f}: raise vllm.tensor_parallel, take more processes, or "
-            "let a server draw (vllm.server)"
+            f"{room * engine.token / GIB:.3f}: raise engine.tensor_parallel, take more processes, "
+            "or let a server draw (engine.server)"
         )
     if _is_share(cfg, on):
-        return f"set vllm.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
-    return f"set vllm.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
+        return (
+            f"set engine.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
+        )
+    return f"set engine.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
 
 
 def _floor(value: float) -> float:

@@ -220,7 +220,7 @@ def check_model(cfg: Config) -> tuple[Any, Prompter]:
 
 @contextmanager
 def open_model(cfg: Config) -> Iterator[OpenModel]:
-    """The model directory `cfg.model.path` with `cfg.rollout.engine`, after `check_model`."""
+    """The model directory `cfg.model.path` with `cfg.engine.name`, after `check_model`."""
     tokenizer, prompter = check_model(cfg)
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
@@ -233,7 +233,7 @@ def open_model(cfg: Config) -> Iterator[OpenModel]:
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`;
     the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
     with open_model(cfg) as model:
         judge = model.verifier.accepts_itself
@@ -254,7 +254,7 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
     weights that this one still needs."""
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
-    if cfg.rollout.engine == "hf":
+    if cfg.engine.name == "hf":
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
         causal_lm = policy.causal_lm
     else:

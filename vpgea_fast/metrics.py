@@ -83,7 +83,7 @@ LIMITS = {
         1.05,
         (
             "the engine samples from another policy than the one trained: mean exp|log-prob gap| "
-            "is {:.3f}; try vllm.fp32_head true, or rollout.importance_cap 2"
+            "is {:.3f}; try engine.fp32_head true, or rollout.importance_cap 2"
         ),
     ),
 }
@@ -94,7 +94,7 @@ CONVERGED = "all paths of each question were equal and right"
 IDLE = {
     CONVERGED: "these questions teach no more: take harder ones, or be content",
     "the gradient was not finite": "lower optim.lr",
-    "the engine gave up a path of every question": "see vllm.timeout_s",
+    "the engine gave up a path of every question": "see engine.timeout_s",
     "every path was rejected (cut, wrong, or no better than the student's own)": (
         "read paths.jsonl: do the answers have the form that the data has? Lower optim.lr, or "
         "raise rollout.max_new_tokens"
@@ -470,7 +470,7 @@ class Alarms:
             "the engine samples from another policy than the one trained: mismatch_mean was above "
             f"train.mismatch_stop ({limit:g}) for {self.cfg.mismatch_steps} steps in a row, the "
             f"last time {'not finite' if mean is None else f'{mean:.3g}'}; see that the engine has "
-            "the weights (rollout.probe_every 1), try vllm.fp32_head true"
+            "the weights (rollout.probe_every 1), try engine.fp32_head true"
         )
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:

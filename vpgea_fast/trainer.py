@@ -35,6 +35,7 @@ from vpgea_fast.config import (
     changes,
     dump,
     load,
+    renewed,
     resolve,
 )
 from vpgea_fast.data import (
@@ -226,7 +227,7 @@ class Trainer:
         with timer("train"):
             update, skipped = self.update(rows)
         if whole is None:
-            skipped = "the engine gave up a path of every question; see vllm.timeout_s"
+            skipped = "the engine gave up a path of every question; see engine.timeout_s"
         with timer("sync"):
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
@@ -583,7 +584,7 @@ class Trainer:
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
         """Give the engine the weights, unless it samples with the trained module itself, and see
         that it has them. RolloutError otherwise."""
-        if not (self.policy.sharded or self.cfg.rollout.engine != "hf"):
+        if not (self.policy.sharded or self.cfg.engine.name != "hf"):
             return {}
         self.engine.load_weights(full_weights(self.policy))
         every = self.cfg.rollout.probe_every
@@ -636,7 +637,7 @@ class Trainer:
     def _check_resume(self, saved: checkpoint.Checkpoint | None) -> None:
         """A resumed run is the same run: what its numbers rest on must not have changed."""
         step, record = 0 if saved is None else saved.step, _record(saved)
-        self.before = record or load(self.run_dir / "config.yaml")
+        self.before = record or load(self.run_dir / "config.yaml", record=True)
         changed = changes(self.before, self.cfg)
         known = report.read_evaluation(self.run_dir)
         evaluated = ("eval.",) if known else ()
@@ -678,7 +679,7 @@ class Trainer:
             "run_device": str(self.policy.device),
             "parameters": sum(p.numel() for p in self.policy.parameters()),
             "loss_backend": self.policy.backend.name,
-            "rollout_engine": self.cfg.rollout.engine,
+            "rollout_engine": self.cfg.engine.name,
             "loss_backend_reason": self.policy.backend.reason,
             **self.policy.attention.facts(),
         }
@@ -766,7 +767,7 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
     """The configuration that a checkpoint's steps were made with; None if it does not say, or has
     keys that are no more."""
     try:
-        return None if saved is None else resolve(saved.trainer_state["config"])
+        return None if saved is None else resolve(renewed(saved.trainer_state["config"]))
     except (KeyError, ConfigError):
         return None
 
@@ -781,7 +782,7 @@ def export_step(
     what is no run, CheckpointError for a step without a complete checkpoint.
     """
     run_dir, world = Path(run_dir), World(torch.device("cpu"))
-    cfg = load(run_dir / "config.yaml")
+    cfg = load(run_dir / "config.yaml", record=True)
     steps = checkpoint.saved_steps(run_dir)
     if step == "best":
         name = cfg.checkpoint.keep_best

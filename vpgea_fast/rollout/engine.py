@@ -228,7 +228,7 @@ def check_positions(what: str, *, prompt: int, new: int, room: int | None, sourc
     """ValueError where `prompt` tokens and `new` ones are more than the `room` positions that
     `source` gives."""
     if room is not None and prompt + new > room:
-        larger = f", or raise {source} to {prompt + new}" if source == "vllm.context" else ""
+        larger = f", or raise {source} to {prompt + new}" if source == "engine.context" else ""
         raise ValueError(
             f"{what}: a prompt of {prompt} tokens and up to {new} new ones need {prompt + new} "
             f"positions, but the model has {room} ({source}); lower rollout.max_new_tokens (in an "

@@ -100,7 +100,7 @@ class SyncProbe:
                 f"{gaps.numel()} log-probs {mean:.2g}, allowed {self.tolerance:.2g}, largest "
                 f"{largest:.2g}; the engine has other weights than the trainer, or computes "
                 "otherwise (another dtype, a scaled head): the last checkpoint is good, go on with "
-                "--resume and rollout.engine 'hf', or raise rollout.probe_tolerance if the dtype "
+                "--resume and engine.name 'hf', or raise rollout.probe_tolerance if the dtype "
                 "explains it"
             )
         before = self.changed or now
@@ -125,7 +125,7 @@ class SyncProbe:
         self.engine.usage()
         if not all(path.z_ids.numel() for path in paths):
             raise RolloutError(
-                "the engine gave up a probe before its first token; raise vllm.timeout_s"
+                "the engine gave up a probe before its first token; raise engine.timeout_s"
             )
         rows = [
             TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
