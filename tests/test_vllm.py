@@ -166,7 +166,7 @@ def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_wo
             stats = trainer.train_step()
             assert stats.metrics["tokens_generated"] > 0
             trainer.step += 1
-        trainer.engine.rest()
+        trainer.stages.engine.rest()
         with pytest.raises(ValueError, match="load_weights first"):
             trainer.train_step()
     capsys.readouterr()
@@ -347,14 +347,14 @@ def test_paths_that_take_too_long_cost_their_question_not_the_run(words, capsys)
     words = words("late", "--engine.timeout_s", "1e-9", "--train.steps", "1")
     cfg = config.load(TINY, words)
     with Trainer(cfg) as trainer:
-        before = [p.clone() for p in trainer.policy.parameters()]
+        before = [p.clone() for p in trainer.stages.policy.parameters()]
         stats = trainer.train_step()
         assert stats.metrics["paths_error"] == 4 * 12
         assert stats.metrics["groups_dropped"] == 4
         assert "gave up a path of every question" in stats.skipped
         assert not {"acc_student", "len_prior", "accept_rate", "u_post"} & {*stats.metrics}
         trainer.finish_step(stats)
-        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
     capsys.readouterr()
 
 

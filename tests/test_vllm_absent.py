@@ -1,8 +1,10 @@
 """What a machine without vLLM, or with another one than this project knows, is told."""
 
 import http.server
+import re
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,14 @@ def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_word
     words = tiny_words({"engine.name": "vllm", "model.device": "cpu"})("run", *words)
     assert main(["train", "configs/tiny.yaml", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_every_extra_with_a_server_bounds_its_starlette():
+    """Before 1.1 a Host header could change the path of a request, and so walk around the key."""
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    extras = [line for line in setup.splitlines() if re.search(r'"vllm(-cpu)?==', line)]
+    assert len(extras) == 2
+    assert all('"starlette>=1.1"' in line for line in extras)
 
 
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):

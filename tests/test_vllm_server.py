@@ -275,7 +275,7 @@ def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeyp
 def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
     more = ["--engine.server", server.url, "--metrics.diag_every", "1"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
-        trainer.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
+        trainer.stages.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
         stats = trainer.train_step()
     assert stats.metrics["groups_dropped"] == 4
