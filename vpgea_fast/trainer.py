@@ -688,7 +688,7 @@ class Trainer:
     def _scheduled_evaluation(self) -> dict[str, float]:
         """Of the weights that this step starts from: a run stopped here has lost nothing."""
         every = self.cfg.eval.every
-        if not every or not self.step or self.step % every:
+        if not (every and self.evaluator.benchmarks) or not self.step or self.step % every:
             return {}
         results = self.evaluator.run(self.progress(self.evaluator.samples))
         self._count_evaluation(self.step, results)
