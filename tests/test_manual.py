@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -12,10 +13,7 @@ from vpgea_fast import book, config, manual
 from vpgea_fast.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
-RECORDS = {
-    "objective": (config.VpgeaConfig, config.GrpoConfig),
-    "data": (config.DataConfig, config.DataFile),
-}
+HINTS = get_type_hints(config.Config, include_extras=True)
 NAMES = ("configuration.md", "metrics.md", "api.md")
 SENTENCE = re.compile(r"(?<=[.:;!?])\s+")
 
@@ -50,7 +48,8 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
         parts.setdefault(part.title, []).append(part)
     assert list(parts) == [field.name for field in dataclasses.fields(cfg)]
     for title, found in parts.items():
-        records = RECORDS.get(title, (type(getattr(cfg, title)),))
+        records = manual._members(manual._bare(HINTS[title])[0])
+        records += [config.DataFile] if title == "data" else []
         names = [[field.name for field in dataclasses.fields(record)] for record in records]
         assert [[key.name for key in part.keys] for part in found] == names
         for part in found:
@@ -59,7 +58,7 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
                 where = f"{part.head}.{key.name}"
                 assert key.kind, where
                 assert key.text, f"{where} has no docstring in config.py"
-                assert key.text[-1] in ".", where
+                assert key.text.endswith("."), where
                 assert all(len(s.split()) <= 25 for s in sentences(key.text)), (
                     f"{where}: {key.text}"
                 )
@@ -72,7 +71,7 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
         ("run.max_minutes", "number above 0, at most 1000000, or null", "null"),
         ("optim.betas", "list of 2: number from 0 to below 1", "[0.9, 0.999]"),
         ("model.device", "text", '"auto"'),
-        ("vllm.gpu_memory", "number above 0, below 1", "0.4"),
+        ("rollout.top_p", "number above 0, at most 1", "1.0"),
         ("objective.u_min", "number from -1000000 to below 0", "-20.0"),
         ("data.choices_key", "text or list of text, or null", "null"),
         ("rollout.importance_cap", "number, 1 or more, or null", "null"),
@@ -91,7 +90,7 @@ def test_every_default_is_what_the_configuration_resolves_to():
     shown = {
         (part.title, key.name): key.default
         for part in manual.sections()
-        if part.variant in ("", "name: vpgea")
+        if part.variant in ("", f"name: {cfg[part.title].get('name')}")
         for key in part.keys
     }
     resolved = {(s, k): manual._json(v) for s, keys in cfg.items() for k, v in keys.items()}

@@ -211,6 +211,7 @@ class Log:
         }
         alarms, ends = Alarms(_limits(run_dir)), read_evaluation(run_dir)
         self.alarms: list[str] = []
+        # In the order of the steps: a Line merges neighbours, and takes its points as they come.
         self._evaluated(ends.get("before", {}))
         for record in read_steps(run_dir):
             self.alarms += alarms.update(record)
@@ -268,7 +269,7 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
     for axes, (title, unit, lines, eval_key) in zip(
         figure.subplots(1, len(PANELS)), PANELS, strict=True
     ):
-        scale = 100 if eval_key == "acc" else 1
+        scale = 100 if eval_key == "acc" else 1  # logged as a share, drawn in percent
         for key, label, colour in lines:
             _draw(axes, log.lines[key], scale, label, colour)
         for mode, marker in (("sampled", "o"), ("greedy", "D")) if eval_key else ():
@@ -298,7 +299,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ReportError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
-    log = Log(run_dir)
+    log = Log(run_dir)  # the one pass over metrics.jsonl: figure, alarms and table share it
     headers, rows = closing_table(run_dir)
     lost = [f"{METRICS} has no line of steps {log.gaps}; the rest is shown."] if log.gaps else []
     sections = {
