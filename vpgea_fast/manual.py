@@ -302,10 +302,11 @@ def api_page() -> str:
         "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
     ]
     for module, names in API.items():
-        tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        tree = ast.parse(source)
         lines += ["", f"## vpgea_fast.{module}", "", *_described(tree)]
         for name, node in _public(tree, names).items():
-            lines += ["", f"### {name}", "", "```py", *_signature(node), "```", ""]
+            lines += ["", f"### {name}", "", "```py", *_signature(node, source), "```", ""]
             lines += _described(node)
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -321,18 +322,22 @@ def _public(tree: ast.Module, names: Sequence[str] | None) -> Mapping[str, Doc]:
     return {name: found[name] for name in wanted}
 
 
-def _signature(node: Doc) -> list[str]:
-    """A function's head, one parameter a line where it is long; a class's fields."""
+def _signature(node: Doc, source: str) -> list[str]:
+    """A function's head, one parameter a line where it is long; a class's fields as they stand,
+    whose comments give shapes and units."""
     if isinstance(node, ast.ClassDef):
         fields = [item for item in node.body if isinstance(item, (ast.AnnAssign, ast.Assign))]
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-        return [f"class {node.name}{bases}:", *(f"    {ast.unparse(item)}" for item in fields)]
+        lines = source.splitlines()
+        inside = [line for item in fields for line in lines[item.lineno - 1 : item.end_lineno]]
+        return [f"class {node.name}{bases}:", *inside]
     assert isinstance(node, ast.FunctionDef)
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    head = f"{node.name}({ast.unparse(node.args)}){result}"
+    parameters = list(_parameters(node.args))
+    head = f"{node.name}({', '.join(parameters)}){result}"
     if len(head) <= WIDTH:
         return [head]
-    return [f"{node.name}(", *(f"    {part}," for part in _parameters(node.args)), f"){result}"]
+    return [f"{node.name}(", *(f"    {part}," for part in parameters), f"){result}"]
 
 
 def _parameters(args: ast.arguments) -> Iterator[str]:
