@@ -36,7 +36,8 @@ GENERIC = {2**31, 1e12}
 API = {
     "losses": None,
     "advantage": None,
-    "trainer": ("fit", "Ending"),
+    "trainer": ("fit",),
+    "callbacks": None,
     "config": (
         *("load", "resolve", "dump", "as_dict", "changes", "parse_overrides", "read_sections"),
         "ConfigError",
