@@ -37,7 +37,7 @@ API = {
     "losses": None,
     "advantage": None,
     "trainer": ("fit",),
-    "callbacks": None,
+    "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
     "config": (
         *("load", "resolve", "dump", "as_dict", "changes", "parse_overrides", "read_sections"),
         "ConfigError",
@@ -308,7 +308,7 @@ def api_page() -> str:
         lines += ["", f"## vpgea_fast.{module}", "", *_described(tree)]
         for name, node in _public(tree, names).items():
             lines += ["", f"### {name}", "", "```py", *_signature(node, source), "```", ""]
-            lines += _described(node)
+            lines += [*_described(node), *_methods(node)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -339,6 +339,18 @@ def _signature(node: Doc, source: str) -> list[str]:
     if len(head) <= WIDTH:
         return [head]
     return [f"{node.name}(", *(f"    {part}," for part in parameters), f"){result}"]
+
+
+def _methods(node: Doc) -> list[str]:
+    """The public methods and properties of a class that have a docstring, as a list."""
+    lines = []
+    for method in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(method, ast.FunctionDef) and (text := ast.get_docstring(method)):
+            called = (
+                "" if method.decorator_list else f"({', '.join([*_parameters(method.args)][1:])})"
+            )
+            lines.append(f"* `{method.name}{called}`: {' '.join(text.split())}")
+    return ["", *lines] if lines else []
 
 
 def _parameters(args: ast.arguments) -> Iterator[str]:
