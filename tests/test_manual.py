@@ -53,7 +53,7 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
         names = [[field.name for field in dataclasses.fields(record)] for record in records]
         assert [[key.name for key in part.keys] for part in found] == names
         for part in found:
-            assert part.text
+            assert part.text, f"{title} has no docstring in Config"
             for key in part.keys:
                 where = f"{part.head}.{key.name}"
                 assert key.kind, where

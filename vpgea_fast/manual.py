@@ -86,7 +86,9 @@ def sections() -> list[Section]:
         members = _members(_bare(hint)[0])
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
-            found.append(Section(name, variant, about[name], tuple(_keys(record, record()))))
+            found.append(
+                Section(name, variant, about.get(name, ""), tuple(_keys(record, record())))
+            )
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
             file = tuple(_keys(config.DataFile, config.DataFile("-"), required=("path",)))
@@ -342,14 +344,15 @@ def _signature(node: Doc, source: str) -> list[str]:
 
 
 def _methods(node: Doc) -> list[str]:
-    """The public methods and properties of a class that have a docstring, as a list."""
+    """The public methods and properties of a class, as a list."""
     lines = []
     for method in node.body if isinstance(node, ast.ClassDef) else ():
-        if isinstance(method, ast.FunctionDef) and (text := ast.get_docstring(method)):
-            called = (
-                "" if method.decorator_list else f"({', '.join([*_parameters(method.args)][1:])})"
-            )
-            lines.append(f"* `{method.name}{called}`: {' '.join(text.split())}")
+        if not isinstance(method, ast.FunctionDef) or method.name.startswith("_"):
+            continue
+        parameters = ", ".join([*_parameters(method.args)][1:])  # without self
+        called = "" if method.decorator_list else f"({parameters})"  # properties are not called
+        text = " ".join((ast.get_docstring(method) or "").split())
+        lines.append(f"* `{method.name}{called}`: {text}")
     return ["", *lines] if lines else []
 
 
