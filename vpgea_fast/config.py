@@ -800,7 +800,7 @@ def read_sections(path: str | Path) -> dict[str, Any]:
     """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(MAX_BYTES + 1)  # one byte too many tells, without reading the rest
     except OSError as error:
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise ConfigError(

@@ -97,8 +97,9 @@ def model_flops(config: Any) -> ModelFlops:
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"):  # modules without storage: no memory, whatever the size
         causal_lm: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    # A lookup is no product; a tied head is counted as the head, below.
     looked_up = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
     decoder = sum(
         _active(name, weight, config)
@@ -125,7 +126,7 @@ def _active(name: str, weight: torch.Tensor, config: Any) -> int:
             "num_experts_per_tok in config.json; the FLOPs of this model are not known, take "
             "another one"
         )
-    return chosen * weight[0].numel()
+    return chosen * weight[0].numel()  # (experts, rows, columns), of which `chosen` are used
 
 
 def peak_flops(device: str) -> float | None:
