@@ -326,7 +326,7 @@ class Trainer:
     def scheduled_evaluation(self) -> dict[str, float]:
         """Evaluate before the step, so that a stop here loses nothing; keys of its metrics."""
         every, evaluator = self.cfg.eval.every, self.stages.evaluator
-        if not every or not self.step or self.step % every:
+        if not (every and evaluator.benchmarks) or not self.step or self.step % every:
             return {}
         results = evaluator.run(self.progress(evaluator.samples))
         self._count_evaluation(self.step, results)
