@@ -60,7 +60,7 @@ from vpgea_fast.verify import Verifier
 
 ITEMS = 8
 SAMPLE_QUESTIONS = tuple(
-    Question(f"sample-{i}", text, answer)
+    Question(id=f"sample-{i}", text=text, answer=answer)
     for i, (text, answer) in enumerate(
         [
             ("What is 17 + 28?", "45"),

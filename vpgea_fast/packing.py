@@ -123,7 +123,15 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
     """
     if not rows:
         token = torch.zeros(1, dtype=torch.int64)
-        rows = [TrainRow(token, token, torch.zeros(1), "prior", "student")]
+        rows = [
+            TrainRow(
+                context_ids=token,
+                token_ids=token,
+                coef=torch.zeros(1),
+                stream="prior",
+                view="student",
+            )
+        ]
     contexts = [row.context_ids.numel() for row in rows]
     counts = [row.token_ids.numel() for row in rows]
     for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):

@@ -107,12 +107,11 @@ class Prompter:
         cfg, names = self._cfg, [repr(q.id) for q in questions]
         fields = [{"question": q.text, "answer": q.answer} for q in questions]
         cues = [fill(cfg.answer_cue, question=q.text) for q in questions]
-        columns = (
-            self._student_ids([q.text for q in questions], names),
-            self._encode([self.teacher_text(q) for q in questions], names),
-            self._behind_thought([""] * len(cues), cues, names),
-            self._behind_thought(cues, [fill(cfg.answer_target, **f) for f in fields], names),
-        )
+        student = self._student_ids([q.text for q in questions], names)
+        teacher = self._encode([self.teacher_text(q) for q in questions], names)
+        cue = self._behind_thought([""] * len(cues), cues, names)
+        targets = [fill(cfg.answer_target, **f) for f in fields]
+        target = self._behind_thought(cues, targets, names)
         variants = [
             tuple(
                 self._behind_thought(
@@ -123,8 +122,17 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
-        rows = zip(questions, *columns, variants, strict=True)
-        return [PromptedQuestion(q, *ids) for q, *ids in rows]
+        return [
+            PromptedQuestion(
+                question=question,
+                student_ids=student[i],
+                teacher_ids=teacher[i],
+                cue_ids=cue[i],
+                target_ids=target[i],
+                variant_ids=variants[i],
+            )
+            for i, question in enumerate(questions)
+        ]
 
     def prompt_within(
         self, questions: Sequence[Question], *, limit: int, policy: Literal["drop", "error"]

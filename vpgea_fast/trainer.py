@@ -241,7 +241,9 @@ class Trainer:
             devices=self.world.size,
         )
         step = {"step": self.step + 1}
-        return StepStats(merge(step, found, update, synced, work, speed, self._memory()), skipped)
+        return StepStats(
+            metrics=merge(step, found, update, synced, work, speed, self._memory()), skipped=skipped
+        )
 
     def importance(
         self, batch: ScoredBatch, coefs: Coefficients
@@ -454,7 +456,7 @@ class Trainer:
         ]
         early = diagnostics.early_answer_rate(whole, self.decode)
         return merge(
-            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost_B == 0]),
             {"early_answer_rate": early},
         )
 
