@@ -235,7 +235,9 @@ def open_model(cfg: Config) -> Iterator[OpenModel]:
         try:
             if weights is not None:
                 engine.load_weights(weights)
-            yield OpenModel(tokenizer, prompter, causal_lm, engine, verifier)
+            yield OpenModel(
+                tokenizer, prompter, causal_lm=causal_lm, engine=engine, verifier=verifier
+            )
         finally:
             engine.close()
 

@@ -98,7 +98,7 @@ class Prompter:
         return self._student_ids(question_texts, [repr(text[:80]) for text in question_texts])
 
     def prompt(self, questions: Sequence[Question]) -> list[PromptedQuestion]:
-        """Both views of every question, the cue and the target, each tokenised by itself.
+        """Tokenise both views of every question, the cue and the target, each by itself.
 
         Tokenising cue and target apart is canonical for the default templates: byte-level BPEs of
         the Qwen2 and Llama 3 kind always break between `\\boxed` and `{`. A ConfigError names the
@@ -255,15 +255,16 @@ class Prompter:
         heads = self._ids([tag + text for text in before], names)
         rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
         joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
-        wanted = [tag + a + b for a, b in zip(before, texts, strict=True)]
-        self._require_said(wanted, joined, names)
+        in_place = [tag + a + b for a, b in zip(before, texts, strict=True)]
+        self._require_said(in_place, joined, names)
         return rows
 
     def _require_said(
         self, texts: Sequence[str], rows: Sequence[torch.Tensor], names: Sequence[str]
     ) -> None:
-        """A ConfigError for the first text that its ids do not say, but for Unicode's composed form
-        (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of tokenising."""
+        """Raise a ConfigError for the first text that its ids do not say, Unicode's composed form
+        aside (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of
+        tokenising."""
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
                 raise ConfigError(_difference(text, said, name))
@@ -292,19 +293,19 @@ class Prompter:
         Words and white space are not meant: some vocabularies add runs of spaces as tokens.
         """
         added = self._tokenizer.added_tokens_decoder.values()
-        found = {
+        steering = {
             str(token)
             for token in added
             if token.special or (str(token) in spelled and re.search(r"[^\w\s]", str(token)))
         }
         tags = sorted(set(TAG.findall(spelled)))
-        found |= {
+        steering |= {
             tag
             for tag, ids in zip(tags, self._ids(tags, tags), strict=True)
             if ids.numel() == 1 and ids.item() != self._tokenizer.unk_token_id
         }
         known = {*self._tokenizer.all_special_tokens, self._cfg.think_open, self._cfg.think_close}
-        return {token for token in found | known if token}
+        return {token for token in steering | known if token}
 
     def _normalised(self, text: str) -> str:
         if self._normalizer is None or LONE_SURROGATE.search(text):
@@ -313,8 +314,8 @@ class Prompter:
 
     def _check_kwargs(self) -> None:
         """What the template never reads would change nothing, in silence."""
-        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
-        reserved = {*taken, "messages", *self._tokenizer.special_tokens_map}
+        parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
         read = _read_names(self._template)
         for name, value in self._cfg.chat_template_kwargs.items():
             if name in reserved:
@@ -476,8 +477,8 @@ def _check_templates(cfg: PromptConfig) -> None:
     ]
     if cfg.teacher_role == "user":  # in a system turn the teacher's words may leave it to the user
         rules.append(("teacher", cfg.teacher, "{question}", True, "lacks the field {question}"))
-    for name, template, field, wanted, complaint in rules:
-        if (field in template) != wanted:
+    for name, template, field, required, complaint in rules:
+        if (field in template) != required:
             raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
     if cfg.think_open == cfg.think_close:
         raise ConfigError(

@@ -53,7 +53,7 @@ def make_question(
     made = partial(Question, reader.check(name, "id"), file=keys.label, place=place)
     choices = reader.choices(keys)
     if choices:
-        shown, answer = _with_letters(reader, choices, keys, name, notes)
+        shown, answer = _with_letters(reader, choices, keys=keys, name=name, notes=notes)
         return made(f"{text}\n{shown}", answer), None
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
