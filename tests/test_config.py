@@ -530,3 +530,19 @@ def test_the_best_checkpoint_needs_an_evaluation(keys, lacks):
         return
     with pytest.raises(config.ConfigError, match=lacks):
         config.resolve(tree)
+
+
+def test_a_shipped_configuration_goes_by_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("1.5b", "7b", "7b-1gpu", "7b-multinode", "tiny")
+    assert [config.find(name) for name in names] == [
+        str(config.SHIPPED / f"{name}.yaml") for name in names
+    ]
+    (tmp_path / "tiny").mkdir()  # a world of make-tiny, not a configuration
+    assert config.find("tiny") == str(config.SHIPPED / "tiny.yaml")
+    (tmp_path / "7b").write_text("run: {seed: 3}")
+    assert config.load(config.find("7b")).run.seed == 3
+    for word in ("tiny.yaml", "none", "../tiny", "", str(config.SHIPPED / "tiny")):
+        assert config.find(word) == word
+    with pytest.raises(config.ConfigError, match=r"one of the names 1\.5b, 7b, 7b-1gpu, 7b-multi"):
+        config.load("none")
