@@ -299,7 +299,8 @@ class Trainer:
         """Say what will be trained, and on what; tell the callbacks that the run starts."""
         for text in [*self.run.notices, *introduction(self.cfg, self.stages, self.world)]:
             self.say(text)
-        run = Run(self.cfg, self.run.path, self.step, self.world.rank, self.world.size)
+        rank, processes = self.world.rank, self.world.size
+        run = Run(self.cfg, self.run.path, step=self.step, rank=rank, processes=processes)
         self._tell("on_start", run)
 
     def evaluate_once(self, when: str) -> None:

@@ -184,7 +184,9 @@ class EngineBase:
                     request = requests[order[place]]
                     if sampling.top_p < 1 and not self.full_softmax:
                         logps = torch.full_like(logps, torch.nan)
-                    paths[order[place]] = split_path(request, ids, logps, sampling, finish)
+                    paths[order[place]] = split_path(
+                        request, ids, logps=logps, sampling=sampling, finish=finish
+                    )
                 if on_progress is not None:
                     on_progress(len(ended))
         return [paths[number] for number in range(len(requests))]
