@@ -242,12 +242,14 @@ class Collector:
         return utilities, set()
 
     def _sampled_answers(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
-        """(len(pairs), J): correctness of J answers sampled after each thought, student view; the
-        questions of which the engine gave up an answer."""
+        """Draw J answers after each thought, student view: their correctness (len(pairs), J), and
+        the questions of which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
             prompt = after_thought(question, path, self.sampling.think_close_id)
+            # A name of its own, and J numbers per path: no answer shares its seed with a thought or
+            # with an answer to another path.
             name = f"{path.question_id}/answer"
             for index in range(path.index * count, (path.index + 1) * count):
                 seed = request_seed(
@@ -270,6 +272,7 @@ class Collector:
         answers = self.engine.generate(requests, how, self.progress(len(requests)))
         lost = {answer.question_id for answer in answers if answer.finish == "error"}
         texts = [self.decode(answer.z_ids) for answer in answers]
+        # Judged even where one was lost: the matrix keeps its shape, the question is left out.
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
         return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost

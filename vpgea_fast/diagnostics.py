@@ -83,6 +83,7 @@ def view_divergence(
     gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
     gap_T = torch.cat(gaps)
     hinted = [int((gap > HINT_NATS).sum()) for gap in gaps]
+    # Path log-ratios, not means over tokens: the ELBO's KL is one of whole paths.
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(log_utility_BG)
     terms = elbo_terms(log_utility_BG, sums_BG)
     return {

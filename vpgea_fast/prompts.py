@@ -107,6 +107,7 @@ class Prompter:
         cfg, names = self._cfg, [repr(q.id) for q in questions]
         fields = [{"question": q.text, "answer": q.answer} for q in questions]
         cues = [fill(cfg.answer_cue, question=q.text) for q in questions]
+        # A column at a time: a fast tokenizer takes a list in parallel, a call per text not.
         student = self._student_ids([q.text for q in questions], names)
         teacher = self._encode([self.teacher_text(q) for q in questions], names)
         cue = self._behind_thought([""] * len(cues), cues, names)
@@ -143,6 +144,7 @@ class Prompter:
         Returns the rest and how many were dropped for what; with policy "error" the first such
         question is a ConfigError instead. A prompt is never cut.
         """
+        # Before any id is made: of such a question `prompt` could not tell data from a turn's end.
         plain = [q for q in questions if not self.has_special(q.text, q.answer, *q.variants)]
         spelled = len(questions) - len(plain)
         if spelled and (policy == "error" or not plain):
@@ -313,7 +315,7 @@ class Prompter:
         return self._normalizer.normalize_str(text)
 
     def _check_kwargs(self) -> None:
-        """What the template never reads would change nothing, in silence."""
+        """Refuse names that the template never reads: they would change nothing, in silence."""
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
         reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
         read = _read_names(self._template)
@@ -329,6 +331,7 @@ class Prompter:
                     "it out, or see the template for the name"
                 )
 
+            # A template that compares with 'false' means the word; in `if x` any word is true.
             quoted = isinstance(value, str) and re.search(
                 rf"['\"]{re.escape(value)}['\"]", self._template
             )

@@ -56,6 +56,7 @@ def build_rows(
         factors = zip(weights.flatten().tolist(), scale.flatten().tolist(), strict=True)
         for (question, path), (weight, factor) in zip(batch.pairs(stream), factors, strict=True):
             if weight != 0.0 and path.z_ids.numel():
+                # One number per path: only importance weights tell its tokens apart.
                 coef = torch.full(path.z_ids.shape, weight * factor, dtype=torch.float64)
                 if ratios is not None:
                     coef *= ratios[path.key]
