@@ -1,7 +1,7 @@
 """Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast, get_args
 
 import pytest
@@ -11,6 +11,7 @@ from batches import prompted, sampled, scored, whole
 from vpgea_fast import objectives
 from vpgea_fast.config import GrpoConfig, ObjectiveConfig, TrainConfig, VpgeaConfig
 from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
+from vpgea_fast.types import ScoredPaths
 
 ids = torch.tensor
 
@@ -178,7 +179,8 @@ def test_select_and_join_keep_every_column_together():
     two = batch(
         u_post=((-1.0, -5.0), (-9.0, -9.0)),
         lengths=((50, 200), (60, 70)),
-        closed=((True, True), (True, True)),
+        closed=((True, True), (True, False)),
+        correct=[[1.0, 0.0], [0.0, 0.0]],
     )
     coefs = objectives.coefficients(VpgeaConfig(), two)
     assert coefs.alive.tolist() == [True, False]
@@ -188,6 +190,10 @@ def test_select_and_join_keep_every_column_together():
     again = two.select([1]).join(kept)
     assert again.posterior.length_BP.tolist() == [[60, 70], [50, 200]]
     assert [p.length for p in again.posterior.paths[1]] == [50, 200]
+    for name in {field.name for field in fields(ScoredPaths)} - {"paths"}:
+        values = getattr(two.posterior, name)
+        assert not torch.equal(values[0], values[1]), name
+        assert torch.equal(getattr(again.posterior, name), values.flip(0)), name
     assert len(again.questions) == 2
     swapped = objectives.coefficients(VpgeaConfig(), again).weights["posterior", "teacher"]
     assert torch.equal(swapped, coefs.weights["posterior", "teacher"].flip(0))
