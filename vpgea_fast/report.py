@@ -271,7 +271,7 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
     ):
         scale = 100 if eval_key == "acc" else 1  # logged as a share, drawn in percent
         for key, label, colour in lines:
-            _draw(axes, log.lines[key], scale, label, colour)
+            _draw(axes, log.lines[key], scale=scale, label=label, colour=colour)
         for mode, marker in (("sampled", "o"), ("greedy", "D")) if eval_key else ():
             steps, values = log.evaluations[f"{mode}_{eval_key}"].points()
             if steps:
