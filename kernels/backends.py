@@ -1,9 +1,10 @@
 """The backends of the head: which of them can run a call, and which one "auto" takes.
 
-A backend is one function with the signature of `chunked.head_pass` and a line in BACKENDS, which is
-the order of preference. A call that names a backend gets it or a ValueError; "auto" takes the first
-one that can run the call and has nothing against it, and says which and why, once, at INFO. It
-looks at the device, the dtype and what the call wants; shape and free memory decide only the chunk.
+A backend is one function with the signature of `chunked.head_pass` (its records are in contract.py)
+and a line in BACKENDS, which is the order of preference. A call that names a backend gets it or a
+ValueError. "auto" takes the first one that can run the call and has nothing against it, and says
+which and why, once, at INFO. It looks at the device, the dtype and what the call wants; shape and
+free memory decide only the chunk.
 """
 
 import functools
@@ -200,6 +201,7 @@ def resolve(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     lse_gradient: bool = False,
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
@@ -211,7 +213,12 @@ def resolve(
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else None
     call = Situation(
-        device.type, dtype, capability, lse_gradient, entropy_gradient, batch_invariant
+        device.type,
+        dtype,
+        capability,
+        lse_gradient=lse_gradient,
+        entropy_gradient=entropy_gradient,
+        batch_invariant=batch_invariant,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":
