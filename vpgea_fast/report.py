@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, TrainConfig, read_sections, resolve
+from vpgea_fast.config import ROWS, ConfigError, TrainConfig, find, read_sections, resolve
 from vpgea_fast.metrics import METRICS, Alarms, finite, missing_steps, read_steps
 
 if TYPE_CHECKING:
@@ -283,7 +283,12 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
                 )
         _finish(axes, title, unit, last=log.last)
     figure.suptitle(f"{_label(run_dir)}: {log.last} steps", fontsize=13)
-    figure.savefig(out_png, dpi=130)
+    try:
+        figure.savefig(out_png, dpi=130)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write {out_png}: {error.strerror}; free disk space or make it writable"
+        ) from error
     return out_png
 
 
@@ -461,7 +466,7 @@ def _label(run_dir: Path) -> str:
 def _comparison(run_dir: Path) -> dict[str, Any]:
     """The committed rows; {} if the run names none or the file is not there."""
     path = _section(run_dir, "metrics").get("compare")
-    comparison = _read_json(Path(str(path))) if path else {}
+    comparison = _read_json(Path(find(str(path), ROWS, ".json"))) if path else {}
     remedy = "rows must be objects with name, before and after"
     rows = comparison.get("rows", [])
     if not isinstance(rows, list) or not all(_is_map(r) and "name" in r for r in rows):
@@ -511,6 +516,8 @@ def _read_json(path: Path, remedy: str = "write it again or remove it") -> dict[
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe that nobody writes is waited for
+        raise ReportError(f"cannot read {path}: it is no file; move it away")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
