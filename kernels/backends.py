@@ -172,6 +172,7 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         if (why := BACKENDS[backend].lacks(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")
         return BackendChoice(backend, "asked for")
+    # What was passed over, in words, and what could run but should not: the last resort.
     against: dict[str, str] = {}
     disliked: list[str] = []
     for name, candidate in BACKENDS.items():
@@ -210,6 +211,7 @@ def resolve(
 
     Cached, so that a call pays for one look-up.
     """
+    # ROCm calls itself cuda too, and its capabilities are other numbers.
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else None
     call = Situation(
@@ -262,6 +264,7 @@ def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool) -> int | None:
             return min(budget, UNASKED_CHUNK)
         if torch.cuda.is_current_stream_capturing():
             return budget
+        # What the allocator holds and does not use is free to us, and not to the driver.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
         _budgets[key] = halved_to_fit(budget, free)

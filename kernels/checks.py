@@ -37,6 +37,7 @@ def checked_call(
         if name not in OPTIONS:
             known = ", ".join(("bias", "rows", *OPTIONS))
             raise TypeError(f"got an unexpected keyword argument {name!r}; options are {known}")
+    # A temperature per row is an input of the op, one for all a setting.
     per_row = isinstance(temperature, Tensor)
     inputs = Inputs(
         hidden_TD=hidden_TD,
@@ -276,6 +277,7 @@ def check_streams(
                     f"{label} is on {x.device}, weight_VD on {weight_VD.device}: move one"
                 )
         hidden_RD, targets_R, coef_R = tensors
+        # Before the streams are joined: torch.cat would promote a dtype, or fail without a name.
         cast = autocast_dtype(hidden_RD, weight_VD) is not None
         alike = hidden_RD.dtype == weight_VD.dtype or cast
         if not alike or hidden_RD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
@@ -300,6 +302,7 @@ def sequence_weight(
     if denominator is None or weight_S is not None:
         given = "neither" if denominator is None else "both"
         raise ValueError(f"got {given} of denominator and weight_S, expected exactly one")
+    # A tensor's value is not looked at here: on CUDA that would wait for the device.
     if isinstance(denominator, Tensor):
         check_plain("denominator", denominator)
         _check_shape("denominator", denominator, ())
@@ -315,6 +318,33 @@ def sequence_weight(
         return torch.ones_like(advantage_S) / denominator
     check_number("denominator", denominator, _DENOMINATOR)
     return torch.ones_like(advantage_S) / denominator
+
+
+def check_packed(
+    hidden_post_TD: Tensor,
+    hidden_prior_UD: Tensor,
+    *,
+    targets_T: Tensor,
+    cu_seqlens: Tensor,
+    advantage_S: Tensor,
+    prior_index: Tensor | None,
+) -> None:
+    """The sequences of `vpgea_loss`; what needs values is checked by streams.layout_of."""
+    check_matrix("hidden_post_TD", hidden_post_TD, "(T, D): flatten batch and time first")
+    check_matrix("hidden_prior_UD", hidden_prior_UD, "(U, D): flatten batch and time first")
+    check_float("hidden_post_TD", hidden_post_TD)
+    check_plain("targets_T", targets_T)
+    check_targets("targets_T", targets_T, "hidden_post_TD", hidden_post_TD)
+    check_sequences(cu_seqlens, advantage_S, targets_T)
+    tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
+    # With an index the host does not know how many rows its sequences have.
+    if prior_index is not None:
+        check_prior_index(prior_index, cu_seqlens)
+    elif prior_tokens != tokens:
+        raise ValueError(
+            f"hidden_prior_UD: got {prior_tokens} rows, expected {tokens} as in hidden_post_TD; "
+            "pass prior_index when the prior stream holds only some sequences"
+        )
 
 
 def check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) -> None:

@@ -368,6 +368,7 @@ def _launch_statistics(
 ) -> None:
     """Fills target2, total, shift2 and moment of the rows."""
     n_rows, vocabulary = logits_CV.shape
+    # The logits are products h . w as cuBLAS left them: both passes shape them, none stores them.
     launch(
         row_statistics,
         triton.cdiv(n_rows, ROWS),
@@ -405,6 +406,7 @@ def _launch_gradient(
     """
     dtype = plan.head.weight.dtype
     n_rows, vocabulary = logits_CV.shape
+    # The view has two halves for each float32: da is the first V of 2 V columns.
     da_CV = logits_CV.view(dtype)[:, :vocabulary]
     launch(
         row_gradient,

@@ -406,10 +406,12 @@ def group_advantage(
     ValueError: shapes, dtypes, devices, options, G < 2, N < 1, no CUDA device.
     """
     questions, group, n_prior = _check_group(
-        answer_logp_A, len_post_BG, len_prior_BN, cu_answers, accept_BG
+        answer_logp_A, len_post_BG, len_prior_BN, cu_answers=cu_answers, accept_BG=accept_BG
     )
     options.check_group_size(group)
-    _check_paths(weight_BG, cu_paths, tokens, len_post_BG, beta)
+    _check_paths(
+        weight_BG=weight_BG, cu_paths=cu_paths, tokens=tokens, like_BG=len_post_BG, beta=beta
+    )
     device = answer_logp_A.device
     post_5BG = torch.empty(5, questions, group, dtype=torch.float64, device=device)
     u_prior_BN = torch.empty(questions, n_prior, dtype=torch.float64, device=device)
@@ -420,7 +422,6 @@ def group_advantage(
     if cu_paths is not None:
         # The fill is for tokens that no path claims: a wrong boundary must not pass unseen.
         coef_post_T, coef_prior_T = torch.full((2, tokens), torch.nan, device=device)
-    low, high = options.eta_clip or (None, None)
     if questions > 0:
         _group_advantage_kernel[(questions,)](
             logp_ptr=answer_logp_A.detach().contiguous(),
@@ -443,20 +444,10 @@ def group_advantage(
             N=n_prior,
             G_PAD=triton.next_power_of_2(group),
             N_PAD=triton.next_power_of_2(n_prior),
-            ALPHA=float(options.alpha),
-            LME=options.baseline == "lme",
-            REWARD=options.reward,
-            R_MARGIN=float(options.r_margin),
-            U_MIN=float(options.u_min),
-            CLAMP_U=options.clamp_u,
-            ETA_LOW=low if low is None else float(low),
-            ETA_HIGH=high if high is None else float(high),
-            EPS=float(options.eps),
-            DDOF=options.ddof,
-            STD_GATE=float(options.std_gate),
             BETA=float(beta),
             TILE=max(TILE, triton.next_power_of_2(max(group, n_prior))),
             enable_fp_fusion=False,
+            **_constants_of(options),
         )
     u_post_BG, reward_BG, eta_BG, utility_BG, advantage_BG = post_5BG
     return GroupScores(
@@ -473,6 +464,24 @@ def group_advantage(
         coef_post_T=coef_post_T,
         coef_prior_T=coef_prior_T,
     )
+
+
+def _constants_of(options: GroupOptions) -> dict[str, Any]:
+    """The kernel's constants; float() of an int, which would be an integer in device code."""
+    low, high = options.eta_clip or (None, None)
+    return {
+        "ALPHA": float(options.alpha),
+        "LME": options.baseline == "lme",
+        "REWARD": options.reward,
+        "R_MARGIN": float(options.r_margin),
+        "U_MIN": float(options.u_min),
+        "CLAMP_U": options.clamp_u,
+        "ETA_LOW": low if low is None else float(low),
+        "ETA_HIGH": high if high is None else float(high),
+        "EPS": float(options.eps),
+        "DDOF": options.ddof,
+        "STD_GATE": float(options.std_gate),
+    }
 
 
 def gated_kl(
@@ -512,9 +521,10 @@ def gated_kl(
         ("cu_seqlens", cu_seqlens, INTEGERS, (sequences + 1,)),
         ("gate_S", gate_S, (torch.bool,), (sequences,)),
     ):
-        _check(name, x, dtypes, shape, logq_T)
+        _check(name, x, dtypes=dtypes, shape=shape, like=logq_T)
     if prior_index is not None:
-        _check("prior_index", prior_index, (torch.int64,), (prior_index.numel(),), logq_T)
+        shape = (prior_index.numel(),)
+        _check("prior_index", prior_index, dtypes=(torch.int64,), shape=shape, like=logq_T)
     elif logp_U.shape != logq_T.shape:
         raise ValueError(
             f"logp_U: got {logp_U.numel()} rows, expected {logq_T.numel()} as in logq_T; pass "
@@ -524,6 +534,7 @@ def gated_kl(
     logq_S, logp_S, kl_S = torch.empty(3, sequences, **like)
     gate_out_S = torch.empty(sequences, dtype=torch.bool, device=logq_T.device)
     parts_2 = torch.empty(2, **like)
+    # Two launches: the sequences can be added only when every one of them is known.
     advantage_S = advantage_S.detach().contiguous()
     if sequences > 0:
         _path_sums_kernel[(sequences,)](
@@ -573,6 +584,7 @@ def _check_group(
     answer_logp_A: Tensor,
     len_post_BG: Tensor,
     len_prior_BN: Tensor,
+    *,
     cu_answers: Tensor | None,
     accept_BG: Tensor | None,
 ) -> tuple[int, int, int]:
@@ -589,6 +601,7 @@ def _check_group(
             "and N >= 1: one path has nothing to be compared with, and prior paths set the "
             "baselines; sample more"
         )
+    # Without boundaries there is one value per path, with them any number of tokens.
     paths = questions * (group + n_prior)
     _check_device(answer_logp_A)
     values = answer_logp_A.numel() if cu_answers is not None else paths
@@ -599,12 +612,12 @@ def _check_group(
         ("cu_answers", cu_answers, INTEGERS, (paths + 1,)),
         ("accept_BG", accept_BG, (torch.bool,), shapes[0]),
     ):
-        _check(name, x, dtypes, shape, answer_logp_A)
+        _check(name, x, dtypes=dtypes, shape=shape, like=answer_logp_A)
     return questions, group, n_prior
 
 
 def _check_paths(
-    weight_BG: Tensor | None, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
+    *, weight_BG: Tensor | None, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
 ) -> None:
     if (weight_BG is None) != (cu_paths is None):
         missing = "weight_BG" if weight_BG is None else "cu_paths"
@@ -618,8 +631,9 @@ def _check_paths(
             f"tokens: got {tokens} with {like_BG.numel()} paths, expected the length of the packed "
             "stream of cu_paths, 0 without it"
         )
-    _check("weight_BG", weight_BG, FLOATS, tuple(like_BG.shape), like_BG)
-    _check("cu_paths", cu_paths, INTEGERS, (like_BG.numel() + 1,), like_BG)
+    shape, bounds = tuple(like_BG.shape), (like_BG.numel() + 1,)
+    _check("weight_BG", weight_BG, dtypes=FLOATS, shape=shape, like=like_BG)
+    _check("cu_paths", cu_paths, dtypes=INTEGERS, shape=bounds, like=like_BG)
 
 
 def _check_device(x: Tensor) -> None:
@@ -630,9 +644,13 @@ def _check_device(x: Tensor) -> None:
 
 
 def _check(
-    name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...],
+    name: str,
+    x: Tensor | None,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
     like: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     if x is None:
         return
     if x.dtype not in dtypes or tuple(x.shape) != shape or x.device != like.device:

@@ -84,6 +84,7 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
         listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
         check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
         kept_T = kept_T & listed_T
+    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
     in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
     check(
         (in_range_T | ~kept_T).all(),
@@ -101,12 +102,18 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
     elif masked:
         rows_K = torch.arange(tokens, device=targets_T.device)
     else:
-        rows_K = kept_T.nonzero().squeeze(1)
+        rows_K = kept_T.nonzero().squeeze(1)  # the synchronisation: its length is a value
     if inputs.temperature_T is not None:
         temperature = inputs.temperature_T.index_select(0, rows_K)
         temperature = temperature.to(accumulator(inputs.hidden_TD))
-    targets_K = _gather(targets_T.long(), rows_K, kept_T if masked else None)
-    return _Selection(rows_K, targets_K, temperature, kept_T, masked)
+    # Masked rows get class 0, which exists: their own target may be out of range.
+    return _Selection(
+        rows_K=rows_K,
+        targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
+        temperature=temperature,
+        kept_T=kept_T,
+        masked=masked,
+    )
 
 
 def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
@@ -240,6 +247,7 @@ class OnePass(torch.autograd.Function):
         ctx.direct = dweight_out is not None  # dW is final already, see _check_one
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.save_for_backward(*grads)
+        # Their gradients went into the pass: a second one through logp_T would be lost in silence.
         ctx.mark_non_differentiable(logp_T, kept_T)
         return loss, logp_T, kept_T
 
@@ -329,6 +337,7 @@ def _logprob_backward(
         None if x is None else selection.gather(x).to(total) for x in upstream_T
     )
     if g_logp_K is None:
+        # Every backend takes a gradient of logp; the other two are optional.
         g_logp_K = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
     sinks = _new_sinks(inputs, needs)
     upstream = Upstream(logp=g_logp_K, lse=g_lse_K, entropy=g_entropy_K)
@@ -354,6 +363,7 @@ class Recompute(torch.autograd.Function):
             values = [*values[:2], values[2] if entropy else None]
         else:
             ctx.selection = _select(inputs, settings)
+            # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
             values = _logprob(inputs, ctx.selection, settings, entropy)
         ctx.save_for_backward(*inputs)

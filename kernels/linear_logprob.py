@@ -817,6 +817,7 @@ def _launch_reduce(
     stats: RowStats, tiles: TileSums, plan: Plan, *, peak: bool = False, flagged: bool = False
 ) -> None:
     halves, n_rows = tiles.sums.shape
+    # A program per row tile, which is what a flag stands for.
     launch(
         _reduce_rows,
         tiles.flags.shape[0],
@@ -853,6 +854,7 @@ def _launch_gradient_operands(
     plan: Plan,
 ) -> Tensor:
     """Writes E's target entries and fills scaled_CD; returns u_C."""
+    # 8 rows a program: little work each, so that a chunk of 8192 rows fills every multiprocessor.
     u_C = torch.empty_like(stats.kappa)
     n_rows, width = hidden_CD.shape
     launch(

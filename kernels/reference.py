@@ -103,7 +103,6 @@ LOG_HALF = math.log(0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-@dataclass(frozen=True, slots=True, eq=False)
 class GroupAdvantage:
     """Scores of B questions, float64.
 

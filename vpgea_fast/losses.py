@@ -275,7 +275,7 @@ def two_stream_loss(
         dweight_out=dweight_out,
         **options,
     )
-    tokens = targets_post_T.shape[0]
+    tokens = targets_post_T.shape[0]  # the posterior's rows are first
     logp_post_T, logp_prior_U = both.logp[:tokens], both.logp[tokens:]
     kept_post_T, kept_prior_U = both.kept[:tokens], both.kept[tokens:]
     return TwoStreamLoss(
@@ -328,27 +328,22 @@ def vpgea_loss(
     none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
     a gated sequence, U not the prior sequences' tokens.
     """
-    checks.check_matrix("hidden_post_TD", hidden_post_TD, "(T, D): flatten batch and time first")
-    checks.check_matrix("hidden_prior_UD", hidden_prior_UD, "(U, D): flatten batch and time first")
-    checks.check_float("hidden_post_TD", hidden_post_TD)
-    checks.check_plain("targets_T", targets_T)
-    checks.check_targets("targets_T", targets_T, "hidden_post_TD", hidden_post_TD)
-    tokens, prior_tokens = targets_T.shape[0], hidden_prior_UD.shape[0]
     checks.check_flag("validate", options.get("validate", False))
-    checks.check_sequences(cu_seqlens, advantage_S, targets_T)
+    checks.check_number("beta", beta, _BETA)
+    checks.check_packed(
+        hidden_post_TD,
+        hidden_prior_UD,
+        targets_T=targets_T,
+        cu_seqlens=cu_seqlens,
+        advantage_S=advantage_S,
+        prior_index=prior_index,
+    )
+    tokens = targets_T.shape[0]
     # bfloat16 advantages have three digits: in the loss they are numbers of its accumulator.
     advantage_S = advantage_S.to(
         torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
     )
     weight_S = checks.sequence_weight(advantage_S, denominator, weight_S)
-    checks.check_number("beta", beta, _BETA)
-    if prior_index is not None:
-        checks.check_prior_index(prior_index, cu_seqlens)
-    elif prior_tokens != tokens:
-        raise ValueError(
-            f"hidden_prior_UD: got {prior_tokens} rows, expected {tokens} as in hidden_post_TD; "
-            "pass prior_index when the prior stream holds only some sequences"
-        )
     gate_S = advantage_S > 0
     coef_post_S = -weight_S * advantage_S
     coef_prior_S = -beta * weight_S * gate_S
@@ -359,7 +354,7 @@ def vpgea_loss(
             coef_prior_S=coef_prior_S,
             prior_index=prior_index,
             denominator=denominator if isinstance(denominator, Tensor) else None,
-            prior_tokens=prior_tokens,
+            prior_tokens=hidden_prior_UD.shape[0],
             validate=options.get("validate", False),
         )
     )
