@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "robust, drawn answers": {"scoring.u_source": "accuracy", "scoring.answer_samples": 3},
     "grpo": {"objective.name": "grpo", "objective.alpha": 0.5, "train.norm": "seq_mean"},
     "robust, two ranks": {"parallel.shard": "always"},
-    "vllm": {"rollout.engine": "vllm", "vllm.kv_cache_gib": 0.125},
+    "vllm": {"engine.name": "vllm", "engine.kv_cache_gib": 0.125},
 }
 
 

@@ -20,10 +20,10 @@ from vpgea_fast.rollout.vllm.remote import ServerEngine
 
 @pytest.fixture(params=["run", "dry run"])
 def refused(request, tiny_words, tmp_path, capsys):
-    """What a run with vLLM, or its dry run, ends with: `refused("--vllm.tensor_parallel", "2")`."""
+    """What a run with vLLM, or a dry run, ends with: `refused("--engine.tensor_parallel", "2")`."""
 
     def say(*more):
-        words = tiny_words({"rollout.engine": "vllm"})("run", *more)
+        words = tiny_words({"engine.name": "vllm"})("run", *more)
         dry = ["--dry-run"] * (request.param == "dry run")
         assert main(["train", "configs/tiny.yaml", *words, *dry]) == 2
         assert not list(tmp_path.iterdir())
@@ -36,7 +36,7 @@ def test_without_vllm_the_error_names_the_extra_and_the_other_engine(refused, mo
     monkeypatch.setattr(versions, "find_spec", lambda _: None)
     said = refused()
     assert "vpgea_fast[vllm]" in said
-    assert "set rollout.engine 'hf'" in said
+    assert "set engine.name 'hf'" in said
 
 
 def test_another_vllm_is_refused_with_the_table(refused, monkeypatch):
@@ -49,12 +49,12 @@ def test_another_vllm_is_refused_with_the_table(refused, monkeypatch):
     ("words", "said"),
     [
         (
-            ["--vllm.tensor_parallel", "2"],
-            "vllm.tensor_parallel: got 2, expected a divisor of the 1 processes",
+            ["--engine.tensor_parallel", "2"],
+            "engine.tensor_parallel: got 2, expected a divisor of the 1 processes",
         ),
         (
-            ["--vllm.tensor_parallel", "2", "--vllm.process", "own"],
-            "vllm.tensor_parallel: got 2 with vllm.process 'own'",
+            ["--engine.tensor_parallel", "2", "--engine.process", "own"],
+            "engine.tensor_parallel: got 2 with engine.process 'own'",
         ),
         (["--model.dtype", "float64"], "float32, bfloat16 or float16, got torch.float64"),
     ],
@@ -135,7 +135,7 @@ def test_an_empty_key_is_none(monkeypatch, capsys):
     ],
 )
 def test_a_url_that_is_none(url, said, connect):
-    with pytest.raises(ConfigError, match=rf"vllm\.server: got .*{said}"):
+    with pytest.raises(ConfigError, match=rf"engine\.server: got .*{said}"):
         connect(url)
 
 
@@ -195,19 +195,19 @@ def test_a_server_that_is_something_else(status, body, said, connect):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--vllm.sync", "nccl"], "vllm.sync: got 'nccl' without vllm.server"),
+        (["--engine.sync", "nccl"], "engine.sync: got 'nccl' without engine.server"),
         (
-            ["--vllm.sync", "nccl", "--vllm.server", "http://127.0.0.1:8000"],
-            "vllm.sync: got 'nccl' without a CUDA device",
+            ["--engine.sync", "nccl", "--engine.server", "http://127.0.0.1:8000"],
+            "engine.sync: got 'nccl' without a CUDA device",
         ),
         (
-            ["--vllm.tensor_parallel", "2", "--vllm.server", "http://127.0.0.1:8000"],
+            ["--engine.tensor_parallel", "2", "--engine.server", "http://127.0.0.1:8000"],
             "which are of engines here; give them to `vpgea serve`",
         ),
     ],
 )
 def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_words, capsys):
-    words = tiny_words({"rollout.engine": "vllm", "model.device": "cpu"})("run", *words)
+    words = tiny_words({"engine.name": "vllm", "model.device": "cpu"})("run", *words)
     assert main(["train", "configs/tiny.yaml", *words]) == 2
     assert said in capsys.readouterr().err
 
@@ -241,7 +241,7 @@ def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
 
 
 def test_a_cut_distribution_is_refused_for_training(capsys):
-    words = ["--rollout.engine", "vllm", "--rollout.top_p", "0.9", "--print-config"]
+    words = ["--engine", "vllm", "--rollout.top_p", "0.9", "--print-config"]
     assert main(["train", "configs/tiny.yaml", *words]) == 2
     assert "log-probs of the cut distribution" in capsys.readouterr().err
 

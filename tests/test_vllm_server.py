@@ -93,7 +93,7 @@ def serving(folder, *words, **environment):
             process.terminate()
 
 
-SMALL = ("--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.context", "512")
+SMALL = ("--model.dtype", "float32", "--engine.kv_cache_gib", "0.25", "--engine.context", "512")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,10 @@ def engine(connect, server, tiny_model):
 
 def requests(count=4):
     prompt = torch.tensor([5, 6, 7])
-    return [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(count)]
+    return [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=i)
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -150,7 +153,7 @@ def words(tiny_words, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
     return tiny_words(
         {
-            "rollout.engine": "vllm",
+            "engine.name": "vllm",
             "train.steps": 5,
             "train.questions_per_step": 4,
             "metrics.compare": "null",
@@ -164,7 +167,7 @@ def lines(run_dir):
 
 
 def test_five_steps_with_a_server(server, words, tmp_path, capsys):
-    assert main(["train", str(TINY), *words("run", "--vllm.server", server.url)]) == 0, (
+    assert main(["train", str(TINY), *words("run", "--engine.server", server.url)]) == 0, (
         capsys.readouterr().err
     )
     records = lines(tmp_path / "run")
@@ -181,10 +184,10 @@ def test_five_steps_with_a_server(server, words, tmp_path, capsys):
 def test_weights_go_to_a_server_over_nccl(words, tiny_world, tmp_path, capsys):
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU for each side")
-    share = ["--model.dtype", "bfloat16", "--vllm.sync", "nccl"]
-    more = ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
+    share = ["--model.dtype", "bfloat16", "--engine.sync", "nccl"]
+    more = ["--engine.kv_cache_gib", "0.25", "--engine.context", "512"]
     with serving(tmp_path, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1") as served:
-        here = ["--model.device", "cuda", "--vllm.server", served.url]
+        here = ["--model.device", "cuda", "--engine.server", served.url]
         status = main(["train", str(TINY), *words("run", *here, *share)])
         assert status == 0, capsys.readouterr().err
     assert max(record["probe_mean"] for record in lines(tmp_path / "run")) < 0.05
@@ -261,19 +264,19 @@ def test_weights_of_another_run_are_noticed(connect, server, engine, tiny_model)
 
 
 def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeypatch):
-    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write below /proc/nothing"):
+    with pytest.raises(RolloutError, match=r"engine\.sync_dir: cannot write below /proc/nothing"):
         connect(server, sync_dir="/proc/nothing").load_weights(tiny_model.named_parameters())
 
     def full(*_):
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("vpgea_fast.rollout.vllm.transfer.save_file", full)
-    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write weights .*No space"):
+    with pytest.raises(RolloutError, match=r"engine\.sync_dir: cannot write weights .*No space"):
         connect(server).load_weights(tiny_model.named_parameters())
 
 
 def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
-    more = ["--vllm.server", server.url, "--metrics.diag_every", "1"]
+    more = ["--engine.server", server.url, "--metrics.diag_every", "1"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
         trainer.stages.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too

@@ -78,14 +78,14 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any) -> None:
     families.measure(model)
-    group = cfg.vllm.tensor_parallel
+    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
     columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name
     rest = (heads % group, columns % group, min(keys % group, group % keys))
-    if cfg.colocated and any(rest):
+    if any(rest):
         raise ConfigError(
-            f"vllm.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
+            f"engine.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
             f"attention heads and {columns} MLP columns, and a divisor or a "
             f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
         )
@@ -120,7 +120,7 @@ def _check_positions(
     """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
     server's room is known when it is there."""
     rooms = [attention.positions(model)]
-    rooms.append((cfg.vllm.context if cfg.colocated else None, "vllm.context"))
+    rooms.append((cfg.vllm.context if cfg.colocated else None, "engine.context"))
     for what, prompt, new in draws(cfg, questions, benchmarks):
         for room, source in rooms:
             check_positions(what, prompt=prompt, new=new, room=room, source=source)

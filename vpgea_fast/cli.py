@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, export, data, serve, report, doctor, make-tiny. Every configuration key is
-an option: `--section.key value`."""
+"""`vpgea`: train, eval, export, data, serve, report, keys, doctor, make-tiny. Every configuration
+key is an option, `--section.key value`; `vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -134,11 +134,7 @@ def _yaml(word: str) -> Any:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     """What to say of a word that is no option, with the option that was probably meant."""
     name = word.partition("=")[0]
-    keys = [
-        f"--{section}.{field.name}"
-        for section, record in vars(config.Config()).items()
-        for field in dataclasses.fields(record)
-    ]
+    keys = [f"--{key}" for key in config.known_keys()]
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
     near += difflib.get_close_matches(name, [*options, *keys], n=1)
@@ -147,12 +143,12 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for argparse; the `--section.key value` pairs, which it would misread; what is behind
-    a `--`."""
+    """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
+    misread; what is behind a `--`."""
     words, pairs, rest = [], [], iter(argv)
     for word in iter(lambda: next(rest, "--"), "--"):
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and "." in key:
+        if key.startswith("--") and ("." in key or key[2:] in config.VARIANTS):
             pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
         else:
             words.append(word)
@@ -174,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         _declare_export,
         _declare_serve,
         _declare_report,
+        _declare_keys,
         _declare_doctor,
         _declare_make_tiny,
     )
@@ -186,7 +183,8 @@ def _declare_train(commands: Commands, common: _Parser) -> None:
     train = commands.add_parser(
         "train",
         help="train from a YAML file",
-        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b.",
+        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b; "
+        "vpgea keys explains them.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -241,9 +239,9 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides = [*overrides, "--run.dir", run]
         if not source.is_file():
             raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
-    cfg = config.load(source, overrides, _notice)
+    cfg = config.load(source, overrides, _notice, record=run is not None)
     if args.print_config:
-        print(config.dump(cfg), end="")
+        _show(config.dump(cfg).rstrip("\n"))
         return 0
     if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
         raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
@@ -269,7 +267,7 @@ def _declare_eval(commands: Commands, common: _Parser) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate the student view of a model",
-        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. For "
+        epilog="Keys are options, e.g. --engine vllm --eval.samples 4 --eval.limit 100. For "
         "RUN/export the settings of its run (RUN/config.yaml) are used.",
         allow_abbrev=False,
         parents=[common],
@@ -287,9 +285,6 @@ def _declare_eval(commands: Commands, common: _Parser) -> None:
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
-        "--engine", choices=["hf", "vllm"], help="what draws the answers, short for rollout.engine"
-    )
-    evaluate.add_argument(
         "--out", type=_path, help="write the result and its settings as JSON here"
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
@@ -304,8 +299,6 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and out.resolve() in {Path(name).resolve() for name in args.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
     words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
-    if args.engine is not None:
-        words += ["--rollout.engine", args.engine]
     source, cfg = _of_model(args, words, overrides)
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
     print(f"settings: {source or 'defaults and the command line'}")
@@ -322,8 +315,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     console.table(*result_table(results), notes=EVAL_NOTES)
     if out is not None:
         known = config.as_dict(cfg)
-        sections = ["model", "data", "prompt", "rollout", "eval"]
-        sections += ["vllm"] * (cfg.rollout.engine == "vllm")
+        sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
         settings = {"settings": {name: known[name] for name in sections}}
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
@@ -347,11 +339,14 @@ def _of_model(
     name = Path(args.model or "").name
     exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
     source = args.config or (run if exported else None)
-    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
-        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
     if source is None:
         return None, config.resolve(config.parse_overrides(words), source="command line")
-    return source, config.load(source, words, _notice)
+    cfg = config.load(source, words, _notice, record=source == run)
+    named = any(word.startswith("--engine.server") for word in overrides)
+    if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
+        # The run may go on at its server, with weights of its own.
+        cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, server=None))
+    return source, cfg
 
 
 def _declare_data(commands: Commands, common: _Parser) -> None:
@@ -360,7 +355,7 @@ def _declare_data(commands: Commands, common: _Parser) -> None:
         help="write a published data set as training and test questions",
         epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
         "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
-        "--eval.temperature 1 --rollout.engine vllm.",
+        "--eval.temperature 1 --engine vllm.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -472,10 +467,10 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 def _declare_serve(commands: Commands, common: _Parser) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve a model to training runs (vLLM), with vllm.server as their URL",
-        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
-        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
-        "beyond this machine there must be one.",
+        help="serve a model to training runs (vLLM), with engine.server as their URL",
+        epilog="Keys are options, e.g. --engine.gpu_memory 0.9 --model.dtype bfloat16; words "
+        "behind a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from "
+        "VLLM_API_KEY; beyond this machine there must be one.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -487,7 +482,7 @@ def _declare_serve(commands: Commands, common: _Parser) -> None:
 
 
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
-    words = ["--model.path", args.model, *overrides]
+    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
     from vpgea_fast.rollout.vllm.client import check_key
     from vpgea_fast.rollout.vllm.serve import serve, serve_command
@@ -523,6 +518,42 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
     return 0
+
+
+def _declare_keys(commands: Commands, common: _Parser) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="explain every configuration key, or every metric",
+        epilog="A section is the part of a key before the dot, e.g. vpgea keys optim.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    keys.add_argument("section", nargs="?", metavar="SECTION", help="default: all of them")
+    keys.add_argument("--metrics", action="store_true", help="what a run writes, in its place")
+    keys.set_defaults(run=_keys, parser=keys)
+
+
+def _keys(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast import manual
+
+    if args.metrics and args.section is not None:
+        raise UsageError(f"keys: got {args.section!r} and --metrics; give one of the two")
+    if args.metrics:
+        _show(manual.metrics_text())
+    else:
+        parts = manual.sections() if args.section is None else manual.section(args.section)
+        _show(manual.keys_text(parts))
+    return 0
+
+
+def _show(text: str) -> None:
+    """Print what a reader may cut short (`vpgea keys | head`): no error then."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _declare_doctor(commands: Commands, common: _Parser) -> None:

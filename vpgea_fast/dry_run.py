@@ -45,7 +45,7 @@ from vpgea_fast.verify import Verifier
 
 ITEMS = 8
 SAMPLE_QUESTIONS = tuple(
-    Question(f"sample-{i}", text, answer)
+    Question(id=f"sample-{i}", text=text, answer=answer)
     for i, (text, answer) in enumerate(
         [
             ("What is 17 + 28?", "45"),
@@ -104,7 +104,7 @@ def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None
         step_questions(kept, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
     _say_benchmarks(benchmarks, say)
     check_config(cfg, text.config, on.processes, questions=kept, benchmarks=benchmarks, on=on)
-    _needs(cfg, text.config, kept, benchmarks, on, say)
+    _needs(cfg, text.config, questions=kept, benchmarks=benchmarks, on=on, say=say)
 
 
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:
@@ -213,10 +213,10 @@ def _needs(
             cfg.vllm.context or positions(cfg),
             attention.positions(model_config)[0] or sys.maxsize,
         )
-        _cache(cfg, estimate.engine, context, room, say, share=_is_share(cfg, on))
+        _cache(cfg, estimate.engine, context=context, room=room, say=say, share=_is_share(cfg, on))
         if on.cuda:
-            _share(cfg, estimate, estimate.engine, room, on, say)
-    _traffic(cfg, shape, row, on, say)
+            _share(cfg, estimate, engine=estimate.engine, room=room, on=on, say=say)
+    _traffic(cfg, shape, row=row, on=on, say=say)
 
 
 def _is_share(cfg: Config, on: Target) -> bool:
@@ -228,7 +228,7 @@ def _cache(
     cfg: Config, engine: EngineMemory, context: int, room: int, say: Say, *, share: bool
 ) -> None:
     """How many paths vLLM's KV cache holds; prompts that paths have in common are not counted."""
-    key = "vllm.gpu_memory" if share else "vllm.kv_cache_gib"
+    key = "engine.gpu_memory" if share else "engine.kv_cache_gib"
     paths = engine.tokens // context
     say(
         f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
@@ -236,8 +236,8 @@ def _cache(
     )
     if engine.tokens < room:
         say(
-            f"  vLLM will not start: one path may have {room} tokens (vllm.context); raise {key}, "
-            "or lower vllm.context and what may be drawn"
+            f"  vLLM will not start: one path may have {room} tokens (engine.context); raise "
+            f"{key}, or lower engine.context and what may be drawn"
         )
     elif paths < cfg.rollout.max_batch:
         say(
@@ -257,15 +257,16 @@ def _share(
     if over > 0:
         say(
             f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
-            f"the trainer are {over / GIB:.3f} too many; " + _smaller(cfg, engine, over, room, on)
+            f"the trainer are {over / GIB:.3f} too many; "
+            + _smaller(cfg, engine, over=over, room=room, on=on)
         )
     asked = cfg.vllm.gpu_memory * device  # vLLM asks for it at its start, whatever it will take
     free = usable - estimate.phases["sampling"]["weights"]
     if asked > free > 0 and not _is_share(cfg, on):
         say(
-            f"  vLLM will not start: it asks for vllm.gpu_memory ({asked / GIB:.3f} GiB) of free "
-            f"memory also with vllm.kv_cache_gib, and {free / GIB:.3f} are free; set "
-            f"vllm.gpu_memory to {_floor(free / device):.2f} or less"
+            f"  vLLM will not start: it asks for engine.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"memory also with engine.kv_cache_gib, and {free / GIB:.3f} are free; set "
+            f"engine.gpu_memory to {_floor(free / device):.2f} or less"
         )
 
 
@@ -274,12 +275,14 @@ def _smaller(cfg: Config, engine: EngineMemory, over: float, room: int, on: Targ
     if engine.cache - over < room * engine.token:
         return (
             f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {room} tokens "
-            f"{room * engine.token / GIB:.3f}: raise vllm.tensor_parallel, take more processes, or "
-            "let a server draw (vllm.server)"
+            f"{room * engine.token / GIB:.3f}: raise engine.tensor_parallel, take more processes, "
+            "or let a server draw (engine.server)"
         )
     if _is_share(cfg, on):
-        return f"set vllm.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
-    return f"set vllm.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
+        return (
+            f"set engine.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
+        )
+    return f"set engine.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
 
 
 def _floor(value: float) -> float:

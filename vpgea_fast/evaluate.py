@@ -57,7 +57,15 @@ class Evaluator:
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
         # step -1: no training step ever draws with an evaluation's seed
         return [
-            SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
+            SampleRequest(
+                question_id=q.id,
+                stream="prior",
+                index=i,
+                prompt_ids=ids,
+                seed=request_seed(
+                    run_seed=self.cfg.seed, step=-1, question_id=q.id, stream="prior", index=i
+                ),
+            )
             for q, ids in questions
             for i in range(samples)
         ]
@@ -203,7 +211,7 @@ class OpenModel:
 
 @contextmanager
 def open_model(cfg: Config) -> Iterator[OpenModel]:
-    """The model directory `cfg.model.path` with `cfg.rollout.engine`, after `open_text`."""
+    """The model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
     text = open_text(cfg)
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
@@ -216,7 +224,7 @@ def open_model(cfg: Config) -> Iterator[OpenModel]:
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`;
     the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
     with open_model(cfg) as model:
         judge = model.verifier.accepts_itself
@@ -235,7 +243,7 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
     weights that this one still needs."""
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
-    if cfg.rollout.engine == "hf":
+    if cfg.engine.name == "hf":
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
         causal_lm = policy.causal_lm
     else:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from vpgea_fast import checkpoint, report
-from vpgea_fast.config import Config, ConfigError, changes, dump, load, resolve
+from vpgea_fast.config import Config, ConfigError, changes, dump, load, renewed, resolve
 from vpgea_fast.distributed import World
 from vpgea_fast.metrics import (
     METRICS,
@@ -111,7 +111,7 @@ class RunDir:
             "run_device": str(policy.device),
             "parameters": sum(p.numel() for p in policy.parameters()),
             "loss_backend": policy.backend.name,
-            "rollout_engine": self.cfg.rollout.engine,
+            "rollout_engine": self.cfg.engine.name,
             "loss_backend_reason": policy.backend.reason,
             **policy.attention.facts(),
         }
@@ -170,7 +170,7 @@ class RunDir:
         step, record = 0 if saved is None else saved.step, _record(saved)
         if saved:
             _require_state(saved)
-        self.before = record or load(self.path / "config.yaml")
+        self.before = record or load(self.path / "config.yaml", record=True)
         changed = changes(self.before, self.cfg)
         # An evaluation of other settings would stand beside those before as if it were one of them.
         evaluated = ("eval.",) if report.read_evaluation(self.path) else ()
@@ -248,7 +248,7 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
     """The configuration that a checkpoint's steps were made with; None if it does not say, or has
     keys that are no more."""
     try:
-        return None if saved is None else resolve(saved.trainer_state["config"])
+        return None if saved is None else resolve(renewed(saved.trainer_state["config"]))
     except (KeyError, ConfigError):
         return None
 
@@ -263,7 +263,7 @@ def export_step(
     what is no run, CheckpointError for a step without a complete checkpoint.
     """
     run_dir, world = Path(run_dir), World(torch.device("cpu"))
-    cfg = load(run_dir / "config.yaml")
+    cfg = load(run_dir / "config.yaml", record=True)
     steps = checkpoint.saved_steps(run_dir)
     if step == "best":
         name = cfg.checkpoint.keep_best

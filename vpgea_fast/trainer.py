@@ -48,7 +48,7 @@ from vpgea_fast.types import Coefficients, PackedBatch, PathKey, ScoredBatch, St
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
 MAX_SKIPPED_IN_A_ROW = 5
-NO_PATHS = "the engine gave up a path of every question; see vllm.timeout_s"
+NO_PATHS = "the engine gave up a path of every question; see engine.timeout_s"
 
 
 class TrainingError(RuntimeError):
@@ -174,7 +174,7 @@ class Trainer:
         found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
         cost = measure.cost(batch, coefs, rows, usage=usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
-        return StepStats(line, skipped if batch.whole else NO_PATHS)
+        return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
 
     def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
@@ -261,7 +261,7 @@ class Trainer:
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
         """Give the engine the weights, unless it samples with the trained module itself, and see
         that it has them. RolloutError otherwise."""
-        if not (self.stages.policy.sharded or self.cfg.rollout.engine != "hf"):
+        if not (self.stages.policy.sharded or self.cfg.engine.name != "hf"):
             return {}
         self.stages.engine.load_weights(full_weights(self.stages.policy))
         # The first hand-over is always probed; later ones cost a rollout of a few tokens each.

@@ -100,7 +100,7 @@ def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
     try:
         with path.open("rb") as old, aside.open("wb") as new:
             for number, line in enumerate(old, start=1):
-                if _keeps(cut, line, number, upto, once):
+                if _keeps(cut, line, number=number, upto=upto, once=once):
                     new.write(line)
                 else:
                     dropped.append(line.rstrip(b"\n") + b"\n")

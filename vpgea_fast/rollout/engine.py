@@ -184,7 +184,9 @@ class EngineBase:
                     request = requests[order[place]]
                     if sampling.top_p < 1 and not self.full_softmax:
                         logps = torch.full_like(logps, torch.nan)
-                    paths[order[place]] = split_path(request, ids, logps, sampling, finish)
+                    paths[order[place]] = split_path(
+                        request, ids, logps=logps, sampling=sampling, finish=finish
+                    )
                 if on_progress is not None:
                     on_progress(len(ended))
         return [paths[number] for number in range(len(requests))]
@@ -228,7 +230,7 @@ def check_positions(what: str, *, prompt: int, new: int, room: int | None, sourc
     """ValueError where `prompt` tokens and `new` ones are more than the `room` positions that
     `source` gives."""
     if room is not None and prompt + new > room:
-        larger = f", or raise {source} to {prompt + new}" if source == "vllm.context" else ""
+        larger = f", or raise {source} to {prompt + new}" if source == "engine.context" else ""
         raise ValueError(
             f"{what}: a prompt of {prompt} tokens and up to {new} new ones need {prompt + new} "
             f"positions, but the model has {room} ({source}); lower rollout.max_new_tokens (in an "
@@ -347,7 +349,8 @@ def split_path(
     beyond a limit is dropped here and finish becomes "length".
 
     >>> drawn = torch.tensor([7, 3, 8, 3, 2])
-    >>> request = SampleRequest("q0", "prior", 0, torch.tensor([1]), seed=0)
+    >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
+    >>> request = SampleRequest(**who, prompt_ids=torch.tensor([1]), seed=0)
     >>> full = Sampling(max_new_tokens=4, think_close_id=3, eos_ids=(2,), full_answer=True)
     >>> path = split_path(request, drawn, torch.zeros(5), full, "stop")
     >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed

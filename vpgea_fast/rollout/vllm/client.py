@@ -68,16 +68,16 @@ def check_key(host: str) -> None:
 
 
 def _address(url: str) -> tuple[bool, str, int]:
-    """(https or not, host, port) of `vllm.server`."""
+    """(https or not, host, port) of `engine.server`."""
     expected = "expected http://host:port or https://host:port, and no path"
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"vllm.server: got {url!r} ({error}); {expected}") from None
+        raise ConfigError(f"engine.server: got {url!r} ({error}); {expected}") from None
     known = parts.scheme in ("http", "https") and parts.hostname
     if not known or parts.path.strip("/") or parts.query:
-        raise ConfigError(f"vllm.server: got {url!r}; {expected}")
+        raise ConfigError(f"engine.server: got {url!r}; {expected}")
     secure = parts.scheme == "https"
     return secure, str(parts.hostname), port or (443 if secure else 80)
 
@@ -126,7 +126,7 @@ class Client:
     def _stranger(self, path: str, said: object, expected: str) -> RolloutError:
         return RolloutError(
             f"the server at {self.url} answers {path} with {said!r}, expected {expected}; "
-            "vllm.server must be the URL of a `vpgea serve`"
+            "engine.server must be the URL of a `vpgea serve`"
         )
 
     def healthy(self) -> bool:
@@ -140,7 +140,7 @@ class Client:
         if not self.reached:
             return RolloutError(
                 f"no rollout server answers at {self.url} ({why}); start one with `vpgea serve`, "
-                "or correct vllm.server"
+                "or correct engine.server"
             )
         return RolloutError(
             f"the rollout server at {self.url} is gone ({why}); start it again with `vpgea serve` "

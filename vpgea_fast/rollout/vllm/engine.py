@@ -93,7 +93,7 @@ class VllmEngine(EngineBase):
         model = skeleton(path, trust_remote_code=self.cfg.trust_remote_code)
         room, source = attention.positions(model.config)
         if context is not None and (room is None or context < room):
-            room, source = context, "vllm.context"
+            room, source = context, "engine.context"
         super().__init__(room, source)
         self.guard: Guard | None = None
         self.device, self.dtype = device, dtype
@@ -225,9 +225,9 @@ class VllmEngine(EngineBase):
         self.complete = self.alive = False
         return RolloutError(
             "the vLLM engine's process is gone (killed, out of memory, or silent for longer than "
-            f"vllm.timeout_s, {self.cfg.timeout_s:g} s; see the lines above); the last checkpoint "
-            "is good: go on with --resume, with a smaller rollout.max_batch, vllm.gpu_memory or "
-            "vllm.kv_cache_gib if memory ran out"
+            f"engine.timeout_s, {self.cfg.timeout_s:g} s; see the lines above); the last "
+            "checkpoint is good: go on with --resume, with a smaller rollout.max_batch, "
+            "engine.gpu_memory or engine.kv_cache_gib if memory ran out"
         )
 
     @torch.no_grad()

@@ -122,7 +122,7 @@ class ServerEngine(EngineBase):
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Generator[Sequence[Drawn], None, None]:
-        """See EngineBase. A request that takes longer than `vllm.timeout_s` is given up."""
+        """See EngineBase. A request that takes longer than `engine.timeout_s` is given up."""
         self._check_mark()
         run = f"vpgea-{os.getpid()}-{time.monotonic_ns()}"
         waiting: dict[Answer, int] = {}

@@ -101,7 +101,7 @@ def weights_directory(parent: str | None) -> Iterator[FilePath]:
         made = tempfile.TemporaryDirectory(dir=parent, prefix="weights-")
     except OSError as error:
         raise RolloutError(
-            f"vllm.sync_dir: cannot write below {parent or tempfile.gettempdir()} ({error}); set "
+            f"engine.sync_dir: cannot write below {parent or tempfile.gettempdir()} ({error}); set "
             "it to a directory that can be written"
         ) from error
     with made as directory:
@@ -127,7 +127,7 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath
             save_file(part, directory / f"{number:05d}.safetensors")
         except (OSError, SafetensorError) as error:
             raise RolloutError(
-                f"vllm.sync_dir: cannot write weights to {directory} ({error}); set it to a "
+                f"engine.sync_dir: cannot write weights to {directory} ({error}); set it to a "
                 "directory with room for the model"
             ) from error
     return written
@@ -137,7 +137,7 @@ def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
-            f"no weights in {directory}: vllm.sync_dir must be a directory that the trainer and "
+            f"no weights in {directory}: engine.sync_dir must be a directory that the trainer and "
             "the server share"
         )
     for file in files:

