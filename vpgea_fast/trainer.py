@@ -192,7 +192,7 @@ class Trainer:
         coefs: Coefficients,
         ratios: dict[PathKey, torch.Tensor] | None,
     ) -> list[TrainRow]:
-        """One row per path with a gradient, its coefficients normalised for `loss.sum()`."""
+        """The rows that have a gradient, their coefficients normalised by train.norm."""
         constant = self.norm_constant
         rows = build_rows(batch, coefs, self.cfg.train, norm_constant=constant, ratios=ratios)
         return drop_zero_rows(rows)
