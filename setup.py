@@ -2,7 +2,9 @@
 
 The packages are listed by hand because `kernels/` lives at the root and is imported as
 `vpgea_fast.kernels`: it has no `__init__.py` (a root package of that name would shadow, or be
-shadowed by, the Hugging Face package `kernels`), so automatic discovery would miss it.
+shadowed by, the Hugging Face package `kernels`), so automatic discovery would miss it. `configs/`
+and the committed rows of `benchmarks/results/` are shipped the same way; in the tree they are links
+below vpgea_fast/.
 """
 
 import re
@@ -12,7 +14,35 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
+HOME = ""
+"""The public repository, https://HOST/OWNER/NAME, once there is one: links to the source need it.
+An address that is not ours would be anyone's to take."""
 (VERSION,) = re.findall(r'__version__ = "(.+)"', (ROOT / "vpgea_fast/__init__.py").read_text())
+
+LINK = re.compile(r"```.*?```|(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", re.DOTALL)
+
+
+def index_page(text: str, home: str, version: str) -> str:
+    """README.md for a package index, where a path leads nowhere: links into the tree are absolute,
+    or, without a home, the words alone. Blocks of code stay."""
+
+    def absolute(match: re.Match[str]) -> str:
+        image, words, path = match[1], match[2], match[3]
+        if path is None:
+            return match[0]
+        if home:
+            return f"{image}[{words}]({home}/{'raw' if image else 'blob'}/v{version}/{path})"
+        return f"*Figure ({path}): {words}*" if image else words
+
+    return LINK.sub(absolute, text)
+
+
+def project_urls(home: str, version: str) -> dict[str, str]:
+    urls = {"Paper": "https://arxiv.org/abs/2605.11019"}
+    if home:
+        urls |= {"Source": home, "Changelog": f"{home}/blob/v{version}/CHANGELOG.md"}
+    return urls
+
 
 # A CUDA build of torch brings its own Triton; a CPU build brings none, and the tests interpret it.
 TRITON = "triton>=3.6; platform_system == 'Linux'"
@@ -21,11 +51,28 @@ setup(
     name="vpgea_fast",
     version=VERSION,
     description="VPG-EA training of reasoning models: fused losses and a lean trainer",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=index_page(README.read_text(encoding="utf-8"), HOME, VERSION)
+    if README.exists()
+    else "",
     long_description_content_type="text/markdown",
     author="vpgea_fast authors",
     license="MIT",
     license_files=["LICENSE"],
+    url=HOME or None,
+    project_urls=project_urls(HOME, VERSION),
+    keywords="reasoning, reinforcement learning, variational inference, language models, Triton",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[
         "vpgea_fast",
@@ -34,11 +81,23 @@ setup(
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",
         "vpgea_fast.rollout",
+        "vpgea_fast.rollout.vllm",
         "vpgea_fast.verify",
         "vpgea_fast.kernels",
+        "vpgea_fast.configs",
+        "vpgea_fast.results",
     ],
-    package_dir={"vpgea_fast.kernels": "kernels"},
-    package_data={"vpgea_fast": ["py.typed", "tiny_base/*"], "vpgea_fast.kernels": ["README.md"]},
+    package_dir={
+        "vpgea_fast.kernels": "kernels",
+        "vpgea_fast.configs": "configs",
+        "vpgea_fast.results": "benchmarks/results",
+    },
+    package_data={
+        "vpgea_fast": ["py.typed", "tiny_base/*"],
+        "vpgea_fast.kernels": ["README.md"],
+        "vpgea_fast.configs": ["*.yaml", "*.sh"],
+        "vpgea_fast.results": ["tiny_demo.json"],
+    },
     entry_points={"console_scripts": ["vpgea = vpgea_fast.cli:main"]},
     install_requires=[
         "torch>=2.11",

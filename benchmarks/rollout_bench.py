@@ -128,7 +128,7 @@ def make_engines(
     batch = args.questions * args.paths
     engines: dict[str, RolloutEngine] = {"hf": HFEngine(model, max_batch=batch)}
     if find_spec("vllm") is not None:
-        from vpgea_fast.rollout.vllm import VllmEngine
+        from vpgea_fast.rollout.vllm.engine import VllmEngine
 
         vllm = VllmEngine(
             path,

@@ -15,6 +15,7 @@
 
 set -u
 RUN=${RUN:-runs/7b-multinode}
+CONFIG=${CONFIG:-7b-multinode}  # a file, or the name of one that is installed with the project
 MINUTES=${MINUTES:-1400}  # of the 1440 above: the rest is for the last step and its save
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -22,7 +23,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
     --max-restarts 3 --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head_node:29500" \
-    -m vpgea_fast.cli train configs/7b-multinode.yaml --resume-if-started \
+    -m vpgea_fast.cli train "$CONFIG" --resume-if-started \
     --run.dir "$RUN" --run.max_minutes "$MINUTES" --parallel.replicas "$SLURM_NNODES" "$@"
 status=$?
 

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 
 from vpgea_fast.kernels import reference
-from vpgea_fast.kernels.reference import PAPER, GatedKl, GroupOptions
+from vpgea_fast.kernels.options import PAPER, GroupOptions
+from vpgea_fast.kernels.reference import GatedKl
 
 Tensor = torch.Tensor
 

@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from vpgea_fast.kernels.options import PAPER, GroupOptions
+
 Tensor = torch.Tensor
 
 
@@ -94,61 +96,6 @@ def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
 NOISE_RELATIVE = 8 * torch.finfo(torch.float32).eps
 NOISE_NATS = 1e-7
 LOG_HALF = math.log(0.5)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupOptions:
-    """Options of `group_advantage`, checked at birth: ValueError. The defaults are the paper's."""
-
-    alpha: float = 0.5  # exponent of the length factor, >= 0
-    baseline: str = "mean"  # of U over the prior paths; or "lme", the log of the mean likelihood
-    reward: str = "paper"  # or "likelihood_gate", "likelihood_mix"
-    r_margin: float = 0.0  # nats, reward "paper" only
-    u_min: float = -20.0  # nats, what a NaN or infinite U becomes
-    clamp_u: bool = False  # lift every U to u_min
-    eta_clip: tuple[float, float] | None = None  # (low, high)
-    eps: float = 1e-6  # added to the std
-    ddof: int = 0  # std over G - ddof
-    std_gate: float = 0.0  # groups with std(S) below it are silent
-
-    def __post_init__(self):
-        for name in ("alpha", "eps", "std_gate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, expected a finite number >= 0"
-                )
-        for name, choices in (
-            ("baseline", ("mean", "lme")),
-            ("reward", ("paper", "likelihood_gate", "likelihood_mix")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-                )
-        if not math.isfinite(self.r_margin) or (self.r_margin != 0 and self.reward != "paper"):
-            raise ValueError(
-                f"r_margin: got {self.r_margin} with reward={self.reward!r}, expected a finite "
-                "number, and 0 unless reward='paper': the other rewards have no margin"
-            )
-        if not math.isfinite(self.u_min):
-            raise ValueError(
-                f"u_min: got {self.u_min}, expected a finite number of nats such as -20"
-            )
-        if self.eta_clip is not None and not 0 < self.eta_clip[0] <= self.eta_clip[1] < math.inf:
-            raise ValueError(
-                f"eta_clip: got {self.eta_clip}, expected (low, high) with 0 < low <= high; "
-                "use None for no clip"
-            )
-
-    def check_group_size(self, group_size: int) -> None:
-        if not 0 <= self.ddof < group_size:
-            raise ValueError(
-                f"ddof: got {self.ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the "
-                "population std"
-            )
-
-
-PAPER = GroupOptions()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
+from vpgea_fast.kernels.options import GroupOptions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -266,6 +267,26 @@ def test_preset_fills_only_what_is_not_given():
     assert (paper.beta, paper.alpha, paper.gate, paper.u_min) == (0.5, 0.5, "indicator", -20.0)
 
 
+def test_every_option_of_the_utility_comes_from_the_key_of_its_name():
+    values = {
+        "alpha": 1.5,
+        "baseline": "lme",
+        "reward": "paper",
+        "r_margin": 0.25,
+        "u_min": -9.0,
+        "clamp_u": True,
+        "eta_clip": (0.5, 2.0),
+        "eps": 0.125,
+        "ddof": 1,
+        "std_gate": 0.75,
+    }
+    options = config.resolve({"objective": values}).objective.group_options()
+    assert dataclasses.asdict(options) == values
+    assert config.resolve({}).objective.group_options() == GroupOptions()
+    with pytest.raises(config.ConfigError, match=r"r_margin: got 0\.25 with reward="):
+        config.resolve({"objective": {**values, "reward": "likelihood_mix"}})
+
+
 def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim: {lr: 1.0e-6}\nrun: {seed: 1}\n")
@@ -509,3 +530,19 @@ def test_the_best_checkpoint_needs_an_evaluation(keys, lacks):
         return
     with pytest.raises(config.ConfigError, match=lacks):
         config.resolve(tree)
+
+
+def test_a_shipped_configuration_goes_by_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("1.5b", "7b", "7b-1gpu", "7b-multinode", "tiny")
+    assert [config.find(name) for name in names] == [
+        str(config.SHIPPED / f"{name}.yaml") for name in names
+    ]
+    (tmp_path / "tiny").mkdir()  # a world of make-tiny, not a configuration
+    assert config.find("tiny") == str(config.SHIPPED / "tiny.yaml")
+    (tmp_path / "7b").write_text("run: {seed: 3}")
+    assert config.load(config.find("7b")).run.seed == 3
+    for word in ("tiny.yaml", "none", "../tiny", "", str(config.SHIPPED / "tiny")):
+        assert config.find(word) == word
+    with pytest.raises(config.ConfigError, match=r"one of the names 1\.5b, 7b, 7b-1gpu, 7b-multi"):
+        config.load("none")

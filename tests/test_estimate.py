@@ -19,14 +19,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
 from vpgea_fast.activations import checkpoint_activations
+from vpgea_fast.check import Target, check_config, target
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
-from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.intake import check_text
 from vpgea_fast.model import ModelError, Policy, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
-from vpgea_fast.rollout.vllm import CHUNK_BYTES
+from vpgea_fast.rollout.vllm.transfer import CHUNK_BYTES
 from vpgea_fast.types import PromptedQuestion, Question, TrainRow
 
 ROOT = Path(__file__).parents[1]
@@ -779,7 +780,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
     for vocabulary, good in ((size, True), (size - 1, False)):
         hf = qwen((*SMALL[:-1], vocabulary))
         if good:
-            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
+            check_text(tiny_tokenizer, hf, config.resolve({}).model.path)
             continue
         with pytest.raises(ModelError, match=f"the model embeds {vocabulary} tokens"):
-            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
+            check_text(tiny_tokenizer, hf, config.resolve({}).model.path)

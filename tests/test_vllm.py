@@ -20,7 +20,8 @@ from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.vllm import LEAVE, VllmEngine
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.lifetime import LEAVE
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -158,7 +159,7 @@ def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_wo
             stats = trainer.train_step()
             assert stats.metrics["tokens_generated"] > 0
             trainer.step += 1
-        trainer.engine.rest()
+        trainer.stages.engine.rest()
         with pytest.raises(ValueError, match="load_weights first"):
             trainer.train_step()
     capsys.readouterr()
@@ -338,14 +339,14 @@ def test_paths_that_take_too_long_cost_their_question_not_the_run(words, capsys)
     words = words("late", "--vllm.timeout_s", "1e-9", "--train.steps", "1")
     cfg = config.load(TINY, words)
     with Trainer(cfg) as trainer:
-        before = [p.clone() for p in trainer.policy.parameters()]
+        before = [p.clone() for p in trainer.stages.policy.parameters()]
         stats = trainer.train_step()
         assert stats.metrics["paths_error"] == 4 * 12
         assert stats.metrics["groups_dropped"] == 4
         assert "gave up a path of every question" in stats.skipped
         assert not {"acc_student", "len_prior", "accept_rate", "u_post"} & {*stats.metrics}
         trainer.finish_step(stats)
-        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
     capsys.readouterr()
 
 
@@ -469,7 +470,7 @@ def test_a_trainer_that_ends_while_its_engine_starts_leaves_nothing(start, signa
 
 FAMILY = """
 import multiprocessing, os, sys, time
-from vpgea_fast.rollout.vllm import ending_with_this_process
+from vpgea_fast.rollout.vllm.lifetime import ending_with_this_process
 
 def work(context):
     if context is not None:

@@ -12,9 +12,10 @@ import torch
 from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import World
-from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutError
-from vpgea_fast.rollout.server import ServerEngine
+from vpgea_fast.rollout.vllm import versions
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.remote import ServerEngine
 
 
 @pytest.fixture(params=["run", "dry run"])
@@ -32,15 +33,15 @@ def refused(request, tiny_words, tmp_path, capsys):
 
 
 def test_without_vllm_the_error_names_the_extra_and_the_other_engine(refused, monkeypatch):
-    monkeypatch.setattr(vllm, "find_spec", lambda _: None)
+    monkeypatch.setattr(versions, "find_spec", lambda _: None)
     said = refused()
     assert "vpgea_fast[vllm]" in said
     assert "set rollout.engine 'hf'" in said
 
 
 def test_another_vllm_is_refused_with_the_table(refused, monkeypatch):
-    monkeypatch.setattr(vllm, "find_spec", lambda _: True)
-    monkeypatch.setattr(vllm, "FITS", {"0.1": ("1.0", "4.0", "4.1")})
+    monkeypatch.setattr(versions, "find_spec", lambda _: True)
+    monkeypatch.setattr(versions, "FITS", {"0.1": ("1.0", "4.0", "4.1")})
     assert "expected vllm 0.1.x with torch 1.0.x and transformers 4.0 to below 4.1" in refused()
 
 
@@ -74,7 +75,7 @@ FITTING = {"vllm": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"}
     ],
 )
 def test_versions_that_fit(found):
-    vllm.check_versions(found)
+    versions.check_versions(found)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +90,12 @@ def test_versions_that_fit(found):
 )
 def test_versions_that_do_not_fit_are_shown_beside_those_that_do(change):
     with pytest.raises(ConfigError, match=r"fit together: .*expected vllm 0\.32\.x with torch"):
-        vllm.check_versions({**FITTING, **change})
+        versions.check_versions({**FITTING, **change})
 
 
 def test_a_build_without_metadata_does_not_pass_as_any_version():
     with pytest.raises(ConfigError, match="do not fit together"):
-        vllm.check_versions({"torch": "2.13.0", "transformers": "5.19.0"})
+        versions.check_versions({"torch": "2.13.0", "transformers": "5.19.0"})
 
 
 def test_a_server_beyond_this_machine_needs_a_key(monkeypatch, capsys):
@@ -104,7 +105,7 @@ def test_a_server_beyond_this_machine_needs_a_key(monkeypatch, capsys):
     assert main(["serve", "some/model", "--print"]) == 0
     command = capsys.readouterr().out
     assert "--host 127.0.0.1" in command
-    assert "--middleware vpgea_fast.rollout.server.require_key" in command
+    assert "--middleware vpgea_fast.rollout.vllm.serve.require_key" in command
     assert "trust-remote-code" not in command
 
 
@@ -266,7 +267,7 @@ class Recorder:
         return True
 
 
-class OnCuda(vllm.VllmEngine):
+class OnCuda(VllmEngine):
     def _start(self, *_):
         return Recorder()
 

@@ -24,8 +24,10 @@ from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.server import KEY, ServerEngine, require_key
-from vpgea_fast.rollout.vllm import write_weights
+from vpgea_fast.rollout.vllm.client import KEY
+from vpgea_fast.rollout.vllm.remote import ServerEngine
+from vpgea_fast.rollout.vllm.serve import require_key
+from vpgea_fast.rollout.vllm.transfer import write_weights
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -265,7 +267,7 @@ def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeyp
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("vpgea_fast.rollout.vllm.save_file", full)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.transfer.save_file", full)
     with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write weights .*No space"):
         connect(server).load_weights(tiny_model.named_parameters())
 
@@ -273,7 +275,7 @@ def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeyp
 def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
     more = ["--vllm.server", server.url, "--metrics.diag_every", "1"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
-        trainer.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
+        trainer.stages.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
         stats = trainer.train_step()
     assert stats.metrics["groups_dropped"] == 4
@@ -300,13 +302,13 @@ def test_weights_that_the_server_leaves_out(engine, tiny_model, monkeypatch):
     def one_more(named, directory):
         return write_weights(named, directory) + 1
 
-    monkeypatch.setattr("vpgea_fast.rollout.server.write_weights", one_more)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.remote.write_weights", one_more)
     with pytest.raises(RolloutError, match=r"the engine took 27 of 28 weights"):
         engine.load_weights(tiny_model.named_parameters())
 
 
 def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
-    monkeypatch.setattr("vpgea_fast.rollout.server.write_weights", lambda *_: None)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.remote.write_weights", lambda *_: None)
     with pytest.raises(RolloutError, match="refuses /collective_rpc"):
         engine.load_weights(tiny_model.named_parameters())
     with pytest.raises(ValueError, match="load_weights first"):
@@ -316,7 +318,7 @@ def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
 def test_a_silent_server_is_noticed(engine, vllm_itself, tiny_model, monkeypatch):
     """Stopped, it keeps its connections open, as a machine that lost its power does. Seconds are a
     fifth of what they are in a run, where a call is lost within 40."""
-    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.client.HEALTH_SECONDS", 2.0)
     began = time.monotonic()
 
     def stop(_):
@@ -350,7 +352,7 @@ def test_an_engine_that_dies_in_a_hand_over(
     connect, tiny_world, tiny_model, tmp_path, running, monkeypatch
 ):
     """vLLM then waits for the end of the call that nobody will answer, and takes no other."""
-    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.client.HEALTH_SECONDS", 2.0)
     with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
         (session,) = running(parent=served.process.pid)
         found = running(session=session).items()

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vpgea_fast import __version__, config, strict_yaml
 
@@ -29,7 +29,12 @@ STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
 """Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
 MAX_GIB = 100_000
+TINY_WORLD = "data/tiny"
+TINY_BASE = f"{TINY_WORLD}/base"
+"""What the configuration `tiny` trains."""
 INTERRUPTED = 130  # 128 + SIGINT
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 class UsageError(ValueError):
@@ -80,6 +85,10 @@ def _path(word: str) -> str:
         return config.expand_home(word)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _config(word: str) -> str:
+    return config.find(_path(word))
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -158,7 +167,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
     parser.add_argument("--version", action="version", version=f"vpgea_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    declared = (
+        _declare_train,
+        _declare_eval,
+        _declare_data,
+        _declare_export,
+        _declare_serve,
+        _declare_report,
+        _declare_doctor,
+        _declare_make_tiny,
+    )
+    for declare in declared:
+        declare(commands, common)
+    return parser
 
+
+def _declare_train(commands: Commands, common: _Parser) -> None:
     train = commands.add_parser(
         "train",
         help="train from a YAML file",
@@ -166,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[common],
     )
-    train.add_argument("config", nargs="?", type=_path, help="YAML file, e.g. configs/tiny.yaml")
+    names = ", ".join(sorted(file.stem for file in config.SHIPPED.glob("*.yaml")))
+    train.add_argument(
+        "config", nargs="?", type=_config, help=f"YAML file, or one that is installed: {names}"
+    )
     train.add_argument(
         "--resume",
         metavar="RUN",
@@ -196,6 +223,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train, parser=train)
 
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if (args.config is None) == (args.resume is None):
+        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
+    if args.resume_if_started and args.config is None:
+        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
+    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
+        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
+    source, run = args.config, args.resume
+    if args.resume_if_started:
+        # The run directory is known from the configuration alone; whose config.yaml is there rules.
+        run_dir = config.load(source, overrides).run.dir
+        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
+    if run is not None:
+        source = Path(run) / "config.yaml"
+        overrides = [*overrides, "--run.dir", run]
+        if not source.is_file():
+            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
+    cfg = config.load(source, overrides, _notice)
+    if args.print_config:
+        print(config.dump(cfg), end="")
+        return 0
+    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
+        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
+    if args.dry_run:
+        from vpgea_fast.check import target
+        from vpgea_fast.dry_run import dry_run
+
+        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
+        return 0
+    from vpgea_fast.trainer import fit
+
+    _plain_logs()
+    return _status(fit(cfg, resume=run is not None))
+
+
+def _status(ending: Ending) -> int:
+    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
+    status is a failure, and starts the run again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
+
+
+def _declare_eval(commands: Commands, common: _Parser) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate the student view of a model",
@@ -213,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--config",
-        type=_path,
+        type=_config,
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
@@ -223,157 +293,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_path, help="write the result and its settings as JSON here"
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
-
-    data = commands.add_parser(
-        "data",
-        help="write a published data set as training and test questions",
-        epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
-        "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
-        "--eval.temperature 1 --rollout.engine vllm.",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    data.add_argument("name", metavar="NAME", help="data set, e.g. gsm8k")
-    data.add_argument(
-        "--from",
-        dest="folders",
-        action="append",
-        default=[],
-        type=_path,
-        metavar="FOLDER",
-        help="read its files as published from here, not the Hub; may be given again",
-    )
-    data.add_argument("--out", type=_path, metavar="DIR", help="default: data/NAME")
-    data.add_argument(
-        "--against",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="evaluation files besides the test split whose questions are left out of training",
-    )
-    data.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    data.add_argument("--model", type=_path, help="sample answers to each training question")
-    data.add_argument(
-        "--keep",
-        type=_range,
-        metavar="LOW:HIGH",
-        help="with --model: write the training questions whose pass rate is in this range",
-    )
-    data.add_argument(
-        "--samples",
-        type=_whole(1, 2**20),
-        metavar="N",
-        help="with --model: answers each, default 8",
-    )
-    data.add_argument("--config", type=_path, help="YAML file whose sections are used")
-    data.set_defaults(run=_data, parser=data)
-
-    export = commands.add_parser(
-        "export",
-        help="write the model of a checkpoint as a Hugging Face directory",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    export.add_argument("run_dir", metavar="RUN", type=_path)
-    export.add_argument(
-        "--step",
-        metavar="N|best|last",
-        type=_step,
-        default="last",
-        help="which checkpoint; best is by checkpoint.keep_best; default last",
-    )
-    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
-    export.set_defaults(run=_export, parser=export)
-
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model to training runs (vLLM), with vllm.server as their URL",
-        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
-        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
-        "beyond this machine there must be one.",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    serve.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=_whole(1, 65535), default=8000)
-    serve.add_argument("--print", action="store_true", help="print the command and stop")
-    serve.set_defaults(run=_serve, parser=serve)
-
-    report = commands.add_parser(
-        "report", help="draw a run directory", allow_abbrev=False, parents=[common]
-    )
-    report.add_argument("run_dir", metavar="RUN", type=_path)
-    report.set_defaults(run=_report, parser=report)
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="say what runs on this machine, and why the rest does not",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
-    doctor.set_defaults(run=_doctor, parser=doctor)
-
-    tiny = commands.add_parser(
-        "make-tiny",
-        help="make the tiny model and its questions",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    tiny.add_argument("out", type=_path, help="directory to make")
-    tiny.add_argument(
-        "--base",
-        choices=["demo", "common"],
-        default="demo",
-        help="concise paths at about 1e-6, or 1 %%",
-    )
-    tiny.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="train the base instead of copying the shipped one",
-    )
-    tiny.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
-    tiny.set_defaults(run=_make_tiny, parser=tiny)
-    return parser
-
-
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    if (args.config is None) == (args.resume is None):
-        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
-    if args.resume_if_started and args.config is None:
-        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
-    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
-        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
-    source, run = args.config, args.resume
-    if args.resume_if_started:
-        run_dir = config.load(source, overrides).run.dir
-        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
-    if run is not None:
-        source = Path(run) / "config.yaml"
-        overrides = [*overrides, "--run.dir", run]
-        if not source.is_file():
-            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
-    cfg = config.load(source, overrides, _notice)
-    if args.print_config:
-        print(config.dump(cfg), end="")
-        return 0
-    if args.dry_run:
-        from vpgea_fast.dry_run import dry_run, target
-
-        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
-        return 0
-    from vpgea_fast.trainer import fit
-
-    _plain_logs()
-    return _status(fit(cfg, resume=run is not None))
-
-
-def _status(ending: Ending) -> int:
-    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
-    status is a failure, and starts the run again."""
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -388,6 +307,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.engine is not None:
         words += ["--rollout.engine", args.engine]
     source, cfg = _of_model(args, words, overrides)
+    # Printed before the imports: torch and transformers take seconds, a refusal must not.
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
@@ -436,6 +356,53 @@ def _of_model(
     return source, config.load(source, words, _notice)
 
 
+def _declare_data(commands: Commands, common: _Parser) -> None:
+    data = commands.add_parser(
+        "data",
+        help="write a published data set as training and test questions",
+        epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
+        "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
+        "--eval.temperature 1 --rollout.engine vllm.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    data.add_argument("name", metavar="NAME", help="data set, e.g. gsm8k")
+    data.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        type=_path,
+        metavar="FOLDER",
+        help="read its files as published from here, not the Hub; may be given again",
+    )
+    data.add_argument("--out", type=_path, metavar="DIR", help="default: data/NAME")
+    data.add_argument(
+        "--against",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="evaluation files besides the test split whose questions are left out of training",
+    )
+    data.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    data.add_argument("--model", type=_path, help="sample answers to each training question")
+    data.add_argument(
+        "--keep",
+        type=_range,
+        metavar="LOW:HIGH",
+        help="with --model: write the training questions whose pass rate is in this range",
+    )
+    data.add_argument(
+        "--samples",
+        type=_whole(1, 2**20),
+        metavar="N",
+        help="with --model: answers each, default 8",
+    )
+    data.add_argument("--config", type=_config, help="YAML file whose sections are used")
+    data.set_defaults(run=_data, parser=data)
+
+
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("vpgea data is one process: start it without torchrun")
@@ -463,6 +430,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         keep=args.keep,
     )
     _plain_logs()
+    # `datasets` draws a bar per file and map; in a log each redraw is a line.
     if not sys.stderr.isatty():
         import datasets
 
@@ -475,20 +443,57 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _declare_export(commands: Commands, common: _Parser) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    export.add_argument("run_dir", metavar="RUN", type=_path)
+    export.add_argument(
+        "--step",
+        metavar="N|best|last",
+        type=_step,
+        default="last",
+        help="which checkpoint; best is by checkpoint.keep_best; default last",
+    )
+    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
+    export.set_defaults(run=_export, parser=export)
+
+
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     _no_more(overrides)
-    from vpgea_fast.trainer import export_step
+    from vpgea_fast.run_dir import export_step
 
     _plain_logs()
     print(export_step(args.run_dir, args.step, args.out))
     return 0
 
 
+def _declare_serve(commands: Commands, common: _Parser) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to training runs (vLLM), with vllm.server as their URL",
+        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
+        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
+        "beyond this machine there must be one.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    serve.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=_whole(1, 65535), default=8000)
+    serve.add_argument("--print", action="store_true", help="print the command and stop")
+    serve.set_defaults(run=_serve, parser=serve)
+
+
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     words = ["--model.path", args.model, *overrides]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
-    from vpgea_fast.rollout.server import check_key, serve, serve_command
-    from vpgea_fast.rollout.vllm import check_installed
+    from vpgea_fast.rollout.vllm.client import check_key
+    from vpgea_fast.rollout.vllm.serve import serve, serve_command
+    from vpgea_fast.rollout.vllm.versions import check_installed
 
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port, args.passed)
@@ -497,6 +502,14 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     check_installed()
     return serve(command, environment, args.host, args.port)
+
+
+def _declare_report(commands: Commands, common: _Parser) -> None:
+    report = commands.add_parser(
+        "report", help="draw a run directory", allow_abbrev=False, parents=[common]
+    )
+    report.add_argument("run_dir", metavar="RUN", type=_path)
+    report.set_defaults(run=_report, parser=report)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -514,6 +527,17 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _declare_doctor(commands: Commands, common: _Parser) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what runs on this machine, and why the rest does not",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+
+
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     _no_more(overrides)
     from vpgea_fast.doctor import examine
@@ -521,6 +545,29 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     for found in examine(args.device):
         print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
     return 0
+
+
+def _declare_make_tiny(commands: Commands, common: _Parser) -> None:
+    tiny = commands.add_parser(
+        "make-tiny",
+        help="make the tiny model and its questions",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    tiny.add_argument("out", type=_path, help="directory to make")
+    tiny.add_argument(
+        "--base",
+        choices=["demo", "common"],
+        default="demo",
+        help="concise paths at about 1e-6, or 1 %%",
+    )
+    tiny.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train the base instead of copying the shipped one",
+    )
+    tiny.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
+    tiny.set_defaults(run=_make_tiny, parser=tiny)
 
 
 def _make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import strict_yaml
+from vpgea_fast.kernels.options import GroupOptions
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -105,6 +106,10 @@ REMEDIES = {
 }
 
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The configurations of the project: `configs/` in the tree, a package of files in a wheel."""
+ROWS = Path(__file__).with_name("results")
+"""The committed rows that come with them."""
 MAX_BYTES = 1_000_000
 """Of a configuration: what is larger is another file."""
 
@@ -411,11 +416,12 @@ class VpgeaConfig:
     """The counterfactual guard of `robust` is not built yet; the run says so."""
 
     def __post_init__(self) -> None:
-        if self.r_margin and self.reward != "paper":
-            raise ValueError(
-                f"r_margin {self.r_margin} belongs to reward 'paper', got reward "
-                f"{self.reward!r}; set it to 0"
-            )
+        self.group_options()  # refuses keys that do not go together
+
+    def group_options(self) -> GroupOptions:
+        """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
+        names = [field.name for field in dataclasses.fields(GroupOptions)]
+        return GroupOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def posterior_paths(self) -> int:
@@ -581,7 +587,8 @@ class MetricsConfig:
     paths_per_step: NonNegativeInt = 16
     """Sampled paths written to paths.jsonl a step."""
     compare: PathText | None = None
-    """JSON of committed rows shown beside the run's own in the closing table and the report."""
+    """JSON of committed rows shown beside the run's own in the closing table and the report: a
+    file, or `tiny_demo`, the rows that come with the configuration `tiny`."""
     note: str = ""
     """A line printed under the closing table."""
 
@@ -662,7 +669,11 @@ def load(
     path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
 ) -> Config:
     """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it. `say` hears which of the file's keys another objective leaves out."""
+    over it. `say` hears which of the file's keys another objective leaves out.
+
+    `load("configs/tiny.yaml", ["--run.dir", "runs/b", "--optim.lr=1e-5"])` is what `vpgea train`
+    makes of the same words. Errors: ConfigError, which names the key and the nearest known one.
+    """
     tree, top = read_sections(path), parse_overrides(overrides)
     lost = _foreign(tree, top)
     if lost:
@@ -674,14 +685,24 @@ def load(
     return cfg
 
 
+def find(word: str, folder: Path = SHIPPED, suffix: str = ".yaml") -> str:
+    """The file of a path, else the shipped file of that name: `tiny` is configs/tiny.yaml, wherever
+    the project is installed. A word that is neither comes back as it is."""
+    known = {file.stem: str(file) for file in folder.glob(f"*{suffix}")}
+    taken = Path(word).exists() and not Path(word).is_dir()
+    return word if taken else known.get(word, word)
+
+
 def read_sections(path: str | Path) -> dict[str, Any]:
     """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise ConfigError(
-            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file "
+            f"or one of the names {names}"
         ) from error
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path}: more than {MAX_BYTES} bytes; expected a configuration in YAML")
@@ -706,7 +727,17 @@ def read_sections(path: str | Path) -> dict[str, Any]:
 
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a tree of sections, of values that JSON has; presets fill the keys of their
-    objective that the tree leaves open. A single value is a list of one where a list is wanted."""
+    objective that the tree leaves open. A single value is a list of one where a list is wanted.
+
+    It makes a Config in Python; what the tree leaves out has its default. The records are frozen:
+    `dataclasses.replace` makes another one, validated anew. Errors: ConfigError.
+
+    >>> cfg = resolve({"model": {"path": "base"}, "data": {"train": "questions.jsonl"}})
+    >>> cfg.model.path, cfg.data.train[0].path, cfg.objective.name
+    ('base', 'questions.jsonl', 'vpgea')
+    >>> dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=10)).train.steps
+    10
+    """
     try:
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)

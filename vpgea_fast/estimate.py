@@ -80,7 +80,7 @@ VLLM_KEPT = GIB
 process of its own. A choice, not a measurement."""
 
 STAGING = GIB
-"""`rollout.vllm.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
+"""`rollout.vllm.transfer.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, TrainConfig, read_sections, resolve
+from vpgea_fast.config import ROWS, ConfigError, TrainConfig, find, read_sections, resolve
 from vpgea_fast.metrics import METRICS, Alarms, finite, missing_steps, read_steps
 
 if TYPE_CHECKING:
@@ -466,7 +466,7 @@ def _label(run_dir: Path) -> str:
 def _comparison(run_dir: Path) -> dict[str, Any]:
     """The committed rows; {} if the run names none or the file is not there."""
     path = _section(run_dir, "metrics").get("compare")
-    comparison = _read_json(Path(str(path))) if path else {}
+    comparison = _read_json(Path(find(str(path), ROWS, ".json"))) if path else {}
     remedy = "rows must be objects with name, before and after"
     rows = comparison.get("rows", [])
     if not isinstance(rows, list) or not all(_is_map(r) and "name" in r for r in rows):

@@ -26,6 +26,7 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
 
     Both None where no path is gated. Whoever needs alpha later takes `log_utility` from here.
     """
+    options = cfg.group_options()
     accept = batch.closed_post_BG & torch.isfinite(batch.u_post_BG)
     if cfg.verify == "gate":
         accept = accept & (batch.correct_post_BG == 1.0)
@@ -35,16 +36,7 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
         batch.len_post_BG,
         batch.len_prior_BN,
         accept_BG=accept,
-        alpha=cfg.alpha,
-        baseline=cfg.baseline,
-        reward=cfg.reward,
-        r_margin=cfg.r_margin,
-        u_min=cfg.u_min,
-        clamp_u=cfg.clamp_u,
-        eta_clip=cfg.eta_clip,
-        eps=cfg.eps,
-        ddof=cfg.ddof,
-        std_gate=cfg.std_gate,
+        options=options,
     )
     gate = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
     gated = batch.len_post_BG[u.gate]

@@ -214,7 +214,7 @@ def _sampled(
         asked = _prompted(cfg, model, questions)
         items = tuple(item for item in asked if not isinstance(item, Rate))
         loaded = LoadedQuestions(tuple(question for question, _ in items))
-        shown = model.prompter.shown(items[0][1]) if items else "none fits"
+        shown = model.text.prompter.shown(items[0][1]) if items else "none fits"
         evaluator = model.evaluator(cfg, {"train": Benchmark(items, loaded, shown)})
         for line in evaluator.describe():
             console.message(line)
@@ -228,8 +228,8 @@ def _sampled(
 
 def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> list[Item | Rate]:
     """Each question with its student prompt; a rate without answers for those that a run drops."""
-    plain = [q for q in questions if not model.prompter.has_special(q.text)]
-    ids = model.prompter.student_ids([q.text for q in plain])
+    plain = [q for q in questions if not model.text.prompter.has_special(q.text)]
+    ids = model.text.prompter.student_ids([q.text for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
     limit = cfg.data.max_prompt_tokens
     made: list[Item | Rate] = []

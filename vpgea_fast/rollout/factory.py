@@ -9,10 +9,11 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World, pick_device
-from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
-from vpgea_fast.rollout.server import ServerEngine
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.remote import ServerEngine
+from vpgea_fast.rollout.vllm.versions import check_dtype, check_installed
 
 SYNC_DIR = "sync"
 """Below run.dir: weights on their way to a server, unless vllm.sync_dir says otherwise."""
@@ -25,7 +26,7 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
     if cfg.rollout.engine != "vllm":
         return
     if cfg.colocated:
-        vllm.check_dtype(getattr(torch, cfg.model.dtype))
+        check_dtype(getattr(torch, cfg.model.dtype))
         if cfg.vllm.tensor_parallel > 1 and cfg.vllm.process == "own":
             raise ConfigError(
                 f"vllm.tensor_parallel: got {cfg.vllm.tensor_parallel} with vllm.process 'own', "
@@ -47,7 +48,7 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
             "vllm.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
         )
     if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
-        vllm.check_installed()
+        check_installed()
 
 
 def positions(cfg: Config) -> int:
@@ -83,7 +84,7 @@ def open_engine(
 
 
 def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:
-    return vllm.VllmEngine(
+    return VllmEngine(
         cfg.model.path,
         max_batch=cfg.rollout.max_batch,
         dtype=dtype,
