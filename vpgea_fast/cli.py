@@ -337,7 +337,9 @@ def _of_model(
     and where the latter stands."""
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name
-    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
+    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
+    if exported and not run.is_file():
+        raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
     if source is None:
         return None, config.resolve(config.parse_overrides(words), source="command line")

@@ -171,8 +171,9 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     try:
         _lock(handle, path)
         _check_claim(path, resume)  # again: a run may have come and gone since the first look
-        if not resume:
-            remove(path / SAVED)  # of a run of which all else was deleted
+        if not resume:  # of a run of which all else was deleted, or that was killed in its start
+            for leftover in (path / SAVED, *path.glob(".tmp-*")):
+                remove(leftover)
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:
