@@ -111,8 +111,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
         self.step, self.skipped_in_a_row, self.worth = 0, 0, {}
-        self.halted, self.offending = None, []
-        self.saved_at = time.monotonic()
+        self.halted, self.offending, self.saved_at = None, [], time.monotonic()
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         self.world = open_world(cfg.parallel, cfg.model.device)
