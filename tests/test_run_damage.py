@@ -596,7 +596,7 @@ def test_the_table_is_long_enough():
 
 
 def test_a_few_damages_of_a_run_directory(runs):
-    judge(runs, [*cases_of(TABLE[4::30], runs, readers=False)])
+    judge(runs, [*cases_of(TABLE[4::40], runs, readers=False)])
 
 
 @pytest.mark.slow
@@ -616,6 +616,7 @@ def bound_by_permissions(lines):
     return commands(*lines)
 
 
+@pytest.mark.slow
 def test_a_read_only_run_directory(runs):
     run = copy_of(runs)
     for path in (run, *run.rglob("*")):
