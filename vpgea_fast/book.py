@@ -301,7 +301,7 @@ tokens_gated_off | tokens
 tokens_per_s | tokens per s
     (tokens_generated + tokens_trained) / seconds of all phases of the step.
 train_tokens_per_s | tokens per s
-    tokens_trained per second of time_train_s, over all processes.
+    Rate of the update: tokens_trained per second of time_train_s, over all processes.
 mfu | share
     Model FLOPs per second of the update, of the bfloat16 peak of all devices; null for unknown
     devices.

@@ -350,6 +350,7 @@ class HfEngineConfig:
     """The trained model itself samples, or a copy of it beside a sharded one."""
 
     name: Literal["hf"] = "hf"
+    """The trained model itself samples, or a copy of it beside a sharded one."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -357,6 +358,7 @@ class VllmEngineConfig:
     """vLLM samples: where it runs and what it may take."""
 
     name: Literal["vllm"] = "vllm"
+    """vLLM samples, on the devices of the training processes or at a server."""
     process: Literal["shared", "own"] = "shared"
     """`shared`: vLLM inside each training process. `own`: in a child process of it."""
     server: str | None = None
