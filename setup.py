@@ -78,6 +78,7 @@ setup(
         "vpgea_fast",
         "vpgea_fast.checkpoint",
         "vpgea_fast.data",
+        "vpgea_fast.metrics",
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",
         "vpgea_fast.rollout",

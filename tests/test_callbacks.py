@@ -117,6 +117,16 @@ def test_what_a_callback_raises_ends_the_run_which_can_go_on(words, tmp_path):
     assert fit(cfg, resume=True) is Ending.DONE
 
 
+def test_a_start_that_fails_ends_what_it_has_started(words, running):
+    """A resume with another seed is refused when engine and checkers are up."""
+    assert fit(load(TINY, words("run", "--train.steps", "1"))) is Ending.DONE
+    before = running(parent=os.getpid()).keys()
+    with pytest.raises(checkpoint.CheckpointError, match=r"would change run\.seed from 0 to 5"):
+        fit(load(TINY, words("run", "--run.seed", "5")), resume=True)
+    assert running(parent=os.getpid()).keys() == before
+    assert fit(load(TINY, words("run", "--train.steps", "2")), resume=True) is Ending.DONE
+
+
 def test_a_run_in_a_thread_hears_no_signal_and_trains(words):
     """Python sets signal handlers in the main thread alone."""
     cfg, endings = load(TINY, words("run", "--train.steps", "1")), []

@@ -334,7 +334,13 @@ def causal_lm(sizes, cfg, tied):
 
 def full_batch(tokens, documents=4):
     ids = torch.arange(tokens // documents + 1) % 1000
-    row = TrainRow(ids[:1], ids[1:], -torch.ones(len(ids) - 1), "prior", "student")
+    row = TrainRow(
+        context_ids=ids[:1],
+        token_ids=ids[1:],
+        coef=-torch.ones(len(ids) - 1),
+        stream="prior",
+        view="student",
+    )
     return pack_rows([row] * documents)
 
 
@@ -619,7 +625,12 @@ def question(student=5, teacher=9, target_tokens=4):
         return torch.zeros(n, dtype=torch.long)
 
     return PromptedQuestion(
-        Question("q", "x", "y"), ids(student), ids(teacher), ids(3), ids(target_tokens), ()
+        question=Question(id="q", text="x", answer="y"),
+        student_ids=ids(student),
+        teacher_ids=ids(teacher),
+        cue_ids=ids(3),
+        target_ids=ids(target_tokens),
+        variant_ids=(),
     )
 
 
@@ -725,7 +736,7 @@ def test_the_context_is_that_of_the_longest_path_of_every_kind():
     refuse(99, "question q: a prompt of 9")
     answers = {"u_source": "accuracy"}
     refuse(103, "question q, answers after its thought: a prompt of 96", scoring=answers)
-    item = (Question("b", "x", "y"), torch.zeros(6, dtype=torch.long))
+    item = (Question(id="b", text="x", answer="y"), torch.zeros(6, dtype=torch.long))
     test = [("test", Benchmark((item,), {}, ""))]
     refuse(108, "benchmark test, question b: a prompt of 6", benchmarks=test)
     check(10, engine={"name": "vllm", "context": 10, "server": "http://127.0.0.1:8000"})

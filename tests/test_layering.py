@@ -47,9 +47,9 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
-    "services": {"distributed", "metrics"},
+    "services": {"distributed", "manual", "metrics"},
     "records": {"config", "types"},
-    "text": {"strict_yaml"},
+    "text": {"book", "strict_yaml"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)

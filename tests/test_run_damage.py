@@ -1,6 +1,7 @@
 """Damaged run directories: what is harmed is found and told in one line that names it, nothing is
 trained on another state unsaid, and no log is cut without a word."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -436,6 +437,12 @@ def other_damages():
     yield "export", "half written", added(".tmp-export-1"), ""
     yield "export", "of another model", taken_from("alien", "export"), ""
     yield "", "behind a link", moved_and_linked, ""
+    yield (
+        "checkpoints",
+        "a link to a disk that is not there",
+        linked("checkpoints", broken=True),
+        None,
+    )
 
 
 def table():
@@ -479,11 +486,12 @@ def last_step(run):
 
 
 def check_refusal(run, words, text, names):
-    """One line, foreseen, that names the run and one of the files."""
+    """One line, foreseen, that names one of the files."""
     refused = [line for line in text.splitlines() if line.startswith("vpgea: ")]
     assert len(refused) == 1, f"{words[0]}: {text}"
     assert "--traceback" not in refused[0], f"{words[0]}: {text}"
-    assert any(str(run / name) in refused[0] for name in names), f"{words[0]}: {text}"
+    named = any(str(run) in refused[0] and name in refused[0] for name in names)
+    assert named or not names, f"{words[0]}: {text}"
 
 
 def check_resume(runs, run, status, text, before):
@@ -503,7 +511,7 @@ class Case:
     label: str
     run: Path
     names: list[str]
-    """Files one of which a refusal must name."""
+    """Files one of which a refusal must name; none: it may name anything."""
     each: list[list[str]]
     """Command lines; the last one resumes."""
     said: str | None = ".*"
@@ -588,7 +596,7 @@ def test_the_table_is_long_enough():
 
 
 def test_a_few_damages_of_a_run_directory(runs):
-    judge(runs, [*cases_of(TABLE[4::20], runs, readers=False)])
+    judge(runs, [*cases_of(TABLE[4::30], runs, readers=False)])
 
 
 @pytest.mark.slow
@@ -598,28 +606,26 @@ def test_every_damage_of_a_run_directory(runs, part):
     assert judge(runs, [*cases_of(TABLE[part::8], runs)]) > 2
 
 
-def as_nobody(lines):
-    """`commands` of a user who may read everything and write nothing of it."""
-    os.seteuid(65534)
-    try:
-        return commands(*lines)
-    finally:
-        os.seteuid(0)
+def bound_by_permissions(lines):
+    """`commands` of a process that permissions bind, as they do not bind the superuser's."""
+    capabilities, libc = (ctypes.c_uint32 * 6)(), ctypes.CDLL(None)
+    version = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert libc.capget(version, capabilities) == 0
+    capabilities[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE of the effective ones
+    assert libc.capset(version, capabilities) == 0
+    return commands(*lines)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
-def test_a_run_directory_of_another_user(runs, tiny_world):
+def test_a_read_only_run_directory(runs):
     run = copy_of(runs)
-    for path in (*run.parents, *Path(tiny_world.base_dir).parents):
-        if "pytest" in str(path):
-            path.chmod(0o755)
-    case = Case("read-only", run, [""], [["report", str(run)], lines_of(run, runs, "last")])
-    case.each.append(resuming(run))
+    for path in (run, *run.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    each = [["report", str(run)], ["export", str(run)], resuming(run)]
     before = contents(run)
-    (rank,) = watch_ranks(as_nobody, case.each, size=1, timeout_s=120)
+    (rank,) = watch_ranks(bound_by_permissions, each, size=1, timeout_s=120)
     assert rank.result == [2, 2, 2], rank.output
-    for words, text in zip(case.each, rank.output.split(f"{PARTED}\n")[1:], strict=True):
-        check_refusal(run, words, text, case.names)
+    for words, text in zip(each, rank.output.split(f"{PARTED}\n")[1:], strict=True):
+        check_refusal(run, words, text, [""])
     assert contents(run) == before
 
 
@@ -648,15 +654,17 @@ def random_case(seed, runs):
         random_harm(name, draw)(run)
     kinds = draw.sample(["report", "last", "best", "1", "eval"], draw.choice([0, 1, 2]))
     each = [*(lines_of(run, runs, kind) for kind in kinds), resuming(run)]
-    return Case(f"seed {seed}, {names}", run, [x.split("/")[0] for x in names], each)
+    # A word of config.yaml that still means something may name a file that is not there.
+    tops = [] if "config.yaml" in names else [name.split("/")[0] for name in names]
+    return Case(f"seed {seed}, {names}", run, tops, each)
 
 
 def sweep(runs, seeds):
     return judge(runs, [random_case(seed, runs) for seed in seeds])
 
 
-def test_ten_run_directories_damaged_at_random(runs):
-    sweep(runs, range(10))
+def test_eight_run_directories_damaged_at_random(runs):
+    sweep(runs, range(8))
 
 
 @pytest.mark.slow

@@ -400,8 +400,8 @@ def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
         )
         assert {row.view for row in rows} == {"teacher", "student"}
         assert all((hint in r.context_ids.tolist()) == (r.view == "teacher") for r in rows)
-        assert batch.u_post_BG.shape == (2, 4)
-        assert batch.u_prior_BN.shape == (2, 2)
+        assert batch.posterior.u_BP.shape == (2, 4)
+        assert batch.prior.u_BP.shape == (2, 2)
 
 
 def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
@@ -855,7 +855,7 @@ def test_a_lost_answer_drops_its_question(words, monkeypatch):
 
         monkeypatch.setattr(HFEngine, "generate", give_up_an_answer)
         batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
-    assert batch.lost.tolist() == [1, 0]
+    assert batch.lost_B.tolist() == [1, 0]
     assert (coefs.metrics["groups_dropped"], coefs.metrics["paths_error"]) == (1, 1)
     assert not any(weights[0].any() for weights in coefs.weights.values())
 

@@ -73,7 +73,12 @@ def make_engine(random_qwen2, tmp_path):
 
 
 def requests(count=4, prompt=(4, 5, 6)):
-    return [SampleRequest("q", "prior", i, torch.tensor(prompt), seed=i) for i in range(count)]
+    return [
+        SampleRequest(
+            question_id="q", stream="prior", index=i, prompt_ids=torch.tensor(prompt), seed=i
+        )
+        for i in range(count)
+    ]
 
 
 def lines(run_dir):
@@ -314,7 +319,10 @@ def test_the_prefix_cache_is_used_and_forgotten_at_a_sync(make_engine, random_qw
     engine, _ = make_engine()
     sampling = Sampling(4, think_close_id=3, eos_ids=(1,))
     prompt = torch.arange(4, 44) % 40 + 4
-    asked = [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(4)]
+    asked = [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=i)
+        for i in range(4)
+    ]
     engine.generate(asked, sampling)
     engine.usage()
     engine.generate(asked, sampling)

@@ -142,7 +142,10 @@ def engine(connect, server, tiny_model):
 
 def requests(count=4):
     prompt = torch.tensor([5, 6, 7])
-    return [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(count)]
+    return [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=i)
+        for i in range(count)
+    ]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ the device of its inputs, and a constant to autograd: no gradient passes through
 
 U is log P(answer | question, path) in the student's view. Source: VPG-EA, arXiv 2605.11019.
 
-Shapes: B prompts, G posterior (teacher view) paths and N prior (student view) paths a prompt.
+Shapes: B prompts, G posterior (teacher view) and N prior (student view) paths per prompt.
 """
 
 import math
@@ -82,7 +82,7 @@ def length_factor(
     Raises ValueError for negative or non-finite lengths, a base that is not positive, alpha < 0,
     and a clip that is not 0 < low <= high.
     """
-    options = GroupOptions(alpha=alpha, eta_clip=eta_clip)
+    options = GroupOptions(alpha=alpha, eta_clip=eta_clip)  # checks both
     if len_BG.ndim != 2 or len_base_B.shape != len_BG.shape[:1]:
         raise ValueError(
             f"length_factor: got len {tuple(len_BG.shape)} and len_base "

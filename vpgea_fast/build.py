@@ -124,7 +124,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         probe=probe,
         evaluator=evaluator,
         collector=collector,
-        measure=Measure(cfg, world, policy, passes, text.decode),
+        measure=Measure(cfg=cfg, world=world, policy=policy, passes=passes, decode=text.decode),
         verifier=verifier,
     )
 

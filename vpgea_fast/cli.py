@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, export, data, serve, report, doctor, make-tiny. Every configuration key is
-an option: `--section.key value`."""
+"""`vpgea`: train, eval, export, data, serve, report, keys, doctor, make-tiny. Every configuration
+key is an option, `--section.key value`; `vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -170,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         _declare_export,
         _declare_serve,
         _declare_report,
+        _declare_keys,
         _declare_doctor,
         _declare_make_tiny,
     )
@@ -182,7 +183,8 @@ def _declare_train(commands: Commands, common: _Parser) -> None:
     train = commands.add_parser(
         "train",
         help="train from a YAML file",
-        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b.",
+        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b; "
+        "vpgea keys explains them.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -239,7 +241,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
             raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
     cfg = config.load(source, overrides, _notice, record=run is not None)
     if args.print_config:
-        print(config.dump(cfg), end="")
+        _show(config.dump(cfg).rstrip("\n"))
         return 0
     if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
         raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
@@ -335,7 +337,9 @@ def _of_model(
     and where the latter stands."""
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name
-    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
+    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
+    if exported and not run.is_file():
+        raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
     if source is None:
         return None, config.resolve(config.parse_overrides(words), source="command line")
@@ -516,6 +520,42 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
     return 0
+
+
+def _declare_keys(commands: Commands, common: _Parser) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="explain every configuration key, or every metric",
+        epilog="A section is the part of a key before the dot, e.g. vpgea keys optim.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    keys.add_argument("section", nargs="?", metavar="SECTION", help="default: all of them")
+    keys.add_argument("--metrics", action="store_true", help="what a run writes, in its place")
+    keys.set_defaults(run=_keys, parser=keys)
+
+
+def _keys(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast import manual
+
+    if args.metrics and args.section is not None:
+        raise UsageError(f"keys: got {args.section!r} and --metrics; give one of the two")
+    if args.metrics:
+        _show(manual.metrics_text())
+    else:
+        parts = manual.sections() if args.section is None else manual.section(args.section)
+        _show(manual.keys_text(parts))
+    return 0
+
+
+def _show(text: str) -> None:
+    """Print what a reader may cut short (`vpgea keys | head`): no error then."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _declare_doctor(commands: Commands, common: _Parser) -> None:

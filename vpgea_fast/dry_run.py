@@ -45,7 +45,7 @@ from vpgea_fast.verify import Verifier
 
 ITEMS = 8
 SAMPLE_QUESTIONS = tuple(
-    Question(f"sample-{i}", text, answer)
+    Question(id=f"sample-{i}", text=text, answer=answer)
     for i, (text, answer) in enumerate(
         [
             ("What is 17 + 28?", "45"),
@@ -104,7 +104,7 @@ def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None
         step_questions(kept, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
     _say_benchmarks(benchmarks, say)
     check_config(cfg, text.config, on.processes, questions=kept, benchmarks=benchmarks, on=on)
-    _needs(cfg, text.config, kept, benchmarks, on, say)
+    _needs(cfg, text.config, questions=kept, benchmarks=benchmarks, on=on, say=say)
 
 
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:
@@ -213,10 +213,10 @@ def _needs(
             cfg.vllm.context or positions(cfg),
             attention.positions(model_config)[0] or sys.maxsize,
         )
-        _cache(cfg, estimate.engine, context, room, say, share=_is_share(cfg, on))
+        _cache(cfg, estimate.engine, context=context, room=room, say=say, share=_is_share(cfg, on))
         if on.cuda:
-            _share(cfg, estimate, estimate.engine, room, on, say)
-    _traffic(cfg, shape, row, on, say)
+            _share(cfg, estimate, engine=estimate.engine, room=room, on=on, say=say)
+    _traffic(cfg, shape, row=row, on=on, say=say)
 
 
 def _is_share(cfg: Config, on: Target) -> bool:
@@ -257,7 +257,8 @@ def _share(
     if over > 0:
         say(
             f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
-            f"the trainer are {over / GIB:.3f} too many; " + _smaller(cfg, engine, over, room, on)
+            f"the trainer are {over / GIB:.3f} too many; "
+            + _smaller(cfg, engine, over=over, room=room, on=on)
         )
     asked = cfg.vllm.gpu_memory * device  # vLLM asks for it at its start, whatever it will take
     free = usable - estimate.phases["sampling"]["weights"]

@@ -57,7 +57,15 @@ class Evaluator:
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
         # step -1: no training step ever draws with an evaluation's seed
         return [
-            SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
+            SampleRequest(
+                question_id=q.id,
+                stream="prior",
+                index=i,
+                prompt_ids=ids,
+                seed=request_seed(
+                    run_seed=self.cfg.seed, step=-1, question_id=q.id, stream="prior", index=i
+                ),
+            )
             for q, ids in questions
             for i in range(samples)
         ]

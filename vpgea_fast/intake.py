@@ -113,7 +113,13 @@ def read(
     )
     loaded = unfit(loaded, questions, lost, text.prompter.has_special)
     _list_dropped(cfg, world, [loaded, *(benchmark.loaded for benchmark in benchmarks.values())])
-    return Intake(text, questions, loaded, benchmarks, fingerprint([q.question for q in questions]))
+    return Intake(
+        text=text,
+        questions=questions,
+        loaded=loaded,
+        benchmarks=benchmarks,
+        fingerprint=fingerprint([q.question for q in questions]),
+    )
 
 
 def read_benchmarks(cfg: Config, text: ModelText, judge: Judge) -> dict[str, Benchmark]:

@@ -72,7 +72,7 @@ class Measure:
         ]
         early = diagnostics.early_answer_rate(whole, self.decode)
         return merge(
-            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost == 0]),
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost_B == 0]),
             {"early_answer_rate": early},
         )
 

@@ -174,7 +174,7 @@ class Trainer:
         found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
         cost = measure.cost(batch, coefs, rows, usage=usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
-        return StepStats(line, skipped if batch.whole else NO_PATHS)
+        return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
 
     def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
@@ -192,7 +192,7 @@ class Trainer:
         coefs: Coefficients,
         ratios: dict[PathKey, torch.Tensor] | None,
     ) -> list[TrainRow]:
-        """One row per path with a gradient, its coefficients normalised for `loss.sum()`."""
+        """The rows that have a gradient, their coefficients normalised by train.norm."""
         constant = self.norm_constant
         rows = build_rows(batch, coefs, self.cfg.train, norm_constant=constant, ratios=ratios)
         return drop_zero_rows(rows)
@@ -299,7 +299,8 @@ class Trainer:
         """Say what will be trained, and on what; tell the callbacks that the run starts."""
         for text in [*self.run.notices, *introduction(self.cfg, self.stages, self.world)]:
             self.say(text)
-        run = Run(self.cfg, self.run.path, self.step, self.world.rank, self.world.size)
+        rank, processes = self.world.rank, self.world.size
+        run = Run(self.cfg, self.run.path, step=self.step, rank=rank, processes=processes)
         self._tell("on_start", run)
 
     def evaluate_once(self, when: str) -> None:
@@ -326,7 +327,7 @@ class Trainer:
     def scheduled_evaluation(self) -> dict[str, float]:
         """Evaluate before the step, so that a stop here loses nothing; keys of its metrics."""
         every, evaluator = self.cfg.eval.every, self.stages.evaluator
-        if not every or not self.step or self.step % every:
+        if not (every and evaluator.benchmarks) or not self.step or self.step % every:
             return {}
         results = evaluator.run(self.progress(evaluator.samples))
         self._count_evaluation(self.step, results)

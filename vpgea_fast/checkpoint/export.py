@@ -54,7 +54,11 @@ def export_model(
         require_finite(weights, what="the export")
         if world.main:
             _write_export(
-                getattr(model, "causal_lm", model), weights, tokenizer, out_dir, max_shard_size
+                getattr(model, "causal_lm", model),
+                weights,
+                tokenizer=tokenizer,
+                out_dir=out_dir,
+                max_shard_size=max_shard_size,
             )
     return out_dir
 

@@ -100,7 +100,7 @@ def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
     try:
         with path.open("rb") as old, aside.open("wb") as new:
             for number, line in enumerate(old, start=1):
-                if _keeps(cut, line, number, upto, once):
+                if _keeps(cut, line, number=number, upto=upto, once=once):
                     new.write(line)
                 else:
                     dropped.append(line.rstrip(b"\n") + b"\n")
@@ -171,8 +171,9 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     try:
         _lock(handle, path)
         _check_claim(path, resume)  # again: a run may have come and gone since the first look
-        if not resume:
-            remove(path / SAVED)  # of a run of which all else was deleted
+        if not resume:  # of a run of which all else was deleted, or that was killed in its start
+            for leftover in (path / SAVED, *path.glob(".tmp-*")):
+                remove(leftover)
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:

@@ -207,7 +207,7 @@ def take(
         plans, index = planner.create_global_plan(exchange(world, wish))
         known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
     own = {"rng": rng_state(world.device), "states": bound}
-    return Snapshot(writer, planner, known, own, text)
+    return Snapshot(writer, planner, planned=known, own=own, state=text)
 
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
@@ -246,7 +246,7 @@ def put(
     # Files that somebody has edited, manifest and all, may raise anything.
     with together(world, what, remedy, catch=Exception):
         metadata = reader.read_metadata()
-        _check_fit(found, metadata, world, weights, optimizer)
+        _check_fit(found, metadata, world=world, weights=weights, optimizer=optimizer)
         targets = _targets(metadata, weights, optimizer)
         file = found.path / OWN.format(min(world.rank, found.processes - 1))
         own = torch.load(file, map_location="cpu", weights_only=True)

@@ -65,7 +65,7 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
     with Verifier.configured(cfg.verify) as verifier:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         found = {
-            role: _load(order, role, ways, cfg.data.limit, judge, console)
+            role: _load(order, role, ways=ways, limit=cfg.data.limit, judge=judge, console=console)
             for role, ways in recipe.items()
         }
     files: dict[str, str] = {}

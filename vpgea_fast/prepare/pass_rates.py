@@ -71,14 +71,14 @@ def pass_rates(
     block = max(1, -(-WAVES * cfg.rollout.max_batch // cfg.eval.samples))
     header = {"block": block, "questions": fingerprint(questions), **_settings(cfg)}
     with _locked(file) as handle:
-        header, rates = _known(handle, file, header, questions, overwrite)
+        header, rates = _known(handle, file, wanted=header, questions=questions, new=overwrite)
         if len(rates) < len(questions):
             if rates:
                 console.message(
                     f"{file}: goes on behind {len(rates)} of {len(questions)} questions"
                 )
             rest = questions[len(rates) :]
-            rates += _sampled(cfg, rest, handle, header, console)
+            rates += _sampled(cfg, rest, handle=handle, header=header, console=console)
     return rates
 
 

@@ -186,7 +186,9 @@ class EngineBase:
                     request = requests[order[place]]
                     if sampling.top_p < 1 and not self.full_softmax:
                         logps = torch.full_like(logps, torch.nan)
-                    paths[order[place]] = split_path(request, ids, logps, sampling, finish)
+                    paths[order[place]] = split_path(
+                        request, ids, logps=logps, sampling=sampling, finish=finish
+                    )
                 if on_progress is not None:
                     on_progress(len(ended))
         return [paths[number] for number in range(len(requests))]
@@ -349,7 +351,8 @@ def split_path(
     beyond a limit is dropped here and finish becomes "length".
 
     >>> drawn = torch.tensor([7, 3, 8, 3, 2])
-    >>> request = SampleRequest("q0", "prior", 0, torch.tensor([1]), seed=0)
+    >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
+    >>> request = SampleRequest(**who, prompt_ids=torch.tensor([1]), seed=0)
     >>> full = Sampling(max_new_tokens=4, think_close_id=3, eos_ids=(2,), full_answer=True)
     >>> path = split_path(request, drawn, torch.zeros(5), full, "stop")
     >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed

@@ -82,7 +82,9 @@ class SyncProbe:
         self.least_gap = min(8 * eps, self.tolerance / 32)
         self.sampling = Sampling(min(TOKENS, limit), think_close_id=-1, eos_ids=(), temperature=0.0)
         self.requests = [
-            SampleRequest(f"probe {engine}", "prior", i, prompt, seed=0)
+            SampleRequest(
+                question_id=f"probe {engine}", stream="prior", index=i, prompt_ids=prompt, seed=0
+            )
             for engine in range(engines)
             for i, prompt in enumerate(prompts)
         ]
@@ -130,7 +132,13 @@ class SyncProbe:
                 "the engine gave up a probe before its first token; raise engine.timeout_s"
             )
         rows = [
-            TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
+            TrainRow(
+                context_ids=r.prompt_ids,
+                token_ids=p.z_ids,
+                coef=torch.zeros(p.z_ids.numel()),
+                stream="prior",
+                view="student",
+            )
             for r, p in zip(self.requests, paths, strict=True)
         ]
         scored = [logps.cpu().double() for logps in self.score(rows)]
