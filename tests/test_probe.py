@@ -12,7 +12,7 @@ from vpgea_fast.rollout.probe import TOKENS, SyncProbe
 from vpgea_fast.trainer import fit
 from vpgea_fast.types import Path as DrawnPath
 
-TINY = Path(question_id=__file__).parents[1] / "configs/tiny.yaml"
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 ULP = 2.0**-24  # of a float32 log-prob between 0.5 and 1
 PROMPTS = [torch.tensor([1, 2]), torch.tensor([1, 2, 3])]
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -41,7 +41,16 @@ class Sides:
     def generate(self, requests, _):
         columns = zip(requests, self.ids.flatten(0, 1), self.drawn.flatten(0, 1), strict=True)
         return [
-            DrawnPath(r.question_id, r.stream, r.index, ids, logps, NONE, False, "length")
+            DrawnPath(
+                question_id=r.question_id,
+                stream=r.stream,
+                index=r.index,
+                z_ids=ids,
+                logps=logps,
+                answer_ids=NONE,
+                closed=False,
+                finish="length",
+            )
             for r, ids, logps in columns
         ]
 

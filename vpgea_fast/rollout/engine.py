@@ -174,6 +174,8 @@ class EngineBase:
         self.check(requests, sampling)
         if not self.complete:
             raise ValueError("the rollout model has no whole set of weights: load_weights first")
+        # By length first: a batch of like lengths has the least padding. Prompts that paths share
+        # lie together, so their keys and values are computed once.
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         paths: dict[int, Path] = {}
@@ -356,6 +358,7 @@ def split_path(
     >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed
     ([7, 3], [8, 3, 2], True)
     """
+    # A think-close token beyond the limit of thoughts closes nothing.
     closes = (ids[: sampling.max_new_tokens] == sampling.think_close_id).nonzero()
     closed = len(closes) > 0
     thought = int(closes[0]) + 1 if closed else sampling.max_new_tokens
@@ -365,6 +368,7 @@ def split_path(
         question_id=request.question_id,
         stream=request.stream,
         index=request.index,
+        # Clones: a slice would keep the storage of all drawn tokens alive.
         z_ids=ids[:thought].clone(),
         logps=logps[:thought].clone(),
         answer_ids=ids[thought:end].clone(),

@@ -35,6 +35,7 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
             )
         check_group(cfg.vllm.tensor_parallel, processes)
     elif (cfg.vllm.tensor_parallel, cfg.vllm.process) != (1, "shared"):
+        # Taken in silence, they would look as if the server had them.
         raise ConfigError(
             "engine.server: got a server with engine.tensor_parallel or engine.process, which are "
             "of engines here; give them to `vpgea serve`, or leave engine.server out"
@@ -48,6 +49,7 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
         raise ConfigError(
             "engine.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
         )
+    # Last: what no machine can run is told with or without vLLM.
     if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
         check_installed()
 

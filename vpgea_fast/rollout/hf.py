@@ -109,6 +109,7 @@ class HFEngine(EngineBase):
         logits_RV, cache, batch = self._prefill(requests, sampling)
         for step in range(sampling.limit):
             batch.record(step, *draw(logits_RV, batch.uniform_LR[step], sampling), sampling)
+            # Every look waits for the device, so on a GPU finished rows draw on between looks.
             if (step + 1) % self.check_every == 0 or step + 1 == sampling.limit:
                 batch.check_finite(step + 1, self.check_every, requests)
                 running_R = batch.length_R == 0
@@ -141,6 +142,7 @@ class HFEngine(EngineBase):
         width, limit, rows = max(map(len, distinct)), sampling.limit, len(requests)
         asked = sum(request.prompt_ids.numel() for request in requests)
         self.count(asked, asked - sum(map(len, distinct)))
+        # Padded on the left, so that the last column is the last token of every prompt.
         ids_PW = torch.full((len(distinct), width), sampling.pad_id)
         mask_PS = torch.ones(len(distinct), width + limit, dtype=torch.long)
         for prompt, number in distinct.items():
@@ -153,7 +155,7 @@ class HFEngine(EngineBase):
         mask_PW = mask_PS[:, :width]
         position_PW = (mask_PW.cumsum(-1) - 1).clamp(min=0)
         logits_PV = self._forward(ids_PW, mask_PW, position_PW, cache)
-        cache.batch_select_indices(expand_R)
+        cache.batch_select_indices(expand_R)  # from P prompts to R rows, by copying
         batch = _Batch(
             width=width,
             numbers=list(range(rows)),

@@ -96,7 +96,7 @@ class SyncProbe:
         now = self._look()
         gaps = torch.cat([seen.gaps for seen in now])
         mean, largest = gaps.mean().item(), gaps.max().item()
-        if not mean <= self.tolerance:
+        if not mean <= self.tolerance:  # NaN too
             raise RolloutError(
                 f"after the hand-over of weights engine and trainer disagree: mean |difference| of "
                 f"{gaps.numel()} log-probs {mean:.2g}, allowed {self.tolerance:.2g}, largest "
@@ -105,6 +105,8 @@ class SyncProbe:
                 "--resume and engine.name 'hf', or raise rollout.probe_tolerance if the dtype "
                 "explains it"
             )
+        # An engine is compared with the probe at which its bits last changed, not with the last
+        # one: steps too small to be told from rounding add up.
         before = self.changed or now
         self.changed = [
             old if new.same_bits(old) else new for old, new in zip(before, now, strict=True)

@@ -193,7 +193,7 @@ class Client:
         self, method: str, path: str, body: Any, seconds: float, *, watched: bool = True
     ) -> Any:
         headers = {"Content-Type": "application/json"}
-        if key := read_key():
+        if key := read_key():  # read anew each time, and never kept or shown
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body)
         with self._connected(seconds, watched=watched) as connection:
@@ -201,7 +201,7 @@ class Client:
                 connection.request(method, path, body=data, headers=headers)
                 response = connection.getresponse()
                 said = response.read()
-            except TimeoutError:
+            except TimeoutError:  # an OSError, but the caller decides what lateness means
                 raise
             except (OSError, http.client.HTTPException) as error:
                 raise self.lost(self.silent or f"{type(error).__name__}: {error}") from error

@@ -87,7 +87,7 @@ class ServerEngine(EngineBase):
         model = skeleton(path, trust_remote_code=cfg.trust_remote_code)
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        try:
+        try:  # the client has a thread of its own, which must not outlive a refusal
             positions = self._connect(describe(model.config))
         except BaseException:
             self.client.close()
@@ -128,6 +128,7 @@ class ServerEngine(EngineBase):
         waiting: dict[Answer, int] = {}
         ended: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         try:
+            # A thread per request that the server may draw at once: each waits for one answer.
             for place, request in enumerate(requests):
                 work = self.threads.submit(self._ask, run, place, request, sampling)
                 waiting[work] = place
