@@ -42,7 +42,7 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
-    "services": {"distributed", "metrics"},
+    "services": {"distributed", "hub", "metrics"},
     "records": {"config", "types"},
     "text": {"strict_yaml"},
     "kernels": {"kernels"},

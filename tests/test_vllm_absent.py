@@ -209,6 +209,19 @@ def test_settings_that_a_server_or_its_absence_makes_void(words, said, tiny_word
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_server_that_the_engine_would_not_ask(more, tiny_words, tmp_path, capsys):
+    words = tiny_words({"rollout.engine": "hf", "model.device": "cpu"})(
+        "run", "--vllm.server", "http://127.0.0.1:8000"
+    )
+    assert main(["train", "configs/tiny.yaml", *words, *more]) == 2
+    assert capsys.readouterr().err == (
+        "vpgea: vllm.server: got 'http://127.0.0.1:8000' with rollout.engine 'hf', which would "
+        "draw here and not ask it; set rollout.engine 'vllm', or vllm.server null\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
     assert main(["serve", "some/model", "--print", "--", "--data-parallel-size", "8"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--data-parallel-size 8")

@@ -234,7 +234,9 @@ class DataConfig:
     keys, one a choice: where a row has nothing under answer_key, or that is the first of them, the
     first is right, and they are shuffled. An empty text: leave choices out."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
-    """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0."""
+    """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0. With
+    `auto` a row without choices has a free answer; else it is dropped, or an error
+    (bad_answer)."""
     choices_seed: NonNegativeInt | None = None
     """Shuffle the choices, each question by this seed and its id; default the published order."""
     max_prompt_tokens: PositiveInt = 2048

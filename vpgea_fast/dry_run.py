@@ -7,20 +7,17 @@ import importlib.util
 import math
 import os
 import shutil
-import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import constants, is_offline_mode
+from huggingface_hub import is_offline_mode
 
-from vpgea_fast import attention, families
+from vpgea_fast import attention, families, hub
 from vpgea_fast.config import Config, ConfigError, printable
 from vpgea_fast.data import (
     Benchmark,
@@ -325,16 +322,16 @@ def _check_packages(cfg: Config, on: Target) -> None:
 
 
 def _questions(cfg: Config, say: Say, judge: Judge) -> LoadedQuestions:
-    hub = [file.path for file in cfg.data.train if file.path.startswith("hub:")]
-    reason = next(filter(None, map(_unreachable, hub)), None)
+    remote = [file.path for file in cfg.data.train if file.path.startswith("hub:")]
+    reason = next(filter(None, map(_unreachable, remote)), None)
     if reason is None:
         try:
             return load_training(cfg.data, parseable=judge)
         except DataError as error:
-            if not (hub and is_offline_mode()):
+            if not (remote and is_offline_mode()):
                 raise
             reason = str(error)
-    needed = ", ".join(hub)
+    needed = ", ".join(remote)
     say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {needed}")
     return LoadedQuestions(SAMPLE_QUESTIONS)
 
@@ -363,19 +360,7 @@ def _say_benchmarks(found: Mapping[str, Benchmark], say: Say) -> None:
 
 def _unreachable(source: str) -> str | None:
     """Why data on a Hub cannot be asked for; in offline mode it may lie in a cache."""
-    hub = source.startswith("hub:") and not is_offline_mode()
-    return "the Hub does not answer" if hub and not _hub_answers() else None
-
-
-def _hub_answers() -> bool:
-    """One request: `datasets` asks six times, for half a minute, before it gives up."""
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # `datasets` may trust it
-    return True
+    return "the Hub does not answer" if source.startswith("hub:") and hub.silent() else None
 
 
 def _needs(

@@ -23,6 +23,12 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
     needs vLLM where it runs, and here only to send weights over NCCL; what is installed on this
     machine does not matter to a run that is not planned for `here`."""
     if cfg.rollout.engine != "vllm":
+        if cfg.vllm.server is not None:
+            raise ConfigError(
+                f"vllm.server: got {cfg.vllm.server!r} with rollout.engine "
+                f"{cfg.rollout.engine!r}, which would draw here and not ask it; set rollout.engine "
+                "'vllm', or vllm.server null"
+            )
         return
     if cfg.colocated:
         vllm.check_dtype(getattr(torch, cfg.model.dtype))
