@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        model, path = make_model(args, Path(scratch), dtype, device)
+        model, path = make_model(args, Path(question_id=scratch), dtype, device)
         requests = make_requests(args, model.config.vocab_size)
         sampling = Sampling(args.tokens, think_close_id=-1, eos_ids=())
         engines = make_engines(args, model, path, dtype, device)
@@ -116,7 +116,13 @@ def make_requests(args: argparse.Namespace, vocabulary: int) -> list[SampleReque
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(vocabulary, (args.questions, args.prompt), generator=generator)
     return [
-        SampleRequest(f"q{q}", "prior", i, prompt, request_seed(0, 0, f"q{q}", "prior", i))
+        SampleRequest(
+            question_id=f"q{q}",
+            stream="prior",
+            index=i,
+            prompt_ids=prompt,
+            seed=request_seed(0, 0, f"q{q}", "prior", i),
+        )
         for q, prompt in enumerate(prompts)
         for i in range(args.paths)
     ]
@@ -128,7 +134,7 @@ def make_engines(
     batch = args.questions * args.paths
     engines: dict[str, RolloutEngine] = {"hf": HFEngine(model, max_batch=batch)}
     if find_spec("vllm") is not None:
-        from vpgea_fast.rollout.vllm import VllmEngine
+        from vpgea_fast.rollout.vllm.engine import VllmEngine
 
         vllm = VllmEngine(
             path,

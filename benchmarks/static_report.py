@@ -45,10 +45,10 @@ GEMMS = {
     "redo, store": {"STORE": True, "FLAGGED": True},
 }
 
-_STRIDED = r"[^:]*%(?:\w*stride|rows)\b[^:]*"
+_STRIDED = r"[^:]*%(?:\w*stride|n_rows)\b[^:]*"
 _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
 _TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
-_GLUE = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
+_OPERANDS = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
 SMALL = {
     "target_logit": (head._target_logit, {"BIAS": False, "SOFTCAP": False, **_TARGET}),
     "target_logit, softcap and bias": (
@@ -64,8 +64,11 @@ SMALL = {
         head._reduce_rows,
         {"PEAK": True, "FLAGGED": False, "BITS": head.FP16_BITS, **_REDUCE},
     ),
-    "glue": (head._glue, {"LIFT": False, "SOFTCAP": False, **_GLUE}),
-    "glue, lse and softcap": (head._glue, {"LIFT": True, "SOFTCAP": True, **_GLUE}),
+    "gradient_operands": (head._gradient_operands, {"LIFT": False, "SOFTCAP": False, **_OPERANDS}),
+    "gradient_operands, lse and softcap": (
+        head._gradient_operands,
+        {"LIFT": True, "SOFTCAP": True, **_OPERANDS},
+    ),
     "bias_gradient": (head._bias_gradient, {"BLOCK_M": 64, "BLOCK_N": 128}),
 }
 
@@ -215,7 +218,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "logit_scale": "fp32",
         "softcap": "fp32",
     }
-    for name in "rows vocabulary width hidden_stride weight_stride exps_stride".split():
+    for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
     absent = {"exps": not flags["STORE"], "bias_ptr": not flags["BIAS"]}
     constants |= {name: None for name, gone in absent.items() if gone}
@@ -237,7 +240,7 @@ def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
     types = {"target_ptr": "*i32", "flag_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
     for name in "hidden_ptr weight_ptr bias_ptr exps_ptr scaled_ptr".split():
         types[name] = f"*{dtype}"
-    for name in "rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
+    for name in "n_rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
     constants = dict(flags)
     if "DTYPE" in kernel.arg_names:
@@ -251,7 +254,7 @@ def compile_rows(variant: str, arch: int, dtype: str) -> Compiled:
     logits = dtype if logits == "half" else logits
     types = {"logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
     types |= {"target_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
-    for name in "rows vocabulary logits_stride dlogits_stride".split():
+    for name in "n_rows vocabulary logits_stride dlogits_stride".split():
         types[name] = "i32"
     constants = dict(flags)
     if not flags["BIAS"]:

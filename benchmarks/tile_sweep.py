@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from kernel_bench import Failure, attempt, interleaved, quantiles, shape_of, watched, write_json
 from kernel_providers import head_case
 
@@ -29,6 +28,7 @@ from vpgea_fast.kernels import cublas
 from vpgea_fast.kernels import linear_logprob as exps
 from vpgea_fast.kernels._tiling import INTERPRETED, Tile
 from vpgea_fast.kernels.chunked import add_matmul_, matmul
+from vpgea_fast.kernels.contract import Head
 from vpgea_fast.metrics import Console, environment
 
 Tensor = torch.Tensor
@@ -108,6 +108,10 @@ class Problem:
         self.flop = 2.0 * rows * self.weight.numel()
 
     @functools.cached_property
+    def plan(self) -> exps.Plan:
+        return exps.Plan.of(Head(weight=self.weight))
+
+    @functools.cached_property
     def logits(self) -> Tensor:
         return matmul(self.hidden, self.weight.T, torch.float32)
 
@@ -130,24 +134,20 @@ class Problem:
 
 def gemm_exp(problem: Problem, tile: Tile, *, store: bool) -> tuple[Callable[[], None], Tensor]:
     """The launch, and the (halves of tiles, rows) sums that it fills."""
-    head = replace(exps.Head.of(problem.weight), tile=tile)
-    rows = exps.new_rows(problem.case.targets, 1.0, head)
-    exps._launch_target_logit(problem.hidden, rows, head)
-    halves = 2 * triton.cdiv(problem.weight.shape[0], tile.block_n)
-    partial = torch.zeros(3, halves, problem.rows, device=problem.hidden.device)
-    flags = torch.zeros(exps.LIST, dtype=torch.int32, device=problem.hidden.device)
-    out = problem.exps if store else None
+    plan = replace(problem.plan, tile=tile)
+    stats = exps.new_stats(problem.case.targets, plan.head)
+    exps._launch_target_logit(problem.hidden, stats, plan.head)
+    tiles = exps.TileSums.new(problem.rows, plan)
     launch = functools.partial(
         exps._launch_gemm,
         problem.hidden,
-        rows,
-        partial,
-        flags,
-        head,
-        exps_CV=out,
-        reference2=rows.target2,
+        stats,
+        tiles,
+        plan,
+        exps_CV=problem.exps if store else None,
+        reference2=stats.target2,
     )
-    return launch, partial[0]
+    return launch, tiles.sums
 
 
 def gemm_error(problem: Problem, tile: Tile, *, store: bool) -> float:
@@ -160,25 +160,15 @@ def gemm_error(problem: Problem, tile: Tile, *, store: bool) -> float:
 def row_pass(problem: Problem, block: int, warps: int, *, gradient: bool) -> Callable[[], None]:
     """A pass of the cuBLAS head. The gradient's overwrites its logits: their values do not matter
     to its time, and no statistics are taken afterwards."""
-    head = exps.Head.of(problem.weight)
-    rows = exps.new_rows(problem.case.targets, 1.0, head)
-    cublas._launch_statistics(problem.logits, rows, head, block=block, warps=warps)
+    plan, sizes = problem.plan, {"block": block, "warps": warps}
+    stats = exps.new_stats(problem.case.targets, plan.head)
+    cublas._launch_statistics(problem.logits, stats, plan, **sizes)
     if not gradient:
-        return functools.partial(
-            cublas._launch_statistics, problem.logits, rows, head, block=block, warps=warps
-        )
+        return functools.partial(cublas._launch_statistics, problem.logits, stats, plan, **sizes)
     upstream = torch.zeros(problem.rows, 3, device=problem.hidden.device)
     upstream[:, 0] = problem.case.coef
     return functools.partial(
-        cublas._launch_gradient,
-        problem.logits,
-        rows,
-        upstream,
-        head,
-        problem.hidden.dtype,
-        entropy=False,
-        block=block,
-        warps=warps,
+        cublas._launch_gradient, problem.logits, stats, plan, upstream_C3=upstream, **sizes
     )
 
 

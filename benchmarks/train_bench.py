@@ -391,7 +391,15 @@ def time_packing(
         context = max(1, length // 4)
         tokens = torch.zeros(length - context + 1, dtype=torch.int64)
         coef = torch.ones(tokens.numel(), dtype=torch.float64)
-        made.append(TrainRow(tokens[:1].expand(context), tokens, coef, "prior", "student"))
+        made.append(
+            TrainRow(
+                context_ids=tokens[:1].expand(context),
+                token_ids=tokens,
+                coef=coef,
+                stream="prior",
+                view="student",
+            )
+        )
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()

@@ -126,9 +126,25 @@ def make_rows(
         advantage = (1 if accepted else -1) * (0.1 + abs(draw.gauss(0, 1)))
         weight_T = torch.full((length,), 1 / (paths * mean), dtype=torch.float64)
         path = ids[hinted:]
-        teacher.append(TrainRow(ids[:hinted], path, -advantage * weight_T, "posterior", "teacher"))
+        teacher.append(
+            TrainRow(
+                context_ids=ids[:hinted],
+                token_ids=path,
+                coef=-advantage * weight_T,
+                stream="posterior",
+                view="teacher",
+            )
+        )
         coef_T = -beta * accepted * weight_T
-        student.append(TrainRow(ids[:prompt], path, coef_T, "posterior", "student"))
+        student.append(
+            TrainRow(
+                context_ids=ids[:prompt],
+                token_ids=path,
+                coef=coef_T,
+                stream="posterior",
+                view="student",
+            )
+        )
     return teacher + student
 
 
@@ -157,7 +173,18 @@ def pad_rows(rows: Sequence[TrainRow], width: int, *, masked: bool) -> PaddedBat
     """Padded to `width`; of no rows the dummy that `pack_rows` makes of none."""
     if not rows:
         token = torch.zeros(1, dtype=torch.int64)
-        rows, width = [TrainRow(token, token, torch.zeros(1), "prior", "student")], 1
+        rows, width = (
+            [
+                TrainRow(
+                    context_ids=token,
+                    token_ids=token,
+                    coef=torch.zeros(1),
+                    stream="prior",
+                    view="student",
+                )
+            ],
+            1,
+        )
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask, index = torch.zeros_like(input_ids), []
     for b, row in enumerate(rows):

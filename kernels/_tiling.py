@@ -73,24 +73,28 @@ def programs_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def equal_slices(rows: int, most: int, block: int) -> list[slice]:
-    """[0, rows) in the fewest slices of at most `most` rows, of equal size in whole blocks."""
-    if rows == 0:
+def equal_slices(n_rows: int, most: int, block: int) -> list[slice]:
+    """[0, n_rows) in the fewest slices of at most `most` rows, of equal size in whole blocks."""
+    if n_rows == 0:
         return []
-    blocks = triton.cdiv(rows, block)
+    blocks = triton.cdiv(n_rows, block)
     step = block * triton.cdiv(blocks, triton.cdiv(blocks, max(1, most // block)))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """`programs` programs of a kernel, with fused multiply-adds, which Triton 3.10 turns off."""
-    kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Starts `programs` programs of a kernel; its arguments and constants by name.
+
+    With fused multiply-adds, which Triton 3.10 turns off.
+    """
+    kernel[(programs,)](enable_fp_fusion=True, **arguments)
 
 
 @triton.jit
 def as_float32(x):
     """x in float32. The interpreter keeps bf16 as raw uint16, on which arithmetic is garbage."""
     if _INTERPRETED and x.dtype == tl.bfloat16:
+        # bf16 is the upper half of a float32: a shift, exactly.
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         x = bits.to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -104,6 +108,7 @@ def rounded_to(x, dtype: tl.constexpr):
     bits set.
     """
     if _INTERPRETED and dtype == tl.bfloat16:
+        # Half a unit less one, plus the bit that will be the last: ties go to even.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -143,7 +148,7 @@ def log_sums2(target2, shift2, total):
     total is 0 when every other logit is -inf; then shift2 is the lowest float, and so must the
     others' be.
     """
-    others2 = shift2 + tl.log2(tl.where(total == 0, 1.0, total))
+    others2 = shift2 + tl.log2(tl.where(total == 0, 1.0, total))  # not -inf: see above
     higher = tl.maximum(target2, others2)
     return others2, higher + tl.log2(tl.exp2(target2 - higher) + tl.exp2(others2 - higher))
 
@@ -151,12 +156,12 @@ def log_sums2(target2, shift2, total):
 @triton.jit
 def load_tile(
     source,
-    row,
+    row,  # of the tile's first element
     column,
-    rows,
-    columns,
-    stride,
-    ROWS: tl.constexpr,
+    n_rows,  # of the matrix
+    n_columns,
+    stride,  # elements from one row to the next
+    ROWS: tl.constexpr,  # of the tile
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -165,11 +170,13 @@ def load_tile(
     `source` is a tensor descriptor (TMA) or a pointer; descriptors want rows of 16-byte multiples.
     """
     if TMA:
+        # One thread asks, the copy engine fills shared memory: no registers for addresses or masks.
         value = source.load([row, column])
     else:
         offs_r = row + tl.arange(0, ROWS)
         offs_c = column + tl.arange(0, COLUMNS)
-        inside = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        inside = (offs_r < n_rows)[:, None] & (offs_c < n_columns)[None, :]
+        # row x stride passes 2^31 elements at 14123 rows of a vocabulary of 152064.
         address = source + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :]
         value = tl.load(address, mask=inside, other=0.0)
     return value
@@ -179,12 +186,12 @@ def load_tile(
 def store_tile(
     sink,
     value,
-    row,
+    row,  # of the tile's first element
     column,
-    rows,
-    columns,
-    stride,
-    ROWS: tl.constexpr,
+    n_rows,  # of the matrix
+    n_columns,
+    stride,  # elements from one row to the next
+    ROWS: tl.constexpr,  # of the tile
     COLUMNS: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -194,7 +201,7 @@ def store_tile(
     else:
         offs_r = row + tl.arange(0, ROWS)
         offs_c = column + tl.arange(0, COLUMNS)
-        inside = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
+        inside = (offs_r < n_rows)[:, None] & (offs_c < n_columns)[None, :]
         address = sink + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :]
         tl.store(address, value, mask=inside)
 

@@ -1,9 +1,10 @@
 """The backends of the head: which of them can run a call, and which one "auto" takes.
 
-A backend is one function with the signature of `chunked.head_pass` and a line in BACKENDS, which is
-the order of preference. A call that names a backend gets it or a ValueError; "auto" takes the first
-one that can run the call and has nothing against it, and says which and why, once, at INFO. It
-looks at the device, the dtype and what the call wants; shape and free memory decide only the chunk.
+A backend is one function with the signature of `chunked.head_pass` (its records are in contract.py)
+and a line in BACKENDS, which is the order of preference. A call that names a backend gets it or a
+ValueError. "auto" takes the first one that can run the call and has nothing against it, and says
+which and why, once, at INFO. It looks at the device, the dtype and what the call wants; shape and
+free memory decide only the chunk.
 """
 
 import functools
@@ -171,6 +172,7 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         if (why := BACKENDS[backend].lacks(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")
         return BackendChoice(backend, "asked for")
+    # What was passed over, in words, and what could run but should not: the last resort.
     against: dict[str, str] = {}
     disliked: list[str] = []
     for name, candidate in BACKENDS.items():
@@ -200,6 +202,7 @@ def resolve(
     backend: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     lse_gradient: bool = False,
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
@@ -208,10 +211,16 @@ def resolve(
 
     Cached, so that a call pays for one look-up.
     """
+    # ROCm calls itself cuda too, and its capabilities are other numbers.
     nvidia = device.type == "cuda" and torch.version.hip is None
     capability = torch.cuda.get_device_capability(device) if nvidia else None
     call = Situation(
-        device.type, dtype, capability, lse_gradient, entropy_gradient, batch_invariant
+        device.type,
+        dtype,
+        capability,
+        lse_gradient=lse_gradient,
+        entropy_gradient=entropy_gradient,
+        batch_invariant=batch_invariant,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":
@@ -255,6 +264,7 @@ def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool) -> int | None:
             return min(budget, UNASKED_CHUNK)
         if torch.cuda.is_current_stream_capturing():
             return budget
+        # What the allocator holds and does not use is free to us, and not to the driver.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
         _budgets[key] = halved_to_fit(budget, free)

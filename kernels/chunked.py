@@ -33,6 +33,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+
 Tensor = torch.Tensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -52,99 +54,93 @@ def default_chunk_bytes(device: torch.device, row_bytes: int = 0) -> int:
 
 def head_pass(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     targets_K: Tensor,
     *,
     rows_K: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     entropy: bool = False,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-    dhidden_TD: Tensor | None = None,
-    dweight_VD: Tensor | None = None,
-    dbias_V: Tensor | None = None,
+    upstream: Upstream | None = None,
+    sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None).
+) -> Values:
+    """Runs one pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None).
 
-    Every backend has this signature. targets_K, temperature (a float or (K,)) and the upstream
-    gradients of (logp, lse, entropy), each (K,), belong to the selected rows. With `upstream` the
-    gradients are made in the same pass: rows of dhidden_TD are overwritten, dweight_VD and dbias_V
-    (float32, float64 for float64 inputs) are added to; a sink that is None costs nothing. Values
-    are float32, float64 for float64 inputs. No host synchronisation; validates nothing: the public
-    functions in vpgea_fast.losses do.
+    Every backend has this signature. targets_K, the head's temperatures and the upstream gradients,
+    each (K,), belong to the selected rows. With `upstream` the gradients are made in the same pass
+    and put into the sinks. No host synchronisation; validates nothing: the public functions in
+    vpgea_fast.losses do.
     """
     dtype, device = hidden_TD.dtype, hidden_TD.device
     accumulator = torch.promote_types(dtype, torch.float32)
-    vocabulary, rows = weight_VD.shape[0], targets_K.shape[0]
-    g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
-    needs_entropy = entropy or g_entropy is not None
-    if rows == 0:
+    vocabulary, n_rows = head.weight.shape[0], targets_K.shape[0]
+    needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
+    if n_rows == 0:
         none_K = torch.empty(0, dtype=accumulator, device=device)
-        return none_K, none_K, none_K if entropy else None
+        return Values(none_K, none_K, none_K if entropy else None)
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
-    buffers = 1 + (softcap is not None) + needs_entropy
+    buffers = 1 + (head.softcap is not None) + needs_entropy
     row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
-    chunks = math.ceil(rows / max(1, budget // row_bytes))
-    step = math.ceil(rows / chunks)
+    chunks = math.ceil(n_rows / max(1, budget // row_bytes))
+    step = math.ceil(n_rows / chunks)
     buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
-    temperature_K1 = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-    upstream_K3 = None
-    if g_logp is not None:
-        zero_K = torch.zeros_like(g_logp, dtype=accumulator)
-        parts = (zero_K if g is None else g.to(accumulator) for g in (g_logp, g_lse, g_entropy))
-        upstream_K3 = torch.stack(list(parts), dim=1) / temperature_K1
-    unit = _storage_unit(upstream_K3, vocabulary) if dtype is torch.float16 else 1.0
-    sink_VD = dweight_VD
-    if dweight_VD is not None and isinstance(unit, Tensor):
-        # In units until the last chunk, so it cannot be added to the caller's sum on the way.
-        sink_VD = torch.zeros_like(dweight_VD)
+    temperature_K = head.temperature
+    upstream_K3 = None if upstream is None else upstream.by_logits(temperature_K, accumulator)
+    unit = storage_unit(upstream_K3, vocabulary) if dtype is torch.float16 else 1.0
+    sink_VD = weight_sink(sinks.weight, unit)
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
         targets_C1 = targets_K[chunk].unsqueeze(1)
-        divisor = temperature_K1[chunk] if isinstance(temperature_K1, Tensor) else temperature_K1
+        divisor = temperature_K[chunk, None] if isinstance(temperature_K, Tensor) else temperature_K
+        # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
         plogp_CV = spare.pop() if needs_entropy else None
-        slope_CV = spare.pop() if softcap is not None else None
-        for columns, weight_BD in _weight_blocks(weight_VD, operand):
+        slope_CV = spare.pop() if head.softcap is not None else None
+        for columns, weight_BD in _weight_blocks(head.weight, operand):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
-        _logits_(z_CV, slope_CV, bias_V, divisor, softcap, logit_scale)
+        _logits_(z_CV, slope_CV, head, divisor)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         if plogp_CV is not None:
             torch.special.entr(z_CV, out=plogp_CV)
         values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
         if upstream_K3 is None:
             return values_C3
-        _dlogits_(z_CV, plogp_CV, slope_CV, targets_C1, peak_C1, values_C3, upstream_K3[chunk])
-        if dbias_V is not None:
-            dbias_V.add_(z_CV.sum(0))
+        _dlogits_(
+            z_CV,
+            plogp_CV=plogp_CV,
+            slope_CV=slope_CV,
+            targets_C1=targets_C1,
+            peak_C1=peak_C1,
+            values_C3=values_C3,
+            upstream_C3=upstream_K3[chunk],
+        )
+        if sinks.bias is not None:
+            # From the float32 dz, which is rounded for the GEMMs only.
+            sinks.bias.add_(z_CV.sum(0))
         dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
         if operand != dtype:
+            # Rounded all the same, so that a CPU gives a GPU's gradients.
             dz_CV = z_CV.copy_(dz_CV)
-        if dhidden_TD is not None:
+        if sinks.hidden is not None:
             dhidden_CD = torch.zeros_like(hidden_CD, dtype=accumulator)
-            for columns, weight_BD in _weight_blocks(weight_VD, operand):
-                add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, logit_scale)
+            for columns, weight_BD in _weight_blocks(head.weight, operand):
+                add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
             dhidden_CD.mul_(unit)
-            dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
+            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
         if sink_VD is not None:
-            add_matmul_(sink_VD, dz_CV.T, hidden_CD, logit_scale)
+            add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale)
         return values_C3
 
-    values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, rows, step)])
-    if dweight_VD is not None and sink_VD is not None and isinstance(unit, Tensor):
-        dweight_VD.add_(sink_VD.mul_(unit))
+    values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+    settle_weight(sinks.weight, sink_VD, unit)
     logp_K, lse_K, entropy_K = values_K3.unbind(1)
-    return logp_K, lse_K, entropy_K if entropy else None
+    return Values(logp_K, lse_K, entropy_K if entropy else None)
 
 
-def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
+def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
     """fp16 ends at 6e-8, where coefficients begin: its dz is kept in units of bound / 2^14.
 
     |dz_v| <= |a| + |b| + |c| (log V + 1), since |p log p| < 1 and H <= log V.
@@ -154,6 +150,19 @@ def _storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float
     g_logp_K, g_lse_K, g_entropy_K = upstream_K3.abs().unbind(1)
     bound_K = g_logp_K + g_lse_K + (math.log(vocabulary) + 1.0) * g_entropy_K
     return bound_K.amax().clamp_min(torch.finfo(bound_K.dtype).tiny) / 2.0**14
+
+
+def weight_sink(dweight_VD: Tensor | None, unit: Tensor | float) -> Tensor | None:
+    """What dW's GEMMs add to: the caller's sum; in fp16 zeros, which are in units until the end."""
+    if dweight_VD is None or not isinstance(unit, Tensor):
+        return dweight_VD
+    return torch.zeros_like(dweight_VD)
+
+
+def settle_weight(dweight_VD: Tensor | None, sink_VD: Tensor | None, unit: Tensor | float) -> None:
+    """Adds what was kept in units to the caller's sum, once, after the last chunk."""
+    if dweight_VD is not None and sink_VD is not None and sink_VD is not dweight_VD:
+        dweight_VD.add_(sink_VD.mul_(unit))
 
 
 def _weight_blocks(weight_VD: Tensor, operand: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -188,22 +197,21 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
 
 
 def _logits_(
-    a_CV: Tensor,
-    slope_CV: Tensor | None,
-    bias_V: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    a_CV: Tensor, slope_CV: Tensor | None, head: Head, temperature: float | Tensor
 ) -> None:
-    """Rewrites the products a_CV as z_CV; a softcap's slope 1 - tanh^2 goes to slope_CV."""
-    if logit_scale != 1.0:
-        a_CV.mul_(logit_scale)
-    if bias_V is not None:
-        a_CV.add_(bias_V)
-    if softcap is not None:
+    """Rewrites the products a_CV as z_CV; a softcap's slope 1 - tanh^2 goes to slope_CV.
+
+    temperature: the head's, (C, 1) of this chunk where it is a tensor. A factor of 1 is left out:
+    each pass over (C, V) costs a CPU as much as reading the logits once.
+    """
+    if head.logit_scale != 1.0:
+        a_CV.mul_(head.logit_scale)
+    if head.bias is not None:
+        a_CV.add_(head.bias)
+    if head.softcap is not None:
         assert slope_CV is not None
-        torch.tanh(a_CV.div_(softcap), out=slope_CV)
-        torch.mul(slope_CV, softcap / temperature, out=a_CV)
+        torch.tanh(a_CV.div_(head.softcap), out=slope_CV)
+        torch.mul(slope_CV, head.softcap / temperature, out=a_CV)
         slope_CV.square_().neg_().add_(1.0)
     elif isinstance(temperature, Tensor) or temperature != 1.0:
         a_CV.div_(temperature)
@@ -243,6 +251,7 @@ def _statistics(
 
 def _dlogits_(
     exp_CV: Tensor,
+    *,
     plogp_CV: Tensor | None,
     slope_CV: Tensor | None,
     targets_C1: Tensor,
@@ -250,16 +259,21 @@ def _dlogits_(
     values_C3: Tensor,
     upstream_C3: Tensor,
 ) -> None:
-    """Rewrites exp(z - peak) as d loss / d a; upstream_C3 is already divided by the temperature."""
+    """Rewrites exp(z - peak) as d loss / d a; upstream_C3 is already divided by the temperature.
+
+    In three passes over (C, V), each in place: the row's factor, -e log e for an entropy, slopes.
+    """
     logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
     g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
     scale_C1 = (peak_C1 - lse_C1).exp()
     row_C1 = g_lse_C1 - g_logp_C1
+    # expm1 keeps the digits of 1 - p where p is close to 1.
     target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()
     if plogp_CV is not None:
         row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + peak_C1 - lse_C1)
         surprise_C1 = entropy_C1 + logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
         target_C1 = target_C1 - g_entropy_C1 * logp_C1.exp() * surprise_C1
+        # log p_v = log e_v + (peak - lse): its constant part is in row_C1, -e log e is here.
         plogp_CV.mul_(g_entropy_C1 * scale_C1)
     exp_CV.mul_(row_C1 * scale_C1)
     if plogp_CV is not None:

@@ -37,6 +37,7 @@ kernel by the number of rows. That is what linear_logprob.py is for.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -55,17 +56,21 @@ from vpgea_fast.kernels._tiling import (
 )
 from vpgea_fast.kernels.chunked import (
     HALF,
-    _storage_unit,
     add_matmul_,
     default_chunk_bytes,
     matmul,
+    settle_weight,
+    storage_unit,
+    weight_sink,
 )
+from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
 from vpgea_fast.kernels.linear_logprob import (
     CHUNK_ROWS,
-    Head,
-    Rows,
+    Plan,
+    RowStats,
     bias_sum,
-    new_rows,
+    new_stats,
+    shape_of,
     values,
 )
 
@@ -83,10 +88,10 @@ _NOTHING2 = tl.constexpr(-200.0)
 
 @triton.jit
 def _load_logits(
-    address,
+    address,  # (rows, columns) pointers to products h . w, or (rows,) to one of each row
     mask,
-    bias_ptr,
-    offs_c,
+    bias_ptr,  # (V,)
+    offs_c,  # the columns at these addresses
     mask_c,
     gain,
     logit_scale,
@@ -99,21 +104,28 @@ def _load_logits(
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))
-    logit, slope = logit_of(product, bias, logit_scale, softcap, BIAS, SOFTCAP)
+    logit, slope = logit_of(
+        product,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        BIAS=BIAS,
+        SOFTCAP=SOFTCAP,
+    )
     return logit * gain, slope
 
 
 @triton.jit
 def row_statistics(
-    logits_ptr,
-    target_ptr,
-    gain_ptr,
-    bias_ptr,
-    target2_ptr,
-    total_ptr,
-    shift2_ptr,
-    moment_ptr,
-    rows,
+    logits_ptr,  # (n_rows, vocabulary): products h . w
+    target_ptr,  # (n_rows,) int32
+    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
+    bias_ptr,  # (vocabulary,)
+    target2_ptr,  # out, (n_rows,) fp32: z2 of the target
+    total_ptr,  # out, (n_rows,) fp32: sum of exp2(z2 - shift2) over the other classes
+    shift2_ptr,  # out, (n_rows,) fp32: their peak
+    moment_ptr,  # out with ENTROPY, (n_rows,) fp32: sum of exp2(z2 - shift2) (z2 - shift2)
+    n_rows,
     vocabulary,
     logits_stride,
     logit_scale,
@@ -127,10 +139,11 @@ def row_statistics(
     """z2 of the target; over the others shift2 = peak, total = sum 2^(z2 - shift2) and
     moment = sum 2^(z2 - shift2) (z2 - shift2)."""
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask_r = offs_r < rows
+    mask_r = offs_r < n_rows
     logits_r = logits_ptr + offs_r.to(tl.int64) * logits_stride
     target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
+    # A peak and a sum for each lane, joined once at the end: nothing crosses lanes in the loop.
     peak = tl.full([ROWS, BLOCK], LOWEST, tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     moment = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -140,21 +153,23 @@ def row_statistics(
         mask = mask_r[:, None] & mask_c
         z2, _ = _load_logits(
             logits_r[:, None] + offs_c,
-            mask,
-            bias_ptr,
-            offs_c,
-            mask_c,
-            gain[:, None],
-            logit_scale,
-            softcap,
-            BIAS,
-            SOFTCAP,
+            mask=mask,
+            bias_ptr=bias_ptr,
+            offs_c=offs_c,
+            mask_c=mask_c,
+            gain=gain[:, None],
+            logit_scale=logit_scale,
+            softcap=softcap,
+            BIAS=BIAS,
+            SOFTCAP=SOFTCAP,
         )
         z2 = tl.where(mask & (offs_c != target[:, None]), z2, -float("inf"))
+        # One exponential: it scales the old sum where the peak rises, else it is the new term.
         gap = z2 - peak
         e = tl.exp2(-tl.abs(gap))
         rises = gap > 0
         if ENTROPY:
+            # -inf where the class is masked: 0 x -inf is NaN, 2^-200 x -200 is 0.
             gap = tl.maximum(gap, _NOTHING2)
             moment = tl.where(rises, e * (moment - total * gap), moment + e * gap)
         total = tl.where(rises, total * e + 1.0, total + e)
@@ -168,32 +183,32 @@ def row_statistics(
         tl.store(moment_ptr + offs_r, tl.sum(moment, 1), mask=mask_r)
     target2, _ = _load_logits(
         logits_r + target,
-        mask_r,
-        bias_ptr,
-        target,
-        mask_r,
-        gain,
-        logit_scale,
-        softcap,
-        BIAS,
-        SOFTCAP,
+        mask=mask_r,
+        bias_ptr=bias_ptr,
+        offs_c=target,
+        mask_c=mask_r,
+        gain=gain,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        BIAS=BIAS,
+        SOFTCAP=SOFTCAP,
     )
     tl.store(target2_ptr + offs_r, target2, mask=mask_r)
 
 
 @triton.jit
 def row_gradient(
-    logits_ptr,
-    dlogits_ptr,
-    target_ptr,
-    gain_ptr,
-    bias_ptr,
-    target2_ptr,
-    total_ptr,
-    shift2_ptr,
-    moment_ptr,
-    upstream_ptr,
-    rows,
+    logits_ptr,  # (n_rows, vocabulary): products h . w
+    dlogits_ptr,  # out, (n_rows, vocabulary): da, in the same memory
+    target_ptr,  # (n_rows,) int32
+    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
+    bias_ptr,  # (vocabulary,)
+    target2_ptr,  # (n_rows,) fp32, of row_statistics, as the next three
+    total_ptr,  # (n_rows,) fp32
+    shift2_ptr,  # (n_rows,) fp32
+    moment_ptr,  # (n_rows,) fp32, read with ENTROPY
+    upstream_ptr,  # (n_rows, 3) fp32: of logp, lse, entropy; already divided by the temperature
+    n_rows,
     vocabulary,
     logits_stride,
     dlogits_stride,
@@ -207,13 +222,13 @@ def row_gradient(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """da of a row over its logits; upstream (rows, 3) is already divided by the temperature.
+    """da of a row over its logits.
 
     NARROWS: da takes half a logit's bytes. Columns [i, i + BLOCK) are written to where columns
     [i / 2, (i + BLOCK) / 2) were, which have been read, by other threads too: hence the barrier.
     """
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask_r = offs_r < rows
+    mask_r = offs_r < n_rows
     logits_r = logits_ptr + offs_r.to(tl.int64) * logits_stride
     dlogits_r = dlogits_ptr + offs_r.to(tl.int64) * dlogits_stride
     target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
@@ -226,6 +241,7 @@ def row_gradient(
     others2, lse2 = log_sums2(target2, shift2, total)
     p_target = tl.exp2(target2 - lse2)
     factor = g_lse - g_logp
+    # 1 - p as the share of the others: no digit lost where p is close to 1.
     dz_target = g_logp * tl.exp2(others2 - lse2) + g_lse * p_target
     if ENTROPY:
         g_entropy = tl.load(upstream_ptr + offs_r * 3 + 2, mask=mask_r, other=0.0)
@@ -242,21 +258,22 @@ def row_gradient(
         mask = mask_r[:, None] & mask_c
         z2, slope = _load_logits(
             logits_r[:, None] + offs_c,
-            mask,
-            bias_ptr,
-            offs_c,
-            mask_c,
-            gain[:, None],
-            logit_scale,
-            softcap,
-            BIAS,
-            SOFTCAP,
+            mask=mask,
+            bias_ptr=bias_ptr,
+            offs_c=offs_c,
+            mask_c=mask_c,
+            gain=gain[:, None],
+            logit_scale=logit_scale,
+            softcap=softcap,
+            BIAS=BIAS,
+            SOFTCAP=SOFTCAP,
         )
         log2_p = z2 - lse2[:, None]
         p = tl.exp2(log2_p)
         dz = p * factor[:, None]
         if ENTROPY:
             dz -= p * tl.maximum(log2_p, _NOTHING2) * g_entropy
+        # p here is rounded like any other class; the target's own entry was made above.
         dz = tl.where(offs_c == target[:, None], dz_target[:, None], dz)
         if SOFTCAP:
             dz *= slope
@@ -267,84 +284,77 @@ def row_gradient(
 
 def head_pass(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     targets_K: Tensor,
     *,
     rows_K: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     entropy: bool = False,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-    dhidden_TD: Tensor | None = None,
-    dweight_VD: Tensor | None = None,
-    dbias_V: Tensor | None = None,
+    upstream: Upstream | None = None,
+    sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend contract of `chunked.head_pass`: logp_K, lse_K, entropy_K (or None), float32.
+) -> Values:
+    """Meets the contract of `chunked.head_pass`: logp_K, lse_K, entropy_K (or None), float32.
 
     chunk_bytes bounds the logits of a chunk, at least one row. No host synchronisation.
+    logits_dtype: for the benchmark alone, see above.
 
     Not for float64 inputs or other devices than CUDA (the interpreter takes any): backends.py
     refuses these.
     """
     dtype = hidden_TD.dtype
-    g_logp, g_lse, g_entropy = upstream if upstream is not None else (None, None, None)
-    head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy or g_entropy is not None)
-    rows = new_rows(targets_K, temperature, head)
-    upstream_K3 = None
-    if g_logp is not None:
-        zero_K = torch.zeros_like(g_logp, dtype=torch.float32)
-        parts = [zero_K if g is None else g.float() for g in (g_logp, g_lse, g_entropy)]
-        upstream_K3 = torch.stack([part / temperature for part in parts], dim=1)
-    unit = _storage_unit(upstream_K3, weight_VD.shape[0]) if dtype is torch.float16 else 1.0
-    sink_VD = dweight_VD
-    if dweight_VD is not None and isinstance(unit, Tensor):
-        # In units until the last chunk, so it cannot be added to the caller's sum on the way.
-        sink_VD = torch.zeros_like(dweight_VD)
+    entropy_gradient = upstream is not None and upstream.entropy is not None
+    plan = Plan.of(head, entropy=entropy or entropy_gradient)
+    stats_K = new_stats(targets_K, head)
+    upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, torch.float32)
+    unit = storage_unit(upstream_K3, head.weight.shape[0]) if dtype is torch.float16 else 1.0
+    sink_VD = weight_sink(sinks.weight, unit)
 
     def run(chunk: slice) -> None:
-        """One chunk; a function, so that its logits are free before the next one's."""
-        hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
-        logits_CV = _products(hidden_CD, head.weight_VD, logits_dtype)
-        _launch_statistics(logits_CV, rows[chunk], head)
+        """Runs one chunk; a function, so that its logits are free before the next one's."""
+        hidden_CD, stats_C = hidden_TD.index_select(0, rows_K[chunk]), stats_K[chunk]
+        logits_CV = _products(hidden_CD, plan.head.weight, logits_dtype)
+        _launch_statistics(logits_CV, stats_C, plan)
         if upstream_K3 is None:
             return
-        has_entropy = g_entropy is not None
+        # The entropy's gradient costs registers: not where its values alone are wanted.
         da_CV = _launch_gradient(
-            logits_CV, rows[chunk], upstream_K3[chunk] / unit, head, dtype, entropy=has_entropy
+            logits_CV,
+            stats_C,
+            replace(plan, entropy=entropy_gradient),
+            upstream_C3=upstream_K3[chunk] / unit,
         )
-        if dbias_V is not None:
-            dbias_V.add_(bias_sum(da_CV, torch.ones_like(rows.gain[chunk])).mul_(unit))
+        if sinks.bias is not None:
+            sinks.bias.add_(bias_sum(da_CV, torch.ones_like(stats_C.gain)).mul_(unit))
         if sink_VD is not None:
-            add_matmul_(sink_VD, da_CV.T, hidden_CD, logit_scale)
+            add_matmul_(sink_VD, da_CV.T, hidden_CD, head.logit_scale)
         del hidden_CD
-        if dhidden_TD is not None:
-            dhidden_CD = matmul(da_CV, head.weight_VD, torch.float32).mul_(logit_scale * unit)
-            dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
+        if sinks.hidden is not None:
+            dhidden_CD = matmul(da_CV, plan.head.weight, torch.float32)
+            dhidden_CD.mul_(head.logit_scale * unit)
+            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
 
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_TD):
-        for chunk in _chunks(targets_K.shape[0], head, logits_dtype, chunk_bytes):
+        for chunk in _chunks(targets_K.shape[0], plan.head.weight, logits_dtype, chunk_bytes):
             run(chunk)
-    if dweight_VD is not None and sink_VD is not None and isinstance(unit, Tensor):
-        dweight_VD.add_(sink_VD.mul_(unit))
-    logp_K, lse_K, entropy_K = values(rows, head)
-    return logp_K, lse_K, entropy_K if entropy else None
+    settle_weight(sinks.weight, sink_VD, unit)
+    # Made for its gradient alone, an entropy is no result.
+    logp_K, lse_K, entropy_K = values(stats_K, entropy=plan.entropy)
+    return Values(logp_K, lse_K, entropy_K if entropy else None)
 
 
 def _chunks(
-    rows: int, head: Head, logits_dtype: torch.dtype, chunk_bytes: int | None
+    n_rows: int, weight_VD: Tensor, logits_dtype: torch.dtype, chunk_bytes: int | None
 ) -> list[slice]:
     """Chunks of equal size, whether or not there are gradients, so that their values agree.
 
     float32 logits are twice an E of linear_logprob.py: twice its default for the same rows.
     """
     if chunk_bytes is None:
-        chunk_bytes = 2 * default_chunk_bytes(head.weight_VD.device)
-    most = min(CHUNK_ROWS, chunk_bytes // (head.weight_VD.shape[0] * logits_dtype.itemsize))
-    return equal_slices(rows, max(1, most), 128 if most >= 128 else 1)
+        chunk_bytes = 2 * default_chunk_bytes(weight_VD.device)
+    most = min(CHUNK_ROWS, chunk_bytes // (weight_VD.shape[0] * logits_dtype.itemsize))
+    return equal_slices(n_rows, max(1, most), 128 if most >= 128 else 1)
 
 
 def _products(hidden_CD: Tensor, weight_VD: Tensor, logits_dtype: torch.dtype) -> Tensor:
@@ -354,70 +364,73 @@ def _products(hidden_CD: Tensor, weight_VD: Tensor, logits_dtype: torch.dtype) -
 
 
 def _launch_statistics(
-    logits_CV: Tensor, rows: Rows, head: Head, *, block: int = BLOCK, warps: int = WARPS
+    logits_CV: Tensor, stats: RowStats, plan: Plan, *, block: int = BLOCK, warps: int = WARPS
 ) -> None:
+    """Fills target2, total, shift2 and moment of the rows."""
+    n_rows, vocabulary = logits_CV.shape
+    # The logits are products h . w as cuBLAS left them: both passes shape them, none stores them.
     launch(
         row_statistics,
-        triton.cdiv(logits_CV.shape[0], ROWS),
-        logits_CV,
-        rows.targets,
-        rows.gain,
-        head.bias_V,
-        rows.target2,
-        rows.total,
-        rows.shift2,
-        rows.moment,
-        *logits_CV.shape,
-        logits_CV.stride(0),
-        head.logit_scale,
-        head.softcap or 1.0,
-        BIAS=head.bias_V is not None,
-        SOFTCAP=head.softcap is not None,
-        ENTROPY=head.entropy,
+        triton.cdiv(n_rows, ROWS),
+        logits_ptr=logits_CV,
+        target_ptr=stats.targets,
+        gain_ptr=stats.gain,
+        bias_ptr=plan.head.bias,
+        target2_ptr=stats.target2,
+        total_ptr=stats.total,
+        shift2_ptr=stats.shift2,
+        moment_ptr=stats.moment,
+        n_rows=n_rows,
+        vocabulary=vocabulary,
+        logits_stride=logits_CV.stride(0),
+        ENTROPY=plan.entropy,
         ROWS=ROWS,
         BLOCK=block,
         num_warps=warps,
+        **shape_of(plan.head),
     )
 
 
 def _launch_gradient(
     logits_CV: Tensor,
-    rows: Rows,
-    upstream_C3: Tensor,
-    head: Head,
-    dtype: torch.dtype,
+    stats: RowStats,
+    plan: Plan,
     *,
-    entropy: bool,
+    upstream_C3: Tensor,
     block: int = BLOCK,
     warps: int = WARPS,
 ) -> Tensor:
-    """da (C, V) in `dtype`, over the logits: with float32 logits half of each row is left over."""
-    da_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+    """Writes da (C, V) over the logits: with float32 logits half of each row is left over.
+
+    plan.entropy: whether the entropy has a gradient. The dtype is the weight's.
+    """
+    dtype = plan.head.weight.dtype
+    n_rows, vocabulary = logits_CV.shape
+    # The view has two halves for each float32: da is the first V of 2 V columns.
+    da_CV = logits_CV.view(dtype)[:, :vocabulary]
     launch(
         row_gradient,
-        triton.cdiv(logits_CV.shape[0], ROWS),
-        logits_CV,
-        da_CV,
-        rows.targets,
-        rows.gain,
-        head.bias_V,
-        rows.target2,
-        rows.total,
-        rows.shift2,
-        rows.moment,
-        upstream_C3,
-        *logits_CV.shape,
-        logits_CV.stride(0),
-        da_CV.stride(0),
-        head.logit_scale,
-        head.softcap or 1.0,
-        BIAS=head.bias_V is not None,
-        SOFTCAP=head.softcap is not None,
-        ENTROPY=entropy,
+        triton.cdiv(n_rows, ROWS),
+        logits_ptr=logits_CV,
+        dlogits_ptr=da_CV,
+        target_ptr=stats.targets,
+        gain_ptr=stats.gain,
+        bias_ptr=plan.head.bias,
+        target2_ptr=stats.target2,
+        total_ptr=stats.total,
+        shift2_ptr=stats.shift2,
+        moment_ptr=stats.moment,
+        upstream_ptr=upstream_C3,
+        n_rows=n_rows,
+        vocabulary=vocabulary,
+        logits_stride=logits_CV.stride(0),
+        dlogits_stride=da_CV.stride(0),
+        ENTROPY=plan.entropy,
         NARROWS=logits_CV.dtype is torch.float32 and dtype in HALF,
         DTYPE=TRITON_DTYPE[dtype],
         ROWS=ROWS,
         BLOCK=block,
         num_warps=warps,
+        **shape_of(plan.head),
     )
     return da_CV

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 
 from vpgea_fast.kernels import reference
-from vpgea_fast.kernels.reference import PAPER, GatedKl, GroupOptions
+from vpgea_fast.kernels.options import PAPER, GroupOptions
+from vpgea_fast.kernels.reference import GatedKl
 
 Tensor = torch.Tensor
 
@@ -55,7 +56,7 @@ _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupScores(reference.GroupAdvantage):
     """`GroupAdvantage` and the coefficient of every posterior path's token in both streams.
 
@@ -69,6 +70,7 @@ class GroupScores(reference.GroupAdvantage):
 
 @triton.jit
 def _f64(x: tl.constexpr):
+    """A number of the host as a float64 of the device, all its digits: see above."""
     return tl.full([], x, tl.float64)
 
 
@@ -83,9 +85,15 @@ def _segments(cu_ptr, row, live, n_tokens):
 
 @triton.jit
 def _answer_utility(
-    logp_ptr, cu_ptr, row, live, n_tokens, U_MIN: tl.constexpr, CLAMP: tl.constexpr,
+    logp_ptr,  # (n_tokens,) float32 or float64; one value a path without cu_ptr
+    cu_ptr,  # (paths + 1,) int32 or int64, or None
+    row,
+    live,
+    n_tokens,
+    U_MIN: tl.constexpr,
+    CLAMP: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """U of the paths `row`, whether it was finite, and whether its boundaries are in range."""
     if cu_ptr is None:
         u = tl.load(logp_ptr + row, mask=live, other=0.0).to(tl.float64)
@@ -94,6 +102,7 @@ def _answer_utility(
         start, end, inside = _segments(cu_ptr, row, live, n_tokens)
         position = start[:, None] + tl.arange(0, BLOCK)[None, :]
         total = tl.zeros([row.shape[0], BLOCK], tl.float64)
+        # As many steps as the longest of these answers takes; the others are masked.
         for first in range(0, tl.max(end - start, 0), BLOCK):
             at = position + first
             total += tl.load(logp_ptr + at, mask=at < end[:, None], other=0.0).to(tl.float64)
@@ -126,27 +135,55 @@ def _zscore(s, live, G: tl.constexpr, EPS: tl.constexpr, DDOF: tl.constexpr, GAT
 
 @triton.jit(do_not_specialize=["n_answer_tokens", "n_tokens"])
 def _group_advantage_kernel(
-    logp_ptr, cu_answers_ptr, len_post_ptr, len_prior_ptr, accept_ptr, weight_ptr, cu_paths_ptr,
-    post_ptr, prior_ptr, base_ptr, gate_ptr, replaced_ptr, coef_post_ptr, coef_prior_ptr,
-    n_answer_tokens, n_tokens,
+    logp_ptr,  # (n_answer_tokens,) float32 or float64
+    cu_answers_ptr,  # (B (G + N) + 1,) int, or None
+    len_post_ptr,  # (B, G) int or float
+    len_prior_ptr,  # (B, N) int or float
+    accept_ptr,  # (B, G) bool, or None
+    weight_ptr,  # (B, G) float, or None
+    cu_paths_ptr,  # (B G + 1,) int, or None with weight
+    post_ptr,  # out, (5, B, G) float64: U, R, eta, S, A
+    prior_ptr,  # out, (B, N) float64: U
+    base_ptr,  # out, (2, B) float64: Ubar, len_base
+    gate_ptr,  # out, (B, G) bool
+    replaced_ptr,  # out, (B,) int32
+    coef_post_ptr,  # out with weight, (n_tokens,) float32, as the next
+    coef_prior_ptr,
+    n_answer_tokens,
+    n_tokens,
     G: tl.constexpr, N: tl.constexpr, G_PAD: tl.constexpr, N_PAD: tl.constexpr,
     ALPHA: tl.constexpr, LME: tl.constexpr, REWARD: tl.constexpr, R_MARGIN: tl.constexpr,
     U_MIN: tl.constexpr, CLAMP_U: tl.constexpr, ETA_LOW: tl.constexpr, ETA_HIGH: tl.constexpr,
     EPS: tl.constexpr, DDOF: tl.constexpr, STD_GATE: tl.constexpr, BETA: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
+    """One question: utilities of its paths, their z-score, and the coefficients of their tokens."""
     b = tl.program_id(0).to(tl.int64)
     questions = tl.num_programs(0).to(tl.int64)
     live_G, live_N = tl.arange(0, G_PAD) < G, tl.arange(0, N_PAD) < N
     at_G, at_N = b * G + tl.arange(0, G_PAD), b * N + tl.arange(0, N_PAD)
 
     u_post, finite_G, inside_G = _answer_utility(
-        logp_ptr, cu_answers_ptr, at_G, live_G, n_answer_tokens, U_MIN, CLAMP_U, TILE // G_PAD
+        logp_ptr,
+        cu_answers_ptr,
+        row=at_G,
+        live=live_G,
+        n_tokens=n_answer_tokens,
+        U_MIN=U_MIN,
+        CLAMP=CLAMP_U,
+        BLOCK=TILE // G_PAD,
     )
+    # The prior paths' answers lie behind those of all B G posterior paths.
     u_prior, finite_N, inside_N = _answer_utility(
-        logp_ptr, cu_answers_ptr, questions * G + at_N, live_N, n_answer_tokens, U_MIN, CLAMP_U,
-        TILE // N_PAD,
-    )  # fmt: skip
+        logp_ptr,
+        cu_answers_ptr,
+        row=questions * G + at_N,
+        live=live_N,
+        n_tokens=n_answer_tokens,
+        U_MIN=U_MIN,
+        CLAMP=CLAMP_U,
+        BLOCK=TILE // N_PAD,
+    )
     if LME:
         peak = tl.max(tl.where(live_N, u_prior, -_INF), 0)
         u_base = peak + tl.log(tl.sum(tl.where(live_N, tl.exp(u_prior - peak), 0.0), 0) / N)
@@ -171,6 +208,7 @@ def _group_advantage_kernel(
         eta = tl.minimum(tl.maximum(eta, _f64(ETA_LOW)), _f64(ETA_HIGH))
     utility = reward * eta
 
+    # One bad path makes its question NaN: the mean and the deviation have all of them inside.
     good_G = inside_G & counts_G & (tl.abs(utility) < _INF)
     if cu_paths_ptr is not None:
         start, end, inside_paths = _segments(cu_paths_ptr, at_G, live_G, n_tokens)
@@ -178,7 +216,9 @@ def _group_advantage_kernel(
     bad = tl.sum((live_G & ~good_G).to(tl.int32), 0) + tl.sum(
         (live_N & ~(inside_N & counts_N)).to(tl.int32), 0
     )
-    advantage = tl.where(bad > 0, _NAN, _zscore(utility, live_G, G, EPS, DDOF, STD_GATE))
+    advantage = tl.where(
+        bad > 0, _NAN, _zscore(utility, live_G, G=G, EPS=EPS, DDOF=DDOF, GATE=STD_GATE)
+    )
     gate = advantage > 0
     replaced = tl.sum((live_G & ~finite_G).to(tl.int32), 0) + tl.sum(
         (live_N & ~finite_N).to(tl.int32), 0
@@ -197,6 +237,7 @@ def _group_advantage_kernel(
     tl.store(replaced_ptr + b, tl.where(bad > 0, -1, replaced))
 
     if cu_paths_ptr is not None:
+        # A path is one line of a (G_PAD, TILE // G_PAD) tile, which walks along its tokens.
         weight = tl.load(weight_ptr + at_G, mask=live_G, other=0.0).to(tl.float64)
         coef_post = tl.where(advantage == 0, 0.0, -advantage * weight)[:, None]
         coef_prior = tl.where(gate, -weight * _f64(BETA), 0.0)[:, None]
@@ -225,6 +266,7 @@ def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_rows, n_sequences, BLOCK: tl.co
 
     O(P) per sequence, which spares the launches of a cumulative sum.
     """
+    # First where s stands in the index, then how many rows the sequences before it hold.
     times, slot = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int64)
     for first in range(0, n_prior, BLOCK):
         at = first + tl.arange(0, BLOCK).to(tl.int64)
@@ -239,6 +281,7 @@ def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_rows, n_sequences, BLOCK: tl.co
         owner = tl.load(index_ptr + at, mask=at < n_prior, other=0)
         inside = (owner >= 0) & (owner < n_sequences)
         live = inside & (at < n_prior)
+        # An owner out of range is never an address: it is counted, and makes `fits` False.
         lower = tl.load(cu_ptr + owner, mask=live, other=0).to(tl.int64)
         upper = tl.load(cu_ptr + (owner + 1), mask=live, other=0).to(tl.int64)
         total += upper - lower
@@ -250,12 +293,26 @@ def _prior_rows(index_ptr, cu_ptr, s, n_prior, n_rows, n_sequences, BLOCK: tl.co
 
 @triton.jit(do_not_specialize=["n_sequences", "n_tokens", "n_prior_tokens", "n_prior"])
 def _path_sums_kernel(
-    logq_ptr, logp_ptr, cu_ptr, index_ptr, advantage_ptr, gate_in_ptr,
-    logq_out_ptr, logp_out_ptr, gate_ptr, kl_ptr,
-    n_sequences, n_tokens, n_prior_tokens, n_prior, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logq_ptr,  # (n_tokens,) float32 or float64
+    logp_ptr,  # (n_prior_tokens,) the same dtype, as the outputs
+    cu_ptr,  # (n_sequences + 1,) int
+    index_ptr,  # (n_prior,) int64, or None
+    advantage_ptr,  # (n_sequences,) float
+    gate_in_ptr,  # (n_sequences,) bool, or None: A > 0
+    logq_out_ptr,  # out, (n_sequences,), as the next three
+    logp_out_ptr,
+    gate_ptr,
+    kl_ptr,
+    n_sequences,
+    n_tokens,
+    n_prior_tokens,
+    n_prior,
+    BLOCK: tl.constexpr,
+):
+    """One sequence: its sums in both streams, its gate and its gated KL; NaN where it is wrong."""
     s = tl.program_id(0).to(tl.int64)
     start, end, inside = _segments(cu_ptr, s, True, n_tokens)
+    # A gap before the first or after the last sequence would lose tokens without a word.
     inside = inside & ((start == 0) | (s > 0)) & ((end == n_tokens) | (s < n_sequences - 1))
     logq = tl.where(inside, _sum_tokens(logq_ptr, start, end, BLOCK), _NAN)
     if gate_in_ptr is None:
@@ -267,7 +324,13 @@ def _path_sums_kernel(
         logp = tl.where(inside, _sum_tokens(logp_ptr, start, end, BLOCK), _NAN)
     else:
         first, times, fits = _prior_rows(
-            index_ptr, cu_ptr, s, n_prior, n_prior_tokens, n_sequences, BLOCK
+            index_ptr,
+            cu_ptr,
+            s=s,
+            n_prior=n_prior,
+            n_rows=n_prior_tokens,
+            n_sequences=n_sequences,
+            BLOCK=BLOCK,
         )
         last = first + end - start
         good = fits & inside & (times == 1) & (first >= 0) & (last <= n_prior_tokens)
@@ -282,8 +345,15 @@ def _path_sums_kernel(
 
 @triton.jit(do_not_specialize=["n_sequences"])
 def _loss_parts_kernel(
-    logq_ptr, kl_ptr, advantage_ptr, weight_ptr, parts_ptr, n_sequences, BLOCK: tl.constexpr
+    logq_ptr,  # (n_sequences,) float, as the next three
+    kl_ptr,
+    advantage_ptr,
+    weight_ptr,
+    parts_ptr,  # out, (2,): pg_loss, distill_loss
+    n_sequences,
+    BLOCK: tl.constexpr,
 ):
+    """Adds the sequences, in one program: one order of the sum."""
     policy, distill = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for first in range(0, n_sequences, BLOCK):
         at = first + tl.arange(0, BLOCK).to(tl.int64)
@@ -292,6 +362,7 @@ def _loss_parts_kernel(
         coef = -weight * tl.load(advantage_ptr + at, mask=live, other=0.0).to(tl.float64)
         logq = tl.load(logq_ptr + at, mask=live, other=0.0).to(tl.float64)
         kl = tl.load(kl_ptr + at, mask=live, other=0.0).to(tl.float64)
+        # Selected, not multiplied by 0: where w A = 0, logq may be NaN.
         policy += tl.where(coef == 0, 0.0, coef * logq)
         distill += tl.where(weight == 0, 0.0, weight * kl)
     tl.store(parts_ptr, tl.sum(policy, 0))
@@ -335,10 +406,12 @@ def group_advantage(
     ValueError: shapes, dtypes, devices, options, G < 2, N < 1, no CUDA device.
     """
     questions, group, n_prior = _check_group(
-        answer_logp_A, len_post_BG, len_prior_BN, cu_answers, accept_BG
+        answer_logp_A, len_post_BG, len_prior_BN, cu_answers=cu_answers, accept_BG=accept_BG
     )
     options.check_group_size(group)
-    _check_paths(weight_BG, cu_paths, tokens, len_post_BG, beta)
+    _check_paths(
+        weight_BG=weight_BG, cu_paths=cu_paths, tokens=tokens, like_BG=len_post_BG, beta=beta
+    )
     device = answer_logp_A.device
     post_5BG = torch.empty(5, questions, group, dtype=torch.float64, device=device)
     u_prior_BN = torch.empty(questions, n_prior, dtype=torch.float64, device=device)
@@ -349,43 +422,32 @@ def group_advantage(
     if cu_paths is not None:
         # The fill is for tokens that no path claims: a wrong boundary must not pass unseen.
         coef_post_T, coef_prior_T = torch.full((2, tokens), torch.nan, device=device)
-    low, high = options.eta_clip or (None, None)
     if questions > 0:
         _group_advantage_kernel[(questions,)](
-            answer_logp_A.detach().contiguous(),
-            _contiguous(cu_answers),
-            len_post_BG.contiguous(),
-            len_prior_BN.contiguous(),
-            _contiguous(accept_BG),
-            _contiguous(weight_BG),
-            _contiguous(cu_paths),
-            post_5BG,
-            u_prior_BN,
-            base_2B,
-            gate_BG,
-            replaced_B,
-            coef_post_T,
-            coef_prior_T,
-            answer_logp_A.numel(),
-            tokens,
+            logp_ptr=answer_logp_A.detach().contiguous(),
+            cu_answers_ptr=_contiguous(cu_answers),
+            len_post_ptr=len_post_BG.contiguous(),
+            len_prior_ptr=len_prior_BN.contiguous(),
+            accept_ptr=_contiguous(accept_BG),
+            weight_ptr=_contiguous(weight_BG),
+            cu_paths_ptr=_contiguous(cu_paths),
+            post_ptr=post_5BG,
+            prior_ptr=u_prior_BN,
+            base_ptr=base_2B,
+            gate_ptr=gate_BG,
+            replaced_ptr=replaced_B,
+            coef_post_ptr=coef_post_T,
+            coef_prior_ptr=coef_prior_T,
+            n_answer_tokens=answer_logp_A.numel(),
+            n_tokens=tokens,
             G=group,
             N=n_prior,
             G_PAD=triton.next_power_of_2(group),
             N_PAD=triton.next_power_of_2(n_prior),
-            ALPHA=float(options.alpha),
-            LME=options.baseline == "lme",
-            REWARD=options.reward,
-            R_MARGIN=float(options.r_margin),
-            U_MIN=float(options.u_min),
-            CLAMP_U=options.clamp_u,
-            ETA_LOW=low if low is None else float(low),
-            ETA_HIGH=high if high is None else float(high),
-            EPS=float(options.eps),
-            DDOF=options.ddof,
-            STD_GATE=float(options.std_gate),
             BETA=float(beta),
             TILE=max(TILE, triton.next_power_of_2(max(group, n_prior))),
             enable_fp_fusion=False,
+            **_constants_of(options),
         )
     u_post_BG, reward_BG, eta_BG, utility_BG, advantage_BG = post_5BG
     return GroupScores(
@@ -402,6 +464,24 @@ def group_advantage(
         coef_post_T=coef_post_T,
         coef_prior_T=coef_prior_T,
     )
+
+
+def _constants_of(options: GroupOptions) -> dict[str, Any]:
+    """The kernel's constants; float() of an int, which would be an integer in device code."""
+    low, high = options.eta_clip or (None, None)
+    return {
+        "ALPHA": float(options.alpha),
+        "LME": options.baseline == "lme",
+        "REWARD": options.reward,
+        "R_MARGIN": float(options.r_margin),
+        "U_MIN": float(options.u_min),
+        "CLAMP_U": options.clamp_u,
+        "ETA_LOW": low if low is None else float(low),
+        "ETA_HIGH": high if high is None else float(high),
+        "EPS": float(options.eps),
+        "DDOF": options.ddof,
+        "STD_GATE": float(options.std_gate),
+    }
 
 
 def gated_kl(
@@ -441,9 +521,10 @@ def gated_kl(
         ("cu_seqlens", cu_seqlens, INTEGERS, (sequences + 1,)),
         ("gate_S", gate_S, (torch.bool,), (sequences,)),
     ):
-        _check(name, x, dtypes, shape, logq_T)
+        _check(name, x, dtypes=dtypes, shape=shape, like=logq_T)
     if prior_index is not None:
-        _check("prior_index", prior_index, (torch.int64,), (prior_index.numel(),), logq_T)
+        shape = (prior_index.numel(),)
+        _check("prior_index", prior_index, dtypes=(torch.int64,), shape=shape, like=logq_T)
     elif logp_U.shape != logq_T.shape:
         raise ValueError(
             f"logp_U: got {logp_U.numel()} rows, expected {logq_T.numel()} as in logq_T; pass "
@@ -453,37 +534,46 @@ def gated_kl(
     logq_S, logp_S, kl_S = torch.empty(3, sequences, **like)
     gate_out_S = torch.empty(sequences, dtype=torch.bool, device=logq_T.device)
     parts_2 = torch.empty(2, **like)
+    # Two launches: the sequences can be added only when every one of them is known.
     advantage_S = advantage_S.detach().contiguous()
     if sequences > 0:
         _path_sums_kernel[(sequences,)](
-            logq_T.detach().contiguous(),
-            logp_U.detach().contiguous(),
-            cu_seqlens.contiguous(),
-            _contiguous(prior_index),
-            advantage_S,
-            _contiguous(gate_S),
-            logq_S,
-            logp_S,
-            gate_out_S,
-            kl_S,
-            sequences,
-            logq_T.numel(),
-            logp_U.numel(),
-            0 if prior_index is None else prior_index.numel(),
+            logq_ptr=logq_T.detach().contiguous(),
+            logp_ptr=logp_U.detach().contiguous(),
+            cu_ptr=cu_seqlens.contiguous(),
+            index_ptr=_contiguous(prior_index),
+            advantage_ptr=advantage_S,
+            gate_in_ptr=_contiguous(gate_S),
+            logq_out_ptr=logq_S,
+            logp_out_ptr=logp_S,
+            gate_ptr=gate_out_S,
+            kl_ptr=kl_S,
+            n_sequences=sequences,
+            n_tokens=logq_T.numel(),
+            n_prior_tokens=logp_U.numel(),
+            n_prior=0 if prior_index is None else prior_index.numel(),
             BLOCK=TILE,
             enable_fp_fusion=False,
         )
     _loss_parts_kernel[(1,)](
-        logq_S,
-        kl_S,
-        advantage_S,
-        weight_S.detach().contiguous(),
-        parts_2,
-        sequences,
+        logq_ptr=logq_S,
+        kl_ptr=kl_S,
+        advantage_ptr=advantage_S,
+        weight_ptr=weight_S.detach().contiguous(),
+        parts_ptr=parts_2,
+        n_sequences=sequences,
         BLOCK=TILE,
         enable_fp_fusion=False,
     )
-    return GatedKl(logq_S, logp_S, gate_out_S, kl_S, parts_2[0], parts_2[1])
+    pg_loss, distill_loss = parts_2.unbind(0)
+    return GatedKl(
+        logq_S=logq_S,
+        logp_S=logp_S,
+        gate_S=gate_out_S,
+        kl_S=kl_S,
+        pg_loss=pg_loss,
+        distill_loss=distill_loss,
+    )
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -494,6 +584,7 @@ def _check_group(
     answer_logp_A: Tensor,
     len_post_BG: Tensor,
     len_prior_BN: Tensor,
+    *,
     cu_answers: Tensor | None,
     accept_BG: Tensor | None,
 ) -> tuple[int, int, int]:
@@ -510,6 +601,7 @@ def _check_group(
             "and N >= 1: one path has nothing to be compared with, and prior paths set the "
             "baselines; sample more"
         )
+    # Without boundaries there is one value per path, with them any number of tokens.
     paths = questions * (group + n_prior)
     _check_device(answer_logp_A)
     values = answer_logp_A.numel() if cu_answers is not None else paths
@@ -520,12 +612,12 @@ def _check_group(
         ("cu_answers", cu_answers, INTEGERS, (paths + 1,)),
         ("accept_BG", accept_BG, (torch.bool,), shapes[0]),
     ):
-        _check(name, x, dtypes, shape, answer_logp_A)
+        _check(name, x, dtypes=dtypes, shape=shape, like=answer_logp_A)
     return questions, group, n_prior
 
 
 def _check_paths(
-    weight_BG: Tensor | None, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
+    *, weight_BG: Tensor | None, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
 ) -> None:
     if (weight_BG is None) != (cu_paths is None):
         missing = "weight_BG" if weight_BG is None else "cu_paths"
@@ -539,8 +631,9 @@ def _check_paths(
             f"tokens: got {tokens} with {like_BG.numel()} paths, expected the length of the packed "
             "stream of cu_paths, 0 without it"
         )
-    _check("weight_BG", weight_BG, FLOATS, tuple(like_BG.shape), like_BG)
-    _check("cu_paths", cu_paths, INTEGERS, (like_BG.numel() + 1,), like_BG)
+    shape, bounds = tuple(like_BG.shape), (like_BG.numel() + 1,)
+    _check("weight_BG", weight_BG, dtypes=FLOATS, shape=shape, like=like_BG)
+    _check("cu_paths", cu_paths, dtypes=INTEGERS, shape=bounds, like=like_BG)
 
 
 def _check_device(x: Tensor) -> None:
@@ -551,9 +644,13 @@ def _check_device(x: Tensor) -> None:
 
 
 def _check(
-    name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...],
+    name: str,
+    x: Tensor | None,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
     like: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     if x is None:
         return
     if x.dtype not in dtypes or tuple(x.shape) != shape or x.device != like.device:

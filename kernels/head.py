@@ -2,7 +2,8 @@
 
 T tokens, K rows that take part, D hidden, V vocabulary. `OnePass` makes the gradients with the
 value, `Recompute` makes the logits again in its backward; both select the rows that take part and
-call a backend's head_pass. The checks of shapes, dtypes and options are in vpgea_fast/losses.py.
+call a backend's head_pass. The checks of shapes, dtypes and options are in checks.py, the records
+in contract.py.
 
 Eager tensors go straight to the backend, so that profilers and modes see its GEMMs. A tensor
 without values (torch.compile, fake, meta) goes through one opaque op instead: all that depends on
@@ -17,57 +18,29 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
+from vpgea_fast.kernels.contract import (
+    INPUTS,
+    NO_SINKS,
+    SETTINGS,
+    Inputs,
+    Needs,
+    Settings,
+    Sinks,
+    Upstream,
+    Values,
+)
 
 Tensor = torch.Tensor
 
 LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
 """Registered without an autograd kernel: OnePass and Recompute are the autograd, and the backend
 `reference` needs a live one inside."""
-
-
-class Inputs(NamedTuple):
-    """The tensors of a call; temperature_T is None for a float, rows None for all."""
-
-    hidden_TD: Tensor
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    targets_T: Tensor
-    temperature_T: Tensor | None
-    rows: Tensor | None
-
-
-INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperatures, Tensor? rows"
-)
-
-
-class Settings(NamedTuple):
-    """The options of a call that are no tensors: the last arguments of every op, in this order.
-
-    operands: what hidden and weight are cast to, once a pass; autocast's dtype, or their own.
-    """
-
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-    backend: str
-    chunk_bytes: int | None
-    batch_invariant: bool
-    validate: bool
-    operands: torch.dtype
-
-
-SETTINGS = (
-    "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-    "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands"
-)
 
 
 @dataclass(frozen=True)
@@ -111,6 +84,7 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
         listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
         check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
         kept_T = kept_T & listed_T
+    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
     in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
     check(
         (in_range_T | ~kept_T).all(),
@@ -128,12 +102,18 @@ def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) ->
     elif masked:
         rows_K = torch.arange(tokens, device=targets_T.device)
     else:
-        rows_K = kept_T.nonzero().squeeze(1)
+        rows_K = kept_T.nonzero().squeeze(1)  # the synchronisation: its length is a value
     if inputs.temperature_T is not None:
         temperature = inputs.temperature_T.index_select(0, rows_K)
         temperature = temperature.to(accumulator(inputs.hidden_TD))
-    targets_K = _gather(targets_T.long(), rows_K, kept_T if masked else None)
-    return _Selection(rows_K, targets_K, temperature, kept_T, masked)
+    # Masked rows get class 0, which exists: their own target may be out of range.
+    return _Selection(
+        rows_K=rows_K,
+        targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
+        temperature=temperature,
+        kept_T=kept_T,
+        masked=masked,
+    )
 
 
 def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
@@ -161,10 +141,10 @@ def _run(
     settings: Settings,
     *,
     entropy: bool = False,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-    sinks: Sequence[Tensor | None] = (None, None, None),
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
+    upstream: Upstream | None = None,
+    sinks: Sinks = NO_SINKS,
+) -> Values:
+    """Runs the backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
 
     Under autocast the cast weight lives as long as this pass; the sinks keep their own dtypes.
     """
@@ -173,11 +153,12 @@ def _run(
         settings.backend,
         hidden_TD.device,
         settings.operands,
-        upstream is not None and upstream[1] is not None,
-        upstream is not None and upstream[2] is not None,
-        settings.batch_invariant,
+        lse_gradient=upstream is not None and upstream.lse is not None,
+        entropy_gradient=upstream is not None and upstream.entropy is not None,
+        batch_invariant=settings.batch_invariant,
     )
     if selection.masked:
+        # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
         hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
@@ -185,18 +166,12 @@ def _run(
     with torch.autocast(hidden_TD.device.type, enabled=False):
         return BACKENDS[choice.name].run(
             hidden_TD,
-            weight_VD,
+            settings.head(weight_VD, inputs.bias_V, selection.temperature),
             selection.targets_K,
             rows_K=selection.rows_K,
-            bias_V=inputs.bias_V,
-            temperature=selection.temperature,
-            softcap=settings.softcap,
-            logit_scale=settings.logit_scale,
             entropy=entropy,
             upstream=upstream,
-            dhidden_TD=sinks[0],
-            dweight_VD=sinks[1],
-            dbias_V=sinks[2],
+            sinks=sinks,
             chunk_bytes=chunk_bytes,
         )
 
@@ -205,34 +180,42 @@ def _run(
 
 
 def _one_pass(
-    inputs: Inputs,
-    coef_T: Tensor,
-    dweight_out: Tensor | None,
-    needs: Sequence[bool],
-    settings: Settings,
+    inputs: Inputs, coef_T: Tensor, dweight_out: Tensor | None, needs: Needs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
-    hidden_TD, weight_VD, bias_V = inputs[:3]
-    total = accumulator(hidden_TD)
+    total = accumulator(inputs.hidden_TD)
     selection = _select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
-    dhidden_TD = torch.zeros_like(hidden_TD, dtype=_stored(hidden_TD)) if needs[0] else None
-    dweight_VD = dweight_out if needs[1] else None
-    if needs[1] and dweight_out is None:
-        dweight_VD = torch.zeros_like(weight_VD, dtype=total)
-    dbias_V = torch.zeros_like(bias_V, dtype=total) if needs[2] and bias_V is not None else None
-    logp_K, _, _ = _run(
+    sinks = _new_sinks(inputs, needs, dweight_out)
+    values = _run(
         inputs,
         selection,
         settings,
-        upstream=(coef_K, None, None) if any(needs) else None,
-        sinks=(dhidden_TD, dweight_VD, dbias_V),
+        upstream=Upstream(logp=coef_K) if any(needs) else None,
+        sinks=sinks,
     )
-    logp_T = selection.scatter(logp_K)
+    logp_T = selection.scatter(values.logp)
+    # Gathered again: masked rows are 0 in logp_T, where values.logp has what zeros gave.
     loss = dot(coef_K, selection.gather(logp_T))
+    dweight_VD = sinks.weight
     if dweight_VD is not None:
-        dweight_VD = None if dweight_out is not None else dweight_VD.to(_stored(weight_VD))
-    return loss, logp_T, selection.kept_T, [dhidden_TD, dweight_VD, dbias_V]
+        # A sink of the caller's is no result: autograd must not see it as dW once more.
+        dweight_VD = None if dweight_out is not None else dweight_VD.to(_stored(inputs.weight_VD))
+    return loss, logp_T, selection.kept_T, [sinks.hidden, dweight_VD, sinks.bias]
+
+
+def _new_sinks(inputs: Inputs, needs: Needs, dweight_out: Tensor | None = None) -> Sinks:
+    """Zeros for what is needed: rows that take no part keep them."""
+    hidden_TD, weight_VD, bias_V = inputs[:3]
+    total = accumulator(hidden_TD)
+    dweight_VD = dweight_out if needs.weight else None
+    if needs.weight and dweight_out is None:
+        dweight_VD = torch.zeros_like(weight_VD, dtype=total)
+    return Sinks(
+        hidden=torch.zeros_like(hidden_TD, dtype=_stored(hidden_TD)) if needs.hidden else None,
+        weight=dweight_VD,
+        bias=torch.zeros_like(bias_V, dtype=total) if needs.bias and bias_V is not None else None,
+    )
 
 
 class OnePass(torch.autograd.Function):
@@ -250,13 +233,21 @@ class OnePass(torch.autograd.Function):
             loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
                 *inputs, coef_T, dweight_out, needs, *settings
             )
-            wanted = (needs[0], needs[1] and dweight_out is None, needs[2])
-            grads = [x if want else None for x, want in zip(made, wanted, strict=True)]
+            # An op cannot give None: its empty stand-ins become None again.
+            outputs = needs._replace(weight=needs.weight and dweight_out is None)
+            grads = [x if need else None for x, need in zip(made, outputs, strict=True)]
         else:
-            loss, logp_T, kept_T, grads = _one_pass(inputs, coef_T, dweight_out, needs, settings)
-        ctx.direct = dweight_out is not None
+            loss, logp_T, kept_T, grads = _one_pass(
+                inputs=inputs,
+                coef_T=coef_T,
+                dweight_out=dweight_out,
+                needs=needs,
+                settings=settings,
+            )
+        ctx.direct = dweight_out is not None  # dW is final already, see _check_one
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.save_for_backward(*grads)
+        # Their gradients went into the pass: a second one through logp_T would be lost in silence.
         ctx.mark_non_differentiable(logp_T, kept_T)
         return loss, logp_T, kept_T
 
@@ -268,6 +259,7 @@ class OnePass(torch.autograd.Function):
             _check_one(grad_loss)
         stored = ctx.saved_tensors
         if _may_overwrite(grad_loss):
+            # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
             scaled = [None if x is None else x.mul_(grad_loss) for x in stored]
         else:
             scaled = [None if x is None else x * grad_loss for x in stored]
@@ -336,25 +328,23 @@ def _logprob_backward(
     inputs: Inputs,
     selection: _Selection,
     upstream_T: Sequence[Tensor | None],
-    needs: Sequence[bool],
+    needs: Needs,
     settings: Settings,
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias from those of logp, lse and entropy."""
     total = accumulator(inputs.hidden_TD)
-    g_logp, g_lse, g_entropy = (
+    g_logp_K, g_lse_K, g_entropy_K = (
         None if x is None else selection.gather(x).to(total) for x in upstream_T
     )
-    if g_logp is None:
-        g_logp = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
-    dtypes = (_stored(inputs.hidden_TD), total, total)
-    sinks = [
-        torch.zeros_like(x, dtype=dtype) if need and x is not None else None
-        for x, dtype, need in zip(inputs[:3], dtypes, needs, strict=True)
-    ]
-    _run(inputs, selection, settings, upstream=(g_logp, g_lse, g_entropy), sinks=sinks)
+    if g_logp_K is None:
+        # Every backend takes a gradient of logp; the other two are optional.
+        g_logp_K = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
+    sinks = _new_sinks(inputs, needs)
+    upstream = Upstream(logp=g_logp_K, lse=g_lse_K, entropy=g_entropy_K)
+    _run(inputs, selection, settings, upstream=upstream, sinks=sinks)
     return [
         sink if sink is None or x is None else sink.to(x.dtype)
-        for sink, x in zip(sinks, inputs[:3], strict=True)
+        for sink, x in zip((sinks.hidden, sinks.weight, sinks.bias), inputs[:3], strict=True)
     ]
 
 
@@ -373,6 +363,7 @@ class Recompute(torch.autograd.Function):
             values = [*values[:2], values[2] if entropy else None]
         else:
             ctx.selection = _select(inputs, settings)
+            # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
             values = _logprob(inputs, ctx.selection, settings, entropy)
         ctx.save_for_backward(*inputs)
@@ -382,7 +373,7 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream_T):
         _refuse_double_backward()
-        inputs, needs = Inputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:3])
+        inputs, needs = Inputs(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
         nothing = [None] * (len(Inputs._fields) - 1)
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
@@ -391,7 +382,13 @@ class Recompute(torch.autograd.Function):
             made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
             grads = [x if need else None for x, need in zip(made, needs, strict=True)]
         else:
-            grads = _logprob_backward(inputs, ctx.selection, upstream_T, needs, ctx.settings)
+            grads = _logprob_backward(
+                inputs=inputs,
+                selection=ctx.selection,
+                upstream_T=upstream_T,
+                needs=needs,
+                settings=ctx.settings,
+            )
         return *grads, *nothing
 
 
@@ -419,23 +416,27 @@ def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]
 @torch.no_grad()
 def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (coef_T, dweight_out, needs), settings = _split(arguments)
-    loss, logp_T, kept_T, grads = _one_pass(inputs, coef_T, dweight_out, needs, settings)
+    loss, logp_T, kept_T, grads = _one_pass(
+        inputs=inputs,
+        coef_T=coef_T,
+        dweight_out=dweight_out,
+        needs=Needs(*needs),
+        settings=settings,
+    )
     return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
 
 
 def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (_, dweight_out, needs), _ = _split(arguments)
-    hidden_TD, weight_VD, bias_V = inputs[:3]
+    inputs, (_, dweight_out, flags), _ = _split(arguments)
+    needs, (hidden_TD, weight_VD, bias_V) = Needs(*flags), inputs[:3]
+    grads: list[Tensor | None] = [None, None, None]
+    if needs.hidden:
+        grads[0] = torch.empty_like(hidden_TD, dtype=_stored(hidden_TD))
+    if needs.weight and dweight_out is None:
+        grads[1] = torch.empty_like(weight_VD, dtype=_stored(weight_VD))
+    if needs.bias and bias_V is not None:
+        grads[2] = torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
     logp_T = torch.empty_like(inputs.targets_T, dtype=accumulator(hidden_TD))
-    grads = [
-        torch.empty_like(hidden_TD, dtype=_stored(hidden_TD)) if needs[0] else None,
-        torch.empty_like(weight_VD, dtype=_stored(weight_VD))
-        if needs[1] and dweight_out is None
-        else None,
-        torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
-        if needs[2] and bias_V is not None
-        else None,
-    ]
     kept_T = torch.empty_like(inputs.targets_T, dtype=torch.bool)
     return logp_T.new_empty(()), logp_T, kept_T, *_present(grads, hidden_TD)
 
@@ -474,9 +475,13 @@ register(
 @torch.no_grad()
 def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (*upstream_T, needs), settings = _split(arguments)
-    upstream_T = _without_unused(upstream_T, inputs.hidden_TD, settings)
-    selection = _select(inputs, settings)
-    grads = _logprob_backward(inputs, selection, upstream_T, needs, settings)
+    grads = _logprob_backward(
+        inputs=inputs,
+        upstream_T=_without_unused(upstream_T, inputs.hidden_TD, settings),
+        selection=_select(inputs, settings),
+        needs=Needs(*needs),
+        settings=settings,
+    )
     return _present(grads, inputs.hidden_TD)
 
 
@@ -492,9 +497,10 @@ def _without_unused(
     if not hidden_TD.is_cuda:
         return [g_logp, *(None if x is None or not x.any() else x for x in (g_lse, g_entropy))]
     kept: list[Tensor | None] = [g_logp]
-    for x, gradients in ((g_lse, (True, False)), (g_entropy, (False, True))):
+    for x, gradient in ((g_lse, "lse_gradient"), (g_entropy, "entropy_gradient")):
         try:
-            resolve(settings.backend, hidden_TD.device, settings.operands, *gradients)
+            want = {gradient: True}
+            resolve(settings.backend, hidden_TD.device, settings.operands, **want)
         except ValueError as refusal:
             if x is not None:
                 check(~x.any(), str(refusal))

@@ -6,7 +6,7 @@ the logits in units of log 2 (z2 = z / log 2) and per row a reference z2_ref, th
     1  target_logit   z2_t = gain (h_t . w_target)                              K D products
     2  gemm_exp       E_v = 2^(z2_v - z2_ref), S = sum over v != target of E_v  one GEMM
     3  reduce_rows    logp = -log(1 + S), written log sigmoid(-log S)
-    4  glue           E_target = -S; u = -a kappa / temperature; HS = u H       kappa = 1 / (1 + S)
+    4  operands       E_target = -S; u = -a kappa / temperature; HS = u H       kappa = 1 / (1 + S)
     5  two GEMMs      dX = logit_scale u (E W); dW += logit_scale E' HS
 
 because d logp / d z_v = -p_v = -kappa E_v off the target and 1 - p = kappa S at it. S never holds
@@ -39,7 +39,8 @@ float64 inputs and a gradient of the entropy are for the backends `torch` and `r
 # pyright: reportPossiblyUnboundVariable=false
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,14 @@ from vpgea_fast.kernels._tiling import (
     store_tile,
     tile_for,
 )
-from vpgea_fast.kernels.chunked import add_matmul_, default_chunk_bytes, matmul
+from vpgea_fast.kernels.chunked import (
+    add_matmul_,
+    default_chunk_bytes,
+    matmul,
+    settle_weight,
+    weight_sink,
+)
+from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
 
 Tensor = torch.Tensor
 
@@ -88,14 +96,14 @@ _LIST = tl.constexpr(LIST)
 
 @triton.jit
 def _target_logit(
-    hidden_ptr,
-    weight_ptr,
-    target_ptr,
-    gain_ptr,
-    bias_ptr,
-    target2_ptr,
-    slope_ptr,
-    rows,
+    hidden_ptr,  # (n_rows, width)
+    weight_ptr,  # (V, width)
+    target_ptr,  # (n_rows,) int32
+    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
+    bias_ptr,  # (V,)
+    target2_ptr,  # out, (n_rows,) fp32: z2 of the target
+    slope_ptr,  # out with SOFTCAP, (n_rows,) fp32: 1 - tanh^2 there
+    n_rows,
     width,
     hidden_stride,
     weight_stride,
@@ -108,10 +116,12 @@ def _target_logit(
 ):
     """z2 of every row's target, and with a softcap the slope there."""
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_r = offs_r < rows
+    mask_r = offs_r < n_rows
+    # Rows beyond the last read class 0, which exists: their addresses stay inside the weight.
     target_r = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
     hidden_r = hidden_ptr + offs_r.to(tl.int64)[:, None] * hidden_stride
     weight_r = weight_ptr + target_r.to(tl.int64)[:, None] * weight_stride
+    # A sum for each lane, joined once at the end: one order, whatever the number of rows.
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)[None, :]
@@ -123,7 +133,14 @@ def _target_logit(
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + target_r, mask=mask_r, other=0.0))
-    logit, slope = logit_of(product, bias, logit_scale, softcap, BIAS, SOFTCAP)
+    logit, slope = logit_of(
+        product,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        BIAS=BIAS,
+        SOFTCAP=SOFTCAP,
+    )
     if SOFTCAP:
         tl.store(slope_ptr + offs_r, slope, mask=mask_r)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
@@ -139,18 +156,18 @@ def _halves(x):
 
 @triton.jit
 def _epilogue(
-    logit,
-    exps,
-    target_ptr,
-    reference_ptr,
-    gain_ptr,
-    bias_ptr,
-    sum_ptr,
-    peak_ptr,
-    moment_ptr,
+    logit,  # (BLOCK_M, BLOCK_N) fp32: products h . w
+    exps,  # out with STORE, (n_rows, vocabulary): E; descriptor or pointer
+    target_ptr,  # (n_rows,) int32
+    reference_ptr,  # (n_rows,) fp32: z2_ref; not read with PEAK
+    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
+    bias_ptr,  # (vocabulary,)
+    sum_ptr,  # out, (N, n_rows) fp32: sum of E over this half's columns but the target
+    peak_ptr,  # out with PEAK, (N, n_rows) fp32: the z2_ref of that sum
+    moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
     row,
     half_tile,
-    rows,
+    n_rows,
     vocabulary,
     exps_stride,
     logit_scale,
@@ -169,7 +186,7 @@ def _epilogue(
     column = half_tile * BLOCK_N
     offs_r = row + tl.arange(0, BLOCK_M)
     offs_c = column + tl.arange(0, BLOCK_N)
-    mask_r = offs_r < rows
+    mask_r = offs_r < n_rows
     mask_c = offs_c < vocabulary
     target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
@@ -177,44 +194,63 @@ def _epilogue(
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))[None, :]
-    logit, slope = logit_of(logit, bias, logit_scale, softcap, BIAS, SOFTCAP)
+    logit, slope = logit_of(
+        logit,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        BIAS=BIAS,
+        SOFTCAP=SOFTCAP,
+    )
     if PEAK:
         z2 = tl.where(others, logit * gain[:, None], LOWEST)
+        # A finite peak also where every logit is -inf: no -inf - -inf in the exponent.
         reference = tl.maximum(tl.max(z2, axis=1), LOWEST)
     else:
         reference = tl.load(reference_ptr + offs_r, mask=mask_r, other=0.0)
     x = logit * gain[:, None] - reference[:, None]
     e = tl.exp2(x)
     counted = tl.where(others, e, 0.0)
-    partial = half_tile.to(tl.int64) * rows + offs_r
+    partial = half_tile.to(tl.int64) * n_rows + offs_r
     tl.store(sum_ptr + partial, tl.sum(counted, axis=1), mask=mask_r)
     if PEAK:
         tl.store(peak_ptr + partial, reference, mask=mask_r)
     if ENTROPY:
+        # E = 0 where x may be -inf: 0, and not 0 x -inf.
         moment = tl.sum(tl.where(counted > 0, counted * x, 0.0), axis=1)
         tl.store(moment_ptr + partial, moment, mask=mask_r)
     if STORE:
-        # 0 at the target, which glue writes, and beyond V, which nobody reads.
+        # 0 at the target, which _gradient_operands writes, and beyond V, which nobody reads.
         if SOFTCAP:
             counted *= slope
-        stored = rounded_to(counted, DTYPE)
-        store_tile(exps, stored, row, column, rows, vocabulary, exps_stride, BLOCK_M, BLOCK_N, TMA)
+        store_tile(
+            exps,
+            rounded_to(counted, DTYPE),
+            row=row,
+            column=column,
+            n_rows=n_rows,
+            n_columns=vocabulary,
+            stride=exps_stride,
+            ROWS=BLOCK_M,
+            COLUMNS=BLOCK_N,
+            TMA=TMA,
+        )
 
 
 @triton.jit
 def _gemm_exp(
-    hidden,
-    weight,
-    exps,
-    target_ptr,
-    reference_ptr,
-    gain_ptr,
-    bias_ptr,
-    flag_ptr,
-    sum_ptr,
-    peak_ptr,
-    moment_ptr,
-    rows,
+    hidden,  # (n_rows, width); descriptor or pointer, as weight and exps
+    weight,  # (vocabulary, width)
+    exps,  # out with STORE, (n_rows, vocabulary): E
+    target_ptr,  # (n_rows,) int32
+    reference_ptr,  # (n_rows,) fp32: z2_ref; not read with PEAK
+    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
+    bias_ptr,  # (vocabulary,)
+    flag_ptr,  # (row tiles,) int32: 1 where FLAGGED has work
+    sum_ptr,  # out, (N, n_rows) fp32: S of half a column tile
+    peak_ptr,  # out with PEAK, (N, n_rows) fp32: the reference of that S
+    moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
+    n_rows,
     vocabulary,
     width,
     hidden_stride,
@@ -238,19 +274,20 @@ def _gemm_exp(
     """E of every (row tile, column tile) and its row sums over the columns that are not the target.
 
     Persistent: program i takes tiles i, i + programs, ... ; row tiles change fastest within groups
-    of GROUP_M, so that a tile of the weight is read from L2. sum, peak and moment are (N, rows):
-    S, with PEAK the reference of this tile's S, with ENTROPY the sum of E (z2 - z2_ref).
-    FLAGGED: only the row tiles whose flag is 1.
+    of GROUP_M, so that a tile of the weight is read from L2. FLAGGED: only the row tiles whose flag
+    is 1, a number that the device knows and the host does not.
     """
-    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_m = tl.cdiv(n_rows, BLOCK_M)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
     if FLAGGED:
         offs_l = tl.arange(0, _LIST)
+        # rank[i]: flags up to tile i, so the j-th flagged tile has j tiles of a lower rank.
         rank = tl.cumsum(tl.load(flag_ptr + offs_l, mask=offs_l < tiles_m, other=0), 0)
         listed = tl.max(rank, 0)
     else:
         listed = tiles_m
     for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0)):
+        # The last group may have fewer than GROUP_M row tiles.
         group = tile // (GROUP_M * tiles_n)
         first_m = group * GROUP_M
         size_m = min(listed - first_m, GROUP_M)
@@ -263,57 +300,76 @@ def _gemm_exp(
         column = tile_n * BLOCK_N
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, width, BLOCK_K):
-            left = load_tile(hidden, row, k, rows, width, hidden_stride, BLOCK_M, BLOCK_K, TMA)
+            left = load_tile(
+                hidden,
+                row=row,
+                column=k,
+                n_rows=n_rows,
+                n_columns=width,
+                stride=hidden_stride,
+                ROWS=BLOCK_M,
+                COLUMNS=BLOCK_K,
+                TMA=TMA,
+            )
             right = load_tile(
-                weight, column, k, vocabulary, width, weight_stride, BLOCK_N, BLOCK_K, TMA
+                weight,
+                row=column,
+                column=k,
+                n_rows=vocabulary,
+                n_columns=width,
+                stride=weight_stride,
+                ROWS=BLOCK_N,
+                COLUMNS=BLOCK_K,
+                TMA=TMA,
             )
             total = dot_transposed(left, right, total)
 
+        # One half after the other: the epilogue's registers come on top of 128 for the accumulator.
         halves = _halves(total)
         for half in tl.static_range(2):
             _epilogue(
                 halves[half],
-                exps,
-                target_ptr,
-                reference_ptr,
-                gain_ptr,
-                bias_ptr,
-                sum_ptr,
-                peak_ptr,
-                moment_ptr,
-                row,
-                tile_n * 2 + half,
-                rows,
-                vocabulary,
-                exps_stride,
-                logit_scale,
-                softcap,
-                BLOCK_M,
-                BLOCK_N // 2,
-                TMA,
-                STORE,
-                PEAK,
-                BIAS,
-                SOFTCAP,
-                ENTROPY,
-                DTYPE,
+                exps=exps,
+                target_ptr=target_ptr,
+                reference_ptr=reference_ptr,
+                gain_ptr=gain_ptr,
+                bias_ptr=bias_ptr,
+                sum_ptr=sum_ptr,
+                peak_ptr=peak_ptr,
+                moment_ptr=moment_ptr,
+                row=row,
+                half_tile=tile_n * 2 + half,
+                n_rows=n_rows,
+                vocabulary=vocabulary,
+                exps_stride=exps_stride,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N // 2,
+                TMA=TMA,
+                STORE=STORE,
+                PEAK=PEAK,
+                BIAS=BIAS,
+                SOFTCAP=SOFTCAP,
+                ENTROPY=ENTROPY,
+                DTYPE=DTYPE,
             )
 
 
 @triton.jit
 def _reduce_rows(
-    sum_ptr,
-    peak_ptr,
-    moment_ptr,
-    target2_ptr,
-    flag_ptr,
-    total_ptr,
-    shift_ptr,
-    moments_ptr,
-    reference_ptr,
-    kappa_ptr,
-    missing_ptr,
-    rows,
+    sum_ptr,  # (N, n_rows) fp32, of _gemm_exp, as the next two
+    peak_ptr,  # (N, n_rows) fp32, read with PEAK
+    moment_ptr,  # (N, n_rows) fp32, read with ENTROPY
+    target2_ptr,  # (n_rows,) fp32: z2 of the target
+    flag_ptr,  # (row tiles,) int32; written without PEAK, read with FLAGGED
+    total_ptr,  # out, (n_rows,) fp32: sum of exp2(z2 - shift2) over the other classes
+    shift_ptr,  # out, (n_rows,) fp32: shift2, the target's z2 or with PEAK the others' peak
+    moments_ptr,  # out with ENTROPY, (n_rows,) fp32: sum of exp2(z2 - shift2) (z2 - shift2)
+    reference_ptr,  # out, (n_rows,) fp32: z2_ref of the stored E
+    kappa_ptr,  # out, (n_rows,) fp32: p_v = kappa E_v
+    missing_ptr,  # out, (n_rows,) fp32: 1 - p_target = kappa missing
+    n_rows,
     tiles_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -324,17 +380,17 @@ def _reduce_rows(
 ):
     """Adds the N partial sums of a row and says what p_v = kappa E_v and 1 - p = kappa missing are.
 
-    total, shift: S = total relative to 2^shift; moments likewise. reference: z2_ref of the stored
-    E. Without PEAK it also flags the row tile if a sum is out of range; with FLAGGED it replaces
-    the rows that are, and leaves their neighbours alone.
+    Without PEAK it also flags the row tile if a sum is out of range; with FLAGGED it replaces the
+    rows that are, and leaves their neighbours alone.
     """
     tile_m = tl.program_id(0)
     offs_r = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_r = offs_r < rows
+    mask_r = offs_r < n_rows
     target2 = tl.load(target2_ptr + offs_r, mask=mask_r, other=0.0)
     if FLAGGED:
         if tl.load(flag_ptr + tile_m) == 0:
             return
+        # total != total: a NaN, which no comparison with the limit finds.
         before = tl.load(total_ptr + offs_r, mask=mask_r, other=0.0)
         mask_r = mask_r & ((before > _LARGEST_SUM) | (before != before))
     offs_n = tl.arange(0, BLOCK_N)[:, None]
@@ -346,15 +402,17 @@ def _reduce_rows(
         shift = target2
     for start in range(0, tiles_n, BLOCK_N):
         mask = (start + offs_n < tiles_n) & mask_r[None, :]
-        partial = (start + offs_n).to(tl.int64) * rows + offs_r[None, :]
+        partial = (start + offs_n).to(tl.int64) * n_rows + offs_r[None, :]
         part = tl.load(sum_ptr + partial, mask=mask, other=0.0)
         if ENTROPY:
             part_moment = tl.load(moment_ptr + partial, mask=mask, other=0.0)
         if PEAK:
+            # Both sides are brought to the higher peak: no exponent is positive.
             peak = tl.load(peak_ptr + partial, mask=mask, other=LOWEST)
             higher = tl.maximum(shift, tl.max(peak, axis=0))
             lift = peak - higher[None, :]
             if ENTROPY:
+                # sum e (x + fall) = moment + total fall; where a sum is 0 its shift means nothing.
                 fall = tl.where(total > 0, shift - higher, 0.0)
                 moment = (moment + total * fall) * tl.exp2(shift - higher)
                 lifted = part_moment + tl.where(part > 0, part * lift, 0.0)
@@ -370,6 +428,7 @@ def _reduce_rows(
     if ENTROPY:
         tl.store(moments_ptr + offs_r, moment, mask=mask_r)
     if PEAK:
+        # The next E is relative to lse2: it is p itself, times 2^BITS for fp16's range.
         others2, lse2 = log_sums2(target2, shift, total)
         tl.store(reference_ptr + offs_r, lse2 - BITS, mask=mask_r)
         tl.store(kappa_ptr + offs_r, tl.zeros_like(lse2) + 1.0 / (1 << BITS), mask=mask_r)
@@ -383,18 +442,18 @@ def _reduce_rows(
 
 
 @triton.jit
-def _glue(
-    hidden_ptr,
-    exps_ptr,
-    scaled_ptr,
-    u_ptr,
-    target_ptr,
-    pull_ptr,
-    lift_ptr,
-    slope_ptr,
-    kappa_ptr,
-    missing_ptr,
-    rows,
+def _gradient_operands(
+    hidden_ptr,  # (n_rows, width): H
+    exps_ptr,  # (n_rows, V): E, whose target entries are rewritten
+    scaled_ptr,  # out with SCALED, (n_rows, width): HS = u H
+    u_ptr,  # out, (n_rows,) fp32
+    target_ptr,  # (n_rows,) int32
+    pull_ptr,  # (n_rows,) fp32: (a - b) / temperature, in storage units
+    lift_ptr,  # (n_rows,) fp32, read with LIFT: b / (a - b)
+    slope_ptr,  # (n_rows,) fp32, read with SOFTCAP: 1 - tanh^2 at the target
+    kappa_ptr,  # (n_rows,) fp32: p_v = kappa E_v
+    missing_ptr,  # (n_rows,) fp32: 1 - p_target = kappa missing
+    n_rows,
     width,
     hidden_stride,
     exps_stride,
@@ -405,10 +464,10 @@ def _glue(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """u = -pull kappa, the target's entry of E, and the rows HS = u H of the dW GEMM (C, D)."""
+    """Completes the operands of the two gradient GEMMs: E's target entry, u = -pull kappa, HS."""
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_r = offs_r < rows
-    kappa = tl.load(kappa_ptr + offs_r, mask=mask_r, other=1.0)
+    mask_r = offs_r < n_rows
+    kappa = tl.load(kappa_ptr + offs_r, mask=mask_r, other=1.0)  # 1: a divisor below
     entry = -tl.load(missing_ptr + offs_r, mask=mask_r, other=0.0)
     if LIFT:
         entry -= tl.load(lift_ptr + offs_r, mask=mask_r, other=0.0) / kappa
@@ -420,6 +479,7 @@ def _glue(
     u = -tl.load(pull_ptr + offs_r, mask=mask_r, other=0.0) * kappa
     tl.store(u_ptr + offs_r, u, mask=mask_r)
     if SCALED:
+        # u goes into H, (C, D), and not into E, (C, V): dX takes it after its GEMM, in float32.
         hidden_r = hidden_ptr + offs_r.to(tl.int64)[:, None] * hidden_stride
         scaled_r = scaled_ptr + offs_r.to(tl.int64)[:, None] * hidden_stride
         for start in range(0, width, BLOCK_D):
@@ -431,10 +491,10 @@ def _glue(
 
 @triton.jit
 def _bias_gradient(
-    exps_ptr,
-    u_ptr,
-    out_ptr,
-    rows,
+    exps_ptr,  # (n_rows, vocabulary): E, or da with u = 1
+    u_ptr,  # (n_rows,) fp32
+    out_ptr,  # out, (vocabulary,) fp32
+    n_rows,
     vocabulary,
     exps_stride,
     BLOCK_M: tl.constexpr,
@@ -443,9 +503,9 @@ def _bias_gradient(
     """sum_r u_r E_rv of BLOCK_N columns, rows in order: E is in half precision, u is not."""
     offs_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, rows, BLOCK_M):
+    for start in range(0, n_rows, BLOCK_M):
         offs_r = start + tl.arange(0, BLOCK_M)
-        mask_r = offs_r < rows
+        mask_r = offs_r < n_rows
         mask = mask_r[:, None] & (offs_c < vocabulary)[None, :]
         address = exps_ptr + offs_r.to(tl.int64)[:, None] * exps_stride + offs_c[None, :]
         u = tl.load(u_ptr + offs_r, mask=mask_r, other=0.0)
@@ -457,39 +517,30 @@ def _bias_gradient(
 
 
 @dataclass(frozen=True)
-class Head:
-    """The head of one call: what does not depend on the rows."""
+class Plan:
+    """How a head runs here: its tile, and whether the entropy is made with the sums."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    entropy: bool
+    head: Head
     tile: Tile
+    entropy: bool
 
     @staticmethod
-    def of(
-        weight_VD: Tensor,
-        bias_V: Tensor | None = None,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        entropy: bool = False,
-    ) -> "Head":
+    def of(head: Head, *, entropy: bool = False) -> "Plan":
         """With the tile of its device, dtype and softcap; rows of the weight made contiguous."""
-        if weight_VD.stride(1) != 1:
-            weight_VD = weight_VD.contiguous()
-        device = capability_of(weight_VD.device)
-        tile = tile_for(weight_VD.dtype, device, softcap=softcap is not None)
-        return Head(weight_VD, bias_V, softcap, logit_scale, entropy, tile)
+        if head.weight.stride(1) != 1:
+            head = replace(head, weight=head.weight.contiguous())
+        capability = capability_of(head.weight.device)
+        tile = tile_for(head.weight.dtype, capability, softcap=head.softcap is not None)
+        return Plan(head, tile, entropy)
 
     @property
     def bits(self) -> int:
         """E = 2^bits p where a row is relative to its own log-sum-exp: all rows of fp16."""
-        return FP16_BITS if self.weight_VD.dtype is torch.float16 else 0
+        return FP16_BITS if self.head.weight.dtype is torch.float16 else 0
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowStats:
     """Per-row numbers, each (rows,) float32 but the int32 targets; filled by the kernels.
 
     One row, logits [0, log 3], target 0: target2 = 0, shift2 = 0, total = 3, reference2 = 0,
@@ -498,94 +549,109 @@ class Rows:
 
     targets: Tensor
     gain: Tensor  # (logit_scale, unless it is applied before a bias or a softcap) / T / log 2
-    target2: Tensor
-    slope: Tensor
-    total: Tensor
+    target2: Tensor  # z2 of the target
+    slope: Tensor  # of the softcap there
+    total: Tensor  # sum over the others of 2^(z2 - shift2)
     shift2: Tensor
-    moment: Tensor
-    reference2: Tensor
-    kappa: Tensor
-    missing: Tensor
+    moment: Tensor  # the same sum times z2 - shift2, for the entropy
+    reference2: Tensor  # z2_ref of the stored E
+    kappa: Tensor  # p_v = kappa E_v
+    missing: Tensor  # 1 - p_target = kappa missing
 
-    def __getitem__(self, chunk: slice) -> "Rows":
-        return Rows(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
+    def __getitem__(self, chunk: slice) -> "RowStats":
+        return RowStats(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
+
+
+class TileSums(NamedTuple):
+    """What the GEMM leaves of each row in every half column tile, (N, C) float32, and the flags."""
+
+    sums: Tensor
+    peaks: Tensor
+    moments: Tensor
+    flags: Tensor  # (row tiles,) int32: 1 where a sum of the tile is out of range
+
+    @staticmethod
+    def new(n_rows: int, plan: Plan) -> "TileSums":
+        tile, (vocabulary, _) = plan.tile, plan.head.weight.shape
+        device = plan.head.weight.device
+        halves = 2 * triton.cdiv(vocabulary, tile.block_n)
+        partial = torch.empty(3, halves, n_rows, dtype=torch.float32, device=device)
+        flags = torch.empty(triton.cdiv(n_rows, tile.block_m), dtype=torch.int32, device=device)
+        return TileSums(partial[0], partial[1], partial[2], flags)
 
 
 def head_pass(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     targets_K: Tensor,
     *,
     rows_K: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     entropy: bool = False,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-    dhidden_TD: Tensor | None = None,
-    dweight_VD: Tensor | None = None,
-    dbias_V: Tensor | None = None,
+    upstream: Upstream | None = None,
+    sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend contract of `chunked.head_pass`: logp_K, lse_K, entropy_K (or None), float32.
+) -> Values:
+    """Meets the contract of `chunked.head_pass`: logp_K, lse_K, entropy_K (or None), float32.
 
     chunk_bytes bounds E, at least one row tile of it. No host synchronisation.
 
     Not for float64 inputs, a gradient of the entropy, fp16 with a gradient of lse, or other devices
     than CUDA (the interpreter takes any): backends.py refuses these.
     """
-    head = Head.of(weight_VD, bias_V, softcap, logit_scale, entropy)
-    rows = new_rows(targets_K, temperature, head)
-    pull_K, lift_K = _pull_and_lift(upstream, temperature)
-    unit = _storage_unit(pull_K, head)
-    sink_VD = dweight_VD
-    if dweight_VD is not None and head.bits:
-        # In units until the last chunk, so it cannot be added to the caller's sum on the way.
-        sink_VD = torch.zeros_like(dweight_VD)
+    plan = Plan.of(head, entropy=entropy)
+    stats_K = new_stats(targets_K, head)
+    pull_K, lift_K = _pull_and_lift(upstream, head.temperature)
+    unit = _storage_unit(pull_K, plan)
+    sink_VD = weight_sink(sinks.weight, unit)
 
     def run(chunk: slice) -> None:
-        """One chunk; a function, so that its E is free before the next one's."""
+        """Runs one chunk; a function, so that its E is free before the next one's."""
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
-        chunk_rows = rows[chunk]
-        exps_CV = _forward(hidden_CD, chunk_rows, head, store=pull_K is not None)
+        stats_C = stats_K[chunk]
+        exps_CV = _forward(hidden_CD, stats_C, plan, store=pull_K is not None)
         if exps_CV is None or pull_K is None:
             return
-        lift_C = None if lift_K is None else lift_K[chunk]
         scaled_CD = torch.empty_like(hidden_CD) if sink_VD is not None else None
-        u_C = torch.empty_like(chunk_rows.kappa)
-        pull_C = pull_K[chunk] / unit
-        _launch_glue(hidden_CD, exps_CV, scaled_CD, u_C, pull_C, lift_C, chunk_rows, head)
-        if dbias_V is not None:
-            dbias_V.add_(bias_sum(exps_CV, u_C).mul_(unit))
+        u_C = _launch_gradient_operands(
+            hidden_CD,
+            exps_CV,
+            scaled_CD=scaled_CD,
+            pull_C=pull_K[chunk] / unit,
+            lift_C=None if lift_K is None else lift_K[chunk],
+            stats=stats_C,
+            plan=plan,
+        )
+        if sinks.bias is not None:
+            sinks.bias.add_(bias_sum(exps_CV, u_C).mul_(unit))
         # dW first: the rows are free before the fp32 product of dX is made.
         if sink_VD is not None and scaled_CD is not None:
             add_matmul_(sink_VD, exps_CV.T, scaled_CD, head.logit_scale)
         del hidden_CD, scaled_CD
-        if dhidden_TD is not None:
-            dhidden_CD = matmul(exps_CV, head.weight_VD, torch.float32)
+        if sinks.hidden is not None:
+            dhidden_CD = matmul(exps_CV, plan.head.weight, torch.float32)
             dhidden_CD.mul_((u_C * (head.logit_scale * unit)).unsqueeze(1))
-            dhidden_TD.index_copy_(0, rows_K[chunk], dhidden_CD.to(dhidden_TD.dtype))
+            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
 
+    # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_TD):
-        for chunk in _chunks(targets_K.shape[0], head, pull_K is not None, chunk_bytes):
+        store = pull_K is not None
+        for chunk in _chunks(targets_K.shape[0], plan, store=store, chunk_bytes=chunk_bytes):
             run(chunk)
-    if dweight_VD is not None and sink_VD is not None and head.bits:
-        dweight_VD.add_(sink_VD.mul_(unit))
-    return values(rows, head)
+    settle_weight(sinks.weight, sink_VD, unit)
+    return values(stats_K, entropy=entropy)
 
 
-def new_rows(targets_K: Tensor, temperature: float | Tensor, head: Head) -> Rows:
+def new_stats(targets_K: Tensor, head: Head) -> RowStats:
     targets_K = targets_K.to(torch.int32)
-    gain_K = torch.full_like(targets_K, LOG2E, dtype=torch.float32).div_(temperature)
-    if head.bias_V is None and head.softcap is None:
+    gain_K = torch.full_like(targets_K, LOG2E, dtype=torch.float32).div_(head.temperature)
+    if head.bias is None and head.softcap is None:
         gain_K.mul_(head.logit_scale)
     blank = torch.empty(8, targets_K.shape[0], dtype=torch.float32, device=targets_K.device)
-    return Rows(targets_K, gain_K, *blank.unbind(0))
+    return RowStats(targets_K, gain_K, *blank.unbind(0))
 
 
 def _pull_and_lift(
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None, temperature: float | Tensor
+    upstream: Upstream | None, temperature: float | Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """((a - b) / temperature, b / (a - b)) of the gradients a of logp and b of lse; None: none.
 
@@ -594,31 +660,30 @@ def _pull_and_lift(
     """
     if upstream is None:
         return None, None
-    g_logp_K, g_lse_K, _ = upstream
-    if g_lse_K is None:
-        return g_logp_K / temperature, None
-    least_K = (1e-6 * g_lse_K.abs()).clamp_min(1e-30)
-    pull_K = g_logp_K - g_lse_K
+    if upstream.lse is None:
+        return upstream.logp / temperature, None
+    least_K = (1e-6 * upstream.lse.abs()).clamp_min(1e-30)
+    pull_K = upstream.logp - upstream.lse
     pull_K = torch.where(pull_K.abs() < least_K, least_K, pull_K)
-    return pull_K / temperature, g_lse_K / pull_K
+    return pull_K / temperature, upstream.lse / pull_K
 
 
-def _storage_unit(pull_K: Tensor | None, head: Head) -> Tensor | float:
+def _storage_unit(pull_K: Tensor | None, plan: Plan) -> Tensor | float:
     """HS = u H with |u| <= 2^-bits max|pull|: fp16 keeps it in units of that bound, a scalar."""
-    if pull_K is None or not head.bits:
+    if pull_K is None or not plan.bits:
         return 1.0
-    return pull_K.abs().amax().clamp_min(1e-30) / (1 << head.bits)
+    return pull_K.abs().amax().clamp_min(1e-30) / (1 << plan.bits)
 
 
-def _chunks(rows: int, head: Head, store: bool, chunk_bytes: int | None) -> list[slice]:
+def _chunks(n_rows: int, plan: Plan, *, store: bool, chunk_bytes: int | None) -> list[slice]:
     """Chunks of equal size, in whole row tiles, each with an E of at most chunk_bytes."""
-    block = head.tile.block_m
+    block = plan.tile.block_m
     most = SCORE_ROWS
     if store:
-        weight = head.weight_VD
-        budget = default_chunk_bytes(weight.device) if chunk_bytes is None else chunk_bytes
-        most = min(CHUNK_ROWS, budget // (_padded(weight.shape[0]) * weight.itemsize))
-    return equal_slices(rows, min(most, LIST * block), block)
+        weight_VD = plan.head.weight
+        budget = default_chunk_bytes(weight_VD.device) if chunk_bytes is None else chunk_bytes
+        most = min(CHUNK_ROWS, budget // (_padded(weight_VD.shape[0]) * weight_VD.itemsize))
+    return equal_slices(n_rows, min(most, LIST * block), block)
 
 
 def _padded(columns: int) -> int:
@@ -626,102 +691,103 @@ def _padded(columns: int) -> int:
     return triton.cdiv(columns, 64) * 64
 
 
-def _forward(hidden_CD: Tensor, rows: Rows, head: Head, *, store: bool) -> Tensor | None:
+def _forward(hidden_CD: Tensor, stats: RowStats, plan: Plan, *, store: bool) -> Tensor | None:
     """Fills the rows' statistics; with `store` returns E, (C, V) of a padded buffer."""
-    count, vocabulary = hidden_CD.shape[0], head.weight_VD.shape[0]
+    n_rows, vocabulary = hidden_CD.shape[0], plan.head.weight.shape[0]
     exps_CV = None
     if store:
-        exps_CV = hidden_CD.new_empty(count, _padded(vocabulary))[:, :vocabulary]
-    _launch_target_logit(hidden_CD, rows, head)
-    tile = head.tile
-    partial = torch.empty(
-        3, 2 * triton.cdiv(vocabulary, tile.block_n), count, device=hidden_CD.device
-    )  # sums, peaks, moments of every half column tile
-    flags = torch.empty(
-        triton.cdiv(count, tile.block_m), dtype=torch.int32, device=rows.gain.device
-    )
-    args = (hidden_CD, rows, partial, flags, head)
-    if head.bits:
-        _launch_gemm(*args, peak=True)
-        _launch_reduce(*args[1:], peak=True)
+        exps_CV = hidden_CD.new_empty(n_rows, _padded(vocabulary))[:, :vocabulary]
+    _launch_target_logit(hidden_CD, stats, plan.head)
+    tiles = TileSums.new(n_rows, plan)
+    if plan.bits:
+        # fp16: E would overflow at logp = -11. One more GEMM finds the log-sum-exp first.
+        _launch_gemm(hidden_CD, stats, tiles, plan, peak=True)
+        _launch_reduce(stats, tiles, plan, peak=True)
         if exps_CV is not None:
-            _launch_gemm(*args, exps_CV=exps_CV)
+            _launch_gemm(hidden_CD, stats, tiles, plan, exps_CV=exps_CV)
         return exps_CV
-    _launch_gemm(*args, exps_CV=exps_CV, reference2=rows.target2)
-    _launch_reduce(*args[1:])
-    _launch_gemm(*args, peak=True, flagged=True)
-    _launch_reduce(*args[1:], peak=True, flagged=True)
+    _launch_gemm(hidden_CD, stats, tiles, plan, exps_CV=exps_CV, reference2=stats.target2)
+    _launch_reduce(stats, tiles, plan)
+    # Three launches without work where nothing is flagged: to ask would wait for the device.
+    _launch_gemm(hidden_CD, stats, tiles, plan, peak=True, flagged=True)
+    _launch_reduce(stats, tiles, plan, peak=True, flagged=True)
     if exps_CV is not None:
-        _launch_gemm(*args, exps_CV=exps_CV, flagged=True)
+        _launch_gemm(hidden_CD, stats, tiles, plan, exps_CV=exps_CV, flagged=True)
     return exps_CV
 
 
-def _launch_target_logit(hidden_CD: Tensor, rows: Rows, head: Head) -> None:
-    count, width = hidden_CD.shape
+def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, head: Head) -> None:
+    n_rows, width = hidden_CD.shape
     launch(
         _target_logit,
-        triton.cdiv(count, 16),
-        hidden_CD,
-        head.weight_VD,
-        rows.targets,
-        rows.gain,
-        head.bias_V,
-        rows.target2,
-        rows.slope,
-        count,
-        width,
-        hidden_CD.stride(0),
-        head.weight_VD.stride(0),
-        head.logit_scale,
-        head.softcap or 1.0,
-        BIAS=head.bias_V is not None,
-        SOFTCAP=head.softcap is not None,
+        triton.cdiv(n_rows, 16),
+        hidden_ptr=hidden_CD,
+        weight_ptr=head.weight,
+        target_ptr=stats.targets,
+        gain_ptr=stats.gain,
+        bias_ptr=head.bias,
+        target2_ptr=stats.target2,
+        slope_ptr=stats.slope,
+        n_rows=n_rows,
+        width=width,
+        hidden_stride=hidden_CD.stride(0),
+        weight_stride=head.weight.stride(0),
         BLOCK_M=16,
         BLOCK_D=128,
+        **shape_of(head),
     )
+
+
+def shape_of(head: Head) -> dict[str, float | bool]:
+    """What a kernel needs to make a logit of a product, see `logit_of`; 1.0: not read."""
+    return {
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap or 1.0,
+        "BIAS": head.bias is not None,
+        "SOFTCAP": head.softcap is not None,
+    }
 
 
 def _launch_gemm(
     hidden_CD: Tensor,
-    rows: Rows,
-    partial: Tensor,
-    flags: Tensor,
-    head: Head,
+    stats: RowStats,
+    tiles: TileSums,
+    plan: Plan,
     *,
     exps_CV: Tensor | None = None,
     reference2: Tensor | None = None,
     peak: bool = False,
     flagged: bool = False,
 ) -> None:
-    weight_VD = head.weight_VD
-    tile = head.tile
+    weight_VD, tile = plan.head.weight, plan.tile
     operands = [(hidden_CD, tile.block_m, tile.block_k), (weight_VD, tile.block_n, tile.block_k)]
     if exps_CV is not None:
         operands.append((exps_CV, tile.block_m, tile.block_n // 2))
     tma = capability_of(weight_VD.device) >= (9, 0) and all(_aligned(x) for x, _, _ in operands)
+    # All or none: one constexpr chooses the loads of both operands and the store.
     sources = [_descriptor(*operand) if tma else operand[0] for operand in operands]
-    count, width = hidden_CD.shape
-    tiles = triton.cdiv(count, tile.block_m) * triton.cdiv(weight_VD.shape[0], tile.block_n)
+    (n_rows, width), vocabulary = hidden_CD.shape, weight_VD.shape[0]
+    n_tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(vocabulary, tile.block_n)
     launch(
         _gemm_exp,
-        min(tiles, programs_of(weight_VD.device)),
-        sources[0],
-        sources[1],
-        sources[2] if exps_CV is not None else None,
-        rows.targets,
-        rows.reference2 if reference2 is None else reference2,
-        rows.gain,
-        head.bias_V,
-        flags,
-        *partial.unbind(0),
-        count,
-        weight_VD.shape[0],
-        width,
-        hidden_CD.stride(0),
-        weight_VD.stride(0),
-        exps_CV.stride(0) if exps_CV is not None else 0,
-        head.logit_scale,
-        head.softcap or 1.0,
+        min(n_tiles, programs_of(weight_VD.device)),
+        hidden=sources[0],
+        weight=sources[1],
+        exps=sources[2] if exps_CV is not None else None,
+        target_ptr=stats.targets,
+        reference_ptr=stats.reference2 if reference2 is None else reference2,
+        gain_ptr=stats.gain,
+        bias_ptr=plan.head.bias,
+        flag_ptr=tiles.flags,
+        sum_ptr=tiles.sums,
+        peak_ptr=tiles.peaks,
+        moment_ptr=tiles.moments,
+        n_rows=n_rows,
+        vocabulary=vocabulary,
+        width=width,
+        hidden_stride=hidden_CD.stride(0),
+        weight_stride=weight_VD.stride(0),
+        exps_stride=exps_CV.stride(0) if exps_CV is not None else 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -730,12 +796,11 @@ def _launch_gemm(
         STORE=exps_CV is not None,
         PEAK=peak,
         FLAGGED=flagged,
-        BIAS=head.bias_V is not None,
-        SOFTCAP=head.softcap is not None,
-        ENTROPY=head.entropy,
+        ENTROPY=plan.entropy,
         DTYPE=TRITON_DTYPE[weight_VD.dtype],
         num_stages=tile.stages,
         num_warps=tile.warps,
+        **shape_of(plan.head),
     )
 
 
@@ -749,105 +814,109 @@ def _descriptor(x: Tensor, block_rows: int, block_columns: int) -> TensorDescrip
 
 
 def _launch_reduce(
-    rows: Rows,
-    partial: Tensor,
-    flags: Tensor,
-    head: Head,
-    *,
-    peak: bool = False,
-    flagged: bool = False,
+    stats: RowStats, tiles: TileSums, plan: Plan, *, peak: bool = False, flagged: bool = False
 ) -> None:
+    halves, n_rows = tiles.sums.shape
+    # A program per row tile, which is what a flag stands for.
     launch(
         _reduce_rows,
-        flags.shape[0],
-        *partial.unbind(0),
-        rows.target2,
-        flags,
-        rows.total,
-        rows.shift2,
-        rows.moment,
-        rows.reference2,
-        rows.kappa,
-        rows.missing,
-        partial.shape[2],
-        partial.shape[1],
-        BLOCK_M=head.tile.block_m,
+        tiles.flags.shape[0],
+        sum_ptr=tiles.sums,
+        peak_ptr=tiles.peaks,
+        moment_ptr=tiles.moments,
+        target2_ptr=stats.target2,
+        flag_ptr=tiles.flags,
+        total_ptr=stats.total,
+        shift_ptr=stats.shift2,
+        moments_ptr=stats.moment,
+        reference_ptr=stats.reference2,
+        kappa_ptr=stats.kappa,
+        missing_ptr=stats.missing,
+        n_rows=n_rows,
+        tiles_n=halves,
+        BLOCK_M=plan.tile.block_m,
         BLOCK_N=32,
         PEAK=peak,
         FLAGGED=flagged,
-        ENTROPY=head.entropy,
-        BITS=head.bits,
+        ENTROPY=plan.entropy,
+        BITS=plan.bits,
     )
 
 
-def _launch_glue(
+def _launch_gradient_operands(
     hidden_CD: Tensor,
     exps_CV: Tensor,
+    *,
     scaled_CD: Tensor | None,
-    u_C: Tensor,
     pull_C: Tensor,
     lift_C: Tensor | None,
-    rows: Rows,
-    head: Head,
-) -> None:
-    count, width = hidden_CD.shape
+    stats: RowStats,
+    plan: Plan,
+) -> Tensor:
+    """Writes E's target entries and fills scaled_CD; returns u_C."""
+    # 8 rows a program: little work each, so that a chunk of 8192 rows fills every multiprocessor.
+    u_C = torch.empty_like(stats.kappa)
+    n_rows, width = hidden_CD.shape
     launch(
-        _glue,
-        triton.cdiv(count, 8),
-        hidden_CD,
-        exps_CV,
-        scaled_CD,
-        u_C,
-        rows.targets,
-        pull_C,
-        lift_C,
-        rows.slope,
-        rows.kappa,
-        rows.missing,
-        count,
-        width,
-        hidden_CD.stride(0),
-        exps_CV.stride(0),
+        _gradient_operands,
+        triton.cdiv(n_rows, 8),
+        hidden_ptr=hidden_CD,
+        exps_ptr=exps_CV,
+        scaled_ptr=scaled_CD,
+        u_ptr=u_C,
+        target_ptr=stats.targets,
+        pull_ptr=pull_C,
+        lift_ptr=lift_C,
+        slope_ptr=stats.slope,
+        kappa_ptr=stats.kappa,
+        missing_ptr=stats.missing,
+        n_rows=n_rows,
+        width=width,
+        hidden_stride=hidden_CD.stride(0),
+        exps_stride=exps_CV.stride(0),
         LIFT=lift_C is not None,
-        SOFTCAP=head.softcap is not None,
+        SOFTCAP=plan.head.softcap is not None,
         SCALED=scaled_CD is not None,
         DTYPE=TRITON_DTYPE[hidden_CD.dtype],
         BLOCK_M=8,
         BLOCK_D=512,
     )
+    return u_C
 
 
 def bias_sum(exps_CV: Tensor, u_C: Tensor) -> Tensor:
-    count, vocabulary = exps_CV.shape
+    n_rows, vocabulary = exps_CV.shape
     out_V = torch.empty(vocabulary, dtype=torch.float32, device=u_C.device)
     launch(
         _bias_gradient,
         triton.cdiv(vocabulary, 128),
-        exps_CV,
-        u_C,
-        out_V,
-        count,
-        vocabulary,
-        exps_CV.stride(0),
+        exps_ptr=exps_CV,
+        u_ptr=u_C,
+        out_ptr=out_V,
+        n_rows=n_rows,
+        vocabulary=vocabulary,
+        exps_stride=exps_CV.stride(0),
         BLOCK_M=64,
         BLOCK_N=128,
     )
     return out_V
 
 
-def values(rows: Rows, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+def values(stats: RowStats, *, entropy: bool) -> Values:
     """logp, lse and entropy from the sums: torch's log, exact near 1 where the hardware's is not.
 
     x = z_target - lse of the others; for rows relative to their target it is -log S, exactly.
     H = sum over the others of p (lse - z), minus p_target logp.
     """
-    shift_K, log_total_K = rows.shift2 * LN2, rows.total.log()
-    target_K = rows.target2 * LN2
-    logp_K = F.logsigmoid((rows.target2 - rows.shift2) * LN2 - log_total_K)
+    shift_K, log_total_K = stats.shift2 * LN2, stats.total.log()
+    target_K = stats.target2 * LN2
+    # Subtracted in units of log 2, where a row relative to its target gives exactly 0.
+    logp_K = F.logsigmoid((stats.target2 - stats.shift2) * LN2 - log_total_K)
     lse_K = torch.logaddexp(target_K, shift_K + log_total_K)
-    if not head.entropy:
-        return logp_K, lse_K, None
-    others_K = (lse_K - shift_K) * rows.total - rows.moment * LN2
+    if not entropy:
+        return Values(logp_K, lse_K, None)
+    others_K = (lse_K - shift_K) * stats.total - stats.moment * LN2
+    # 0 x -inf is NaN where the target has no probability.
     lowest = torch.finfo(torch.float32).min
     entropy_K = (shift_K - lse_K).exp() * others_K - logp_K.exp() * logp_K.clamp_min(lowest)
-    return logp_K, lse_K, entropy_K
+    return Values(logp_K, lse_K, entropy_K)

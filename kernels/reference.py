@@ -17,6 +17,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+from vpgea_fast.kernels.options import PAPER, GroupOptions
+
 Tensor = torch.Tensor
 
 
@@ -40,6 +43,7 @@ def linear_logprob(
     where p is close to 1, never above 0, and its autograd gradient at the target is 1 - p without
     the cancellation. Ignored rows are never read and give 0 three times.
     """
+    # Selected before anything is computed: a row that is ignored may hold NaN.
     kept_T = targets_T != ignore_index
     targets_K1 = targets_T[kept_T].unsqueeze(1)
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -53,11 +57,13 @@ def linear_logprob(
     z_KV = a_KV / temperature
 
     z_target_K = z_KV.gather(1, targets_K1).squeeze(1)
+    # The lowest finite number and not -inf: where all others are -inf, -inf - -inf is NaN.
     others_KV = z_KV.scatter(1, targets_K1, torch.finfo(dtype).min)
     logp_K = F.logsigmoid(z_target_K - others_KV.logsumexp(1))
     lse_K = z_KV.logsumexp(1)
     log_p_KV = z_KV - lse_K.unsqueeze(1)
     p_KV = log_p_KV.exp()
+    # p log p is 0 at p = 0, where log p is -inf; the mask keeps its gradient finite too.
     entropy_K = -(p_KV * log_p_KV.masked_fill(p_KV == 0, 0.0)).sum(1)
 
     zero_T = hidden_TD.new_zeros(targets_T.shape, dtype=dtype)
@@ -96,62 +102,7 @@ NOISE_NATS = 1e-7
 LOG_HALF = math.log(0.5)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupOptions:
-    """Options of `group_advantage`, checked at birth: ValueError. The defaults are the paper's."""
-
-    alpha: float = 0.5  # exponent of the length factor, >= 0
-    baseline: str = "mean"  # of U over the prior paths; or "lme", the log of the mean likelihood
-    reward: str = "paper"  # or "likelihood_gate", "likelihood_mix"
-    r_margin: float = 0.0  # nats, reward "paper" only
-    u_min: float = -20.0  # nats, what a NaN or infinite U becomes
-    clamp_u: bool = False  # lift every U to u_min
-    eta_clip: tuple[float, float] | None = None  # (low, high)
-    eps: float = 1e-6  # added to the std
-    ddof: int = 0  # std over G - ddof
-    std_gate: float = 0.0  # groups with std(S) below it are silent
-
-    def __post_init__(self):
-        for name in ("alpha", "eps", "std_gate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, expected a finite number >= 0"
-                )
-        for name, choices in (
-            ("baseline", ("mean", "lme")),
-            ("reward", ("paper", "likelihood_gate", "likelihood_mix")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-                )
-        if not math.isfinite(self.r_margin) or (self.r_margin != 0 and self.reward != "paper"):
-            raise ValueError(
-                f"r_margin: got {self.r_margin} with reward={self.reward!r}, expected a finite "
-                "number, and 0 unless reward='paper': the other rewards have no margin"
-            )
-        if not math.isfinite(self.u_min):
-            raise ValueError(
-                f"u_min: got {self.u_min}, expected a finite number of nats such as -20"
-            )
-        if self.eta_clip is not None and not 0 < self.eta_clip[0] <= self.eta_clip[1] < math.inf:
-            raise ValueError(
-                f"eta_clip: got {self.eta_clip}, expected (low, high) with 0 < low <= high; "
-                "use None for no clip"
-            )
-
-    def check_group_size(self, group_size: int) -> None:
-        if not 0 <= self.ddof < group_size:
-            raise ValueError(
-                f"ddof: got {self.ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the "
-                "population std"
-            )
-
-
-PAPER = GroupOptions()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GroupAdvantage:
     """Scores of B questions, float64.
 
@@ -194,6 +145,7 @@ def group_advantage(
     u_P = answer_logp_A.double()
     if cu_answers is not None:
         u_P = segment_sum(u_P, cu_answers)
+    # A path whose answer has probability 0 gives -inf, which would empty its whole group.
     finite_P = u_P.isfinite()
     u_P = torch.where(finite_P, u_P, o.u_min).clamp(min=o.u_min if o.clamp_u else -math.inf)
     u_post_BG, finite_BG = (x[:n_post].view(len_post_BG.shape) for x in (u_P, finite_P))
@@ -212,21 +164,22 @@ def group_advantage(
     eta_BG = length_factor(len_post_BG, len_base_B, o)
     utility_BG = reward_BG * eta_BG
 
+    # NaN where the input is wrong: the kernel, which this specifies, cannot raise.
     lengths = torch.cat((len_post_BG, len_prior_BN), 1).double()
     bad_B = ~(utility_BG.isfinite().all(1) & (lengths.isfinite() & (lengths >= 0)).all(1))
     advantage_BG = group_zscore(utility_BG, o).masked_fill(bad_B[:, None], math.nan)
     replaced_B = (~finite_BG).sum(1) + (~finite_BN).sum(1)
     return GroupAdvantage(
-        u_post_BG,
-        u_prior_BN,
-        u_base_B1.squeeze(1),
-        len_base_B,
-        reward_BG,
-        eta_BG,
-        utility_BG,
-        advantage_BG,
-        advantage_BG > 0,
-        torch.where(bad_B, -1, replaced_B),
+        u_post_BG=u_post_BG,
+        u_prior_BN=u_prior_BN,
+        u_base_B=u_base_B1.squeeze(1),
+        len_base_B=len_base_B,
+        reward_BG=reward_BG,
+        eta_BG=eta_BG,
+        utility_BG=utility_BG,
+        advantage_BG=advantage_BG,
+        gate_BG=advantage_BG > 0,
+        replaced_B=torch.where(bad_B, -1, replaced_B),
     )
 
 
@@ -251,22 +204,7 @@ def group_zscore(utility_BG: Tensor, options: GroupOptions = PAPER) -> Tensor:
     return torch.where(silent_B1, 0.0, centred_BG / (std_B1 + options.eps))
 
 
-def stream_coefficients(
-    advantage_BG: Tensor, weight_BG: Tensor, cu_paths: Tensor, *, beta: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """Coefficient of every token of the posterior paths in the teacher's and the student's view.
-
-    -w A and -beta w 1[A > 0], each (T,); cu_paths (B G + 1,) are the paths' boundaries.
-    """
-    tokens_P = cu_paths.diff()
-    post_BG = -weight_BG * advantage_BG
-    prior_BG = -beta * weight_BG * (advantage_BG > 0)
-    return post_BG.flatten().repeat_interleave(tokens_P), prior_BG.flatten().repeat_interleave(
-        tokens_P
-    )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GatedKl:
     """What the log-probabilities of a step add up to; loss = pg_loss + beta distill_loss.
 
@@ -310,9 +248,17 @@ def gated_kl(
     logp_S = logp_S.index_put((index_P,), segment_sum(logp_U, cu_P))
     kl_S = torch.where(gate_S, logq_S.detach() - logp_S, 0.0)
     coef_S = -weight_S * advantage_S
+    # Masked, not multiplied by 0: a sequence that takes no part may hold NaN.
     pg_loss = (coef_S * logq_S.masked_fill(coef_S == 0, 0.0)).sum()
     distill_loss = (weight_S * kl_S.masked_fill(weight_S == 0, 0.0)).sum()
-    return GatedKl(logq_S, logp_S, gate_S, kl_S, pg_loss, distill_loss)
+    return GatedKl(
+        logq_S=logq_S,
+        logp_S=logp_S,
+        gate_S=gate_S,
+        kl_S=kl_S,
+        pg_loss=pg_loss,
+        distill_loss=distill_loss,
+    )
 
 
 def vpgea_loss(
@@ -333,56 +279,50 @@ def vpgea_loss(
     """
     logq_T, _, _ = linear_logprob(hidden_post_TD, weight_VD, targets_T, **head)
     logp_T, _, _ = linear_logprob(hidden_prior_TD, weight_VD, targets_T, **head)
-    parts = gated_kl(logq_T, logp_T, cu_seqlens, advantage_S, weight_S)
+    parts = gated_kl(
+        logq_T, logp_T, cu_seqlens=cu_seqlens, advantage_S=advantage_S, weight_S=weight_S
+    )
     return parts.pg_loss + beta * parts.distill_loss
 
 
 def head_pass(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     targets_K: Tensor,
     *,
     rows_K: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     entropy: bool = False,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
-    dhidden_TD: Tensor | None = None,
-    dweight_VD: Tensor | None = None,
-    dbias_V: Tensor | None = None,
+    upstream: Upstream | None = None,
+    sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The backend contract (see chunked.head_pass) met by autograd; `chunk_bytes` is not used."""
+) -> Values:
+    """Meets the contract of chunked.head_pass by autograd; `chunk_bytes` is not used."""
     del chunk_bytes
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    # The caller is inside an autograd function, where grad mode is off.
     with torch.enable_grad():
         hidden_KD = hidden_TD.index_select(0, rows_K).to(dtype).detach().requires_grad_()
-        weight = weight_VD.detach().to(dtype).requires_grad_()
-        bias = None if bias_V is None else bias_V.detach().to(dtype).requires_grad_()
+        weight_VD = head.weight.detach().to(dtype).requires_grad_()
+        bias_V = None if head.bias is None else head.bias.detach().to(dtype).requires_grad_()
         logp_K, lse_K, entropy_K = linear_logprob(
             hidden_KD,
-            weight,
+            weight_VD,
             targets_K,
-            bias_V=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=-1,
+            bias_V=bias_V,
+            temperature=head.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            ignore_index=-1,  # no target: the rows were selected before
         )
         if upstream is not None:
-            values = (logp_K, lse_K, entropy_K)
-            pairs = [
-                (v, g.to(dtype)) for v, g in zip(values, upstream, strict=True) if g is not None
-            ]
-            total = torch.stack([(v * g).sum() for v, g in pairs]).sum()
-            leaves = [hidden_KD, weight] + ([] if bias is None else [bias])
-            grads = torch.autograd.grad(total, leaves)
-            if dhidden_TD is not None:
-                dhidden_TD.index_copy_(0, rows_K, grads[0].to(dhidden_TD.dtype))
-            if dweight_VD is not None:
-                dweight_VD.add_(grads[1])
-            if dbias_V is not None:
-                dbias_V.add_(grads[2])
-    return logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None
+            pairs = ((logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy))
+            parts = [(value * g.to(dtype)).sum() for value, g in pairs if g is not None]
+            leaves = [hidden_KD, weight_VD] + ([] if bias_V is None else [bias_V])
+            grads = torch.autograd.grad(torch.stack(parts).sum(), leaves)
+            if sinks.hidden is not None:
+                sinks.hidden.index_copy_(0, rows_K, grads[0].to(sinks.hidden.dtype))
+            if sinks.weight is not None:
+                sinks.weight.add_(grads[1])
+            if sinks.bias is not None:
+                sinks.bias.add_(grads[2])
+    return Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None)

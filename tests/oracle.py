@@ -213,6 +213,19 @@ def vpgea_loss(
     return (weight_G * (beta * distill_G - advantage_G * logq_G)).sum()
 
 
+def stream_coefficients(
+    advantage_BG: Tensor, weight_BG: Tensor, cu_paths: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Coefficient of every token of the posterior paths in the teacher's and the student's view.
+
+    -w A and -beta w 1[A > 0], each (T,); cu_paths (B G + 1,) are the paths' boundaries.
+    """
+    tokens_P = cu_paths.diff()
+    coefs = (-weight_BG * advantage_BG, -beta * weight_BG * (advantage_BG > 0))
+    post_T, prior_T = (coef_BG.flatten().repeat_interleave(tokens_P) for coef_BG in coefs)
+    return post_T, prior_T
+
+
 def sequence_weights(norm: str, length_BG: Tensor, constant: float) -> Tensor:
     """w_i of each normalisation; B * G is the nominal number of paths, dead groups included."""
     length_BG = length_BG.double()

@@ -15,6 +15,7 @@ from oracle import Group
 from torch import Tensor
 
 from vpgea_fast.advantage import (
+    GroupOptions,
     Utility,
     cross_view_utility,
     elbo_terms,
@@ -273,6 +274,18 @@ def test_every_option_matches_the_scalar_reference(
             assert row(actual) == pytest.approx(expected, rel=1e-12, abs=1e-12), (case, name)
         assert torch.equal(out.gate, out.advantage > 0)
         assert (out.reward[out.gate] > 0).all()
+
+
+def test_options_come_as_a_record_as_keywords_or_as_both() -> None:
+    record = GroupOptions(**ROBUST)
+    for other in (
+        score(BY_HAND, options=record),
+        score(BY_HAND, options=dataclasses.replace(record, eps=0.5), eps=ROBUST["eps"]),
+    ):
+        assert torch.equal(other.advantage, score(BY_HAND, **ROBUST).advantage)
+    assert not torch.equal(score(BY_HAND, **ROBUST).advantage, score(BY_HAND).advantage)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'margin'"):
+        score(BY_HAND, margin=0.1)
 
 
 def test_result_is_a_constant_for_autograd() -> None:

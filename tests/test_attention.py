@@ -90,7 +90,13 @@ def rows(seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(53, (n,), generator=generator)  # noqa: E731
     return [
-        TrainRow(draw(c), draw(t), torch.randn(t, generator=generator), "prior", "student")
+        TrainRow(
+            context_ids=draw(c),
+            token_ids=draw(t),
+            coef=torch.randn(t, generator=generator),
+            stream="prior",
+            view="student",
+        )
         for c, t in SIZES
     ]
 
@@ -99,11 +105,11 @@ def with_changed(rows, index, coef=None):
     """The same rows, but every id of one of them is another."""
     old = rows[index]
     new = TrainRow(
-        (old.context_ids + 1) % 53,
-        (old.token_ids + 1) % 53,
-        old.coef if coef is None else torch.full_like(old.coef, coef),
-        "prior",
-        "student",
+        context_ids=(old.context_ids + 1) % 53,
+        token_ids=(old.token_ids + 1) % 53,
+        coef=old.coef if coef is None else torch.full_like(old.coef, coef),
+        stream="prior",
+        view="student",
     )
     return [*rows[:index], new, *rows[index + 1 :]]
 

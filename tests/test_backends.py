@@ -1,5 +1,7 @@
 """Which backend runs, and why: the policy is a pure function, so every machine can be asked."""
 
+import importlib
+import inspect
 import logging
 import types
 import typing
@@ -8,9 +10,11 @@ import pytest
 import torch
 
 from vpgea_fast.config import LossConfig
-from vpgea_fast.kernels import backends, head
+from vpgea_fast.kernels import backends, checks, head
 from vpgea_fast.kernels.backends import BACKENDS, Situation, choose
+from vpgea_fast.kernels.contract import NUMBERS, SETTINGS, Settings
 from vpgea_fast.losses import (
+    HeadOptions,
     choose_backend,
     linear_logprob,
     resolve_backend,
@@ -99,6 +103,40 @@ def test_a_backend_that_cannot_is_an_error(name, call, missing, message, monkeyp
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         choose(name, call, missing)
+
+
+def test_every_backend_has_one_signature():
+    """One call serves all; the benchmark's switch of the cuBLAS head is the only one more."""
+    pytest.importorskip("triton")
+    names = ("reference", "chunked", "linear_logprob", "cublas")
+    modules = [importlib.import_module(f"vpgea_fast.kernels.{name}") for name in names]
+    signatures = [dict(inspect.signature(module.head_pass).parameters) for module in modules]
+    assert signatures[-1].pop("logits_dtype").default is torch.float32
+    assert all(list(x.items()) == list(signatures[0].items()) for x in signatures)
+    assert len(signatures[0]) == 8
+
+
+def test_an_option_has_one_default_and_one_name():
+    """HeadOptions, which a user sees, against the records that become an op's arguments."""
+    own = {"bias", "rows"}  # tensors: they are inputs of the op
+    assert set(HeadOptions.__annotations__) == own | set(checks.OPTIONS)
+    assert tuple(name for name in Settings._fields if name != "operands") == checks.OPTIONS
+    assert set(NUMBERS) <= set(checks.OPTIONS)
+    assert HeadOptions.__doc__ is not None
+    for name in checks.OPTIONS:
+        default = f"{Settings._field_defaults[name]!r}".replace("'", '"')
+        assert f"    {name} ({default}): " in HeadOptions.__doc__, name
+    assert SETTINGS == (
+        "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
+        "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands"
+    )
+
+
+def test_an_unknown_option_is_named():
+    hidden_TD, weight_VD, targets_T = torch.randn(5, 4), torch.randn(9, 4), torch.arange(5)
+    for name in ("sofcap", "operands"):
+        with pytest.raises(TypeError, match=f"argument '{name}'; options are bias, rows, temp"):
+            linear_logprob(hidden_TD, weight_VD, targets_T, **{name: torch.float16})
 
 
 def test_the_configuration_names_every_backend():

@@ -436,7 +436,7 @@ def vllm_plan(large_model, capsys):
     model = large_model("7b")
 
     def plan(*more):
-        words = ["--model.path", str(model), "--rollout.engine", "vllm", *more]
+        words = ["--model.path", str(model), "--engine", "vllm", *more]
         machine = ["--processes", "8", "--device-gib", "80"]
         assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
         return capsys.readouterr().out
@@ -446,15 +446,15 @@ def vllm_plan(large_model, capsys):
 
 def test_dry_run_counts_the_paths_in_vllms_cache(vllm_plan):
     """28 layers, 4 key heads of 128, bfloat16: 57,344 bytes a token, 28,672 on two GPUs."""
-    shown = vllm_plan("--vllm.kv_cache_gib", "14")
+    shown = vllm_plan("--engine.kv_cache_gib", "14")
     paths = 14 * 2**30 // 57344 // 8607
     assert (
         "vLLM's KV cache: 14.000 GiB, 57344 bytes a token, 262144 tokens: "
         f"{paths} paths of 8607 at once" in shown
     )
     assert "fewer than rollout.max_batch 64: the rest wait or are computed again" in shown
-    assert "slower, not wrong; raise vllm.kv_cache_gib, or lower rollout.max_batch" in shown
-    shown = vllm_plan("--vllm.tensor_parallel", "2", "--vllm.gpu_memory", "0.45")
+    assert "slower, not wrong; raise engine.kv_cache_gib, or lower rollout.max_batch" in shown
+    shown = vllm_plan("--engine.tensor_parallel", "2", "--engine.gpu_memory", "0.45")
     assert "28672 bytes a token" in shown
     assert "fewer than" not in shown
     assert "too many" not in shown
@@ -464,42 +464,42 @@ def test_dry_run_counts_the_paths_in_vllms_cache(vllm_plan):
 
 
 def test_dry_run_says_that_vllm_would_not_start(vllm_plan):
-    shown = vllm_plan("--vllm.gpu_memory", "0.2")
+    shown = vllm_plan("--engine.gpu_memory", "0.2")
     assert "0 tokens: 0 paths of 8607 at once" in shown
-    one = "vLLM will not start: one path may have 10241 tokens (vllm.context); raise vllm."
+    one = "vLLM will not start: one path may have 10241 tokens (engine.context); raise engine."
     assert f"{one}gpu_memory, or lower" in shown
     room = 10240 * 57344 / 2**30
-    assert f"{one}kv_cache_gib" in vllm_plan("--vllm.kv_cache_gib", str(room))
-    fits = vllm_plan("--vllm.kv_cache_gib", str(room), "--vllm.context", "10240")
+    assert f"{one}kv_cache_gib" in vllm_plan("--engine.kv_cache_gib", str(room))
+    fits = vllm_plan("--engine.kv_cache_gib", str(room), "--engine.context", "10240")
     assert "will not start" not in fits
-    shown = vllm_plan("--vllm.kv_cache_gib", "10", "--vllm.gpu_memory", "0.9")
-    assert "it asks for vllm.gpu_memory (72.000 GiB) of free memory also with" in shown
+    shown = vllm_plan("--engine.kv_cache_gib", "10", "--engine.gpu_memory", "0.9")
+    assert "it asks for engine.gpu_memory (72.000 GiB) of free memory also with" in shown
     free = 80 * 0.92 - 4 * SHAPES["7b"][-1] / 8 / 2**30
-    assert f"and {free:.3f} are free; set vllm.gpu_memory to {int(free / 0.8) / 100:.2f}" in shown
+    assert f"and {free:.3f} are free; set engine.gpu_memory to {int(free / 0.8) / 100:.2f}" in shown
 
 
 def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
     def plan(*words):
         return vllm_plan("--train.resample_rounds", "1", *words)
 
-    shown = plan("--vllm.gpu_memory", "0.8")
-    assert "'vllm kv cache' is largest: vllm.gpu_memory or vllm.kv_cache_gib" in shown
+    shown = plan("--engine.gpu_memory", "0.8")
+    assert "'vllm kv cache' is largest: engine.gpu_memory or engine.kv_cache_gib" in shown
     found = re.search(
         r"scoring: vLLM's 64\.000 GiB beside ([0-9.]+) of the trainer are ([0-9.]+) too many; "
-        r"set vllm\.gpu_memory to ([0-9.]+)",
+        r"set engine\.gpu_memory to ([0-9.]+)",
         shown,
     )
     assert found is not None
     trainer, over, share = map(float, found.groups())
     assert trainer + 64 - over == pytest.approx(80 * 0.92, abs=2e-3)
-    assert "more than it holds" not in plan("--vllm.gpu_memory", str(share))
-    assert "more than it holds" in plan("--vllm.gpu_memory", str(share + 0.01))
-    shown = plan("--vllm.kv_cache_gib", "45")
-    cache = re.search(r"too many; set vllm\.kv_cache_gib to ([0-9.]+)", shown)
+    assert "more than it holds" not in plan("--engine.gpu_memory", str(share))
+    assert "more than it holds" in plan("--engine.gpu_memory", str(share + 0.01))
+    shown = plan("--engine.kv_cache_gib", "45")
+    cache = re.search(r"too many; set engine\.kv_cache_gib to ([0-9.]+)", shown)
     assert cache is not None
-    assert "more than it holds" not in plan("--vllm.kv_cache_gib", cache[1])
-    wide = ["--vllm.gpu_memory", "0.5", "--train.micro_batch_tokens", "200000"]
-    assert "raise vllm.tensor_parallel, take more processes, or let a server" in plan(*wide)
+    assert "more than it holds" not in plan("--engine.kv_cache_gib", cache[1])
+    wide = ["--engine.gpu_memory", "0.5", "--train.micro_batch_tokens", "200000"]
+    assert "raise engine.tensor_parallel, take more processes, or let a server" in plan(*wide)
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):

@@ -3,6 +3,7 @@ neighbour."""
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter
 
 from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
+from vpgea_fast.kernels.options import GroupOptions
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -30,7 +32,7 @@ def test_presets_load_and_survive_a_round_trip(path):
         ({"objective": {"alpah": 1}}, "objective.alpah: unknown key; did you mean 'alpha'?"),
         (
             {"objective": {"name": "grpo", "beta": 1}},
-            "objective.beta: unknown key; known keys: name, group_size",
+            "objective.beta: unknown key; it belongs to objective.name 'vpgea': set that",
         ),
         (
             {"objective": {"name": "grop"}},
@@ -165,7 +167,7 @@ def test_words_mean_the_same_in_a_file_and_on_the_command_line(tmp_path):
 
 def test_null_unsets():
     words = ["--metrics.compare", "null", "--data.limit=~", "--objective.eta_clip", "null"]
-    words += ["--vllm.server", "NULL", "--objective.preset", "robust"]
+    words += ["--engine", "vllm", "--engine.server", "NULL", "--objective.preset", "robust"]
     cfg = config.resolve(config.parse_overrides(words))
     found = (cfg.metrics.compare, cfg.data.limit, cfg.objective.eta_clip, cfg.vllm.server)
     assert found == (None, None, None, None)
@@ -180,7 +182,7 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["--run.dir", "~/run", "--model.path=~/m", "--data.train", "~/t.jsonl"]
     words += ["--eval.data", "[~/a.jsonl, b~c.jsonl]", "--metrics.compare", "~/c.json"]
-    words += ["--vllm.sync_dir", "~/sync"]
+    words += ["--engine", "vllm", "--engine.sync_dir", "~/sync"]
     cfg = config.resolve(config.parse_overrides(words))
     assert cfg == config.resolve(strict_yaml.parse(config.dump(cfg)))
     assert (cfg.run.dir, cfg.model.path) == (f"{tmp_path}/run", f"{tmp_path}/m")
@@ -266,6 +268,26 @@ def test_preset_fills_only_what_is_not_given():
     assert (paper.beta, paper.alpha, paper.gate, paper.u_min) == (0.5, 0.5, "indicator", -20.0)
 
 
+def test_every_option_of_the_utility_comes_from_the_key_of_its_name():
+    values = {
+        "alpha": 1.5,
+        "baseline": "lme",
+        "reward": "paper",
+        "r_margin": 0.25,
+        "u_min": -9.0,
+        "clamp_u": True,
+        "eta_clip": (0.5, 2.0),
+        "eps": 0.125,
+        "ddof": 1,
+        "std_gate": 0.75,
+    }
+    options = config.resolve({"objective": values}).objective.group_options()
+    assert dataclasses.asdict(options) == values
+    assert config.resolve({}).objective.group_options() == GroupOptions()
+    with pytest.raises(config.ConfigError, match=r"r_margin: got 0\.25 with reward="):
+        config.resolve({"objective": {**values, "reward": "likelihood_mix"}})
+
+
 def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim: {lr: 1.0e-6}\nrun: {seed: 1}\n")
@@ -299,6 +321,71 @@ def test_another_variant_leaves_the_keys_of_the_old_one_and_says_so(name, tmp_pa
     assert config.load(file, ["--objective.name", "vpgea"], said.append).objective.beta == 0.3
     assert len(said) == 1
     assert config.load(file, ["--objective.alpha", "0.1"]).objective.beta == 0.3
+
+
+def test_a_variant_may_be_given_by_its_name_alone(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("engine: vllm\nobjective: grpo\nrollout: {full_answer: true}\n")
+    cfg = config.load(file)
+    assert (cfg.engine, cfg.objective) == (config.VllmEngineConfig(), config.GrpoConfig())
+    same = config.load(file, ["--engine=vllm", "--engine.gpu_memory", "0.7", "--objective", "grpo"])
+    assert same.vllm == config.VllmEngineConfig(gpu_memory=0.7)
+    with pytest.raises(config.ConfigError, match=r"engine\.name: got 'vlm'.*did you mean 'vllm'"):
+        config.resolve({"engine": "vlm"})
+    with pytest.raises(config.ConfigError, match=r"engine\.sync: .* belongs to engine.name 'vllm'"):
+        config.resolve({"engine": {"sync": "disk"}})
+    with pytest.raises(ValueError, match=r"engine\.name: got 'hf', expected 'vllm'"):
+        config.Config().vllm  # noqa: B018 - refuses
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        ("rollout: {engine: vllm}", [], "rollout.engine: is now engine.name"),
+        ("vllm: {gpu_memory: 0.5}", [], "vllm.gpu_memory: is now engine.gpu_memory"),
+        ("vllm: {}", [], "vllm: is now engine"),
+        ("engine: vllm", ["--vllm.sync", "disk"], "vllm.sync: is now engine.sync"),
+        ("engine: vllm", ["--rollout.engine", "hf"], "rollout.engine: is now engine.name"),
+    ],
+)
+def test_a_key_of_an_older_version_is_refused_with_its_new_name(text, words, said, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(config.ConfigError, match=re.escape(said)):
+        config.load(file, words)
+
+
+def test_every_renamed_key_leads_to_one_that_exists():
+    for old, new in config.RENAMED.items():
+        assert old not in config.known_keys()
+        assert new in (*config.known_keys(), *vars(config.Config()))
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_the_record_of_an_older_run_is_read_as_what_its_keys_are_now(engine, tmp_path):
+    """As version 0.1 wrote them: each section whole, the engine's settings with hf too."""
+    file, heard = tmp_path / "config.yaml", []
+    new = config.resolve({"engine": engine, "run": {"seed": 3}, "rollout": {"max_batch": 7}})
+    old = config.as_dict(new)
+    settings = {**config.as_dict(config.resolve({"engine": "vllm"}))["engine"], "gpu_memory": 0.25}
+    del old["engine"], settings["name"]
+    old["rollout"]["engine"], old["vllm"] = engine, settings
+    file.write_text(strict_yaml.dump(old))
+    expected = {"name": "vllm", **settings} if engine == "vllm" else "hf"
+    cfg = config.load(file, [], heard.append, record=True)
+    assert cfg == dataclasses.replace(new, engine=config.resolve({"engine": expected}).engine)
+    assert config.resolve(config.renewed(old)) == cfg
+    (line,) = heard
+    assert f"{file}: written by an older version: read rollout.engine as engine.name" in line
+    assert ("left out vllm.process, vllm.server" in line) == (engine == "hf")
+    assert config.renewed(config.as_dict(new)) == config.as_dict(new)
+
+
+def test_another_engine_is_one_change():
+    old, new = config.Config(), config.resolve({"engine": {"name": "vllm", "gpu_memory": 0.7}})
+    assert config.changes(old, new) == {"engine.name": ("hf", "vllm")}
+    other = config.resolve({"engine": {"name": "vllm", "gpu_memory": 0.5}})
+    assert config.changes(new, other) == {"engine.gpu_memory": (0.7, 0.5)}
 
 
 def test_text_is_taken_as_it_stands():

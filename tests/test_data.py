@@ -60,10 +60,10 @@ def test_jsonl(tmp_path: Path):
     )
     loaded = load_questions(source, DataConfig())
     assert loaded.questions == (
-        Question("17", "2 + 2 = ?", "4"),
-        Question("row-3", "\u221a2 \u00b7 \u221a2?\n", "2"),
-        Question("row-4", "half {of} one", "0.5"),
-        Question("row-5", "204 as a float", "204"),
+        Question(id="17", text="2 + 2 = ?", answer="4"),
+        Question(id="row-3", text="\u221a2 \u00b7 \u221a2?\n", answer="2"),
+        Question(id="row-4", text="half {of} one", answer="0.5"),
+        Question(id="row-5", text="204 as a float", answer="204"),
     )
     assert loaded.dropped == {}
 
@@ -72,7 +72,9 @@ def test_keys_and_limit_come_from_the_configuration(tmp_path: Path):
     rows = [{"problem": f"p{i}", "solution": i, "name": f"n{i}"} for i in range(5)]
     cfg = DataConfig(question_key="problem", answer_key="solution", id_key="name", limit=3)
     loaded = load_questions(jsonl(tmp_path, *rows, b"never read"), cfg)
-    assert loaded.questions == tuple(Question(f"n{i}", f"p{i}", str(i)) for i in range(3))
+    assert loaded.questions == tuple(
+        Question(id=f"n{i}", text=f"p{i}", answer=str(i)) for i in range(3)
+    )
 
 
 def test_parquet_directories_and_jsonl_give_the_same_questions(tmp_path: Path, monkeypatch):
@@ -89,7 +91,7 @@ def test_parquet_directories_and_jsonl_give_the_same_questions(tmp_path: Path, m
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
     expected = load_questions(jsonl(tmp_path, *rows), DataConfig())
-    assert expected.questions[7] == Question("row-8", "q7", "7")
+    assert expected.questions[7] == Question(id="row-8", text="q7", answer="7")
     for name in ("a.parquet", "files", "saved", "splits"):
         assert load_questions(str(tmp_path / name), DataConfig()) == expected
 
@@ -98,7 +100,7 @@ def test_a_null_in_a_table_is_an_empty_answer(tmp_path: Path):
     table = pa.table({"question": ["a", "b", "c"], "answer": [204.0, None, float("nan")]})
     pq.write_table(table, tmp_path / "a.parquet")
     loaded = load_questions(str(tmp_path / "a.parquet"), DataConfig())
-    assert loaded.questions == (Question("row-1", "a", "204"),)
+    assert loaded.questions == (Question(id="row-1", text="a", answer="204"),)
     assert loaded.dropped == {"empty answer": 2}
 
 
@@ -208,7 +210,7 @@ def test_normalise_answer(raw: str, plain: str):
 
 
 def many(n: int) -> list[Question]:
-    return [Question(f"q{i}", f"text {i}", "4") for i in range(n)]
+    return [Question(id=f"q{i}", text=f"text {i}", answer="4") for i in range(n)]
 
 
 @pytest.mark.parametrize(("n", "batch"), [(1, 1), (16, 16), (17, 5), (40, 8)])
@@ -325,7 +327,7 @@ def test_keys_that_lead_inside(tmp_path: Path):
         for key in ("prompt", "prompt.0.content"):
             file = DataFile(source, **verl | {"question_key": key})
             loaded = load_questions(file, DataConfig())
-            assert loaded.questions[1] == Question("row-2", "2 + 2 = ?", "4")
+            assert loaded.questions[1] == Question(id="row-2", text="2 + 2 = ?", answer="4")
     row = {"a.b": "literal", "a": {"b": "inside", "c.d": ["x", {"e": "deep"}]}, "answer": "4"}
     for key, text in [
         ("a.b", "literal"),
@@ -708,7 +710,11 @@ def test_several_files_are_one_data_set(tmp_path: Path):
 
 def test_a_mixture_takes_its_shares_at_every_step():
     files = {"big": 100, "small": 7, "mid": 20}
-    questions = [Question(f"{f}{i}", "?", "4", file=f) for f, n in files.items() for i in range(n)]
+    questions = [
+        Question(id=f"{f}{i}", text="?", answer="4", file=f)
+        for f, n in files.items()
+        for i in range(n)
+    ]
     weights = {"big": 5.0, "small": 1.0, "mid": 2.0}
     assert step_shares(weights, 16) == {"big": 10, "small": 2, "mid": 4}
     steps = [
@@ -739,7 +745,7 @@ def test_shares_sum_to_the_step_and_are_within_one_of_their_weight(batch: int):
 
 
 ROWS = [{"id": i, "question": f"q{i}, \u00e9", "answer": str(i)} for i in range(3)]
-EXPECTED = tuple(Question(str(i), f"q{i}, \u00e9", str(i)) for i in range(3))
+EXPECTED = tuple(Question(id=str(i), text=f"q{i}, \u00e9", answer=str(i)) for i in range(3))
 
 
 def written(kind: str) -> bytes:
@@ -963,7 +969,11 @@ def test_a_file_for_dropped_rows_takes_the_place_of_nothing_else(tmp_path):
     with pytest.raises(DataError, match=r"is there and holds something else .*name a new file"):
         write_dropped(str(file), [LoadedQuestions(())])
     assert file.read_text() == '{"question": "What?", "answer": "1"}\n'
-    drops = (Drop(Question("row-2", "What?", "", place="a.jsonl, line 2"), "empty answer"),)
+    drops = (
+        Drop(
+            Question(id="row-2", text="What?", answer="", place="a.jsonl, line 2"), "empty answer"
+        ),
+    )
     for loaded in (LoadedQuestions((), drops), LoadedQuestions(())):
         write_dropped(str(tmp_path / "drops.jsonl"), [loaded])
     assert (tmp_path / "drops.jsonl").read_text() == ""

@@ -1,47 +1,42 @@
 """The step's numbers by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from batches import prompted, sampled, scored, whole
 
 from vpgea_fast import diagnostics, objectives
 from vpgea_fast.config import TrainConfig, VpgeaConfig
 from vpgea_fast.losses import vpgea_loss
 from vpgea_fast.objectives.rows import build_rows
-from vpgea_fast.types import ModelFlops, Path, PromptedQuestion, Question, ScoredBatch, TrainRow
+from vpgea_fast.scoring import score_row
+from vpgea_fast.types import ModelFlops, TrainRow
 
 ids = torch.tensor
 
 
-def path(stream, i, length, finish="stop"):
-    z = torch.arange(length) + 20
-    return Path(
-        "q", stream, i, z, torch.full((length,), -0.5), ids([1, 2]), finish == "stop", finish
+def path(stream, i, length, closed=True):
+    return sampled(
+        torch.arange(length) + 20,
+        stream=stream,
+        index=i,
+        logps=torch.full((length,), -0.5),
+        answer_ids=ids([1, 2]),
+        closed=closed,
     )
 
 
 @pytest.fixture
 def batch():
-    question = PromptedQuestion(
-        Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7])
-    )
-    posterior = ((path("posterior", 0, 4), path("posterior", 1, 8, "length")),)
+    question = prompted(student=[3, 4], teacher=[3, 4, 5], cue=[6], target=[7])
+    posterior = ((path("posterior", 0, 4), path("posterior", 1, 8, closed=False)),)
     prior = ((path("prior", 0, 10), path("prior", 1, 6)),)
-    double = lambda *rows: torch.tensor(rows, dtype=torch.float64)  # noqa: E731
-    return ScoredBatch(
-        (question,),
-        posterior,
-        prior,
-        double([-1.0, -3.0]),
-        double([-2.0, -4.0]),
-        double([4, 8]),
-        double([10, 6]),
-        torch.tensor([[True, False]]),
-        torch.tensor([[True, True]]),
-        double([1, 0]),
-        double([0, 1]),
-        torch.tensor([False]),
+    return whole(
+        [question],
+        scored(posterior, [[-1.0, -3.0]], correct=[[1, 0]]),
+        scored(prior, [[-2.0, -4.0]], correct=[[0, 1]]),
     )
 
 
@@ -56,7 +51,9 @@ def test_lengths_utilities_and_accuracies(batch):
 
 def test_nothing_is_claimed_about_answers_that_were_not_verified(batch):
     unknown = torch.full((1, 2), math.nan, dtype=torch.float64)
-    metrics = diagnostics.batch_metrics(ScoredBatch(**{**vars(batch), "correct_prior_BN": unknown}))
+    metrics = diagnostics.batch_metrics(
+        replace(batch, prior=replace(batch.prior, correct_BP=unknown))
+    )
     assert "acc_student" not in metrics
     assert "eps3_student" not in metrics
 
@@ -118,8 +115,10 @@ def test_early_answers_are_found_in_the_first_fifth(batch):
 def test_row_metrics_split_the_loss_and_see_the_mismatch():
     coef = torch.tensor([-2.0, -2.0], dtype=torch.float64)
     drawn = torch.tensor([-1.0, -1.0])
-    own = TrainRow(ids([1]), ids([2, 3]), coef, "posterior", "teacher", drawn)
-    distilled = TrainRow(ids([1]), ids([2, 3]), coef / 2, "posterior", "student", drawn)
+    ids_of = {"context_ids": ids([1]), "token_ids": ids([2, 3])}
+    both = {**ids_of, "stream": "posterior", "sample_logps": drawn}
+    own = TrainRow(**both, coef=coef, view="teacher")
+    distilled = TrainRow(**both, coef=coef / 2, view="student")
     metrics = diagnostics.row_metrics(
         [own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()]
     )
@@ -141,16 +140,16 @@ def test_the_logged_loss_is_that_of_vpgea_loss(norm, gate):
     generator = torch.Generator().manual_seed(5)
     lengths, beta, constant, vocabulary = ((4, 7, 2), (5, 3, 9)), 0.7, 6.0, 11
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    scored = random_batch(lengths, draw, vocabulary)
+    batch = random_batch(lengths, draw, vocabulary)
     cfg = VpgeaConfig(beta=beta, gate=gate)
-    coefs = objectives.coefficients(cfg, scored)
+    coefs = objectives.coefficients(cfg, batch)
     advantage_S = -coefs.weights["posterior", "teacher"].flatten()
     assert (advantage_S > 0).any()
-    rows = build_rows(scored, coefs, TrainConfig(norm=norm), norm_constant=constant)
+    rows = build_rows(batch, coefs, TrainConfig(norm=norm), norm_constant=constant)
     length_S = ids(lengths).flatten()
     hidden = {view: draw(int(length_S.sum()), 8) for view in ("teacher", "student")}
     weight_VD = draw(vocabulary, 8)
-    tokens = torch.cat([path.z_ids for _, path in scored.pairs("posterior")])
+    tokens = torch.cat([path.z_ids for _, path in batch.pairs("posterior")])
     places = torch.arange(tokens.numel()).split(length_S.tolist())
 
     def logged(views):
@@ -198,38 +197,37 @@ def test_the_logged_loss_is_that_of_vpgea_loss(norm, gate):
 
 def random_batch(lengths, draw, vocabulary):
     """Questions named 0, 1, ... whose sampler has other log-probs than any trainer."""
-    count, prompt = len(lengths), (ids([3, 4]), ids([3, 4, 5]), ids([6]), ids([7]))
 
-    def groups(stream, rows):
+    def groups(stream):
         def one(b, i, n):
             z = draw(n, vocabulary).argmax(1)
-            return Path(str(b), stream, i, z, draw(n) - 3, ids([1]), True, "stop")
+            logps = draw(n) - 3
+            return sampled(z, question_id=str(b), stream=stream, index=i, logps=logps)
 
-        return tuple(tuple(one(b, i, n) for i, n in enumerate(row)) for b, row in enumerate(rows))
+        return tuple(
+            tuple(one(b, i, n) for i, n in enumerate(row)) for b, row in enumerate(lengths)
+        )
 
-    sizes = torch.tensor(lengths, dtype=torch.float64)
-    yes, none = (
-        torch.ones(sizes.shape, dtype=torch.bool),
-        torch.full(sizes.shape, math.nan).double(),
-    )
-    return ScoredBatch(
-        tuple(PromptedQuestion(Question(str(b), "?", "7"), *prompt) for b in range(count)),
-        groups("posterior", lengths),
-        groups("prior", lengths),
-        draw(*sizes.shape),
-        draw(*sizes.shape) - 1,
-        sizes,
-        sizes,
-        yes,
-        yes,
-        none,
-        none,
-        torch.zeros(count, dtype=torch.bool),
+    def question(b):
+        return prompted(str(b), student=[3, 4], teacher=[3, 4, 5], cue=[6], target=[7])
+
+    posterior, prior = groups("posterior"), groups("prior")
+    shape = len(lengths), len(lengths[0])
+    return whole(
+        [question(b) for b in range(len(lengths))],
+        scored(posterior, draw(*shape)),
+        scored(prior, draw(*shape) - 1),
     )
 
 
 def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
-    row = TrainRow(ids([1]), ids([2, 3]), -torch.ones(2), "posterior", "student")
+    row = TrainRow(
+        context_ids=ids([1]),
+        token_ids=ids([2, 3]),
+        coef=-torch.ones(2),
+        stream="posterior",
+        view="student",
+    )
     with pytest.raises(ValueError, match="posterior path in the student view alone"):
         diagnostics.row_metrics([row], [torch.zeros(2)])
     assert diagnostics.row_metrics([], []) == {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
@@ -247,7 +245,7 @@ def test_tokens_trained_and_gated_off_add_up(batch):
 
 def test_speed_of_an_update_by_hand():
     flops = ModelFlops(decoder=10, head=2, width=1)
-    rows = [TrainRow(ids([1] * 3), ids([2] * n), torch.ones(n), "prior", "student") for n in (2, 5)]
+    rows = [score_row(ids([1] * 3), ids([2] * n)) for n in (2, 5)]
     # 3 + n - 1 tokens go through the decoder, n through the head
     done = 6 * (10 * 4 + 2 * 2 + 4**2) + 6 * (10 * 7 + 2 * 5 + 7**2)
     speed = diagnostics.speed_metrics(rows, flops, seconds=2.0, device="NVIDIA H200", devices=4)

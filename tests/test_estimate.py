@@ -19,14 +19,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
 from vpgea_fast.activations import checkpoint_activations
+from vpgea_fast.check import Target, check_config, target
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
-from vpgea_fast.dry_run import Target, check_config, target
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.intake import check_text
 from vpgea_fast.model import ModelError, Policy, shard
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
-from vpgea_fast.rollout.vllm import CHUNK_BYTES
+from vpgea_fast.rollout.vllm.transfer import CHUNK_BYTES
 from vpgea_fast.types import PromptedQuestion, Question, TrainRow
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def test_what_to_lower_is_the_largest_part_of_the_peak():
     for given, part, key in (
         ({"rollout": {"max_batch": 4096}}, "kv cache", "rollout.max_batch"),
         ({"train": {"micro_batch_tokens": 2**20}}, "activations", "train.micro_batch_tokens"),
-        ({"rollout": {"engine": "vllm"}}, "vllm kv cache", "vllm.gpu_memory or vllm.kv_cache_gib"),
+        ({"engine": "vllm"}, "vllm kv cache", "engine.gpu_memory or engine.kv_cache_gib"),
     ):
         cfg = settings(**given)
         found = estimate_memory(shape, cfg, world=4, context=100, prompt=10, device_bytes=100 * GIB)
@@ -166,12 +167,12 @@ TRAINING = ("head", "backward", "reduction", "embedding", "update")
 RESAMPLED = {"resample_rounds": 1}
 
 
-def with_vllm(vllm=(), *, tied=False, rollout=(), **given):
+def with_vllm(vllm=(), *, tied=False, rollout=(), engine="vllm", **given):
     shape = model_shape(qwen(SMALL, tied=tied))
     around = {"world": 4, "cuda": True, "context": 1000, "prompt": 10, "device_bytes": DEVICE}
     known = {name: given.pop(name) for name in list(given) if name in around}
-    rollout = {"engine": "vllm", "max_batch": 6} | dict(rollout)
-    cfg = settings(rollout=rollout, vllm=dict(vllm), **given)
+    engine = {"name": "vllm", **dict(vllm)} if engine == "vllm" else engine
+    cfg = settings(rollout={"max_batch": 6} | dict(rollout), engine=engine, **given)
     return shape, estimate_memory(shape, cfg, **around | known)
 
 
@@ -180,7 +181,7 @@ def in_phases(found, part):
 
 
 def test_the_hugging_face_engine_has_no_part_of_vllms():
-    shape, found = with_vllm(rollout={"engine": "hf"})
+    shape, found = with_vllm(engine="hf")
     assert list(found.phases) == [*TRAINING, "sampling"]
     assert found.engine is None
     assert found.phases["sampling"].keys() - found.phases["update"].keys() == {
@@ -225,7 +226,7 @@ def test_vllms_cache_may_have_a_size_of_its_own():
     assert found.engine.cache == GIB // 4
     assert found.engine.weights == shape.parameters
     assert found.engine.tokens == GIB // 4 // (2 * 3 * 32 * 2)
-    with pytest.raises(ValueError, match=r"device_bytes: got None.*set vllm\.kv_cache_gib"):
+    with pytest.raises(ValueError, match=r"device_bytes: got None.*set engine\.kv_cache_gib"):
         with_vllm(device_bytes=None)
     _, full = with_vllm({"gpu_memory": 0.05})  # not even the graphs
     assert full.engine.cache == full.engine.tokens == 0
@@ -281,7 +282,7 @@ def test_a_server_leaves_the_device_to_the_trainer():
     assert found.phases["sampling"].keys() == {"weights", "optimiser", "sampling replica"}
     assert not any(part.startswith("vllm") for part in found.parts)
     assert not in_phases(found, "sampling replica")
-    hf = with_vllm(rollout={"engine": "hf"})[1]
+    hf = with_vllm(engine="hf")[1]
     for phase in TRAINING:
         assert sum(hf.phases[phase].values()) - sum(found.phases[phase].values()) == (
             2 * shape.parameters
@@ -333,7 +334,13 @@ def causal_lm(sizes, cfg, tied):
 
 def full_batch(tokens, documents=4):
     ids = torch.arange(tokens // documents + 1) % 1000
-    row = TrainRow(ids[:1], ids[1:], -torch.ones(len(ids) - 1), "prior", "student")
+    row = TrainRow(
+        context_ids=ids[:1],
+        token_ids=ids[1:],
+        coef=-torch.ones(len(ids) - 1),
+        stream="prior",
+        view="student",
+    )
     return pack_rows([row] * documents)
 
 
@@ -618,7 +625,12 @@ def question(student=5, teacher=9, target_tokens=4):
         return torch.zeros(n, dtype=torch.long)
 
     return PromptedQuestion(
-        Question("q", "x", "y"), ids(student), ids(teacher), ids(3), ids(target_tokens), ()
+        question=Question(id="q", text="x", answer="y"),
+        student_ids=ids(student),
+        teacher_ids=ids(teacher),
+        cue_ids=ids(3),
+        target_ids=ids(target_tokens),
+        variant_ids=(),
     )
 
 
@@ -651,16 +663,16 @@ def question(student=5, teacher=9, target_tokens=4):
             r"rollout\.max_new_tokens: got 8192.*4096 positions",
         ),
         (
-            {"rollout": {"engine": "vllm"}, "vllm": {"context": 10239}},
+            {"engine": {"name": "vllm", "context": 10239}},
             {},
             GPUS,
-            r"a prompt of 2048 .* need 10240 positions.*10239 \(vllm\.context\).*to 10240",
+            r"a prompt of 2048 .* need 10240 positions.*10239 \(engine\.context\).*to 10240",
         ),
         (
-            {"rollout": {"engine": "vllm"}, "vllm": {"tensor_parallel": 3}},
+            {"engine": {"name": "vllm", "tensor_parallel": 3}},
             {},
             GPUS,
-            r"vllm\.tensor_parallel: got 3, expected a divisor of the model's 8 attention heads",
+            r"engine\.tensor_parallel: got 3, expected a divisor of the model's 8 attention heads",
         ),
         (
             {"parallel": {"cpu_offload": True}},
@@ -701,11 +713,11 @@ def test_the_context_is_that_of_the_longest_path_of_every_kind():
     answer of 7; a benchmark's of 6, 95 and 7. What a server has, only it knows."""
     other = {"data": {"max_prompt_tokens": 50}, "scoring": {"u_source": "likelihood"}}
 
-    def check(context, benchmarks=(), engine="vllm", **given):
+    def check(context, benchmarks=(), **given):
         cfg = config.resolve(
             {
-                "rollout": {"engine": engine, "max_new_tokens": 90, "max_answer_tokens": 7},
-                "vllm": {"context": context},
+                "rollout": {"max_new_tokens": 90, "max_answer_tokens": 7},
+                "engine": {"name": "vllm", "context": context},
                 "eval": {"max_new_tokens": 95},
             }
             | other
@@ -717,17 +729,17 @@ def test_the_context_is_that_of_the_longest_path_of_every_kind():
 
     def refuse(needed, match, **given):
         check(needed, **given)
-        with pytest.raises(ValueError, match=f"{match} .*need {needed} positions.*vllm.context"):
+        with pytest.raises(ValueError, match=f"{match} .*need {needed} positions.*engine.context"):
             check(needed - 1, **given)
-        check(needed - 1, engine="hf", **{k: v for k, v in given.items() if k != "vllm"})
+        check(needed - 1, engine="hf", **given)
 
     refuse(99, "question q: a prompt of 9")
     answers = {"u_source": "accuracy"}
     refuse(103, "question q, answers after its thought: a prompt of 96", scoring=answers)
-    item = (Question("b", "x", "y"), torch.zeros(6, dtype=torch.long))
+    item = (Question(id="b", text="x", answer="y"), torch.zeros(6, dtype=torch.long))
     test = [("test", Benchmark((item,), {}, ""))]
     refuse(108, "benchmark test, question b: a prompt of 6", benchmarks=test)
-    check(10, vllm={"context": 10, "server": "http://127.0.0.1:8000"})
+    check(10, engine={"name": "vllm", "context": 10, "server": "http://127.0.0.1:8000"})
 
 
 def test_a_missing_compiler_is_found_before_the_first_step(monkeypatch):
@@ -779,7 +791,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):
     for vocabulary, good in ((size, True), (size - 1, False)):
         hf = qwen((*SMALL[:-1], vocabulary))
         if good:
-            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
+            check_text(tiny_tokenizer, hf, config.resolve({}).model.path)
             continue
         with pytest.raises(ModelError, match=f"the model embeds {vocabulary} tokens"):
-            check_config(config.resolve({}), hf, 1, tokenizer=tiny_tokenizer, on=LAPTOP)
+            check_text(tiny_tokenizer, hf, config.resolve({}).model.path)

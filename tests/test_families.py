@@ -125,7 +125,13 @@ def some_rows(vocabulary=67):
     draw = lambda n: torch.randint(3, vocabulary, (n,), generator=generator)  # noqa: E731
     sizes = [(3, 7), (1, 1), (9, 20), (2, 2)]
     return [
-        TrainRow(draw(c), draw(t), torch.randn(t, generator=generator), "prior", "student")
+        TrainRow(
+            context_ids=draw(c),
+            token_ids=draw(t),
+            coef=torch.randn(t, generator=generator),
+            stream="prior",
+            view="student",
+        )
         for c, t in sizes
     ]
 
@@ -142,11 +148,21 @@ def sampled_rows(policy):
     """Paths that the engine drew from the policy behind prompts of several lengths."""
     contexts = [row.context_ids for row in some_rows()]
     paths = HFEngine(policy.causal_lm, max_batch=8).generate(
-        [SampleRequest(f"q{i}", "prior", i, ids, seed=i) for i, ids in enumerate(contexts)],
+        [
+            SampleRequest(question_id=f"q{i}", stream="prior", index=i, prompt_ids=ids, seed=i)
+            for i, ids in enumerate(contexts)
+        ],
         Sampling(max_new_tokens=12, think_close_id=66, eos_ids=(1,)),
     )
     return [
-        TrainRow(ids, path.z_ids, torch.ones(path.length), "prior", "student", path.logps)
+        TrainRow(
+            context_ids=ids,
+            token_ids=path.z_ids,
+            coef=torch.ones(path.length),
+            stream="prior",
+            view="student",
+            sample_logps=path.logps,
+        )
         for ids, path in zip(contexts, paths, strict=True)
     ]
 
@@ -231,15 +247,25 @@ def test_rows_beyond_the_length_of_constant_frequencies_are_refused(name, tmp_pa
     """Both have 32 positions on which nothing behind a token moves it."""
     policy = load_policy(ModelConfig(path=save(config_of(name), tmp_path), **CPU))
     ids = torch.arange(3, 36)
-    long = TrainRow(ids[:1], ids[1:], torch.ones(32), "prior", "student")
-    short = TrainRow(ids[:1], ids[1:9], torch.ones(8), "prior", "student")
+    long = TrainRow(
+        context_ids=ids[:1], token_ids=ids[1:], coef=torch.ones(32), stream="prior", view="student"
+    )
+    short = TrainRow(
+        context_ids=ids[:1], token_ids=ids[1:9], coef=torch.ones(8), stream="prior", view="student"
+    )
     together = policy.logprob(pack_rows([short, long]))
     assert torch.equal(together[:8], policy.logprob(pack_rows([short])))
-    longer = TrainRow(ids[:2], torch.arange(3, 35), torch.ones(32), "prior", "student")
+    longer = TrainRow(
+        context_ids=ids[:2],
+        token_ids=torch.arange(3, 35),
+        coef=torch.ones(32),
+        stream="prior",
+        view="student",
+    )
     with pytest.raises(ModelError, match=r"a row has 33 tokens, but the model has 32 positions"):
         policy.logprob(pack_rows([longer]))
     engine = HFEngine(policy.causal_lm, max_batch=4)
-    request = SampleRequest("q", "prior", 0, ids[:20], seed=0)
+    request = SampleRequest(question_id="q", stream="prior", index=0, prompt_ids=ids[:20], seed=0)
     with pytest.raises(ValueError, match=r"need 33 positions, but the model has 32 \((orig|max_p)"):
         engine.generate([request], Sampling(max_new_tokens=13, think_close_id=66, eos_ids=(1,)))
 

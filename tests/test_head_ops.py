@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vpgea_fast.kernels import head
-from vpgea_fast.kernels.head import Inputs, Settings
+from vpgea_fast.kernels.contract import Inputs, Settings
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -793,7 +793,13 @@ ADDRESSING = {
         "GROUP_M": 8,
     },
     "_target_logit": {"BIAS": True, "SOFTCAP": True, "BLOCK_M": 16, "BLOCK_D": 128},
-    "_glue": {"LIFT": True, "SOFTCAP": True, "SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512},
+    "_gradient_operands": {
+        "LIFT": True,
+        "SOFTCAP": True,
+        "SCALED": True,
+        "BLOCK_M": 8,
+        "BLOCK_D": 512,
+    },
     "_bias_gradient": {"BLOCK_M": 64, "BLOCK_N": 128},
 }
 NOT_POINTERS = {"logit_scale": "fp32", "softcap": "fp32", "target_ptr": "*i32", "flag_ptr": "*i32"}

@@ -19,7 +19,7 @@ OFFSETS64 = {
     "gemm_exp": 2,
     "target_logit": 2,
     "reduce_rows": 2,
-    "glue": 3,
+    "gradient_operands": 3,
     "row_gradient": 2,
 }
 """Pointers of a kernel into something that may have more than 2^31 elements, where not just one."""

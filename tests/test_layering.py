@@ -20,8 +20,12 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "trainer": {"prepare", "trainer"},
-    "evaluation": {"collect", "diagnostics", "doctor", "dry_run", "evaluate", "report"},
+    "composition": {"build", "dry_run", "run_dir"},
+    "evaluation": {"doctor", "evaluate", "measure", "report"},
+    # What a step, a check or an evaluation is made of.
+    "preparation": {"check", "collect", "diagnostics", "intake"},
     "stages": {
+        "callbacks",
         "checkpoint",
         "data",
         "estimate",
@@ -33,6 +37,7 @@ LAYERS = {
         "prompts",
         "rollout",
         "scoring",
+        "stop",
         "tiny",
         "verify",
     },
@@ -42,9 +47,9 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
-    "services": {"distributed", "hub", "metrics"},
+    "services": {"distributed", "hub", "manual", "metrics"},
     "records": {"config", "types"},
-    "text": {"strict_yaml"},
+    "text": {"book", "strict_yaml"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)
@@ -125,10 +130,13 @@ def complaint(module: str, room: str, name: str) -> str | None:
 
 def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
     """All broken rules of one module, each as `module:line imports name: reason`."""
-    names = list(imported_names(module, ast.parse(source), is_package=is_package))
-    if module == PACKAGE:
-        why = f"`import {PACKAGE}` must cost nothing and re-export nothing"
+    tree = ast.parse(source)
+    if module == PACKAGE:  # what a function imports, here `__getattr__`, costs nothing until asked
+        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+        why = f"`import {PACKAGE}` must cost nothing"
+        names = imported_names(module, tree, is_package=is_package)
         return [f"{module}:{line} imports {name}: {why}" for name, line in names]
+    names = list(imported_names(module, tree, is_package=is_package))
     room = room_of(module)
     if room not in DEPTH:
         where = f"add {room!r} to the lowest fitting layer in LAYERS of tests/test_layering.py"
@@ -179,6 +187,8 @@ def test_imports_point_down():
         ("vpgea_fast.cli", "from vpgea_fast.utils import f", "no room 'utils'"),
         ("vpgea_fast.utils", "", "fits no layer"),
         ("vpgea_fast", "from vpgea_fast.losses import vpgea_loss", "must cost nothing"),
+        ("vpgea_fast", "if x:\n    import torch", "must cost nothing"),
+        ("vpgea_fast", "def __getattr__(name):\n    from vpgea_fast import trainer", None),
         ("vpgea_fast.cli", "import kernels", "Hugging Face package"),
         ("vpgea_fast.cli", "from kernels.reference import f", "Hugging Face package"),
         ("vpgea_fast.trainer", "import vllm", "only vpgea_fast.rollout.vllm"),

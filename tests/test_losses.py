@@ -22,8 +22,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpgea_fast import losses
-from vpgea_fast.kernels import head, reference
+from vpgea_fast.kernels import head, reference, streams
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -853,7 +852,7 @@ def test_nothing_is_float64_where_mps_has_none(backend, monkeypatch):
 
     exact = everything()
     answer = head.wide(torch.device("mps"))
-    for module in (head, losses):
+    for module in (head, streams):
         monkeypatch.setattr(module, "wide", lambda _: answer)
     with NoFloat64():
         narrow = everything()

@@ -300,7 +300,7 @@ def test_shares_above_their_limit_name_the_remedy():
 def test_a_sampler_that_is_off_is_named():
     (text,) = raised([{"mismatch_mean": 1.051}] * 6)
     assert "is 1.051" in text
-    assert "vllm.fp32_head" in text
+    assert "engine.fp32_head" in text
     assert raised([{"mismatch_mean": 1.049}] * 6) == []
 
 
@@ -309,7 +309,7 @@ FULL = {"skipped": 0, "grad_norm": 0.5, "groups_zero_var": 1, "std_s": 0.3}
 WHY = {
     "equal and right": {"std_s": 0.01, "acc_student": 1.0, "acc_teacher": 1.0},
     "was not finite": {"grad_norm": None, "std_s": 0.3},
-    "vllm.timeout_s": {"groups_zero_var": None},
+    "engine.timeout_s": {"groups_zero_var": None},
     "every path was rejected": {"groups_all_rejected": 4, "std_s": 0.0, "acc_student": 0.9},
     "worth the same": {"std_s": 0.0, "acc_student": 0.5, "accept_rate": 1.0},
     "objective.std_gate": {"std_s": 0.3, "acc_student": 1.0},
@@ -349,7 +349,7 @@ def test_without_verified_answers_right_is_what_the_objective_accepts():
 
 
 def test_the_reasons_of_a_stop_are_counted():
-    mixed = [{**EMPTY, **WHY["equal and right"]}] * 5 + [{**EMPTY, **WHY["vllm.timeout_s"]}] * 20
+    mixed = [{**EMPTY, **WHY["equal and right"]}] * 5 + [{**EMPTY, **WHY["engine.timeout_s"]}] * 20
     (text,) = halts(mixed).values()
     assert text.startswith("no update for 25 steps in a row (20 x the engine gave up")
     assert "5 x all paths of each question were equal and right" in text

@@ -34,7 +34,11 @@ def one_batch():
     return pack_rows(
         [
             TrainRow(
-                torch.tensor([3, 4]), torch.tensor([5, 6, 7]), -torch.ones(3), "prior", "student"
+                context_ids=torch.tensor([3, 4]),
+                token_ids=torch.tensor([5, 6, 7]),
+                coef=-torch.ones(3),
+                stream="prior",
+                view="student",
             )
         ]
     )

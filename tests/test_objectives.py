@@ -1,16 +1,17 @@
 """Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast, get_args
 
 import pytest
 import torch
+from batches import prompted, sampled, scored, whole
 
 from vpgea_fast import objectives
 from vpgea_fast.config import GrpoConfig, ObjectiveConfig, TrainConfig, VpgeaConfig
 from vpgea_fast.objectives.rows import build_rows, drawn_rows, truncated_ratios
-from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch
+from vpgea_fast.types import ScoredPaths
 
 ids = torch.tensor
 
@@ -21,9 +22,7 @@ def double(rows):
 
 def group(stream, lengths, closed):
     return tuple(
-        Path(
-            "q", stream, i, torch.arange(n), torch.zeros(n), ids([1]), c, "stop" if c else "length"
-        )
+        sampled(torch.arange(n), stream=stream, index=i, closed=c)
         for i, (n, c) in enumerate(zip(lengths, closed, strict=True))
     )
 
@@ -31,20 +30,13 @@ def group(stream, lengths, closed):
 def batch(u_post=((-1.0, -5.0),), lengths=((50, 200),), closed=((True, True),), correct=None):
     """Priors with U = (-1, -3) and lengths (100, 300): baseline -2, base length 200."""
     count = len(u_post)
-    question = PromptedQuestion(Question("q", "?", "7"), ids([3]), ids([3, 4]), ids([5]), ids([6]))
-    return ScoredBatch(
-        questions=(question,) * count,
-        posterior=tuple(group("posterior", n, c) for n, c in zip(lengths, closed, strict=True)),
-        prior=(group("prior", (100, 300), (True, True)),) * count,
-        u_post_BG=double(u_post),
-        u_prior_BN=double([[-1.0, -3.0]] * count),
-        len_post_BG=double(lengths),
-        len_prior_BN=double([[100, 300]] * count),
-        closed_post_BG=torch.tensor(closed),
-        closed_prior_BN=torch.ones(count, 2, dtype=torch.bool),
-        correct_post_BG=double(correct or [[1.0] * len(u_post[0])] * count),
-        correct_prior_BN=double([[1.0, 0.0]] * count),
-        answers_lost_B=torch.zeros(count, dtype=torch.bool),
+    question = prompted(student=[3], teacher=[3, 4], cue=[5], target=[6])
+    posterior = tuple(group("posterior", n, c) for n, c in zip(lengths, closed, strict=True))
+    prior = (group("prior", (100, 300), (True, True)),) * count
+    return whole(
+        [question] * count,
+        scored(posterior, u_post, correct=correct or [[1.0] * len(u_post[0])] * count),
+        scored(prior, [[-1.0, -3.0]] * count, correct=[[1.0, 0.0]] * count),
     )
 
 
@@ -91,14 +83,9 @@ def three_priors():
 
     Priors with lengths (100, 200, 600), the middle one wrong; base length 300.
     """
-    return replace(
-        batch(u_post=((-1.0, -5.0, -2.5),), lengths=((50, 200, 300),), closed=((True,) * 3,)),
-        prior=(group("prior", (100, 200, 600), (True,) * 3),),
-        u_prior_BN=double([[-0.1, -4.0, -3.0]]),
-        len_prior_BN=double([[100, 200, 600]]),
-        closed_prior_BN=torch.ones(1, 3, dtype=torch.bool),
-        correct_prior_BN=double([[1.0, 0.0, 1.0]]),
-    )
+    three = batch(u_post=((-1.0, -5.0, -2.5),), lengths=((50, 200, 300),), closed=((True,) * 3,))
+    paths = (group("prior", (100, 200, 600), (True,) * 3),)
+    return replace(three, prior=scored(paths, [[-0.1, -4.0, -3.0]], correct=[[1.0, 0.0, 1.0]]))
 
 
 def zscore(rewards):
@@ -171,7 +158,7 @@ def test_gated_lengths_are_compared_within_their_own_group():
         [True, False, False],
     ]
     assert out.metrics["len_gated"] == pytest.approx((300 + 330 + 20) / 3)
-    assert out.metrics["len_gated"] > two.len_post_BG.mean().item()
+    assert out.metrics["len_gated"] > two.posterior.length_BP.mean().item()
     expected = (300 * 3 / 1030 + 330 * 3 / 1030 + 20 / 40) / 3
     assert out.metrics["len_gated_ratio"] == pytest.approx(expected, abs=1e-14)
     none = objectives.coefficients(VpgeaConfig(std_gate=1e9), two).metrics
@@ -192,16 +179,21 @@ def test_select_and_join_keep_every_column_together():
     two = batch(
         u_post=((-1.0, -5.0), (-9.0, -9.0)),
         lengths=((50, 200), (60, 70)),
-        closed=((True, True), (True, True)),
+        closed=((True, True), (True, False)),
+        correct=[[1.0, 0.0], [0.0, 0.0]],
     )
     coefs = objectives.coefficients(VpgeaConfig(), two)
     assert coefs.alive.tolist() == [True, False]
     kept = two.select([0])
-    assert kept.u_post_BG.tolist() == [[-1.0, -5.0]]
-    assert [p.length for p in kept.posterior[0]] == [50, 200]
+    assert kept.posterior.u_BP.tolist() == [[-1.0, -5.0]]
+    assert [p.length for p in kept.posterior.paths[0]] == [50, 200]
     again = two.select([1]).join(kept)
-    assert again.len_post_BG.tolist() == [[60, 70], [50, 200]]
-    assert [p.length for p in again.posterior[1]] == [50, 200]
+    assert again.posterior.length_BP.tolist() == [[60, 70], [50, 200]]
+    assert [p.length for p in again.posterior.paths[1]] == [50, 200]
+    for name in {field.name for field in fields(ScoredPaths)} - {"paths"}:
+        values = getattr(two.posterior, name)
+        assert not torch.equal(values[0], values[1]), name
+        assert torch.equal(getattr(again.posterior, name), values.flip(0)), name
     assert len(again.questions) == 2
     swapped = objectives.coefficients(VpgeaConfig(), again).weights["posterior", "teacher"]
     assert torch.equal(swapped, coefs.weights["posterior", "teacher"].flip(0))
@@ -209,9 +201,9 @@ def test_select_and_join_keep_every_column_together():
 
 def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
     """The sampler's log-probs are 0, the trainer's log 1/2 for one path and log 3 for the other."""
-    found = batch()
-    coefs = objectives.coefficients(VpgeaConfig(beta=0.5), found)
-    rows = drawn_rows(found, coefs)
+    drawn = batch()
+    coefs = objectives.coefficients(VpgeaConfig(beta=0.5), drawn)
+    rows = drawn_rows(drawn, coefs)
     assert {key: row.view for key, row in rows.items()} == {
         ("q", "posterior", 0): "teacher",
         ("q", "posterior", 1): "teacher",
@@ -219,15 +211,15 @@ def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
     trainer = [torch.full((n,), math.log(p)) for n, p in ((50, 0.5), (200, 3.0))]
     ratios, metrics = truncated_ratios(rows, trainer, cap=2.0)
     assert metrics == {"importance_capped": 200 / 250}
-    plain = build_rows(found, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0)
-    weighed = build_rows(
-        found, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0, ratios=ratios
+    plain = build_rows(drawn, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0)
+    corrected = build_rows(
+        drawn, coefs, TrainConfig(norm="seq_sum"), norm_constant=1.0, ratios=ratios
     )
-    assert [(row.view, row.token_ids.numel()) for row in weighed] == [
+    assert [(row.view, row.token_ids.numel()) for row in corrected] == [
         ("teacher", 50),
         ("teacher", 200),
         ("student", 50),
     ]
-    for before, after in zip(plain, weighed, strict=True):
+    for before, after in zip(plain, corrected, strict=True):
         factor = 0.5 if before.token_ids.numel() == 50 else 2.0
         torch.testing.assert_close(after.coef, before.coef * factor, rtol=1e-6, atol=0)

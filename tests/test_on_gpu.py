@@ -18,7 +18,7 @@ import torch
 from transformers import Qwen2Config
 
 from vpgea_fast import config
-from vpgea_fast.dry_run import Target, check_config
+from vpgea_fast.check import Target, check_config
 from vpgea_fast.estimate import RESERVE, estimate_memory, model_shape
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,13 @@ QWEN_7B = ModelFlops(decoder=6_525_288_448, head=152064 * 3584, width=28 * 3584)
 
 def row(context, tokens, coef=1.0):
     coefs = torch.full((len(tokens),), coef, dtype=torch.float64)
-    return TrainRow(torch.tensor(context), torch.tensor(tokens), coefs, "prior", "student")
+    return TrainRow(
+        context_ids=torch.tensor(context),
+        token_ids=torch.tensor(tokens),
+        coef=coefs,
+        stream="prior",
+        view="student",
+    )
 
 
 def test_two_rows_by_hand():
@@ -61,7 +67,11 @@ def test_a_row_longer_than_the_budget_is_alone_and_whole():
 def test_rows_without_a_coefficient_do_not_exist():
     kept = row([1], [2, 3], 0.1)
     partly = TrainRow(
-        torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([0.0, 1.0]), "prior", "student"
+        context_ids=torch.tensor([1]),
+        token_ids=torch.tensor([2, 3]),
+        coef=torch.tensor([0.0, 1.0]),
+        stream="prior",
+        view="student",
     )
     assert drop_zero_rows([row([1], [2], 0.0), kept, row([1], []), partly]) == [kept, partly]
 

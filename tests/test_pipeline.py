@@ -2,9 +2,11 @@
 the paper's formula."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from batches import prompted, sampled, scored, whole
 from torch import nn
 
 from vpgea_fast import attention, objectives
@@ -12,7 +14,6 @@ from vpgea_fast.config import GrpoConfig, TrainConfig, VpgeaConfig
 from vpgea_fast.model import Policy
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.packing import drop_zero_rows, pack
-from vpgea_fast.types import Path, PromptedQuestion, Question, ScoredBatch
 
 B, G, N, VOCAB, C = 3, 4, 3, 53, 11.0
 
@@ -43,37 +44,22 @@ def batch():
     def paths(stream, count, b):
         lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
         return tuple(
-            Path(f"q{b}", stream, i, ids(n), torch.zeros(n), ids(0), i != 1, "stop")
+            sampled(ids(n), question_id=f"q{b}", stream=stream, index=i, closed=i != 1)
             for i, n in enumerate(lengths)
         )
 
-    questions = tuple(
-        PromptedQuestion(Question(f"q{b}", "?", "1"), ids(3 + b), ids(6 + b), ids(1), ids(1))
+    questions = [
+        prompted(f"q{b}", student=ids(3 + b), teacher=ids(6 + b), cue=ids(1), target=ids(1))
         for b in range(B)
-    )
+    ]
     posterior = tuple(paths("posterior", G, b) for b in range(B))
     prior = tuple(paths("prior", N, b) for b in range(B))
     u_post = -3 * uniform(B, G)
     u_post[1] = -50.0  # nobody of question 1 beats its priors: all rejected
 
-    def lengths(groups):
-        return torch.tensor([[p.length for p in g] for g in groups], dtype=torch.float64)
-
-    closed = lambda groups: torch.tensor([[p.closed for p in g] for g in groups])  # noqa: E731
-    return ScoredBatch(
-        questions,
-        posterior,
-        prior,
-        u_post,
-        -3 * uniform(B, N) - 1.5,
-        lengths(posterior),
-        lengths(prior),
-        closed(posterior),
-        closed(prior),
-        torch.full((B, G), float("nan"), dtype=torch.float64),
-        (uniform(B, N) > 0.4).double(),
-        torch.zeros(B, dtype=torch.bool),
-    )
+    u_prior = -3 * uniform(B, N) - 1.5
+    correct = (uniform(B, N) > 0.4).double()
+    return whole(questions, scored(posterior, u_post), scored(prior, u_prior, correct=correct))
 
 
 def log_prob(model, context, tokens):
@@ -137,16 +123,19 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
     # the formula, from scratch: R = max(0, U - mean U_prior), S = R eta, A = z-score, loss as in
     # section 3 of the paper
     reward = (
-        torch.relu(batch.u_post_BG - batch.u_prior_BN.mean(1, keepdim=True)) * batch.closed_post_BG
+        torch.relu(batch.posterior.u_BP - batch.prior.u_BP.mean(1, keepdim=True))
+        * batch.posterior.closed_BP
     )
-    utility = reward * (batch.len_prior_BN.mean(1, keepdim=True) / batch.len_post_BG).sqrt()
+    utility = (
+        reward * (batch.prior.length_BP.mean(1, keepdim=True) / batch.posterior.length_BP).sqrt()
+    )
     advantage = (utility - utility.mean(1, keepdim=True)) / (
         utility.std(1, correction=0, keepdim=True) + 1e-6
     )
     assert (advantage[1] == 0).all()
     assert (advantage > 0).any(dim=1).tolist() == [True, False, True]
     lengths, counted = (
-        batch.len_post_BG,
+        batch.posterior.length_BP,
         torch.ones(B, dtype=torch.float64)
         if denominator == "nominal"
         else (advantage != 0).any(1).double(),
@@ -154,7 +143,7 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
     gated = (advantage > 0).double() if distill == "gated" else None
     loss = torch.zeros((), dtype=torch.float64)
     for b, i in itertools.product(range(B), range(G)):
-        a, z, question = advantage[b, i], batch.posterior[b][i].z_ids, batch.questions[b]
+        a, z, question = advantage[b, i], batch.posterior.paths[b][i].z_ids, batch.questions[b]
         log_q = log_prob(causal_lm, question.teacher_ids, z)
         log_pi = log_prob(causal_lm, question.student_ids, z)
         strength = (a > 0).double() if gate == "indicator" else a.clamp(min=0)
@@ -175,15 +164,15 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
 def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
     objective, train = GrpoConfig(group_size=N, alpha=alpha), TrainConfig(norm=norm)
     reward = (
-        batch.correct_prior_BN
-        * (batch.len_prior_BN.mean(1, keepdim=True) / batch.len_prior_BN) ** alpha
+        batch.prior.correct_BP
+        * (batch.prior.length_BP.mean(1, keepdim=True) / batch.prior.length_BP) ** alpha
     )
     advantage = (reward - reward.mean(1, keepdim=True)) / (
         reward.std(1, correction=0, keepdim=True) + 1e-6
     )
-    lengths, loss = batch.len_prior_BN, torch.zeros((), dtype=torch.float64)
+    lengths, loss = batch.prior.length_BP, torch.zeros((), dtype=torch.float64)
     for b, i in itertools.product(range(B), range(N)):
-        log_pi = log_prob(causal_lm, batch.questions[b].student_ids, batch.prior[b][i].z_ids)
+        log_pi = log_prob(causal_lm, batch.questions[b].student_ids, batch.prior.paths[b][i].z_ids)
         loss = (
             loss
             - weight(norm, lengths, lengths[b, i], torch.ones(B, dtype=torch.float64))
@@ -202,7 +191,7 @@ def test_every_student_row_is_the_student_prompt_and_the_sampled_ids(batch):
     rows = build_rows(batch, coefs, TrainConfig(), norm_constant=C)
     by_ids = {
         (q.student_ids.tolist().__str__(), p.z_ids.tolist().__str__())
-        for q, g in zip(batch.questions, batch.posterior, strict=True)
+        for q, g in zip(batch.questions, batch.posterior.paths, strict=True)
         for p in g
     }
     student = [row for row in rows if row.view == "student"]
@@ -214,8 +203,8 @@ def test_every_student_row_is_the_student_prompt_and_the_sampled_ids(batch):
 
 
 def test_no_gradient_no_rows(batch):
-    rejected = torch.full_like(batch.u_post_BG, -50.0)
-    nothing = ScoredBatch(**{**vars(batch), "u_post_BG": rejected})
+    rejected = torch.full_like(batch.posterior.u_BP, -50.0)
+    nothing = replace(batch, posterior=replace(batch.posterior, u_BP=rejected))
     coefs = objectives.coefficients(VpgeaConfig(), nothing)
     assert build_rows(nothing, coefs, TrainConfig(), norm_constant=C) == []
     assert coefs.metrics["groups_all_rejected"] == B

@@ -264,8 +264,8 @@ def planted(found, text):
 
 
 def test_thirteen_words_are_one_question_and_twelve_are_not():
-    held = Question("e1", f"First, {' '.join(WORDS)}; when is it back?", "1")
-    found = Overlap([("test.jsonl", [held, Question("e2", "Compute 3 + 4.", "7")])])
+    held = Question(id="e1", text=f"First, {' '.join(WORDS)}; when is it back?", answer="1")
+    found = Overlap([("test.jsonl", [held, Question(id="e2", text="Compute 3 + 4.", answer="7")])])
     assert planted(found, held.text) == "e1"
     assert planted(found, f"Long ago {'-- '.join(WORDS[1:14]).upper()} and more words came") == "e1"
     assert found.match("so " + " ".join(WORDS[1:14])).shared == " ".join(WORDS[1:14])
@@ -469,7 +469,10 @@ def test_answers_that_an_engine_gave_up_count_for_nothing(tiny_tokenizer):
         )
         texts = "1 A+two", "3 A+two"
         asked = [
-            (Question(text, text, "7"), torch.tensor(tiny_tokenizer(text)["input_ids"]))
+            (
+                Question(id=text, text=text, answer="7"),
+                torch.tensor(tiny_tokenizer(text)["input_ids"]),
+            )
             for text in texts
         ]
         left = Rate("long", why="longer than 10 tokens")

@@ -12,7 +12,7 @@ from vpgea_fast.rollout.probe import TOKENS, SyncProbe
 from vpgea_fast.trainer import fit
 from vpgea_fast.types import Path as DrawnPath
 
-TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+TINY = Path(question_id=__file__).parents[1] / "configs/tiny.yaml"
 ULP = 2.0**-24  # of a float32 log-prob between 0.5 and 1
 PROMPTS = [torch.tensor([1, 2]), torch.tensor([1, 2, 3])]
 NONE = torch.zeros(0, dtype=torch.int64)

@@ -55,7 +55,7 @@ TURNS = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>GENERATE{% endif %}"
 )
-QUESTION = Question("q0", "What is {2 + 2}, {answer}?", "4{question}")
+QUESTION = Question(id="q0", text="What is {2 + 2}, {answer}?", answer="4{question}")
 
 
 def make_tokenizer(generate: str = "<think>\n", *, split: bool = True, turns: str = TURNS) -> Any:
@@ -117,7 +117,7 @@ def test_both_views_to_the_letter(tokenizer: Any):
 
 def test_teacher_in_the_system_turn(tokenizer: Any):
     cfg = PromptConfig(student="{question}", teacher="Say {answer}.", teacher_role="system")
-    [got] = Prompter(tokenizer, cfg).prompt([Question("q", "2+2?", "4")])
+    [got] = Prompter(tokenizer, cfg).prompt([Question(id="q", text="2+2?", answer="4")])
     assert tokenizer.decode(got.student_ids) == "<bos><user>2+2?<assistant><think>\n"
     assert tokenizer.decode(got.teacher_ids) == (
         "<bos><system>Say 4.<user>2+2?<assistant><think>\n"
@@ -160,7 +160,10 @@ def test_student_prompts_know_no_answer(tokenizer: Any):
         )
         secrets = [f"SECRET{trial}{mark}" for mark in "AB"]
         asked = text(f"q{trial}")
-        questions = [Question(f"q{i}", asked, text(secret)) for i, secret in enumerate(secrets)]
+        questions = [
+            Question(id=f"q{i}", text=asked, answer=text(secret))
+            for i, secret in enumerate(secrets)
+        ]
         prompter = Prompter(tokenizer, cfg)
         one, other = prompter.prompt(questions)
         assert torch.equal(one.student_ids, other.student_ids)
@@ -179,7 +182,7 @@ def test_student_prompts_know_no_answer(tokenizer: Any):
     "answer", ["204", r"\frac{3}{4}", "x+1", r"\text{(A)}", "-7", "1,000", r"\{1,2\}", "(3,4)"]
 )
 def test_cue_and_target_apart_are_the_canonical_tokens(tokenizer: Any, answer: str):
-    [got] = Prompter(tokenizer, PromptConfig()).prompt([Question("q", "a", answer)])
+    [got] = Prompter(tokenizer, PromptConfig()).prompt([Question(id="q", text="a", answer=answer)])
     whole = tokenizer("\n\n**Final Answer**\n\\boxed{" + answer + "}", add_special_tokens=False)
     assert whole["input_ids"] == torch.cat([got.cue_ids, got.target_ids]).tolist()
 
@@ -187,14 +190,14 @@ def test_cue_and_target_apart_are_the_canonical_tokens(tokenizer: Any, answer: s
 def test_the_canonical_split_is_owed_to_the_pre_tokenizer():
     """The control: a BPE without the Qwen2 split merges across the border."""
     tokenizer = make_tokenizer(split=False)
-    [got] = Prompter(tokenizer, PromptConfig()).prompt([Question("q", "a", "204")])
+    [got] = Prompter(tokenizer, PromptConfig()).prompt([Question(id="q", text="a", answer="204")])
     whole = tokenizer("\n\n**Final Answer**\n\\boxed{204}", add_special_tokens=False)
     assert whole["input_ids"] != torch.cat([got.cue_ids, got.target_ids]).tolist()
 
 
 def test_overlong_prompts_are_dropped_with_a_count_or_an_error_and_never_cut(tokenizer: Any):
     prompter = Prompter(tokenizer, PromptConfig(student="{question}", teacher="{question}{answer}"))
-    questions = [Question(f"q{n}", "?" * n, "!" * 9) for n in (5, 40, 6, 41)]
+    questions = [Question(id=f"q{n}", text="?" * n, answer="!" * 9) for n in (5, 40, 6, 41)]
     everything = prompter.prompt(questions)
     limit = everything[2].teacher_ids.numel()  # the longer view counts
     assert everything[2].student_ids.numel() < limit < everything[1].student_ids.numel()
@@ -221,9 +224,9 @@ def test_overlong_prompts_are_dropped_with_a_count_or_an_error_and_never_cut(tok
 def test_text_that_spells_a_special_token_is_left_out(tokenizer: Any):
     prompter = Prompter(tokenizer, PromptConfig(student="{question}", teacher="{question}{answer}"))
     questions = [
-        Question("a", "1+1", "2"),
-        Question("b", "1</think>", "2"),
-        Question("c", "1", "<think>"),
+        Question(id="a", text="1+1", answer="2"),
+        Question(id="b", text="1</think>", answer="2"),
+        Question(id="c", text="1", answer="<think>"),
     ]
     kept, dropped = prompter.prompt_within(questions, limit=1000, policy="drop")
     assert [p.question.id for p in kept] == ["a"]
@@ -236,7 +239,9 @@ def test_text_that_spells_a_special_token_is_left_out(tokenizer: Any):
 
 def test_length_report(tokenizer: Any):
     prompter = Prompter(tokenizer, PromptConfig(student="{question}", teacher="{question}{answer}"))
-    prompted = prompter.prompt([Question(f"q{n}", "?" * n, "!") for n in range(1, 101)])
+    prompted = prompter.prompt(
+        [Question(id=f"q{n}", text="?" * n, answer="!") for n in range(1, 101)]
+    )
     base = prompted[0].student_ids.numel() - 1
     report = length_report(prompted)
     assert report["student"] == {
@@ -340,7 +345,7 @@ def test_the_tokenizer_is_the_one_that_tokenizer_json_describes(llama_dir: Path,
     assert ids == serialised.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text  # an answer: not cleaned up
     cfg = PromptConfig(student="{question}\nThink.", teacher="{question} It is {answer}.")
-    [got] = Prompter(tokenizer, cfg).prompt([Question("q", text, "4 2")])
+    [got] = Prompter(tokenizer, cfg).prompt([Question(id="q", text=text, answer="4 2")])
     head = "<｜begin▁of▁sentence｜><｜User｜>"
     tail = "<｜Assistant｜><think>\n"
     assert serialised.decode(got.student_ids.tolist(), skip_special_tokens=False) == (
@@ -365,7 +370,7 @@ def test_a_tokenizer_that_loses_text_is_refused(llama_dir: Path):
         r"question 'q': the tokenizer does not keep the text: at character 7 '<｜begin▁of▁sente"
     )
     with pytest.raises(ConfigError, match=message):
-        Prompter(rebuilt, PromptConfig()).prompt([Question("q", "a b", "4")])
+        Prompter(rebuilt, PromptConfig()).prompt([Question(id="q", text="a b", answer="4")])
     with pytest.raises(ConfigError, match="question 'a b': the tokenizer does not keep"):
         Prompter(rebuilt, PromptConfig()).student_ids(["a b"])
 
@@ -382,7 +387,9 @@ def changed(tokenizer: Any, **parts: Any) -> Any:
 
 
 def test_only_composed_unicode_may_differ(r1_tokenizer: Any):
-    question = Question("q", "Cafe\u0301 costs 5 \u212b", "4")  # NFC: one character each
+    question = Question(
+        id="q", text="Cafe\u0301 costs 5 \u212b", answer="4"
+    )  # NFC: one character each
     [got] = Prompter(changed(r1_tokenizer, normalizer=normalizers.NFC()), PromptConfig()).prompt(
         [question]
     )
@@ -393,16 +400,24 @@ def test_only_composed_unicode_may_differ(r1_tokenizer: Any):
     for lossy in (normalizers.Lowercase(), normalizers.NFKC(), bare):
         prompter = Prompter(changed(r1_tokenizer, normalizer=lossy), PromptConfig(think_prefix=""))
         with pytest.raises(ConfigError, match="does not keep the text: at character"):
-            prompter.prompt([Question("q", "Caf\u00e9 \u00bd", "4")])
+            prompter.prompt([Question(id="q", text="Caf\u00e9 \u00bd", answer="4")])
 
 
 def test_the_answer_and_its_variants_are_checked_too(r1_tokenizer: Any):
     lossy = changed(r1_tokenizer, normalizer=normalizers.Replace("\u00bd", "1/2"))
     prompter = Prompter(lossy, PromptConfig(teacher="{question}"))
-    for spoiled in (Question("a", "q", "\u00bd"), Question("a", "q", "4", ("5", "\u00bd"))):
+    for spoiled in (
+        Question(id="a", text="q", answer="\u00bd"),
+        Question(id="a", text="q", answer="4", variants=("5", "\u00bd")),
+    ):
         with pytest.raises(ConfigError, match=r"question 'a': .*\{\u00bd\}' becomes '.*\{1/2\}'"):
             prompter.prompt([spoiled])
-    assert prompter.prompt([Question("a", "q", "4", ("5",))])[0].variant_ids[0].numel() == 3
+    assert (
+        prompter.prompt([Question(id="a", text="q", answer="4", variants=("5",))])[0]
+        .variant_ids[0]
+        .numel()
+        == 3
+    )
 
 
 def sentence_piece(scheme: str, turns: str = TURNS) -> Any:
@@ -429,14 +444,16 @@ def sentence_piece(scheme: str, turns: str = TURNS) -> Any:
 def test_a_cue_behind_a_thought_has_no_space_of_a_beginning():
     tokenizer = sentence_piece("first")
     cfg = PromptConfig(student="{question}", teacher="{question}{answer}", answer_cue="It is \\")
-    [got] = Prompter(tokenizer, cfg).prompt([Question("q", "What is it?", "4")])
+    [got] = Prompter(tokenizer, cfg).prompt([Question(id="q", text="What is it?", answer="4")])
     close = torch.tensor([tokenizer.convert_tokens_to_ids("</think>")])
     ids = torch.cat([got.student_ids, close, got.cue_ids, got.target_ids])
     assert tokenizer.decode(ids) == (
         "<bos><user>What is it?<assistant><think>\n</think>It is \\{4}"
     )
     with pytest.raises(ConfigError, match="does not keep the text"):  # a space behind every tag
-        Prompter(sentence_piece("always"), cfg).prompt([Question("q", "What is it?", "4")])
+        Prompter(sentence_piece("always"), cfg).prompt(
+            [Question(id="q", text="What is it?", answer="4")]
+        )
 
 
 # Data that steers the chat.
@@ -454,7 +471,8 @@ def test_tags_of_the_chat_template_in_data_are_left_out(r1_tokenizer: Any):
     )
     prompter = Prompter(r1_tokenizer, PromptConfig())
     questions = [
-        Question(row["id"], row["problem"], row["answer"]) for row in cases("chat_tags.jsonl")
+        Question(id=row["id"], text=row["problem"], answer=row["answer"])
+        for row in cases("chat_tags.jsonl")
     ]
     kept, dropped = prompter.prompt_within(questions, limit=9999, policy="drop")
     assert [p.question.id for p in kept] == ["b"]
@@ -464,8 +482,8 @@ def test_tags_of_the_chat_template_in_data_are_left_out(r1_tokenizer: Any):
     with pytest.raises(ConfigError, match=r"question 'What is 2.* spells a special token"):
         prompter.student_ids([q.text for q in questions])
     in_answers = [
-        Question("a", "1", "<｜User｜>"),
-        Question("v", "1", "2", ("3", "<｜Assistant｜>")),
+        Question(id="a", text="1", answer="<｜User｜>"),
+        Question(id="v", text="1", answer="2", variants=("3", "<｜Assistant｜>")),
     ]
     kept, _ = prompter.prompt_within([*in_answers, questions[1]], limit=9999, policy="drop")
     assert [p.question.id for p in kept] == ["b"]
@@ -519,13 +537,13 @@ def test_a_tag_in_another_spelling_that_the_normaliser_makes_one_counts(r1_token
 def test_half_a_character_is_named(r1_tokenizer: Any, normalizer: Any):
     prompter = Prompter(changed(r1_tokenizer, normalizer=normalizer), PromptConfig())
     rows = cases("lone_surrogate.jsonl")
-    questions = [Question(row["id"], row["question"], row["answer"]) for row in rows]
+    questions = [Question(id=row["id"], text=row["question"], answer=row["answer"]) for row in rows]
     message = r"question 's0': half a character .* at 32: .*9 A\\ud83d-three"
     with pytest.raises(ConfigError, match=message) as caught:
         prompter.prompt_within(questions, limit=9999, policy="drop")
     str(caught.value).encode()  # the message itself can be printed
     with pytest.raises(ConfigError, match="lone surrogate"):
-        prompter.prompt([Question("a", "1", "4", ("\ud800",))])
+        prompter.prompt([Question(id="a", text="1", answer="4", variants=("\ud800",))])
 
 
 # Switches of the chat template, and the thought that it opens or closes.
@@ -534,7 +552,7 @@ def test_half_a_character_is_named(r1_tokenizer: Any, normalizer: Any):
 def test_switches_reach_the_chat_template_of_both_views(qwen3_tokenizer: Any):
     for role in ("user", "system"):
         on = PromptConfig(chat_template_kwargs={"enable_thinking": True}, teacher_role=role)
-        [got] = Prompter(qwen3_tokenizer, on).prompt([Question("q", "2+2?", "4")])
+        [got] = Prompter(qwen3_tokenizer, on).prompt([Question(id="q", text="2+2?", answer="4")])
         for ids in (got.student_ids, got.teacher_ids):
             assert qwen3_tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
             assert qwen3_tokenizer.decode(ids).count("<think>") == 1
@@ -869,7 +887,10 @@ def test_no_damage_to_a_file_ends_in_a_traceback(file: str, r1_model_dir: str, m
     monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.5)
     path, rng = Path(r1_model_dir) / file, random.Random(file)
     content = path.read_bytes()
-    questions = [Question("a", "What is 2 + 2?", "4", ("5",)), Question("b", "é\n\n <x>中", "72")]
+    questions = [
+        Question(id="a", text="What is 2 + 2?", answer="4", variants=("5",)),
+        Question(id="b", text="é\n\n <x>中", answer="72"),
+    ]
     refused = 0
     for _ in range(25):
         path.write_bytes(damaged(content, is_json=file.endswith("json"), rng=rng))

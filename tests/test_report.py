@@ -183,7 +183,7 @@ def test_the_report_is_one_whole_escaped_file(tmp_path, compare):
 
 
 def cells(html):
-    return re.findall(r"<t[dh]>(.*?)</t[dh]>", html)
+    return re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", html)
 
 
 def test_a_bare_run_gives_a_partial_report_that_says_so(tmp_path):
@@ -300,3 +300,13 @@ def test_the_figure_draws_what_was_recorded_and_leaves_out_what_was_not(tmp_path
     # a mean over all questions says nothing beside len_post
     (bare / "metrics.jsonl").write_text('{"step": 1, "len_prior": 51.0, "len_gated": 60.0}\n')
     assert colours(plot_training(bare, tmp_path / "bare.png")) == {"prior"}
+
+
+def test_metrics_explain_themselves_under_the_pointer(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps=3)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "len_prior": 1.0, "of_another_version": 1.0}) + "\n")
+    page = write_report(run_dir).read_text()
+    text = "Mean thought length of the student&#x27;s paths, cut ones included. [tokens]"
+    assert f'<td title="{text}">len_prior</td>' in page
+    assert "<td>of_another_version</td>" in page

@@ -30,7 +30,7 @@ def make_engine(request, tmp_path):
     made = []
 
     def vllm_engine(model, *, max_batch):
-        from vpgea_fast.rollout.vllm import VllmEngine
+        from vpgea_fast.rollout.vllm.engine import VllmEngine
 
         path = str(tmp_path / str(len(made)))
         model.config.save_pretrained(path)
@@ -72,7 +72,15 @@ def some_requests(*, questions=4, paths=3, seed=0, vocab=53):
         for index in range(paths):
             stream = "posterior" if q % 2 else "prior"
             request_key = request_seed(seed, 0, f"q{q}", stream, index)
-            requests.append(SampleRequest(f"q{q}", stream, index, prompt, request_key))
+            requests.append(
+                SampleRequest(
+                    question_id=f"q{q}",
+                    stream=stream,
+                    index=index,
+                    prompt_ids=prompt,
+                    seed=request_key,
+                )
+            )
     return requests
 
 
@@ -214,7 +222,10 @@ def test_draws_follow_the_softmax(make_engine, random_qwen2, top_p):
     prompt = torch.tensor([4, 5, 6])
     sampling = Sampling(1, 1000, (), temperature=1.3, top_p=top_p)
     seeds = [request_seed(7, 0, "q", "prior", index) for index in range(6000)]
-    requests = [SampleRequest("q", "prior", i, prompt, seed) for i, seed in enumerate(seeds)]
+    requests = [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=seed)
+        for i, seed in enumerate(seeds)
+    ]
     engine = make_engine(model, max_batch=2000)
     paths = engine.generate(requests, sampling)
     counts_V = torch.bincount(torch.cat([path.z_ids for path in paths]), minlength=11).double()
@@ -276,13 +287,28 @@ def test_an_engine_with_unfit_weights_does_not_sample(make_engine, random_qwen2,
 
 def test_a_prompt_without_room_is_refused_before_anything_is_drawn(make_engine, random_qwen2):
     engine = make_engine(random_qwen2(max_position_embeddings=40), max_batch=64)
-    fits = SampleRequest("fits", "prior", 0, torch.full((16,), 5), 0)
-    long = SampleRequest("long", "prior", 0, torch.full((17,), 5), 0)
+    fits = SampleRequest(
+        question_id="fits", stream="prior", index=0, prompt_ids=torch.full((16,), 5), seed=0
+    )
+    long = SampleRequest(
+        question_id="long", stream="prior", index=0, prompt_ids=torch.full((17,), 5), seed=0
+    )
     assert len(engine.generate([fits], SHORT)) == 1
     with pytest.raises(ValueError, match=r"long: .* 17 tokens .* need 41 positions.*has 40"):
         engine.generate([fits, long], SHORT, on_progress=pytest.fail)
     with pytest.raises(ValueError, match="no tokens"):
-        engine.generate([SampleRequest("none", "prior", 0, torch.tensor([]).long(), 0)], SHORT)
+        engine.generate(
+            [
+                SampleRequest(
+                    question_id="none",
+                    stream="prior",
+                    index=0,
+                    prompt_ids=torch.tensor([]).long(),
+                    seed=0,
+                )
+            ],
+            SHORT,
+        )
 
 
 def test_progress_counts_every_path_once(make_engine, model):
@@ -400,7 +426,9 @@ def test_draw_inverts_the_cumulative_sum(scale):
 
 
 def split(ids, finish: Finish = "stop", **changes):
-    request = SampleRequest("q", "prior", 0, torch.tensor([5]), 0)
+    request = SampleRequest(
+        question_id="q", stream="prior", index=0, prompt_ids=torch.tensor([5]), seed=0
+    )
     sampling = replace(SHORT, **{"full_answer": True, **changes})
     logps = -torch.arange(len(ids)).float()
     path = split_path(request, torch.tensor(ids), logps, sampling, finish)
@@ -483,7 +511,12 @@ def test_max_batch_must_hold_a_row(model):
 def test_half_precision_forward_over_float32_weights(random_qwen2):
     """Log-probs of the autocast forward are bfloat16's, not those of the float32 weights."""
     model = random_qwen2()
-    requests = [SampleRequest("q", "prior", i, torch.tensor([5, 6, 7]), seed=i) for i in range(4)]
+    requests = [
+        SampleRequest(
+            question_id="q", stream="prior", index=i, prompt_ids=torch.tensor([5, 6, 7]), seed=i
+        )
+        for i in range(4)
+    ]
     sampling = Sampling(max_new_tokens=8, think_close_id=50, eos_ids=(1,))
     exact = HFEngine(model, max_batch=4).generate(requests, sampling)
     half = HFEngine(model, max_batch=4, dtype=torch.bfloat16).generate(requests, sampling)

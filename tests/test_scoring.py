@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batches import prompted, sampled
 
 from vpgea_fast import attention
 from vpgea_fast.distributed import World
@@ -17,7 +18,6 @@ from vpgea_fast.scoring import (
     answers_correct,
     score_row,
 )
-from vpgea_fast.types import Path, PromptedQuestion, Question
 
 CLOSE = 9
 ids = torch.tensor
@@ -34,22 +34,11 @@ def rows_of(policy, budget=64, logprob=None):
     return lambda rows: passes(lambda batch, _: (logprob or policy.logprob)(batch), rows)
 
 
-QUESTION = PromptedQuestion(
-    Question("q", "?", "7"), ids([3, 4]), ids([3, 4, 5, 6]), ids([10, 11]), ids([12, 13, 14])
-)
+QUESTION = prompted(student=[3, 4], teacher=[3, 4, 5, 6], cue=[10, 11], target=[12, 13, 14])
 
 
 def path(z, closed):
-    return Path(
-        "q",
-        "posterior",
-        0,
-        ids(z),
-        torch.zeros(len(z)),
-        ids([]).long(),
-        closed,
-        "stop" if closed else "length",
-    )
+    return sampled(z, answer_ids=ids([]).long(), closed=closed)
 
 
 def test_a_cut_thought_is_wrong_whatever_the_checker_says():
@@ -97,21 +86,19 @@ def test_utility_is_the_answer_in_the_student_view(policy):
 
 
 def test_the_head_runs_on_the_answer_rows_only(policy):
-    seen = []
+    head_rows = []
 
     def logprob(batch):
-        seen.append(batch.targets.numel())
+        head_rows.append(batch.targets.numel())
         return policy.logprob(batch)
 
     pairs = [(QUESTION, path([20] * n + [CLOSE], True)) for n in (1, 30)]
     answer_likelihood(rows_of(policy, 1000, logprob), pairs, think_close_id=CLOSE)
-    assert seen == [6]
+    assert head_rows == [6]
 
 
 def test_utility_does_not_depend_on_the_teacher_prompt(policy):
-    other = PromptedQuestion(
-        QUESTION.question, QUESTION.student_ids, ids([1]), QUESTION.cue_ids, QUESTION.target_ids
-    )
+    other = replace(QUESTION, teacher_ids=ids([1]))
     a, b = (
         answer_likelihood(rows_of(policy), [(q, path([20, CLOSE], True))], think_close_id=CLOSE)
         for q in (QUESTION, other)

@@ -52,7 +52,15 @@ def make_rows(count, seed=0, gated=0):
         tokens = draw(0, V, int(draw(3, 41, 1)))
         coef = torch.randn(1, generator=generator).expand(len(tokens)) / (40 * count)
         coef = torch.zeros(len(tokens)) if number >= count - gated else coef
-        rows.append(TrainRow(draw(0, V, 4), tokens, coef, "posterior", "teacher"))
+        rows.append(
+            TrainRow(
+                context_ids=draw(0, V, 4),
+                token_ids=tokens,
+                coef=coef,
+                stream="posterior",
+                view="teacher",
+            )
+        )
     return rows
 
 

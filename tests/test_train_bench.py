@@ -173,8 +173,20 @@ def test_rows_are_those_of_the_method(variants):
 def test_two_padded_rows_by_hand(variants):
     ids = torch.tensor
     rows = [
-        TrainRow(ids([1, 5]), ids([4, 9]), ids([0.5, 0.5]), "prior", "student"),
-        TrainRow(ids([7]), ids([8]), ids([-2.0]), "prior", "student"),
+        TrainRow(
+            context_ids=ids([1, 5]),
+            token_ids=ids([4, 9]),
+            coef=ids([0.5, 0.5]),
+            stream="prior",
+            view="student",
+        ),
+        TrainRow(
+            context_ids=ids([7]),
+            token_ids=ids([8]),
+            coef=ids([-2.0]),
+            stream="prior",
+            view="student",
+        ),
     ]
     batch = variants.pad_rows(rows, 4, masked=True)
     assert batch.input_ids.tolist() == [[1, 5, 4, 0], [7, 0, 0, 0]]

@@ -22,14 +22,8 @@ from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives.rows import build_rows
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.trainer import (
-    Ending,
-    Trainer,
-    TrainingError,
-    export_step,
-    fit,
-    rate_changes,
-)
+from vpgea_fast.run_dir import export_step, rate_changes
+from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
@@ -243,13 +237,15 @@ def test_sigterm_saves_and_says_how_to_go_on(words, tmp_path):
 def test_an_all_gated_step_makes_no_update(words, tmp_path):
     cfg = config.load(TINY, words("run", "--eval.data", "[]", "--objective.std_gate", "1e9"))
     with Trainer(cfg) as trainer:
-        before = {name: p.clone() for name, p in trainer.policy.named_parameters()}
+        before = {name: p.clone() for name, p in trainer.stages.policy.named_parameters()}
         stats = trainer.train_step()
         trainer.finish_step(stats)
         assert stats.skipped == "no path has a gradient"
         assert stats.metrics["tokens_trained"] == 0
-        assert all(torch.equal(p, before[name]) for name, p in trainer.policy.named_parameters())
-        assert not trainer.optimizer.state
+        assert all(
+            torch.equal(p, before[name]) for name, p in trainer.stages.policy.named_parameters()
+        )
+        assert not trainer.stages.optimizer.state
     assert lines(tmp_path / "run")[0]["skipped"] == 1
 
 
@@ -301,7 +297,7 @@ def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
     for evaluate in (False, True):
         with Trainer(config.load(TINY, words(f"run{evaluate}", *changes))) as trainer:
             if evaluate:
-                trainer.evaluator.run()
+                trainer.stages.evaluator.run()
             stats = trainer.train_step().metrics
             rates.append(stats["prefix_hit_rate"])
     assert rates[0] == rates[1] > 0.5
@@ -333,8 +329,8 @@ def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, t
     )
     with Trainer(cfg) as trainer:
         trainer.finish_step(trainer.train_step())
-        good = {name: p.clone() for name, p in trainer.policy.named_parameters()}
-        next(trainer.policy.parameters()).register_hook(lambda grad: grad * math.nan)
+        good = {name: p.clone() for name, p in trainer.stages.policy.named_parameters()}
+        next(trainer.stages.policy.parameters()).register_hook(lambda grad: grad * math.nan)
 
         def go_on():
             for _ in range(45):
@@ -342,7 +338,9 @@ def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, t
 
         with pytest.raises(TrainingError, match="5 non-finite gradients in a row"):
             go_on()
-        assert all(torch.equal(p, good[name]) for name, p in trainer.policy.named_parameters())
+        assert all(
+            torch.equal(p, good[name]) for name, p in trainer.stages.policy.named_parameters()
+        )
     saved = newest(tmp_path / "run").tensors()
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
@@ -384,24 +382,26 @@ class RecordingEngine:
 def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
     cfg = config.load(TINY, words("run"))
     with Trainer(cfg) as trainer:
-        engine = RecordingEngine(trainer.engine)
-        trainer.collector.engine = trainer.evaluator.engine = engine
-        trainer.evaluator.run()
-        hint = trainer.tokenizer(" hint", add_special_tokens=False)["input_ids"][0]
+        engine = RecordingEngine(trainer.stages.engine)
+        trainer.stages.collector.engine = trainer.stages.evaluator.engine = engine
+        trainer.stages.evaluator.run()
+        hint = trainer.stages.intake.text.tokenizer(" hint", add_special_tokens=False)["input_ids"][
+            0
+        ]
         assert len(engine.requests) == 16
         assert all(hint not in request.prompt_ids.tolist() for request in engine.requests)
-        questions = trainer.questions[:2]
-        posterior, prior = trainer.collector.sample(questions, step=0)
+        questions = trainer.stages.intake.questions[:2]
+        posterior, prior = trainer.stages.collector.sample(questions, step=0)
         asked = engine.requests[16:]
         assert all((hint in r.prompt_ids.tolist()) == (r.stream == "posterior") for r in asked)
-        batch = trainer.collector.score(questions, posterior, prior, step=0)
+        batch = trainer.stages.collector.score(questions, posterior, prior, step=0)
         rows = build_rows(
             batch, objectives.coefficients(cfg.objective, batch), cfg.train, norm_constant=1.0
         )
         assert {row.view for row in rows} == {"teacher", "student"}
         assert all((hint in r.context_ids.tolist()) == (r.view == "teacher") for r in rows)
-        assert batch.u_post_BG.shape == (2, 4)
-        assert batch.u_prior_BN.shape == (2, 2)
+        assert batch.posterior.u_BP.shape == (2, 4)
+        assert batch.prior.u_BP.shape == (2, 2)
 
 
 def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
@@ -458,7 +458,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
         trainer.evaluate_once("before")
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
-        trainer.stop_requested = True
+        trainer.stop.requested = True
         with pytest.raises(Stopped):
             trainer.train_step()
         trainer.save()
@@ -697,7 +697,7 @@ def test_dead_questions_make_room_for_others(words):
         fixed = {"eval.data": "[]", "train.questions_per_step": "6", **more}
         given = words(name, *(w for key, value in fixed.items() for w in (f"--{key}", str(value))))
         with Trainer(config.load(TINY, given)) as trainer:
-            batch, coefs = trainer.collector.collect(0, PhaseTimer())
+            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
         spread = coefs.path_scores["posterior"]["utility"].std(dim=1, correction=0)
         return [q.question.id for q in batch.questions], coefs.alive, spread
 
@@ -728,7 +728,7 @@ def test_a_mixture_keeps_its_shares_when_dead_questions_make_room(words, tiny_wo
     }
     cfg = config.load(TINY, words("mix", *(w for k, v in given.items() for w in (f"--{k}", v))))
     with Trainer(cfg) as trainer:
-        batch, coefs = trainer.collector.collect(0, PhaseTimer())
+        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
     assert not coefs.alive.any()
     assert coefs.metrics["tokens_replaced"] > 0
     assert sorted(q.file for q in batch.questions) == ["one", "one", "two", "two"]
@@ -782,7 +782,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
     """The other questions' weights stay, and all means are theirs: a lost path is no wrong, short
     or rejected one."""
     with Trainer(config.load(TINY, words("run", "--train.questions_per_step", "3"))) as trainer:
-        batch, full = trainer.collector.collect(0, PhaseTimer())
+        batch, full = trainer.stages.collector.collect(0, PhaseTimer())
         generate = HFEngine.generate
 
         def give_up_the_first(*args):
@@ -790,10 +790,10 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
             return [losing(first), *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
-        part, rest = trainer.collector.collect(0, PhaseTimer())
+        part, rest = trainer.stages.collector.collect(0, PhaseTimer())
         others = batch.select([1, 2])
         alone = objectives.coefficients(trainer.cfg.objective, others)
-        diverged = trainer.view_divergence(others, alone)
+        diverged = trainer.stages.measure.view_divergence(others, alone)
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
@@ -822,14 +822,14 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
     generate = HFEngine.generate
     monkeypatch.setattr(HFEngine, "generate", lambda *args: [*map(losing, generate(*args))])
     with Trainer(config.load(TINY, given)) as trainer:
-        before = [p.clone() for p in trainer.policy.parameters()]
+        before = [p.clone() for p in trainer.stages.policy.parameters()]
         said = []
         trainer.say = said.append
         for _ in range(7):
             trainer.finish_step(trainer.train_step())
-        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
         trainer.finish_run()
-    expected = "no update, the engine gave up a path of every question; see vllm.timeout_s"
+    expected = "no update, the engine gave up a path of every question; see engine.timeout_s"
     (alarm,) = [text for text in said if "alarm" in text]
     assert "5 x the engine gave up a path of every question" in alarm
     said.remove(alarm)
@@ -854,8 +854,8 @@ def test_a_lost_answer_drops_its_question(words, monkeypatch):
             return [losing(first) if len(calls) == 2 else first, *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_an_answer)
-        batch, coefs = trainer.collector.collect(0, PhaseTimer())
-    assert batch.lost.tolist() == [1, 0]
+        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+    assert batch.lost_B.tolist() == [1, 0]
     assert (coefs.metrics["groups_dropped"], coefs.metrics["paths_error"]) == (1, 1)
     assert not any(weights[0].any() for weights in coefs.weights.values())
 
@@ -863,11 +863,11 @@ def test_a_lost_answer_drops_its_question(words, monkeypatch):
 def test_a_stop_request_is_heard_while_answers_are_sampled(words):
     more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
-        questions = trainer.questions[:2]
-        paths = trainer.collector.sample(questions, step=0)
-        trainer.stop_requested = True
+        questions = trainer.stages.intake.questions[:2]
+        paths = trainer.stages.collector.sample(questions, step=0)
+        trainer.stop.requested = True
         with pytest.raises(Stopped):
-            trainer.collector.score(questions, *paths, step=0)
+            trainer.stages.collector.score(questions, *paths, step=0)
 
 
 def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
@@ -875,8 +875,8 @@ def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
     rows = {}
     for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
         with Trainer(config.load(TINY, words(name, *more))) as trainer:
-            batch, coefs = trainer.collector.collect(0, PhaseTimer())
-            ratios, _ = trainer.importance(batch, coefs)
+            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+            ratios, _ = trainer.stages.measure.importance(batch, coefs)
             constant = trainer.norm_constant
             cfg = trainer.cfg.train
             rows[name] = build_rows(batch, coefs, cfg, norm_constant=constant, ratios=ratios)

@@ -70,7 +70,16 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
             return rows
         bad = rows[0]
         nan = torch.full_like(bad.coef, float("nan"))
-        return [TrainRow(bad.context_ids, bad.token_ids, nan, bad.stream, bad.view), *rows[1:]]
+        return [
+            TrainRow(
+                context_ids=bad.context_ids,
+                token_ids=bad.token_ids,
+                coef=nan,
+                stream=bad.stream,
+                view=bad.view,
+            ),
+            *rows[1:],
+        ]
 
     trainer.Trainer.finish_step, trainer.build_rows = finish_step, build_rows
     source = Path(words[1]) / "config.yaml" if resume else TINY

@@ -20,7 +20,8 @@ from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.estimate import estimate_memory, model_shape
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.vllm import LEAVE, VllmEngine
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.lifetime import LEAVE
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -30,19 +31,26 @@ SMALL = VllmEngineConfig(kv_cache_gib=0.125)
 CPU = torch.device("cpu")
 
 
+VLLM = ("--engine", "vllm", "--engine.kv_cache_gib", "0.125")
+
+
 @pytest.fixture
-def words(tiny_words):
+def hf_words(tiny_words):
     """Command-line words of five steps of the tiny task, without an evaluation."""
     return tiny_words(
         {
-            "rollout.engine": "vllm",
-            "vllm.kv_cache_gib": 0.125,
             "train.steps": 5,
             "train.questions_per_step": 4,
             "metrics.compare": "null",
             "metrics.diag_every": 0,
         }
     )
+
+
+@pytest.fixture
+def words(hf_words):
+    """The same with vLLM."""
+    return lambda name, *more: hf_words(name, *VLLM, *more)
 
 
 @pytest.fixture
@@ -65,7 +73,12 @@ def make_engine(random_qwen2, tmp_path):
 
 
 def requests(count=4, prompt=(4, 5, 6)):
-    return [SampleRequest("q", "prior", i, torch.tensor(prompt), seed=i) for i in range(count)]
+    return [
+        SampleRequest(
+            question_id="q", stream="prior", index=i, prompt_ids=torch.tensor(prompt), seed=i
+        )
+        for i in range(count)
+    ]
 
 
 def lines(run_dir):
@@ -75,11 +88,11 @@ def lines(run_dir):
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_five_steps_as_with_the_transformers_engine(words, tmp_path, capsys):
+def test_five_steps_as_with_the_transformers_engine(words, hf_words, tmp_path, capsys):
     """Log-probs within 1e-4 before every sync (what was sampled, against the trainer that has not
     moved since) and after it (the probe); the same lines in metrics.jsonl, probe aside."""
     assert main(["train", str(TINY), *words("vllm")]) == 0
-    assert main(["train", str(TINY), *words("hf", "--rollout.engine", "hf")]) == 0
+    assert main(["train", str(TINY), *hf_words("hf")]) == 0
     capsys.readouterr()
     ours, theirs = lines(tmp_path / "vllm"), lines(tmp_path / "hf")
     assert len(ours) == len(theirs) == 5
@@ -99,7 +112,7 @@ def test_two_training_processes_see_what_one_sees(words, tmp_path):
     for name, processes, share in (("one", 1, 1), ("two", 2, 1), ("shared", 2, 2)):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, "--nproc-per-node", str(processes), "-m", "vpgea_fast.cli", "train"]
-        more = ["--parallel.shard", "always", "--vllm.tensor_parallel", str(share)]
+        more = ["--parallel.shard", "always", "--engine.tensor_parallel", str(share)]
         done = subprocess.run(
             [*command, str(TINY), *map(str, words(name, *more))],
             capture_output=True,
@@ -123,10 +136,10 @@ def test_two_training_processes_see_what_one_sees(words, tmp_path):
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_a_context_that_is_too_small_is_refused_by_run_and_dry_run(words, dry, tmp_path, capsys):
     """A teacher prompt of 11 tokens and 246 new ones, before any weight is loaded."""
-    assert main(["train", str(TINY), *words("run", "--vllm.context", "200", *dry)]) == 2
+    assert main(["train", str(TINY), *words("run", "--engine.context", "200", *dry)]) == 2
     said = capsys.readouterr().err
     assert "new ones need " in said
-    assert "but the model has 200 (vllm.context)" in said
+    assert "but the model has 200 (engine.context)" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -158,41 +171,43 @@ def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_wo
             stats = trainer.train_step()
             assert stats.metrics["tokens_generated"] > 0
             trainer.step += 1
-        trainer.engine.rest()
+        trainer.stages.engine.rest()
         with pytest.raises(ValueError, match="load_weights first"):
             trainer.train_step()
     capsys.readouterr()
 
 
-def test_a_resume_may_change_the_engine(words, tmp_path, capsys):
+def test_a_resume_may_change_the_engine(hf_words, tmp_path, capsys):
     """hf to vLLM and back, as the messages of a lost engine advise."""
-    run, short = tmp_path / "run", ["--train.steps", "1", "--rollout.engine", "hf"]
-    assert main(["train", str(TINY), *words("run", *short)]) == 0
-    for steps, engine in ((2, "vllm"), (3, "hf")):
-        more = ["--train.steps", str(steps), "--rollout.engine", engine]
+    run = tmp_path / "run"
+    assert main(["train", str(TINY), *hf_words("run", "--train.steps", "1")]) == 0
+    for steps, engine in ((2, VLLM), (3, ("--engine", "hf"))):
+        more = ["--train.steps", str(steps), *engine]
         assert main(["train", "--resume", str(run), *more]) == 0
-        assert json.loads((run / "environment.json").read_text())["rollout_engine"] == engine
-    assert 'changed at step 1: rollout.engine "hf" -> "vllm"' in capsys.readouterr().out
+        assert json.loads((run / "environment.json").read_text())["rollout_engine"] == engine[1]
+    said = capsys.readouterr()
+    assert 'changed at step 1: engine.name "hf" -> "vllm"' in said.out
+    assert "engine.name 'hf' leaves out the file's engine.process, engine.server" in said.err
     assert [("probe_mean" in line) for line in lines(run)] == [False, True, False]
 
 
 def test_evaluation(tiny_world, tmp_path, capsys):
     """The tiny base is right nearly always when greedy; both engines say the same."""
     out = {}
-    for engine in ("hf", "vllm"):
+    for engine, more in (("hf", ()), ("vllm", VLLM)):
         file = tmp_path / f"{engine}.json"
         status = main(
             [
                 *("eval", str(tiny_world.base_dir), str(tiny_world.test_path)),
                 *("--config", str(TINY), "--eval.limit", "24", "--eval.samples", "0"),
-                *("--engine", engine, "--vllm.kv_cache_gib", "0.125", "--out", str(file)),
+                *(*more, "--out", str(file)),
             ]
         )
         assert status == 0, capsys.readouterr().err
         written = json.loads(file.read_text())
-        assert written["settings"]["rollout"]["engine"] == engine
-        section = written["settings"].get("vllm")
-        assert section is None if engine == "hf" else section["kv_cache_gib"] == 0.125
+        section = written["settings"]["engine"]
+        assert section["name"] == engine
+        assert section.get("kv_cache_gib") == (None if engine == "hf" else 0.125)
         out[engine] = written["greedy"]
     assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
     assert out["vllm"]["tokens"] == out["hf"]["tokens"]
@@ -204,8 +219,7 @@ def test_the_estimated_cache_is_the_one_that_vllm_allocates(make_engine):
     cfg = config.resolve(
         {
             "model": {"dtype": "float32"},
-            "rollout": {"engine": "vllm"},
-            "vllm": {"kv_cache_gib": SMALL.kv_cache_gib},
+            "engine": {"name": "vllm", "kv_cache_gib": SMALL.kv_cache_gib},
         }
     )
     found = estimate_memory(
@@ -305,7 +319,10 @@ def test_the_prefix_cache_is_used_and_forgotten_at_a_sync(make_engine, random_qw
     engine, _ = make_engine()
     sampling = Sampling(4, think_close_id=3, eos_ids=(1,))
     prompt = torch.arange(4, 44) % 40 + 4
-    asked = [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(4)]
+    asked = [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=i)
+        for i in range(4)
+    ]
     engine.generate(asked, sampling)
     engine.usage()
     engine.generate(asked, sampling)
@@ -335,17 +352,17 @@ def test_a_stop_leaves_nothing_in_the_scheduler(make_engine):
 
 
 def test_paths_that_take_too_long_cost_their_question_not_the_run(words, capsys):
-    words = words("late", "--vllm.timeout_s", "1e-9", "--train.steps", "1")
+    words = words("late", "--engine.timeout_s", "1e-9", "--train.steps", "1")
     cfg = config.load(TINY, words)
     with Trainer(cfg) as trainer:
-        before = [p.clone() for p in trainer.policy.parameters()]
+        before = [p.clone() for p in trainer.stages.policy.parameters()]
         stats = trainer.train_step()
         assert stats.metrics["paths_error"] == 4 * 12
         assert stats.metrics["groups_dropped"] == 4
         assert "gave up a path of every question" in stats.skipped
         assert not {"acc_student", "len_prior", "accept_rate", "u_post"} & {*stats.metrics}
         trainer.finish_step(stats)
-        assert all(map(torch.equal, before, trainer.policy.parameters()))
+        assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
     capsys.readouterr()
 
 
@@ -369,8 +386,8 @@ def test_closing_leaves_the_callers_process_group(make_engine):
 @pytest.fixture
 def start(running, words, tmp_path):
     """A run with the engine in a process of its own, in a session of its own:
-    `run = start("--vllm.timeout_s", "10")`; `run.wait_for_lines(2)`, `run.end_by(time)`."""
-    own = ["--vllm.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
+    `run = start("--engine.timeout_s", "10")`; `run.wait_for_lines(2)`, `run.end_by(time)`."""
+    own = ["--engine.process", "own", "--train.steps", "4000", "--checkpoint.save_every", "1"]
 
     class Run(subprocess.Popen):
         def __init__(self, *more):
@@ -423,7 +440,7 @@ def check_saved(run_dir, least):
 @pytest.mark.parametrize("victim", ["engine", "trainer", "silent engine"])
 def test_a_killed_process_ends_the_job_and_leaves_nothing(start, tmp_path, victim):
     """SIGKILL (for the last SIGSTOP) in the middle of a rollout, the engine in its own process."""
-    with start("--vllm.timeout_s", "10" if victim == "silent engine" else "600") as run:
+    with start("--engine.timeout_s", "10" if victim == "silent engine" else "600") as run:
         run.wait_for_lines(2)
         (engine,) = run.processes("(VLLM::EngineCor")
         killed = time.monotonic()
@@ -469,7 +486,7 @@ def test_a_trainer_that_ends_while_its_engine_starts_leaves_nothing(start, signa
 
 FAMILY = """
 import multiprocessing, os, sys, time
-from vpgea_fast.rollout.vllm import ending_with_this_process
+from vpgea_fast.rollout.vllm.lifetime import ending_with_this_process
 
 def work(context):
     if context is not None:
@@ -565,7 +582,7 @@ def test_sleep_gives_memory_back_and_a_sync_fills_the_engine_again(process, rand
 @pytest.mark.gpu
 @pytest.mark.parametrize("process", ["shared", "own"])
 def test_five_steps_on_a_gpu(words, tmp_path, process, capsys):
-    more = ["--model.device", "cuda", "--model.dtype", "bfloat16", "--vllm.process", process]
+    more = ["--model.device", "cuda", "--model.dtype", "bfloat16", "--engine.process", process]
     assert main(["train", str(TINY), *words("run", *more)]) == 0, capsys.readouterr().err
     for line in lines(tmp_path / "run"):
         assert line["probe_mean"] < 0.05

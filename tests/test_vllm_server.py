@@ -24,8 +24,10 @@ from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError, VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.rollout.engine import RolloutError, Sampling
-from vpgea_fast.rollout.server import KEY, ServerEngine, require_key
-from vpgea_fast.rollout.vllm import write_weights
+from vpgea_fast.rollout.vllm.client import KEY
+from vpgea_fast.rollout.vllm.remote import ServerEngine
+from vpgea_fast.rollout.vllm.serve import require_key
+from vpgea_fast.rollout.vllm.transfer import write_weights
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -91,7 +93,7 @@ def serving(folder, *words, **environment):
             process.terminate()
 
 
-SMALL = ("--model.dtype", "float32", "--vllm.kv_cache_gib", "0.25", "--vllm.context", "512")
+SMALL = ("--model.dtype", "float32", "--engine.kv_cache_gib", "0.25", "--engine.context", "512")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,10 @@ def engine(connect, server, tiny_model):
 
 def requests(count=4):
     prompt = torch.tensor([5, 6, 7])
-    return [SampleRequest("q", "prior", i, prompt, seed=i) for i in range(count)]
+    return [
+        SampleRequest(question_id="q", stream="prior", index=i, prompt_ids=prompt, seed=i)
+        for i in range(count)
+    ]
 
 
 @pytest.fixture
@@ -148,7 +153,7 @@ def words(tiny_words, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
     return tiny_words(
         {
-            "rollout.engine": "vllm",
+            "engine.name": "vllm",
             "train.steps": 5,
             "train.questions_per_step": 4,
             "metrics.compare": "null",
@@ -162,7 +167,7 @@ def lines(run_dir):
 
 
 def test_five_steps_with_a_server(server, words, tmp_path, capsys):
-    assert main(["train", str(TINY), *words("run", "--vllm.server", server.url)]) == 0, (
+    assert main(["train", str(TINY), *words("run", "--engine.server", server.url)]) == 0, (
         capsys.readouterr().err
     )
     records = lines(tmp_path / "run")
@@ -179,10 +184,10 @@ def test_five_steps_with_a_server(server, words, tmp_path, capsys):
 def test_weights_go_to_a_server_over_nccl(words, tiny_world, tmp_path, capsys):
     if torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs a GPU for each side")
-    share = ["--model.dtype", "bfloat16", "--vllm.sync", "nccl"]
-    more = ["--vllm.kv_cache_gib", "0.25", "--vllm.context", "512"]
+    share = ["--model.dtype", "bfloat16", "--engine.sync", "nccl"]
+    more = ["--engine.kv_cache_gib", "0.25", "--engine.context", "512"]
     with serving(tmp_path, tiny_world.base_dir, *share, *more, CUDA_VISIBLE_DEVICES="1") as served:
-        here = ["--model.device", "cuda", "--vllm.server", served.url]
+        here = ["--model.device", "cuda", "--engine.server", served.url]
         status = main(["train", str(TINY), *words("run", *here, *share)])
         assert status == 0, capsys.readouterr().err
     assert max(record["probe_mean"] for record in lines(tmp_path / "run")) < 0.05
@@ -259,21 +264,21 @@ def test_weights_of_another_run_are_noticed(connect, server, engine, tiny_model)
 
 
 def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeypatch):
-    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write below /proc/nothing"):
+    with pytest.raises(RolloutError, match=r"engine\.sync_dir: cannot write below /proc/nothing"):
         connect(server, sync_dir="/proc/nothing").load_weights(tiny_model.named_parameters())
 
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("vpgea_fast.rollout.vllm.save_file", full)
-    with pytest.raises(RolloutError, match=r"vllm\.sync_dir: cannot write weights .*No space"):
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.transfer.save_file", full)
+    with pytest.raises(RolloutError, match=r"engine\.sync_dir: cannot write weights .*No space"):
         connect(server).load_weights(tiny_model.named_parameters())
 
 
 def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
-    more = ["--vllm.server", server.url, "--metrics.diag_every", "1"]
+    more = ["--engine.server", server.url, "--metrics.diag_every", "1"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
-        trainer.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
+        trainer.stages.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
         stats = trainer.train_step()
     assert stats.metrics["groups_dropped"] == 4
@@ -300,13 +305,13 @@ def test_weights_that_the_server_leaves_out(engine, tiny_model, monkeypatch):
     def one_more(named, directory):
         return write_weights(named, directory) + 1
 
-    monkeypatch.setattr("vpgea_fast.rollout.server.write_weights", one_more)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.remote.write_weights", one_more)
     with pytest.raises(RolloutError, match=r"the engine took 27 of 28 weights"):
         engine.load_weights(tiny_model.named_parameters())
 
 
 def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
-    monkeypatch.setattr("vpgea_fast.rollout.server.write_weights", lambda *_: None)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.remote.write_weights", lambda *_: None)
     with pytest.raises(RolloutError, match="refuses /collective_rpc"):
         engine.load_weights(tiny_model.named_parameters())
     with pytest.raises(ValueError, match="load_weights first"):
@@ -316,7 +321,7 @@ def test_files_that_the_server_does_not_see(engine, tiny_model, monkeypatch):
 def test_a_silent_server_is_noticed(engine, vllm_itself, tiny_model, monkeypatch):
     """Stopped, it keeps its connections open, as a machine that lost its power does. Seconds are a
     fifth of what they are in a run, where a call is lost within 40."""
-    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.client.HEALTH_SECONDS", 2.0)
     began = time.monotonic()
 
     def stop(_):
@@ -350,7 +355,7 @@ def test_an_engine_that_dies_in_a_hand_over(
     connect, tiny_world, tiny_model, tmp_path, running, monkeypatch
 ):
     """vLLM then waits for the end of the call that nobody will answer, and takes no other."""
-    monkeypatch.setattr("vpgea_fast.rollout.server.HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr("vpgea_fast.rollout.vllm.client.HEALTH_SECONDS", 2.0)
     with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
         (session,) = running(parent=served.process.pid)
         found = running(session=session).items()

@@ -10,20 +10,34 @@ the device of its inputs, and a constant to autograd: no gradient passes through
 
 U is log P(answer | question, path) in the student's view. Source: VPG-EA, arXiv 2605.11019.
 
-Shapes: B prompts, G posterior (teacher view) paths and N prior (student view) paths a prompt.
+Shapes: B prompts, G posterior (teacher view) and N prior (student view) paths per prompt.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpgea_fast.kernels import reference
-from vpgea_fast.kernels.reference import GroupOptions
+from vpgea_fast.kernels.options import PAPER, GroupOptions
+
+__all__ = [
+    "PAPER",
+    "ElboTerms",
+    "GroupOptions",
+    "Utility",
+    "cross_view_utility",
+    "elbo_terms",
+    "group_zscore",
+    "length_factor",
+    "log_utility",
+    "posterior_monitors",
+]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Utility:
     """Phase 2 of one batch: what each posterior path is worth, float64.
 
@@ -42,7 +56,7 @@ class Utility:
     n_replaced: int  # non-finite U, of both streams, that became u_min
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ElboTerms:
     """Sample means over the G posterior paths of each prompt; elbo = log_utility - kl.
 
@@ -68,7 +82,7 @@ def length_factor(
     Raises ValueError for negative or non-finite lengths, a base that is not positive, alpha < 0,
     and a clip that is not 0 < low <= high.
     """
-    options = GroupOptions(alpha=alpha, eta_clip=eta_clip)
+    options = GroupOptions(alpha=alpha, eta_clip=eta_clip)  # checks both
     if len_BG.ndim != 2 or len_base_B.shape != len_BG.shape[:1]:
         raise ValueError(
             f"length_factor: got len {tuple(len_BG.shape)} and len_base "
@@ -108,16 +122,8 @@ def cross_view_utility(
     len_prior_BN: Tensor,
     *,
     accept_BG: Tensor | None = None,
-    alpha: float = 0.5,
-    baseline: str = "mean",
-    reward: str = "paper",
-    r_margin: float = 0.0,
-    u_min: float = -20.0,
-    clamp_u: bool = False,
-    eta_clip: tuple[float, float] | None = None,
-    eps: float = 1e-6,
-    ddof: int = 0,
-    std_gate: float = 0.0,
+    options: GroupOptions = PAPER,
+    **changes: Any,
 ) -> Utility:
     """Utility, advantage and gate of every posterior path; formulas at the top of the file.
 
@@ -125,21 +131,15 @@ def cross_view_utility(
     len_*: path tokens, the closing think token included; 0 counts as 1.
     accept_BG: bool; False (truncated, unverified, caught by a leak guard) makes R = 0. The path
         stays in its group: it is a failure of the policy, and dropping it would hide it.
-    baseline: "mean" of U; or "lme", the log of the mean likelihood, stricter by Jensen and deaf
-        to one prior path with a terrible U (a single -60 among four moves the mean by -15 nats).
-    reward: "paper" max(0, U - Ubar + r_margin); "likelihood_gate" 1[P > 0.5];
-        "likelihood_mix" 1[P > 0.5] (1 + max(0, U - Ubar)), with P = exp U. Neither is a verifier.
-    u_min, clamp_u: non-finite U become u_min, counted in n_replaced; clamp_u also lifts every
-        finite U below u_min.
-    eta_clip, eps, ddof, std_gate: see length_factor and group_zscore.
+    options, changes: a `GroupOptions`, and keywords of its fields, which win: alpha=1.0 is
+        options=GroupOptions(alpha=1.0). A U that became u_min is counted in n_replaced.
 
     Inputs may have any dtype; the result is float64 and detached. On CUDA it is one kernel launch
     (kernels/group_advantage.py) and one synchronisation with the host, for the errors.
-    Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range.
+    Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range,
+    TypeError for a keyword that is no option.
     """
-    options = GroupOptions(
-        alpha, baseline, reward, r_margin, u_min, clamp_u, eta_clip, eps, ddof, std_gate
-    )
+    options = replace(options, **changes)
     _check_shapes(u_post_BG, u_prior_BN, len_post_BG, len_prior_BN)
     _check_group("u_post", u_post_BG, options)
     if accept_BG is not None:

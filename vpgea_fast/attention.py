@@ -289,7 +289,13 @@ def packed_attention(
                 "`documents` down to it, so they would see each other; take another model"
             )
         return _unpacked(
-            module, query, key, value, attention_mask, Form(scaling, None, softcap), **kwargs
+            module,
+            query,
+            key=key,
+            value=value,
+            mask=attention_mask,
+            form=Form(scaling, None, softcap),
+            **kwargs,
         )
     if attention_mask is not None and not empty:
         raise ValueError(
@@ -302,7 +308,7 @@ def packed_attention(
     query, key, value = _autocast(query, key, value)
     if kernel is None:
         form = Form(scaling, sliding_window, softcap)
-        return _by_document(query, key, value, documents, form), None
+        return _by_document(query, key, value=value, documents=documents, form=form), None
     if documents.cu_seqlens is None:
         raise ValueError(
             "packed attention: a kernel needs cu_seqlens; call the model with "
@@ -507,7 +513,7 @@ def _causal(
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = seen if form.window is None else seen.triu(1 - form.window)
     if form.softcap is not None:
-        return _softcapped(query, key, value, mask, form)
+        return _softcapped(query, key, value=value, mask=mask, form=form)
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda and (mask is not None or query.dtype not in HALF):
         # Only flash reads grouped heads there; the other fused kernels give way to the L x L one.
@@ -569,7 +575,7 @@ def _unpacked(
     length = query.shape[2]
     if mask is None and length > 1:  # transformers leaves it out where it is the plain triangle
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
-    out = _softcapped(query, key, value, mask, form)
+    out = _softcapped(query, key, value=value, mask=mask, form=form)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, export, data, serve, report, doctor, make-tiny. Every configuration key is
-an option: `--section.key value`."""
+"""`vpgea`: train, eval, export, data, serve, report, keys, doctor, make-tiny. Every configuration
+key is an option, `--section.key value`; `vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vpgea_fast import __version__, config, strict_yaml
 
@@ -33,6 +33,8 @@ TINY_WORLD = "data/tiny"
 TINY_BASE = f"{TINY_WORLD}/base"
 """What the configuration `tiny` trains."""
 INTERRUPTED = 130  # 128 + SIGINT
+
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 class UsageError(ValueError):
@@ -132,11 +134,7 @@ def _yaml(word: str) -> Any:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     """What to say of a word that is no option, with the option that was probably meant."""
     name = word.partition("=")[0]
-    keys = [
-        f"--{section}.{field.name}"
-        for section, record in vars(config.Config()).items()
-        for field in dataclasses.fields(record)
-    ]
+    keys = [f"--{key}" for key in config.known_keys()]
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
     near += difflib.get_close_matches(name, [*options, *keys], n=1)
@@ -145,12 +143,12 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for argparse; the `--section.key value` pairs, which it would misread; what is behind
-    a `--`."""
+    """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
+    misread; what is behind a `--`."""
     words, pairs, rest = [], [], iter(argv)
     for word in iter(lambda: next(rest, "--"), "--"):
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and "." in key:
+        if key.startswith("--") and ("." in key or key[2:] in config.VARIANTS):
             pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
         else:
             words.append(word)
@@ -165,11 +163,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
     parser.add_argument("--version", action="version", version=f"vpgea_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    declared = (
+        _declare_train,
+        _declare_eval,
+        _declare_data,
+        _declare_export,
+        _declare_serve,
+        _declare_report,
+        _declare_keys,
+        _declare_doctor,
+        _declare_make_tiny,
+    )
+    for declare in declared:
+        declare(commands, common)
+    return parser
 
+
+def _declare_train(commands: Commands, common: _Parser) -> None:
     train = commands.add_parser(
         "train",
         help="train from a YAML file",
-        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b.",
+        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b; "
+        "vpgea keys explains them.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -206,10 +221,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train, parser=train)
 
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if (args.config is None) == (args.resume is None):
+        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
+    if args.resume_if_started and args.config is None:
+        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
+    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
+        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
+    source, run = args.config, args.resume
+    if args.resume_if_started:
+        # The run directory is known from the configuration alone; whose config.yaml is there rules.
+        run_dir = config.load(source, overrides).run.dir
+        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
+    if run is not None:
+        source = Path(run) / "config.yaml"
+        overrides = [*overrides, "--run.dir", run]
+        if not source.is_file():
+            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
+    cfg = config.load(source, overrides, _notice, record=run is not None)
+    if args.print_config:
+        _show(config.dump(cfg).rstrip("\n"))
+        return 0
+    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
+        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
+    if args.dry_run:
+        from vpgea_fast.check import target
+        from vpgea_fast.dry_run import dry_run
+
+        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
+        return 0
+    from vpgea_fast.trainer import fit
+
+    _plain_logs()
+    return _status(fit(cfg, resume=run is not None))
+
+
+def _status(ending: Ending) -> int:
+    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
+    status is a failure, and starts the run again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
+
+
+def _declare_eval(commands: Commands, common: _Parser) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate the student view of a model",
-        epilog="Keys are options, e.g. --eval.samples 4 --eval.greedy false --eval.limit 100. For "
+        epilog="Keys are options, e.g. --engine vllm --eval.samples 4 --eval.limit 100. For "
         "RUN/export the settings of its run (RUN/config.yaml) are used.",
         allow_abbrev=False,
         parents=[common],
@@ -227,19 +285,79 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
     evaluate.add_argument(
-        "--engine", choices=["hf", "vllm"], help="what draws the answers, short for rollout.engine"
-    )
-    evaluate.add_argument(
         "--out", type=_path, help="write the result and its settings as JSON here"
     )
     evaluate.set_defaults(run=_eval, parser=evaluate)
 
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("vpgea eval is one process: start it without torchrun, one a benchmark")
+    out = None if args.out is None else Path(args.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
+    source, cfg = _of_model(args, words, overrides)
+    # Printed before the imports: torch and transformers take seconds, a refusal must not.
+    if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
+        raise UsageError(f"--out {out}: the questions are read from it; give another file")
+    print(f"settings: {source or 'defaults and the command line'}")
+    from vpgea_fast.checkpoint import write_text
+    from vpgea_fast.evaluate import evaluate_model, result_table
+    from vpgea_fast.metrics import Console, environment
+
+    _plain_logs()
+    console = Console()
+    try:
+        results = evaluate_model(cfg, console)
+    finally:
+        console.close()
+    console.table(*result_table(results), notes=EVAL_NOTES)
+    if out is not None:
+        known = config.as_dict(cfg)
+        sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
+        settings = {"settings": {name: known[name] for name in sections}}
+        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
+        console.message(str(out))
+    return 0
+
+
+def _files(words: Sequence[str]) -> str:
+    """Words of a command line as the value of eval.data."""
+    files = [
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in words
+    ]
+    return f"[{', '.join(files)}]"
+
+
+def _of_model(
+    args: argparse.Namespace, words: list[str], overrides: list[str]
+) -> tuple[str | Path | None, config.Config]:
+    """The configuration of `words`, over that of --config, or of the run that a model comes from;
+    and where the latter stands."""
+    run = Path(args.model or "").parent / "config.yaml"
+    name = Path(args.model or "").name
+    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
+    if exported and not run.is_file():
+        raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
+    source = args.config or (run if exported else None)
+    if source is None:
+        return None, config.resolve(config.parse_overrides(words), source="command line")
+    cfg = config.load(source, words, _notice, record=source == run)
+    named = any(word.startswith("--engine.server") for word in overrides)
+    if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
+        # The run may go on at its server, with weights of its own.
+        cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, server=None))
+    return source, cfg
+
+
+def _declare_data(commands: Commands, common: _Parser) -> None:
     data = commands.add_parser(
         "data",
         help="write a published data set as training and test questions",
         epilog="Data sets: gsm8k, math (without the 500 of math500, which are its test), math500, "
         "deepscaler, aime24, aime25, svamp. Keys are options for --against and --model, e.g. "
-        "--eval.temperature 1 --rollout.engine vllm.",
+        "--eval.temperature 1 --engine vllm.",
         allow_abbrev=False,
         parents=[common],
     )
@@ -279,172 +397,6 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--config", type=_config, help="YAML file whose sections are used")
     data.set_defaults(run=_data, parser=data)
 
-    export = commands.add_parser(
-        "export",
-        help="write the model of a checkpoint as a Hugging Face directory",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    export.add_argument("run_dir", metavar="RUN", type=_path)
-    export.add_argument(
-        "--step",
-        metavar="N|best|last",
-        type=_step,
-        default="last",
-        help="which checkpoint; best is by checkpoint.keep_best; default last",
-    )
-    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
-    export.set_defaults(run=_export, parser=export)
-
-    serve = commands.add_parser(
-        "serve",
-        help="serve a model to training runs (vLLM), with vllm.server as their URL",
-        epilog="Keys are options, e.g. --vllm.gpu_memory 0.9 --model.dtype bfloat16; words behind "
-        "a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from VLLM_API_KEY; "
-        "beyond this machine there must be one.",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    serve.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=_whole(1, 65535), default=8000)
-    serve.add_argument("--print", action="store_true", help="print the command and stop")
-    serve.set_defaults(run=_serve, parser=serve)
-
-    report = commands.add_parser(
-        "report", help="draw a run directory", allow_abbrev=False, parents=[common]
-    )
-    report.add_argument("run_dir", metavar="RUN", type=_path)
-    report.set_defaults(run=_report, parser=report)
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="say what runs on this machine, and why the rest does not",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
-    doctor.set_defaults(run=_doctor, parser=doctor)
-
-    tiny = commands.add_parser(
-        "make-tiny",
-        help="make the tiny model and its questions",
-        allow_abbrev=False,
-        parents=[common],
-    )
-    tiny.add_argument("out", type=_path, help="directory to make")
-    tiny.add_argument(
-        "--base",
-        choices=["demo", "common"],
-        default="demo",
-        help="concise paths at about 1e-6, or 1 %%",
-    )
-    tiny.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="train the base instead of copying the shipped one",
-    )
-    tiny.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
-    tiny.set_defaults(run=_make_tiny, parser=tiny)
-    return parser
-
-
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    if (args.config is None) == (args.resume is None):
-        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
-    if args.resume_if_started and args.config is None:
-        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
-    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
-        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
-    source, run = args.config, args.resume
-    if args.resume_if_started:
-        run_dir = config.load(source, overrides).run.dir
-        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
-    if run is not None:
-        source = Path(run) / "config.yaml"
-        overrides = [*overrides, "--run.dir", run]
-        if not source.is_file():
-            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
-    cfg = config.load(source, overrides, _notice)
-    if args.print_config:
-        print(config.dump(cfg), end="")
-        return 0
-    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
-        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
-    if args.dry_run:
-        from vpgea_fast.dry_run import dry_run, target
-
-        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
-        return 0
-    from vpgea_fast.trainer import fit
-
-    _plain_logs()
-    return _status(fit(cfg, resume=run is not None))
-
-
-def _status(ending: Ending) -> int:
-    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
-    status is a failure, and starts the run again."""
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]
-
-
-def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("vpgea eval is one process: start it without torchrun, one a benchmark")
-    out = None if args.out is None else Path(args.out)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
-    if args.engine is not None:
-        words += ["--rollout.engine", args.engine]
-    source, cfg = _of_model(args, words, overrides)
-    if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
-        raise UsageError(f"--out {out}: the questions are read from it; give another file")
-    print(f"settings: {source or 'defaults and the command line'}")
-    from vpgea_fast.checkpoint import write_text
-    from vpgea_fast.evaluate import evaluate_model, result_table
-    from vpgea_fast.metrics import Console, environment
-
-    _plain_logs()
-    console = Console()
-    try:
-        results = evaluate_model(cfg, console)
-    finally:
-        console.close()
-    console.table(*result_table(results), notes=EVAL_NOTES)
-    if out is not None:
-        known = config.as_dict(cfg)
-        sections = ["model", "data", "prompt", "rollout", "eval"]
-        sections += ["vllm"] * (cfg.rollout.engine == "vllm")
-        settings = {"settings": {name: known[name] for name in sections}}
-        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
-        console.message(str(out))
-    return 0
-
-
-def _files(words: Sequence[str]) -> str:
-    """Words of a command line as the value of eval.data."""
-    files = [
-        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in words
-    ]
-    return f"[{', '.join(files)}]"
-
-
-def _of_model(
-    args: argparse.Namespace, words: list[str], overrides: list[str]
-) -> tuple[str | Path | None, config.Config]:
-    """The configuration of `words`, over that of --config, or of the run that a model comes from;
-    and where the latter stands."""
-    run = Path(args.model or "").parent / "config.yaml"
-    name = Path(args.model or "").name
-    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.is_file()
-    source = args.config or (run if exported else None)
-    if source == run and not any(word.startswith("--vllm.server") for word in overrides):
-        words += ["--vllm.server", "null"]  # the run may go on there, with weights of its own
-    if source is None:
-        return None, config.resolve(config.parse_overrides(words), source="command line")
-    return source, config.load(source, words, _notice)
-
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -473,6 +425,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         keep=args.keep,
     )
     _plain_logs()
+    # `datasets` draws a bar per file and map; in a log each redraw is a line.
     if not sys.stderr.isatty():
         import datasets
 
@@ -485,21 +438,58 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _declare_export(commands: Commands, common: _Parser) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    export.add_argument("run_dir", metavar="RUN", type=_path)
+    export.add_argument(
+        "--step",
+        metavar="N|best|last",
+        type=_step,
+        default="last",
+        help="which checkpoint; best is by checkpoint.keep_best; default last",
+    )
+    export.add_argument("--out", type=_path, help="directory to make; default RUN/export_step_N")
+    export.set_defaults(run=_export, parser=export)
+
+
 def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     _no_more(overrides)
-    from vpgea_fast.trainer import export_step
+    from vpgea_fast.run_dir import export_step
 
     _plain_logs()
     print(export_step(args.run_dir, args.step, args.out))
     return 0
 
 
+def _declare_serve(commands: Commands, common: _Parser) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to training runs (vLLM), with engine.server as their URL",
+        epilog="Keys are options, e.g. --engine.gpu_memory 0.9 --model.dtype bfloat16; words "
+        "behind a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from "
+        "VLLM_API_KEY; beyond this machine there must be one.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    serve.add_argument("model", type=_path, help="Hugging Face directory or Hub name")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=_whole(1, 65535), default=8000)
+    serve.add_argument("--print", action="store_true", help="print the command and stop")
+    serve.set_defaults(run=_serve, parser=serve)
+
+
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
-    words = ["--model.path", args.model, *overrides]
+    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
     from vpgea_fast.model_dir import check_model_dir
-    from vpgea_fast.rollout.server import check_key, serve, serve_command
-    from vpgea_fast.rollout.vllm import check_installed
+    from vpgea_fast.rollout.vllm.client import check_key
+    from vpgea_fast.rollout.vllm.serve import serve, serve_command
+    from vpgea_fast.rollout.vllm.versions import check_installed
 
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port, args.passed)
@@ -509,6 +499,14 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     check_model_dir(args.model)
     check_installed()
     return serve(command, environment, args.host, args.port)
+
+
+def _declare_report(commands: Commands, common: _Parser) -> None:
+    report = commands.add_parser(
+        "report", help="draw a run directory", allow_abbrev=False, parents=[common]
+    )
+    report.add_argument("run_dir", metavar="RUN", type=_path)
+    report.set_defaults(run=_report, parser=report)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -526,6 +524,53 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _declare_keys(commands: Commands, common: _Parser) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="explain every configuration key, or every metric",
+        epilog="A section is the part of a key before the dot, e.g. vpgea keys optim.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    keys.add_argument("section", nargs="?", metavar="SECTION", help="default: all of them")
+    keys.add_argument("--metrics", action="store_true", help="what a run writes, in its place")
+    keys.set_defaults(run=_keys, parser=keys)
+
+
+def _keys(args: argparse.Namespace, overrides: list[str]) -> int:
+    _no_more(overrides)
+    from vpgea_fast import manual
+
+    if args.metrics and args.section is not None:
+        raise UsageError(f"keys: got {args.section!r} and --metrics; give one of the two")
+    if args.metrics:
+        _show(manual.metrics_text())
+    else:
+        parts = manual.sections() if args.section is None else manual.section(args.section)
+        _show(manual.keys_text(parts))
+    return 0
+
+
+def _show(text: str) -> None:
+    """Print what a reader may cut short (`vpgea keys | head`): no error then."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _declare_doctor(commands: Commands, common: _Parser) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what runs on this machine, and why the rest does not",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    doctor.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default auto")
+    doctor.set_defaults(run=_doctor, parser=doctor)
+
+
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     _no_more(overrides)
     from vpgea_fast.doctor import examine
@@ -533,6 +578,29 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     for found in examine(args.device):
         print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
     return 0
+
+
+def _declare_make_tiny(commands: Commands, common: _Parser) -> None:
+    tiny = commands.add_parser(
+        "make-tiny",
+        help="make the tiny model and its questions",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    tiny.add_argument("out", type=_path, help="directory to make")
+    tiny.add_argument(
+        "--base",
+        choices=["demo", "common"],
+        default="demo",
+        help="concise paths at about 1e-6, or 1 %%",
+    )
+    tiny.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train the base instead of copying the shipped one",
+    )
+    tiny.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0)
+    tiny.set_defaults(run=_make_tiny, parser=tiny)
 
 
 def _make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -31,8 +31,10 @@ from vpgea_fast.types import (
     PromptedQuestion,
     SampleRequest,
     ScoredBatch,
+    ScoredPaths,
     Stream,
     View,
+    with_questions,
 )
 from vpgea_fast.verify import Verifier
 
@@ -40,7 +42,7 @@ Pairs = Sequence[tuple[PromptedQuestion, Path]]
 
 
 class Collector:
-    """What is sampled and scored from; it changes nothing, so a step can be collected again.
+    """Samples and scores one step. Stateless: collecting a step twice gives the same batch.
 
     `progress(total)` gives the function that is told of newly finished samples.
     """
@@ -63,44 +65,49 @@ class Collector:
         self.verifier = verifier
 
     def collect(self, step: int, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
-        """Paths, scores and coefficients of a step: a function of (weights, seed, step).
+        """Sample, score and weigh the paths of a step: a function of (weights, seed, step).
 
         With `train.resample_rounds`, questions without a gradient make room for others, which are a
         function of (seed, step, round) like the first ones.
         """
         batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
-        used, replaced = {q.question.id for q in batch.questions}, 0
+        drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = coefs.alive.nonzero()[:, 0].tolist()
             dead = (~coefs.alive).nonzero()[:, 0].tolist()
-            unused = [q for q in self._questions(step, round_) if q.question.id not in used]
-            swaps = self._replacements(batch, dead, unused)
+            # A question that was drawn in this step is not drawn again: it has just failed, or it
+            # would stand in the batch twice.
+            rest = [q for q in self._questions(step, round_) if q.question.id not in drawn_ids]
+            swaps = self._replacements(batch, dead, rest)
             if not swaps:
                 break
             fresh = list(swaps.values())
-            used |= {q.question.id for q in fresh}
-            kept = batch.select(alive + [i for i in dead if i not in swaps])  # never fewer than B
-            replaced += batch.select(list(swaps)).tokens
+            drawn_ids |= {q.question.id for q in fresh}
+            # A dead question without a replacement stays, so the batch never falls below B.
+            kept = batch.select(alive + [i for i in dead if i not in swaps])
+            tokens_replaced += batch.select(list(swaps)).tokens
             batch = kept.join(self._draw(fresh, step, timer)[0])
             coefs = self._coefficients(batch)
-        return batch, replace(coefs, metrics=merge(coefs.metrics, {"tokens_replaced": replaced}))
+        counts = {"tokens_replaced": tokens_replaced}
+        return batch, replace(coefs, metrics=merge(coefs.metrics, counts))
 
     def _replacements(
-        self, batch: ScoredBatch, dead: Sequence[int], unused: Sequence[PromptedQuestion]
+        self, batch: ScoredBatch, dead: Sequence[int], candidates: Sequence[PromptedQuestion]
     ) -> dict[int, PromptedQuestion]:
         """Place of a question without a gradient -> the one that comes for it: with weights of its
         own file, so that a mixture keeps its shares."""
-        weighted, left = self.cfg.data.weights is not None, list(unused)
+        mixture, left = self.cfg.data.weights is not None, list(candidates)
         swaps = {}
         for place in dead:
             file = batch.questions[place].file
-            fits = (i for i, q in enumerate(left) if not weighted or q.file == file)
-            if (found := next(fits, None)) is not None:
-                swaps[place] = left.pop(found)
+            fits = (i for i, q in enumerate(left) if not mixture or q.file == file)
+            if (successor := next(fits, None)) is not None:
+                swaps[place] = left.pop(successor)
         return swaps
 
     def check(self) -> None:
-        """ValueError now for what the first step, or a long prompt in a later one, would refuse."""
+        """Raise ValueError now for what the first step, or a long prompt in a later one, would
+        refuse."""
         self._questions(step=0, round_=0)
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
@@ -108,10 +115,12 @@ class Collector:
         self.engine.check(self._requests([longest], step=0), self.sampling)
 
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
-        """Posterior and prior paths of every question, both streams in one call of the engine."""
+        """Draw posterior and prior paths of every question, both streams in one call of the engine,
+        which batches them together."""
         requests = self._requests(questions, step)
         paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
         counts = (self.cfg.objective.posterior_paths, self.cfg.objective.prior_paths)
+        # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
 
@@ -133,7 +142,13 @@ class Collector:
                 stream=stream,
                 index=i,
                 prompt_ids=q.context(view),
-                seed=request_seed(self.cfg.run.seed, step, q.question.id, stream, i),
+                seed=request_seed(
+                    run_seed=self.cfg.run.seed,
+                    step=step,
+                    question_id=q.question.id,
+                    stream=stream,
+                    index=i,
+                ),
             )
             for q in questions
             for stream, view, count in plan
@@ -143,25 +158,36 @@ class Collector:
     def score(
         self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
     ) -> ScoredBatch:
-        """Cross-view utilities, lengths and (with full answers) correctness of all paths."""
-        matrices: dict[str, torch.Tensor] = {}
-        lost: set[str] = set()
-        for name, groups in {"post_BG": posterior, "prior_BN": prior}.items():
-            pairs = [(q, p) for q, group in zip(questions, groups, strict=True) for p in group]
-            shape = (len(groups), len(groups[0]))
-            utilities, unanswered = self._utilities(pairs, step)
-            lost |= unanswered
-            columns = {
-                "u": utilities,
-                "correct": self._correct(pairs),
-                "len": torch.tensor([p.length for _, p in pairs], dtype=torch.float64),
-                "closed": torch.tensor([p.closed for _, p in pairs], dtype=torch.bool),
-            }
-            matrices |= {f"{key}_{name}": column.view(shape) for key, column in columns.items()}
-        answers_lost_B = torch.tensor([q.question.id in lost for q in questions], dtype=torch.bool)
-        return ScoredBatch(
-            tuple(questions), posterior, prior, **matrices, answers_lost_B=answers_lost_B
+        """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
+        post, unanswered_post = self._scored(questions, posterior, step)
+        pi, unanswered_pi = self._scored(questions, prior, step)
+        unanswered = unanswered_post | unanswered_pi
+        lost = [
+            sum(path.finish == "error" for path in (*z_post, *z_prior))
+            + (question.question.id in unanswered)
+            for question, z_post, z_prior in zip(questions, posterior, prior, strict=True)
+        ]
+        lost_B = torch.tensor(lost, dtype=torch.int64)
+        return ScoredBatch(questions=tuple(questions), posterior=post, prior=pi, lost_B=lost_B)
+
+    def _scored(
+        self, questions: Sequence[PromptedQuestion], groups: Groups, step: int
+    ) -> tuple[ScoredPaths, set[str]]:
+        """One stream with every column; the questions of which the engine gave up a sampled
+        answer."""
+        pairs = with_questions(questions, groups)
+        shape = (len(groups), len(groups[0]))
+        utilities, unanswered = self._utilities(pairs, step)
+        length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
+        closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
+        columns = ScoredPaths(
+            paths=groups,
+            u_BP=utilities.view(shape),
+            length_BP=length.view(shape),
+            closed_BP=closed.view(shape),
+            correct_BP=self._correct(pairs).view(shape),
         )
+        return columns, unanswered
 
     def _draw(
         self, questions: Sequence[PromptedQuestion], step: int, timer: PhaseTimer
@@ -176,17 +202,19 @@ class Collector:
             return batch, self._coefficients(batch)
 
     def _coefficients(self, batch: ScoredBatch) -> Coefficients:
-        """Of the objective; a question that is not whole has none, and is in no mean."""
-        coefs, lost_B = objectives.coefficients(self.cfg.objective, batch), batch.lost
-        dropped_B = lost_B > 0
+        """What the objective says; a question that is not whole has no weight, and is in no
+        mean."""
+        coefs = objectives.coefficients(self.cfg.objective, batch)
+        dropped_B = batch.lost_B > 0
         if dropped_B.any():
+            # The batch keeps its shape, for the log of its paths; means are of whole questions.
             whole, zero = batch.whole, dropped_B[:, None]
             coefs = Coefficients(
-                {key: part.masked_fill(zero, 0.0) for key, part in coefs.weights.items()},
-                coefs.path_scores,
-                objectives.coefficients(self.cfg.objective, whole).metrics if whole else {},
+                weights={key: part.masked_fill(zero, 0.0) for key, part in coefs.weights.items()},
+                path_scores=coefs.path_scores,
+                metrics=objectives.coefficients(self.cfg.objective, whole).metrics if whole else {},
             )
-        counts = {"paths_error": int(lost_B.sum()), "groups_dropped": int(dropped_B.sum())}
+        counts = {"paths_error": int(batch.lost_B.sum()), "groups_dropped": int(dropped_B.sum())}
         return replace(coefs, metrics=merge(coefs.metrics, counts))
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
@@ -214,20 +242,37 @@ class Collector:
         return utilities, set()
 
     def _sampled_answers(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
-        """(len(pairs), J): correctness of J answers sampled after each thought, student view; the
-        questions of which the engine gave up an answer."""
+        """Draw J answers after each thought, student view: their correctness (len(pairs), J), and
+        the questions of which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
             prompt = after_thought(question, path, self.sampling.think_close_id)
+            # A name of its own, and J numbers per path: no answer shares its seed with a thought or
+            # with an answer to another path.
             name = f"{path.question_id}/answer"
             for index in range(path.index * count, (path.index + 1) * count):
-                seed = request_seed(self.cfg.run.seed, step, name, path.stream, index)
-                requests.append(SampleRequest(path.question_id, path.stream, index, prompt, seed))
+                seed = request_seed(
+                    run_seed=self.cfg.run.seed,
+                    step=step,
+                    question_id=name,
+                    stream=path.stream,
+                    index=index,
+                )
+                requests.append(
+                    SampleRequest(
+                        question_id=path.question_id,
+                        stream=path.stream,
+                        index=index,
+                        prompt_ids=prompt,
+                        seed=seed,
+                    )
+                )
         how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
         answers = self.engine.generate(requests, how, self.progress(len(requests)))
         lost = {answer.question_id for answer in answers if answer.finish == "error"}
         texts = [self.decode(answer.z_ids) for answer in answers]
+        # Judged even where one was lost: the matrix keeps its shape, the question is left out.
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
         return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost

@@ -1,10 +1,10 @@
 """Configuration: one frozen dataclass a stage, validated at birth, from YAML and `--section.key
 value`.
 
-An unknown key is an error that names the nearest known one; a variant (the objective) is a type of
-its own, so no field is read by one branch only. Values are taken as strict_yaml.py reads them, in a
-file and on the command line alike, and never converted. `resolve` gives the record, `dump` the YAML
-that makes the same record again.
+An unknown key is an error that names the nearest known one; for a key of an older version it gives
+the new one. A variant (the objective, the engine) is a type of its own, so no field is read
+by one branch only. Values are taken as strict_yaml.py reads them, in a file and on the command line
+alike, and never converted. `resolve` gives the record, `dump` the YAML that makes it again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import strict_yaml
+from vpgea_fast.kernels.options import GroupOptions
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -120,13 +121,14 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     dir: PathText = "runs/vpgea"
-    """Run directory; an existing run is never overwritten (`--resume` continues it)."""
+    """Run directory. An existing run is never overwritten; `--resume` continues it."""
     seed: Seed = 0
+    """Seed of the samples, of the order of the questions and of stochastic rounding."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend
     on it bitwise."""
     max_minutes: Minutes | None = None
-    """Save and stop, as on SIGTERM, when the run has taken so long: before a scheduler ends it."""
+    """Save and stop, as on SIGTERM, after this many minutes: before a scheduler ends the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,23 +136,26 @@ class ModelConfig:
     path: PathText = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     """A Hugging Face directory, or the name of a model on the Hub."""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Dtype of the forward. Weights that are trained and optimiser states stay float32 (float64 for
-    float64). float64 is for checks: norms and rotary tables of transformers compute in float32
-    inside, so its log-probs are exact to about 1e-5."""
+    """Dtype of the forward. Trained weights and optimiser states stay float32 (float64 for
+    float64). float64 is for checks: transformers computes norms and rotary tables in float32, so
+    its log-probs are exact to about 1e-5."""
     device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16
-    halves them and needs optim.stochastic_rounding: at 1e-6 a rounded update is lost."""
+    halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
+    lost."""
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
-    """`full` keeps a layer's input and runs the layer again in the backward; `selective` also keeps
-    what attention gave, its queries, keys and values, and the gate of the MLP."""
+    """What a layer keeps for its backward. `full`: its input, and the layer runs again.
+    `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
+    everything."""
     compile: bool = False
-    """torch.compile, one graph for all decoder layers."""
+    """Compile all decoder layers with torch.compile, as one graph."""
     liger: Literal["auto", "always", "never"] = "auto"
-    """Liger's RMSNorm, RoPE and SwiGLU; `auto`: on CUDA when liger-kernel is installed."""
+    """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Attention of packed documents: flash-attn, torch's varlen_attn (CUDA), or one sdpa call a
-    document (any device); `auto` takes the first that runs here."""
+    """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
+    `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -158,17 +163,18 @@ class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
     shard: Literal["auto", "always", "never"] = "auto"
-    """FSDP2; `auto`: with more than one process, and on CUDA."""
+    """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA."""
     replicas: PositiveInt = 1
-    """HSDP: so many copies of the model, each sharded over processes / replicas. One copy a node
-    keeps the gathers inside it."""
+    """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
+    node keeps the gathers inside it."""
     accumulate: Literal["sharded", "unsharded"] = "sharded"
-    """Gradients between micro-batches: reduced into shards each time, or kept whole on every
-    process and reduced once (4 bytes a parameter). The head always does the latter."""
+    """Gradients between micro-batches. `sharded`: reduced into shards each time. `unsharded`: kept
+    whole on every process and reduced once, at 4 bytes per parameter. The head is always
+    unsharded."""
     cpu_offload: bool = False
-    """Weights, gradients and optimiser states in host memory between uses."""
+    """Keep weights, gradients and optimiser states in host memory between uses."""
     timeout_minutes: Minutes = 30.0
-    """A collective that waits longer ends the job."""
+    """End the job when a collective waits longer than this."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -180,17 +186,25 @@ class DataFile:
     """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
     `hub:owner/name[/config][:split]`."""
     name: str | None = None
-    """Name of the benchmark, and of the file before ids that two files have; default the file's."""
+    """Name of the benchmark; also put before ids that two files share. Default: the file's name."""
     weight: PositiveFloat | None = None
-    """Share of the questions of a step (data.train), against the other files' weights."""
+    """Share of a step's questions, relative to the other files' weights (data.train only)."""
     question_key: str | None = None
+    """For this file, instead of data.question_key."""
     answer_key: str | None = None
+    """For this file, instead of data.answer_key."""
     id_key: str | None = None
+    """For this file, instead of data.id_key."""
     variants_key: str | None = None
+    """For this file, instead of data.variants_key."""
     choices_key: str | tuple[str, ...] | None = None
+    """For this file, instead of data.choices_key."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
+    """For this file, instead of data.choices_answer."""
     choices_seed: NonNegativeInt | None = None
+    """For this file, instead of data.choices_seed."""
     limit: PositiveInt | None = None
+    """Read at most this many rows of the file; default: data.limit, in eval.data eval.limit."""
 
     @property
     def label(self) -> str:
@@ -219,36 +233,39 @@ class DataConfig:
     holds a dot itself comes first."""
 
     train: Annotated[Files, Field(min_length=1)] = (DataFile("data/train.jsonl"),)
-    """A file (see DataFile), or a list of them. Several are one data set, of which a step takes
-    what comes; with a weight each, it takes so many questions of every file."""
+    """One file, or a list of files, each a path or a mapping (see the keys of a file). Without
+    weights they form one data set; with a weight each, every step takes that share from every
+    file."""
     question_key: str = "question"
-    """Key of the text, or of chat messages with one user turn; `{Body} {Question}` joins keys."""
+    """Key of the question's text, or of chat messages with one user turn. `{Body} {Question}` joins
+    two keys."""
     answer_key: str = "answer"
-    """Key of the final answer. Of a worked solution what follows the last `####`, or what its last
-    \\boxed{} holds, is the answer, and the run says so."""
+    """Key of the final answer. Of a worked solution, the answer is what follows the last `####` or
+    what its last \\boxed{} holds, and the run says so."""
     id_key: str = "id"
+    """Key of the question's id; a row without one is called row-N."""
     variants_key: str | None = None
     """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
     choices_key: str | tuple[str, ...] | None = None
-    """Key of a question's choices: shown with letters, and the letter is the answer. Or a list of
-    keys, one a choice: where a row has nothing under answer_key, or that is the first of them, the
-    first is right, and they are shuffled. An empty text: leave choices out."""
+    """Key of a question's choices, shown with letters; the letter is the answer. A list of keys,
+    one per choice, puts the right one first where answer_key has none or is the first; they are
+    then shuffled. An empty text leaves choices out."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
-    """What answer_key holds: `auto` takes a label, the text of a choice, or an index from 0. With
-    `auto` a row without choices has a free answer; else it is dropped, or an error
-    (bad_answer)."""
+    """What answer_key holds. `auto`: a letter, the text of a choice, or an index from 0. With `auto`
+    a row without choices has a free answer; else it is dropped, or an error (bad_answer)."""
     choices_seed: NonNegativeInt | None = None
-    """Shuffle the choices, each question by this seed and its id; default the published order."""
+    """Shuffle the choices of each question by this seed and its id; null: the published order."""
     max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt of either view, in tokens."""
     overlong: Literal["drop", "error"] = "drop"
     """What to do with a prompt above the limit. It is never cut."""
     bad_answer: Literal["drop", "error"] = "drop"
-    """What to do with a reference answer that is empty, a worked solution without a final answer,
-    or one that the checker (verify.name) does not accept as itself."""
+    """What to do with an unusable reference answer: empty, a worked solution without a final
+    answer, or not accepted as itself by verify.name."""
     limit: PositiveInt | None = None
-    """Rows read of each file."""
+    """Read at most this many rows of each file; null: all."""
     dropped_file: PathText | None = None
-    """Write every dropped row there, as JSON lines: place, reason, id, answer."""
+    """Write every dropped row to this file, as JSON lines: place, reason, id, answer."""
 
     def __post_init__(self) -> None:
         weighted = [file.weight is not None for file in self.train]
@@ -279,76 +296,101 @@ class DataConfig:
 @dataclass(frozen=True, config=STRICT)
 class PromptConfig:
     student: str = STUDENT_TEMPLATE
+    """Template of the student's prompt. `{question}` is its only field, so the student never sees
+    the answer."""
     teacher: str = TEACHER_TEMPLATE
+    """Template of the teacher's prompt, with the fields `{question}` and `{answer}`."""
     teacher_role: Literal["user", "system"] = "user"
-    """Where the teacher's words beyond the student prompt go; R1 models ask for no system
+    """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
     think_open: str = "<think>"
+    """Token that opens a thought."""
     think_close: str = "</think>"
+    """Token that closes a thought."""
     think_prefix: str = "<think>\n"
-    """What both views must end with; appended where the chat template does not."""
+    """Text that both views must end with; appended where the chat template does not end so."""
     answer_cue: str = "\n\n**Final Answer**\n\\boxed"
+    """Text between the closed thought and the scored answer."""
     answer_target: str = "{{answer}}"
-    """Spelling of the reference answer after the cue: here `{4}`. `{question}` and `{answer}` are
-    the only fields; every other brace is itself."""
+    """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
+    `{question}` and `{answer}` are the only fields; every other brace is itself."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
-    engine: Literal["hf", "vllm"] = "hf"
-    """`hf`: the trained model itself, or a copy of it; `vllm`: see the section `vllm`."""
     max_new_tokens: PositiveInt = 8192
+    """Token limit of a thought, its closing token included. A path that is cut there has no
+    reward."""
     temperature: Temperature = 1.0
+    """Sampling temperature; the loss uses the same, so paths are drawn from the trained policy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus of the sampling. Below 1 the paths are not drawn from the policy that the gradient
+    assumes."""
     full_answer: bool = False
     """Sample on after the thought to the end of the answer, so that it can be verified."""
     max_answer_tokens: PositiveInt = 1024
+    """Token limit of the answer after a thought."""
     max_batch: PositiveInt = 256
-    """Paths decoded side by side."""
+    """Paths decoded side by side, per process."""
     probe_every: NonNegativeInt = 1
-    """Steps between two checks that the engine took over the weights: a few tokens' log-probs,
-    engine against trainer, after the first hand-over and then so often; 0: only the first."""
+    """Check that the engine took over the weights: a few tokens' log-probs, engine against trainer.
+    It happens after the first hand-over, then every this many steps (0: only the first)."""
     probe_tolerance: PositiveFloat | None = None
-    """Largest mean |difference| of those log-probs; default 1e-4 in float32, 0.05 in bfloat16."""
+    """Largest allowed mean |difference| of those log-probs; null: 1e-4 in float32, 0.05 in
+    bfloat16."""
     importance_cap: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
-    """Truncated importance weights: coefficients times min(p_trainer / p_engine, cap), token by
-    token. Costs a forward of every path that is trained. Off by default: the mismatch is logged."""
+    """Truncated importance weights: multiply coefficients by min(p_trainer / p_engine, cap), token
+    by token. Costs one forward of every trained path. Off by default: the mismatch is only
+    logged."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class HfEngineConfig:
+    """The trained model itself samples, or a copy of it beside a sharded one."""
+
+    name: Literal["hf"] = "hf"
 
 
 @dataclass(frozen=True, config=STRICT)
 class VllmEngineConfig:
-    """Where vLLM runs and what it may take; read when rollout.engine is vllm."""
+    """vLLM samples: where it runs and what it may take."""
 
+    name: Literal["vllm"] = "vllm"
     process: Literal["shared", "own"] = "shared"
-    """`shared`: vLLM inside each training process; `own`: in a child of it."""
+    """`shared`: vLLM inside each training process. `own`: in a child process of it."""
     server: str | None = None
-    """URL of a `vllm serve` that samples instead, e.g. http://127.0.0.1:8000; its key is read from
+    """URL of a `vllm serve` that samples instead, e.g. http://127.0.0.1:8000. Its key is read from
     the environment variable VLLM_API_KEY."""
     tensor_parallel: PositiveInt = 1
-    """Training processes of a node that share one engine (`process: shared`); a divisor of their
-    number and of the model's attention heads."""
+    """Training processes of a node that share one engine (`process: shared`). It must divide their
+    number and the model's attention heads."""
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
-    """Share of the whole GPU for weights, work and KV cache, which must be free when vLLM starts;
-    asleep, all but its CUDA graphs is the trainer's. `--dry-run` says what fits."""
+    """Share of the whole GPU for vLLM's weights, work and KV cache, free when vLLM starts. Asleep,
+    vLLM keeps its CUDA graphs only. `--dry-run` says what fits."""
     kv_cache_gib: Gibibytes | None = None
-    """Size of the KV cache; default what gpu_memory leaves, on a CPU 1."""
+    """Size of the KV cache; null: what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
-    """Positions of a path, prompt included; default what data, rollout and eval can need."""
+    """Longest path in tokens, prompt included; null: what data, rollout and eval can need."""
     enforce_eager: bool = False
-    """No CUDA graphs, no torch.compile; always so on a CPU."""
+    """Use no CUDA graphs and no torch.compile. Always so on a CPU."""
     fp32_head: bool = False
-    """Logits from a float32 product with the head, as in the trainer (bfloat16 models)."""
+    """Compute logits from a float32 product with the head, as the trainer does (bfloat16
+    models)."""
     timeout_s: Seconds = 1800.0
-    """A path that takes longer is given up (with a server from the request on, queueing included),
-    and its question has no gradient in this step. Not with tensor_parallel, whose processes must
-    stop alike."""
+    """Give up a path that takes longer; its question then has no gradient in this step. A server's
+    time includes its queue. Not with tensor_parallel, whose processes must stop alike."""
     sync: Literal["auto", "disk", "nccl"] = "auto"
-    """How a server gets weights: safetensors in sync_dir, or NCCL; `auto` is disk."""
+    """How a server gets weights: safetensors in sync_dir (`disk`), or NCCL; `auto` is `disk`."""
     sync_dir: PathText | None = None
-    """Where weights pass through files; a server must see it too. Default: sync/ in run.dir."""
+    """Directory through which weights pass as files; a server must see it too. Null: sync/ in
+    run.dir."""
     trust_remote_code: bool = False
+    """Let vLLM run the Python code that a model directory brings."""
+
+
+EngineConfig = Annotated[HfEngineConfig | VllmEngineConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -356,15 +398,15 @@ class VerifyConfig:
     """Who judges answers, in training and evaluation alike."""
 
     name: Literal["math", "text", "number", "letter", "custom"] = "math"
-    """`math`: math-verify; `number`: equal as exact rationals; `text`: the same words, case and
-    spaces aside; `letter`: the same choice, A to J; `custom`: target."""
+    """The checker. `math`: math-verify. `number`: equal as exact rationals. `text`: the same words,
+    case and spaces aside. `letter`: the same choice, A to J. `custom`: target."""
     target: str | None = None
-    """`package.module:function` of (gold, text) that returns True or False; `custom` only. Found
-    where the run finds modules and in the working directory; must accept `\\boxed{gold}`."""
+    """`package.module:function` of (gold, text) that returns True or False; `custom` only. It is
+    found as modules are, or in the working directory, and must accept `\\boxed{gold}`."""
     workers: PositiveInt = 1
-    """Processes that judge, for each process of the run."""
+    """Processes that judge, per process of the run."""
     timeout_s: Seconds = 5.0
-    """A judgement that takes longer is ended, and its answer counts as wrong."""
+    """End a judgement that takes longer, and count its answer as wrong."""
 
     def __post_init__(self) -> None:
         if (self.name == "custom") != (self.target is not None):
@@ -379,12 +421,14 @@ class VerifyConfig:
 @dataclass(frozen=True, config=STRICT)
 class ScoringConfig:
     u_norm: Literal["sum", "mean"] = "sum"
-    """Sum or mean of the answer's token log-probs; the advantages are the same up to eps."""
+    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps."""
     u_source: Literal["likelihood", "accuracy"] = "likelihood"
-    """`accuracy`: U = log((J acc + 1/2) / (J + 1)) of J answers sampled after the thought."""
+    """`likelihood`: U = log P(answer given question and path). `accuracy`: U = log((J acc + 1/2) /
+    (J + 1)) of J answers sampled after the thought."""
     answer_samples: PositiveInt = 8
-    """J; `accuracy` only."""
+    """J, the answers sampled after each thought (`accuracy` only)."""
     answer_temperature: Temperature = 0.7
+    """Sampling temperature of those answers."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -393,35 +437,56 @@ class VpgeaConfig:
     of them open."""
 
     name: Literal["vpgea"] = "vpgea"
+    """VPG-EA: policy gradient for the teacher's view, gated distillation for the student's."""
     preset: Literal["paper", "robust"] = "paper"
+    """Defaults of the keys that are not given. `paper`: the formulas literally. `robust`:
+    log-mean-exp baseline, mixed reward, clamped U, clipped eta, and a gate on groups without
+    spread."""
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
-    """G, posterior paths a question; the z-score needs two."""
+    """G, posterior paths per question; the z-score needs two."""
     prior_samples: PositiveInt = 8
-    """N, prior paths a question; they define the baseline utility and the base length."""
+    """N, prior paths per question. They define the baseline utility and the base length."""
     alpha: Exponent = 0.5
+    """Exponent of the length factor eta = (base length / length)^alpha; 0 turns it off."""
     beta: NonNegativeFloat = 0.5
+    """Weight of the distillation loss against the policy gradient."""
     gate: Literal["indicator", "relu"] = "indicator"
+    """Weight of a distilled path. `indicator`: 1 for a positive advantage A, else 0. `relu`: max(0,
+    A)."""
     reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
+    """R of a path. `paper`: max(0, U - baseline + r_margin). `likelihood_gate`: 1 where P > 0.5.
+    `likelihood_mix`: that times 1 + max(0, U - baseline)."""
     baseline: Literal["mean", "lme"] = "mean"
+    """Baseline of U over the prior paths. `mean`: mean U. `lme`: log of the mean likelihood, which
+    one terrible path cannot pull down."""
     r_margin: NonNegativeFloat = 0.0
+    """Margin of the reward `paper`, in nats."""
     clamp_u: bool = False
+    """Also lift every finite U below u_min to u_min."""
     u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
+    """Value for a U that is not finite, in nats."""
     eta_clip: Clip | None = None
+    """Clip eta to (low, high); null: no clip."""
     eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
     std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose utility has a smaller standard deviation than this (0:
+    never)."""
     verify: Literal["none", "gate"] = "none"
-    """`gate`: a posterior path is accepted only if the answer sampled after it verifies (needs
+    """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
     rollout.full_answer)."""
     leak_guard: Literal["none"] = "none"
     """The counterfactual guard of `robust` is not built yet; the run says so."""
 
     def __post_init__(self) -> None:
-        if self.r_margin and self.reward != "paper":
-            raise ValueError(
-                f"r_margin {self.r_margin} belongs to reward 'paper', got reward "
-                f"{self.reward!r}; set it to 0"
-            )
+        self.group_options()  # refuses keys that do not go together
+
+    def group_options(self) -> GroupOptions:
+        """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
+        names = [field.name for field in dataclasses.fields(GroupOptions)]
+        return GroupOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def posterior_paths(self) -> int:
@@ -459,17 +524,24 @@ class GrpoConfig:
     len)^alpha."""
 
     name: Literal["grpo"] = "grpo"
+    """GRPO: policy gradient in the student's view, with group-normalised rewards."""
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    """Paths per question; the z-score needs two."""
     alpha: Exponent = 0.0
-    """0 is plain GRPO; above 0 a correct path earns the length factor against its group's mean
+    """0 is plain GRPO. Above 0, a correct path earns the length factor against its group's mean
     length."""
     reward: Literal["verify", "likelihood"] = "verify"
-    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(y*|x, z) >
-    0.5."""
+    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
+    given path) > 0.5."""
     eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
     eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
     std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose reward has a smaller standard deviation than this (0:
+    never)."""
 
     @property
     def posterior_paths(self) -> int:
@@ -494,65 +566,82 @@ ObjectiveConfig = Annotated[VpgeaConfig | GrpoConfig, Field(discriminator="name"
 @dataclass(frozen=True, config=STRICT)
 class LossConfig:
     backend: Literal["auto", "reference", "torch", "triton", "cublas"] = "auto"
+    """What computes the language-model head and its loss. `reference`: full logits. `torch`: chunks
+    of rows. `triton`, `cublas`: CUDA kernels. `auto` chooses by device and dtype; `vpgea doctor`
+    says what runs here."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class OptimConfig:
     name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
-    """Moments in float32, in bfloat16 rounded stochastically, or in 8 bits (torchao, an extra)."""
+    """AdamW, with its moments in float32, in bfloat16 rounded stochastically, or in 8 bits
+    (torchao, an extra)."""
     stochastic_rounding: bool = False
-    """Round bfloat16 weights up or down with the probability that makes the mean exact."""
+    """Round bfloat16 weights up or down with the probability that keeps the mean exact."""
     lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up, over train.steps; linear and cosine end at zero."""
+    """Course of the rate after the warm-up, over train.steps; `linear` and `cosine` end at zero."""
     warmup_steps: NonNegativeInt = 10
+    """Steps over which the rate rises linearly to lr."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.999,
     )
+    """Decay of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
+    """Clip the norm of the whole gradient to this."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     steps: PositiveInt = 200
+    """Steps of the run: one rollout batch and at most one update each."""
     questions_per_step: PositiveInt = 64
+    """Questions per step, over all processes."""
     norm: Literal["seq_sum", "const", "seq_mean", "token_mean"] = "const"
+    """What a path's weight is divided by, besides the number of paths. `const`: norm_constant.
+    `seq_sum`: nothing. `seq_mean`: its length. `token_mean`: tokens of the whole stream instead."""
     norm_constant: PositiveFloat | None = None
-    """C of `const`; default rollout.max_new_tokens / 4."""
+    """C of `const`; null: rollout.max_new_tokens / 4."""
     denominator: Literal["nominal", "effective"] = "nominal"
-    """Divide by all questions of the step, or by those that have a gradient."""
+    """Divide by all questions of the step (`nominal`), or by those that have a gradient
+    (`effective`)."""
     distill_denominator: Literal["same", "gated"] = "same"
-    """`token_mean` only: the distilled rows divide by the sampled stream's tokens, or by their
-    own."""
+    """`token_mean` only: divide distilled rows by the sampled stream's tokens (`same`), or by their
+    own (`gated`)."""
     resample_rounds: NonNegativeInt = 0
-    """Dynamic sampling (DAPO, arXiv 2503.14476): questions without a gradient are replaced by new
-    ones, up to so many times a step. 0: off."""
+    """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
+    sampling of DAPO, arXiv 2503.14476."""
     micro_batch_tokens: PositiveInt = 16384
-    """Packed tokens a forward; at least the longest row that may come."""
+    """Packed tokens per forward; at least the longest row that may come."""
     idle_alarm: PositiveInt = 5
-    """Steps in a row without an update that raise an alarm."""
+    """Raise an alarm after this many steps in a row without an update."""
     idle_stop: PositiveInt | None = 25
-    """Steps in a row without an update after which the run saves, evaluates, exports and ends with
-    status 3; null: never."""
+    """After this many steps in a row without an update, save, evaluate, export and end with status
+    3; null: never."""
     mismatch_stop: Annotated[float, Field(gt=1.0, le=1e12)] | None = 2.0
-    """mismatch_mean (mean exp|log p_engine - log p_trainer|, 1 where they agree) above which the
-    run ends in the same way; null: never."""
+    """End in the same way when mismatch_mean (mean exp|log p_engine - log p_trainer|, 1 where they
+    agree) exceeds this; null: never."""
     mismatch_steps: PositiveInt = 3
-    """So many measured steps in a row above train.mismatch_stop."""
+    """Measured steps in a row above train.mismatch_stop that end the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     save_every: PositiveInt = 20
+    """Steps between two checkpoints."""
     save_minutes: Minutes | None = None
-    """Also save when so much time has passed since the last save."""
+    """Also save when this many minutes have passed since the last save."""
     keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
     keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
-    """Also keep the checkpoint with the best evaluation; then every evaluated step is saved (needs
-    eval.data and eval.every)."""
+    """Also keep the checkpoint with the best evaluation by this measure. Then every evaluated step
+    is saved; needs eval.data and eval.every."""
     background: bool = False
     """Copy the state to host memory, train on, and write from a thread."""
     export: bool = True
@@ -562,17 +651,23 @@ class CheckpointConfig:
 @dataclass(frozen=True, config=STRICT)
 class EvalConfig:
     data: Files = ()
-    """Files as in data.train, one a benchmark; empty: no evaluation."""
+    """Files as in data.train, one per benchmark; empty: no evaluation."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0: only before and after."""
     samples: NonNegativeInt = 1
-    """n sampled answers a question; 0: greedy only."""
+    """Sampled answers per question; 0: greedy only."""
     greedy: bool = True
+    """Also answer every question once without sampling."""
     temperature: Temperature = 0.6
+    """Temperature of the sampled answers."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
+    """Token limit of a thought. A cut thought counts as wrong."""
     limit: PositiveInt | None = None
+    """Read at most this many rows of each file; null: all."""
     seed: Seed = 0
+    """Seed of the sampled answers and of the bootstrap interval."""
 
     def __post_init__(self) -> None:
         weighted = next((file.path for file in self.data if file.weight is not None), None)
@@ -583,12 +678,13 @@ class EvalConfig:
 @dataclass(frozen=True, config=STRICT)
 class MetricsConfig:
     diag_every: NonNegativeInt = 10
-    """Steps between the costly diagnostics (KL of the two views on whole paths); 0: never."""
+    """Steps between the costly diagnostics, such as the KL of the two views on whole paths (0:
+    never)."""
     paths_per_step: NonNegativeInt = 16
-    """Sampled paths written to paths.jsonl a step."""
+    """Sampled paths of each stream that a step writes to paths.jsonl."""
     compare: PathText | None = None
-    """JSON of committed rows shown beside the run's own in the closing table and the report: a
-    file, or `tiny_demo`, the rows that come with the configuration `tiny`."""
+    """Committed rows, shown beside the run's own in the closing table and the report. A JSON file,
+    or `tiny_demo`: the rows that come with the configuration `tiny`."""
     note: str = ""
     """A line printed under the closing table."""
 
@@ -596,26 +692,49 @@ class MetricsConfig:
 @dataclass(frozen=True, config=STRICT)
 class Config:
     run: RunConfig = Field(default_factory=RunConfig)
+    """Directory, seed and time limit of the run."""
     model: ModelConfig = Field(default_factory=ModelConfig)
+    """The model and how its forward computes."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model lies on the processes that torchrun starts; one process needs none of it."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """Training questions and how to read them."""
     prompt: PromptConfig = Field(default_factory=PromptConfig)
+    """The two views of a question."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    vllm: VllmEngineConfig = Field(default_factory=VllmEngineConfig)
+    """Sampling of the paths."""
+    engine: EngineConfig = Field(default_factory=HfEngineConfig)
+    """What draws the paths. `name` chooses between two sets of keys: `hf` and `vllm`."""
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    """Who judges answers, in training and evaluation alike."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    """How U, the worth of a path, is measured."""
     objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
+    """Coefficients of the paths. `name` chooses between two sets of keys: `vpgea` and `grpo`."""
     loss: LossConfig = Field(default_factory=LossConfig)
+    """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimiser and learning rate."""
     train: TrainConfig = Field(default_factory=TrainConfig)
+    """Steps, normalisation, and when a run ends itself."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving, keeping and exporting."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Evaluation of the student view, before, during and after training."""
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    """Diagnostics, paths.jsonl and the report."""
 
     @property
     def colocated(self) -> bool:
         """vLLM samples on the devices of the training processes, not at a server."""
-        return self.rollout.engine == "vllm" and self.vllm.server is None
+        return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
+
+    @property
+    def vllm(self) -> VllmEngineConfig:
+        """The engine where it is vLLM; ValueError for a reader that has not asked."""
+        if isinstance(self.engine, VllmEngineConfig):
+            return self.engine
+        raise ValueError(f"engine.name: got {self.engine.name!r}, expected 'vllm'; set it")
 
     def __post_init__(self) -> None:
         target = self.data.dropped_file
@@ -630,7 +749,7 @@ class Config:
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"
             )
-        if self.rollout.engine == "vllm" and self.rollout.top_p < 1:
+        if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(
                 f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
                 "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
@@ -665,20 +784,107 @@ class Config:
             )
 
 
+VARIANTS = {"objective": "vpgea", "engine": "hf"}
+"""Sections whose `name` chooses what other keys they have, with the name that is the default."""
+
+RENAMED = {"rollout.engine": "engine.name", "vllm": "engine"}
+"""Key or section of an older version -> what it is now."""
+
+
 def load(
-    path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    record: bool = False,
 ) -> Config:
     """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it. `say` hears which of the file's keys another objective leaves out."""
-    tree, top = read_sections(path), parse_overrides(overrides)
-    lost = _foreign(tree, top)
-    if lost:
-        tree = {**tree, "objective": {}}
+    over it. `say` hears which of the file's keys another objective or engine leaves out.
+
+    `load("configs/tiny.yaml", ["--run.dir", "runs/b", "--optim.lr=1e-5"])` is what `vpgea train`
+    makes of the same words. `record`: the file is a run's own, so keys of an older version are read
+    as what they are now. Errors: ConfigError, which names the key and the nearest known one.
+    """
+    tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
+    if record:
+        tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
+    lost = {section: _foreign(section, tree, top) for section in VARIANTS}
+    tree = {**tree, **{section: {} for section, keys in lost.items() if keys}}
     cfg = resolve(_merge(tree, top), source=str(path))
-    if lost:
-        keys = ", ".join(f"objective.{key}" for key in lost)
-        say(f"{path}: objective.name {cfg.objective.name!r} leaves out the file's {keys}")
+    for section, keys in lost.items():
+        if keys:
+            name, left = getattr(cfg, section).name, ", ".join(f"{section}.{key}" for key in keys)
+            say(f"{path}: {section}.name {name!r} leaves out the file's {left}")
     return cfg
+
+
+def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The sections of a run's record with keys of an older version under their new names. Keys of
+    a variant that was not chosen are left out: nothing read them. `say` hears of both."""
+    moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
+    if not moved:
+        return dict(tree)
+    values: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    for section, keys in tree.items():
+        if isinstance(keys, Mapping):
+            values |= {
+                moved[old]: keys[old.partition(".")[2]] for old in moved if _in(old, section)
+            }
+            keys = {k: v for k, v in keys.items() if f"{section}.{k}" not in moved}
+        if section not in RENAMED:
+            done[section] = keys
+    # Which variant it was is itself among the values that move.
+    chosen = {section: values.get(f"{section}.name", name) for section, name in VARIANTS.items()}
+    kept, left = [], []
+    for old, new in moved.items():
+        section, _, key = new.partition(".")
+        kinds = [k for k in _records(section) if chosen.get(section) in (None, k.name)]
+        if any(key in _hints(kind) for kind in kinds):
+            done.setdefault(section, {})[key] = values[new]
+            kept.append(f"{old} as {new}")
+        else:
+            left.append(old)
+    said = f"; left out {', '.join(left)}, which nothing read" if left else ""
+    say(f"written by an older version: read {', '.join(kept)}{said}")
+    return done
+
+
+def _in(key: str, section: str) -> bool:
+    return key.partition(".")[0] == section
+
+
+def _old_keys(tree: Mapping[str, Any]) -> list[str]:
+    """`section.key` of an older version; a section that is empty, or no mapping, by its name."""
+    found: list[str] = []
+    for section, keys in tree.items():
+        whole = section in RENAMED
+        if isinstance(keys, Mapping) and keys:
+            names = [f"{section}.{key}" for key in keys]
+            found += [name for name in names if whole or name in RENAMED]
+        elif whole:
+            found.append(section)
+    return found
+
+
+def _new_name(old: str) -> str:
+    section, _, key = old.partition(".")
+    return RENAMED.get(old) or f"{RENAMED[section]}.{key}"
+
+
+def _refuse_old(tree: Mapping[str, Any], source: str) -> None:
+    """ConfigError for keys of an older version, with their new names."""
+    lines = [f"  {old}: is now {_new_name(old)}; write that" for old in _old_keys(tree)]
+    if lines:
+        raise ConfigError(f"{source}:\n" + "\n".join(lines))
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant that is given as text by what the text names: `engine: vllm`."""
+    return {
+        section: {"name": keys} if section in VARIANTS and isinstance(keys, str) else keys
+        for section, keys in tree.items()
+    }
 
 
 def find(word: str, folder: Path = SHIPPED, suffix: str = ".yaml") -> str:
@@ -693,7 +899,7 @@ def read_sections(path: str | Path) -> dict[str, Any]:
     """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(MAX_BYTES + 1)  # one byte too many tells, without reading the rest
     except OSError as error:
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise ConfigError(
@@ -723,7 +929,19 @@ def read_sections(path: str | Path) -> dict[str, Any]:
 
 def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a tree of sections, of values that JSON has; presets fill the keys of their
-    objective that the tree leaves open. A single value is a list of one where a list is wanted."""
+    objective that the tree leaves open. A single value is a list of one where a list is wanted.
+
+    It makes a Config in Python; what the tree leaves out has its default. The records are frozen:
+    `dataclasses.replace` makes another one, validated anew. Errors: ConfigError.
+
+    >>> cfg = resolve({"model": {"path": "base"}, "data": {"train": "questions.jsonl"}})
+    >>> cfg.model.path, cfg.data.train[0].path, cfg.objective.name
+    ('base', 'questions.jsonl', 'vpgea')
+    >>> dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=10)).train.steps
+    10
+    """
+    tree = _by_name(tree)
+    _refuse_old(tree, source)
     try:
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)
@@ -739,19 +957,27 @@ def dump(config: Config) -> str:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
+    """Sections of keys, of values that JSON has; `resolve` makes the same configuration of it."""
     return TypeAdapter(Config).dump_python(config, mode="json")
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.key` -> (old value, new value) of every key that differs, run.dir aside."""
+    """`section.key` -> (old value, new value) of every key that differs, run.dir aside; of another
+    variant the keys that both have."""
     a, b = as_dict(old), as_dict(new)
-    keys = [(section, key) for section in b for key in {**a[section], **b[section]}]
+    keys = [
+        (section, key)
+        for section in b
+        for key in {**a[section], **b[section]}
+        if section not in VARIANTS or {key in a[section], key in b[section]} == {True}
+    ]
     pairs = {f"{s}.{k}": (a[s].get(k), b[s].get(k)) for s, k in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`.
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`;
+    `--engine vllm` is short for `--engine.name vllm`, as of any variant.
 
     Text fields take their value as it stands; others read it as YAML. `null` unsets either.
     """
@@ -760,6 +986,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in rest:
         key, equals, value = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
+        if section in VARIANTS and not dot:
+            dot, name = ".", "name"
         if not key.startswith("--") or not dot:
             raise ConfigError(f"expected --section.key value, got {word!r}")
         if not equals:
@@ -812,14 +1040,23 @@ def _item(hint: Any) -> Any:
     return args[0] if get_origin(hint) is tuple and args[1:] == (...,) else None
 
 
+def known_keys() -> list[str]:
+    """Every `section.key`, of all variants."""
+    return list(
+        dict.fromkeys(
+            f"{s}.{key}" for s in _hints(Config) for r in _records(s) for key in _hints(r)
+        )
+    )
+
+
 def _records(section: str) -> list[Any]:
     return [kind for kind in _members(_hints(Config).get(section)) if _hints(kind)]
 
 
-def _foreign(tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
-    """Keys of the file's objective, where the command line names another one."""
-    base, name = tree.get("objective"), top.get("objective", {}).get("name")
-    if not isinstance(base, dict) or name is None or name == base.get("name", "vpgea"):
+def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
+    """Keys of the file's variant, where the command line names another one."""
+    base, name = tree.get(section), top.get(section, {}).get("name")
+    if not isinstance(base, dict) or name is None or name == base.get("name", VARIANTS[section]):
         return []
     return [key for key in base if key != "name"]
 
@@ -857,10 +1094,14 @@ def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    objective = tree.get("objective", {})
+    """Variants with their name, and an objective with the keys of its preset."""
+    tree = dict(tree)
+    for section, name in VARIANTS.items():
+        keys = tree.get(section, {})
+        tree[section] = {"name": name, **keys} if isinstance(keys, Mapping) else keys
+    objective = tree["objective"]
     if not isinstance(objective, Mapping):
-        return dict(tree)
-    objective = {"name": "vpgea", **objective}
+        return tree
     preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
     return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}
 
@@ -968,6 +1209,9 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
 def _nearest_key(key: str, owners: Sequence[Any]) -> str:
     """Of the same record, or the same name in another section."""
     first, *_, last = [*key.split("."), key.split(".")[-1]]
+    others = [kind.name for kind in _records(first) if last in _hints(kind)]
+    if first in VARIANTS and others:
+        return f"it belongs to {first}.name {others[0]!r}: set that too"
     known = list(dict.fromkeys(name for owner in owners for name in _hints(owner)))
     if near := _near(last, known):
         return f"did you mean {near!r}?"

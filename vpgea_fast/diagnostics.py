@@ -3,6 +3,7 @@ views are apart."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,15 @@ import torch
 from vpgea_fast.advantage import elbo_terms
 from vpgea_fast.metrics import eps3, merge, mfu
 from vpgea_fast.packing import RankPlan, plan_stats
-from vpgea_fast.types import Coefficients, Groups, ModelFlops, ScoredBatch, Stream, TrainRow
+from vpgea_fast.types import (
+    Coefficients,
+    ModelFlops,
+    ScoredBatch,
+    ScoredPaths,
+    Stream,
+    TrainRow,
+    View,
+)
 
 HINT_NATS = 5.0
 """A token this much likelier under the teacher's prompt than under the student's comes from the
@@ -21,43 +30,36 @@ hint."""
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
     """Lengths, truncation, utility quantiles of both streams; accuracies where answers were
     verified."""
-    metrics: dict[str, float | None] = {}
-    streams = {
-        "prior": (
-            batch.prior,
-            batch.u_prior_BN,
-            batch.len_prior_BN,
-            batch.correct_prior_BN,
-            "student",
-        ),
-        "post": (
-            batch.posterior,
-            batch.u_post_BG,
-            batch.len_post_BG,
-            batch.correct_post_BG,
-            "teacher",
-        ),
+    return merge(
+        _stream_metrics(batch.prior, name="prior", view="student"),
+        _stream_metrics(batch.posterior, name="post", view="teacher"),
+    )
+
+
+def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, float | None]:
+    """`batch_metrics` of one stream; none of a stream that is not sampled."""
+    paths, length = stream.flat, stream.length_BP
+    if not paths:
+        return {}
+    metrics: dict[str, float | None] = {
+        f"len_{name}": length.mean().item(),
+        # A thought that closed and whose answer was cut is whole: only its answer is missing.
+        f"trunc_{name}": sum(p.truncated and not p.closed for p in paths) / len(paths),
     }
-    for name, (paths, u, length, correct, view) in streams.items():
-        if not length.numel():
-            continue
-        flat = [path for group in paths for path in group]
-        metrics[f"len_{name}"] = length.mean().item()
-        metrics[f"trunc_{name}"] = sum(p.truncated and not p.closed for p in flat) / len(flat)
-        finite = u[torch.isfinite(u)]
-        if finite.numel():
-            quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
-            metrics |= {
-                f"u_{name}": finite.mean().item(),
-                f"u_{name}_p10": quantiles[0],
-                f"u_{name}_p50": quantiles[1],
-            }
-        if not torch.isnan(correct).any():
-            metrics[f"acc_{view}"] = correct.mean().item()
-            if view == "student":
-                metrics["eps3_student"] = eps3(
-                    correct.mean().item(), sum(p.generated for p in flat) / len(flat)
-                )
+    finite = stream.u_BP[torch.isfinite(stream.u_BP)]
+    if finite.numel():
+        quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
+        metrics |= {
+            f"u_{name}": finite.mean().item(),
+            f"u_{name}_p10": quantiles[0],
+            f"u_{name}_p50": quantiles[1],
+        }
+    if not torch.isnan(stream.correct_BP).any():
+        accuracy = stream.correct_BP.mean().item()
+        metrics[f"acc_{view}"] = accuracy
+        if view == "student":
+            tokens = sum(p.generated for p in paths) / len(paths)
+            metrics["eps3_student"] = eps3(accuracy, tokens)
     return metrics
 
 
@@ -68,7 +70,7 @@ def view_divergence(
 ) -> dict[str, float]:
     """How far the views are apart on the posterior paths, and the ELBO (arXiv 2605.11019).
 
-    kl_q_pi          KL(q || pi) a token; kl_q_pi_max: that of the largest token
+    kl_q_pi          KL(q || pi) per token; kl_q_pi_max: that of the largest token
     hint_token_rate  share of the tokens that are HINT_NATS likelier under the hint, the first of
                      each path not counted: one such token opens another way of thinking, which the
                      student then follows (wanted); a path that leans on the hint has more of them
@@ -81,6 +83,7 @@ def view_divergence(
     gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
     gap_T = torch.cat(gaps)
     hinted = [int((gap > HINT_NATS).sum()) for gap in gaps]
+    # Path log-ratios, not means over tokens: the ELBO's KL is one of whole paths.
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(log_utility_BG)
     terms = elbo_terms(log_utility_BG, sums_BG)
     return {
@@ -117,20 +120,20 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
     ValueError where there is none.
     """
-    drawn = {
+    own_logps = {
         row.path: values
         for row, values in zip(rows, logps, strict=True)
         if row.own_view and row.path is not None
     }
     loss_pg, loss_distill = 0.0, 0.0
-    own, distilled = [], []
+    gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     for row, row_logps in zip(rows, logps, strict=True):
         if row.own_view:
             loss_pg += (row.coef * row_logps).sum().item()
             if row.sample_logps is not None:
-                own.append(row.sample_logps.double() - row_logps)
+                gaps.append(row.sample_logps.double() - row_logps)
             continue
-        reference = drawn.get(row.path, row.sample_logps) if row.path else row.sample_logps
+        reference = own_logps.get(row.path, row.sample_logps) if row.path else row.sample_logps
         if reference is None:
             raise ValueError(
                 f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
@@ -140,7 +143,7 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
         loss_distill -= (row.coef * distilled[-1]).sum().item()
     return merge(
         {"loss": loss_pg + loss_distill, "loss_pg": loss_pg, "loss_distill": loss_distill},
-        mismatch(torch.cat(own)) if own else {},
+        mismatch(torch.cat(gaps)) if gaps else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
 
@@ -194,7 +197,7 @@ def plan_metrics(
 def speed_metrics(
     rows: Sequence[TrainRow], flops: ModelFlops, *, seconds: float, device: str, devices: int
 ) -> dict[str, float | None]:
-    """Tokens a second and MFU of an update that took `seconds` on all `devices` together.
+    """Tokens per second and MFU of an update that took `seconds` on all `devices` together.
 
     Of a row the head counts on the targets alone, where it runs. `mfu` is None on a device whose
     peak is not known.
@@ -216,16 +219,12 @@ def path_records(
 ) -> list[dict[str, Any]]:
     """The first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
-    streams: dict[Stream, tuple[Groups, torch.Tensor]] = {
-        "posterior": (batch.posterior, batch.correct_post_BG),
-        "prior": (batch.prior, batch.correct_prior_BN),
-    }
-    for stream, (groups, correct) in streams.items():
-        scores = coefs.path_scores.get(stream, {})
-        places = [(b, i, path) for b, group in enumerate(groups) for i, path in enumerate(group)][
-            :limit
-        ]
-        for b, i, path in places:
+    streams: tuple[Stream, ...] = ("posterior", "prior")
+    for stream in streams:
+        columns, scores = batch.stream(stream), coefs.path_scores.get(stream, {})
+        places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
+        for b, i, path in places[:limit]:
+            correct = columns.correct_BP[b, i].item()
             records.append(
                 {
                     "step": step,
@@ -235,7 +234,7 @@ def path_records(
                     "length": path.length,
                     "finish": path.finish,
                     "closed": path.closed,
-                    "correct": None if torch.isnan(correct[b, i]) else bool(correct[b, i]),
+                    "correct": None if math.isnan(correct) else bool(correct),
                     **{name: matrix[b, i].item() for name, matrix in scores.items()},
                     "text": decode(path.z_ids),
                     "answer": decode(path.answer_ids),

@@ -16,7 +16,7 @@ from vpgea_fast.distributed import pick_device
 from vpgea_fast.kernels.backends import BACKENDS
 from vpgea_fast.metrics import environment
 from vpgea_fast.optim import check_torchao
-from vpgea_fast.rollout.vllm import check_installed
+from vpgea_fast.rollout.vllm.versions import check_installed
 
 HEAD_DIM = 128
 """Of Qwen2.5 1.5B and 7B, Llama 3 and Qwen3."""

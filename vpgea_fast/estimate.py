@@ -21,9 +21,9 @@ ceil(rows / S) rows of every parameter.
 |           | without gradients                                                                   |
 | sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
 
-vLLM awake is its weights / tensor_parallel, its work and its KV cache: together vllm.gpu_memory of
-the device, unless vllm.kv_cache_gib sizes the cache. Asleep, in the other phases, weights and cache
-are gone; on a CPU it never sleeps. None of this was measured on a GPU.
+vLLM awake is its weights / tensor_parallel, its work and its KV cache: together engine.gpu_memory
+of the device, unless engine.kv_cache_gib sizes the cache. Asleep, in the other phases, weights and
+cache are gone; on a CPU it never sleeps. None of this was measured on a GPU.
 
 Checked by simulation without a GPU (tests/test_estimate.py): shards and communication to the byte
 under a fake process group, the phases against measured peaks on a CPU.
@@ -56,8 +56,8 @@ KEYS = {
     "prefill": "rollout.max_batch or data.max_prompt_tokens",
     "logits": "rollout.max_batch",
     "scratch": "optim.name adamw",
-    "vllm weights": "vllm.tensor_parallel (vllm.gpu_memory can then be smaller)",
-    "vllm kv cache": "vllm.gpu_memory or vllm.kv_cache_gib",
+    "vllm weights": "engine.tensor_parallel (engine.gpu_memory can then be smaller)",
+    "vllm kv cache": "engine.gpu_memory or engine.kv_cache_gib",
     "vllm work": "rollout.max_batch",
 }
 """Part -> what to lower, or to set, when it does not fit."""
@@ -80,7 +80,7 @@ VLLM_KEPT = GIB
 process of its own. A choice, not a measurement."""
 
 STAGING = GIB
-"""`rollout.vllm.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
+"""`rollout.vllm.transfer.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def estimate_memory(
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
-        "sampling replica": replica if lay.sharded and cfg.rollout.engine == "hf" else 0,
+        "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
     }
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
@@ -295,7 +295,7 @@ def estimate_memory(
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
     phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
-    if cfg.rollout.engine == "hf":
+    if cfg.engine.name == "hf":
         phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
         return MemoryEstimate(phases, _host(lay), shape.parameters)
     awake = {**states, **(engine.parts if engine else {})}
@@ -465,8 +465,8 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
         cache = int((vllm.kv_cache_gib or 1) * GIB)
     elif device_bytes is None:
         raise ValueError(
-            "device_bytes: got None, but vllm.gpu_memory is a share of the device; give its bytes, "
-            "or set vllm.kv_cache_gib"
+            "device_bytes: got None, but engine.gpu_memory is a share of the device; give its "
+            "bytes, or set engine.kv_cache_gib"
         )
     else:
         cache = max(0, int(vllm.gpu_memory * device_bytes) - weights - work - kept)
@@ -585,7 +585,7 @@ def communication(
         found["all-reduce"] = _all_reduce(
             sums, lay.reduce, replicas=replicas, stride=shards, node=node
         )
-    refresh = "replica refresh" if cfg.rollout.engine == "hf" else "weight sync"
+    refresh = "replica refresh" if cfg.engine.name == "hf" else "weight sync"
     found[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
     return found
 

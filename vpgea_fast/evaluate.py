@@ -14,20 +14,14 @@ from typing import Any
 import torch
 
 from vpgea_fast.config import Config, RolloutConfig
-from vpgea_fast.data import Benchmark, load_benchmarks, write_dropped
+from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.intake import ModelText, open_text, read_benchmarks
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import (
-    check_vocabulary,
-    load_generation_config,
-    load_policy,
-    load_tokenizer,
-    stored_model,
-)
-from vpgea_fast.model_dir import load_config
+from vpgea_fast.model import load_policy, stored_model
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
-from vpgea_fast.rollout.factory import check_engine, open_engine
+from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import answers_correct
 from vpgea_fast.types import Path, Question, SampleRequest
@@ -63,7 +57,15 @@ class Evaluator:
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
         # step -1: no training step ever draws with an evaluation's seed
         return [
-            SampleRequest(q.id, "prior", i, ids, request_seed(self.cfg.seed, -1, q.id, "prior", i))
+            SampleRequest(
+                question_id=q.id,
+                stream="prior",
+                index=i,
+                prompt_ids=ids,
+                seed=request_seed(
+                    run_seed=self.cfg.seed, step=-1, question_id=q.id, stream="prior", index=i
+                ),
+            )
             for q, ids in questions
             for i in range(samples)
         ]
@@ -165,6 +167,7 @@ def make_sampling(
 
     ValueError for a tokenizer that knows these tokens and a model that does not.
     """
+    # Token ids from the tokenizer, rows from the model: a resized one may have fewer than it needs.
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
     largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
@@ -189,59 +192,45 @@ def make_sampling(
 class OpenModel:
     """What an evaluation draws with, and what judges it."""
 
-    tokenizer: Any
-    prompter: Prompter
+    text: ModelText
     causal_lm: Any
     engine: RolloutEngine
     verifier: Verifier
 
     def evaluator(self, cfg: Config, benchmarks: Mapping[str, Benchmark]) -> Evaluator:
+        text = self.text
         return Evaluator(
             cfg,
             engine=self.engine,
             benchmarks=benchmarks,
-            sampling=make_sampling(cfg.rollout, self.prompter, self.tokenizer, self.causal_lm),
-            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            sampling=make_sampling(cfg.rollout, text.prompter, text.tokenizer, self.causal_lm),
+            decode=text.decode,
             verifier=self.verifier,
         )
 
 
-def check_model(cfg: Config) -> tuple[Any, Prompter]:
-    """Refuses, in a second and without weights, an engine that cannot run here and a model that
-    does not think; else its tokenizer and prompter."""
-    check_engine(cfg, processes=1)
-    tokenizer = load_tokenizer(cfg.model.path)
-    prompter = Prompter(tokenizer, cfg.prompt)
-    model_config = load_config(cfg.model.path)
-    check_vocabulary(tokenizer, model_config, cfg.model.path)
-    eos_ids(tokenizer, load_generation_config(cfg.model.path, model_config))
-    return tokenizer, prompter
-
-
 @contextmanager
 def open_model(cfg: Config) -> Iterator[OpenModel]:
-    """The model directory `cfg.model.path` with `cfg.rollout.engine`, after `check_model`."""
-    tokenizer, prompter = check_model(cfg)
+    """The model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
+    text = open_text(cfg)
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
         try:
             if weights is not None:
                 engine.load_weights(weights)
-            yield OpenModel(tokenizer, prompter, causal_lm, engine, verifier)
+            yield OpenModel(text, causal_lm, engine, verifier)
         finally:
             engine.close()
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.rollout.engine`;
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`;
     the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
     with open_model(cfg) as model:
         judge = model.verifier.accepts_itself
         if console is not None:
             judge = console.watched(judge, "reference answers")
-        benchmarks = load_benchmarks(cfg.eval, cfg.data, model.prompter, parseable=judge)
-        write_dropped(cfg.data.dropped_file, [b.loaded for b in benchmarks.values()])
-        evaluator = model.evaluator(cfg, benchmarks)
+        evaluator = model.evaluator(cfg, read_benchmarks(cfg, model.text, judge))
         if console is None:
             return evaluator.run()
         for line in evaluator.describe():
@@ -254,7 +243,7 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
     weights that this one still needs."""
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
-    if cfg.rollout.engine == "hf":
+    if cfg.engine.name == "hf":
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
         causal_lm = policy.causal_lm
     else:

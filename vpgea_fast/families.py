@@ -307,7 +307,16 @@ def _clone(config: Any) -> Any:
 def _documents() -> list[TrainRow]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, VOCABULARY, (n + 1,), generator=generator) for n in LENGTHS]
-    return [TrainRow(x[:1], x[1:], torch.ones(x.numel() - 1), "prior", "student") for x in ids]
+    return [
+        TrainRow(
+            context_ids=x[:1],
+            token_ids=x[1:],
+            coef=torch.ones(x.numel() - 1),
+            stream="prior",
+            view="student",
+        )
+        for x in ids
+    ]
 
 
 @torch.no_grad()

@@ -227,8 +227,8 @@ class Policy(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The forward's dtype, for a decoder whose weights FSDP does not cast."""
-        wanted = self.dtype in HALF and not self.sharded
-        return torch.autocast(self.device.type, self.dtype, enabled=wanted)
+        casts = self.dtype in HALF and not self.sharded
+        return torch.autocast(self.device.type, self.dtype, enabled=casts)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         room, source = self.room
@@ -258,10 +258,10 @@ def load_policy(
     world = world or World(pick_device(cfg.device))
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
-        return _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
+        return _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     causal_lm = _without_storage(cfg.path, _master_dtype(cfg))
     weights = _whole_files(causal_lm, cfg.path)
-    policy = _make_policy(Policy, causal_lm, cfg, world, parallel, backend)
+    policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     _read_shards(causal_lm, weights)
     return policy
 
@@ -288,7 +288,7 @@ def random_policy(
     if world.mesh is None:
         _allocate(causal_lm, world.device)
         causal_lm.tie_weights()
-    policy = _make_policy(kind, causal_lm, cfg, world, parallel, backend)
+    policy = _make_policy(kind, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     part = 0 if world.mesh is None else world.mesh.get_local_rank("shard")  # copies are alike
     _draw_weights(causal_lm, config.initializer_range, seed + part)
     return policy
@@ -302,11 +302,12 @@ def _make_policy(
     kind: type[P],
     causal_lm: Any,
     cfg: ModelConfig,
+    *,
     world: World,
     parallel: ParallelConfig | None,
     backend: str,
 ) -> P:
-    """A policy around a causal LM as `cfg` has it; in a world with a mesh sharded, and then its
+    """Put a policy around a causal LM as `cfg` has it; in a world with a mesh sharded, and then its
     storage, which it comes without, is allocated and not yet filled."""
     dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
@@ -386,18 +387,18 @@ def _without_storage(path: str, dtype: torch.dtype) -> Any:
 
 
 def _allocate(causal_lm: Any, device: torch.device) -> None:
-    """Storage for parameters made without it; buffers are made again, since no file has them."""
+    """Allocate parameters made without storage; compute buffers again, since no file has them."""
     buffers = {name for name, _ in causal_lm.named_buffers()}
     causal_lm.to_empty(device=device)
-    made: set[str] = set()
+    computed: set[str] = set()
     for name, module in list(causal_lm.named_modules()):
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             with torch.device(device):
                 fresh = type(module)(config=causal_lm.config)
             for leaf, value in fresh.named_buffers():
                 setattr(module, leaf, value)
-                made.add(f"{name}.{leaf}")
-    if missing := sorted(buffers - made):
+                computed.add(f"{name}.{leaf}")
+    if missing := sorted(buffers - computed):
         raise ModelError(
             f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
             "this model cannot be built in shards: set parallel.shard: never"
@@ -585,32 +586,32 @@ def load_generation_config(path: str, config: Any) -> Any:
         json_object(file)
     try:
         try:
-            found = GenerationConfig.from_pretrained(path)
+            generation = GenerationConfig.from_pretrained(path)
         except OSError:  # an old or a tiny model may have none
-            found = GenerationConfig.from_model_config(config)
-        _check_generation_types(found, config.get_text_config().vocab_size)
-        if found.do_sample is not True:
+            generation = GenerationConfig.from_model_config(config)
+        _check_generation_types(generation, config.get_text_config().vocab_size)
+        if generation.do_sample is not True:
             for key in SAMPLING_KEYS:
-                setattr(found, key, None)
-        found.validate(strict=True)
-        json.dumps(found.to_dict(), allow_nan=False)
+                setattr(generation, key, None)
+        generation.validate(strict=True)
+        json.dumps(generation.to_dict(), allow_nan=False)
     except Exception as error:  # whatever a wrong type leads to
         raise ModelError(
             f"{path}: generation_config.json cannot be used, and an export could not write it "
             f"again: {one_line(error)}; repair it, or take it away"
         ) from error
-    return found
+    return generation
 
 
-def _check_generation_types(found: Any, rows: int) -> None:
+def _check_generation_types(generation: Any, rows: int) -> None:
     """A ValueError for sampling keys that are no numbers and for end tokens that are no tokens."""
     for key in SAMPLING_KEYS:
-        value = getattr(found, key, None)
+        value = getattr(generation, key, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{key} is {value!r}, expected a number")
-    if not (found.do_sample is None or isinstance(found.do_sample, bool)):
-        raise ValueError(f"do_sample is {found.do_sample!r}, expected true or false")
-    named = found.eos_token_id
+    if not (generation.do_sample is None or isinstance(generation.do_sample, bool)):
+        raise ValueError(f"do_sample is {generation.do_sample!r}, expected true or false")
+    named = generation.eos_token_id
     for token in named if isinstance(named, list) else [] if named is None else [named]:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
             raise ValueError(f"eos_token_id is {named!r}, expected tokens of 0..{rows - 1}")

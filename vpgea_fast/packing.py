@@ -47,18 +47,22 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     order = _longest_first(lengths)
     batches = [[index] for index in order if lengths[index] >= budget]
     rest = order[len(batches) :]
+    # A complete binary tree in one list: the root is 1, the children of node n are 2 n and 2 n + 1,
+    # and leaf `leaves + k` is batch k. There are never more batches than rows, and a batch that is
+    # not open yet has the whole budget, so the walk down always ends at a leaf with room.
     leaves = 1 << max(0, len(rest) - 1).bit_length()
     room = [budget] * (2 * leaves)  # room[n]: the most that any batch under node n can take
     filled: list[list[int]] = []
     for index in rest:
         length, node = lengths[index], 1
         while node < leaves:
-            node *= 2
+            node *= 2  # left, where the earlier batches are; right if none of them has room
             node += room[node] < length
         if node - leaves == len(filled):
             filled.append([])
         filled[node - leaves].append(index)
         room[node] -= length
+        # Upwards only as far as the row took the largest room of a subtree.
         while node > 1:
             node //= 2
             most = max(room[2 * node], room[2 * node + 1])
@@ -88,6 +92,7 @@ def plan_ranks(
     if ranks < 1:
         raise ValueError(f"ranks: expected at least 1, got {ranks}")
     batches = plan_batches(lengths, budget)
+    # No more rounds than first-fit needs: each costs every rank a gather of all weights.
     slots = -(-len(batches) // ranks) * ranks
     costs = [cost(length) for length in lengths]
     spread = _spread(lengths, costs, slots, budget)
@@ -99,23 +104,23 @@ def plan_ranks(
             plan = _largest_first(plan, costs)
             plans.append((_waiting(plan, costs), plan))
             if plans[0][0] <= BALANCED:
-                break
+                break  # good enough: the second way could save at most 2 %
     return min(plans, key=lambda pair: pair[0])[1]
 
 
 def pack(rows: Sequence[TrainRow], budget: int) -> Iterator[tuple[PackedBatch, list[int]]]:
-    """Packed batches of `rows`, each with the indices of the rows that it holds, in its order."""
+    """Pack `rows`: batches, each with the indices of the rows that it holds, in its order."""
     return pack_plan(rows, plan_batches([row.tokens - 1 for row in rows], budget))
 
 
 def pack_plan(rows: Sequence[TrainRow], plan: RankPlan) -> Iterator[tuple[PackedBatch, list[int]]]:
-    """The batches of a plan, packed one at a time: a whole step's rows, five int64 a token, need
-    not lie in memory twice."""
+    """Pack the batches of a plan one at a time: a whole step's rows, five int64 per token, need not
+    lie in memory twice."""
     return ((pack_rows([rows[i] for i in batch]), batch) for batch in plan)
 
 
 def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
-    """One packed batch; of no rows a dummy: one document of one token, target 0, coefficient 0.
+    """Pack rows into one batch; no rows into a dummy of one token, target 0, coefficient 0.
 
     The dummy's loss is 0 and its gradients are zeros, so a rank can take part in every collective
     of a round that it has no rows for. Errors: ValueError for a row without a context or without
@@ -123,7 +128,15 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
     """
     if not rows:
         token = torch.zeros(1, dtype=torch.int64)
-        rows = [TrainRow(token, token, torch.zeros(1), "prior", "student")]
+        rows = [
+            TrainRow(
+                context_ids=token,
+                token_ids=token,
+                coef=torch.zeros(1),
+                stream="prior",
+                view="student",
+            )
+        ]
     contexts = [row.context_ids.numel() for row in rows]
     counts = [row.token_ids.numel() for row in rows]
     for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -195,6 +208,7 @@ def _spread(
     batches: list[list[int]] = [[] for _ in range(slots)]
     cheapest = [(0.0, slot, 0) for slot in range(slots)]  # (cost, slot, tokens), a heap
     for index in _longest_first(lengths):
+        # [0][2] is 0 for an empty batch, which takes a row of any length.
         while cheapest and cheapest[0][2] and cheapest[0][2] + lengths[index] > budget:
             heapq.heappop(cheapest)
         if not cheapest:
@@ -238,13 +252,21 @@ def _level(
     ranks = len(plans)
     loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
     tokens = [[sum(lengths[i] for i in batch) for batch in plan] for plan in plans]
+    # Each move narrows a gap, so it would end by itself. The bound is for hundreds of ranks: a move
+    # costs a pass over the giver's rows per taker that is tried.
     for _ in range(16 * ranks):
         giver = max(range(ranks), key=lambda r: loads[r])
         if loads[giver] * ranks <= BALANCED * sum(loads):
             return
+        # The idlest rank first: the widest gap leaves the most rows to choose from.
         for taker in sorted(range(ranks), key=lambda r: (loads[r], r)):
-            room = [budget - used for used in tokens[taker]]
-            move = _best_move(plans[giver], room, loads[giver] - loads[taker], lengths, costs)
+            move = _best_move(
+                plans[giver],
+                lengths,
+                costs,
+                room=[budget - count for count in tokens[taker]],
+                gap=loads[giver] - loads[taker],
+            )
             if move is not None:
                 break
         else:
@@ -260,13 +282,16 @@ def _level(
 
 def _best_move(
     plan: RankPlan,
-    room: Sequence[int],
-    gap: float,
     lengths: Sequence[int],
     costs: Sequence[float],
+    *,
+    room: Sequence[int],
+    gap: float,
 ) -> tuple[int, int] | None:
     """(round, row) whose cost is nearest half the gap between two ranks, among the rows that the
-    other rank's batch of the same round has room for; a batch is not emptied."""
+    other rank's batch of the same round has room for; a batch is not emptied.
+
+    A row of cost c turns a gap g into |g - 2 c|: half the gap would close it."""
     moves = (
         (abs(gap - 2 * costs[i]), k, costs[i], i)
         for k, batch in enumerate(plan)

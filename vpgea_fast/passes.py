@@ -24,7 +24,10 @@ Step = Callable[[PackedBatch, bool], torch.Tensor]
 
 @dataclass(frozen=True)
 class Passes:
-    """Who shares the work, how many tokens one forward may have, and what a row costs."""
+    """Plans, packs and runs rows over all processes.
+
+    `budget`: tokens that one forward may have; `flops`: what a row costs.
+    """
 
     world: World
     budget: int
@@ -38,23 +41,24 @@ class Passes:
     def __call__(
         self, step: Step, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
     ) -> list[torch.Tensor]:
-        """Per-token results of every row, each (..., len) float64, in the order of `rows`.
+        """Run `step` over the rows: per-token results of each, (..., len) float64, in their order.
 
         `plan` is that of `self.plan(rows)`, if it was made before. A collective: all processes call
         it with the same rows.
         """
         plan = self.plan(rows) if plan is None else plan
         own = plan[self.world.rank]
-        made = [
+        outputs = [
             step(batch, number + 1 == len(own)).double()
             for number, (batch, _) in enumerate(pack_plan(rows, own))
         ]
-        lead = made[0].shape[:-1] if made else torch.Size()
-        flat = [batch.reshape(-1) for batch, members in zip(made, own, strict=True) if members]
+        lead = outputs[0].shape[:-1] if outputs else torch.Size()
+        # One collective for all batches of all processes; a dummy's output is left out.
+        flat = [batch.reshape(-1) for batch, members in zip(outputs, own, strict=True) if members]
         parts = self.world.gather_tensor(torch.cat([torch.empty(0, dtype=torch.float64), *flat]))
         result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for batches, values in zip(plan, parts, strict=True):
-            start = 0
+            start = 0  # the sender's batches lie end to end, each (..., its targets) row by row
             for members in batches:
                 counts = [rows[i].token_ids.numel() for i in members]
                 end = start + sum(counts) * lead.numel()

@@ -98,7 +98,7 @@ class Prompter:
         return self._student_ids(question_texts, [repr(text[:80]) for text in question_texts])
 
     def prompt(self, questions: Sequence[Question]) -> list[PromptedQuestion]:
-        """Both views of every question, the cue and the target, each tokenised by itself.
+        """Tokenise both views of every question, the cue and the target, each by itself.
 
         Tokenising cue and target apart is canonical for the default templates: byte-level BPEs of
         the Qwen2 and Llama 3 kind always break between `\\boxed` and `{`. A ConfigError names the
@@ -107,12 +107,12 @@ class Prompter:
         cfg, names = self._cfg, [repr(q.id) for q in questions]
         fields = [{"question": q.text, "answer": q.answer} for q in questions]
         cues = [fill(cfg.answer_cue, question=q.text) for q in questions]
-        columns = (
-            self._student_ids([q.text for q in questions], names),
-            self._encode([self.teacher_text(q) for q in questions], names),
-            self._behind_thought([""] * len(cues), cues, names),
-            self._behind_thought(cues, [fill(cfg.answer_target, **f) for f in fields], names),
-        )
+        # A column at a time: a fast tokenizer takes a list in parallel, a call per text not.
+        student = self._student_ids([q.text for q in questions], names)
+        teacher = self._encode([self.teacher_text(q) for q in questions], names)
+        cue = self._behind_thought([""] * len(cues), cues, names)
+        targets = [fill(cfg.answer_target, **f) for f in fields]
+        target = self._behind_thought(cues, targets, names)
         variants = [
             tuple(
                 self._behind_thought(
@@ -123,8 +123,17 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
-        rows = zip(questions, *columns, variants, strict=True)
-        return [PromptedQuestion(q, *ids) for q, *ids in rows]
+        return [
+            PromptedQuestion(
+                question=question,
+                student_ids=student[i],
+                teacher_ids=teacher[i],
+                cue_ids=cue[i],
+                target_ids=target[i],
+                variant_ids=variants[i],
+            )
+            for i, question in enumerate(questions)
+        ]
 
     def prompt_within(
         self, questions: Sequence[Question], *, limit: int, policy: Literal["drop", "error"]
@@ -135,6 +144,7 @@ class Prompter:
         Returns the rest and how many were dropped for what; with policy "error" the first such
         question is a ConfigError instead. A prompt is never cut.
         """
+        # Before any id is made: of such a question `prompt` could not tell data from a turn's end.
         plain = [q for q in questions if not self.has_special(q.text, q.answer, *q.variants)]
         spelled = len(questions) - len(plain)
         if spelled and (policy == "error" or not plain):
@@ -247,15 +257,16 @@ class Prompter:
         heads = self._ids([tag + text for text in before], names)
         rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
         joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
-        wanted = [tag + a + b for a, b in zip(before, texts, strict=True)]
-        self._require_said(wanted, joined, names)
+        in_place = [tag + a + b for a, b in zip(before, texts, strict=True)]
+        self._require_said(in_place, joined, names)
         return rows
 
     def _require_said(
         self, texts: Sequence[str], rows: Sequence[torch.Tensor], names: Sequence[str]
     ) -> None:
-        """A ConfigError for the first text that its ids do not say, but for Unicode's composed form
-        (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of tokenising."""
+        """Raise a ConfigError for the first text that its ids do not say, Unicode's composed form
+        aside (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of
+        tokenising."""
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
                 raise ConfigError(_difference(text, said, name))
@@ -284,19 +295,19 @@ class Prompter:
         Words and white space are not meant: some vocabularies add runs of spaces as tokens.
         """
         added = self._tokenizer.added_tokens_decoder.values()
-        found = {
+        steering = {
             str(token)
             for token in added
             if token.special or (str(token) in spelled and re.search(r"[^\w\s]", str(token)))
         }
         tags = sorted(set(TAG.findall(spelled)))
-        found |= {
+        steering |= {
             tag
             for tag, ids in zip(tags, self._ids(tags, tags), strict=True)
             if ids.numel() == 1 and ids.item() != self._tokenizer.unk_token_id
         }
         known = {*self._tokenizer.all_special_tokens, self._cfg.think_open, self._cfg.think_close}
-        return {token for token in found | known if token}
+        return {token for token in steering | known if token}
 
     def _normalised(self, text: str) -> str:
         if self._normalizer is None or LONE_SURROGATE.search(text):
@@ -304,9 +315,9 @@ class Prompter:
         return self._normalizer.normalize_str(text)
 
     def _check_kwargs(self) -> None:
-        """What the template never reads would change nothing, in silence."""
-        taken = inspect.signature(self._tokenizer.apply_chat_template).parameters
-        reserved = {*taken, "messages", *self._tokenizer.special_tokens_map}
+        """Refuse names that the template never reads: they would change nothing, in silence."""
+        parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
         read = _read_names(self._template)
         for name, value in self._cfg.chat_template_kwargs.items():
             if name in reserved:
@@ -320,6 +331,7 @@ class Prompter:
                     "it out, or see the template for the name"
                 )
 
+            # A template that compares with 'false' means the word; in `if x` any word is true.
             quoted = isinstance(value, str) and re.search(
                 rf"['\"]{re.escape(value)}['\"]", self._template
             )
@@ -468,8 +480,8 @@ def _check_templates(cfg: PromptConfig) -> None:
     ]
     if cfg.teacher_role == "user":  # in a system turn the teacher's words may leave it to the user
         rules.append(("teacher", cfg.teacher, "{question}", True, "lacks the field {question}"))
-    for name, template, field, wanted, complaint in rules:
-        if (field in template) != wanted:
+    for name, template, field, required, complaint in rules:
+        if (field in template) != required:
             raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
     if cfg.think_open == cfg.think_close:
         raise ConfigError(

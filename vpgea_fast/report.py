@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vpgea_fast import book
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ROWS, ConfigError, TrainConfig, find, read_sections, resolve
 from vpgea_fast.metrics import METRICS, Alarms, finite, missing_steps, read_steps
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT, FIGURE = "report.html", "training.png"
-MODES = ("sampled", "greedy")
 POINTS, ENDS = 2000, 5
 """The most points of a drawn line (even); how many steps a table's first and last are means of."""
 Record = Mapping[str, Any]
@@ -206,9 +206,12 @@ class Log:
         self.last = 0
         self.spans: dict[str, Span] = {}
         self.lines = {key: Line() for _, _, lines, _ in PANELS for key, *_ in lines}
-        self.evaluations = {f"{mode}_{key}": Line() for *_, key in PANELS for mode in MODES if key}
+        self.evaluations = {
+            f"{mode}_{key}": Line() for *_, key in PANELS for mode in book.MODES if key
+        }
         alarms, ends = Alarms(_limits(run_dir)), read_evaluation(run_dir)
         self.alarms: list[str] = []
+        # In the order of the steps: a Line merges neighbours, and takes its points as they come.
         self._evaluated(ends.get("before", {}))
         for record in read_steps(run_dir):
             self.alarms += alarms.update(record)
@@ -266,9 +269,9 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
     for axes, (title, unit, lines, eval_key) in zip(
         figure.subplots(1, len(PANELS)), PANELS, strict=True
     ):
-        scale = 100 if eval_key == "acc" else 1
+        scale = 100 if eval_key == "acc" else 1  # logged as a share, drawn in percent
         for key, label, colour in lines:
-            _draw(axes, log.lines[key], scale, label, colour)
+            _draw(axes, log.lines[key], scale=scale, label=label, colour=colour)
         for mode, marker in (("sampled", "o"), ("greedy", "D")) if eval_key else ():
             steps, values = log.evaluations[f"{mode}_{eval_key}"].points()
             if steps:
@@ -283,7 +286,12 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
                 )
         _finish(axes, title, unit, last=log.last)
     figure.suptitle(f"{_label(run_dir)}: {log.last} steps", fontsize=13)
-    figure.savefig(out_png, dpi=130)
+    try:
+        figure.savefig(out_png, dpi=130)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write {out_png}: {error.strerror}; free disk space or make it writable"
+        ) from error
     return out_png
 
 
@@ -296,7 +304,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ReportError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
-    log = Log(run_dir)
+    log = Log(run_dir)  # the one pass over metrics.jsonl: figure, alarms and table share it
     headers, rows = closing_table(run_dir)
     lost = [f"{METRICS} has no line of steps {log.gaps}; the rest is shown."] if log.gaps else []
     sections = {
@@ -315,6 +323,7 @@ def write_report(run_dir: str | Path) -> Path:
         "Metrics": _table(
             ["metric", f"first {ENDS}", f"last {ENDS}", "lowest", "highest"],
             [[key, *span.cells()] for key, span in log.spans.items()],
+            hints={key: str(metric) for key, metric in book.METRICS.items()},
         )
         if log.seen
         else "",
@@ -336,7 +345,7 @@ h1, h2 {{ font-weight: 600; line-height: 1.2; }} h2 {{ margin-top: 2.2rem; font-
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }}
-th {{ font-weight: 600; border-bottom-color: #888; }}
+th {{ font-weight: 600; border-bottom-color: #888; }} td[title] {{ cursor: help; }}
 .scroll {{ overflow-x: auto; }} img {{ max-width: 100%; }} p {{ margin: .4rem 0; }}
 .alarm {{ border-left: 4px solid #D55E00; padding-left: .7rem; }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; }}
@@ -350,14 +359,18 @@ pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; }}
 def _results(entry: Record) -> Iterator[tuple[str, str, tuple[Record, Record]]]:
     """(name, mode, (before, after)) of one run, for the modes that it was evaluated in."""
     before, after = entry.get("before") or {}, entry.get("after") or {}
-    for mode in MODES:
+    for mode in book.MODES:
         if mode in before or mode in after:
             yield entry.get("name", "?"), mode, (before.get(mode, {}), after.get(mode, {}))
 
 
 def _check_results(where: str, results: Any, remedy: str) -> None:
     """ReportError for what is no evaluation: modes, each with its numbers."""
-    parts = [results, *(results.get(mode, {}) for mode in MODES)] if _is_map(results) else [results]
+    parts = (
+        [results, *(results.get(mode, {}) for mode in book.MODES)]
+        if _is_map(results)
+        else [results]
+    )
     wrong = next((part for part in parts if not _is_map(part)), None)
     if wrong is not None or not all(map(_is_map, parts)):
         raise ReportError(f"{where}: got {wrong!r:.60}, expected keys and values; {remedy}")
@@ -438,9 +451,20 @@ def _figure(run_dir: Path, log: Log) -> str:
     return f'<img alt="{alt}" src="{source}">'
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], hints: Mapping[str, str] | None = None
+) -> str:
+    """A table as HTML; a cell that `hints` knows shows that text under the pointer."""
+
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        titles = [
+            f' title="{escape(hints[cell])}"' if hints and cell in hints else "" for cell in cells
+        ]
+        parts = [
+            f"<{tag}{title}>{escape(cell)}</{tag}>"
+            for title, cell in zip(titles, cells, strict=True)
+        ]
+        return f"<tr>{''.join(parts)}</tr>"
 
     head = line(headers, "th") if any(headers) else ""
     body = "\n".join(line(row, "td") for row in rows)
@@ -511,6 +535,8 @@ def _read_json(path: Path, remedy: str = "write it again or remove it") -> dict[
 
 
 def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe that nobody writes is waited for
+        raise ReportError(f"cannot read {path}: it is no file; move it away")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

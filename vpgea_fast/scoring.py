@@ -75,4 +75,10 @@ def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
 
 def score_row(context_ids: torch.Tensor, token_ids: torch.Tensor) -> TrainRow:
     """A row to be scored, not trained: its coefficients are ones."""
-    return TrainRow(context_ids, token_ids, torch.ones(token_ids.numel()), "prior", "student")
+    return TrainRow(
+        context_ids=context_ids,
+        token_ids=token_ids,
+        coef=torch.ones(token_ids.numel()),
+        stream="prior",
+        view="student",
+    )

@@ -182,8 +182,11 @@ def question_sets() -> tuple[list[Question], list[Question]]:
     order = rng.sample(list(texts), len(texts))
     test, train = order[:TEST_QUESTIONS], order[TEST_QUESTIONS:]
     return (
-        [Question(f"train-{i:04}", text, solve(text)) for i, text in enumerate(train)],
-        [Question(f"test-{i:04}", text, solve(text)) for i, text in enumerate(test)],
+        [
+            Question(id=f"train-{i:04}", text=text, answer=solve(text))
+            for i, text in enumerate(train)
+        ],
+        [Question(id=f"test-{i:04}", text=text, answer=solve(text)) for i, text in enumerate(test)],
     )
 
 
@@ -295,7 +298,7 @@ def sample_row(
     corpus, text = recipe.corpus, random_question(rng)
     while text in held_out:
         text = random_question(rng)
-    question = Question("", text, solve(text))
+    question = Question(id="", text=text, answer=solve(text))
     view: View = "student" if rng.random() < 0.5 else "teacher"
     drawn = corpus.student_concise if view == "student" else corpus.teacher_concise
     verbose = rng.random() >= drawn

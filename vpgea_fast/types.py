@@ -1,18 +1,20 @@
 """The frozen records that walk between the stages: from a JSONL line to a gradient.
 
-    Question -> PromptedQuestion -> SampleRequest -> Path -> ScoredBatch -> TrainRow -> PackedBatch
+    Question -> PromptedQuestion -> SampleRequest -> Path -> ScoredPaths -> ScoredBatch
+    -> Coefficients -> TrainRow -> PackedBatch
 
 Shape suffixes of the whole project:
 
     B  questions of one step       G  posterior paths of a question   N  prior paths of a question
+    P  paths of either stream, G or N
     T  tokens of a packed batch    S  sequences of a packed batch     D  hidden size   V  vocabulary
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -27,7 +29,7 @@ Finish = Literal["stop", "length", "error"]
 """Why sampling ended: a stop token, the token limit, or a failed request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One line of the data set; `variants` are other spellings of the answer, `file` and `place`
     tell where it stands.
@@ -44,7 +46,7 @@ class Question:
     place: str = field(default="", compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptedQuestion:
     """A question with the token ids of everything that is ever put around a thought.
 
@@ -55,7 +57,9 @@ class PromptedQuestion:
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
-    >>> PromptedQuestion(q, ids([1, 5]), ids([1, 5, 9]), ids([7]), ids([8])).student_ids.tolist()
+    >>> both = {"student_ids": ids([1, 5]), "teacher_ids": ids([1, 5, 9])}
+    >>> end = {"cue_ids": ids([7]), "target_ids": ids([8])}
+    >>> PromptedQuestion(question=q, **both, **end).context("student").tolist()
     [1, 5]
     """
 
@@ -74,11 +78,12 @@ class PromptedQuestion:
         return self.student_ids if view == "student" else self.teacher_ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
     """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index).
 
-    >>> SampleRequest("q0", "prior", 3, torch.tensor([1, 5]), seed=11).index
+    >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
+    >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
     3
     """
 
@@ -89,7 +94,11 @@ class SampleRequest:
     seed: int
 
 
-@dataclass(frozen=True)
+PathKey = tuple[str, Stream, int]
+"""Question, stream and index: what tells a path from all others of its step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Path:
     """One sampled reasoning path: token ids as the engine drew them, never re-tokenised text.
 
@@ -99,8 +108,9 @@ class Path:
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
 
-    >>> z, answer = torch.tensor([4, 9]), torch.tensor([7])
-    >>> p = Path("q0", "prior", 0, z, torch.zeros(2), answer, closed=True, finish="stop")
+    >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
+    >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
+    >>> p = Path(**who, **ids, logps=torch.zeros(2), closed=True, finish="stop")
     >>> p.length, p.truncated
     (2, False)
     """
@@ -113,6 +123,10 @@ class Path:
     answer_ids: torch.Tensor
     closed: bool
     finish: Finish
+
+    @property
+    def key(self) -> PathKey:
+        return self.question_id, self.stream, self.index
 
     @property
     def length(self) -> int:
@@ -133,96 +147,141 @@ Groups = tuple[tuple[Path, ...], ...]
 """The paths of every question of a step, in the order of the questions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredPaths:
+    """One stream of a step: paths[b][i] of every question, and a column per fact about them.
+
+    u_BP        (B, P) float64: log P(y*|x, z) in the student view, nats; NaN where it is not scored
+    length_BP   (B, P) float64: thought tokens
+    closed_BP   (B, P) bool: the thought ended by itself
+    correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
+
+    On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
+    field here, a value in `Collector.score` and a reader.
+
+    >>> u, no = torch.tensor([[-1.0]]), torch.tensor([[False]])
+    >>> one = ScoredPaths(paths=((),), u_BP=u, length_BP=u + 3, closed_BP=no, correct_BP=-u)
+    >>> one.join(one).select([1]).u_BP.tolist()
+    [[-1.0]]
+    """
+
+    paths: Groups
+    u_BP: torch.Tensor
+    length_BP: torch.Tensor
+    closed_BP: torch.Tensor
+    correct_BP: torch.Tensor
+
+    @property
+    def flat(self) -> list[Path]:
+        """All paths, question after question."""
+        return [path for group in self.paths for path in group]
+
+    def select(self, keep: Sequence[int]) -> ScoredPaths:
+        """The paths of the questions at these places."""
+        return _select(self, keep)
+
+    def join(self, other: ScoredPaths) -> ScoredPaths:
+        """Both streams as one, the questions of `other` last."""
+        return _join(self, other)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """A step's questions, their paths and all that an objective may look at; float64 on the CPU.
+    """A step's questions, both streams of their paths and all that an objective may look at.
 
-    posterior[b][i] and prior[b][j] are paths; u_post_BG, u_prior_BN their log P(y*|x, z) in the
-    student view (an objective without a stream has a (B, 0) matrix there); len_* count thought
-    tokens; closed_* tell whether the thought ended by itself; correct_* are 1 / 0, or NaN where no
-    answer was verified. answers_lost_B: the engine gave up an answer sampled to score a path.
+    lost_B  (B,) int64: paths of each question that the engine gave up, and one more where it gave
+            up an answer sampled to score a path
 
-    >>> one = torch.tensor([[0.0, -1.0]])
-    >>> none, kept = torch.zeros(1, 0), torch.tensor([False])
-    >>> u = one, none, one.exp(), none, one > -1, none > 0, one, none
-    >>> batch = ScoredBatch((), (), (), *u, kept)
-    >>> batch.u_post_BG.shape
-    torch.Size([1, 2])
+    >>> none = torch.zeros(0, 2)
+    >>> stream = ScoredPaths(
+    ...     paths=(), u_BP=none, length_BP=none, closed_BP=none > 0, correct_BP=none
+    ... )
+    >>> lost = torch.zeros(0, dtype=torch.int64)
+    >>> ScoredBatch(questions=(), posterior=stream, prior=stream, lost_B=lost).tokens
+    0
     """
 
     questions: tuple[PromptedQuestion, ...]
-    posterior: Groups
-    prior: Groups
-    u_post_BG: torch.Tensor
-    u_prior_BN: torch.Tensor
-    len_post_BG: torch.Tensor
-    len_prior_BN: torch.Tensor
-    closed_post_BG: torch.Tensor
-    closed_prior_BN: torch.Tensor
-    correct_post_BG: torch.Tensor
-    correct_prior_BN: torch.Tensor
-    answers_lost_B: torch.Tensor
-
-    @property
-    def lost(self) -> torch.Tensor:
-        """Paths of each question that the engine gave up, and one for lost answers; (B,) int64."""
-        paths = [
-            sum(path.finish == "error" for path in (*posterior, *prior))
-            for posterior, prior in zip(self.posterior, self.prior, strict=True)
-        ]
-        return torch.tensor(paths, dtype=torch.int64) + self.answers_lost_B
+    posterior: ScoredPaths
+    prior: ScoredPaths
+    lost_B: torch.Tensor
 
     @property
     def whole(self) -> ScoredBatch | None:
         """The questions of which nothing was lost, the only ones with a gradient or in a mean;
         None if there are none."""
-        places = (self.lost == 0).nonzero()[:, 0].tolist()
+        places = (self.lost_B == 0).nonzero()[:, 0].tolist()
         return self.select(places) if places else None
 
     @property
     def tokens(self) -> int:
         """Tokens that were sampled for these questions, thoughts and answers."""
-        return sum(
-            p.generated for groups in (self.posterior, self.prior) for g in groups for p in g
-        )
+        return sum(path.generated for path in (*self.posterior.flat, *self.prior.flat))
+
+    def stream(self, name: Stream) -> ScoredPaths:
+        return self.posterior if name == "posterior" else self.prior
 
     def pairs(self, stream: Stream) -> list[tuple[PromptedQuestion, Path]]:
         """Every path of a stream with its question, in the order of the batch."""
-        groups = self.posterior if stream == "posterior" else self.prior
-        return [(q, p) for q, group in zip(self.questions, groups, strict=True) for p in group]
+        return with_questions(self.questions, self.stream(stream).paths)
 
     def select(self, keep: Sequence[int]) -> ScoredBatch:
         """The questions at these places, with all that belongs to them."""
-        chosen: dict[str, Any] = {
-            name: value[list(keep)]
-            if isinstance(value, torch.Tensor)
-            else tuple(value[i] for i in keep)
-            for name, value in vars(self).items()
-        }
-        return ScoredBatch(**chosen)
+        return _select(self, keep)
 
     def join(self, other: ScoredBatch) -> ScoredBatch:
         """Both batches as one, the questions of `other` last."""
-        joined: dict[str, Any] = {
-            name: torch.cat([a, b]) if isinstance(a, torch.Tensor) else (*a, *b)
-            for (name, a), b in zip(vars(self).items(), vars(other).values(), strict=True)
-        }
-        return ScoredBatch(**joined)
+        return _join(self, other)
 
 
-@dataclass(frozen=True)
+def with_questions(
+    questions: Sequence[PromptedQuestion], groups: Groups
+) -> list[tuple[PromptedQuestion, Path]]:
+    """Every path of the groups with its question, in their order."""
+    return [(q, path) for q, group in zip(questions, groups, strict=True) for path in group]
+
+
+Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
+"""A record whose every field has one entry per question."""
+
+
+def _select(record: Columns, keep: Sequence[int]) -> Columns:
+    def chosen(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[list(keep)]
+        return (
+            _select(value, keep)
+            if isinstance(value, ScoredPaths)
+            else tuple(value[i] for i in keep)
+        )
+
+    return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
+
+
+def _join(record: Columns, other: Columns) -> Columns:
+    def joined(a: Any, b: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return torch.cat([a, b])
+        return _join(a, b) if isinstance(a, ScoredPaths) else (*a, *b)
+
+    columns = {f.name: (getattr(record, f.name), getattr(other, f.name)) for f in fields(record)}
+    return replace(record, **{name: joined(*pair) for name, pair in columns.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Coefficients:
-    """What an objective says: for every (stream of the path, view of the context) one weight a
-    path.
+    """What an objective says: one weight per path, for every (stream of the path, view of the
+    context).
 
-    `weights[stream, view]` is (B, G) or (B, N) float64: the gradient of the minimised loss is sum
-    over paths of weight * w * grad log p(z | view), with w the normaliser (a negative weight makes
-    a path likelier). `utility` and friends are only for the log: name -> matrix of the same shape
-    as the posterior (or prior) paths.
+    weights      [stream, view] is (B, P) float64: the gradient of the minimised loss is the sum
+                 over paths of weight * w * grad log p(z | view), with w the normaliser. A negative
+                 weight makes a path likelier.
+    path_scores  for the log alone: of a stream, name -> (B, P)
+    metrics      for the log alone
 
     >>> weights = {("prior", "student"): torch.tensor([[-1.0, 1.0]])}
-    >>> Coefficients(weights, path_scores={}, metrics={}).weights["prior", "student"].sum().item()
-    0.0
+    >>> Coefficients(weights=weights, path_scores={}, metrics={}).alive.tolist()
+    [True]
     """
 
     weights: dict[tuple[Stream, View], torch.Tensor]
@@ -232,17 +291,13 @@ class Coefficients:
     @property
     def alive(self) -> torch.Tensor:
         """Which questions have a gradient: any weight other than zero; (B,) bool."""
-        used = [weights.ne(0).any(dim=1) for weights in self.weights.values()]
-        return torch.stack(used).any(dim=0)
+        by_view = [weights.ne(0).any(dim=1) for weights in self.weights.values()]
+        return torch.stack(by_view).any(dim=0)
 
 
-PathKey = tuple[str, Stream, int]
-"""Question, stream and index: what tells a path from all others of its step."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRow:
-    """A context, tokens after it, and one coefficient a token: all that the trainer knows of an
+    """A context, tokens after it, and one coefficient per token: all that the trainer knows of an
     objective.
 
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
@@ -250,8 +305,8 @@ class TrainRow:
     distilled: there its own log-prob is subtracted, sg log q(token_ids[t]), a constant for the log
     alone. `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
 
-    >>> context, tokens = torch.tensor([1, 5]), torch.tensor([4, 9])
-    >>> TrainRow(context, tokens, torch.tensor([-0.5, -0.5]), "posterior", "teacher").tokens
+    >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
+    >>> TrainRow(**ids, coef=torch.full((2,), -0.5), stream="posterior", view="teacher").tokens
     4
     """
 
@@ -274,7 +329,7 @@ class TrainRow:
         return self.context_ids.numel() + self.token_ids.numel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
     """Rows laid end to end, with no padding. The last token of a row is only a target, so it never
     enters the model.
@@ -286,8 +341,9 @@ class PackedBatch:
     targets      (R,) int64        coef (R,) float64
 
     >>> from vpgea_fast.packing import pack_rows
-    >>> context, tokens = torch.tensor([1, 5]), torch.tensor([4, 9])
-    >>> batch = pack_rows([TrainRow(context, tokens, torch.ones(2), "prior", "student")])
+    >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
+    >>> row = TrainRow(**ids, coef=torch.ones(2), stream="prior", view="student")
+    >>> batch = pack_rows([row])
     >>> batch.input_ids.tolist(), batch.logit_index.tolist(), batch.targets.tolist()
     ([1, 5, 4], [1, 2], [4, 9])
     >>> batch.cu_seqlens.tolist()
@@ -303,12 +359,13 @@ class PackedBatch:
     coef: torch.Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on `device`: the one place where tensors move there."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        """Copy the batch to `device`: the one place where tensors move there."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFlops:
     """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
 
@@ -317,7 +374,7 @@ class ModelFlops:
     width    layers x heads x head size: a token's query, over all layers
 
     A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
-    a forward: two operations a multiply-add, a backward of two forwards, the causal half of the
+    a forward: two operations per multiply-add, a backward of two forwards, the causal half of the
     attention, nothing for padding, recomputation or the embedding. Sliding windows are not
     discounted.
 
@@ -347,7 +404,7 @@ class ModelFlops:
         return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepStats:
     """What one step did: `metrics` is its line in metrics.jsonl; `skipped` says why there was no
     update, if there was none.

@@ -14,6 +14,7 @@ from test_losses import assert_close, gradients, oracle
 from vpgea_fast.kernels import cublas
 from vpgea_fast.kernels import linear_logprob as head
 from vpgea_fast.kernels._tiling import INTERPRETED, as_float32, dot_transposed, rounded_to
+from vpgea_fast.kernels.contract import Head, Sinks, Upstream
 from vpgea_fast.losses import linear_logprob, resolve_backend, weighted_logprob_loss
 
 pytestmark = [
@@ -366,17 +367,17 @@ def test_cublas_bf16_logits_are_as_wrong_as_their_last_bit():
     hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 100, 64, 600, spread=14.0)
     hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     truth = oracle(hidden_TD, weight_VD, targets_T)[0]
-    upstream = (torch.randn(100), None, None)
+    upstream = Upstream(logp=torch.randn(100))
     errors, dhiddens = [], []
     for logits_dtype in (torch.float32, torch.bfloat16):
         dhiddens.append(torch.zeros_like(hidden_TD))
         logp, _, _ = cublas.head_pass(
             hidden_TD,
-            weight_VD,
+            Head(weight=weight_VD),
             targets_T,
             rows_K=torch.arange(100),
             upstream=upstream,
-            dhidden_TD=dhiddens[-1],
+            sinks=Sinks(hidden=dhiddens[-1]),
             logits_dtype=logits_dtype,
         )
         errors.append((logp - truth).abs().max().item())
@@ -497,12 +498,13 @@ def test_what_they_do_not_do_is_an_error(backend):
 def test_chunks_fill_whole_tiles():
     """16384 rows of Qwen2.5-7B's head are two chunks of 8192; a tiny budget is one tile each."""
     weight_VD = torch.empty(152064, 8, dtype=torch.bfloat16)
-    given = head.Head.of(weight_VD)
-    assert head._chunks(16384, given, True, 4 << 30) == [slice(0, 8192), slice(8192, 16384)]
-    assert head._chunks(16384, given, False, None) == [slice(0, 16384)]
-    assert head._chunks(300, given, True, 1) == [slice(0, 128), slice(128, 256), slice(256, 300)]
-    assert head._chunks(0, given, True, None) == []
-    budget = 8192 * 152064 * 4
+    given = head.Plan.of(Head(weight=weight_VD))
     halves = [slice(0, 8192), slice(8192, 16384)]
-    assert cublas._chunks(16384, given, torch.float32, budget) == halves
-    assert cublas._chunks(3, given, torch.float32, 1) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    tiles = [slice(0, 128), slice(128, 256), slice(256, 300)]
+    assert head._chunks(16384, given, store=True, chunk_bytes=4 << 30) == halves
+    assert head._chunks(16384, given, store=False, chunk_bytes=None) == [slice(0, 16384)]
+    assert head._chunks(300, given, store=True, chunk_bytes=1) == tiles
+    assert head._chunks(0, given, store=True, chunk_bytes=None) == []
+    budget = 8192 * 152064 * 4
+    assert cublas._chunks(16384, weight_VD, torch.float32, budget) == halves
+    assert cublas._chunks(3, weight_VD, torch.float32, 1) == [slice(i, i + 1) for i in range(3)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,11 @@ def export_model(
         require_finite(weights, what="the export")
         if world.main:
             _write_export(
-                getattr(model, "causal_lm", model), weights, tokenizer, out_dir, max_shard_size
+                getattr(model, "causal_lm", model),
+                weights,
+                tokenizer=tokenizer,
+                out_dir=out_dir,
+                max_shard_size=max_shard_size,
             )
     return out_dir
 
@@ -66,6 +70,8 @@ def _write_export(
     out_dir: Path,
     max_shard_size: str,
 ) -> None:
+    if out_dir.is_symlink():  # which stays: it may lead to a larger disk
+        out_dir = out_dir.resolve()
     aside = out_dir.with_name(f".tmp-{out_dir.name}-{os.getpid()}")
     previous = out_dir.with_name(f".tmp-old-{out_dir.name}-{os.getpid()}")
     try:
@@ -89,7 +95,8 @@ def _write_export(
         raise OSError(str(error)) from error
     finally:
         for path in (aside, previous):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def _outline(causal_lm: Any, weights: Mapping[str, torch.Tensor]) -> Any:

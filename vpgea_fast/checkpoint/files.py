@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from vpgea_fast.distributed import RemoteError, World
 
 RUN_MARK = "config.yaml"
-FILES = ("metrics.jsonl", "paths.jsonl", "eval.json", "environment.json")
 LOCK = ".lock"
+FILES = (
+    *("metrics.jsonl", "paths.jsonl", "eval.json", "environment.json"),
+    *("report.html", "training.png", LOCK),
+)
 SAVED = ".saved"
 """Left by the first save: where it is and no checkpoint is, the checkpoints are lost."""
 
@@ -27,14 +32,20 @@ class CheckpointError(RuntimeError):
 
 
 @contextmanager
-def together(world: World, what: str = "", remedy: str = "") -> Iterator[None]:
-    """`world.together`; what a disk refuses and what others met are CheckpointErrors."""
+def together(
+    world: World, what: str = "", remedy: str = "", *, catch: type[Exception] = OSError
+) -> Iterator[None]:
+    """`world.together`; what a disk refuses (or all that is of the class `catch`, memory aside) and
+    what others met are CheckpointErrors."""
     try:
         with world.together():
             try:
                 yield
-            except OSError as error:
-                raise CheckpointError(f"{what}: {error}; {remedy}") from error
+            except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except catch as error:
+                kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+                raise CheckpointError(f"{what}: {kind}{error}; {remedy}") from error
     except RemoteError as error:
         raise CheckpointError(str(error)) from error
 
@@ -89,7 +100,7 @@ def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
     try:
         with path.open("rb") as old, aside.open("wb") as new:
             for number, line in enumerate(old, start=1):
-                if _keeps(cut, line, number, upto, once):
+                if _keeps(cut, line, number=number, upto=upto, once=once):
                     new.write(line)
                 else:
                     dropped.append(line.rstrip(b"\n") + b"\n")
@@ -160,8 +171,9 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     try:
         _lock(handle, path)
         _check_claim(path, resume)  # again: a run may have come and gone since the first look
-        if not resume:
-            remove(path / SAVED)  # of a run of which all else was deleted
+        if not resume:  # of a run of which all else was deleted, or that was killed in its start
+            for leftover in (path / SAVED, *path.glob(".tmp-*")):
+                remove(leftover)
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:
@@ -175,7 +187,8 @@ def make_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    if path.is_dir():
+    """Remove a file, a directory, or a link alone and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -230,9 +243,10 @@ def _check_claim(path: Path, resume: bool) -> None:
         raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
     if resume and not (path / RUN_MARK).is_file():
         raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
-    odd = next((path / name for name in FILES if (path / name).is_dir()), None)
-    if odd is not None:
-        raise CheckpointError(f"{odd} is a directory, expected a file of the run; move it away")
+    for file in (path / name for name in FILES):
+        if file.exists() and not file.is_file():  # a pipe that nobody writes is waited for
+            kind = "directory" if file.is_dir() else "pipe or device"
+            raise CheckpointError(f"{file} is a {kind}, expected a file of the run; move it away")
     if (
         not resume
         and path.is_dir()

@@ -57,6 +57,7 @@ from vpgea_fast.checkpoint.state import (
 from vpgea_fast.distributed import World
 
 MANIFEST = "manifest.json"
+STEP_NAME = "step_(0|[1-9][0-9]*)"
 
 Do = Callable[..., Any]
 """`do(operation, *args)` performs one file operation; a test's own fails, or dies, at the n-th."""
@@ -183,7 +184,7 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
         path = parent / name
         fault = _fault(path, world)
         if fault is None:
-            return _open(path)
+            return Checkpoint.read(path)
         if world.main:
             warnings.warn(f"{path}: {fault}; falling back to the checkpoint before", stacklevel=2)
     return None
@@ -332,15 +333,12 @@ def open_checkpoint(run_dir: str | Path, step: int, *, world: World) -> Checkpoi
     if fault is not None:
         there = ", ".join(map(str, saved_steps(run_dir))) or "none"
         raise CheckpointError(f"{path}: {fault}; the steps with a checkpoint: {there}")
-    return _open(path)
-
-
-def _open(path: Path) -> Checkpoint:
-    return Checkpoint(path, **json.loads((path / STATE).read_text(encoding="utf-8")))
+    return Checkpoint.read(path)
 
 
 def _by_step(parent: Path) -> list[Path]:
-    named = [path for path in parent.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    """Those with a name that a save gives: no leading zero, and no digits but ASCII's."""
+    named = [path for path in parent.glob("step_*") if re.fullmatch(STEP_NAME, path.name)]
     return sorted(named, key=_step_of)
 
 
@@ -364,9 +362,24 @@ def _damage(path: Path, world: World) -> str | None:
                 return f"{name} has {size} bytes, the manifest says {files[name]['bytes']}"
         own = names[world.share(len(names))]
         damaged = [name for name, entry in _manifest(path, own).items() if entry != files[name]]
+        if not damaged:
+            _require_own(path, names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"not complete ({type(error).__name__}: {error})"
     return f"the checksum of {', '.join(damaged)} is wrong" if damaged else None
+
+
+def _require_own(path: Path, names: Iterable[str]) -> None:
+    """ValueError if the files are whole, but not those of a save of this step."""
+    found = Checkpoint.read(path)
+    if found.step != _step_of(path):
+        raise ValueError(f"{STATE} is of step {found.step}")
+    named = {*names}
+    if not 1 <= found.processes <= len(named):
+        raise ValueError(f"{STATE} is of {found.processes} processes")
+    own = {name.format(rank) for rank in range(found.processes) for name in (SHARD, OWN)}
+    if lacking := own - named:
+        raise ValueError(f"{MANIFEST} does not name {min(lacking)}")
 
 
 def _manifest(path: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:

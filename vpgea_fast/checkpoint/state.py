@@ -40,6 +40,9 @@ SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
 INDEX, STATE = ".metadata", "state.json"
 """Which tensor lies where, by DCP; the rest."""
 OPTIMIZER = "optimizer.state."
+STATE_KINDS = {"step": int, "processes": int, "trainer_state": dict, "optimizer": dict}
+OPTIMIZER_KINDS = {"class": str, "parameters": list, "values": dict, "bound": bool}
+"""What stands in state.json, and in its `optimizer`."""
 COPY_AHEAD = 10_000_000
 """Bytes that DCP copies from a GPU ahead of those that it writes; its own default."""
 
@@ -58,6 +61,20 @@ class Checkpoint:
     processes: int
     trainer_state: dict[str, Any]
     optimizer: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The state.json of a checkpoint; ValueError where it is not as `take` makes it."""
+        tree = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
+            raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
+        optimizer = tree["optimizer"] if isinstance(tree["optimizer"], dict) else {}
+        for part, kinds in ((tree, STATE_KINDS), (optimizer, OPTIMIZER_KINDS)):
+            for key, kind in kinds.items():
+                if type(part.get(key)) is not kind:
+                    got = f"got {key} {part.get(key)!r:.60}"
+                    raise ValueError(f"{STATE}: {got}, expected {kind.__name__}")
+        return cls(path, **tree)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
@@ -190,7 +207,7 @@ def take(
         plans, index = planner.create_global_plan(exchange(world, wish))
         known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
     own = {"rng": rng_state(world.device), "states": bound}
-    return Snapshot(writer, planner, known, own, text)
+    return Snapshot(writer, planner, planned=known, own=own, state=text)
 
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
@@ -226,14 +243,15 @@ def put(
     reader = Reader(found.path)
     weights = named_weights(model)
     what, remedy = f"cannot read {found.path}", "delete it to go on from the one before"
-    with together(world, what, remedy):
+    # Files that somebody has edited, manifest and all, may raise anything.
+    with together(world, what, remedy, catch=Exception):
         metadata = reader.read_metadata()
-        _check_fit(found, metadata, world, weights, optimizer)
+        _check_fit(found, metadata, world=world, weights=weights, optimizer=optimizer)
         targets = _targets(metadata, weights, optimizer)
         file = found.path / OWN.format(min(world.rank, found.processes - 1))
         own = torch.load(file, map_location="cpu", weights_only=True)
         bound = _beside(own["states"], weights)
-    with together(world, what, remedy):
+    with together(world, what, remedy, catch=Exception):
         _fill(targets, reader, metadata)
         trained = _trained(optimizer, weights)
         optimizer.state.clear()
@@ -249,10 +267,11 @@ def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
     CheckpointError, on every process and before anything has changed, if they do not fit.
     """
     reader, weights = Reader(found.path), named_weights(model)
-    with together(world, f"cannot read {found.path}", "take another checkpoint"):
+    what, remedy = f"cannot read {found.path}", "take another checkpoint"
+    with together(world, what, remedy, catch=Exception):
         metadata = reader.read_metadata()
         _check_weights(found, metadata, weights)
-    with together(world, f"cannot read {found.path}", "take another checkpoint"):
+    with together(world, what, remedy, catch=Exception):
         targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
         _fill(targets, reader, metadata)
 

@@ -81,8 +81,9 @@ class Drop:
 class LoadedQuestions:
     """The usable questions in the order of their source, the others, and what is to be told.
 
-    >>> bad = Drop(Question("row-2", "What?", ""), "empty answer")
-    >>> LoadedQuestions((Question("row-1", "2 + 2 = ?", "4"),), (bad,)).dropped
+    >>> bad = Drop(Question(id="row-2", text="What?", answer=""), "empty answer")
+    >>> good = Question(id="row-1", text="2 + 2 = ?", answer="4")
+    >>> LoadedQuestions((good,), (bad,)).dropped
     {'empty answer': 1}
     """
 

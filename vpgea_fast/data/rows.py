@@ -51,28 +51,30 @@ def make_question(
     if keys.id_key != "id" and name is MISSING:
         notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
-    made = partial(Question, reader.check(name, "id"), file=keys.label, place=place)
+    question = partial(Question, id=reader.check(name, "id"), file=keys.label, place=place)
     choices = reader.choices(keys)
     if choices:
-        shown, answer = _with_letters(reader, choices, keys, name, notes)
-        return made(f"{text}\n{shown}", answer), None
+        shown, answer = _with_letters(reader, choices, keys=keys, name=name, notes=notes)
+        return question(text=f"{text}\n{shown}", answer=answer), None
     if keys.choices_key and keys.choices_answer not in (None, "auto"):
         # the answer names a choice, and here there is none to name
-        return made(text, reader.answer(keys.answer_key or "")), NO_CHOICES
+        given = reader.answer(keys.answer_key or "")
+        return question(text=text, answer=given), NO_CHOICES
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
     given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
     try:
         answer, where = final_answer(given)
     except ValueError as error:
-        return made(text, given.strip()), str(error)
+        return question(text=text, answer=given.strip()), str(error)
     try:
         variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
     except ValueError as error:
-        return made(text, answer), f"{error} among the variants"
+        return question(text=text, answer=answer), f"{error} among the variants"
     if where is not None:
         notes[f"answers: {where}"] += 1
-    return made(text, answer, variants), None if answer else "empty answer"
+    whole = question(text=text, answer=answer, variants=variants)
+    return whole, None if answer else "empty answer"
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Objectives: each turns scored paths into one weight a path and view; `rows.build_rows` does the
+"""Objectives: each turns scored paths into one weight per path and view; `rows.build_rows` does the
 rest.
 
 A new objective is one function here, one config type, one row in tests/test_objectives.py.

@@ -17,11 +17,11 @@ from vpgea_fast.types import Coefficients, ScoredBatch
 
 def grpo(cfg: GrpoConfig, batch: ScoredBatch) -> Coefficients:
     """alpha = 0 is GRPO; above it, len_base is the mean length of the group itself."""
-    likely = (batch.u_prior_BN > math.log(0.5)) & batch.closed_prior_BN
-    correct = batch.correct_prior_BN == 1.0 if cfg.reward == "verify" else likely
-    eta = length_factor(
-        batch.len_prior_BN, batch.len_prior_BN.mean(dim=1), alpha=cfg.alpha, eta_clip=cfg.eta_clip
-    )
+    prior = batch.prior
+    likely = (prior.u_BP > math.log(0.5)) & prior.closed_BP
+    correct = prior.correct_BP == 1.0 if cfg.reward == "verify" else likely
+    len_base = prior.length_BP.mean(dim=1)
+    eta = length_factor(prior.length_BP, len_base, alpha=cfg.alpha, eta_clip=cfg.eta_clip)
     reward = correct.double() * eta
     advantage = group_zscore(reward, eps=cfg.eps, ddof=cfg.ddof, std_gate=cfg.std_gate)
     metrics = {
@@ -29,9 +29,9 @@ def grpo(cfg: GrpoConfig, batch: ScoredBatch) -> Coefficients:
         "groups_all_rejected": int((~correct).all(dim=1).sum()),
         "groups_zero_var": int((advantage == 0).all(dim=1).sum()),
         "std_s": reward.std(dim=1, correction=cfg.ddof).mean().item(),
-        "net_token_push": (advantage * batch.len_prior_BN).sum().item(),
+        "net_token_push": (advantage * prior.length_BP).sum().item(),
     }
-    scores = {"reward": reward, "eta": eta, "advantage": advantage, "u": batch.u_prior_BN}
+    scores = {"reward": reward, "eta": eta, "advantage": advantage, "u": prior.u_BP}
     return Coefficients(
         weights={("prior", "student"): -advantage}, path_scores={"prior": scores}, metrics=metrics
     )

@@ -19,7 +19,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vpgea_fast.config import TrainConfig
-from vpgea_fast.types import Coefficients, Groups, PathKey, ScoredBatch, TrainRow, View
+from vpgea_fast.types import (
+    Coefficients,
+    Path,
+    PathKey,
+    PromptedQuestion,
+    ScoredBatch,
+    TrainRow,
+    View,
+)
 
 
 def build_rows(
@@ -32,30 +40,27 @@ def build_rows(
 ) -> list[TrainRow]:
     """One row for every path and view with a weight other than zero; the others do not exist.
 
-    `ratios`: a factor a token for paths drawn by another sampler than the policy, both views alike.
+    `ratios`: a factor per token for paths drawn by another sampler than the policy, both views
+    alike.
     """
     rows = []
     for (stream, view), weights in coefficients.weights.items():
-        paths = batch.posterior if stream == "posterior" else batch.prior
         scale = _normaliser(
-            paths,
+            batch.stream(stream).length_BP,
             weights,
             coefficients.alive,
             cfg,
             distilled=(stream, view) == ("posterior", "student"),
             constant=norm_constant,
         )
-        for question, group, row_weights, row_scale in zip(
-            batch.questions, paths, weights.tolist(), scale.tolist(), strict=True
-        ):
-            for path, weight, factor in zip(group, row_weights, row_scale, strict=True):
-                if weight != 0.0 and path.z_ids.numel():
-                    coef = torch.full(path.z_ids.shape, weight * factor, dtype=torch.float64)
-                    key = path.question_id, stream, path.index
-                    if ratios is not None:
-                        coef *= ratios[key]
-                    context = question.context(view)
-                    rows.append(TrainRow(context, path.z_ids, coef, stream, view, path.logps, key))
+        factors = zip(weights.flatten().tolist(), scale.flatten().tolist(), strict=True)
+        for (question, path), (weight, factor) in zip(batch.pairs(stream), factors, strict=True):
+            if weight != 0.0 and path.z_ids.numel():
+                # One number per path: only importance weights tell its tokens apart.
+                coef = torch.full(path.z_ids.shape, weight * factor, dtype=torch.float64)
+                if ratios is not None:
+                    coef *= ratios[path.key]
+                rows.append(_row(question, path, view, coef))
     return rows
 
 
@@ -68,10 +73,20 @@ def drawn_rows(batch: ScoredBatch, coefficients: Coefficients) -> dict[PathKey, 
         for (question, path), weight in zip(pairs, weights.flatten().tolist(), strict=True):
             if weight != 0.0 and path.z_ids.numel():
                 none = torch.zeros(path.z_ids.shape, dtype=torch.float64)
-                key: PathKey = path.question_id, stream, path.index
-                context = question.context(view)
-                rows[key] = TrainRow(context, path.z_ids, none, stream, view, path.logps, key)
+                rows[path.key] = _row(question, path, view, none)
     return rows
+
+
+def _row(question: PromptedQuestion, path: Path, view: View, coef: torch.Tensor) -> TrainRow:
+    return TrainRow(
+        context_ids=question.context(view),
+        token_ids=path.z_ids,
+        coef=coef,
+        stream=path.stream,
+        view=view,
+        sample_logps=path.logps,
+        path=path.key,
+    )
 
 
 def truncated_ratios(
@@ -95,7 +110,7 @@ def truncated_ratios(
 
 
 def _normaliser(
-    paths: Groups,
+    length: torch.Tensor,
     weights: torch.Tensor,
     alive_B: torch.Tensor,
     cfg: TrainConfig,
@@ -103,9 +118,8 @@ def _normaliser(
     distilled: bool,
     constant: float,
 ) -> torch.Tensor:
-    """w_i of every path, (B, G) float64. `effective` counts only the questions that have a
-    gradient."""
-    length = torch.tensor([[path.length for path in group] for group in paths], dtype=torch.float64)
+    """w_i of every path, (B, P) float64, of lengths and weights (B, P). `effective` counts only the
+    questions that have a gradient."""
     counted = alive_B if cfg.denominator == "effective" else torch.ones_like(alive_B)
     per_path = 1.0 / (counted.sum().clamp(min=1).double() * length.shape[1])
     if cfg.norm == "seq_mean":

@@ -26,29 +26,17 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
 
     Both None where no path is gated. Whoever needs alpha later takes `log_utility` from here.
     """
-    accept = batch.closed_post_BG & torch.isfinite(batch.u_post_BG)
+    options, post, prior = cfg.group_options(), batch.posterior, batch.prior
+    # A thought that was cut, and one that could not be scored, are failures: R = 0, and they stay
+    # in their group's mean.
+    accept_BG = post.closed_BP & torch.isfinite(post.u_BP)
     if cfg.verify == "gate":
-        accept = accept & (batch.correct_post_BG == 1.0)
-    u = cross_view_utility(
-        batch.u_post_BG,
-        batch.u_prior_BN,
-        batch.len_post_BG,
-        batch.len_prior_BN,
-        accept_BG=accept,
-        alpha=cfg.alpha,
-        baseline=cfg.baseline,
-        reward=cfg.reward,
-        r_margin=cfg.r_margin,
-        u_min=cfg.u_min,
-        clamp_u=cfg.clamp_u,
-        eta_clip=cfg.eta_clip,
-        eps=cfg.eps,
-        ddof=cfg.ddof,
-        std_gate=cfg.std_gate,
-    )
-    gate = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
-    gated = batch.len_post_BG[u.gate]
-    ratio = (batch.len_post_BG / batch.len_post_BG.mean(dim=1, keepdim=True))[u.gate]
+        accept_BG = accept_BG & (post.correct_BP == 1.0)
+    columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
+    u = cross_view_utility(*columns, accept_BG=accept_BG, options=options)
+    gate_BG = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
+    gated = post.length_BP[u.gate]
+    ratio = (post.length_BP / post.length_BP.mean(dim=1, keepdim=True))[u.gate]
     metrics: dict[str, float | None] = {
         "accept_rate": (u.reward > 0).double().mean().item(),
         "gate_rate": u.gate.double().mean().item(),
@@ -56,34 +44,25 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
         "len_gated_ratio": ratio.mean().item() if ratio.numel() else None,
         "groups_all_rejected": int((u.reward <= 0).all(dim=1).sum()),
         "groups_zero_var": int((u.advantage == 0).all(dim=1).sum()),
-        "std_s": u.utility.std(dim=1, correction=cfg.ddof).mean().item(),
+        "std_s": u.utility.std(dim=1, correction=options.ddof).mean().item(),
         "utility": u.utility.mean().item(),
         "u_replaced": u.n_replaced,
-        "net_token_push": (u.advantage * batch.len_post_BG).sum().item(),
+        "net_token_push": (u.advantage * post.length_BP).sum().item(),
     }
-    monitors = posterior_monitors(
-        batch.u_post_BG,
-        batch.u_prior_BN,
-        batch.len_post_BG,
-        batch.len_prior_BN,
-        alpha=cfg.alpha,
-        u_min=cfg.u_min,
-    )
+    bounds = {"alpha": options.alpha, "u_min": options.u_min}  # the theory knows no other option
     scores = {
         "reward": u.reward,
         "eta": u.eta,
         "utility": u.utility,
         "advantage": u.advantage,
-        "u": batch.u_post_BG,
-        "log_utility": log_utility(
-            batch.u_post_BG, batch.len_post_BG, u.len_base, alpha=cfg.alpha, u_min=cfg.u_min
-        ),
+        "u": post.u_BP,
+        "log_utility": log_utility(post.u_BP, post.length_BP, u.len_base, **bounds),
     }
     return Coefficients(
         weights={
             ("posterior", "teacher"): -u.advantage,
-            ("posterior", "student"): -cfg.beta * gate,
+            ("posterior", "student"): -cfg.beta * gate_BG,
         },
-        path_scores={"posterior": scores, "prior": {"u": batch.u_prior_BN}},
-        metrics=merge(metrics, monitors),
+        path_scores={"posterior": scores, "prior": {"u": prior.u_BP}},
+        metrics=merge(metrics, posterior_monitors(*columns, **bounds)),
     )

@@ -26,7 +26,7 @@ from vpgea_fast.data import (
     load_questions,
     shown_drops,
 )
-from vpgea_fast.evaluate import check_model
+from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console
 from vpgea_fast.prepare.overlap import Match, Overlap
 from vpgea_fast.prepare.pass_rates import histogram, pass_rates
@@ -61,11 +61,11 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
     if order.out.exists() and not order.out.is_dir():
         raise DataError(f"--out {order.out} is a file; give a directory")
     if order.measure:
-        check_model(cfg)
+        open_text(cfg)
     with Verifier.configured(cfg.verify) as verifier:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         found = {
-            role: _load(order, role, ways, cfg.data.limit, judge, console)
+            role: _load(order, role, ways=ways, limit=cfg.data.limit, judge=judge, console=console)
             for role, ways in recipe.items()
         }
     files: dict[str, str] = {}

@@ -31,7 +31,8 @@ class Match:
 class Overlap:
     """All runs of 13 words of the evaluations' questions.
 
-    >>> overlap = Overlap([("test.jsonl", [Question("q1", "What is 3 + 4?", "7")])])
+    >>> question = Question(id="q1", text="What is 3 + 4?", answer="7")
+    >>> overlap = Overlap([("test.jsonl", [question])])
     >>> overlap.match("what is 3+4").question.id, overlap.match("What is 3 - 4?")
     ('q1', None)
     """

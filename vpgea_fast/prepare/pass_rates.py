@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vpgea_fast.config import Config, DataFile, as_dict
+from vpgea_fast.config import RENAMED, Config, DataFile, as_dict
 from vpgea_fast.data import Benchmark, DataError, LoadedQuestions, fingerprint
 from vpgea_fast.evaluate import Evaluator, Item, OpenModel, open_model
 from vpgea_fast.metrics import Console
@@ -33,7 +33,8 @@ SETTINGS = {
     "model": ("dtype", "attention"),
     "data": ("max_prompt_tokens",),
     "prompt": ("student", "think_open", "think_close", "think_prefix", "chat_template_kwargs"),
-    "rollout": ("engine", "max_answer_tokens"),
+    "engine": ("name",),
+    "rollout": ("max_answer_tokens",),
     "eval": ("samples", "temperature", "top_p", "max_new_tokens", "seed"),
     "verify": ("name", "target", "timeout_s"),
 }
@@ -70,14 +71,14 @@ def pass_rates(
     block = max(1, -(-WAVES * cfg.rollout.max_batch // cfg.eval.samples))
     header = {"block": block, "questions": fingerprint(questions), **_settings(cfg)}
     with _locked(file) as handle:
-        header, rates = _known(handle, file, header, questions, overwrite)
+        header, rates = _known(handle, file, wanted=header, questions=questions, new=overwrite)
         if len(rates) < len(questions):
             if rates:
                 console.message(
                     f"{file}: goes on behind {len(rates)} of {len(questions)} questions"
                 )
             rest = questions[len(rates) :]
-            rates += _sampled(cfg, rest, handle, header, console)
+            rates += _sampled(cfg, rest, handle=handle, header=header, console=console)
     return rates
 
 
@@ -155,6 +156,7 @@ def _known(
         lines.pop()
     header = _parsed(lines[0], file, 1) if lines else None
     if header is not None:
+        header = {RENAMED.get(key, key): value for key, value in header.items()}
         differ = [k for k in wanted if k != "block" and header.get(k) != wanted[k]]
         if differ and not new:
             shown = f"{differ[0]}: {header.get(differ[0])!r} there, {wanted[differ[0]]!r} now"
@@ -214,7 +216,7 @@ def _sampled(
         asked = _prompted(cfg, model, questions)
         items = tuple(item for item in asked if not isinstance(item, Rate))
         loaded = LoadedQuestions(tuple(question for question, _ in items))
-        shown = model.prompter.shown(items[0][1]) if items else "none fits"
+        shown = model.text.prompter.shown(items[0][1]) if items else "none fits"
         evaluator = model.evaluator(cfg, {"train": Benchmark(items, loaded, shown)})
         for line in evaluator.describe():
             console.message(line)
@@ -228,8 +230,8 @@ def _sampled(
 
 def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> list[Item | Rate]:
     """Each question with its student prompt; a rate without answers for those that a run drops."""
-    plain = [q for q in questions if not model.prompter.has_special(q.text)]
-    ids = model.prompter.student_ids([q.text for q in plain])
+    plain = [q for q in questions if not model.text.prompter.has_special(q.text)]
+    ids = model.text.prompter.student_ids([q.text for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
     limit = cfg.data.max_prompt_tokens
     made: list[Item | Rate] = []

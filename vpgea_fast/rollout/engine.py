@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -138,6 +139,81 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Drawn(NamedTuple):
+    """A path as an engine drew it: ids (n,) int64 and logps (n,) float32 on the CPU, and the place
+    of its request."""
+
+    place: int
+    ids: torch.Tensor
+    logps: torch.Tensor
+    finish: Finish
+
+
+class EngineBase:
+    """What every engine does alike: it orders requests, makes paths of drawn tokens, and counts.
+
+    room, source   positions that a path may have, and the setting that says so
+    complete       the engine has a whole set of weights
+    """
+
+    full_softmax = True
+    """False: where top_p < 1 the log-probs of `_draw` are those of the cut distribution."""
+
+    def __init__(self, room: int | None, source: str, *, complete: bool = False) -> None:
+        self.room, self.source, self.complete = room, source, complete
+        self.used = Usage()
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """See RolloutEngine. Requests are drawn in the order of (prompt length, prompt, seed), so
+        the batches, and with them the float32 logits, do not depend on the order of the caller."""
+        self.check(requests, sampling)
+        if not self.complete:
+            raise ValueError("the rollout model has no whole set of weights: load_weights first")
+        keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
+        order = sorted(range(len(requests)), key=keys.__getitem__)
+        paths: dict[int, Path] = {}
+        # Closed at once when on_progress raises: a stopped engine must not go on drawing.
+        with closing(self._draw([requests[number] for number in order], sampling)) as looks:
+            for ended in looks:
+                for place, ids, logps, finish in ended:
+                    request = requests[order[place]]
+                    if sampling.top_p < 1 and not self.full_softmax:
+                        logps = torch.full_like(logps, torch.nan)
+                    paths[order[place]] = split_path(
+                        request, ids, logps=logps, sampling=sampling, finish=finish
+                    )
+                if on_progress is not None:
+                    on_progress(len(ended))
+        return [paths[number] for number in range(len(requests))]
+
+    def _draw(
+        self, requests: Sequence[SampleRequest], sampling: Sampling
+    ) -> Generator[Sequence[Drawn], None, None]:
+        """Draw every request; yields what has ended since the last look, often nothing."""
+        raise NotImplementedError
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
+        check_room(requests, sampling, self.room, self.source)
+
+    def count(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Add to what `usage` tells."""
+        self.used = self.used._replace(
+            prompt_tokens=self.used.prompt_tokens + prompt_tokens,
+            cached_tokens=self.used.cached_tokens + cached_tokens,
+        )
+
+    def usage(self) -> Usage:
+        """See RolloutEngine."""
+        used, self.used = self.used, Usage()
+        return used
+
+
 def check_room(
     requests: Sequence[SampleRequest], sampling: Sampling, room: int | None, source: str
 ) -> None:
@@ -154,7 +230,7 @@ def check_positions(what: str, *, prompt: int, new: int, room: int | None, sourc
     """ValueError where `prompt` tokens and `new` ones are more than the `room` positions that
     `source` gives."""
     if room is not None and prompt + new > room:
-        larger = f", or raise {source} to {prompt + new}" if source == "vllm.context" else ""
+        larger = f", or raise {source} to {prompt + new}" if source == "engine.context" else ""
         raise ValueError(
             f"{what}: a prompt of {prompt} tokens and up to {new} new ones need {prompt + new} "
             f"positions, but the model has {room} ({source}); lower rollout.max_new_tokens (in an "
@@ -273,7 +349,8 @@ def split_path(
     beyond a limit is dropped here and finish becomes "length".
 
     >>> drawn = torch.tensor([7, 3, 8, 3, 2])
-    >>> request = SampleRequest("q0", "prior", 0, torch.tensor([1]), seed=0)
+    >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
+    >>> request = SampleRequest(**who, prompt_ids=torch.tensor([1]), seed=0)
     >>> full = Sampling(max_new_tokens=4, think_close_id=3, eos_ids=(2,), full_answer=True)
     >>> path = split_path(request, drawn, torch.zeros(5), full, "stop")
     >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed

@@ -9,51 +9,47 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World, pick_device
-from vpgea_fast.rollout import vllm
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
-from vpgea_fast.rollout.server import ServerEngine
+from vpgea_fast.rollout.vllm.engine import VllmEngine
+from vpgea_fast.rollout.vllm.remote import ServerEngine
+from vpgea_fast.rollout.vllm.versions import check_dtype, check_installed
 
 SYNC_DIR = "sync"
-"""Below run.dir: weights on their way to a server, unless vllm.sync_dir says otherwise."""
+"""Below run.dir: weights on their way to a server, unless engine.sync_dir says otherwise."""
 
 
 def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
     """ConfigError, before anything is loaded, for an engine that `processes` cannot run. A server
     needs vLLM where it runs, and here only to send weights over NCCL; what is installed on this
     machine does not matter to a run that is not planned for `here`."""
-    if cfg.rollout.engine != "vllm":
-        if cfg.vllm.server is not None:
-            raise ConfigError(
-                f"vllm.server: got {cfg.vllm.server!r} with rollout.engine "
-                f"{cfg.rollout.engine!r}, which would draw here and not ask it; set rollout.engine "
-                "'vllm', or vllm.server null"
-            )
+    if cfg.engine.name != "vllm":
         return
     if cfg.colocated:
-        vllm.check_dtype(getattr(torch, cfg.model.dtype))
+        check_dtype(getattr(torch, cfg.model.dtype))
         if cfg.vllm.tensor_parallel > 1 and cfg.vllm.process == "own":
             raise ConfigError(
-                f"vllm.tensor_parallel: got {cfg.vllm.tensor_parallel} with vllm.process 'own', "
-                "which makes an engine for each training process; set 1, or vllm.process 'shared'"
+                f"engine.tensor_parallel: got {cfg.vllm.tensor_parallel} with engine.process "
+                "'own', which makes an engine for each training process; set 1, or "
+                "engine.process 'shared'"
             )
         check_group(cfg.vllm.tensor_parallel, processes)
     elif (cfg.vllm.tensor_parallel, cfg.vllm.process) != (1, "shared"):
         raise ConfigError(
-            "vllm.server: got a server with vllm.tensor_parallel or vllm.process, which are of "
-            "engines here; give them to `vpgea serve`, or leave vllm.server out"
+            "engine.server: got a server with engine.tensor_parallel or engine.process, which are "
+            "of engines here; give them to `vpgea serve`, or leave engine.server out"
         )
     if cfg.vllm.sync == "nccl" and cfg.colocated:
         raise ConfigError(
-            "vllm.sync: got 'nccl' without vllm.server; it is how a server gets weights: set "
-            "'auto', or vllm.server"
+            "engine.sync: got 'nccl' without engine.server; it is how a server gets weights: set "
+            "'auto', or engine.server"
         )
     if here and cfg.vllm.sync == "nccl" and pick_device(cfg.model.device).type != "cuda":
         raise ConfigError(
-            "vllm.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
+            "engine.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
         )
     if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
-        vllm.check_installed()
+        check_installed()
 
 
 def positions(cfg: Config) -> int:
@@ -71,7 +67,7 @@ def open_engine(
     """`hf` makes the transformers engine, which samples with a module of the caller's; any other
     is given all its weights through `load_weights` before it samples. A collective."""
     group = 1
-    if cfg.rollout.engine == "hf":
+    if cfg.engine.name == "hf":
         engine = hf()
     elif cfg.vllm.server is not None:
         with world.together():
@@ -89,7 +85,7 @@ def open_engine(
 
 
 def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:
-    return vllm.VllmEngine(
+    return VllmEngine(
         cfg.model.path,
         max_batch=cfg.rollout.max_batch,
         dtype=dtype,

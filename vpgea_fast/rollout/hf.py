@@ -13,7 +13,7 @@ Precision   logits: the model's dtype   log-probs: float32   cumulative sum of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +24,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vpgea_fast import attention
-from vpgea_fast.rollout.engine import (
-    Sampling,
-    Usage,
-    WeightSet,
-    check_room,
-    not_finite,
-    split_path,
-)
-from vpgea_fast.types import Finish, Path, SampleRequest
+from vpgea_fast.rollout.engine import Drawn, EngineBase, Sampling, WeightSet, not_finite
+from vpgea_fast.types import Finish, SampleRequest
 
 ROOM = 64
 """Spare positions that a cache layer allocates when it is full."""
@@ -42,7 +35,7 @@ COMPACT_BELOW = 0.8
 tokens, one CPU core, thousand tokens/s: never 23, 0.6 32, 0.8 31, 0.9 29, at once 23."""
 
 
-class HFEngine:
+class HFEngine(EngineBase):
     """Rollout engine over `model`, a transformers causal LM, where it lies.
 
     dtype        of the forward, by autocast over float32 weights, as the trainer's own forward;
@@ -66,40 +59,24 @@ class HFEngine:
             raise ValueError(
                 f"max_batch, check_every: got {max_batch}, {check_every}; give at least 1"
             )
+        super().__init__(*attention.positions(model.config), complete=complete)
         self.model: Any = model
-        self.complete = complete
         self.max_batch = max_batch
-        self.used = Usage()
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
 
-    def generate(
-        self,
-        requests: Sequence[SampleRequest],
-        sampling: Sampling,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[Path]:
-        """See RolloutEngine. Rows are ordered by (prompt length, prompt, seed) before they are cut
-        into waves, so the batches, and with them the float32 logits, do not depend on the order of
-        the requests."""
-        self.check(requests, sampling)
-        if not self.complete:
-            raise ValueError("the rollout model has no whole set of weights: load_weights first")
-        keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
-        order = sorted(range(len(requests)), key=keys.__getitem__)
-        paths: dict[int, Path] = {}
+    def _draw(
+        self, requests: Sequence[SampleRequest], sampling: Sampling
+    ) -> Generator[Sequence[Drawn], None, None]:
+        """Waves of max_batch rows, one after the other."""
         autocast = torch.autocast(
             self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
         with torch.no_grad(), _eval_mode(self.model), autocast:
-            for start in range(0, len(order), self.max_batch):
-                numbers = order[start : start + self.max_batch]
-                wave = [requests[number] for number in numbers]
-                for finished in self._decode(wave, sampling):
-                    paths.update((numbers[row], path) for row, path in finished)
-                    if on_progress is not None:
-                        on_progress(len(finished))
-        return [paths[number] for number in range(len(requests))]
+            for start in range(0, len(requests), self.max_batch):
+                wave = requests[start : start + self.max_batch]
+                for ended in self._decode(wave, sampling):
+                    yield [drawn._replace(place=start + drawn.place) for drawn in ended]
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -118,26 +95,17 @@ class HFEngine:
         weights.check()
         self.complete = True
 
-    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
-        """See RolloutEngine."""
-        check_room(requests, sampling, *attention.positions(self.model.config))
-
     def rest(self) -> None:
         """Nothing to give back: the cache of a wave lives as long as the wave."""
-
-    def usage(self) -> Usage:
-        """Prompts that share a wave are run once."""
-        used, self.used = self.used, Usage()
-        return used
 
     def close(self) -> None:
         self.model = None
 
     def _decode(
         self, requests: Sequence[SampleRequest], sampling: Sampling
-    ) -> Iterator[list[tuple[int, Path]]]:
-        """Decode one wave; yields (place in `requests`, path) of the rows that have left it, at
-        every look: most yield nothing, and let a caller stop."""
+    ) -> Iterator[list[Drawn]]:
+        """Decode one wave; yields the rows that have left it, at every look: most yield nothing,
+        and let a caller stop."""
         logits_RV, cache, batch = self._prefill(requests, sampling)
         for step in range(sampling.limit):
             batch.record(step, *draw(logits_RV, batch.uniform_LR[step], sampling), sampling)
@@ -146,7 +114,7 @@ class HFEngine:
                 running_R = batch.length_R == 0
                 running = int(running_R.sum())
                 if running <= COMPACT_BELOW * len(batch.numbers):
-                    yield batch.finished(requests, sampling)
+                    yield batch.finished(sampling)
                     if running == 0:
                         return
                     keep_K = running_R.nonzero()[:, 0]
@@ -172,10 +140,7 @@ class HFEngine:
         ]
         width, limit, rows = max(map(len, distinct)), sampling.limit, len(requests)
         asked = sum(request.prompt_ids.numel() for request in requests)
-        self.used = Usage(
-            self.used.prompt_tokens + asked,
-            self.used.cached_tokens + asked - sum(map(len, distinct)),
-        )
+        self.count(asked, asked - sum(map(len, distinct)))
         ids_PW = torch.full((len(distinct), width), sampling.pad_id)
         mask_PS = torch.ones(len(distinct), width + limit, dtype=torch.long)
         for prompt, number in distinct.items():
@@ -262,23 +227,20 @@ class _Batch:
             question = requests[self.numbers[row]].question_id
             raise not_finite(question, since + step)
 
-    def finished(
-        self, requests: Sequence[SampleRequest], sampling: Sampling
-    ) -> list[tuple[int, Path]]:
-        """(place in the wave, path) of the rows that have ended."""
+    def finished(self, sampling: Sampling) -> list[Drawn]:
+        """The rows that have ended, by their places in the wave."""
         done_K = self.length_R.nonzero()[:, 0]
         steps = int(self.length_R.max())
         tokens_KL = self.tokens_LR[:steps, done_K].T.cpu()
         logps_KL = self.logps_LR[:steps, done_K].T.cpu()
-        paths = []
+        ended = []
         for k, (row, length) in enumerate(
             zip(done_K.tolist(), self.length_R[done_K].tolist(), strict=True)
         ):
             ids, logps = tokens_KL[k, :length], logps_KL[k, :length]
             finish: Finish = "stop" if int(ids[-1]) in sampling.stop_ids else "length"
-            number = self.numbers[row]
-            paths.append((number, split_path(requests[number], ids, logps, sampling, finish)))
-        return paths
+            ended.append(Drawn(self.numbers[row], ids, logps, finish))
+        return ended
 
     def select(self, keep_K: torch.Tensor) -> None:
         self.numbers = [self.numbers[row] for row in keep_K.tolist()]

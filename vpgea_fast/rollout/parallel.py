@@ -24,8 +24,8 @@ def check_group(group: int, size: int) -> None:
     """ConfigError unless `size` processes make whole engines of `group` each."""
     if size % group:
         raise ConfigError(
-            f"vllm.tensor_parallel: got {group}, expected a divisor of the {size} processes; take "
-            "the GPUs of a node, or 1"
+            f"engine.tensor_parallel: got {group}, expected a divisor of the {size} processes; "
+            "take the GPUs of a node, or 1"
         )
 
 

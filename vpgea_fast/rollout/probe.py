@@ -82,7 +82,9 @@ class SyncProbe:
         self.least_gap = min(8 * eps, self.tolerance / 32)
         self.sampling = Sampling(min(TOKENS, limit), think_close_id=-1, eos_ids=(), temperature=0.0)
         self.requests = [
-            SampleRequest(f"probe {engine}", "prior", i, prompt, seed=0)
+            SampleRequest(
+                question_id=f"probe {engine}", stream="prior", index=i, prompt_ids=prompt, seed=0
+            )
             for engine in range(engines)
             for i, prompt in enumerate(prompts)
         ]
@@ -100,7 +102,7 @@ class SyncProbe:
                 f"{gaps.numel()} log-probs {mean:.2g}, allowed {self.tolerance:.2g}, largest "
                 f"{largest:.2g}; the engine has other weights than the trainer, or computes "
                 "otherwise (another dtype, a scaled head): the last checkpoint is good, go on with "
-                "--resume and rollout.engine 'hf', or raise rollout.probe_tolerance if the dtype "
+                "--resume and engine.name 'hf', or raise rollout.probe_tolerance if the dtype "
                 "explains it"
             )
         before = self.changed or now
@@ -125,10 +127,16 @@ class SyncProbe:
         self.engine.usage()
         if not all(path.z_ids.numel() for path in paths):
             raise RolloutError(
-                "the engine gave up a probe before its first token; raise vllm.timeout_s"
+                "the engine gave up a probe before its first token; raise engine.timeout_s"
             )
         rows = [
-            TrainRow(r.prompt_ids, p.z_ids, torch.zeros(p.z_ids.numel()), "prior", "student")
+            TrainRow(
+                context_ids=r.prompt_ids,
+                token_ids=p.z_ids,
+                coef=torch.zeros(p.z_ids.numel()),
+                stream="prior",
+                view="student",
+            )
             for r, p in zip(self.requests, paths, strict=True)
         ]
         scored = [logps.cpu().double() for logps in self.score(rows)]

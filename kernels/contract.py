@@ -1,0 +1,163 @@
+"""The records that pass between the losses, the ops and the backends of the head.
+
+T tokens, K rows that take part, D hidden, V vocabulary. `Inputs` and `Settings` are the arguments
+of a torch op, flat; the other records are those of `head_pass`, which every backend implements
+with one signature:
+
+    head_pass(
+        hidden_TD, head, targets_K, *, rows_K, entropy, upstream, sinks, chunk_bytes
+    ) -> Values
+
+An option of the head has its line in `Settings` (with its default), its bounds in NUMBERS, and its
+line in `Head`; its meaning is in the formula of `Head`, which reference.py spells out.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The head of one pass, and the temperatures of its rows.
+
+    a = logit_scale (h . w) + bias        z = softcap tanh(a / softcap) / temperature
+    """
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    temperature: float | Tensor = 1.0  # (K,) where it is a tensor
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class Needs(NamedTuple):
+    """Which gradients a call wants: Needs(hidden=True, weight=True, bias=False)."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """Gradients of the loss by each row's values, each (K,); None: nobody used that value."""
+
+    logp: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def by_logits(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """(K, 3), 0 for None, divided by the temperature: what reaches a row's logits."""
+        zero_K = torch.zeros_like(self.logp, dtype=dtype)
+        columns = (self.logp, self.lse, self.entropy)
+        columns_K3 = torch.stack([zero_K if x is None else x.to(dtype) for x in columns], dim=1)
+        divisor = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+        return columns_K3 / divisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinks:
+    """Where a pass puts its gradients; None: not wanted, and costs nothing.
+
+    Rows of `hidden` are overwritten. `weight` and `bias` (float32, float64 for float64 inputs) are
+    added to.
+    """
+
+    hidden: Tensor | None = None  # (T, D)
+    weight: Tensor | None = None  # (V, D)
+    bias: Tensor | None = None  # (V,)
+
+
+NO_SINKS = Sinks()
+
+
+class Values(NamedTuple):
+    """What a pass knows of each row, (K,) float32, float64 for float64 inputs."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; temperature_T is None for a float, rows None for all."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    targets_T: Tensor
+    temperature_T: Tensor | None
+    rows: Tensor | None
+
+
+INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperatures, Tensor? rows"
+)
+
+
+class Settings(NamedTuple):
+    """The options of a call that are no tensors: the last arguments of every op, in this order.
+
+    operands: what hidden and weight are cast to, once per pass; autocast's dtype, or their own.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    ignore_index: int = -100
+    backend: str = "auto"
+    chunk_bytes: int | None = None
+    batch_invariant: bool = False
+    validate: bool = False
+    operands: torch.dtype = torch.float32
+
+    def head(self, weight_VD: Tensor, bias_V: Tensor | None, temperature: float | Tensor) -> Head:
+        return Head(
+            weight=weight_VD,
+            bias=bias_V,
+            temperature=temperature,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
+
+
+_SCHEMA_TYPES = {float: "float", int: "int", str: "str", bool: "bool", torch.dtype: "ScalarType"}
+
+
+def _schema_type(hint: object) -> str:
+    """float | None is the schema's `float?`."""
+    if isinstance(hint, types.UnionType):
+        return _SCHEMA_TYPES[hint.__args__[0]] + "?"
+    return _SCHEMA_TYPES[hint]  # pyright: ignore[reportArgumentType]
+
+
+SETTINGS = ", ".join(
+    f"{_schema_type(hint)} {name}" for name, hint in get_type_hints(Settings).items()
+)
+"""The schema of `Settings`: "float temperature, float? softcap, ..."."""
+
+
+class Bounds(NamedTuple):
+    """What a number of `Settings` may be; beyond low and high float32 has 0 or inf."""
+
+    expected: str  # in words
+    low: float
+    high: float
+    whole: bool = False
+
+
+FLOAT32 = torch.finfo(torch.float32)
+INT64 = (1 << 63) - 1
+NUMBERS = {
+    "temperature": Bounds("a positive number or (T,)", FLOAT32.tiny, FLOAT32.max),
+    "softcap": Bounds("a positive number or None", FLOAT32.tiny, FLOAT32.max),
+    "logit_scale": Bounds("a finite number", -FLOAT32.max, FLOAT32.max),
+    "ignore_index": Bounds("an int", -INT64 - 1, INT64, whole=True),
+    "chunk_bytes": Bounds("a positive int or None", 1, INT64, whole=True),
+}
+"""The numbers of `Settings`; None passes where it is the default."""

@@ -1,0 +1,106 @@
+"""Every key that a run writes is in the book, and the book holds no key that no run writes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from vpgea_fast import book, config
+from vpgea_fast.trainer import Trainer
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+RUNS = {
+    "robust": {"train.resample_rounds": 1},
+    "paper": {"objective.preset": "paper", "rollout.importance_cap": 2.0},
+    "grpo": {"objective.name": "grpo", "eval.data": "[]"},
+    "sharded": {"parallel.shard": "always", "eval.data": "[]"},
+}
+"""Together they take every branch that logs. A sharded model is handed over to its engine, and
+without a benchmark eval.every asks for nothing."""
+
+
+def write_run(words):
+    """Two steps with all diagnostics and the evaluation between; the files of the run."""
+    cfg = config.load(TINY, words)
+    with Trainer(cfg) as trainer:
+        trainer.evaluate_once("before")
+        for _ in range(2):
+            trainer.finish_step(trainer.train_step())
+    run_dir = Path(cfg.run.dir)
+    steps, paths = ((run_dir / f"{name}.jsonl").read_text("utf-8") for name in ("metrics", "paths"))
+    return {
+        "steps": [json.loads(line) for line in steps.splitlines()],
+        "paths": [json.loads(line) for line in paths.splitlines()],
+        "eval": json.loads((run_dir / "eval.json").read_text("utf-8")) if cfg.eval.data else {},
+    }
+
+
+@pytest.fixture(scope="module")
+def written(tiny_world, tmp_path_factory):
+    """What each of RUNS wrote."""
+    fixed = {
+        "model.path": tiny_world.base_dir,
+        "data.train": tiny_world.train_path,
+        "eval.data": f"[{tiny_world.test_path}]",
+        "eval.limit": 2,
+        "eval.every": 1,
+        "train.questions_per_step": 2,
+        "train.steps": 2,
+        "objective.group_size": 4,
+        "metrics.diag_every": 1,
+        "checkpoint.export": "false",
+    }
+    files = {}
+    for name, more in RUNS.items():
+        settings = {**fixed, **more, "run.dir": tmp_path_factory.mktemp("book") / name}
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        files[name] = (
+            run_ranks(write_run, words, size=1)[0] if name == "sharded" else write_run(words)
+        )
+    return files
+
+
+def test_the_steps_of_all_runs_and_the_book_have_the_same_keys(written):
+    logged = {key for run in written.values() for step in run["steps"] for key in step}
+    assert logged - book.METRICS.keys() == set(), "logged, and not in vpgea_fast/book.py"
+    assert book.METRICS.keys() - logged == set(), "in vpgea_fast/book.py, and never logged"
+
+
+def test_evaluations_and_the_book_have_the_same_keys(written):
+    modes = [written["robust"]["eval"]["before"][mode] for mode in book.MODES]
+    parts = [part for mode in modes for part in mode["benchmarks"].values()]
+    keys = {key for result in [*modes, *parts] for key in result}
+    assert keys - {"benchmarks"} == book.EVALUATION.metrics.keys()
+
+
+def test_paths_and_the_book_have_the_same_keys(written):
+    keys = {key for run in written.values() for path in run["paths"] for key in path}
+    assert keys == book.PATHS.metrics.keys()
+
+
+def test_shares_and_switches_keep_to_their_unit(written):
+    bounded = {key for key, metric in book.METRICS.items() if metric.unit in ("share", "0 or 1")}
+    seen = [
+        (name, key, step[key])
+        for name, run in written.items()
+        for step in run["steps"]
+        for key in bounded & step.keys()
+        if step[key] is not None
+    ]
+    assert {key for _, key, _ in seen} == bounded - {"mfu"}
+    assert [entry for entry in seen if not 0 <= entry[2] <= 1] == []
+
+
+def test_no_key_stands_twice_and_every_meaning_is_short_sentences():
+    chapters = [*book.STEP, book.EVALUATION, book.PATHS]
+    assert len(book.METRICS) == sum(len(chapter.metrics) for chapter in book.STEP)
+    for chapter in chapters:
+        for key, (unit, text) in chapter.metrics.items():
+            assert re.fullmatch(r"[a-z][a-z0-9_]*", key)
+            assert unit
+            assert text.endswith(".")
+            assert text[0] == text[0].upper()
+            for sentence in re.split(r"(?<=[.;:]) ", text):
+                assert len(sentence.split()) <= 25, f"{key}: {sentence}"

@@ -1,0 +1,350 @@
+"""The book of metrics: what every number that a run writes means, and in which unit.
+
+One table for metrics.jsonl, one for eval.json and one for paths.jsonl. The report's tooltips,
+`vpgea keys --metrics` and docs/metrics.md come from here; tests/test_book.py holds the tables equal
+to what runs write, in both directions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MODES = ("sampled", "greedy")
+"""The two ways in which an evaluation draws answers."""
+LOGGED = ("acc", "tokens", "eps3", "truncated")
+"""What a step's line repeats of an evaluation during training."""
+
+
+class Metric(NamedTuple):
+    """Unit and meaning of one key."""
+
+    unit: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text} [{self.unit}]"
+
+
+class Chapter(NamedTuple):
+    """Metrics that are logged together: when, and each one's meaning."""
+
+    title: str
+    when: str
+    metrics: dict[str, Metric]
+
+
+def _table(text: str) -> dict[str, Metric]:
+    """Metrics by their key, from lines `key | unit` with the meaning indented below each."""
+    entries = re.findall(r"^(\w+) \| (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    return {key: Metric(unit, " ".join(meaning.split())) for key, unit, meaning in entries}
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+EVALUATION = Chapter(
+    "eval.json",
+    "Before and after training: `step`, and an object for each mode, `sampled` and `greedy`. "
+    "Under `benchmarks` the same keys stand once for each benchmark.",
+    _table("""
+acc | share
+    Share of answers that are right; mean over benchmarks.
+acc_low | share
+    Lower end of the 95 % bootstrap interval of acc, over questions.
+acc_high | share
+    Upper end of the 95 % bootstrap interval of acc, over questions.
+tokens | tokens
+    Mean generated tokens per answer, thought included and cut ones too; mean over benchmarks.
+eps3 | %² per token
+    (100 acc)² / tokens, mean over benchmarks.
+eps3_mean | %² per token
+    (100 acc)² / tokens of the means over benchmarks; of several benchmarks only.
+truncated | share
+    Share of answers that the token limit cut, mean over benchmarks; a cut thought counts as
+    wrong.
+n | answers
+    Answers drawn.
+questions | questions
+    Questions asked.
+dropped | questions
+    Questions of the files that were left out, with reasons in the run's output.
+errors | answers
+    Answers that the engine gave up.
+"""),
+)
+
+PATHS = Chapter(
+    "paths.jsonl",
+    "One line per path, for the first metrics.paths_per_step paths of each stream.",
+    _table("""
+step | step
+    The step that drew the path, from 1.
+question_id | text
+    The question's id.
+stream | text
+    `posterior`: drawn from the teacher's prompt; `prior`: from the student's.
+index | number
+    The path's place among those of its question, from 0.
+length | tokens
+    Tokens of the thought, its closing token included.
+finish | text
+    `stop`: ended by itself; `length`: cut at the token limit; `error`: given up by the engine.
+closed | true or false
+    Whether the thought ended with its closing token.
+correct | true or false
+    Whether the sampled answer is right; null without rollout.full_answer.
+reward | nats
+    R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
+eta | ratio
+    Length factor (base length / length)^alpha; above 1 for a path shorter than the base.
+utility | nats
+    S = R eta, what the advantage compares.
+advantage | standard deviations
+    (S - mean) / (std + eps) within the question's group; 0 in a group without spread.
+u | nats
+    U = log P(answer given question and path) in the student's view.
+log_utility | nats
+    U + log eta without clip, what the ELBO averages.
+text | text
+    The thought, decoded.
+answer | text
+    What was sampled after the thought, decoded.
+ids | token ids
+    The thought as the engine drew it.
+"""),
+)
+
+STEP = (
+    Chapter(
+        "Step and update",
+        "Every step; kl_gated where a row was distilled.",
+        _table("""
+step | step
+    The number of this step, from 1.
+lr | rate
+    Learning rate of this step.
+loss | nats
+    What the update minimised, constants included: loss_pg + loss_distill.
+loss_pg | nats
+    Sum over rows in their own view of coefficient times log-prob, summed over tokens.
+loss_distill | nats
+    Sum over distilled rows of coefficient times (log p - log q), beta included; 0 where the
+    views agree.
+grad_norm | norm
+    Norm of the whole gradient before clipping, over all processes; 0 without a gradient, null
+    where not finite.
+skipped | 0 or 1
+    1: no update, since no path had a gradient or it was not finite; 0: updated.
+kl_gated | nats per token
+    Mean of log q - log p over the tokens of distilled rows: how far the student is from the
+    gated paths.
+"""),
+    ),
+    Chapter(
+        "Paths and answers",
+        "Every step, over the paths of each stream that the objective draws. "
+        "Accuracies need rollout.full_answer; u_* need an objective that scores answers.",
+        _table("""
+len_prior | tokens
+    Mean thought length of the student's paths, cut ones included.
+len_post | tokens
+    Mean thought length of the teacher's paths, cut ones included.
+trunc_prior | share
+    Share of the student's paths whose thought was cut at the token limit.
+trunc_post | share
+    Share of the teacher's paths whose thought was cut at the token limit.
+u_prior | nats
+    Mean U = log P(answer given path), student view, over the student's paths with finite U.
+u_prior_p10 | nats
+    10th percentile of U over the student's paths.
+u_prior_p50 | nats
+    Median of U over the student's paths.
+u_post | nats
+    Mean U = log P(answer given path), student view, over the teacher's paths with finite U.
+u_post_p10 | nats
+    10th percentile of U over the teacher's paths.
+u_post_p50 | nats
+    Median of U over the teacher's paths.
+acc_student | share
+    Share of the student's paths whose sampled answer is right.
+acc_teacher | share
+    Share of the teacher's paths whose sampled answer is right.
+eps3_student | %² per token
+    (100 acc_student)² / mean generated tokens of the student's paths, answers included.
+paths_error | paths
+    Paths that the engine gave up, and one per question whose scoring answers it gave up.
+groups_dropped | questions
+    Questions left out of update and means, because the engine gave up a path or a scoring
+    answer.
+paths_written | lines
+    Lines that this step wrote to paths.jsonl.
+"""),
+    ),
+    Chapter(
+        "Utility, advantage and gate",
+        "Every step. gate_rate, len_gated*, utility and u_replaced belong to vpgea.",
+        _table("""
+accept_rate | share
+    Share of the teacher's paths with R above 0; grpo: share of paths that are right.
+gate_rate | share
+    Share of the teacher's paths with a positive advantage: those that the student is trained
+    on.
+len_gated | tokens
+    Mean length of the gated paths of all questions; null where none is gated. Groups with many
+    gated paths weigh more.
+len_gated_ratio | ratio
+    Mean over gated paths of length / mean length of the group; below 1 where the gate prefers
+    short paths.
+groups_all_rejected | questions
+    Questions whose paths all have R = 0 (grpo: are all wrong).
+groups_zero_var | questions
+    Questions without a gradient: every advantage is exactly 0.
+std_s | nats
+    Standard deviation of S within a group, mean over questions (grpo: of its reward).
+utility | nats
+    Mean S = R eta over the teacher's paths.
+u_replaced | paths
+    Paths of both streams whose U was not finite and became objective.u_min.
+net_token_push | tokens
+    Sum over paths of advantage times length; below 0 the update favours shorter paths.
+tokens_replaced | tokens
+    Tokens of questions that train.resample_rounds replaced; 0 without resampling.
+"""),
+    ),
+    Chapter(
+        "Monitors of the theory",
+        "Every step of vpgea, means over questions (arXiv 2605.11019, Proposition 1). "
+        "The last three need objective.prior_samples of 2 or more.",
+        _table("""
+adv_post | likelihood
+    Mean L eta of the teacher's paths minus that of the student's, L = exp U; below 0 there is
+    nothing to distil.
+e_qstar_s | likelihood
+    Mean L eta under the exact posterior, estimated by weights L on the student's paths.
+cov_ls | likelihood²
+    Covariance of L and L eta over the student's paths of a question.
+prop1_gap | likelihood
+    What the exact posterior would gain over the student: cov_ls / mean L.
+share_cov_negative | share
+    Share of questions with a negative covariance: there objective.alpha is too large.
+"""),
+    ),
+    Chapter(
+        "Engine against trainer",
+        "mismatch_* with every update, importance_capped with rollout.importance_cap. "
+        "probe_* after a hand-over of weights (vLLM, or a sharded model), by rollout.probe_every.",
+        _table("""
+mismatch_mean | ratio
+    Mean exp of the absolute log-prob gap of engine and trainer, over trained tokens in their
+    own view; 1: equal.
+mismatch_max | nats
+    Largest absolute log-prob gap of engine and trainer over those tokens; 0: equal.
+mismatch_ratio_min | ratio
+    Smallest p_trainer / p_engine over those tokens; 1: equal.
+mismatch_ratio_max | ratio
+    Largest p_trainer / p_engine over those tokens; 1: equal.
+mismatch_outside | share
+    Share of those tokens whose ratio is outside 0.9 to 1.1.
+importance_capped | share
+    Share of trained tokens whose ratio p_trainer / p_engine the cap cut.
+probe_mean | nats
+    Mean absolute log-prob gap of engine and trainer over greedy probe tokens, after a
+    hand-over.
+probe_max | nats
+    Largest absolute log-prob gap of engine and trainer over the probe tokens.
+prefix_hit_rate | share
+    Share of prompt tokens that the engine found in its cache; 0 for engine hf.
+rest_freed_mib | MiB
+    Device memory that the engine gave back between sampling and training; 0 for engine hf.
+"""),
+    ),
+    Chapter(
+        "Diagnostics of the two views",
+        "Every metrics.diag_every steps, over all tokens of the teacher's paths (vpgea).",
+        _table("""
+kl_q_pi | nats per token
+    KL(q || pi): mean over tokens of the teacher's log-prob minus the student's; 0: the views
+    agree.
+kl_q_pi_max | nats
+    Largest such difference of one token.
+entropy_teacher | nats per token
+    Entropy of the next token under the teacher's prompt, mean over tokens.
+entropy_student | nats per token
+    Entropy of the next token under the student's prompt, mean over tokens.
+hint_token_rate | share
+    Share of tokens that are 5 nats likelier under the hint, the first of each path not
+    counted.
+elbo | nats
+    Mean of log L + log eta minus KL(q || pi) per path: a lower bound of the log expected
+    utility.
+early_answer_rate | share
+    Share of the teacher's paths whose first fifth spells the answer; watch its change, not its
+    level.
+grad_norm_pg | norm
+    Gradient norm of the policy-gradient rows alone; absent without such rows.
+grad_norm_distill | norm
+    Gradient norm of the distilled rows alone; absent without such rows.
+"""),
+    ),
+    Chapter(
+        "Work, speed and memory",
+        "Every step; plan_* with every update.",
+        _table("""
+tokens_generated | tokens
+    Tokens sampled in this step, those of replaced questions included.
+tokens_trained | tokens
+    Prompt and thought tokens of all rows that have a gradient.
+tokens_gated_off | tokens
+    Prompt and thought tokens of rows that were not trained, because their coefficient is 0.
+tokens_per_s | tokens per s
+    (tokens_generated + tokens_trained) / seconds of all phases of the step.
+train_tokens_per_s | tokens per s
+    tokens_trained per second of time_train_s, over all processes.
+mfu | share
+    Model FLOPs per second of the update, of the bfloat16 peak of all devices; null for unknown
+    devices.
+peak_memory_mib | MiB
+    Peak memory so far, maximum over processes (device memory; host RSS on a CPU).
+plan_rounds | micro-batches
+    Micro-batches of each process in this update.
+plan_dummy_tokens | tokens
+    Tokens of empty micro-batches, with which a process keeps pace with the others.
+plan_flops_imbalance | ratio
+    Largest work of a process / mean work of a process; 1: balanced.
+plan_flops_waiting | ratio
+    Sum over rounds of the largest work of a process / mean work of a process; 1: nobody waits.
+time_rollout_s | s
+    Sampling of the paths.
+time_score_s | s
+    Scoring: U of every path, and verification of answers.
+time_advantage_s | s
+    Advantages and coefficients.
+time_importance_s | s
+    Forward for the importance weights; about 0 without rollout.importance_cap.
+time_diagnose_s | s
+    Diagnostics; the costly ones every metrics.diag_every steps.
+time_train_s | s
+    Forward, backward and optimiser step.
+time_sync_s | s
+    Hand-over of the weights to the engine, and its probe.
+"""),
+    ),
+    Chapter(
+        "Evaluation during training",
+        "Every eval.every steps, in the line of the step that follows.",
+        {
+            "eval_step": Metric("step", "The last step whose update the evaluated weights have."),
+            **{
+                f"eval_{mode}_{key}": Metric(unit, f"{mode.capitalize()} answers: {_lower(text)}")
+                for mode in MODES
+                for key, (unit, text) in EVALUATION.metrics.items()
+                if key in LOGGED
+            },
+        },
+    ),
+)
+"""metrics.jsonl: one line per step, of the whole step over all processes."""
+
+METRICS = {key: metric for chapter in STEP for key, metric in chapter.metrics.items()}

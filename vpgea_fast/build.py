@@ -1,0 +1,224 @@
+"""The stages of a training run, made once by `build` and handed to the trainer as one record.
+
+    intake (questions, benchmarks) -> check_config -> policy, optimiser -> engine -> probe
+                                                              -> evaluator, collector
+
+Everything that can be refused without a weight is refused before the policy is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vpgea_fast.check import check_config
+from vpgea_fast.checkpoint import Saver
+from vpgea_fast.collect import Collector
+from vpgea_fast.config import Config, VpgeaConfig
+from vpgea_fast.data import step_shares
+from vpgea_fast.distributed import World
+from vpgea_fast.evaluate import Evaluator, make_sampling
+from vpgea_fast.intake import Intake, open_text, read
+from vpgea_fast.measure import Measure
+from vpgea_fast.metrics import Console, model_flops
+from vpgea_fast.model import Policy, load_policy, make_replica
+from vpgea_fast.optim import build_optimizer
+from vpgea_fast.passes import Passes
+from vpgea_fast.prompts import length_report
+from vpgea_fast.rollout.engine import RolloutEngine
+from vpgea_fast.rollout.factory import open_engine
+from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.rollout.probe import Score, SyncProbe
+from vpgea_fast.types import PromptedQuestion, TrainRow
+from vpgea_fast.verify import Verifier
+
+Progress = Callable[[int], Callable[[int], None]]
+"""`progress(total)` gives the function that is told of newly finished samples."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a trainer works with. It alone holds the model, so dropping it frees the model."""
+
+    intake: Intake
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    passes: Passes
+    saver: Saver
+    engine: RolloutEngine
+    probe: SyncProbe
+    evaluator: Evaluator
+    collector: Collector
+    measure: Measure
+    verifier: Verifier
+
+    def close(self) -> None:
+        """End what runs beside this process: the engine, and the workers that judge."""
+        try:
+            self.engine.close()
+        finally:
+            self.verifier.close()
+
+
+def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
+    """Make every stage of `cfg`, or leave nothing running. A collective.
+
+    Errors: ValueError, with its key and the remedy, for what cannot work.
+    """
+    with ExitStack() as undo:
+        verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
+        intake = _read(cfg, world, verifier)
+        policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
+        optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
+        passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
+        saver = Saver(
+            Path(cfg.run.dir),
+            world=world,
+            model=policy,
+            optimizer=optimizer,
+            keep_last=cfg.checkpoint.keep_last,
+            background=cfg.checkpoint.background,
+        )
+        engine = _build_engine(cfg, world, policy)
+        undo.callback(engine.close)
+
+        def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+            return passes(lambda batch, _: policy.logprob(batch), rows)
+
+        text, first = intake.text, intake.questions[0]
+        probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
+        sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
+        # Both refuse, before the first step, a path that the engine has no room for.
+        evaluator = Evaluator(
+            cfg,
+            engine=engine,
+            benchmarks=intake.benchmarks,
+            sampling=sampling,
+            decode=text.decode,
+            verifier=verifier,
+        )
+        collector = Collector(
+            cfg,
+            intake.questions,
+            row_logprobs=score,
+            engine=engine,
+            sampling=sampling,
+            decode=text.decode,
+            verifier=verifier,
+            progress=progress,
+        )
+        collector.check()
+        undo.pop_all()
+    return Stages(
+        intake=intake,
+        policy=policy,
+        optimizer=optimizer,
+        passes=passes,
+        saver=saver,
+        engine=engine,
+        probe=probe,
+        evaluator=evaluator,
+        collector=collector,
+        measure=Measure(cfg=cfg, world=world, policy=policy, passes=passes, decode=text.decode),
+        verifier=verifier,
+    )
+
+
+def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
+    """The questions and benchmarks, and all that they and the model's shapes can refuse."""
+    text = open_text(cfg, world.size)
+    with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
+        judge = console.watched(verifier.accepts_itself, "reference answers")
+        intake = read(cfg, text, judge, world)
+    check_config(
+        cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
+    )
+    return intake
+
+
+def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
+    """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
+
+    def hf() -> HFEngine:
+        return HFEngine(
+            make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
+            max_batch=cfg.rollout.max_batch,
+            dtype=None if policy.sharded else policy.dtype,
+            complete=not policy.sharded,
+        )
+
+    return open_engine(cfg, world, dtype=policy.dtype, hf=hf)
+
+
+def _build_probe(
+    cfg: Config,
+    world: World,
+    policy: Policy,
+    *,
+    engine: RolloutEngine,
+    score: Score,
+    first: PromptedQuestion,
+) -> SyncProbe:
+    """Two prompts, one a view, are probed after a hand-over: see rollout/probe.py."""
+    return SyncProbe(
+        engine,
+        score,
+        [first.student_ids, first.teacher_ids],
+        engines=world.size,
+        limit=cfg.rollout.max_new_tokens,
+        dtype=policy.dtype,
+        tolerance=cfg.rollout.probe_tolerance,
+    )
+
+
+def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
+    """Both prompts, their lengths, what will be drawn, and what the preset leaves out."""
+    intake, policy = stages.intake, stages.policy
+    first, prompter = intake.questions[0], intake.text.prompter
+    # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
+    yield f"student prompt: {prompter.shown(first.student_ids)}"
+    if cfg.objective.posterior_paths:
+        yield f"teacher prompt: {prompter.shown(first.teacher_ids)}"
+    yield intake.counts
+    yield from intake.lines()
+    for name, benchmark in intake.benchmarks.items():
+        for line in benchmark.loaded.lines():
+            yield f"benchmark {name}: {line}"
+    if cfg.data.weights is not None:
+        shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
+        yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
+    yield f"prompt tokens: {length_report(intake.questions)}"
+    paths = cfg.objective.posterior_paths + cfg.objective.prior_paths
+    yield (
+        f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
+        f"questions x {paths} paths = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
+    )
+    shards = f", sharded over {world.size} processes" if policy.sharded else ""
+    yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
+    yield str(policy.attention)
+    yield from _caveats(cfg)
+
+
+def _caveats(cfg: Config) -> Iterator[str]:
+    """What a user of these settings should know before trusting the curves."""
+    if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
+        yield (
+            "preset robust: its counterfactual leak guard is not built yet; a path that states "
+            "the answer passes"
+        )
+    if isinstance(cfg.objective, VpgeaConfig) and not cfg.rollout.full_answer:
+        yield (
+            "rollout.full_answer is false: no answer is verified while training, so the alarm "
+            "for a falling accuracy is blind"
+        )
+    if cfg.rollout.top_p < 1:
+        yield (
+            f"rollout.top_p {cfg.rollout.top_p} < 1: paths are not drawn from the model that "
+            "the gradient assumes; use 1.0"
+        )

@@ -1,0 +1,215 @@
+"""What a run needs of its configuration, model and machine: refused before a weight is loaded.
+
+`check_config` is the same for a run, a dry run and a test of a large preset: it reads lengths and
+shapes, and asks the machine only where the run is planned for this one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from vpgea_fast import attention, families
+from vpgea_fast.config import Config, ConfigError
+from vpgea_fast.data import Benchmark
+from vpgea_fast.distributed import check_world, pick_device
+from vpgea_fast.estimate import GIB
+from vpgea_fast.optim import check_torchao
+from vpgea_fast.rollout.engine import check_positions
+from vpgea_fast.types import PromptedQuestion, View
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machines that a run is planned for: `processes`, one a device of `device_bytes`, `node`
+    of them a node; `here` when they are this machine, whose packages then matter."""
+
+    processes: int
+    device_bytes: int
+    cuda: bool
+    node: int = 8
+    here: bool = True
+
+
+def target(cfg: Config, *, processes: int | None = None, device_gib: float | None = None) -> Target:
+    """This machine as torchrun started it, or so many CUDA devices of `device_gib` each."""
+    size = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if device_gib is not None:
+        return Target(size, int(device_gib * GIB), cuda=True, here=False)
+    cuda = pick_device(cfg.model.device).type == "cuda"
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+    return Target(size, _device_memory(cuda), cuda, node)
+
+
+def check_config(
+    cfg: Config,
+    model_config: Any,
+    world_size: int,
+    *,
+    questions: Sequence[PromptedQuestion] = (),
+    benchmarks: Mapping[str, Benchmark] = MappingProxyType({}),
+    on: Target | None = None,
+) -> None:
+    """ValueError for what cannot work, with the key, what it got, what is expected, and what to
+    do; before any weight is loaded. Lengths are those of `questions` and `benchmarks`, else the
+    limits of the configuration.
+    """
+    on = on or target(cfg, processes=world_size)
+    # The family first: the lengths and shapes below are read from a config that is understood.
+    check_world(cfg.parallel, world_size)
+    _check_model(cfg, model_config)
+    _check_lengths(cfg, model_config, questions)
+    _check_positions(cfg, model_config, questions, benchmarks)
+    _check_precision(cfg, world_size, on)
+    if on.here:
+        device = pick_device(cfg.model.device)
+        attention.choose_for(
+            model_config, cfg.model.attention, device, getattr(torch, cfg.model.dtype)
+        )
+        _check_packages(cfg, on)
+
+
+def _check_model(cfg: Config, model: Any) -> None:
+    families.measure(model)
+    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    heads = model.num_attention_heads
+    keys = getattr(model, "num_key_value_heads", None) or heads
+    columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name
+    rest = (heads % group, columns % group, min(keys % group, group % keys))
+    if any(rest):
+        raise ConfigError(
+            f"engine.tensor_parallel: got {group}, expected a divisor of the model's {heads} "
+            f"attention heads and {columns} MLP columns, and a divisor or a "
+            f"multiple of its {keys} key heads, which vLLM deals out; set 1 or another"
+        )
+
+
+def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion]) -> None:
+    """The longest row that may come must fit a micro-batch and the model."""
+    thought = cfg.rollout.max_new_tokens
+    _, row = longest(cfg, questions)
+    packed = row - 1  # the last token of a row is only ever a target
+    if packed > cfg.train.micro_batch_tokens:
+        raise ConfigError(
+            f"train.micro_batch_tokens: got {cfg.train.micro_batch_tokens}, but a row may have "
+            f"{packed} tokens (rollout.max_new_tokens {thought}, {row - thought} around it); set "
+            f"it to {packed} or more, or lower rollout.max_new_tokens or data.max_prompt_tokens"
+        )
+    room, source = attention.positions(model)
+    if room is not None and row > room:
+        raise ConfigError(
+            f"rollout.max_new_tokens: got {thought}, but with {row - thought} tokens around it the "
+            f"model has {room} positions ({source}); lower it, or "
+            "data.max_prompt_tokens"
+        )
+
+
+def _check_positions(
+    cfg: Config,
+    model: Any,
+    questions: Sequence[PromptedQuestion],
+    benchmarks: Mapping[str, Benchmark],
+) -> None:
+    """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
+    server's room is known when it is there."""
+    rooms = [attention.positions(model)]
+    rooms.append((cfg.vllm.context if cfg.colocated else None, "engine.context"))
+    for what, prompt, new in draws(cfg, questions, benchmarks):
+        for room, source in rooms:
+            check_positions(what, prompt=prompt, new=new, room=room, source=source)
+
+
+def draws(
+    cfg: Config,
+    questions: Sequence[PromptedQuestion],
+    benchmarks: Mapping[str, Benchmark],
+) -> list[tuple[str, int, int]]:
+    """(what, tokens of its prompt, tokens drawn at most) of the longest paths of every kind."""
+    rollout, objective, limit = cfg.rollout, cfg.objective, cfg.data.max_prompt_tokens
+    thought, answer = rollout.max_new_tokens, rollout.max_answer_tokens
+
+    def most(view: View) -> tuple[str, int]:
+        lengths = [(f"question {q.question.id}", q.context(view).numel()) for q in questions]
+        return max(lengths, key=lambda item: item[1], default=("data.max_prompt_tokens", limit))
+
+    student, new = most("student"), thought + (answer if rollout.full_answer else 0)
+    found = [(*student, new)]
+    if objective.posterior_paths:
+        found.append((*most("teacher"), new))
+    if objective.scores_answers and cfg.scoring.u_source == "accuracy":  # behind </think>
+        what, prompt = student
+        found.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
+    for name, benchmark in benchmarks.items():
+        question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
+        what = f"benchmark {name}, question {question.id}"
+        found.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
+    return found
+
+
+def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest row that is trained or scored."""
+    if not questions:
+        limit = cfg.data.max_prompt_tokens
+        return limit, limit + cfg.rollout.max_new_tokens
+    prompts = [max(len(q.student_ids), len(q.teacher_ids)) for q in questions]
+    tails = [0]
+    if cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":  # behind </think>
+        tails = [
+            len(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+            for q in questions
+        ]
+    return max(prompts), max(*prompts, *tails) + cfg.rollout.max_new_tokens
+
+
+def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
+    parallel = cfg.parallel
+    sharded = parallel.shard == "always" or (
+        parallel.shard == "auto" and (world_size > 1 or on.cuda)
+    )
+    if parallel.cpu_offload and not (on.cuda and sharded):
+        raise ConfigError(
+            "parallel.cpu_offload: got true "
+            + ("without a CUDA device" if not on.cuda else "with parallel.shard 'never'")
+            + "; it moves shards of CUDA devices to host memory: set it to false"
+        )
+    if cfg.model.compile and cfg.model.activation_checkpointing == "selective":
+        raise ConfigError(
+            "model.activation_checkpointing: got 'selective' with model.compile, whose kernels "
+            "write into what it keeps; set 'full' or 'none'"
+        )
+    summed = sharded and parallel.accumulate == "sharded" and parallel.replicas == 1
+    if cfg.model.master_dtype == "bfloat16" and summed:
+        raise ConfigError(
+            "parallel.accumulate: got 'sharded' with model.master_dtype 'bfloat16', which would "
+            "sum the gradients of micro-batches in bfloat16 and lose small ones; set 'unsharded'"
+        )
+
+
+def _check_packages(cfg: Config, on: Target) -> None:
+    if cfg.optim.name == "adamw_8bit":
+        check_torchao()
+    model = cfg.model
+    if model.liger == "always" and not (on.cuda and importlib.util.find_spec("liger_kernel")):
+        lack = "liger-kernel is not installed" if on.cuda else "there is no CUDA device"
+        raise ConfigError(
+            f"model.liger: got 'always', but {lack}; pip install vpgea_fast[liger] on a CUDA "
+            "machine, or set 'auto'"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    lack = not importlib.util.find_spec("triton") if on.cuda else shutil.which(compiler) is None
+    if model.compile and lack:
+        what = "triton is not installed" if on.cuda else f"there is no C++ compiler ({compiler})"
+        raise ConfigError(f"model.compile: got true, but {what}; install it, or set false")
+
+
+def _device_memory(cuda: bool) -> int:
+    if cuda:
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

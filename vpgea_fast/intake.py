@@ -1,0 +1,133 @@
+"""What is read before any weight: the text of a model directory, questions, benchmarks.
+
+One way for a training run, a dry run, an evaluation and a pass rate:
+
+    open_text   engine possible? -> tokenizer -> prompter -> config.json -> do they fit each other?
+    read        files -> questions that can be judged -> prompts that fit; benchmarks alike
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vpgea_fast.config import Config
+from vpgea_fast.data import (
+    Benchmark,
+    Judge,
+    LoadedQuestions,
+    fingerprint,
+    load_benchmarks,
+    load_training,
+    long_targets,
+    unfit,
+    write_dropped,
+)
+from vpgea_fast.distributed import World
+from vpgea_fast.model import check_vocabulary, load_generation_config, load_tokenizer
+from vpgea_fast.model_dir import load_config
+from vpgea_fast.prompts import Prompter, eos_ids
+from vpgea_fast.rollout.factory import check_engine
+from vpgea_fast.types import PromptedQuestion
+
+ALONE = World(torch.device("cpu"))
+
+Training = Callable[..., LoadedQuestions]
+"""`load_training`, or what stands in for it: `(cfg.data, parseable=judge)` -> questions."""
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """What a model directory says without its weights; `config` is its config.json, checked."""
+
+    tokenizer: Any
+    prompter: Prompter
+    config: Any
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_text(cfg: Config, processes: int = 1, *, here: bool = True) -> ModelText:
+    """Read the text side of `cfg.model.path`. It takes a second and no weight.
+
+    Errors: ConfigError for an engine that `processes` cannot run (`here`: on this machine),
+    ValueError for a model that does not think, or whose tokenizer belongs to another one.
+    """
+    check_engine(cfg, processes, here=here)
+    tokenizer = load_tokenizer(cfg.model.path)
+    prompter = Prompter(tokenizer, cfg.prompt)
+    config = load_config(cfg.model.path)
+    check_text(tokenizer, config, cfg.model.path)
+    return ModelText(tokenizer, prompter, config)
+
+
+def check_text(tokenizer: Any, config: Any, path: str) -> None:
+    """ModelError for a tokenizer with more tokens than the model embeds, or without an end."""
+    check_vocabulary(tokenizer, config, path)
+    eos_ids(tokenizer, load_generation_config(path, config))
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The questions that a run trains on, with their prompts, and its benchmarks.
+
+    `loaded` says what was dropped and why; `fingerprint` tells whether a resumed run sees the same.
+    """
+
+    text: ModelText
+    questions: Sequence[PromptedQuestion]
+    loaded: LoadedQuestions
+    benchmarks: Mapping[str, Benchmark]
+    fingerprint: str
+
+    @property
+    def counts(self) -> str:
+        """How many questions there are, and how many were dropped for which reason."""
+        lost = [f"{n} dropped ({why})" for why, n in self.loaded.dropped.items() if n]
+        return f"{len(self.questions)} questions, {', '.join(lost) or 'none dropped'}"
+
+    def lines(self) -> Iterator[str]:
+        """What is odd about the training files."""
+        yield from self.loaded.lines()
+        yield from long_targets(self.questions)
+
+
+def read(
+    cfg: Config, text: ModelText, judge: Judge, world: World, *, training: Training = load_training
+) -> Intake:
+    """Read, judge and tokenise all questions of `cfg`; write data.dropped_file.
+
+    A collective where `judge` is one: every process reads all files and gets the same questions.
+    Errors: DataError and ValueError for files that cannot be used.
+    """
+    loaded = training(cfg.data, parseable=judge)
+    # Both before data.dropped_file is written: it lists what either of them dropped.
+    benchmarks = load_benchmarks(cfg.eval, cfg.data, text.prompter, parseable=judge)
+    questions, lost = text.prompter.prompt_within(
+        loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
+    )
+    loaded = unfit(loaded, questions, lost, text.prompter.has_special)
+    _list_dropped(cfg, world, [loaded, *(benchmark.loaded for benchmark in benchmarks.values())])
+    return Intake(
+        text=text,
+        questions=questions,
+        loaded=loaded,
+        benchmarks=benchmarks,
+        fingerprint=fingerprint([q.question for q in questions]),
+    )
+
+
+def read_benchmarks(cfg: Config, text: ModelText, judge: Judge) -> dict[str, Benchmark]:
+    """`read` without training questions, in one process."""
+    benchmarks = load_benchmarks(cfg.eval, cfg.data, text.prompter, parseable=judge)
+    _list_dropped(cfg, ALONE, [benchmark.loaded for benchmark in benchmarks.values()])
+    return benchmarks
+
+
+def _list_dropped(cfg: Config, world: World, loaded: Sequence[LoadedQuestions]) -> None:
+    world.on_main(functools.partial(write_dropped, cfg.data.dropped_file, loaded))

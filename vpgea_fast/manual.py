@@ -1,0 +1,395 @@
+"""The reference: every configuration key, every metric and the public functions, from the source.
+
+    vpgea keys [SECTION]              the configuration keys on a terminal
+    python -m vpgea_fast.manual DIR   write configuration.md, metrics.md and api.md into DIR
+
+Texts are the docstrings under the keys of config.py, the tables of book.py, and the docstrings of
+the public functions. All are read from source by `ast`, so no page imports what it describes but
+the configuration, whose defaults and ranges are asked of the records themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter
+
+from vpgea_fast import book, config
+
+ROOT = Path(__file__).parent
+LONG = 60
+"""A default of more characters stands below its table."""
+WIDTH = 96
+GENERIC = {2**31, 1e12}
+"""Upper bounds that only catch slips; the page's head tells of them, not every line."""
+API = {
+    "losses": None,
+    "advantage": None,
+    "trainer": ("fit",),
+    "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
+    "config": (
+        *("load", "resolve", "dump", "as_dict", "changes", "parse_overrides", "read_sections"),
+        "ConfigError",
+    ),
+}
+"""Module -> its public names, in this order; None: every name without a leading underscore."""
+
+Doc = ast.Module | ast.ClassDef | ast.FunctionDef
+
+
+class SectionError(ValueError):
+    """A section that the configuration does not have; the message names the nearest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One configuration key: its type and range in words, its default as JSON ("" for none)."""
+
+    name: str
+    kind: str
+    default: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A section, or one variant of it: `title` is "objective", `variant` "name: grpo" or ""."""
+
+    title: str
+    variant: str
+    text: str
+    keys: tuple[Key, ...]
+
+    @property
+    def head(self) -> str:
+        return f"{self.title} ({self.variant})" if self.variant else self.title
+
+
+def sections() -> list[Section]:
+    """Every section in the order of the configuration; a variant is one of its own, and so are the
+    keys of a file in `data.train` and `eval.data`."""
+    hints = get_type_hints(config.Config, include_extras=True)
+    about = attribute_docstrings(config.Config)
+    found = []
+    for name, hint in hints.items():
+        members = _members(_bare(hint)[0])
+        for record in members:
+            variant = f"name: {record.name}" if len(members) > 1 else ""
+            found.append(
+                Section(name, variant, about.get(name, ""), tuple(_keys(record, record())))
+            )
+        if name == "data":
+            text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
+            file = tuple(_keys(config.DataFile, config.DataFile("-"), required=("path",)))
+            found.append(Section("data", "a file", text, file))
+    return found
+
+
+def section(name: str) -> list[Section]:
+    """The section of this name, with its variants. SectionError with the nearest name."""
+    known = sections()
+    found = [part for part in known if part.title == name]
+    if not found:
+        names = list(dict.fromkeys(part.title for part in known))
+        owners = [part.title for part in known for key in part.keys if key.name == name]
+        near = [*difflib.get_close_matches(name, names, n=1), *owners]
+        hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
+        raise SectionError(f"got section {name!r}; {hint}")
+    return found
+
+
+def attribute_docstrings(record: type) -> dict[str, str]:
+    """Field -> the string below it in the class's source, in one line."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
+    assert isinstance(node, ast.ClassDef)
+    pairs = zip(node.body, node.body[1:], strict=False)  # each statement with the one below it
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _keys(record: type, instance: Any, required: Sequence[str] = ()) -> Iterator[Key]:
+    texts, values = attribute_docstrings(record), TypeAdapter(record).dump_python(instance)
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        if get_origin(hint) is not None or isinstance(hint, type):
+            default = "" if name in required else _json(values[name])
+            yield Key(name, in_words(hint), default, texts.get(name, ""))
+
+
+def _json(value: Any) -> str:
+    def plain(item: Any) -> Any:
+        return vars(item) if dataclasses.is_dataclass(item) else str(item)
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
+
+
+def _bare(hint: Any) -> tuple[Any, list[Any]]:
+    """A type without `Annotated`, and what was annotated."""
+    if get_origin(hint) is not Annotated:
+        return hint, []
+    return hint.__origin__, [
+        part for note in hint.__metadata__ for part in [note, *getattr(note, "metadata", [])]
+    ]
+
+
+def _members(hint: Any) -> list[Any]:
+    union = get_origin(hint) in (Union, UnionType)
+    return [part for arg in get_args(hint) for part in _members(arg)] if union else [hint]
+
+
+def in_words(hint: Any) -> str:
+    """A type with its range, as a user would say it.
+
+    >>> in_words(config.PositiveInt), in_words(config.Exponent | None), in_words(Literal["a", "b"])
+    ('whole number, 1 or more', 'number from 0 to 8, or null', '`a` or `b`')
+    """
+    bare, notes = _bare(hint)
+    members = _members(bare)
+    if len(members) > 1:
+        words = [in_words(member) for member in members]
+        return f"{' or '.join(words[:-1])}, or {words[-1]}"
+    if get_origin(bare) is Literal:
+        *most, last = [f"`{value}`" for value in get_args(bare)]
+        return f"{', '.join(most)} or {last}" if most else last
+    if get_origin(bare) is tuple:
+        return _tuple_in_words(get_args(bare), notes)
+    if config.expand_home in [getattr(note, "func", None) for note in notes]:
+        return "path"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    names |= {type(None): "null", config.DataFile: "file"}
+    return names.get(bare, "keys and values") + _range(bare, notes)
+
+
+def _tuple_in_words(items: Sequence[Any], notes: Sequence[Any]) -> str:
+    if items[1:] != (...,):
+        return f"list of {len(items)}: {' and '.join(dict.fromkeys(map(in_words, items)))}"
+    some = (
+        "one or more" if any(getattr(note, "min_length", None) for note in notes) else "any number"
+    )
+    return f"list of {in_words(items[0])}" + (f"s, {some}" if items[0] is config.DataFile else "")
+
+
+def _range(kind: Any, notes: Sequence[Any]) -> str:
+    """The limits of a number in words; a generic upper bound is left out."""
+    limits = {
+        name: value
+        for note in notes
+        for name in ("ge", "gt", "le", "lt")
+        if (value := getattr(note, name, None)) is not None and value not in GENERIC
+    }
+    if kind is int and "lt" in limits:  # the largest whole number is plainer
+        limits["le"] = limits.pop("lt") - 1
+    ge, gt, le, lt = (
+        None if (limit := limits.get(name)) is None else f"{limit:.15g}"
+        for name in ("ge", "gt", "le", "lt")
+    )
+    if ge and (le or lt):
+        return f" from {ge} to {le or f'below {lt}'}"
+    low = f", {ge} or more" if ge else f" above {gt}" if gt else ""
+    high = f", at most {le}" if le else f", below {lt}" if lt else ""
+    return low + high
+
+
+def keys_text(parts: Sequence[Section]) -> str:
+    """The keys for a terminal: name, type and default, and the text below."""
+    blocks = []
+    for part in parts:
+        blocks.append([f"{part.head}: {part.text}"])
+        for key in part.keys:
+            default = f"default {key.default}" if key.default else "must be given"
+            head = f"{part.title}.{key.name}: {key.kind}, {default}"
+            blocks.append([*_wrapped(head, first=2), *_wrapped(key.text, first=6)])
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def metrics_text() -> str:
+    """The book of metrics for a terminal."""
+    blocks = []
+    for chapter in [*book.STEP, book.EVALUATION, book.PATHS]:
+        blocks.append([chapter.title, *_wrapped(chapter.when, first=6)])
+        for key, metric in chapter.metrics.items():
+            blocks.append([f"  {key}, {metric.unit}", *_wrapped(metric.text, first=6)])
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def _wrapped(text: str, *, first: int) -> list[str]:
+    """Lines of WIDTH, the first indented by `first` columns and the others by 6."""
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * first, subsequent_indent=" " * 6)
+
+
+def pages() -> dict[str, str]:
+    """File name -> Markdown of every generated page."""
+    return {
+        "configuration.md": configuration_page(),
+        "metrics.md": metrics_page(),
+        "api.md": api_page(),
+    }
+
+
+def configuration_page() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `vpgea_fast/config.py` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "",
+        "* A YAML file holds sections of keys; `--section.key value` overrides one of them.",
+        "* `vpgea keys SECTION` prints the same on a terminal.",
+        "* `vpgea train FILE --print-config` shows what a file resolves to.",
+        "* Whole numbers are below 2^31 and numbers at most 1e12, unless their line says less.",
+    ]
+    for part in sections():
+        rows = [(f"`{key.name}`", key.kind, _shown(key), key.text) for key in part.keys]
+        lines += ["", f"## {part.head}", "", part.text, ""]
+        lines += _markdown_table(("key", "type", "default", "meaning"), rows)
+        for key in part.keys:
+            if len(key.default) > LONG:
+                text = json.loads(key.default)
+                lines += ["", f"Default of `{part.title}.{key.name}`:", "", "```text", text, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(key: Key) -> str:
+    if not key.default:
+        return "must be given"
+    return "below" if len(key.default) > LONG else f"`{key.default}`"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `vpgea_fast/book.py` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "",
+        "* metrics.jsonl has one line per step; the report shows these texts as tooltips.",
+        "* Every number is of the whole step, over all processes. Times are those of process 0.",
+        "* Questions of which the engine gave up a path are in no mean.",
+        "* A share runs from 0 to 1. null stands for a number that does not exist in this step.",
+    ]
+    for chapter in [*book.STEP, book.EVALUATION, book.PATHS]:
+        rows = [(f"`{key}`", *metric) for key, metric in chapter.metrics.items()]
+        lines += ["", f"## {chapter.title}", "", chapter.when, ""]
+        lines += _markdown_table(("key", "unit", "meaning"), rows)
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---"] * len(headers)
+    return [f"| {' | '.join(row)} |" for row in [headers, rule, *cells]]
+
+
+def api_page() -> str:
+    """docs/api.md."""
+    lines = [
+        "# Python interface",
+        "",
+        "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
+    ]
+    for module, names in API.items():
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        lines += ["", f"## vpgea_fast.{module}", "", *_described(tree)]
+        for name, node in _public(tree, names).items():
+            lines += ["", f"### {name}", "", "```py", *_signature(node, source), "```", ""]
+            lines += [*_described(node), *_methods(node)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _public(tree: ast.Module, names: Sequence[str] | None) -> Mapping[str, Doc]:
+    """Documented classes and functions by name: those named, or all without an underscore."""
+    found = {
+        node.name: node
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    }
+    wanted = [name for name in found if not name.startswith("_")] if names is None else names
+    return {name: found[name] for name in wanted}
+
+
+def _signature(node: Doc, source: str) -> list[str]:
+    """A function's head, one parameter a line where it is long; a class's fields as they stand,
+    whose comments give shapes and units."""
+    if isinstance(node, ast.ClassDef):
+        fields = [item for item in node.body if isinstance(item, (ast.AnnAssign, ast.Assign))]
+        bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
+        lines = source.splitlines()
+        inside = [line for item in fields for line in lines[item.lineno - 1 : item.end_lineno]]
+        return [f"class {node.name}{bases}:", *inside]
+    assert isinstance(node, ast.FunctionDef)
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    parameters = list(_parameters(node.args))
+    head = f"{node.name}({', '.join(parameters)}){result}"
+    if len(head) <= WIDTH:
+        return [head]
+    return [f"{node.name}(", *(f"    {part}," for part in parameters), f"){result}"]
+
+
+def _methods(node: Doc) -> list[str]:
+    """The public methods and properties of a class, as a list."""
+    lines = []
+    for method in node.body if isinstance(node, ast.ClassDef) else ():
+        if not isinstance(method, ast.FunctionDef) or method.name.startswith("_"):
+            continue
+        parameters = ", ".join([*_parameters(method.args)][1:])  # without self
+        called = "" if method.decorator_list else f"({parameters})"  # properties are not called
+        text = " ".join((ast.get_docstring(method) or "").split())
+        lines.append(f"* `{method.name}{called}`: {text}")
+    return ["", *lines] if lines else []
+
+
+def _parameters(args: ast.arguments) -> Iterator[str]:
+    """Each parameter with its annotation and default, in the order of the source."""
+    positional = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
+    pairs = [*zip(positional, defaults, strict=True)]
+    for arg, default in pairs:
+        yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
+    if args.vararg:
+        yield f"*{ast.unparse(args.vararg)}"
+    elif args.kwonlyargs:
+        yield "*"
+    for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
+    if args.kwarg:
+        yield f"**{ast.unparse(args.kwarg)}"
+
+
+def _described(node: Doc) -> list[str]:
+    """A docstring as Markdown: prose as it stands, what is laid out in columns as code."""
+    lines: list[str] = []
+    for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+        inside = paragraph.split("\n")
+        listed = inside[0].startswith("* ")
+        laid_out = not listed and any(re.match(r" |>>> ", line) or "   " in line for line in inside)
+        lines += ["```text", *inside, "```", ""] if laid_out else [*inside, ""]
+    return lines[:-1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write every page into the directory given."""
+    (folder,) = sys.argv[1:] if argv is None else argv
+    for name, page in pages().items():
+        (Path(folder) / name).write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What a step measures of itself: forwards that train nothing, and its line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vpgea_fast import diagnostics
+from vpgea_fast.config import Config
+from vpgea_fast.distributed import World
+from vpgea_fast.metrics import merge
+from vpgea_fast.model import Policy
+from vpgea_fast.objectives.rows import drawn_rows, truncated_ratios
+from vpgea_fast.passes import Passes
+from vpgea_fast.rollout.engine import Usage
+from vpgea_fast.scoring import score_row
+from vpgea_fast.types import Coefficients, PathKey, ScoredBatch, TrainRow
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures a step. It changes nothing; its forwards are collectives of a sharded policy."""
+
+    cfg: Config
+    world: World
+    policy: Policy
+    passes: Passes
+    decode: Callable[[torch.Tensor], str]
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.policy.device.type == "cuda"
+
+    def importance(
+        self, batch: ScoredBatch, coefs: Coefficients
+    ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
+        """Truncated p_trainer / p_engine of every token with a gradient, and the share that was
+        cut: one forward more, of the paths in the view that drew them."""
+        cap = self.cfg.rollout.importance_cap
+        if cap is None:
+            return None, {}
+        rows = drawn_rows(batch, coefs)
+        temperature = self.cfg.rollout.temperature
+        scored = self.passes(
+            lambda b, _: self.policy.logprob(b, temperature=temperature), list(rows.values())
+        )
+        return truncated_ratios(rows, scored, cap=cap)
+
+    def quality(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+        """Means over the questions of which no path was lost, and the objective's own metrics."""
+        whole = batch.whole
+        return merge(diagnostics.batch_metrics(whole) if whole else {}, coefs.metrics)
+
+    def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+        """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
+        that are not whole are left out: a path that the engine gave up may lack a token."""
+        log_utility_BG = coefs.path_scores.get("posterior", {}).get("log_utility")
+        whole, temperature = batch.whole, self.cfg.rollout.temperature
+        if log_utility_BG is None or whole is None:
+            return {}
+        pairs = whole.pairs("posterior")
+        views = [
+            self.passes(
+                lambda batch, _: self.policy.logprob_entropy(batch, temperature=temperature),
+                [score_row(q.context(v), p.z_ids) for q, p in pairs],
+            )
+            for v in ("teacher", "student")
+        ]
+        early = diagnostics.early_answer_rate(whole, self.decode)
+        return merge(
+            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost_B == 0]),
+            {"early_answer_rate": early},
+        )
+
+    def records(self, batch: ScoredBatch, coefs: Coefficients, step: int) -> list[dict[str, Any]]:
+        """The lines for paths.jsonl."""
+        limit = self.cfg.metrics.paths_per_step
+        return diagnostics.path_records(batch, coefs, self.decode, step=step, limit=limit)
+
+    def cost(
+        self,
+        batch: ScoredBatch,
+        coefs: Coefficients,
+        rows: Sequence[TrainRow],
+        *,
+        usage: Usage,
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
+        """Tokens, seconds, speed and memory of the step. A collective."""
+        engine = {
+            "prefix_hit_rate": usage.cached_tokens / max(1, usage.prompt_tokens),
+            "rest_freed_mib": usage.freed_bytes / 2**20,
+        }
+        speed = diagnostics.speed_metrics(
+            rows,
+            self.passes.flops,
+            seconds=seconds["time_train_s"],
+            device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
+            devices=self.world.size,
+        )
+        work = diagnostics.work_metrics(batch, coefs, rows, seconds=seconds)
+        return merge(engine, work, speed, self._memory())
+
+    def _memory(self) -> dict[str, float]:
+        """Peak memory so far, maximum over processes (device memory; host RSS on a CPU)."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        if self.on_cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        return {"peak_memory_mib": max(self.world.gather(peak))}
+
+
+def evaluation_metrics(step: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Keys of metrics.jsonl for an evaluation of the weights of `step`."""
+    return {
+        "eval_step": step,
+        **{
+            f"eval_{mode}_{key}": result[key]
+            for mode, result in results.items()
+            for key in ("acc", "tokens", "eps3", "truncated")
+        },
+    }

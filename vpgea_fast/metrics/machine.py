@@ -1,0 +1,53 @@
+"""Where a run is made: commit, versions, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """What environment.json says about where a run was made: commit, versions, device."""
+    cuda = torch.cuda.is_available()
+    libraries = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in libraries},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "devices": torch.cuda.device_count() if cuda else 0,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from, `+changes` if files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: what encloses site-packages is another project
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,312 @@
+"""A run's directory: claimed by one process group, checked before it goes on, exported from later.
+
+    config.yaml environment.json        written at each start, when all else is in place
+    metrics.jsonl paths.jsonl eval.json a line a step, lines of paths, evaluations before and after
+    checkpoints/                        see checkpoint/
+    config.until_step_N.yaml            the configuration of the steps before a changed one
+    nonfinite_step_N.jsonl              rows whose gradient was not finite
+
+A resumed run is the same run: what its numbers rest on must not have changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vpgea_fast import checkpoint, report
+from vpgea_fast.config import Config, ConfigError, changes, dump, load, renewed, resolve
+from vpgea_fast.distributed import World
+from vpgea_fast.metrics import (
+    METRICS,
+    PATHS,
+    Alarms,
+    Console,
+    environment,
+    missing_steps,
+    read_steps,
+)
+from vpgea_fast.model import Policy, load_policy, load_tokenizer
+from vpgea_fast.optim import learning_rate
+from vpgea_fast.rollout.factory import SYNC_DIR
+from vpgea_fast.types import TrainRow
+
+FIXED_ON_RESUME = (
+    *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
+    *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
+    *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
+    "rollout.importance_cap",
+    *("data.", "verify.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+)
+"""Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
+distribution of the samples and their weights, not which engine draws them, how many at a time."""
+FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
+"""Exceptions: they do not change what is drawn or how it is judged."""
+
+
+class RunDir:
+    """The directory of one run while it is written. `claim` it first; `release` or `abandon` it.
+
+    `before` is the configuration of the steps so far, `notices` what the user should hear of a
+    resume. Both are known after `check_resume`.
+    """
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        self.cfg, self.world, self.path = cfg, world, Path(cfg.run.dir)
+        self.lock: checkpoint.RunLock | None = None
+        self.before: Config = cfg
+        self.notices: list[str] = []
+
+    def claim(self, *, resume: bool) -> None:
+        """Lock the directory for the main process, or refuse it everywhere. A collective."""
+        self.world.on_main(functools.partial(self._claim, resume))
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def abandon(self) -> None:
+        """Release it as it was found: a start has failed."""
+        if self.lock is not None:
+            self.lock.abandon()
+
+    def restore(self, saved: checkpoint.Checkpoint | None, data: str, alarms: Alarms) -> None:
+        """Check that this run may go on from `saved` with the questions of fingerprint `data`, and
+        end the logs where it ends. A collective."""
+        with self.world.together():  # all have read config.yaml before it is written again
+            self._check_resume(saved, data)
+        step = 0 if saved is None else saved.step
+        self.world.on_main(lambda: self._cut_logs(step, alarms))
+
+    def worth(self, saved: checkpoint.Checkpoint | None) -> dict[int, float]:
+        """step -> checkpoint.keep_best of the evaluations so far. A collective."""
+        best = self.cfg.checkpoint.keep_best
+        if not (best and saved):
+            return {}
+        known = saved.trainer_state.get("evaluated", {}).get(best, {})
+        worth = {int(step): value for step, value in known.items()}
+        with self.world.together():  # a log may have lost lines, the checkpoint the last one
+            return worth | report.evaluated(self.path, best)
+
+    def evaluations(self) -> dict[str, Any]:
+        """What eval.json holds, by "before" and "after"; as the main process reads it."""
+        return self.world.gather(report.read_evaluation(self.path))[0]
+
+    def write_evaluations(self, known: Mapping[str, Any]) -> None:
+        text = json.dumps(known, indent=1)
+        self.world.on_main(lambda: checkpoint.write_text(self.path / "eval.json", text))
+
+    def write_facts(self, policy: Policy) -> None:
+        """Write config.yaml and environment.json. A collective, and the last act of a start."""
+        facts = {
+            **environment(),
+            "run_device": str(policy.device),
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "loss_backend": policy.backend.name,
+            "rollout_engine": self.cfg.engine.name,
+            "loss_backend_reason": policy.backend.reason,
+            **policy.attention.facts(),
+        }
+
+        def write() -> None:
+            checkpoint.write_text(self.path / "config.yaml", dump(self.cfg))
+            checkpoint.write_text(self.path / "environment.json", json.dumps(facts, indent=1))
+
+        self.world.on_main(write)
+
+    def write_rows(
+        self, step: int, rows: Sequence[TrainRow], decode: Callable[[torch.Tensor], str]
+    ) -> Path:
+        """Write rows that have no finite gradient; the file. A collective."""
+        file = self.path / f"nonfinite_step_{step}.jsonl"
+        lines = [
+            {
+                "stream": row.stream,
+                "view": row.view,
+                "context_ids": row.context_ids.tolist(),
+                "token_ids": row.token_ids.tolist(),
+                "coef": row.coef.tolist(),
+                "text": decode(row.token_ids),
+            }
+            for row in rows
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        self.world.on_main(lambda: checkpoint.write_text(file, text))
+        return file
+
+    def report(self, console: Console, worth: Mapping[int, float]) -> None:
+        """Write report.html and training.png, print the closing table and which step was best. For
+        the main process."""
+        page = report.write_report(self.path)
+        headers, table = report.closing_table(self.path)
+        console.close()  # the bar would be drawn below the table
+        if table:
+            console.table(headers, table, notes=report.closing_notes(self.path))
+        best = checkpoint.best_step(worth, checkpoint.saved_steps(self.path))
+        if best is not None:
+            console.message(
+                f"best by {self.cfg.checkpoint.keep_best}: step {best} ({worth[best]:.4g}); "
+                f"vpgea export {self.path} --step best"
+            )
+        files = [page, self.path / "training.png"]
+        files += [self.path / "export"] * self.cfg.checkpoint.export
+        console.message(", ".join(map(str, files)))
+
+    def _claim(self, resume: bool) -> None:
+        self.lock = checkpoint.claim_run_dir(self.path, resume=resume)
+        # of a run that was killed in a hand-over
+        shutil.rmtree(self.path / SYNC_DIR, ignore_errors=True)
+
+    def _check_resume(self, saved: checkpoint.Checkpoint | None, data: str) -> None:
+        """CheckpointError where a key of FIXED_ON_RESUME, the steps or the questions do not fit."""
+        step, record = 0 if saved is None else saved.step, _record(saved)
+        if saved:
+            _require_state(saved)
+        self.before = record or load(self.path / "config.yaml", record=True)
+        changed = changes(self.before, self.cfg)
+        # An evaluation of other settings would stand beside those before as if it were one of them.
+        evaluated = ("eval.",) if report.read_evaluation(self.path) else ()
+        fixed = [
+            f"{key} from {_spelled(old)} to {_spelled(new)}"
+            for key, (old, new) in changed.items()
+            if key.startswith((*FIXED_ON_RESUME, *evaluated)) and key not in FREE_ON_RESUME
+        ]
+        if fixed:
+            raise checkpoint.CheckpointError(
+                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; set "
+                f"them back in {self.path / 'config.yaml'} and on the command line, or start "
+                "another run"
+            )
+        if self.cfg.train.steps < step:
+            raise checkpoint.CheckpointError(
+                f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
+            )
+        if saved and saved.trainer_state["data"] != data:
+            raise checkpoint.CheckpointError(
+                f"the questions of {', '.join(file.path for file in self.cfg.data.train)} are not "
+                "those that the run began with; "
+                "bring them back, or start another run"
+            )
+        self.notices = [
+            f"changed at step {step}: {key} {_spelled(a)} -> {_spelled(b)}"
+            for key, (a, b) in changed.items()
+        ]
+        self.notices += rate_changes(self.before, self.cfg, step)
+        if saved and record is None:
+            self.notices.append(
+                f"{saved.path} does not say with which configuration its steps were made (another "
+                "version wrote it): config.yaml is believed, edited or not"
+            )
+
+    def _cut_logs(self, step: int, alarms: Alarms) -> None:
+        """End the logs at `step`, and keep a changed configuration beside; replay `alarms`."""
+        if changes(self.before, self.cfg):
+            old = self.path / f"config.until_step_{step}.yaml"
+            checkpoint.write_text(old, dump(self.before))
+        lines = self._cut_log(METRICS, step, once=True)
+        paths = self._cut_log(PATHS, step, once=False)
+        (self.path / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
+        written: dict[int, int] = {}
+        for record in read_steps(self.path):
+            alarms.update(record)
+            written[record["step"]] = record.get("paths_written", paths[record["step"]])
+        if gaps := missing_steps(lines, step):
+            self.notices.append(f"{self.path / METRICS}: no line of steps {gaps}")
+        # A step without a line of metrics is told of above: how many paths it had, nobody knows.
+        whole = {number for number, count in written.items() if paths[number] == count}
+        if gaps := missing_steps(whole | (set(range(step)) - written.keys()), step):
+            self.notices.append(f"{self.path / PATHS}: not all lines of steps {gaps}")
+
+    def _cut_log(self, name: str, step: int, *, once: bool) -> Counter[int]:
+        """How many lines of each step there are."""
+        path = self.path / name
+        cut = checkpoint.truncate_jsonl(path, upto=step, once=once)
+        self.notices += cut.words(path, step)
+        return cut.lines
+
+
+def _require_state(saved: checkpoint.Checkpoint) -> None:
+    """CheckpointError for a state that `Trainer.save` does not write."""
+    state = saved.trainer_state
+    for key, kind in {"skipped_in_a_row": int, "data": str, "evaluated": dict}.items():
+        if type(state.get(key, {} if kind is dict else None)) is not kind:
+            raise checkpoint.CheckpointError(
+                f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
+                f"{kind.__name__}; delete this checkpoint to go on from the one before"
+            )
+
+
+def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
+    """The configuration that a checkpoint's steps were made with; None if it does not say, or has
+    keys that are no more."""
+    try:
+        return None if saved is None else resolve(renewed(saved.trainer_state["config"]))
+    except (KeyError, ConfigError):
+        return None
+
+
+def export_step(
+    run_dir: str | Path, step: int | Literal["best", "last"], out_dir: str | Path | None = None
+) -> Path:
+    """Write the model of a checkpoint as a Hugging Face directory (RUN/export_step_N unless
+    `out_dir` says where), on the CPU; return its path.
+
+    `best` is by the run's checkpoint.keep_best. The run may go on meanwhile. Errors: ValueError for
+    what is no run, CheckpointError for a step without a complete checkpoint.
+    """
+    run_dir, world = Path(run_dir), World(torch.device("cpu"))
+    cfg = load(run_dir / "config.yaml", record=True)
+    steps = checkpoint.saved_steps(run_dir)
+    if step == "best":
+        name = cfg.checkpoint.keep_best
+        worth = {} if name is None else report.evaluated(run_dir, name)
+        chosen = checkpoint.best_step(worth, steps)
+        if chosen is None:
+            raise checkpoint.CheckpointError(
+                f"{run_dir / 'checkpoints'}: checkpoint.keep_best is {_spelled(name)}, and no step "
+                "with a checkpoint was evaluated by it; give --step N (there are: "
+                f"{', '.join(map(str, steps)) or 'none'})"
+            )
+    else:
+        chosen = max(steps, default=0) if step == "last" else step
+    found = checkpoint.open_checkpoint(run_dir, chosen, world=world)
+    # The weights are those of any machine; what the run's own needed (kernels, a GPU) is left out.
+    model = replace(
+        (_record(found) or cfg).model,
+        device="cpu",
+        attention="auto",
+        liger="never",
+        activation_checkpointing="none",
+        compile=False,
+    )
+    out_dir = Path(out_dir or run_dir / f"export_step_{chosen}")
+    policy = load_policy(model, world)
+    checkpoint.put_weights(found, policy, world=world)
+    return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
+
+
+def rate_changes(old: Config, new: Config, step: int) -> list[str]:
+    """What a resume does to the learning rate of the next update, in numbers."""
+    if step >= new.train.steps:
+        return []
+    now = learning_rate(new.optim, step, new.train.steps)
+    planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
+    last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
+    if now == planned or (step >= old.train.steps and now == last):
+        return []
+    return [
+        f"learning rate: {last:.3g} at step {step}, {now:.3g} at step {step + 1}; without the "
+        + (f"change {planned:.3g}" if step < old.train.steps else "change the run had ended")
+    ]
+
+
+def _spelled(value: object) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)

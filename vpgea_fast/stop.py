@@ -1,0 +1,59 @@
+"""When a run has to leave before its last step: a signal, its clock, or a callback asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from vpgea_fast.distributed import Stopped, World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """Whether the run was asked to end, and the two places where it may leave.
+
+    `requested` may be set by anyone. Inside its `with` block SIGTERM and Ctrl-C set it; a second
+    Ctrl-C interrupts at once. A thread that is not the main one hears no signal.
+    """
+
+    def __init__(self, world: World, max_minutes: float | None = None) -> None:
+        self.world, self.requested = world, False
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        # Python sets handlers in the main thread only, and `fit` may be called from another.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether this process was asked to leave, or its time is over."""
+        return self.requested or (self.deadline is not None and time.monotonic() > self.deadline)
+
+    def alone(self) -> None:
+        """Raise Stopped in this process, if it is due: inside work whose end, or whose failure, all
+        processes reach together."""
+        if self.due:
+            raise Stopped
+
+    def together(self) -> None:
+        """Raise Stopped in all processes, if it is due in any. A collective: a clock or a signal of
+        one process is heard by all or by none."""
+        if self.world.any(self.due):
+            raise Stopped
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
