@@ -298,9 +298,9 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
     words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
     source, cfg = _of_model(args, words, overrides)
-    # Printed before the imports: torch and transformers take seconds, a refusal must not.
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
+    # Printed before the imports: torch and transformers take seconds, a refusal must not.
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
