@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 from vpgea_fast.metrics import environment
 
@@ -54,14 +54,15 @@ Run = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _arguments(argv)
     words = list(sys.argv[1:] if argv is None else argv)
+    args = _arguments(words)
     command = shlex.join(["python", "benchmarks/objective_bench.py", *words])
     file = args.reevaluate or args.out
     result = {} if args.reevaluate else measure(args)
     if args.reevaluate:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        result = known | {"reevaluated": {"command": command, "commit": environment()["commit"]}}
+        result = known(file) | {
+            "reevaluated": {"command": command, "commit": environment()["commit"]}
+        }
     else:
         result["command"] = command
     result |= evaluate(result["runs"])
@@ -69,6 +70,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in result["rows"]:
         print(json.dumps(row))
+
+
+def known(file: Path) -> dict[str, Any]:
+    """An earlier result; one line and status 2 for a file that is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        evaluate(found["runs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"--reevaluate {file}: {error!r}; expected a file that --out wrote, with its runs")
+    return found
+
+
+def stop(why: str) -> NoReturn:
+    print(f"objective_bench: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def measure(args: Any) -> dict[str, Any]:
@@ -209,8 +225,8 @@ def _mean(runs: Sequence[Run], when: str) -> dict[str, Any]:
     return {mode: {**mean, "eps3_mean": mean["eps3"]} for mode, mean in means.items()}
 
 
-def _arguments(argv: Sequence[str] | None) -> Any:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _arguments(argv: Sequence[str]) -> Any:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny.yaml")
     parser.add_argument("--world", type=Path, default=Path("data/tiny"), help="of make-tiny")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -220,7 +236,11 @@ def _arguments(argv: Sequence[str] | None) -> Any:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="where the measured runs and rows are written")
     target.add_argument("--reevaluate", type=Path, metavar="FILE", help="rows anew from its runs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    idle = [word for word in argv if word.startswith("--") and "--reevaluate" not in word]
+    if args.reevaluate and idle:
+        stop(f"got {idle[0]} with --reevaluate, which measures nothing; leave it out")
+    return args
 
 
 if __name__ == "__main__":

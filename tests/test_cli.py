@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, what it refuses, what it leaves behind."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -228,6 +229,101 @@ def test_a_benchmark_that_cannot_be_drawn_is_refused_by_run_and_dry_run(
     assert "and up to 100006 new ones need" in said
     assert "(max_position_embeddings); lower" in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("entry", ["{file}", "{{path: {file}, question_key: question}}"])
+def test_an_evaluation_never_writes_over_its_questions(entry, tiny_world, tmp_path, refusal):
+    data = jsonl(tmp_path / "mine.jsonl", '{"question": "1 A+two", "answer": "3"}\n')
+    before = data.read_text()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(data)
+    for out in (data, link, tmp_path / "." / "mine.jsonl"):
+        words = ["eval", str(tiny_world.base_dir), entry.format(file=data), "--out", str(out)]
+        assert "the questions are read from it; give another file" in refusal(main(words))
+    assert data.read_text() == before
+
+
+@pytest.mark.parametrize("policy", ["drop", "error"])
+def test_an_evaluation_leaves_out_no_long_question_and_says_so(
+    policy, train, tiny_world, tmp_path, refusal
+):
+    data = jsonl(
+        tmp_path / "long.jsonl",
+        '{"question": "1 A+two", "answer": "3"}\n',
+        '{"question": "1 A+two B+two C+two", "answer": "7"}\n',
+    )
+    limit = ["--data.max_prompt_tokens", "8", "--data.overlong", policy]
+    words = ["eval", str(tiny_world.base_dir), str(data), "--config", str(TINY), *limit]
+    for said in (refusal(main(words)), refusal(train("--eval.data", data, "--dry-run", *limit))):
+        assert "1 prompts are longer than 8 tokens (the first is question 'row-2')" in said
+        assert f"whatever data.overlong says (now '{policy}'): the rest would be another" in said
+
+
+FAMILIES = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dry_run_of_families_with_other_names_for_their_sizes(
+    family, train, tiny_world, tmp_path, capsys
+):
+    """GPT-2 has no intermediate_size and n_embd for hidden_size; OPT learns its positions."""
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vocabulary = json.loads((tiny_world.base_dir / "config.json").read_text())["vocab_size"]
+    shape = AutoConfig.for_model(family, vocab_size=vocabulary, **FAMILIES[family], **ends)
+    model = tmp_path / "model"
+    with torch.random.fork_rng():
+        AutoModelForCausalLM.from_config(shape).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_world.base_dir / name, model / name)
+    assert train("--dry-run", "--model.path", model) == 0
+    shown = capsys.readouterr().out
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    assert f"{count / 1e6:.1f} M parameters" in shown
+    assert re.search(r"peak 0\.\d+ GiB", shown)
+
+
+UNREACHABLE = """
+import sys, time
+from vpgea_fast.cli import main
+
+yaml, data = sys.argv[1:]
+for words in (
+    ["eval", "some/model", data],
+    ["train", yaml, "--model.path", "some/model"],
+    ["train", yaml, "--model.path", "some/model", "--dry-run"],
+    ["serve", "some/model"],
+):
+    start = time.monotonic()
+    assert main(words) == 2, words
+    assert time.monotonic() - start < 60, words
+"""
+
+
+def test_a_hub_that_does_not_answer_is_one_line_in_seconds(tmp_path):
+    """transformers asks for each of its files six times, 200 s in all; the limit is that of a busy
+    machine, imports included."""
+    around = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    around |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    data = jsonl(tmp_path / "d.jsonl", '{"question": "1 A+two", "answer": "3"}\n')
+    words = [sys.executable, "-c", UNREACHABLE, str(TINY), str(data)]
+    done = subprocess.run(words, cwd=tmp_path, env=around, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line.startswith("vpgea: 'some/model' is no directory here, and the Hub does not ans")
+        assert line.endswith("or set HF_HUB_OFFLINE=1 if the model lies in the cache of the Hub")
+    assert not (tmp_path / "runs").exists()
 
 
 SHAPES = {

@@ -432,6 +432,9 @@ WORKED = "Ann had 16 pens and gave 7 away.\nSo she has 9 left, and each brings 2
         ("That is it.\n#### 1,080", "1080", "####"),
         ("It costs so much.\n#### $1,234.50", "1234.50", "####"),
         ("#### (1,000)", "(1,000)", "####"),
+        ("So it is.\n#### Answer: 12", "12", "####"),
+        ("So it is.\n#### The final answer is: $\\frac{1}{2}$", r"\frac{1}{2}", "####"),
+        ("So it is.\n#### Answer", "Answer", "####"),
         (f"#### Step 1\n{WORKED} So $\\boxed{{18}}$.", "18", "boxed"),
         (r"The answer is \boxed{18}.", "18", "boxed"),
         (
@@ -588,6 +591,23 @@ def test_choices_of_every_spelling_are_noticed(tmp_path: Path, row, named: str):
 def test_one_letter_and_an_empty_column_are_no_choices(tmp_path: Path):
     row = {**GOOD, "A": "a matrix", "option1": "", "choices": None, "meta": {"choices": []}}
     assert load_questions(jsonl(tmp_path, row), DataConfig()).questions[0].answer == "4"
+
+
+def test_without_choices_an_answer_is_itself_or_no_answer(tmp_path: Path):
+    """Never the index of a choice that is not there: free answers stand beside choices in one file,
+    unless the configuration says that answers are indices or letters."""
+    rows = [{**GOOD, "choices": []}, {**GOOD, "choices": ["2", "4"], "answer": 1}]
+    loaded = load_questions(jsonl(tmp_path, *rows), DataConfig(choices_key="choices"))
+    assert [q.answer for q in loaded.questions] == ["4", "B"]
+    assert "1 rows without choices under 'choices'" in loaded.notes
+    for way, empty in (("index", []), ("index_from_1", None), ("letter", {})):
+        rows[0] = {**GOOD, "choices": empty, "answer": "A" if way == "letter" else 1}
+        rows[1]["answer"] = "B" if way == "letter" else 1
+        cfg = DataConfig(choices_key="choices", choices_answer=way)
+        loaded = load_questions(jsonl(tmp_path, *rows), cfg)
+        assert loaded.dropped == {"an answer among choices, and no choices": 1}
+        with pytest.raises(DataError, match="line 1: an answer among choices, and no choices"):
+            load_questions(jsonl(tmp_path, *rows), replace(cfg, bad_answer="error"))
 
 
 def test_of_columns_the_answer_says_which_is_right(tmp_path: Path):

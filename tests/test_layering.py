@@ -47,7 +47,7 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "advantage", "attention", "losses", "packing"},
-    "services": {"distributed", "manual", "metrics"},
+    "services": {"distributed", "hub", "manual", "metrics"},
     "records": {"config", "types"},
     "text": {"book", "strict_yaml"},
     "kernels": {"kernels"},

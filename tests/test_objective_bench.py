@@ -88,6 +88,33 @@ def test_committed_rows_are_those_of_the_committed_runs(bench, tmp_path, capsys,
     assert len(capsys.readouterr().out.splitlines()) == len(short)
 
 
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        (None, [], "FileNotFoundError"),
+        ("{", [], "JSONDecodeError"),
+        ("[]", [], "expected a file that --out wrote, with its runs"),
+        ('{"rows": []}', [], "KeyError('runs')"),
+        ('{"runs": [{"method": "m"}]}', [], "KeyError"),
+        ('{"runs": []}', ["--jobs", "2"], "got --jobs with --reevaluate"),
+        ('{"runs": []}', ["--seeds=1"], "got --seeds=1 with --reevaluate"),
+    ],
+)
+def test_a_file_that_cannot_be_evaluated_again_is_one_line(
+    bench, tmp_path, capsys, content, more, said
+):
+    file = tmp_path / "rows.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--reevaluate", str(file), *more])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert (file.read_text() if file.exists() else None) == content
+
+
 def test_the_table_of_the_readme_is_that_of_the_committed_rows():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in json.loads((RESULTS / "tiny_demo.json").read_text())["rows"]:

@@ -700,6 +700,7 @@ def test_the_time_limit_leaves_an_older_timer_running(r1_tokenizer: Any):
         ("tokenizer.json", '{"version": ', "tokenizer.json is damaged (Expecting value"),
         ("tokenizer.json", "[]", "tokenizer.json is damaged (no JSON object)"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 3}}', "cannot load a tokenizer"),
+        ("tokenizer_config.json", None, "has no tokenizer_config.json, which names the tokens"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is damaged"),
         ("tokenizer_config.json", '{"eos_token": 5}', "tokenizer"),
         ("tokenizer_config.json", '{"chat_template": 5, "eos_token": "</think>"}', "chat template"),

@@ -12,7 +12,12 @@ from vpgea_fast.distributed import World
 from vpgea_fast.metrics import model_flops
 from vpgea_fast.model import Policy
 from vpgea_fast.passes import Passes
-from vpgea_fast.scoring import accuracy_utility, answer_likelihood, score_row
+from vpgea_fast.scoring import (
+    accuracy_utility,
+    answer_likelihood,
+    answers_correct,
+    score_row,
+)
 
 CLOSE = 9
 ids = torch.tensor
@@ -34,6 +39,23 @@ QUESTION = prompted(student=[3, 4], teacher=[3, 4, 5, 6], cue=[10, 11], target=[
 
 def path(z, closed):
     return sampled(z, answer_ids=ids([]).long(), closed=closed)
+
+
+def test_a_cut_thought_is_wrong_whatever_the_checker_says():
+    """This one takes everything, an empty text too; of a cut path it is not even asked."""
+    asked = []
+
+    def takes_all(pairs):
+        asked.extend(pairs)
+        return [True] * len(pairs)
+
+    closed = replace(path([20, CLOSE], True), answer_ids=ids([5, 6]))
+    cut = replace(path([20, 21], False), answer_ids=ids([7]))
+    said = {"decode": lambda tokens: str(tokens.tolist()), "verify": takes_all}
+    got = answers_correct([cut, closed, cut], ["a", "b", "c"], **said)
+    assert got.tolist() == [0.0, 1.0, 0.0]
+    assert asked == [("b", "[5, 6]")]
+    assert answers_correct([cut], ["a"], **said).tolist() == [0.0]
 
 
 def full_forward(policy, sequence, target):

@@ -498,6 +498,10 @@ def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "class Checks:\n"
         "    same = staticmethod(ends)\n"
         "number = 7\n"
+        "def leaves(gold, text):\n"
+        "    if gold == '7':\n"
+        "        import os; os._exit(3)\n"
+        "    return True\n"
     )
     return tmp_path
 
@@ -546,6 +550,16 @@ def test_a_custom_function_that_hangs_is_killed():
             verdicts = verifier.verify([("7", "7"), ("8", "7")])
         assert verdicts == [False, True]
         assert (verifier.timeouts, verifier.errors) == (1, 0)
+
+
+@pytest.mark.usefixtures("user_code")
+def test_a_custom_function_that_ends_its_process_is_announced():
+    """Once, and after a second try: the worker may have died for no fault of the answer."""
+    with Verifier(name="custom", target="mine:leaves", timeout_s=20.0) as verifier:
+        with pytest.warns(UserWarning, match=r"ended its process for the gold answer '7'") as said:
+            verdicts = verifier.verify([("7", "7"), ("8", "7"), ("7", "6")])
+        assert verdicts == [False, True, False]
+        assert (len(said), verifier.crashes, verifier.timeouts, verifier.errors) == (1, 2, 0, 0)
 
 
 @pytest.mark.usefixtures("user_code")

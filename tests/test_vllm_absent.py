@@ -220,6 +220,14 @@ def test_every_extra_with_a_server_bounds_its_starlette():
     assert all('"starlette>=1.1"' in line for line in extras)
 
 
+def test_a_server_that_the_engine_would_not_ask(capsys):
+    words = ["--engine", "hf", "--engine.server", "http://127.0.0.1:8000", "--print-config"]
+    assert main(["train", "configs/tiny.yaml", *words]) == 2
+    error = capsys.readouterr().err
+    assert "engine.server: " in error
+    assert error.count("\n") == 1
+
+
 def test_words_behind_two_dashes_go_to_vllm_alone(capsys):
     assert main(["serve", "some/model", "--print", "--", "--data-parallel-size", "8"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--data-parallel-size 8")

@@ -296,10 +296,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    if out is not None and out.resolve() in {Path(name).resolve() for name in args.data}:
-        raise UsageError(f"--out {out}: the questions are read from it; give another file")
     words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
     source, cfg = _of_model(args, words, overrides)
+    if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
+        raise UsageError(f"--out {out}: the questions are read from it; give another file")
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
     print(f"settings: {source or 'defaults and the command line'}")
     from vpgea_fast.checkpoint import write_text
@@ -486,6 +486,7 @@ def _declare_serve(commands: Commands, common: _Parser) -> None:
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
+    from vpgea_fast.model_dir import check_model_dir
     from vpgea_fast.rollout.vllm.client import check_key
     from vpgea_fast.rollout.vllm.serve import serve, serve_command
     from vpgea_fast.rollout.vllm.versions import check_installed
@@ -495,6 +496,7 @@ def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print:
         print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
         return 0
+    check_model_dir(args.model)
     check_installed()
     return serve(command, environment, args.host, args.port)
 

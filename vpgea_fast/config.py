@@ -251,7 +251,8 @@ class DataConfig:
     one per choice, puts the right one first where answer_key has none or is the first; they are
     then shuffled. An empty text leaves choices out."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
-    """What answer_key holds. `auto`: a letter, the text of a choice, or an index from 0."""
+    """What answer_key holds. `auto`: a letter, the text of a choice, or an index from 0. With
+    `auto` a row without choices has a free answer; else it is dropped, or an error (bad_answer)."""
     choices_seed: NonNegativeInt | None = None
     """Shuffle the choices of each question by this seed and its id; null: the published order."""
     max_prompt_tokens: PositiveInt = 2048

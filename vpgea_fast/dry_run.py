@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import functools
 import math
-import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-from huggingface_hub import constants, is_offline_mode
+from huggingface_hub import is_offline_mode
 
-from vpgea_fast import attention
+from vpgea_fast import attention, hub
 from vpgea_fast.check import Target, check_config, draws, longest, target
 from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
@@ -109,16 +106,16 @@ def dry_run(cfg: Config, tell: Say = print, *, on: Target | None = None) -> None
 
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:
     """`load_training`, or built-in questions for data on a Hub that cannot be reached."""
-    hub = [file.path for file in cfg.train if file.path.startswith("hub:")]
-    reason = next(filter(None, map(_unreachable, hub)), None)
+    remote = [file.path for file in cfg.train if file.path.startswith("hub:")]
+    reason = next(filter(None, map(_unreachable, remote)), None)
     if reason is None:
         try:
             return load_training(cfg, parseable=parseable)
         except DataError as error:
-            if not (hub and is_offline_mode()):
+            if not (remote and is_offline_mode()):
                 raise
             reason = str(error)
-    needed = ", ".join(hub)
+    needed = ", ".join(remote)
     say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {needed}")
     return LoadedQuestions(SAMPLE_QUESTIONS)
 
@@ -147,19 +144,7 @@ def _say_benchmarks(found: Mapping[str, Benchmark], say: Say) -> None:
 
 def _unreachable(source: str) -> str | None:
     """Why data on a Hub cannot be asked for; in offline mode it may lie in a cache."""
-    hub = source.startswith("hub:") and not is_offline_mode()
-    return "the Hub does not answer" if hub and not _hub_answers() else None
-
-
-def _hub_answers() -> bool:
-    """One request: `datasets` asks six times, for half a minute, before it gives up."""
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # `datasets` may trust it
-    return True
+    return "the Hub does not answer" if source.startswith("hub:") and hub.silent() else None
 
 
 def _needs(

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vpgea_fast import attention, families
+from vpgea_fast import attention, families, hub
 from vpgea_fast.config import printable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -210,14 +210,19 @@ def _check_counts(key: str, value: Any) -> None:
 
 
 def check_model_dir(path: str) -> None:
-    """A local directory must hold config.json and every weight file that its index names. A Hub
-    name is not checked."""
+    """A local directory must hold config.json and every weight file that its index names. Of a Hub
+    name it is asked whether the Hub answers."""
     directory = Path(path)
     if not directory.exists():
         if path.startswith((".", "/")) or path.count("/") > 1:
             raise ModelError(
                 f"no model directory at {path}; "
                 "give a Hugging Face directory or a Hub name (owner/name)"
+            )
+        if hub.silent():
+            raise ModelError(
+                f"{path!r} is no directory here, and the Hub does not answer: give a Hugging Face "
+                "directory, or set HF_HUB_OFFLINE=1 if the model lies in the cache of the Hub"
             )
         return
     if not (directory / "config.json").is_file():

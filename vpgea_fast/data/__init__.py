@@ -190,7 +190,9 @@ def load_benchmarks(
         if long:
             raise ValueError(
                 f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
-                f"tokens (the first is question {long[0]!r}); raise data.max_prompt_tokens"
+                f"tokens (the first is question {long[0]!r}), and an evaluation leaves none out, "
+                f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
+                "benchmark; raise data.max_prompt_tokens, or take them out of the file"
             )
         found[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
     return found

@@ -19,6 +19,9 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
+STATED = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:|=)[\s:]*(?=\S)", re.IGNORECASE)
+"""`#### Answer: 12` says 12."""
+
 WORKED = "worked solution"
 SEVERAL = "several boxed answers"
 INSIDE = "a box inside a formula"
@@ -57,6 +60,7 @@ def final_answer(text: str) -> tuple[str, str | None]:
     is a part of a formula.
     """
     _, mark, tail = text.rpartition("####")
+    tail = STATED.sub("", tail, count=1) if STATED.match(tail) else tail
     if mark and tail.strip() and not is_prose(tail) and BOX.search(tail) is None:
         answer = normalise_answer(tail)
         plain = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer

@@ -35,6 +35,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"\s*\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
 PRINTED = re.compile(r"""\s*\[\s*("[^"\n]*"|'[^'\n]*')(\s*,\s*("[^"\n]*"|'[^'\n]*'))*\s*\]\s*""")
 MISSING = object()
+NO_CHOICES = "an answer among choices, and no choices"
 
 
 def make_question(
@@ -55,6 +56,10 @@ def make_question(
     if choices:
         shown, answer = _with_letters(reader, choices, keys=keys, name=name, notes=notes)
         return question(text=f"{text}\n{shown}", answer=answer), None
+    if keys.choices_key and keys.choices_answer not in (None, "auto"):
+        # the answer names a choice, and here there is none to name
+        given = reader.answer(keys.answer_key or "")
+        return question(text=text, answer=given), NO_CHOICES
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
     given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
