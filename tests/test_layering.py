@@ -21,13 +21,14 @@ LAYERS = {
     "command line": {"cli"},
     "trainer": {"prepare", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
-    "evaluation": {"doctor", "evaluate", "measure", "report"},
+    "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
     # What a step, a check or an evaluation is made of.
     "preparation": {"check", "collect", "diagnostics", "intake"},
     "stages": {
         "callbacks",
         "checkpoint",
         "data",
+        "durations",
         "estimate",
         "integrations",
         "model",

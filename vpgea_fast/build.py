@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.check import check_config
+from vpgea_fast.check import check_config, slow_engine
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config, VpgeaConfig
@@ -179,6 +179,8 @@ def _build_probe(
 def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     """Both prompts, their lengths, what will be drawn, and what the preset leaves out."""
     intake, policy = stages.intake, stages.policy
+    if slow := slow_engine(cfg, cuda=policy.device.type == "cuda"):
+        yield slow
     first, prompter = intake.questions[0], intake.text.prompter
     # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
     yield f"student prompt: {prompter.shown(first.student_ids)}"

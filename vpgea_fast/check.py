@@ -25,17 +25,22 @@ from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
 
+LONG_PATH = 2048
+"""Tokens of a path from which on the hf engine is the wrong one on CUDA."""
+
 
 @dataclass(frozen=True)
 class Target:
     """The machines that a run is planned for: `processes`, one a device of `device_bytes`, `node`
-    of them a node; `here` when they are this machine, whose packages then matter."""
+    of them a node; `here` when they are this machine, whose packages then matter. `name`: what CUDA
+    calls the device, "" where it is only planned."""
 
     processes: int
     device_bytes: int
     cuda: bool
     node: int = 8
     here: bool = True
+    name: str = ""
 
 
 def target(cfg: Config, *, processes: int | None = None, device_gib: float | None = None) -> Target:
@@ -45,7 +50,19 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
         return Target(size, int(device_gib * GIB), cuda=True, here=False)
     cuda = pick_device(cfg.model.device).type == "cuda"
     node = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    return Target(size, _device_memory(cuda), cuda, node)
+    name = torch.cuda.get_device_name() if cuda else ""
+    return Target(size, _device_memory(cuda), cuda, node, name=name)
+
+
+def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
+    """A warning where the hf engine is asked for long paths on a GPU, or None."""
+    tokens = cfg.rollout.max_new_tokens
+    if not cuda or cfg.engine.name != "hf" or tokens < LONG_PATH:
+        return None
+    return (
+        f"engine hf draws up to {tokens} tokens a path on CUDA, one launch-bound forward a token: "
+        "by arithmetic ten times the time of vLLM; set engine vllm (pip install vpgea_fast[vllm])"
+    )
 
 
 def check_config(

@@ -208,7 +208,7 @@ def _declare_train(commands: Commands, common: _Parser) -> None:
         "--print-config", action="store_true", help="print the resolved configuration and stop"
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="show prompts, lengths and memory, and stop"
+        "--dry-run", action="store_true", help="show prompts, lengths, memory and hours, and stop"
     )
     train.add_argument(
         "--processes",
@@ -219,6 +219,11 @@ def _declare_train(commands: Commands, common: _Parser) -> None:
     train.add_argument(
         "--device-gib", type=_gib, metavar="G", help="--dry-run for CUDA devices of G GiB"
     )
+    train.add_argument(
+        "--rates",
+        metavar="KEY=NUMBER,...",
+        help="--dry-run with other rates than it shows, e.g. tflops=312,bandwidth=2.04",
+    )
     train.set_defaults(run=_train, parser=train)
 
 
@@ -227,8 +232,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
     if args.resume_if_started and args.config is None:
         raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
-    if not args.dry_run and (args.processes, args.device_gib) != (None, None):
-        raise UsageError("--processes and --device-gib are for --dry-run; add it or leave them out")
+    if not args.dry_run and (args.processes, args.device_gib, args.rates) != (None, None, None):
+        raise UsageError(
+            "--processes, --device-gib and --rates are for --dry-run; add it or leave them out"
+        )
     source, run = args.config, args.resume
     if args.resume_if_started:
         # The run directory is known from the configuration alone; whose config.yaml is there rules.
@@ -248,8 +255,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.dry_run:
         from vpgea_fast.check import target
         from vpgea_fast.dry_run import dry_run
+        from vpgea_fast.durations import parse_rates
 
-        dry_run(cfg, on=target(cfg, processes=args.processes, device_gib=args.device_gib))
+        on = target(cfg, processes=args.processes, device_gib=args.device_gib)
+        dry_run(cfg, on=on, rates=parse_rates(args.rates or ""))
         return 0
     from vpgea_fast.trainer import fit
 
