@@ -3,6 +3,7 @@ their sentences are short; and the examples in docstrings do what they show."""
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -93,7 +94,7 @@ def test_yaml_is_a_configuration(page, code, tmp_path):
 
 RUNS = [command for command in commands() if not command.needs]
 WAITS = [command for command in commands() if command.needs]
-STEPS = "--train.steps 1 --train.questions_per_step 2 --objective.group_size 4 --eval.limit 2"
+STEPS = "--train.steps 1 --train.questions_per_step 4 --objective.group_size 4 --eval.limit 2"
 SMALL = {"train": shlex.split(STEPS), "eval": ["--eval.limit", "2"]}
 """Added to a command of a page: the same run, shorter."""
 
@@ -133,6 +134,28 @@ def test_the_commands_of_a_page_run(page, workspace, capsys):
             assert status == 0, f"{command.text}\n{capsys.readouterr().err}"
 
 
+def test_the_output_in_the_readme_is_what_make_train_prints(workspace, monkeypatch, capsys):
+    """Line by line but for the numbers; its seconds are those of the committed runs."""
+    done = subprocess.run(["make", "-C", ROOT, "-n", "train"], capture_output=True, text=True)
+    for command in ("vpgea make-tiny data/tiny", "vpgea train configs/tiny.yaml"):
+        assert command in done.stdout
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["make-tiny", "data/tiny"]) == 0
+    assert main(["train", "configs/tiny.yaml", *SMALL["train"]]) == 0, capsys.readouterr().err
+    printed = {form(line) for line in capsys.readouterr().out.splitlines()}
+    (shown,) = [code for name, code in blocks("text") if name == "README.md" and "step" in code]
+    assert [line for line in shown.splitlines() if form(line) not in printed] == []
+    assert len(shown.splitlines()) == 4
+
+    runs = json.loads((workspace / "benchmarks/results/tiny_demo.json").read_text("utf-8"))["runs"]
+    seconds = [run["wall_s"] for run in runs if run["method"] == "demo (robust, beta 1)"]
+    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s" in PAGES["README.md"]
+
+
+def form(line):
+    return " ".join(re.sub(r"\d+(\.\d+)?", "0", line).split())
+
+
 @pytest.mark.parametrize("command", WAITS, ids=[command.text[:50] for command in WAITS])
 def test_a_command_that_waits_is_spelled_right(command, capsys):
     """Its program, files and options exist; what it needs is the reason of the skip."""
@@ -156,6 +179,8 @@ def check_vpgea(words, capsys):
     words = words[: words.index("--")] if "--" in words else words
     keys = [at for at, word in enumerate(words) if re.match(r"--\w+\.|--engine$", word)]
     settings = [part for at in keys for part in words[at : at + 2]]
+    if any(word.startswith("--engine.") for word in settings):
+        settings += ["--engine", "vllm"]
     source = words[1] if words[0] == "train" and not words[1].startswith("-") else "tiny"
     assert main(["train", source, *settings, "--print-config"]) == 0, capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
