@@ -36,19 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--traceback" in argv:
             raise
-        print(f"vpgea: {config.printable(_one_line(error))}", file=sys.stderr)
+        print(f"vpgea: {_said(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vpgea: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
-def _one_line(error: BaseException) -> str:
-    """The message in one line; where it is not this program's, also how to see where it arose."""
-    text = re.sub(r":\s*\n\s*", ": ", str(error).strip()) or type(error).__name__
-    text = re.sub(r"\s*\n\s*", "; ", text)
+def _said(error: BaseException) -> str:
+    """What an error says; where it is not this program's, also how to see where it arose."""
+    text, name = config.one_line(error, limit=None), type(error).__name__
     own = type(error).__module__.startswith("vpgea_fast") or type(error) is ValueError
-    return text if own else f"{text} ({type(error).__name__}; --traceback shows where)"
+    return text if own else f"{text.removeprefix(f'{name}: ')} ({name}; --traceback shows where)"
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:

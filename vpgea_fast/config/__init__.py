@@ -50,7 +50,7 @@ from vpgea_fast.config.records import (
 )
 from vpgea_fast.config.renamed import RENAMED, renewed
 from vpgea_fast.config.schema import VARIANTS, known_keys
-from vpgea_fast.config.values import Exponent, PositiveInt, expand_home, printable
+from vpgea_fast.config.values import Exponent, PositiveInt, expand_home, one_line, printable
 
 __all__ = [
     "RENAMED",
@@ -89,6 +89,7 @@ __all__ = [
     "find",
     "known_keys",
     "load",
+    "one_line",
     "parse_overrides",
     "printable",
     "read_sections",

@@ -23,6 +23,20 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def one_line(error: BaseException, limit: int | None = 600) -> str:
+    """What an error says, in one line that a terminal can show, cut at `limit` characters; what
+    says no more than a name (KeyError) behind its type.
+
+    >>> one_line(ValueError("wrong keys:\\n  a: unknown\\n  b: unknown")), one_line(KeyError("a"))
+    ('wrong keys: a: unknown; b: unknown', "KeyError: 'a'")
+    """
+    name = type(error).__name__
+    bare = isinstance(error, (KeyError, AttributeError, IndexError))
+    text = f"{name}: {error}" if bare else str(error).strip() or name
+    text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
+    return printable(text if limit is None or len(text) <= limit else f"{text[:limit]} ...")
+
+
 def expand_home(path: str) -> str:
     """A path with the home directory for a leading `~` or `~user`. ValueError where none is known,
     and for what is no path."""
