@@ -109,7 +109,8 @@ def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     >>> cfg = resolve({"model": {"path": "base"}, "data": {"train": "questions.jsonl"}})
     >>> cfg.model.path, cfg.data.train[0].path, cfg.objective.name
     ('base', 'questions.jsonl', 'vpgea')
-    >>> dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=10)).train.steps
+    >>> from dataclasses import replace
+    >>> replace(cfg, train=replace(cfg.train, steps=10)).train.steps
     10
     """
     tree = _by_name(tree)
