@@ -77,6 +77,8 @@ setup(
     packages=[
         "vpgea_fast",
         "vpgea_fast.checkpoint",
+        "vpgea_fast.cli",
+        "vpgea_fast.config",
         "vpgea_fast.data",
         "vpgea_fast.metrics",
         "vpgea_fast.objectives",

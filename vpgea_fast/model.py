@@ -40,7 +40,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from vpgea_fast import attention, families, losses
 from vpgea_fast.activations import checkpoint_activations
-from vpgea_fast.config import ModelConfig, ParallelConfig
+from vpgea_fast.config import ModelConfig, ParallelConfig, one_line
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.model_dir import (
     ModelError,
@@ -51,7 +51,6 @@ from vpgea_fast.model_dir import (
     empty_model,
     find_weights,
     json_object,
-    one_line,
     read,
     read_config,
 )

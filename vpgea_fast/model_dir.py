@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vpgea_fast import attention, families, hub
-from vpgea_fast.config import printable
+from vpgea_fast.config import one_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TRAINABLE = ("BF16", "F16", "F32", "F64")
@@ -446,10 +446,3 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
     return content
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can show."""
-    named = isinstance(error, (KeyError, AttributeError, IndexError))  # says no more than a name
-    text = " ".join(f"{type(error).__name__}: {error}".split() if named else str(error).split())
-    return printable(text if len(text) < 600 else f"{text[:600]} ...") or type(error).__name__
