@@ -15,10 +15,11 @@ from vpgea_fast import attention
 from vpgea_fast.checkpoint import export_model
 from vpgea_fast.config import ConfigError, ModelConfig, ParallelConfig, printable
 from vpgea_fast.distributed import World, full_weights, open_world, pick_device
-from vpgea_fast.model import Policy, load_causal_lm, load_policy, random_policy, stored_model
-from vpgea_fast.model_dir import ModelError, check_model_dir, load_config
+from vpgea_fast.model import Policy, load_policy, random_policy
+from vpgea_fast.model_dir import ModelError, check_model_dir
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.types import TrainRow
+from vpgea_fast.weights import load_causal_lm, load_config, stored_model
 
 ALONE = World(torch.device("cpu"))
 CPU = {"device": "cpu", "activation_checkpointing": "none"}
