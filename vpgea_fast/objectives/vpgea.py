@@ -72,7 +72,7 @@ def accepted(cfg: VpgeaConfig, batch: ScoredBatch) -> torch.Tensor:
     """
     post = batch.posterior
     # Cut thoughts have no end to score, and a U that is not finite says nothing.
-    accept_BG = post.closed_BP & torch.isfinite(post.u_BP)
+    filters = [post.closed_BP, torch.isfinite(post.u_BP)]
     if cfg.verify == "gate":
-        accept_BG = accept_BG & (post.correct_BP == 1.0)
-    return accept_BG
+        filters.append(post.correct_BP == 1.0)
+    return torch.stack(filters).all(dim=0)
