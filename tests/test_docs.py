@@ -203,7 +203,8 @@ def prose(text):
     """Paragraphs, list items and cells of a page, one text each, without markup."""
     text = re.sub(r"<!--.*?-->", "", FENCE.sub("\n", text), flags=re.S)
     for part in re.split(r"\n\s*\n|\n(?=\s*(?:[*-]|\d+\.) )|\n(?=\|)", text):
-        if re.fullmatch(r"\|[-| ]*", part.strip()) or part.startswith("#"):
+        formula = all(line.startswith("    ") for line in part.splitlines())
+        if formula or part.startswith("#") or re.fullmatch(r"\|[-| ]*", part.strip()):
             continue
         for cell in re.split(r"(?<!\\)\|", part) if part.startswith("|") else [part]:
             plain = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", cell)
