@@ -181,13 +181,13 @@ class Config:
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """Sampling of the paths."""
     engine: EngineConfig = Field(default_factory=HfEngineConfig)
-    """What draws the paths. `name` chooses between two sets of keys: `hf` and `vllm`."""
+    """What draws the paths. `name` chooses the engine, and with it the other keys."""
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     """Who judges answers, in training and evaluation alike."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     """How U, the worth of a path, is measured."""
     objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
-    """Coefficients of the paths. `name` chooses between two sets of keys: `vpgea` and `grpo`."""
+    """Coefficients of the paths. `name` chooses the method, and with it the other keys."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)

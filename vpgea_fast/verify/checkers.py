@@ -423,7 +423,12 @@ def outcome_of(judge: Judge, gold: str, text: str, *, custom: bool) -> str | tup
     return "right" if verdict else "wrong"
 
 
-MAKERS = {"math": make_math, "number": make_number, "text": make_text, "letter": make_letter}
+MAKERS = {
+    "math": make_math,
+    "number": make_number,
+    "text": make_text,
+    "letter": make_letter,
+}
 
 
 def serve(pipe: Connection, settings: dict) -> None:
