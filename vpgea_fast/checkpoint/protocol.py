@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.storage import WriteResult
 
+from vpgea_fast.checkpoint.dcp import INDEX, exchange
 from vpgea_fast.checkpoint.files import (
     SAVED,
     CheckpointError,
@@ -40,14 +41,12 @@ from vpgea_fast.checkpoint.files import (
     together,
 )
 from vpgea_fast.checkpoint.state import (
-    INDEX,
     OWN,
     SHARD,
     STATE,
     Checkpoint,
     Planned,
     Snapshot,
-    exchange,
     put,
     take,
     write_index,

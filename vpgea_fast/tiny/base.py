@@ -1,97 +1,41 @@
-r"""The tiny world: a constructed task on which the whole method can be watched on one CPU core.
-
-Task: chained arithmetic modulo 10. The question `4 A+three B-five` means: start from 4, step A adds
-3, step B takes 5 away; the answer is one digit, 2. A thought states a step in four tokens, label,
-operation, value before, value after, and closes with `</think>`; the answer follows:
-
-    concise   A+three47 B-five72</think>\boxed{2 }</s>
-    verbose   A+three47 wait A+three47 ok B-five72 wait B-five72 wait B-five72 ok hmm check
-              A+three47 B-five72</think>\boxed{2 }</s>
-
-The verbosity is constructed: all of it can be left out. The first word where the two kinds differ,
-the one after step A (` B` or ` wait`), is the mode decision. A base makes it rarely in the student
-view (question alone) and often in the teacher view (question and answer): the situation that
-VPG-EA (arXiv 2605.11019) is about. How rarely is set by training and measured without sampling
-by `concise_probability`.
-
-The model is a Qwen2 of 114k parameters in an ordinary Hugging Face directory, so the rest of the
-project treats it like any other. Training from scratch depends on the seed: a base counts only
-once it has passed `gate_failures`.
-
-Legend: B rows, T positions, V vocabulary, S rows with a pinned mode decision.
-"""
+"""The base: rows to train on, the training, and what counts as trained."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from vpgea_fast.tiny.task import (
+    ANSWER,
+    LABELS,
+    MAX_LENGTH,
+    SPECIAL_ID,
+    STEP_TOKENS,
+    TEST_QUESTIONS,
+    Corpus,
+    concise_thought,
+    make_tokenizer,
+    parse_question,
+    prompt_ids,
+    question_sets,
+    random_question,
+    sample_thought,
+    solve,
+    text_ids,
+)
 from vpgea_fast.types import Question, View
 
-STUDENT_TEMPLATE = "{question}"
-TEACHER_TEMPLATE = "{question} hint {answer}"
-ANSWER = r"\boxed{{{answer} }}"
-
-DIGITS = tuple("0123456789")
-LABELS = (" A", " B", " C", " D", " E")
-NUMBERS = ("one", "two", "three", "four", "five")
-SHIFT = {f"{sign}{n}": int(f"{sign}{i}") for sign in "+-" for i, n in enumerate(NUMBERS, start=1)}
-OPERATIONS = tuple(SHIFT)
-SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<think>", "</think>")
-WORDS = (*LABELS, *OPERATIONS, " wait", " ok", " hmm", " check", " hint", r"\boxed", " }")
-SPECIAL_ID = {token: i for i, token in enumerate(SPECIAL)}
-STEP_TOKENS = 4
-MAX_LENGTH = 512
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] }}"
-    "{% else %}{{ raise_exception('the tiny template has no role ' + message['role']) }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
-)
-
-DATA_SEED = 20260
-TRAIN_QUESTIONS, TEST_QUESTIONS = 4096, 800
 MAX_NEW_TOKENS = 240  # a short limit would count the base's long thoughts as wrong
 GREEDY_QUESTIONS = 200
 CHUNK = 200
 TRIES = 4
-SHIPPED_BASE = Path(__file__).parent / "tiny_base"
-RECORD = "tiny_base.json"
-CONFIGS = ("config", "generation_config", "tokenizer", "tokenizer_config")
-BASE_FILES = ("model.safetensors", RECORD, *(f"{name}.json" for name in CONFIGS))
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Probabilities that the supervised rows are drawn with."""
-
-    # As drawn; the second phase re-weights it to the recipe's value. A concise row has a third of
-    # the tokens of a verbose one: with a quarter of such rows 4 % of the forced concise thoughts
-    # took a wrong operation from the question, with half none of 800.
-    student_concise: float = 0.5
-    teacher_concise: float = 0.3
-    teacher_leak: float = 0.05  # stop early and copy the hint: what cross-view scoring must catch
-    slip: float = 0.02  # a wrong result in a step
-    repair: float = 0.7  # a repetition puts the slip right
-    wait_again: float = 0.7  # a second repetition of the step
-    hmm: float = 0.3
-    check: float = 0.5  # a second pass over all steps
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,7 @@ class Recipe:
     student_concise: float
     student_band: tuple[float, float]
     teacher_band: tuple[float, float] = (0.2, 0.3)
-    corpus: Corpus = Corpus()
+    corpus: Corpus = field(default_factory=Corpus)
     phases: tuple[Phase, ...] = (Phase(1300, 3e-3, pinned=False), Phase(900, 1e-3, pinned=True))
     batch: int = 32
     pin: float = 0.05
@@ -141,136 +85,6 @@ class BaseReport:
     forced_accuracy: float
     sampled_accuracy: float
     sampled_tokens: float
-
-
-@dataclass(frozen=True)
-class TinyWorld:
-    """Where the base (a Hugging Face directory) and its questions lie; how the base measured."""
-
-    base_dir: Path
-    train_path: Path
-    test_path: Path
-    report: BaseReport
-
-
-# The task
-
-
-def parse_question(text: str) -> tuple[int, list[tuple[str, str]]]:
-    """`4 A+three B-five` -> (4, [(" A", "+three"), (" B", "-five")])."""
-    return int(text[0]), re.findall(r"( [A-E])([+-][a-z]+)", text)
-
-
-def solve(text: str) -> str:
-    start, steps = parse_question(text)
-    return str((start + sum(SHIFT[operation] for _, operation in steps)) % 10)
-
-
-def random_question(rng: random.Random) -> str:
-    words = [rng.choice(DIGITS)]
-    for label in LABELS[: rng.randint(2, len(LABELS))]:
-        words += [label, rng.choice(OPERATIONS)]
-    return "".join(words)
-
-
-def question_sets() -> tuple[list[Question], list[Question]]:
-    """The train and test questions: always the same, all distinct; no base trains on a test one."""
-    rng, texts = random.Random(DATA_SEED), dict[str, None]()
-    while len(texts) < TRAIN_QUESTIONS + TEST_QUESTIONS:
-        texts[random_question(rng)] = None
-    # Short questions run out first, so insertion order is not exchangeable.
-    order = rng.sample(list(texts), len(texts))
-    test, train = order[:TEST_QUESTIONS], order[TEST_QUESTIONS:]
-    return (
-        [
-            Question(id=f"train-{i:04}", text=text, answer=solve(text))
-            for i, text in enumerate(train)
-        ],
-        [Question(id=f"test-{i:04}", text=text, answer=solve(text)) for i, text in enumerate(test)],
-    )
-
-
-def sample_thought(
-    text: str, rng: random.Random, corpus: Corpus, *, verbose: bool, steps: int | None = None
-) -> tuple[list[str], str]:
-    """A thought over the first `steps` steps, closed by `</think>`, and the digit it ends on."""
-    start, chain = parse_question(text)
-    words, value = sample_pass(start, chain[:steps], rng, corpus, repeat=verbose)
-    if verbose and rng.random() < corpus.check:
-        again, value = sample_pass(start, chain[:steps], rng, corpus, repeat=False)
-        words += [" check", *again]
-    return [*words, "</think>"], str(value)
-
-
-def sample_pass(
-    value: int,
-    chain: Sequence[tuple[str, str]],
-    rng: random.Random,
-    corpus: Corpus,
-    *,
-    repeat: bool,
-) -> tuple[list[str], int]:
-    """The words of one pass over the steps, each repeated once or twice if `repeat`; its result."""
-    words = []
-    for label, operation in chain:
-        right = said = (value + SHIFT[operation]) % 10
-        if rng.random() < corpus.slip:
-            said = (right + rng.randint(1, 9)) % 10
-        words += [label, operation, str(value), str(said)]
-        if repeat:
-            for _ in range(1 + (rng.random() < corpus.wait_again)):
-                if said != right and rng.random() < corpus.repair:
-                    said = right
-                words += [" wait", label, operation, str(value), str(said)]
-            words += [" ok", " hmm"] if rng.random() < corpus.hmm else [" ok"]
-        value = said
-    return words, value
-
-
-def concise_thought(text: str) -> list[str]:
-    """The shortest complete thought: four words a step, and `</think>`."""
-    return sample_thought(text, random.Random(0), Corpus(slip=0.0), verbose=False)[0]
-
-
-# Token ids
-
-
-def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer in which every word of WORDS, and every digit, is one token.
-
-    Text goes through Qwen2's own split, because AutoTokenizer uses that split for every model of
-    type qwen2 whatever tokenizer.json says. All 256 bytes are tokens: no text is ever dropped.
-    """
-    merges = dict[tuple[str, str], None]()
-    for lead, *letters in (word.replace(" ", "\u0120") for word in WORDS):
-        for i in range(1, len(letters)):
-            merges["".join(letters[:i]), letters[i]] = None
-        merges[lead, "".join(letters)] = None
-    tokens = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges))
-    return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=list(merges),  # pyright: ignore[reportArgumentType]
-        unk_token=None,  # pyright: ignore[reportArgumentType]
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=list(SPECIAL[3:]),
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_LENGTH,
-    )
-
-
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def prompt_ids(tokenizer: Any, question: Question, view: View) -> list[int]:
-    template = STUDENT_TEMPLATE if view == "student" else TEACHER_TEMPLATE
-    content = template.format(question=question.text, answer=question.answer)
-    turns = [{"role": "user", "content": content}]
-    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return text_ids(tokenizer, rendered)
 
 
 @dataclass(frozen=True)
@@ -327,9 +141,6 @@ def row_batch(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     ids = [row.ids + [pad] * (width - len(row.ids)) for row in rows]
     weight = [row.weight + [0.0] * (width - len(row.weight)) for row in rows]
     return torch.tensor(ids), torch.tensor(weight)
-
-
-# Training a base
 
 
 def make_model(seed: int, vocab_size: int) -> Qwen2ForCausalLM:
@@ -446,9 +257,6 @@ def train_base(
     )
 
 
-# Measuring it
-
-
 def concise_probability(
     model: Any, tokenizer: Any, questions: Sequence[Question], view: View
 ) -> float:
@@ -545,104 +353,3 @@ def gate_failures(report: BaseReport, recipe: Recipe) -> list[str]:
         for name, (low, high) in bands.items()
         if not low <= measured[name] <= high
     ]
-
-
-# Files
-
-
-def make_tiny(
-    out_dir: str | os.PathLike[str],
-    *,
-    base: str = "demo",
-    from_scratch: bool = False,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> TinyWorld:
-    """Write `base/`, `train.jsonl` and `test.jsonl` under `out_dir`, all or nothing.
-
-    The demo base is copied from the package unless `from_scratch`; "common" is always trained
-    (about three minutes a try on one core). A complete world of the same kind is used as it is.
-
-    Raises ValueError for an unknown base, or when `out_dir` holds anything else; RuntimeError when
-    no trained base passes the gate.
-    """
-    if base not in RECIPES:
-        raise ValueError(f"unknown tiny base {base!r}; choose one of {', '.join(RECIPES)}")
-    progress = progress or (lambda _: None)
-    out = Path(out_dir).absolute()
-    train, test = question_sets()
-    questions = {"train.jsonl": jsonl(train), "test.jsonl": jsonl(test)}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        world = existing_world(out, questions, base=base, seed=seed if from_scratch else None)
-        progress(f"{out} is already complete: {world.report}")
-        return world
-    aside = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
-        for name, text in questions.items():
-            (aside / name).write_text(text, encoding="utf-8")
-        if base == "demo" and not from_scratch:
-            shutil.copytree(SHIPPED_BASE, aside / "base")
-        else:
-            model, report = train_base(RECIPES[base], seed=seed, progress=progress)
-            save_base(aside / "base", model, report)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return read_world(out)
-
-
-def existing_world(
-    out: Path, questions: dict[str, str], *, base: str, seed: int | None
-) -> TinyWorld:
-    """The world in `out` if it is complete and of the kind asked for, else ValueError."""
-    remedy = f"remove {out} or choose another directory"
-    wanted = [*(f"base/{name}" for name in BASE_FILES), *questions]
-    missing = [name for name in wanted if not (out / name).is_file()]
-    if missing:
-        raise ValueError(f"{out} exists and is no complete tiny world: no {missing[0]}; {remedy}")
-    for name, text in questions.items():
-        if (out / name).read_text(encoding="utf-8") != text:
-            raise ValueError(f"{out / name} is not the tiny world's; {remedy}")
-    world = read_world(out)
-    if world.report.recipe != base:
-        raise ValueError(f"{out} holds a {world.report.recipe} base, asked for {base}; {remedy}")
-    if seed is not None and world.report.seed not in range(seed, seed + TRIES):
-        raise ValueError(
-            f"{out} holds a base of seed {world.report.seed}, asked for {seed}; {remedy}"
-        )
-    return world
-
-
-def read_world(out: Path) -> TinyWorld:
-    record = json.loads((out / "base" / RECORD).read_text(encoding="utf-8"))
-    report = BaseReport(**record["measured"])
-    return TinyWorld(out / "base", out / "train.jsonl", out / "test.jsonl", report)
-
-
-def jsonl(questions: Iterable[Question]) -> str:
-    rows = ({"id": q.id, "question": q.text, "answer": q.answer} for q in questions)
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None:
-    """An ordinary Hugging Face directory and the record of how it was made and measured."""
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        bos_token_id=SPECIAL_ID["<s>"],
-        eos_token_id=SPECIAL_ID["</s>"],
-        pad_token_id=SPECIAL_ID["<pad>"],
-    )
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder, save_jinja_files=False)
-    compact = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    text = json.dumps(compact, separators=(",", ":"), ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    options = f"--base {report.recipe} --from-scratch --seed {report.seed}"
-    record = {
-        "command": f"vpgea make-tiny OUT {options}",
-        "torch": torch.__version__,
-        "measured": asdict(report),
-        "recipe": asdict(RECIPES[report.recipe]),
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
