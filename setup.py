@@ -128,6 +128,7 @@ setup(
             "pyright>=1.1.400",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
             TRITON,
