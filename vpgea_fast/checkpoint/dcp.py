@@ -56,6 +56,7 @@ class Reader(FileSystemReader):
             try:
                 index = Index(file).load()
                 places = list(index.storage_data.values())
+            # `find_class` has said it in words already.
             except (CheckpointError, OSError):
                 raise
             except Exception as error:  # a pickle that is none may raise anything
@@ -64,6 +65,7 @@ class Reader(FileSystemReader):
                     "this checkpoint to go on from the one before"
                 ) from error
         for place in places:
+            # An edited index could otherwise read any file that this user can.
             if Path(place.relative_path).name != place.relative_path:
                 raise CheckpointError(
                     f"{path} names the file {place.relative_path!r}, which lies elsewhere; do not "
@@ -86,6 +88,8 @@ def exchange(world: World, value: Any) -> list[Any]:
     """`world.gather` of what JSON cannot say: DCP's records, of which the names repeat."""
     if world.size == 1:
         return [value]
+    # Plans repeat their names, so the fastest level suffices. The processes are this job's own:
+    # this pickle is trusted, an index on disk is not.
     packed = zlib.compress(pickle.dumps(value), 1)
     return [pickle.loads(zlib.decompress(part)) for part in world.gather_bytes(packed)]
 
@@ -100,6 +104,7 @@ def saved_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
 
 def fill(targets: dict[str, torch.Tensor], reader: FileSystemReader, metadata: Metadata) -> None:
     """Read into `targets`: of DTensors this process's shards. No collective."""
+    # Coordinator everywhere: each process plans its own reads, and nobody waits.
     planner = DefaultLoadPlanner()
     planner.set_up_planner(targets, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -124,6 +129,7 @@ def _flatten(tensor: Any) -> tuple[list[str], Any]:
 
 def copy_to_host(tensor: Any) -> torch.Tensor:
     """In host memory, and of its own. A tensor class's `to` need not copy: its parts' does."""
+    # copy=True also on a CPU, where `to` alone would return the live tensor.
     parts = {name: part.to("cpu", copy=True) for name, part in inner_of(tensor).items()}
     if type(tensor) is torch.Tensor:
         return parts[""]

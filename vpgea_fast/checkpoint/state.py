@@ -76,6 +76,7 @@ class Checkpoint:
         tree = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
             raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
+        # An empty one fails below, on its first key, in words.
         optimizer = tree["optimizer"] if isinstance(tree["optimizer"], dict) else {}
         for part, kinds in ((tree, STATE_KINDS), (optimizer, OPTIMIZER_KINDS)):
             for key, kind in kinds.items():
@@ -87,6 +88,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
         where no model fits. Needs no other process."""
+        # No process group is asked for: this runs on a laptop too.
         reader = Reader(self.path)
         metadata = reader.read_metadata()
         whole = {
@@ -144,6 +146,7 @@ def take(
         require_finite(shards | bound, what=f"step {state['step']}")
         planner.set_up_planner(tensors, is_coordinator=world.main)
         wish = planner.create_local_plan()
+        # The plan is made; live tensors here would keep their memory to the end of the write.
         planner.state_dict = {}  # of live tensors
         text = json.dumps({**state, "optimizer": about}, allow_nan=False, indent=1)
         planner.shards = {name: copy(shard) for name, shard in shards.items()}
@@ -151,6 +154,7 @@ def take(
     # A thread must not touch CUDA: its current device would be the first, not this process's.
     ahead = 0 if copied else COPY_AHEAD
     writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=ahead)
+    # Any: all exchange, or none. A process that alone planned anew would wait for ever.
     if known is None or world.any(wish != known.wish):
         plans, index = planner.create_global_plan(exchange(world, wish))
         known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
@@ -160,6 +164,7 @@ def take(
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
     """The shards of this process, into `path`: DCP finds that name by itself."""
+    # DCP joins the folder and a name of its plan; the protocol must mean the same file.
     assert path.parent == Path(taken.writer.path)
     try:
         plan = taken.planner.finish_plan(taken.planned.plan)
@@ -196,11 +201,13 @@ def put(
         metadata = reader.read_metadata()
         _check_fit(found, metadata, world=world, weights=weights, optimizer=optimizer)
         targets = _targets(metadata, weights, optimizer)
+        # More processes than wrote: the others start from the last one's file, and seed anew.
         file = found.path / OWN.format(min(world.rank, found.processes - 1))
         own = torch.load(file, map_location="cpu", weights_only=True)
         bound = _beside(own["states"], weights)
     with together(world, what, remedy, catch=Exception):
         fill(targets, reader, metadata)
+        # All is read and checked by now: from here on nothing of this run's state survives.
         trained = _trained(optimizer, weights)
         optimizer.state.clear()
         for states in (_by_name(targets), _by_name(bound), found.optimizer["values"]):
@@ -278,6 +285,7 @@ def _optimizer_states(
     trained = _trained(optimizer, weights)
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
+            # Step counts of optimisers that keep them as numbers go into state.json.
             if not isinstance(value, torch.Tensor):
                 values.setdefault(name, {})[key] = value
             elif type(shard := shard_of(value)) is torch.Tensor:
@@ -297,6 +305,7 @@ def _trained(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, nn.Parameter]:
     """The optimiser's parameters by name."""
+    # By identity: the optimiser holds the very tensors, and they have no names.
     names = {id(weight): name for name, weight in weights.items()}
     return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
 
@@ -341,6 +350,7 @@ def _targets(
 ) -> dict[str, torch.Tensor]:
     """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
     targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+    # The options of a parameter's group decide where its step count lives.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = _trained(optimizer, weights)
     for full_name, saved in saved_tensors(metadata).items():
@@ -348,6 +358,7 @@ def _targets(
             continue
         parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
         if saved.size == parameter.shape:
+            # A DTensor where the parameter is one: DCP then reads this process's shard alone.
             targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
         else:
             # As AdamW does: a step count on a GPU that no fused kernel reads there would cost a
@@ -389,6 +400,7 @@ def _check_weights(
     found: Checkpoint, metadata: Metadata, weights: Mapping[str, torch.Tensor]
 ) -> str:
     """CheckpointError if the checkpoint is not one of this model; the remedy for such errors."""
+    # Optimiser states have a prefix of their own and are checked elsewhere.
     saved = {
         name.removeprefix("model."): tensor
         for name, tensor in saved_tensors(metadata).items()
@@ -400,6 +412,7 @@ def _check_weights(
         has, lacks = ("it", "this one") if odd[0] in saved else ("this one", "it")
         raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {remedy}")
     for name, weight in weights.items():
+        # A grown vocabulary is the usual cause, so the message names it.
         if saved[name].size != weight.shape:
             raise CheckpointError(
                 f"{where} or vocabulary: {name} is {tuple(saved[name].size)} there, "
@@ -424,6 +437,7 @@ def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> N
     if world.rank < found.processes:
         restore_rng(state, world.device)
     else:
+        # From what was saved, so that two resumes of one checkpoint draw alike.
         seed = zlib.crc32(state["torch"].numpy().tobytes()) + world.rank
         torch.manual_seed(seed)
         random.seed(seed)
