@@ -59,6 +59,7 @@ class Prompter:
         check_templates(cfg)
         self._tokenizer, self._cfg = tokenizer, cfg
         self._template = chat_template_of(tokenizer)
+        # Before any rendering: a switch that is never read changes nothing, and nothing shows it.
         self._check_kwargs()
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
@@ -66,6 +67,7 @@ class Prompter:
         probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
         steering = self._steering_tokens(self._template + probe)
+        # Some tokenizers find their tokens after normalising, some before: both forms count.
         both = {*steering, *map(self._normalised, steering)}
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
@@ -114,6 +116,7 @@ class Prompter:
         student = self._student_ids([q.text for q in questions], names)
         teacher = self._encode([self.teacher_text(q) for q in questions], names)
         cue = self._behind_thought([""] * len(cues), cues, names)
+        # From the plainest spelling (data/answers.py): U is the likelihood of one spelling.
         targets = [fill(cfg.answer_target, **f) for f in fields]
         target = self._behind_thought(cues, targets, names)
         variants = [
@@ -157,6 +160,7 @@ class Prompter:
                 f"first is {first.id!r}; take them out (data.overlong: drop leaves them out)"
             )
         prompted = self.prompt(plain)
+        # Both views or none: a question with one view gives no advantage.
         kept = [p for p in prompted if _longer_view(p) <= limit]
         dropped = len(prompted) - len(kept)
         if dropped and (policy == "error" or not kept):
@@ -182,6 +186,7 @@ class Prompter:
 
     def _chat(self, *messages: dict[str, str]) -> str:
         roles = " + ".join(message["role"] for message in messages)
+        # Checked against the template's own names, so none is ignored.
         switches: dict[str, Any] = self._cfg.chat_template_kwargs
         try:
             with time_limit(RENDER_SECONDS):
@@ -204,6 +209,7 @@ class Prompter:
                 f"most {RENDER_LIMIT} around them; repair the template"
             )
         for message in messages:
+            # Templates trim turns, drop a system turn, or cut thoughts out of them.
             if message["content"].strip() not in text:
                 raise ConfigError(
                     f"the chat template loses or changes the {message['role']} turn: "
@@ -223,6 +229,7 @@ class Prompter:
         if self._tail is not None and text.endswith(self._tail):  # a short turn may stand in it
             tail = self._tail
         else:
+            # The question itself may spell a think tag; only what follows it is the template's.
             tail = text[text.rindex(last_turn) + len(last_turn) :]
         if self._tail is None:  # the first text of all is that of a known turn
             self._tail = tail
@@ -236,6 +243,7 @@ class Prompter:
         if text.endswith(prefix):
             return text
         words = tail[opened + len(opening) :]
+        # The tag with or without its line break: the prefix says how the thought begins.
         if opened >= 0 and prefix.startswith(opening) and not words.strip():
             return text[: len(text) - len(opening) - len(words)] + prefix
         if opened >= 0 and opening in prefix:
@@ -258,6 +266,7 @@ class Prompter:
         where SentencePiece puts a space. Checked behind the end tag and `before`."""
         tag = self._cfg.think_close
         heads = self._ids([tag + text for text in before], names)
+        # The tag is one token (checked at construction), so the first id is its.
         rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
         joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
         in_place = [tag + a + b for a, b in zip(before, texts, strict=True)]
@@ -320,6 +329,7 @@ class Prompter:
     def _check_kwargs(self) -> None:
         """Refuse names that the template never reads: they would change nothing, in silence."""
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        # These reach the template from the library: a switch of that name would collide.
         reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
         read = read_names(self._template)
         for name, value in self._cfg.chat_template_kwargs.items():

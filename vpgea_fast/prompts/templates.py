@@ -30,6 +30,7 @@ def read_names(template: str) -> set[str]:
         tree = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except (TemplateError, RecursionError):
         return set(re.findall(r"\w+", template))
+    # Loop variables are the template's own, whatever reads them.
     names = list(tree.find_all(nodes.Name))
     holders = [nodes.Tuple([loop.target], "store") for loop in tree.find_all(nodes.For)]
     looped = {name.name for holder in holders for name in holder.find_all(nodes.Name)}
@@ -63,10 +64,12 @@ def time_limit(seconds: float) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise TimeoutError(f"no end after {seconds:g} s")
 
+    # Python hears signals in the main thread alone; elsewhere there is no limit.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = signal.signal(signal.SIGALRM, ring)
+    # RING_AGAIN: the alarm repeats until an error gets through.
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN)
     try:
         yield
@@ -102,6 +105,7 @@ def check_templates(cfg: PromptConfig) -> None:
     for name, template, field, required, complaint in rules:
         if (field in template) != required:
             raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
+    # A thought would end where it begins.
     if cfg.think_open == cfg.think_close:
         raise ConfigError(
             f"prompt.think_close: got {cfg.think_close!r}, which think_open is too; expected the "

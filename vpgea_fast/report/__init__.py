@@ -62,9 +62,11 @@ def closing_table(run_dir: str | Path) -> tuple[list[str], list[list[str]]]:
     run_dir = Path(run_dir)
     own = read_evaluation(run_dir)
     entries = [{"name": f"this run: {label_of(run_dir)}", **own}] if own else []
+    # Committed rows alone would look like a result of this run.
     if own:
         entries += committed_rows(run_dir).get("rows", [])
     results = [result for entry in entries for result in _results(entry)]
+    # Heading -> cell of a (before, after) pair; a column is added here alone.
     columns = {
         "accuracy %": lambda r: _arrow(r, "acc", lambda value: f"{100 * value:.1f}"),
         "95 % interval": _interval,
@@ -89,6 +91,7 @@ def closing_notes(run_dir: str | Path) -> list[str]:
     notes = [str(section.get("note", ""))]
     if section.get("compare"):
         comparison = committed_rows(run_dir)
+        # Where committed rows come from, so that they can be made again.
         made = [f"{key} {comparison[key]}" for key in ("commit", "command") if key in comparison]
         notes += [
             str(comparison.get("note", "")),
@@ -110,7 +113,9 @@ def write_report(run_dir: str | Path) -> Path:
         raise ReportError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
     log = Log(run_dir)  # the one pass over metrics.jsonl: figure, alarms and table share it
     headers, rows = closing_table(run_dir)
+    # A crash between two saves may lose lines; a curve would hide the gap.
     lost = [f"{METRICS} has no line of steps {log.gaps}; the rest is shown."] if log.gaps else []
+    # In the order of the page: the result first, what it hangs on last.
     sections = {
         "Before and after": _table(headers, rows) + _paragraphs(closing_notes(run_dir))
         if rows
@@ -135,6 +140,7 @@ def write_report(run_dir: str | Path) -> Path:
     }
     title = f"{run_dir.resolve().name}: {label_of(run_dir)}"
     body = "\n".join(f"<h2>{name}</h2>\n{html}" for name, html in sections.items() if html)
+    # At once: a browser that reloads finds the old page or the new.
     write_text(run_dir / REPORT, PAGE.format(title=escape(title), body=body))
     return run_dir / REPORT
 
@@ -176,6 +182,7 @@ def _arrow(pair: tuple[Record, Record], key: str, show: Callable[[float], str]) 
 def _interval(pair: tuple[Record, Record]) -> str:
     bounds = [finite(pair[1].get(key)) for key in ("acc_low", "acc_high")]
     shown = ["-" if bound is None else f"{100 * bound:.1f}" for bound in bounds]
+    # Runs of an older version have no interval.
     return "-" if shown == ["-", "-"] else f"{shown[0]} to {shown[1]}"
 
 
@@ -200,6 +207,7 @@ def _environment(run_dir: Path) -> str:
 
 def _figure(run_dir: Path, log: Log) -> str:
     data = plot_training(run_dir, run_dir / FIGURE, log).read_bytes()
+    # Inside the page, which then is one file to send.
     source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
     alt = "Lengths, gate, accuracy and eps3 over the training steps"
     return f'<img alt="{alt}" src="{source}">'
@@ -214,6 +222,7 @@ def _table(
         titles = [
             f' title="{escape(hints[cell])}"' if hints and cell in hints else "" for cell in cells
         ]
+        # Everything is escaped: a path or a note may hold markup.
         parts = [
             f"<{tag}{title}>{escape(cell)}</{tag}>"
             for title, cell in zip(titles, cells, strict=True)

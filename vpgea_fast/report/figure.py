@@ -63,6 +63,8 @@ class Line:
             last = self.bins[-1]
             last[0], last[1], last[2] = last[0] + step, last[1] + value, last[2] + 1
             return
+        # Full: halve the number of points and double what one holds. Each value is added to a sum
+        # at most once per doubling, so n values cost O(n).
         if len(self.bins) == POINTS:
             pairs = zip(self.bins[::2], self.bins[1::2], strict=True)
             self.bins = [[x + y for x, y in zip(a, b, strict=True)] for a, b in pairs]
@@ -72,6 +74,7 @@ class Line:
     def points(self, reach: int = 0) -> tuple[list[float], list[float]]:
         """(steps, values); with `reach` of each point and so many neighbours on both sides."""
         parts = [self.bins[max(0, i - reach) : i + reach + 1] for i in range(len(self.bins))]
+        # Weighted by count: the last point may hold fewer values than its neighbours.
         means = [math.fsum(b[1] for b in part) / math.fsum(b[2] for b in part) for part in parts]
         return [step / count for step, _, count in self.bins], means
 
@@ -114,6 +117,7 @@ class Log:
         self._evaluated(ends.get("before", {}))
         for record in read_steps(run_dir):
             self.alarms += alarms.update(record)
+            # The rule that ended the run, replayed from its log.
             if alarms.halt:
                 self.alarms.append(f"stopped at step {record['step']}: {alarms.halt}")
             self._add(record)
@@ -128,6 +132,7 @@ class Log:
         self.seen.add(step)
         self.last = max(self.last, step)
         for key, raw in record.items():
+            # Text, null and infinities have no place on an axis.
             value = finite(raw)
             if value is None or key == "step":
                 continue
@@ -136,6 +141,7 @@ class Log:
             self.spans[key].add(value)
             if key in self.lines:
                 self.lines[key].add(step, value)
+        # Evaluations are of the weights before the step, and say of which.
         at = finite(record.get("eval_step")) or step
         for name, line in self.evaluations.items():
             value = finite(record.get(f"eval_{name}"))
@@ -165,6 +171,7 @@ def plot_training(run_dir: str | Path, out_png: str | Path, log: Log | None = No
         raise ReportError(f"{run_dir / METRICS} has no step; a figure needs one. Train first")
     figure = Figure(figsize=(17, 4))
     figure.set_layout_engine("constrained", wspace=0.06)
+    # A missing series leaves its panel in place and says so: figures of two runs line up.
     for axes, (title, unit, lines, eval_key) in zip(
         figure.subplots(1, len(PANELS)), PANELS, strict=True
     ):
@@ -199,6 +206,7 @@ def _draw(axes: Axes, line: Line, scale: float, label: str, colour: str) -> None
     if not steps:
         return
     values = [scale * value for value in values]
+    # A twentieth of the run, half on each side.
     reach = len(values) // 40
     if not reach:
         axes.plot(steps, values, color=colour, marker="." if len(values) < 3 else "", label=label)
@@ -213,6 +221,7 @@ def _finish(axes: Axes, title: str, unit: str, *, last: int) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
+    # A margin for the dots of the first and the last evaluation.
     axes.set_xlim(-0.03 * last, 1.03 * last)
     axes.locator_params(axis="x", integer=True)
     if not axes.lines:
@@ -221,6 +230,7 @@ def _finish(axes: Axes, title: str, unit: str, *, last: int) -> None:
         return
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
+    # From zero, so that a fall by a tenth looks like one.
     axes.set_ylim(0, 103 if title == "Accuracy" else 1.03 * axes.get_ylim()[1])
 
 

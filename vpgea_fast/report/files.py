@@ -27,6 +27,7 @@ def read_evaluation(run_dir: str | Path) -> dict[str, Any]:
     path = Path(run_dir) / "eval.json"
     remedy = "bring it back from a copy, or remove it: the run then goes on without what it held"
     evaluation = read_json(path, remedy)
+    # Checked here once, so that nothing below asks for shapes again.
     for when in ("before", "after"):
         results = evaluation.get(when, {})
         check_results(f"{path}: {when}", results, remedy)
@@ -39,6 +40,7 @@ def read_evaluation(run_dir: str | Path) -> dict[str, Any]:
 def evaluated(run_dir: str | Path, name: str) -> dict[int, float]:
     """Step -> `name` (sampled_eps3, greedy_acc, ...), of every evaluation in the run's files."""
     mode, _, key = name.partition("_")
+    # Steps from the log, both ends from eval.json; an end wins over the log's line.
     found = [(r.get("eval_step"), r.get(f"eval_{name}")) for r in read_steps(run_dir)]
     ends = read_evaluation(run_dir)
     results = [ends[when] for when in ("before", "after") if when in ends]
@@ -55,6 +57,7 @@ def check_results(where: str, results: Any, remedy: str) -> None:
     parts = (
         [results, *(results.get(mode, {}) for mode in book.MODES)] if is_map(results) else [results]
     )
+    # Its own value is shown, which is how the user finds it in the file.
     wrong = next((part for part in parts if not is_map(part)), None)
     if wrong is not None or not all(map(is_map, parts)):
         raise ReportError(f"{where}: got {wrong!r:.60}, expected keys and values; {remedy}")
@@ -73,6 +76,7 @@ def label_of(run_dir: Path) -> str:
 def committed_rows(run_dir: Path) -> dict[str, Any]:
     """The committed rows; {} if the run names none or the file is not there."""
     path = section_of(run_dir, "metrics").get("compare")
+    # A name like tiny_demo, or a path; neither need exist.
     comparison = read_json(Path(find(str(path), ROWS, ".json"))) if path else {}
     remedy = "rows must be objects with name, before and after"
     rows = comparison.get("rows", [])
@@ -115,6 +119,7 @@ def read_json(path: Path, remedy: str = "write it again or remove it") -> dict[s
         return {}
     try:
         tree = json.loads(text_of(path))
+    # A file of ten thousand brackets is valid in form and too deep to read.
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON: {error}; {remedy}") from error
     if not isinstance(tree, dict):

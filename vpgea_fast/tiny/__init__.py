@@ -75,15 +75,18 @@ def make_tiny(
     out = Path(out_dir).absolute()
     train, test = question_sets()
     questions = {"train.jsonl": jsonl(train), "test.jsonl": jsonl(test)}
+    # An empty directory is as good as none; anything else must be this very world.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         world = existing_world(out, questions, base=base, seed=seed if from_scratch else None)
         progress(f"{out} is already complete: {world.report}")
         return world
+    # Beside, and renamed when complete: a kill never leaves half a world under its name.
     aside = out.parent / f".{out.name}.{os.getpid()}"
     try:
         aside.mkdir(parents=True)
         for name, text in questions.items():
             (aside / name).write_text(text, encoding="utf-8")
+        # The shipped base is one that passed the gate; another seed costs three minutes.
         if base == "demo" and not from_scratch:
             shutil.copytree(SHIPPED_BASE, aside / "base")
         else:
@@ -110,6 +113,7 @@ def existing_world(
     world = read_world(out)
     if world.report.recipe != base:
         raise ValueError(f"{out} holds a {world.report.recipe} base, asked for {base}; {remedy}")
+    # A seed that failed the gate gives way to the next, so the base's may be up to TRIES higher.
     if seed is not None and world.report.seed not in range(seed, seed + TRIES):
         raise ValueError(
             f"{out} holds a base of seed {world.report.seed}, asked for {seed}; {remedy}"
@@ -136,6 +140,7 @@ def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None
         eos_token_id=SPECIAL_ID["</s>"],
         pad_token_id=SPECIAL_ID["<pad>"],
     )
+    # The ordinary writers: whatever reads a model from the Hub reads this one.
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder, save_jinja_files=False)
     compact = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

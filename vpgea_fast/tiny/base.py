@@ -109,19 +109,23 @@ def sample_row(
     decision weighs p / drawn when concise and (1 - p) / (1 - drawn) when verbose, p the wanted
     probability; every later word weighs 1, so that a rare concise thought stays usable.
     """
+    # Test questions are drawn again: the space holds far more than the 800.
     corpus, text = recipe.corpus, random_question(rng)
     while text in held_out:
         text = random_question(rng)
     question = Question(id="", text=text, answer=solve(text))
     view: View = "student" if rng.random() < 0.5 else "teacher"
     drawn = corpus.student_concise if view == "student" else corpus.teacher_concise
+    # Drawn at a rate at which both kinds are learnt; the weight puts the recipe's rate back.
     verbose = rng.random() >= drawn
     if view == "teacher" and rng.random() < corpus.teacher_leak:
+        # A leak stops after some steps and copies the hint, so it ends on the right digit.
         steps = rng.randrange(1, len(parse_question(text)[1]))
         thought, _ = sample_thought(text, rng, corpus, verbose=verbose, steps=steps)
         digit = question.answer
     else:
         thought, digit = sample_thought(text, rng, corpus, verbose=verbose)
+        # A teacher that states a wrong digit would contradict its hint.
         while view == "teacher" and digit != question.answer:
             thought, digit = sample_thought(text, rng, corpus, verbose=verbose)
     prompt = prompt_ids(tokenizer, question, view)
@@ -129,6 +133,7 @@ def sample_row(
     ids, weight = [*prompt, *completion], [0.0] * len(prompt) + [1.0] * len(completion)
     if not pinned:
         return Row(ids, weight)
+    # The decision is the word after the first step: STEP_TOKENS behind the prompt.
     p, decision = recipe.student_concise if view == "student" else drawn, len(prompt) + STEP_TOKENS
     weight[decision] = (1 - p) / (1 - drawn) if verbose else p / drawn
     return Row(ids, weight, decision, p)
@@ -182,9 +187,11 @@ def supervised_loss(
     logp_BTV = model(ids_BT[:, :-1], use_cache=False).logits.log_softmax(-1)
     nll_BT = -logp_BTV.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
     loss = (nll_BT * weight_BT[:, 1:]).sum() / (weight_BT[:, 1:] > 0).sum()
+    # Row -> the log-probability to pin; (B,) rows, S of them pinned.
     wanted = {i: math.log(row.concise) for i, row in enumerate(rows) if row.concise is not None}
     if not wanted:
         return loss
+    # Logits at t are of the token at t + 1.
     position = [rows[i].decision - 1 for i in wanted]
     logp_S = logp_BTV[list(wanted), position, second_label]
     return loss + recipe.pin * (logp_S - torch.tensor([*wanted.values()])).square().mean()
@@ -199,9 +206,11 @@ def train_once(
     model = make_model(seed, vocab_size=len(tokenizer))
     model.train()
     for number, phase in enumerate(recipe.phases, start=1):
+        # Each phase has moments and a warm-up of its own.
         optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, weight_decay=0.01)
         started = time.monotonic()
         for step in range(1, phase.steps + 1):
+            # Per phase: warm-up over 50 steps, then down to zero.
             cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / phase.steps))
             optimizer.param_groups[0]["lr"] = phase.lr * cosine * min(1.0, step / 50)
             rows = [
@@ -214,6 +223,7 @@ def train_once(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step == 1 or step % 200 == 0:
+                # Of this phase alone: whether the gate asks for another try is not known yet.
                 left = (time.monotonic() - started) * (phase.steps / step - 1)
                 progress(
                     f"tiny base, phase {number}/{len(recipe.phases)}, step {step}/{phase.steps}: "
@@ -272,6 +282,7 @@ def concise_probability(
         with torch.no_grad():
             logits_BTV = model(ids_BT[:, :-1], use_cache=False).logits.float()
         logp_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
+        # exp in float64: 1e-6 per question is summed over hundreds.
         total += (logp_BT * weight_BT[:, 1:]).sum(-1).double().exp().sum().item()
     return total / len(questions)
 
@@ -289,12 +300,14 @@ def answer_accuracy(
     If `forced`, the thought is given up to its concise mode decision; given tokens do not count.
     A path that MAX_NEW_TOKENS cuts off is wrong.
     """
+    # Padding on the left, as `generate` of a causal model needs it.
     pad, eos = SPECIAL_ID["<pad>"], SPECIAL_ID["</s>"]
     sampling = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0}
     correct = tokens = 0
     for i in range(0, len(questions), CHUNK):
         chunk = questions[i : i + CHUNK]
         prompts = [prompt_ids(tokenizer, question, "student") for question in chunk]
+        # One word past the first step: the second label, which is the concise decision.
         if forced:
             given = ["".join(concise_thought(q.text)[: STEP_TOKENS + 1]) for q in chunk]
             prompts = [
@@ -311,8 +324,10 @@ def answer_accuracy(
                 **sampling,
             )
         for question, ids in zip(chunk, output_BT[:, width:].tolist(), strict=True):
+            # Behind the end of a short answer `generate` pads to the longest of the chunk.
             ids = ids[: ids.index(eos) + 1] if eos in ids else ids
             right = "</think>" + ANSWER.format(answer=question.answer) + "</s>"
+            # Six tokens: `</think>`, `\boxed`, `{`, digit, ` }`, `</s>`.
             correct += ids[-6:] == text_ids(tokenizer, right)
             tokens += len(ids)
     return correct / len(questions), tokens / len(questions)
