@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vpgea_fast import attention, families, hub
-from vpgea_fast.config import printable
+from vpgea_fast.config import one_line
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -283,10 +283,3 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
     return content
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can show."""
-    named = isinstance(error, (KeyError, AttributeError, IndexError))  # says no more than a name
-    text = " ".join(f"{type(error).__name__}: {error}".split() if named else str(error).split())
-    return printable(text if len(text) < 600 else f"{text[:600]} ...") or type(error).__name__

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vpgea_fast import attention
+from vpgea_fast.config import one_line
 from vpgea_fast.model_dir import (
     INDEX,
     ModelError,
@@ -30,7 +31,6 @@ from vpgea_fast.model_dir import (
     check_model_dir,
     empty_model,
     load_generation_config,
-    one_line,
     read_config,
     weight_files,
     weight_index,
