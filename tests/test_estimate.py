@@ -561,7 +561,7 @@ def test_estimated_peaks_hold_on_a_gpu(grade):
     [("1.5b", "1.5b", 1), ("7b", "7b", 8), ("7b-multinode", "7b", 16), ("7b-1gpu", "7b", 1)],
 )
 def test_a_preset_fits_80_gb_at_its_limits(name, model, processes, engine):
-    """Prompts and paths as long as its keys allow; tests/test_needs.py has what its comment says."""
+    """Prompts and paths as long as its keys allow; test_needs.py holds it to its comment."""
     file, hf = ROOT / f"configs/{name}.yaml", qwen(PUBLISHED[model][0])
     words = {"vllm": [], "hf": ["--engine", "hf", "--rollout.max_batch", "64"]}[engine]
     cfg = config.load(file, words)
