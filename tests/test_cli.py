@@ -766,6 +766,23 @@ def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
     assert capsys.readouterr().out + f"{out}\n" == shown
 
 
+def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
+    tiny_world, tmp_path, capsys, refusal
+):
+    """What keep_best asks of a run's own evaluations is nothing to other commands."""
+    file = tmp_path / "recipe.yaml"
+    sections = yaml.safe_load(TINY.read_text())
+    sections["eval"] |= {"every": 5}
+    sections["checkpoint"] |= {"keep_best": "sampled_acc"}
+    file.write_text(yaml.safe_dump(sections))
+    words = ["--config", str(file), "--eval.samples", "0", "--eval.limit", "2"]
+    assert main(["eval", str(tiny_world.base_dir), str(tiny_world.test_path), *words]) == 0
+    assert "greedy" in capsys.readouterr().out
+    assert "data: got 'none'; expected one of" in refusal(
+        main(["data", "none", "--config", str(file)])
+    )
+
+
 def test_report_draws_a_run(train, capsys, tmp_path):
     assert train() == 0
     (tmp_path / "run/report.html").unlink()

@@ -345,6 +345,7 @@ def _of_model(
 ) -> tuple[str | Path | None, config.Config]:
     """The configuration of `words`, over that of --config, or of the run that a model comes from;
     and where the latter stands."""
+    words = ["--checkpoint.keep_best", "null", *words]  # nothing is trained, so no best is kept
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name
     exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
