@@ -77,6 +77,8 @@ setup(
     packages=[
         "vpgea_fast",
         "vpgea_fast.checkpoint",
+        "vpgea_fast.cli",
+        "vpgea_fast.config",
         "vpgea_fast.data",
         "vpgea_fast.metrics",
         "vpgea_fast.objectives",
@@ -123,6 +125,7 @@ setup(
             "pyright>=1.1.400",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
             TRITON,

@@ -18,7 +18,8 @@ from test_prompts import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vpgea_fast import __version__, checkpoint, config, strict_yaml
-from vpgea_fast.cli import _status, main
+from vpgea_fast.cli import main
+from vpgea_fast.cli.train import status
 from vpgea_fast.distributed import World
 from vpgea_fast.trainer import Ending
 
@@ -710,10 +711,10 @@ def test_a_stopped_run_is_no_failure_under_torchrun(monkeypatch):
     """Another status than 0 would make torchrun start a run that has just saved and stopped."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     endings = (Ending.DONE, Ending.HALTED, Ending.STOPPED)
-    assert [*map(_status, endings)] == [0, 3, 143]
+    assert [*map(status, endings)] == [0, 3, 143]
     assert [*map(bool, endings)] == [True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert [*map(_status, endings)] == [0, 0, 0]
+    assert [*map(status, endings)] == [0, 0, 0]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, capsys, tmp_path):

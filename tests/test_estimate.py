@@ -23,7 +23,8 @@ from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
 from vpgea_fast.intake import check_text
-from vpgea_fast.model import ModelError, Policy, shard
+from vpgea_fast.model import Policy
+from vpgea_fast.model_dir import ModelError
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.rollout.factory import positions
@@ -321,7 +322,7 @@ def fake_world(size, replicas=1):
 
 def sharded(model, mesh, cfg):
     policy = Policy(model, dtype=getattr(torch, cfg.model.dtype))
-    return shard(policy, World(torch.device("cpu"), size=mesh.size(), mesh=mesh), cfg.parallel)
+    return policy.shard(World(torch.device("cpu"), size=mesh.size(), mesh=mesh), cfg.parallel)
 
 
 def causal_lm(sizes, cfg, tied):
@@ -537,7 +538,7 @@ def test_estimated_peaks_hold_on_a_gpu(grade):
     )
     world = open_world(cfg.parallel, "cuda")
     policy = Policy(causal_lm(sizes, cfg, tied=False), dtype=torch.bfloat16, backend="torch")
-    shard(policy.to(world.device), world, cfg.parallel)
+    policy.to(world.device).shard(world, cfg.parallel)
     optimizer = build_optimizer(policy.parameters(), cfg.optim)
     batch = full_batch(tokens)
     sharded_step(policy, optimizer, batch, micro_batches=2)

@@ -42,7 +42,11 @@ LAYERS = {
         "tiny",
         "verify",
     },
-    # What a model directory means, to every reader of it.
+    # A model cut over processes, and its parts read.
+    "sharding": {"shard"},
+    # The one meaning of the weight files, to every reader of them.
+    "weights": {"weights"},
+    # The rest of a model directory: configuration, tokenizer, sampling settings.
     "model directory": {"model_dir"},
     # What a family of models computes, measured on a tiny clone.
     "families": {"families"},

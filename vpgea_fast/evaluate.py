@@ -18,7 +18,7 @@ from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import load_policy, stored_model
+from vpgea_fast.model import load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.factory import open_engine
@@ -26,6 +26,7 @@ from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import answers_correct
 from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
+from vpgea_fast.weights import stored_model
 
 BOOTSTRAP = 1000
 Decode = Callable[[torch.Tensor], str]

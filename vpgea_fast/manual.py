@@ -3,7 +3,7 @@
     vpgea keys [SECTION]              the configuration keys on a terminal
     python -m vpgea_fast.manual DIR   write configuration.md, metrics.md and api.md into DIR
 
-Texts are the docstrings under the keys of config.py, the tables of book.py, and the docstrings of
+Texts are the docstrings under the keys of config/, the tables of book.py, and the docstrings of
 the public functions. All are read from source by `ast`, so no page imports what it describes but
 the configuration, whose defaults and ranges are asked of the records themselves.
 """
@@ -248,7 +248,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `vpgea_fast/config.py` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "Generated from `vpgea_fast/config/` by `python -m vpgea_fast.manual docs`. Do not edit.",
         "",
         "* A YAML file holds sections of keys; `--section.key value` overrides one of them.",
         "* `vpgea keys SECTION` prints the same on a terminal.",
@@ -305,20 +305,30 @@ def api_page() -> str:
         "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
     ]
     for module, names in API.items():
-        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        lines += ["", f"## vpgea_fast.{module}", "", *_described(tree)]
-        for name, node in _public(tree, names).items():
+        sources = _sources(module)
+        lines += ["", f"## vpgea_fast.{module}", "", *_described(ast.parse(sources[0]))]
+        for name, (node, source) in _public(sources, names).items():
             lines += ["", f"### {name}", "", "```py", *_signature(node, source), "```", ""]
             lines += [*_described(node), *_methods(node)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _public(tree: ast.Module, names: Sequence[str] | None) -> Mapping[str, Doc]:
-    """Documented classes and functions by name: those named, or all without an underscore."""
-    found = {
-        node.name: node
-        for node in tree.body
+def _sources(module: str) -> list[str]:
+    """The text of a module's file; of a folder its `__init__` first, whose docstring is the
+    module's, then the others, which define what it passes on."""
+    folder = ROOT / module
+    files = [folder / "__init__.py", *sorted(folder.glob("[!_]*.py"))]
+    files = files if folder.is_dir() else [folder.with_suffix(".py")]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str, tuple[Doc, str]]:
+    """Documented classes and functions by name, with their source: those named, or all without an
+    underscore."""
+    found: dict[str, tuple[Doc, str]] = {
+        node.name: (node, source)
+        for source in sources
+        for node in ast.parse(source).body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
     }
     wanted = [name for name in found if not name.startswith("_")] if names is None else names

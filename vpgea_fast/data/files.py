@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vpgea_fast.config import one_line
+
 HUB = re.compile(r"hub:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?")
 KINDS = "a JSONL file, .json, .csv, .tsv, .parquet, a directory, or hub:owner/name[/config][:split]"
 FIELD_LIMIT = 1 << 24  # characters of a CSV cell; Python's own limit is 131,072
@@ -216,7 +218,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 yield from _batch_rows(batch)
     except (ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file: {_one_line(error)}; write it again"
+            f"{path} is not a readable parquet file: {one_line(error)}; write it again"
         ) from error
 
 
@@ -283,8 +285,4 @@ def _dataset_rows(load: Any, source: str, expected: str) -> Iterator[Row]:
         for table in tables:
             yield from _batch_rows(table)
     except Exception as error:  # datasets passes on what pandas, fsspec, httpx and Arrow raise
-        raise DataError(f"{source}: {_one_line(error)}; expected {expected}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{source}: {one_line(error)}; expected {expected}") from error
