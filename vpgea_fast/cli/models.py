@@ -96,6 +96,7 @@ def of_model(
 ) -> tuple[str | Path | None, config.Config]:
     """The configuration of `words`, over that of --config, or of the run that a model comes from;
     and where the latter stands."""
+    words = ["--checkpoint.keep_best", "null", *words]  # nothing is trained, so no best is kept
     # RUN/export and RUN/export_step_N are what a run and `vpgea export` write.
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name

@@ -115,8 +115,9 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         from vpgea_fast.dry_run import dry_run
         from vpgea_fast.durations import parse_rates
 
+        rates = {} if args.rates is None else parse_rates(args.rates)
         on = target(cfg, processes=args.processes, device_gib=args.device_gib)
-        dry_run(cfg, on=on, rates=parse_rates(args.rates or ""))
+        dry_run(cfg, on=on, rates=rates)
         return 0
     from vpgea_fast.trainer import fit
 
