@@ -173,12 +173,12 @@ def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
         "def dying(self, stats):\n"
         "    finish(self, stats)\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first and self.step == 3 and self.world.rank == 1:\n"
+        "    if first and self.step == 7 and self.world.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "trainer.Trainer.finish_step = dying\n"
         "sys.exit(cli.main())\n"
     )
-    more = ["--train.steps", "5", "--checkpoint.save_every", "2"]
+    more = ["--train.steps", "12", "--checkpoint.save_every", "5"]
     run_ranks(fit, words("calm", *more))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
