@@ -7,7 +7,6 @@ Whatever is wrong in it is a ModelError of one line that names the file, before 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -29,14 +28,6 @@ SAMPLING_KEYS = (
 """What generation_config.json says of sampling, and only of sampling."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-MOST_LAYERS = 1000
-COUNTS = (
-    *("hidden_size", "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings"),
-    *("num_attention_heads", "num_key_value_heads", "n_positions", "n_embd", "n_head", *LAYERS),
-)
-MOST = 2**31 - 1
-ABOVE_ZERO = ("_eps", "_epsilon", "rope_theta")
 
 
 class ModelError(ValueError):
@@ -52,10 +43,9 @@ def read_config(path: str) -> Any:
 
     check_model_dir(path)
     with blamed_on(path):
-        _check_raw(PreTrainedConfig.get_config_dict(path)[0])
+        # Before transformers reads it: of a number of layers it makes lists before anything else.
+        families.check_values(PreTrainedConfig.get_config_dict(path)[0])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{config.model_type!r} is an encoder-decoder; take a decoder alone")
     with _of_the_family(path):
         families.check(config)
     return families.without_randomness(config)
@@ -117,32 +107,6 @@ def blamed_on(path: str) -> Iterator[None]:
             else "give a complete Hugging Face directory, or a Hub name that can be reached"
         )
         raise ModelError(f"cannot use {where}: {one_line(error)}; {remedy}") from error
-
-
-def _check_raw(content: Mapping[str, Any]) -> None:
-    """ValueError for what transformers would take and no run can: quantised weights, no numbers,
-    and sizes that are none, of which it makes lists before anything else."""
-    for key, value in content.items():
-        if key == "quantization_config" and value is not None:
-            how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
-            raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
-        if isinstance(value, Mapping):
-            _check_raw(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}, expected a finite number")
-        elif key in COUNTS and value is not None:
-            _check_counts(key, value)
-        elif isinstance(value, int) and abs(value) > 2**63 - 1:
-            raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
-        elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
-            raise ValueError(f"{key} is {value}, expected a number above 0")
-
-
-def _check_counts(key: str, value: Any) -> None:
-    most = MOST_LAYERS if key in LAYERS else MOST
-    for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-            raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
 
 
 # The weight files
