@@ -1,6 +1,7 @@
 """The recipes of CONTRIBUTING.md, done: each patch of tests/recipes adds one small thing to a copy
 of the tree, and the tests that its recipe names pass there. Without it the thing is refused."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -104,6 +105,7 @@ RECIPES = {
         ),
     ),
 }
+LARGE = re.compile(r"^\| `([\w/]+\.py)` \| \w", re.MULTILINE)
 PAGES = "tests/test_manual.py::test_the_pages_in_docs_are_those_of_the_source"
 LAYERS = "tests/test_layering.py"
 
@@ -136,7 +138,7 @@ def apply(name: str, tree: Path, *options: str) -> None:
     ).replace("NAME", name)
 
 
-def tested(tree: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+def run_tests(tree: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     """pytest in the copy, in one process; the options of pyproject.toml would deselect."""
     options = ("-q", "-o", "addopts=", "-p", "no:cacheprovider")
     return run(sys.executable, "-m", "pytest", *options, *tests, tree=tree)
@@ -181,7 +183,7 @@ def test_all_recipes_together_pass_their_tests(tmp_path):
         apply(name, tree)
     written = run(sys.executable, "-m", "vpgea_fast.manual", "docs", tree=tree)
     assert written.returncode == 0, written.stderr
-    done = tested(tree, *(test for recipe in RECIPES.values() for test in recipe.tests))
+    done = run_tests(tree, *(test for recipe in RECIPES.values() for test in recipe.tests))
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tree / "docs/configuration.md").read_text("utf-8")
     assert "`min_thought`" in page
@@ -193,11 +195,11 @@ def test_all_recipes_together_pass_their_tests(tmp_path):
 def test_a_recipe_alone_fails_by_its_tests_and_passes_with_its_code(name, tmp_path):
     tree = copied(tmp_path / "tree")
     apply(name, tree, "--include=tests/*")
-    done = tested(tree, *RECIPES[name].tests)
+    done = run_tests(tree, *RECIPES[name].tests)
     assert done.returncode in (1, 2, 4), done.stdout + done.stderr  # a failure, or an ImportError
     apply(name, tree, "--exclude=tests/*")
     run(sys.executable, "-m", "vpgea_fast.manual", "docs", tree=tree)
-    done = tested(tree, *RECIPES[name].tests, PAGES, LAYERS)
+    done = run_tests(tree, *RECIPES[name].tests, PAGES, LAYERS)
     assert done.returncode == 0, done.stdout + done.stderr
     for check in (("check",), ("format", "--check")):
         ruff = run(sys.executable, "-m", "ruff", *check, tree=tree)
@@ -209,7 +211,7 @@ def test_a_new_metric_is_logged_and_in_the_book(tmp_path):
     """The book of the copy holds what its runs write."""
     tree = copied(tmp_path / "tree")
     apply("metric", tree)
-    done = tested(tree, "tests/test_book.py")
+    done = run_tests(tree, "tests/test_book.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -238,3 +240,19 @@ def test_a_recipe_that_no_longer_applies_is_refreshed_by_the_commands_of_contrib
     assert run("git", "apply", "--check", f"tests/recipes/{name}.patch", tree=tree).returncode == 0
     left = run("git", "status", "--porcelain", tree=tree).stdout.split()
     assert left == ["M", f"tests/recipes/{name}.patch"]
+
+
+def test_every_large_file_has_its_reason_in_contributing():
+    """By the thermometer's own measure, so that a file which shrank leaves the table."""
+    spec = importlib.util.spec_from_file_location("thermometer", ROOT / "benchmarks/thermometer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    thermometer = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = thermometer  # its dataclasses look themselves up
+    spec.loader.exec_module(thermometer)
+    sources = thermometer.read_sources(ROOT)
+    large = {source.path for source in sources if source.lines > thermometer.LONG_FILE}
+    listed = LARGE.findall(CONTRIBUTING)
+    assert len(listed) == len(set(listed))
+    assert large - set(listed) == set(), "give each a reason in the table of CONTRIBUTING.md"
+    assert set(listed) - large == set(), "no longer large: take it out of the table"
