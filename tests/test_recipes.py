@@ -181,13 +181,8 @@ def test_all_recipes_together_pass_their_tests(tmp_path):
     tree = copied(tmp_path / "tree")
     for name in RECIPES:
         apply(name, tree)
-    written = run(sys.executable, "-m", "vpgea_fast.manual", "docs", tree=tree)
-    assert written.returncode == 0, written.stderr
     done = run_tests(tree, *(test for recipe in RECIPES.values() for test in recipe.tests))
     assert done.returncode == 0, done.stdout + done.stderr
-    page = (tree / "docs/configuration.md").read_text("utf-8")
-    assert "`min_thought`" in page
-    assert "name: plain" in page
 
 
 @pytest.mark.slow
