@@ -231,7 +231,7 @@ def _keeps(cut: Cut, line: bytes, number: int, upto: int, once: bool) -> bool:
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:
-    """Those that are there and empty; another process may have begun to use one."""
+    """Remove those that are there and empty; another process may have begun to use one."""
     for directory in directories:
         with suppress(OSError):
             directory.rmdir()

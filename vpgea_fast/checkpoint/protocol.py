@@ -162,7 +162,7 @@ class Saver:
         return final
 
     def wait(self) -> None:
-        """Until the save before is durable. CheckpointError: it is not going to be."""
+        """Wait until the save before is durable. CheckpointError: it is not going to be."""
         # Forgotten before it is asked: a failed save is reported once.
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -229,7 +229,7 @@ def load_checkpoint(
 def _write(
     final: Path, taken: Snapshot, world: World, *, forget: Callable[[], None], do: Do
 ) -> None:
-    """The protocol at the head of this file. A collective, over the connections of `world`."""
+    """Follow the protocol at the head of this file. A collective over `world`'s connections."""
     parent, aside = final.parent, _aside(final)
     what = f"cannot save {final}"
     remedy = (
@@ -281,7 +281,8 @@ def _write(
 
 
 def _mark_saved(run_dir: Path) -> None:
-    """No part of the protocol: a mark that is lost costs the word that checkpoints are."""
+    """Leave SAVED in the run directory. No part of the protocol: without the mark, a run whose
+    checkpoints are gone begins again instead of an error."""
     if not (run_dir / SAVED).exists():
         with suppress(OSError):
             (run_dir / SAVED).touch()
@@ -289,8 +290,8 @@ def _mark_saved(run_dir: Path) -> None:
 
 
 def _require_kept(run_dir: Path, found: Checkpoint | None) -> None:
-    """CheckpointError if there is no checkpoint where there was one: to begin again at step 0 would
-    cost the logs of the steps that were made."""
+    """Raise CheckpointError if there is no checkpoint where there was one: to begin again at step 0
+    would cost the logs of the steps that were made."""
     if found is not None:
         _mark_saved(run_dir)  # a run of an older version
         return
@@ -383,7 +384,7 @@ def _damage(path: Path, world: World) -> str | None:
 
 
 def _require_own(path: Path, names: Iterable[str]) -> None:
-    """ValueError if the files are whole, but not those of a save of this step."""
+    """Raise ValueError if the files are whole, but not those of a save of this step."""
     found = Checkpoint.read(path)
     if found.step != _step_of(path):
         raise ValueError(f"{STATE} is of step {found.step}")

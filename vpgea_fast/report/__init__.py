@@ -92,10 +92,10 @@ def closing_notes(run_dir: str | Path) -> list[str]:
     if section.get("compare"):
         comparison = committed_rows(run_dir)
         # Where committed rows come from, so that they can be made again.
-        made = [f"{key} {comparison[key]}" for key in ("commit", "command") if key in comparison]
+        origin = [f"{key} {comparison[key]}" for key in ("commit", "command") if key in comparison]
         notes += [
             str(comparison.get("note", "")),
-            f"the other runs: {section['compare']}" + (f" ({', '.join(made)})" if made else "")
+            f"the other runs: {section['compare']}" + (f" ({', '.join(origin)})" if origin else "")
             if comparison
             else f"committed rows are missing: there is no file {section['compare']}",
         ]

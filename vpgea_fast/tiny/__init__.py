@@ -133,7 +133,7 @@ def jsonl(questions: Iterable[Question]) -> str:
 
 
 def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None:
-    """An ordinary Hugging Face directory and the record of how it was made and measured."""
+    """Write a Hugging Face directory, and the record of how the base was made and measured."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         bos_token_id=SPECIAL_ID["<s>"],
