@@ -186,6 +186,7 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
     """The newest complete checkpoint, or None; the same for all processes, which share the reading.
     An incomplete one is passed over with a warning. A collective."""
     parent = Path(run_dir) / "checkpoints"
+    # Process 0's listing for all: a shared disk may show others an older one.
     for name in reversed(world.gather([path.name for path in _by_step(parent)])[0]):
         path = parent / name
         fault = _fault(path, world)
@@ -371,9 +372,11 @@ def _damage(path: Path, world: World) -> str | None:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         names = sorted({INDEX, STATE, *files})
         for name in names:
+            # A torn file nearly always has another size, so most damage costs no read.
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {files[name]['bytes']}"
+        # Each process reads a share: the files may be hundreds of GB together.
         own = names[world.share(len(names))]
         damaged = [name for name, entry in _manifest(path, own).items() if entry != files[name]]
         if not damaged:
@@ -388,6 +391,7 @@ def _require_own(path: Path, names: Iterable[str]) -> None:
     found = Checkpoint.read(path)
     if found.step != _step_of(path):
         raise ValueError(f"{STATE} is of step {found.step}")
+    # An index of fewer processes than wrote would load, and lack their shards.
     named = {*names}
     if not 1 <= found.processes <= len(named):
         raise ValueError(f"{STATE} is of {found.processes} processes")

@@ -192,6 +192,7 @@ def _short(value: float) -> str:
 
 def _settings(config: Record) -> Iterator[list[str]]:
     for section, content in config.items():
+        # The objective whole: each of its keys is a part of the method.
         keys = SETTINGS.get(section, content if section == "objective" else ())
         for key in keys:
             if isinstance(content, Mapping) and key in content:
@@ -229,6 +230,7 @@ def _table(
         ]
         return f"<tr>{''.join(parts)}</tr>"
 
+    # A table of facts has no heading to show.
     head = line(headers, "th") if any(headers) else ""
     body = "\n".join(line(row, "td") for row in rows)
     return f'<div class="scroll"><table>{head}\n{body}</table></div>'
