@@ -368,8 +368,11 @@ def _fault(path: Path, world: World) -> str | None:
 
 def _damage(path: Path, world: World) -> str | None:
     """What is wrong with this process's share of the files. Sizes first: they cost no read."""
+    manifest = path / MANIFEST
+    if manifest.exists() and not manifest.is_file():  # a pipe that nobody writes is waited for
+        return f"{MANIFEST} is no file"
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         names = sorted({INDEX, STATE, *files})
         for name in names:
             # A torn file nearly always has another size, so most damage costs no read.
