@@ -145,7 +145,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
     room = room_of(module)
     if room not in DEPTH:
         where = f"add {room!r} to the lowest fitting layer in LAYERS of tests/test_layering.py"
-        return [f"{module} fits no layer: {where}, and a line for it to the tree in README.md"]
+        return [f"{module} fits no layer: {where}, and a line for it to docs/tree.md"]
     found: dict[tuple[int, str], str] = {}  # a line that imports ten names breaks a rule once
     for name, line in names:
         if why := complaint(module, room, name):

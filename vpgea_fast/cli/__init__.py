@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
+        # Unknown words come back, so that the error can name the option that was meant.
         args, unknown = _parser().parse_known_args(words)
         if unknown:
             raise UsageError(_unknown(unknown[0], args.parser))
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.passed = passed
         return args.run(args, overrides)
     except Exception as error:
+        # In argv, not in args: the error may be that of the parser itself.
         if "--traceback" in argv:
             raise
         print(f"vpgea: {_said(error)}", file=sys.stderr)
@@ -55,6 +57,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     name = word.partition("=")[0]
     keys = [f"--{key}" for key in config.known_keys()]
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
+    # `--lr` for `--optim.lr` is the usual slip: a key of that name before similar spellings.
     near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
     near += difflib.get_close_matches(name, [*options, *keys], n=1)
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
@@ -65,9 +68,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
     misread; what is behind a `--`."""
     words, pairs, rest = [], [], iter(argv)
+    # Until a `--` or the end, whichever comes first.
     for word in iter(lambda: next(rest, "--"), "--"):
         key, equals, _ = word.partition("=")
         if key.startswith("--") and ("." in key or key[2:] in config.VARIANTS):
+            # The value may be missing here: parse_overrides says so in words.
             pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
         else:
             words.append(word)

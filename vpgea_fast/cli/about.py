@@ -29,6 +29,7 @@ def run_report(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.report import closing_notes, closing_table, write_report
 
     run_dir, console = Path(args.run_dir), Console()
+    # The page first: it has refused what is no run by the time a table is printed.
     page = write_report(run_dir)
     headers, rows = closing_table(run_dir)
     console.close()
@@ -55,6 +56,7 @@ def run_keys(args: argparse.Namespace, overrides: list[str]) -> int:
     no_more(overrides)
     from vpgea_fast import manual
 
+    # A section of the metrics does not exist, so one of the two words is a slip.
     if args.metrics and args.section is not None:
         raise UsageError(f"keys: got {args.section!r} and --metrics; give one of the two")
     if args.metrics:

@@ -62,8 +62,10 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    # The positional words come first, so an override of the same key wins.
     words = ["--model.path", args.model, "--eval.data", files(args.data), *overrides]
     source, cfg = of_model(args, words, overrides)
+    # Hours of sampling would end by overwriting their own questions.
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
@@ -80,6 +82,7 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
         console.close()
     console.table(*result_table(results), notes=EVAL_NOTES)
     if out is not None:
+        # Only what an evaluation reads: the rest would look like a part of the result.
         known = config.as_dict(cfg)
         sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
         settings = {"settings": {name: known[name] for name in sections}}
@@ -93,6 +96,8 @@ def of_model(
 ) -> tuple[str | Path | None, config.Config]:
     """The configuration of `words`, over that of --config, or of the run that a model comes from;
     and where the latter stands."""
+    words = ["--checkpoint.keep_best", "null", *words]  # nothing is trained, so no best is kept
+    # RUN/export and RUN/export_step_N are what a run and `vpgea export` write.
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name
     exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
@@ -155,6 +160,7 @@ def declare_serve(commands: Commands, common: Parser) -> None:
 
 
 def run_serve(args: argparse.Namespace, overrides: list[str]) -> int:
+    # The engine stands last: a server is vLLM whatever was given.
     words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
     cfg = config.resolve(config.parse_overrides(words), source="command line")
     from vpgea_fast.model_dir import check_model_dir
@@ -162,11 +168,13 @@ def run_serve(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.rollout.vllm.serve import serve, serve_command
     from vpgea_fast.rollout.vllm.versions import check_installed
 
+    # A host that others reach without a key is refused even by --print.
     check_key(args.host)
     command, environment = serve_command(cfg, args.host, args.port, args.passed)
     if args.print:
         print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
         return 0
+    # Before vLLM starts, whose own error for a wrong directory comes after its imports.
     check_model_dir(args.model)
     check_installed()
     return serve(command, environment, args.host, args.port)

@@ -52,6 +52,7 @@ def declare_data(commands: Commands, common: Parser) -> None:
         help="evaluation files besides the test split whose questions are left out of training",
     )
     data.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    # The options from here on belong to the pass rates of a model.
     data.add_argument("--model", type=path, help="sample answers to each training question")
     data.add_argument(
         "--keep",
@@ -74,6 +75,7 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("vpgea data is one process: start it without torchrun")
     if args.model is None and (args.keep, args.samples) != (None, None):
         raise UsageError("--keep and --samples need --model, the model whose pass rate counts")
+    # Eight answers per question unless told otherwise: one gives only the rates 0 and 1.
     words = ["--eval.data", files(args.against), "--eval.samples", "8", *overrides]
     if args.samples is not None:
         words += ["--eval.samples", str(args.samples)]
@@ -139,6 +141,7 @@ def run_make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:
     world = make_tiny(
         args.out, base=args.base, from_scratch=args.from_scratch, seed=args.seed, progress=print
     )
+    # What the gate of the base measured, also where a shipped one was copied.
     base = world.report
     print(f"{args.out}: base {base.recipe!r} (seed {base.seed}) and its questions")
     print(

@@ -41,6 +41,7 @@ def declare_train(commands: Commands, common: Parser) -> None:
         allow_abbrev=False,
         parents=[common],
     )
+    # Read from the folder: a configuration that is added is listed with no edit here.
     names = ", ".join(sorted(file.stem for file in config.SHIPPED.glob("*.yaml")))
     train.add_argument(
         "config", nargs="?", type=config_file, help=f"YAML file, or one that is installed: {names}"
@@ -63,6 +64,7 @@ def declare_train(commands: Commands, common: Parser) -> None:
     train.add_argument(
         "--dry-run", action="store_true", help="show prompts, lengths, memory and hours, and stop"
     )
+    # These three describe other machines than this one, so they go with --dry-run alone.
     train.add_argument(
         "--processes",
         type=whole(1, 2**20),
@@ -94,11 +96,13 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         # The run directory is known from the configuration alone; whose config.yaml is there rules.
         run_dir = config.load(source, overrides).run.dir
         run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
+    # A resumed run is described by its own record; the YAML file may have changed since.
     if run is not None:
         source = Path(run) / "config.yaml"
         overrides = [*overrides, "--run.dir", run]
         if not source.is_file():
             raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
+    # --run.dir is appended above: it wins over the record's, so a moved run goes on.
     cfg = config.load(source, overrides, notice, record=run is not None)
     if args.print_config:
         show(config.dump(cfg).rstrip("\n"))
@@ -106,12 +110,14 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
         raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
     if args.dry_run:
+        # Imports wait until the options are known to be good: torch takes seconds.
         from vpgea_fast.check import target
         from vpgea_fast.dry_run import dry_run
         from vpgea_fast.durations import parse_rates
 
+        rates = {} if args.rates is None else parse_rates(args.rates)
         on = target(cfg, processes=args.processes, device_gib=args.device_gib)
-        dry_run(cfg, on=on, rates=parse_rates(args.rates or ""))
+        dry_run(cfg, on=on, rates=rates)
         return 0
     from vpgea_fast.trainer import fit
 

@@ -41,6 +41,7 @@ def config_file(word: str) -> str:
 def whole(low: int, high: int) -> Callable[[str], int]:
     def read(word: str) -> int:
         value = yaml_value(word)
+        # `type`, not isinstance: true is an int to Python.
         if type(value) is int and low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(
@@ -52,6 +53,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 def share_range(word: str) -> tuple[float, float]:
     low, colon, high = word.partition(":")
+    # A word without a colon has no second number, and falls through to the error.
     values = [yaml_value(part) for part in (low, high)] if colon else []
     numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
     if numbers and 0 <= values[0] <= values[1] <= 1:
@@ -81,7 +83,9 @@ def yaml_value(word: str) -> Any:
 def files(words: Sequence[str]) -> str:
     """Words of a command line as the value of eval.data."""
     files = [
-        word if word.startswith("{") else json.dumps(word, ensure_ascii=False) for word in words
+        # A word that opens a mapping is YAML already; any other is a path, quoted for YAML.
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False)
+        for word in words
     ]
     return f"[{', '.join(files)}]"
 

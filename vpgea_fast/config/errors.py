@@ -50,10 +50,12 @@ def explain(errors: Iterable[Any]) -> list[str]:
     found: dict[str, list[tuple[Any, list[Any]]]] = {}
     for error in errors:
         key, owners = _place(error)
+        # pydantic gives an error per member of a union; the user wrote one value under one key.
         found.setdefault(key, []).append((error, owners))
     return [
         f"  {key or 'configuration'}: {_complaint(key, group)}"
         for key, group in found.items()
+        # Where a deeper key is wrong, that this record did not fit says nothing more.
         if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in found)
     ]
 
@@ -61,8 +63,10 @@ def explain(errors: Iterable[Any]) -> list[str]:
 def _place(error: Any) -> tuple[str, list[Any]]:
     """The key of an error as the user writes it, and the records that the last part is a key of."""
     key, owners, kinds = "", [Config], [Config]
+    # An unknown variant is an error of its key `name`.
     loc = [*error["loc"], "name"] if error["type"].startswith("union_tag") else error["loc"]
     for place, part in enumerate(loc):
+        # All members that have this key: a union is not decided yet at this depth.
         hints = [fields_of(kind)[part] for kind in kinds if part in fields_of(kind)]
         unknown = error["type"] == "unexpected_keyword_argument" and place == len(loc) - 1
         if isinstance(part, int):
@@ -74,6 +78,7 @@ def _place(error: Any) -> tuple[str, list[Any]]:
         else:  # the name of a union's member
             names = {kind: (getattr(kind, "name", None), _name(kind)) for kind in kinds}
             kinds = [kind for kind in kinds if part in names[kind]] or kinds
+    # A record was wanted here: its keys are what the message lists.
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         owners = [kind for kind in kinds if fields_of(kind)]
     return key, owners
@@ -85,6 +90,7 @@ def _name(kind: Any) -> str:
 
 def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     (error, owners), kinds = group[0], {error["type"] for error, _ in group}
+    # A key that one member lacks: the others' complaints about values do not matter.
     if "unexpected_keyword_argument" in kinds:
         return f"unknown key; {_nearest_key(key, owners)}"
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
@@ -94,6 +100,7 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
         value = value["name"]
     wanted = list(dict.fromkeys(_wanted(error, owners) for error, owners in group))
     remedy = f"; {REMEDIES[key]}" if key in REMEDIES else ""
+    # A validator of ours wrote its own sentence, which is better than any put together here.
     if None in wanted:
         own = error["msg"].removeprefix("Value error, ")
         got = "" if "got " in own or isinstance(value, Mapping) else f", got {show(value)}"
@@ -101,8 +108,10 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     expected = " or ".join(map(str, wanted))
     if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):
         remedy = f"; did you mean {near!r}?{remedy}"
+    # YAML's `key:` without a value is the usual cause.
     if value is None:
         remedy = f"; leave the key out for its default{remedy}"
+    # 1e3 is a float in YAML, and whole numbers are never converted.
     if isinstance(value, float) and value.is_integer() and "int_type" in kinds:
         remedy = f"; write {int(value)}{remedy}"
     return f"got {show(value)}, expected {expected}{remedy}"
@@ -117,6 +126,7 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
     if error["type"] == "missing":
         return "a value more"
     template, limits = EXPECTED.get(error["type"]), error.get("ctx", {})
+    # 1000000000000.0 reads worse than 1e+12.
     plain = {k: f"{v:g}" if isinstance(v, float) else v for k, v in limits.items()}
     return template and template.format(**plain)
 
@@ -124,12 +134,14 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
 def _nearest_key(key: str, owners: Sequence[Any]) -> str:
     """Of the same record, or the same name in another section."""
     first, *_, last = [*key.split("."), key.split(".")[-1]]
+    # Most keys that are unknown to a variant belong to the other one.
     others = [kind.name for kind in records_of(first) if last in fields_of(kind)]
     if first in VARIANTS and others:
         return f"it belongs to {first}.name {others[0]!r}: set that too"
     known = list(dict.fromkeys(name for owner in owners for name in fields_of(owner)))
     if near := _near(last, known):
         return f"did you mean {near!r}?"
+    # Last: the right name in the wrong section.
     for other in fields_of(Config):
         if other != first and any(last in fields_of(record) for record in records_of(other)):
             return f"did you mean '{other}.{last}'?"

@@ -127,6 +127,7 @@ class DataFile:
 
 def _written(files: tuple[DataFile, ...]) -> Any:
     """What `resolve` reads, as short as can be: a path where nothing else is given."""
+    # In three passes: what is given, a path alone as text, and tuples as YAML's lists.
     given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
     given = [entry["path"] if len(entry) == 1 else entry for entry in given]
     plain = [
@@ -182,12 +183,14 @@ class DataConfig:
     """Write every dropped row to this file, as JSON lines: place, reason, id, answer."""
 
     def __post_init__(self) -> None:
+        # A file without a weight beside weighted ones could mean 1, none, or its size.
         weighted = [file.weight is not None for file in self.train]
         if any(weighted) and not all(weighted):
             raise ValueError(
                 f"data.train: {weighted.count(False)} of {len(self.train)} files have no weight; "
                 "give every file one, or none (then questions come by the size of the files)"
             )
+        # A file's name tells its questions apart, in ids and in weights.
         names = [file.label for file in self.train]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

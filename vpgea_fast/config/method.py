@@ -118,6 +118,7 @@ class VerifyConfig:
     """End a judgement that takes longer, and count its answer as wrong."""
 
     def __post_init__(self) -> None:
+        # A target under another name would be ignored, and the user's function with it.
         if (self.name == "custom") != (self.target is not None):
             raise ValueError(
                 f"verify.name is {self.name!r} and verify.target {self.target!r}: a target belongs "
@@ -194,6 +195,7 @@ class VpgeaConfig:
 
     def group_options(self) -> GroupOptions:
         """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
+        # By name, so that an option is added in GroupOptions and here, and nowhere between.
         names = [field.name for field in dataclasses.fields(GroupOptions)]
         return GroupOptions(**{name: getattr(self, name) for name in names})
 

@@ -38,9 +38,12 @@ def load(
     makes of the same words. `record`: the file is a run's own, so keys of an older version are read
     as what they are now. Errors: ConfigError, which names the key and the nearest known one.
     """
+    # The command line is read on its own, so that its errors name its words.
     tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
     if record:
         tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
+    # Another variant on the command line makes the file's keys of the old one unknown: they
+    # are left out, and said.
     lost = {section: _foreign(section, tree, top) for section in VARIANTS}
     tree = {**tree, **{section: {} for section, keys in lost.items() if keys}}
     cfg = resolve(_merge(tree, top), source=str(path))
@@ -73,6 +76,7 @@ def read_sections(path: str | Path) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)  # one byte too many tells, without reading the rest
     except OSError as error:
+        # The likeliest slip is a name that is not shipped.
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise ConfigError(
             f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file "
@@ -81,6 +85,7 @@ def read_sections(path: str | Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path}: more than {MAX_BYTES} bytes; expected a configuration in YAML")
     try:
+        # Windows editors put a byte order mark first.
         tree = strict_yaml.parse(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = 1 + raw.count(b"\n", 0, error.start)
@@ -91,6 +96,7 @@ def read_sections(path: str | Path) -> dict[str, Any]:
     except strict_yaml.YamlError as error:
         raise ConfigError(f"{path}, line {error.line}: {error}") from error
     if not isinstance(tree, dict):
+        # An empty file could mean the defaults; it more often means that a write failed.
         got = "an empty file" if tree is None else f"a {type(tree).__name__}"
         raise ConfigError(
             f"{path}: got {got}, expected sections (run:, model:, ...); for the defaults write one "
@@ -116,10 +122,12 @@ def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     tree = _by_name(tree)
     refuse_old(tree, source)
     try:
+        # Through JSON: pydantic's strict mode takes lists for tuples there, and from Python not.
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n" + "\n".join(explain(error.errors()))) from error
+    # A date, a set or NaN from a caller in Python: no YAML holds them.
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: expected what YAML can hold, got {error}") from error
 
@@ -142,6 +150,7 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         (section, key)
         for section in b
         for key in {**a[section], **b[section]}
+        # A key that one variant lacks was not changed but came or went with `name`.
         if section not in VARIANTS or {key in a[section], key in b[section]} == {True}
     ]
     pairs = {f"{s}.{k}": (a[s].get(k), b[s].get(k)) for s, k in keys}
@@ -159,12 +168,14 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in rest:
         key, equals, value = word.partition("=")
         section, dot, name = key.removeprefix("--").partition(".")
+        # `--engine vllm`, as `engine: vllm` in a file.
         if section in VARIANTS and not dot:
             dot, name = ".", "name"
         if not key.startswith("--") or not dot:
             raise ConfigError(f"expected --section.key value, got {word!r}")
         if not equals:
             value = next(rest, None)
+            # A forgotten value would swallow the next option.
             if value is None or value.startswith("--"):
                 raise ConfigError(
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
@@ -177,17 +188,21 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 def _parse(section: str, name: str, word: str) -> Any:
     """A word as its field takes it. Where text is one choice among others, a word that opens a list
     or a mapping is one; a `#`, a colon or a number means nothing in text."""
+    # Of every variant: which one it is may stand in another word.
     types = [t for record in records_of(section) for t in members_of(fields_of(record).get(name))]
     types += [t for kind in types for t in members_of(item_of(kind))]
     structured = any(kind not in (str, type(None)) for kind in types)
     takes_text = str in types or any(fields_of(kind) for kind in types)  # a record's first key
     opens = word.lstrip()[:1] in ("[", "{")
+    # Bytes that are not UTF-8 come from the shell as lone surrogates.
     if strict_yaml.LONE.search(word):
         raise ConfigError(f"--{section}.{name}: got {word!r}, expected UTF-8")
     if word in strict_yaml.NULL and word:
         return None
+    # Unknown keys keep their text: resolve complains with the nearest name.
     if not types or (takes_text and not (structured and opens)):
         return word
+    # An unset shell variable is the usual cause; as YAML it would mean null.
     if not word.strip():
         raise ConfigError(f"--{section}.{name}: got an empty word; write null to unset the key")
     try:
@@ -245,5 +260,6 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     objective = tree["objective"]
     if not isinstance(objective, Mapping):
         return tree
+    # Below the file's keys: what is given wins over the preset.
     preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
     return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}

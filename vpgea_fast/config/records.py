@@ -181,13 +181,13 @@ class Config:
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """Sampling of the paths."""
     engine: EngineConfig = Field(default_factory=HfEngineConfig)
-    """What draws the paths. `name` chooses between two sets of keys: `hf` and `vllm`."""
+    """What draws the paths. `name` chooses the engine, and with it the other keys."""
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     """Who judges answers, in training and evaluation alike."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     """How U, the worth of a path, is measured."""
     objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
-    """Coefficients of the paths. `name` chooses between two sets of keys: `vpgea` and `grpo`."""
+    """Coefficients of the paths. `name` chooses the method, and with it the other keys."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -214,6 +214,7 @@ class Config:
         raise ValueError(f"engine.name: got {self.engine.name!r}, expected 'vllm'; set it")
 
     def __post_init__(self) -> None:
+        # By resolved paths: data/../data/train.jsonl is the same file.
         target = self.data.dropped_file
         files = [file.path for file in (*self.data.train, *self.eval.data)]
         if target is not None and Path(target).resolve() in [Path(f).resolve() for f in files]:
@@ -221,11 +222,13 @@ class Config:
                 f"data.dropped_file is {target!r}, which questions are read from; give a file of "
                 "its own: it is written anew"
             )
+        # Without an answer no path could be right, and the run would train on nothing.
         if self.objective.verifies_answers and not self.rollout.full_answer:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"
             )
+        # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(
                 f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
@@ -233,6 +236,7 @@ class Config:
                 "(an evaluation may cut: eval.top_p)"
             )
         self._check_keep_best()
+        # Either one alone is a mistake that shows only as a model that does not learn.
         rounded = self.model.master_dtype == "bfloat16"
         if rounded != self.optim.stochastic_rounding:
             raise ValueError(
@@ -250,6 +254,7 @@ class Config:
         best = self.checkpoint.keep_best
         if best is None:
             return
+        # The measure's name begins with the mode that it needs.
         drawn = self.eval.greedy if best.startswith("greedy") else self.eval.samples
         wanting = {"eval.data": self.eval.data, "eval.every": self.eval.every}
         wanting["eval.greedy or eval.samples"] = drawn

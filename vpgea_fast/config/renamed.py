@@ -15,6 +15,7 @@ RENAMED = {"rollout.engine": "engine.name", "vllm": "engine"}
 def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The sections of a run's record with keys of an older version under their new names. Keys of
     a variant that was not chosen are left out: nothing read them. `say` hears of both."""
+    # A whole section that moved holds nothing by itself: only its keys do.
     moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
     if not moved:
         return dict(tree)
@@ -22,6 +23,7 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
     done: dict[str, Any] = {}
     for section, keys in tree.items():
         if isinstance(keys, Mapping):
+            # Collected first, since the name of the variant decides which of them are kept.
             values |= {
                 moved[old]: keys[old.partition(".")[2]] for old in moved if _in(old, section)
             }
@@ -33,6 +35,7 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
     kept, left = [], []
     for old, new in moved.items():
         section, _, key = new.partition(".")
+        # A section without variants has one record and no choice.
         kinds = [k for k in records_of(section) if chosen.get(section) in (None, k.name)]
         if any(key in fields_of(kind) for kind in kinds):
             done.setdefault(section, {})[key] = values[new]

@@ -33,7 +33,11 @@ def known_keys() -> list[str]:
     """Every `section.key`, of all variants."""
     return list(
         dict.fromkeys(
-            f"{s}.{key}" for s in fields_of(Config) for r in records_of(s) for key in fields_of(r)
+            # `name` and others stand in several variants: once each.
+            f"{s}.{key}"
+            for s in fields_of(Config)
+            for r in records_of(s)
+            for key in fields_of(r)
         )
     )
 

@@ -31,6 +31,7 @@ def one_line(error: BaseException, limit: int | None = 600) -> str:
     ('wrong keys: a: unknown; b: unknown', "KeyError: 'a'")
     """
     name = type(error).__name__
+    # str(KeyError("a")) is `'a'`, which tells nobody what happened.
     bare = isinstance(error, (KeyError, AttributeError, IndexError))
     text = f"{name}: {error}" if bare else str(error).strip() or name
     text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
@@ -40,6 +41,7 @@ def one_line(error: BaseException, limit: int | None = 600) -> str:
 def expand_home(path: str) -> str:
     """A path with the home directory for a leading `~` or `~user`. ValueError where none is known,
     and for what is no path."""
+    # The operating system refuses these with a ValueError, late and without a name.
     if not path.strip() or "\0" in path:
         raise ValueError(f"got {path!r}, expected a path")
     try:
