@@ -1,7 +1,7 @@
 """Checks of a call that need no values: shapes, dtypes, devices and options; ValueError in words.
 
 T tokens, K rows that take part, D hidden, V vocabulary, S sequences. What only values show is
-checked where they are read: head.py and streams.py.
+checked where they are read: selection.py and streams.py.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from vpgea_fast.kernels.contract import FLOAT32, INT64, NUMBERS, Bounds, Inputs, Settings
-from vpgea_fast.kernels.head import accumulator, refuse_transforms
+from vpgea_fast.kernels.head import refuse_transforms
+from vpgea_fast.kernels.selection import accumulator
 
 Tensor = torch.Tensor
 

@@ -14,8 +14,8 @@ Chunks have equal size and share one (C, V) buffer, rewritten in place:
 
     logits -> exp(z - peak), 0 at the target -> dz -> in half precision, a copy for the two GEMMs
 
-with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). They are
-allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
+with one more (C, V) buffer for a capped head (tanh's slope) and one for an entropy (-e log e). They
+are allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
 GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V
 except dW (fp32). A CPU has no half-precision GEMM with fp32 out: it upcasts the weight 2 MiB at a
 time and rounds dz in place.
@@ -80,7 +80,7 @@ def head_pass(
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
-    buffers = 1 + (head.softcap is not None) + needs_entropy
+    buffers = 1 + (head.capped) + needs_entropy
     row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
     chunks = math.ceil(n_rows / max(1, budget // row_bytes))
@@ -98,10 +98,10 @@ def head_pass(
         # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
         plogp_CV = spare.pop() if needs_entropy else None
-        slope_CV = spare.pop() if head.softcap is not None else None
+        slope_CV = spare.pop() if head.capped else None
         for columns, weight_BD in _weight_blocks(head.weight, operand):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
-        _logits_(z_CV, slope_CV, head, divisor)
+        head.logits_(z_CV, slope_CV, divisor)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         if plogp_CV is not None:
             torch.special.entr(z_CV, out=plogp_CV)
@@ -194,27 +194,6 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
         torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
         return
     total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
-
-
-def _logits_(
-    a_CV: Tensor, slope_CV: Tensor | None, head: Head, temperature: float | Tensor
-) -> None:
-    """Rewrites the products a_CV as z_CV; a softcap's slope 1 - tanh^2 goes to slope_CV.
-
-    temperature: the head's, (C, 1) of this chunk where it is a tensor. A factor of 1 is left out:
-    each pass over (C, V) costs a CPU as much as reading the logits once.
-    """
-    if head.logit_scale != 1.0:
-        a_CV.mul_(head.logit_scale)
-    if head.bias is not None:
-        a_CV.add_(head.bias)
-    if head.softcap is not None:
-        assert slope_CV is not None
-        torch.tanh(a_CV.div_(head.softcap), out=slope_CV)
-        torch.mul(slope_CV, head.softcap / temperature, out=a_CV)
-        slope_CV.square_().neg_().add_(1.0)
-    elif isinstance(temperature, Tensor) or temperature != 1.0:
-        a_CV.div_(temperature)
 
 
 def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:

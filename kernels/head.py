@@ -1,9 +1,9 @@
 """The head as autograd functions and torch ops, whatever backend computes it.
 
 T tokens, K rows that take part, D hidden, V vocabulary. `OnePass` makes the gradients with the
-value, `Recompute` makes the logits again in its backward; both select the rows that take part and
-call a backend's head_pass. The checks of shapes, dtypes and options are in checks.py, the records
-in contract.py.
+value, `Recompute` makes the logits again in its backward; both select the rows that take part
+(selection.py) and call a backend's head_pass. The checks of shapes, dtypes and options are in
+checks.py, the records in contract.py.
 
 Eager tensors go straight to the backend, so that profilers and modes see its GEMMs. A tensor
 without values (torch.compile, fake, meta) goes through one opaque op instead: all that depends on
@@ -15,9 +15,7 @@ values, the selection of rows and the checks, happens inside, the outputs have s
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from vpgea_fast.kernels.contract import (
     Upstream,
     Values,
 )
+from vpgea_fast.kernels.selection import Selection, accumulator, check, select
 
 Tensor = torch.Tensor
 
@@ -43,101 +42,9 @@ LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
 `reference` needs a live one inside."""
 
 
-@dataclass(frozen=True)
-class _Selection:
-    """The rows that take part and all that belongs to them.
-
-    kept_T: (T,) bool. masked: rows_K holds rows that are not kept; they must not show in results.
-    """
-
-    rows_K: Tensor
-    targets_K: Tensor
-    temperature: float | Tensor
-    kept_T: Tensor
-    masked: bool
-
-    def gather(self, values_T: Tensor) -> Tensor:
-        """(T,) to (K,), 0 at masked rows."""
-        return _gather(values_T, self.rows_K, self.kept_T if self.masked else None)
-
-    def scatter(self, values_K: Tensor) -> Tensor:
-        """(K,) to (T,), 0 at rows that take no part."""
-        values_T = values_K.new_zeros(self.kept_T.shape).index_copy(0, self.rows_K, values_K)
-        return values_T.masked_fill(~self.kept_T, 0) if self.masked else values_T
-
-
-def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> _Selection:
-    """The rows with a coefficient, a target and a place in `rows`.
-
-    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
-    rows that take no part stay, masked.
-    """
-    targets_T, rows, validate = inputs.targets_T, inputs.rows, settings.validate
-    tokens, vocabulary = targets_T.shape[0], inputs.weight_VD.shape[0]
-    kept_T = targets_T != settings.ignore_index
-    if coef_T is not None:
-        kept_T = kept_T & (coef_T != 0)
-    if rows is not None:
-        if validate or not rows.is_cuda:  # on CUDA the indexing kernels assert it themselves
-            inside = ((rows >= 0) & (rows < tokens)).all()
-            check(inside, f"rows must lie in [0, T = {tokens})", validate)
-        listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
-        check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
-        kept_T = kept_T & listed_T
-    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
-    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
-    check(
-        (in_range_T | ~kept_T).all(),
-        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
-        f"{settings.ignore_index}",
-        validate,
-    )
-    temperature = settings.temperature
-    if inputs.temperature_T is not None:
-        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
-        check(fine, "temperature: every value must be positive and finite", validate)
-    masked = rows is not None or _capturing(targets_T)
-    if rows is not None:
-        rows_K = rows
-    elif masked:
-        rows_K = torch.arange(tokens, device=targets_T.device)
-    else:
-        rows_K = kept_T.nonzero().squeeze(1)  # the synchronisation: its length is a value
-    if inputs.temperature_T is not None:
-        temperature = inputs.temperature_T.index_select(0, rows_K)
-        temperature = temperature.to(accumulator(inputs.hidden_TD))
-    # Masked rows get class 0, which exists: their own target may be out of range.
-    return _Selection(
-        rows_K=rows_K,
-        targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
-        temperature=temperature,
-        kept_T=kept_T,
-        masked=masked,
-    )
-
-
-def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
-    if kept_T is not None:
-        values_T = values_T.masked_fill(~kept_T, 0)
-    return values_T.index_select(0, rows_K)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def check(ok: Tensor, message: str, validate: bool = False) -> None:
-    """ValueError unless `ok`; on CUDA an assertion in the stream, which costs no synchronisation,
-    unless `validate` asks for the error here and now (not inside graph capture)."""
-    if ok.is_cuda and (not validate or _capturing(ok)):
-        torch.ops.aten._assert_async.msg(ok, message)
-    elif not ok:
-        raise ValueError(message)
-
-
 def _run(
     inputs: Inputs,
-    selection: _Selection,
+    selection: Selection,
     settings: Settings,
     *,
     entropy: bool = False,
@@ -184,7 +91,7 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
     total = accumulator(inputs.hidden_TD)
-    selection = _select(inputs, settings, coef_T)
+    selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
     sinks = _new_sinks(inputs, needs, dweight_out)
     values = _run(
@@ -317,7 +224,7 @@ def _probes() -> list[Any] | None:
 
 
 def _logprob(
-    inputs: Inputs, selection: _Selection, settings: Settings, entropy: bool
+    inputs: Inputs, selection: Selection, settings: Settings, entropy: bool
 ) -> list[Tensor | None]:
     """logp, lse, entropy (None unless asked for), each (T,)."""
     values = _run(inputs, selection, settings, entropy=entropy)
@@ -326,7 +233,7 @@ def _logprob(
 
 def _logprob_backward(
     inputs: Inputs,
-    selection: _Selection,
+    selection: Selection,
     upstream_T: Sequence[Tensor | None],
     needs: Needs,
     settings: Settings,
@@ -362,7 +269,7 @@ class Recompute(torch.autograd.Function):
             values = torch.ops.vpgea_fast.logprob(*inputs, entropy, *settings)
             values = [*values[:2], values[2] if entropy else None]
         else:
-            ctx.selection = _select(inputs, settings)
+            ctx.selection = select(inputs, settings)
             # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
             values = _logprob(inputs, ctx.selection, settings, entropy)
@@ -453,7 +360,7 @@ register(
 @torch.no_grad()
 def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (entropy,), settings = _split(arguments)
-    values = _logprob(inputs, _select(inputs, settings), settings, entropy)
+    values = _logprob(inputs, select(inputs, settings), settings, entropy)
     return _present(values, inputs.hidden_TD)
 
 
@@ -478,7 +385,7 @@ def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     grads = _logprob_backward(
         inputs=inputs,
         upstream_T=_without_unused(upstream_T, inputs.hidden_TD, settings),
-        selection=_select(inputs, settings),
+        selection=select(inputs, settings),
         needs=Needs(*needs),
         settings=settings,
     )
@@ -566,10 +473,6 @@ def _refuse_double_backward() -> None:
             "this loss can be differentiated once only: its gradients are made by hand. Drop "
             "create_graph=True, or use vpgea_fast.kernels.reference"
         )
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _stored(x: Tensor) -> torch.dtype:

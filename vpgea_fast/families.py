@@ -75,9 +75,9 @@ MOST_LAYERS, MOST = 1000, 100_000_000
 
 
 class HeadOptions(NamedTuple):
-    """logits = softcap tanh(scale (W h + b) / softcap); softcap None is no tanh."""
+    """logits = softcap tanh(logit_scale (W h + b) / softcap); softcap None is no tanh."""
 
-    scale: float = 1.0
+    logit_scale: float = 1.0
     softcap: float | None = None
 
 
