@@ -103,7 +103,7 @@ class Values(NamedTuple):
 
     logp: Tensor
     lse: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None  # None unless the call asked for it
 
 
 class Inputs(NamedTuple):
@@ -112,9 +112,9 @@ class Inputs(NamedTuple):
     hidden_TD: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
-    targets_T: Tensor
+    targets_T: Tensor  # int32 or int64
     temperature_T: Tensor | None
-    rows: Tensor | None
+    rows: Tensor | None  # (R,) int64
 
 
 INPUTS = (

@@ -30,6 +30,7 @@ bandwidth: see README.md.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ from vpgea_fast.kernels.reference import GatedKl
 
 Tensor = torch.Tensor
 
+# What the kernels load; half-precision scores have too few digits to be compared.
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -60,8 +62,8 @@ class GroupScores(reference.GroupAdvantage):
     coef_prior = (-0.5, 0, 0). None where no weight was given.
     """
 
-    coef_post_T: Tensor | None
-    coef_prior_T: Tensor | None
+    coef_post_T: Tensor | None  # (T,) float32
+    coef_prior_T: Tensor | None  # (T,) float32, laid out alike
 
 
 def group_advantage(
@@ -77,9 +79,7 @@ def group_advantage(
     tokens: int = 0,
     beta: float = 0.5,
 ) -> GroupScores:
-    """Answer log-probs to utility, advantage, gate and token coefficients, in one launch.
-
-    Formulas at the top of the file; source VPG-EA, arXiv 2605.11019.
+    """Answer log-probs to utility, advantage, gate and token coefficients (arXiv 2605.11019).
 
     answer_logp_A: float32 or float64, the answer tokens of the B G posterior, then of the B N
         prior paths, back to back, in the student's view.
@@ -88,35 +88,31 @@ def group_advantage(
     len_post_BG, len_prior_BN: tokens of each path, int or float; 0 counts as 1.
     accept_BG: bool; False makes R = 0.
     weight_BG, cu_paths, tokens: per-path normaliser w (float), boundaries (B G + 1,) of the
-        posterior paths in their packed stream, and its length T, a host number so that nothing
-        waits for the device. With them come the coefficients (T,) float32 of both streams, which
-        are laid out alike: a path whose gate is closed has zeros in the prior stream.
+        posterior paths in their packed stream, and its length T, a host number. With them come the
+        coefficients (T,) float32 of both streams, which are laid out alike.
     beta: weight of the distillation.
 
-    A constant group gives exact zeros. A NaN or infinite U becomes u_min and is counted. A length
-    that is negative or not finite, an infinite S and boundaries that fall or leave their tensor
-    give replaced_B = -1, NaN advantages and NaN coefficients; so do, alone, tokens that no path
-    claims. Nothing is read or written out of bounds, and no host waits. Options are compiled in: a
-    new value costs a compile.
+    A NaN or infinite U becomes u_min and is counted. A length that is negative or not finite, an
+    infinite S and boundaries that fall or leave their tensor give replaced_B = -1, NaN advantages
+    and NaN coefficients; so do, alone, tokens that no path claims. No host waits. Options are
+    compiled in: a new value costs a compile.
     ValueError: shapes, dtypes, devices, options, G < 2, N < 1, no CUDA device.
     """
     questions, group, n_prior = _check_group(
         answer_logp_A, len_post_BG, len_prior_BN, cu_answers=cu_answers, accept_BG=accept_BG
     )
     options.check_group_size(group)
-    _check_paths(
-        weight_BG=weight_BG, cu_paths=cu_paths, tokens=tokens, like_BG=len_post_BG, beta=beta
-    )
-    device = answer_logp_A.device
-    post_5BG = torch.empty(5, questions, group, dtype=torch.float64, device=device)
-    u_prior_BN = torch.empty(questions, n_prior, dtype=torch.float64, device=device)
-    base_2B = torch.empty(2, questions, dtype=torch.float64, device=device)
-    gate_BG = torch.empty(questions, group, dtype=torch.bool, device=device)
-    replaced_B = torch.empty(questions, dtype=torch.int32, device=device)
+    _check_paths(weight_BG, cu_paths=cu_paths, tokens=tokens, like_BG=len_post_BG, beta=beta)
+    new: Any = functools.partial(torch.empty, device=answer_logp_A.device)
+    post_5BG = new(5, questions, group, dtype=torch.float64)  # U, R, eta, S, A
+    u_prior_BN = new(questions, n_prior, dtype=torch.float64)
+    base_2B = new(2, questions, dtype=torch.float64)  # Ubar, len_base
+    gate_BG = new(questions, group, dtype=torch.bool)
+    replaced_B = new(questions, dtype=torch.int32)
     coef_post_T = coef_prior_T = None
     if cu_paths is not None:
         # The fill is for tokens that no path claims: a wrong boundary must not pass unseen.
-        coef_post_T, coef_prior_T = torch.full((2, tokens), torch.nan, device=device)
+        coef_post_T, coef_prior_T = torch.full((2, tokens), torch.nan, device=gate_BG.device)
     if questions > 0:
         group_advantage_kernel[(questions,)](
             logp_ptr=answer_logp_A.detach().contiguous(),
@@ -141,6 +137,7 @@ def group_advantage(
             N_PAD=triton.next_power_of_2(n_prior),
             BETA=float(beta),
             TILE=max(TILE, triton.next_power_of_2(max(group, n_prior))),
+            # A fused multiply-add rounds once where reference.py rounds twice.
             enable_fp_fusion=False,
             **_constants_of(options),
         )
@@ -163,7 +160,7 @@ def group_advantage(
 
 def _constants_of(options: GroupOptions) -> dict[str, Any]:
     """The kernel's constants; float() of an int, which would be an integer in device code."""
-    low, high = options.eta_clip or (None, None)
+    low, high = options.eta_clip or (None, None)  # None: the clip is not compiled in
     return {
         "ALPHA": float(options.alpha),
         "LME": options.baseline == "lme",
@@ -206,7 +203,7 @@ def gated_kl(
     that it holds when prior_index does not fit U, in logp_S.
     ValueError: shapes, dtypes, devices, no CUDA device.
     """
-    sequences = advantage_S.shape[0] if advantage_S.ndim == 1 else -1
+    sequences = advantage_S.shape[0] if advantage_S.ndim == 1 else -1  # -1: no shape
     _check_device(logq_T)
     for name, x, dtypes, shape in (
         ("logq_T", logq_T, FLOATS, (logq_T.numel(),)),
@@ -272,6 +269,7 @@ def gated_kl(
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
+    # The kernels take no strides; a contiguous tensor is not copied.
     return None if x is None else x.detach().contiguous()
 
 
@@ -296,7 +294,8 @@ def _check_group(
             "and N >= 1: one path has nothing to be compared with, and prior paths set the "
             "baselines; sample more"
         )
-    # Without boundaries there is one value per path, with them any number of tokens.
+    # Without boundaries there is one value per path, with them any number of tokens, whose sum is
+    # seen on the device alone.
     paths = questions * (group + n_prior)
     _check_device(answer_logp_A)
     values = answer_logp_A.numel() if cu_answers is not None else paths
@@ -312,8 +311,9 @@ def _check_group(
 
 
 def _check_paths(
-    *, weight_BG: Tensor | None, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
+    weight_BG: Tensor | None, *, cu_paths: Tensor | None, tokens: int, like_BG: Tensor, beta: float
 ) -> None:
+    # One constexpr branch of the kernel needs both.
     if (weight_BG is None) != (cu_paths is None):
         missing = "weight_BG" if weight_BG is None else "cu_paths"
         raise ValueError(
@@ -321,6 +321,7 @@ def _check_paths(
         )
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
+    # Without boundaries no path would claim a token, and all coefficients stay NaN.
     if tokens < 0 or (tokens > 0 and (cu_paths is None or like_BG.numel() == 0)):
         raise ValueError(
             f"tokens: got {tokens} with {like_BG.numel()} paths, expected the length of the packed "

@@ -79,7 +79,7 @@ Tensor = torch.Tensor
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
 CHUNK_ROWS = 8448
-"""Most rows of a training chunk: the dX GEMM fills its last wave on 132 multiprocessors."""
+"""Most rows of a training chunk: 66 row tiles of 128, half of an H100's 132 multiprocessors."""
 SCORE_ROWS = 16384
 """Most rows of a scoring chunk, which has no E: only the gathered rows and the sums per tile."""
 LIST = 256
@@ -880,7 +880,7 @@ def _launch_gradient_operands(
     plan: Plan,
 ) -> Tensor:
     """Writes E's target entries and fills scaled_CD; returns u_C."""
-    # 8 rows a program: little work each, so that a chunk of 8192 rows fills every multiprocessor.
+    # 8 rows a program: 1024 programs for a chunk of 8192 rows.
     u_C = torch.empty_like(stats.kappa)
     n_rows, width = hidden_CD.shape
     launch(

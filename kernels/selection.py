@@ -21,9 +21,9 @@ class Selection:
     kept_T: (T,) bool. masked: rows_K holds rows that are not kept; they must not show in results.
     """
 
-    rows_K: Tensor
-    targets_K: Tensor
-    temperature: float | Tensor
+    rows_K: Tensor  # int64
+    targets_K: Tensor  # int64, in [0, V)
+    temperature: float | Tensor  # (K,) where it is a tensor
     kept_T: Tensor
     masked: bool
 
