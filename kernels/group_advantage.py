@@ -257,7 +257,7 @@ def gated_kl(
         BLOCK=TILE,
         enable_fp_fusion=False,
     )
-    pg_loss, distill_loss = parts_2.unbind(0)
+    pg_loss, distill_loss = parts_2.unbind(0)  # views: nothing is launched
     return GatedKl(
         logq_S=logq_S,
         logp_S=logp_S,
@@ -296,7 +296,7 @@ def _check_group(
         )
     # Without boundaries there is one value per path, with them any number of tokens, whose sum is
     # seen on the device alone.
-    paths = questions * (group + n_prior)
+    paths = questions * (group + n_prior)  # posterior ones first
     _check_device(answer_logp_A)
     values = answer_logp_A.numel() if cu_answers is not None else paths
     for name, x, dtypes, shape in (
@@ -349,6 +349,7 @@ def _check(
 ) -> None:
     if x is None:
         return
+    # One sentence for the three: a caller who is wrong in one is often wrong in two.
     if x.dtype not in dtypes or tuple(x.shape) != shape or x.device != like.device:
         raise ValueError(
             f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, expected "
