@@ -80,6 +80,7 @@ setup(
         "vpgea_fast.cli",
         "vpgea_fast.config",
         "vpgea_fast.data",
+        "vpgea_fast.estimate",
         "vpgea_fast.metrics",
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",

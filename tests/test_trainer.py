@@ -35,10 +35,12 @@ SMALL = {
     "objective.group_size": 4,
     "objective.prior_samples": 2,
     "train.steps": 4,
+    "rollout.max_new_tokens": 48,
+    "eval.max_new_tokens": 48,
     "metrics.compare": "null",
 }
-SHORT = ["--rollout.max_new_tokens", "24", "--eval.max_new_tokens", "24"]
-"""For runs of many steps: the time goes into sampling, and the concise chains still fit."""
+"""Most of the time goes into sampling: room for concise chains alone."""
+AS_TRAINED = ["--rollout.max_new_tokens", "240", "--eval.max_new_tokens", "240"]
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def same_state(a, b):
 )
 def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     keep = [] if "grpo" not in objective else ["--objective.group_size", "4"]
-    given = words("run", *objective, *keep, "--metrics.compare", "tiny_demo")
+    given = words("run", *objective, *keep, *AS_TRAINED, "--metrics.compare", "tiny_demo")
     if "grpo" in objective:
         skip = given.index("--objective.prior_samples")
         del given[skip : skip + 2]
@@ -199,7 +201,7 @@ def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
 def test_forty_steps_are_twenty_and_a_new_process_and_twenty(words, tmp_path):
     # a decaying schedule ends with train.steps, which differs here; the killed run below has one
     more = ["--eval.data", "[]", "--checkpoint.save_every", "10", "--optim.warmup_steps", "5"]
-    more += ["--optim.schedule", "constant", "--rollout.max_new_tokens", "48"]
+    more += ["--optim.schedule", "constant"]
     train([TINY, *words("straight", *more, "--train.steps", "40")])
     train([TINY, *words("parts", *more, "--train.steps", "20")])
     train(["--resume", tmp_path / "parts", "--train.steps", "40"])
@@ -387,7 +389,7 @@ def test_reference_and_torch_losses_train_alike(words, tmp_path):
     backends = ("reference", "torch")
     for name in backends:
         given = words(name, "--loss.backend", name, "--eval.data", "[]", "--train.steps", "20")
-        assert fit(config.load(TINY, [*given, *SHORT]))
+        assert fit(config.load(TINY, given))
         facts = json.loads((tmp_path / name / "environment.json").read_text())
         assert (facts["loss_backend"], facts["loss_backend_reason"]) == (name, "asked for")
     paths = [[path["ids"] for path in lines(tmp_path / name, "paths.jsonl")] for name in backends]
@@ -446,7 +448,7 @@ def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
     more = ["--eval.every", "2", "--eval.greedy", "false", "--checkpoint.keep_last", "1"]
     more += ["--checkpoint.save_every", "3", "--checkpoint.keep_best", "sampled_acc"]
     more += ["--optim.lr", "0.003", "--optim.warmup_steps", "0"]  # ruined by step 6
-    more += ["--optim.schedule", "constant"]
+    more += ["--optim.schedule", "constant", *AS_TRAINED]
     assert fit(config.load(TINY, words("straight", *more, "--train.steps", "8")))
     run, shown = tmp_path / "straight", capsys.readouterr().out
     points = {r["eval_step"]: r["eval_sampled_acc"] for r in lines(run) if "eval_step" in r}
