@@ -29,6 +29,7 @@ STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
 """Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
 MAX_GIB = 100_000
+REPEATABLE = ("--from", "--against")
 TINY_WORLD = "data/tiny"
 TINY_BASE = f"{TINY_WORLD}/base"
 """What the configuration `tiny` trains."""
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
+        _no_repeats(words)
         args, unknown = _parser().parse_known_args(words)
         if unknown:
             raise UsageError(_unknown(unknown[0], args.parser))
@@ -153,6 +155,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         else:
             words.append(word)
     return words, pairs, list(rest)
+
+
+def _no_repeats(words: Sequence[str]) -> None:
+    """UsageError for an option that stands twice: argparse takes the last one unsaid."""
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = next((n for n in names if names.count(n) > 1 and n not in REPEATABLE), None)
+    if twice is not None:
+        raise UsageError(f"{twice} stands twice; leave one of them out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -305,7 +315,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    words = ["--model.path", args.model, "--eval.data", _files(args.data), *overrides]
+    words = [*overrides, "--model.path", args.model, "--eval.data", _files(args.data)]
     source, cfg = _of_model(args, words, overrides)
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
@@ -351,7 +361,7 @@ def _of_model(
         raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
     if source is None:
-        return None, config.resolve(config.parse_overrides(words), source="command line")
+        return None, config.resolve(config.parse_overrides(words, _notice), source="command line")
     cfg = config.load(source, words, _notice, record=source == run)
     named = any(word.startswith("--engine.server") for word in overrides)
     if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
@@ -412,9 +422,11 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UsageError("vpgea data is one process: start it without torchrun")
     if args.model is None and (args.keep, args.samples) != (None, None):
         raise UsageError("--keep and --samples need --model, the model whose pass rate counts")
-    words = ["--eval.data", _files(args.against), "--eval.samples", "8", *overrides]
+    words = ["--eval.data", _files(args.against), *overrides]
     if args.samples is not None:
         words += ["--eval.samples", str(args.samples)]
+    elif not any(word.startswith("--eval.samples") for word in overrides):
+        words += ["--eval.samples", "8"]
     if args.model is not None:
         words += ["--model.path", args.model]
     source, cfg = _of_model(args, words, overrides)
@@ -493,8 +505,8 @@ def _declare_serve(commands: Commands, common: _Parser) -> None:
 
 
 def _serve(args: argparse.Namespace, overrides: list[str]) -> int:
-    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
-    cfg = config.resolve(config.parse_overrides(words), source="command line")
+    words = [*overrides, "--model.path", args.model, "--engine", "vllm"]
+    cfg = config.resolve(config.parse_overrides(words, _notice), source="command line")
     from vpgea_fast.model_dir import check_model_dir
     from vpgea_fast.rollout.vllm.client import check_key
     from vpgea_fast.rollout.vllm.serve import serve, serve_command

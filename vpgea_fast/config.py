@@ -97,6 +97,15 @@ def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     return clip
 
 
+def _finite(tree: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        json.dumps(tree, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("expected finite numbers") from error
+    return tree
+
+
+Switches = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 Clip = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
 
 REMEDIES = {
@@ -314,7 +323,9 @@ class PromptConfig:
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
     `{question}` and `{answer}` are the only fields; every other brace is itself."""
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    chat_template_kwargs: Annotated[dict[str, JsonValue], AfterValidator(_finite)] = Field(
+        default_factory=dict
+    )
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""
 
 
@@ -807,7 +818,7 @@ def load(
     makes of the same words. `record`: the file is a run's own, so keys of an older version are read
     as what they are now. Errors: ConfigError, which names the key and the nearest known one.
     """
-    tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
+    tree, top = _by_name(read_sections(path)), parse_overrides(overrides, say)
     if record:
         tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
     lost = {section: _foreign(section, tree, top) for section in VARIANTS}
@@ -977,11 +988,14 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(
+    words: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`;
     `--engine vllm` is short for `--engine.name vllm`, as of any variant.
 
-    Text fields take their value as it stands; others read it as YAML. `null` unsets either.
+    Text fields take their value as it stands; others read it as YAML. `null` unsets either. The
+    last of two values is taken (a launcher adds to a command line), and `say` hears of it.
     """
     tree: dict[str, Any] = {}
     rest = iter(words)
@@ -999,7 +1013,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
                     "a value that starts with --"
                 )
-        tree.setdefault(section, {})[name] = _parse(section, name, value)
+        keys, new = tree.setdefault(section, {}), _parse(section, name, value)
+        if name in keys and keys[name] != new:
+            old = _show(keys[name])
+            say(f"--{section}.{name} stands twice: {_show(new)} is taken, and {old} left out")
+        keys[name] = new
     return tree
 
 
@@ -1064,13 +1082,12 @@ def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> l
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `top` over those of `base`, section by section."""
+    """The keys of `top` over those of `base`, section by section. What is no section stays: it is
+    refused with the rest."""
     merged = dict(base)
     for section, keys in top.items():
         below = merged.get(section, {})
-        if not isinstance(below, Mapping):
-            raise ConfigError(f"{section}: got {_show(below)}, expected keys")
-        merged[section] = {**below, **keys}
+        merged[section] = {**below, **keys} if isinstance(below, Mapping) else below
     return merged
 
 
