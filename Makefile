@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv with the pinned stack.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +11,14 @@ VLLM_STAMP := .venv-vllm/.installed
 TRITON36_BIN := .venv-triton36/bin
 TRITON36_STAMP := .venv-triton36/.installed
 TINY := data/tiny
+QUICK := not slow and not gpu and not vllm
+# Only files with such a test: collecting them all is seconds of imports.
+SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: train test test-long test-triton36 test-vllm lint install dist clean
+.PHONY: train test test-serial test-long test-triton36 test-vllm lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -23,9 +27,22 @@ train: $(STAMP)
 	@run=runs/tiny; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/tiny-$$n; done; \
 	$(BIN)/vpgea train configs/tiny.yaml --run.dir $$run $(ARGS)
 
+# Two cores: pyright has one and the tests that measure time the other, then all others share both.
+# A selection runs in one process, where -x, -s and --pdb are those of every pytest.
+ifeq ($(strip $(ARGS)),)
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs=2 lint test-serial
+	@echo "make: pytest, the other tests in $(WORKERS) processes"
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial" -n $(WORKERS) --dist worksteal
+else
 test: lint
 	@echo "make: pytest"
 	@$(BIN)/python -m pytest -q $(ARGS)
+endif
+
+test-serial: $(STAMP)
+	@echo "make: pytest, the tests that measure time"
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and serial" $(SERIAL)
 
 test-long: lint
 	@echo "make: pytest, slow tests and those of this machine's devices included"
@@ -46,7 +63,7 @@ test-triton36: $(TRITON36_STAMP)
 	@$(TRITON36_BIN)/python -c 'import sys, triton; v = triton.__version__; \
 	v.startswith("3.6.") or sys.exit("make: got triton " + v + " in .venv-triton36, expected 3.6; remove it")'
 	@$(TRITON36_BIN)/python -m pytest -q tests/test_kernels_aot.py tests/test_kernels_interpret.py \
-	--deselect tests/test_kernels_interpret.py::test_every_selection_finds_a_test $(ARGS)
+	--deselect tests/test_kernels_interpret.py::test_every_selection_finds_a_test -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	@echo "make: ruff, pyright"

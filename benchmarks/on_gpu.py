@@ -112,7 +112,10 @@ RUN = (
     "{python} -m vpgea_fast.cli train configs/7b-1gpu.yaml --parallel.cpu_offload {fits} "
     "--model.path {scratch}/model --data.train {scratch}/world/train.jsonl "
     "--data.question_key question --rollout.max_new_tokens 1024 --objective.preset paper "
-    "--metrics.diag_every 0 --checkpoint.export false"
+    "--metrics.diag_every 0 --checkpoint.export false "
+    # No vLLM on a bare machine, no network for eval.data; random weights answer nothing right.
+    "--engine hf --rollout.max_batch 64 --rollout.full_answer false --objective.verify none "
+    "--eval.data [] --checkpoint.keep_best null"
 )
 ATTENTION = {"flash": "{flash}", "varlen": "varlen", "sdpa": "sdpa"}
 SEVEN = "--model qwen2.5-7b --optimizer adamw_bf16 {fits}"

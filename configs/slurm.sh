@@ -1,5 +1,6 @@
 #!/bin/bash
 # The 7B run on some nodes of 8 GPUs: sbatch --nodes 4 configs/slurm.sh [--section.key value ...]
+# Paths are drawn by vLLM (pip install 'vpgea_fast[vllm]' on every node); without it add --engine hf --rollout.max_batch 64.
 #
 # When a worker dies torchrun starts all of them again (--max-restarts), when a node fails Slurm starts the job again
 # (--requeue); --resume-if-started then goes on from the newest complete checkpoint in RUN, which all nodes must see.

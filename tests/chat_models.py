@@ -1,10 +1,13 @@
-"""Tokenizers of the shapes that people bring, trained here on a little text, and tiny models with
-random weights around them."""
+"""Tokenizers of the shapes that people bring, trained here on a little text, and models around
+them: tiny ones with random weights, large ones without any."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 # The split of Qwen2: a letter run takes one mark before it, other marks stay together.
 QWEN2_SPLIT = (
@@ -93,3 +96,48 @@ def save_model(path: Any, tokenizer: Any, model: Any) -> str:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+SHAPES = {
+    "7b": (3584, 28, 4, 18944, 152064, 7_615_616_512),
+    "1.5b": (1536, 12, 2, 8960, 151936, 1_777_088_000),
+}
+"""Qwen2.5 with its head untied: hidden, heads, key heads, MLP, vocabulary, published parameters."""
+
+
+def save_hollow(path: Path, tokenizer: Any, name: str) -> Path:
+    """A directory with one of SHAPES around a smaller tokenizer, and a hole for the weights."""
+    hidden, heads, kv_heads, mlp, vocabulary, _ = SHAPES[name]
+    Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_size=hidden,
+        num_hidden_layers=28,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        max_position_embeddings=131072,
+        **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")},
+    ).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    _hollow_weights(path)
+    return path
+
+
+def _hollow_weights(directory: Path) -> None:
+    """Write model.safetensors: the header that config.json asks for, and a sparse file behind."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(parameter.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 import random
@@ -72,10 +73,14 @@ def running():
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """The shipped tiny base with its questions: `.base_dir`, `.train_path`, `.test_path`."""
+    """The shipped tiny base with the first of its questions: `.base_dir`, `.train_path`,
+    `.test_path`. Every run reads and tokenizes the whole file: of 4,096 that is a CPU second."""
     from vpgea_fast.tiny import make_tiny
 
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "world")
+    world = make_tiny(tmp_path_factory.mktemp("tiny") / "world")
+    for path, count in ((world.train_path, 200), (world.test_path, 100)):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    return world
 
 
 @pytest.fixture
@@ -177,3 +182,27 @@ def r1_model_dir(r1_tokenizer, random_qwen2, tmp_path):
         **ends,
     )
     return chat_models.save_model(tmp_path / "r1", r1_tokenizer, model)
+
+
+@pytest.fixture(scope="session")
+def large_r1_model(r1_tokenizer, tmp_path_factory):
+    """`large_r1_model("7b")`: Qwen2.5's shape around the R1-shaped tokenizer, without weights."""
+    import chat_models
+
+    return functools.cache(
+        lambda name: chat_models.save_hollow(
+            tmp_path_factory.mktemp("large") / name, r1_tokenizer, name
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def large_model(tiny_tokenizer, tmp_path_factory):
+    """The same around the tiny tokenizer."""
+    import chat_models
+
+    return functools.cache(
+        lambda name: chat_models.save_hollow(
+            tmp_path_factory.mktemp("large") / name, tiny_tokenizer, name
+        )
+    )

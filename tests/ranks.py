@@ -8,11 +8,11 @@
 
 Arguments are pickled; results go through JSON. Warnings are errors in a rank.
 
-Ranks are forked from one server that has imported torch and transformers once: a call costs tenths
-of a second, not the import times N. The store is the parent's, as torchrun keeps it: no free port
-is guessed, and the death of rank 0 does not end it. A rank leaves by `os._exit`, because after FSDP
-and gloo the interpreter aborts at exit at random, all results right; and it leaves with its parent,
-whatever ends that.
+Ranks are forked from one server that has imported torch, transformers and the trainer once: a call
+costs tenths of a second, not the import times N. The store is the parent's, as torchrun keeps it:
+no free port is guessed, and the death of rank 0 does not end it. A rank leaves by `os._exit`,
+because after FSDP and gloo the interpreter aborts at exit at random, all results right; and it
+leaves with its parent, whatever ends that.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "transformers.models.qwen2.modeling_qwen2",
+    "matplotlib.figure",
+    "vpgea_fast.trainer",
 ]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(PRELOAD)

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chat_models import SHAPES
 from safetensors.torch import load_file, save_file
 from test_prompts import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vpgea_fast import __version__, checkpoint, config, strict_yaml
-from vpgea_fast.cli import _status, main
+from vpgea_fast.cli import main
+from vpgea_fast.cli.train import status
 from vpgea_fast.distributed import World
 from vpgea_fast.trainer import Ending
 
@@ -329,82 +331,37 @@ def test_a_hub_that_does_not_answer_is_one_line_in_seconds(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-SHAPES = {
-    "7b": (3584, 28, 4, 18944, 152064, 7_615_616_512),
-    "1.5b": (1536, 12, 2, 8960, 151936, 1_777_088_000),
-}
+LARGE = [("7b", "7b", 8), ("7b-multinode", "7b", 16), ("7b-1gpu", "7b", 1), ("1.5b", "1.5b", 1)]
 
 
 @pytest.fixture
-def large_model(tiny_world, tmp_path):
-    """A directory with the shapes of Qwen2.5 around the tiny tokenizer, and no weights."""
+def large_plan(large_model, capsys):
+    """The dry run of a large preset without a network: what it shows, and its table of memory,
+    part -> GiB of every phase."""
 
-    def make(name):
-        hidden, heads, kv_heads, mlp, vocabulary, _ = SHAPES[name]
-        model = shutil.copytree(tiny_world.base_dir, tmp_path / "model")
-        shape = json.loads((model / "config.json").read_text()) | {
-            "hidden_size": hidden,
-            "num_hidden_layers": 28,
-            "layer_types": ["full_attention"] * 28,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": mlp,
-            "vocab_size": vocabulary,
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 131072,
+    def plan(preset, name, *more):
+        words = ["--model.path", str(large_model(name)), "--device-gib", "79.6", *more]
+        assert main(["train", str(ROOT / f"configs/{preset}.yaml"), "--dry-run", *words]) == 0
+        shown = capsys.readouterr().out
+        table = {
+            line[2:19].strip(): [float(cell) for cell in line[19:].split()]
+            for line in shown.splitlines()
+            if line.startswith("  ") and line[19:].replace(".", "").replace(" ", "").isdigit()
         }
-        (model / "config.json").write_text(json.dumps(shape))
-        hollow_weights(model)
-        return model
+        return shown, table
 
-    return make
+    return plan
 
 
-def hollow_weights(directory):
-    """model.safetensors with the header that config.json asks for, and a hole for the weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    header, end = {}, 0
-    for name, parameter in model.named_parameters():
-        start, end = end, end + 2 * parameter.numel()
-        header[name] = {
-            "dtype": "BF16",
-            "shape": list(parameter.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
-@pytest.mark.parametrize(
-    ("preset", "name", "processes"),
-    [("7b", "7b", 8), ("7b-multinode", "7b", 16), ("7b-1gpu", "7b", 1), ("1.5b", "1.5b", 1)],
-)
-def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
-    preset, name, processes, large_model, capsys
-):
-    """The parameter counts are the published ones; sizes in GiB, a column a phase."""
-    file = ROOT / f"configs/{preset}.yaml"
-    words = ["--model.path", str(large_model(name)), "--processes", str(processes)]
-    assert main(["train", str(file), "--dry-run", *words, "--device-gib", "79.6"]) == 0
-    shown = capsys.readouterr().out
+def check_large(shown, sizes, preset, name, processes):
+    """What does not depend on the engine; the parameter counts are the published ones."""
+    cfg, parameters = config.load(ROOT / f"configs/{preset}.yaml"), SHAPES[name][-1]
+    whole = parameters / 2**30
     assert "8 built-in questions stand in, the run itself needs hub:" in shown
     assert "The reference answer to this problem is: 45." in shown
-    kv_heads, parameters = SHAPES[name][2], SHAPES[name][-1]
     assert f"{parameters / 1e6:.1f} M parameters" in shown
     assert f"one of {processes} devices" in shown
     assert "more than it holds" not in shown
-    sizes = {
-        line[2:19].strip(): [float(cell) for cell in line[19:].split()]
-        for line in shown.splitlines()
-        if line.startswith("  ") and line[19:].replace(".", "").replace(" ", "").isdigit()
-    }
-    cfg = config.load(file)
-    paths, context = cfg.rollout.max_batch, 415 + cfg.rollout.max_new_tokens
-    assert f"{paths} paths of up to {context} tokens side by side" in shown
-    whole = parameters / 2**30
     if preset != "7b-1gpu":
         shards = processes // cfg.parallel.replicas
         assert sizes["weights"][0] == pytest.approx(4 * whole / shards, rel=1e-3)
@@ -412,9 +369,6 @@ def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
     else:
         assert "weights" not in sizes  # they lie in host memory
         assert f"host memory of a process, weights, optimiser: {6 * whole:.3f} GiB" in shown
-    assert sizes["sampling replica"] == [pytest.approx(2 * whole, abs=1e-3)] * 6
-    kv_cache = 2 * 28 * paths * context * kv_heads * 128 * 2 / 2**30
-    assert sizes["kv cache"] == [0, 0, 0, 0, 0, pytest.approx(kv_cache, abs=1e-3)]
     for phase, total in enumerate(sizes["total"]):
         column = sum(cells[phase] for part, cells in sizes.items() if part != "total")
         assert total == pytest.approx(column, abs=5e-3)
@@ -422,24 +376,74 @@ def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
     assert float(peak[1]) == pytest.approx(max(sizes["total"]), abs=2e-3)
     assert ("between nodes" in shown) == (processes > 1)
     assert ("all-reduce" in shown) == (preset == "7b-multinode")
+    answers = cfg.eval.limit * cfg.eval.samples
+    assert f"  held out: {answers} answers every 20 steps, " in shown
+    assert "planned, its files could not be asked for here: hub:HuggingFaceH4/MATH-500" in shown
 
 
-def test_dry_run_says_what_to_lower(large_model, capsys):
-    words = ["--model.path", str(large_model("7b")), "--rollout.max_batch", "512"]
-    machine = ["--processes", "8", "--device-gib", "79.6"]
-    assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
-    shown = capsys.readouterr().out
+# The planned evaluation's longest prompt, thought and answer: longer than any of the built-in ones.
+CONTEXT = 1024 + 8192 + 512
+
+
+@pytest.mark.parametrize(("preset", "name", "processes"), LARGE)
+def test_dry_run_of_the_large_presets_needs_no_network_and_no_weights(
+    preset, name, processes, large_plan
+):
+    """As shipped, with vLLM: its share of the device beside its weights is KV cache. GiB, a column
+    a phase."""
+    shown, sizes = large_plan(preset, name, "--processes", str(processes))
+    check_large(shown, sizes, preset, name, processes)
+    hidden, _, kv_heads, mlp, vocabulary, parameters = SHAPES[name]
+    cfg = config.load(ROOT / f"configs/{preset}.yaml")
+    assert cfg.engine.name == "vllm"
+    assert f"{cfg.rollout.max_batch} paths of up to {CONTEXT} tokens side by side" in shown
+    weights = 2 * parameters / 2**30
+    forward = 16384 * 2 * (3 * mlp + 2 * hidden)  # of the tokens that vLLM batches
+    work = (forward + cfg.rollout.max_batch * vocabulary * (2 + 16)) / 2**30
+    cache = cfg.vllm.gpu_memory * 79.6 - weights - work - 1
+    asleep, near = [0] * 5, pytest.approx
+    assert sizes["vllm weights"] == [*asleep, near(weights, abs=1e-3), near(weights, abs=1e-3)]
+    assert sizes["vllm kv cache"] == [*asleep, near(cache, abs=2e-3), 0]
+    assert sizes["vllm work"] == [*asleep, near(work, abs=1e-3), 0]
+    assert sizes["vllm graphs"] == [1] * 7
+    assert "sampling replica" not in sizes
+    token = 2 * 28 * kv_heads * 128 * 2
+    found = re.search(rf"{token} bytes a token, (\d+) tokens: (\d+) paths of {CONTEXT} at", shown)
+    assert int(found[1]) == near(cache * 2**30 / token, rel=1e-4)
+    assert int(found[2]) == int(found[1]) // CONTEXT
+    assert "fewer than" not in shown
+
+
+@pytest.mark.parametrize(("preset", "name", "processes"), LARGE)
+def test_dry_run_of_the_large_presets_where_there_is_no_vllm(preset, name, processes, large_plan):
+    """`--engine hf`: a whole copy of the model beside the shards, and a KV cache of its own."""
+    words = ["--engine", "hf", "--rollout.max_batch", "64", "--processes", str(processes)]
+    shown, sizes = large_plan(preset, name, *words)
+    check_large(shown, sizes, preset, name, processes)
+    assert f"64 paths of up to {CONTEXT} tokens side by side" in shown
+    kv_heads, parameters = SHAPES[name][2], SHAPES[name][-1]
+    replica = 2 * parameters / 2**30
+    assert sizes["sampling replica"] == [pytest.approx(replica, abs=1e-3)] * 6
+    kv_cache = 2 * 28 * 64 * CONTEXT * kv_heads * 128 * 2 / 2**30
+    assert sizes["kv cache"] == [0, 0, 0, 0, 0, pytest.approx(kv_cache, abs=1e-3)]
+    assert not [part for part in sizes if part.startswith("vllm")]
+    assert "engine hf draws up to 8192 tokens a path on CUDA" in shown
+
+
+def test_dry_run_says_what_to_lower(large_plan):
+    words = ["--engine", "hf", "--rollout.max_batch", "512", "--processes", "8"]
+    shown, _ = large_plan("7b", "7b", *words)
     assert "such a device holds 79.600 GiB, 73.232 beside CUDA" in shown
     assert "'kv cache' is largest: rollout.max_batch or rollout.max_new_tokens" in shown
 
 
 @pytest.fixture
 def vllm_plan(large_model, capsys):
-    """The lines that a dry run of the 7B preset with vLLM on 8 GPUs of 80 GiB ends with."""
+    """The lines that a dry run of the 7B preset on 8 GPUs of 80 GiB ends with."""
     model = large_model("7b")
 
     def plan(*more):
-        words = ["--model.path", str(model), "--engine", "vllm", *more]
+        words = ["--model.path", str(model), *more]
         machine = ["--processes", "8", "--device-gib", "80"]
         assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
         return capsys.readouterr().out
@@ -450,12 +454,14 @@ def vllm_plan(large_model, capsys):
 def test_dry_run_counts_the_paths_in_vllms_cache(vllm_plan):
     """28 layers, 4 key heads of 128, bfloat16: 57,344 bytes a token, 28,672 on two GPUs."""
     shown = vllm_plan("--engine.kv_cache_gib", "14")
-    paths = 14 * 2**30 // 57344 // 8607
+    paths = 14 * 2**30 // 57344 // CONTEXT
     assert (
         "vLLM's KV cache: 14.000 GiB, 57344 bytes a token, 262144 tokens: "
-        f"{paths} paths of 8607 at once" in shown
+        f"{paths} paths of {CONTEXT} at once" in shown
     )
-    assert "fewer than rollout.max_batch 64: the rest wait or are computed again" in shown
+    # 64 questions x 16 paths on 8 devices; half of the longest thought, and an answer of 256.
+    assert "fewer than the 128 that a step draws side by side (rollout.max_batch 192)" in shown
+    assert "of mean length (4352, and 8 share a prompt)" in shown
     assert "slower, not wrong; raise engine.kv_cache_gib, or lower rollout.max_batch" in shown
     shown = vllm_plan("--engine.tensor_parallel", "2", "--engine.gpu_memory", "0.45")
     assert "28672 bytes a token" in shown
@@ -468,12 +474,13 @@ def test_dry_run_counts_the_paths_in_vllms_cache(vllm_plan):
 
 def test_dry_run_says_that_vllm_would_not_start(vllm_plan):
     shown = vllm_plan("--engine.gpu_memory", "0.2")
-    assert "0 tokens: 0 paths of 8607 at once" in shown
-    one = "vLLM will not start: one path may have 10241 tokens (engine.context); raise engine."
+    assert f"0 tokens: 0 paths of {CONTEXT} at once" in shown
+    one = f"vLLM will not start: one path may have {CONTEXT + 1} tokens (engine.context); raise "
+    one += "engine."
     assert f"{one}gpu_memory, or lower" in shown
-    room = 10240 * 57344 / 2**30
+    room = CONTEXT * 57344 / 2**30
     assert f"{one}kv_cache_gib" in vllm_plan("--engine.kv_cache_gib", str(room))
-    fits = vllm_plan("--engine.kv_cache_gib", str(room), "--engine.context", "10240")
+    fits = vllm_plan("--engine.kv_cache_gib", str(room), "--engine.context", str(CONTEXT))
     assert "will not start" not in fits
     shown = vllm_plan("--engine.kv_cache_gib", "10", "--engine.gpu_memory", "0.9")
     assert "it asks for engine.gpu_memory (72.000 GiB) of free memory also with" in shown
@@ -707,10 +714,10 @@ def test_a_stopped_run_is_no_failure_under_torchrun(monkeypatch):
     """Another status than 0 would make torchrun start a run that has just saved and stopped."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     endings = (Ending.DONE, Ending.HALTED, Ending.STOPPED)
-    assert [*map(_status, endings)] == [0, 3, 143]
+    assert [*map(status, endings)] == [0, 3, 143]
     assert [*map(bool, endings)] == [True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert [*map(_status, endings)] == [0, 0, 0]
+    assert [*map(status, endings)] == [0, 0, 0]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, capsys, tmp_path):
@@ -761,6 +768,23 @@ def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
         assert mean[9:11] == means
     assert main(command) == 0
     assert capsys.readouterr().out + f"{out}\n" == shown
+
+
+def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
+    tiny_world, tmp_path, capsys, refusal
+):
+    """What keep_best asks of a run's own evaluations is nothing to other commands."""
+    file = tmp_path / "recipe.yaml"
+    sections = yaml.safe_load(TINY.read_text())
+    sections["eval"] |= {"every": 5}
+    sections["checkpoint"] |= {"keep_best": "sampled_acc"}
+    file.write_text(yaml.safe_dump(sections))
+    words = ["--config", str(file), "--eval.samples", "0", "--eval.limit", "2"]
+    assert main(["eval", str(tiny_world.base_dir), str(tiny_world.test_path), *words]) == 0
+    assert "greedy" in capsys.readouterr().out
+    assert "data: got 'none'; expected one of" in refusal(
+        main(["data", "none", "--config", str(file)])
+    )
 
 
 def test_report_draws_a_run(train, capsys, tmp_path):

@@ -17,7 +17,8 @@ from vpgea_fast import config
 from vpgea_fast.config import Config, DataConfig, DataFile, EvalConfig, PromptConfig
 from vpgea_fast.data import load_benchmarks
 from vpgea_fast.evaluate import Evaluator, evaluate_model, make_sampling, result_table
-from vpgea_fast.model import load_policy, load_tokenizer
+from vpgea_fast.model import load_policy
+from vpgea_fast.model_dir import load_tokenizer
 from vpgea_fast.prompts import Prompter
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine

@@ -13,11 +13,12 @@ from vpgea_fast.config import ConfigError, ModelConfig
 from vpgea_fast.distributed import pick_device
 from vpgea_fast.families import HeadOptions, measure
 from vpgea_fast.model import Policy, load_policy
-from vpgea_fast.model_dir import ModelError, load_config
+from vpgea_fast.model_dir import ModelError
 from vpgea_fast.packing import pack_rows
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.types import SampleRequest, TrainRow
+from vpgea_fast.weights import load_config
 
 CASES = Path(__file__).parent / "cases"
 CPU = {"device": "cpu", "dtype": "float32", "activation_checkpointing": "none"}

@@ -230,6 +230,7 @@ def test_a_cpu_takes_a_model_shape_at_an_eighth(bench):
     assert "/ 8" in args.note
 
 
+@pytest.mark.serial
 def test_torch_mm_is_repeated_until_it_lasts_as_long_as_the_median_contender(bench):
     """A burst runs at boost clock; what takes six times as long does not."""
 

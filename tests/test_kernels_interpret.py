@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("*.py"))
 HEADS = HERE / "interpreted" / "linear_logprob.py"
-"""The only one with slow tests and with tensors that follow the device."""
+"""The only one with tensors that follow the device."""
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -39,8 +39,9 @@ def test_in_the_interpreter(file):
 
 
 @pytest.mark.slow
-def test_in_the_interpreter_at_length():
-    run(HEADS, "-m", "slow and not gpu")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_in_the_interpreter_at_length(file):
+    run(file, "-m", "slow and not gpu")
 
 
 SHARDS = {

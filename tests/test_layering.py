@@ -42,7 +42,11 @@ LAYERS = {
         "tiny",
         "verify",
     },
-    # What a model directory means, to every reader of it.
+    # A model cut over processes, and its parts read.
+    "sharding": {"shard"},
+    # The one meaning of the weight files, to every reader of them.
+    "weights": {"weights"},
+    # The rest of a model directory: configuration, tokenizer, sampling settings.
     "model directory": {"model_dir"},
     # What a family of models computes, measured on a tiny clone.
     "families": {"families"},
@@ -141,7 +145,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
     room = room_of(module)
     if room not in DEPTH:
         where = f"add {room!r} to the lowest fitting layer in LAYERS of tests/test_layering.py"
-        return [f"{module} fits no layer: {where}, and a line for it to the tree in README.md"]
+        return [f"{module} fits no layer: {where}, and a line for it to docs/tree.md"]
     found: dict[tuple[int, str], str] = {}  # a line that imports ten names breaks a rule once
     for name, line in names:
         if why := complaint(module, room, name):

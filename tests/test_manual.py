@@ -57,7 +57,7 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
             for key in part.keys:
                 where = f"{part.head}.{key.name}"
                 assert key.kind, where
-                assert key.text, f"{where} has no docstring in config.py"
+                assert key.text, f"{where} has no docstring in config/"
                 assert key.text.endswith("."), where
                 assert all(len(s.split()) <= 25 for s in sentences(key.text)), (
                     f"{where}: {key.text}"

@@ -128,6 +128,9 @@ def test_the_sdist_holds_the_tests_and_no_output(built):
     with tarfile.open(built["sdist"]) as sdist:
         paths = {PurePosixPath(*PurePosixPath(name).parts[1:]) for name in sdist.getnames()}
     wanted = {"setup.py", "constraints.txt", "Makefile", "LICENSE", "tests/conftest.py"}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.py")}
+    wanted |= {"benchmarks/results/tiny_demo.png", "kernels/README.md"}  # README leads there
     wanted |= {"CHANGELOG.md", "CITATION.cff", "configs/tiny.yaml", "tests/cases/gsm8k_raw.jsonl"}
     assert {PurePosixPath(name) for name in wanted} <= paths
     roots = {path.parts[0] for path in paths if path.parts}

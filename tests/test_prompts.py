@@ -33,16 +33,15 @@ from vpgea_fast.data import load_benchmarks
 from vpgea_fast.distributed import World
 from vpgea_fast.dry_run import dry_run
 from vpgea_fast.metrics import Console
-from vpgea_fast.model import (
+from vpgea_fast.model_dir import (
     ModelError,
     check_vocabulary,
-    load_causal_lm,
     load_generation_config,
     load_tokenizer,
 )
-from vpgea_fast.model_dir import load_config
 from vpgea_fast.prompts import Prompter, eos_ids, fill, length_report
 from vpgea_fast.types import Question
+from vpgea_fast.weights import load_causal_lm, load_config
 
 CASES = Path(__file__).parent / "cases"
 SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<system>", "<think>", "</think>"]

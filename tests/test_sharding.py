@@ -21,7 +21,8 @@ from vpgea_fast.config import ConfigError, ModelConfig, OptimConfig, ParallelCon
 from vpgea_fast.distributed import World, full_weights, open_world, reshard
 from vpgea_fast.losses import weighted_logprob_loss
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.model import ModelError, load_policy, make_replica
+from vpgea_fast.model import load_policy, make_replica
+from vpgea_fast.model_dir import ModelError
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import drop_zero_rows, pack_rows
 from vpgea_fast.passes import Passes

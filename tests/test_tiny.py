@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from math_verify import parse, verify
 
 from vpgea_fast import tiny
+from vpgea_fast.tiny import base, task
 
-DEMO = tiny.RECIPES["demo"]
-FLAWLESS = tiny.Corpus(slip=0.0, teacher_leak=0.0)
+DEMO = base.RECIPES["demo"]
+FLAWLESS = task.Corpus(slip=0.0, teacher_leak=0.0)
 SEEDS = st.integers(0, 10**9)
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return tiny.question_sets()
+    return task.question_sets()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.make_tokenizer()
+    return task.make_tokenizer()
 
 
 def in_digits(text):
@@ -69,7 +70,7 @@ def test_question_sets_are_disjoint_right_and_always_the_same(questions):
     texts = {question.text for question in (*train, *test)}
     assert len(texts) == len(train) + len(test) == len({q.id for q in (*train, *test)})
     assert all(question.answer == expected_answer(question.text) for question in (*train, *test))
-    assert tiny.question_sets() == questions
+    assert task.question_sets() == questions
 
 
 def test_both_sets_hold_every_length_in_like_shares(questions):
@@ -79,13 +80,13 @@ def test_both_sets_hold_every_length_in_like_shares(questions):
 
     for train, test in zip(*map(shares, questions), strict=True):
         assert train > 0.1
-        assert abs(train - test) < 3 * math.sqrt(train * (1 - train) / tiny.TEST_QUESTIONS)
+        assert abs(train - test) < 3 * math.sqrt(train * (1 - train) / task.TEST_QUESTIONS)
 
 
 @given(SEEDS)
 def test_a_concise_thought_is_the_arithmetic_and_nothing_else(seed):
-    text = tiny.random_question(random.Random(seed))
-    words = tiny.concise_thought(text)
+    text = task.random_question(random.Random(seed))
+    words = task.concise_thought(text)
     value, expected = int(text[0]), []
     for label, shift in asked_steps(text):
         expected.append((label, shift, value, (value + shift) % 10))
@@ -93,19 +94,19 @@ def test_a_concise_thought_is_the_arithmetic_and_nothing_else(seed):
     assert stated_steps("".join(words)) == expected
     assert len(words) == 4 * len(expected) + 1
     assert words[-1] == "</think>"
-    assert str(value) == expected_answer(text) == tiny.solve(text)
+    assert str(value) == expected_answer(text) == task.solve(text)
 
 
 @given(SEEDS)
 def test_a_verbose_thought_without_its_redundancy_is_the_concise_one(seed):
     rng = random.Random(seed)
-    text = tiny.random_question(rng)
-    words, digit = tiny.sample_thought(text, rng, FLAWLESS, verbose=True)
-    concise = tiny.concise_thought(text)
+    text = task.random_question(rng)
+    words, digit = task.sample_thought(text, rng, FLAWLESS, verbose=True)
+    concise = task.concise_thought(text)
     first_pass = re.sub(r" check.*(?=</think>)", "", "".join(words))
     assert re.sub(r" wait [A-E][+-][a-z]+\d\d| ok| hmm", "", first_pass) == "".join(concise)
-    assert words[tiny.STEP_TOKENS] == " wait"
-    assert concise[tiny.STEP_TOKENS] == tiny.LABELS[1]
+    assert words[task.STEP_TOKENS] == " wait"
+    assert concise[task.STEP_TOKENS] == task.LABELS[1]
     assert digit == expected_answer(text)
     assert set(stated_steps("".join(words))) == set(stated_steps("".join(concise)))
 
@@ -113,9 +114,9 @@ def test_a_verbose_thought_without_its_redundancy_is_the_concise_one(seed):
 @given(SEEDS, st.booleans())
 def test_slips_are_stated_carried_on_and_answered(seed, verbose):
     rng = random.Random(seed)
-    text = tiny.random_question(rng)
-    slippery = tiny.Corpus(slip=0.5, check=0.0)
-    words, digit = tiny.sample_thought(text, rng, slippery, verbose=verbose)
+    text = task.random_question(rng)
+    slippery = task.Corpus(slip=0.5, check=0.0)
+    words, digit = task.sample_thought(text, rng, slippery, verbose=verbose)
     carried, steps = int(text[0]), stated_steps("".join(words))
     for (label, _, before, after), following in zip(steps, [*steps[1:], None], strict=True):
         assert before == carried
@@ -128,30 +129,30 @@ def test_slips_are_stated_carried_on_and_answered(seed, verbose):
 
 
 def test_every_word_is_one_token_and_a_thousand_texts_survive(tokenizer):
-    for word in (*tiny.WORDS, *tiny.DIGITS, *tiny.SPECIAL, "{"):
-        assert len(tiny.text_ids(tokenizer, word)) == 1
+    for word in (*task.WORDS, *task.DIGITS, *task.SPECIAL, "{"):
+        assert len(task.text_ids(tokenizer, word)) == 1
     rng = random.Random(7)
     for _ in range(1000):
-        text = tiny.random_question(rng)
-        thought, digit = tiny.sample_thought(text, rng, DEMO.corpus, verbose=rng.random() < 0.5)
-        assert len(tiny.text_ids(tokenizer, text)) == 1 + 2 * len(asked_steps(text))
-        assert len(tiny.text_ids(tokenizer, "".join(thought))) == len(thought)
-        whole = f"{text}<think>{''.join(thought)}{tiny.ANSWER.format(answer=digit)}</s>"
-        assert tokenizer.decode(tiny.text_ids(tokenizer, whole)) == whole
+        text = task.random_question(rng)
+        thought, digit = task.sample_thought(text, rng, DEMO.corpus, verbose=rng.random() < 0.5)
+        assert len(task.text_ids(tokenizer, text)) == 1 + 2 * len(asked_steps(text))
+        assert len(task.text_ids(tokenizer, "".join(thought))) == len(thought)
+        whole = f"{text}<think>{''.join(thought)}{task.ANSWER.format(answer=digit)}</s>"
+        assert tokenizer.decode(task.text_ids(tokenizer, whole)) == whole
 
 
 @given(st.text())
 def test_no_text_is_dropped(text):
-    tokenizer = tiny.make_tokenizer()
-    assert tokenizer.decode(tiny.text_ids(tokenizer, text)) == unicodedata.normalize("NFC", text)
+    tokenizer = task.make_tokenizer()
+    assert tokenizer.decode(task.text_ids(tokenizer, text)) == unicodedata.normalize("NFC", text)
 
 
 def test_cue_and_target_split_where_the_whole_text_does(tokenizer):
     """Scoring tokenises them apart: that has to give the ids that the base was trained on."""
-    whole = tiny.text_ids(tokenizer, "</think>" + tiny.ANSWER.format(answer=7) + "</s>")
+    whole = task.text_ids(tokenizer, "</think>" + task.ANSWER.format(answer=7) + "</s>")
     parts = ("</think>", "\\boxed{", "7 }", "</s>")
-    assert whole == [i for part in parts for i in tiny.text_ids(tokenizer, part)]
-    assert verify(parse("$7$"), parse(tiny.ANSWER.format(answer=7)))
+    assert whole == [i for part in parts for i in task.text_ids(tokenizer, part)]
+    assert verify(parse("$7$"), parse(task.ANSWER.format(answer=7)))
 
 
 def test_the_template_takes_a_system_turn_and_refuses_other_roles(tokenizer):
@@ -168,7 +169,7 @@ def test_the_template_takes_a_system_turn_and_refuses_other_roles(tokenizer):
 def test_rows_start_with_the_ids_of_the_chat_template(tokenizer):
     rng, views = random.Random(3), Counter()
     for _ in range(300):
-        row = tiny.sample_row(rng, DEMO, tokenizer, frozenset(), pinned=True)
+        row = base.sample_row(rng, DEMO, tokenizer, frozenset(), pinned=True)
         view, text, ids, _ = row_texts(row, tokenizer)
         content = text if view == "student" else f"{text} hint {expected_answer(text)}"
         turns = [{"role": "user", "content": content}]
@@ -182,7 +183,7 @@ def test_rows_keep_held_out_questions_out_and_teachers_right(questions, tokenize
     rng, held_out = random.Random(5), frozenset(q.text for q in (*train, *test))
     leaks = teachers = 0
     for _ in range(2000):
-        row = tiny.sample_row(rng, DEMO, tokenizer, held_out, pinned=False)
+        row = base.sample_row(rng, DEMO, tokenizer, held_out, pinned=False)
         view, text, _, completion = row_texts(row, tokenizer)
         assert text not in held_out
         if view == "teacher":
@@ -196,10 +197,10 @@ def test_rows_keep_held_out_questions_out_and_teachers_right(questions, tokenize
 @pytest.mark.parametrize("rarity", [0.01, 0.2])
 def test_weights_of_the_mode_decision_average_to_the_wanted_rarity(rarity, tokenizer):
     rng, recipe = random.Random(11), replace(DEMO, student_concise=rarity)
-    (second_label,) = tiny.text_ids(tokenizer, " B")
+    (second_label,) = task.text_ids(tokenizer, " B")
     total = concise = 0.0
     for _ in range(4000):
-        row = tiny.sample_row(rng, recipe, tokenizer, frozenset(), pinned=True)
+        row = base.sample_row(rng, recipe, tokenizer, frozenset(), pinned=True)
         if row.concise == rarity:
             total += row.weight[row.decision]
             concise += row.weight[row.decision] * (row.ids[row.decision] == second_label)
@@ -209,9 +210,9 @@ def test_weights_of_the_mode_decision_average_to_the_wanted_rarity(rarity, token
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_loss_of_a_padded_batch_is_the_formula_row_by_row(pinned, tokenizer):
-    rng, model = random.Random(2), tiny.make_model(1, len(tokenizer)).double()
-    (second_label,) = tiny.text_ids(tokenizer, " B")
-    rows = [tiny.sample_row(rng, DEMO, tokenizer, frozenset(), pinned=pinned) for _ in range(6)]
+    rng, model = random.Random(2), base.make_model(1, len(tokenizer)).double()
+    (second_label,) = task.text_ids(tokenizer, " B")
+    rows = [base.sample_row(rng, DEMO, tokenizer, frozenset(), pinned=pinned) for _ in range(6)]
     nll, count, misses = 0.0, 0, []
     for row in rows:
         logp = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -223,23 +224,23 @@ def test_the_loss_of_a_padded_batch_is_the_formula_row_by_row(pinned, tokenizer)
             misses.append((logp_concise - math.log(row.concise)) ** 2)
     assert len(misses) == (len(rows) if pinned else 0)
     expected = nll / count + DEMO.pin * (sum(misses) / len(misses) if misses else 0.0)
-    got = tiny.supervised_loss(model, rows, DEMO, second_label).item()
+    got = base.supervised_loss(model, rows, DEMO, second_label).item()
     assert got == pytest.approx(expected, rel=1e-6)  # the weights are float32
 
 
 @pytest.mark.parametrize("view", ["student", "teacher"])
 def test_concise_probability_is_the_product_of_next_token_probabilities(view, questions, tokenizer):
-    model, some = tiny.make_model(3, len(tokenizer)), questions[1][:5]
+    model, some = base.make_model(3, len(tokenizer)), questions[1][:5]
     expected = 0.0
     for question in some:
-        ids = tiny.prompt_ids(tokenizer, question, view)
+        ids = task.prompt_ids(tokenizer, question, view)
         logp = 0.0
-        for token in tiny.text_ids(tokenizer, "".join(tiny.concise_thought(question.text))):
+        for token in task.text_ids(tokenizer, "".join(task.concise_thought(question.text))):
             next_logp = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
             logp += next_logp[token].item()
             ids = [*ids, token]
         expected += math.exp(logp) / len(some)
-    got = tiny.concise_probability(model, tokenizer, some, view)
+    got = base.concise_probability(model, tokenizer, some, view)
     assert got == pytest.approx(expected, rel=1e-3)
 
 
@@ -253,24 +254,24 @@ def test_the_shipped_base_is_small_complete_and_float32(tiny_world, tiny_model):
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
     assert tiny_model.config.hidden_size // tiny_model.config.num_attention_heads == 32
     assert tiny_model.lm_head.weight is tiny_model.model.embed_tokens.weight
-    assert tiny.gate_failures(tiny_world.report, DEMO) == []
+    assert base.gate_failures(tiny_world.report, DEMO) == []
 
 
 def test_the_shipped_base_passes_its_gate_again(tiny_world, tiny_model, tiny_tokenizer, questions):
     _, test = questions
     report = tiny_world.report
-    greedy, _ = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=None)
-    forced, _ = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:200], seed=None, forced=True)
-    sampled, tokens = tiny.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=1)
+    greedy, _ = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=None)
+    forced, _ = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:200], seed=None, forced=True)
+    sampled, tokens = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=1)
     again = replace(
         report,
-        concise_student=tiny.concise_probability(tiny_model, tiny_tokenizer, test[:200], "student"),
-        concise_teacher=tiny.concise_probability(tiny_model, tiny_tokenizer, test[:200], "teacher"),
+        concise_student=base.concise_probability(tiny_model, tiny_tokenizer, test[:200], "student"),
+        concise_teacher=base.concise_probability(tiny_model, tiny_tokenizer, test[:200], "teacher"),
         greedy_accuracy=greedy,
         forced_accuracy=forced,
         sampled_tokens=tokens,
     )
-    assert tiny.gate_failures(again, DEMO) == []
+    assert base.gate_failures(again, DEMO) == []
     assert sampled == pytest.approx(report.sampled_accuracy, abs=0.13)  # 3.5 standard errors
 
 
@@ -288,14 +289,14 @@ def test_forced_accuracy_is_that_of_a_concise_start_continued_token_by_token(
         operation = question.text[question.text.index("A") + 1 : question.text.index(" B")]
         given = f" {label}{operation}{start}{(start + shift) % 10} {second}"
         prompt = f"<s><|user|>{question.text}<|assistant|><think>{given}"
-        ids, answer = tiny.text_ids(tiny_tokenizer, prompt), []
-        while len(answer) < tiny.MAX_NEW_TOKENS and "</s>" not in tiny_tokenizer.decode(answer):
+        ids, answer = task.text_ids(tiny_tokenizer, prompt), []
+        while len(answer) < base.MAX_NEW_TOKENS and "</s>" not in tiny_tokenizer.decode(answer):
             answer.append(tiny_model(torch.tensor([ids + answer])).logits[0, -1].argmax().item())
         right = f"</think>\\boxed{{{expected_answer(question.text)} }}</s>"
         correct += tiny_tokenizer.decode(answer).endswith(right)
         generated += len(answer)
     assert 0 < correct < len(some)
-    got = tiny.answer_accuracy(tiny_model, tiny_tokenizer, some, seed=None, forced=True)
+    got = base.answer_accuracy(tiny_model, tiny_tokenizer, some, seed=None, forced=True)
     assert got == (correct / len(some), generated / len(some))
 
 
@@ -303,12 +304,12 @@ def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
     tiny_tokenizer, tokenizer, questions
 ):
     assert tiny_tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert tiny_tokenizer.chat_template == tiny.CHAT_TEMPLATE
-    assert tiny_tokenizer.convert_tokens_to_ids(list(tiny.SPECIAL)) == list(range(7))
+    assert tiny_tokenizer.chat_template == task.CHAT_TEMPLATE
+    assert tiny_tokenizer.convert_tokens_to_ids(list(task.SPECIAL)) == list(range(7))
     assert (tiny_tokenizer.pad_token, tiny_tokenizer.eos_token) == ("<pad>", "</s>")
     for question in questions[1][:50]:
-        text = f"{question.text} hint 3<think>{''.join(tiny.concise_thought(question.text))}"
-        assert tiny.text_ids(tiny_tokenizer, text) == tiny.text_ids(tokenizer, text)
+        text = f"{question.text} hint 3<think>{''.join(task.concise_thought(question.text))}"
+        assert task.text_ids(tiny_tokenizer, text) == task.text_ids(tokenizer, text)
 
 
 @pytest.mark.parametrize(
@@ -323,18 +324,18 @@ def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
     ],
 )
 def test_the_gate_names_what_is_out_of_band(tiny_world, name, value):
-    (failure,) = tiny.gate_failures(replace(tiny_world.report, **{name: value}), DEMO)
+    (failure,) = base.gate_failures(replace(tiny_world.report, **{name: value}), DEMO)
     assert failure.startswith(f"{name} is ")
 
 
 def short_recipe():
-    phases = (tiny.Phase(2, 1e-3, pinned=False), tiny.Phase(2, 1e-3, pinned=True))
+    phases = (base.Phase(2, 1e-3, pinned=False), base.Phase(2, 1e-3, pinned=True))
     return replace(DEMO, phases=phases, batch=4)
 
 
 def test_training_is_a_function_of_the_seed():
     def weights(seed):
-        model = tiny.train_once(short_recipe(), seed, frozenset(), progress=lambda _: None)
+        model = base.train_once(short_recipe(), seed, frozenset(), progress=lambda _: None)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(4), weights(4))
@@ -344,7 +345,7 @@ def test_training_is_a_function_of_the_seed():
 def test_a_base_trained_for_four_steps_is_refused_and_says_why():
     lines = []
     with pytest.raises(RuntimeError, match=r"no demo base passed.*seed 2: .*greedy_accuracy is 0,"):
-        tiny.train_base(short_recipe(), seed=1, tries=2, measure_on=10, progress=lines.append)
+        base.train_base(short_recipe(), seed=1, tries=2, measure_on=10, progress=lines.append)
     assert sum("refused" in line for line in lines) == 2
 
 

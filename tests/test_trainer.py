@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, diagnostics, objectives
@@ -29,19 +30,52 @@ TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
+SMALL = {
+    "train.questions_per_step": 2,
+    "objective.group_size": 4,
+    "objective.prior_samples": 2,
+    "train.steps": 4,
+    "rollout.max_new_tokens": 48,
+    "eval.max_new_tokens": 48,
+    "metrics.compare": "null",
+}
+"""Most of the time goes into sampling: room for concise chains alone."""
+AS_TRAINED = ["--rollout.max_new_tokens", "240", "--eval.max_new_tokens", "240"]
+
+
 @pytest.fixture
 def words(tiny_words, tiny_world):
     """Command-line words for a small run of the tiny task: `words("name", "--a.b", "c")`."""
-    return tiny_words(
-        {
-            "eval.data": f"[{tiny_world.test_path}]",
-            "eval.limit": 8,
-            "train.questions_per_step": 2,
-            "objective.group_size": 4,
-            "objective.prior_samples": 2,
-            "train.steps": 4,
-        }
-    )
+    return tiny_words({"eval.data": f"[{tiny_world.test_path}]", "eval.limit": 8, **SMALL})
+
+
+@pytest.fixture(scope="module")
+def _finished(tiny_world, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    settings = {
+        "run.dir": run,
+        "model.path": tiny_world.base_dir,
+        "data.train": tiny_world.train_path,
+        "eval.data": f"[{tiny_world.test_path}]",
+        "eval.limit": 2,
+        "checkpoint.save_every": 2,
+        **SMALL,
+    }
+    given = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    assert fit(config.load(TINY, given))
+    return run
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """A copy of one finished run: four steps, saved at 2 and 4, evaluated before and after."""
+    return shutil.copytree(_finished, tmp_path / "run")
+
+
+def resume(run, *more):
+    """Go on with a run, which may be a copy: a configuration holds the path of its run."""
+    moved = ["--run.dir", str(run), *map(str, more)]
+    return fit(config.load(run / "config.yaml", moved), resume=True)
 
 
 def lines(run_dir, name="metrics.jsonl"):
@@ -52,13 +86,15 @@ def untimed(run_dir):
     return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
 
 
-def train(words, check=True):
+def command(words):
+    from vpgea_fast.cli import main
+
+    return main(words)
+
+
+def train(words):
     """`vpgea train` in a process of its own."""
-    command = [sys.executable, "-m", "vpgea_fast.cli", "train", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert not check or done.returncode == 0, done.stderr
-    return done
+    assert run_ranks(command, ["train", *map(str, words)], size=1, timeout_s=280) == [0]
 
 
 def newest(run_dir):
@@ -96,7 +132,7 @@ def same_state(a, b):
 )
 def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     keep = [] if "grpo" not in objective else ["--objective.group_size", "4"]
-    given = words("run", *objective, *keep)
+    given = words("run", *objective, *keep, *AS_TRAINED, "--metrics.compare", "tiny_demo")
     if "grpo" in objective:
         skip = given.index("--objective.prior_samples")
         del given[skip : skip + 2]
@@ -151,14 +187,15 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     assert not any("{answer}" in text for text in texts)
 
 
-def test_same_seed_same_run_and_another_seed_another(words, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert fit(config.load(TINY, words(name, "--run.seed", str(seed), "--eval.data", "[]")))
-    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
-    paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in "abc"]
+def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
+    for name, seed in (("b", 0), ("c", 1)):
+        assert fit(config.load(TINY, words(name, "--run.seed", str(seed), "--eval.limit", "2")))
+    assert untimed(finished) == untimed(tmp_path / "b")
+    runs = (finished, tmp_path / "b", tmp_path / "c")
+    paths = [(run / "paths.jsonl").read_bytes() for run in runs]
     assert paths[0] == paths[1]
     assert paths[0] != paths[2]
-    same_state(tmp_path / "a", tmp_path / "b")
+    same_state(finished, tmp_path / "b")
 
 
 def test_forty_steps_are_twenty_and_a_new_process_and_twenty(words, tmp_path):
@@ -177,14 +214,15 @@ def test_forty_steps_are_twenty_and_a_new_process_and_twenty(words, tmp_path):
     assert sum(record["skipped"] for record in lines(tmp_path / "parts")) < 20
 
 
-def test_killed_at_three_random_moments(words, tmp_path):
+@pytest.mark.parametrize(("kills", "steps"), [(1, 10), pytest.param(3, 30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(words, tmp_path, kills, steps):
     """kill -9 anywhere: the next process goes on by itself and loses at most save_every steps."""
     more = ["--eval.every", "4", "--eval.greedy", "false", "--eval.limit", "4"]
-    more += ["--checkpoint.save_every", "2", "--train.steps", "30"]
+    more += ["--checkpoint.save_every", "2", "--train.steps", str(steps)]
     train([TINY, *words("whole", *more)])
     run, generator = tmp_path / "killed", random.Random(7)
     start: list = [TINY, *words("killed", *more)]
-    for _ in range(3):
+    for _ in range(kills):
         seen = len(lines(run)) if (run / "metrics.jsonl").exists() else 0
         command = [sys.executable, "-m", "vpgea_fast.cli", "train", *map(str, start)]
         process = subprocess.Popen(
@@ -207,7 +245,7 @@ def test_killed_at_three_random_moments(words, tmp_path):
     train(start)
     assert untimed(run) == untimed(tmp_path / "whole")
     assert (run / "paths.jsonl").read_bytes() == (tmp_path / "whole/paths.jsonl").read_bytes()
-    assert sum("eval_step" in record for record in lines(run)) == 7
+    assert sum("eval_step" in record for record in lines(run)) == (steps - 1) // 4
     same_state(run, tmp_path / "whole")
 
 
@@ -356,6 +394,7 @@ def test_reference_and_torch_losses_train_alike(words, tmp_path):
         assert (facts["loss_backend"], facts["loss_backend_reason"]) == (name, "asked for")
     paths = [[path["ids"] for path in lines(tmp_path / name, "paths.jsonl")] for name in backends]
     assert paths[0] == paths[1]
+    assert sum(record["skipped"] == 0 for record in lines(tmp_path / "torch")) >= 10
     for a, b in zip(lines(tmp_path / "reference"), lines(tmp_path / "torch"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
         for key in ("grad_norm", "u_post", "u_prior"):
@@ -409,7 +448,7 @@ def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
     more = ["--eval.every", "2", "--eval.greedy", "false", "--checkpoint.keep_last", "1"]
     more += ["--checkpoint.save_every", "3", "--checkpoint.keep_best", "sampled_acc"]
     more += ["--optim.lr", "0.003", "--optim.warmup_steps", "0"]  # ruined by step 6
-    more += ["--optim.schedule", "constant"]
+    more += ["--optim.schedule", "constant", *AS_TRAINED]
     assert fit(config.load(TINY, words("straight", *more, "--train.steps", "8")))
     run, shown = tmp_path / "straight", capsys.readouterr().out
     points = {r["eval_step"]: r["eval_sampled_acc"] for r in lines(run) if "eval_step" in r}
@@ -441,13 +480,11 @@ def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):
         export_step(run, "last", tmp_path / "eight")
 
 
-def test_an_existing_run_is_never_overwritten(words, tmp_path):
-    cfg = config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1"))
-    assert fit(cfg)
-    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+def test_an_existing_run_is_never_overwritten(finished):
+    before = contents(finished)
     with pytest.raises(checkpoint.CheckpointError, match="--resume"):
-        fit(cfg)
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+        fit(config.load(finished / "config.yaml", ["--run.dir", str(finished)]))
+    assert contents(finished) == before
 
 
 def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
@@ -467,10 +504,8 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
     same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_resumed_run_stays_the_same_run(words, tmp_path):
-    run = tmp_path / "run"
-    assert fit(config.load(TINY, words("run")))
-    before = (run / "config.yaml").read_bytes()
+def test_a_resumed_run_stays_the_same_run(finished):
+    before = (finished / "config.yaml").read_bytes()
     refused = {
         "objective.alpha": 0.7,
         "eval.samples": 3,
@@ -486,8 +521,8 @@ def test_a_resumed_run_stays_the_same_run(words, tmp_path):
     for key, value in {**refused, "train.steps": 1}.items():
         message = messages.get(key, "4 steps are made already")
         with pytest.raises(checkpoint.CheckpointError, match=message):
-            fit(config.load(run / "config.yaml", [f"--{key}", str(value)]), resume=True)
-        assert (run / "config.yaml").read_bytes() == before
+            resume(finished, f"--{key}", value)
+        assert (finished / "config.yaml").read_bytes() == before
 
 
 def contents(run):
@@ -499,31 +534,28 @@ def contents(run):
 
 
 @pytest.mark.filterwarnings("ignore:.*falling back")
-def test_a_run_without_its_checkpoints_stops_and_keeps_its_logs(words, tmp_path):
-    run = tmp_path / "run"
-    few = ["--eval.data", "[]", "--checkpoint.save_every", "2", "--checkpoint.export", "false"]
-    assert fit(config.load(TINY, words("run", *few)))
+def test_a_run_without_its_checkpoints_stops_and_keeps_its_logs(finished):
+    run = finished
     (run / "checkpoints/step_2/state.json").write_text("{")
     os.truncate(run / "checkpoints/step_4/__0_0.distcp", 9)
     for lost in ("damaged: step_2, step_4", "gone"):
         before = contents(run)
         with pytest.raises(checkpoint.CheckpointError, match=f"its checkpoints are {lost}"):
-            fit(config.load(run / "config.yaml", ["--train.steps", "5"]), resume=True)
+            resume(run, "--train.steps", 5)
         assert contents(run) == before
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     assert len(lines(run)) == 4
 
 
-def test_what_a_resume_cuts_from_the_logs_is_said_and_kept(words, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert fit(config.load(TINY, words("run", "--eval.data", "[]")))
+def test_what_a_resume_cuts_from_the_logs_is_said_and_kept(finished, capsys):
+    run = finished
     for name, wrong in (("metrics", '{"step": null}\n'), ("paths", '{"step": 2, "te\n')):
         rows = (run / f"{name}.jsonl").read_text().splitlines(keepends=True)
         two = next(i for i, row in enumerate(rows) if json.loads(row)["step"] == 2)
         late = json.dumps({"step": 5}) + "\n"
         (run / f"{name}.jsonl").write_text("".join([*rows[:two], wrong, *rows[two + 1 :], late]))
     capsys.readouterr()
-    assert fit(config.load(run / "config.yaml"), resume=True)
+    assert resume(run)
     shown = capsys.readouterr().out
     for name in ("metrics", "paths"):
         path, aside = run / f"{name}.jsonl", run / f"{name}.dropped.jsonl"
@@ -533,32 +565,29 @@ def test_what_a_resume_cuts_from_the_logs_is_said_and_kept(words, tmp_path, caps
     assert f"{run / 'metrics.jsonl'}: no line of steps 2\n" in shown
     assert f"{run / 'paths.jsonl'}: not all lines of steps" not in shown  # step 2 counts no more
     (run / "paths.jsonl").write_text("".join(rows[:-1]))  # as the straight run left it, but one
-    assert fit(config.load(run / "config.yaml"), resume=True)
+    assert resume(run)
     assert f"{run / 'paths.jsonl'}: not all lines of steps 4\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"before": [1]}', '{"before": {"step": null}}'])
-def test_a_damaged_evaluation_stops_a_resume_before_anything_changes(tmp_path, words, text):
-    run = tmp_path / "run"
-    if not run.exists():
-        assert fit(config.load(TINY, words("run", "--train.steps", "1", "--eval.limit", "2")))
-    (run / "eval.json").write_text(text)
-    before = contents(run)
+def test_a_damaged_evaluation_stops_a_resume_before_anything_changes(finished, text):
+    (finished / "eval.json").write_text(text)
+    before = contents(finished)
     with pytest.raises(ValueError, match=r"eval\.json.*remove it"):
-        fit(config.load(run / "config.yaml", ["--train.steps", "2"]), resume=True)
-    assert contents(run) == before
+        resume(finished, "--train.steps", 5)
+    assert contents(finished) == before
 
 
 def test_what_a_resume_may_change_is_said_and_kept(words, tmp_path, capsys):
     run = tmp_path / "run"
-    assert fit(config.load(TINY, words("run", "--eval.data", "[]")))
-    more = ["--train.steps", "5", "--eval.data", words("x")[words("x").index("--eval.data") + 1]]
+    assert fit(config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1")))
+    more = ["--train.steps", "2", "--eval.data", words("x")[words("x").index("--eval.data") + 1]]
     assert fit(config.load(run / "config.yaml", more), resume=True)
     shown = capsys.readouterr().out
-    assert "changed at step 4: train.steps 4 -> 5" in shown
+    assert "changed at step 1: train.steps 1 -> 2" in shown
     assert "no evaluation before training" in shown
     assert set(json.loads((run / "eval.json").read_text())) == {"after"}
-    assert config.load(run / "config.until_step_4.yaml").train.steps == 4
+    assert config.load(run / "config.until_step_1.yaml").train.steps == 1
 
 
 def test_a_resume_is_held_against_what_its_checkpoint_rests_on(words, tmp_path, capsys):
@@ -592,12 +621,10 @@ def test_a_resume_is_held_against_what_its_checkpoint_rests_on(words, tmp_path, 
     assert newest(run).trainer_state["config"] == config.as_dict(config.load(file))
 
 
-def test_a_checkpoint_without_its_configuration_is_taken_with_a_word(words, tmp_path, capsys):
+def test_a_checkpoint_without_its_configuration_is_taken_with_a_word(finished, capsys):
     """As an older version wrote it."""
-    run = tmp_path / "run"
-    few = ["--eval.data", "[]", "--data.limit", "9", "--train.steps", "1"]
-    assert fit(config.load(TINY, words("run", *few)))
-    folder = run / "checkpoints/step_1"
+    run = finished
+    folder = run / "checkpoints/step_4"
     state = json.loads((folder / "state.json").read_text())
     del state["trainer_state"]["config"]
     raw = json.dumps(state).encode()
@@ -605,11 +632,11 @@ def test_a_checkpoint_without_its_configuration_is_taken_with_a_word(words, tmp_
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["state.json"] = {"bytes": len(raw), "crc32": zlib.crc32(raw)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert fit(config.load(run / "config.yaml", ["--train.steps", "2"]), resume=True)
+    assert resume(run, "--train.steps", 5)
     shown = capsys.readouterr().out
     assert f"{folder} does not say with which configuration its steps were made" in shown
-    assert "changed at step 1: train.steps 1 -> 2" in shown
-    assert config.load(run / "config.until_step_1.yaml").train.steps == 1
+    assert "changed at step 4: train.steps 4 -> 5" in shown
+    assert config.load(run / "config.until_step_4.yaml").train.steps == 4
     assert "config" in newest(run).trainer_state
 
 
@@ -646,24 +673,22 @@ def test_a_resume_says_what_becomes_of_the_rate(before, after, step, said):
     assert not said or said in found[0]
 
 
-def test_a_resume_may_change_how_paths_are_drawn_not_which(words, tmp_path, capsys):
+def test_a_resume_may_change_how_paths_are_drawn_not_which(finished, capsys):
     """What the messages of a lost engine and of a probe advise."""
-    run = tmp_path / "run"
-    assert fit(config.load(TINY, words("run", "--eval.data", "[]", "--train.steps", "1")))
     more = ["--rollout.max_batch", "5", "--rollout.probe_every", "2"]
-    more += ["--rollout.probe_tolerance", "0.1", "--train.steps", "2"]
-    assert fit(config.load(run / "config.yaml", more), resume=True)
+    more += ["--rollout.probe_tolerance", "0.1", "--train.steps", "5"]
+    assert resume(finished, *more)
     shown = capsys.readouterr().out
-    assert "changed at step 1: rollout.max_batch 192 -> 5" in shown
-    assert "changed at step 1: rollout.probe_tolerance null -> 0.1" in shown
-    assert [record["step"] for record in lines(run)] == [1, 2]
+    assert "changed at step 4: rollout.max_batch 192 -> 5" in shown
+    assert "changed at step 4: rollout.probe_tolerance null -> 0.1" in shown
+    assert [record["step"] for record in lines(finished)] == [1, 2, 3, 4, 5]
 
 
 def test_other_questions_under_the_same_name_are_another_run(words, tmp_path, tiny_world):
     data = tmp_path / "train.jsonl"
     rows = tiny_world.train_path.read_text().splitlines(keepends=True)
     data.write_text("".join(rows[:20]))
-    given = words("run", "--data.train", str(data), "--eval.data", "[]")
+    given = words("run", "--data.train", str(data), "--eval.data", "[]", "--train.steps", "1")
     assert fit(config.load(TINY, given))
     data.write_text("".join(rows[1:21]))
     with pytest.raises(

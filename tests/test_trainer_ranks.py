@@ -32,7 +32,9 @@ def words(tiny_words):
             "objective.group_size": 4,
             "objective.prior_samples": 2,
             "metrics.diag_every": 0,
-            "checkpoint.save_every": 10,
+            "metrics.compare": "null",
+            "rollout.max_new_tokens": 48,
+            "checkpoint.export": "false",
             "optim.schedule": "constant",
         }
     )
@@ -86,13 +88,17 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
     return trainer.fit(config.load(source, words), resume=resume)
 
 
-def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path):
-    straight, parts = (
-        words("straight", "--train.steps", "40"),
-        words("parts", "--train.steps", "40"),
-    )
+@pytest.mark.parametrize("save_every", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path, save_every):
+    """Four saves; killed between the second and the third."""
+    half, death, whole = 2 * save_every, 2 * save_every + save_every // 2, 4 * save_every
+
+    def saved(name, steps):
+        return words(name, "--train.steps", str(steps), "--checkpoint.save_every", str(save_every))
+
+    straight, parts = saved("straight", whole), saved("parts", whole)
     assert run_ranks(fit, straight) == [True, True]
-    ends = watch_ranks(fit, parts, False, 23, grace_s=60)
+    ends = watch_ranks(fit, parts, False, death, grace_s=60)
     assert ends[1].status == -signal.SIGKILL
     assert ends[0].status == 1  # by itself, soon, with the broken connection as its cause
     assert "Connection" in ends[0].output or "closed" in ends[0].output
@@ -101,9 +107,9 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path)
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")]
     assert paths[0] == paths[1]
 
-    fewer = words("fewer", "--train.steps", "20")
+    fewer = saved("fewer", half)
     assert run_ranks(fit, fewer) == [True, True]
-    onward = [*fewer, "--train.steps", "23"]
+    onward = [*fewer, "--train.steps", str(death)]
     assert run_ranks(fit, onward, True, size=1) == [True]
     for ours, want in zip(
         records(tmp_path / "fewer"), records(tmp_path / "straight"), strict=False
@@ -111,7 +117,7 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path)
         assert ours["tokens_generated"] == want["tokens_generated"]
         assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-    assert len(records(tmp_path / "fewer")) == 23
+    assert len(records(tmp_path / "fewer")) == death
 
 
 def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words, tmp_path):

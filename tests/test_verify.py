@@ -114,6 +114,7 @@ def test_order_and_repeats_are_kept_over_several_workers():
         assert verifier.verify([]) == []
 
 
+@pytest.mark.serial
 def test_repeated_texts_cost_nothing(verifier: Verifier):
     pairs = [(str(i % 10), r"\boxed{ 7 }") for i in range(2000)]
     verifier.verify(pairs[:1])  # the worker is up
@@ -122,6 +123,7 @@ def test_repeated_texts_cost_nothing(verifier: Verifier):
     assert time.monotonic() - begin < 0.5
 
 
+@pytest.mark.serial
 def test_a_hanging_answer_is_wrong_and_its_worker_is_killed():
     verifier, [worker] = start(workers=1, timeout_s=1.0)
     with verifier:
@@ -659,6 +661,7 @@ def test_processes_that_keep_verdicts_at_once_lose_none(kept):
     assert not list(file.parent.glob("*.tmp"))
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures("kept")
 def test_forty_thousand_answers_load_again_in_a_second():
     golds = [f"{i}.5" if i % 2 else str(i) for i in range(40_000)]

@@ -1,7 +1,7 @@
 """Scores of sampled paths -> utility, advantage and gate; and the monitors of the theory.
 
-Everything here is a pure function of numbers that are already sampled and scored, in float64 on
-the device of its inputs, and a constant to autograd: no gradient passes through R, eta or U.
+Everything here is a pure function of numbers that are already sampled and scored. It computes in
+float64 on the device of its inputs. No gradient passes through R, eta or U: all are constants.
 
     Ubar  = mean_j U_j  or  log mean_j exp U_j             over the prior paths of one prompt
     R_i   = max(0, U_i - Ubar + r_margin)                  cross-view reward, nats
@@ -79,8 +79,8 @@ def length_factor(
 
     Above 1 for a path shorter than the base and unbounded as the length goes to 1, hence the
     clip. len_BG (B, G) tokens, len_base_B (B,) tokens, any dtype; returns float64 (B, G).
-    Raises ValueError for negative or non-finite lengths, a base that is not positive, alpha < 0,
-    and a clip that is not 0 < low <= high.
+    Raises ValueError for negative or non-finite lengths, and a base that is not positive; also for
+    alpha < 0, and a clip that is not 0 < low <= high.
     """
     options = GroupOptions(alpha=alpha, eta_clip=eta_clip)  # checks both
     if len_BG.ndim != 2 or len_base_B.shape != len_BG.shape[:1]:
@@ -136,7 +136,7 @@ def cross_view_utility(
 
     Inputs may have any dtype; the result is float64 and detached. On CUDA it is one kernel launch
     (kernels/group_advantage.py) and one synchronisation with the host, for the errors.
-    Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range,
+    Raises ValueError for wrong shapes, G < 2, N < 1, bad lengths and options out of range;
     TypeError for a keyword that is no option.
     """
     options = replace(options, **changes)
@@ -183,8 +183,8 @@ def posterior_monitors(
 ) -> dict[str, float]:
     """Is sampling from the teacher view worth it? The sample versions of Proposition 1.
 
-    With L = exp(max(U, u_min)), S = L eta and w = L / sum L over the prior paths of a prompt,
-    each a mean over prompts (VPG-EA, arXiv 2605.11019, Proposition 1):
+    L = exp(max(U, u_min)), S = L eta and w = L / sum L, over the prior paths of a prompt. Each key
+    is a mean over prompts (VPG-EA, arXiv 2605.11019, Proposition 1):
 
         adv_post            mean S_post - mean S_prior, an estimate of E_q[S] - E_pi[S]
         e_qstar_s           sum_j w_j S_j, E[S] under the exact posterior
@@ -194,10 +194,13 @@ def posterior_monitors(
                             and alpha is too large (alpha = 0 cannot be negative)
 
     Computed as N/(N-1) (e_qstar_s - mean S_prior), prop1_gap is defined however small L is.
-    cov_ls is unbiased for a fixed len_base. Here len_base is the mean of the same N paths, as in
-    the training reward, so every monitor with an eta has a bias of order 1/N; at alpha = 0 there
-    is no eta, and cov_ls and adv_post are unbiased. e_qstar_s and prop1_gap, whose weights divide
-    by a sample mean, are consistent, with a bias of order 1/N at any alpha.
+
+    * cov_ls is unbiased for a fixed len_base. Here len_base is the mean of the same N paths, as in
+      the training reward: every monitor with an eta has a bias of order 1/N.
+    * At alpha = 0 there is no eta, and cov_ls and adv_post are unbiased.
+    * e_qstar_s and prop1_gap divide by a sample mean. They are consistent, with a bias of order 1/N
+      at any alpha.
+
     What is undefined is absent, never NaN: the last three keys for N = 1, all keys for B = 0.
     Raises ValueError for wrong shapes, bad lengths, alpha < 0 or a u_min that is not finite.
     """

@@ -43,6 +43,7 @@ def _machine(where: torch.device) -> Iterator[Finding]:
     names = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
     for name in ("python", *names):
         yield Finding("version", name, found[name] is not None, found[name] or "not installed")
+    # None on a CPU, whose cores are counted behind it.
     count = f"{found['devices']} x " if found["devices"] else ""
     detail = f"{count}{found['device']}, {found['cpus']} CPU cores"
     if where.type == "cuda":
@@ -52,6 +53,7 @@ def _machine(where: torch.device) -> Iterator[Finding]:
 
 def _backends(where: torch.device) -> Iterator[Finding]:
     """The loss backends for the dtype that a model on this device would have."""
+    # `auto` chooses by dtype as well: the usual one of the device.
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     for name in ("auto", *BACKENDS):
         yield _asked("loss backend", name, lambda name=name: _backend(name, where, dtype))
@@ -87,5 +89,6 @@ def _asked(part: str, name: str, ask: Callable[[], str]) -> Finding:
     """What the run's own check says: its answer, or its error."""
     try:
         return Finding(part, name, True, ask())
+    # ConfigError, ModelError and the kernels' refusals are all ValueErrors.
     except ValueError as error:
         return Finding(part, name, False, str(error))

@@ -25,7 +25,7 @@ from vpgea_fast.data import (
 )
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.metrics import Console
-from vpgea_fast.needs import show_needs
+from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
@@ -68,7 +68,9 @@ def dry_run(
         return tell(printable(text))
 
     text = open_text(cfg, on.processes, here=on.here)
-    prompter, reachable = text.prompter, replace(cfg, eval=_reachable(cfg, say))
+    # A checkpoint is kept by an evaluation, which may lose all its files here.
+    any_eval = replace(cfg, checkpoint=replace(cfg.checkpoint, keep_best=None))
+    prompter, reachable = text.prompter, replace(any_eval, eval=_reachable(cfg, say))
     with (
         Verifier.configured(cfg.verify) as verifier,
         closing(Console(quiet_s=math.inf)) as console,
@@ -96,9 +98,8 @@ def dry_run(
     check_config(cfg, text.config, on.processes, questions=kept, benchmarks=benchmarks, on=on)
     if slow := slow_engine(cfg, cuda=on.cuda):
         say(slow)
-    show_needs(
-        cfg, text.config, questions=kept, benchmarks=benchmarks, on=on, say=say, stated=rates
-    )
+    for line in needs(cfg, text.config, kept, benchmarks, on=on, stated=rates):
+        say(line)
 
 
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:

@@ -20,16 +20,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import peak_flops
 from vpgea_fast.types import ModelFlops
 
 HOUR = 3600
+ANSWER_ROWS = 16
+"""Tokens of a reference answer and its cue, of which the head scores each."""
 
-# TB/s of the data sheets. A name is what a CUDA device gives; sizes tell planned cards apart.
-BANDWIDTH = {"H100": 3.35, "H200": 4.8, "A100": 2.04, "B200": 8.0}
-CARDS = ((60, 100, "H100"), (120, 160, "H200"), (170, 200, "B200"))
+BANDWIDTH = (
+    ("H100 PCIe", 2.0),
+    ("H100 NVL", 3.9),
+    ("H100 80GB HBM3", 3.35),
+    ("GH200 480GB", 4.0),
+    ("GH200", None),  # its name holds H200
+    ("H200", 4.8),
+    ("A100-SXM4-40GB", 1.555),
+    ("A100-PCIE-40GB", 1.555),
+    ("A100-SXM4-80GB", 2.039),
+    ("A100 80GB PCIe", 1.935),
+    ("B200", 8.0),
+    ("L40S", 0.864),
+)
+"""(part of the name that CUDA gives a device, 1e12 bytes a second), the first match counts. From
+NVIDIA's data sheets; a card that is not here is unknown, since variants differ by half."""
+CARDS = ((60, 100, "H100 80GB HBM3"), (120, 160, "H200"), (170, 200, "B200"))
 """(GiB from, to, card): what a device of that size is taken for when it is only planned."""
+SHARES = ("train_mfu", "offload_mfu", "forward_mfu", "decode", "hf_decode", "accepted")
+"""Rates that are parts of a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +64,9 @@ class Rates:
     forward_mfu   share of tflops in passes without gradients
     decode        share of the bandwidth while vLLM decodes
     hf_decode     the same for the hf engine, which is launch-bound: a tenth, by arithmetic
-    tokens        mean tokens of a path; 0: half of rollout.max_new_tokens
+    tokens        mean tokens of a thought; 0: half of rollout.max_new_tokens
+    answer        mean tokens of the answer behind it, where one is drawn; at most
+                  rollout.max_answer_tokens
     accepted      share of the posterior paths that are distilled
     transfer      bytes per second of weights on their way to the engine, 1e9
     wake          seconds in which vLLM wakes up and sleeps again, per step
@@ -59,6 +81,7 @@ class Rates:
     decode: float = 0.60
     hf_decode: float = 0.06
     tokens: float = 0.0
+    answer: float = 256.0
     accepted: float = 0.5
     transfer: float = 20.0
     wake: float = 3.0
@@ -66,12 +89,14 @@ class Rates:
 
 
 def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
-    """The rates of a card, `stated` ones laid over them; None for an unknown card of which neither
-    tflops nor bandwidth is stated."""
-    peak = peak_flops(name)
-    bandwidth = next((rate for part, rate in BANDWIDTH.items() if part in name), None)
-    known = {"tflops": peak and peak / 1e12, "bandwidth": bandwidth} | dict(stated)
-    sheet = {key: value for key, value in known.items() if value is not None}
+    """The rates of a card, `stated` ones laid over them; None for an unknown card, or a part of
+    one (MIG), of which tflops or bandwidth is not stated."""
+    known: dict[str, float | None] = {}
+    if " MIG " not in name:
+        peak = peak_flops(name)
+        bandwidth = next((rate for part, rate in BANDWIDTH if part in name), None)
+        known = {"tflops": peak and peak / 1e12, "bandwidth": bandwidth}
+    sheet = {key: value for key, value in (known | dict(stated)).items() if value is not None}
     return Rates(**sheet) if {"tflops", "bandwidth"} <= sheet.keys() else None
 
 
@@ -81,19 +106,27 @@ def card_of(gib: float) -> str:
 
 
 def parse_rates(text: str) -> dict[str, float]:
-    """`tflops=312,bandwidth=2.04` as numbers. ConfigError for another key or what is no number.
+    """`tflops=312,bandwidth=2.04` as numbers. ConfigError for another key, one given twice, what is
+    no number above 0, and a share above 1.
 
     >>> parse_rates("tflops=312, accepted=0.3")
     {'tflops': 312.0, 'accepted': 0.3}
     """
     known = [field.name for field in dataclasses.fields(Rates)]
-    rates = {}
-    for pair in filter(None, text.split(",")):
+    rates: dict[str, float] = {}
+    for pair in text.split(","):
         key, _, number = (part.strip() for part in pair.partition("="))
         try:
             value = float(number)
         except ValueError:
             value = math.nan
+        if key in rates:
+            raise ConfigError(f"--rates: got {key!r} twice; give it once")
+        if key in SHARES and value > 1:
+            raise ConfigError(
+                f"--rates: got {pair.strip()!r}, expected a share, above 0 and up to 1; write "
+                f"{value / 100:g} for {value:g} %"
+            )
         if key not in known or not 0 < value < 1e6:
             raise ConfigError(
                 f"--rates: got {pair.strip()!r}, expected KEY=NUMBER, above 0, with a key of "
@@ -148,61 +181,66 @@ class Durations:
         return self.step["evaluation"] / sum(self.step.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Paths that are drawn together: `shared` of them have one prompt, whose keys and values the
+    cache holds once. `mean` and `limit` are tokens that are drawn, answers included."""
+
+    paths: int
+    shared: int
+    prompt: float
+    mean: float
+    limit: float
+
+    @property
+    def held(self) -> float:
+        """Tokens of a path of mean length in the cache."""
+        return self.prompt / self.shared + self.mean
+
+
+def rollouts_of(
+    cfg: Config, *, prompt: float, tokens: float = 0.0, answer: float = Rates.answer
+) -> Draw:
+    """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
+    rollout, objective = cfg.rollout, cfg.objective
+    views = [count for count in (objective.posterior_paths, objective.prior_paths) if count]
+    mean, limit = min(tokens or rollout.max_new_tokens / 2, rollout.max_new_tokens), 0
+    if rollout.full_answer:
+        limit = rollout.max_answer_tokens
+        mean += min(answer, limit)
+    return Draw(
+        paths=cfg.train.questions_per_step * sum(views),
+        shared=min(views),
+        prompt=prompt,
+        mean=mean,
+        limit=limit + rollout.max_new_tokens,
+    )
+
+
 def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     """Seconds of every phase of a mean step, on `sizes.world` devices that work side by side."""
-    objective, questions = cfg.objective, cfg.train.questions_per_step
-    drawn = questions * (objective.posterior_paths + objective.prior_paths)
-    mean = min(rates.tokens or cfg.rollout.max_new_tokens / 2, cfg.rollout.max_new_tokens)
-    row = round(sizes.prompt + mean)
-    flops, device = sizes.flops, rates.tflops * 1e12 * sizes.world
-    forward, mfu = device * rates.forward_mfu, rates.train_mfu
-    if cfg.parallel.cpu_offload:
-        mfu = rates.offload_mfu
-    # The head runs where a loss reads it: on the thought, not on the prompt.
-    train = flops.row(row, round(mean)) / (device * mfu)
-    posterior = questions * objective.posterior_paths
-    rows = posterior * (1 + rates.accepted) or questions * objective.prior_paths
-
-    scored = objective.scores_answers and cfg.scoring.u_source == "likelihood"
-    scoring = drawn * flops.forward_row(row, 16) / forward if scored else 0.0
-    if objective.scores_answers and not scored:  # J short answers behind every thought
-        scoring = _drawing(
-            cfg,
-            rates,
-            sizes,
-            paths=drawn * cfg.scoring.answer_samples,
-            mean=cfg.rollout.max_answer_tokens / 2,
-            limit=cfg.rollout.max_answer_tokens,
-        )
-    if cfg.rollout.importance_cap is not None:
-        scoring += (posterior or rows) * flops.forward_row(row, round(mean)) / forward
-
-    # Seldom, but dear: both views with entropies, and every row's gradient again.
-    diagnosing = 0.0
-    if cfg.metrics.diag_every and posterior:
-        views = 2 * posterior * flops.forward_row(row, round(mean)) / forward
-        diagnosing = (views + rows * train) / cfg.metrics.diag_every
-
     limit = cfg.rollout.max_new_tokens
-    rollouts = _drawing(cfg, rates, sizes, paths=drawn, mean=mean, limit=limit)
+    thought = min(rates.tokens or limit / 2, limit)
+    rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
     evaluation = 0.0
     if sizes.evaluated:
-        limit = cfg.eval.max_new_tokens
-        evaluation = _drawing(
-            cfg, rates, sizes, paths=sizes.evaluated, mean=min(mean, limit), limit=limit
+        held_out = Draw(
+            paths=sizes.evaluated,
+            shared=max(1, cfg.eval.samples),
+            prompt=sizes.prompt,
+            mean=min(thought, cfg.eval.max_new_tokens)
+            + min(rates.answer, cfg.rollout.max_answer_tokens),
+            limit=cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens,
         )
+        evaluation = _drawing(cfg, rates, sizes, held_out)
     every, steps = cfg.eval.every, cfg.train.steps
     between = (steps - 1) // every if every and sizes.evaluated else 0
-
-    width = {"bfloat16": 2, "float64": 8}.get(cfg.model.dtype, 4)
-    weights = sizes.parameters * width / (rates.transfer * 1e9)
+    weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
-            "rollouts": rollouts,
-            "scoring": scoring,
-            "training": rows * train,
-            "diagnostics": diagnosing,
+            "rollouts": _drawing(cfg, rates, sizes, rollouts),
+            **_passes(cfg, rates, sizes, thought=thought),
             "evaluation": evaluation * between / steps,
             "weights": weights + (rates.wake if cfg.colocated else 0.0),
             "saving": saving / cfg.checkpoint.save_every,
@@ -214,23 +252,57 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     )
 
 
-def _drawing(
-    cfg: Config, rates: Rates, sizes: Sizes, *, paths: int, mean: float, limit: float
-) -> float:
-    """Seconds in which all engines draw `paths`: decoding reads memory, nothing else counts.
+def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[str, float]:
+    """Seconds of the forwards and backwards of a step, over thoughts of that mean length."""
+    objective, questions = cfg.objective, cfg.train.questions_per_step
+    posterior, prior = questions * objective.posterior_paths, questions * objective.prior_paths
+    row, flops, device = round(sizes.prompt + thought), sizes.flops, rates.tflops * sizes.world
+    forward = device * 1e12 * rates.forward_mfu
+    mfu = rates.offload_mfu if cfg.parallel.cpu_offload else rates.train_mfu
+    # The head runs where a loss reads it: on the thought, not on the prompt.
+    whole = flops.forward_row(row, round(thought)) / forward
+    train = flops.row(row, round(thought)) / (device * 1e12 * mfu)
+    rows = posterior * (1 + rates.accepted) or prior
+
+    scoring = 0.0
+    if objective.scores_answers and cfg.scoring.u_source == "likelihood":
+        scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
+    elif objective.scores_answers:  # J short answers behind every thought, which they share
+        answers = Draw(
+            paths=(posterior + prior) * cfg.scoring.answer_samples,
+            shared=cfg.scoring.answer_samples,
+            prompt=sizes.prompt + thought,
+            mean=min(rates.answer, cfg.rollout.max_answer_tokens),
+            limit=cfg.rollout.max_answer_tokens,
+        )
+        scoring = _drawing(cfg, rates, sizes, answers)
+    if cfg.rollout.importance_cap is not None:
+        scoring += (posterior or rows) * whole
+
+    # Seldom, but dear: both views with entropies, and every row's gradient again.
+    diagnosing = 0.0
+    if cfg.metrics.diag_every and posterior:
+        diagnosing = (2 * posterior * whole + rows * train) / cfg.metrics.diag_every
+    return {"scoring": scoring, "training": rows * train, "diagnostics": diagnosing}
+
+
+def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
+    """Seconds in which all engines draw: decoding reads memory, nothing else counts.
 
     A token of all paths side by side reads every weight once, and each path's keys and values so
     far. Lengths spread evenly from 0 to twice their mean. The batch is full until the last paths
     are begun; then it drains, at worst to the limit, and the weights are read for few.
     """
-    vllm = cfg.colocated
-    group = cfg.vllm.tensor_parallel if vllm else 1
-    mine = math.ceil(paths * group / sizes.world)
-    batch = min(cfg.rollout.max_batch, max(1, int(sizes.cache / (sizes.prompt + mean))))
-    tokens = mine * mean / min(mine, batch) + (limit - mean)
-    square = min(4 / 3 * mean, limit) * mean
-    width = {"bfloat16": 2, "float64": 8}.get(cfg.model.dtype, 4)
-    read = tokens * sizes.parameters * width
-    read += mine * sizes.token * (sizes.prompt * mean + square / 2)
+    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    mine = math.ceil(draw.paths * group / sizes.world)
+    batch = min(cfg.rollout.max_batch, max(1, int(sizes.cache / draw.held)))
+    tokens = mine * draw.mean / min(mine, batch) + (draw.limit - draw.mean)
+    square = min(4 / 3 * draw.mean, draw.limit) * draw.mean
+    read = tokens * sizes.parameters * _width(cfg)
+    read += mine * sizes.token * (draw.prompt * draw.mean + square / 2)
     share = rates.hf_decode if cfg.engine.name == "hf" else rates.decode
     return read / (group * rates.bandwidth * 1e12 * share)
+
+
+def _width(cfg: Config) -> int:
+    return getattr(torch, cfg.model.dtype).itemsize

@@ -18,7 +18,7 @@ from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
 from vpgea_fast.metrics import Console, eps3, eps3_mean
-from vpgea_fast.model import load_policy, stored_model
+from vpgea_fast.model import load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.factory import open_engine
@@ -26,6 +26,7 @@ from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.scoring import answers_correct
 from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
+from vpgea_fast.weights import stored_model
 
 BOOTSTRAP = 1000
 Decode = Callable[[torch.Tensor], str]
@@ -52,6 +53,7 @@ class Evaluator:
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
         self.benchmarks = benchmarks
         for benchmark in benchmarks.values():
+            # Before any step: a prompt too long for the engine would end the run at its evaluation.
             engine.check(self._requests(benchmark.questions, samples=1), self.sampling)
 
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
@@ -88,6 +90,7 @@ class Evaluator:
             )
             lines += [f"{name}: {line}" for line in benchmark.loaded.lines()]
         sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
+        # In the order in which they are drawn.
         ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
         lines.append(
             f"answers a question: {' and '.join(ways)}; a thought of at most "
@@ -128,9 +131,11 @@ class Evaluator:
         for name, benchmark in self.benchmarks.items():
             questions = benchmark.questions
             paths, correct_QN = self.answers(questions, samples, sampling, on_progress)
+            # Whole questions are resampled: the samples of one are not independent.
             means_R = _bootstrap(correct_QN.mean(dim=1), generator)
             resampled.append(means_R)
             acc = correct_QN.mean().item()
+            # fsum: the sum does not depend on the order of the paths, which engines choose.
             tokens = math.fsum(path.generated for path in paths) / len(paths)
             parts[name] = {
                 "acc": acc,
@@ -143,6 +148,7 @@ class Evaluator:
                 "questions": len(questions),
                 "dropped": sum(benchmark.dropped.values()),
             }
+        # Benchmarks count alike, whatever their size, in the mean and in its interval.
         whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
         return {**whole, "benchmarks": parts}
 
@@ -155,6 +161,7 @@ class Evaluator:
     ) -> tuple[list[Path], torch.Tensor]:
         """`samples` paths a question, and whether each is correct: (Q, N) of 1.0 and 0.0."""
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
+        # Request order: the samples of a question stand side by side.
         answers = [q.answer for q, _ in questions for _ in range(samples)]
         correct = answers_correct(paths, answers, decode=self.decode, verify=self.verifier.verify)
         return paths, correct.view(len(questions), samples)
@@ -244,9 +251,11 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
     if cfg.engine.name == "hf":
+        # Nothing is trained, so nothing has to be kept for a backward.
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
         causal_lm = policy.causal_lm
     else:
+        # An engine of its own holds the weights: the model here only knows its shapes.
         causal_lm, weights = stored_model(cfg.model.path, dtype)
     engine = open_engine(
         cfg,
@@ -281,6 +290,7 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
 
 def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
     counts = ("n", "questions", "dropped", "errors")
+    # Both, because the paper does not say which of the two it prints.
     mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
     return {
         **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
@@ -293,6 +303,7 @@ def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
 def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Means of BOOTSTRAP resamples of the questions, drawn with replacement."""
     count = per_question_Q.numel()
+    # (R, Q) int64: 1,000 x 1,319 of GSM8K's test are 10 MB.
     picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
     return per_question_Q[picks_RQ].mean(dim=1)
 

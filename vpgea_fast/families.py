@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,15 +63,24 @@ OTHER_THAN_TEXT = ("audio", "image", "speech", "text", "video", "vision", "vq")
 LARGEST = 50_000_000
 """Parameters of a clone: Gemma 3, with heads 256 wide and six layers, has 10 million."""
 
-POSITIVE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-
-
 NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Keys of a configuration without effect on the measurement, which is made once for all others."""
 
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+"""What a configuration of any family answers to, whatever its config.json calls it."""
 
-MOST_LAYERS, MOST = 1000, 100_000_000
-"""Bounds of what a model can be: beyond them a mistake takes minutes or the memory."""
+LARGEST_COUNT = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), 1000),
+    **dict.fromkeys(("hidden_size", "n_embd", "vocab_size"), 100_000_000),
+    **dict.fromkeys(("num_attention_heads", "n_head"), 100_000_000),
+    **dict.fromkeys(("intermediate_size", "head_dim", "num_key_value_heads"), 2**31 - 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**31 - 1),
+}
+"""Key of a whole number from 1 -> the largest that a model can have: beyond it a mistake takes
+minutes or the memory."""
+
+ABOVE_ZERO = ("_eps", "_epsilon", "rope_theta")
+"""Endings of the keys of numbers by which a model divides."""
 
 
 class HeadOptions(NamedTuple):
@@ -129,12 +138,34 @@ def check(config: Any) -> None:
         _check(config, name)
 
 
+def check_values(content: Mapping[str, Any]) -> None:
+    """Refuse what transformers would take and no run can: quantised weights, numbers that are none,
+    and counts that are no size of a model, in the parts of a configuration too. Errors: ValueError,
+    which names the key alone."""
+    for key, value in content.items():
+        if key == "quantization_config" and value is not None:
+            how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
+            raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
+        if key in LARGEST_COUNT and value is not None:
+            _check_counts(key, value)
+        elif isinstance(value, Mapping):
+            check_values(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}, expected a finite number")
+        elif isinstance(value, int) and abs(value) > 2**63 - 1:
+            raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
+        elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(f"{key} is {value}, expected a number above 0")
+
+
+def _check_counts(key: str, value: Any) -> None:
+    most = LARGEST_COUNT[key]
+    for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
+
+
 def _check(config: Any, name: str) -> None:
-    if getattr(config, "quantization_config", None):
-        raise FamilyError(
-            f"model.path: {name!r} is quantised (quantization_config in config.json), and such "
-            "weights cannot be trained; take the model in bfloat16 or float32"
-        )
     if config.is_encoder_decoder:
         raise FamilyError(f"model.path: {name!r} is an encoder and a decoder; take a causal LM")
     others = [part for part in config.sub_configs if part.startswith(OTHER_THAN_TEXT)]
@@ -147,14 +178,11 @@ def _check(config: Any, name: str) -> None:
             f"model.path: layers of {name!r} share keys and values (num_kv_shared_layers), which a "
             "small model of it does not show; take another model"
         )
-    for key in POSITIVE:
-        value = getattr(config, key, None)
-        most = MOST_LAYERS if key == "num_hidden_layers" else MOST
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise FamilyError(
-                f"model.path: {key} of {name!r} is {value!r}, expected a whole number from 1 to "
-                f"{most}; correct its config.json"
-            )
+    try:
+        check_values({key: getattr(config, key, None) for key in (*SIZES, "quantization_config")})
+    except ValueError as error:
+        remedy = "correct its config.json, or take the model unquantised"
+        raise FamilyError(f"model.path: of {name!r} {error}; {remedy}") from error
     attention.check_model(config)
 
 

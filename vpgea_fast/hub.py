@@ -23,6 +23,7 @@ def silent() -> bool:
 def _answers(endpoint: str) -> bool:
     """One request; any answer of a server is one."""
     try:
+        # No library: huggingface_hub would try again, six times.
         urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE_S).close()
     except HTTPError:
         return True

@@ -28,11 +28,11 @@ from vpgea_fast.data import (
     write_dropped,
 )
 from vpgea_fast.distributed import World
-from vpgea_fast.model import check_vocabulary, load_generation_config, load_tokenizer
-from vpgea_fast.model_dir import load_config
+from vpgea_fast.model_dir import check_vocabulary, load_generation_config, load_tokenizer
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.factory import check_engine
 from vpgea_fast.types import PromptedQuestion
+from vpgea_fast.weights import load_config
 
 ALONE = World(torch.device("cpu"))
 

@@ -1,6 +1,6 @@
 """Fused losses of the language-model head: no (T, V) logits, gradients in one pass where possible.
 
-T tokens of a (posterior) stream, U tokens of a prior stream, K rows that take part, D hidden, V
+T tokens of a (posterior) stream, U tokens of a prior stream, K rows that take part; D hidden, V
 vocabulary, S sequences, P sequences of the prior stream. Needs torch only. The maths is derived in
 kernels/README.md.
 

@@ -3,7 +3,7 @@
     vpgea keys [SECTION]              the configuration keys on a terminal
     python -m vpgea_fast.manual DIR   write configuration.md, metrics.md and api.md into DIR
 
-Texts are the docstrings under the keys of config.py, the tables of book.py, and the docstrings of
+Texts are the docstrings under the keys of config/, the tables of book.py, and the docstrings of
 the public functions. All are read from source by `ast`, so no page imports what it describes but
 the configuration, whose defaults and ranges are asked of the records themselves.
 """
@@ -83,6 +83,7 @@ def sections() -> list[Section]:
     about = attribute_docstrings(config.Config)
     found = []
     for name, hint in hints.items():
+        # A section with variants is a union; any other is one record.
         members = _members(_bare(hint)[0])
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
@@ -102,6 +103,7 @@ def section(name: str) -> list[Section]:
     found = [part for part in known if part.title == name]
     if not found:
         names = list(dict.fromkeys(part.title for part in known))
+        # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
         owners = [part.title for part in known for key in part.keys if key.name == name]
         near = [*difflib.get_close_matches(name, names, n=1), *owners]
         hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
@@ -168,8 +170,10 @@ def in_words(hint: Any) -> str:
     if get_origin(bare) is Literal:
         *most, last = [f"`{value}`" for value in get_args(bare)]
         return f"{', '.join(most)} or {last}" if most else last
+    # Before the table of names: a tuple's type says how many values it takes.
     if get_origin(bare) is tuple:
         return _tuple_in_words(get_args(bare), notes)
+    # A path is text to Python; its validator tells it apart.
     if config.expand_home in [getattr(note, "func", None) for note in notes]:
         return "path"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -248,7 +252,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `vpgea_fast/config.py` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "Generated from `vpgea_fast/config/` by `python -m vpgea_fast.manual docs`. Do not edit.",
         "",
         "* A YAML file holds sections of keys; `--section.key value` overrides one of them.",
         "* `vpgea keys SECTION` prints the same on a terminal.",
@@ -305,20 +309,30 @@ def api_page() -> str:
         "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
     ]
     for module, names in API.items():
-        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        lines += ["", f"## vpgea_fast.{module}", "", *_described(tree)]
-        for name, node in _public(tree, names).items():
+        sources = _sources(module)
+        lines += ["", f"## vpgea_fast.{module}", "", *_described(ast.parse(sources[0]))]
+        for name, (node, source) in _public(sources, names).items():
             lines += ["", f"### {name}", "", "```py", *_signature(node, source), "```", ""]
             lines += [*_described(node), *_methods(node)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _public(tree: ast.Module, names: Sequence[str] | None) -> Mapping[str, Doc]:
-    """Documented classes and functions by name: those named, or all without an underscore."""
-    found = {
-        node.name: node
-        for node in tree.body
+def _sources(module: str) -> list[str]:
+    """The text of a module's file; of a folder its `__init__` first, whose docstring is the
+    module's, then the others, which define what it passes on."""
+    folder = ROOT / module
+    files = [folder / "__init__.py", *sorted(folder.glob("[!_]*.py"))]
+    files = files if folder.is_dir() else [folder.with_suffix(".py")]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str, tuple[Doc, str]]:
+    """Documented classes and functions by name, with their source: those named, or all without an
+    underscore."""
+    found: dict[str, tuple[Doc, str]] = {
+        node.name: (node, source)
+        for source in sources
+        for node in ast.parse(source).body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
     }
     wanted = [name for name in found if not name.startswith("_")] if names is None else names
@@ -330,6 +344,7 @@ def _signature(node: Doc, source: str) -> list[str]:
     whose comments give shapes and units."""
     if isinstance(node, ast.ClassDef):
         fields = [item for item in node.body if isinstance(item, (ast.AnnAssign, ast.Assign))]
+        # Fields as the source has them: their comments give shapes, which `ast` drops.
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
         lines = source.splitlines()
         inside = [line for item in fields for line in lines[item.lineno - 1 : item.end_lineno]]
@@ -359,6 +374,7 @@ def _methods(node: Doc) -> list[str]:
 def _parameters(args: ast.arguments) -> Iterator[str]:
     """Each parameter with its annotation and default, in the order of the source."""
     positional = [*args.posonlyargs, *args.args]
+    # `ast` aligns defaults with the last parameters.
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
     pairs = [*zip(positional, defaults, strict=True)]
     for arg, default in pairs:
@@ -379,6 +395,7 @@ def _described(node: Doc) -> list[str]:
     for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
         inside = paragraph.split("\n")
         listed = inside[0].startswith("* ")
+        # Markdown would run columns together.
         laid_out = not listed and any(re.match(r" |>>> ", line) or "   " in line for line in inside)
         lines += ["```text", *inside, "```", ""] if laid_out else [*inside, ""]
     return lines[:-1]

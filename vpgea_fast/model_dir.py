@@ -1,110 +1,40 @@
-"""A Hugging Face model directory: its configuration, and the one meaning of its weight files.
+"""A Hugging Face model directory, but for its weights: whether it is complete, its configuration,
+tokenizer and sampling settings, and the model of it without storage.
 
-    config.json -> model without storage  \
-                                            > Weights: every parameter's tensor, in which file
-    headers of the safetensors files      /
-
-Whatever does not fit is refused from the headers, before a weight is read: transformers fills what
-is missing at random, unties what differs, and leaves out what it does not know, each with a warning
-at most, and other engines decide otherwise. What is accepted means the same to every reader.
+Whatever is wrong in it is a ModelError of one line that names the file, before a weight is read.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vpgea_fast import attention, families, hub
-from vpgea_fast.config import printable
+from vpgea_fast.config import one_line
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+SAMPLING_KEYS = (
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""What generation_config.json says of sampling, and only of sampling."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-TRAINABLE = ("BF16", "F16", "F32", "F64")
-"""Dtypes of safetensors that hold a weight itself, not one that a scale elsewhere belongs to."""
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-MOST_LAYERS = 1000
-COUNTS = (
-    *("hidden_size", "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings"),
-    *("num_attention_heads", "num_key_value_heads", "n_positions", "n_embd", "n_head", *LAYERS),
-)
-MOST = 2**31 - 1
-ABOVE_ZERO = ("_eps", "_epsilon", "rope_theta")
-ROWS_COMPARED = 4096
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded or trained; the message says what was found and what to do."""
 
 
-class Tensor(NamedTuple):
-    """A tensor of a safetensors file, as its header has it."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a directory, checked against the model of its config.json.
-
-    `of`: name of a parameter or buffer in the model -> what fills it; a tied weight is there once
-    for each of its names. `converted`: tensors that transformers makes a parameter of several of
-    (experts of a mixture); their shapes are checked when they are read.
-    """
-
-    directory: Path
-    of: Mapping[str, Tensor]
-    converted: Mapping[str, Tensor]
-
-    def given(self, names: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) one at a time, in the dtypes of the files: by the model's `names`, or, if
-        some are converted, by the files' names, which is what engines know then. ModelError for a
-        value that is not finite."""
-        if self.converted:
-            wanted = {t.name: t for t in (*self.of.values(), *self.converted.values())}
-        else:
-            wanted = {name: self.of[name] for name in names}
-        for name, tensor in wanted.items():
-            yield name, read(tensor)
-
-
-def read(tensor: Tensor, rows: slice = slice(None)) -> torch.Tensor:
-    """Rows of a stored tensor, in its own dtype. Errors: ModelError, also for NaN and Inf."""
-    with _reading(tensor.file), safe_open(tensor.file, framework="pt") as opened:
-        values = (
-            opened.get_slice(tensor.name)[rows] if tensor.shape else opened.get_tensor(tensor.name)
-        )
-    if not bool(torch.isfinite(values).all()):
-        raise ModelError(
-            f"{tensor.file}: {tensor.name} holds NaN or Inf; use an earlier checkpoint"
-        )
-    return values
-
-
 # The configuration
-
-
-def load_config(path: str) -> Any:
-    """The transformers configuration of a model directory or Hub name, of which a model can be made
-    that its weight files fit (those of the Hub are not fetched for it). Errors: ModelError."""
-    config = read_config(path)
-    # A copy: transformers writes the dtype and the attention of the model into it.
-    causal_lm = empty_model(copy.deepcopy(config), torch.float32, path)
-    if Path(path).is_dir():
-        find_weights(causal_lm, path)
-    return config
 
 
 def read_config(path: str) -> Any:
@@ -113,10 +43,9 @@ def read_config(path: str) -> Any:
 
     check_model_dir(path)
     with blamed_on(path):
-        _check_raw(PreTrainedConfig.get_config_dict(path)[0])
+        # Before transformers reads it: of a number of layers it makes lists before anything else.
+        families.check_values(PreTrainedConfig.get_config_dict(path)[0])
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{config.model_type!r} is an encoder-decoder; take a decoder alone")
     with _of_the_family(path):
         families.check(config)
     return families.without_randomness(config)
@@ -180,32 +109,6 @@ def blamed_on(path: str) -> Iterator[None]:
         raise ModelError(f"cannot use {where}: {one_line(error)}; {remedy}") from error
 
 
-def _check_raw(content: Mapping[str, Any]) -> None:
-    """ValueError for what transformers would take and no run can: quantised weights, no numbers,
-    and sizes that are none, of which it makes lists before anything else."""
-    for key, value in content.items():
-        if key == "quantization_config" and value is not None:
-            how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
-            raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
-        if isinstance(value, Mapping):
-            _check_raw(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key} is {value}, expected a finite number")
-        elif key in COUNTS and value is not None:
-            _check_counts(key, value)
-        elif isinstance(value, int) and abs(value) > 2**63 - 1:
-            raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
-        elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
-            raise ValueError(f"{key} is {value}, expected a number above 0")
-
-
-def _check_counts(key: str, value: Any) -> None:
-    most = MOST_LAYERS if key in LAYERS else MOST
-    for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-            raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
-
-
 # The weight files
 
 
@@ -228,9 +131,9 @@ def check_model_dir(path: str) -> None:
     if not (directory / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give a Hugging Face model directory")
     json_object(directory / "config.json")
-    index = _index(directory)
-    wanted = sorted({SINGLE} if index is None else set(index.values()))
-    absent = [name for name in wanted if not (directory / name).is_file()]
+    index = weight_index(directory)
+    named = weight_files(index)
+    absent = [name for name in named if not (directory / name).is_file()]
     if absent:
         pickled = (directory / "pytorch_model.bin").is_file()
         raise ModelError(
@@ -242,171 +145,112 @@ def check_model_dir(path: str) -> None:
             )
             + " safetensors"
         )
-    if index is not None and SINGLE not in wanted and (directory / SINGLE).is_file():
+    if index is not None and SINGLE not in named and (directory / SINGLE).is_file():
         raise ModelError(
             f"{path} holds {SINGLE} and {INDEX}, which names other files: engines disagree on "
             "which counts; take away the one that is not of this model"
         )
 
 
-def find_weights(causal_lm: Any, path: str) -> Weights:
-    """Where the weights of a model (without storage) are in a directory or on the Hub, which is
-    fetched. Only headers are read, and both tensors of a tie of which both are stored. ModelError,
-    with the tensor and its file, for what is missing, of another shape or unknown to the model, for
-    ties that do not hold, and for dtypes that are no trainable weight."""
-    directory = _fetched(path)
-    state = causal_lm.state_dict(keep_vars=True)
-    stored = _headers(directory)
-    of, converted, extra, made = _matched(causal_lm, state, stored)
-    _refuse_unknown(causal_lm, extra)
-    for tensor in (*of.values(), *converted.values()):
-        if tensor.dtype not in TRAINABLE:
-            raise ModelError(
-                f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, and quantised weights "
-                "cannot be trained; take the model in bfloat16, float16 or float32"
-            )
-    for name, tensor in of.items():
-        if tensor.shape != tuple(state[name].shape):
-            raise ModelError(
-                f"{tensor.file}: {tensor.name} is {tensor.shape}, config.json says "
-                f"{tuple(state[name].shape)}; copy the model again"
-            )
-    _tie(state, of)
-    ignored = _patterns(causal_lm._keys_to_ignore_on_load_missing)
-    parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
-    missing = [
-        name
-        for name in state
-        if name not in of and name not in made and (name in parameters or not ignored(name))
-    ]
-    if missing:
-        raise ModelError(
-            f"{directory}: {len(missing)} weights are missing ({missing[0]}, ...), which the model "
-            "in config.json has and no file; copy the model again"
-        )
-    return Weights(directory, of, converted)
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer that tokenizer.json of a Hugging Face directory or Hub name describes.
 
-
-def _matched(
-    causal_lm: Any, state: Mapping[str, Any], stored: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """Stored tensors by what transformers makes of their names: (one parameter each, parts of a
-    parameter, nothing), and the parameters that are made of parts."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    known = get_model_conversion_mapping(causal_lm)
-    converters = [rule for rule in known if isinstance(rule, WeightConverter)]
-    renamings: list[Any] = [rule for rule in known if not isinstance(rule, WeightConverter)]
-    prefix = causal_lm.base_model_prefix
-    of, converted, extra, made = {}, {}, {}, set()
-    for name, tensor in stored.items():
-        new, pattern = rename_source_key(name, renamings, converters, prefix, dict(state))
-        if new not in state and name in state:
-            new, pattern = name, None
-        if new not in state:
-            extra[name] = tensor
-        elif pattern is not None:
-            converted[name] = tensor
-            made.add(new)
-        elif new in of:
-            raise ModelError(
-                f"{tensor.file}: {name} and {of[new].name} are both {new} of the model; "
-                "copy the model again"
-            )
-        else:
-            of[new] = tensor
-    return of, converted, extra, made
-
-
-def _refuse_unknown(causal_lm: Any, extra: Mapping[str, Tensor]) -> None:
-    """A bias that config.json does not have would be left out without a word. What old versions
-    stored and every model computes, and what a family is known to store for others, may be there.
+    Not AutoTokenizer, whose classes rebuild a tokenizer from its vocabulary alone: LlamaTokenizer
+    drops every space of a byte-level tokenizer.json. Decoding cleans up nothing, so it says what
+    the ids say. Errors: ModelError.
     """
-    ignored = _patterns(causal_lm._keys_to_ignore_on_load_unexpected)
-    buffers = {name for name, _ in causal_lm.named_buffers()}
-    old = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$")
-    prefix = causal_lm.base_model_prefix
-    for name, tensor in extra.items():
-        if ignored(name) or old.search(name) or {name, f"{prefix}.{name}"} & buffers:
-            continue
+    from transformers import PreTrainedTokenizerFast
+
+    check_model_dir(path)
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{path} has no tokenizer.json; expected the tokenizer beside the weights: copy it "
+                "there, or write it with AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR)"
+            )
+        if not (directory / "tokenizer_config.json").is_file():
+            raise ModelError(
+                f"{path} has no tokenizer_config.json, which names the tokens that begin and end a "
+                "text: copy it beside tokenizer.json"
+            )
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                json_object(directory / name)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer.clean_up_tokenization_spaces = False
+        tokenizer.decode(tokenizer("What is 1 + 1?")["input_ids"])  # a wrong setting ends here
+        json.dumps(tokenizer.init_kwargs, default=str, ensure_ascii=False).encode()  # or in export
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any kind: tokenizers' panics are no Exception
         raise ModelError(
-            f"{tensor.file}: {name} is no weight of the model in config.json, which would run "
-            "without it; correct config.json, or take the tensor out of the file"
+            f"cannot load a tokenizer from {path!r}: {one_line(error)}; give a complete Hugging "
+            "Face directory, or the Hub name (owner/name) of a model that can be reached"
+        ) from error
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, config: Any, path: str) -> None:
+    """ModelError where the tokenizer knows a token that the model of `config` does not embed."""
+    rows = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ModelError(
+            f"model.path {path}: the tokenizer's {token!r} is token {largest}, but the model "
+            f"embeds {rows} tokens; use the tokenizer that belongs to the model, or enlarge the "
+            "embedding (resize_token_embeddings) and train it"
         )
 
 
-def _tie(state: Mapping[str, torch.Tensor], of: dict[str, Tensor]) -> None:
-    """Give each name of a tied weight the tensor that is stored; ModelError if two differ."""
-    groups: dict[int, list[str]] = {}
-    for name, value in state.items():
-        groups.setdefault(id(value), []).append(name)
-    for names in groups.values():
-        have = [name for name in names if name in of]
-        for other in have[1:]:
-            row = _first_difference(of[have[0]], of[other])
-            if row is not None:
-                raise ModelError(
-                    f"{of[other].file}: {of[other].name} differs from {of[have[0]].name} in row "
-                    f"{row}, but config.json ties them (tie_word_embeddings); set it to false if "
-                    "both belong to the model, or take one of them out of the file"
-                )
-        if have:
-            of.update((name, of[have[0]]) for name in names)
+def load_generation_config(path: str, config: Any) -> Any:
+    """generation_config.json of a model directory or Hub name as transformers can write it again;
+    that of `config` where there is none.
+
+    With `do_sample: false` a temperature means nothing to transformers, which yet refuses to save
+    it: such keys are left out. Errors: ModelError for what is no number of its kind, for an eos
+    token that is none, and for all else that an export could not write.
+    """
+    from transformers import GenerationConfig
+
+    file = Path(path) / "generation_config.json"
+    if file.is_file():
+        json_object(file)
+    try:
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except OSError:  # an old or a tiny model may have none
+            generation = GenerationConfig.from_model_config(config)
+        _check_generation_types(generation, config.get_text_config().vocab_size)
+        if generation.do_sample is not True:
+            for key in SAMPLING_KEYS:
+                setattr(generation, key, None)
+        generation.validate(strict=True)
+        json.dumps(generation.to_dict(), allow_nan=False)
+    except Exception as error:  # whatever a wrong type leads to
+        raise ModelError(
+            f"{path}: generation_config.json cannot be used, and an export could not write it "
+            f"again: {one_line(error)}; repair it, or take it away"
+        ) from error
+    return generation
 
 
-def _first_difference(one: Tensor, other: Tensor) -> int | None:
-    for start in range(0, one.shape[0], ROWS_COMPARED):
-        rows = slice(start, start + ROWS_COMPARED)
-        a, b = read(one, rows), read(other, rows)
-        if not torch.equal(a, b):
-            return start + int((a != b).flatten(1).any(1).nonzero()[0])
-    return None
+def _check_generation_types(generation: Any, rows: int) -> None:
+    """A ValueError for sampling keys that are no numbers and for end tokens that are no tokens."""
+    for key in SAMPLING_KEYS:
+        value = getattr(generation, key, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{key} is {value!r}, expected a number")
+    if not (generation.do_sample is None or isinstance(generation.do_sample, bool)):
+        raise ValueError(f"do_sample is {generation.do_sample!r}, expected true or false")
+    named = generation.eos_token_id
+    for token in named if isinstance(named, list) else [] if named is None else [named]:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
+            raise ValueError(f"eos_token_id is {named!r}, expected tokens of 0..{rows - 1}")
 
 
-def _patterns(patterns: Any) -> Any:
-    """Whether a name matches one of the regular expressions that transformers keeps for a class."""
-    joined = re.compile("|".join(f"({p})" for p in patterns)) if patterns else None
-    return lambda name: joined is not None and joined.search(name) is not None
-
-
-def _fetched(path: str) -> Path:
-    """The directory itself, or the snapshot of a Hub name."""
-    if not Path(path).exists():
-        from huggingface_hub import snapshot_download
-
-        with blamed_on(path):
-            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-        check_model_dir(path)
-    return Path(path)
-
-
-def _headers(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the weight files. ModelError where the index and the files disagree, as two
-    readers would then."""
-    index = _index(directory)
-    files = sorted({SINGLE} if index is None else set(index.values()))
-    found: dict[str, Tensor] = {}
-    for file in (directory / name for name in files):
-        with _reading(file), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                if name in found:
-                    raise ModelError(f"{file}: {name} is in {found[name].file.name}, too; keep one")
-                part = opened.get_slice(name)
-                found[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
-    if index is not None:
-        said = {name: directory / file for name, file in index.items()}
-        for name in {**said, **found}:
-            if name not in said or name not in found or found[name].file != said[name]:
-                where = found[name].file.name if name in found else "no file"
-                raise ModelError(
-                    f"{directory / INDEX}: {name} is in {where}, the index says "
-                    f"{index.get(name)}; copy the model again"
-                )
-    return found
-
-
-def _index(directory: Path) -> dict[str, str] | None:
+def weight_index(directory: Path) -> dict[str, str] | None:
     """Tensor name -> name of its file, of a directory that has an index. ModelError for a file that
     is not below the directory; links are followed, since the Hub's cache consists of them."""
     path = directory / INDEX
@@ -425,16 +269,9 @@ def _index(directory: Path) -> dict[str, str] | None:
     return named
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"{file}: a weight file is damaged or cut ({one_line(error)}); copy the model again"
-        ) from error
+def weight_files(index: Mapping[str, str] | None) -> list[str]:
+    """The files that hold the weights: those of the index, or the one that needs none."""
+    return sorted({SINGLE} if index is None else set(index.values()))
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -446,10 +283,3 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is damaged (no JSON object); copy the model again")
     return content
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can show."""
-    named = isinstance(error, (KeyError, AttributeError, IndexError))  # says no more than a name
-    text = " ".join(f"{type(error).__name__}: {error}".split() if named else str(error).split())
-    return printable(text if len(text) < 600 else f"{text[:600]} ...") or type(error).__name__

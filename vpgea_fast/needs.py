@@ -9,14 +9,24 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vpgea_fast import attention
 from vpgea_fast.check import Target, draws, longest
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, DataFile
 from vpgea_fast.data import Benchmark
-from vpgea_fast.durations import HOUR, Durations, Sizes, card_of, durations, rates_of
+from vpgea_fast.durations import (
+    HOUR,
+    Durations,
+    Rates,
+    Sizes,
+    card_of,
+    durations,
+    rates_of,
+    rollouts_of,
+)
 from vpgea_fast.estimate import (
     GIB,
     RESERVE,
@@ -40,265 +50,242 @@ HOST_PROCESS = 4 * GIB
 measurement."""
 EVALUATION_SHARE = 0.10
 """Above it an evaluation slows the run more than it tells."""
+OF_CARD = ("tflops", "bandwidth", "train_mfu", "offload_mfu", "forward_mfu", "decode", "hf_decode")
+"""Rates that stand in a line of their own."""
 
-Say = Callable[[str], object]
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A configuration on the machines that it is planned for, and what is known of its data.
+
+    prompt, row  tokens of the longest prompt, and of the longest row that is trained or scored
+    context      tokens of the longest path that may be drawn
+    mean_prompt  of the training questions, both views
+    answers      that one evaluation draws
+    left_out     files of eval.data that could not be asked for; `answers` counts them by their
+                 limit, a file without one as nothing
+    """
+
+    cfg: Config
+    model: Any
+    on: Target
+    shape: ModelShape
+    prompt: int
+    row: int
+    context: int
+    mean_prompt: float
+    answers: int
+    left_out: tuple[DataFile, ...]
+
+    @property
+    def room(self) -> int:
+        """Tokens that one path in vLLM's cache may have."""
+        most = self.cfg.vllm.context or positions(self.cfg)
+        return min(most, attention.positions(self.model)[0] or sys.maxsize)
+
+    @property
+    def is_share(self) -> bool:
+        """vLLM takes a share of the device, and the rest of it is its KV cache."""
+        return self.on.cuda and self.cfg.vllm.kv_cache_gib is None
 
 
-def show_needs(
+def needs(
     cfg: Config,
     model_config: Any,
     questions: Sequence[PromptedQuestion],
     benchmarks: Mapping[str, Benchmark],
-    on: Target,
-    say: Say,
     *,
+    on: Target,
     stated: Mapping[str, float],
-) -> None:
-    """Say memory of a device and of a node, hours and traffic, and what to set where a number is
-    too large. `stated` rates replace those of the card (see `durations.Rates`)."""
-    prompt, row = longest(cfg, questions)
-    context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
-    shape = model_shape(model_config)
+) -> Iterator[str]:
+    """Memory of a device and of a node, hours and traffic, and what to set where a number is too
+    large. `stated` rates replace those of the card (see `durations.Rates`)."""
+    plan = _plan(cfg, model_config, questions, benchmarks=benchmarks, on=on)
     estimate = estimate_memory(
-        shape,
+        plan.shape,
         cfg,
         world=on.processes,
         cuda=on.cuda,
-        context=context,
-        prompt=prompt,
+        context=plan.context,
+        prompt=plan.prompt,
         device_bytes=on.device_bytes,
     )
-    say(
-        f"memory estimate for one of {on.processes} devices: {shape.parameters / 1e6:.1f} M "
+    yield (
+        f"memory estimate for one of {on.processes} devices: {plan.shape.parameters / 1e6:.1f} M "
         f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
-        f"{cfg.rollout.max_batch} paths of up to {context} tokens side by side; GiB:"
+        f"{cfg.rollout.max_batch} paths of up to {plan.context} tokens side by side; GiB:"
     )
-    _device(estimate, on, say)
-    _host(cfg, estimate, on, say)
-    sizes = _sizes(
-        cfg, model_config, shape, estimate, questions=questions, benchmarks=benchmarks, on=on
-    )
+    yield from _device(estimate, on)
+    yield from _host(plan, estimate)
     if estimate.engine is not None:
-        room = min(
-            cfg.vllm.context or positions(cfg),
-            attention.positions(model_config)[0] or sys.maxsize,
-        )
-        _cache(
-            cfg,
-            estimate.engine,
-            context=context,
-            room=room,
-            prompt=sizes.prompt,
-            on=on,
-            say=say,
-        )
+        yield from _cache(plan, estimate.engine, stated)
         if on.cuda:
-            _share(cfg, estimate, engine=estimate.engine, room=room, on=on, say=say)
-    _accuracy(cfg, sizes, _hours(cfg, sizes, on, say, stated=stated), say)
-    _traffic(cfg, shape, row=row, on=on, say=say)
+            yield from _share(plan, estimate, estimate.engine)
+    rates = rates_of(_card(on), stated=stated)
+    found = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
+    yield from _hours(plan, rates, found) if rates and found else _unknown(on)
+    yield from _accuracy(plan, found)
+    yield from _traffic(plan)
 
 
-def _device(estimate: MemoryEstimate, on: Target, say: Say) -> None:
+def _plan(
+    cfg: Config,
+    model_config: Any,
+    questions: Sequence[PromptedQuestion],
+    *,
+    benchmarks: Mapping[str, Benchmark],
+    on: Target,
+) -> Plan:
+    prompt, row = longest(cfg, questions)
+    context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
+    left_out = tuple(file for file in cfg.eval.data if file.label not in benchmarks)
+    if left_out:  # an evaluation refuses longer prompts
+        most = cfg.data.max_prompt_tokens + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens
+        context = max(context, most)
+    asked = sum(len(benchmark.questions) for benchmark in benchmarks.values())
+    asked += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
+    lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
+    return Plan(
+        cfg=cfg,
+        model=model_config,
+        on=on,
+        shape=model_shape(model_config),
+        prompt=prompt,
+        row=row,
+        context=context,
+        mean_prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
+        answers=asked * (cfg.eval.samples + cfg.eval.greedy),
+        left_out=left_out,
+    )
+
+
+def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
     """A column a phase, a row a part; the peak, and what to lower when it is too high."""
-    say(f"  {'':<17}" + "".join(f"{phase:>11}" for phase in estimate.phases))
+    yield f"  {'':<17}" + "".join(f"{phase:>11}" for phase in estimate.phases)
     for part in estimate.parts:
         sizes = [parts.get(part, 0) / GIB for parts in estimate.phases.values()]
         if any(sizes):
-            say(f"  {part:<17}" + "".join(f"{size:11.3f}" for size in sizes))
+            yield f"  {part:<17}" + "".join(f"{size:11.3f}" for size in sizes)
     totals = [sum(parts.values()) / GIB for parts in estimate.phases.values()]
-    say(f"  {'total':<17}" + "".join(f"{size:11.3f}" for size in totals))
+    yield f"  {'total':<17}" + "".join(f"{size:11.3f}" for size in totals)
     usable = on.device_bytes * (1 - RESERVE) if on.cuda else on.device_bytes
     which = "this device" if on.here else "such a device"
-    say(
+    yield (
         f"  peak {estimate.peak / GIB:.3f} GiB ({estimate.phase}); {which} holds "
         f"{on.device_bytes / GIB:.3f} GiB"
         + (f", {usable / GIB:.3f} beside CUDA, NCCL and gaps" if on.cuda else "")
     )
     if estimate.peak > usable:
         part, remedy = estimate.lower()
-        say(f"  more than it holds; of what can be set {part!r} is largest: {remedy},")
-        say("  or take larger devices")
+        yield f"  more than it holds; of what can be set {part!r} is largest: {remedy},"
+        yield "  or take larger devices"
 
 
-def _host(cfg: Config, estimate: MemoryEstimate, on: Target, say: Say) -> None:
+def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
     """Host memory of a process by purpose, and of a node. On a CPU the device's table is it."""
+    cfg, on = plan.cfg, plan.on
     for part, size in estimate.host.items():
-        say(f"  host memory of a process, {part}: {size / GIB:.3f} GiB")
+        yield f"  host memory of a process, {part}: {size / GIB:.3f} GiB"
     if not on.cuda:
         return
-    own, count = sum(estimate.host.values()) + HOST_PROCESS, min(on.processes, on.node)
-    needed = own * count
-    say(
-        f"  host memory of a node: {count} x {own / GIB:.1f} = {needed / GIB:.1f} GiB, of them "
-        f"{HOST_PROCESS / GIB:.0f} a process for itself (a choice)"
+    own = cfg.colocated and cfg.vllm.process == "own"
+    itself = HOST_PROCESS * (2 if own else 1)
+    each, count = sum(estimate.host.values()) + itself, min(on.processes, on.node)
+    whole, moment = _moment(plan, estimate.host)
+    needed = each * count + whole
+    yield (
+        f"  host memory of a node: {count} x {each / GIB:.1f}"
+        + (f" + {whole / GIB:.1f} {moment}" if whole else "")
+        + f" = {needed / GIB:.1f} GiB, of them {itself / GIB:.0f} a process for itself"
+        + (" and its vLLM" if own else "")
+        + " (a choice)"
+    )
+    yield (
+        "  not in it: the page cache of the model's files and of checkpoints, the checkers' "
+        f"{cfg.verify.workers} processes for each, data"
     )
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if on.here and needed > there:
         ways = ["parallel.cpu_offload false"] * cfg.parallel.cpu_offload
         ways += ["checkpoint.background false"] * cfg.checkpoint.background
-        say(
+        yield (
             f"  more than this machine's {there / GIB:.1f} GiB; "
             + " or ".join([*ways, "a machine with more"])
         )
 
 
-def _sizes(
-    cfg: Config,
-    model_config: Any,
-    shape: ModelShape,
-    estimate: MemoryEstimate,
-    *,
-    questions: Sequence[PromptedQuestion],
-    benchmarks: Mapping[str, Benchmark],
-    on: Target,
-) -> Sizes:
-    lay, engine = Layout(shape, cfg, on.processes, on.cuda), estimate.engine
-    lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
-    token = 2 * len(shape.blocks) * shape.key * lay.forward
-    asked = sum(len(benchmark.questions) for benchmark in benchmarks.values())
-    return Sizes(
-        flops=model_flops(model_config),
-        parameters=shape.parameters,
-        states=lay.held * lay.master + optimizer_bytes(lay),
-        # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
-        token=engine.token * group if engine else token,
-        cache=engine.tokens if engine else sys.maxsize,
-        prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
-        evaluated=asked * (cfg.eval.samples + cfg.eval.greedy),
-        world=on.processes,
-    )
+def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
+    """Bytes that a node's memory holds for a while beside `host` of each process, and when."""
+    cfg, on = plan.cfg, plan.on
+    lay = Layout(plan.shape, cfg, on.processes, on.cuda)
+    count = min(on.processes, on.node)
+    # A sharded model is read tensor by tensor; a whole one is made in host memory first. Process 0
+    # collects what it exports, when there are no gradients.
+    loading = 0 if lay.sharded else count * plan.shape.parameters * lay.master
+    export = plan.shape.parameters * lay.forward if cfg.checkpoint.export else 0
+    export = max(0, export - count * host.get("gradients", 0))
+    return max((loading, "while it loads"), (export, "for the export"))
 
 
-def _hours(
-    cfg: Config, sizes: Sizes, on: Target, say: Say, *, stated: Mapping[str, float]
-) -> Durations | None:
-    """Say a table of the phases of a mean step and of the run, with the rates that it rests on."""
-    card = on.name or card_of(on.device_bytes / GIB) if on.cuda else "CPU"
-    rates = rates_of(card, stated=stated)
-    if rates is None:
-        what = f"a {card}" if card else f"devices of {on.device_bytes / GIB:.0f} GiB"
-        say(
-            f"hours: the rates of {what} are not known; state them, e.g. --rates "
-            "tflops=312,bandwidth=2.04 (1e12 operations and bytes per second)"
-        )
-        return None
-    taken = card if on.name or not on.cuda else f"taken for {card} by their size"
-    say(f"time of a run by stated rates, none measured here (--rates KEY=NUMBER, ...); {taken}:")
-    unused = {"offload_mfu": not cfg.parallel.cpu_offload, "train_mfu": cfg.parallel.cpu_offload}
-    unused |= {"hf_decode": cfg.engine.name != "hf", "decode": cfg.engine.name == "hf"}
-    used = {key: value for key, value in vars(rates).items() if value and not unused.get(key)}
-    say("  " + ", ".join(f"{key} {value:g}" for key, value in used.items()))
-    found = durations(cfg, rates, sizes)
-    whole, run = sum(found.step.values()), found.run
-    say(f"  {'':<17}{'s per step':>11}{'share':>8}{'hours':>9}{'GPU-hours':>11}")
-    rows = [(phase, seconds, run[phase]) for phase, seconds in found.step.items() if run[phase]]
-    for name, seconds, spent in [*rows, ("total", whole, sum(run.values()))]:
-        hours, share = spent / HOUR, seconds / whole
-        say(f"  {name:<17}{seconds:11.1f}{share:8.1%}{hours:9.1f}{hours * on.processes:11.1f}")
-    if cfg.engine.name == "vllm" and not cfg.colocated:
-        say("  engine.server: its devices are taken for as many and such as train")
-    return found
-
-
-def _accuracy(cfg: Config, sizes: Sizes, found: Durations | None, say: Say) -> None:
-    """Where the run sees whether answers are right, and what of its time the evaluations take."""
-    seen = (
-        "answers are drawn and judged"
-        if cfg.rollout.full_answer
-        else ("not seen (rollout.full_answer false): a collapse looks like success")
-    )
-    say(f"accuracy: at every step {seen}")
-    if not sizes.evaluated:
-        say("  held out: none (eval.data is empty, or could not be asked for here)")
-        return
-    when = f"every {cfg.eval.every} steps" if cfg.eval.every else "before and after, not between"
-    share = ""
-    if found is not None:
-        share = f", {found.evaluation:.0f} s each, {found.evaluation_share:.1%} of the step time"
-    say(f"  held out: {sizes.evaluated} answers {when}{share}")
-    if found is not None and found.evaluation_share > EVALUATION_SHARE:
-        say(
-            f"  above {EVALUATION_SHARE:.0%}: raise eval.every, or lower eval.limit, eval.samples "
-            "or eval.max_new_tokens"
-        )
-
-
-def _is_share(cfg: Config, on: Target) -> bool:
-    """Whether vLLM takes a share of the device, and the rest of it is its KV cache."""
-    return on.cuda and cfg.vllm.kv_cache_gib is None
-
-
-def _cache(
-    cfg: Config,
-    engine: EngineMemory,
-    *,
-    context: int,
-    room: int,
-    prompt: float,
-    on: Target,
-    say: Say,
-) -> None:
-    """How many paths vLLM's KV cache holds; prompts that paths have in common are not counted."""
-    key = "engine.gpu_memory" if _is_share(cfg, on) else "engine.kv_cache_gib"
-    mean = max(1, round(prompt + cfg.rollout.max_new_tokens / 2))
-    paths, objective = engine.tokens // mean, cfg.objective
-    step = cfg.train.questions_per_step * (objective.posterior_paths + objective.prior_paths)
-    wanted = min(cfg.rollout.max_batch, -(-step * cfg.vllm.tensor_parallel // on.processes))
-    say(
+def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Iterator[str]:
+    """How many paths vLLM's KV cache holds, and whether a step wants more."""
+    cfg = plan.cfg
+    key = "engine.gpu_memory" if plan.is_share else "engine.kv_cache_gib"
+    given = {name: stated[name] for name in ("tokens", "answer") if name in stated}
+    step = rollouts_of(cfg, prompt=plan.mean_prompt, **given)
+    paths = int(engine.tokens / step.held)
+    mine = -(-step.paths * cfg.vllm.tensor_parallel // plan.on.processes)
+    wanted = min(cfg.rollout.max_batch, mine)
+    yield (
         f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
-        f"{engine.tokens} tokens: {engine.tokens // context} paths of {context} at once, or "
-        f"{paths} of {mean} (half of rollout.max_new_tokens)"
+        f"{engine.tokens} tokens: {engine.tokens // plan.context} paths of {plan.context} at once, "
+        f"or {paths} of mean length ({step.mean:.0f}, and {step.shared} share a prompt)"
     )
-    if engine.tokens < room:
-        say(
-            f"  vLLM will not start: one path may have {room} tokens (engine.context); raise "
+    if engine.tokens < plan.room:
+        yield (
+            f"  vLLM will not start: one path may have {plan.room} tokens (engine.context); raise "
             f"{key}, or lower engine.context and what may be drawn"
         )
     elif paths < wanted:
-        say(
+        yield (
             f"  fewer than the {wanted} that a step draws side by side (rollout.max_batch "
             f"{cfg.rollout.max_batch}): the rest wait or are computed again: slower, not wrong; "
             f"raise {key}, or lower rollout.max_batch"
         )
 
 
-def _share(
-    cfg: Config, estimate: MemoryEstimate, engine: EngineMemory, room: int, on: Target, say: Say
-) -> None:
+def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterator[str]:
     """Whether vLLM fits beside the trainer's states, and how large it may be."""
-    usable, device = on.device_bytes * (1 - RESERVE), on.device_bytes
+    usable, device = plan.on.device_bytes * (1 - RESERVE), plan.on.device_bytes
     awake = {name: sum(estimate.phases[name].values()) for name in AWAKE if name in estimate.phases}
     phase = max(awake, key=lambda name: awake[name])
     over, whole = awake[phase] - usable, engine.least + engine.cache
     if over > 0:
-        say(
+        yield (
             f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
-            f"the trainer are {over / GIB:.3f} too many; "
-            + _smaller(cfg, engine, over=over, room=room, on=on)
+            f"the trainer are {over / GIB:.3f} too many; " + _smaller(plan, engine, over)
         )
-    asked = cfg.vllm.gpu_memory * device  # vLLM asks for it at its start, whatever it will take
+    asked = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
     free = usable - estimate.phases["sampling"]["weights"]
-    if asked > free > 0 and not _is_share(cfg, on):
-        say(
+    if asked > free > 0 and not plan.is_share:
+        yield (
             f"  vLLM will not start: it asks for engine.gpu_memory ({asked / GIB:.3f} GiB) of free "
             f"memory also with engine.kv_cache_gib, and {free / GIB:.3f} are free; set "
             f"engine.gpu_memory to {_floor(free / device):.2f} or less"
         )
 
 
-def _smaller(cfg: Config, engine: EngineMemory, over: float, room: int, on: Target) -> str:
+def _smaller(plan: Plan, engine: EngineMemory, over: float) -> str:
     """What to set so that vLLM takes `over` bytes less and still starts."""
-    if engine.cache - over < room * engine.token:
+    if engine.cache - over < plan.room * engine.token:
         return (
-            f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {room} tokens "
-            f"{room * engine.token / GIB:.3f}: raise engine.tensor_parallel, take more processes, "
-            "or let a server draw (engine.server)"
+            f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {plan.room} tokens "
+            f"{plan.room * engine.token / GIB:.3f}: raise engine.tensor_parallel, take more "
+            "processes, or let a server draw (engine.server)"
         )
-    if _is_share(cfg, on):
-        return (
-            f"set engine.gpu_memory to {_floor(cfg.vllm.gpu_memory - over / on.device_bytes):.2f}"
-        )
+    if plan.is_share:
+        share = plan.cfg.vllm.gpu_memory - over / plan.on.device_bytes
+        return f"set engine.gpu_memory to {_floor(share):.2f}"
     return f"set engine.kv_cache_gib to {_floor((engine.cache - over) / GIB):.2f}"
 
 
@@ -306,15 +293,119 @@ def _floor(value: float) -> float:
     return math.floor(100 * value) / 100
 
 
-def _traffic(cfg: Config, shape: Any, row: int, on: Target, say: Say) -> None:
+def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
+    cfg, on, engine = plan.cfg, plan.on, estimate.engine
+    lay = Layout(plan.shape, cfg, on.processes, on.cuda)
+    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
+    return Sizes(
+        flops=model_flops(plan.model),
+        parameters=plan.shape.parameters,
+        states=lay.held * lay.master + optimizer_bytes(lay),
+        # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
+        token=engine.token * group if engine else token,
+        cache=engine.tokens if engine else sys.maxsize,
+        prompt=plan.mean_prompt,
+        evaluated=plan.answers,
+        world=on.processes,
+    )
+
+
+def _card(on: Target) -> str:
+    if not on.cuda:
+        return "CPU"
+    return on.name or card_of(on.device_bytes / GIB)
+
+
+def _unknown(on: Target) -> Iterator[str]:
+    card = _card(on)
+    what = f"a {card}" if card else f"devices of {on.device_bytes / GIB:.0f} GiB"
+    yield (
+        f"hours: the rates of {what} are not known; state them, e.g. --rates "
+        "tflops=312,bandwidth=2.04 (1e12 operations and bytes per second)"
+    )
+
+
+def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
+    """A table of the phases of a mean step and of the run, with the rates that it rests on."""
+    cfg, on = plan.cfg, plan.on
+    card = _card(on)
+    taken = card if on.name or not on.cuda else f"taken for {card or 'unknown'} by their size"
+    yield f"time of a run by stated rates, none measured here (--rates KEY=NUMBER,...); {taken}:"
+    shown = vars(rates) | {"tokens": rates.tokens or cfg.rollout.max_new_tokens / 2}
+    shown["answer"] = min(rates.answer, cfg.rollout.max_answer_tokens)
+    used = [key for key in shown if key not in _unused(plan)]
+    for keys in ([key for key in used if key in OF_CARD], [k for k in used if k not in OF_CARD]):
+        yield "  " + ", ".join(f"{key} {shown[key]:g}" for key in keys)
+    whole, run = sum(found.step.values()), found.run
+    yield f"  {'':<17}{'s per step':>11}{'share':>8}{'hours':>9}{'GPU-hours':>11}"
+    rows = [(phase, seconds, run[phase]) for phase, seconds in found.step.items() if run[phase]]
+    for name, seconds, spent in [*rows, ("total", whole, sum(run.values()))]:
+        hours, share = spent / HOUR, seconds / whole
+        yield f"  {name:<17}{seconds:11.1f}{share:8.1%}{hours:9.1f}{hours * on.processes:11.1f}"
+    if cfg.engine.name == "vllm" and not cfg.colocated:
+        yield "  engine.server: its devices are taken for as many and such as train"
+
+
+def _unused(plan: Plan) -> set[str]:
+    """Rates that this run does not ask for."""
+    cfg = plan.cfg
+    asked = {
+        "train_mfu": not cfg.parallel.cpu_offload,
+        "offload_mfu": cfg.parallel.cpu_offload,
+        "decode": cfg.engine.name != "hf",
+        "hf_decode": cfg.engine.name == "hf",
+        "answer": cfg.rollout.full_answer
+        or plan.answers
+        or (cfg.objective.scores_answers and cfg.scoring.u_source == "accuracy"),
+        "accepted": cfg.objective.posterior_paths,
+        "wake": cfg.colocated,
+        "write": not cfg.checkpoint.background,
+    }
+    return {rate for rate, is_asked in asked.items() if not is_asked}
+
+
+def _accuracy(plan: Plan, found: Durations | None) -> Iterator[str]:
+    """Where the run sees whether answers are right, and what of its time the evaluations take."""
+    cfg = plan.cfg
+    seen = (
+        "answers are drawn and judged"
+        if cfg.rollout.full_answer
+        else "not seen (rollout.full_answer false): a collapse looks like success"
+    )
+    yield f"accuracy: at every step {seen}"
+    if not cfg.eval.data:
+        yield "  held out: none (eval.data is empty)"
+        return
+    when = f"every {cfg.eval.every} steps" if cfg.eval.every else "before and after, not between"
+    share = ""
+    if found is not None and plan.answers:
+        share = f", {found.evaluation:.0f} s each"
+        if found.step["evaluation"]:
+            share += f", {found.evaluation_share:.1%} of a mean step's time, theirs included"
+    yield f"  held out: {plan.answers} answers {when}{share}"
+    if plan.left_out:
+        names = ", ".join(file.path for file in plan.left_out)
+        yield f"  planned, its files could not be asked for here: {names}, by their limit"
+        if not all(file.limit or cfg.eval.limit for file in plan.left_out):
+            yield "  without a limit (eval.limit) a file is not counted: its size is not known"
+    if found is not None and found.evaluation_share > EVALUATION_SHARE:
+        yield (
+            f"  above {EVALUATION_SHARE:.0%}: raise eval.every, or lower eval.limit, eval.samples "
+            "or eval.max_new_tokens"
+        )
+
+
+def _traffic(plan: Plan) -> Iterator[str]:
     """Bytes of a step in which every path is as long as it can be."""
-    objective, budget = cfg.objective, cfg.train.micro_batch_tokens
-    rows = cfg.train.questions_per_step * (2 * objective.posterior_paths or objective.prior_paths)
-    scored = cfg.train.questions_per_step * (objective.posterior_paths + objective.prior_paths)
-    fit = max(1, budget // (row - 1)) * on.processes
+    cfg, on = plan.cfg, plan.on
+    objective, questions = cfg.objective, cfg.train.questions_per_step
+    rows = questions * (2 * objective.posterior_paths or objective.prior_paths)
+    scored = questions * (objective.posterior_paths + objective.prior_paths)
+    fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
     batches = -(-rows // fit)
     moved = communication(
-        shape,
+        plan.shape,
         cfg,
         world=on.processes,
         node=on.node,
@@ -324,12 +415,12 @@ def _traffic(cfg: Config, shape: Any, row: int, on: Target, say: Say) -> None:
     )
     if not moved:
         return
-    say(
+    yield (
         f"traffic of one device in a step of at most {batches} micro-batches, GiB received "
         f"({on.node} devices a node):"
     )
     for kind, traffic in moved.items():
-        say(
+        yield (
             f"  {kind:<17}{traffic.inside / GIB:11.3f} inside a node {traffic.between / GIB:11.3f} "
             f"between nodes {traffic.calls:7d} calls"
         )

@@ -34,7 +34,8 @@ from vpgea_fast.metrics import (
     missing_steps,
     read_steps,
 )
-from vpgea_fast.model import Policy, load_policy, load_tokenizer
+from vpgea_fast.model import Policy, load_policy
+from vpgea_fast.model_dir import load_tokenizer
 from vpgea_fast.optim import learning_rate
 from vpgea_fast.rollout.factory import SYNC_DIR
 from vpgea_fast.types import TrainRow

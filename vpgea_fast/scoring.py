@@ -32,10 +32,12 @@ def answer_likelihood(
     rows = [
         score_row(torch.cat([after_thought(question, path, think_close_id), question.cue_ids]), ids)
         for question, path in paths
+        # Spellings lie side by side; `split` below takes them apart again.
         for ids in (question.target_ids, *question.variant_ids)
     ]
     reduce = torch.sum if u_norm == "sum" else torch.mean
     scores = [reduce(logps) for logps in row_logprobs(rows)]
+    # torch.stack takes no empty list, and a process may have no path in a step.
     if not scores:
         return torch.zeros(0, dtype=torch.float64)
     spellings = [1 + len(question.variant_ids) for question, _ in paths]
@@ -57,6 +59,7 @@ def answers_correct(
 ) -> torch.Tensor:
     """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0: a
     thought that was cut has no answer, whatever a checker would say."""
+    # Cut thoughts are not even decoded.
     closed = [number for number, path in enumerate(paths) if path.closed]
     texts = [(golds[number], decode(paths[number].answer_ids)) for number in closed]
     correct = torch.zeros(len(paths), dtype=torch.float64)

@@ -45,6 +45,7 @@ def parse(text: str) -> Any:
     YamlError for a key that stands twice, anchors, aliases, merges, tags, directives, more than one
     document, deep nesting, and whatever PyYAML refuses.
     """
+    # PyYAML would drop or split at some of these, and say nothing.
     if odd := ODD.search(text):
         raise YamlError(
             f"character U+{ord(odd[0]):04X} may not stand here; write it as an escape in double "
@@ -55,6 +56,7 @@ def parse(text: str) -> Any:
     try:
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
+        # The problem's place; the context is where its collection began.
         mark = error.problem_mark or error.context_mark
         found = " ".join(filter(None, [error.context, error.problem]))
         raise YamlError(f"is not YAML: {found}", 1 + mark.line if mark else 1) from error
@@ -70,6 +72,7 @@ def parse(text: str) -> Any:
 def parse_word(text: str) -> Any:
     """As `parse`, of a word of the command line, in which a comment would be lost."""
     value = parse(text)
+    # Again for its end: PyYAML ends a plain word at ` #` and drops the rest.
     node = yaml.compose(text, _Loader)
     if node is not None and text[node.end_mark.index :].strip():
         raise YamlError("is not one value: what follows a # would be lost; quote it", 1)
@@ -83,12 +86,14 @@ def plain(text: str) -> Any:
     if text in BOOL:
         return BOOL[text]
     digits = INT.fullmatch(text) or OTHER_BASE.fullmatch(text)
+    # Python refuses to convert beyond 4,300 digits, with an error of its own.
     if digits and len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits; write it with {MAX_DIGITS} at most")
     if digits:
         return int(text, 0) if OTHER_BASE.fullmatch(text) else int(text)
     if FLOAT.fullmatch(text):
         value = float(text)
+        # 1e999 would become infinity without a word.
         if value in (float("inf"), -float("inf")):
             raise ValueError(f"{text[:MAX_DIGITS]} is beyond float64; write a smaller number")
         return value
@@ -115,6 +120,7 @@ class _Loader(yaml.BaseLoader):
             raise YamlError(
                 f"got the tag {event.tag!r}; leave it out, and put text in quotes", line
             )
+        # Each level is a call: a thousand brackets would be a RecursionError.
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise YamlError(f"more than {MAX_DEPTH} levels; expected sections and keys", line)
@@ -126,6 +132,7 @@ class _Loader(yaml.BaseLoader):
         token: Any = self.peek_token()
         if isinstance(token, yaml.DirectiveToken):
             line = 1 + token.start_mark.line
+            # %YAML 1.1 asks for other meanings, %TAG for types.
             if (token.name, token.value) != ("YAML", (1, 2)):
                 raise YamlError(f"got %{token.name}; it is read as YAML 1.2: leave it out", line)
         return super().process_directives()
@@ -140,6 +147,7 @@ def _value(node: Any) -> Any:
     if LONE.search(node.value):
         raise YamlError("half a character (a lone surrogate); write it as \\U and 8 digits", line)
     try:
+        # A style is a quote: what is quoted is text.
         return node.value if node.style else plain(node.value)
     except ValueError as error:
         raise YamlError(str(error), line) from error
@@ -177,6 +185,7 @@ class _Dumper(yaml.SafeDumper):
 def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     """In quotes where either version of YAML would read something else."""
     try:
+        # Quoted where a plain word would come back as a number, true or null.
         style = None if isinstance(plain(text), str) else "'"
     except ValueError:
         style = "'"

@@ -251,7 +251,7 @@ def test_beside_liger(backend):
         assert (x - z).norm() <= max(1e-6 * z.norm(), 2 * (y - z).norm())
 
 
-@pytest.mark.parametrize("coefficient", [1.0, -1e-4, 1e-7])
+@pytest.mark.parametrize("coefficient", [1.0, pytest.param(-1e-4, marks=pytest.mark.slow), 1e-7])
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
 def test_rows_out_of_range_are_redone(backend, dtype, coefficient):
     """logp of -25 to -200 beside ordinary rows: exact, and the neighbours keep every bit."""

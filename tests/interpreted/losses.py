@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_batch_invariance(dtype, softcap):
     """A row alone, in a permutation, in chunks of one tile, trained or scored: the same bits."""
-    rows, width, vocabulary = 270, 40, 300
+    rows, width, vocabulary = 140, 40, 300
     hidden_TD = torch.randn(rows, width).to(dtype)
     weight_VD = torch.randn(vocabulary, width).to(dtype)
     targets_T = torch.randint(0, vocabulary, (rows,))
@@ -131,7 +131,8 @@ def test_vpgea_loss_is_the_published_formula(beta):
     assert_close((ours.logp_S,), (logp_S * (ADVANTAGE > 0) * (beta > 0),), 1e-12)
 
 
-def test_torch_and_triton_train_alike_for_twenty_steps(tmp_path):
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_torch_and_triton_train_alike(tmp_path, count):
     """The trainer itself: the same samples, and numbers of float32. test_trainer.py compares torch
     with the reference.
 
@@ -148,13 +149,15 @@ def test_torch_and_triton_train_alike_for_twenty_steps(tmp_path):
             "data.train": world.train_path,
             "eval.data": "[]",
             "loss.backend": backend,
-            "train.steps": 20,
+            "train.steps": count,
+            "data.limit": 100,
             "train.questions_per_step": 2,
             "objective.group_size": 3,
             "objective.prior_samples": 2,
             "rollout.max_new_tokens": 24,
             "metrics.diag_every": 0,
-            "checkpoint.save_every": 20,
+            "metrics.compare": "null",
+            "checkpoint.save_every": count,
             "checkpoint.export": "false",
         }
         given = [word for key, value in words.items() for word in (f"--{key}", str(value))]
@@ -166,7 +169,7 @@ def test_torch_and_triton_train_alike_for_twenty_steps(tmp_path):
             for name in ("metrics.jsonl", "paths.jsonl")
         ]
     (steps, paths), (triton_steps, triton_paths) = runs.values()
-    assert sum(step["skipped"] == 0 for step in steps) >= 10
+    assert sum(step["skipped"] == 0 for step in steps) >= count // 2
     assert [path["ids"] for path in triton_paths] == [path["ids"] for path in paths]
     for mine, theirs in zip(triton_steps, steps, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-5)

@@ -1,7 +1,7 @@
 """Checkpoints that outlive a kill at any moment, the claim on a run directory, and the export.
 
-protocol.py is the order of a save and a load, state.py what they hold, files.py the files and the
-run directory, export.py the Hugging Face directory.
+protocol.py is the order of a save and a load, state.py what they hold, dcp.py how torch cuts it,
+files.py the files and the run directory, export.py the Hugging Face directory.
 """
 
 from vpgea_fast.checkpoint.export import export_model

@@ -46,6 +46,7 @@ def export_model(
     with together(world, what, remedy):
         if world.main and not replace and out_dir.exists() and any(out_dir.iterdir()):
             raise CheckpointError(f"{out_dir} is not empty; export to another directory")
+    # A collective per tensor, so every process walks them all; only process 0 keeps them.
     weights = {}
     for name, weight in full_weights(model, dtype):
         if world.main:
@@ -77,6 +78,7 @@ def _write_export(
     try:
         remove(aside)
         make_directory(aside)
+        # Of the outline: a sharded model would name FSDP's class in config.json.
         _outline(causal_lm, weights).save_pretrained(
             aside, state_dict=weights, max_shard_size=max_shard_size
         )
@@ -88,6 +90,7 @@ def _write_export(
             sync(path)
         sync(aside)
         if out_dir.exists():
+            # A directory cannot replace one that is not empty: the old export steps aside first.
             out_dir.rename(previous)
         aside.rename(out_dir)
         sync(out_dir.parent)
@@ -106,5 +109,6 @@ def _outline(causal_lm: Any, weights: Mapping[str, torch.Tensor]) -> Any:
     dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
     with torch.device("meta"):
         outline = plain(copy.deepcopy(causal_lm.config)).to(*dtypes)
+    # No part of config.json, and eval needs its end-of-text tokens.
     outline.generation_config = causal_lm.generation_config
     return outline

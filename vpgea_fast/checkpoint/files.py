@@ -41,6 +41,7 @@ def together(
         with world.together():
             try:
                 yield
+            # Memory is no fault of the disk: its own error says more.
             except (CheckpointError, MemoryError, torch.OutOfMemoryError):
                 raise
             except catch as error:
@@ -53,11 +54,13 @@ def together(
 def write_text(path: str | Path, text: str) -> None:
     """Replace a small file at once: a reader finds the old text or the new, whatever happens."""
     path = Path(path)
+    # In the same directory: a rename across file systems would be a copy.
     aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")
         sync(aside)
         aside.replace(path)
+        # The rename is durable with its directory, not with its file.
         sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}; free disk space first") from error
@@ -98,6 +101,7 @@ def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
         return cut
     aside, dropped = path.with_name(f".tmp-{path.name}"), list[bytes]()
     try:
+        # Bytes, not text: a torn line may end inside a character.
         with path.open("rb") as old, aside.open("wb") as new:
             for number, line in enumerate(old, start=1):
                 if _keeps(cut, line, number=number, upto=upto, once=once):
@@ -105,6 +109,8 @@ def truncate_jsonl(path: str | Path, *, upto: int, once: bool = False) -> Cut:
                 else:
                     dropped.append(line.rstrip(b"\n") + b"\n")
         sync(aside)
+        # The dropped lines are durable before the log loses them: a kill between the two leaves
+        # a line twice, never in neither file.
         if dropped:
             with cut.kept_in.open("ab") as kept:
                 kept.writelines(dropped)
@@ -137,6 +143,7 @@ class RunLock:
     def abandon(self) -> None:
         """Release, and leave no more behind than the claim found: a start has failed. What the run
         has written stays, and so does a directory, a link or a mount point that was there."""
+        # Anything beside the lock is the run's.
         if [entry.name for entry in self.path.iterdir()] == [LOCK]:
             remove(self.path / LOCK)
             _remove_empty(self.made)
@@ -159,6 +166,7 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
     """
     path = Path(run_dir)
     _check_claim(path, resume)
+    # Known before mkdir: `abandon` removes these alone.
     made = tuple(each for each in (path, *path.parents) if not each.exists())
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -174,6 +182,7 @@ def claim_run_dir(run_dir: str | Path, *, resume: bool = False) -> RunLock:
         if not resume:  # of a run of which all else was deleted, or that was killed in its start
             for leftover in (path / SAVED, *path.glob(".tmp-*")):
                 remove(leftover)
+        # For the error of the next process that asks: who holds the claim.
         handle.truncate(0)
         print(os.getpid(), file=handle, flush=True)
     except BaseException:
@@ -206,8 +215,10 @@ def _keeps(cut: Cut, line: bytes, number: int, upto: int, once: bool) -> bool:
     """Whether a line stays in the log; counts it."""
     try:
         record = json.loads(line)
+    # RecursionError: a damaged line may be a thousand brackets.
     except (ValueError, RecursionError):
         record = None
+    # A line without its line break was torn, even if it parses.
     step = record.get("step") if isinstance(record, dict) and line.endswith(b"\n") else None
     if type(step) is not int or step < 0 or (once and step in cut.lines):
         cut.damaged.append(number)

@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.storage import WriteResult
 
+from vpgea_fast.checkpoint.dcp import INDEX, exchange
 from vpgea_fast.checkpoint.files import (
     SAVED,
     CheckpointError,
@@ -40,14 +41,12 @@ from vpgea_fast.checkpoint.files import (
     together,
 )
 from vpgea_fast.checkpoint.state import (
-    INDEX,
     OWN,
     SHARD,
     STATE,
     Checkpoint,
     Planned,
     Snapshot,
-    exchange,
     put,
     take,
     write_index,
@@ -91,6 +90,7 @@ def save_checkpoint(
     cannot write; older checkpoints are then untouched and nothing of this one is left. Costs one
     read of what was written, for the checksums.
     """
+    # No thread: who calls this once wants the file, not the overlap.
     with Saver(
         run_dir, world=world, model=model, optimizer=optimizer, keep_last=keep_last, do=do
     ) as saver:
@@ -124,6 +124,8 @@ class Saver:
         self.run_dir, self.world, self.keep_last, self.do = Path(run_dir), world, keep_last, do
         self.model, self.optimizer = model, optimizer
         self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        # The thread's collectives have connections of their own: on the main ones they would meet
+        # those of the training step in any order.
         self.writers = world.side if background else world
         self.pending: Future[None] | None = None
         self.planned: Planned | None = None
@@ -134,6 +136,7 @@ class Saver:
         """As `save_checkpoint`, but in the background it is durable only after the next wait."""
         self.wait()
         final = self.run_dir / "checkpoints" / f"step_{step}"
+        # Any: a shared disk shows a new directory to its processes at different times.
         if any(self.world.gather(final.exists())) and _fault(final, self.world) is None:
             return final
         taken = take(
@@ -145,7 +148,9 @@ class Saver:
             copied=self.thread is not None,
             known=self.planned,
         )
+        # Who writes what stays the same from save to save: seconds at hundreds of processes.
         self.planned = taken.planned
+        # `worth` is copied: training goes on and evaluates while the thread writes.
         forget = functools.partial(
             _forget, final, keep_last=self.keep_last, worth=dict(worth or {}), do=self.do
         )
@@ -158,6 +163,7 @@ class Saver:
 
     def wait(self) -> None:
         """Until the save before is durable. CheckpointError: it is not going to be."""
+        # Forgotten before it is asked: a failed save is reported once.
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -207,9 +213,11 @@ def load_checkpoint(
     """
     run_dir = Path(run_dir)
     if world.main:
+        # What a killed save left aside never had a checkpoint's name, so nothing is lost with it.
         for leftover in (*run_dir.glob(".tmp-*"), *run_dir.glob("checkpoints/.tmp-*")):
             remove(leftover)
     found = find_checkpoint(run_dir, world=world)
+    # Process 0 alone looks at the marks, and every process hears its error.
     with together(world):
         if world.main:
             _require_kept(run_dir, found)
@@ -228,6 +236,7 @@ def _write(
         "older checkpoints are intact. Free disk space (or make the directory writable) and "
         f"continue with --resume {parent.parent}"
     )
+    # What each process writes, and what process 0 writes for all.
     own, common = (SHARD.format(world.rank), OWN.format(world.rank)), (INDEX, STATE)
     written: list[WriteResult] = []
     entries: dict[str, Any] = {}
@@ -235,6 +244,7 @@ def _write(
         with together(world, what, remedy):
             if world.main:
                 do(make_directory, parent)
+                # Of the first save: checkpoints/ itself is durable only with its parent.
                 do(sync, parent.parent)
                 do(remove, aside)
                 do(make_directory, aside)
@@ -243,6 +253,7 @@ def _write(
             do(sync, aside / own[0])
             do(write_own, aside / own[1], taken)
             do(sync, aside / own[1])
+            # Read back by who wrote it: one process would read all shards through one disk.
             entries = do(_manifest, aside, own)
         all_written, all_entries = zip(*exchange(world, (written, entries)), strict=True)
         with together(world, what, remedy):
@@ -253,6 +264,7 @@ def _write(
                 do(sync, aside / STATE)
                 files = {name: entry for part in all_entries for name, entry in part.items()}
                 files |= do(_manifest, aside, common)
+                # The manifest is the last file: it names all others.
                 do(_write_text, aside / MANIFEST, json.dumps({"files": files}, indent=1))
                 do(sync, aside / MANIFEST)
                 do(sync, aside)
@@ -261,6 +273,7 @@ def _write(
                 do(sync, parent)
     finally:
         if world.main:
+            # Nothing there after the rename: this is for a save that failed.
             shutil.rmtree(aside, ignore_errors=True)
     if world.main:
         _mark_saved(parent.parent)
@@ -387,6 +400,7 @@ def _manifest(path: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
     entries: dict[str, dict[str, int]] = {}
     for name in names:
         with (path / name).open("rb") as file:
+            # In pieces of 1 MiB: a shard may be larger than the memory that is left.
             crc = 0
             while chunk := file.read(1 << 20):
                 crc = zlib.crc32(chunk, crc)

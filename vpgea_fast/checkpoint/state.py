@@ -14,31 +14,39 @@ state, and `load_state_dict`, which casts every state to its parameter's dtype.
 from __future__ import annotations
 
 import json
-import pickle
 import random
 import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from vpgea_fast.checkpoint.dcp import (
+    Planner,
+    Reader,
+    copy_to_host,
+    exchange,
+    fill,
+    inner_of,
+    saved_tensors,
+    shard_of,
+)
 from vpgea_fast.checkpoint.files import CheckpointError, together
 from vpgea_fast.distributed import World, named_weights
 
 SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
 """Files of process {}; DCP names the first."""
-INDEX, STATE = ".metadata", "state.json"
-"""Which tensor lies where, by DCP; the rest."""
+STATE = "state.json"
+"""What neither of them holds."""
 OPTIMIZER = "optimizer.state."
 STATE_KINDS = {"step": int, "processes": int, "trainer_state": dict, "optimizer": dict}
 OPTIMIZER_KINDS = {"class": str, "parameters": list, "values": dict, "bound": bool}
@@ -68,6 +76,7 @@ class Checkpoint:
         tree = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
             raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
+        # An empty one fails below, on its first key, in words.
         optimizer = tree["optimizer"] if isinstance(tree["optimizer"], dict) else {}
         for part, kinds in ((tree, STATE_KINDS), (optimizer, OPTIMIZER_KINDS)):
             for key, kind in kinds.items():
@@ -79,13 +88,14 @@ class Checkpoint:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
         where no model fits. Needs no other process."""
+        # No process group is asked for: this runs on a laptop too.
         reader = Reader(self.path)
         metadata = reader.read_metadata()
         whole = {
             name: torch.empty(saved.size, dtype=saved.properties.dtype)
-            for name, saved in _saved_tensors(metadata).items()
+            for name, saved in saved_tensors(metadata).items()
         }
-        _fill(whole, reader, metadata)
+        fill(whole, reader, metadata)
         return whole
 
 
@@ -110,70 +120,6 @@ class Snapshot:
     state: str
 
 
-class Index(pickle.Unpickler):
-    """DCP's index, which is a pickle: of DCP's own records, sizes and dtypes, and nothing else. A
-    checkpoint may come from someone else, and any other class could run code."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
-        self.path = file.name
-
-    known: ClassVar[dict[str, set[str]]] = {
-        Metadata.__module__: {
-            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
-            *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"} | {name for name, x in vars(torch).items() if isinstance(x, torch.dtype)},
-        "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},  # Python 3.13
-    }
-
-    def find_class(self, module_name: str, name: str) -> Any:
-        if name in self.known.get(module_name, ()):
-            return super().find_class(module_name, name)
-        raise CheckpointError(
-            f"{self.path} names {module_name}.{name}, which no index of a checkpoint needs and "
-            "which could run code; do not use this checkpoint"
-        )
-
-
-class Reader(FileSystemReader):
-    """DCP's reader, with an index that cannot run code and names no file elsewhere."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        path = Path(self.path) / INDEX
-        with path.open("rb") as file:
-            try:
-                index = Index(file).load()
-                places = list(index.storage_data.values())
-            except (CheckpointError, OSError):
-                raise
-            except Exception as error:  # a pickle that is none may raise anything
-                raise CheckpointError(
-                    f"{path} is no index of a checkpoint ({type(error).__name__}: {error}); delete "
-                    "this checkpoint to go on from the one before"
-                ) from error
-        for place in places:
-            if Path(place.relative_path).name != place.relative_path:
-                raise CheckpointError(
-                    f"{path} names the file {place.relative_path!r}, which lies elsewhere; do not "
-                    "use this checkpoint"
-                )
-        return index
-
-
-class Planner(DefaultSavePlanner):
-    """Plans over a model's tensors and takes the bytes from `shards`, this process's own of each:
-    the live ones, or copies."""
-
-    shards: Mapping[str, torch.Tensor]
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.shards[index.fqn]
-
-
 def take(
     folder: Path,
     state: Mapping[str, Any],
@@ -196,10 +142,11 @@ def take(
         weights = named_weights(model)
         states, bound, about = _optimizer_states(optimizer, weights)
         tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()} | states
-        shards = {name: _shard(tensor) for name, tensor in tensors.items()}
+        shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         require_finite(shards | bound, what=f"step {state['step']}")
         planner.set_up_planner(tensors, is_coordinator=world.main)
         wish = planner.create_local_plan()
+        # The plan is made; live tensors here would keep their memory to the end of the write.
         planner.state_dict = {}  # of live tensors
         text = json.dumps({**state, "optimizer": about}, allow_nan=False, indent=1)
         planner.shards = {name: copy(shard) for name, shard in shards.items()}
@@ -207,6 +154,7 @@ def take(
     # A thread must not touch CUDA: its current device would be the first, not this process's.
     ahead = 0 if copied else COPY_AHEAD
     writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=ahead)
+    # Any: all exchange, or none. A process that alone planned anew would wait for ever.
     if known is None or world.any(wish != known.wish):
         plans, index = planner.create_global_plan(exchange(world, wish))
         known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
@@ -216,6 +164,7 @@ def take(
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
     """The shards of this process, into `path`: DCP finds that name by itself."""
+    # DCP joins the folder and a name of its plan; the protocol must mean the same file.
     assert path.parent == Path(taken.writer.path)
     try:
         plan = taken.planner.finish_plan(taken.planned.plan)
@@ -252,11 +201,13 @@ def put(
         metadata = reader.read_metadata()
         _check_fit(found, metadata, world=world, weights=weights, optimizer=optimizer)
         targets = _targets(metadata, weights, optimizer)
+        # More processes than wrote: the others start from the last one's file, and seed anew.
         file = found.path / OWN.format(min(world.rank, found.processes - 1))
         own = torch.load(file, map_location="cpu", weights_only=True)
         bound = _beside(own["states"], weights)
     with together(world, what, remedy, catch=Exception):
-        _fill(targets, reader, metadata)
+        fill(targets, reader, metadata)
+        # All is read and checked by now: from here on nothing of this run's state survives.
         trained = _trained(optimizer, weights)
         optimizer.state.clear()
         for states in (_by_name(targets), _by_name(bound), found.optimizer["values"]):
@@ -277,15 +228,7 @@ def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
         _check_weights(found, metadata, weights)
     with together(world, what, remedy, catch=Exception):
         targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
-        _fill(targets, reader, metadata)
-
-
-def exchange(world: World, value: Any) -> list[Any]:
-    """`world.gather` of what JSON cannot say: DCP's records, of which the names repeat."""
-    if world.size == 1:
-        return [value]
-    packed = zlib.compress(pickle.dumps(value), 1)
-    return [pickle.loads(zlib.decompress(part)) for part in world.gather_bytes(packed)]
+        fill(targets, reader, metadata)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -319,7 +262,7 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
     extremes = [
         (name, torch.stack(part.aminmax()))
         for name, tensor in tensors.items()
-        for part in _inner(tensor).values()
+        for part in inner_of(tensor).values()
         if part.is_floating_point() and part.numel()
     ]
     bad = next((name for name, pair in extremes if not pair.isfinite().all()), None)
@@ -342,9 +285,10 @@ def _optimizer_states(
     trained = _trained(optimizer, weights)
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
+            # Step counts of optimisers that keep them as numbers go into state.json.
             if not isinstance(value, torch.Tensor):
                 values.setdefault(name, {})[key] = value
-            elif type(shard := _shard(value)) is torch.Tensor:
+            elif type(shard := shard_of(value)) is torch.Tensor:
                 tensors[f"{OPTIMIZER}{name}.{key}"] = value.detach()
             else:
                 bound[f"{OPTIMIZER}{name}.{key}"] = shard
@@ -361,6 +305,7 @@ def _trained(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, nn.Parameter]:
     """The optimiser's parameters by name."""
+    # By identity: the optimiser holds the very tensors, and they have no names.
     names = {id(weight): name for name, weight in weights.items()}
     return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
 
@@ -387,7 +332,7 @@ def _beside(
     placed: dict[str, torch.Tensor] = {}
     for full_name, shard in shards.items():
         weight = weights[_parts(full_name)[0]]
-        placed[full_name] = shard = shard.to(_shard(weight).device)
+        placed[full_name] = shard = shard.to(shard_of(weight).device)
         if isinstance(weight, DTensor):
             placed[full_name] = DTensor.from_local(
                 shard,
@@ -405,20 +350,22 @@ def _targets(
 ) -> dict[str, torch.Tensor]:
     """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
     targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+    # The options of a parameter's group decide where its step count lives.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = _trained(optimizer, weights)
-    for full_name, saved in _saved_tensors(metadata).items():
+    for full_name, saved in saved_tensors(metadata).items():
         if not full_name.startswith(OPTIMIZER):
             continue
         parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
         if saved.size == parameter.shape:
+            # A DTensor where the parameter is one: DCP then reads this process's shard alone.
             targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
         else:
             # As AdamW does: a step count on a GPU that no fused kernel reads there would cost a
             # sync a parameter.
             group = groups[id(parameter)]
             beside = saved.size or group.get("fused") or group.get("capturable")
-            device = _shard(parameter).device if beside else "cpu"
+            device = shard_of(parameter).device if beside else "cpu"
             targets[full_name] = torch.zeros(saved.size, dtype=dtype, device=device)
     return targets
 
@@ -453,9 +400,10 @@ def _check_weights(
     found: Checkpoint, metadata: Metadata, weights: Mapping[str, torch.Tensor]
 ) -> str:
     """CheckpointError if the checkpoint is not one of this model; the remedy for such errors."""
+    # Optimiser states have a prefix of their own and are checked elsewhere.
     saved = {
         name.removeprefix("model."): tensor
-        for name, tensor in _saved_tensors(metadata).items()
+        for name, tensor in saved_tensors(metadata).items()
         if name.startswith("model.")
     }
     where = f"{found.path} is of another model"
@@ -464,6 +412,7 @@ def _check_weights(
         has, lacks = ("it", "this one") if odd[0] in saved else ("this one", "it")
         raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {remedy}")
     for name, weight in weights.items():
+        # A grown vocabulary is the usual cause, so the message names it.
         if saved[name].size != weight.shape:
             raise CheckpointError(
                 f"{where} or vocabulary: {name} is {tuple(saved[name].size)} there, "
@@ -488,47 +437,7 @@ def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> N
     if world.rank < found.processes:
         restore_rng(state, world.device)
     else:
+        # From what was saved, so that two resumes of one checkpoint draw alike.
         seed = zlib.crc32(state["torch"].numpy().tobytes()) + world.rank
         torch.manual_seed(seed)
         random.seed(seed)
-
-
-def _saved_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    return {
-        name: saved
-        for name, saved in metadata.state_dict_metadata.items()
-        if isinstance(saved, TensorStorageMetadata)
-    }
-
-
-def _fill(targets: dict[str, torch.Tensor], reader: FileSystemReader, metadata: Metadata) -> None:
-    """Read into `targets`: of DTensors this process's shards. No collective."""
-    planner = DefaultLoadPlanner()
-    planner.set_up_planner(targets, metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(planner.create_local_plan(), planner).wait()
-
-
-def _shard(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _inner(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors that a tensor is made of: itself, as "", or those of a tensor class."""
-    if type(tensor) is torch.Tensor:
-        return {"": tensor}
-    return {name: getattr(tensor, name) for name in _flatten(tensor)[0]}
-
-
-def _flatten(tensor: Any) -> tuple[list[str], Any]:
-    return tensor.__tensor_flatten__()
-
-
-def copy_to_host(tensor: Any) -> torch.Tensor:
-    """In host memory, and of its own. A tensor class's `to` need not copy: its parts' does."""
-    parts = {name: part.to("cpu", copy=True) for name, part in _inner(tensor).items()}
-    if type(tensor) is torch.Tensor:
-        return parts[""]
-    context = _flatten(tensor)[1]
-    return tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())

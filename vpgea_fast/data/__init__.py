@@ -119,8 +119,10 @@ def load_questions(
     its place.
     """
     file = cfg.filled(DataFile(source) if isinstance(source, str) else source)
+    # The whole file before the verifier: one call of many answers costs less than many of one.
     questions, bad, notes = _read(file)
     bad |= _refused(questions, bad, parseable)
+    # Unusable answers are one decision of the user's, so both kinds are counted together.
     drops = tuple(Drop(q, bad[q.id]) for q in questions if q.id in bad)
     if drops and cfg.bad_answer == "error":
         first = drops[0]
@@ -131,6 +133,7 @@ def load_questions(
             + ", or set data.bad_answer to drop"
         )
     loaded = LoadedQuestions(tuple(q for q in questions if q.id not in bad), drops, tuple(notes))
+    # Dropping all of them is the mark of a wrong answer_key, and no data set to train on.
     if not loaded.questions:
         raise DataError(
             f"{file.path}: all {len(questions)} questions have an unusable answer "
@@ -172,6 +175,7 @@ def load_benchmarks(
     """name -> benchmark, of every file in `cfg.data`, with its own keys. ValueError for two of one
     name, for a prompt above data.max_prompt_tokens (the rest would be another benchmark), and if
     nothing is drawn."""
+    # Found before the model is loaded: the result would be a table without rows.
     if cfg.data and not (cfg.samples or cfg.greedy):
         raise ValueError(
             "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
@@ -183,9 +187,11 @@ def load_benchmarks(
             raise ValueError(
                 f"eval.data names two benchmarks {name!r}; give one another `name`, or rename it"
             )
+        # eval.limit in the place of data.limit; a limit of the file's own still wins.
         loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
         texts = [question.text for question in loaded.questions]
         questions = tuple(zip(loaded.questions, prompter.student_ids(texts), strict=True))
+        # An accuracy over the shorter questions alone would look like the benchmark's.
         long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
         if long:
             raise ValueError(
@@ -211,6 +217,7 @@ def unfit(
 
     def reason(q: Question) -> str:
         steers = has_special(q.text, q.answer, *q.variants)
+        # Two reasons are told apart by asking again; one needs no question.
         said = [r for r in reasons if ("special" in r) == steers] if len(reasons) > 1 else reasons
         return " or ".join(said)
 
@@ -250,6 +257,7 @@ def _check_replaceable(file: Path) -> None:
     """DataError for a file that holds anything but a list of dropped rows: it would be lost."""
     if not file.is_file() or file.stat().st_size == 0:
         return
+    # One line tells: the file may be someone's data set of gigabytes.
     with file.open("rb") as opened:
         first = opened.readline(1 << 20)
     if not first.startswith(b'{"place": '):
@@ -280,6 +288,7 @@ def shown_drops(drops: Sequence[Drop], file: str = "data.dropped_file") -> list[
         by_reason.setdefault(drop.reason, []).append(drop)
     lines = []
     for reason, group in by_reason.items():
+        # A wrong key drops every row: a log of 40,000 lines would hide the reason.
         lines += [f"dropped: {drop}" for drop in group[:SHOWN]]
         if len(group) > SHOWN:
             lines.append(f"dropped: {len(group) - SHOWN} more ({reason}); {file} lists all")
@@ -300,6 +309,8 @@ def step_questions(
     n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
     With `weights` (of files, by name) every file has its share of each step and epochs of its own.
     """
+    # Each file is a data set of its own, with its own seed and epochs, so that changing one
+    # file's weight does not reorder another's questions.
     if weights is not None:
         shares = step_shares(weights, batch)
         files = {name: [q for q in questions if q.file == name] for name in shares}
@@ -321,6 +332,7 @@ def step_questions(
         )
     epoch, index = divmod(step, len(questions) // batch)
     order = list(range(len(questions)))
+    # Drawn anew at every step: no state to save, and a resumed run needs none.
     random.Random(f"{seed}/{epoch}").shuffle(order)  # 40,000 questions: 20 ms
     return [questions[i] for i in order[index * batch : (index + 1) * batch]]
 
@@ -335,9 +347,11 @@ def step_shares(weights: Mapping[str, float], batch: int) -> dict[str, int]:
     total = sum(weights.values())
     exact = {name: batch * weight / total for name, weight in weights.items()}
     shares = {name: int(share) for name, share in exact.items()}
+    # Hamilton's method: the questions that rounding down left go to the largest remainders.
     rest = sorted(exact, key=lambda name: shares[name] - exact[name])  # stable: ties by order
     for name in rest[: batch - sum(shares.values())]:
         shares[name] += 1
+    # A file that gives nothing would be left out of the training in silence.
     none = next((name for name, count in shares.items() if count == 0), None)
     if none is not None:
         raise DataError(
@@ -351,6 +365,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
     """BLAKE2b over questions in their order: a resumed run must see the same ones."""
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
+        # JSON keeps the three apart: id "a" and text "bc" is not id "ab" and text "c".
         digest.update(json.dumps([question.id, question.text, question.answer]).encode())
     return digest.hexdigest()
 
@@ -358,6 +373,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
 def _merged(parts: Mapping[str, LoadedQuestions]) -> LoadedQuestions:
     """Several files as one data set; ids that two files have get their file's name before them."""
     counts = Counter(q.id for part in parts.values() for q in part.questions)
+    # All ids change or none, so that an id tells its file throughout a run.
     clash = any(count > 1 for count in counts.values())
 
     def named(q: Question) -> Question:
@@ -384,6 +400,7 @@ def _read(file: DataFile) -> tuple[list[Question], dict[str, str], list[str]]:
     for number, row in islice(rows, file.limit):
         place = f"{file.path}, {unit} {number}"
         made, reason = make_question(row, file, number=number, place=place, notes=notes)
+        # Ids seed the samples: two questions of one id would draw the same paths.
         if made.id in seen:
             raise DataError(
                 f"{place}: the id {made.id!r} stands at {seen[made.id]} already; make ids "
@@ -404,6 +421,7 @@ def _refused(
     """The ids of questions whose answer the verifier does not accept -> the reason."""
     if parseable is None:
         return {}
+    # An answer that is refused already is not asked again: up to 5 s each.
     asked = [question for question in questions if question.id not in bad]
     verdicts = parseable([question.answer for question in asked])
     refused = [q.id for q, good in zip(asked, verdicts, strict=True) if not good]

@@ -36,6 +36,7 @@ def spelled(value: object) -> str:
     without an exponent: 204.0 is 204 (a column of integers with one hole arrives so), 1e-7 is
     0.0000001. ValueError for what is no text and no finite number.
     """
+    # NaN alone differs from itself.
     if value is None or value != value:
         return ""
     if isinstance(value, str):
@@ -45,10 +46,12 @@ def spelled(value: object) -> str:
     number = Decimal(int(value)) if isinstance(value, Integral) else Decimal(str(value))
     if not number.is_finite():
         raise ValueError("is no finite number")
+    # 1e999999999 is nine characters and a gigabyte written out.
     if abs(number.adjusted()) > MOST_DIGITS:
         raise ValueError(f"has more than {MOST_DIGITS} digits written out; give it as text")
     text = format(number, "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
+    # A float column may hold -0.0, and no model writes that.
     return "0" if text == "-0" else text
 
 
@@ -59,16 +62,22 @@ def final_answer(text: str) -> tuple[str, str | None]:
     (MATH); ValueError with the reason where it has neither, ends in several boxes, or in a box that
     is a part of a formula.
     """
+    # The last mark: a solution may quote others on its way.
     _, mark, tail = text.rpartition("####")
     tail = STATED.sub("", tail, count=1) if STATED.match(tail) else tail
+    # Words behind the mark mean that it is a Markdown heading.
     if mark and tail.strip() and not is_prose(tail) and BOX.search(tail) is None:
         answer = normalise_answer(tail)
+        # GSM8K has `#### 1,000` in places; the plain spelling is the one to score.
         plain = answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
         return plain, "what follows the last ####"
+    # On the bare text, since delimiters around a box would hide that it is all there is.
     whole = normalise_answer(text)
     prose, boxes = is_prose(text), _boxes(whole)
     if boxes and (prose or len(boxes) == 1):
         (start, _, answer), rest = boxes[-1], boxes[:-1]
+        # Boxes close together (`\boxed{2} and \boxed{3}`) are one answer in parts; far apart, the
+        # earlier ones are steps on the way.
         if rest and len(whole[rest[-1][1] : start]) <= 20:
             raise ValueError(SEVERAL)
         if PART.search(whole[max(0, start - 80) : start]):
@@ -81,6 +90,7 @@ def final_answer(text: str) -> tuple[str, str | None]:
 
 def is_prose(text: str) -> bool:
     """Whether `text` is a worked solution and not an answer; the rule stands at MOST_WORDS."""
+    # Commands are no words: `\begin{pmatrix}` would count as two.
     plain = LATEX.sub(" ", text.strip())
     words = len(WORD.findall(plain))
     lines = [line for line in plain.splitlines() if line.strip()]
@@ -98,6 +108,7 @@ def is_prose(text: str) -> bool:
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, inside) of every outermost \\boxed{} that is closed."""
+    # One pass over the braces for all boxes: a search from each would be quadratic.
     closing, opened = {}, []
     for match in BRACES.finditer(text):
         if match[0] == "{":
@@ -107,6 +118,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     found: list[tuple[int, int, str]] = []
     for match in BOX.finditer(text):
         end = closing.get(match.end())
+        # A box inside a box is a part of the outer one's answer.
         if end is not None and not (found and match.start() < found[-1][1]):
             found.append((match.start(), end + 1, text[match.end() + 1 : end]))
     return found
@@ -122,10 +134,12 @@ def normalise_answer(answer: str) -> str:
     >>> normalise_answer(r" $\boxed{\left(3, \frac{\pi}{2}\right)}$. ")
     '(3, \\frac{\\pi}{2})'
     """
+    # An escaped \$ is dollars and stays.
     text = re.sub(r"(?<!\\)(\$|\\[()\[\]])", "", answer)
     if not re.search(r"\\(left|right)\s*\.", text):
         text = re.sub(r"\\(left|right)(?![a-zA-Z])", "", text)
     before = None
+    # Shells may alternate: a box in dots in a box.
     while text != before:
         before = text
         text = _unboxed(_without_end(text.strip()))

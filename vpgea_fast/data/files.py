@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vpgea_fast.config import one_line
+
 HUB = re.compile(r"hub:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?")
 KINDS = "a JSONL file, .json, .csv, .tsv, .parquet, a directory, or hub:owner/name[/config][:split]"
 FIELD_LIMIT = 1 << 24  # characters of a CSV cell; Python's own limit is 131,072
@@ -46,10 +48,12 @@ def open_rows(source: str) -> tuple[str, Iterator[tuple[int, Row]]]:
         raise DataError(f"there is no file {source}; expected {KINDS}")
     try:
         with path.open("rb") as file:
+            # Enough for every magic number, and for the first zero of UTF-16 or a binary.
             head = file.read(1 << 16)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; see its rights") from error
     suffix = path.suffix.lower()
+    # By content too: downloads often lose their suffix.
     if suffix == ".parquet" or head.startswith(b"PAR1"):
         return "row", enumerate(_parquet_rows(path), 1)
     _check_text(path, head)
@@ -72,14 +76,17 @@ def _json_rows(path: Path) -> tuple[str, Iterator[tuple[int, Row]]]:
     JSONL is read line by line, so that `limit` rows of a large file cost no more than that.
     """
     with path.open("rb") as file:
+        # Two lines tell JSONL from one JSON text, whatever the size of the file.
         first, second = (*islice((line for line in file if line.strip()), 2), b"", b"")[:2]
     start = first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     whole = first.rstrip().endswith(b"}")  # a line that is an object
     if start == b"[":
         return "row", enumerate(_objects(path, _whole(path)), 1)
+    # An object over several lines, or one object alone: either may hold the rows under a key.
     if start == b"{" and not (whole and second):
         try:
             value = _whole(path)
+        # A .jsonl whose first line is damaged: the reader of lines names that line.
         except DataError:
             if not whole and path.suffix.lower() == ".json":
                 raise
@@ -96,6 +103,7 @@ def _whole(path: Path) -> Any:
 
 def _held(path: Path, value: Mapping[str, Any]) -> list[Any] | None:
     """The rows that one JSON object holds under a key of CONTAINERS, if it does."""
+    # Two lists may be train and test: nobody knows which is meant.
     held = [key for key in CONTAINERS if _is_table(value.get(key))]
     if len(held) > 1:
         raise DataError(
@@ -140,6 +148,7 @@ def _loads(text: bytes, *, place: str, numbered: bool = False) -> Any:
     except json.JSONDecodeError as error:
         place += f", line {error.lineno}" * numbered
         wrong = f"{error.msg} at column {error.colno}"
+        # The message shows the line, not the head of a file of gigabytes.
         text = text.split(b"\n")[error.lineno - 1] if numbered else text
     except UnicodeDecodeError as error:
         number = text.count(b"\n", 0, error.start)
@@ -162,6 +171,7 @@ def _decimal(text: str) -> Decimal:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
+    # json keeps the last of two equal keys and says nothing.
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -171,6 +181,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _table_lines(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     """Rows of CSV or TSV, numbered by the line where each begins."""
+    # A limit of the process: worked solutions exceed Python's own.
     csv.field_size_limit(FIELD_LIMIT)
     reader, number = None, 1
     try:
@@ -179,6 +190,7 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             keys: list[str] = []
             for cells in reader:
+                # A quoted cell may hold line breaks, so a row begins where the last one ended.
                 place, number = number, reader.line_num + 1
                 if not keys and cells:
                     keys = _header(path, cells)
@@ -216,7 +228,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 yield from _batch_rows(batch)
     except (ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(
-            f"{path} is not a readable parquet file: {_one_line(error)}; write it again"
+            f"{path} is not a readable parquet file: {one_line(error)}; write it again"
         ) from error
 
 
@@ -225,6 +237,7 @@ def _batch_rows(batch: Any) -> Iterator[Row]:
     names = batch.schema.names
     if len(set(names)) < len(names):
         raise DataError(f"two columns of one name among {names}")
+    # By the type's name, so that floats inside lists and structs are found too.
     narrow = {f.name: f.type for f in batch.schema if re.search(r"\b(half)?float\b", str(f.type))}
     for row in batch.to_pylist():
         yield {**row, **{name: _narrow(row[name], kind) for name, kind in narrow.items()}}
@@ -251,6 +264,7 @@ def _directory_rows(path: Path) -> Iterator[Row]:
     import datasets
 
     def load() -> Any:
+        # The two marks of save_to_disk; any other directory is one of data files.
         if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(str(path), split="train")
         saved = datasets.load_from_disk(str(path))
@@ -279,12 +293,9 @@ def _hub_rows(source: str) -> Iterator[Row]:
 
 def _dataset_rows(load: Any, source: str, expected: str) -> Iterator[Row]:
     try:
+        # In blocks of 1,024: `limit` rows of a large data set cost no more than that.
         tables: Iterable[Any] = load().with_format("arrow").iter(1024)
         for table in tables:
             yield from _batch_rows(table)
     except Exception as error:  # datasets passes on what pandas, fsspec, httpx and Arrow raise
-        raise DataError(f"{source}: {_one_line(error)}; expected {expected}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{source}: {one_line(error)}; expected {expected}") from error

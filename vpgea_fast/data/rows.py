@@ -50,9 +50,11 @@ def make_question(
     text, name = reader.question(keys.question_key or ""), reader.get(keys.id_key or "")
     if keys.id_key != "id" and name is MISSING:
         notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
+    # An id of 0 is one; only an empty text is none.
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
     question = partial(Question, id=reader.check(name, "id"), file=keys.label, place=place)
     choices = reader.choices(keys)
+    # The letter is the answer here, so no spelling has to be found in a text.
     if choices:
         shown, answer = _with_letters(reader, choices, keys=keys, name=name, notes=notes)
         return question(text=f"{text}\n{shown}", answer=answer), None
@@ -62,12 +64,14 @@ def make_question(
         return question(text=text, answer=given), NO_CHOICES
     if keys.choices_key:
         notes[f"rows without choices under {keys.choices_key!r}"] += 1
+    # From here on the answer is free text: a number, a formula, or a solution that ends in one.
     given, others = reader.answer(keys.answer_key or ""), reader.variants(keys.variants_key)
     try:
         answer, where = final_answer(given)
     except ValueError as error:
         return question(text=text, answer=given.strip()), str(error)
     try:
+        # Equal spellings once: U would count the likelihood of each.
         variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
     except ValueError as error:
         return question(text=text, answer=answer), f"{error} among the variants"
@@ -91,6 +95,7 @@ class _Reader:
         value = self.get(key)
         if value is not MISSING:
             return value
+        # Advice only: a key that is guessed would train on the wrong column in silence.
         usual = [k for k in USUAL.get(setting, ()) if self.get(k) is not MISSING]
         likely = f"to {' or '.join(map(repr, usual))}" if usual else "to the right one"
         raise DataError(
@@ -110,6 +115,7 @@ class _Reader:
         return text
 
     def question(self, key: str) -> str:
+        # `{Body} {Question}`: checked field by field first, so that an error names one key.
         fields = re.findall(r"\{([^{}]+)\}", key)
         if not fields:
             return self.text(key, self.need(key, "question_key"))
@@ -152,6 +158,7 @@ class _Reader:
         except DataError:
             raise
         except ValueError as error:
+            # Several answers may be spellings of one (variants_key) or a question with two answers.
             many = isinstance(value, list)
             remedy = "if these are spellings of one answer, give one under data.answer_key and all "
             raise DataError(
@@ -186,6 +193,7 @@ class _Reader:
         else:
             value = _plain(self.need(key, "choices_key"))
         pairs = _pairs(value)
+        # One choice is no question, and beyond Z there is no letter.
         if pairs is None or len(pairs) == 1 or len(pairs) > len(LETTERS):
             raise DataError(
                 f"{self.place}: expected 2 to {len(LETTERS)} choices under {key!r} (a list, "
@@ -200,6 +208,7 @@ class _Reader:
         inside = [(k, v) for k, v in self.row.items() if isinstance(v, Mapping)]
         named = [str(k) for k in self.row if CHOICES.fullmatch(str(k)) and _holds(self.row[k])]
         named += [f"{k}.{i}" for k, v in inside for i in v if CHOICES.fullmatch(i) and _holds(v[i])]
+        # One column called A may be anything; two or more are choices.
         columns = sorted(key for key in keys if CHOICE_COLUMN.fullmatch(key))
         wrong = sorted(key for key in keys if key.lower().startswith("incorrect answer"))
         right = next((key for key in keys if key.lower() == "correct answer"), "RIGHT")
@@ -222,6 +231,7 @@ def _with_letters(
     """The choices as lines `A. text`, and the letter of the right one."""
     columns = keys.choices_key if isinstance(keys.choices_key, tuple) else None
     named = keys.answer_key or ""
+    # Columns put the right choice first; a list holds it anywhere, and the answer names it.
     if columns and (named == columns[0] or reader.get(named) is MISSING):
         first, right, how = True, 0, f"the choice under {columns[0]!r}"
     else:
@@ -233,6 +243,7 @@ def _with_letters(
     if seed is None and first:
         seed = 0  # else every answer would be A
     if seed is not None:
+        # By id, so that neither a limit nor the order of the rows moves a letter.
         random.Random(f"{seed}/{name}").shuffle(order)
         how += f", shuffled by seed {seed}"
     notes[f"answers: a letter, of {how}"] += 1
@@ -246,6 +257,7 @@ def _right_choice(
     """Which choice the answer names, and in which way."""
     text = reader.spelled(keys.answer_key or "", value).strip()
     labels = [label or LETTERS[i] for i, (label, _) in enumerate(choices)]
+    # A lone letter reads as a label without its bracket.
     letter = LABEL.fullmatch(f"{text})") if len(text) == 1 else LABEL.fullmatch(text)
     bare = text if text in labels else letter[1] if letter and not letter[2].strip(") ") else None
     texts = [i for i, (_, choice) in enumerate(choices) if choice.strip() == text]
@@ -260,10 +272,12 @@ def _right_choice(
     words["index_from_1"] = "its index from 1"
     way = keys.choices_answer or "auto"
     if way == "auto":
+        # A number in JSON counts from 0 (MMLU); in text it may be a choice's own words.
         tried = ("letter", "text", "index") if isinstance(value, str) else ("index",)
         if any(label for label, _ in choices):  # ARC labels its choices 1 to 4
             tried = ("letter", "text")
         hits = {w: ways[w] for w in tried if ways[w]}
+        # Ways that point to one choice agree; only two different choices are a doubt.
         if len({tuple(found) for found in hits.values()}) > 1:
             several = " or ".join(words[w] for w in hits)
             raise DataError(
@@ -292,6 +306,7 @@ def _pairs(value: Any) -> list[tuple[str, Any]] | None:
     if value is None or value is MISSING:
         return []
     if isinstance(value, Mapping):
+        # ARC and CommonsenseQA: two lists side by side.
         labels, texts = _plain(value.get("label")), _plain(value.get("text"))
         if isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts):
             return [(str(label), text) for label, text in zip(labels, texts, strict=True)]
@@ -300,6 +315,7 @@ def _pairs(value: Any) -> list[tuple[str, Any]] | None:
         return None
     if value and all(isinstance(item, Mapping) and "text" in item for item in value):
         return [(str(item.get("label", "")), item["text"]) for item in value]
+    # AQuA spells its labels inside the texts: `A)21`. All of them in order, or they are words.
     spelt = [LABEL.fullmatch(item) if isinstance(item, str) else None for item in value]
     if value and all(m and m[1] == LETTERS[i] for i, m in enumerate(spelt) if i < len(LETTERS)):
         return [(m[1], m[2]) for m in spelt if m]
@@ -312,6 +328,7 @@ def _lookup(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
         if key in value:
             return value[key]
+        # The longest beginning first: a key that holds a dot itself comes before a path.
         for cut in reversed([i for i, char in enumerate(key) if char == "."]):
             if key[:cut] in value:
                 found = _lookup(value[key[:cut]], key[cut + 1 :])

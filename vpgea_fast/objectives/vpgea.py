@@ -27,13 +27,8 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
     Both None where no path is gated. Whoever needs alpha later takes `log_utility` from here.
     """
     options, post, prior = cfg.group_options(), batch.posterior, batch.prior
-    # A thought that was cut, and one that could not be scored, are failures: R = 0, and they stay
-    # in their group's mean.
-    accept_BG = post.closed_BP & torch.isfinite(post.u_BP)
-    if cfg.verify == "gate":
-        accept_BG = accept_BG & (post.correct_BP == 1.0)
     columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
-    u = cross_view_utility(*columns, accept_BG=accept_BG, options=options)
+    u = cross_view_utility(*columns, accept_BG=accepted(cfg, batch), options=options)
     gate_BG = u.gate.double() if cfg.gate == "indicator" else u.advantage.clamp(min=0.0)
     gated = post.length_BP[u.gate]
     ratio = (post.length_BP / post.length_BP.mean(dim=1, keepdim=True))[u.gate]
@@ -66,3 +61,19 @@ def coefficients(cfg: VpgeaConfig, batch: ScoredBatch) -> Coefficients:
         path_scores={"posterior": scores, "prior": {"u": prior.u_BP}},
         metrics=merge(metrics, posterior_monitors(*columns, **bounds)),
     )
+
+
+def accepted(cfg: VpgeaConfig, batch: ScoredBatch) -> torch.Tensor:
+    """Which teacher paths may earn a reward, (B, G) bool. Every filter of paths stands here.
+
+    A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
+    dropping it would hide it. A filter may read the columns of the stream, each (B, G): `u_BP`
+    (nats), `length_BP` (tokens), `closed_BP`, `correct_BP` (1, 0, or NaN where not verified). Token
+    ids are in `post.paths[b][i].z_ids`.
+    """
+    post = batch.posterior
+    # Cut thoughts have no end to score, and a U that is not finite says nothing.
+    filters = [post.closed_BP, torch.isfinite(post.u_BP)]
+    if cfg.verify == "gate":
+        filters.append(post.correct_BP == 1.0)
+    return torch.stack(filters).all(dim=0)

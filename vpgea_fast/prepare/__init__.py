@@ -60,6 +60,7 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
     recipe = _recipe(order)
     if order.out.exists() and not order.out.is_dir():
         raise DataError(f"--out {order.out} is a file; give a directory")
+    # The model's tokenizer and templates are checked before minutes of reading and judging.
     if order.measure:
         open_text(cfg)
     with Verifier.configured(cfg.verify) as verifier:
@@ -70,10 +71,12 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
         }
     files: dict[str, str] = {}
     if "train" in found:
+        # Every file that the model may be evaluated on, this data set's own test first.
         evaluations = {str(order.out / "test.jsonl"): found["test"]} if "test" in found else {}
         evaluations |= {file.path: load_questions(file, cfg.data) for file in cfg.eval.data}
         own = found["test"].questions if "test" in found else ()
         found["train"], matches = _without_overlap(found["train"], own, evaluations)
+        # What was taken out stands beside, with its match: the reader can judge the rule.
         files["contaminated.jsonl"] = _lines([_matched(q, match) for q, match in matches])
         compared = ", ".join(evaluations) or "no evaluation: give one with --against FILE"
         console.message(f"train: compared with {compared}")
@@ -81,6 +84,7 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
         _tell(role, loaded, console)
         files[f"{role}.jsonl"] = _lines([_row(q) for q in loaded.questions])
     files["dropped.jsonl"] = _lines(dropped_rows(found.values()))
+    # The files are safe before the sampling begins, which takes hours.
     _write(order, files, console)
     named = {role: str(order.out / f"{role}.jsonl") for role in found}
     if order.measure:
@@ -112,6 +116,7 @@ def _load(
 ) -> LoadedQuestions:
     """Every question of a split, in the published order and under its lasting id."""
     what = f"{order.name} {role}"
+    # Several sources make one split: MATH has a file per subject.
     sources = located(ways, order.folders, what)
     parts: list[tuple[Source, LoadedQuestions]] = []
     counts: dict[Source, int] = {}
@@ -120,6 +125,7 @@ def _load(
         try:
             loaded = _rows(source, path, limit, judge)
         except DataError as error:
+            # With a cause it comes from the network; without one, from the rows themselves.
             if order.folders or error.__cause__ is None:
                 raise
             raise DataError(
@@ -127,10 +133,12 @@ def _load(
                 f"network, or get its files elsewhere and give their folder: vpgea data "
                 f"{order.name} --from FOLDER with {', or '.join(source.patterns)}"
             ) from error
+        # Shards of a parquet file go on counting where the last one ended.
         start = counts.get(source, 0)
         loaded = _named(loaded, order.name, tag, start)
         counts[source] = start + len(loaded.questions) + len(loaded.drops)
         parts.append((source, loaded))
+    # A published number of rows that is not met is said, not refused: data sets get repaired.
     published, read = sum(source.rows for source in counts), sum(counts.values())
     console.message(f"{what}: {read} rows from {_from(sources)}")
     if limit is not None:
@@ -138,6 +146,7 @@ def _load(
     elif read != published:
         console.message(f"{what}: {published} rows were published, {read} are here")
     notes: Counter[str] = Counter()
+    # Seven subjects would say one note seven times: equal notes add up.
     for note in (note for _, part in parts for note in part.notes):
         count, _, text = note.partition(" ")
         notes[text] += int(count)
@@ -151,6 +160,7 @@ def _load(
 
 def _rows(source: Source, path: str, limit: int | None, judge: Judge) -> LoadedQuestions:
     first, last = source.part
+    # The limit counts within the part, so that a test split has as many as asked for.
     ends = [end for end in (last, None if limit is None else first + limit) if end is not None]
     file = DataFile(
         path,
@@ -162,6 +172,7 @@ def _rows(source: Source, path: str, limit: int | None, judge: Judge) -> LoadedQ
     loaded = load_questions(file, DataConfig(), parseable=judge)
     if not first:
         return loaded
+    # The rows before were read for their numbers alone.
     behind = tuple(q for q in loaded.questions if _number(q) > first)
     if not behind:
         raise DataError(f"{path} ends before row {first + 1}; expected {source.rows} rows there")
@@ -210,8 +221,11 @@ def _without_overlap(
 ) -> tuple[LoadedQuestions, list[tuple[Question, Match]]]:
     """The training questions that no evaluation asks, and the others with what they match. A row
     that is the test's own (MATH-500 lies within MATH) is set apart first."""
+    # Whole texts for the test split, as it is a part of the same publication: a shared run of
+    # words is the test of contamination, and would count the split itself as such.
     own = {" ".join(q.text.split()) for q in test}
     overlap = Overlap(
+        # Dropped evaluation rows count too: their text may be trained on all the same.
         (file, [*part.questions, *(drop.question for drop in part.drops)])
         for file, part in evaluations.items()
     )
@@ -226,6 +240,7 @@ def _without_overlap(
             matches.append((question, match))
         else:
             clean.append(question)
+    # An empty training file is no result; the usual slip is named.
     if not clean:
         raise DataError(
             f"all {len(train.questions)} training questions stand in an evaluation too; see "
@@ -260,6 +275,7 @@ def _lines(rows: Sequence[Mapping[str, object]]) -> str:
 
 def _write(order: Order, files: Mapping[str, str], console: Console) -> None:
     """All files or none: what stands there and differs is kept, unless `overwrite`."""
+    # All are compared before the first is written.
     there = {name: order.out / name for name in files if (order.out / name).exists()}
     other = [path for name, path in there.items() if not _holds(path, files[name])]
     if other and not order.overwrite:
@@ -291,6 +307,7 @@ def _measured(order: Order, cfg: Config, questions: Sequence[Question], console:
     of them."""
     low, high = order.keep or (0.0, 1.0)
     kept_file = order.out / f"train-{low:g}-{high:g}.jsonl"
+    # Without the rates beside it, it is not of this command: nothing says how it was chosen.
     if kept_file.exists() and not (order.out / RATES).exists() and not order.overwrite:
         raise DataError(f"{kept_file} is there already; give another --out, or --overwrite")
     rates = pass_rates(
@@ -301,6 +318,7 @@ def _measured(order: Order, cfg: Config, questions: Sequence[Question], console:
         for q, rate in zip(questions, rates, strict=True)
         if rate.value is not None and low <= rate.value <= high
     ]
+    # Before the refusal below: the table shows which range would have questions.
     console.table(*histogram(rates, (low, high)), title="pass rates of the training questions")
     if order.keep is None:
         return str(order.out / "train.jsonl")

@@ -44,6 +44,7 @@ class Overlap:
             self.files += 1
             for question in questions:
                 for gram in _grams(question.text):
+                    # The first file with a run is named: one is enough to leave the question out.
                     self._known.setdefault(gram, (file, question))
 
     def match(self, text: str) -> Match | None:
@@ -55,9 +56,11 @@ class Overlap:
 def _grams(text: str) -> Iterator[str]:
     """Every run of 13 words; of fewer words the whole text with its signs. No run equals a whole
     text, which has fewer words."""
+    # Full-width digits and ligatures count as the plain ones.
     plain = unicodedata.normalize("NFKC", text).lower()
     words = WORD.findall(plain)
     if len(words) < LENGTH:
+        # Signs matter where words are few, and would only break runs where they are many.
         yield " ".join(SIGN.findall(plain))
     for start in range(len(words) - LENGTH + 1):
         yield " ".join(words[start : start + LENGTH])

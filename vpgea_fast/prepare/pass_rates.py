@@ -68,6 +68,7 @@ def pass_rates(
 ) -> list[Rate]:
     """A rate for each question, from `file` or sampled as an evaluation would (student view,
     `cfg.eval`) and written there. DataError for a file of other settings, unless `overwrite`."""
+    # In questions: the engine's batches hold samples of several of them.
     block = max(1, -(-WAVES * cfg.rollout.max_batch // cfg.eval.samples))
     header = {"block": block, "questions": fingerprint(questions), **_settings(cfg)}
     with _locked(file) as handle:
@@ -87,6 +88,7 @@ def histogram(
 ) -> tuple[list[str], list[list[str]]]:
     """(headers, rows) of a table: a row a rate where there are few, else ten ranges."""
     values = [rate.value for rate in rates if rate.value is not None]
+    # k samples give k + 1 rates; with many samples ranges of ten percent are plainer.
     distinct = sorted(set(values))
     if len(distinct) <= 11:
         groups = [(f"{v:.3g}", [v] * values.count(v)) for v in distinct]
@@ -97,6 +99,7 @@ def histogram(
     rows = []
     for label, group in groups:
         inside = sum(kept[0] <= v <= kept[1] for v in group)
+        # Rounded up: a rate that occurs shows at least one mark.
         bar = "#" * -(-40 * len(group) // most)
         rows.append([label, str(len(group)), str(inside), bar.ljust(40)])
     without = Counter(rate.why or "no answer drawn" for rate in rates if rate.value is None)
@@ -115,6 +118,7 @@ def _weights(path: str) -> str:
     if not Path(path).is_dir():
         return path
     digest = hashlib.blake2b(digest_size=16)
+    # Names and sizes too: a renamed or cut file is another model.
     for file in sorted(Path(path).iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin", ".jinja") and file.is_file():
             size = file.stat().st_size
@@ -134,6 +138,7 @@ def _locked(file: Path) -> Iterator[BinaryIO]:
         raise DataError(f"cannot write {file}: {error.strerror}; give another --out") from error
     with handle:
         try:
+            # Two processes appending would interleave blocks, and each believe the file whole.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
@@ -152,11 +157,14 @@ def _known(
     """The settings line and the rates of whole blocks; what stands behind them is cut off."""
     handle.seek(0)
     lines = handle.read().splitlines(keepends=True)
+    # A kill within a line.
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     header = _parsed(lines[0], file, 1) if lines else None
     if header is not None:
+        # Written by an older version, the settings still mean the same.
         header = {RENAMED.get(key, key): value for key, value in header.items()}
+        # The size of a block may differ: what was drawn is still valid, in the old size.
         differ = [k for k in wanted if k != "block" and header.get(k) != wanted[k]]
         if differ and not new:
             shown = f"{differ[0]}: {header.get(differ[0])!r} there, {wanted[differ[0]]!r} now"
@@ -170,9 +178,11 @@ def _known(
         handle.truncate(0)
         return wanted, []
     rows = [_parsed(line, file, number) for number, line in enumerate(lines[1:], 2)]
+    # The last block may be short; any other that is short was cut by a kill.
     whole = len(rows) if len(rows) == len(questions) else len(rows) - len(rows) % header["block"]
     handle.truncate(sum(map(len, lines[: 1 + whole])))
     rates = [Rate(**row) for row in rows[:whole]]
+    # The fingerprint in the header covers the questions; this covers edited rows.
     if [rate.id for rate in rates] != [q.id for q in questions[:whole]]:
         raise DataError(f"{file}: its rows are not those of the questions; remove it to draw anew")
     return header, rates
@@ -197,6 +207,7 @@ def _append(handle: BinaryIO, header: dict[str, Any], rates: Sequence[Rate]) -> 
     rows = [*[header] * first, *map(asdict, rates)]
     handle.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     handle.flush()
+    # Hours of sampling hang on these lines.
     os.fsync(handle.fileno())
 
 
@@ -230,6 +241,7 @@ def _sampled(
 
 def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> list[Item | Rate]:
     """Each question with its student prompt; a rate without answers for those that a run drops."""
+    # As a training run leaves them out, so that a rate exists for what would be trained on.
     plain = [q for q in questions if not model.text.prompter.has_special(q.text)]
     ids = model.text.prompter.student_ids([q.text for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
@@ -255,6 +267,7 @@ def _block(evaluator: Evaluator, asked: Sequence[Item | Rate], advance: Any) -> 
     found: dict[str, Rate] = {}
     for i, (question, _) in enumerate(items):
         group = paths[i * samples : (i + 1) * samples]
+        # A path that the engine gave up says nothing about the question.
         good = [n for n, path in enumerate(group) if path.finish != "error"]
         count = max(1, len(good))
         found[question.id] = Rate(

@@ -121,15 +121,18 @@ def located(
     DataError that says what was looked for."""
     if not folders:
         return [(source, source.hub_path) for source in ways[0]]
+    # A folder that is misspelt would look like one that lacks the files.
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"--from {folder}: expected a folder that holds {what} as published")
     for sources in ways:
         found = [(source, _find(source, folders)) for source in sources]
+        # One way whole: half of MATH from here and half from there may overlap.
         if all(files for _, files in found):
             return [(source, str(file)) for source, files in found for file in files]
     missing = [source for source in ways[0] if not _find(source, folders)]
     others = [source for sources in ways[1:] for source in sources]
+    # The single-file ways first: they are the easiest to get.
     wanted = list(dict.fromkeys(p for source in (*others, *missing) for p in source.patterns))
     shown = wanted[:SHOWN]
     raise DataError(
@@ -147,6 +150,7 @@ def _find(source: Source, folders: Sequence[Path]) -> list[Path]:
         for pattern in source.patterns:
             if files := sorted(root.glob(pattern)):
                 shards = SHARD.search(files[0].name)
+                # A part of the shards reads well and trains on a part of the data.
                 if shards and int(shards[1]) != len(files):
                     raise DataError(
                         f"{root / pattern}: {len(files)} of {int(shards[1])} files are there; "

@@ -149,10 +149,12 @@ def bare(answer: str) -> str:
 def _brace_arguments(text: str) -> str:
     r"""\frac12, \frac 59, \frac1{12}, \sqrt2 with their braces. Two digits after the last argument
     (\sqrt12, \frac123) mean one thing to TeX and another to people: left alone."""
+    # `out` holds what is done, text[at:] what is not; arguments may hold commands themselves.
     out, at = [], 0
     while match := _TAKES_ARGUMENTS.search(text, at):
         parts, end = [match[0].rstrip()], match.end()
         for _ in range(2 if match[1] else 1):
+            # TeX takes one token or one group as an argument.
             token = _ONE_TOKEN.match(text, end)
             if token:
                 parts.append(f"{{{token[1]}}}")
@@ -164,6 +166,7 @@ def _brace_arguments(text: str) -> str:
             else:
                 break
         else:
+            # A second digit behind: ambiguous, see above.
             if not (text[end - 1].isdigit() and text[end : end + 1].isdigit()):
                 out += [text[at : match.start()], *parts]
                 at = end
@@ -205,6 +208,7 @@ def meaningful(answer: str) -> bool:
 def without_unit(answer: str) -> str:
     """`18 dollars` and `51 (trucks)` as numbers."""
     match = UNITS.match(answer)
+    # `18 thousand` is not 18.
     if match is None or QUALIFIERS.intersection(_words(match["noun"] or match["words"])):
         return answer
     return match["number"]
@@ -297,6 +301,7 @@ def make_math() -> Judge:
         gold_label, gold_rest = labelled(gold)
         inside = boxed(text)
         answer = stated(text) if inside is None else inside
+        # A box or a stated answer settles it; only prose without either is searched.
         if answer is not None:
             answer = bare(answer)
             label, rest = labelled(answer)
@@ -310,6 +315,7 @@ def make_math() -> Judge:
                 return right
         if claims(respell(last_line(text))) != claims(gold):
             return False
+        # The last resort: the last formula or number of the text.
         found = parse(respell(text), extraction_config=anywhere, parsing_timeout=0)
         return equal(without_unit(gold_rest or gold), found)
 
@@ -338,6 +344,7 @@ def number(answer: str) -> Fraction | None:
         return None
     if match["under"] or match["bottom"]:
         below = int(match["under"] or match["bottom"])
+        # \frac{1}{0} is no number, and no crash of a worker.
         if below == 0:
             return None
         value = Fraction(int(match["over"] or match["top"]), below) + int(match["mixed"] or 0)
@@ -423,7 +430,12 @@ def outcome_of(judge: Judge, gold: str, text: str, *, custom: bool) -> str | tup
     return "right" if verdict else "wrong"
 
 
-MAKERS = {"math": make_math, "number": make_number, "text": make_text, "letter": make_letter}
+MAKERS = {
+    "math": make_math,
+    "number": make_number,
+    "text": make_text,
+    "letter": make_letter,
+}
 
 
 def serve(pipe: Connection, settings: dict) -> None:

@@ -83,10 +83,12 @@ class Verifier:
         self._unsure: set[Job] = set()  # judged by a deadline or a crash: another day may differ
         settings = {"name": name, "target": target, "limit_s": timeout_s + ORPHAN_S}
         if name == "custom":
+            # The worker starts with -P and sees no working directory of its own.
             settings["path"] = [*sys.path, str(Path.cwd())]
         self._workers = [_Worker(timeout_s, settings) for _ in range(workers)]
         if name == "custom":
             try:
+                # One worker tells for all, before any model is loaded.
                 self._workers[0].wait_until_up()
             except BaseException:
                 self.close()
@@ -133,14 +135,17 @@ class Verifier:
     def _spread(self, work: Callable[[Sequence[Any]], list[bool | str]], items: list) -> list[bool]:
         verdicts = work(items) if self._world is None else self._world.spread(work, items)
         for verdict in verdicts:
-            if isinstance(verdict, str):  # on every process: none is left waiting
+            # As a verdict, since one process with an exception would leave the others waiting.
+            if isinstance(verdict, str):
                 raise ConfigError(f"verify.target {self._target!r}: {verdict}")
         return [verdict is True for verdict in verdicts]
 
     def _accept(self, golds: Sequence[str], on_progress: Progress) -> list[bool | str]:
+        # A user's function may change between runs; nothing here would notice.
         kept = None if self._name == "custom" else Verdicts(self._name, CHECKERS)
         known: dict[str, bool | str] = {} if kept is None else dict(kept.known)
         if self._name in ("math", "number"):
+            # Most golds of GSM8K and AIME: no worker has to be asked.
             known |= {gold: True for gold in golds if PLAIN.fullmatch(gold)}
         jobs = [(gold, rf"\boxed{{{gold}}}") for gold in golds if gold not in known]
         on_progress(len(golds) - len(jobs))
@@ -153,6 +158,7 @@ class Verifier:
     def _judge(self, jobs: Sequence[Job], on_progress: Progress) -> list[bool | str]:
         if not self._workers:
             raise ValueError("this Verifier is closed; make a new one")
+        # Short answers repeat within a group: each pair is judged once.
         times = Counter(jobs)
         verdicts = {job: self._memory.pop(job) for job in times if job in self._memory}
         on_progress(sum(times[job] for job in verdicts))
@@ -160,6 +166,7 @@ class Verifier:
             verdicts[job] = verdict
             on_progress(times[job])
         self._memory |= verdicts
+        # Insertion order: a verdict that was used again was popped and stands at the end.
         for job in list(self._memory)[:-CACHED_JOBS]:
             del self._memory[job]
         return [verdicts[job] for job in jobs]
@@ -214,6 +221,7 @@ class Verifier:
     def _outcomes(self) -> list[tuple[Job, Outcome]]:
         """Sleep until a worker has something to say or is late; what became of which jobs."""
         busy = [worker for worker in self._workers if worker.job is not None]
+        # Until the first deadline: a worker that hangs must not delay another's verdict.
         patience = min(worker.deadline for worker in busy) - time.monotonic()
         wait([worker.pipe for worker in busy], timeout=max(0.0, patience))
         outcomes: list[tuple[Job, Outcome]] = []
@@ -241,8 +249,10 @@ class _Worker:
         self._up = False
         self.pipe, theirs = Pipe()
         fd = theirs.fileno()
+        # A fresh program and no fork: a forked child would hold torch's memory and threads.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(CHECKERS), str(fd), json.dumps(self._settings)],
+            # No standard stream carries the pipe: what a library prints would be read as a verdict.
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -257,18 +267,21 @@ class _Worker:
 
     def take(self, job: Job) -> None:
         self.job = job
+        # The import does not count against the first answer.
         self.deadline = time.monotonic() + self._timeout_s + (0.0 if self._up else START_S)
         with suppress(OSError):  # a worker that died while idle: poll() finds it dead
             self.pipe.send(job)
 
     def poll(self) -> Outcome | None:
         """What became of the job; None while the worker is at it."""
+        # A verdict that is there counts even when its deadline has passed meanwhile.
         if not self.pipe.poll():
             return self._replace("late") if time.monotonic() >= self.deadline else None
         try:
             word = self.pipe.recv()
         except (EOFError, OSError):
             return self._replace("dead")
+        # Now the clock of the first job starts.
         if word == "up":
             self._up = True
             self.deadline = time.monotonic() + self._timeout_s
@@ -290,6 +303,7 @@ class _Worker:
 
     def _replace(self, outcome: Outcome) -> Outcome:
         self.kill()
+        # It never came up: another start would end alike, for ever.
         if not self._up:
             if self._settings["name"] == "custom":
                 raise ConfigError(

@@ -46,6 +46,7 @@ class Verdicts:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # until the block ends: read, merge, replace
+                # Replaced at once: readers take no lock.
                 aside = self._file.with_suffix(f".{os.getpid()}.tmp")
                 try:
                     aside.write_text(json.dumps(_read(self._file) | verdicts), encoding="utf-8")
@@ -71,5 +72,6 @@ def _read(file: Path) -> dict[str, bool]:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    # A file that somebody edited counts as empty, not as verdicts.
     sound = isinstance(content, dict) and all(isinstance(v, bool) for v in content.values())
     return content if sound else {}

@@ -1,48 +1,14 @@
-"""What a configuration needs, from config.json alone: memory of one device and of the host by phase
-and purpose, and the bytes that one device moves in a step.
-
-L layers, D hidden, Q and K widths of queries and keys, F inner MLP, V vocabulary, T packed tokens,
-P parameters, W processes, S = W / replicas of them share one copy of the model. Bytes: s forward
-dtype, m master dtype, r reduction (4; 8 for float64), x residual stream (s when sharded, m under
-autocast).
-
-A sharded model lies in units that are gathered whole, used, and freed: every block, the embedding,
-the head (with the embedding when tied), and the root, which holds the final norm. A process holds
-ceil(rows / S) rows of every parameter.
-
-| phase     | beyond weights, optimiser, sampling replica                                         |
-| head      | block inputs (or all activations), gathered head, its dW (r V D), chunks of logits  |
-| backward  | the same inputs, one block's inner tensors, its unit and the next, its gradients,   |
-|           | their reduction buffer, and the head's                                              |
-| embedding | a dense V D gradient and its reduction buffer                                       |
-| update    | reduced gradients, scratch of the optimiser                                         |
-| sampling  | KV cache, prefill, logits (no gradients); or vLLM, awake                            |
-| scoring   | vLLM in the training processes, awake for train.resample_rounds beside a forward    |
-|           | without gradients                                                                   |
-| sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
-
-vLLM awake is its weights / tensor_parallel, its work and its KV cache: together engine.gpu_memory
-of the device, unless engine.kv_cache_gib sizes the cache. Asleep, in the other phases, weights and
-cache are gone; on a CPU it never sleeps. None of this was measured on a GPU.
-
-Checked by simulation without a GPU (tests/test_estimate.py): shards and communication to the byte
-under a fake process group, the phases against measured peaks on a CPU.
-"""
+"""Memory of one device and of the host, by phase and purpose (see the package's docstring)."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from vpgea_fast.activations import kept_width
 from vpgea_fast.config import Config
-from vpgea_fast.model_dir import decoder_layers
-
-Shapes = tuple[tuple[int, ...], ...]
+from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -81,121 +47,6 @@ process of its own. A choice, not a measurement."""
 
 STAGING = GIB
 """`rollout.vllm.transfer.CHUNK_BYTES`: weights that travel together into vLLM elsewhere."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A causal LM as its units see it: the shapes of their parameters, and the widths that size the
-    activations. `head` is empty when tied: the embedding's unit holds the one weight."""
-
-    blocks: tuple[Shapes, ...]
-    embedding: Shapes
-    head: Shapes
-    root: Shapes
-    hidden: int
-    query: int
-    key: int
-    heads: int
-    mlp: int
-    vocabulary: int
-    qk_norm: bool = False
-    kept: int = 0
-    """Widths of the products of one block that `selective` checkpointing keeps, together."""
-
-    @property
-    def tied(self) -> bool:
-        return not self.head
-
-    @property
-    def units(self) -> dict[str, Shapes]:
-        """name -> shapes, in the order in which a forward gathers them."""
-        named = {"root": self.root, "embedding": self.embedding}
-        named |= {f"block {i}": shapes for i, shapes in enumerate(self.blocks)}
-        return named if self.tied else {**named, "head": self.head}
-
-    @property
-    def parameters(self) -> int:
-        return sum(_numel(shapes) for shapes in self.units.values())
-
-
-def model_shape(config: Any) -> ModelShape:
-    """The shape of a transformers configuration; the model is made on the meta device (0.3 s)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    tied = bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    units: dict[str, Any] = {"embedding": model.get_input_embeddings()}
-    if not tied:
-        units["head"] = model.get_output_embeddings()
-    blocks = decoder_layers(model)
-    widest = max(max(p.shape) for p in blocks[0].parameters() if p.ndim == 2)
-    inside = {id(p) for part in (*units.values(), *blocks) for p in part.parameters()}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return ModelShape(
-        blocks=tuple(_shapes(block.parameters()) for block in blocks),
-        embedding=_shapes(units["embedding"].parameters()),
-        head=() if tied else _shapes(units["head"].parameters()),
-        root=_shapes(p for p in model.parameters() if id(p) not in inside),
-        hidden=config.hidden_size,
-        query=config.num_attention_heads * head_dim,
-        key=kv_heads * head_dim,
-        heads=config.num_attention_heads,
-        mlp=getattr(config, "intermediate_size", None) or widest,  # GPT-2's kind has another name
-        vocabulary=config.vocab_size,
-        qk_norm=any("q_norm" in name for name, _ in blocks[0].named_parameters()),
-        kept=max(map(kept_width, blocks)),
-    )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a configuration lies on `world` processes, and the bytes of its dtypes."""
-
-    shape: ModelShape
-    cfg: Config
-    world: int
-    cuda: bool
-
-    @property
-    def sharded(self) -> bool:
-        wish = self.cfg.parallel.shard
-        return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
-
-    @property
-    def shards(self) -> int:
-        return self.world // self.cfg.parallel.replicas if self.sharded else 1
-
-    @property
-    def forward(self) -> int:
-        return getattr(torch, self.cfg.model.dtype).itemsize
-
-    @property
-    def master(self) -> int:
-        if self.cfg.model.dtype == "float64":
-            return 8
-        return getattr(torch, self.cfg.model.master_dtype).itemsize
-
-    @property
-    def reduce(self) -> int:
-        return max(4, self.forward)
-
-    @property
-    def autocast(self) -> bool:
-        return not self.sharded and self.forward != self.master
-
-    @property
-    def residual(self) -> int:
-        return self.master if self.autocast else self.forward
-
-    def local(self, shapes: Shapes) -> int:
-        """Elements of a unit that one process holds, rounded up to whole rows."""
-        return sum(_rows(shape, self.shards) for shape in shapes)
-
-    @property
-    def held(self) -> int:
-        return sum(self.local(shapes) for shapes in self.shape.units.values())
 
 
 @dataclass(frozen=True)
@@ -316,9 +167,9 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     kept, inner = _activations(lay)
     held = {"gradients": gradients["training"], "activations": layers * kept * tokens}
     # Units exist when the model is sharded; a gather has a flat copy when there is a peer.
-    block = max(map(_numel, shape.blocks)) * lay.sharded
-    head = _numel(shape.head or shape.embedding) * lay.sharded
-    embedding = _numel(shape.embedding)
+    block = max(map(numel, shape.blocks)) * lay.sharded
+    head = numel(shape.head or shape.embedding) * lay.sharded
+    embedding = numel(shape.embedding)
     sharded_sum = lay.sharded and lay.cfg.parallel.accumulate == "sharded"
     flat = lay.shards > 1
     pair = block * s * (1 + flat)
@@ -348,7 +199,7 @@ def optimizer_bytes(lay: Layout) -> int:
     name, held = lay.cfg.optim.name, lay.held
     if name == "adamw_8bit":
         return sum(
-            _eight_bit(_rows(shape, lay.shards), lay.master)
+            _eight_bit(rows_of(shape, lay.shards), lay.master)
             for shapes in lay.shape.units.values()
             for shape in shapes
         )
@@ -367,7 +218,7 @@ def _gradients(lay: Layout) -> dict[str, int]:
     reduced = lay.held * lay.master
     if not lay.sharded:
         return {"training": reduced, "reduced": reduced}
-    vocabulary = _numel(lay.shape.head or lay.shape.embedding)
+    vocabulary = numel(lay.shape.head or lay.shape.embedding)
     offload = lay.cfg.parallel.cpu_offload
     if lay.cfg.parallel.accumulate == "unsharded":
         training = (lay.shape.parameters - vocabulary) * lay.reduce  # the head's dW is in its unit
@@ -452,7 +303,7 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
     take 2 layers (K / tensor_parallel, at least one head) elements a token."""
     shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
     group, rows = vllm.tensor_parallel, lay.cfg.rollout.max_batch
-    untied = _numel(shape.embedding) if shape.tied and not lay.cuda else 0
+    untied = numel(shape.embedding) if shape.tied and not lay.cuda else 0
     weights = -(-(shape.parameters + untied) * s // group)
     tokens = max(context, rows, VLLM_TOKENS_CPU)
     if lay.cuda:
@@ -478,9 +329,9 @@ def _scoring(lay: Layout) -> dict[str, int]:
     """A forward without gradients: at most what one layer keeps and adds, the head as in training,
     the units that are whole for it."""
     shape, s = lay.shape, lay.forward
-    block = max(map(_numel, shape.blocks)) * lay.sharded
-    head = _numel(shape.head or shape.embedding) * lay.sharded
-    embedding = 0 if shape.tied else _numel(shape.embedding) * lay.sharded
+    block = max(map(numel, shape.blocks)) * lay.sharded
+    head = numel(shape.head or shape.embedding) * lay.sharded
+    embedding = 0 if shape.tied else numel(shape.embedding) * lay.sharded
     flat = lay.shards > 1
     return {
         "activations": sum(_activations(lay)) * lay.cfg.train.micro_batch_tokens,
@@ -494,7 +345,7 @@ def _hand_over(lay: Layout) -> dict[str, int]:
     vLLM holds a layer's tensors twice, as copies and as its own new ones, before they take the
     place of the old; elsewhere a tensor is copied into a buffer, or a file's worth into memory."""
     shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
-    unit = max(map(_numel, shape.units.values())) * lay.sharded
+    unit = max(map(numel, shape.units.values())) * lay.sharded
     tensor = s * max(math.prod(p) for unit_ in shape.units.values() for p in unit_)
     if lay.cfg.colocated and vllm.process == "shared":
         copies = 2 * max(tensor, 2 * shape.mlp * shape.hidden * s)
@@ -512,7 +363,7 @@ def _scratch(lay: Layout) -> int:
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
     if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.cfg.parallel.cpu_offload:
         return 0
-    largest = max(_rows(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
+    largest = max(rows_of(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
     return 8 * 4 * min(2**24, largest)
 
 
@@ -526,113 +377,5 @@ def _host(lay: Layout) -> dict[str, int]:
     return host
 
 
-# --- communication ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind in one step, and the bytes that one device receives by them.
-
-    `between`: what a node must get from the others, divided by its devices; `inside`: the rest.
-    """
-
-    calls: int
-    inside: int
-    between: int
-
-    @property
-    def total(self) -> int:
-        return self.inside + self.between
-
-
-def communication(
-    shape: ModelShape,
-    cfg: Config,
-    *,
-    world: int,
-    node: int = 8,
-    micro_batches: int = 1,
-    scoring_batches: int = 0,
-    cuda: bool = True,
-) -> dict[str, Traffic]:
-    """What FSDP2 moves in one step of `micro_batches` and `scoring_batches` a process, `node`
-    devices a node.
-
-    A micro-batch gathers every block twice (forward, backward), a scoring batch once. Embedding and
-    root stay gathered from a scoring batch to the next backward, the head to the last one of the
-    step: it is gathered and reduced once. The other gradients are reduced every micro-batch, or
-    once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
-    sampling replica is filled, or vLLM's weights are.
-    """
-    lay = Layout(shape, cfg, world, cuda)
-    if not lay.sharded or world == 1:
-        return {}
-    blocks = [lay.local(unit) for unit in shape.blocks]
-    head = lay.local(shape.head or shape.embedding)
-    ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
-    units = [*blocks, *ends, head]
-    reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
-    gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
-    gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
-    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, 1)]
-    shards, replicas = lay.shards, cfg.parallel.replicas
-    found = {
-        "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
-        "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
-    }
-    if replicas > 1:
-        sums = [(n, 1) for n in units]
-        found["all-reduce"] = _all_reduce(
-            sums, lay.reduce, replicas=replicas, stride=shards, node=node
-        )
-    refresh = "replica refresh" if cfg.engine.name == "hf" else "weight sync"
-    found[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
-    return found
-
-
-def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int) -> Traffic:
-    """All-gather or reduce-scatter over `group` neighbouring processes: (group - 1) shards a call,
-    of which a node takes those of the other nodes once for all its devices."""
-    if group == 1:
-        return Traffic(0, 0, 0)
-    calls = moved = 0
-    for elements, count in units:
-        calls += count
-        moved += elements * size * count
-    here = min(group, node)
-    outside = moved * (group - here) // here
-    return Traffic(calls, moved * (group - 1) - outside, outside)
-
-
-def _all_reduce(
-    units: Iterable[tuple[int, int]], size: int, *, replicas: int, stride: int, node: int
-) -> Traffic:
-    """A shard summed over `replicas` processes that are `stride` apart: a reduce-scatter and an
-    all-gather of pieces of 1 / replicas."""
-    here = max(1, min(replicas, node // stride))
-    calls = moved = 0
-    for elements, count in units:
-        calls += count
-        moved += elements * size * count
-    total = 2 * moved * (replicas - 1) // replicas
-    outside = 2 * moved * (replicas - here) // (replicas * here)
-    return Traffic(calls, total - outside, outside)
-
-
-def _shapes(parameters: Iterable[torch.Tensor]) -> Shapes:
-    return tuple(tuple(p.shape) for p in parameters)
-
-
-def _numel(shapes: Shapes) -> int:
-    return sum(map(math.prod, shapes))
-
-
-def _rows(shape: tuple[int, ...], shards: int) -> int:
-    rows, *rest = shape or (1,)
-    return -(-rows // shards) * math.prod(rest)
-
-
 def _has_liger() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("liger_kernel") is not None

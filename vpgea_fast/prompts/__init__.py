@@ -16,30 +16,33 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import signal
-import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vpgea_fast.config import ConfigError, PromptConfig
+from vpgea_fast.prompts.templates import (
+    chat_template_of,
+    check_templates,
+    fill,
+    read_names,
+    time_limit,
+)
 from vpgea_fast.types import PromptedQuestion, Question
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-FIELD = re.compile(r"\{(question|answer)\}")
+__all__ = ["Prompter", "eos_ids", "fill", "length_report"]
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]")
 """What a chat template spells as a tag; one that is a single token acts as one, added or not."""
 SWITCH_WORDS = {"yes", "no", "on", "off", "y", "n"}
 """Text in YAML 1.2, and text is true in Jinja."""
 RENDER_SECONDS = 10.0
-RING_AGAIN = 0.1
-"""Jinja takes an error while it folds constants for a reason to compute them later."""
 RENDER_LIMIT = 1 << 20
 """Characters that a chat template may put around the turns."""
 
@@ -53,9 +56,10 @@ class Prompter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> None:
-        _check_templates(cfg)
+        check_templates(cfg)
         self._tokenizer, self._cfg = tokenizer, cfg
-        self._template = _chat_template(tokenizer)
+        self._template = chat_template_of(tokenizer)
+        # Before any rendering: a switch that is never read changes nothing, and nothing shows it.
         self._check_kwargs()
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
@@ -63,6 +67,7 @@ class Prompter:
         probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
         steering = self._steering_tokens(self._template + probe)
+        # Some tokenizers find their tokens after normalising, some before: both forms count.
         both = {*steering, *map(self._normalised, steering)}
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
@@ -111,6 +116,7 @@ class Prompter:
         student = self._student_ids([q.text for q in questions], names)
         teacher = self._encode([self.teacher_text(q) for q in questions], names)
         cue = self._behind_thought([""] * len(cues), cues, names)
+        # From the plainest spelling (data/answers.py): U is the likelihood of one spelling.
         targets = [fill(cfg.answer_target, **f) for f in fields]
         target = self._behind_thought(cues, targets, names)
         variants = [
@@ -154,6 +160,7 @@ class Prompter:
                 f"first is {first.id!r}; take them out (data.overlong: drop leaves them out)"
             )
         prompted = self.prompt(plain)
+        # Both views or none: a question with one view gives no advantage.
         kept = [p for p in prompted if _longer_view(p) <= limit]
         dropped = len(prompted) - len(kept)
         if dropped and (policy == "error" or not kept):
@@ -179,9 +186,10 @@ class Prompter:
 
     def _chat(self, *messages: dict[str, str]) -> str:
         roles = " + ".join(message["role"] for message in messages)
+        # Checked against the template's own names, so none is ignored.
         switches: dict[str, Any] = self._cfg.chat_template_kwargs
         try:
-            with _time_limit(RENDER_SECONDS):
+            with time_limit(RENDER_SECONDS):
                 text = self._tokenizer.apply_chat_template(
                     list(messages),
                     tokenize=False,
@@ -202,6 +210,7 @@ class Prompter:
                 f"most {RENDER_LIMIT} around them; repair the template"
             )
         for message in messages:
+            # Templates trim turns, drop a system turn, or cut thoughts out of them.
             if message["content"].strip() not in text:
                 raise ConfigError(
                     f"the chat template loses or changes the {message['role']} turn: "
@@ -221,6 +230,7 @@ class Prompter:
         if self._tail is not None and text.endswith(self._tail):  # a short turn may stand in it
             tail = self._tail
         else:
+            # The question itself may spell a think tag; only what follows it is the template's.
             tail = text[text.rindex(last_turn) + len(last_turn) :]
         if self._tail is None:  # the first text of all is that of a known turn
             self._tail = tail
@@ -234,6 +244,7 @@ class Prompter:
         if text.endswith(prefix):
             return text
         words = tail[opened + len(opening) :]
+        # The tag with or without its line break: the prefix says how the thought begins.
         if opened >= 0 and prefix.startswith(opening) and not words.strip():
             return text[: len(text) - len(opening) - len(words)] + prefix
         if opened >= 0 and opening in prefix:
@@ -256,6 +267,7 @@ class Prompter:
         where SentencePiece puts a space. Checked behind the end tag and `before`."""
         tag = self._cfg.think_close
         heads = self._ids([tag + text for text in before], names)
+        # The tag is one token (checked at construction), so the first id is its.
         rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
         joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
         in_place = [tag + a + b for a, b in zip(before, texts, strict=True)]
@@ -318,8 +330,9 @@ class Prompter:
     def _check_kwargs(self) -> None:
         """Refuse names that the template never reads: they would change nothing, in silence."""
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        # These reach the template from the library: a switch of that name would collide.
         reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
-        read = _read_names(self._template)
+        read = read_names(self._template)
         for name, value in self._cfg.chat_template_kwargs.items():
             if name in reserved:
                 raise ConfigError(
@@ -353,64 +366,6 @@ class Prompter:
         return int(ids.item())
 
 
-def _read_names(template: str) -> set[str]:
-    """The variables that a template takes from outside; every word of one that is no Jinja (its
-    own error comes when it renders). By its syntax tree: jinja2.meta would compute its constants,
-    and `9 ** 9 ** 9` has no end."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.sandbox import SandboxedEnvironment
-
-    try:
-        tree = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except (TemplateError, RecursionError):
-        return set(re.findall(r"\w+", template))
-    names = list(tree.find_all(nodes.Name))
-    holders = [nodes.Tuple([loop.target], "store") for loop in tree.find_all(nodes.For)]
-    looped = {name.name for holder in holders for name in holder.find_all(nodes.Name)}
-    return {name.name for name in names if name.ctx == "load"} - looped
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    name = tokenizer.name_or_path or "the model"
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer of {name} has no chat template; use an instruction-tuned model, or "
-            "save a chat_template.jinja beside its weights"
-        )
-    try:
-        template = tokenizer.get_chat_template()
-    except Exception as error:  # of several templates none is called default, or they are no dict
-        raise ConfigError(f"the chat template of {name} cannot be used: {error}") from error
-    if not isinstance(template, str):
-        raise ConfigError(
-            f"the chat template of {name} is {template!r}; expected the text of a Jinja template; "
-            "repair tokenizer_config.json"
-        )
-    return template
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """A TimeoutError after so long, where signals can be heard: in the main thread. A timer that
-    ran before goes on."""
-
-    def ring(*_: Any) -> None:
-        raise TimeoutError(f"no end after {seconds:g} s")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, left, interval)
-
-
 def _difference(text: str, said: str, name: str) -> str:
     place = next(
         (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
@@ -425,17 +380,6 @@ def _difference(text: str, said: str, name: str) -> str:
 
 def _around(text: str, place: int) -> str:
     return text[max(0, place - 20) : place + 20]
-
-
-def fill(template: str, **fields: str) -> str:
-    """`template` with {question} and {answer} replaced, in one pass: what is put in stays itself.
-
-    Every other brace is itself. A KeyError for a field that is not given.
-
-    >>> fill("{question} {{answer}} {x}", question="{answer}?", answer="4")
-    '{answer}? {4} {x}'
-    """
-    return FIELD.sub(lambda match: fields[match[1]], template)
 
 
 def eos_ids(
@@ -468,27 +412,6 @@ def length_report(prompted: Sequence[PromptedQuestion]) -> dict[str, dict[str, i
         view: {name: row[max(0, math.ceil(q * len(row)) - 1)] for name, q in ranks.items()}
         for view, row in columns.items()
     }
-
-
-def _check_templates(cfg: PromptConfig) -> None:
-    """The fields that each template must and must not have."""
-    leak = "has the field {answer}, which would show the answer to the student; leave it out"
-    rules = [
-        ("student", cfg.student, "{answer}", False, leak),
-        ("answer_cue", cfg.answer_cue, "{answer}", False, leak),
-        ("student", cfg.student, "{question}", True, "lacks the field {question}"),
-        ("answer_target", cfg.answer_target, "{answer}", True, "lacks the field {answer}"),
-    ]
-    if cfg.teacher_role == "user":  # in a system turn the teacher's words may leave it to the user
-        rules.append(("teacher", cfg.teacher, "{question}", True, "lacks the field {question}"))
-    for name, template, field, required, complaint in rules:
-        if (field in template) != required:
-            raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
-    if cfg.think_open == cfg.think_close:
-        raise ConfigError(
-            f"prompt.think_close: got {cfg.think_close!r}, which think_open is too; expected the "
-            "tag that ends a thought"
-        )
 
 
 def _longer_view(prompted: PromptedQuestion) -> int:

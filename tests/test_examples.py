@@ -1,0 +1,76 @@
+"""The scripts of examples/ run as a user would run them, and print what they promise."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *words, cwd):
+    command = [sys.executable, "-W", "error", FOLDER / name, *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(the folder of the run on one's own data, what its script printed)."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder / "yours", run("train_on_your_data.py", "yours", cwd=folder)
+
+
+def records(run_dir, name):
+    return [json.loads(line) for line in (run_dir / name).read_text("utf-8").splitlines()]
+
+
+def test_train_on_your_data(trained):
+    folder, printed = trained
+    heard = re.findall(r"^step (\d): loss (\S+)$", printed, re.M)
+    metrics = records(folder / "run", "metrics.jsonl")
+    assert heard == [(str(step["step"]), f"{step['loss']:.3f}") for step in metrics]
+    assert len(heard) == 3
+    assert printed.endswith("DONE: yours/run\n")
+    written = (folder / "mine.jsonl").read_text("utf-8").splitlines()
+    drawn = {path["question_id"] for path in records(folder / "run", "paths.jsonl")}
+    assert 2 <= len(drawn) <= len(written) == 3
+    assert (folder / "run/export/model.safetensors").is_file()
+
+
+def test_read_a_runs_records(trained):
+    folder, _ = trained
+    printed = run("read_a_runs_records.py", folder / "run", cwd=folder).splitlines()
+    paths = records(folder / "run", "paths.jsonl")
+    for stream in ("posterior", "prior"):
+        lengths = [path["length"] for path in paths if path["stream"] == stream]
+        mean = sum(lengths) / len(lengths)
+        assert f"{stream}: {len(lengths)} paths, {mean:.1f} tokens on average" in printed
+    known = json.loads((folder / "run/eval.json").read_text("utf-8"))
+    after = known["after"]["sampled"]
+    assert (
+        printed[-1] == f"after: {100 * after['acc']:.1f} % right with {after['tokens']:.1f} tokens"
+    )
+    assert [line[:6] for line in printed[:3]] == ["step 1", "step 2", "step 3"]
+
+
+def test_one_loss_in_a_plain_loop(tmp_path):
+    """Chance earns 1/16; after 200 steps nearly every token is right."""
+    printed = run("one_loss_in_a_plain_loop.py", cwd=tmp_path)
+    rewards = dict(re.findall(r"^step (\d+): reward (\S+), loss \S+$", printed, re.M))
+    assert list(rewards) == ["1", "100", "200"]
+    assert float(rewards["1"]) < 0.2
+    assert float(rewards["200"]) > 0.9
+
+
+def test_every_example_is_short_and_named_in_the_readme():
+    scripts = sorted(FOLDER.glob("*.py"))
+    readme = (FOLDER.parent / "README.md").read_text("utf-8")
+    assert len(scripts) == 3
+    for script in scripts:
+        assert 20 <= len(script.read_text("utf-8").splitlines()) <= 50, script.name
+        assert f"examples/{script.name}" in readme

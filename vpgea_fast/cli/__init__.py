@@ -1,0 +1,103 @@
+"""`vpgea`: train, eval, export, data, serve, report, keys, doctor, make-tiny. Every configuration
+key is an option, `--section.key value`; `vpgea keys` explains them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+
+from vpgea_fast import __version__, config
+from vpgea_fast.cli.about import declare_doctor, declare_keys, declare_report
+from vpgea_fast.cli.models import declare_eval, declare_export, declare_serve, run_serve
+from vpgea_fast.cli.questions import declare_data, declare_make_tiny
+from vpgea_fast.cli.train import declare_train
+from vpgea_fast.cli.words import Parser, UsageError
+
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 2 for an error (one line on stderr), 3 for a run that had to end before
+    its last step, 143 and 130 for a stopped one."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        words, overrides, passed = _split(argv)
+        # Unknown words come back, so that the error can name the option that was meant.
+        args, unknown = _parser().parse_known_args(words)
+        if unknown:
+            raise UsageError(_unknown(unknown[0], args.parser))
+        if passed and args.run is not run_serve:
+            raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
+        args.passed = passed
+        return args.run(args, overrides)
+    except Exception as error:
+        # In argv, not in args: the error may be that of the parser itself.
+        if "--traceback" in argv:
+            raise
+        print(f"vpgea: {_said(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vpgea: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _said(error: BaseException) -> str:
+    """What an error says; where it is not this program's, also how to see where it arose."""
+    text, name = config.one_line(error, limit=None), type(error).__name__
+    own = type(error).__module__.startswith("vpgea_fast") or type(error) is ValueError
+    return text if own else f"{text.removeprefix(f'{name}: ')} ({name}; --traceback shows where)"
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    """What to say of a word that is no option, with the option that was probably meant."""
+    name = word.partition("=")[0]
+    keys = [f"--{key}" for key in config.known_keys()]
+    options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
+    # `--lr` for `--optim.lr` is the usual slip: a key of that name before similar spellings.
+    near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
+    near += difflib.get_close_matches(name, [*options, *keys], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+    return f"unknown argument {name!r}; {hint}"
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
+    misread; what is behind a `--`."""
+    words, pairs, rest = [], [], iter(argv)
+    # Until a `--` or the end, whichever comes first.
+    for word in iter(lambda: next(rest, "--"), "--"):
+        key, equals, _ = word.partition("=")
+        if key.startswith("--") and ("." in key or key[2:] in config.VARIANTS):
+            # The value may be missing here: parse_overrides says so in words.
+            pairs += [word] if equals else [word, *itertools.islice(rest, 1)]
+        else:
+            words.append(word)
+    return words, pairs, list(rest)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = Parser(add_help=False, allow_abbrev=False)
+    common.add_argument(
+        "--traceback", action="store_true", help="show the whole traceback of an error"
+    )
+    parser = Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
+    parser.add_argument("--version", action="version", version=f"vpgea_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    declared = (
+        declare_train,
+        declare_eval,
+        declare_data,
+        declare_export,
+        declare_serve,
+        declare_report,
+        declare_keys,
+        declare_doctor,
+        declare_make_tiny,
+    )
+    for declare in declared:
+        declare(commands, common)
+    return parser

@@ -1,0 +1,180 @@
+"""Commands on a model: `vpgea eval`, `export` and `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+from vpgea_fast import config
+from vpgea_fast.cli.words import (
+    Commands,
+    Parser,
+    UsageError,
+    config_file,
+    files,
+    no_more,
+    notice,
+    path,
+    plain_logs,
+    step,
+    whole,
+)
+
+EVAL_NOTES = (
+    "tokens: mean generated, thought and answer, cut ones too; a thought that was cut is wrong",
+    "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
+)
+
+
+def declare_eval(commands: Commands, common: Parser) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate the student view of a model",
+        epilog="Keys are options, e.g. --engine vllm --eval.samples 4 --eval.limit 100. For "
+        "RUN/export the settings of its run (RUN/config.yaml) are used.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    evaluate.add_argument("model", type=path, help="Hugging Face directory or Hub name")
+    evaluate.add_argument(
+        "data",
+        nargs="+",
+        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        "'{path: math500.jsonl, question_key: problem}'",
+    )
+    evaluate.add_argument(
+        "--config",
+        type=config_file,
+        help="YAML file whose sections are used, all but model.path and eval.data",
+    )
+    evaluate.add_argument("--out", type=path, help="write the result and its settings as JSON here")
+    evaluate.set_defaults(run=run_eval, parser=evaluate)
+
+
+def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("vpgea eval is one process: start it without torchrun, one a benchmark")
+    out = None if args.out is None else Path(args.out)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    # The positional words come first, so an override of the same key wins.
+    words = ["--model.path", args.model, "--eval.data", files(args.data), *overrides]
+    source, cfg = of_model(args, words, overrides)
+    # Hours of sampling would end by overwriting their own questions.
+    if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
+        raise UsageError(f"--out {out}: the questions are read from it; give another file")
+    # Printed before the imports: torch and transformers take seconds, a refusal must not.
+    print(f"settings: {source or 'defaults and the command line'}")
+    from vpgea_fast.checkpoint import write_text
+    from vpgea_fast.evaluate import evaluate_model, result_table
+    from vpgea_fast.metrics import Console, environment
+
+    plain_logs()
+    console = Console()
+    try:
+        results = evaluate_model(cfg, console)
+    finally:
+        console.close()
+    console.table(*result_table(results), notes=EVAL_NOTES)
+    if out is not None:
+        # Only what an evaluation reads: the rest would look like a part of the result.
+        known = config.as_dict(cfg)
+        sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
+        settings = {"settings": {name: known[name] for name in sections}}
+        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
+        console.message(str(out))
+    return 0
+
+
+def of_model(
+    args: argparse.Namespace, words: list[str], overrides: list[str]
+) -> tuple[str | Path | None, config.Config]:
+    """The configuration of `words`, over that of --config, or of the run that a model comes from;
+    and where the latter stands."""
+    words = ["--checkpoint.keep_best", "null", *words]  # nothing is trained, so no best is kept
+    # RUN/export and RUN/export_step_N are what a run and `vpgea export` write.
+    run = Path(args.model or "").parent / "config.yaml"
+    name = Path(args.model or "").name
+    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
+    if exported and not run.is_file():
+        raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
+    source = args.config or (run if exported else None)
+    if source is None:
+        return None, config.resolve(config.parse_overrides(words), source="command line")
+    cfg = config.load(source, words, notice, record=source == run)
+    named = any(word.startswith("--engine.server") for word in overrides)
+    if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
+        # The run may go on at its server, with weights of its own.
+        cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, server=None))
+    return source, cfg
+
+
+def declare_export(commands: Commands, common: Parser) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    export.add_argument("run_dir", metavar="RUN", type=path)
+    export.add_argument(
+        "--step",
+        metavar="N|best|last",
+        type=step,
+        default="last",
+        help="which checkpoint; best is by checkpoint.keep_best; default last",
+    )
+    export.add_argument("--out", type=path, help="directory to make; default RUN/export_step_N")
+    export.set_defaults(run=run_export, parser=export)
+
+
+def run_export(args: argparse.Namespace, overrides: list[str]) -> int:
+    no_more(overrides)
+    from vpgea_fast.run_dir import export_step
+
+    plain_logs()
+    print(export_step(args.run_dir, args.step, args.out))
+    return 0
+
+
+def declare_serve(commands: Commands, common: Parser) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to training runs (vLLM), with engine.server as their URL",
+        epilog="Keys are options, e.g. --engine.gpu_memory 0.9 --model.dtype bfloat16; words "
+        "behind a -- go to vLLM, e.g. -- --data-parallel-size 8. The key is read from "
+        "VLLM_API_KEY; beyond this machine there must be one.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    serve.add_argument("model", type=path, help="Hugging Face directory or Hub name")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=whole(1, 65535), default=8000)
+    serve.add_argument("--print", action="store_true", help="print the command and stop")
+    serve.set_defaults(run=run_serve, parser=serve)
+
+
+def run_serve(args: argparse.Namespace, overrides: list[str]) -> int:
+    # The engine stands last: a server is vLLM whatever was given.
+    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
+    cfg = config.resolve(config.parse_overrides(words), source="command line")
+    from vpgea_fast.model_dir import check_model_dir
+    from vpgea_fast.rollout.vllm.client import check_key
+    from vpgea_fast.rollout.vllm.serve import serve, serve_command
+    from vpgea_fast.rollout.vllm.versions import check_installed
+
+    # A host that others reach without a key is refused even by --print.
+    check_key(args.host)
+    command, environment = serve_command(cfg, args.host, args.port, args.passed)
+    if args.print:
+        print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
+        return 0
+    # Before vLLM starts, whose own error for a wrong directory comes after its imports.
+    check_model_dir(args.model)
+    check_installed()
+    return serve(command, environment, args.host, args.port)

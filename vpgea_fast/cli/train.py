@@ -1,0 +1,131 @@
+"""`vpgea train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vpgea_fast import config
+from vpgea_fast.cli.words import (
+    Commands,
+    Parser,
+    UsageError,
+    config_file,
+    gib,
+    notice,
+    path,
+    plain_logs,
+    show,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from vpgea_fast.trainer import Ending
+
+STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
+"""Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
+job that saved."""
+TINY_WORLD = "data/tiny"
+TINY_BASE = f"{TINY_WORLD}/base"
+"""What the configuration `tiny` trains."""
+
+
+def declare_train(commands: Commands, common: Parser) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train from a YAML file",
+        epilog="Any key of --print-config is an option, e.g. --optim.lr 1e-6 --run.dir runs/b; "
+        "vpgea keys explains them.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    # Read from the folder: a configuration that is added is listed with no edit here.
+    names = ", ".join(sorted(file.stem for file in config.SHIPPED.glob("*.yaml")))
+    train.add_argument(
+        "config", nargs="?", type=config_file, help=f"YAML file, or one that is installed: {names}"
+    )
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=path,
+        help="go on with a run directory (its own config.yaml is used)",
+    )
+    train.add_argument(
+        "--resume-if-started",
+        action="store_true",
+        help="with a YAML file: go on with its run directory if a run has begun there, as --resume "
+        "would (for launchers that start the same command again)",
+    )
+    train.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="show prompts, lengths, memory and hours, and stop"
+    )
+    # These three describe other machines than this one, so they go with --dry-run alone.
+    train.add_argument(
+        "--processes",
+        type=whole(1, 2**20),
+        metavar="N",
+        help="--dry-run for N processes, one a device",
+    )
+    train.add_argument(
+        "--device-gib", type=gib, metavar="G", help="--dry-run for CUDA devices of G GiB"
+    )
+    train.add_argument(
+        "--rates",
+        metavar="KEY=NUMBER,...",
+        help="--dry-run with other rates than it shows, e.g. tflops=312,bandwidth=2.04",
+    )
+    train.set_defaults(run=run_train, parser=train)
+
+
+def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if (args.config is None) == (args.resume is None):
+        raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
+    if args.resume_if_started and args.config is None:
+        raise UsageError("--resume-if-started goes with a YAML file; --resume RUN needs no more")
+    if not args.dry_run and (args.processes, args.device_gib, args.rates) != (None, None, None):
+        raise UsageError(
+            "--processes, --device-gib and --rates are for --dry-run; add it or leave them out"
+        )
+    source, run = args.config, args.resume
+    if args.resume_if_started:
+        # The run directory is known from the configuration alone; whose config.yaml is there rules.
+        run_dir = config.load(source, overrides).run.dir
+        run = run_dir if (Path(run_dir) / "config.yaml").is_file() else None
+    # A resumed run is described by its own record; the YAML file may have changed since.
+    if run is not None:
+        source = Path(run) / "config.yaml"
+        overrides = [*overrides, "--run.dir", run]
+        if not source.is_file():
+            raise UsageError(f"{run} is no run: config.yaml is missing; give a run to go on")
+    # --run.dir is appended above: it wins over the record's, so a moved run goes on.
+    cfg = config.load(source, overrides, notice, record=run is not None)
+    if args.print_config:
+        show(config.dump(cfg).rstrip("\n"))
+        return 0
+    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
+        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
+    if args.dry_run:
+        # Imports wait until the options are known to be good: torch takes seconds.
+        from vpgea_fast.check import target
+        from vpgea_fast.dry_run import dry_run
+        from vpgea_fast.durations import parse_rates
+
+        rates = {} if args.rates is None else parse_rates(args.rates)
+        on = target(cfg, processes=args.processes, device_gib=args.device_gib)
+        dry_run(cfg, on=on, rates=rates)
+        return 0
+    from vpgea_fast.trainer import fit
+
+    plain_logs()
+    return status(fit(cfg, resume=run is not None))
+
+
+def status(ending: Ending) -> int:
+    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
+    status is a failure, and starts the run again."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]

@@ -1,0 +1,122 @@
+"""What words of a command line mean: values, paths, options; what a command says besides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
+
+from vpgea_fast import config, strict_yaml
+
+MAX_GIB = 100_000
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be used; the message says what was got and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, where argparse prints the usage too and leaves the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def path(word: str) -> str:
+    try:
+        return config.expand_home(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def config_file(word: str) -> str:
+    return config.find(path(word))
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def read(word: str) -> int:
+        value = yaml_value(word)
+        # `type`, not isinstance: true is an int to Python.
+        if type(value) is int and low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(
+            f"got {word!r}, expected a whole number from {low} to {high}"
+        )
+
+    return read
+
+
+def share_range(word: str) -> tuple[float, float]:
+    low, colon, high = word.partition(":")
+    # A word without a colon has no second number, and falls through to the error.
+    values = [yaml_value(part) for part in (low, high)] if colon else []
+    numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
+    if numbers and 0 <= values[0] <= values[1] <= 1:
+        return float(values[0]), float(values[1])
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected LOW:HIGH within 0:1, e.g. 0.1:0.9")
+
+
+def step(word: str) -> int | str:
+    return word if word in ("best", "last") else whole(0, 2**31 - 1)(word)
+
+
+def gib(word: str) -> float:
+    value = yaml_value(word)
+    if type(value) in (int, float) and 0 < value <= MAX_GIB:
+        return float(value)
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected a number above 0, up to {MAX_GIB}")
+
+
+def yaml_value(word: str) -> Any:
+    """None for what is no YAML."""
+    try:
+        return strict_yaml.parse_word(word)
+    except strict_yaml.YamlError:
+        return None
+
+
+def files(words: Sequence[str]) -> str:
+    """Words of a command line as the value of eval.data."""
+    files = [
+        # A word that opens a mapping is YAML already; any other is a path, quoted for YAML.
+        word if word.startswith("{") else json.dumps(word, ensure_ascii=False)
+        for word in words
+    ]
+    return f"[{', '.join(files)}]"
+
+
+def no_more(overrides: Sequence[str]) -> None:
+    if overrides:
+        raise UsageError(f"{overrides[0]} is an option of train and eval only; leave it out")
+
+
+def notice(text: str) -> None:
+    """On stderr, once: what --print-config prints is a configuration."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vpgea: {text}", file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print what a reader may cut short (`vpgea keys | head`): no error then."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def plain_logs() -> None:
+    """No bars of other libraries in a log file; on a terminal a large model shows its loading.
+
+    Nor their warnings: what they warn of in a model (missing weights, say) is an error here.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

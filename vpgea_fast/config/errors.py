@@ -1,0 +1,158 @@
+"""The words of an error: what was got, what was expected, and the nearest key or value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vpgea_fast.config.records import Config
+from vpgea_fast.config.schema import VARIANTS, fields_of, item_of, members_of, records_of
+
+REMEDIES = {
+    "objective.group_size": "the z-score compares paths: sample 2 or more a question",
+    "objective.prior_samples": "they define the baseline and the base length: sample 1 or more",
+    "objective.alpha": "0 turns the length factor off, 0.5 is the paper's choice",
+}
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text (in quotes)",
+    "tuple_type": "a list, [a, b]",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries",
+    "dict_type": "keys and values",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "{expected_tags}",
+}
+"""What was expected, by pydantic's type of an error."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says where, what was got and what to do."""
+
+
+def explain(errors: Iterable[Any]) -> list[str]:
+    """A line for each key: what was got, what was expected, and the nearest key or value.
+
+    Of a union pydantic gives an error a member: their expectations stand in one line, and where one
+    member fits but for a key of it, that key alone counts.
+    """
+    found: dict[str, list[tuple[Any, list[Any]]]] = {}
+    for error in errors:
+        key, owners = _place(error)
+        # pydantic gives an error per member of a union; the user wrote one value under one key.
+        found.setdefault(key, []).append((error, owners))
+    return [
+        f"  {key or 'configuration'}: {_complaint(key, group)}"
+        for key, group in found.items()
+        # Where a deeper key is wrong, that this record did not fit says nothing more.
+        if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in found)
+    ]
+
+
+def _place(error: Any) -> tuple[str, list[Any]]:
+    """The key of an error as the user writes it, and the records that the last part is a key of."""
+    key, owners, kinds = "", [Config], [Config]
+    # An unknown variant is an error of its key `name`.
+    loc = [*error["loc"], "name"] if error["type"].startswith("union_tag") else error["loc"]
+    for place, part in enumerate(loc):
+        # All members that have this key: a union is not decided yet at this depth.
+        hints = [fields_of(kind)[part] for kind in kinds if part in fields_of(kind)]
+        unknown = error["type"] == "unexpected_keyword_argument" and place == len(loc) - 1
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif hints or unknown:
+            key, owners = f"{key}.{part}".lstrip("."), kinds
+            kinds = [t for hint in hints for t in members_of(hint)]
+            kinds += [t for kind in kinds for t in members_of(item_of(kind))]
+        else:  # the name of a union's member
+            names = {kind: (getattr(kind, "name", None), _name(kind)) for kind in kinds}
+            kinds = [kind for kind in kinds if part in names[kind]] or kinds
+    # A record was wanted here: its keys are what the message lists.
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        owners = [kind for kind in kinds if fields_of(kind)]
+    return key, owners
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", "")
+
+
+def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
+    (error, owners), kinds = group[0], {error["type"] for error, _ in group}
+    # A key that one member lacks: the others' complaints about values do not matter.
+    if "unexpected_keyword_argument" in kinds:
+        return f"unknown key; {_nearest_key(key, owners)}"
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        return "is missing; give it a value"
+    value = error["input"]
+    if error["type"] == "union_tag_invalid":
+        value = value["name"]
+    wanted = list(dict.fromkeys(_wanted(error, owners) for error, owners in group))
+    remedy = f"; {REMEDIES[key]}" if key in REMEDIES else ""
+    # A validator of ours wrote its own sentence, which is better than any put together here.
+    if None in wanted:
+        own = error["msg"].removeprefix("Value error, ")
+        got = "" if "got " in own or isinstance(value, Mapping) else f", got {show(value)}"
+        return f"{own}{got}{remedy}"
+    expected = " or ".join(map(str, wanted))
+    if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):
+        remedy = f"; did you mean {near!r}?{remedy}"
+    # YAML's `key:` without a value is the usual cause.
+    if value is None:
+        remedy = f"; leave the key out for its default{remedy}"
+    # 1e3 is a float in YAML, and whole numbers are never converted.
+    if isinstance(value, float) and value.is_integer() and "int_type" in kinds:
+        remedy = f"; write {int(value)}{remedy}"
+    return f"got {show(value)}, expected {expected}{remedy}"
+
+
+def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
+    """What an error of pydantic's expected, in words; None where it brings its own message."""
+    if error["type"] in ("dataclass_type", "dataclass_exact_type"):
+        keys = dict.fromkeys(name for owner in owners for name in fields_of(owner))
+        text = "text or " * isinstance(error["loc"][-1], int)
+        return f"{text}keys ({', '.join(list(keys)[:4])}, ...)"
+    if error["type"] == "missing":
+        return "a value more"
+    template, limits = EXPECTED.get(error["type"]), error.get("ctx", {})
+    # 1000000000000.0 reads worse than 1e+12.
+    plain = {k: f"{v:g}" if isinstance(v, float) else v for k, v in limits.items()}
+    return template and template.format(**plain)
+
+
+def _nearest_key(key: str, owners: Sequence[Any]) -> str:
+    """Of the same record, or the same name in another section."""
+    first, *_, last = [*key.split("."), key.split(".")[-1]]
+    # Most keys that are unknown to a variant belong to the other one.
+    others = [kind.name for kind in records_of(first) if last in fields_of(kind)]
+    if first in VARIANTS and others:
+        return f"it belongs to {first}.name {others[0]!r}: set that too"
+    known = list(dict.fromkeys(name for owner in owners for name in fields_of(owner)))
+    if near := _near(last, known):
+        return f"did you mean {near!r}?"
+    # Last: the right name in the wrong section.
+    for other in fields_of(Config):
+        if other != first and any(last in fields_of(record) for record in records_of(other)):
+            return f"did you mean '{other}.{last}'?"
+    return f"known keys: {', '.join(known)}"
+
+
+def _near(word: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+
+
+def show(value: Any) -> str:
+    """A value as YAML has it, cut."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

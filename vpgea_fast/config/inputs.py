@@ -1,0 +1,235 @@
+"""Sections of what goes in: the run, the model and its processes, the questions, the prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, PlainSerializer
+from pydantic.dataclasses import dataclass
+
+from vpgea_fast.config.values import (
+    STRICT,
+    Minutes,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
+
+R1_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+STUDENT_TEMPLATE = "{question}\n" + R1_INSTRUCTION
+TEACHER_TEMPLATE = (
+    "{question}\n"
+    "The reference answer to this problem is: {answer}.\n"
+    "Reconstruct the shortest complete chain of reasoning that a solver who does NOT know this "
+    "answer would follow to derive it from the problem alone.\n"
+    "Think in the first person; keep every step needed to reach the result, drop dead ends, "
+    "repeated checks and restarts; never mention, use or hint that an answer was given. "
+    r"Put the final answer within \boxed{}."
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    dir: PathText = "runs/vpgea"
+    """Run directory. An existing run is never overwritten; `--resume` continues it."""
+    seed: Seed = 0
+    """Seed of the samples, of the order of the questions and of stochastic rounding."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads of torch; 0 keeps torch's choice. Part of the configuration because sums depend
+    on it bitwise."""
+    max_minutes: Minutes | None = None
+    """Save and stop, as on SIGTERM, after this many minutes: before a scheduler ends the run."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    path: PathText = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+    """A Hugging Face directory, or the name of a model on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    """Dtype of the forward. Trained weights and optimiser states stay float32 (float64 for
+    float64). float64 is for checks: transformers computes norms and rotary tables in float32, so
+    its log-probs are exact to about 1e-5."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16
+    halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
+    lost."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    """What a layer keeps for its backward. `full`: its input, and the layer runs again.
+    `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
+    everything."""
+    compile: bool = False
+    """Compile all decoder layers with torch.compile, as one graph."""
+    liger: Literal["auto", "always", "never"] = "auto"
+    """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
+    `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ParallelConfig:
+    """How the model lies on the processes that torchrun starts; one process needs none of it."""
+
+    shard: Literal["auto", "always", "never"] = "auto"
+    """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA."""
+    replicas: PositiveInt = 1
+    """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
+    node keeps the gathers inside it."""
+    accumulate: Literal["sharded", "unsharded"] = "sharded"
+    """Gradients between micro-batches. `sharded`: reduced into shards each time. `unsharded`: kept
+    whole on every process and reduced once, at 4 bytes per parameter. The head is always
+    unsharded."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimiser states in host memory between uses."""
+    timeout_minutes: Minutes = 30.0
+    """End the job when a collective waits longer than this."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataFile:
+    """One entry of data.train or eval.data: a path, or a mapping. A key that is not given is that
+    of the section `data`; an empty text there means none."""
+
+    path: PathText
+    """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
+    `hub:owner/name[/config][:split]`."""
+    name: str | None = None
+    """Name of the benchmark; also put before ids that two files share. Default: the file's name."""
+    weight: PositiveFloat | None = None
+    """Share of a step's questions, relative to the other files' weights (data.train only)."""
+    question_key: str | None = None
+    """For this file, instead of data.question_key."""
+    answer_key: str | None = None
+    """For this file, instead of data.answer_key."""
+    id_key: str | None = None
+    """For this file, instead of data.id_key."""
+    variants_key: str | None = None
+    """For this file, instead of data.variants_key."""
+    choices_key: str | tuple[str, ...] | None = None
+    """For this file, instead of data.choices_key."""
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
+    """For this file, instead of data.choices_answer."""
+    choices_seed: NonNegativeInt | None = None
+    """For this file, instead of data.choices_seed."""
+    limit: PositiveInt | None = None
+    """Read at most this many rows of the file; default: data.limit, in eval.data eval.limit."""
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).stem
+
+
+def _written(files: tuple[DataFile, ...]) -> Any:
+    """What `resolve` reads, as short as can be: a path where nothing else is given."""
+    # In three passes: what is given, a path alone as text, and tuples as YAML's lists.
+    given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
+    given = [entry["path"] if len(entry) == 1 else entry for entry in given]
+    plain = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in given
+    ]
+    return plain[0] if len(plain) == 1 else plain
+
+
+Files = Annotated[tuple[DataFile, ...], PlainSerializer(_written)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Keys of rows may lead inside (`reward_model.ground_truth`, `prompt.0.content`); a key that
+    holds a dot itself comes first."""
+
+    train: Annotated[Files, Field(min_length=1)] = (DataFile("data/train.jsonl"),)
+    """One file, or a list of files, each a path or a mapping (see the keys of a file). Without
+    weights they form one data set; with a weight each, every step takes that share from every
+    file."""
+    question_key: str = "question"
+    """Key of the question's text, or of chat messages with one user turn. `{Body} {Question}` joins
+    two keys."""
+    answer_key: str = "answer"
+    """Key of the final answer. Of a worked solution, the answer is what follows the last `####` or
+    what its last \\boxed{} holds, and the run says so."""
+    id_key: str = "id"
+    """Key of the question's id; a row without one is called row-N."""
+    variants_key: str | None = None
+    """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
+    choices_key: str | tuple[str, ...] | None = None
+    """Key of a question's choices, shown with letters; the letter is the answer. A list of keys,
+    one per choice, puts the right one first where answer_key has none or is the first; they are
+    then shuffled. An empty text leaves choices out."""
+    choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] = "auto"
+    """What answer_key holds. `auto`: a letter, the text of a choice, or an index from 0. With
+    `auto` a row without choices has a free answer; else it is dropped, or an error (bad_answer)."""
+    choices_seed: NonNegativeInt | None = None
+    """Shuffle the choices of each question by this seed and its id; null: the published order."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt of either view, in tokens."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What to do with a prompt above the limit. It is never cut."""
+    bad_answer: Literal["drop", "error"] = "drop"
+    """What to do with an unusable reference answer: empty, a worked solution without a final
+    answer, or not accepted as itself by verify.name."""
+    limit: PositiveInt | None = None
+    """Read at most this many rows of each file; null: all."""
+    dropped_file: PathText | None = None
+    """Write every dropped row to this file, as JSON lines: place, reason, id, answer."""
+
+    def __post_init__(self) -> None:
+        # A file without a weight beside weighted ones could mean 1, none, or its size.
+        weighted = [file.weight is not None for file in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"data.train: {weighted.count(False)} of {len(self.train)} files have no weight; "
+                "give every file one, or none (then questions come by the size of the files)"
+            )
+        # A file's name tells its questions apart, in ids and in weights.
+        names = [file.label for file in self.train]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.train names two files {twice!r}; give one another `name`")
+
+    def filled(self, file: DataFile) -> DataFile:
+        """`file` with what it leaves open taken from this section."""
+        mine = {
+            k: getattr(self, k) for k, v in vars(file).items() if v is None and hasattr(self, k)
+        }
+        return dataclasses.replace(file, **mine)
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """The weight of each file by its name; None: questions come by the size of the files."""
+        weights = {file.label: file.weight for file in self.train if file.weight is not None}
+        return weights if len(weights) > 1 else None
+
+
+@dataclass(frozen=True, config=STRICT)
+class PromptConfig:
+    student: str = STUDENT_TEMPLATE
+    """Template of the student's prompt. `{question}` is its only field, so the student never sees
+    the answer."""
+    teacher: str = TEACHER_TEMPLATE
+    """Template of the teacher's prompt, with the fields `{question}` and `{answer}`."""
+    teacher_role: Literal["user", "system"] = "user"
+    """Where the teacher's words beyond the student prompt go. R1 models advise against a system
+    prompt."""
+    think_open: str = "<think>"
+    """Token that opens a thought."""
+    think_close: str = "</think>"
+    """Token that closes a thought."""
+    think_prefix: str = "<think>\n"
+    """Text that both views must end with; appended where the chat template does not end so."""
+    answer_cue: str = "\n\n**Final Answer**\n\\boxed"
+    """Text between the closed thought and the scored answer."""
+    answer_target: str = "{{answer}}"
+    """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
+    `{question}` and `{answer}` are the only fields; every other brace is itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

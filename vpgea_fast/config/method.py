@@ -1,0 +1,274 @@
+"""Sections of the method: sampling, verification, scoring, and the objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vpgea_fast.config.values import (
+    STRICT,
+    Clip,
+    Exponent,
+    Gibibytes,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Temperature,
+)
+from vpgea_fast.kernels.options import GroupOptions
+
+
+@dataclass(frozen=True, config=STRICT)
+class RolloutConfig:
+    max_new_tokens: PositiveInt = 8192
+    """Token limit of a thought, its closing token included. A path that is cut there has no
+    reward."""
+    temperature: Temperature = 1.0
+    """Sampling temperature; the loss uses the same, so paths are drawn from the trained policy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus of the sampling. Below 1 the paths are not drawn from the policy that the gradient
+    assumes."""
+    full_answer: bool = False
+    """Sample on after the thought to the end of the answer, so that it can be verified."""
+    max_answer_tokens: PositiveInt = 1024
+    """Token limit of the answer after a thought."""
+    max_batch: PositiveInt = 256
+    """Paths decoded side by side, per process."""
+    probe_every: NonNegativeInt = 1
+    """Check that the engine took over the weights: a few tokens' log-probs, engine against trainer.
+    It happens after the first hand-over, then every this many steps (0: only the first)."""
+    probe_tolerance: PositiveFloat | None = None
+    """Largest allowed mean |difference| of those log-probs; null: 1e-4 in float32, 0.05 in
+    bfloat16."""
+    importance_cap: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
+    """Truncated importance weights: multiply coefficients by min(p_trainer / p_engine, cap), token
+    by token. Costs one forward of every trained path. Off by default: the mismatch is only
+    logged."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class HfEngineConfig:
+    """The trained model itself samples, or a copy of it beside a sharded one."""
+
+    name: Literal["hf"] = "hf"
+    """The trained model itself samples, or a copy of it beside a sharded one."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class VllmEngineConfig:
+    """vLLM samples: where it runs and what it may take."""
+
+    name: Literal["vllm"] = "vllm"
+    """vLLM samples, on the devices of the training processes or at a server."""
+    process: Literal["shared", "own"] = "shared"
+    """`shared`: vLLM inside each training process. `own`: in a child process of it."""
+    server: str | None = None
+    """URL of a `vllm serve` that samples instead, e.g. http://127.0.0.1:8000. Its key is read from
+    the environment variable VLLM_API_KEY."""
+    tensor_parallel: PositiveInt = 1
+    """Training processes of a node that share one engine (`process: shared`). It must divide their
+    number and the model's attention heads."""
+    gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
+    """Share of the whole GPU for vLLM's weights, work and KV cache, free when vLLM starts. Asleep,
+    vLLM keeps its CUDA graphs only. `--dry-run` says what fits."""
+    kv_cache_gib: Gibibytes | None = None
+    """Size of the KV cache; null: what gpu_memory leaves, on a CPU 1."""
+    context: PositiveInt | None = None
+    """Longest path in tokens, prompt included; null: what data, rollout and eval can need."""
+    enforce_eager: bool = False
+    """Use no CUDA graphs and no torch.compile. Always so on a CPU."""
+    fp32_head: bool = False
+    """Compute logits from a float32 product with the head, as the trainer does (bfloat16
+    models)."""
+    timeout_s: Seconds = 1800.0
+    """Give up a path that takes longer; its question then has no gradient in this step. A server's
+    time includes its queue. Not with tensor_parallel, whose processes must stop alike."""
+    sync: Literal["auto", "disk", "nccl"] = "auto"
+    """How a server gets weights: safetensors in sync_dir (`disk`), or NCCL; `auto` is `disk`."""
+    sync_dir: PathText | None = None
+    """Directory through which weights pass as files; a server must see it too. Null: sync/ in
+    run.dir."""
+    trust_remote_code: bool = False
+    """Let vLLM run the Python code that a model directory brings."""
+
+
+EngineConfig = Annotated[HfEngineConfig | VllmEngineConfig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class VerifyConfig:
+    """Who judges answers, in training and evaluation alike."""
+
+    name: Literal["math", "text", "number", "letter", "custom"] = "math"
+    """The checker. `math`: math-verify. `number`: equal as exact rationals. `text`: the same words,
+    case and spaces aside. `letter`: the same choice, A to J. `custom`: target."""
+    target: str | None = None
+    """`package.module:function` of (gold, text) that returns True or False; `custom` only. It is
+    found as modules are, or in the working directory, and must accept `\\boxed{gold}`."""
+    workers: PositiveInt = 1
+    """Processes that judge, per process of the run."""
+    timeout_s: Seconds = 5.0
+    """End a judgement that takes longer, and count its answer as wrong."""
+
+    def __post_init__(self) -> None:
+        # A target under another name would be ignored, and the user's function with it.
+        if (self.name == "custom") != (self.target is not None):
+            raise ValueError(
+                f"verify.name is {self.name!r} and verify.target {self.target!r}: a target belongs "
+                "to name custom, and custom needs one; set both or neither"
+            )
+        if self.target is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
+            raise ValueError(f"verify.target is {self.target!r}; expected package.module:function")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScoringConfig:
+    u_norm: Literal["sum", "mean"] = "sum"
+    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps."""
+    u_source: Literal["likelihood", "accuracy"] = "likelihood"
+    """`likelihood`: U = log P(answer given question and path). `accuracy`: U = log((J acc + 1/2) /
+    (J + 1)) of J answers sampled after the thought."""
+    answer_samples: PositiveInt = 8
+    """J, the answers sampled after each thought (`accuracy` only)."""
+    answer_temperature: Temperature = 0.7
+    """Sampling temperature of those answers."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class VpgeaConfig:
+    """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most
+    of them open."""
+
+    name: Literal["vpgea"] = "vpgea"
+    """VPG-EA: policy gradient for the teacher's view, gated distillation for the student's."""
+    preset: Literal["paper", "robust"] = "paper"
+    """Defaults of the keys that are not given. `paper`: the formulas literally. `robust`:
+    log-mean-exp baseline, mixed reward, clamped U, clipped eta, and a gate on groups without
+    spread."""
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    """G, posterior paths per question; the z-score needs two."""
+    prior_samples: PositiveInt = 8
+    """N, prior paths per question. They define the baseline utility and the base length."""
+    alpha: Exponent = 0.5
+    """Exponent of the length factor eta = (base length / length)^alpha; 0 turns it off."""
+    beta: NonNegativeFloat = 0.5
+    """Weight of the distillation loss against the policy gradient."""
+    gate: Literal["indicator", "relu"] = "indicator"
+    """Weight of a distilled path. `indicator`: 1 for a positive advantage A, else 0. `relu`: max(0,
+    A)."""
+    reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
+    """R of a path. `paper`: max(0, U - baseline + r_margin). `likelihood_gate`: 1 where P > 0.5.
+    `likelihood_mix`: that times 1 + max(0, U - baseline)."""
+    baseline: Literal["mean", "lme"] = "mean"
+    """Baseline of U over the prior paths. `mean`: mean U. `lme`: log of the mean likelihood, which
+    one terrible path cannot pull down."""
+    r_margin: NonNegativeFloat = 0.0
+    """Margin of the reward `paper`, in nats."""
+    clamp_u: bool = False
+    """Also lift every finite U below u_min to u_min."""
+    u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
+    """Value for a U that is not finite, in nats."""
+    eta_clip: Clip | None = None
+    """Clip eta to (low, high); null: no clip."""
+    eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
+    std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose utility has a smaller standard deviation than this (0:
+    never)."""
+    verify: Literal["none", "gate"] = "none"
+    """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
+    rollout.full_answer)."""
+    leak_guard: Literal["none"] = "none"
+    """The counterfactual guard of `robust` is not built yet; the run says so."""
+
+    def __post_init__(self) -> None:
+        self.group_options()  # refuses keys that do not go together
+
+    def group_options(self) -> GroupOptions:
+        """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
+        # By name, so that an option is added in GroupOptions and here, and nowhere between.
+        names = [field.name for field in dataclasses.fields(GroupOptions)]
+        return GroupOptions(**{name: getattr(self, name) for name in names})
+
+    @property
+    def posterior_paths(self) -> int:
+        return self.group_size
+
+    @property
+    def prior_paths(self) -> int:
+        return self.prior_samples
+
+    @property
+    def scores_answers(self) -> bool:
+        return True
+
+    @property
+    def verifies_answers(self) -> bool:
+        return self.verify == "gate"
+
+
+VPGEA_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "robust": {
+        "baseline": "lme",
+        "reward": "likelihood_mix",
+        "clamp_u": True,
+        "eta_clip": (0.25, 4.0),
+        "eps": 1e-3,
+        "std_gate": 0.05,
+    },
+}
+
+
+@dataclass(frozen=True, config=STRICT)
+class GrpoConfig:
+    """GRPO at ratio 1, with VPG-EA's length factor as an option: reward = correct * (len_base /
+    len)^alpha."""
+
+    name: Literal["grpo"] = "grpo"
+    """GRPO: policy gradient in the student's view, with group-normalised rewards."""
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    """Paths per question; the z-score needs two."""
+    alpha: Exponent = 0.0
+    """0 is plain GRPO. Above 0, a correct path earns the length factor against its group's mean
+    length."""
+    reward: Literal["verify", "likelihood"] = "verify"
+    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
+    given path) > 0.5."""
+    eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
+    eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
+    std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose reward has a smaller standard deviation than this (0:
+    never)."""
+
+    @property
+    def posterior_paths(self) -> int:
+        return 0
+
+    @property
+    def prior_paths(self) -> int:
+        return self.group_size
+
+    @property
+    def scores_answers(self) -> bool:
+        return self.reward == "likelihood"
+
+    @property
+    def verifies_answers(self) -> bool:
+        return self.reward == "verify"
+
+
+ObjectiveConfig = Annotated[VpgeaConfig | GrpoConfig, Field(discriminator="name")]

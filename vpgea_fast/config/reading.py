@@ -1,0 +1,265 @@
+"""From a file and words of the command line to a `Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from vpgea_fast import strict_yaml
+from vpgea_fast.config.errors import ConfigError, explain, show
+from vpgea_fast.config.method import VPGEA_PRESETS
+from vpgea_fast.config.records import Config
+from vpgea_fast.config.renamed import refuse_old, renewed
+from vpgea_fast.config.schema import VARIANTS, fields_of, item_of, members_of, records_of
+
+SHIPPED = Path(__file__).parents[1] / "configs"
+"""The configurations of the project: `configs/` in the tree, a package of files in a wheel."""
+ROWS = Path(__file__).parents[1] / "results"
+"""The committed rows that come with them."""
+MAX_BYTES = 1_000_000
+"""Of a configuration: what is larger is another file."""
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    record: bool = False,
+) -> Config:
+    """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
+    over it. `say` hears which of the file's keys another objective or engine leaves out.
+
+    `load("configs/tiny.yaml", ["--run.dir", "runs/b", "--optim.lr=1e-5"])` is what `vpgea train`
+    makes of the same words. `record`: the file is a run's own, so keys of an older version are read
+    as what they are now. Errors: ConfigError, which names the key and the nearest known one.
+    """
+    # The command line is read on its own, so that its errors name its words.
+    tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
+    if record:
+        tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
+    # Another variant on the command line makes the file's keys of the old one unknown: they
+    # are left out, and said.
+    lost = {section: _foreign(section, tree, top) for section in VARIANTS}
+    tree = {**tree, **{section: {} for section, keys in lost.items() if keys}}
+    cfg = resolve(_merge(tree, top), source=str(path))
+    for section, keys in lost.items():
+        if keys:
+            name, left = getattr(cfg, section).name, ", ".join(f"{section}.{key}" for key in keys)
+            say(f"{path}: {section}.name {name!r} leaves out the file's {left}")
+    return cfg
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant that is given as text by what the text names: `engine: vllm`."""
+    return {
+        section: {"name": keys} if section in VARIANTS and isinstance(keys, str) else keys
+        for section, keys in tree.items()
+    }
+
+
+def find(word: str, folder: Path = SHIPPED, suffix: str = ".yaml") -> str:
+    """The file of a path, else the shipped file of that name: `tiny` is configs/tiny.yaml, wherever
+    the project is installed. A word that is neither comes back as it is."""
+    known = {file.stem: str(file) for file in folder.glob(f"*{suffix}")}
+    taken = Path(word).exists() and not Path(word).is_dir()
+    return word if taken else known.get(word, word)
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # one byte too many tells, without reading the rest
+    except OSError as error:
+        # The likeliest slip is a name that is not shipped.
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file "
+            f"or one of the names {names}"
+        ) from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: more than {MAX_BYTES} bytes; expected a configuration in YAML")
+    try:
+        # Windows editors put a byte order mark first.
+        tree = strict_yaml.parse(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        raise ConfigError(
+            f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as "
+            "UTF-8"
+        ) from error
+    except strict_yaml.YamlError as error:
+        raise ConfigError(f"{path}, line {error.line}: {error}") from error
+    if not isinstance(tree, dict):
+        # An empty file could mean the defaults; it more often means that a write failed.
+        got = "an empty file" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(
+            f"{path}: got {got}, expected sections (run:, model:, ...); for the defaults write one "
+            "key, e.g. run: {seed: 0}"
+        )
+    return tree
+
+
+def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of sections, of values that JSON has; presets fill the keys of their
+    objective that the tree leaves open. A single value is a list of one where a list is wanted.
+
+    It makes a Config in Python; what the tree leaves out has its default. The records are frozen:
+    `dataclasses.replace` makes another one, validated anew. Errors: ConfigError.
+
+    >>> cfg = resolve({"model": {"path": "base"}, "data": {"train": "questions.jsonl"}})
+    >>> cfg.model.path, cfg.data.train[0].path, cfg.objective.name
+    ('base', 'questions.jsonl', 'vpgea')
+    >>> from dataclasses import replace
+    >>> replace(cfg, train=replace(cfg.train, steps=10)).train.steps
+    10
+    """
+    tree = _by_name(tree)
+    refuse_old(tree, source)
+    try:
+        # Through JSON: pydantic's strict mode takes lists for tuples there, and from Python not.
+        text = json.dumps(_with_preset(_with_lists(tree)))
+        return TypeAdapter(Config).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{source}:\n" + "\n".join(explain(error.errors()))) from error
+    # A date, a set or NaN from a caller in Python: no YAML holds them.
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: expected what YAML can hold, got {error}") from error
+
+
+def dump(config: Config) -> str:
+    """YAML of every key, which `load` reads as the same configuration."""
+    return strict_yaml.dump(as_dict(config))
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Sections of keys, of values that JSON has; `resolve` makes the same configuration of it."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (old value, new value) of every key that differs, run.dir aside; of another
+    variant the keys that both have."""
+    a, b = as_dict(old), as_dict(new)
+    keys = [
+        (section, key)
+        for section in b
+        for key in {**a[section], **b[section]}
+        # A key that one variant lacks was not changed but came or went with `name`.
+        if section not in VARIANTS or {key in a[section], key in b[section]} == {True}
+    ]
+    pairs = {f"{s}.{k}": (a[s].get(k), b[s].get(k)) for s, k in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`;
+    `--engine vllm` is short for `--engine.name vllm`, as of any variant.
+
+    Text fields take their value as it stands; others read it as YAML. `null` unsets either.
+    """
+    tree: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        section, dot, name = key.removeprefix("--").partition(".")
+        # `--engine vllm`, as `engine: vllm` in a file.
+        if section in VARIANTS and not dot:
+            dot, name = ".", "name"
+        if not key.startswith("--") or not dot:
+            raise ConfigError(f"expected --section.key value, got {word!r}")
+        if not equals:
+            value = next(rest, None)
+            # A forgotten value would swallow the next option.
+            if value is None or value.startswith("--"):
+                raise ConfigError(
+                    f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
+                    "a value that starts with --"
+                )
+        tree.setdefault(section, {})[name] = _parse(section, name, value)
+    return tree
+
+
+def _parse(section: str, name: str, word: str) -> Any:
+    """A word as its field takes it. Where text is one choice among others, a word that opens a list
+    or a mapping is one; a `#`, a colon or a number means nothing in text."""
+    # Of every variant: which one it is may stand in another word.
+    types = [t for record in records_of(section) for t in members_of(fields_of(record).get(name))]
+    types += [t for kind in types for t in members_of(item_of(kind))]
+    structured = any(kind not in (str, type(None)) for kind in types)
+    takes_text = str in types or any(fields_of(kind) for kind in types)  # a record's first key
+    opens = word.lstrip()[:1] in ("[", "{")
+    # Bytes that are not UTF-8 come from the shell as lone surrogates.
+    if strict_yaml.LONE.search(word):
+        raise ConfigError(f"--{section}.{name}: got {word!r}, expected UTF-8")
+    if word in strict_yaml.NULL and word:
+        return None
+    # Unknown keys keep their text: resolve complains with the nearest name.
+    if not types or (takes_text and not (structured and opens)):
+        return word
+    # An unset shell variable is the usual cause; as YAML it would mean null.
+    if not word.strip():
+        raise ConfigError(f"--{section}.{name}: got an empty word; write null to unset the key")
+    try:
+        return strict_yaml.parse_word(word)
+    except strict_yaml.YamlError as error:
+        raise ConfigError(f"--{section}.{name}: got {word[:80]!r}: {error}") from error
+
+
+def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
+    """Keys of the file's variant, where the command line names another one."""
+    base, name = tree.get(section), top.get(section, {}).get("name")
+    if not isinstance(base, dict) or name is None or name == base.get("name", VARIANTS[section]):
+        return []
+    return [key for key in base if key != "name"]
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `top` over those of `base`, section by section."""
+    merged = dict(base)
+    for section, keys in top.items():
+        below = merged.get(section, {})
+        if not isinstance(below, Mapping):
+            raise ConfigError(f"{section}: got {show(below)}, expected keys")
+        merged[section] = {**below, **keys}
+    return merged
+
+
+def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A single value as a list of one where only a list is wanted; where that is of records, text
+    is the first key of one. Here, because a validator of pydantic's would end the strict reading of
+    JSON."""
+
+    def wrapped(hint: Any, value: Any) -> Any:
+        item = item_of(hint)
+        if item is None or value is None:
+            return value
+        values = value if isinstance(value, (list, tuple)) else [value]
+        first = next(iter(fields_of(item)), None)
+        return [{first: v} if first and isinstance(v, str) else v for v in values]
+
+    done = dict(tree)
+    for section, keys in tree.items():
+        for record in records_of(section) if isinstance(keys, Mapping) else []:
+            hints = fields_of(record)
+            done[section] = {k: wrapped(hints.get(k), v) for k, v in done[section].items()}
+    return done
+
+
+def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Variants with their name, and an objective with the keys of its preset."""
+    tree = dict(tree)
+    for section, name in VARIANTS.items():
+        keys = tree.get(section, {})
+        tree[section] = {"name": name, **keys} if isinstance(keys, Mapping) else keys
+    objective = tree["objective"]
+    if not isinstance(objective, Mapping):
+        return tree
+    # Below the file's keys: what is given wins over the preset.
+    preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
+    return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}

@@ -1,0 +1,266 @@
+"""Sections of the training, and `Config`, the record of all sections with the rules between
+them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vpgea_fast.config.inputs import (
+    DataConfig,
+    Files,
+    ModelConfig,
+    ParallelConfig,
+    PromptConfig,
+    RunConfig,
+)
+from vpgea_fast.config.method import (
+    EngineConfig,
+    HfEngineConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    ScoringConfig,
+    VerifyConfig,
+    VllmEngineConfig,
+    VpgeaConfig,
+)
+from vpgea_fast.config.values import (
+    STRICT,
+    Minutes,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Temperature,
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    backend: Literal["auto", "reference", "torch", "triton", "cublas"] = "auto"
+    """What computes the language-model head and its loss. `reference`: full logits. `torch`: chunks
+    of rows. `triton`, `cublas`: CUDA kernels. `auto` chooses by device and dtype; `vpgea doctor`
+    says what runs here."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    name: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
+    """AdamW, with its moments in float32, in bfloat16 rounded stochastically, or in 8 bits
+    (torchao, an extra)."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights up or down with the probability that keeps the mean exact."""
+    lr: PositiveFloat = 1e-6
+    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate after the warm-up, over train.steps; `linear` and `cosine` end at zero."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps over which the rate rises linearly to lr."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay of AdamW's two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Clip the norm of the whole gradient to this."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    steps: PositiveInt = 200
+    """Steps of the run: one rollout batch and at most one update each."""
+    questions_per_step: PositiveInt = 64
+    """Questions per step, over all processes."""
+    norm: Literal["seq_sum", "const", "seq_mean", "token_mean"] = "const"
+    """What a path's weight is divided by, besides the number of paths. `const`: norm_constant.
+    `seq_sum`: nothing. `seq_mean`: its length. `token_mean`: tokens of the whole stream instead."""
+    norm_constant: PositiveFloat | None = None
+    """C of `const`; null: rollout.max_new_tokens / 4."""
+    denominator: Literal["nominal", "effective"] = "nominal"
+    """Divide by all questions of the step (`nominal`), or by those that have a gradient
+    (`effective`)."""
+    distill_denominator: Literal["same", "gated"] = "same"
+    """`token_mean` only: divide distilled rows by the sampled stream's tokens (`same`), or by their
+    own (`gated`)."""
+    resample_rounds: NonNegativeInt = 0
+    """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
+    sampling of DAPO, arXiv 2503.14476."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Packed tokens per forward; at least the longest row that may come."""
+    idle_alarm: PositiveInt = 5
+    """Raise an alarm after this many steps in a row without an update."""
+    idle_stop: PositiveInt | None = 25
+    """After this many steps in a row without an update, save, evaluate, export and end with status
+    3; null: never."""
+    mismatch_stop: Annotated[float, Field(gt=1.0, le=1e12)] | None = 2.0
+    """End in the same way when mismatch_mean (mean exp|log p_engine - log p_trainer|, 1 where they
+    agree) exceeds this; null: never."""
+    mismatch_steps: PositiveInt = 3
+    """Measured steps in a row above train.mismatch_stop that end the run."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    save_every: PositiveInt = 20
+    """Steps between two checkpoints."""
+    save_minutes: Minutes | None = None
+    """Also save when this many minutes have passed since the last save."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
+    """Also keep the checkpoint with the best evaluation by this measure. Then every evaluated step
+    is saved; needs eval.data and eval.every."""
+    background: bool = False
+    """Copy the state to host memory, train on, and write from a thread."""
+    export: bool = True
+    """Write export/ (a Hugging Face directory) when the run ends."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvalConfig:
+    data: Files = ()
+    """Files as in data.train, one per benchmark; empty: no evaluation."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0: only before and after."""
+    samples: NonNegativeInt = 1
+    """Sampled answers per question; 0: greedy only."""
+    greedy: bool = True
+    """Also answer every question once without sampling."""
+    temperature: Temperature = 0.6
+    """Temperature of the sampled answers."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Nucleus of the sampled answers."""
+    max_new_tokens: PositiveInt = 32768
+    """Token limit of a thought. A cut thought counts as wrong."""
+    limit: PositiveInt | None = None
+    """Read at most this many rows of each file; null: all."""
+    seed: Seed = 0
+    """Seed of the sampled answers and of the bootstrap interval."""
+
+    def __post_init__(self) -> None:
+        weighted = next((file.path for file in self.data if file.weight is not None), None)
+        if weighted is not None:
+            raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
+
+
+@dataclass(frozen=True, config=STRICT)
+class MetricsConfig:
+    diag_every: NonNegativeInt = 10
+    """Steps between the costly diagnostics, such as the KL of the two views on whole paths (0:
+    never)."""
+    paths_per_step: NonNegativeInt = 16
+    """Sampled paths of each stream that a step writes to paths.jsonl."""
+    compare: PathText | None = None
+    """Committed rows, shown beside the run's own in the closing table and the report. A JSON file,
+    or `tiny_demo`: the rows that come with the configuration `tiny`."""
+    note: str = ""
+    """A line printed under the closing table."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    run: RunConfig = Field(default_factory=RunConfig)
+    """Directory, seed and time limit of the run."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The model and how its forward computes."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model lies on the processes that torchrun starts; one process needs none of it."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Training questions and how to read them."""
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    """The two views of a question."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """Sampling of the paths."""
+    engine: EngineConfig = Field(default_factory=HfEngineConfig)
+    """What draws the paths. `name` chooses the engine, and with it the other keys."""
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    """Who judges answers, in training and evaluation alike."""
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    """How U, the worth of a path, is measured."""
+    objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
+    """Coefficients of the paths. `name` chooses the method, and with it the other keys."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """Backend of the fused losses."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimiser and learning rate."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """Steps, normalisation, and when a run ends itself."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving, keeping and exporting."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Evaluation of the student view, before, during and after training."""
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    """Diagnostics, paths.jsonl and the report."""
+
+    @property
+    def colocated(self) -> bool:
+        """vLLM samples on the devices of the training processes, not at a server."""
+        return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
+
+    @property
+    def vllm(self) -> VllmEngineConfig:
+        """The engine where it is vLLM; ValueError for a reader that has not asked."""
+        if isinstance(self.engine, VllmEngineConfig):
+            return self.engine
+        raise ValueError(f"engine.name: got {self.engine.name!r}, expected 'vllm'; set it")
+
+    def __post_init__(self) -> None:
+        # By resolved paths: data/../data/train.jsonl is the same file.
+        target = self.data.dropped_file
+        files = [file.path for file in (*self.data.train, *self.eval.data)]
+        if target is not None and Path(target).resolve() in [Path(f).resolve() for f in files]:
+            raise ValueError(
+                f"data.dropped_file is {target!r}, which questions are read from; give a file of "
+                "its own: it is written anew"
+            )
+        # Without an answer no path could be right, and the run would train on nothing.
+        if self.objective.verifies_answers and not self.rollout.full_answer:
+            raise ValueError(
+                f"objective {self.objective.name!r} verifies sampled answers, but "
+                "rollout.full_answer is false; set it to true or choose another reward"
+            )
+        # The own engine gives log-probs of the whole distribution even then.
+        if self.engine.name == "vllm" and self.rollout.top_p < 1:
+            raise ValueError(
+                f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
+                "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
+                "(an evaluation may cut: eval.top_p)"
+            )
+        self._check_keep_best()
+        # Either one alone is a mistake that shows only as a model that does not learn.
+        rounded = self.model.master_dtype == "bfloat16"
+        if rounded != self.optim.stochastic_rounding:
+            raise ValueError(
+                f"model.master_dtype is {self.model.master_dtype!r} and optim.stochastic_rounding "
+                f"{self.optim.stochastic_rounding}: bfloat16 weights lose updates of 1e-6 unless "
+                "rounded stochastically, others are not rounded; set both or neither"
+            )
+        if rounded and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
+                f"{self.model.dtype!r}"
+            )
+
+    def _check_keep_best(self) -> None:
+        best = self.checkpoint.keep_best
+        if best is None:
+            return
+        # The measure's name begins with the mode that it needs.
+        drawn = self.eval.greedy if best.startswith("greedy") else self.eval.samples
+        wanting = {"eval.data": self.eval.data, "eval.every": self.eval.every}
+        wanting["eval.greedy or eval.samples"] = drawn
+        lacks = next((key for key, value in wanting.items() if not value), None)
+        if lacks is not None:
+            raise ValueError(
+                f"checkpoint.keep_best {best!r} chooses by an evaluation while training, and "
+                f"{lacks} asks for none; set it, or checkpoint.keep_best null"
+            )

@@ -1,0 +1,76 @@
+"""Keys of an older version: read in a run's record, refused with their new names elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vpgea_fast.config.errors import ConfigError
+from vpgea_fast.config.schema import VARIANTS, fields_of, records_of
+
+RENAMED = {"rollout.engine": "engine.name", "vllm": "engine"}
+"""Key or section of an older version -> what it is now."""
+
+
+def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The sections of a run's record with keys of an older version under their new names. Keys of
+    a variant that was not chosen are left out: nothing read them. `say` hears of both."""
+    # A whole section that moved holds nothing by itself: only its keys do.
+    moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
+    if not moved:
+        return dict(tree)
+    values: dict[str, Any] = {}
+    done: dict[str, Any] = {}
+    for section, keys in tree.items():
+        if isinstance(keys, Mapping):
+            # Collected first, since the name of the variant decides which of them are kept.
+            values |= {
+                moved[old]: keys[old.partition(".")[2]] for old in moved if _in(old, section)
+            }
+            keys = {k: v for k, v in keys.items() if f"{section}.{k}" not in moved}
+        if section not in RENAMED:
+            done[section] = keys
+    # Which variant it was is itself among the values that move.
+    chosen = {section: values.get(f"{section}.name", name) for section, name in VARIANTS.items()}
+    kept, left = [], []
+    for old, new in moved.items():
+        section, _, key = new.partition(".")
+        # A section without variants has one record and no choice.
+        kinds = [k for k in records_of(section) if chosen.get(section) in (None, k.name)]
+        if any(key in fields_of(kind) for kind in kinds):
+            done.setdefault(section, {})[key] = values[new]
+            kept.append(f"{old} as {new}")
+        else:
+            left.append(old)
+    said = f"; left out {', '.join(left)}, which nothing read" if left else ""
+    say(f"written by an older version: read {', '.join(kept)}{said}")
+    return done
+
+
+def _in(key: str, section: str) -> bool:
+    return key.partition(".")[0] == section
+
+
+def _old_keys(tree: Mapping[str, Any]) -> list[str]:
+    """`section.key` of an older version; a section that is empty, or no mapping, by its name."""
+    found: list[str] = []
+    for section, keys in tree.items():
+        whole = section in RENAMED
+        if isinstance(keys, Mapping) and keys:
+            names = [f"{section}.{key}" for key in keys]
+            found += [name for name in names if whole or name in RENAMED]
+        elif whole:
+            found.append(section)
+    return found
+
+
+def _new_name(old: str) -> str:
+    section, _, key = old.partition(".")
+    return RENAMED.get(old) or f"{RENAMED[section]}.{key}"
+
+
+def refuse_old(tree: Mapping[str, Any], source: str) -> None:
+    """ConfigError for keys of an older version, with their new names."""
+    lines = [f"  {old}: is now {_new_name(old)}; write that" for old in _old_keys(tree)]
+    if lines:
+        raise ConfigError(f"{source}:\n" + "\n".join(lines))

@@ -1,0 +1,46 @@
+"""What the records say of themselves: keys of a section, their types, variants."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from vpgea_fast.config.records import Config
+
+VARIANTS = {"objective": "vpgea", "engine": "hf"}
+"""Sections whose `name` chooses what other keys they have, with the name that is the default."""
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    return get_type_hints(record) if dataclasses.is_dataclass(record) else {}
+
+
+def members_of(hint: Any) -> list[Any]:
+    """The types of a union, or the one type; none for None, which is no type."""
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for part in get_args(hint) for kind in members_of(part)]
+    return [] if hint is None else [hint]
+
+
+def item_of(hint: Any) -> Any:
+    """What a list of any length holds; None for other types."""
+    args = get_args(hint)
+    return args[0] if get_origin(hint) is tuple and args[1:] == (...,) else None
+
+
+def known_keys() -> list[str]:
+    """Every `section.key`, of all variants."""
+    return list(
+        dict.fromkeys(
+            # `name` and others stand in several variants: once each.
+            f"{s}.{key}"
+            for s in fields_of(Config)
+            for r in records_of(s)
+            for key in fields_of(r)
+        )
+    )
+
+
+def records_of(section: str) -> list[Any]:
+    return [kind for kind in members_of(fields_of(Config).get(section)) if fields_of(kind)]

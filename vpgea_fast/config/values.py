@@ -1,0 +1,80 @@
+"""Types of values, with their ranges; text that a terminal may show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer one (escape sequences, carriage returns, reversed
+    writing) or cannot be encoded is spelled out; line breaks and tabs stay.
+
+    >>> printable("\\x1b[2J 2 + 2\\r = ?")
+    '\\\\x1b[2J 2 + 2\\\\r = ?'
+    """
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(error: BaseException, limit: int | None = 600) -> str:
+    """What an error says, in one line that a terminal can show, cut at `limit` characters; what
+    says no more than a name (KeyError) behind its type.
+
+    >>> one_line(ValueError("wrong keys:\\n  a: unknown\\n  b: unknown")), one_line(KeyError("a"))
+    ('wrong keys: a: unknown; b: unknown', "KeyError: 'a'")
+    """
+    name = type(error).__name__
+    # str(KeyError("a")) is `'a'`, which tells nobody what happened.
+    bare = isinstance(error, (KeyError, AttributeError, IndexError))
+    text = f"{name}: {error}" if bare else str(error).strip() or name
+    text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
+    return printable(text if limit is None or len(text) <= limit else f"{text[:limit]} ...")
+
+
+def expand_home(path: str) -> str:
+    """A path with the home directory for a leading `~` or `~user`. ValueError where none is known,
+    and for what is no path."""
+    # The operating system refuses these with a ValueError, late and without a name.
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"got {path!r}, expected a path")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError(
+            f"got {path!r}, and that user has no home directory here; write ./{path} for a file of "
+            "this name"
+        ) from error
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+
+# A count beyond int32 is a slip, and so is a quantity beyond 1e12: both end in crashes elsewhere.
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e12)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e12)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes, inside vLLM."""
+Minutes = Annotated[float, Field(gt=0.0, le=1e6)]
+Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
+Gibibytes = Annotated[float, Field(gt=0.0, le=1e5)]
+Temperature = Annotated[float, Field(ge=1e-4, le=100.0)]
+"""Below, logits overflow float32."""
+Exponent = Annotated[float, Field(ge=0.0, le=8.0)]
+"""Of a ratio of lengths, whose power must stay in float32."""
+
+
+def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
+    if clip[0] > clip[1]:
+        raise ValueError("expected (low, high) with low <= high")
+    return clip
+
+
+Clip = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]

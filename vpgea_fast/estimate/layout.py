@@ -1,0 +1,144 @@
+"""A causal LM by the shapes of its units, and how a configuration lays it on processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vpgea_fast.activations import kept_width
+from vpgea_fast.config import Config
+from vpgea_fast.model_dir import decoder_layers
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal LM as its units see it: the shapes of their parameters, and the widths that size the
+    activations. `head` is empty when tied: the embedding's unit holds the one weight."""
+
+    blocks: tuple[Shapes, ...]
+    embedding: Shapes
+    head: Shapes
+    root: Shapes
+    hidden: int
+    query: int
+    key: int
+    heads: int
+    mlp: int
+    vocabulary: int
+    qk_norm: bool = False
+    kept: int = 0
+    """Widths of the products of one block that `selective` checkpointing keeps, together."""
+
+    @property
+    def tied(self) -> bool:
+        return not self.head
+
+    @property
+    def units(self) -> dict[str, Shapes]:
+        """name -> shapes, in the order in which a forward gathers them."""
+        named = {"root": self.root, "embedding": self.embedding}
+        named |= {f"block {i}": shapes for i, shapes in enumerate(self.blocks)}
+        return named if self.tied else {**named, "head": self.head}
+
+    @property
+    def parameters(self) -> int:
+        return sum(numel(shapes) for shapes in self.units.values())
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The shape of a transformers configuration; the model is made on the meta device (0.3 s)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    tied = bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    units: dict[str, Any] = {"embedding": model.get_input_embeddings()}
+    if not tied:
+        units["head"] = model.get_output_embeddings()
+    blocks = decoder_layers(model)
+    widest = max(max(p.shape) for p in blocks[0].parameters() if p.ndim == 2)
+    inside = {id(p) for part in (*units.values(), *blocks) for p in part.parameters()}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return ModelShape(
+        blocks=tuple(_shapes(block.parameters()) for block in blocks),
+        embedding=_shapes(units["embedding"].parameters()),
+        head=() if tied else _shapes(units["head"].parameters()),
+        root=_shapes(p for p in model.parameters() if id(p) not in inside),
+        hidden=config.hidden_size,
+        query=config.num_attention_heads * head_dim,
+        key=kv_heads * head_dim,
+        heads=config.num_attention_heads,
+        mlp=getattr(config, "intermediate_size", None) or widest,  # GPT-2's kind has another name
+        vocabulary=config.vocab_size,
+        qk_norm=any("q_norm" in name for name, _ in blocks[0].named_parameters()),
+        kept=max(map(kept_width, blocks)),
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a configuration lies on `world` processes, and the bytes of its dtypes."""
+
+    shape: ModelShape
+    cfg: Config
+    world: int
+    cuda: bool
+
+    @property
+    def sharded(self) -> bool:
+        wish = self.cfg.parallel.shard
+        return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
+
+    @property
+    def shards(self) -> int:
+        return self.world // self.cfg.parallel.replicas if self.sharded else 1
+
+    @property
+    def forward(self) -> int:
+        return getattr(torch, self.cfg.model.dtype).itemsize
+
+    @property
+    def master(self) -> int:
+        if self.cfg.model.dtype == "float64":
+            return 8
+        return getattr(torch, self.cfg.model.master_dtype).itemsize
+
+    @property
+    def reduce(self) -> int:
+        return max(4, self.forward)
+
+    @property
+    def autocast(self) -> bool:
+        return not self.sharded and self.forward != self.master
+
+    @property
+    def residual(self) -> int:
+        return self.master if self.autocast else self.forward
+
+    def local(self, shapes: Shapes) -> int:
+        """Elements of a unit that one process holds, rounded up to whole rows."""
+        return sum(rows_of(shape, self.shards) for shape in shapes)
+
+    @property
+    def held(self) -> int:
+        return sum(self.local(shapes) for shapes in self.shape.units.values())
+
+
+def _shapes(parameters: Iterable[torch.Tensor]) -> Shapes:
+    return tuple(tuple(p.shape) for p in parameters)
+
+
+def numel(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def rows_of(shape: tuple[int, ...], shards: int) -> int:
+    rows, *rest = shape or (1,)
+    return -(-rows // shards) * math.prod(rest)

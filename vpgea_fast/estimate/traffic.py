@@ -1,0 +1,99 @@
+"""The bytes that one device moves in a step (see the package's docstring)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vpgea_fast.config import Config
+from vpgea_fast.estimate.layout import Layout, ModelShape
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in one step, and the bytes that one device receives by them.
+
+    `between`: what a node must get from the others, divided by its devices; `inside`: the rest.
+    """
+
+    calls: int
+    inside: int
+    between: int
+
+    @property
+    def total(self) -> int:
+        return self.inside + self.between
+
+
+def communication(
+    shape: ModelShape,
+    cfg: Config,
+    *,
+    world: int,
+    node: int = 8,
+    micro_batches: int = 1,
+    scoring_batches: int = 0,
+    cuda: bool = True,
+) -> dict[str, Traffic]:
+    """What FSDP2 moves in one step of `micro_batches` and `scoring_batches` a process, `node`
+    devices a node.
+
+    A micro-batch gathers every block twice (forward, backward), a scoring batch once. Embedding and
+    root stay gathered from a scoring batch to the next backward, the head to the last one of the
+    step: it is gathered and reduced once. The other gradients are reduced every micro-batch, or
+    once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
+    sampling replica is filled, or vLLM's weights are.
+    """
+    lay = Layout(shape, cfg, world, cuda)
+    if not lay.sharded or world == 1:
+        return {}
+    blocks = [lay.local(unit) for unit in shape.blocks]
+    head = lay.local(shape.head or shape.embedding)
+    ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
+    units = [*blocks, *ends, head]
+    reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
+    gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
+    gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
+    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, 1)]
+    shards, replicas = lay.shards, cfg.parallel.replicas
+    found = {
+        "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
+        "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
+    }
+    if replicas > 1:
+        sums = [(n, 1) for n in units]
+        found["all-reduce"] = _all_reduce(
+            sums, lay.reduce, replicas=replicas, stride=shards, node=node
+        )
+    refresh = "replica refresh" if cfg.engine.name == "hf" else "weight sync"
+    found[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
+    return found
+
+
+def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int) -> Traffic:
+    """All-gather or reduce-scatter over `group` neighbouring processes: (group - 1) shards a call,
+    of which a node takes those of the other nodes once for all its devices."""
+    if group == 1:
+        return Traffic(0, 0, 0)
+    calls = moved = 0
+    for elements, count in units:
+        calls += count
+        moved += elements * size * count
+    here = min(group, node)
+    outside = moved * (group - here) // here
+    return Traffic(calls, moved * (group - 1) - outside, outside)
+
+
+def _all_reduce(
+    units: Iterable[tuple[int, int]], size: int, *, replicas: int, stride: int, node: int
+) -> Traffic:
+    """A shard summed over `replicas` processes that are `stride` apart: a reduce-scatter and an
+    all-gather of pieces of 1 / replicas."""
+    here = max(1, min(replicas, node // stride))
+    calls = moved = 0
+    for elements, count in units:
+        calls += count
+        moved += elements * size * count
+    total = 2 * moved * (replicas - 1) // replicas
+    outside = 2 * moved * (replicas - here) // (replicas * here)
+    return Traffic(calls, total - outside, outside)

@@ -1,0 +1,131 @@
+"""A model cut over many devices (FSDP2), and its parts filled.
+
+    model without storage -> cut: units -> allocate -> read_parts, or draw
+
+Units: every decoder layer, the embedding, the head (with the embedding when tied), and the root,
+which holds the final norm. No process ever holds all of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from vpgea_fast import attention
+from vpgea_fast.config import ParallelConfig
+from vpgea_fast.distributed import World
+from vpgea_fast.model_dir import ModelError, decoder_layers
+from vpgea_fast.weights import Weights, find_weights, read
+
+
+def cut(
+    policy: nn.Module, causal_lm: Any, dtype: torch.dtype, *, world: World, parallel: ParallelConfig
+) -> None:
+    """Cut `policy`, which holds `causal_lm`, over the mesh of `world`, in place; parameters become
+    DTensors that are gathered in `dtype`. Errors: ModelError."""
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    master = head.weight.dtype
+    # Not cast on the way in: coefficients would become bfloat16, and a layer's input already is.
+    mixed = MixedPrecisionPolicy(
+        param_dtype=dtype if dtype != master else None,
+        reduce_dtype=torch.float32 if dtype in attention.HALF else None,
+        cast_forward_inputs=False,
+    )
+    offload = OffloadPolicy()
+    if parallel.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": mixed, "offload_policy": offload}
+    for layer in decoder_layers(causal_lm):
+        fully_shard(layer, **options)
+    ends = [[embedding, head]] if tied else [[embedding], [head]]
+    for modules in ends:
+        fully_shard(modules, reshard_after_forward=False, **options)
+    fully_shard(policy, **options)
+    for unit in units(policy):
+        # Sums: FSDP would divide by the number of processes. Neither call recurses.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    head.set_unshard_in_backward(False)  # its gradient is made by then
+    embedding.set_unshard_in_backward(False)  # needs no weight
+    if tied and head.weight is not embedding.weight:
+        raise ModelError("sharding untied the embeddings; update torch to 2.13 or newer")
+
+
+def units(model: nn.Module) -> list[Any]:
+    """The modules that FSDP gathers as one, the root first; none when not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def allocate(causal_lm: Any, device: torch.device) -> None:
+    """Allocate parameters made without storage; compute buffers again, since no file has them."""
+    buffers = {name for name, _ in causal_lm.named_buffers()}
+    causal_lm.to_empty(device=device)
+    computed: set[str] = set()
+    for name, module in list(causal_lm.named_modules()):
+        if "inv_freq" in dict(module.named_buffers(recurse=False)):
+            with torch.device(device):
+                fresh = type(module)(config=causal_lm.config)
+            for leaf, value in fresh.named_buffers():
+                setattr(module, leaf, value)
+                computed.add(f"{name}.{leaf}")
+    if missing := sorted(buffers - computed):
+        raise ModelError(
+            f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
+            "this model cannot be built in shards: set parallel.shard: never"
+        )
+
+
+@torch.no_grad()
+def draw(causal_lm: Any, std: float, seed: int) -> None:
+    generator: torch.Generator | None = None
+    for name, parameter in causal_lm.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if generator is None or generator.device != local.device:
+            generator = torch.Generator(local.device).manual_seed(seed)
+        if parameter.ndim > 1:
+            local.normal_(0.0, std, generator=generator)
+        else:
+            local.fill_(1.0 if "norm" in name else 0.0)
+
+
+def weights_in_parts(causal_lm: Any, path: str) -> Weights:
+    """Weights of which each process can read its part. Errors: ModelError."""
+    weights = find_weights(causal_lm, path)
+    if weights.converted:
+        raise ModelError(
+            f"{path}: transformers makes weights of {type(causal_lm).__name__} out of several "
+            f"tensors ({next(iter(weights.converted))}, ...), which no process can read in parts; "
+            "set parallel.shard: never"
+        )
+    return weights
+
+
+@torch.no_grad()
+def read_parts(causal_lm: Any, weights: Weights) -> None:
+    """Fill this process's part of every parameter from the safetensors files."""
+    for name, parameter in causal_lm.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():
+            local.copy_(read(weights.of[name], _rows_of(parameter)))
+
+
+def _rows_of(parameter: torch.Tensor) -> slice:
+    """The rows of a tensor cut along dimension 0 that are this process's."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
