@@ -46,8 +46,9 @@ def train(tiny_world, tmp_path):
             "checkpoint.export": "false",
             "metrics.compare": "null",
         }
-        words = [word for key, value in fixed.items() for word in (f"--{key}", str(value))]
-        return main(["train", str(TINY), *words, *map(str, more)])
+        more = [*map(str, more)]
+        left = {f"--{key}": str(value) for key, value in fixed.items() if f"--{key}" not in more}
+        return main(["train", str(TINY), *(word for pair in left.items() for word in pair), *more])
 
     return run
 
@@ -120,6 +121,8 @@ def test_help_names_every_command(capsys):
         (["train", ""], "got '', expected a path"),
         (["train", str(TINY), "--run.threads", "100000"], "run.threads: got 100000, expected 1024"),
         (["train", str(TINY), "--optim.lr", "yes"], "optim.lr: got 'yes', expected a number"),
+        (["train", "--resume", "a", "--resume=b"], "--resume stands twice; leave one of them out"),
+        (["export", "no-run"], "no-run is no run: config.yaml is missing; give a run directory"),
         (["train", str(TINY), "--data.limit", ""], "--data.limit: got an empty word; write null"),
         (
             ["train", str(TINY), "--metrics.note", "\udcff"],

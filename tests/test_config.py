@@ -406,6 +406,33 @@ def test_a_forgotten_value_is_no_value():
     assert config.parse_overrides(["--run.dir=--odd"]) == {"run": {"dir": "--odd"}}
 
 
+def test_the_last_of_two_values_is_taken_and_the_other_told():
+    said = []
+    words = ["--optim.lr", "1e-5", "--optim.lr=1e-5", "--engine", "vllm", "--engine.name", "hf"]
+    assert config.parse_overrides(words, said.append) == {
+        "optim": {"lr": 1e-5},
+        "engine": {"name": "hf"},
+    }
+    assert said == ["--engine.name stands twice: 'hf' is taken, and 'vllm' left out"]
+    config.load(config.find("tiny"), ["--data.train", "a", "--data.train", "b"], said.append)
+    assert said[1:] == ["--data.train stands twice: 'b' is taken, and 'a' left out"]
+
+
+@pytest.mark.parametrize("section", ["null", "3", "[]"])
+def test_a_section_that_is_none_is_refused_by_its_file(tmp_path, section):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"optim: {section}\n")
+    for words in ([], ["--optim.lr", "1e-5"]):
+        with pytest.raises(config.ConfigError, match=r"c\.yaml:\n  optim: got .*, expected keys"):
+            config.load(file, words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"deep": [float("-inf")]}])
+def test_switches_of_a_template_are_finite(value):
+    with pytest.raises(config.ConfigError, match="chat_template_kwargs: expected finite numbers"):
+        config.resolve({"prompt": {"chat_template_kwargs": {"a": value}}})
+
+
 @pytest.mark.parametrize(
     "words", [["--lr", "1"], ["optim.lr", "1"], ["--optim.lr"], ["--optim.lr", "1", "2"]]
 )

@@ -637,6 +637,7 @@ def test_tags_in_the_words_before_do_not_count():
 TEMPLATES = {
     "raises": ("{{ raise_exception('no') }}", "refuses the turns user: no; repair the template"),
     "an integer": (5, "is 5; expected the text of a Jinja template"),
+    "too large": ("{{ 'x' * 10**12 }}", "refuses the turns user: MemoryError; repair"),
     "includes": ("{% include 'a.jinja' %}", "refuses the turns user: "),
     "a wrong type": ("{{ messages + 1 }}", "refuses the turns user: "),
     "no Jinja": ("{% if %}", "refuses the turns user: "),

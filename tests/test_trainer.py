@@ -691,7 +691,9 @@ def test_other_questions_under_the_same_name_are_another_run(words, tmp_path, ti
     given = words("run", "--data.train", str(data), "--eval.data", "[]", "--train.steps", "1")
     assert fit(config.load(TINY, given))
     data.write_text("".join(rows[1:21]))
-    with pytest.raises(checkpoint.CheckpointError, match="not those that the run began with"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"not those that the run began with, by .*state\.json"
+    ):
         fit(config.load(tmp_path / "run/config.yaml", ["--train.steps", "5"]), resume=True)
 
 

@@ -193,8 +193,8 @@ class RunDir:
         if saved and saved.trainer_state["data"] != data:
             raise checkpoint.CheckpointError(
                 f"the questions of {', '.join(file.path for file in self.cfg.data.train)} are not "
-                "those that the run began with; "
-                "bring them back, or start another run"
+                f"those that the run began with, by {saved.path}/state.json; bring them back, or "
+                "start another run"
             )
         self.notices = [
             f"changed at step {step}: {key} {_spelled(a)} -> {_spelled(b)}"
@@ -264,6 +264,8 @@ def export_step(
     what is no run, CheckpointError for a step without a complete checkpoint.
     """
     run_dir, world = Path(run_dir), World(torch.device("cpu"))
+    if not (run_dir / "config.yaml").exists():
+        raise ConfigError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
     cfg = load(run_dir / "config.yaml", record=True)
     steps = checkpoint.saved_steps(run_dir)
     if step == "best":

@@ -7,7 +7,7 @@ import pickle
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -26,6 +26,10 @@ class Index(pickle.Unpickler):
     """DCP's index, which is a pickle: of DCP's own records, sizes and dtypes, and nothing else. A
     checkpoint may come from someone else, and any other class could run code."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.path = file.name
+
     known: ClassVar[dict[str, set[str]]] = {
         Metadata.__module__: {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
@@ -42,8 +46,8 @@ class Index(pickle.Unpickler):
         if name in self.known.get(module_name, ()):
             return super().find_class(module_name, name)
         raise CheckpointError(
-            f"the index of this checkpoint ({INDEX}) names {module_name}.{name}, which no index of "
-            "a checkpoint needs and which could run code; do not use this checkpoint"
+            f"{self.path} names {module_name}.{name}, which no index of a checkpoint needs and "
+            "which could run code; do not use this checkpoint"
         )
 
 

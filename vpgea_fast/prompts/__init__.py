@@ -197,8 +197,9 @@ class Prompter:
                     **switches,
                 )
         except Exception as error:  # a template is a program: it may raise anything
+            said = str(error) or type(error).__name__
             raise ConfigError(
-                f"the chat template refuses the turns {roles}: {error or type(error).__name__}; "
+                f"the chat template refuses the turns {roles}: {said}; "
                 + ("set prompt.teacher_role to user, or " if len(messages) > 1 else "")
                 + "repair the template (chat_template.jinja or tokenizer_config.json of the model)"
             ) from error
@@ -213,8 +214,8 @@ class Prompter:
             if message["content"].strip() not in text:
                 raise ConfigError(
                     f"the chat template loses or changes the {message['role']} turn: "
-                    f"{message['content']!r} became {text!r}; set prompt.teacher_role to user, or "
-                    "repair the template"
+                    f"{message['content']!r} became {text!r:.200}; set prompt.teacher_role to "
+                    "user, or repair the template"
                 )
         return self._open_thought(text, messages[-1]["content"].strip())
 
