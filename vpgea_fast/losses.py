@@ -49,7 +49,7 @@ from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
 Tensor = torch.Tensor
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class HeadOptions(TypedDict, total=False):
@@ -88,7 +88,7 @@ class HeadOptions(TypedDict, total=False):
     validate: bool
 
 
-def _spelled_out(function: Function) -> Function:
+def _spelled_out(function: _Function) -> _Function:
     """Lists the options of `HeadOptions` in the signature: help() and notebooks show that."""
     given = inspect.signature(function)
     own = [p for p in given.parameters.values() if p.kind is not p.VAR_KEYWORD]
