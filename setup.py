@@ -76,6 +76,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "vpgea_fast",
+        "vpgea_fast.attention",
         "vpgea_fast.checkpoint",
         "vpgea_fast.cli",
         "vpgea_fast.config",

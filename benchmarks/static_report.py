@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vpgea_fast.kernels import cublas
-from vpgea_fast.kernels import group_advantage as group
+from vpgea_fast.kernels import group_kernels as group
 from vpgea_fast.kernels import linear_logprob as head
 from vpgea_fast.kernels._tiling import TRITON_DTYPE, tile_for
 
@@ -148,24 +148,24 @@ _PAPER = {"LME": False, "REWARD": "paper", "R_MARGIN": 0.1, "CLAMP_U": False, "B
 _TILE = {"BLOCK": group.TILE}
 GROUPS = {
     "group_advantage, 32 + 16": (
-        group._group_advantage_kernel,
+        group.group_advantage_kernel,
         _ANSWERS | _OPTIONAL,
         _group(32, 16),
     ),
-    "group_advantage, 8 + 8": (group._group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(8, 8)),
-    "group_advantage, 2 + 1": (group._group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(2, 1)),
+    "group_advantage, 8 + 8": (group.group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(8, 8)),
+    "group_advantage, 2 + 1": (group.group_advantage_kernel, _ANSWERS | _OPTIONAL, _group(2, 1)),
     "group_advantage, 8 + 1, paper, U given": (
-        group._group_advantage_kernel,
+        group.group_advantage_kernel,
         _ANSWERS,
         _group(8, 1, **_PAPER, ETA_LOW=None, ETA_HIGH=None),
     ),
-    "path_sums": (group._path_sums_kernel, _PATHS, _TILE),
+    "path_sums": (group.path_sums_kernel, _PATHS, _TILE),
     "path_sums, some prior rows": (
-        group._path_sums_kernel,
+        group.path_sums_kernel,
         _PATHS | {"index_ptr": "*i64", "gate_in_ptr": "*i1"},
         _TILE,
     ),
-    "loss_parts": (group._loss_parts_kernel, _PARTS, _TILE),
+    "loss_parts": (group.loss_parts_kernel, _PARTS, _TILE),
 }
 
 

@@ -79,6 +79,7 @@ def _run_cublas(*args: Any, **options: Any) -> Any:
 
 
 def interpreted() -> bool:
+    # Asked of the environment: the losses must not import triton to know.
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -95,6 +96,7 @@ def _kernels_lack(call: Situation) -> str | None:
     """What no Triton kernel has."""
     if call.device != "cuda" and not interpreted():
         return f"the tensors are on {call.device}; move them to a CUDA device or use 'torch'"
+    # The kernels' accumulators and statistics are float32.
     if call.dtype is torch.float64:
         return "it takes float16, bfloat16 and float32, not float64; use 'torch'"
     return None
@@ -103,8 +105,10 @@ def _kernels_lack(call: Situation) -> str | None:
 def _triton_lacks(call: Situation) -> str | None:
     if (why := _kernels_lack(call)) is not None:
         return why
+    # Its E is relative to the target and has no row of p log p.
     if call.entropy_gradient:
         return "it has no gradient of the entropy; detach the entropy, or use 'torch'"
+    # fp16 stores E = 2^14 p, whose target entry has no room for lse's share.
     if call.lse_gradient and call.dtype is torch.float16:
         return "it has no gradient of lse in float16; detach lse, use bfloat16 or 'torch'"
     return None
@@ -133,6 +137,7 @@ def _depends_on_neighbours(call: Situation) -> str | None:
 
 
 BACKENDS = {
+    # Order is preference: "auto" takes the first that can and has no objection.
     "triton": Backend(
         run=_run_triton,
         virtue="tensor cores, and no logits in memory",
@@ -184,6 +189,7 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         else:
             passed_over = "".join(f"; not {name!r}: {why}" for name, why in against.items())
             return BackendChoice(name, BACKENDS[name].virtue + passed_over)
+    # All objected: a call that wants what only one backend has runs there all the same.
     if disliked:
         return BackendChoice(disliked[0], "the only one that has what this call wants")
     reasons = "; ".join(f"{name!r}: {why}" for name, why in against.items())
@@ -238,8 +244,8 @@ FREE_SHARE = 8
 follow it."""
 LEAST_CHUNK = 64 << 20
 UNASKED_CHUNK = 512 << 20
-"""Of a call without gradients before any with: 588 rows of a 152064-token vocabulary in bfloat16,
-of which a GEMM still runs at its rate."""
+"""Of a call without gradients before any with: 588 rows of the backend `torch`, which holds 6
+bytes a logit, for a 152064-token vocabulary in bfloat16."""
 
 _budgets: dict[tuple[torch.device, tuple[int, ...], torch.dtype], int] = {}
 
@@ -257,13 +263,14 @@ def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool) -> int | None:
     device = weight_VD.device
     if device.type != "cuda":
         return None
+    # A teacher's head of another shape on the same device has a budget of its own.
     key = (device, tuple(weight_VD.shape), weight_VD.dtype)
     if key not in _budgets:
         budget = chunked.default_chunk_bytes(device)
         if not gradients:
             return min(budget, UNASKED_CHUNK)
         if torch.cuda.is_current_stream_capturing():
-            return budget
+            return budget  # the driver may not be asked while a graph is captured
         # What the allocator holds and does not use is free to us, and not to the driver.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused

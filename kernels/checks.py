@@ -1,7 +1,7 @@
 """Checks of a call that need no values: shapes, dtypes, devices and options; ValueError in words.
 
 T tokens, K rows that take part, D hidden, V vocabulary, S sequences. What only values show is
-checked where they are read: head.py and streams.py.
+checked where they are read: selection.py and streams.py.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from vpgea_fast.kernels.contract import FLOAT32, INT64, NUMBERS, Bounds, Inputs, Settings
-from vpgea_fast.kernels.head import accumulator, refuse_transforms
+from vpgea_fast.kernels.head import refuse_transforms
+from vpgea_fast.kernels.selection import accumulator
 
 Tensor = torch.Tensor
 
@@ -48,6 +49,7 @@ def checked_call(
         rows=rows,
     )
     _check_tensors(inputs)
+    # Decided here: inside the autograd function autocast is already off.
     operands = autocast_dtype(hidden_TD, weight_VD) or hidden_TD.dtype
     scalar = 1.0 if per_row else temperature
     settings = Settings(temperature=scalar, operands=operands, **options)
@@ -64,6 +66,7 @@ def autocast_dtype(*operands: Tensor) -> torch.dtype | None:
 
 
 def _autocast_on(kind: str) -> bool:
+    # torch has no autocast for meta and raises.
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
@@ -95,6 +98,7 @@ def _check_tensors(inputs: Inputs) -> None:
             f"weight_VD is {weight_VD.dtype}, hidden_TD is {hidden_TD.dtype}: cast one of "
             "them to the other's dtype (.to() is differentiable)"
         )
+    # With one class there are no others, whose log-sum-exp every backend needs.
     if weight_VD.shape[0] < 2:
         raise ValueError(f"weight_VD: got V = {weight_VD.shape[0]}, expected at least 2 classes")
     check_targets("targets_T", targets_T, "hidden_TD", hidden_TD)
@@ -110,6 +114,7 @@ def _check_tensors(inputs: Inputs) -> None:
 def _check_settings(settings: Settings) -> None:
     for name, bounds in NUMBERS.items():
         value = getattr(settings, name)
+        # None is a value only where it is the default.
         if value is not None or Settings._field_defaults[name] is not None:
             check_number(name, value, bounds)
     if not isinstance(settings.backend, str):
@@ -121,6 +126,7 @@ def _check_settings(settings: Settings) -> None:
 def check_number(name: str, x: Any, bounds: Bounds) -> None:
     """The ops take these as Python numbers; a bool would be read as 0 or 1, and beyond the bounds
     the loss is NaN."""
+    # SymInt and SymFloat: what torch.compile makes of a number that changed between calls.
     kinds = (int, torch.SymInt) if bounds.whole else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(x, kinds) or isinstance(x, bool):
         got, remedy = _told(x), "convert it, or leave it out for the default"
@@ -189,7 +195,7 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
 
 def _told(x: Any) -> str:
     """A value that may be long, in a message of one line."""
-    text = " ".join(repr(x).split())
+    text = " ".join(repr(x).split())  # a module's repr has many lines
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -208,6 +214,7 @@ def _dtensor_advice(name: str, x: Any, instead: str) -> str:
             "every other argument (only where another dimension than the rows is cut "
             f"{name}.full_tensor(), on every rank)"
         )
+    # One placement for each dimension of the mesh.
     partial = ", ".join(["Partial()"] * len(x.placements))
     return (
         f"{start}plain tensor. Under FSDP2 call it inside the forward of the module that owns the "
@@ -244,6 +251,7 @@ def check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
     # full_tensor() is a copy: what is added to it would be lost.
     check_plain("dweight_out", dweight_out, instead="a plain buffer of the whole weight")
     _check_shape("dweight_out", dweight_out, weight_VD.shape)
+    # Micro-batches add up in it: half precision would lose the small ones.
     expected = accumulator(weight_VD)
     if dweight_out.dtype != expected or dweight_out.device != weight_VD.device:
         raise ValueError(
@@ -251,6 +259,7 @@ def check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
             f"{weight_VD.device}"
         )
     strides = zip(dweight_out.shape, dweight_out.stride(), strict=True)
+    # An expanded buffer: addmm_ would add many entries into one.
     if any(size > 1 and stride == 0 for size, stride in strides):
         raise ValueError("dweight_out: its entries share memory (stride 0), pass a dense buffer")
     if dweight_out.requires_grad:
@@ -299,6 +308,7 @@ def sequence_weight(
     if weight_S is not None and denominator is None:
         check_constant("weight_S", weight_S, advantage_S)
         return weight_S.to(advantage_S.dtype)
+    # No default: 1 would train at a rate that follows the number of tokens.
     if denominator is None or weight_S is not None:
         given = "neither" if denominator is None else "both"
         raise ValueError(f"got {given} of denominator and weight_S, expected exactly one")
@@ -354,7 +364,9 @@ def check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) 
             raise ValueError(f"{name} is on {x.device}, targets_T on {targets_T.device}: move one")
     if advantage_S.dim() != 1:
         raise ValueError(f"advantage_S: got shape {tuple(advantage_S.shape)}, expected (S,)")
+    # Compared with itself: what defines S has no other shape to agree with.
     check_constant("advantage_S", advantage_S, advantage_S)
+    # Indices and boundaries: searchsorted takes these two dtypes.
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
     _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))

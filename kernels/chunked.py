@@ -14,8 +14,8 @@ Chunks have equal size and share one (C, V) buffer, rewritten in place:
 
     logits -> exp(z - peak), 0 at the target -> dz -> in half precision, a copy for the two GEMMs
 
-with one more (C, V) buffer for a softcap (its slope) and one for an entropy (-e log e). They are
-allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
+with one more (C, V) buffer for a capped head (tanh's slope) and one for an entropy (-e log e). They
+are allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
 GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V
 except dW (fp32). A CPU has no half-precision GEMM with fp32 out: it upcasts the weight 2 MiB at a
 time and rounds dz in place.
@@ -80,9 +80,11 @@ def head_pass(
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
-    buffers = 1 + (head.softcap is not None) + needs_entropy
+    # The logits themselves, tanh's slope, -e log e.
+    buffers = 1 + (head.capped) + needs_entropy
     row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
+    # Equal chunks: a short last one would run its GEMMs at fewer rows than the budget allows.
     chunks = math.ceil(n_rows / max(1, budget // row_bytes))
     step = math.ceil(n_rows / chunks)
     buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
@@ -98,13 +100,14 @@ def head_pass(
         # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
         plogp_CV = spare.pop() if needs_entropy else None
-        slope_CV = spare.pop() if head.softcap is not None else None
+        slope_CV = spare.pop() if head.capped else None
+        # Block after block of classes, each into its columns of the one buffer.
         for columns, weight_BD in _weight_blocks(head.weight, operand):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
-        _logits_(z_CV, slope_CV, head, divisor)
+        head.logits_(z_CV, slope_CV, divisor)
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         if plogp_CV is not None:
-            torch.special.entr(z_CV, out=plogp_CV)
+            torch.special.entr(z_CV, out=plogp_CV)  # -e log e, 0 at e = 0
         values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
         if upstream_K3 is None:
             return values_C3
@@ -125,6 +128,7 @@ def head_pass(
             # Rounded all the same, so that a CPU gives a GPU's gradients.
             dz_CV = z_CV.copy_(dz_CV)
         if sinks.hidden is not None:
+            # Added up over the blocks of classes, so in the accumulator's dtype, rounded once.
             dhidden_CD = torch.zeros_like(hidden_CD, dtype=accumulator)
             for columns, weight_BD in _weight_blocks(head.weight, operand):
                 add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
@@ -154,6 +158,7 @@ def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
 
 def weight_sink(dweight_VD: Tensor | None, unit: Tensor | float) -> Tensor | None:
     """What dW's GEMMs add to: the caller's sum; in fp16 zeros, which are in units until the end."""
+    # Without units dW's GEMMs add to the caller's sum itself.
     if dweight_VD is None or not isinstance(unit, Tensor):
         return dweight_VD
     return torch.zeros_like(dweight_VD)
@@ -183,6 +188,7 @@ def matmul(
     left: Tensor, right: Tensor, accumulator: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """left @ right in the accumulator's dtype: only CUDA has a half GEMM with fp32 out."""
+    # cuBLAS accumulates in float32 and would round its result: out_dtype keeps it.
     if left.dtype != accumulator and left.is_cuda:
         return torch.mm(left, right, out_dtype=accumulator, out=out)
     return torch.mm(left.to(accumulator), right.to(accumulator), out=out)
@@ -196,33 +202,13 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
 
 
-def _logits_(
-    a_CV: Tensor, slope_CV: Tensor | None, head: Head, temperature: float | Tensor
-) -> None:
-    """Rewrites the products a_CV as z_CV; a softcap's slope 1 - tanh^2 goes to slope_CV.
-
-    temperature: the head's, (C, 1) of this chunk where it is a tensor. A factor of 1 is left out:
-    each pass over (C, V) costs a CPU as much as reading the logits once.
-    """
-    if head.logit_scale != 1.0:
-        a_CV.mul_(head.logit_scale)
-    if head.bias is not None:
-        a_CV.add_(head.bias)
-    if head.softcap is not None:
-        assert slope_CV is not None
-        torch.tanh(a_CV.div_(head.softcap), out=slope_CV)
-        torch.mul(slope_CV, head.softcap / temperature, out=a_CV)
-        slope_CV.square_().neg_().add_(1.0)
-    elif isinstance(temperature, Tensor) or temperature != 1.0:
-        a_CV.div_(temperature)
-
-
 def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
     """Rewrites z as exp(z - peak), 0 at the target; gives z_target and the others' peak, (C, 1).
 
     The clamp keeps rows whose other logits are all -inf free of inf - inf.
     """
     z_target_C1 = z_CV.gather(1, targets_C1)
+    # Out of the sum, and not subtracted from it later: 1 - p keeps its digits.
     z_CV.scatter_(1, targets_C1, -torch.inf)
     peak_C1 = z_CV.amax(1, keepdim=True).clamp_min(torch.finfo(z_CV.dtype).min)
     z_CV.sub_(peak_C1).exp_()
@@ -245,6 +231,7 @@ def _statistics(
     if plogp_CV is not None:
         scale_C1 = (peak_C1 - lse_C1).exp()
         entropy_C1 = scale_C1 * ((lse_C1 - peak_C1) * others_C1 + plogp_CV.sum(1, keepdim=True))
+        # The target's own term, which e = 0 left out; the clamp keeps 0 x -inf from being NaN.
         entropy_C1 -= logp_C1.exp() * logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
     return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
 
@@ -265,7 +252,7 @@ def _dlogits_(
     """
     logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
     g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
-    scale_C1 = (peak_C1 - lse_C1).exp()
+    scale_C1 = (peak_C1 - lse_C1).exp()  # p_v = scale e_v
     row_C1 = g_lse_C1 - g_logp_C1
     # expm1 keeps the digits of 1 - p where p is close to 1.
     target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()

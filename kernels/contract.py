@@ -34,6 +34,28 @@ class Head:
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    @property
+    def capped(self) -> bool:
+        return self.softcap is not None
+
+    def logits_(self, a_CV: Tensor, slope_CV: Tensor | None, temperature: float | Tensor) -> None:
+        """Rewrites the products a_CV as z_CV; the tanh's slope 1 - tanh^2 goes to slope_CV.
+
+        temperature: the head's, (C, 1) of this chunk where it is a tensor.
+        """
+        # Each line is one more pass over (C, V), read and written: a factor of 1 is left out.
+        if self.logit_scale != 1.0:
+            a_CV.mul_(self.logit_scale)
+        if self.bias is not None:
+            a_CV.add_(self.bias)
+        if self.softcap is not None:
+            assert slope_CV is not None
+            torch.tanh(a_CV.div_(self.softcap), out=slope_CV)
+            torch.mul(slope_CV, self.softcap / temperature, out=a_CV)
+            slope_CV.square_().neg_().add_(1.0)
+        elif isinstance(temperature, Tensor) or temperature != 1.0:
+            a_CV.div_(temperature)
+
 
 class Needs(NamedTuple):
     """Which gradients a call wants: Needs(hidden=True, weight=True, bias=False)."""
@@ -81,7 +103,7 @@ class Values(NamedTuple):
 
     logp: Tensor
     lse: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None  # None unless the call asked for it
 
 
 class Inputs(NamedTuple):
@@ -90,9 +112,9 @@ class Inputs(NamedTuple):
     hidden_TD: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
-    targets_T: Tensor
+    targets_T: Tensor  # int32 or int64
     temperature_T: Tensor | None
-    rows: Tensor | None
+    rows: Tensor | None  # (R,) int64
 
 
 INPUTS = (

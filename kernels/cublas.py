@@ -317,7 +317,7 @@ def head_pass(
         _launch_statistics(logits_CV, stats_C, plan)
         if upstream_K3 is None:
             return
-        # The entropy's gradient costs registers: not where its values alone are wanted.
+        # Not compiled in where only the entropy's values are wanted.
         da_CV = _launch_gradient(
             logits_CV,
             stats_C,

@@ -1,23 +1,16 @@
-"""The head as autograd functions and torch ops, whatever backend computes it.
+"""The head as autograd functions, whatever backend computes it.
 
 T tokens, K rows that take part, D hidden, V vocabulary. `OnePass` makes the gradients with the
-value, `Recompute` makes the logits again in its backward; both select the rows that take part and
-call a backend's head_pass. The checks of shapes, dtypes and options are in checks.py, the records
-in contract.py.
+value, `Recompute` makes the logits again in its backward; both select the rows that take part
+(selection.py) and call a backend's head_pass. The checks of shapes, dtypes and options are in
+checks.py, the records in contract.py.
 
 Eager tensors go straight to the backend, so that profilers and modes see its GEMMs. A tensor
-without values (torch.compile, fake, meta) goes through one opaque op instead: all that depends on
-values, the selection of rows and the checks, happens inside, the outputs have static shapes.
-
-    vpgea_fast::one_pass           loss, logp, kept, dX, dW, db     may add to dweight_out
-    vpgea_fast::logprob            logp, lse, entropy
-    vpgea_fast::logprob_backward   dX, dW, db
+without values (torch.compile, fake, meta) goes through one opaque op of ops.py instead.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,9 +18,7 @@ from torch.autograd import forward_ad
 
 from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
 from vpgea_fast.kernels.contract import (
-    INPUTS,
     NO_SINKS,
-    SETTINGS,
     Inputs,
     Needs,
     Settings,
@@ -35,109 +26,14 @@ from vpgea_fast.kernels.contract import (
     Upstream,
     Values,
 )
+from vpgea_fast.kernels.selection import Selection, accumulator, check, select
 
 Tensor = torch.Tensor
-
-LIBRARY = torch.library.Library("vpgea_fast", "FRAGMENT")
-"""Registered without an autograd kernel: OnePass and Recompute are the autograd, and the backend
-`reference` needs a live one inside."""
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The rows that take part and all that belongs to them.
-
-    kept_T: (T,) bool. masked: rows_K holds rows that are not kept; they must not show in results.
-    """
-
-    rows_K: Tensor
-    targets_K: Tensor
-    temperature: float | Tensor
-    kept_T: Tensor
-    masked: bool
-
-    def gather(self, values_T: Tensor) -> Tensor:
-        """(T,) to (K,), 0 at masked rows."""
-        return _gather(values_T, self.rows_K, self.kept_T if self.masked else None)
-
-    def scatter(self, values_K: Tensor) -> Tensor:
-        """(K,) to (T,), 0 at rows that take no part."""
-        values_T = values_K.new_zeros(self.kept_T.shape).index_copy(0, self.rows_K, values_K)
-        return values_T.masked_fill(~self.kept_T, 0) if self.masked else values_T
-
-
-def _select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> _Selection:
-    """The rows with a coefficient, a target and a place in `rows`.
-
-    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
-    rows that take no part stay, masked.
-    """
-    targets_T, rows, validate = inputs.targets_T, inputs.rows, settings.validate
-    tokens, vocabulary = targets_T.shape[0], inputs.weight_VD.shape[0]
-    kept_T = targets_T != settings.ignore_index
-    if coef_T is not None:
-        kept_T = kept_T & (coef_T != 0)
-    if rows is not None:
-        if validate or not rows.is_cuda:  # on CUDA the indexing kernels assert it themselves
-            inside = ((rows >= 0) & (rows < tokens)).all()
-            check(inside, f"rows must lie in [0, T = {tokens})", validate)
-        listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
-        check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
-        kept_T = kept_T & listed_T
-    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
-    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
-    check(
-        (in_range_T | ~kept_T).all(),
-        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
-        f"{settings.ignore_index}",
-        validate,
-    )
-    temperature = settings.temperature
-    if inputs.temperature_T is not None:
-        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
-        check(fine, "temperature: every value must be positive and finite", validate)
-    masked = rows is not None or _capturing(targets_T)
-    if rows is not None:
-        rows_K = rows
-    elif masked:
-        rows_K = torch.arange(tokens, device=targets_T.device)
-    else:
-        rows_K = kept_T.nonzero().squeeze(1)  # the synchronisation: its length is a value
-    if inputs.temperature_T is not None:
-        temperature = inputs.temperature_T.index_select(0, rows_K)
-        temperature = temperature.to(accumulator(inputs.hidden_TD))
-    # Masked rows get class 0, which exists: their own target may be out of range.
-    return _Selection(
-        rows_K=rows_K,
-        targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
-        temperature=temperature,
-        kept_T=kept_T,
-        masked=masked,
-    )
-
-
-def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
-    if kept_T is not None:
-        values_T = values_T.masked_fill(~kept_T, 0)
-    return values_T.index_select(0, rows_K)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def check(ok: Tensor, message: str, validate: bool = False) -> None:
-    """ValueError unless `ok`; on CUDA an assertion in the stream, which costs no synchronisation,
-    unless `validate` asks for the error here and now (not inside graph capture)."""
-    if ok.is_cuda and (not validate or _capturing(ok)):
-        torch.ops.aten._assert_async.msg(ok, message)
-    elif not ok:
-        raise ValueError(message)
 
 
 def _run(
     inputs: Inputs,
-    selection: _Selection,
+    selection: Selection,
     settings: Settings,
     *,
     entropy: bool = False,
@@ -149,6 +45,7 @@ def _run(
     Under autocast the cast weight lives as long as this pass; the sinks keep their own dtypes.
     """
     hidden_TD, weight_VD = (x.to(settings.operands) for x in inputs[:2])
+    # Each pass is decided alone: a gradient of the entropy moves the backward only.
     choice = resolve(
         settings.backend,
         hidden_TD.device,
@@ -163,6 +60,7 @@ def _run(
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
         chunk_bytes = chunk_budget(weight_VD, gradients=upstream is not None)
+    # The backends cast by themselves: autocast would cast their float32 products too.
     with torch.autocast(hidden_TD.device.type, enabled=False):
         return BACKENDS[choice.name].run(
             hidden_TD,
@@ -179,12 +77,13 @@ def _run(
 # --- value and gradients in one pass ------------------------------------------------------------
 
 
-def _one_pass(
+def one_pass(
     inputs: Inputs, coef_T: Tensor, dweight_out: Tensor | None, needs: Needs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
+    # fp16 ends at 6e-8, where normalised coefficients begin.
     total = accumulator(inputs.hidden_TD)
-    selection = _select(inputs, settings, coef_T)
+    selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
     sinks = _new_sinks(inputs, needs, dweight_out)
     values = _run(
@@ -200,7 +99,7 @@ def _one_pass(
     dweight_VD = sinks.weight
     if dweight_VD is not None:
         # A sink of the caller's is no result: autograd must not see it as dW once more.
-        dweight_VD = None if dweight_out is not None else dweight_VD.to(_stored(inputs.weight_VD))
+        dweight_VD = None if dweight_out is not None else dweight_VD.to(stored(inputs.weight_VD))
     return loss, logp_T, selection.kept_T, [sinks.hidden, dweight_VD, sinks.bias]
 
 
@@ -212,7 +111,7 @@ def _new_sinks(inputs: Inputs, needs: Needs, dweight_out: Tensor | None = None) 
     if needs.weight and dweight_out is None:
         dweight_VD = torch.zeros_like(weight_VD, dtype=total)
     return Sinks(
-        hidden=torch.zeros_like(hidden_TD, dtype=_stored(hidden_TD)) if needs.hidden else None,
+        hidden=torch.zeros_like(hidden_TD, dtype=stored(hidden_TD)) if needs.hidden else None,
         weight=dweight_VD,
         bias=torch.zeros_like(bias_V, dtype=total) if needs.bias and bias_V is not None else None,
     )
@@ -237,7 +136,7 @@ class OnePass(torch.autograd.Function):
             outputs = needs._replace(weight=needs.weight and dweight_out is None)
             grads = [x if need else None for x, need in zip(made, outputs, strict=True)]
         else:
-            loss, logp_T, kept_T, grads = _one_pass(
+            loss, logp_T, kept_T, grads = one_pass(
                 inputs=inputs,
                 coef_T=coef_T,
                 dweight_out=dweight_out,
@@ -245,6 +144,7 @@ class OnePass(torch.autograd.Function):
                 settings=settings,
             )
         ctx.direct = dweight_out is not None  # dW is final already, see _check_one
+        # Stored as `stored` says; backward gives each its tensor's own dtype.
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.save_for_backward(*grads)
         # Their gradients went into the pass: a second one through logp_T would be lost in silence.
@@ -277,6 +177,7 @@ def _check_one(grad_loss: Tensor) -> None:
     if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
         torch.ops.aten._assert_async.msg(grad_loss == 1, message)
     elif _is_batched(grad_loss):
+        # An assertion has one value to look at, a batch of gradients many.
         raise ValueError(message)
     else:
         check(grad_loss == 1, message)
@@ -316,17 +217,17 @@ def _probes() -> list[Any] | None:
 # --- value now, gradients by a second pass ------------------------------------------------------
 
 
-def _logprob(
-    inputs: Inputs, selection: _Selection, settings: Settings, entropy: bool
+def logprob(
+    inputs: Inputs, selection: Selection, settings: Settings, entropy: bool
 ) -> list[Tensor | None]:
     """logp, lse, entropy (None unless asked for), each (T,)."""
     values = _run(inputs, selection, settings, entropy=entropy)
     return [None if x is None else selection.scatter(x) for x in values]
 
 
-def _logprob_backward(
+def logprob_backward(
     inputs: Inputs,
-    selection: _Selection,
+    selection: Selection,
     upstream_T: Sequence[Tensor | None],
     needs: Needs,
     settings: Settings,
@@ -342,6 +243,7 @@ def _logprob_backward(
     sinks = _new_sinks(inputs, needs)
     upstream = Upstream(logp=g_logp_K, lse=g_lse_K, entropy=g_entropy_K)
     _run(inputs, selection, settings, upstream=upstream, sinks=sinks)
+    # Summed in the accumulator's dtype, rounded once.
     return [
         sink if sink is None or x is None else sink.to(x.dtype)
         for sink, x in zip((sinks.hidden, sinks.weight, sinks.bias), inputs[:3], strict=True)
@@ -362,10 +264,10 @@ class Recompute(torch.autograd.Function):
             values = torch.ops.vpgea_fast.logprob(*inputs, entropy, *settings)
             values = [*values[:2], values[2] if entropy else None]
         else:
-            ctx.selection = _select(inputs, settings)
+            ctx.selection = select(inputs, settings)
             # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
-            values = _logprob(inputs, ctx.selection, settings, entropy)
+            values = logprob(inputs, ctx.selection, settings, entropy)
         ctx.save_for_backward(*inputs)
         ctx.settings = settings
         return tuple(values)
@@ -375,6 +277,7 @@ class Recompute(torch.autograd.Function):
         _refuse_double_backward()
         inputs, needs = Inputs(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
         nothing = [None] * (len(Inputs._fields) - 1)
+        # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
         # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
@@ -382,7 +285,7 @@ class Recompute(torch.autograd.Function):
             made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
             grads = [x if need else None for x, need in zip(made, needs, strict=True)]
         else:
-            grads = _logprob_backward(
+            grads = logprob_backward(
                 inputs=inputs,
                 selection=ctx.selection,
                 upstream_T=upstream_T,
@@ -390,141 +293,6 @@ class Recompute(torch.autograd.Function):
                 settings=ctx.settings,
             )
         return *grads, *nothing
-
-
-# --- the ops ------------------------------------------------------------------------------------
-
-
-def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """torch.ops.vpgea_fast.<name>; `fake` gives shapes, dtypes and strides."""
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vpgea_fast::{name}", fake, lib=LIBRARY)
-
-
-def _present(made: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An op cannot give None: an empty tensor stands for it."""
-    return tuple(like.new_empty(0) if x is None else x for x in made)
-
-
-def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]:
-    """An op's arguments: the tensors, what lies between, the settings."""
-    first, last = len(Inputs._fields), len(arguments) - len(Settings._fields)
-    return Inputs(*arguments[:first]), tuple(arguments[first:last]), Settings(*arguments[last:])
-
-
-@torch.no_grad()
-def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (coef_T, dweight_out, needs), settings = _split(arguments)
-    loss, logp_T, kept_T, grads = _one_pass(
-        inputs=inputs,
-        coef_T=coef_T,
-        dweight_out=dweight_out,
-        needs=Needs(*needs),
-        settings=settings,
-    )
-    return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
-
-
-def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (_, dweight_out, flags), _ = _split(arguments)
-    needs, (hidden_TD, weight_VD, bias_V) = Needs(*flags), inputs[:3]
-    grads: list[Tensor | None] = [None, None, None]
-    if needs.hidden:
-        grads[0] = torch.empty_like(hidden_TD, dtype=_stored(hidden_TD))
-    if needs.weight and dweight_out is None:
-        grads[1] = torch.empty_like(weight_VD, dtype=_stored(weight_VD))
-    if needs.bias and bias_V is not None:
-        grads[2] = torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
-    logp_T = torch.empty_like(inputs.targets_T, dtype=accumulator(hidden_TD))
-    kept_T = torch.empty_like(inputs.targets_T, dtype=torch.bool)
-    return logp_T.new_empty(()), logp_T, kept_T, *_present(grads, hidden_TD)
-
-
-register(
-    "one_pass",
-    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, {SETTINGS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _one_pass_kernel,
-    _one_pass_fake,
-)
-
-
-@torch.no_grad()
-def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), settings = _split(arguments)
-    values = _logprob(inputs, _select(inputs, settings), settings, entropy)
-    return _present(values, inputs.hidden_TD)
-
-
-def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), _ = _split(arguments)
-    dtype = accumulator(inputs.hidden_TD)
-    values = [torch.empty_like(inputs.targets_T, dtype=dtype) for _ in range(2 + entropy)]
-    return _present([*values, None][:3], inputs.hidden_TD)
-
-
-register(
-    "logprob",
-    f"({INPUTS}, bool entropy, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    _logprob_kernel,
-    _logprob_fake,
-)
-
-
-@torch.no_grad()
-def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (*upstream_T, needs), settings = _split(arguments)
-    grads = _logprob_backward(
-        inputs=inputs,
-        upstream_T=_without_unused(upstream_T, inputs.hidden_TD, settings),
-        selection=_select(inputs, settings),
-        needs=Needs(*needs),
-        settings=settings,
-    )
-    return _present(grads, inputs.hidden_TD)
-
-
-def _without_unused(
-    upstream_T: Sequence[Tensor | None], hidden_TD: Tensor, settings: Settings
-) -> list[Tensor | None]:
-    """A compiled backward gets zeros for an output that nobody used: None again.
-
-    On CUDA nobody reads them. A backend without that gradient takes them for what they are, and an
-    assertion in the stream refuses any other value.
-    """
-    g_logp, g_lse, g_entropy = upstream_T
-    if not hidden_TD.is_cuda:
-        return [g_logp, *(None if x is None or not x.any() else x for x in (g_lse, g_entropy))]
-    kept: list[Tensor | None] = [g_logp]
-    for x, gradient in ((g_lse, "lse_gradient"), (g_entropy, "entropy_gradient")):
-        try:
-            want = {gradient: True}
-            resolve(settings.backend, hidden_TD.device, settings.operands, **want)
-        except ValueError as refusal:
-            if x is not None:
-                check(~x.any(), str(refusal))
-            x = None
-        kept.append(x)
-    return kept
-
-
-def _logprob_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (*_, needs), _ = _split(arguments)
-    grads = [
-        torch.empty_like(x) if need and x is not None else None
-        for x, need in zip(inputs[:3], needs, strict=True)
-    ]
-    return _present(grads, inputs.hidden_TD)
-
-
-register(
-    "logprob_backward",
-    f"({INPUTS}, Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, bool[] needs, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    _logprob_backward_kernel,
-    _logprob_backward_fake,
-)
 
 
 # --- shared -------------------------------------------------------------------------------------
@@ -568,11 +336,7 @@ def _refuse_double_backward() -> None:
         )
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _stored(x: Tensor) -> torch.dtype:
+def stored(x: Tensor) -> torch.dtype:
     """A gradient's dtype until backward: fp16 cannot hold it before the loss scale arrives."""
     return torch.float32 if x.dtype is torch.float16 else x.dtype
 

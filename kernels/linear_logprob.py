@@ -79,7 +79,7 @@ Tensor = torch.Tensor
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
 CHUNK_ROWS = 8448
-"""Most rows of a training chunk: the dX GEMM fills its last wave on 132 multiprocessors."""
+"""Most rows of a training chunk: 66 row tiles of 128, half of an H100's 132 multiprocessors."""
 SCORE_ROWS = 16384
 """Most rows of a scoring chunk, which has no E: only the gathered rows and the sums per tile."""
 LIST = 256
@@ -238,6 +238,65 @@ def _epilogue(
 
 
 @triton.jit
+def _product_tile(
+    hidden,  # (n_rows, width); descriptor or pointer, as weight
+    weight,  # (vocabulary, width)
+    row,
+    column,
+    n_rows,
+    vocabulary,
+    width,
+    hidden_stride,
+    weight_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) products h . w in float32, from row `row` and class `column` on."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, width, BLOCK_K):
+        left = load_tile(
+            hidden,
+            row=row,
+            column=k,
+            n_rows=n_rows,
+            n_columns=width,
+            stride=hidden_stride,
+            ROWS=BLOCK_M,
+            COLUMNS=BLOCK_K,
+            TMA=TMA,
+        )
+        right = load_tile(
+            weight,
+            row=column,
+            column=k,
+            n_rows=vocabulary,
+            n_columns=width,
+            stride=weight_stride,
+            ROWS=BLOCK_N,
+            COLUMNS=BLOCK_K,
+            TMA=TMA,
+        )
+        total = dot_transposed(left, right, total)
+    return total
+
+
+@triton.jit
+def _tile_at(position, listed, tiles_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile at a position of the order in which programs take them.
+
+    Row tiles change fastest within groups of GROUP_M, so that a tile of the weight is read from L2.
+    """
+    # The last group may have fewer than GROUP_M row tiles.
+    group = position // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    size_m = min(listed - first_m, GROUP_M)
+    within = position - group * GROUP_M * tiles_n
+    return first_m + within % size_m, within // size_m
+
+
+@triton.jit
 def _gemm_exp(
     hidden,  # (n_rows, width); descriptor or pointer, as weight and exps
     weight,  # (vocabulary, width)
@@ -250,32 +309,17 @@ def _gemm_exp(
     sum_ptr,  # out, (N, n_rows) fp32: S of half a column tile
     peak_ptr,  # out with PEAK, (N, n_rows) fp32: the reference of that S
     moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
-    n_rows,
-    vocabulary,
-    width,
-    hidden_stride,
-    weight_stride,
-    exps_stride,
-    logit_scale,
-    softcap,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    TMA: tl.constexpr,
-    STORE: tl.constexpr,
-    PEAK: tl.constexpr,
-    FLAGGED: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    n_rows, vocabulary, width,
+    hidden_stride, weight_stride, exps_stride,
+    logit_scale, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, STORE: tl.constexpr, PEAK: tl.constexpr, FLAGGED: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """E of every (row tile, column tile) and its row sums over the columns that are not the target.
 
-    Persistent: program i takes tiles i, i + programs, ... ; row tiles change fastest within groups
-    of GROUP_M, so that a tile of the weight is read from L2. FLAGGED: only the row tiles whose flag
-    is 1, a number that the device knows and the host does not.
+    Persistent: program i takes tiles i, i + programs, ... FLAGGED: only the row tiles whose flag is
+    1, a number that the device knows and the host does not.
     """
     tiles_m = tl.cdiv(n_rows, BLOCK_M)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
@@ -287,43 +331,25 @@ def _gemm_exp(
     else:
         listed = tiles_m
     for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0)):
-        # The last group may have fewer than GROUP_M row tiles.
-        group = tile // (GROUP_M * tiles_n)
-        first_m = group * GROUP_M
-        size_m = min(listed - first_m, GROUP_M)
-        within = tile - group * GROUP_M * tiles_n
-        tile_m = first_m + within % size_m
-        tile_n = within // size_m
+        tile_m, tile_n = _tile_at(tile, listed, tiles_n, GROUP_M)
         if FLAGGED:
             tile_m = tl.sum((rank <= tile_m).to(tl.int32), 0)
         row = tile_m * BLOCK_M
-        column = tile_n * BLOCK_N
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, width, BLOCK_K):
-            left = load_tile(
-                hidden,
-                row=row,
-                column=k,
-                n_rows=n_rows,
-                n_columns=width,
-                stride=hidden_stride,
-                ROWS=BLOCK_M,
-                COLUMNS=BLOCK_K,
-                TMA=TMA,
-            )
-            right = load_tile(
-                weight,
-                row=column,
-                column=k,
-                n_rows=vocabulary,
-                n_columns=width,
-                stride=weight_stride,
-                ROWS=BLOCK_N,
-                COLUMNS=BLOCK_K,
-                TMA=TMA,
-            )
-            total = dot_transposed(left, right, total)
-
+        total = _product_tile(
+            hidden,
+            weight,
+            row=row,
+            column=tile_n * BLOCK_N,
+            n_rows=n_rows,
+            vocabulary=vocabulary,
+            width=width,
+            hidden_stride=hidden_stride,
+            weight_stride=weight_stride,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            TMA=TMA,
+        )
         # One half after the other: the epilogue's registers come on top of 128 for the accumulator.
         halves = _halves(total)
         for half in tl.static_range(2):
@@ -530,7 +556,7 @@ class Plan:
         if head.weight.stride(1) != 1:
             head = replace(head, weight=head.weight.contiguous())
         capability = capability_of(head.weight.device)
-        tile = tile_for(head.weight.dtype, capability, softcap=head.softcap is not None)
+        tile = tile_for(head.weight.dtype, capability, softcap=head.capped)
         return Plan(head, tile, entropy)
 
     @property
@@ -644,7 +670,7 @@ def head_pass(
 def new_stats(targets_K: Tensor, head: Head) -> RowStats:
     targets_K = targets_K.to(torch.int32)
     gain_K = torch.full_like(targets_K, LOG2E, dtype=torch.float32).div_(head.temperature)
-    if head.bias is None and head.softcap is None:
+    if head.bias is None and not head.capped:
         gain_K.mul_(head.logit_scale)
     blank = torch.empty(8, targets_K.shape[0], dtype=torch.float32, device=targets_K.device)
     return RowStats(targets_K, gain_K, *blank.unbind(0))
@@ -744,7 +770,7 @@ def shape_of(head: Head) -> dict[str, float | bool]:
         "logit_scale": head.logit_scale,
         "softcap": head.softcap or 1.0,
         "BIAS": head.bias is not None,
-        "SOFTCAP": head.softcap is not None,
+        "SOFTCAP": head.capped,
     }
 
 
@@ -854,7 +880,7 @@ def _launch_gradient_operands(
     plan: Plan,
 ) -> Tensor:
     """Writes E's target entries and fills scaled_CD; returns u_C."""
-    # 8 rows a program: little work each, so that a chunk of 8192 rows fills every multiprocessor.
+    # 8 rows a program: 1024 programs for a chunk of 8192 rows.
     u_C = torch.empty_like(stats.kappa)
     n_rows, width = hidden_CD.shape
     launch(
@@ -875,7 +901,7 @@ def _launch_gradient_operands(
         hidden_stride=hidden_CD.stride(0),
         exps_stride=exps_CV.stride(0),
         LIFT=lift_C is not None,
-        SOFTCAP=plan.head.softcap is not None,
+        SOFTCAP=plan.head.capped,
         SCALED=scaled_CD is not None,
         DTYPE=TRITON_DTYPE[hidden_CD.dtype],
         BLOCK_M=8,

@@ -42,6 +42,7 @@ class GroupOptions:
     """Groups with std(S) below it are silent; 0 is off."""
 
     def __post_init__(self):
+        # The chained comparison is False for NaN too.
         for name in ("alpha", "eps", "std_gate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -55,15 +56,18 @@ class GroupOptions:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
+        # Refused, not ignored: a margin that does nothing would pass for one that was tried.
         if not math.isfinite(self.r_margin) or (self.r_margin != 0 and self.reward != "paper"):
             raise ValueError(
                 f"r_margin: got {self.r_margin} with reward={self.reward!r}, expected a finite "
                 "number, and 0 unless reward='paper': the other rewards have no margin"
             )
+        # It stands in for -inf, which would empty its whole group.
         if not math.isfinite(self.u_min):
             raise ValueError(
                 f"u_min: got {self.u_min}, expected a finite number of nats such as -20"
             )
+        # 0 < low: a factor of 0 would make S = 0.
         if self.eta_clip is not None and not 0 < self.eta_clip[0] <= self.eta_clip[1] < math.inf:
             raise ValueError(
                 f"eta_clip: got {self.eta_clip}, expected (low, high) with 0 < low <= high; "
@@ -72,6 +76,7 @@ class GroupOptions:
 
     def check_group_size(self, group_size: int) -> None:
         """Raise ValueError where a group of this size has no std with `ddof`."""
+        # The std divides by G - ddof.
         if not 0 <= self.ddof < group_size:
             raise ValueError(
                 f"ddof: got {self.ddof}, expected 0 <= ddof < G = {group_size}; use 0 for the "

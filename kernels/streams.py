@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vpgea_fast.kernels import backends
-from vpgea_fast.kernels.head import check, register, wide, without_values
+from vpgea_fast.kernels.head import wide, without_values
+from vpgea_fast.kernels.ops import register
+from vpgea_fast.kernels.selection import check
 
 Tensor = torch.Tensor
 
@@ -66,7 +68,7 @@ class PathSums(NamedTuple):
 
 
 def layout_of(streams: Streams) -> Layout:
-    """Finds every token's sequence. ValueError for wrong values (on CUDA see head.check)."""
+    """Finds every token's sequence. ValueError for wrong values (on CUDA see selection.check)."""
     if not without_values(streams.targets_T):
         return _layout(streams)
     layout = Layout(*torch.ops.vpgea_fast.stream_layout(*streams))

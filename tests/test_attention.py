@@ -434,7 +434,7 @@ def test_a_flash_kernel_is_deterministic_when_torch_is():
 @pytest.mark.parametrize("form", [Form(), Form(scale=0.3, window=3)], ids=str)
 def test_varlen_attn_takes_our_arguments(form):
     """On the meta device, where torch checks its own signature and shapes, forward and backward."""
-    kernel = attention._varlen_kernel()
+    kernel = attention.varlen_kernel()
     q, k, v = (torch.empty(8, n, 16, device="meta", requires_grad=True) for n in (4, 2, 2))
     out = kernel(q, k, v, torch.empty(3, dtype=torch.int32, device="meta"), 5, form)
     assert out.shape == q.shape
@@ -676,9 +676,9 @@ def gpu_kernel(backend):
         return None
     if backend == "flash":
         if not attention.look(CUDA).flash:
-            pytest.skip(attention._no_flash(attention.look(CUDA)))
-        return attention._flash_kernel()
-    return attention._varlen_kernel()
+            pytest.skip(attention.no_flash(attention.look(CUDA)))
+        return attention.best_flash_kernel()
+    return attention.varlen_kernel()
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import typing
 import pytest
 import torch
 
+from vpgea_fast import losses
 from vpgea_fast.config import LossConfig
 from vpgea_fast.kernels import backends, checks, head
 from vpgea_fast.kernels.backends import BACKENDS, Situation, choose
@@ -256,3 +257,23 @@ def test_the_driver_is_asked_once_and_a_full_device_gets_small_chunks():
     del ballast
     assert small is not None
     assert small < first
+
+
+@pytest.mark.parametrize("name", ["linear_logprob", "weighted_logprob_loss", "vpgea_loss"])
+def test_a_signature_lists_every_option_with_its_default(name: str):
+    """help() and notebooks read the signature: **options would tell nobody anything."""
+    parameters = inspect.signature(getattr(losses, name)).parameters
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    defaults = {option: parameters[option].default for option in HeadOptions.__annotations__}
+    assert defaults == {
+        "bias": None,
+        "temperature": 1.0,
+        "softcap": None,
+        "logit_scale": 1.0,
+        "ignore_index": -100,
+        "backend": "auto",
+        "rows": None,
+        "chunk_bytes": None,
+        "batch_invariant": False,
+        "validate": False,
+    }

@@ -116,7 +116,7 @@ def save(config, directory):
         for parameter in model.parameters():
             scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
             parameter.add_(torch.randn_like(parameter), alpha=scale)
-        model.get_output_embeddings().weight.div_(measure(config).scale)
+        model.get_output_embeddings().weight.div_(measure(config).logit_scale)
     model.save_pretrained(directory)
     return str(directory)
 

@@ -177,6 +177,7 @@ def make_sampling(
     # Token ids from the tokenizer, rows from the model: a resized one may have fewer than it needs.
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
+    # The largest id decides: the embedding has rows 0 to rows - 1.
     largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
     if largest >= rows:
         raise ValueError(
@@ -220,6 +221,7 @@ class OpenModel:
 def open_model(cfg: Config) -> Iterator[OpenModel]:
     """The model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
     text = open_text(cfg)
+    # Workers come up in the background while the model loads.
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
         try:

@@ -84,9 +84,9 @@ ABOVE_ZERO = ("_eps", "_epsilon", "rope_theta")
 
 
 class HeadOptions(NamedTuple):
-    """logits = softcap tanh(scale (W h + b) / softcap); softcap None is no tanh."""
+    """logits = softcap tanh(logit_scale (W h + b) / softcap); softcap None is no tanh."""
 
-    scale: float = 1.0
+    logit_scale: float = 1.0
     softcap: float | None = None
 
 

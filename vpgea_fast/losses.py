@@ -34,18 +34,22 @@ Rules that hold for all four functions:
   advantages, denominators, sequence weights and temperatures are constants.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Needs
-from vpgea_fast.kernels.head import OnePass, Recompute, accumulator, dot
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Needs, Settings
+from vpgea_fast.kernels.head import OnePass, Recompute, dot
+from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
 Tensor = torch.Tensor
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class HeadOptions(TypedDict, total=False):
@@ -72,16 +76,34 @@ class HeadOptions(TypedDict, total=False):
         ValueError.
     """
 
-    bias: Tensor | None
-    temperature: float | Tensor
+    bias: Tensor | None  # (V,)
+    temperature: float | Tensor  # (T,) where it is a tensor, of every row, ignored ones too
     softcap: float | None
     logit_scale: float
     ignore_index: int
     backend: str
-    rows: Tensor | None
+    rows: Tensor | None  # (R,) int64
     chunk_bytes: int | None
     batch_invariant: bool
     validate: bool
+
+
+def _spelled_out(function: Function) -> Function:
+    """Lists the options of `HeadOptions` in the signature: help() and notebooks show that."""
+    given = inspect.signature(function)
+    own = [p for p in given.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    # bias and rows are tensors, which Settings does not hold.
+    defaults = {"bias": None, "rows": None, **Settings._field_defaults}
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=t
+        )
+        for name, t in HeadOptions.__annotations__.items()
+    ]
+    # The function stays as it is: a wrapper would be one more frame for torch.compile.
+    signature = given.replace(parameters=[*own, *options])
+    function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 @dataclass(frozen=True)
@@ -91,9 +113,9 @@ class LogprobOutput:
     One token, two classes, logits [0, 0]: logp = [-0.6931], lse = [0.6931], entropy = [0.6931].
     """
 
-    logp: Tensor
-    lse: Tensor
-    entropy: Tensor | None
+    logp: Tensor  # (T,) float32, float64 for float64 inputs, as all that follows
+    lse: Tensor  # (T,)
+    entropy: Tensor | None  # (T,)
 
 
 @dataclass(frozen=True)
@@ -104,9 +126,9 @@ class WeightedLoss:
     [True, False].
     """
 
-    loss: Tensor
-    logp: Tensor
-    kept: Tensor
+    loss: Tensor  # 0-dim
+    logp: Tensor  # (T,)
+    kept: Tensor  # (T,) bool
 
 
 @dataclass(frozen=True)
@@ -117,13 +139,13 @@ class TwoStreamLoss:
     loss = 1.0397.
     """
 
-    loss: Tensor
+    loss: Tensor  # 0-dim, as the next two
     loss_post: Tensor
     loss_prior: Tensor
-    logp_post: Tensor
-    logp_prior: Tensor
-    kept_post: Tensor
-    kept_prior: Tensor
+    logp_post: Tensor  # (T,)
+    logp_prior: Tensor  # (U,)
+    kept_post: Tensor  # (T,) bool
+    kept_prior: Tensor  # (U,) bool
 
 
 @dataclass(frozen=True)
@@ -138,12 +160,12 @@ class VpgeaLoss:
     pg_loss = 0, distill_loss = log(1/2) - log(1/4) = 0.6931, loss = 0.3466.
     """
 
-    loss: Tensor
+    loss: Tensor  # 0-dim, as the next two
     pg_loss: Tensor
     distill_loss: Tensor
-    logq_S: Tensor
-    logp_S: Tensor
-    gate_S: Tensor
+    logq_S: Tensor  # (S,)
+    logp_S: Tensor  # (S,)
+    gate_S: Tensor  # (S,) bool
 
 
 def choose_backend(
@@ -181,6 +203,7 @@ def resolve_backend(backend: str = "auto", **situation: Any) -> str:
     return choose_backend(backend, **situation).name
 
 
+@_spelled_out
 def linear_logprob(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -203,11 +226,13 @@ def linear_logprob(
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
     """
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
+    # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
     logp_T, lse_T, entropy_T = Recompute.apply(*inputs, return_entropy, settings)
     return LogprobOutput(logp_T, lse_T, entropy_T)
 
 
+@_spelled_out
 def weighted_logprob_loss(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -235,6 +260,7 @@ def weighted_logprob_loss(
     and coef_T with requires_grad.
     """
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
+    # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     checks.check_sink(dweight_out, weight_VD)
     # Asked for here: inside an autograd function grad mode is off and requires_grad is lost.
@@ -248,6 +274,7 @@ def weighted_logprob_loss(
     return WeightedLoss(loss, logp_T, kept_T)
 
 
+@_spelled_out
 def two_stream_loss(
     hidden_post_TD: Tensor,
     hidden_prior_UD: Tensor,
@@ -267,6 +294,7 @@ def two_stream_loss(
     Either stream may be empty. Options as in `HeadOptions`; `dweight_out` and errors as in
     `weighted_logprob_loss`.
     """
+    # The rows of both streams in one pass: its chunks do not know where one ends.
     both = _weighted_streams(
         (hidden_post_TD, hidden_prior_UD),
         weight_VD,
@@ -278,6 +306,7 @@ def two_stream_loss(
     tokens = targets_post_T.shape[0]  # the posterior's rows are first
     logp_post_T, logp_prior_U = both.logp[:tokens], both.logp[tokens:]
     kept_post_T, kept_prior_U = both.kept[:tokens], both.kept[tokens:]
+    # Masked, as the pass masks them: a coefficient of an ignored target counts nowhere.
     return TwoStreamLoss(
         loss=both.loss,
         loss_post=dot(coef_post_T.masked_fill(~kept_post_T, 0.0), logp_post_T),
@@ -289,6 +318,7 @@ def two_stream_loss(
     )
 
 
+@_spelled_out
 def vpgea_loss(
     hidden_post_TD: Tensor,
     hidden_prior_UD: Tensor,
@@ -309,13 +339,11 @@ def vpgea_loss(
         loss = sum_s w_s [ -A_s log q_s + beta 1[A_s > 0] (sg log q_s - log pi_s) ]
         log q_s = sum_t log q_t
 
-    hidden_post_TD: (T, D), the sampled tokens' contexts in the teacher (posterior) view, sequences
-        back to back.
-    hidden_prior_UD: (U, D), the same tokens' contexts in the student (prior) view.
+    hidden_post_TD (T, D), hidden_prior_UD (U, D): contexts of the sampled tokens in the teacher
+        (posterior) and in the student (prior) view, sequences back to back.
     targets_T: (T,), the sampled tokens, the same in both views.
     cu_seqlens: (S + 1,) int32 or int64, 0 = first <= ... <= last = T.
-    advantage_S: (S,). Sequences with A_s = 0 are dropped: no row of them is computed. The gate is
-        strict: A_s > 0.
+    advantage_S: (S,). A_s = 0 drops a sequence: no row of it is computed. The gate is A_s > 0.
     denominator: w_s = 1 / denominator, counted over all ranks and micro-batches (B*G, B*G*C or
         tokens). Where gradients are averaged over ranks, divide it by the world size.
     weight_S: (S,), w_s itself. Exactly one of denominator and weight_S.
@@ -324,9 +352,8 @@ def vpgea_loss(
     beta: weight of the distillation term, >= 0. At 0 the prior stream is not computed.
     Options as in `HeadOptions`; `dweight_out` as in `weighted_logprob_loss`.
 
-    ValueError (on CUDA device-side assertions for what needs values, unless `validate`): both or
-    none of denominator and weight_S, bad cu_seqlens, prior_index out of range, repeated, or missing
-    a gated sequence, U not the prior sequences' tokens.
+    ValueError (on CUDA device-side assertions for values, unless `validate`): bad cu_seqlens; a
+    prior_index out of range, repeated, without a gated sequence, or that does not fit U.
     """
     checks.check_flag("validate", options.get("validate", False))
     checks.check_number("beta", beta, _BETA)
@@ -340,11 +367,11 @@ def vpgea_loss(
     )
     tokens = targets_T.shape[0]
     # bfloat16 advantages have three digits: in the loss they are numbers of its accumulator.
-    advantage_S = advantage_S.to(
-        torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
-    )
+    dtype = torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
+    advantage_S = advantage_S.to(dtype)
     weight_S = checks.sequence_weight(advantage_S, denominator, weight_S)
     gate_S = advantage_S > 0
+    # d loss / d log q_s and d loss / d log pi_s; sg log q_s has no gradient.
     coef_post_S = -weight_S * advantage_S
     coef_prior_S = -beta * weight_S * gate_S
     layout = layout_of(
@@ -379,17 +406,9 @@ def vpgea_loss(
             prior_index=prior_index,
         )
     )
-    # The value is the sum of its parts; both.loss, which lacks beta w 1[A > 0] sg log q, gives the
-    # gradient alone.
+    # both.loss lacks beta w 1[A > 0] sg log q in its value: it gives the gradient alone.
     loss = sums.pg_loss + beta * sums.distill_loss + (both.loss - both.loss.detach())
-    return VpgeaLoss(
-        loss=loss,
-        pg_loss=sums.pg_loss,
-        distill_loss=sums.distill_loss,
-        logq_S=sums.logq_S,
-        logp_S=sums.logp_S,
-        gate_S=gate_S,
-    )
+    return VpgeaLoss(loss=loss, gate_S=gate_S, **sums._asdict())
 
 
 _BETA = Bounds("a finite number >= 0", 0, FLOAT32.max)

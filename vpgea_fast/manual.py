@@ -85,6 +85,7 @@ def sections() -> list[Section]:
     for name, hint in hints.items():
         # A section with variants is a union; any other is one record.
         members = _members(_bare(hint)[0])
+        # One section per variant: their keys differ.
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
             found.append(
@@ -105,6 +106,7 @@ def section(name: str) -> list[Section]:
         names = list(dict.fromkeys(part.title for part in known))
         # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
         owners = [part.title for part in known for key in part.keys if key.name == name]
+        # Sections first: the command asks for one.
         near = [*difflib.get_close_matches(name, names, n=1), *owners]
         hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
         raise SectionError(f"got section {name!r}; {hint}")
@@ -204,6 +206,7 @@ def _range(kind: Any, notes: Sequence[Any]) -> str:
         None if (limit := limits.get(name)) is None else f"{limit:.15g}"
         for name in ("ge", "gt", "le", "lt")
     )
+    # From a to b reads as a range; one-sided limits stand behind a comma.
     if ge and (le or lt):
         return f" from {ge} to {le or f'below {lt}'}"
     low = f", {ge} or more" if ge else f" above {gt}" if gt else ""
@@ -217,6 +220,7 @@ def keys_text(parts: Sequence[Section]) -> str:
     for part in parts:
         blocks.append([f"{part.head}: {part.text}"])
         for key in part.keys:
+            # JSON, which is also what the command line takes.
             default = f"default {key.default}" if key.default else "must be given"
             head = f"{part.title}.{key.name}: {key.kind}, {default}"
             blocks.append([*_wrapped(head, first=2), *_wrapped(key.text, first=6)])
@@ -264,6 +268,7 @@ def configuration_page() -> str:
         lines += ["", f"## {part.head}", "", part.text, ""]
         lines += _markdown_table(("key", "type", "default", "meaning"), rows)
         for key in part.keys:
+            # A prompt template would make its row unreadable.
             if len(key.default) > LONG:
                 text = json.loads(key.default)
                 lines += ["", f"Default of `{part.title}.{key.name}`:", "", "```text", text, "```"]
@@ -296,6 +301,7 @@ def metrics_page() -> str:
 
 
 def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    # A bar in a text would begin another cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---"] * len(headers)
     return [f"| {' | '.join(row)} |" for row in [headers, rule, *cells]]
@@ -353,6 +359,7 @@ def _signature(node: Doc, source: str) -> list[str]:
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     parameters = list(_parameters(node.args))
     head = f"{node.name}({', '.join(parameters)}){result}"
+    # One line where it fits, as ruff would set it.
     if len(head) <= WIDTH:
         return [head]
     return [f"{node.name}(", *(f"    {part}," for part in parameters), f"){result}"]
@@ -365,6 +372,7 @@ def _methods(node: Doc) -> list[str]:
         if not isinstance(method, ast.FunctionDef) or method.name.startswith("_"):
             continue
         parameters = ", ".join([*_parameters(method.args)][1:])  # without self
+        # A property is read, not called.
         called = "" if method.decorator_list else f"({parameters})"  # properties are not called
         text = " ".join((ast.get_docstring(method) or "").split())
         lines.append(f"* `{method.name}{called}`: {text}")

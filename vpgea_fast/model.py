@@ -65,7 +65,7 @@ class LossHead(nn.Linear):
         super().__init__(head.in_features, head.out_features, bias=bias, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.backend = backend
-        self.logit_scale, self.softcap = options
+        self.options = options
 
     def forward(
         self,
@@ -82,8 +82,7 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         options: dict[str, Any] = {
             "bias": None if self.bias is None else self.bias.to(hidden.dtype),
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
+            **self.options._asdict(),
             "backend": self.backend,
             "temperature": temperature,
         }

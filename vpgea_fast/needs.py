@@ -1,6 +1,6 @@
 """What a run needs of its devices and of its time, as lines: memory, vLLM's share, hours, traffic.
 
-The numbers come from `estimate.py` and `durations.py`; this room says them, and what to change
+The numbers come from `estimate` and `durations.py`; this room says them, and what to change
 where they do not fit.
 """
 

@@ -154,7 +154,7 @@ def _value(node: Any) -> Any:
 
 
 def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = 1 + key_node.start_mark.line
@@ -165,12 +165,12 @@ def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
         key = key_node.value
         if key == "<<":
             raise YamlError("got a merge (<<), which YAML 1.2 has not; write the keys out", line)
-        if key in found:
+        if key in values:
             raise YamlError(
                 f"{key!r} stands twice, first in line {lines[key]}; leave one of them out", line
             )
-        found[key], lines[key] = _value(value_node), line
-    return found
+        values[key], lines[key] = _value(value_node), line
+    return values
 
 
 def _line(text: str, position: int) -> int:

@@ -197,6 +197,7 @@ def make_directory(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a directory, or a link alone and not what it leads to."""
+    # rmtree refuses a link, and would empty a larger disk if it did not.
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -231,7 +232,7 @@ def _keeps(cut: Cut, line: bytes, number: int, upto: int, once: bool) -> bool:
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:
-    """Those that are there and empty; another process may have begun to use one."""
+    """Remove those that are there and empty; another process may have begun to use one."""
     for directory in directories:
         with suppress(OSError):
             directory.rmdir()
@@ -241,6 +242,7 @@ def _lock(handle: IO[str], path: Path) -> None:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        # The claimant wrote its process id into the file.
         handle.seek(0)
         owner = handle.read().strip() or "unknown"
         raise CheckpointError(
@@ -252,6 +254,7 @@ def _lock(handle: IO[str], path: Path) -> None:
 def _check_claim(path: Path, resume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory with --run.dir")
+    # config.yaml is the first file that a run writes.
     if resume and not (path / RUN_MARK).is_file():
         raise CheckpointError(f"{path} is no run ({RUN_MARK} is missing); start without --resume")
     for file in (path / name for name in FILES):

@@ -162,7 +162,7 @@ class Saver:
         return final
 
     def wait(self) -> None:
-        """Until the save before is durable. CheckpointError: it is not going to be."""
+        """Wait until the save before is durable. CheckpointError: it is not going to be."""
         # Forgotten before it is asked: a failed save is reported once.
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -186,6 +186,7 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
     """The newest complete checkpoint, or None; the same for all processes, which share the reading.
     An incomplete one is passed over with a warning. A collective."""
     parent = Path(run_dir) / "checkpoints"
+    # Process 0's listing for all: a shared disk may show others an older one.
     for name in reversed(world.gather([path.name for path in _by_step(parent)])[0]):
         path = parent / name
         fault = _fault(path, world)
@@ -229,7 +230,7 @@ def load_checkpoint(
 def _write(
     final: Path, taken: Snapshot, world: World, *, forget: Callable[[], None], do: Do
 ) -> None:
-    """The protocol at the head of this file. A collective, over the connections of `world`."""
+    """Follow the protocol at the head of this file. A collective over `world`'s connections."""
     parent, aside = final.parent, _aside(final)
     what = f"cannot save {final}"
     remedy = (
@@ -281,7 +282,8 @@ def _write(
 
 
 def _mark_saved(run_dir: Path) -> None:
-    """No part of the protocol: a mark that is lost costs the word that checkpoints are."""
+    """Leave SAVED in the run directory. No part of the protocol: without the mark, a run whose
+    checkpoints are gone begins again instead of an error."""
     if not (run_dir / SAVED).exists():
         with suppress(OSError):
             (run_dir / SAVED).touch()
@@ -289,8 +291,8 @@ def _mark_saved(run_dir: Path) -> None:
 
 
 def _require_kept(run_dir: Path, found: Checkpoint | None) -> None:
-    """CheckpointError if there is no checkpoint where there was one: to begin again at step 0 would
-    cost the logs of the steps that were made."""
+    """Raise CheckpointError if there is no checkpoint where there was one: to begin again at step 0
+    would cost the logs of the steps that were made."""
     if found is not None:
         _mark_saved(run_dir)  # a run of an older version
         return
@@ -366,13 +368,18 @@ def _fault(path: Path, world: World) -> str | None:
 
 def _damage(path: Path, world: World) -> str | None:
     """What is wrong with this process's share of the files. Sizes first: they cost no read."""
+    manifest = path / MANIFEST
+    if manifest.exists() and not manifest.is_file():  # a pipe that nobody writes is waited for
+        return f"{MANIFEST} is no file"
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         names = sorted({INDEX, STATE, *files})
         for name in names:
+            # A torn file nearly always has another size, so most damage costs no read.
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {files[name]['bytes']}"
+        # Each process reads a share: the files may be hundreds of GB together.
         own = names[world.share(len(names))]
         damaged = [name for name, entry in _manifest(path, own).items() if entry != files[name]]
         if not damaged:
@@ -383,10 +390,11 @@ def _damage(path: Path, world: World) -> str | None:
 
 
 def _require_own(path: Path, names: Iterable[str]) -> None:
-    """ValueError if the files are whole, but not those of a save of this step."""
+    """Raise ValueError if the files are whole, but not those of a save of this step."""
     found = Checkpoint.read(path)
     if found.step != _step_of(path):
         raise ValueError(f"{STATE} is of step {found.step}")
+    # An index of fewer processes than wrote would load, and lack their shards.
     named = {*names}
     if not 1 <= found.processes <= len(named):
         raise ValueError(f"{STATE} is of {found.processes} processes")

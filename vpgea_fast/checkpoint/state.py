@@ -163,7 +163,7 @@ def take(
 
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
-    """The shards of this process, into `path`: DCP finds that name by itself."""
+    """Write the shards of this process into `path`: DCP finds that name by itself."""
     # DCP joins the folder and a name of its plan; the protocol must mean the same file.
     assert path.parent == Path(taken.writer.path)
     try:
@@ -174,7 +174,7 @@ def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
 
 
 def write_index(path: Path, taken: Snapshot, written: list[list[WriteResult]]) -> None:
-    """DCP's index of the shards that all processes have written."""
+    """Write DCP's index of the shards that all processes have written."""
     assert path.parent == Path(taken.writer.path)
     taken.writer.finish(taken.planned.index, written)
 
@@ -189,7 +189,7 @@ def write_own(path: Path, taken: Snapshot) -> None:
 def put(
     found: Checkpoint, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """A checkpoint into model, optimiser and random generators. A collective.
+    """Put a checkpoint into model, optimiser and random generators. A collective.
 
     CheckpointError, on every process and before anything has changed, if it does not fit.
     """
@@ -217,7 +217,7 @@ def put(
 
 
 def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
-    """The weights of a checkpoint into a model, and nothing else of it. A collective.
+    """Put the weights of a checkpoint into a model, and nothing else of it. A collective.
 
     CheckpointError, on every process and before anything has changed, if they do not fit.
     """
@@ -257,8 +257,8 @@ def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
-    """Smallest and largest element of each: NaN and infinity show in them, with no mask in memory,
-    and the devices are asked once all is queued."""
+    """Raise CheckpointError for NaN or infinity. They show in the smallest and largest element,
+    with no mask in memory; the devices are asked once all is queued."""
     extremes = [
         (name, torch.stack(part.aminmax()))
         for name, tensor in tensors.items()
@@ -377,7 +377,7 @@ def _check_fit(
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """CheckpointError if the checkpoint is not one of this model and this kind of optimiser."""
+    """Raise CheckpointError for a checkpoint of another model or kind of optimiser."""
     remedy = _check_weights(found, metadata, weights)
     kind = type(optimizer).__name__
     if found.optimizer["class"] != kind:
@@ -399,7 +399,7 @@ def _check_fit(
 def _check_weights(
     found: Checkpoint, metadata: Metadata, weights: Mapping[str, torch.Tensor]
 ) -> str:
-    """CheckpointError if the checkpoint is not one of this model; the remedy for such errors."""
+    """Raise CheckpointError for a checkpoint of another model; return the remedy to name."""
     # Optimiser states have a prefix of their own and are checked elsewhere.
     saved = {
         name.removeprefix("model."): tensor
@@ -427,7 +427,7 @@ def _check_weights(
 
 
 def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> None:
-    """`state` is this process's, or that of the last one that saved."""
+    """Restore the generators. `state` is this process's, or the last one's that saved."""
     if world.main and found.processes != world.size:
         warnings.warn(
             f"{found.path} is of {found.processes} processes, now there are {world.size}: sums "

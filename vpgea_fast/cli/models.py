@@ -69,7 +69,7 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
-    print(f"settings: {source or 'defaults and the command line'}")
+    print(f"settings: {source or 'defaults and the command line'}{_lost(args.model, source)}")
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
     from vpgea_fast.metrics import Console, environment
@@ -89,6 +89,13 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
     return 0
+
+
+def _lost(model: str, source: str | Path | None) -> str:
+    """A word where a run's export is judged without the run's settings, which are gone."""
+    run = Path(model).parent
+    whole = source is not None or not (run / "metrics.jsonl").exists()
+    return "" if whole else f" ({run / 'config.yaml'} is missing)"
 
 
 def of_model(

@@ -43,6 +43,7 @@ def declare_data(commands: Commands, common: Parser) -> None:
         help="read its files as published from here, not the Hub; may be given again",
     )
     data.add_argument("--out", type=path, metavar="DIR", help="default: data/NAME")
+    # `extend`: --against may come again, each time with several files.
     data.add_argument(
         "--against",
         nargs="+",
@@ -91,6 +92,7 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if not cfg.eval.samples:
         raise UsageError("eval.samples: got 0; a pass rate needs one sample or more")
+    # Paths become Paths here; nothing below reads the command line.
     order = Order(
         name=args.name,
         out=Path(args.out or Path("data") / args.name),
@@ -127,6 +129,7 @@ def declare_make_tiny(commands: Commands, common: Parser) -> None:
         default="demo",
         help="concise paths at about 1e-6, or 1 %%",
     )
+    # Three minutes a try; copying takes none.
     tiny.add_argument(
         "--from-scratch",
         action="store_true",

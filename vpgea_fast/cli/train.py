@@ -83,6 +83,7 @@ def declare_train(commands: Commands, common: Parser) -> None:
 
 
 def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+    # Both would be two configurations, neither is none.
     if (args.config is None) == (args.resume is None):
         raise UsageError("train: give a YAML file, or --resume RUN (one of the two)")
     if args.resume_if_started and args.config is None:

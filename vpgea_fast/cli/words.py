@@ -96,7 +96,7 @@ def no_more(overrides: Sequence[str]) -> None:
 
 
 def notice(text: str) -> None:
-    """On stderr, once: what --print-config prints is a configuration."""
+    """Say something on stderr, once per job: what --print-config prints is a configuration."""
     if os.environ.get("RANK", "0") == "0":
         print(f"vpgea: {text}", file=sys.stderr)
 
@@ -111,9 +111,9 @@ def show(text: str) -> None:
 
 
 def plain_logs() -> None:
-    """No bars of other libraries in a log file; on a terminal a large model shows its loading.
+    """Turn off other libraries' bars in a log file; a terminal shows how a large model loads.
 
-    Nor their warnings: what they warn of in a model (missing weights, say) is an error here.
+    Their warnings too: what they warn of in a model (missing weights, say) is an error here.
     """
     from transformers.utils import logging
 

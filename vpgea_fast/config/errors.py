@@ -47,16 +47,16 @@ def explain(errors: Iterable[Any]) -> list[str]:
     Of a union pydantic gives an error a member: their expectations stand in one line, and where one
     member fits but for a key of it, that key alone counts.
     """
-    found: dict[str, list[tuple[Any, list[Any]]]] = {}
+    groups: dict[str, list[tuple[Any, list[Any]]]] = {}
     for error in errors:
         key, owners = _place(error)
         # pydantic gives an error per member of a union; the user wrote one value under one key.
-        found.setdefault(key, []).append((error, owners))
+        groups.setdefault(key, []).append((error, owners))
     return [
         f"  {key or 'configuration'}: {_complaint(key, group)}"
-        for key, group in found.items()
+        for key, group in groups.items()
         # Where a deeper key is wrong, that this record did not fit says nothing more.
-        if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in found)
+        if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in groups)
     ]
 
 

@@ -249,12 +249,12 @@ def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
         first = next(iter(fields_of(item)), None)
         return [{first: v} if first and isinstance(v, str) else v for v in values]
 
-    done = dict(tree)
+    filled = dict(tree)
     for section, keys in tree.items():
         for record in records_of(section) if isinstance(keys, Mapping) else []:
             hints = fields_of(record)
-            done[section] = {k: wrapped(hints.get(k), v) for k, v in done[section].items()}
-    return done
+            filled[section] = {k: wrapped(hints.get(k), v) for k, v in filled[section].items()}
+    return filled
 
 
 def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,6 +258,7 @@ class Config:
         drawn = self.eval.greedy if best.startswith("greedy") else self.eval.samples
         wanting = {"eval.data": self.eval.data, "eval.every": self.eval.every}
         wanting["eval.greedy or eval.samples"] = drawn
+        # The first that is missing: one remedy a line.
         lacks = next((key for key, value in wanting.items() if not value), None)
         if lacks is not None:
             raise ValueError(

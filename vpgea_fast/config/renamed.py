@@ -20,7 +20,7 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
     if not moved:
         return dict(tree)
     values: dict[str, Any] = {}
-    done: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for section, keys in tree.items():
         if isinstance(keys, Mapping):
             # Collected first, since the name of the variant decides which of them are kept.
@@ -29,7 +29,7 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
             }
             keys = {k: v for k, v in keys.items() if f"{section}.{k}" not in moved}
         if section not in RENAMED:
-            done[section] = keys
+            sections[section] = keys
     # Which variant it was is itself among the values that move.
     chosen = {section: values.get(f"{section}.name", name) for section, name in VARIANTS.items()}
     kept, left = [], []
@@ -38,13 +38,13 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
         # A section without variants has one record and no choice.
         kinds = [k for k in records_of(section) if chosen.get(section) in (None, k.name)]
         if any(key in fields_of(kind) for kind in kinds):
-            done.setdefault(section, {})[key] = values[new]
+            sections.setdefault(section, {})[key] = values[new]
             kept.append(f"{old} as {new}")
         else:
             left.append(old)
     said = f"; left out {', '.join(left)}, which nothing read" if left else ""
     say(f"written by an older version: read {', '.join(kept)}{said}")
-    return done
+    return sections
 
 
 def _in(key: str, section: str) -> bool:
@@ -53,15 +53,15 @@ def _in(key: str, section: str) -> bool:
 
 def _old_keys(tree: Mapping[str, Any]) -> list[str]:
     """`section.key` of an older version; a section that is empty, or no mapping, by its name."""
-    found: list[str] = []
+    old_keys: list[str] = []
     for section, keys in tree.items():
         whole = section in RENAMED
         if isinstance(keys, Mapping) and keys:
             names = [f"{section}.{key}" for key in keys]
-            found += [name for name in names if whole or name in RENAMED]
+            old_keys += [name for name in names if whole or name in RENAMED]
         elif whole:
-            found.append(section)
-    return found
+            old_keys.append(section)
+    return old_keys
 
 
 def _new_name(old: str) -> str:
@@ -70,7 +70,7 @@ def _new_name(old: str) -> str:
 
 
 def refuse_old(tree: Mapping[str, Any], source: str) -> None:
-    """ConfigError for keys of an older version, with their new names."""
+    """Raise ConfigError for keys of an older version, with their new names."""
     lines = [f"  {old}: is now {_new_name(old)}; write that" for old in _old_keys(tree)]
     if lines:
         raise ConfigError(f"{source}:\n" + "\n".join(lines))

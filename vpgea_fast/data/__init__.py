@@ -180,10 +180,10 @@ def load_benchmarks(
         raise ValueError(
             "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
         )
-    found: dict[str, Benchmark] = {}
+    benchmarks: dict[str, Benchmark] = {}
     for file in cfg.data:
         name = file.label
-        if name in found:
+        if name in benchmarks:
             raise ValueError(
                 f"eval.data names two benchmarks {name!r}; give one another `name`, or rename it"
             )
@@ -200,8 +200,8 @@ def load_benchmarks(
                 f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
                 "benchmark; raise data.max_prompt_tokens, or take them out of the file"
             )
-        found[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
-    return found
+        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
+    return benchmarks
 
 
 def unfit(
@@ -240,7 +240,7 @@ def long_targets(prompted: Sequence[PromptedQuestion]) -> list[str]:
 
 
 def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
-    """Every dropped row as a JSON line, if data.dropped_file names a file."""
+    """Write every dropped row as a JSON line, if data.dropped_file names a file."""
     if file is None:
         return
     text = "".join(json.dumps(row) + "\n" for row in dropped_rows(loaded))
@@ -254,7 +254,7 @@ def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
 
 
 def _check_replaceable(file: Path) -> None:
-    """DataError for a file that holds anything but a list of dropped rows: it would be lost."""
+    """Refuse a file that holds anything but dropped rows, with a DataError: it would be lost."""
     if not file.is_file() or file.stat().st_size == 0:
         return
     # One line tells: the file may be someone's data set of gigabytes.
@@ -395,21 +395,21 @@ def _read(file: DataFile) -> tuple[list[Question], dict[str, str], list[str]]:
     unit, rows = open_rows(file.path)
     questions: list[Question] = []
     bad: dict[str, str] = {}
-    seen: dict[str, str] = {}
+    places: dict[str, str] = {}
     notes: Counter[str] = Counter()
     for number, row in islice(rows, file.limit):
         place = f"{file.path}, {unit} {number}"
-        made, reason = make_question(row, file, number=number, place=place, notes=notes)
+        question, reason = make_question(row, file, number=number, place=place, notes=notes)
         # Ids seed the samples: two questions of one id would draw the same paths.
-        if made.id in seen:
+        if question.id in places:
             raise DataError(
-                f"{place}: the id {made.id!r} stands at {seen[made.id]} already; make ids "
-                f"unique, or name another key in data.id_key (now {file.id_key!r})"
+                f"{place}: the id {question.id!r} stands at {places[question.id]} already; make "
+                f"ids unique, or name another key in data.id_key (now {file.id_key!r})"
             )
-        seen[made.id] = place
-        questions.append(made)
+        places[question.id] = place
+        questions.append(question)
         if reason is not None:
-            bad[made.id] = reason
+            bad[question.id] = reason
     if not questions:
         raise DataError(f"{file.path} is empty; expected {KINDS} with at least one question")
     return questions, bad, [f"{count} {what}" for what, count in notes.items()]

@@ -170,13 +170,13 @@ def _decimal(text: str) -> Decimal:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
+    record = dict(pairs)
     # json keeps the last of two equal keys and says nothing.
-    if len(made) < len(pairs):
+    if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
+    return record
 
 
 def _table_lines(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:

@@ -203,7 +203,7 @@ class _Reader:
         return [(label, self.text(str(key), self.spelled(str(key), t))) for label, t in pairs]
 
     def _refuse_choices(self) -> None:
-        """Choices that nobody asked for: without them the question is another one."""
+        """Refuse choices that nobody asked for: without them the question is another one."""
         keys = [str(key) for key, value in self.row.items() if value not in (None, "")]
         inside = [(k, v) for k, v in self.row.items() if isinstance(v, Mapping)]
         named = [str(k) for k in self.row if CHOICES.fullmatch(str(k)) and _holds(self.row[k])]

@@ -274,7 +274,7 @@ def _lines(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _write(order: Order, files: Mapping[str, str], console: Console) -> None:
-    """All files or none: what stands there and differs is kept, unless `overwrite`."""
+    """Write all files or none: what stands there and differs is kept, unless `overwrite`."""
     # All are compared before the first is written.
     there = {name: order.out / name for name in files if (order.out / name).exists()}
     other = [path for name, path in there.items() if not _holds(path, files[name])]

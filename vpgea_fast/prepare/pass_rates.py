@@ -131,7 +131,7 @@ def _weights(path: str) -> str:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading and appending; DataError where another process writes it."""
+    """Open the file for reading and appending; DataError where another process writes it."""
     try:
         handle = file.open("a+b")
     except OSError as error:
@@ -246,16 +246,16 @@ def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> l
     ids = model.text.prompter.student_ids([q.text for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
     limit = cfg.data.max_prompt_tokens
-    made: list[Item | Rate] = []
+    asked: list[Item | Rate] = []
     for question in questions:
         prompt = prompts.get(question.id)
         if prompt is None:
-            made.append(Rate(question.id, why="special token in text"))
+            asked.append(Rate(question.id, why="special token in text"))
         elif prompt.numel() > limit:
-            made.append(Rate(question.id, why=f"longer than {limit} tokens"))
+            asked.append(Rate(question.id, why=f"longer than {limit} tokens"))
         else:
-            made.append((question, prompt))
-    return made
+            asked.append((question, prompt))
+    return asked
 
 
 def _block(evaluator: Evaluator, asked: Sequence[Item | Rate], advance: Any) -> list[Rate]:
@@ -264,17 +264,17 @@ def _block(evaluator: Evaluator, asked: Sequence[Item | Rate], advance: Any) -> 
         return [item for item in asked if isinstance(item, Rate)]
     samples, sampling = evaluator.modes()["sampled"]
     paths, correct_QN = evaluator.answers(items, samples, sampling, advance)
-    found: dict[str, Rate] = {}
+    rates: dict[str, Rate] = {}
     for i, (question, _) in enumerate(items):
         group = paths[i * samples : (i + 1) * samples]
         # A path that the engine gave up says nothing about the question.
         good = [n for n, path in enumerate(group) if path.finish != "error"]
         count = max(1, len(good))
-        found[question.id] = Rate(
+        rates[question.id] = Rate(
             question.id,
             right=sum(int(correct_QN[i][n]) for n in good),
             drawn=len(good),
             tokens=round(sum(group[n].generated for n in good) / count, 3),
             cut=round(sum(group[n].truncated for n in good) / count, 4),
         )
-    return [item if isinstance(item, Rate) else found[item[0].id] for item in asked]
+    return [item if isinstance(item, Rate) else rates[item[0].id] for item in asked]

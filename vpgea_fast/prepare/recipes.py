@@ -41,6 +41,7 @@ class Source:
         """What is looked for in a folder, the first that matches is taken."""
         if self.plain:
             return self.files
+        # The layout that the Hub gives a data set, and so a clone of it.
         return (f"{self.config or 'data'}/{self.split}-*.parquet", *self.files)
 
 

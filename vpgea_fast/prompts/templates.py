@@ -92,7 +92,7 @@ def fill(template: str, **fields: str) -> str:
 
 
 def check_templates(cfg: PromptConfig) -> None:
-    """The fields that each template must and must not have."""
+    """Refuse a template with a field that it must not have, or without one that it must."""
     leak = "has the field {answer}, which would show the answer to the student; leave it out"
     rules = [
         ("student", cfg.student, "{answer}", False, leak),

@@ -92,10 +92,10 @@ def closing_notes(run_dir: str | Path) -> list[str]:
     if section.get("compare"):
         comparison = committed_rows(run_dir)
         # Where committed rows come from, so that they can be made again.
-        made = [f"{key} {comparison[key]}" for key in ("commit", "command") if key in comparison]
+        origin = [f"{key} {comparison[key]}" for key in ("commit", "command") if key in comparison]
         notes += [
             str(comparison.get("note", "")),
-            f"the other runs: {section['compare']}" + (f" ({', '.join(made)})" if made else "")
+            f"the other runs: {section['compare']}" + (f" ({', '.join(origin)})" if origin else "")
             if comparison
             else f"committed rows are missing: there is no file {section['compare']}",
         ]
@@ -192,6 +192,7 @@ def _short(value: float) -> str:
 
 def _settings(config: Record) -> Iterator[list[str]]:
     for section, content in config.items():
+        # The objective whole: each of its keys is a part of the method.
         keys = SETTINGS.get(section, content if section == "objective" else ())
         for key in keys:
             if isinstance(content, Mapping) and key in content:
@@ -229,6 +230,7 @@ def _table(
         ]
         return f"<tr>{''.join(parts)}</tr>"
 
+    # A table of facts has no heading to show.
     head = line(headers, "th") if any(headers) else ""
     body = "\n".join(line(row, "td") for row in rows)
     return f'<div class="scroll"><table>{head}\n{body}</table></div>'

@@ -53,7 +53,7 @@ def evaluated(run_dir: str | Path, name: str) -> dict[int, float]:
 
 
 def check_results(where: str, results: Any, remedy: str) -> None:
-    """ReportError for what is no evaluation: modes, each with its numbers."""
+    """Raise ReportError for what is no evaluation: modes, each with its numbers."""
     parts = (
         [results, *(results.get(mode, {}) for mode in book.MODES)] if is_map(results) else [results]
     )

@@ -103,6 +103,7 @@ def existing_world(
 ) -> TinyWorld:
     """The world in `out` if it is complete and of the kind asked for, else ValueError."""
     remedy = f"remove {out} or choose another directory"
+    # Every file: a world that lost one would fail later, in a loader's words.
     wanted = [*(f"base/{name}" for name in BASE_FILES), *questions]
     missing = [name for name in wanted if not (out / name).is_file()]
     if missing:
@@ -133,7 +134,7 @@ def jsonl(questions: Iterable[Question]) -> str:
 
 
 def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None:
-    """An ordinary Hugging Face directory and the record of how it was made and measured."""
+    """Write a Hugging Face directory, and the record of how the base was made and measured."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         bos_token_id=SPECIAL_ID["<s>"],
@@ -147,6 +148,7 @@ def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None
     text = json.dumps(compact, separators=(",", ":"), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     options = f"--base {report.recipe} --from-scratch --seed {report.seed}"
+    # What made it, under which torch: a base depends on both.
     record = {
         "command": f"vpgea make-tiny OUT {options}",
         "torch": torch.__version__,

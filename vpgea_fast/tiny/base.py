@@ -200,7 +200,7 @@ def supervised_loss(
 def train_once(
     recipe: Recipe, seed: int, held_out: frozenset[str], progress: Callable[[str], None]
 ) -> Qwen2ForCausalLM:
-    """Both phases: AdamW, cosine to 0 after 50 steps of warm-up, gradient norm clipped to 1."""
+    """Train both phases: AdamW, 50 steps of warm-up, cosine to 0, gradient norm clipped to 1."""
     tokenizer, rng = make_tokenizer(), random.Random(seed)
     (second_label,) = text_ids(tokenizer, LABELS[1])
     model = make_model(seed, vocab_size=len(tokenizer))
@@ -240,7 +240,7 @@ def train_base(
     measure_on: int = TEST_QUESTIONS,
     progress: Callable[[str], None] = print,
 ) -> tuple[Qwen2ForCausalLM, BaseReport]:
-    """The first base from seeds seed, seed + 1, .. that passes the gate on `measure_on` questions.
+    """Train bases from seed, seed + 1, .. until one passes the gate on `measure_on` questions.
 
     Raises RuntimeError with the measured numbers of every try if none does.
     """

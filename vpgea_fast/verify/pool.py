@@ -149,10 +149,10 @@ class Verifier:
             known |= {gold: True for gold in golds if PLAIN.fullmatch(gold)}
         jobs = [(gold, rf"\boxed{{{gold}}}") for gold in golds if gold not in known]
         on_progress(len(golds) - len(jobs))
-        found = dict(zip(jobs, self._judge(jobs, on_progress), strict=True))
+        outcomes = dict(zip(jobs, self._judge(jobs, on_progress), strict=True))
         if kept is not None:
-            kept.add({job[0]: bool(found[job]) for job in found if job not in self._unsure})
-        known |= {gold: verdict for (gold, _), verdict in found.items()}
+            kept.add({job[0]: bool(outcomes[job]) for job in outcomes if job not in self._unsure})
+        known |= {gold: verdict for (gold, _), verdict in outcomes.items()}
         return [known[gold] for gold in golds]
 
     def _judge(self, jobs: Sequence[Job], on_progress: Progress) -> list[bool | str]:
@@ -295,7 +295,7 @@ class _Worker:
         return word
 
     def wait_until_up(self) -> None:
-        """For the first answer of a custom checker; ConfigError if a worker cannot use it."""
+        """Wait until the worker has its checker; ConfigError if it cannot use a custom one."""
         self.deadline = time.monotonic() + START_S
         while not self._up:
             wait([self.pipe], timeout=max(0.0, self.deadline - time.monotonic()))

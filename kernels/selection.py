@@ -1,0 +1,110 @@
+"""The rows of a call that take part, and the checks that need their values.
+
+T tokens, K rows that take part. A row takes part with a target that is not ignored, a coefficient
+that is not 0 and, where `rows` is given, a place in it. Backends see these rows only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vpgea_fast.kernels.contract import Inputs, Settings
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that take part and all that belongs to them.
+
+    kept_T: (T,) bool. masked: rows_K holds rows that are not kept; they must not show in results.
+    """
+
+    rows_K: Tensor  # int64
+    targets_K: Tensor  # int64, in [0, V)
+    temperature: float | Tensor  # (K,) where it is a tensor
+    kept_T: Tensor
+    masked: bool
+
+    def gather(self, values_T: Tensor) -> Tensor:
+        """(T,) to (K,), 0 at masked rows."""
+        return _gather(values_T, self.rows_K, self.kept_T if self.masked else None)
+
+    def scatter(self, values_K: Tensor) -> Tensor:
+        """(K,) to (T,), 0 at rows that take no part."""
+        values_T = values_K.new_zeros(self.kept_T.shape).index_copy(0, self.rows_K, values_K)
+        return values_T.masked_fill(~self.kept_T, 0) if self.masked else values_T
+
+
+def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> Selection:
+    """The rows with a coefficient, a target and a place in `rows`.
+
+    One host synchronisation on CUDA unless `rows` is given or a graph is being captured: then the
+    rows that take no part stay, masked.
+    """
+    targets_T, rows, validate = inputs.targets_T, inputs.rows, settings.validate
+    tokens, vocabulary = targets_T.shape[0], inputs.weight_VD.shape[0]
+    kept_T = targets_T != settings.ignore_index
+    if coef_T is not None:
+        kept_T = kept_T & (coef_T != 0)
+    if rows is not None:
+        if validate or not rows.is_cuda:  # on CUDA the indexing kernels assert it themselves
+            inside = ((rows >= 0) & (rows < tokens)).all()
+            check(inside, f"rows must lie in [0, T = {tokens})", validate)
+        listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
+        check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
+        kept_T = kept_T & listed_T
+    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
+    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
+    check(
+        (in_range_T | ~kept_T).all(),
+        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
+        f"{settings.ignore_index}",
+        validate,
+    )
+    temperature = settings.temperature
+    if inputs.temperature_T is not None:
+        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
+        check(fine, "temperature: every value must be positive and finite", validate)
+    masked = rows is not None or _capturing(targets_T)
+    if rows is not None:
+        rows_K = rows
+    elif masked:
+        rows_K = torch.arange(tokens, device=targets_T.device)
+    else:
+        rows_K = kept_T.nonzero().squeeze(1)  # the synchronisation: its length is a value
+    if inputs.temperature_T is not None:
+        temperature = inputs.temperature_T.index_select(0, rows_K)
+        temperature = temperature.to(accumulator(inputs.hidden_TD))
+    # Masked rows get class 0, which exists: their own target may be out of range.
+    return Selection(
+        rows_K=rows_K,
+        targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
+        temperature=temperature,
+        kept_T=kept_T,
+        masked=masked,
+    )
+
+
+def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:
+    if kept_T is not None:
+        values_T = values_T.masked_fill(~kept_T, 0)
+    return values_T.index_select(0, rows_K)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check(ok: Tensor, message: str, validate: bool = False) -> None:
+    """ValueError unless `ok`; on CUDA an assertion in the stream, which costs no synchronisation,
+    unless `validate` asks for the error here and now (not inside graph capture)."""
+    if ok.is_cuda and (not validate or _capturing(ok)):
+        torch.ops.aten._assert_async.msg(ok, message)
+    elif not ok:
+        raise ValueError(message)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
