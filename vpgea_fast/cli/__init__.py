@@ -18,6 +18,7 @@ from vpgea_fast.cli.train import declare_train
 from vpgea_fast.cli.words import Parser, UsageError
 
 INTERRUPTED = 130  # 128 + SIGINT
+REPEATABLE = ("--from", "--against")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
+        _no_repeats(words)
         # Unknown words come back, so that the error can name the option that was meant.
         args, unknown = _parser().parse_known_args(words)
         if unknown:
@@ -77,6 +79,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
         else:
             words.append(word)
     return words, pairs, list(rest)
+
+
+def _no_repeats(words: Sequence[str]) -> None:
+    """UsageError for an option that stands twice: argparse takes the last one unsaid."""
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    twice = next((n for n in names if names.count(n) > 1 and n not in REPEATABLE), None)
+    if twice is not None:
+        raise UsageError(f"{twice} stands twice; leave one of them out")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
     # The positional words come first, so an override of the same key wins.
-    words = ["--model.path", args.model, "--eval.data", files(args.data), *overrides]
+    words = [*overrides, "--model.path", args.model, "--eval.data", files(args.data)]
     source, cfg = of_model(args, words, overrides)
     # Hours of sampling would end by overwriting their own questions.
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
@@ -112,7 +112,7 @@ def of_model(
         raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
     if source is None:
-        return None, config.resolve(config.parse_overrides(words), source="command line")
+        return None, config.resolve(config.parse_overrides(words, notice), source="command line")
     cfg = config.load(source, words, notice, record=source == run)
     named = any(word.startswith("--engine.server") for word in overrides)
     if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
@@ -168,8 +168,8 @@ def declare_serve(commands: Commands, common: Parser) -> None:
 
 def run_serve(args: argparse.Namespace, overrides: list[str]) -> int:
     # The engine stands last: a server is vLLM whatever was given.
-    words = ["--model.path", args.model, *overrides, "--engine", "vllm"]
-    cfg = config.resolve(config.parse_overrides(words), source="command line")
+    words = [*overrides, "--model.path", args.model, "--engine", "vllm"]
+    cfg = config.resolve(config.parse_overrides(words, notice), source="command line")
     from vpgea_fast.model_dir import check_model_dir
     from vpgea_fast.rollout.vllm.client import check_key
     from vpgea_fast.rollout.vllm.serve import serve, serve_command

@@ -77,9 +77,11 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.model is None and (args.keep, args.samples) != (None, None):
         raise UsageError("--keep and --samples need --model, the model whose pass rate counts")
     # Eight answers per question unless told otherwise: one gives only the rates 0 and 1.
-    words = ["--eval.data", files(args.against), "--eval.samples", "8", *overrides]
+    words = ["--eval.data", files(args.against), *overrides]
     if args.samples is not None:
         words += ["--eval.samples", str(args.samples)]
+    elif not any(word.startswith("--eval.samples") for word in overrides):
+        words += ["--eval.samples", "8"]
     if args.model is not None:
         words += ["--model.path", args.model]
     source, cfg = of_model(args, words, overrides)

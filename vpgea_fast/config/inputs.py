@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, PlainSerializer
+from pydantic import Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.config.values import (
@@ -17,6 +17,7 @@ from vpgea_fast.config.values import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Switches,
 )
 
 R1_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -231,5 +232,5 @@ class PromptConfig:
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
     `{question}` and `{answer}` are the only fields; every other brace is itself."""
-    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    chat_template_kwargs: Switches = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

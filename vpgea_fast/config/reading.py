@@ -39,7 +39,7 @@ def load(
     as what they are now. Errors: ConfigError, which names the key and the nearest known one.
     """
     # The command line is read on its own, so that its errors name its words.
-    tree, top = _by_name(read_sections(path)), parse_overrides(overrides)
+    tree, top = _by_name(read_sections(path)), parse_overrides(overrides, say)
     if record:
         tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
     # Another variant on the command line makes the file's keys of the old one unknown: they
@@ -157,11 +157,14 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key != "run.dir"}
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(
+    words: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """`["--optim.lr", "1e-5", "--run.seed=3"]` -> `{"optim": {"lr": 1e-5}, "run": {"seed": 3}}`;
     `--engine vllm` is short for `--engine.name vllm`, as of any variant.
 
-    Text fields take their value as it stands; others read it as YAML. `null` unsets either.
+    Text fields take their value as it stands; others read it as YAML. `null` unsets either. The
+    last of two values is taken (a launcher adds to a command line), and `say` hears of it.
     """
     tree: dict[str, Any] = {}
     rest = iter(words)
@@ -181,7 +184,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
                     f"expected --section.key value, got {key} and no value; write {key}=VALUE for "
                     "a value that starts with --"
                 )
-        tree.setdefault(section, {})[name] = _parse(section, name, value)
+        keys, new = tree.setdefault(section, {}), _parse(section, name, value)
+        if name in keys and keys[name] != new:
+            old = show(keys[name])
+            say(f"--{section}.{name} stands twice: {show(new)} is taken, and {old} left out")
+        keys[name] = new
     return tree
 
 
@@ -220,13 +227,12 @@ def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> l
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `top` over those of `base`, section by section."""
+    """The keys of `top` over those of `base`, section by section. What is no section stays: it is
+    refused with the rest."""
     merged = dict(base)
     for section, keys in top.items():
         below = merged.get(section, {})
-        if not isinstance(below, Mapping):
-            raise ConfigError(f"{section}: got {show(below)}, expected keys")
-        merged[section] = {**below, **keys}
+        merged[section] = {**below, **keys} if isinstance(below, Mapping) else below
     return merged
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -77,4 +78,14 @@ def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     return clip
 
 
+def _finite(tree: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        json.dumps(tree, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("expected finite numbers") from error
+    return tree
+
+
+Switches = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
+"""NaN differs from itself: a resume would find it changed."""
 Clip = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
