@@ -272,6 +272,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
         torch.cuda.set_device(here)
     timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(
+        # Both on CUDA: the records and small sums of a step are CPU tensors, which NCCL refuses.
         "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
         timeout=timeout,
         rank=rank,
@@ -281,6 +282,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     shape: tuple[int, ...] = (size,)
     names: tuple[str, ...] = ("shard",)
     if cfg.replicas > 1:
+        # The last dimension is that of neighbouring ranks, which gather; replicas sum once a step.
         shape, names = (cfg.replicas, size // cfg.replicas), ("replicate", "shard")
     mesh = init_device_mesh(here.type, shape, mesh_dim_names=names)
     return World(here, rank=rank, size=size, mesh=mesh, timeout=timeout)
@@ -308,6 +310,8 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> Any:
                 "at their logs, or raise parallel.timeout_minutes"
             )
         for other in sorted(waiting):
+            # Three messages a process, since a store may hold those of the dead: its word, the
+            # prefix with that word before it (so it is no old one), and that it has read it.
             said, answer = f"here/{other}", f"prefix/{other}"
             if rank == 0 and store.check([said]):
                 store.set(answer, store.get(said).decode() + word)
@@ -316,7 +320,7 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> Any:
                 prefix = store.get(answer).decode().removeprefix(word)
                 store.set(f"{prefix}/{rank}", "taken")
                 waiting.clear()
-        time.sleep(0.05)
+        time.sleep(0.05)  # the store has no wait for whichever of several keys comes first
     return PrefixStore(prefix or word, store)
 
 

@@ -274,11 +274,13 @@ def shrunken(config: Any) -> Any:
     values = {key: value for key, value in small.to_dict().items() if value is not None}
     layers, heads = small.num_hidden_layers, small.num_attention_heads
     lists = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == layers}
+    # Deep enough for each value of each per-layer list: Gemma 3's first full layer is its sixth.
     depth = max([2, *(1 + v.index(x) for v in lists.values() for x in v)])
     depth = min(depth, layers)
     width = getattr(small, "head_dim", None) or small.hidden_size // heads
     keys = getattr(small, "num_key_value_heads", None)
     few_keys = min(keys or heads, 2)
+    # Grouped heads stay grouped: with one query head per key head a wrong repetition is right.
     few_heads = few_keys * min(heads // (keys or heads), 2)
     changes: dict[str, Any] = {key: value[:depth] for key, value in lists.items()}
     changes |= {"vocab_size": VOCABULARY, "num_hidden_layers": depth}
@@ -311,6 +313,7 @@ def _clone(config: Any) -> Any:
                 copy.deepcopy(small), dtype=torch.float32, attn_implementation=attention.register()
             )
 
+    # Counted without storage first: a width that no key of NARROW names may be any size.
     size = sum(parameter.numel() for parameter in build("meta").parameters())
     if size > LARGEST:
         raise FamilyError(

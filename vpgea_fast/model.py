@@ -292,6 +292,7 @@ def _make_policy(
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
     policy.attention = choice
     if cfg.compile:
+        # Dynamic, since every micro-batch has another number of tokens.
         for layer in decoder_layers(causal_lm):
             layer.compile(dynamic=True)
     if world.mesh is not None:

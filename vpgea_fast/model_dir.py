@@ -135,6 +135,7 @@ def check_model_dir(path: str) -> None:
     named = weight_files(index)
     absent = [name for name in named if not (directory / name).is_file()]
     if absent:
+        # Never read, not even to convert it: unpickling runs what the file says.
         pickled = (directory / "pytorch_model.bin").is_file()
         raise ModelError(
             f"{path} is incomplete: {', '.join(absent)} missing; "

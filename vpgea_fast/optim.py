@@ -135,11 +135,13 @@ class RoundedAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
         state["step"] += 1
+        # A CPU tensor, so reading it waits for no device.
         step, (beta1, beta2) = int(state["step"]), group["betas"]
         w_N, m_N, v_N = (_local(t).view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"]))
         g_N = _local(grad).reshape(-1)
         keys = _keys(group["seed"], step, place)
         work = torch.promote_types(p.dtype, torch.float32)
+        # In chunks: the copies below stay in a CPU's cache, and no draw crosses a multiple of 2^32.
         for part, first in _chunks(w_N.numel(), _first_element(p), _chunk(w_N.device)):
             g, m = g_N[part].to(work), m_N[part].to(work)
             v, w = v_N[part].to(work), w_N[part].to(work)
@@ -151,6 +153,7 @@ class RoundedAdamW(torch.optim.Optimizer):
             if m_N.dtype is torch.bfloat16:
                 bits = random_bits(first, w.numel(), keys[0], w.device)
                 m_N[part] = round_stochastically(m, bits)
+                # One draw serves both moments, 16 bits each: the draw is half of the step's cost.
                 v_N[part] = round_stochastically(v, bits.bitwise_right_shift_(16))
             if w_N.dtype is torch.bfloat16:
                 bits = random_bits(first, w.numel(), keys[1], w.device)

@@ -68,10 +68,10 @@ class Weights:
         some are converted, by the files' names, which is what engines know then. ModelError for a
         value that is not finite."""
         if self.converted:
-            wanted = {t.name: t for t in (*self.of.values(), *self.converted.values())}
+            tensors = {t.name: t for t in (*self.of.values(), *self.converted.values())}
         else:
-            wanted = {name: self.of[name] for name in names}
-        for name, tensor in wanted.items():
+            tensors = {name: self.of[name] for name in names}
+        for name, tensor in tensors.items():
             yield name, read(tensor)
 
 
@@ -159,7 +159,7 @@ def find_weights(causal_lm: Any, path: str) -> Weights:
     directory = _fetched(path)
     state = causal_lm.state_dict(keep_vars=True)
     stored = _headers(directory)
-    of, converted, extra, made = _matched(causal_lm, state, stored)
+    of, converted, extra, composed = _matched(causal_lm, state, stored)
     _refuse_unknown(causal_lm, extra)
     for tensor in (*of.values(), *converted.values()):
         if tensor.dtype not in TRAINABLE:
@@ -173,13 +173,14 @@ def find_weights(causal_lm: Any, path: str) -> Weights:
                 f"{tensor.file}: {tensor.name} is {tensor.shape}, config.json says "
                 f"{tuple(state[name].shape)}; copy the model again"
             )
+    # Before what is missing is counted: a tied weight is stored under one of its names.
     _tie(state, of)
     ignored = _patterns(causal_lm._keys_to_ignore_on_load_missing)
     parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
     missing = [
         name
         for name in state
-        if name not in of and name not in made and (name in parameters or not ignored(name))
+        if name not in of and name not in composed and (name in parameters or not ignored(name))
     ]
     if missing:
         raise ModelError(
@@ -201,16 +202,17 @@ def _matched(
     converters = [rule for rule in known if isinstance(rule, WeightConverter)]
     renamings: list[Any] = [rule for rule in known if not isinstance(rule, WeightConverter)]
     prefix = causal_lm.base_model_prefix
-    of, converted, extra, made = {}, {}, {}, set()
+    of, converted, extra, composed = {}, {}, {}, set()
     for name, tensor in stored.items():
         new, pattern = rename_source_key(name, renamings, converters, prefix, dict(state))
+        # A rule that leads away from a name of this model is not meant for it.
         if new not in state and name in state:
             new, pattern = name, None
         if new not in state:
             extra[name] = tensor
         elif pattern is not None:
             converted[name] = tensor
-            made.add(new)
+            composed.add(new)
         elif new in of:
             raise ModelError(
                 f"{tensor.file}: {name} and {of[new].name} are both {new} of the model; "
@@ -218,7 +220,7 @@ def _matched(
             )
         else:
             of[new] = tensor
-    return of, converted, extra, made
+    return of, converted, extra, composed
 
 
 def _refuse_unknown(causal_lm: Any, extra: Mapping[str, Tensor]) -> None:
@@ -287,24 +289,26 @@ def _headers(directory: Path) -> dict[str, Tensor]:
     """Every tensor of the weight files. ModelError where the index and the files disagree, as two
     readers would then."""
     index = weight_index(directory)
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for file in (directory / name for name in weight_files(index)):
         with _reading(file), safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
-                if name in found:
-                    raise ModelError(f"{file}: {name} is in {found[name].file.name}, too; keep one")
+                if name in stored:
+                    raise ModelError(
+                        f"{file}: {name} is in {stored[name].file.name}, too; keep one"
+                    )
                 part = opened.get_slice(name)
-                found[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
+                stored[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
     if index is not None:
         said = {name: directory / file for name, file in index.items()}
-        for name in {**said, **found}:
-            if name not in said or name not in found or found[name].file != said[name]:
-                where = found[name].file.name if name in found else "no file"
+        for name in {**said, **stored}:
+            if name not in said or name not in stored or stored[name].file != said[name]:
+                where = stored[name].file.name if name in stored else "no file"
                 raise ModelError(
                     f"{directory / INDEX}: {name} is in {where}, the index says "
                     f"{index.get(name)}; copy the model again"
                 )
-    return found
+    return stored
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def choose(
             f"model.attention: got {wanted!r}, expected 'auto', {', '.join(map(repr, NAMES))}"
         )
     machine = machine or look(device)
+    # In the order of preference. sdpa has no obstacle, so the loop below always returns.
     obstacles = {
         "flash": _obstacle(machine, dtype, head_dim) or no_flash(machine),
         "varlen": _obstacle(machine, dtype, head_dim) or _no_varlen(machine, softcap=softcap),
@@ -139,6 +140,7 @@ def check_model(config: Any) -> None:
             f"num_attention_heads {heads}, and head_dim is not given; correct its config.json"
         )
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    # Recurrent ones among them carry a state over the end of a document: no mask stops that.
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ValueError(
@@ -177,17 +179,17 @@ def positions(config: Any) -> tuple[int | None, str]:
 
 @functools.cache
 def _look(capability: tuple[int, int]) -> Machine:
-    found, broken = [], []
+    usable, broken = [], []
     for generation in FLASH_FOR.get(capability[0], ()):
         try:
             flash_function(generation)
-            found.append(generation)
+            usable.append(generation)
         except (AttributeError, ImportError, OSError, RuntimeError) as error:
             if _version(FLASH_PACKAGES[generation]):
                 broken.append(f"{FLASH_PACKAGES[generation]} does not import ({error})")
     return Machine(
         capability,
-        tuple(found),
+        tuple(usable),
         "; ".join(broken),
         varlen=importlib.util.find_spec(VARLEN_MODULE) is not None,
     )

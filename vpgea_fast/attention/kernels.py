@@ -64,6 +64,7 @@ def flash_kernel(function: Callable[..., Any]) -> Kernel:
     ) -> torch.Tensor:
         options: dict[str, Any] = {}
         if form.window is not None:
+            # Tokens before the own one, which `window` counts too; none after it.
             options["window_size"] = (form.window - 1, 0)
         if form.softcap is not None:
             options["softcap"] = form.softcap
@@ -112,6 +113,7 @@ def varlen_kernel() -> Kernel:
             max_seqlen,
             max_seqlen,
             scale=form.scale,
+            # No bound before (-1), no token after (0): causal is said by the window here.
             window_size=(-1 if form.window is None else form.window - 1, 0),
             **gqa,
         )
@@ -144,6 +146,7 @@ def by_document(
             *(x.split(list(documents.seqlens), dim=2) for x in (query, key, value)), strict=True
         )
     ]
+    # (1, H, T, d) -> (1, T, H, d); a copy, since transformers' attention returns it so.
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 

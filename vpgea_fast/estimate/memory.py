@@ -312,6 +312,7 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
     work = tokens * s * (3 * shape.mlp // group + 2 * shape.hidden)
     work += rows * shape.vocabulary * (s + 16)
     kept = VLLM_KEPT if lay.cuda else 0
+    # On a CPU gpu_memory means nothing: without a size vLLM's cache is the 1 GiB of our engine.
     if vllm.kv_cache_gib is not None or not lay.cuda:
         cache = int((vllm.kv_cache_gib or 1) * GIB)
     elif device_bytes is None:
@@ -321,6 +322,7 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
         )
     else:
         cache = max(0, int(vllm.gpu_memory * device_bytes) - weights - work - kept)
+    # With more devices than key heads each device holds one whole head: they are copied.
     width = max(shape.key // group, shape.query // shape.heads)
     return EngineMemory(weights, work, cache, kept, token=2 * len(shape.blocks) * width * s)
 

@@ -51,23 +51,24 @@ def communication(
     head = lay.local(shape.head or shape.embedding)
     ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
     units = [*blocks, *ends, head]
+    # Elements of one shard, since every collective below moves whole shards around a ring.
     reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
     gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
     scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, 1)]
     shards, replicas = lay.shards, cfg.parallel.replicas
-    found = {
+    traffic = {
         "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
         "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
     }
     if replicas > 1:
         sums = [(n, 1) for n in units]
-        found["all-reduce"] = _all_reduce(
+        traffic["all-reduce"] = _all_reduce(
             sums, lay.reduce, replicas=replicas, stride=shards, node=node
         )
     refresh = "replica refresh" if cfg.engine.name == "hf" else "weight sync"
-    found[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
-    return found
+    traffic[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
+    return traffic
 
 
 def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int) -> Traffic:

@@ -131,6 +131,7 @@ class SyncProbe:
             raise RolloutError(
                 "the engine gave up a probe before its first token; raise engine.timeout_s"
             )
+        # Coefficients are zero: the rows are scored and never trained.
         rows = [
             TrainRow(
                 context_ids=r.prompt_ids,
@@ -141,6 +142,7 @@ class SyncProbe:
             )
             for r, p in zip(self.requests, paths, strict=True)
         ]
+        # float64: the difference of two log-probs is what is judged.
         scored = [logps.cpu().double() for logps in self.score(rows)]
         each = len(paths) // self.engines
         return [
