@@ -29,6 +29,7 @@ from vpgea_fast.kernels.reference import segment_sum
 triton = pytest.importorskip("triton", reason="needs triton")
 tl = triton.language
 kernels = importlib.import_module("vpgea_fast.kernels.group_advantage")
+device = importlib.import_module("vpgea_fast.kernels.group_kernels")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -284,7 +285,7 @@ def zscore_kernel(s_ptr, a_ptr, rows, G: tl.constexpr, G_PAD: tl.constexpr, DDOF
     g = tl.arange(0, G_PAD)
     for row in range(rows):
         s = tl.load(s_ptr + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-        tl.store(a_ptr + row * G + g, kernels._zscore(s, g < G, G, 0.0, DDOF, 0.0), mask=g < G)
+        tl.store(a_ptr + row * G + g, device._zscore(s, g < G, G, 0.0, DDOF, 0.0), mask=g < G)
 
 
 @runs_kernels
