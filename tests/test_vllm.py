@@ -399,6 +399,8 @@ def start(running, words, tmp_path):
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
+                # A shell that starts a suite in the background has children ignore it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
         def processes(self, title=""):
