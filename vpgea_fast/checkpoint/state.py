@@ -407,7 +407,7 @@ def _check_weights(
         if name.startswith("model.")
     }
     where = f"{found.path} is of another model"
-    remedy = "set model.path to what the run began with, or start another run"
+    remedy = "set model.path (in the run's config.yaml) to its own model, or start another run"
     if odd := sorted(saved.keys() ^ weights.keys()):
         has, lacks = ("it", "this one") if odd[0] in saved else ("this one", "it")
         raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {remedy}")
