@@ -204,7 +204,7 @@ def rollouts_of(
     """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
     rollout, objective = cfg.rollout, cfg.objective
     views = [count for count in (objective.posterior_paths, objective.prior_paths) if count]
-    mean, limit = min(tokens or rollout.max_new_tokens / 2, rollout.max_new_tokens), 0
+    mean, limit = _mean_thought(cfg, tokens), 0
     if rollout.full_answer:
         limit = rollout.max_answer_tokens
         mean += min(answer, limit)
@@ -219,8 +219,7 @@ def rollouts_of(
 
 def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     """Seconds of every phase of a mean step, on `sizes.world` devices that work side by side."""
-    limit = cfg.rollout.max_new_tokens
-    thought = min(rates.tokens or limit / 2, limit)
+    thought = _mean_thought(cfg, rates.tokens)
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
     evaluation = 0.0
     if sizes.evaluated:
@@ -256,12 +255,13 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     """Seconds of the forwards and backwards of a step, over thoughts of that mean length."""
     objective, questions = cfg.objective, cfg.train.questions_per_step
     posterior, prior = questions * objective.posterior_paths, questions * objective.prior_paths
-    row, flops, device = round(sizes.prompt + thought), sizes.flops, rates.tflops * sizes.world
-    forward = device * 1e12 * rates.forward_mfu
+    row, flops = round(sizes.prompt + thought), sizes.flops
+    peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
+    forward = peak * rates.forward_mfu
     mfu = rates.offload_mfu if cfg.parallel.cpu_offload else rates.train_mfu
     # The head runs where a loss reads it: on the thought, not on the prompt.
     whole = flops.forward_row(row, round(thought)) / forward
-    train = flops.row(row, round(thought)) / (device * 1e12 * mfu)
+    train = flops.row(row, round(thought)) / (peak * mfu)
     rows = posterior * (1 + rates.accepted) or prior
 
     scoring = 0.0
@@ -302,6 +302,12 @@ def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
     read += mine * sizes.token * (draw.prompt * draw.mean + square / 2)
     share = rates.hf_decode if cfg.engine.name == "hf" else rates.decode
     return read / (group * rates.bandwidth * 1e12 * share)
+
+
+def _mean_thought(cfg: Config, tokens: float) -> float:
+    """Mean tokens of a thought: the stated ones, or half of the limit, which none exceeds."""
+    limit = cfg.rollout.max_new_tokens
+    return min(tokens or limit / 2, limit)
 
 
 def _width(cfg: Config) -> int:

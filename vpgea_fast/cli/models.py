@@ -62,14 +62,14 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
-    # The positional words come first, so an override of the same key wins.
+    # The positional words come last: they win over an override of the same key, which is told.
     words = [*overrides, "--model.path", args.model, "--eval.data", files(args.data)]
     source, cfg = of_model(args, words, overrides)
     # Hours of sampling would end by overwriting their own questions.
     if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
         raise UsageError(f"--out {out}: the questions are read from it; give another file")
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
-    print(f"settings: {source or 'defaults and the command line'}{_lost(args.model, source)}")
+    print(settings_line(args.model, source))
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import evaluate_model, result_table
     from vpgea_fast.metrics import Console, environment
@@ -91,11 +91,12 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _lost(model: str, source: str | Path | None) -> str:
-    """A word where a run's export is judged without the run's settings, which are gone."""
+def settings_line(model: str, source: str | Path | None) -> str:
+    """Where the settings come from; a run's export without its run's settings is told."""
     run = Path(model).parent
-    whole = source is not None or not (run / "metrics.jsonl").exists()
-    return "" if whole else f" ({run / 'config.yaml'} is missing)"
+    lost = source is None and (run / "metrics.jsonl").exists()
+    gone = f" ({run / 'config.yaml'} is missing)" if lost else ""
+    return f"settings: {source or 'defaults and the command line'}{gone}"
 
 
 def of_model(

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from vpgea_fast.cli.models import of_model
+from vpgea_fast.cli.models import of_model, settings_line
 from vpgea_fast.cli.words import (
     Commands,
     Parser,
@@ -86,7 +86,7 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
         words += ["--model.path", args.model]
     source, cfg = of_model(args, words, overrides)
     if args.model is not None:
-        print(f"settings: {source or 'defaults and the command line'}")
+        print(settings_line(args.model, source))
     from vpgea_fast.metrics import Console
     from vpgea_fast.prepare import Order, prepare
 
