@@ -35,8 +35,16 @@ class Chapter(NamedTuple):
 
 
 def _table(text: str) -> dict[str, Metric]:
-    """Metrics by their key, from lines `key | unit` with the meaning indented below each."""
-    entries = re.findall(r"^(\w+) \| (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    """Metrics by their key, from lines `key | unit` with the meaning indented below each.
+
+    ValueError for a key that metrics.jsonl would refuse, and for an entry without a meaning."""
+    entries = re.findall(r"^([a-z][a-z0-9_]*) \| (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    heads = re.findall(r"^(\S.*)$", text, re.MULTILINE)
+    if wrong := set(heads) - {f"{key} | {unit}" for key, unit, _ in entries}:
+        raise ValueError(
+            f"book.py: got {sorted(wrong)[0]!r}, expected `key | unit` and its meaning indented "
+            "below; a key has small letters, digits and underscores"
+        )
     return {key: Metric(unit, " ".join(meaning.split())) for key, unit, meaning in entries}
 
 
