@@ -8,7 +8,8 @@ to what runs write, in both directions.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 MODES = ("sampled", "greedy")
 """The two ways in which an evaluation draws answers."""
@@ -32,6 +33,24 @@ class Chapter(NamedTuple):
     title: str
     when: str
     metrics: dict[str, Metric]
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
+
+    >>> merge({"len_post": 4.0}, {"loss": 0.1})
+    {'len_post': 4.0, 'loss': 0.1}
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        repeated = sorted(merged.keys() & part.keys())
+        if repeated:
+            raise ValueError(
+                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
+                "the objective"
+            )
+        merged |= part
+    return merged
 
 
 def _table(text: str) -> dict[str, Metric]:

@@ -19,7 +19,7 @@ import torch
 from vpgea_fast.check import check_config, slow_engine
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
-from vpgea_fast.config import Config, VpgeaConfig
+from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
 from vpgea_fast.evaluate import Evaluator, make_sampling
@@ -90,6 +90,10 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
             return passes(lambda batch, _: policy.logprob(batch), rows)
 
+        def score_paths(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+            temperature = cfg.rollout.temperature
+            return passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
+
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
@@ -106,6 +110,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             cfg,
             intake.questions,
             row_logprobs=score,
+            path_logprobs=score_paths,
             engine=engine,
             sampling=sampling,
             decode=text.decode,
@@ -184,7 +189,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     first, prompter = intake.questions[0], intake.text.prompter
     # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
     yield f"student prompt: {prompter.shown(first.student_ids)}"
-    if cfg.objective.posterior_paths:
+    draws = cfg.objective.draws()
+    if draws.teacher:
         yield f"teacher prompt: {prompter.shown(first.teacher_ids)}"
     yield intake.counts
     yield from intake.lines()
@@ -195,11 +201,10 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
         yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
     yield f"prompt tokens: {length_report(intake.questions)}"
-    paths = cfg.objective.posterior_paths + cfg.objective.prior_paths
     yield (
         f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
-        f"questions x {paths} paths = "
-        f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
+        f"questions x {draws.paths} paths = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} samples"
     )
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
@@ -209,12 +214,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
 
 def _caveats(cfg: Config) -> Iterator[str]:
     """What a user of these settings should know before trusting the curves."""
-    if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
-        yield (
-            "preset robust: its counterfactual leak guard is not built yet; a path that states "
-            "the answer passes"
-        )
-    if isinstance(cfg.objective, VpgeaConfig) and not cfg.rollout.full_answer:
+    yield from cfg.objective.notes()
+    if not cfg.rollout.full_answer:
         yield (
             "rollout.full_answer is false: no answer is verified while training, so the alarm "
             "for a falling accuracy is blind"

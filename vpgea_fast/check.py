@@ -21,6 +21,7 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import GIB
+from vpgea_fast.objectives import scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
@@ -158,9 +159,9 @@ def draws(
 
     student, new = most("student"), thought + (answer if rollout.full_answer else 0)
     found = [(*student, new)]
-    if objective.posterior_paths:
+    if objective.draws().teacher:
         found.append((*most("teacher"), new))
-    if objective.scores_answers and cfg.scoring.u_source == "accuracy":  # behind </think>
+    if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
         what, prompt = student
         found.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
     for name, benchmark in benchmarks.items():
@@ -172,17 +173,20 @@ def draws(
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
     """Tokens of the longest prompt, and of the longest row that is trained or scored."""
+    answer = cfg.rollout.full_answer and cfg.objective.draws().answers
+    drawn = cfg.rollout.max_new_tokens + answer * cfg.rollout.max_answer_tokens
     if not questions:
         limit = cfg.data.max_prompt_tokens
-        return limit, limit + cfg.rollout.max_new_tokens
+        return limit, limit + drawn
     prompts = [max(len(q.student_ids), len(q.teacher_ids)) for q in questions]
     tails = [0]
-    if cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":  # behind </think>
+    if scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood":  # behind </think>
         tails = [
             len(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
             for q in questions
         ]
-    return max(prompts), max(*prompts, *tails) + cfg.rollout.max_new_tokens
+    thought = cfg.rollout.max_new_tokens
+    return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 
 
 def _check_precision(cfg: Config, world_size: int, on: Target) -> None:

@@ -4,20 +4,23 @@ views are apart."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vpgea_fast.advantage import elbo_terms
-from vpgea_fast.metrics import eps3, merge, mfu
+from vpgea_fast.book import merge
+from vpgea_fast.metrics import eps3, mfu
 from vpgea_fast.packing import RankPlan, plan_stats
+from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
-    Coefficients,
     ModelFlops,
     ScoredBatch,
     ScoredPaths,
     Stream,
+    Terms,
     TrainRow,
     View,
 )
@@ -110,10 +113,10 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
     """The loss by its formula, the gated KL, and the mismatch of sampler and trainer.
 
-    loss_pg       sum over rows in their own view of sum_t coef_t log p_t
-    loss_distill  sum over the others of sum_t coef_t (log p_t - sg log q_t), beta included: 0 where
-                  the views meet. log q_t of the same path in its own view
-    loss          loss_pg + loss_distill
+    loss_NAME  of every term of the objective: sum over its rows of sum_t coef_t log p_t. Where its
+               paths are distilled, of coef_t (log p_t - sg log q_t), beta included: 0 where the
+               prompts meet. log q_t of the same path in its own view
+    loss       their sum
     kl_gated      mean of log q_t - log p_t over the tokens of the distilled rows
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
@@ -123,13 +126,13 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     own_logps = {
         row.path: values
         for row, values in zip(rows, logps, strict=True)
-        if row.own_view and row.path is not None
+        if not row.distilled and row.path is not None
     }
-    loss_pg, loss_distill = 0.0, 0.0
+    losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     for row, row_logps in zip(rows, logps, strict=True):
-        if row.own_view:
-            loss_pg += (row.coef * row_logps).sum().item()
+        if not row.distilled:
+            losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
             if row.sample_logps is not None:
                 gaps.append(row.sample_logps.double() - row_logps)
             continue
@@ -140,12 +143,28 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
                 "log-probs; give the row its path or sample_logps"
             )
         distilled.append(reference.double() - row_logps)
-        loss_distill -= (row.coef * distilled[-1]).sum().item()
+        losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
     return merge(
-        {"loss": loss_pg + loss_distill, "loss_pg": loss_pg, "loss_distill": loss_distill},
+        {"loss": sum(losses.values()), **losses},
         mismatch(torch.cat(gaps)) if gaps else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
+
+
+def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several updates of one step as those of one: means, but for the mismatch, which
+    is that of the first, and `skipped`, which says that there was no update at all."""
+    if len(updates) == 1:
+        return dict(updates[0])
+    first, keys = updates[0], {key: None for metrics in updates for key in metrics}
+    result = {}
+    for key in keys:
+        values = [metrics[key] for metrics in updates if key in metrics]
+        if key.startswith("mismatch"):
+            result |= {key: first[key]} if key in first else {}
+        else:
+            result[key] = min(values) if key == "skipped" else sum(values) / len(values)
+    return result
 
 
 def mismatch(gap: torch.Tensor) -> dict[str, float]:
@@ -164,19 +183,19 @@ def mismatch(gap: torch.Tensor) -> dict[str, float]:
 
 def work_metrics(
     batch: ScoredBatch,
-    coefs: Coefficients,
+    terms: Terms,
     rows: Sequence[TrainRow],
     *,
     seconds: dict[str, float],
 ) -> dict[str, float | int]:
     """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
     possible = sum(
-        question.context(view).numel() + path.z_ids.numel()
-        for stream, view in coefs.weights
-        for question, path in batch.pairs(stream)
+        part_row(question, path, term).tokens
+        for term in terms.parts
+        for question, path in batch.pairs(term.stream)
     )
     trained = sum(row.tokens for row in rows)
-    generated = batch.tokens + (coefs.metrics.get("tokens_replaced") or 0)
+    generated = batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
     counts = {
         "tokens_generated": generated,
         "tokens_trained": trained,
@@ -211,7 +230,7 @@ def speed_metrics(
 
 def path_records(
     batch: ScoredBatch,
-    coefs: Coefficients,
+    terms: Terms,
     decode: Callable[[torch.Tensor], str],
     *,
     step: int,
@@ -221,7 +240,7 @@ def path_records(
     records: list[dict[str, Any]] = []
     streams: tuple[Stream, ...] = ("posterior", "prior")
     for stream in streams:
-        columns, scores = batch.stream(stream), coefs.path_scores.get(stream, {})
+        columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:
             correct = columns.correct_BP[b, i].item()

@@ -24,6 +24,7 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import peak_flops
+from vpgea_fast.objectives import scores_answers
 from vpgea_fast.types import ModelFlops
 
 HOUR = 3600
@@ -202,8 +203,7 @@ def rollouts_of(
     cfg: Config, *, prompt: float, tokens: float = 0.0, answer: float = Rates.answer
 ) -> Draw:
     """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
-    rollout, objective = cfg.rollout, cfg.objective
-    views = [count for count in (objective.posterior_paths, objective.prior_paths) if count]
+    rollout, views = cfg.rollout, cfg.objective.draws().counts
     mean, limit = _mean_thought(cfg, tokens), 0
     if rollout.full_answer:
         limit = rollout.max_answer_tokens
@@ -254,7 +254,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
 def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[str, float]:
     """Seconds of the forwards and backwards of a step, over thoughts of that mean length."""
     objective, questions = cfg.objective, cfg.train.questions_per_step
-    posterior, prior = questions * objective.posterior_paths, questions * objective.prior_paths
+    draws = objective.draws()
+    posterior, prior = questions * draws.posterior, questions * draws.prior
     row, flops = round(sizes.prompt + thought), sizes.flops
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
@@ -265,9 +266,9 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     rows = posterior * (1 + rates.accepted) or prior
 
     scoring = 0.0
-    if objective.scores_answers and cfg.scoring.u_source == "likelihood":
+    if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    elif objective.scores_answers:  # J short answers behind every thought, which they share
+    elif scores_answers(objective):  # J short answers behind every thought, which they share
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,

@@ -40,6 +40,7 @@ from vpgea_fast.estimate import (
     optimizer_bytes,
 )
 from vpgea_fast.metrics import model_flops
+from vpgea_fast.objectives import scores_answers
 from vpgea_fast.rollout.factory import positions
 from vpgea_fast.types import PromptedQuestion
 
@@ -357,8 +358,8 @@ def _unused(plan: Plan) -> set[str]:
         "hf_decode": cfg.engine.name == "hf",
         "answer": cfg.rollout.full_answer
         or plan.answers
-        or (cfg.objective.scores_answers and cfg.scoring.u_source == "accuracy"),
-        "accepted": cfg.objective.posterior_paths,
+        or (scores_answers(cfg.objective) and cfg.scoring.u_source == "accuracy"),
+        "accepted": cfg.objective.draws().posterior,
         "wake": cfg.colocated,
         "write": not cfg.checkpoint.background,
     }
@@ -400,8 +401,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
     """Bytes of a step in which every path is as long as it can be."""
     cfg, on = plan.cfg, plan.on
     objective, questions = cfg.objective, cfg.train.questions_per_step
-    rows = questions * (2 * objective.posterior_paths or objective.prior_paths)
-    scored = questions * (objective.posterior_paths + objective.prior_paths)
+    draws = objective.draws()
+    rows, scored = questions * (2 * draws.posterior or draws.prior), questions * draws.paths
     fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
     batches = -(-rows // fit)
     moved = communication(
@@ -410,7 +411,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
         world=on.processes,
         node=on.node,
         micro_batches=batches,
-        scoring_batches=-(-scored // fit) if objective.scores_answers else 0,
+        scoring_batches=-(-scored // fit) if scores_answers(objective) else 0,
         cuda=on.cuda,
     )
     if not moved:

@@ -45,7 +45,7 @@ FIXED_ON_RESUME = (
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
     "rollout.importance_cap",
-    *("data.", "verify.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+    *("data.", "verify.", "run.seed", "run.threads", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
 distribution of the samples and their weights, not which engine draws them, how many at a time."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vpgea_fast.types import Path, PromptedQuestion, TrainRow
+from vpgea_fast.types import Path, PromptedQuestion, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
 """Rows -> per-token log-probs of each, (len,) float64: `run_rows` with its model filled in."""
@@ -24,13 +24,19 @@ def answer_likelihood(
     *,
     think_close_id: int,
     u_norm: str = "sum",
+    view: View = "student",
 ) -> torch.Tensor:
     """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
 
     Summed (or averaged) over the target tokens, then logsumexp over the accepted spellings.
     """
     rows = [
-        score_row(torch.cat([after_thought(question, path, think_close_id), question.cue_ids]), ids)
+        score_row(
+            torch.cat(
+                [after_thought(question.context(view), path, think_close_id), question.cue_ids]
+            ),
+            ids,
+        )
         for question, path in paths
         # Spellings lie side by side; `split` below takes them apart again.
         for ids in (question.target_ids, *question.variant_ids)
@@ -44,10 +50,10 @@ def answer_likelihood(
     return torch.stack([part.logsumexp(0) for part in torch.stack(scores).split(spellings)])
 
 
-def after_thought(question: PromptedQuestion, path: Path, think_close_id: int) -> torch.Tensor:
-    """S(x) + z, with a think-close appended to a thought that was cut: so its U is defined too."""
+def after_thought(context: torch.Tensor, path: Path, think_close_id: int) -> torch.Tensor:
+    """The context + z; a thought that was cut is closed by a think-close, so it has a U too."""
     close = [] if path.closed else [torch.tensor([think_close_id])]
-    return torch.cat([question.student_ids, path.z_ids, *close])
+    return torch.cat([context, path.z_ids, *close])
 
 
 def answers_correct(

@@ -1,7 +1,7 @@
 """The frozen records that walk between the stages: from a JSONL line to a gradient.
 
     Question -> PromptedQuestion -> SampleRequest -> Path -> ScoredPaths -> ScoredBatch
-    -> Coefficients -> TrainRow -> PackedBatch
+    -> Terms -> TrainRow -> PackedBatch
 
 Shape suffixes of the whole project:
 
@@ -12,11 +12,12 @@ Shape suffixes of the whole project:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 Stream = Literal["posterior", "prior"]
 """Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
@@ -24,6 +25,16 @@ pi)."""
 
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
+
+Part = Literal["thought", "response", "answer", "target"]
+"""Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
+answer alone. `target`: the reference answer behind the thought and its cue."""
+
+Who = Literal["policy", "reference"]
+"""Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
+
+Norm = Literal["seq_sum", "const", "seq_mean", "token_mean"]
+"""What the weight of a path is divided by; see rows.py."""
 
 Finish = Literal["stop", "length", "error"]
 """Why sampling ended: a stop token, the token limit, or a failed request."""
@@ -64,17 +75,17 @@ class PromptedQuestion:
     """
 
     question: Question
-    student_ids: torch.Tensor
-    teacher_ids: torch.Tensor
-    cue_ids: torch.Tensor
-    target_ids: torch.Tensor
-    variant_ids: tuple[torch.Tensor, ...] = ()
+    student_ids: Tensor
+    teacher_ids: Tensor
+    cue_ids: Tensor
+    target_ids: Tensor
+    variant_ids: tuple[Tensor, ...] = ()
 
     @property
     def file(self) -> str:
         return self.question.file
 
-    def context(self, view: View) -> torch.Tensor:
+    def context(self, view: View) -> Tensor:
         return self.student_ids if view == "student" else self.teacher_ids
 
 
@@ -90,7 +101,7 @@ class SampleRequest:
     question_id: str
     stream: Stream
     index: int
-    prompt_ids: torch.Tensor
+    prompt_ids: Tensor
     seed: int
 
 
@@ -105,6 +116,7 @@ class Path:
     z_ids      (len,) int64: the thought, up to and including the first think-close token
     logps      (len,) float32: sampling log-prob of each z token, nats, at the sampling temperature
     answer_ids (m,) int64: what followed the thought (empty unless full answers are sampled)
+    answer_logps (m,) float32: their sampling log-probs; None where the engine gives none
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
 
@@ -118,11 +130,12 @@ class Path:
     question_id: str
     stream: Stream
     index: int
-    z_ids: torch.Tensor
-    logps: torch.Tensor
-    answer_ids: torch.Tensor
+    z_ids: Tensor
+    logps: Tensor
+    answer_ids: Tensor
     closed: bool
     finish: Finish
+    answer_logps: Tensor | None = None
 
     @property
     def key(self) -> PathKey:
@@ -141,6 +154,19 @@ class Path:
     @property
     def truncated(self) -> bool:
         return self.finish == "length"
+
+    @property
+    def response_ids(self) -> Tensor:
+        """Thought and answer, (len + m,) int64."""
+        return torch.cat([self.z_ids, self.answer_ids])
+
+    @property
+    def response_logps(self) -> Tensor:
+        """The sampler's log-probs of thought and answer, (len + m,) float32; NaN if not known."""
+        answer = self.answer_logps
+        if answer is None:
+            answer = torch.full(self.answer_ids.shape, torch.nan)
+        return torch.cat([self.logps, answer])
 
 
 Groups = tuple[tuple[Path, ...], ...]
@@ -166,10 +192,10 @@ class ScoredPaths:
     """
 
     paths: Groups
-    u_BP: torch.Tensor
-    length_BP: torch.Tensor
-    closed_BP: torch.Tensor
-    correct_BP: torch.Tensor
+    u_BP: Tensor
+    length_BP: Tensor
+    closed_BP: Tensor
+    correct_BP: Tensor
 
     @property
     def flat(self) -> list[Path]:
@@ -189,8 +215,11 @@ class ScoredPaths:
 class ScoredBatch:
     """A step's questions, both streams of their paths and all that an objective may look at.
 
-    lost_B  (B,) int64: paths of each question that the engine gave up, and one more where it gave
-            up an answer sampled to score a path
+    lost_B          (B,) int64: paths of each question that the engine gave up, and one more where
+                    it gave up an answer sampled to score a path
+    posterior_view  the prompt that the posterior paths were drawn from
+    token_limit     tokens that a path may have, thought and answer; 0: not known
+    logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -204,7 +233,10 @@ class ScoredBatch:
     questions: tuple[PromptedQuestion, ...]
     posterior: ScoredPaths
     prior: ScoredPaths
-    lost_B: torch.Tensor
+    lost_B: Tensor
+    posterior_view: View = "teacher"
+    token_limit: int = 0
+    logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
 
     @property
     def whole(self) -> ScoredBatch | None:
@@ -220,6 +252,28 @@ class ScoredBatch:
 
     def stream(self, name: Stream) -> ScoredPaths:
         return self.posterior if name == "posterior" else self.prior
+
+    def drawn_in(self, stream: Stream) -> View:
+        """The prompt that the paths of a stream were drawn from."""
+        return self.posterior_view if stream == "posterior" else "student"
+
+    def token_counts(self, stream: Stream, part: Part) -> Tensor:
+        """Tokens of a part of every path of a stream, (B, P) float64; at least 1 each, since they
+        stand in denominators."""
+        columns = self.stream(stream)
+        if part == "thought":
+            return columns.length_BP
+        if part == "target":
+            counts = [
+                [q.target_ids.numel()] * len(g)
+                for q, g in zip(self.questions, columns.paths, strict=True)
+            ]
+        else:
+            whole = part == "response"
+            counts = [
+                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g] for g in columns.paths
+            ]
+        return torch.tensor(counts, dtype=torch.float64).view_as(columns.length_BP).clamp(min=1.0)
 
     def pairs(self, stream: Stream) -> list[tuple[PromptedQuestion, Path]]:
         """Every path of a stream with its question, in the order of the batch."""
@@ -247,52 +301,132 @@ Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
 
 def _select(record: Columns, keep: Sequence[int]) -> Columns:
     def chosen(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return value[list(keep)]
-        return (
-            _select(value, keep)
-            if isinstance(value, ScoredPaths)
-            else tuple(value[i] for i in keep)
-        )
+        if isinstance(value, ScoredPaths):
+            return _select(value, keep)
+        return tuple(value[i] for i in keep) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
 
 
 def _join(record: Columns, other: Columns) -> Columns:
     def joined(a: Any, b: Any) -> Any:
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, Tensor):
             return torch.cat([a, b])
-        return _join(a, b) if isinstance(a, ScoredPaths) else (*a, *b)
+        if isinstance(a, ScoredPaths):
+            return _join(a, b)
+        if isinstance(a, Mapping):  # a score -> what each batch has of it
+            return {key: {**a[key], **b[key]} for key in a}
+        return (*a, *b) if isinstance(a, tuple) else a
 
     columns = {f.name: (getattr(record, f.name), getattr(other, f.name)) for f in fields(record)}
     return replace(record, **{name: joined(*pair) for name, pair in columns.items()})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coefficients:
-    """What an objective says: one weight per path, for every (stream of the path, view of the
-    context).
+class Score(NamedTuple):
+    """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
 
-    weights      [stream, view] is (B, P) float64: the gradient of the minimised loss is the sum
-                 over paths of weight * w * grad log p(z | view), with w the normaliser. A negative
-                 weight makes a path likelier.
+    stream: Stream
+    view: View
+    part: Part
+    who: Who = "policy"
+
+
+class Live(Protocol):
+    """A loss of log-probs that change while the paths stay: by its derivative, token by token.
+
+    The log-probs now, before the first update of these paths, and of the reference policy are
+    (n,) float64, n the tokens of one path. The result is d loss / d now, (n,), of a loss that is
+    `weight * now` summed over tokens where now equals old and there is no reference.
+    """
+
+    @property
+    def reference(self) -> bool:
+        """It reads the reference policy; then it acts on paths of weight zero too."""
+        ...
+
+    def __call__(
+        self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One additive part of the loss: a weight for every path of a stream, under one prompt.
+
+    name        the part's name in the log, as in `loss_pg`
+    weight_BP   (B, P) float64: the gradient of the minimised loss is the sum over paths of
+                weight * w * grad log p(part | context), with w the normaliser of rows.py. A
+                negative weight makes a path likelier.
+    counted_BP  (B, P) bool: paths whose tokens the norm `token_mean` counts; None: all
+    factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
+    distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
+    live        replaces `weight` by a function of the log-probs of the moment
+    """
+
+    name: str
+    stream: Stream
+    view: View
+    weight_BP: Tensor
+    part: Part = "thought"
+    distilled: bool = False
+    counted_BP: Tensor | None = None
+    factors: Mapping[PathKey, Tensor] | None = None
+    live: Live | None = None
+
+    @property
+    def acting(self) -> Tensor:
+        """(B, P) bool: the paths that get a row."""
+        if self.live is None or not self.live.reference:
+            return self.weight_BP.ne(0)
+        everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
+        return everyone if self.counted_BP is None else self.counted_BP
+
+    def select(self, keep: Sequence[int]) -> Term:
+        """The questions at these places."""
+        counted = None if self.counted_BP is None else self.counted_BP[list(keep)]
+        return replace(self, weight_BP=self.weight_BP[list(keep)], counted_BP=counted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What an objective says of a batch.
+
+    parts        the additive parts of the loss
     path_scores  for the log alone: of a stream, name -> (B, P)
     metrics      for the log alone
+    state        what the objective keeps for the next step, values that JSON has
 
-    >>> weights = {("prior", "student"): torch.tensor([[-1.0, 1.0]])}
-    >>> Coefficients(weights=weights, path_scores={}, metrics={}).alive.tolist()
+    >>> part = Term(
+    ...     name="pg", stream="prior", view="student", weight_BP=torch.tensor([[-1.0, 1.0]])
+    ... )
+    >>> Terms(parts=(part,)).alive.tolist()
     [True]
     """
 
-    weights: dict[tuple[Stream, View], torch.Tensor]
-    path_scores: dict[Stream, dict[str, torch.Tensor]]
-    metrics: dict[str, float | None]
+    parts: tuple[Term, ...]
+    path_scores: Mapping[Stream, dict[str, Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def alive(self) -> torch.Tensor:
-        """Which questions have a gradient: any weight other than zero; (B,) bool."""
-        by_view = [weights.ne(0).any(dim=1) for weights in self.weights.values()]
-        return torch.stack(by_view).any(dim=0)
+    def alive(self) -> Tensor:
+        """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
+        policy alone teaches nothing, and does not count."""
+        return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
+
+    def without(self, lost_B: Tensor) -> Terms:
+        """No weight for the questions where `lost_B` is True."""
+        parts = (
+            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
+            for part in self.parts
+        )
+        return replace(self, parts=tuple(parts))
+
+    def select(self, keep: Sequence[int]) -> Terms:
+        """The questions at these places, for an update of their own."""
+        return replace(self, parts=tuple(part.select(keep) for part in self.parts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,32 +435,46 @@ class TrainRow:
     objective.
 
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
-    That sum is the loss in the view that the path was drawn in. In another view the path is
-    distilled: there its own log-prob is subtracted, sg log q(token_ids[t]), a constant for the log
-    alone. `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
+    That sum is the loss, unless the path is `distilled`: drawn under another prompt. Its log-prob
+    there is subtracted then, sg log q(token_ids[t]), a constant for the log alone. `path` tells
+    which rows are one path; `sample_logps` are the sampler's log-probs.
+
+    live   makes coefficients of the log-probs of the moment: coef = scale * factor * live(weight)
+    old    log-probs before the first update of these paths; reference: of the reference policy
 
     >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
     >>> TrainRow(**ids, coef=torch.full((2,), -0.5), stream="posterior", view="teacher").tokens
     4
     """
 
-    context_ids: torch.Tensor
-    token_ids: torch.Tensor
-    coef: torch.Tensor
+    context_ids: Tensor
+    token_ids: Tensor
+    coef: Tensor
     stream: Stream
     view: View
-    sample_logps: torch.Tensor | None = None
+    term: str = "pg"
+    distilled: bool = False
+    sample_logps: Tensor | None = None
     path: PathKey | None = None
-
-    @property
-    def own_view(self) -> bool:
-        """The tokens are scored under the prompt that they were sampled from."""
-        return (self.stream, self.view) in {("posterior", "teacher"), ("prior", "student")}
+    live: Live | None = None
+    weight: float = 0.0
+    scale: float = 1.0
+    factor: Tensor | None = None
+    old: Tensor | None = None
+    reference: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the model for this row."""
         return self.context_ids.numel() + self.token_ids.numel()
+
+    def at(self, now: Tensor) -> TrainRow:
+        """The row with the coefficients of the moment, from its tokens' log-probs (n,)."""
+        if self.live is None:
+            return self
+        old = now if self.old is None else self.old
+        coef = self.live(self.weight, now, old, self.reference) * self.scale
+        return replace(self, coef=coef if self.factor is None else coef * self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,18 +498,18 @@ class PackedBatch:
     [0, 3]
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: Tensor
+    position_ids: Tensor
     seqlens: tuple[int, ...]
-    cu_seqlens: torch.Tensor
-    logit_index: torch.Tensor
-    targets: torch.Tensor
-    coef: torch.Tensor
+    cu_seqlens: Tensor
+    logit_index: Tensor
+    targets: Tensor
+    coef: Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy the batch to `device`: the one place where tensors move there."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.config.values import (
+from vpgea_fast.values import (
     STRICT,
     Minutes,
     NonNegativeInt,

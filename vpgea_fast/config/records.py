@@ -20,14 +20,13 @@ from vpgea_fast.config.inputs import (
 from vpgea_fast.config.method import (
     EngineConfig,
     HfEngineConfig,
-    ObjectiveConfig,
     RolloutConfig,
     ScoringConfig,
     VerifyConfig,
     VllmEngineConfig,
-    VpgeaConfig,
 )
-from vpgea_fast.config.values import (
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig
+from vpgea_fast.values import (
     STRICT,
     Minutes,
     NonNegativeFloat,
@@ -80,17 +79,11 @@ class TrainConfig:
     """Steps of the run: one rollout batch and at most one update each."""
     questions_per_step: PositiveInt = 64
     """Questions per step, over all processes."""
-    norm: Literal["seq_sum", "const", "seq_mean", "token_mean"] = "const"
-    """What a path's weight is divided by, besides the number of paths. `const`: norm_constant.
-    `seq_sum`: nothing. `seq_mean`: its length. `token_mean`: tokens of the whole stream instead."""
-    norm_constant: PositiveFloat | None = None
-    """C of `const`; null: rollout.max_new_tokens / 4."""
-    denominator: Literal["nominal", "effective"] = "nominal"
-    """Divide by all questions of the step (`nominal`), or by those that have a gradient
-    (`effective`)."""
-    distill_denominator: Literal["same", "gated"] = "same"
-    """`token_mean` only: divide distilled rows by the sampled stream's tokens (`same`), or by their
-    own (`gated`)."""
+    minibatches: PositiveInt = 1
+    """Updates over the paths of a step: each takes its share of the questions."""
+    epochs: PositiveInt = 1
+    """Times that the paths of a step are gone through. Above 1, and with minibatches, an objective
+    corrects for the policy that moves away from the paths (clip_low, clip_high)."""
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
     sampling of DAPO, arXiv 2503.14476."""
@@ -186,8 +179,9 @@ class Config:
     """Who judges answers, in training and evaluation alike."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     """How U, the worth of a path, is measured."""
-    objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
-    """Coefficients of the paths. `name` chooses the method, and with it the other keys."""
+    objective: ObjectiveConfig = Field(default_factory=DEFAULT)
+    """The method: what is drawn, and the weights of the paths. `name` chooses it, and with it the
+    other keys."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -223,7 +217,7 @@ class Config:
                 "its own: it is written anew"
             )
         # Without an answer no path could be right, and the run would train on nothing.
-        if self.objective.verifies_answers and not self.rollout.full_answer:
+        if self.objective.draws().verified and not self.rollout.full_answer:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"

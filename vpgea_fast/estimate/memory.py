@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vpgea_fast.config import Config
 from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
+from vpgea_fast.objectives import scores_answers
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -152,7 +153,7 @@ def estimate_memory(
     awake = {**states, **(engine.parts if engine else {})}
     probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
     phases["sampling"] = {**awake, **probe}
-    scored = cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood"
+    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
     if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
@@ -286,8 +287,7 @@ def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
     """KV cache of all paths decoded side by side, the forward of their distinct prompts, and the
     draw's (rows, V) numbers: logits, their float32 copy and log-probs, two in float64."""
     shape, rollout, s = lay.shape, lay.cfg.rollout, lay.forward
-    rows, objective = rollout.max_batch, lay.cfg.objective
-    shared = max(1, min(n for n in (objective.posterior_paths, objective.prior_paths) if n))
+    rows, shared = rollout.max_batch, min(lay.cfg.objective.draws().counts, default=1)
     prompts = min(rows, -(-rows // shared) + 1)
     prefill = prompts * prompt * s * (3 * shape.mlp + 2 * shape.hidden)
     return {

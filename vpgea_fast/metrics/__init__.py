@@ -12,7 +12,6 @@ from vpgea_fast.metrics.log import (
     PATHS,
     MetricsWriter,
     finite,
-    merge,
     missing_steps,
     read_steps,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "eps3",
     "eps3_mean",
     "finite",
-    "merge",
     "mfu",
     "missing_steps",
     "model_flops",

@@ -20,24 +20,6 @@ KEY = re.compile(r"[a-z][a-z0-9_]*")
 MAX_SPANS = 8
 
 
-def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
-
-    >>> merge({"len_post": 4.0}, {"loss": 0.1})
-    {'len_post': 4.0, 'loss': 0.1}
-    """
-    merged: dict[str, Any] = {}
-    for part in parts:
-        repeated = sorted(merged.keys() & part.keys())
-        if repeated:
-            raise ValueError(
-                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
-                "the objective"
-            )
-        merged |= part
-    return merged
-
-
 class MetricsWriter:
     """Appends to metrics.jsonl and paths.jsonl, flushed: a kill costs the last line at most.
 

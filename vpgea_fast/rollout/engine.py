@@ -372,6 +372,7 @@ def split_path(
         z_ids=ids[:thought].clone(),
         logps=logps[:thought].clone(),
         answer_ids=ids[thought:end].clone(),
+        answer_logps=logps[thought:end].clone(),
         closed=closed,
         finish="length" if cut_by_limit else finish,
     )
