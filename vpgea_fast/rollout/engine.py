@@ -22,7 +22,7 @@ from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
 @dataclass(frozen=True)
 class Sampling:
-    """Says how to draw, and where to stop.
+    """Settings of a draw, and of where it stops.
 
     temperature 0 means greedy. A path ends at the first of: an end-of-sequence token; the first
     think-close token (it is kept), unless `full_answer`; the limits. `max_new_tokens` limits the
@@ -83,7 +83,7 @@ def answer_only(sampling: Sampling, temperature: float) -> Sampling:
 
 
 class RolloutError(RuntimeError):
-    """The engine cannot go on; the message says why and what to do."""
+    """Ends a run whose engine cannot go on; the message says why and what to do."""
 
 
 class Usage(NamedTuple):
@@ -121,9 +121,9 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over all weights, by the names of the model's own parameters, one after the other: a
-        tensor may be gone when the next one is asked for, and `named` is always exhausted.
+        """Take over all weights, one after the other, by the names of the model's own parameters.
 
+        A tensor may be gone when the next one is asked for, and `named` is always exhausted.
         ValueError that lists every missing, unknown or wrongly shaped name; the engine then refuses
         to sample until it has been given a whole set.
         """

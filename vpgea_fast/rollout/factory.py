@@ -39,8 +39,9 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
     elif (cfg.vllm.tensor_parallel, cfg.vllm.process) != (1, "shared"):
         # Accepted in silence, they would look as if the server had them.
         raise ConfigError(
-            "engine.server: got a server with engine.tensor_parallel or engine.process, which are "
-            "of engines here; give them to `vpgea serve`, or leave engine.server out"
+            "engine.server: got a server with engine.tensor_parallel or engine.process, which only "
+            "an engine in the training processes has; give them to `vpgea serve`, or leave "
+            "engine.server out"
         )
     if cfg.vllm.sync == "nccl" and cfg.colocated:
         raise ConfigError(

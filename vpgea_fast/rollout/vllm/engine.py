@@ -10,8 +10,7 @@ Sampling   temperature, stop ids and seed of each request are vLLM's; log-probs 
 Weights    names of the transformers model, one after the other into vLLM's own reload. Into a
            child they go by CUDA IPC, on a CPU by safetensors files
 Sleep      on CUDA: after a rollout weights and KV cache are dropped; a refresh wakes the weights,
-           fills them, and only then wakes the KV cache, so that old and new weights and the cache
-           never lie side by side
+           fills them, and only then wakes the KV cache
 Seeds      a path's tokens depend on its seed and its logits; float32 sums depend on the batch it is
            computed in, so another batch may, rarely, draw other tokens
 """
@@ -60,7 +59,7 @@ LOOK_EVERY = 16
 
 CLOSE_SECONDS = 20.0
 """An engine that takes longer to close is killed. vLLM's own 5 s are less than its processes take
-on a busy CPU, and a killed one leaves shared memory that its resource tracker complains of."""
+on a busy CPU. A killed one leaves shared memory, of which its resource tracker complains."""
 
 
 class VllmEngine(EngineBase):
@@ -242,7 +241,7 @@ class VllmEngine(EngineBase):
         """See RolloutEngine. On CUDA this wakes the engine."""
         self.complete = False
         with exhausting(named) as rest, self._waiting(SYNC_SECONDS):
-            # The cache wakes last: it and the tensors on their way never lie side by side.
+            # The cache wakes last, so it never lies beside the trainer's gathered tensors.
             self._wake("weights")
             self._hand_over(self._as_loaded(rest))
             self._wake("kv_cache")
@@ -262,7 +261,7 @@ class VllmEngine(EngineBase):
         return self.weights.both_names(copies) if self.untied else copies
 
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Give `named` to vLLM: by reference here, by CUDA IPC or files into a child."""
+        """Give `named` to vLLM: tensor by tensor here, by CUDA IPC or files into a child."""
         if self.cfg.process == "shared":
             options = {"weights_iterator": named, "is_checkpoint_format": True}
             self.llm.collective_rpc("reload_weights", kwargs=options)

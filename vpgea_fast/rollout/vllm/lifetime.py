@@ -51,7 +51,6 @@ def ending_with_this_process() -> Iterator[list[int]]:
         process.terminate = functools.partial(os.kill, process.pid, LEAVE)
         ids.append(process.pid)
 
-    # On the class: vLLM starts its processes itself, and offers no hook for how.
     multiprocessing.process.BaseProcess.start = start_bound  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield ids
@@ -148,7 +147,6 @@ class Guard(threading.Thread):
                 with suppress(ProcessLookupError):
                     os.kill(self.engine, signal.SIGKILL)
         if (client := self.client()) is not None:
-            # The flag stops calls to come; the two below end calls that wait.
             client.resources.engine_dead = True
             client.outputs_queue.put_nowait(EngineDeadError())
             for future in list(client.utility_results.values()):

@@ -121,7 +121,6 @@ def serve(command: Sequence[str], environment: Mapping[str, str], host: str, por
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     status = server.wait()
-    # As a shell tells a signal: 128 and its number.
     return status if status >= 0 else 128 - status
 
 

@@ -47,10 +47,7 @@ def describe(config: Any) -> dict[str, Any]:
 
 
 class WorkerExtension:
-    """Adds methods to the worker of an engine that runs in a process of its own.
-
-    vLLM appends it to the bases of its worker, so no `__init__` of it would run.
-    """
+    """Adds methods to the worker of an engine that runs in a process of its own."""
 
     model_runner: Any
     mark = ""
@@ -136,7 +133,6 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath
     written = 0
     for number, part in enumerate(chunks(named)):
         written += len(part)
-        # A full disk is the usual cause: all chunks lie here until the engine has read them.
         try:
             save_file(part, directory / f"{number:05d}.safetensors")
         except (OSError, SafetensorError) as error:
@@ -188,7 +184,6 @@ def send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]], staged: int) -
         }
         llm.update_weights({"update_info": update})  # the buffer has been read when this returns
     llm.finish_weight_update()
-    # What the child has released of the buffer goes back to the allocator.
     torch.cuda.ipc_collect()
 
 
@@ -205,7 +200,7 @@ class NcclSender:
 
         self.client, self.device = client, torch.cuda.current_device()
         self.group: Any = None
-        self.size = workers["world_size"] + 1  # the trainer is rank 0, workers follow
+        self.size = workers["world_size"] + 1
         # The id goes with the other JSON: vLLM's own meeting, over a store, would pickle it.
         unique = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         meeting = {
@@ -239,8 +234,8 @@ class NcclSender:
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in part.values()],
             "shapes": [list(tensor.shape) for tensor in part.values()],
         }
-        # The broadcast runs in another thread, on that thread's stream, which knows nothing of the
-        # copies that this one has queued.
+        # The broadcast runs in another thread, whose current stream need not be the one that the
+        # copies are queued on.
         torch.cuda.current_stream().synchronize()
         side_by_side(
             lambda: self.client.update_weights(update), lambda: self._broadcast(part.values())
