@@ -21,6 +21,7 @@ from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import main
 from vpgea_fast.cli.train import status
 from vpgea_fast.distributed import World
+from vpgea_fast.objectives import Grpo
 from vpgea_fast.trainer import Ending
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def test_what_another_objective_leaves_out_is_said_beside_the_configuration(caps
     words = ["--objective.name", "grpo", "--print-config"]
     assert main(["train", str(TINY), *words]) == 0
     printed = capsys.readouterr()
-    assert config.resolve(strict_yaml.parse(printed.out)).objective == config.GrpoConfig()
+    assert config.resolve(strict_yaml.parse(printed.out)).objective == Grpo()
     assert printed.err.startswith("vpgea: ")
     assert "objective.name 'grpo' leaves out the file's objective.preset, objective." in printed.err
     assert printed.err.count("\n") == 1

@@ -96,7 +96,7 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any) -> None:
     families.measure(model)
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
     columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name

@@ -294,7 +294,7 @@ def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
     far. Lengths spread evenly from 0 to twice their mean. The batch is full until the last paths
     are begun; then it drains, at worst to the limit, and the weights are read for few.
     """
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
     mine = math.ceil(draw.paths * group / sizes.world)
     batch = min(cfg.rollout.max_batch, max(1, int(sizes.cache / draw.held)))
     tokens = mine * draw.mean / min(mine, batch) + (draw.limit - draw.mean)

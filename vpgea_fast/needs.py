@@ -297,7 +297,7 @@ def _floor(value: float) -> float:
 def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     cfg, on, engine = plan.cfg, plan.on, estimate.engine
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
     token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
     return Sizes(
         flops=model_flops(plan.model),

@@ -26,9 +26,9 @@ def answer_likelihood(
     u_norm: str = "sum",
     view: View = "student",
 ) -> torch.Tensor:
-    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
+    """Score U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
 
-    Summed (or averaged) over the target tokens, then logsumexp over the accepted spellings.
+    Sums (or averages) over the target tokens, then takes logsumexp over the accepted spellings.
     """
     rows = [
         score_row(
@@ -41,6 +41,7 @@ def answer_likelihood(
         # Spellings lie side by side; `split` below takes them apart again.
         for ids in (question.target_ids, *question.variant_ids)
     ]
+    # A mean is no likelihood any more, but does not punish a long target for its length.
     reduce = torch.sum if u_norm == "sum" else torch.mean
     scores = [reduce(logps) for logps in row_logprobs(rows)]
     # torch.stack takes no empty list, and a process may have no path in a step.
@@ -51,7 +52,8 @@ def answer_likelihood(
 
 
 def after_thought(context: torch.Tensor, path: Path, think_close_id: int) -> torch.Tensor:
-    """The context + z; a thought that was cut is closed by a think-close, so it has a U too."""
+    """Join the context and z, and close a thought that was cut."""
+    # Without the token the cue would read as more thought, and U of a cut path would mean nothing.
     close = [] if path.closed else [torch.tensor([think_close_id])]
     return torch.cat([context, path.z_ids, *close])
 
@@ -63,9 +65,11 @@ def answers_correct(
     decode: Callable[[torch.Tensor], str],
     verify: Callable[[list[tuple[str, str]]], list[bool]],
 ) -> torch.Tensor:
-    """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0: a
-    thought that was cut has no answer, whatever a checker would say."""
-    # Cut thoughts are not even decoded.
+    """Judge every path, (len(paths),) float64: 1.0 for a right answer, else 0.0.
+
+    Only the text behind a closed thought is an answer.
+    """
+    # A cut thought is not even decoded: a checker must not find an answer inside a thought.
     closed = [number for number, path in enumerate(paths) if path.closed]
     texts = [(golds[number], decode(paths[number].answer_ids)) for number in closed]
     correct = torch.zeros(len(paths), dtype=torch.float64)
@@ -74,16 +78,17 @@ def answers_correct(
 
 
 def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
-    """U = log((sum correct + 1/2) / (J + 1)), (P,) float64: finite where all answers are wrong.
+    """Turn sampled answers into U = log((sum correct + 1/2) / (J + 1)), (P,) float64.
 
     correct_PJ (P, J) 0 or 1: J answers sampled after each thought. With several right answers a
     likelihood of one of them understates a thought (arXiv 2509.22637, theorem 1).
     """
+    # The half keeps the logarithm finite where all J answers are wrong.
     return torch.log((correct_PJ.double().sum(dim=1) + 0.5) / (correct_PJ.shape[1] + 1))
 
 
 def score_row(context_ids: torch.Tensor, token_ids: torch.Tensor) -> TrainRow:
-    """A row to be scored, not trained: its coefficients are ones."""
+    """Make a row that is scored and never trained, so its coefficients are ones."""
     return TrainRow(
         context_ids=context_ids,
         token_ids=token_ids,

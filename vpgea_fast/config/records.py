@@ -201,6 +201,11 @@ class Config:
         return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
 
     @property
+    def processes_per_engine(self) -> int:
+        """Training processes that draw together with one engine."""
+        return self.vllm.tensor_parallel if self.colocated else 1
+
+    @property
     def vllm(self) -> VllmEngineConfig:
         """The engine where it is vLLM; ValueError for a reader that has not asked."""
         if isinstance(self.engine, VllmEngineConfig):

@@ -132,7 +132,7 @@ def _read(value: Any, _: Any) -> Any:
     """An objective as it is, or the one that a section describes."""
     if not isinstance(value, Mapping):
         if any(not hasattr(value, name) for name in METHOD_NAMES):
-            return TypeAdapter(_SECTION).validate_python(value, strict=True)  # raises, with words
+            raise ValueError(f"got {json.dumps(value, default=str)}, expected keys and values")
         return value
     kind: Any = _SECTION
     if value.get("name") == "custom" and isinstance(value.get("target"), str):

@@ -29,7 +29,14 @@ from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
 from vpgea_fast.objectives.base import Draws, Keys
 from vpgea_fast.types import Score, ScoredBatch, Term, Terms
-from vpgea_fast.values import STRICT, Clip, Exponent, NonNegativeFloat, PositiveFloat, PositiveInt
+from vpgea_fast.values import (
+    STRICT,
+    Clip,
+    Exponent,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
