@@ -12,7 +12,7 @@ the logits in units of log 2 (z2 = z / log 2) and per row a reference z2_ref, th
 because d logp / d z_v = -p_v = -kappa E_v off the target and 1 - p = kappa S at it. S never holds
 the target, so 1 - p loses no digit however confident the token, logp is never above 0, and no
 maximum is needed. E is the only (C, V) tensor, in the input's dtype; scoring does not store it. A
-cap multiplies what is stored by its slope 1 - tanh^2 and leaves S alone. The gradient b of lse
+capped logit multiplies its entry by the slope 1 - tanh^2 and leaves S alone. The gradient b of lse
 enters through b sum_v p_v = b 1[target] - b (1[target] - p_v): a becomes a - b and E_target gains
 -b / (kappa (a - b)). The entropy comes out of the same epilogue and has no gradient here.
 
@@ -237,7 +237,9 @@ def _product_tile(
 ):
     """(BLOCK_M, BLOCK_N) products h . w in float32, from row `row` and class `column` on."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # The compiler loads num_stages - 1 steps ahead, into shared memory: no copy is written here.
     for k in range(0, width, BLOCK_K):
+        # Beyond `width` both tiles are 0, so the last step may be a part of BLOCK_K.
         left = load_tile(
             hidden,
             row=row,
@@ -249,6 +251,7 @@ def _product_tile(
             COLUMNS=BLOCK_K,
             TMA=TMA,
         )
+        # Rows of the weight are classes: D is contiguous in both operands, and the dot transposes.
         right = load_tile(
             weight,
             row=column,
@@ -307,7 +310,8 @@ def _gemm_exp(
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
     if FLAGGED:
         offs_l = tl.arange(0, _LIST)
-        # rank[i]: flags up to tile i, so the j-th flagged tile has j tiles of a lower rank.
+        # rank[i]: flagged tiles up to i. Before flagged tile j (from 0) lie the tiles of rank <= j,
+        # so their number, below, is its index.
         rank = tl.cumsum(tl.load(flag_ptr + offs_l, mask=offs_l < tiles_m, other=0), 0)
         listed = tl.max(rank, 0)
     else:
@@ -852,7 +856,7 @@ def _launch_gradient_operands(
     plan: Plan,
 ) -> Tensor:
     """Writes E's target entries and fills scaled_CD; returns u_C."""
-    # 8 rows a program: 1024 programs for a chunk of 8192 rows.
+    # 8 rows a program: 1056 programs for the largest chunk, 8 a multiprocessor of an H100.
     u_C = torch.empty_like(stats.kappa)
     n_rows, width = hidden_CD.shape
     launch(
