@@ -300,7 +300,7 @@ def _shaped(
         return types, rest
     if not capped:
         rest[kernel.arg_names.index("shape"), 1] = None
-    shape = LogitShape("fp32", "fp32" if capped else "constexpr")  # pyright: ignore[reportArgumentType]
+    shape = LogitShape("fp32", "fp32" if capped else "constexpr")
     return types | {"shape": shape}, rest
 
 

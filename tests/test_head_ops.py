@@ -803,7 +803,7 @@ ADDRESSING = {
     "_bias_gradient": {"BLOCK_M": 64, "BLOCK_N": 128},
 }
 NOT_POINTERS = {
-    "shape": LogitShape("fp32", "fp32"),  # pyright: ignore[reportArgumentType]
+    "shape": LogitShape("fp32", "fp32"),
     "target_ptr": "*i32",
     "flag_ptr": "*i32",
 }
