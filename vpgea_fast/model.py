@@ -102,8 +102,7 @@ class LossHead(nn.Linear):
     def _sink(self) -> torch.Tensor | None:
         """Return the weight's own gradient, in float32 at least; None for a scoring pass."""
         weight = self.weight
-        # Asked here: inside an autograd Function grad mode is always off, and scoring would add to
-        # it.
+        # Asked here: inside an autograd Function grad mode is off, and scoring would add to it.
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return None
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -190,8 +189,7 @@ class Policy(nn.Module):
         """Say before each micro-batch whether it is the last of its update: the head's gradient is
         reduced only then. The layers' are reduced each time, unless they are kept whole."""
         for unit in units(self):
-            # The layers' gradients are reduced per micro-batch, so only shards of them stay in
-            # memory.
+            # The layers' are reduced per micro-batch, so only shards of them stay in memory.
             late = self.whole_gradients or unit is self.head
             late |= self.tied and unit is self.causal_lm.get_input_embeddings()
             unit.set_requires_gradient_sync(last or not late, recurse=False)
@@ -247,8 +245,7 @@ def load_policy(
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
         return _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
-    # The files' headers are checked before the cut: a wrong model is refused before memory is
-    # taken.
+    # Headers are checked before the cut: a wrong model is refused before it takes memory.
     causal_lm = without_storage(cfg.path, _master_dtype(cfg))
     weights = weights_in_parts(causal_lm, cfg.path)
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
