@@ -797,6 +797,14 @@ def test_report_draws_a_run(train, capsys, tmp_path):
     assert (tmp_path / "run/report.html").stat().st_size > 1000
 
 
+def test_make_tiny_refuses_a_place_that_holds_no_directory_in_one_line(capsys):
+    assert main(["make-tiny", "/dev/null/x"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("vpgea: cannot write the tiny world /dev/null/x: Not a directory; give")
+    assert "\n" not in said
+    assert "Errno" not in said
+
+
 def test_make_tiny_says_what_it_made(tmp_path, capsys):
     assert main(["make-tiny", str(tmp_path / "tiny")]) == 0
     assert "P(concise thought): student view" in capsys.readouterr().out
