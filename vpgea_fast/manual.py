@@ -88,12 +88,13 @@ def sections() -> list[Section]:
         # One section per variant: their keys differ.
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
-            found.append(
-                Section(name, variant, about.get(name, ""), tuple(_keys(record, record())))
-            )
+            # What a variant is, its own docstring says.
+            text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
+            text = text or about.get(name, "")
+            found.append(Section(name, variant, text, tuple(_keys(record))))
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
-            file = tuple(_keys(config.DataFile, config.DataFile("-"), required=("path",)))
+            file = tuple(_keys(config.DataFile))
             found.append(Section("data", "a file", text, file))
     return found
 
@@ -129,12 +130,17 @@ def attribute_docstrings(record: type) -> dict[str, str]:
     }
 
 
-def _keys(record: type, instance: Any, required: Sequence[str] = ()) -> Iterator[Key]:
-    texts, values = attribute_docstrings(record), TypeAdapter(record).dump_python(instance)
-    for name, hint in get_type_hints(record, include_extras=True).items():
-        if get_origin(hint) is not None or isinstance(hint, type):
-            default = "" if name in required else _json(values[name])
-            yield Key(name, in_words(hint), default, texts.get(name, ""))
+def _keys(record: Any) -> Iterator[Key]:
+    # A key that a base class explains, and whose default alone differs, keeps its explanation.
+    texts: dict[str, str] = {}
+    for kind in reversed(record.__mro__):
+        texts |= attribute_docstrings(kind) if dataclasses.is_dataclass(kind) else {}
+    hints = get_type_hints(record, include_extras=True)
+    required = [n for n, field in record.__pydantic_fields__.items() if field.is_required()]
+    values = TypeAdapter(record).dump_python(record(**dict.fromkeys(required, "-")))
+    for name in record.__pydantic_fields__:
+        default = "" if name in required else _json(values[name])
+        yield Key(name, in_words(hints[name]), default, texts.get(name, ""))
 
 
 def _json(value: Any) -> str:

@@ -72,7 +72,7 @@ class Custom(Keys):
 
     name: Literal["custom"] = "custom"
     """A class of your own."""
-    target: Annotated[str, Field(pattern=f"^{TARGET}$")] = Field(kw_only=True)
+    target: str = Field(kw_only=True)
     """`package.module:Class`: a frozen pydantic dataclass, best a subclass of
     `vpgea_fast.objectives.Keys`. It is found as modules are, or in the working directory."""
 
