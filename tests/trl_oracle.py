@@ -29,7 +29,8 @@ row's (or token's) advantage; n = max(sum_t m, 1).
 then l is multiplied by the off-policy mask (a row's: 1 where A >= 0 or mean_t(sampled - logp) <=
 threshold, sampled = old where absent), the entropy mask (tokens of the top quantile of this
 micro-batch) and the engine's ratio (not vespo's, which multiplies it into w), and beta k3 is added
-AFTER these, so neither masks the penalty.
+AFTER these, so none masks the penalty. use_bias_correction_kl is TRL's default: switch it off for
+the plain k3; its gradient differs also where r is 1.
 
 | loss_type          | loss of a micro-batch; C = max_completion_length, a = micro-batches a step  |
 |--------------------|-----------------------------------------------------------------------------|
@@ -50,7 +51,8 @@ counting tokens) / a. Advantages are made before, in `_generate_and_score_comple
 
 Masks: `masked` is mask_truncated_completions (no token of the row counts, and none is attended);
 `counts` is the tool mask (attended, but no loss). The head runs in float32 whatever the model's
-dtype, so a float64 model agrees to 1e-6; `trl_coefficients` takes log-probs, and is exact.
+dtype, so a float64 model agrees to some 1e-6 and a float32 model barely to 1e-5: hand over a
+float64 model. `trl_coefficients` takes log-probs, and is exact. A masked row's log-probs are 0.
 
 Shapes: B rows, T tokens of the longest completion, P of the longest prompt.
 """
@@ -59,7 +61,7 @@ import contextlib
 import copy
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +91,13 @@ class Rows:
     masked: Sequence[bool] | None = None
     """Rows of which no token counts."""
 
-    def slice(self, part: slice) -> "Rows":
-        return Rows(**{k: v if v is None else v[part] for k, v in vars(self).items()})
+    def take(self, places: Sequence[int]) -> "Rows":
+        def taken(values: Any) -> Any:
+            if values is None or isinstance(values, Tensor):
+                return values if values is None else values[list(places)]
+            return [values[i] for i in places]
+
+        return Rows(**{name: taken(values) for name, values in vars(self).items()})
 
     def tokens(self) -> int:
         """How many tokens count."""
@@ -142,8 +149,9 @@ class Step:
         if self.updates > 1 and self.rollout_tokens is None:
             raise ValueError("more than one update needs rollout_tokens, of the whole rollout")
         total = rows.tokens() if self.rollout_tokens is None else self.rollout_tokens
-        starts = range(0, len(rows.prompts), self.micro_batch)
-        parts = [rows.slice(slice(i, i + self.micro_batch)).inputs() for i in starts]
+        places = list(range(len(rows.prompts)))
+        starts = places[:: self.micro_batch]
+        parts = [rows.take(places[i : i + self.micro_batch]).inputs() for i in starts]
         return [{**part, "num_items_in_batch": torch.tensor(total)} for part in parts]
 
 
@@ -159,24 +167,27 @@ def _kept_seeds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def trainer(
-    model: Any, tokenizer: Any, step: Step, parts: int, options: dict[str, Any], engine: bool
+    model: Any,
+    tokenizer: Any,
+    given: dict[str, Callable[..., Any]],
+    step: Step,
+    micro_batches: int,
+    *,
+    engine: bool = False,
+    beta: float = 0.0,
+    **options: Any,
 ) -> Iterator[Any]:
-    """A GRPOTrainer of a copy of the model, in a folder that is gone afterwards."""
+    """A GRPOTrainer of a copy of the model, whose methods of these names are `given`; `options` are
+    keys of GRPOConfig. What it writes is gone afterwards."""
     import trl
     from datasets import Dataset
 
-    class ReadyRows(trl.GRPOTrainer):
-        def _prepare_inputs(self, generation_batch: Any) -> Any:
-            return generation_batch
-
-    options = dict(options)
-    beta = options.pop("beta", 0.0)
     settings = {
         "per_device_train_batch_size": step.micro_batch,
-        "gradient_accumulation_steps": parts,
-        "steps_per_generation": parts * step.updates,
-        # Only a divisor of the batch, never seen by the loss.
-        "num_generations": step.micro_batch * parts * step.updates,
+        "gradient_accumulation_steps": micro_batches,
+        "steps_per_generation": micro_batches * step.updates,
+        # Only how a rollout is sampled and its advantages are made: one group.
+        "num_generations": step.micro_batch * micro_batches * step.updates,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -184,7 +195,7 @@ def trainer(
         "disable_tqdm": True,
     }
     with tempfile.TemporaryDirectory(prefix="trl_oracle_") as folder, _kept_seeds():
-        made = ReadyRows(
+        made = type("Given", (trl.GRPOTrainer,), given)(
             # A copy: TRL replaces the forward of the model that it is given.
             model=copy.deepcopy(model),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -193,7 +204,7 @@ def trainer(
             processing_class=tokenizer,
         )
         made.beta, made.use_vllm = beta, engine
-        made.current_gradient_accumulation_steps = parts
+        made.current_gradient_accumulation_steps = micro_batches
         yield made
 
 
@@ -204,10 +215,9 @@ def trl_step(
 
     `options` are keys of `GRPOConfig`: loss_type, epsilon, epsilon_high, delta, beta,
     importance_sampling_level, max_completion_length, ... The model is left as it was."""
-    parts = step.split(rows)
-    with trainer(
-        model, tokenizer, step, len(parts), options, rows.engine_ratio is not None
-    ) as made:
+    parts, given = step.split(rows), {"_prepare_inputs": lambda _, inputs: inputs}
+    options["engine"] = rows.engine_ratio is not None
+    with trainer(model, tokenizer, given, step, len(parts), **options) as made:
         made.model.zero_grad()
         loss = sum(float(made.training_step(made.model, part, None)) for part in parts)
         return loss, {name: p.grad for name, p in made.model.named_parameters()}
@@ -222,19 +232,16 @@ def trl_coefficients(
         if options.get(key, off) != off:
             raise ValueError(f"got {key}, expected trl_step: log-probs say nothing of entropies")
     leaves = [row.detach().clone().requires_grad_() for row in logps]
-    parts = step.split(rows)
-    with trainer(
-        model, tokenizer, step, len(parts), options, rows.engine_ratio is not None
-    ) as made:
+    parts, starts = step.split(rows), range(0, len(leaves), step.micro_batch)
+    columns = iter([_pad(leaves[i : i + step.micro_batch]) for i in starts])
+
+    def own(*_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
+        logp_BT = next(columns)
+        return logp_BT, torch.zeros_like(logp_BT), None
+
+    given = {"_get_per_token_logps_and_entropies": own}
+    options["engine"] = rows.engine_ratio is not None
+    with trainer(model, tokenizer, given, step, len(parts), **options) as made:
         made.model.train()
-        losses = []
-        for i, part in enumerate(parts):
-            own_BT = _pad(leaves[i * step.micro_batch : (i + 1) * step.micro_batch])
-            made._get_per_token_logps_and_entropies = lambda *_, own_BT=own_BT, **__: (
-                own_BT,
-                torch.zeros_like(own_BT),
-                None,
-            )
-            losses.append(made.compute_loss(made.model, part))
-        loss = torch.stack(losses).sum()
+        loss = torch.stack([made.compute_loss(made.model, part) for part in parts]).sum()
     return loss.item(), list(torch.autograd.grad(loss, leaves, materialize_grads=True))
