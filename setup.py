@@ -151,6 +151,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "accelerate>=1.10.1",
             "build>=1.2",
             "hypothesis>=6.100",
             "pyright>=1.1.400",
@@ -159,6 +160,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
+            # One release: its own losses are the oracle of tests/test_trl.py.
+            "trl==1.16.0",
             TRITON,
             "wheel>=0.45",
         ],
