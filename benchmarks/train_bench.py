@@ -78,9 +78,9 @@ from vpgea_fast.config import (
     TrainConfig,
 )
 from vpgea_fast.distributed import World, open_world
-from vpgea_fast.metrics import Console, environment, mfu, model_flops
+from vpgea_fast.metrics import Console, ModelFlops, environment, mfu, model_flops
 from vpgea_fast.packing import RankPlan, drop_zero_rows, pack_plan, plan_ranks, plan_stats
-from vpgea_fast.types import ModelFlops, TrainRow
+from vpgea_fast.types import TrainRow
 
 BUDGET = {"float32": (5e-6, 1e-6, 1e-5), "bfloat16": (0.1, 2e-2, 5e-2)}
 """Largest gap of a log-prob in nats; relative Frobenius gap of the gradient, of ours and of TRL's.

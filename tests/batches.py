@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vpgea_fast.objectives import Terms
 from vpgea_fast.types import (
     Groups,
     Path,
@@ -13,7 +14,6 @@ from vpgea_fast.types import (
     Question,
     ScoredBatch,
     ScoredPaths,
-    Terms,
 )
 
 ids = torch.tensor

@@ -9,10 +9,11 @@ from batches import prompted, sampled, scored, weights_of, whole
 
 from vpgea_fast import diagnostics
 from vpgea_fast.losses import vpgea_loss
+from vpgea_fast.metrics import ModelFlops
 from vpgea_fast.objectives import Vpgea
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.scoring import score_row
-from vpgea_fast.types import ModelFlops, TrainRow
+from vpgea_fast.types import TrainRow
 
 ids = torch.tensor
 
@@ -227,6 +228,7 @@ def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
         coef=-torch.ones(2),
         stream="posterior",
         view="student",
+        distilled=True,
     )
     with pytest.raises(ValueError, match="posterior path in the student view alone"):
         diagnostics.row_metrics([row], [torch.zeros(2)])

@@ -217,7 +217,7 @@ def test_no_files_import_each_other_in_a_circle():
         ("vpgea_fast.packing", "from vpgea_fast import model", "point down only"),
         ("vpgea_fast.packing", "from . import model", "point down only"),
         ("vpgea_fast.rollout.hf", "from ..model import load", "point down only"),
-        ("vpgea_fast.config", "from vpgea_fast.types import Question", "point down only"),
+        ("vpgea_fast.types", "from vpgea_fast.config import Config", "point down only"),
         ("vpgea_fast.packing", "if x:\n    import vpgea_fast.cli", "point down only"),
         ("vpgea_fast.packing", "def f():\n    import vpgea_fast.cli", "point down only"),
         ("vpgea_fast.cli", "from vpgea_fast.utils import f", "no room 'utils'"),

@@ -823,9 +823,9 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
-    for part, complete in zip(rest.parts, full.parts, strict=True):
-        assert not part.weight_BP[0].any()
-        assert torch.equal(part.weight_BP[1:], complete.weight_BP[1:])
+    for term, complete in zip(rest.parts, full.parts, strict=True):
+        assert not term.weight_BP[0].any()
+        assert torch.equal(term.weight_BP[1:], complete.weight_BP[1:])
     assert full.parts[0].weight_BP[0].any()
     assert part.whole is not None
     assert [q.question.id for q in part.whole.questions] == [

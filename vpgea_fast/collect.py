@@ -17,7 +17,7 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives import Draws, Objective
+from vpgea_fast.objectives import Draws, Objective, Term, Terms
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
@@ -37,8 +37,6 @@ from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
     Stream,
-    Term,
-    Terms,
     View,
     with_questions,
 )

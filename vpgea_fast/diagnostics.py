@@ -12,15 +12,14 @@ import torch
 
 from vpgea_fast.advantage import elbo_terms
 from vpgea_fast.book import merge
-from vpgea_fast.metrics import eps3, mfu
+from vpgea_fast.metrics import ModelFlops, eps3, mfu
+from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
 from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
-    ModelFlops,
     ScoredBatch,
     ScoredPaths,
     Stream,
-    Terms,
     TrainRow,
     View,
 )

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.config import Config, ConfigError
-from vpgea_fast.metrics import peak_flops
+from vpgea_fast.metrics import ModelFlops, peak_flops
 from vpgea_fast.objectives import scores_answers
-from vpgea_fast.types import ModelFlops
 
 HOUR = 3600
 ANSWER_ROWS = 16

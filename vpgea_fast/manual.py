@@ -134,7 +134,8 @@ def _keys(record: Any) -> Iterator[Key]:
     # A key that a base class explains, and whose default alone differs, keeps its explanation.
     texts: dict[str, str] = {}
     for kind in reversed(record.__mro__):
-        texts |= attribute_docstrings(kind) if dataclasses.is_dataclass(kind) else {}
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            texts |= attribute_docstrings(kind)
     hints = get_type_hints(record, include_extras=True)
     required = [n for n, field in record.__pydantic_fields__.items() if field.is_required()]
     values = TypeAdapter(record).dump_python(record(**dict.fromkeys(required, "-")))
@@ -224,7 +225,7 @@ def keys_text(parts: Sequence[Section]) -> str:
     """The keys for a terminal: name, type and default, and the text below."""
     blocks = []
     for part in parts:
-        blocks.append([f"{part.head}: {part.text}"])
+        blocks.append(_wrapped(f"{part.head}: {part.text}", first=0))
         for key in part.keys:
             # JSON, which is also what the command line takes.
             default = f"default {key.default}" if key.default else "must be given"

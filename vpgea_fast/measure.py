@@ -14,12 +14,13 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
 from vpgea_fast.model import Policy
+from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import drawn_rows, truncated_ratios
 from vpgea_fast.scoring import score_row
-from vpgea_fast.types import PathKey, ScoredBatch, Terms, TrainRow
+from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,22 @@ constants of distilled rows (`TrainRow`); w_i divides by
     seq_mean    B P len_i          removes the length from the gradient of a path
     token_mean  sum_j len_j        all tokens of the stream in the update
 
-with B questions of the update, P paths of each, and len_i the tokens of the trained part. Sums stay
-inside and the normaliser outside, so no split into micro-batches or ranks can change the gradient.
+with B questions, P paths of each, and len_i the tokens of the trained part. The updates of one
+rollout share its normaliser (`Scale.updates`), as TRL's do: a mean over the tokens of a minibatch
+would weigh the paths of one more than those of another. Sums stay inside and the normaliser
+outside, so no split into micro-batches or ranks can change the gradient.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from vpgea_fast.config import Config
+from vpgea_fast.objectives import Term, Terms
 from vpgea_fast.scoring import after_thought
 from vpgea_fast.types import (
     Norm,
@@ -28,8 +32,6 @@ from vpgea_fast.types import (
     PathKey,
     PromptedQuestion,
     ScoredBatch,
-    Term,
-    Terms,
     TrainRow,
 )
 
@@ -40,11 +42,14 @@ class Scale:
 
     constant   C of `const`
     effective  count only the questions that have a gradient
+    updates    parts that the questions are split into, an update each: a part weighs as much as
+               all of them did, and every path as much as any other
     """
 
     norm: Norm = "const"
     constant: float = 1.0
     effective: bool = False
+    updates: int = 1
 
     @classmethod
     def of(cls, cfg: Config) -> Scale:
@@ -54,6 +59,7 @@ class Scale:
             norm=objective.norm,
             constant=objective.norm_constant or cfg.rollout.max_new_tokens / 4,
             effective=objective.denominator == "effective",
+            updates=cfg.train.minibatches,
         )
 
 
@@ -88,6 +94,22 @@ def build_rows(
             if row.token_ids.numel():
                 rows.append(_weigh(row, term, path, weight=weight, scale=factor, ratios=ratios))
     return rows
+
+
+def minibatches(batch: ScoredBatch, rows: Sequence[TrainRow], count: int) -> list[list[TrainRow]]:
+    """Split rows by question into `count` parts, in the order of the batch."""
+    questions = len(batch.questions)
+    part_of = {q.question.id: i * count // questions for i, q in enumerate(batch.questions)}
+    return [[r for r in rows if r.path and part_of[r.path[0]] == n] for n in range(count)]
+
+
+def checksum(rows: Sequence[TrainRow]) -> int:
+    """A number of the rows' tokens and coefficients: processes must agree on it."""
+    crc = 0
+    for row in rows:
+        for part in (row.context_ids, row.token_ids, row.coef.double()):
+            crc = zlib.crc32(part.numpy().tobytes(), crc)
+    return crc
 
 
 def _weigh(
@@ -185,7 +207,7 @@ def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scal
     """w_i of every path, (B, P) float64."""
     weight_BP = term.weight_BP
     counted_B = alive if scale.effective else torch.ones_like(alive)
-    per_path = 1.0 / (counted_B.sum().clamp(min=1).double() * weight_BP.shape[1])
+    per_path = scale.updates / (counted_B.sum().clamp(min=1).double() * weight_BP.shape[1])
     if scale.norm in ("seq_sum", "const"):
         constant = scale.constant if scale.norm == "const" else 1.0
         return (per_path / constant).expand_as(weight_BP)
@@ -194,4 +216,4 @@ def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scal
         return per_path / tokens_BP
     # A term that counts its own paths does so whatever the questions' other terms are.
     counted_BP = counted_B[:, None] if term.counted_BP is None else term.counted_BP
-    return (1.0 / (tokens_BP * counted_BP).sum().clamp(min=1.0)).expand_as(weight_BP)
+    return (scale.updates / (tokens_BP * counted_BP).sum().clamp(min=1.0)).expand_as(weight_BP)

@@ -6,8 +6,7 @@ optimiser, step counter.
 
 From Python:
 
-    from vpgea_fast.book import merge
-from vpgea_fast.config import load
+    from vpgea_fast.config import load
     from vpgea_fast.trainer import Callback, StopTraining, fit
 
     class UntilItIsShort(Callback):
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -39,13 +37,14 @@ from vpgea_fast.config import Config, as_dict
 from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
 from vpgea_fast.measure import evaluation_metrics
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer
+from vpgea_fast.objectives import Terms
 from vpgea_fast.optim import apply_update, gradient_norm, learning_rate
 from vpgea_fast.packing import RankPlan
 from vpgea_fast.rollout.engine import Usage
-from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.rows import Scale, build_rows, checksum, minibatches
 from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
-from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, Terms, TrainRow
+from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
@@ -195,15 +194,10 @@ class Trainer:
     def updates(
         self, batch: ScoredBatch, terms: Terms, ratios: dict[PathKey, torch.Tensor] | None
     ) -> list[list[TrainRow]]:
-        """The rows of every update of this step, in order: train.minibatches of the questions, each
-        normalised by itself, train.epochs times."""
+        """The rows of every update of this step, in order."""
         scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
-        places = torch.arange(len(batch.questions)).tensor_split(self.cfg.train.minibatches)
-        parts = []
-        for keep in (part.tolist() for part in places):
-            some = batch.select(keep), terms.select(keep)
-            parts.append(build_rows(*some, scale, think_close_id=close, ratios=ratios))
-        return parts * self.cfg.train.epochs
+        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios)
+        return minibatches(batch, rows, scale.updates) * self.cfg.train.epochs
 
     def train(
         self, updates: Sequence[Sequence[TrainRow]]
@@ -240,7 +234,7 @@ class Trainer:
         No rows or a non-finite gradient leave parameters and optimiser state bitwise unchanged.
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
-        self.world.require_same(_checksum(rows), "rows of this step and their coefficients")
+        self.world.require_same(checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             found = merge(
@@ -465,11 +459,3 @@ class Trainer:
             return True
         late = cfg.save_minutes and time.monotonic() - self.saved_at > 60 * cfg.save_minutes
         return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
-
-
-def _checksum(rows: Sequence[TrainRow]) -> int:
-    crc = 0
-    for row in rows:
-        for part in (row.context_ids, row.token_ids, row.coef.double()):
-            crc = zlib.crc32(part.numpy().tobytes(), crc)
-    return crc

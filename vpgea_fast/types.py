@@ -12,7 +12,7 @@ Shape suffixes of the whole project:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -352,84 +352,6 @@ class Live(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
-    """One additive part of the loss: a weight for every path of a stream, under one prompt.
-
-    name        the part's name in the log, as in `loss_pg`
-    weight_BP   (B, P) float64: the gradient of the minimised loss is the sum over paths of
-                weight * w * grad log p(part | context), with w the normaliser of rows.py. A
-                negative weight makes a path likelier.
-    counted_BP  (B, P) bool: paths whose tokens the norm `token_mean` counts; None: all
-    factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
-    distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
-    live        replaces `weight` by a function of the log-probs of the moment
-    """
-
-    name: str
-    stream: Stream
-    view: View
-    weight_BP: Tensor
-    part: Part = "thought"
-    distilled: bool = False
-    counted_BP: Tensor | None = None
-    factors: Mapping[PathKey, Tensor] | None = None
-    live: Live | None = None
-
-    @property
-    def acting(self) -> Tensor:
-        """(B, P) bool: the paths that get a row."""
-        if self.live is None or not self.live.reference:
-            return self.weight_BP.ne(0)
-        everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
-        return everyone if self.counted_BP is None else self.counted_BP
-
-    def select(self, keep: Sequence[int]) -> Term:
-        """The questions at these places."""
-        counted = None if self.counted_BP is None else self.counted_BP[list(keep)]
-        return replace(self, weight_BP=self.weight_BP[list(keep)], counted_BP=counted)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
-    """What an objective says of a batch.
-
-    parts        the additive parts of the loss
-    path_scores  for the log alone: of a stream, name -> (B, P)
-    metrics      for the log alone
-    state        what the objective keeps for the next step, values that JSON has
-
-    >>> part = Term(
-    ...     name="pg", stream="prior", view="student", weight_BP=torch.tensor([[-1.0, 1.0]])
-    ... )
-    >>> Terms(parts=(part,)).alive.tolist()
-    [True]
-    """
-
-    parts: tuple[Term, ...]
-    path_scores: Mapping[Stream, dict[str, Tensor]] = field(default_factory=dict)
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    state: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> Tensor:
-        """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
-        policy alone teaches nothing, and does not count."""
-        return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
-
-    def without(self, lost_B: Tensor) -> Terms:
-        """No weight for the questions where `lost_B` is True."""
-        parts = (
-            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
-            for part in self.parts
-        )
-        return replace(self, parts=tuple(parts))
-
-    def select(self, keep: Sequence[int]) -> Terms:
-        """The questions at these places, for an update of their own."""
-        return replace(self, parts=tuple(part.select(keep) for part in self.parts))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRow:
     """A context, tokens after it, and one coefficient per token: all that the trainer knows of an
     objective.
@@ -511,45 +433,6 @@ class PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFlops:
-    """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
-
-    decoder  parameters that a token is multiplied with, the embedding and the head left out
-    head     those of the head, tied or not
-    width    layers x heads x head size: a token's query, over all layers
-
-    A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
-    a forward: two operations per multiply-add, a backward of two forwards, the causal half of the
-    attention, nothing for padding, recomputation or the embedding. Sliding windows are not
-    discounted.
-
-    >>> ModelFlops(decoder=10, head=2, width=1).row(4)
-    384
-    """
-
-    decoder: int
-    head: int
-    width: int
-
-    def row(self, length: int, head_rows: int | None = None) -> int:
-        """Operations of a document's forward and backward; `head_rows` as in `forward_row`."""
-        return 3 * self.forward_row(length, head_rows)
-
-    def rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
-        return 3 * self.forward_rows(lengths, head_rows)
-
-    def forward_row(self, length: int, head_rows: int | None = None) -> int:
-        """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
-        head_rows = length if head_rows is None else head_rows
-        return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
-
-    def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
-        if head_rows is None:
-            return sum(map(self.forward_row, lengths))
-        return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from vpgea_fast.metrics.log import (
 )
 from vpgea_fast.metrics.machine import environment
 from vpgea_fast.metrics.measures import (
+    ModelFlops,
     PhaseTimer,
     eps3,
     eps3_mean,
@@ -31,6 +32,7 @@ __all__ = [
     "Alarms",
     "Console",
     "MetricsWriter",
+    "ModelFlops",
     "PhaseTimer",
     "clock_time",
     "environment",

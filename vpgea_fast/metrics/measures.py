@@ -6,13 +6,12 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from vpgea_fast.types import ModelFlops
 
 PEAK_FLOPS = (
     ("H100 PCIe", 756.5e12),
@@ -59,6 +58,45 @@ class PhaseTimer:
 
     def metrics(self) -> dict[str, float]:
         return {f"time_{phase}_s": seconds for phase, seconds in self._seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlops:
+    """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
+
+    decoder  parameters that a token is multiplied with, the embedding and the head left out
+    head     those of the head, tied or not
+    width    layers x heads x head size: a token's query, over all layers
+
+    A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
+    a forward: two operations per multiply-add, a backward of two forwards, the causal half of the
+    attention, nothing for padding, recomputation or the embedding. Sliding windows are not
+    discounted.
+
+    >>> ModelFlops(decoder=10, head=2, width=1).row(4)
+    384
+    """
+
+    decoder: int
+    head: int
+    width: int
+
+    def row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a document's forward and backward; `head_rows` as in `forward_row`."""
+        return 3 * self.forward_row(length, head_rows)
+
+    def rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        return 3 * self.forward_rows(lengths, head_rows)
+
+    def forward_row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
+        head_rows = length if head_rows is None else head_rows
+        return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
+
+    def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        if head_rows is None:
+            return sum(map(self.forward_row, lengths))
+        return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
 def eps3(acc: float, tokens: float) -> float:

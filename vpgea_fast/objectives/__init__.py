@@ -23,6 +23,8 @@ from vpgea_fast.objectives.base import (
     Draws,
     Keys,
     Objective,
+    Term,
+    Terms,
     reads_reference,
     scores_answers,
 )
@@ -56,6 +58,8 @@ __all__ = [
     "PolicyGradient",
     "Reinforce",
     "Rloo",
+    "Term",
+    "Terms",
     "Vpgea",
     "reads_reference",
     "scores_answers",

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
-from vpgea_fast.types import Norm, Score, ScoredBatch, Stream, Terms, View
+from vpgea_fast.types import Live, Norm, Part, PathKey, Score, ScoredBatch, Stream, View
 from vpgea_fast.values import STRICT, PositiveFloat
 
 
@@ -57,6 +60,75 @@ class Draws:
     def teacher(self) -> bool:
         """Anything is drawn from the teacher's prompt."""
         return self.posterior > 0 and self.posterior_view == "teacher"
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One additive part of the loss: a weight for every path of a stream, under one prompt.
+
+    name        the part's name in the log, as in `loss_pg`
+    weight_BP   (B, P) float64: the gradient of the minimised loss is the sum over paths of
+                weight * w * grad log p(part | context), with w the normaliser of rows.py. A
+                negative weight makes a path likelier.
+    counted_BP  (B, P) bool: paths whose tokens the norm `token_mean` counts; None: all
+    factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
+    distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
+    live        replaces `weight` by a function of the log-probs of the moment
+    """
+
+    name: str
+    stream: Stream
+    view: View
+    weight_BP: Tensor
+    part: Part = "thought"
+    distilled: bool = False
+    counted_BP: Tensor | None = None
+    factors: Mapping[PathKey, Tensor] | None = None
+    live: Live | None = None
+
+    @property
+    def acting(self) -> Tensor:
+        """(B, P) bool: the paths that get a row."""
+        if self.live is None or not self.live.reference:
+            return self.weight_BP.ne(0)
+        everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
+        return everyone if self.counted_BP is None else self.counted_BP
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What an objective says of a batch.
+
+    parts        the additive parts of the loss
+    path_scores  for the log alone: of a stream, name -> (B, P)
+    metrics      for the log alone
+    state        what the objective keeps for the next step, values that JSON has
+
+    >>> part = Term(
+    ...     name="pg", stream="prior", view="student", weight_BP=torch.tensor([[-1.0, 1.0]])
+    ... )
+    >>> Terms(parts=(part,)).alive.tolist()
+    [True]
+    """
+
+    parts: tuple[Term, ...]
+    path_scores: Mapping[Stream, dict[str, Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> Tensor:
+        """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
+        policy alone teaches nothing, and does not count."""
+        return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
+
+    def without(self, lost_B: Tensor) -> Terms:
+        """No weight for the questions where `lost_B` is True."""
+        parts = (
+            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
+            for part in self.parts
+        )
+        return replace(self, parts=tuple(parts))
 
 
 class Objective(Protocol):

@@ -22,8 +22,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from vpgea_fast.advantage import group_zscore, length_factor
-from vpgea_fast.objectives.base import Draws, Keys
-from vpgea_fast.types import Norm, Score, ScoredBatch, Term, Terms
+from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.types import Norm, Score, ScoredBatch
 from vpgea_fast.values import (
     STRICT,
     Clip,

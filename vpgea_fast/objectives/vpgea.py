@@ -27,8 +27,8 @@ from vpgea_fast.advantage import (
 )
 from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
-from vpgea_fast.objectives.base import Draws, Keys
-from vpgea_fast.types import Score, ScoredBatch, Term, Terms
+from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.types import Score, ScoredBatch
 from vpgea_fast.values import (
     STRICT,
     Clip,
