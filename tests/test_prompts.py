@@ -683,22 +683,21 @@ def test_a_broken_chat_template_is_refused(name: str, r1_tokenizer: Any, monkeyp
     ],
 )
 def test_an_error_of_a_chat_template_names_the_models_directory(
-    template: str, said: str, r1_tokenizer: Any, tmp_path: Path
+    template: str, said: str, r1_tokenizer: Any, r1_model_dir: str
 ):
     tokenizer = changed(r1_tokenizer)
     tokenizer.chat_template = template
-    tokenizer.save_pretrained(tmp_path / "r1")
-    message = f"the chat template of {tmp_path / 'r1'} {said}"
+    tokenizer.save_pretrained(r1_model_dir)
+    message = f"the chat template of {r1_model_dir} {said}"
     with pytest.raises(ConfigError, match=re.escape(message)):
-        Prompter(load_tokenizer(str(tmp_path / "r1")), PromptConfig())
+        Prompter(load_tokenizer(r1_model_dir), PromptConfig())
 
 
-def test_a_switch_that_is_never_read_names_the_models_directory(r1_tokenizer: Any, tmp_path: Path):
-    r1_tokenizer.save_pretrained(tmp_path / "r1")
+def test_a_switch_that_is_never_read_names_the_models_directory(r1_model_dir: str):
     cfg = PromptConfig(chat_template_kwargs={"enable_thinking": True})
-    said = f"the chat template of {tmp_path / 'r1'} never reads 'enable_thinking'"
+    said = f"the chat template of {r1_model_dir} never reads 'enable_thinking'"
     with pytest.raises(ConfigError, match=re.escape(said)):
-        Prompter(load_tokenizer(str(tmp_path / "r1")), cfg)
+        Prompter(load_tokenizer(r1_model_dir), cfg)
 
 
 def test_the_time_limit_leaves_an_older_timer_running(r1_tokenizer: Any):
