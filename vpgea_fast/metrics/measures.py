@@ -24,7 +24,7 @@ PEAK_FLOPS = (
     ("B200", 2250e12),
     ("L40S", 362e12),
 )
-"""(part of the name that CUDA gives a device, dense bfloat16 operations a second), the first match
+"""(part of the name that CUDA gives a device, dense bfloat16 operations per second). The first match
 counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
 
 
@@ -50,10 +50,12 @@ class PhaseTimer:
         start = time.perf_counter()
         try:
             yield
+            # Not in `finally`: after an error the device may never answer.
             if self._synchronize is not None:
                 self._synchronize()
         finally:
             spent = time.perf_counter() - start
+            # Added: a step may enter a phase several times (rounds of resampling).
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
 
     def metrics(self) -> dict[str, float]:
@@ -136,6 +138,7 @@ def model_flops(config: Any) -> ModelFlops:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # modules without storage: no memory, whatever the size
+        # A copy: transformers writes into the configuration that it is given.
         causal_lm: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     # A lookup is no product; a tied head is counted as the head, below.
     looked_up = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
@@ -145,6 +148,7 @@ def model_flops(config: Any) -> ModelFlops:
         if weight.ndim > 1 and id(weight) not in looked_up
     )
     heads = config.num_attention_heads
+    # Qwen3 and Gemma have heads of another width than hidden_size / heads.
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelFlops(
         decoder=decoder,
@@ -168,11 +172,12 @@ def _active(name: str, weight: torch.Tensor, config: Any) -> int:
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 operations a second of a device by its CUDA name; None for an unknown one.
+    """Look up the dense bfloat16 operations per second of a device; None for an unknown one.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
     (989500000000000.0, None)
     """
+    # By substring, so the longer names stand first: "H100" is in "H100 PCIe".
     return next((peak for part, peak in PEAK_FLOPS if part in device), None)
 
 
@@ -183,5 +188,6 @@ def mfu(flops: float, seconds: float, device: str, *, devices: int = 1) -> float
     >>> mfu(989.5e12, 2.0, "NVIDIA H200")
     0.5
     """
+    # The dense peak of one device times their number; communication counts as time lost.
     peak = peak_flops(device)
     return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)
