@@ -59,6 +59,7 @@ class Stages:
 
     def close(self) -> None:
         """End what runs beside this process: the engine, and the workers that judge."""
+        # The workers end even where an engine's child does not answer.
         try:
             self.engine.close()
         finally:
@@ -71,8 +72,10 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
     with ExitStack() as undo:
+        # The workers start in half a second each, beside the reading of the questions.
         verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
         intake = _read(cfg, world, verifier)
+        # From here on memory of the device is taken; all that needs none was refused above.
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
@@ -87,9 +90,11 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         engine = _build_engine(cfg, world, policy)
         undo.callback(engine.close)
 
+        # U is a likelihood: temperature 1, whatever the paths were drawn at.
         def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
             return passes(lambda batch, _: policy.logprob(batch), rows)
 
+        # Log-probs of drawn paths are those of the distribution that drew them.
         def score_paths(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
             temperature = cfg.rollout.temperature
             return passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
@@ -137,6 +142,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
 def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     """The questions and benchmarks, and all that they and the model's shapes can refuse."""
     text = open_text(cfg, world.size)
+    # Silent for a while first: most data sets are judged before a bar could be drawn.
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
@@ -150,6 +156,7 @@ def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
     """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
 
     def hf() -> HFEngine:
+        # A sharded model would gather its weights for every token; the copy costs its size once.
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,

@@ -80,6 +80,7 @@ class Collector:
         With `train.resample_rounds`, questions without a gradient make room for others, which are a
         function of (seed, step, round) like the first ones.
         """
+        # Once per step: schedules reach scores, gate and monitors by this one route.
         objective = self.cfg.objective.at(step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
@@ -108,6 +109,7 @@ class Collector:
     ) -> dict[int, PromptedQuestion]:
         """Place of a question without a gradient -> the one that comes for it: with weights of its
         own file, so that a mixture keeps its shares."""
+        # Candidates come in random order, so the first that fits is a fair draw.
         mixture, left = self.cfg.data.weights is not None, list(candidates)
         swaps = {}
         for place in dead:
@@ -180,6 +182,7 @@ class Collector:
         post, unanswered_post = self._scored("posterior", questions, posterior, step)
         pi, unanswered_pi = self._scored("prior", questions, prior, step)
         unanswered = unanswered_post | unanswered_pi
+        # By question: a group that lacks a path has another mean, so none of it is trained.
         lost = [
             sum(path.finish == "error" for path in (*z_post, *z_prior))
             + (question.question.id in unanswered)
@@ -199,6 +202,7 @@ class Collector:
     def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
         """What the objective must see of the policy beside U: a forward of each."""
         logps = {}
+        # In one order on every process: each score is a collective of a sharded policy.
         for score in sorted(self.cfg.objective.needs()):
             if score.part == "target" or score.who != "policy":
                 continue
@@ -217,6 +221,7 @@ class Collector:
     ) -> tuple[ScoredPaths, set[str]]:
         """One stream with every column; the questions of which the engine gave up a sampled
         answer."""
+        # Flat here, one batch for engine and checker; (B, P) again in the columns.
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered = self._utilities(stream, pairs, step)
@@ -236,6 +241,7 @@ class Collector:
     ) -> ScoredBatch:
         with timer("rollout"):
             posterior, prior = self.sample(questions, step)
+            # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
         with timer("score"):

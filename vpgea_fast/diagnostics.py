@@ -48,6 +48,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
         # A thought that closed and whose answer was cut is whole: only its answer is missing.
         f"trunc_{name}": sum(p.truncated and not p.closed for p in paths) / len(paths),
     }
+    # NaN where U is not scored, -inf where float32 has underflowed: neither has a quantile.
     finite = stream.u_BP[torch.isfinite(stream.u_BP)]
     if finite.numel():
         quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
@@ -56,6 +57,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
             f"u_{name}_p10": quantiles[0],
             f"u_{name}_p50": quantiles[1],
         }
+    # All or none of a stream is judged: a mean over some would be of other paths each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
         metrics[f"acc_{view}"] = accuracy
@@ -83,7 +85,7 @@ def view_divergence(
     log-prob and entropy of each token. log_utility_BG: log L + log eta, as the objective has it.
     """
     gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
-    gap_T = torch.cat(gaps)
+    gap_T = torch.cat(gaps)  # (tokens of all posterior paths,)
     hinted = [int((gap > HINT_NATS).sum()) for gap in gaps]
     # Path log-ratios, not means over tokens: the ELBO's KL is one of whole paths.
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(log_utility_BG)
@@ -102,6 +104,7 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
     """Share of posterior paths whose first fifth spells the answer already: a thought that starts
     from the answer passes cross-view scoring. A number of the question counts too, so watch its
     change, not its level."""
+    # By text: a tokenizer may spell the answer's digits in several ways.
     early = [
         question.question.answer in decode(path.z_ids[: path.length // 5])
         for question, path in batch.pairs("posterior")
@@ -122,11 +125,13 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
     ValueError where there is none.
     """
+    # Path -> its log-probs under the prompt that it was drawn from, as the trainer has them.
     own_logps = {
         row.path: values
         for row, values in zip(rows, logps, strict=True)
         if not row.distilled and row.path is not None
     }
+    # Both names always, so that a figure's lines do not break where a step distils nothing.
     losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     for row, row_logps in zip(rows, logps, strict=True):
@@ -188,6 +193,7 @@ def work_metrics(
     seconds: dict[str, float],
 ) -> dict[str, float | int]:
     """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
+    # What a step would train if nothing were gated off, term by term.
     possible = sum(
         part_row(question, path, term).tokens
         for term in terms.parts
@@ -220,6 +226,7 @@ def speed_metrics(
     Of a row the head counts on the targets alone, where it runs. `mfu` is None on a device whose
     peak is not known.
     """
+    # The last token of a row is only ever a target.
     lengths, targets = [row.tokens - 1 for row in rows], [row.token_ids.numel() for row in rows]
     return {
         "train_tokens_per_s": sum(row.tokens for row in rows) / seconds,
@@ -240,6 +247,7 @@ def path_records(
     streams: tuple[Stream, ...] = ("posterior", "prior")
     for stream in streams:
         columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
+        # From the first question on: a reader wants whole groups, not a random handful.
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:
             correct = columns.correct_BP[b, i].item()

@@ -92,6 +92,7 @@ def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
     """The rates of a card, `stated` ones laid over them; None for an unknown card, or a part of
     one (MIG), of which tflops or bandwidth is not stated."""
     known: dict[str, float | None] = {}
+    # A slice has a part of the card's rates, and its name does not say how much.
     if " MIG " not in name:
         peak = peak_flops(name)
         bandwidth = next((rate for part, rate in BANDWIDTH if part in name), None)
@@ -112,6 +113,7 @@ def parse_rates(text: str) -> dict[str, float]:
     >>> parse_rates("tflops=312, accepted=0.3")
     {'tflops': 312.0, 'accepted': 0.3}
     """
+    # The record is the list of keys: a new rate is known here at once.
     known = [field.name for field in dataclasses.fields(Rates)]
     rates: dict[str, float] = {}
     for pair in text.split(","):
@@ -172,6 +174,7 @@ class Durations:
     @property
     def run(self) -> dict[str, float]:
         """phase -> seconds of the whole run."""
+        # Evaluations before and after the run belong to no step, so they are counted apart.
         whole = {phase: self.steps * seconds for phase, seconds in self.step.items()}
         return whole | {"evaluation": self.evaluations * self.evaluation}
 
@@ -203,6 +206,7 @@ def rollouts_of(
 ) -> Draw:
     """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
     rollout, views = cfg.rollout, cfg.objective.draws().counts
+    # Where streams differ in size, the smaller number shares a prompt: the cautious figure.
     mean, limit = _mean_thought(cfg, tokens), 0
     if rollout.full_answer:
         limit = rollout.max_answer_tokens
@@ -222,6 +226,7 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
     evaluation = 0.0
     if sizes.evaluated:
+        # As Evaluator draws: every sample of a question has one prompt, answers behind thoughts.
         held_out = Draw(
             paths=sizes.evaluated,
             shared=max(1, cfg.eval.samples),
@@ -232,8 +237,11 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
         )
         evaluation = _drawing(cfg, rates, sizes, held_out)
     every, steps = cfg.eval.every, cfg.train.steps
+    # Not before the first step and not after the last: those two are counted by themselves.
     between = (steps - 1) // every if every and sizes.evaluated else 0
+    # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
+    # In the background the write is hidden behind the next steps; its copy takes a second.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
@@ -262,6 +270,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     # The head runs where a loss reads it: on the thought, not on the prompt.
     whole = flops.forward_row(row, round(thought)) / forward
     train = flops.row(row, round(thought)) / (peak * mfu)
+    # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
 
     scoring = 0.0
@@ -278,12 +287,16 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
         scoring = _drawing(cfg, rates, sizes, answers)
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole
+    parts, epochs = cfg.train.minibatches, cfg.train.epochs
+    if parts * epochs > 1:
+        # Log-probs before the first update, and again before every update but that one.
+        scoring += rows * whole * (1 + epochs - 1 / parts)
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0
     if cfg.metrics.diag_every and posterior:
         diagnosing = (2 * posterior * whole + rows * train) / cfg.metrics.diag_every
-    return {"scoring": scoring, "training": rows * train, "diagnostics": diagnosing}
+    return {"scoring": scoring, "training": epochs * rows * train, "diagnostics": diagnosing}
 
 
 def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
@@ -296,7 +309,9 @@ def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
     group = cfg.processes_per_engine
     mine = math.ceil(draw.paths * group / sizes.world)
     batch = min(cfg.rollout.max_batch, max(1, int(sizes.cache / draw.held)))
+    # Rounds of decoding: full ones, then the tail of the longest path alone.
     tokens = mine * draw.mean / min(mine, batch) + (draw.limit - draw.mean)
+    # E[length^2] of lengths that are even from 0 to twice the mean.
     square = min(4 / 3 * draw.mean, draw.limit) * draw.mean
     read = tokens * sizes.parameters * _width(cfg)
     read += mine * sizes.token * (draw.prompt * draw.mean + square / 2)

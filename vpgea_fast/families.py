@@ -91,8 +91,9 @@ class HeadOptions(NamedTuple):
 
 
 def without_randomness(config: Any) -> Any:
-    """The same configuration, changed in place: every rate of dropout, of dropped layers and of
-    router noise is 0, in its parts too. Router logits are off: they only serve an auxiliary loss."""
+    """Set every rate of dropout, of dropped layers and of router noise to 0, in parts too.
+
+    In place. Router logits are off: they only serve an auxiliary loss."""
     # A list: setattr may add names to `vars` while this loop runs.
     for name, value in list(vars(config).items()):
         # A part with a configuration of its own (text_config, for example).

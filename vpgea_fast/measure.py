@@ -51,8 +51,10 @@ class Measure:
     def known(self, updates: Sequence[Sequence[TrainRow]]) -> list[list[TrainRow]]:
         """The rows with their log-probs before the first update, where a later one compares with
         them, and those of the reference policy: a forward each, of the rows that ask."""
+        # By identity: epochs share their rows, and each is scored once.
         rows = list({id(row): row for part in updates for row in part}.values())
         several = len(updates) > 1
+        # With a single update every ratio is 1, and its coefficients are known already.
         asked = [r for r in rows if r.live and (several or r.live.reference)]
         old = self._logprobs(asked)
         whole = {id(row): replace(row, old=values) for row, values in zip(asked, old, strict=True)}
@@ -62,6 +64,7 @@ class Measure:
         """The rows with the coefficients of the policy as it is now. One forward more where it has
         `moved` since it drew the paths, of the rows whose coefficients depend on that."""
         live = {id(row): row.old for row in rows if row.old is not None}
+        # A forward costs a third of the row's training; a clipped row then costs nothing more.
         if moved:
             asked = [row for row in rows if id(row) in live]
             live = dict(zip(live, self._logprobs(asked), strict=True))
@@ -77,6 +80,7 @@ class Measure:
 
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
+        # A lost path is no short or wrong one, so its question is in no mean.
         whole = batch.whole
         return merge(diagnostics.batch_metrics(whole) if whole else {}, terms.metrics)
 
@@ -87,6 +91,7 @@ class Measure:
         whole, temperature = batch.whole, self.cfg.rollout.temperature
         if log_utility_BG is None or whole is None:
             return {}
+        # Two heads over whole thoughts: as dear as scoring, hence every metrics.diag_every steps.
         pairs = whole.pairs("posterior")
         views = [
             self.passes(
@@ -132,6 +137,7 @@ class Measure:
 
     def _memory(self) -> dict[str, float]:
         """Peak memory so far, maximum over processes (device memory; host RSS on a CPU)."""
+        # Linux counts ru_maxrss in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.on_cuda:
             peak = torch.cuda.max_memory_allocated() / 2**20

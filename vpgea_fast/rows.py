@@ -80,6 +80,7 @@ def build_rows(
     rows = []
     for term in terms.parts:
         scale_BP = _normaliser(batch, term, terms.alive, scale)
+        # Python numbers, flat in the order of the pairs: one transfer per term, not per path.
         columns = zip(
             batch.pairs(term.stream),
             term.acting.flatten().tolist(),
@@ -98,6 +99,8 @@ def build_rows(
 
 def minibatches(batch: ScoredBatch, rows: Sequence[TrainRow], count: int) -> list[list[TrainRow]]:
     """Split rows by question into `count` parts, in the order of the batch."""
+    # By place: the questions of a step are in random order already, and a path's rows, which the
+    # loss of a distilled one reads together, stay in one update.
     questions = len(batch.questions)
     part_of = {q.question.id: i * count // questions for i, q in enumerate(batch.questions)}
     return [[r for r in rows if r.path and part_of[r.path[0]] == n] for n in range(count)]
@@ -105,6 +108,7 @@ def minibatches(batch: ScoredBatch, rows: Sequence[TrainRow], count: int) -> lis
 
 def checksum(rows: Sequence[TrainRow]) -> int:
     """A number of the rows' tokens and coefficients: processes must agree on it."""
+    # Bytes, not values: NaN is unequal to itself, and -0.0 equal to 0.0.
     crc = 0
     for row in rows:
         for part in (row.context_ids, row.token_ids, row.coef.double()):
@@ -123,11 +127,13 @@ def _weigh(
 ) -> TrainRow:
     """The row with its coefficients: those of an update whose policy drew the paths."""
     tokens = row.token_ids.shape
+    # float64: the sum over 8k tokens of a row is rounded once, in the loss.
     coef, factor = torch.full(tokens, weight * scale, dtype=torch.float64), None
     if term.factors is not None:
         factor = term.factors[path.key]
     # The reference answer was not drawn, so no sampler is corrected on it.
     if ratios is not None and term.part != "target":
+        # A ratio per drawn token, thought first: an answer's begin behind the thought.
         start = path.z_ids.numel() if term.part == "answer" else 0
         ratio = ratios[path.key][start:][: tokens[0]]
         factor = ratio if factor is None else factor * ratio
@@ -144,11 +150,13 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
         # Behind a thought the answer is drawn too, so its log-probs are those of the response.
         part: Part = "thought" if term.part in ("thought", "target") else "response"
         view = batch.drawn_in(term.stream)
+        # Under the prompt of the draw: another one's log-probs say nothing about the sampler.
         own = replace(term, part=part, view=view, live=None, distilled=False)
         acting = term.acting.flatten().tolist()
         for (question, path), acts in zip(batch.pairs(term.stream), acting, strict=True):
             row = part_row(question, path, own)
             known = rows.get(path.key)
+            # Two terms of one path share a row: the longer part holds the other's tokens.
             longer = known is None or known.token_ids.numel() < row.token_ids.numel()
             if acts and row.token_ids.numel() and longer:
                 rows[path.key] = row
@@ -207,6 +215,7 @@ def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scal
     """w_i of every path, (B, P) float64."""
     weight_BP = term.weight_BP
     counted_B = alive if scale.effective else torch.ones_like(alive)
+    # 1 / (B P) of one update: each has 1 / updates of the questions.
     per_path = scale.updates / (counted_B.sum().clamp(min=1).double() * weight_BP.shape[1])
     if scale.norm in ("seq_sum", "const"):
         constant = scale.constant if scale.norm == "const" else 1.0

@@ -89,6 +89,7 @@ class RunDir:
 
     def worth(self, saved: checkpoint.Checkpoint | None) -> dict[int, float]:
         """step -> checkpoint.keep_best of the evaluations so far. A collective."""
+        # JSON has made the steps text.
         best = self.cfg.checkpoint.keep_best
         if not (best and saved):
             return {}
@@ -99,6 +100,7 @@ class RunDir:
 
     def evaluations(self) -> dict[str, Any]:
         """What eval.json holds, by "before" and "after"; as the main process reads it."""
+        # One process's word: the others might read the file before or after it is written.
         return self.world.gather(report.read_evaluation(self.path))[0]
 
     def write_evaluations(self, known: Mapping[str, Any]) -> None:
@@ -107,6 +109,7 @@ class RunDir:
 
     def write_facts(self, policy: Policy) -> None:
         """Write config.yaml and environment.json. A collective, and the last act of a start."""
+        # Numbers of two runs are compared later: what ran them must stand beside them.
         facts = {
             **environment(),
             "run_device": str(policy.device),
@@ -128,6 +131,7 @@ class RunDir:
     ) -> Path:
         """Write rows that have no finite gradient; the file. A collective."""
         file = self.path / f"nonfinite_step_{step}.jsonl"
+        # NaN as JSON writes it: the file is for a person, and the value is the finding.
         lines = [
             {
                 "stream": row.stream,
@@ -151,6 +155,7 @@ class RunDir:
         console.close()  # the bar would be drawn below the table
         if table:
             console.table(headers, table, notes=report.closing_notes(self.path))
+        # Of the steps whose weights are still there: an older best one may be deleted.
         best = checkpoint.best_step(worth, checkpoint.saved_steps(self.path))
         if best is not None:
             console.message(
@@ -171,6 +176,7 @@ class RunDir:
         step, record = 0 if saved is None else saved.step, _record(saved)
         if saved:
             _require_state(saved)
+        # The checkpoint's own record first: config.yaml may have been edited since.
         self.before = record or load(self.path / "config.yaml", record=True)
         changed = changes(self.before, self.cfg)
         # An evaluation of other settings would stand beside those before as if it were one of them.
@@ -212,10 +218,12 @@ class RunDir:
         if changes(self.before, self.cfg):
             old = self.path / f"config.until_step_{step}.yaml"
             checkpoint.write_text(old, dump(self.before))
+        # Steps after the checkpoint are made again, so their lines would stand twice.
         lines = self._cut_log(METRICS, step, once=True)
         paths = self._cut_log(PATHS, step, once=False)
         (self.path / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
         written: dict[int, int] = {}
+        # Alarms count steps in a row: replayed, they know what the killed process knew.
         for record in read_steps(self.path):
             alarms.update(record)
             written[record["step"]] = record.get("paths_written", paths[record["step"]])
@@ -237,7 +245,9 @@ class RunDir:
 def _require_state(saved: checkpoint.Checkpoint) -> None:
     """CheckpointError for a state that `Trainer.save` does not write."""
     state = saved.trainer_state
-    for key, kind in {"skipped_in_a_row": int, "data": str, "evaluated": dict}.items():
+    # A mapping may be missing: versions before it had none.
+    kinds = {"skipped_in_a_row": int, "data": str, "evaluated": dict, "method": dict}
+    for key, kind in kinds.items():
         if type(state.get(key, {} if kind is dict else None)) is not kind:
             raise checkpoint.CheckpointError(
                 f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
@@ -267,6 +277,7 @@ def export_step(
     if not (run_dir / "config.yaml").exists():
         raise ConfigError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
     cfg = load(run_dir / "config.yaml", record=True)
+    # No lock: a run may write meanwhile, and what is complete stays complete.
     steps = checkpoint.saved_steps(run_dir)
     if step == "best":
         name = cfg.checkpoint.keep_best
@@ -301,6 +312,7 @@ def rate_changes(old: Config, new: Config, step: int) -> list[str]:
     if step >= new.train.steps:
         return []
     now = learning_rate(new.optim, step, new.train.steps)
+    # Three rates: of the next update, of it without the change, and of the last one made.
     planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
     last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
     if now == planned or (step >= old.train.steps and now == last):

@@ -165,12 +165,14 @@ class Trainer:
         with timer("importance"):
             ratios, weighed = measure.importance(batch, terms)
             updates = measure.known(self.updates(batch, terms, ratios))
+        # One pass over the questions: later epochs have the same rows again.
         rows = [row for part in updates[: self.cfg.train.minibatches] for row in part]
         with timer("diagnose"):  # before the update: of the weights that drew the paths
             diagnosed = self.diagnose(batch, terms, rows)
             records = measure.records(batch, terms, self.step + 1)
         with timer("train"):
             update, skipped = self.train(updates)
+        # After the updates: a step that is left before them is made again with the old state.
         self.method = terms.state
         with timer("sync"):
             synced = self.sync_engine(updated=skipped is None)
@@ -209,11 +211,13 @@ class Trainer:
         """
         done, reasons, self.updated = [], [], False
         for rows in updates:
+            # The paths stay and the policy moves: clipped ratios are taken anew each time.
             metrics, reason = self.update(self.stages.measure.moment(rows, moved=self.updated))
             self.updated = self.updated or reason is None
             done.append(metrics)
             reasons.append(reason)
         self.updated = False
+        # One update is one: the engine needs the weights, and the run is not idle.
         skipped = reasons[0] if all(reasons) else None
         return diagnostics.mean_update(done), skipped
 
@@ -400,7 +404,7 @@ class Trainer:
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
         """Gradient norm of each term alone: one more forward and backward of all rows."""
         names = dict.fromkeys(row.term for row in rows)
-        if len(names) == 1:
+        if len(names) <= 1:
             return {}  # it is grad_norm
         norms = {}
         for name in names:

@@ -68,8 +68,8 @@ class MetricsWriter:
 
 
 def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run's metrics.jsonl; none without the file. An unfinished last line (of a
-    live or a killed run) is left out.
+    """Yield the lines of a run's metrics.jsonl; none without the file. An unfinished last line, of
+    a live or a killed run, is left out.
 
     Raises ValueError with file and line number for anything else that is no step's JSON object.
     """

@@ -24,8 +24,8 @@ PEAK_FLOPS = (
     ("B200", 2250e12),
     ("L40S", 362e12),
 )
-"""(part of the name that CUDA gives a device, dense bfloat16 operations per second). The first match
-counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
+"""(part of the name that CUDA gives a device, dense bfloat16 operations per second). The first
+match counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
 
 
 class PhaseTimer:

@@ -90,6 +90,7 @@ DEFAULT = Vpgea
 
 def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a section, below them those of its preset: what is given wins."""
+    # An unknown name or preset passes here: the validation after it has the better words.
     presets = getattr(METHODS.get(str(section.get("name"))), "PRESETS", {})
     return {**presets.get(str(section.get("preset", "paper")), {}), **section}
 
@@ -117,12 +118,15 @@ def custom_type(target: str) -> type:
             f"{target} is no pydantic dataclass; decorate the class with "
             "pydantic.dataclasses.dataclass(frozen=True, config=vpgea_fast.objectives.STRICT)"
         )
+    # Before any path is drawn: a method that is missing would end the run in its first step.
     missing = [name for name in METHOD_NAMES if not hasattr(kind, name)]
     if missing:
         raise ValueError(
             f"{target} has no {', '.join(missing)}; expected draws(), needs() and terms() as in "
             "vpgea_fast.objectives.Objective, and the rest from vpgea_fast.objectives.Keys"
         )
+    # The section's own keys, as fields of a subclass: config.yaml then holds them, and a resume
+    # finds the class again.
     names = {"name": Literal["custom"], "target": str}
     values = {"name": "custom", "target": target, "__module__": kind.__module__}
     whole = type(kind.__name__, (kind,), {"__annotations__": names, **values})

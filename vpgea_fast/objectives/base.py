@@ -38,6 +38,8 @@ class Draws:
     verified: bool = False
     answers: bool = False
 
+    # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
+
     @property
     def paths(self) -> int:
         """Paths of a question, both streams."""
@@ -89,8 +91,10 @@ class Term:
     @property
     def acting(self) -> Tensor:
         """(B, P) bool: the paths that get a row."""
+        # A zero row would cost attention, MLP and head, and add nothing.
         if self.live is None or not self.live.reference:
             return self.weight_BP.ne(0)
+        # The KL to a reference holds every path, those of advantage zero too.
         everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
         return everyone if self.counted_BP is None else self.counted_BP
 
@@ -120,10 +124,12 @@ class Terms:
     def alive(self) -> Tensor:
         """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
         policy alone teaches nothing, and does not count."""
+        # (parts, B) -> (B,): one part with a gradient is enough.
         return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
 
     def without(self, lost_B: Tensor) -> Terms:
         """No weight for the questions where `lost_B` is True."""
+        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
         parts = (
             replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
             for part in self.parts

@@ -93,6 +93,7 @@ class PolicyGradient(Keys):
 
     def needs(self) -> frozenset[Score]:
         scores = set()
+        # Each score is a forward of every path: only what `terms` will read.
         if self.reward == "likelihood":
             scores.add(Score("prior", "student", "target"))
         if self.kl_coef:
@@ -101,11 +102,13 @@ class PolicyGradient(Keys):
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         prior = batch.prior
+        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
         likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
         correct_BN = prior.correct_BP == 1.0 if self.reward == "verify" else likely_BN
         # len_base is the mean length of the group itself.
         clip, len_base_B = self.eta_clip, prior.length_BP.mean(dim=1)
         eta_BN = length_factor(prior.length_BP, len_base_B, alpha=self.alpha, eta_clip=clip)
+        # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
         reward_BN = correct_BN.double() * eta_BN - self._overlong(batch)
         advantage_BN = self._advantage(reward_BN)
         kept_BN = self._kept(batch)
@@ -114,6 +117,7 @@ class PolicyGradient(Keys):
             stream="prior",
             view="student",
             part=self.trains,
+            # Minus: the loss is minimised, and a negative weight makes a path likelier.
             weight_BP=-advantage_BN.where(kept_BN, 0.0),
             counted_BP=kept_BN if self.mask_truncated else None,
             live=Surrogate(
@@ -145,12 +149,15 @@ class PolicyGradient(Keys):
         if self.advantage == "zscore":
             options = {"eps": self.eps, "ddof": self.ddof, "std_gate": self.std_gate}
             return group_zscore(reward_BN, **options)
+        # Groups of equal rewards keep a gradient here, which is what tells this from the others.
         if self.advantage == "batch":
             return reward_BN - reward_BN.mean()
         centred_BN = reward_BN - reward_BN.mean(dim=1, keepdim=True)
         # Rounding of the mean must not wake a group that has nothing to compare.
         equal_B = reward_BN.amax(dim=1) == reward_BN.amin(dim=1)
         centred_BN = centred_BN.masked_fill(equal_B[:, None], 0.0)
+        # R - mean of the others = n / (n - 1) (R - mean of all): unbiased, where `centred` is
+        # smaller by (n - 1) / n.
         n = reward_BN.shape[1]
         return centred_BN * (n / (n - 1)) if self.advantage == "leave_one_out" else centred_BN
 
@@ -167,6 +174,7 @@ class PolicyGradient(Keys):
         """(B, N) bool: the paths in the loss."""
         if not self.mask_truncated:
             return torch.ones_like(batch.prior.closed_BP)
+        # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
         cut = [[path.truncated for path in group] for group in batch.prior.paths]
         return ~torch.tensor(cut, dtype=torch.bool).view_as(batch.prior.closed_BP)
 
@@ -200,14 +208,18 @@ class Surrogate:
             log_ratio = log_ratio.mean().expand_as(now)
         r = log_ratio.exp()
         if self.truncate:
+            # For either sign of A, as MiniMax-M1 writes it: no lower bound.
             coef = weight * r.clamp(max=self.high)
         else:
+            # min(r A, clip(r) A) takes the clipped branch, which is flat, only where the ratio has
+            # already moved the way that A pushes it.
             clipped = (r > self.high) if weight < 0 else (r < self.low)
             coef = weight * r.masked_fill(clipped, 0.0)
         if not self.reference:
             return coef
         if reference is None:
             raise ValueError("KL: got no log-probs of a reference policy, expected one per token")
+        # d/d now of exp(gap) - gap - 1 with gap = reference - now.
         gap = reference - now
         if math.isinf(self.kl_bound):
             return coef + self.kl_coef * (1 - gap.exp())

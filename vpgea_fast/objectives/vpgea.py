@@ -129,6 +129,8 @@ class Vpgea(Keys):
         )
 
     def needs(self) -> frozenset[Score]:
+        # The student's prompt does not hold the answer, so a path that only leans on it makes the
+        # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         return frozenset(
             {
@@ -140,6 +142,7 @@ class Vpgea(Keys):
     def at(self, step: int, /) -> Vpgea:
         if self.alpha_end is None:
             return self
+        # A copy with another alpha: scores, gate and monitors all read the one key.
         way = min(1.0, step / self.alpha_steps)
         return dataclasses.replace(self, alpha=self.alpha + way * (self.alpha_end - self.alpha))
 
@@ -177,6 +180,7 @@ class Vpgea(Keys):
             "none": torch.ones_like(u.advantage),
         }[self.gate]
         view = batch.posterior_view
+        # The same token ids under both prompts: only their contexts differ.
         return Terms(
             parts=(
                 Term(name="pg", stream="posterior", view=view, weight_BP=-u.advantage),
@@ -185,6 +189,7 @@ class Vpgea(Keys):
                     stream="posterior",
                     view="student",
                     weight_BP=-self.beta * gate_BG,
+                    # Drawn from the student's own prompt there is no other log q to subtract.
                     distilled=view != "student",
                     counted_BP=gate_BG.ne(0) if self.distill_denominator == "gated" else None,
                 ),
@@ -197,6 +202,7 @@ class Vpgea(Keys):
         """Utility, advantage and gate of the posterior paths."""
         post, prior = batch.posterior, batch.prior
         columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
+        # One kernel launch on CUDA; the monitors below it are a few (B, G) operations.
         accept_BG, options = accepted(self, batch), self.group_options()
         u = cross_view_utility(*columns, accept_BG=accept_BG, options=options)
         if self.cross_view:
@@ -219,6 +225,7 @@ class Vpgea(Keys):
 
     def _group_metrics(self, batch: ScoredBatch, u: Utility) -> dict[str, float | None]:
         length_BG = batch.posterior.length_BP
+        # (gated paths,): ragged over questions, so the means weigh paths and not questions.
         gated = length_BG[u.gate]
         ratio = (length_BG / length_BG.mean(dim=1, keepdim=True))[u.gate]
         return {
