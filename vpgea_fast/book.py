@@ -71,6 +71,7 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+# Keys of Evaluator.run's result for one mode; report and console read them by these names.
 EVALUATION = Chapter(
     "eval.json",
     "Before and after training: `step`, and an object for each mode, `sampled` and `greedy`. "
@@ -102,6 +103,7 @@ errors | answers
 """),
 )
 
+# Columns that every path has, then those of the objective's `Terms.path_scores`.
 PATHS = Chapter(
     "paths.jsonl",
     "One line per path, for the first metrics.paths_per_step paths of each stream.",
@@ -144,6 +146,7 @@ ids | token ids
 )
 
 STEP = (
+    # From `Trainer.update`, and `diagnostics.row_metrics` of the rows that it trained.
     Chapter(
         "Step and update",
         "Every step; kl_gated where a row was distilled.",
@@ -169,6 +172,7 @@ kl_gated | nats per token
     gated paths.
 """),
     ),
+    # From `diagnostics.batch_metrics`; of a stream that is not drawn there are none.
     Chapter(
         "Paths and answers",
         "Every step, over the paths of each stream that the objective draws. "
@@ -209,6 +213,7 @@ paths_written | lines
     Lines that this step wrote to paths.jsonl.
 """),
     ),
+    # From `Terms.metrics` of the objective; the counts of lost paths are the collector's.
     Chapter(
         "Utility, advantage and gate",
         "Every step. gate_rate, len_gated*, utility and u_replaced belong to vpgea.",
@@ -240,6 +245,7 @@ tokens_replaced | tokens
     Tokens of questions that train.resample_rounds replaced; 0 without resampling.
 """),
     ),
+    # From `advantage.posterior_monitors`.
     Chapter(
         "Monitors of the theory",
         "Every step of vpgea, means over questions (arXiv 2605.11019, Proposition 1). "
@@ -258,6 +264,7 @@ share_cov_negative | share
     Share of questions with a negative covariance: there objective.alpha is too large.
 """),
     ),
+    # From `diagnostics.mismatch`, `rows.truncated_ratios` and rollout/probe.py.
     Chapter(
         "Engine against trainer",
         "mismatch_* with every update, importance_capped with rollout.importance_cap. "
@@ -287,6 +294,7 @@ rest_freed_mib | MiB
     Device memory that the engine gave back between sampling and training; 0 for engine hf.
 """),
     ),
+    # From `diagnostics.view_divergence` and `Trainer.stream_norms`: passes of their own.
     Chapter(
         "Diagnostics of the two views",
         "Every metrics.diag_every steps, over all tokens of the teacher's paths (vpgea).",
@@ -315,6 +323,7 @@ grad_norm_distill | norm
     Gradient norm of the distilled rows alone; absent without such rows.
 """),
     ),
+    # From `Measure.cost` and `diagnostics.plan_metrics`.
     Chapter(
         "Work, speed and memory",
         "Every step; plan_* with every update.",

@@ -22,6 +22,7 @@ class Ending(enum.IntEnum):
     """Because it learnt nothing more, or wrong: saved, evaluated, exported. See `Alarms.halt`."""
 
     def __bool__(self) -> bool:
+        # `if fit(cfg):` asks whether the model is the one that was asked for.
         return self is Ending.DONE
 
 
@@ -74,6 +75,7 @@ class Callback:
 
 def check(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     """ValueError for what is no instance of a Callback, a class for example."""
+    # Before anything is read: a class in place of an instance would fail at its first hook.
     for number, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise ValueError(
@@ -90,12 +92,14 @@ def tell(callbacks: Sequence[Callback], world: World, hook: str, *args: object) 
     A collective where there are any: one gather, so that a failure of one process ends all.
     """
     asked = False
+    # The common case costs no collective.
     if not callbacks:
         return asked
     with world.together():
         for callback in callbacks:
             try:
                 getattr(callback, hook)(*args)
+            # The callbacks after it are called all the same: they may write what they have.
             except StopTraining:
                 asked = True
     return asked

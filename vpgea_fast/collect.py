@@ -132,6 +132,7 @@ class Collector:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
         requests = self._requests(questions, step)
+        # One call: vLLM fills its batch from both streams, and shares prefixes within each.
         paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
         counts = [count for _, _, count in self.draws.plan]
         # Requests stand question by question, posterior before prior: the same order as here.
@@ -327,6 +328,7 @@ class Collector:
                         seed=seed,
                     )
                 )
+        # No token closes such an answer: all that is drawn belongs to it.
         how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
         answers = self.engine.generate(requests, how, self.progress(len(requests)))
         lost = {answer.question_id for answer in answers if answer.finish == "error"}

@@ -160,6 +160,7 @@ def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     is that of the first, and `skipped`, which says that there was no update at all."""
     if len(updates) == 1:
         return dict(updates[0])
+    # A key may be missing where an update had no row of its kind: a mean over those that have it.
     first, keys = updates[0], {key: None for metrics in updates for key in metrics}
     result = {}
     for key in keys:
@@ -175,6 +176,7 @@ def mismatch(gap: torch.Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, from log p_engine - log p_trainer of every token:
     mean exp|gap| (NeMo-RL's bar is 1.05), the largest |gap|, the smallest and largest ratio
     p_trainer / p_engine, and the share of ratios outside [0.9, 1.1]."""
+    # p_trainer / p_engine: what an importance weight would be.
     ratio = (-gap).exp()
     return {
         "mismatch_mean": gap.abs().exp().mean().item(),

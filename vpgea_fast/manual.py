@@ -263,7 +263,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `vpgea_fast/config/` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "Generated from the source by `python -m vpgea_fast.manual docs`. Do not edit.",
         "",
         "* A YAML file holds sections of keys; `--section.key value` overrides one of them.",
         "* `vpgea keys SECTION` prints the same on a terminal.",
@@ -310,6 +310,7 @@ def metrics_page() -> str:
 def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     # A bar in a text would begin another cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    # Unaligned: a column of one long cell would shift every line of a diff.
     rule = ["---"] * len(headers)
     return [f"| {' | '.join(row)} |" for row in [headers, rule, *cells]]
 
@@ -322,6 +323,7 @@ def api_page() -> str:
         "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
     ]
     for module, names in API.items():
+        # Read, not imported: the page is the same whatever is installed.
         sources = _sources(module)
         lines += ["", f"## vpgea_fast.{module}", "", *_described(ast.parse(sources[0]))]
         for name, (node, source) in _public(sources, names).items():
@@ -342,6 +344,7 @@ def _sources(module: str) -> list[str]:
 def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str, tuple[Doc, str]]:
     """Documented classes and functions by name, with their source: those named, or all without an
     underscore."""
+    # A name without a docstring is no part of the interface.
     found: dict[str, tuple[Doc, str]] = {
         node.name: (node, source)
         for source in sources
@@ -394,6 +397,7 @@ def _parameters(args: ast.arguments) -> Iterator[str]:
     pairs = [*zip(positional, defaults, strict=True)]
     for arg, default in pairs:
         yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
+    # A bare star stands for what follows it, unless *args does.
     if args.vararg:
         yield f"*{ast.unparse(args.vararg)}"
     elif args.kwonlyargs:

@@ -42,6 +42,7 @@ class Measure:
     ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
         """Truncated p_trainer / p_engine of every token with a gradient, and the share that was
         cut: one forward more, of the paths in the view that drew them."""
+        # Off by default: where engine and trainer agree it is a forward for factors of 1.
         cap = self.cfg.rollout.importance_cap
         if cap is None:
             return None, {}

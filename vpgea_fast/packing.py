@@ -137,6 +137,7 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
                 view="student",
             )
         ]
+    # S rows become S documents of context + tokens - 1, end to end: T input tokens, R targets.
     contexts = [row.context_ids.numel() for row in rows]
     counts = [row.token_ids.numel() for row in rows]
     for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -146,6 +147,7 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
                 f"{context} and {count}"
             )
     seqlens = [context + count - 1 for context, count in zip(contexts, counts, strict=True)]
+    # Positions begin anew in every document, as if it were alone; one ramp serves them all.
     ramp = torch.arange(max(seqlens))
     cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0)
     counts_S = torch.tensor(counts)
@@ -172,6 +174,7 @@ def plan_stats(
     round makes all others wait. Both are 1 where there is nothing to balance.
     """
     costs = [cost(length) for length in lengths]
+    # Per rank, in operations: by tokens attention's square would not show.
     loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
     return {
         "rounds": len(plans[0]),

@@ -86,6 +86,7 @@ class PromptedQuestion:
         return self.question.file
 
     def context(self, view: View) -> Tensor:
+        # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
 
 
@@ -139,6 +140,7 @@ class Path:
 
     @property
     def key(self) -> PathKey:
+        # Texts and a number: JSON has them, and they are equal on every process.
         return self.question_id, self.stream, self.index
 
     @property
@@ -149,6 +151,7 @@ class Path:
     @property
     def generated(self) -> int:
         """All sampled tokens, thought and answer."""
+        # What eps3 divides by, and what a step pays for; prompts are shared and not counted.
         return self.z_ids.numel() + self.answer_ids.numel()
 
     @property
@@ -163,6 +166,7 @@ class Path:
     @property
     def response_logps(self) -> Tensor:
         """The sampler's log-probs of thought and answer, (len + m,) float32; NaN if not known."""
+        # NaN, not 0: a log-prob of 0 would pass for a token that was certain.
         answer = self.answer_logps
         if answer is None:
             answer = torch.full(self.answer_ids.shape, torch.nan)
@@ -200,6 +204,7 @@ class ScoredPaths:
     @property
     def flat(self) -> list[Path]:
         """All paths, question after question."""
+        # In the order of a flattened (B, P) column, which every reader relies on.
         return [path for group in self.paths for path in group]
 
     def select(self, keep: Sequence[int]) -> ScoredPaths:
@@ -261,6 +266,7 @@ class ScoredBatch:
         """Tokens of a part of every path of a stream, (B, P) float64; at least 1 each, since they
         stand in denominators."""
         columns = self.stream(stream)
+        # The thought's are a column already: its lengths are what eta and the baselines use too.
         if part == "thought":
             return columns.length_BP
         if part == "target":
@@ -320,6 +326,7 @@ def _join(record: Columns, other: Columns) -> Columns:
             return {key: {**a[key], **b[key]} for key in a}
         return (*a, *b) if isinstance(a, tuple) else a
 
+    # By field: a new column is selected and joined without a line here.
     columns = {f.name: (getattr(record, f.name), getattr(other, f.name)) for f in fields(record)}
     return replace(record, **{name: joined(*pair) for name, pair in columns.items()})
 
@@ -394,6 +401,7 @@ class TrainRow:
         """The row with the coefficients of the moment, from its tokens' log-probs (n,)."""
         if self.live is None:
             return self
+        # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
         old = now if self.old is None else self.old
         coef = self.live(self.weight, now, old, self.reference) * self.scale
         return replace(self, coef=coef if self.factor is None else coef * self.factor)
@@ -430,6 +438,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy the batch to `device`: the one place where tensors move there."""
+        # seqlens stay Python numbers; the copies are asynchronous where the source is pinned.
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})

@@ -62,6 +62,7 @@ class VllmEngineConfig:
 
     name: Literal["vllm"] = "vllm"
     """vLLM samples, on the devices of the training processes or at a server."""
+    # Where it runs.
     process: Literal["shared", "own"] = "shared"
     """`shared`: vLLM inside each training process. `own`: in a child process of it."""
     server: str | None = None
@@ -70,6 +71,7 @@ class VllmEngineConfig:
     tensor_parallel: PositiveInt = 1
     """Training processes of a node that share one engine (`process: shared`). It must divide their
     number and the model's attention heads."""
+    # What it may take, beside the trainer's states.
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
     """Share of the whole GPU for vLLM's weights, work and KV cache, free when vLLM starts. Asleep,
     vLLM keeps its CUDA graphs only. `--dry-run` says what fits."""
@@ -77,6 +79,7 @@ class VllmEngineConfig:
     """Size of the KV cache; null: what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
     """Longest path in tokens, prompt included; null: what data, rollout and eval can need."""
+    # How it computes.
     enforce_eager: bool = False
     """Use no CUDA graphs and no torch.compile. Always so on a CPU."""
     fp32_head: bool = False
@@ -85,6 +88,7 @@ class VllmEngineConfig:
     timeout_s: Seconds = 1800.0
     """Give up a path that takes longer; its question then has no gradient in this step. A server's
     time includes its queue. Not with tensor_parallel, whose processes must stop alike."""
+    # How a server gets the weights of every step.
     sync: Literal["auto", "disk", "nccl"] = "auto"
     """How a server gets weights: safetensors in sync_dir (`disk`), or NCCL; `auto` is `disk`."""
     sync_dir: PathText | None = None

@@ -79,16 +79,20 @@ class TrainConfig:
     """Steps of the run: one rollout batch and at most one update each."""
     questions_per_step: PositiveInt = 64
     """Questions per step, over all processes."""
+    # Updates per rollout.
     minibatches: PositiveInt = 1
     """Updates over the paths of a step: each takes its share of the questions."""
     epochs: PositiveInt = 1
     """Times that the paths of a step are gone through. Above 1, and with minibatches, an objective
     corrects for the policy that moves away from the paths (clip_low, clip_high)."""
+    # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
     sampling of DAPO, arXiv 2503.14476."""
+    # Memory of a forward, and with it the number of gathers of a sharded model.
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens per forward; at least the longest row that may come."""
+    # When a run that learns nothing, or something wrong, ends itself.
     idle_alarm: PositiveInt = 5
     """Raise an alarm after this many steps in a row without an update."""
     idle_stop: PositiveInt | None = 25
@@ -107,6 +111,7 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
     save_minutes: Minutes | None = None
     """Also save when this many minutes have passed since the last save."""
+    # Which of them stay.
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
@@ -134,6 +139,7 @@ class EvalConfig:
     """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
     """Token limit of a thought. A cut thought counts as wrong."""
+    # Which questions: the same in every evaluation, so that its numbers can be compared.
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
     seed: Seed = 0

@@ -142,6 +142,7 @@ def _read(value: Any, _: Any) -> Any:
         if any(not hasattr(value, name) for name in METHOD_NAMES):
             raise ValueError(f"got {json.dumps(value, default=str)}, expected keys and values")
         return value
+    # The user's class is found by its target; all others by their name.
     kind: Any = _SECTION
     if value.get("name") == "custom" and isinstance(value.get("target"), str):
         if not re.fullmatch(TARGET, value["target"]):

@@ -43,6 +43,7 @@ class Draws:
     @property
     def paths(self) -> int:
         """Paths of a question, both streams."""
+        # What a question costs the engine; scoring costs a forward of each again.
         return self.posterior + self.prior
 
     @property
@@ -56,6 +57,7 @@ class Draws:
     @property
     def counts(self) -> list[int]:
         """Paths per prompt, of the streams that are drawn."""
+        # Paths of one stream share a prompt, and with it a prefix in the engine's cache.
         return [count for _, _, count in self.plan if count]
 
     @property

@@ -207,6 +207,7 @@ class Vpgea(Keys):
         u = cross_view_utility(*columns, accept_BG=accept_BG, options=options)
         if self.cross_view:
             return u
+        # The ablation needs no kernel: four lines of (B, G) arithmetic.
         # In its own view nearly every closed path makes the answer: a baseline would leave nothing.
         reward_BG = post.u_BP.exp().where(accept_BG, 0.0)
         clip = self.eta_clip
