@@ -8,18 +8,42 @@ below vpgea_fast/.
 """
 
 import re
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-HOME = ""
-"""The public repository, https://HOST/OWNER/NAME, once there is one: links to the source need it.
-An address that is not ours would be anyone's to take."""
 (VERSION,) = re.findall(r'__version__ = "(.+)"', (ROOT / "vpgea_fast/__init__.py").read_text())
 
+PUBLIC = re.compile(
+    r"(?:https://(?:[^/@]*@)?|(?:ssh://)?git@)(github\.com|gitlab\.com|codeberg\.org)[:/]"
+    r"([\w.-]+)/([\w.-]+?)(?:\.git)?/?"
+)
+"""An address of a public repository, as git spells it. What stands before @ is a secret."""
 LINK = re.compile(r"```.*?```|(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", re.DOTALL)
+
+
+def find_home() -> str:
+    """Find the repository that this is built from, https://HOST/OWNER/NAME, or "" for none.
+
+    Links to the source lead there: nothing is written down, so a fork's links are the fork's. An
+    sdist has no clone around it, but remembers the address; pip builds the wheel from that.
+    """
+    if (ROOT / "PKG-INFO").exists():
+        found = re.search(r"^Project-URL: Source, (.+)$", (ROOT / "PKG-INFO").read_text(), re.M)
+        return found[1] if found else ""
+    # Without a .git of its own the folder lies in somebody else's repository, or in none.
+    if not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(ROOT), "config", "--get", "remote.origin.url"]
+    try:
+        origin = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""  # git is not installed
+    public = PUBLIC.fullmatch(origin.strip())
+    return f"https://{public[1]}/{public[2]}/{public[3]}" if public else ""
 
 
 def index_page(text: str, home: str, version: str) -> str:
@@ -38,12 +62,14 @@ def index_page(text: str, home: str, version: str) -> str:
 
 
 def project_urls(home: str, version: str) -> dict[str, str]:
+    """Links beside the index page; those into the source need a home."""
     urls = {"Paper": "https://arxiv.org/abs/2605.11019"}
     if home:
         urls |= {"Source": home, "Changelog": f"{home}/blob/v{version}/CHANGELOG.md"}
     return urls
 
 
+HOME = find_home()
 # A CUDA build of torch brings its own Triton; a CPU build brings none, and the tests interpret it.
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 
@@ -125,6 +151,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "accelerate>=1.10.1",
             "build>=1.2",
             "hypothesis>=6.100",
             "pyright>=1.1.400",
@@ -133,6 +160,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
+            # One release: its own losses are the oracle of tests/test_trl.py.
+            "trl==1.16.0",
             TRITON,
             "wheel>=0.45",
         ],

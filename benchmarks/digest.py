@@ -55,15 +55,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "paper, importance weights": {
         "objective.preset": "paper",
         "rollout.importance_cap": 2.0,
-        "train.norm": "token_mean",
+        "objective.norm": "token_mean",
     },
     "robust, resampled and verified": {
         "train.resample_rounds": 2,
         "objective.verify": "gate",
-        "train.norm": "const",
+        "objective.norm": "const",
     },
     "robust, drawn answers": {"scoring.u_source": "accuracy", "scoring.answer_samples": 3},
-    "grpo": {"objective.name": "grpo", "objective.alpha": 0.5, "train.norm": "seq_mean"},
+    "grpo": {
+        "objective.name": "grpo",
+        "objective.alpha": 0.5,
+        "objective.norm": "seq_mean",
+        "objective.trains": "thought",
+    },
     "robust, two ranks": {"parallel.shard": "always"},
     "vllm": {"engine.name": "vllm", "engine.kv_cache_gib": 0.125},
 }

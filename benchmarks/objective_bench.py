@@ -40,6 +40,8 @@ METHODS = {
     "paper preset": ["--objective.preset", "paper", "--objective.beta", "0.5"],
     "GRPO + length factor": [
         *("--objective.name", "grpo", "--objective.group_size", "12", "--objective.alpha", "0.5"),
+        # As VPG-EA is trained here: thoughts alone, the sum over their tokens.
+        *("--objective.trains", "thought", "--objective.norm", "seq_sum"),
         *("--objective.eta_clip", "[0.25, 4.0]", "--objective.std_gate", "0.05"),
         *("--objective.eps", "1e-3"),
     ],

@@ -28,6 +28,7 @@ from vpgea_fast.kernels import cublas
 from vpgea_fast.kernels import group_kernels as group
 from vpgea_fast.kernels import linear_logprob as head
 from vpgea_fast.kernels._tiling import TRITON_DTYPE, tile_for
+from vpgea_fast.kernels.contract import LogitShape
 
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90 and sm_100."""
@@ -36,11 +37,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GEMMS = {
     "train": {"STORE": True},
     "train, bias": {"STORE": True, "BIAS": True},
-    "train, softcap and bias": {"STORE": True, "SOFTCAP": True, "BIAS": True},
+    "train, softcap and bias": {"STORE": True, "CAP": True, "BIAS": True},
     "score": {},
     "score, bias": {"BIAS": True},
     "score, entropy": {"ENTROPY": True},
-    "score, softcap and bias": {"SOFTCAP": True, "BIAS": True},
+    "score, softcap and bias": {"CAP": True, "BIAS": True},
     "redo, peak": {"PEAK": True, "FLAGGED": True},
     "redo, store": {"STORE": True, "FLAGGED": True},
 }
@@ -50,10 +51,10 @@ _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
 _TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
 _OPERANDS = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
 SMALL = {
-    "target_logit": (head._target_logit, {"BIAS": False, "SOFTCAP": False, **_TARGET}),
+    "target_logit": (head._target_logit, {"BIAS": False, "CAP": False, **_TARGET}),
     "target_logit, softcap and bias": (
         head._target_logit,
-        {"BIAS": True, "SOFTCAP": True, **_TARGET},
+        {"BIAS": True, "CAP": True, **_TARGET},
     ),
     "reduce_rows": (head._reduce_rows, {"PEAK": False, "FLAGGED": False, "BITS": 0, **_REDUCE}),
     "reduce_rows, redo": (
@@ -64,18 +65,18 @@ SMALL = {
         head._reduce_rows,
         {"PEAK": True, "FLAGGED": False, "BITS": head.FP16_BITS, **_REDUCE},
     ),
-    "gradient_operands": (head._gradient_operands, {"LIFT": False, "SOFTCAP": False, **_OPERANDS}),
+    "gradient_operands": (head._gradient_operands, {"LIFT": False, "SLOPE": False, **_OPERANDS}),
     "gradient_operands, lse and softcap": (
         head._gradient_operands,
-        {"LIFT": True, "SOFTCAP": True, **_OPERANDS},
+        {"LIFT": True, "SLOPE": True, **_OPERANDS},
     ),
     "bias_gradient": (head._bias_gradient, {"BLOCK_M": 64, "BLOCK_N": 128}),
 }
 
 
 _ROW = {"ROWS": 1, "BLOCK": 4096}
-_PLAIN = {"BIAS": False, "SOFTCAP": False, "ENTROPY": False, **_ROW}
-_FULL = {"BIAS": True, "SOFTCAP": True, "ENTROPY": True, **_ROW}
+_PLAIN = {"BIAS": False, "CAP": False, "ENTROPY": False, **_ROW}
+_FULL = {"BIAS": True, "CAP": True, "ENTROPY": True, **_ROW}
 ROWS = {
     "row_statistics": (cublas.row_statistics, "fp32", _PLAIN),
     "row_statistics, entropy": (cublas.row_statistics, "fp32", {**_PLAIN, "ENTROPY": True}),
@@ -193,9 +194,9 @@ class Compiled:
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
     """`_gemm_exp` in one of the variants of GEMMS."""
-    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "SOFTCAP": False}
+    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "CAP": False}
     flags |= {"ENTROPY": False, **GEMMS[variant]}
-    tile = tile_for(DTYPES[dtype], divmod(arch, 10), softcap=flags["SOFTCAP"])
+    tile = tile_for(DTYPES[dtype], divmod(arch, 10), capped=flags["CAP"])
     tma = arch >= 90
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     constants = {
@@ -215,8 +216,6 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "bias_ptr": pointer,
         "target_ptr": "*i32",
         "flag_ptr": "*i32",
-        "logit_scale": "fp32",
-        "softcap": "fp32",
     }
     for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
@@ -237,7 +236,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
 def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
     """One of the kernels around the GEMM, in one of the variants of SMALL."""
     kernel, flags = SMALL[variant]
-    types = {"target_ptr": "*i32", "flag_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    types = {"target_ptr": "*i32", "flag_ptr": "*i32"}
     for name in "hidden_ptr weight_ptr bias_ptr exps_ptr scaled_ptr".split():
         types[name] = f"*{dtype}"
     for name in "n_rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
@@ -253,7 +252,7 @@ def compile_rows(variant: str, arch: int, dtype: str) -> Compiled:
     kernel, logits, flags = ROWS[variant]
     logits = dtype if logits == "half" else logits
     types = {"logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}"}
-    types |= {"target_ptr": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    types |= {"target_ptr": "*i32"}
     for name in "n_rows vocabulary logits_stride dlogits_stride".split():
         types[name] = "i32"
     constants = dict(flags)
@@ -286,8 +285,23 @@ def _compile(
     stages: int,
     warps: int,
 ) -> Compiled:
+    types, constants = _shaped(kernel, types, constants)
     built = build(kernel, types, constants, arch, stages=stages, warps=warps, fusion=True)
     return read(name, built, arch, dtype)
+
+
+def _shaped(
+    kernel: Any, types: dict[str, Any], constants: dict[Any, Any]
+) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Turns the flag CAP into the type of a LogitShape: without a cap its None is a constant."""
+    rest = dict(constants)
+    capped = rest.pop("CAP", None)
+    if capped is None:
+        return types, rest
+    if not capped:
+        rest[kernel.arg_names.index("shape"), 1] = None
+    shape = LogitShape("fp32", "fp32" if capped else "constexpr")
+    return types | {"shape": shape}, rest
 
 
 def build(
@@ -311,7 +325,7 @@ def build(
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, parameter in enumerate(kernel.params)
-        if signature[parameter.name].startswith("*")
+        if str(signature[parameter.name]).startswith("*")
         or (signature[parameter.name] == "i32" and not parameter.do_not_specialize)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)

@@ -78,9 +78,9 @@ from vpgea_fast.config import (
     TrainConfig,
 )
 from vpgea_fast.distributed import World, open_world
-from vpgea_fast.metrics import Console, environment, mfu, model_flops
+from vpgea_fast.metrics import Console, ModelFlops, environment, mfu, model_flops
 from vpgea_fast.packing import RankPlan, drop_zero_rows, pack_plan, plan_ranks, plan_stats
-from vpgea_fast.types import ModelFlops, TrainRow
+from vpgea_fast.types import TrainRow
 
 BUDGET = {"float32": (5e-6, 1e-6, 1e-5), "bfloat16": (0.1, 2e-2, 5e-2)}
 """Largest gap of a log-prob in nats; relative Frobenius gap of the gradient, of ours and of TRL's.
@@ -250,7 +250,7 @@ def sample(
         if name in OURS or not isinstance(trl, Failure)
     }
     if ours is not None:
-        students = [row for row in drop_zero_rows(rows) if not row.own_view]
+        students = [row for row in drop_zero_rows(rows) if row.distilled]
         jobs["student forward"] = Job(ours, students, "forward")
     with watched(world.device) as measured.device:
         samples = interleaved(jobs, args)
@@ -436,11 +436,11 @@ def reuse_bound(measured: Measured, args: Any) -> dict[str, float] | None:
         return None
     config, rows = make_config(args, layers=args.layers), rows_for(args, args.rows)
     flops, kept = model_flops(config), drop_zero_rows(rows)
-    student = [row.tokens - 1 for row in kept if not row.own_view]
+    student = [row.tokens - 1 for row in kept if row.distilled]
     decoder = flops.forward_rows([row.tokens - 1 for row in kept], [0] * len(kept))
     head = 6 * flops.head * sum(row.token_ids.numel() for row in kept)
     again = RECOMPUTED[args.cfg.model.activation_checkpointing]
-    scored = sum(row.tokens - 1 for row in rows if not row.own_view)
+    scored = sum(row.tokens - 1 for row in rows if row.distilled)
     size = getattr(torch, args.cfg.model.dtype).itemsize
     return {
         "share_measured": forward / gated["p50_s"],

@@ -143,6 +143,8 @@ def make_rows(
                 coef=coef_T,
                 stream="posterior",
                 view="student",
+                term="distill",
+                distilled=True,
             )
         )
     return teacher + student

@@ -43,21 +43,21 @@ class Tile:
     group_m: int = 8  # row tiles that share a column tile in L2
 
 
-def tile_for(dtype: torch.dtype, capability: tuple[int, int], *, softcap: bool) -> Tile:
+def tile_for(dtype: torch.dtype, capability: tuple[int, int], *, capped: bool) -> Tile:
     """The tile of the scaled-exp GEMM.
 
     sm_90, half precision: 128 x 256, the largest whose accumulator leaves registers for an epilogue
-    that works on halves of it; a softcap's epilogue needs more and gets 128 x 128. sm_100: 128 x
-    128; Triton 3.9 fails to compile the halves of 128 x 256 and of a softcap with 8 warps.
+    that works on halves of it; the epilogue of capped logits needs more and gets 128 x 128. sm_100:
+    128 x 128; Triton 3.9 fails to compile the halves of 128 x 256, and of a cap with 8 warps.
     float32 products stay float32 (no TF32), on CUDA cores. Whether E is stored does not enter: the
     sums of scoring and training are bitwise equal.
     """
     if dtype is torch.float32:
         return Tile(64, 64, 16, stages=2, warps=8)
     if (9, 0) <= capability < (10, 0):
-        return Tile(128, 128 if softcap else 256, 64, stages=4, warps=8)
+        return Tile(128, 128 if capped else 256, 64, stages=4, warps=8)
     if (10, 0) <= capability < (12, 0):
-        return Tile(128, 64 if softcap else 128, 64, stages=4, warps=4 if softcap else 8)
+        return Tile(128, 64 if capped else 128, 64, stages=4, warps=4 if capped else 8)
     return Tile(128, 128, 32, stages=3, warps=8)
 
 
@@ -125,19 +125,19 @@ def tanh_and_slope(x):
 
 
 @triton.jit
-def logit_of(product, bias, logit_scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(z temperature, slope of the softcap or 1) of products h . w.
+def logit_of(product, bias, shape, BIAS: tl.constexpr):
+    """(z temperature, slope of the cap or 1) of products h . w; shape: a `LogitShape`.
 
-    Without bias and softcap the caller's gain holds logit_scale: one multiplication less.
+    Without bias and cap the caller's gain holds shape.scale: one multiplication less.
     """
     slope = 1.0
-    if BIAS or SOFTCAP:
-        product = product * logit_scale
+    if BIAS or shape.cap is not None:
+        product = product * shape.scale
     if BIAS:
         product += bias
-    if SOFTCAP:
-        tanh, slope = tanh_and_slope(product / softcap)
-        product = softcap * tanh
+    if shape.cap is not None:
+        tanh, slope = tanh_and_slope(product / shape.cap)
+        product = shape.cap * tanh
     return product, slope
 
 

@@ -173,6 +173,7 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS) if name not in missing)
         why = missing.get(backend, "no such backend")
         raise ValueError(f"backend {backend!r} is not available ({why}); available: {names}")
+    # Objections are not heard here: whoever names a backend has made up his mind.
     if backend != "auto":
         if (why := BACKENDS[backend].lacks(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")

@@ -81,7 +81,7 @@ def head_pass(
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
     # The logits themselves, tanh's slope, -e log e.
-    buffers = 1 + (head.capped) + needs_entropy
+    buffers = 1 + head.capped + needs_entropy
     row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
     # Equal chunks: a short last one would run its GEMMs at fewer rows than the budget allows.
@@ -178,6 +178,7 @@ def _weight_blocks(weight_VD: Tensor, operand: torch.dtype) -> Iterator[tuple[sl
         yield slice(None), weight_VD
         return
     vocabulary, hidden = weight_VD.shape
+    # Classes of 2 MiB in the operands' dtype, one at least.
     block = max(1, (2 << 20) // max(1, hidden * operand.itemsize))
     for start in range(0, vocabulary, block):
         columns = slice(start, start + block)

@@ -21,6 +21,13 @@ import torch
 Tensor = torch.Tensor
 
 
+class LogitShape(NamedTuple):
+    """What makes a logit of a product h . w: one argument of a kernel, see `_tiling.logit_of`."""
+
+    scale: float
+    cap: float | None  # None: compiled without the tanh
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """The head of one pass, and the temperatures of its rows.
@@ -37,6 +44,10 @@ class Head:
     @property
     def capped(self) -> bool:
         return self.softcap is not None
+
+    @property
+    def shape(self) -> LogitShape:
+        return LogitShape(self.logit_scale, self.softcap)
 
     def logits_(self, a_CV: Tensor, slope_CV: Tensor | None, temperature: float | Tensor) -> None:
         """Rewrites the products a_CV as z_CV; the tanh's slope 1 - tanh^2 goes to slope_CV.

@@ -38,6 +38,7 @@ kernel by the number of rows. That is what linear_logprob.py is for.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -70,7 +71,6 @@ from vpgea_fast.kernels.linear_logprob import (
     RowStats,
     bias_sum,
     new_stats,
-    shape_of,
     values,
 )
 
@@ -94,24 +94,15 @@ def _load_logits(
     offs_c,  # the columns at these addresses
     mask_c,
     gain,
-    logit_scale,
-    softcap,
+    shape,  # LogitShape: scale, and cap or None
     BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
-    """z2 at the addresses, columns offs_c, and the softcap's slope there."""
+    """z2 at the addresses, columns offs_c, and the slope of `logit_of` there."""
     product = as_float32(tl.load(address, mask=mask, other=0.0))
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))
-    logit, slope = logit_of(
-        product,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        BIAS=BIAS,
-        SOFTCAP=SOFTCAP,
-    )
+    logit, slope = logit_of(product, bias=bias, shape=shape, BIAS=BIAS)
     return logit * gain, slope
 
 
@@ -128,10 +119,8 @@ def row_statistics(
     n_rows,
     vocabulary,
     logits_stride,
-    logit_scale,
-    softcap,
+    shape,  # LogitShape: scale, and cap or None
     BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -158,10 +147,8 @@ def row_statistics(
             offs_c=offs_c,
             mask_c=mask_c,
             gain=gain[:, None],
-            logit_scale=logit_scale,
-            softcap=softcap,
+            shape=shape,
             BIAS=BIAS,
-            SOFTCAP=SOFTCAP,
         )
         z2 = tl.where(mask & (offs_c != target[:, None]), z2, -float("inf"))
         # One exponential: it scales the old sum where the peak rises, else it is the new term.
@@ -188,10 +175,8 @@ def row_statistics(
         offs_c=target,
         mask_c=mask_r,
         gain=gain,
-        logit_scale=logit_scale,
-        softcap=softcap,
+        shape=shape,
         BIAS=BIAS,
-        SOFTCAP=SOFTCAP,
     )
     tl.store(target2_ptr + offs_r, target2, mask=mask_r)
 
@@ -212,10 +197,8 @@ def row_gradient(
     vocabulary,
     logits_stride,
     dlogits_stride,
-    logit_scale,
-    softcap,
+    shape,  # LogitShape: scale, and cap or None
     BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     NARROWS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -263,10 +246,8 @@ def row_gradient(
             offs_c=offs_c,
             mask_c=mask_c,
             gain=gain[:, None],
-            logit_scale=logit_scale,
-            softcap=softcap,
+            shape=shape,
             BIAS=BIAS,
-            SOFTCAP=SOFTCAP,
         )
         log2_p = z2 - lse2[:, None]
         p = tl.exp2(log2_p)
@@ -275,7 +256,7 @@ def row_gradient(
             dz -= p * tl.maximum(log2_p, _NOTHING2) * g_entropy
         # p here is rounded like any other class; the target's own entry was made above.
         dz = tl.where(offs_c == target[:, None], dz_target[:, None], dz)
-        if SOFTCAP:
+        if shape.cap is not None:
             dz *= slope
         if NARROWS:
             tl.debug_barrier()
@@ -367,28 +348,7 @@ def _launch_statistics(
     logits_CV: Tensor, stats: RowStats, plan: Plan, *, block: int = BLOCK, warps: int = WARPS
 ) -> None:
     """Fills target2, total, shift2 and moment of the rows."""
-    n_rows, vocabulary = logits_CV.shape
-    # The logits are products h . w as cuBLAS left them: both passes shape them, none stores them.
-    launch(
-        row_statistics,
-        triton.cdiv(n_rows, ROWS),
-        logits_ptr=logits_CV,
-        target_ptr=stats.targets,
-        gain_ptr=stats.gain,
-        bias_ptr=plan.head.bias,
-        target2_ptr=stats.target2,
-        total_ptr=stats.total,
-        shift2_ptr=stats.shift2,
-        moment_ptr=stats.moment,
-        n_rows=n_rows,
-        vocabulary=vocabulary,
-        logits_stride=logits_CV.stride(0),
-        ENTROPY=plan.entropy,
-        ROWS=ROWS,
-        BLOCK=block,
-        num_warps=warps,
-        **shape_of(plan.head),
-    )
+    _launch(row_statistics, logits_CV, stats, plan, BLOCK=block, num_warps=warps)
 
 
 def _launch_gradient(
@@ -405,32 +365,46 @@ def _launch_gradient(
     plan.entropy: whether the entropy has a gradient. The dtype is the weight's.
     """
     dtype = plan.head.weight.dtype
-    n_rows, vocabulary = logits_CV.shape
     # The view has two halves for each float32: da is the first V of 2 V columns.
-    da_CV = logits_CV.view(dtype)[:, :vocabulary]
-    launch(
+    da_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+    _launch(
         row_gradient,
-        triton.cdiv(n_rows, ROWS),
-        logits_ptr=logits_CV,
+        logits_CV,
+        stats,
+        plan,
         dlogits_ptr=da_CV,
+        upstream_ptr=upstream_C3,
+        dlogits_stride=da_CV.stride(0),
+        NARROWS=logits_CV.dtype is torch.float32 and dtype in HALF,
+        DTYPE=TRITON_DTYPE[dtype],
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return da_CV
+
+
+def _launch(kernel: Any, logits_CV: Tensor, stats: RowStats, plan: Plan, **own: Any) -> None:
+    """Starts one of the two passes: a program per ROWS rows, and the arguments that both have."""
+    n_rows, vocabulary = logits_CV.shape
+    launch(
+        kernel,
+        triton.cdiv(n_rows, ROWS),
+        # Products h . w as cuBLAS left them: each pass makes its own logits, neither stores them.
+        logits_ptr=logits_CV,
         target_ptr=stats.targets,
         gain_ptr=stats.gain,
         bias_ptr=plan.head.bias,
+        # What the first pass writes of a row, and the second reads.
         target2_ptr=stats.target2,
         total_ptr=stats.total,
         shift2_ptr=stats.shift2,
         moment_ptr=stats.moment,
-        upstream_ptr=upstream_C3,
         n_rows=n_rows,
         vocabulary=vocabulary,
         logits_stride=logits_CV.stride(0),
-        dlogits_stride=da_CV.stride(0),
+        shape=plan.head.shape,
+        BIAS=plan.head.bias is not None,
         ENTROPY=plan.entropy,
-        NARROWS=logits_CV.dtype is torch.float32 and dtype in HALF,
-        DTYPE=TRITON_DTYPE[dtype],
         ROWS=ROWS,
-        BLOCK=block,
-        num_warps=warps,
-        **shape_of(plan.head),
+        **own,
     )
-    return da_CV

@@ -133,7 +133,7 @@ def group_advantage(
             n_tokens=tokens,
             G=group,
             N=n_prior,
-            G_PAD=triton.next_power_of_2(group),
+            G_PAD=triton.next_power_of_2(group),  # lanes of a tile; those beyond G are masked
             N_PAD=triton.next_power_of_2(n_prior),
             BETA=float(beta),
             TILE=max(TILE, triton.next_power_of_2(max(group, n_prior))),

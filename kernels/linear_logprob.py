@@ -12,7 +12,7 @@ the logits in units of log 2 (z2 = z / log 2) and per row a reference z2_ref, th
 because d logp / d z_v = -p_v = -kappa E_v off the target and 1 - p = kappa S at it. S never holds
 the target, so 1 - p loses no digit however confident the token, logp is never above 0, and no
 maximum is needed. E is the only (C, V) tensor, in the input's dtype; scoring does not store it. A
-softcap multiplies what is stored by its slope 1 - tanh^2 and leaves S alone. The gradient b of lse
+capped logit multiplies its entry by the slope 1 - tanh^2 and leaves S alone. The gradient b of lse
 enters through b sum_v p_v = b 1[target] - b (1[target] - p_v): a becomes a - b and E_target gains
 -b / (kappa (a - b)). The entropy comes out of the same epilogue and has no gradient here.
 
@@ -102,19 +102,17 @@ def _target_logit(
     gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
     bias_ptr,  # (V,)
     target2_ptr,  # out, (n_rows,) fp32: z2 of the target
-    slope_ptr,  # out with SOFTCAP, (n_rows,) fp32: 1 - tanh^2 there
+    slope_ptr,  # out with a cap, (n_rows,) fp32: 1 - tanh^2 there
     n_rows,
     width,
     hidden_stride,
     weight_stride,
-    logit_scale,
-    softcap,
+    shape,  # LogitShape: scale, and cap or None
     BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z2 of every row's target, and with a softcap the slope there."""
+    """z2 of every row's target, and with a cap the slope there."""
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_r = offs_r < n_rows
     # Rows beyond the last read class 0, which exists: their addresses stay inside the weight.
@@ -133,15 +131,8 @@ def _target_logit(
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + target_r, mask=mask_r, other=0.0))
-    logit, slope = logit_of(
-        product,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        BIAS=BIAS,
-        SOFTCAP=SOFTCAP,
-    )
-    if SOFTCAP:
+    logit, slope = logit_of(product, bias=bias, shape=shape, BIAS=BIAS)
+    if shape.cap is not None:
         tl.store(slope_ptr + offs_r, slope, mask=mask_r)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
     tl.store(target2_ptr + offs_r, logit * gain, mask=mask_r)
@@ -170,15 +161,13 @@ def _epilogue(
     n_rows,
     vocabulary,
     exps_stride,
-    logit_scale,
-    softcap,
+    shape,  # LogitShape: scale, and cap or None
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     STORE: tl.constexpr,
     PEAK: tl.constexpr,
     BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -194,14 +183,7 @@ def _epilogue(
     bias = 0.0
     if BIAS:
         bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))[None, :]
-    logit, slope = logit_of(
-        logit,
-        bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        BIAS=BIAS,
-        SOFTCAP=SOFTCAP,
-    )
+    logit, slope = logit_of(logit, bias=bias, shape=shape, BIAS=BIAS)
     if PEAK:
         z2 = tl.where(others, logit * gain[:, None], LOWEST)
         # A finite peak also where every logit is -inf: no -inf - -inf in the exponent.
@@ -221,7 +203,7 @@ def _epilogue(
         tl.store(moment_ptr + partial, moment, mask=mask_r)
     if STORE:
         # 0 at the target, which _gradient_operands writes, and beyond V, which nobody reads.
-        if SOFTCAP:
+        if shape.cap is not None:
             counted *= slope
         store_tile(
             exps,
@@ -255,7 +237,9 @@ def _product_tile(
 ):
     """(BLOCK_M, BLOCK_N) products h . w in float32, from row `row` and class `column` on."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # The compiler loads num_stages - 1 steps ahead, into shared memory: no copy is written here.
     for k in range(0, width, BLOCK_K):
+        # Beyond `width` both tiles are 0, so the last step may be a part of BLOCK_K.
         left = load_tile(
             hidden,
             row=row,
@@ -267,6 +251,7 @@ def _product_tile(
             COLUMNS=BLOCK_K,
             TMA=TMA,
         )
+        # Rows of the weight are classes: D is contiguous in both operands, and the dot transposes.
         right = load_tile(
             weight,
             row=column,
@@ -311,10 +296,10 @@ def _gemm_exp(
     moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
     n_rows, vocabulary, width,
     hidden_stride, weight_stride, exps_stride,
-    logit_scale, softcap,
+    shape,  # LogitShape: scale, and cap or None
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, STORE: tl.constexpr, PEAK: tl.constexpr, FLAGGED: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
+    BIAS: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """E of every (row tile, column tile) and its row sums over the columns that are not the target.
 
@@ -325,7 +310,8 @@ def _gemm_exp(
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
     if FLAGGED:
         offs_l = tl.arange(0, _LIST)
-        # rank[i]: flags up to tile i, so the j-th flagged tile has j tiles of a lower rank.
+        # rank[i]: flagged tiles up to i. Before flagged tile j (from 0) lie the tiles of rank <= j,
+        # so their number, below, is its index.
         rank = tl.cumsum(tl.load(flag_ptr + offs_l, mask=offs_l < tiles_m, other=0), 0)
         listed = tl.max(rank, 0)
     else:
@@ -368,15 +354,13 @@ def _gemm_exp(
                 n_rows=n_rows,
                 vocabulary=vocabulary,
                 exps_stride=exps_stride,
-                logit_scale=logit_scale,
-                softcap=softcap,
+                shape=shape,
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N // 2,
                 TMA=TMA,
                 STORE=STORE,
                 PEAK=PEAK,
                 BIAS=BIAS,
-                SOFTCAP=SOFTCAP,
                 ENTROPY=ENTROPY,
                 DTYPE=DTYPE,
             )
@@ -476,7 +460,7 @@ def _gradient_operands(
     target_ptr,  # (n_rows,) int32
     pull_ptr,  # (n_rows,) fp32: (a - b) / temperature, in storage units
     lift_ptr,  # (n_rows,) fp32, read with LIFT: b / (a - b)
-    slope_ptr,  # (n_rows,) fp32, read with SOFTCAP: 1 - tanh^2 at the target
+    slope_ptr,  # (n_rows,) fp32, read with SLOPE: 1 - tanh^2 at the target
     kappa_ptr,  # (n_rows,) fp32: p_v = kappa E_v
     missing_ptr,  # (n_rows,) fp32: 1 - p_target = kappa missing
     n_rows,
@@ -484,7 +468,7 @@ def _gradient_operands(
     hidden_stride,
     exps_stride,
     LIFT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SLOPE: tl.constexpr,
     SCALED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -497,7 +481,7 @@ def _gradient_operands(
     entry = -tl.load(missing_ptr + offs_r, mask=mask_r, other=0.0)
     if LIFT:
         entry -= tl.load(lift_ptr + offs_r, mask=mask_r, other=0.0) / kappa
-    if SOFTCAP:
+    if SLOPE:
         entry *= tl.load(slope_ptr + offs_r, mask=mask_r, other=0.0)
     target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
     address = exps_ptr + offs_r.to(tl.int64) * exps_stride + target
@@ -552,11 +536,11 @@ class Plan:
 
     @staticmethod
     def of(head: Head, *, entropy: bool = False) -> "Plan":
-        """With the tile of its device, dtype and softcap; rows of the weight made contiguous."""
+        """With the tile of its device, dtype and cap; rows of the weight made contiguous."""
         if head.weight.stride(1) != 1:
             head = replace(head, weight=head.weight.contiguous())
         capability = capability_of(head.weight.device)
-        tile = tile_for(head.weight.dtype, capability, softcap=head.capped)
+        tile = tile_for(head.weight.dtype, capability, capped=head.capped)
         return Plan(head, tile, entropy)
 
     @property
@@ -574,9 +558,9 @@ class RowStats:
     """
 
     targets: Tensor
-    gain: Tensor  # (logit_scale, unless it is applied before a bias or a softcap) / T / log 2
+    gain: Tensor  # (logit_scale, unless it is applied before a bias or a cap) / T / log 2
     target2: Tensor  # z2 of the target
-    slope: Tensor  # of the softcap there
+    slope: Tensor  # 1 - tanh^2 there, with a cap
     total: Tensor  # sum over the others of 2^(z2 - shift2)
     shift2: Tensor
     moment: Tensor  # the same sum times z2 - shift2, for the entropy
@@ -752,6 +736,8 @@ def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, head: Head) -> None
         target_ptr=stats.targets,
         gain_ptr=stats.gain,
         bias_ptr=head.bias,
+        shape=head.shape,
+        BIAS=head.bias is not None,
         target2_ptr=stats.target2,
         slope_ptr=stats.slope,
         n_rows=n_rows,
@@ -760,18 +746,7 @@ def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, head: Head) -> None
         weight_stride=head.weight.stride(0),
         BLOCK_M=16,
         BLOCK_D=128,
-        **shape_of(head),
     )
-
-
-def shape_of(head: Head) -> dict[str, float | bool]:
-    """What a kernel needs to make a logit of a product, see `logit_of`; 1.0: not read."""
-    return {
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap or 1.0,
-        "BIAS": head.bias is not None,
-        "SOFTCAP": head.capped,
-    }
 
 
 def _launch_gemm(
@@ -804,6 +779,8 @@ def _launch_gemm(
         reference_ptr=stats.reference2 if reference2 is None else reference2,
         gain_ptr=stats.gain,
         bias_ptr=plan.head.bias,
+        shape=plan.head.shape,
+        BIAS=plan.head.bias is not None,
         flag_ptr=tiles.flags,
         sum_ptr=tiles.sums,
         peak_ptr=tiles.peaks,
@@ -826,7 +803,6 @@ def _launch_gemm(
         DTYPE=TRITON_DTYPE[weight_VD.dtype],
         num_stages=tile.stages,
         num_warps=tile.warps,
-        **shape_of(plan.head),
     )
 
 
@@ -880,7 +856,7 @@ def _launch_gradient_operands(
     plan: Plan,
 ) -> Tensor:
     """Writes E's target entries and fills scaled_CD; returns u_C."""
-    # 8 rows a program: 1024 programs for a chunk of 8192 rows.
+    # 8 rows a program: 1056 programs for the largest chunk, 8 a multiprocessor of an H100.
     u_C = torch.empty_like(stats.kappa)
     n_rows, width = hidden_CD.shape
     launch(
@@ -901,7 +877,7 @@ def _launch_gradient_operands(
         hidden_stride=hidden_CD.stride(0),
         exps_stride=exps_CV.stride(0),
         LIFT=lift_C is not None,
-        SOFTCAP=plan.head.capped,
+        SLOPE=plan.head.capped,
         SCALED=scaled_CD is not None,
         DTYPE=TRITON_DTYPE[hidden_CD.dtype],
         BLOCK_M=8,

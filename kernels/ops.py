@@ -72,7 +72,6 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
         grads[2] = torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
     logp_T = torch.empty_like(inputs.targets_T, dtype=accumulator(hidden_TD))
     kept_T = torch.empty_like(inputs.targets_T, dtype=torch.bool)
-    # The loss is 0-dim.
     return logp_T.new_empty(()), logp_T, kept_T, *_present(grads, hidden_TD)
 
 
@@ -96,7 +95,7 @@ def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
 def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (entropy,), _ = _split(arguments)
     dtype = accumulator(inputs.hidden_TD)
-    # logp, lse and, where it is asked for, the entropy.
+    # The schema has three outputs: without an entropy the third is the empty stand-in.
     values = [torch.empty_like(inputs.targets_T, dtype=dtype) for _ in range(2 + entropy)]
     return _present([*values, None][:3], inputs.hidden_TD)
 

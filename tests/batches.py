@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from vpgea_fast.types import Groups, Path, PromptedQuestion, Question, ScoredBatch, ScoredPaths
+from vpgea_fast.objectives import Terms
+from vpgea_fast.types import (
+    Groups,
+    Path,
+    PromptedQuestion,
+    Question,
+    ScoredBatch,
+    ScoredPaths,
+)
 
 ids = torch.tensor
 
@@ -66,3 +74,10 @@ def whole(
     """A batch of which the engine gave up nothing."""
     lost_B = torch.zeros(len(questions), dtype=torch.int64)
     return ScoredBatch(questions=tuple(questions), posterior=posterior, prior=prior, lost_B=lost_B)
+
+
+def weights_of(terms: Terms) -> dict[tuple[str, str], torch.Tensor]:
+    """The weights of each (stream, view), of an objective with one term for each."""
+    weights = {(term.stream, term.view): term.weight_BP for term in terms.parts}
+    assert len(weights) == len(terms.parts)
+    return weights

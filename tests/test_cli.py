@@ -21,6 +21,7 @@ from vpgea_fast import __version__, checkpoint, config, strict_yaml
 from vpgea_fast.cli import main
 from vpgea_fast.cli.train import status
 from vpgea_fast.distributed import World
+from vpgea_fast.objectives import Grpo
 from vpgea_fast.trainer import Ending
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def test_what_another_objective_leaves_out_is_said_beside_the_configuration(caps
     words = ["--objective.name", "grpo", "--print-config"]
     assert main(["train", str(TINY), *words]) == 0
     printed = capsys.readouterr()
-    assert config.resolve(strict_yaml.parse(printed.out)).objective == config.GrpoConfig()
+    assert config.resolve(strict_yaml.parse(printed.out)).objective == Grpo()
     assert printed.err.startswith("vpgea: ")
     assert "objective.name 'grpo' leaves out the file's objective.preset, objective." in printed.err
     assert printed.err.count("\n") == 1
@@ -794,6 +795,14 @@ def test_report_draws_a_run(train, capsys, tmp_path):
     assert main(["report", str(tmp_path / "run")]) == 0
     assert str(tmp_path / "run/report.html") in capsys.readouterr().out
     assert (tmp_path / "run/report.html").stat().st_size > 1000
+
+
+def test_make_tiny_refuses_a_place_that_holds_no_directory_in_one_line(capsys):
+    assert main(["make-tiny", "/dev/null/x"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("vpgea: cannot write the tiny world /dev/null/x: Not a directory; give")
+    assert "\n" not in said
+    assert "Errno" not in said
 
 
 def test_make_tiny_says_what_it_made(tmp_path, capsys):

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
 from vpgea_fast.kernels.options import GroupOptions
+from vpgea_fast.objectives import Grpo
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -36,7 +37,7 @@ def test_presets_load_and_survive_a_round_trip(path):
         ),
         (
             {"objective": {"name": "grop"}},
-            "objective.name: got 'grop', expected 'vpgea', 'grpo'; did you mean 'grpo'?",
+            "'rloo', 'reinforce', 'custom'; did you mean 'grpo'?",
         ),
         (
             {"objective": {"group_size": 1}},
@@ -327,7 +328,7 @@ def test_a_variant_may_be_given_by_its_name_alone(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("engine: vllm\nobjective: grpo\nrollout: {full_answer: true}\n")
     cfg = config.load(file)
-    assert (cfg.engine, cfg.objective) == (config.VllmEngineConfig(), config.GrpoConfig())
+    assert (cfg.engine, cfg.objective) == (config.VllmEngineConfig(), Grpo())
     same = config.load(file, ["--engine=vllm", "--engine.gpu_memory", "0.7", "--objective", "grpo"])
     assert same.vllm == config.VllmEngineConfig(gpu_memory=0.7)
     with pytest.raises(config.ConfigError, match=r"engine\.name: got 'vlm'.*did you mean 'vllm'"):

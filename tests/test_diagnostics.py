@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import prompted, sampled, scored, whole
+from batches import prompted, sampled, scored, weights_of, whole
 
-from vpgea_fast import diagnostics, objectives
-from vpgea_fast.config import TrainConfig, VpgeaConfig
+from vpgea_fast import diagnostics
 from vpgea_fast.losses import vpgea_loss
-from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.metrics import ModelFlops
+from vpgea_fast.objectives import Vpgea
+from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.scoring import score_row
-from vpgea_fast.types import ModelFlops, TrainRow
+from vpgea_fast.types import TrainRow
 
 ids = torch.tensor
 
@@ -64,7 +65,7 @@ def test_view_divergence_and_elbo(batch):
     teacher = [torch.tensor([[-0.5] * n, [0.25] * n]) for n in (4, 8)]
     student = [torch.tensor([[-1.5] * 4, [1.0] * 4]), torch.tensor([[-0.5] * 8, [0.4] * 8])]
     student[1][0, 3] = -6.5
-    coefs = objectives.coefficients(VpgeaConfig(alpha=0.5), batch)
+    coefs = Vpgea(alpha=0.5).terms(batch, {})
     values = coefs.path_scores["posterior"]["log_utility"]
     metrics = diagnostics.view_divergence(teacher, student, values)
     assert metrics["entropy_teacher"] == pytest.approx(0.25)
@@ -82,7 +83,7 @@ def test_the_elbo_has_the_alpha_that_made_the_utilities(batch):
     """At alpha = 0 there is no length in it; a schedule of alpha has nobody else to tell."""
     same = [torch.zeros(2, n) for n in (4, 8)]
     for alpha, expected in ((0.0, -2.0), (1.0, -2.0 + 0.5 * math.log(2))):
-        coefs = objectives.coefficients(VpgeaConfig(alpha=alpha), batch)
+        coefs = Vpgea(alpha=alpha).terms(batch, {})
         values = coefs.path_scores["posterior"]["log_utility"]
         elbo = diagnostics.view_divergence(same, same, values)["elbo"]
         assert elbo == pytest.approx(expected, abs=1e-14)
@@ -118,7 +119,7 @@ def test_row_metrics_split_the_loss_and_see_the_mismatch():
     ids_of = {"context_ids": ids([1]), "token_ids": ids([2, 3])}
     both = {**ids_of, "stream": "posterior", "sample_logps": drawn}
     own = TrainRow(**both, coef=coef, view="teacher")
-    distilled = TrainRow(**both, coef=coef / 2, view="student")
+    distilled = TrainRow(**both, coef=coef / 2, view="student", term="distill", distilled=True)
     metrics = diagnostics.row_metrics(
         [own, distilled], [ids([-1.0, -1.25]).double(), ids([-3.0, -4.0]).double()]
     )
@@ -141,11 +142,11 @@ def test_the_logged_loss_is_that_of_vpgea_loss(norm, gate):
     lengths, beta, constant, vocabulary = ((4, 7, 2), (5, 3, 9)), 0.7, 6.0, 11
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     batch = random_batch(lengths, draw, vocabulary)
-    cfg = VpgeaConfig(beta=beta, gate=gate)
-    coefs = objectives.coefficients(cfg, batch)
-    advantage_S = -coefs.weights["posterior", "teacher"].flatten()
+    cfg = Vpgea(beta=beta, gate=gate)
+    coefs = cfg.terms(batch, {})
+    advantage_S = -weights_of(coefs)["posterior", "teacher"].flatten()
     assert (advantage_S > 0).any()
-    rows = build_rows(batch, coefs, TrainConfig(norm=norm), norm_constant=constant)
+    rows = build_rows(batch, coefs, Scale(norm=norm, constant=constant))
     length_S = ids(lengths).flatten()
     hidden = {view: draw(int(length_S.sum()), 8) for view in ("teacher", "student")}
     weight_VD = draw(vocabulary, 8)
@@ -227,6 +228,7 @@ def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
         coef=-torch.ones(2),
         stream="posterior",
         view="student",
+        distilled=True,
     )
     with pytest.raises(ValueError, match="posterior path in the student view alone"):
         diagnostics.row_metrics([row], [torch.zeros(2)])
@@ -234,8 +236,8 @@ def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
 
 
 def test_tokens_trained_and_gated_off_add_up(batch):
-    coefs = objectives.coefficients(VpgeaConfig(), batch)
-    rows = build_rows(batch, coefs, TrainConfig(), norm_constant=1.0)
+    coefs = Vpgea().terms(batch, {})
+    rows = build_rows(batch, coefs, Scale())
     work = diagnostics.work_metrics(batch, coefs, rows, seconds={"time_train_s": 2.0})
     assert work["tokens_per_s"] == (work["tokens_generated"] + work["tokens_trained"]) / 2
     assert work["tokens_generated"] == (4 + 8 + 10 + 6) + 4 * 2
@@ -260,7 +262,7 @@ def test_speed_of_an_update_by_hand():
 
 
 def test_path_records_hold_scores_and_ids(batch):
-    coefs = objectives.coefficients(VpgeaConfig(), batch)
+    coefs = Vpgea().terms(batch, {})
     records = diagnostics.path_records(batch, coefs, lambda z: f"<{z.numel()}>", step=3, limit=1)
     assert [(r["stream"], r["length"], r["correct"], r["text"], r["answer"]) for r in records] == [
         ("posterior", 4, True, "<4>", "<2>"),

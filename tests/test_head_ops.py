@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vpgea_fast.kernels import head
-from vpgea_fast.kernels.contract import Inputs, Settings
+from vpgea_fast.kernels.contract import Inputs, LogitShape, Settings
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -785,24 +785,28 @@ def test_more_than_2_to_the_31_elements(rows, width, backend):
 
 ADDRESSING = {
     "_gemm_exp": {
-        **dict.fromkeys("STORE PEAK FLAGGED BIAS SOFTCAP ENTROPY".split(), True),
+        **dict.fromkeys("STORE PEAK FLAGGED BIAS ENTROPY".split(), True),
         "TMA": False,
         "BLOCK_M": 64,
         "BLOCK_N": 64,
         "BLOCK_K": 32,
         "GROUP_M": 8,
     },
-    "_target_logit": {"BIAS": True, "SOFTCAP": True, "BLOCK_M": 16, "BLOCK_D": 128},
+    "_target_logit": {"BIAS": True, "BLOCK_M": 16, "BLOCK_D": 128},
     "_gradient_operands": {
         "LIFT": True,
-        "SOFTCAP": True,
+        "SLOPE": True,
         "SCALED": True,
         "BLOCK_M": 8,
         "BLOCK_D": 512,
     },
     "_bias_gradient": {"BLOCK_M": 64, "BLOCK_N": 128},
 }
-NOT_POINTERS = {"logit_scale": "fp32", "softcap": "fp32", "target_ptr": "*i32", "flag_ptr": "*i32"}
+NOT_POINTERS = {
+    "shape": LogitShape("fp32", "fp32"),
+    "target_ptr": "*i32",
+    "flag_ptr": "*i32",
+}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")

@@ -75,7 +75,7 @@ def test_every_configuration_key_is_explained_with_its_type_and_default():
         ("objective.u_min", "number from -1000000 to below 0", "-20.0"),
         ("data.choices_key", "text or list of text, or null", "null"),
         ("rollout.importance_cap", "number, 1 or more, or null", "null"),
-        ("train.norm", "`seq_sum`, `const`, `seq_mean` or `token_mean`", '"const"'),
+        ("objective.norm", "`seq_sum`, `const`, `seq_mean` or `token_mean`", '"const"'),
         ("eval.data", "list of files, any number", "[]"),
     ],
 )

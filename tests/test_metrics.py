@@ -23,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vpgea_fast.book import merge
 from vpgea_fast.config import TrainConfig
 from vpgea_fast.metrics import (
     Alarms,
@@ -34,7 +35,6 @@ from vpgea_fast.metrics import (
     eps3,
     eps3_mean,
     finite,
-    merge,
     mfu,
     missing_steps,
     model_flops,

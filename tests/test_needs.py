@@ -27,8 +27,7 @@ from vpgea_fast.durations import (
     rates_of,
     rollouts_of,
 )
-from vpgea_fast.metrics import peak_flops
-from vpgea_fast.types import ModelFlops
+from vpgea_fast.metrics import ModelFlops, peak_flops
 
 ROOT = Path(__file__).parents[1]
 RATES = Rates(

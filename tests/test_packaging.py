@@ -168,17 +168,17 @@ def test_from_an_installed_wheel_the_tiny_run_goes_to_its_end(built, tmp_path):
     assert (work / "runs/tiny/report.html").is_file()
 
 
-def metadata(folder, home=None):
-    """What setup.py tells setuptools, and the page of a package index; with another HOME if asked
-    for."""
-    text = (ROOT / "setup.py").read_text(encoding="utf-8")
-    if home is not None:
-        assert text.count('HOME = ""\n') == 1
-        text = text.replace('HOME = ""\n', f"HOME = {home!r}\n")
-    for name in ("README.md", "vpgea_fast/__init__.py"):
+def metadata(folder, origin=None, info=None):
+    """What setup.py tells setuptools, and the page of a package index: of a clone of `origin`, if
+    that is given, or of an sdist with that PKG-INFO."""
+    for name in ("README.md", "setup.py", "vpgea_fast/__init__.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "setup.py").write_text(text, encoding="utf-8")
+    if origin is not None:
+        run("git", "init", "--quiet", cwd=folder)
+        run("git", "remote", "add", "origin", origin, cwd=folder)
+    if info is not None:
+        (folder / "PKG-INFO").write_text(info, encoding="utf-8")
     code = (
         "import json, setuptools; from distutils.core import run_setup; "
         "found = run_setup('setup.py', stop_after='init'); meta = found.metadata; "
@@ -196,7 +196,10 @@ def links(page):
     return images, [str(token.attrs["href"]) for token in tokens if token.type == "link_open"]
 
 
-@pytest.mark.parametrize("home", [None, "https://example.org/a/vpgea_fast"])
+HOME = "https://github.com/a-b/vpgea_fast"
+
+
+@pytest.mark.parametrize("home", [None, HOME])
 def test_no_link_of_the_index_page_is_relative(home, tmp_path):
     page = metadata(tmp_path, home)["long_description"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -221,12 +224,34 @@ def test_the_index_knows_where_the_project_is(tmp_path):
         found["classifiers"]
     )
     assert found["version"] == __version__
-    home = "https://example.org/a/vpgea_fast"
-    urls = metadata(tmp_path, home)["project_urls"]
-    assert (urls["Source"], urls["Changelog"]) == (
-        home,
-        f"{home}/blob/v{__version__}/CHANGELOG.md",
-    )
+    assert found["url"] is None
+
+
+@pytest.mark.parametrize(
+    ("origin", "home"),
+    [
+        (HOME, HOME),
+        (f"{HOME}.git", HOME),
+        ("git@github.com:a-b/vpgea_fast.git", HOME),
+        ("ssh://git@github.com/a-b/vpgea_fast", HOME),
+        ("https://me:secret@gitlab.com/a-b/vpgea_fast.git/", "https://gitlab.com/a-b/vpgea_fast"),
+        ("https://git.example.org/a-b/vpgea_fast", None),
+        ("https://example.org/github.com/a-b/vpgea_fast", None),
+        ("/srv/git/vpgea_fast", None),
+    ],
+)
+def test_the_index_links_to_the_public_repository_that_the_tree_is_a_clone_of(
+    origin, home, tmp_path
+):
+    found = metadata(tmp_path, origin)
+    assert found["url"] == home
+    urls = [found["project_urls"].get(name) for name in ("Source", "Changelog")]
+    assert urls == [home, home and f"{home}/blob/v{__version__}/CHANGELOG.md"]
+
+
+def test_an_sdist_remembers_the_repository(tmp_path):
+    line = f"Metadata-Version: 2.4\nProject-URL: Source, {HOME}\n"
+    assert metadata(tmp_path, info=line)["url"] == HOME
 
 
 def test_the_citation_agrees_with_the_package_and_the_changes(tmp_path):

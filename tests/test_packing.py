@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpgea_fast.metrics import ModelFlops
 from vpgea_fast.packing import (
     drop_zero_rows,
     pack,
@@ -17,7 +18,7 @@ from vpgea_fast.packing import (
     plan_ranks,
     plan_stats,
 )
-from vpgea_fast.types import ModelFlops, TrainRow
+from vpgea_fast.types import TrainRow
 
 QWEN_7B = ModelFlops(decoder=6_525_288_448, head=152064 * 3584, width=28 * 3584)
 

@@ -9,11 +9,11 @@ import torch
 from batches import prompted, sampled, scored, whole
 from torch import nn
 
-from vpgea_fast import attention, objectives
-from vpgea_fast.config import GrpoConfig, TrainConfig, VpgeaConfig
+from vpgea_fast import attention
 from vpgea_fast.model import Policy
-from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.objectives import Grpo, Vpgea
 from vpgea_fast.packing import drop_zero_rows, pack
+from vpgea_fast.rows import Scale, build_rows
 
 B, G, N, VOCAB, C = 3, 4, 3, 53, 11.0
 
@@ -84,9 +84,14 @@ def weight(norm, lengths, row, counted, gated=None):
     }[norm]
 
 
-def pipeline_gradient(model, batch, objective, train, budget):
-    coefs = objectives.coefficients(objective, batch)
-    rows = drop_zero_rows(build_rows(batch, coefs, train, norm_constant=C))
+def scale(objective):
+    effective = objective.denominator == "effective"
+    return Scale(norm=objective.norm, constant=C, effective=effective)
+
+
+def pipeline_gradient(model, batch, objective, budget):
+    terms = objective.terms(batch, {})
+    rows = drop_zero_rows(build_rows(batch, terms, scale(objective)))
     policy = Policy(model, dtype=torch.float64)
     model.zero_grad()
     for packed, _ in pack(rows, budget):
@@ -117,8 +122,8 @@ def relative(a, b):
 )
 @pytest.mark.parametrize("gate", ["indicator", "relu"])
 def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, denominator, gate):
-    objective = VpgeaConfig(beta=0.7, gate=gate)
-    train = TrainConfig(norm=norm, denominator=denominator, distill_denominator=distill)
+    keys = {"norm": norm, "denominator": denominator, "distill_denominator": distill}
+    objective = Vpgea(beta=0.7, gate=gate, **keys)
 
     # the formula, from scratch: R = max(0, U - mean U_prior), S = R eta, A = z-score, loss as in
     # section 3 of the paper
@@ -154,7 +159,7 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
     expected = formula_gradient(causal_lm, loss)
 
     for budget in (1, 30, 10_000):
-        got, rows = pipeline_gradient(causal_lm, batch, objective, train, budget)
+        got, rows = pipeline_gradient(causal_lm, batch, objective, budget)
         assert relative(got, expected) <= 1e-9
     assert len(rows) == int((advantage != 0).sum() + (advantage > 0).sum())
 
@@ -162,7 +167,7 @@ def test_vpgea_equals_autograd_of_the_formula(causal_lm, batch, norm, distill, d
 @pytest.mark.parametrize("norm", ["seq_sum", "const", "seq_mean", "token_mean"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
-    objective, train = GrpoConfig(group_size=N, alpha=alpha), TrainConfig(norm=norm)
+    objective = Grpo(group_size=N, alpha=alpha, norm=norm, trains="thought")
     reward = (
         batch.prior.correct_BP
         * (batch.prior.length_BP.mean(1, keepdim=True) / batch.prior.length_BP) ** alpha
@@ -182,13 +187,12 @@ def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
     expected = formula_gradient(causal_lm, loss)
     assert expected.norm() > 0
     for budget in (1, 10_000):
-        got, _ = pipeline_gradient(causal_lm, batch, objective, train, budget)
+        got, _ = pipeline_gradient(causal_lm, batch, objective, budget)
         assert relative(got, expected) <= 1e-9
 
 
 def test_every_student_row_is_the_student_prompt_and_the_sampled_ids(batch):
-    coefs = objectives.coefficients(VpgeaConfig(), batch)
-    rows = build_rows(batch, coefs, TrainConfig(), norm_constant=C)
+    rows = build_rows(batch, Vpgea().terms(batch, {}), scale(Vpgea()))
     by_ids = {
         (q.student_ids.tolist().__str__(), p.z_ids.tolist().__str__())
         for q, g in zip(batch.questions, batch.posterior.paths, strict=True)
@@ -205,6 +209,6 @@ def test_every_student_row_is_the_student_prompt_and_the_sampled_ids(batch):
 def test_no_gradient_no_rows(batch):
     rejected = torch.full_like(batch.posterior.u_BP, -50.0)
     nothing = replace(batch, posterior=replace(batch.posterior, u_BP=rejected))
-    coefs = objectives.coefficients(VpgeaConfig(), nothing)
-    assert build_rows(nothing, coefs, TrainConfig(), norm_constant=C) == []
-    assert coefs.metrics["groups_all_rejected"] == B
+    terms = Vpgea().terms(nothing, {})
+    assert build_rows(nothing, terms, scale(Vpgea())) == []
+    assert terms.metrics["groups_all_rejected"] == B

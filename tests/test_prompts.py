@@ -3,6 +3,7 @@ between text and ids; tokenizers and templates that cannot be used are refused i
 
 import json
 import random
+import re
 import shutil
 import threading
 import time
@@ -669,6 +670,34 @@ def test_a_broken_chat_template_is_refused(name: str, r1_tokenizer: Any, monkeyp
     with pytest.raises(ConfigError, match=message):
         Prompter(tokenizer, PromptConfig())
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no') }}", "refuses the turns user: no"),
+        ("{{ messages[0].content }}{{ 'x' * 3000000 }}", "made 3000"),
+        ("hello", "loses or changes the user turn"),
+        ("{{ messages[0].content }}<think></think>", "ends with a thought that is closed"),
+        ("{{ messages[0].content }}<think>Well", "opens a thought and begins it"),
+    ],
+)
+def test_an_error_of_a_chat_template_names_the_models_directory(
+    template: str, said: str, r1_tokenizer: Any, r1_model_dir: str
+):
+    tokenizer = changed(r1_tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(r1_model_dir)
+    message = f"the chat template of {r1_model_dir} {said}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Prompter(load_tokenizer(r1_model_dir), PromptConfig())
+
+
+def test_a_switch_that_is_never_read_names_the_models_directory(r1_model_dir: str):
+    cfg = PromptConfig(chat_template_kwargs={"enable_thinking": True})
+    said = f"the chat template of {r1_model_dir} never reads 'enable_thinking'"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Prompter(load_tokenizer(r1_model_dir), cfg)
 
 
 def test_the_time_limit_leaves_an_older_timer_running(r1_tokenizer: Any):

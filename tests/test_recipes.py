@@ -25,8 +25,9 @@ COPIED = ("vpgea_fast", "kernels", "configs", "docs", "tests", "benchmarks", "py
 APPLY = "git apply --3way tests/recipes/NAME.patch"
 AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
 REFRESH = (
-    "git add -A && git diff --cached -U1 --output tests/recipes/NAME.patch -- . "
-    "':!tests/recipes' && git apply -R --index tests/recipes/NAME.patch"
+    "git add -A && git diff --cached --check && git diff --cached -U1 --output "
+    "tests/recipes/NAME.patch -- . ':!tests/recipes' && git apply -R --index "
+    "tests/recipes/NAME.patch"
 )
 
 
@@ -216,6 +217,14 @@ def test_a_recipe_that_no_longer_applies_is_refreshed_by_the_commands_of_contrib
     (tree / ".gitignore").write_text("__pycache__/\n")
     for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "before")):
         assert run("git", *AUTHOR, *command, tree=tree).returncode == 0
+    refresh = REFRESH.replace("NAME", name)
+    # Written by this copy, the patch names this copy's blobs, which a merge needs to see.
+    apply(name, tree)
+    assert run("bash", "-c", refresh, tree=tree).returncode == 0
+    assert (
+        run("git", *AUTHOR, "commit", "--allow-empty", "-qam", "written here", tree=tree).returncode
+        == 0
+    )
     source = tree / "vpgea_fast/diagnostics.py"
     (beside,) = [line for line in source.read_text().splitlines() if 'f"trunc_{name}"' in line]
     source.write_text(source.read_text().replace(beside, f"{beside}  # another word"))
@@ -225,11 +234,16 @@ def test_a_recipe_that_no_longer_applies_is_refreshed_by_the_commands_of_contrib
     assert run("bash", "-c", APPLY.replace("NAME", name), tree=tree).returncode == 1
     text = source.read_text()
     assert "<<<<<<<" in text
+    patch = (tree / f"tests/recipes/{name}.patch").read_bytes()
+    unmended = run("bash", "-c", refresh, tree=tree)
+    assert unmended.returncode != 0
+    assert "conflict marker" in unmended.stdout
+    assert (tree / f"tests/recipes/{name}.patch").read_bytes() == patch
     ours = re.sub(
         r"<<<<<<< .*\n((?:.*\n)*?)=======\n(?:.*\n)*?(.*unclosed.*\n)>>>>>>> .*\n", r"\1\2", text
     )
     source.write_text(ours)
-    done = run("bash", "-c", REFRESH.replace("NAME", name), tree=tree)
+    done = run("bash", "-c", refresh, tree=tree)
     assert done.returncode == 0, done.stderr
     assert "another word" in (tree / f"tests/recipes/{name}.patch").read_text()
     assert run("git", "apply", "--check", f"tests/recipes/{name}.patch", tree=tree).returncode == 0

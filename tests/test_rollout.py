@@ -374,6 +374,17 @@ def test_looking_rarely_changes_no_path(model, full_answer):
         HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
 
 
+def test_all_weights_are_asked_for_after_a_failure_too(make_engine, random_qwen2):
+    """Each may be a collective, in which other processes wait for the one that failed."""
+    engine = make_engine(random_qwen2(seed=0), max_batch=64)
+    named = ((name, weight.to("meta")) for name, weight in random_qwen2().named_parameters())
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        engine.load_weights(named)
+    assert next(named, None) is None
+    with pytest.raises(ValueError, match="load_weights first"):
+        engine.generate(some_requests(), GREEDY)
+
+
 def test_both_names_of_a_tied_weight(random_qwen2):
     model, other = random_qwen2(seed=0), random_qwen2(seed=1)
     engine = HFEngine(model, max_batch=64)

@@ -386,6 +386,14 @@ def test_make_tiny_never_touches_a_directory_that_differs(tmp_path):
         tiny.make_tiny(out, base="dmeo")
 
 
+def test_a_world_that_cannot_be_written_is_refused_in_words(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cannot write the tiny world .*/file/x: .*; give a dir"):
+        tiny.make_tiny(tmp_path / "file" / "x")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_interrupted_make_leaves_nothing_behind(tmp_path):
     def interrupt(line):
         assert "phase 1/2, step 1/" in line

@@ -114,11 +114,11 @@ def test_what_the_reuse_of_the_scoring_forward_could_save(run, bench):
     rows = bench.rows_for(bench.arguments([*FAST, "--gate-rate", "1"]), 16)
     decoder, head, width = matrices(128, 64, 384), 2003 * 128, 128
     forward = [2 * (decoder * n + width * n * n) for n in (row.tokens - 1 for row in rows)]
-    student = [f for f, row in zip(forward, rows, strict=True) if not row.own_view]
+    student = [f for f, row in zip(forward, rows, strict=True) if row.distilled]
     step = 4 * sum(forward) + 6 * head * sum(row.token_ids.numel() for row in rows)
     found = result["reuse_bound"]
     assert found["share_model"] == pytest.approx(sum(student) / step)
-    scored = sum(row.tokens - 1 for row in rows if not row.own_view)
+    scored = sum(row.tokens - 1 for row in rows if row.distilled)
     assert found["kept_gib"] * 2**30 == pytest.approx(128 * 4 * scored)
     assert 0 < found["share_measured"] < 1
 
@@ -153,8 +153,8 @@ def test_rows_are_those_of_the_method(variants):
         64, mean=100, sigma=0.5, budget=4096, gate_rate=0.25, vocabulary=50, seed=3
     )
     teacher, student = rows[:64], rows[64:]
-    assert all(row.own_view and row.view == "teacher" and row.coef.all() for row in teacher)
-    assert all(not row.own_view and row.stream == "posterior" for row in student)
+    assert all(not row.distilled and row.view == "teacher" and row.coef.all() for row in teacher)
+    assert all(row.distilled and row.stream == "posterior" for row in student)
     kept = [row for row in student if row.coef.any()]
     assert len(kept) == 16
     assert len(drop_zero_rows(rows)) == 80

@@ -18,11 +18,12 @@ import torch
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vpgea_fast import checkpoint, config, diagnostics, objectives
+from vpgea_fast import checkpoint, config, diagnostics
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.objectives import Vpgea
 from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.run_dir import export_step, rate_changes
 from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit
 
@@ -125,7 +126,7 @@ def same_state(a, b):
         ],
         ["--objective.name", "grpo", "--objective.alpha", "0.5"],
         ["--objective.name", "grpo", "--objective.reward", "likelihood"],
-        ["--objective.verify", "gate", "--train.norm", "token_mean", "--eval.every", "2"],
+        ["--objective.verify", "gate", "--objective.norm", "token_mean", "--eval.every", "2"],
         ["--scoring.u_source", "accuracy", "--train.resample_rounds", "2"],
     ],
     ids=["robust", "paper-relu", "grpo-length", "grpo-likelihood", "verified", "resampled"],
@@ -324,7 +325,7 @@ def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
 
     2 questions x (4 + 2) paths: of 12 prompts, 4 are the first of their view and question."""
     changes = (
-        "--train.norm",
+        "--objective.norm",
         "seq_sum",
         "--objective.preset",
         "paper",
@@ -346,13 +347,13 @@ def test_the_step_counts_its_own_prompts_and_logs_the_loss_of_its_views(words):
 
 @pytest.mark.parametrize("key", ["len_post", "loss"])
 def test_an_objective_cannot_overwrite_a_metric_of_the_step(words, monkeypatch, key):
-    real = objectives.coefficients
+    real = Vpgea.terms
 
-    def naming_it(cfg, batch):
-        coefs = real(cfg, batch)
-        return replace(coefs, metrics={**coefs.metrics, key: -1.0})
+    def naming_it(*args):
+        terms = real(*args)
+        return replace(terms, metrics={**terms.metrics, key: -1.0})
 
-    monkeypatch.setattr(objectives, "coefficients", naming_it)
+    monkeypatch.setattr(Vpgea, "terms", naming_it)
     with (
         Trainer(config.load(TINY, words("run", "--eval.data", "[]"))) as trainer,
         pytest.raises(ValueError, match=f"metrics: got {key} twice"),
@@ -434,9 +435,7 @@ def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
         asked = engine.requests[16:]
         assert all((hint in r.prompt_ids.tolist()) == (r.stream == "posterior") for r in asked)
         batch = trainer.stages.collector.score(questions, posterior, prior, step=0)
-        rows = build_rows(
-            batch, objectives.coefficients(cfg.objective, batch), cfg.train, norm_constant=1.0
-        )
+        rows = build_rows(batch, cfg.objective.terms(batch, {}), Scale())
         assert {row.view for row in rows} == {"teacher", "student"}
         assert all((hint in r.context_ids.tolist()) == (r.view == "teacher") for r in rows)
         assert batch.posterior.u_BP.shape == (2, 4)
@@ -724,7 +723,7 @@ def test_dead_questions_make_room_for_others(words):
         fixed = {"eval.data": "[]", "train.questions_per_step": "6", **more}
         given = words(name, *(w for key, value in fixed.items() for w in (f"--{key}", str(value))))
         with Trainer(config.load(TINY, given)) as trainer:
-            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
         spread = coefs.path_scores["posterior"]["utility"].std(dim=1, correction=0)
         return [q.question.id for q in batch.questions], coefs.alive, spread
 
@@ -755,7 +754,7 @@ def test_a_mixture_keeps_its_shares_when_dead_questions_make_room(words, tiny_wo
     }
     cfg = config.load(TINY, words("mix", *(w for k, v in given.items() for w in (f"--{k}", v))))
     with Trainer(cfg) as trainer:
-        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
     assert not coefs.alive.any()
     assert coefs.metrics["tokens_replaced"] > 0
     assert sorted(q.file for q in batch.questions) == ["one", "one", "two", "two"]
@@ -809,7 +808,7 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
     """The other questions' weights stay, and all means are theirs: a lost path is no wrong, short
     or rejected one."""
     with Trainer(config.load(TINY, words("run", "--train.questions_per_step", "3"))) as trainer:
-        batch, full = trainer.stages.collector.collect(0, PhaseTimer())
+        batch, full = trainer.stages.collector.collect(0, PhaseTimer(), {})
         generate = HFEngine.generate
 
         def give_up_the_first(*args):
@@ -817,17 +816,17 @@ def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypa
             return [losing(first), *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_the_first)
-        part, rest = trainer.stages.collector.collect(0, PhaseTimer())
+        part, rest = trainer.stages.collector.collect(0, PhaseTimer(), {})
         others = batch.select([1, 2])
-        alone = objectives.coefficients(trainer.cfg.objective, others)
+        alone = trainer.cfg.objective.terms(others, {})
         diverged = trainer.stages.measure.view_divergence(others, alone)
         stats = trainer.train_step()
     assert (full.metrics["groups_dropped"], full.metrics["paths_error"]) == (0, 0)
     assert (rest.metrics["groups_dropped"], rest.metrics["paths_error"]) == (1, 1)
-    for key, weights in rest.weights.items():
-        assert not weights[0].any()
-        assert torch.equal(weights[1:], full.weights[key][1:])
-    assert full.weights["posterior", "teacher"][0].any()
+    for term, complete in zip(rest.parts, full.parts, strict=True):
+        assert not term.weight_BP[0].any()
+        assert torch.equal(term.weight_BP[1:], complete.weight_BP[1:])
+    assert full.parts[0].weight_BP[0].any()
     assert part.whole is not None
     assert [q.question.id for q in part.whole.questions] == [
         q.question.id for q in others.questions
@@ -881,10 +880,10 @@ def test_a_lost_answer_drops_its_question(words, monkeypatch):
             return [losing(first) if len(calls) == 2 else first, *others]
 
         monkeypatch.setattr(HFEngine, "generate", give_up_an_answer)
-        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+        batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
     assert batch.lost_B.tolist() == [1, 0]
     assert (coefs.metrics["groups_dropped"], coefs.metrics["paths_error"]) == (1, 1)
-    assert not any(weights[0].any() for weights in coefs.weights.values())
+    assert not any(part.weight_BP[0].any() for part in coefs.parts)
 
 
 def test_a_stop_request_is_heard_while_answers_are_sampled(words):
@@ -902,11 +901,9 @@ def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
     rows = {}
     for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
         with Trainer(config.load(TINY, words(name, *more))) as trainer:
-            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer())
+            batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
             ratios, _ = trainer.stages.measure.importance(batch, coefs)
-            constant = trainer.norm_constant
-            cfg = trainer.cfg.train
-            rows[name] = build_rows(batch, coefs, cfg, norm_constant=constant, ratios=ratios)
+            rows[name] = build_rows(batch, coefs, Scale.of(trainer.cfg), ratios=ratios)
     assert len(rows["plain"]) == len(rows["weighed"]) > 0
     for plain, weighed in zip(rows["plain"], rows["weighed"], strict=True):
         torch.testing.assert_close(weighed.coef, plain.coef, rtol=1e-4, atol=0)

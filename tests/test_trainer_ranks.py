@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from ranks import run_ranks, watch_ranks
 from vpgea_fast import config, trainer
 from vpgea_fast.config import ParallelConfig
 from vpgea_fast.distributed import open_world
-from vpgea_fast.types import TrainRow
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/tiny.yaml"
@@ -70,18 +70,8 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
         rows = build(*args, **kwargs)
         if poison is None or step < poison or not rows:
             return rows
-        bad = rows[0]
-        nan = torch.full_like(bad.coef, float("nan"))
-        return [
-            TrainRow(
-                context_ids=bad.context_ids,
-                token_ids=bad.token_ids,
-                coef=nan,
-                stream=bad.stream,
-                view=bad.view,
-            ),
-            *rows[1:],
-        ]
+        nan = torch.full_like(rows[0].coef, float("nan"))
+        return [replace(rows[0], coef=nan), *rows[1:]]
 
     trainer.Trainer.finish_step, trainer.build_rows = finish_step, build_rows
     source = Path(words[1]) / "config.yaml" if resume else TINY

@@ -202,7 +202,7 @@ def test_a_server_that_is_something_else(status, body, said, connect):
         ),
         (
             ["--engine.tensor_parallel", "2", "--engine.server", "http://127.0.0.1:8000"],
-            "which are of engines here; give them to `vpgea serve`",
+            "which only an engine in the training processes has; give them to `vpgea serve`",
         ),
     ],
 )

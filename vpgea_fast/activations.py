@@ -33,23 +33,25 @@ MLP = frozenset("gate_proj gate_up_proj fc1 c_fc dense_h_to_4h w1".split())
 
 
 def kept_products(module: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of those whose matrix product `selective` keeps."""
+    """Map names to the modules whose matrix product `selective` keeps."""
     names = ATTENTION | MLP
     return {n: m for n, m in module.named_modules() if n.rpartition(".")[2] in names}
 
 
 def kept_width(layer: nn.Module) -> int:
-    """Elements a token of the products of one layer that `selective` keeps."""
+    """Count the elements per token that `selective` keeps of one layer's products."""
+    # nf: transformers' Conv1D (GPT-2) has no out_features.
     widths = (
         getattr(m, "out_features", getattr(m, "nf", 0)) for m in kept_products(layer).values()
     )
-    return sum(widths)  # nf: of transformers' Conv1D
+    return sum(widths)
 
 
 def checkpoint_activations(causal_lm: Any, grade: str) -> None:
     """Make every layer of a causal LM run again in the backward, as `grade` says, in place."""
     if grade == "none":
         return
+    # Reentrant checkpointing takes no context_fn.
     options: dict[str, Any] = {"use_reentrant": False}
     if grade == "selective":
         options["context_fn"] = _selective(causal_lm)
@@ -57,7 +59,7 @@ def checkpoint_activations(causal_lm: Any, grade: str) -> None:
 
 
 def _selective(causal_lm: Any) -> Callable[[], tuple[Any, Any]]:
-    """The contexts of one layer's forward and of its repetition.
+    """Return the contexts of one layer's forward and of its repetition.
 
     An operation does not know the module that calls it, so hooks say when one of ours runs. A
     repetition may end inside a module, by an exception, hence `always_call`.
@@ -71,17 +73,21 @@ def _selective(causal_lm: Any) -> Callable[[], tuple[Any, Any]]:
 
     def choose(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
         name = str(op)
+        # By name: torch's SDPA kernels, its varlen one and flash-attn are different operations.
         attended = "attention" in name or "attn" in name
         if attended or (running and name.startswith(("aten.mm", "aten.addmm"))):
+            # torch.compile may overrule a PREFER_SAVE, never a MUST_SAVE.
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
+    # New contexts for each forward of a layer: they hold the tensors that it keeps.
     return lambda: create_selective_checkpoint_contexts(choose)
 
 
-def _tell_missing(causal_lm: Any, found: set[str]) -> None:
+def _tell_missing(causal_lm: Any, present: set[str]) -> None:
+    # A warning, no error: the gradients are the same, the backward only takes longer.
     for what, names in (("attention", ATTENTION), ("MLP", MLP)):
-        if not found & names:
+        if not present & names:
             log.warning(
                 "model.activation_checkpointing: 'selective' knows no product by name in the %s of "
                 "%s (%s), so the backward makes them again, as with 'full'",

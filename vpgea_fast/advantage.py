@@ -155,6 +155,7 @@ def cross_view_utility(
         options,
         accept_BG=accept_BG,
     )
+    # (B,) counts; -1 marks a question whose lengths or utility are no numbers.
     replaced = out.replaced_B.tolist()  # the one synchronisation
     if -1 in replaced:
         _token_counts("len_post", len_post_BG)
@@ -211,10 +212,12 @@ def posterior_monitors(
     s_post_BG = u_post_BG.exp() * length_factor(len_post_BG, len_base_B, alpha)
     l_BN = u_prior_BN.exp()
     s_BN = l_BN * length_factor(len_prior_BN, len_base_B, alpha)
+    # A mean over no questions would be NaN.
     batch, n_prior = u_prior_BN.shape
     if batch == 0:
         return {}
 
+    # softmax of U over the prior paths is L / sum L, the weights of the exact posterior.
     s_mean_B = s_BN.mean(dim=1)
     e_qstar_B = (u_prior_BN.softmax(dim=1) * s_BN).sum(dim=1)
     monitors = {

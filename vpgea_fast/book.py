@@ -8,7 +8,8 @@ to what runs write, in both directions.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 MODES = ("sampled", "greedy")
 """The two ways in which an evaluation draws answers."""
@@ -34,9 +35,35 @@ class Chapter(NamedTuple):
     metrics: dict[str, Metric]
 
 
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
+
+    >>> merge({"len_post": 4.0}, {"loss": 0.1})
+    {'len_post': 4.0, 'loss': 0.1}
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        repeated = sorted(merged.keys() & part.keys())
+        if repeated:
+            raise ValueError(
+                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
+                "the objective"
+            )
+        merged |= part
+    return merged
+
+
 def _table(text: str) -> dict[str, Metric]:
-    """Metrics by their key, from lines `key | unit` with the meaning indented below each."""
-    entries = re.findall(r"^(\w+) \| (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    """Metrics by their key, from lines `key | unit` with the meaning indented below each.
+
+    ValueError for a key that metrics.jsonl would refuse, and for an entry without a meaning."""
+    entries = re.findall(r"^([a-z][a-z0-9_]*) \| (.+)\n((?: +.+\n)+)", text, re.MULTILINE)
+    heads = re.findall(r"^(\S.*)$", text, re.MULTILINE)
+    if wrong := set(heads) - {f"{key} | {unit}" for key, unit, _ in entries}:
+        raise ValueError(
+            f"book.py: got {sorted(wrong)[0]!r}, expected `key | unit` and its meaning indented "
+            "below; a key has small letters, digits and underscores"
+        )
     return {key: Metric(unit, " ".join(meaning.split())) for key, unit, meaning in entries}
 
 
@@ -44,6 +71,7 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+# Keys of Evaluator.run's result for one mode; report and console read them by these names.
 EVALUATION = Chapter(
     "eval.json",
     "Before and after training: `step`, and an object for each mode, `sampled` and `greedy`. "
@@ -75,6 +103,7 @@ errors | answers
 """),
 )
 
+# Columns that every path has, then those of the objective's `Terms.path_scores`.
 PATHS = Chapter(
     "paths.jsonl",
     "One line per path, for the first metrics.paths_per_step paths of each stream.",
@@ -117,6 +146,7 @@ ids | token ids
 )
 
 STEP = (
+    # From `Trainer.update`, and `diagnostics.row_metrics` of the rows that it trained.
     Chapter(
         "Step and update",
         "Every step; kl_gated where a row was distilled.",
@@ -142,6 +172,7 @@ kl_gated | nats per token
     gated paths.
 """),
     ),
+    # From `diagnostics.batch_metrics`; of a stream that is not drawn there are none.
     Chapter(
         "Paths and answers",
         "Every step, over the paths of each stream that the objective draws. "
@@ -182,6 +213,7 @@ paths_written | lines
     Lines that this step wrote to paths.jsonl.
 """),
     ),
+    # From `Terms.metrics` of the objective; the counts of lost paths are the collector's.
     Chapter(
         "Utility, advantage and gate",
         "Every step. gate_rate, len_gated*, utility and u_replaced belong to vpgea.",
@@ -213,6 +245,7 @@ tokens_replaced | tokens
     Tokens of questions that train.resample_rounds replaced; 0 without resampling.
 """),
     ),
+    # From `advantage.posterior_monitors`.
     Chapter(
         "Monitors of the theory",
         "Every step of vpgea, means over questions (arXiv 2605.11019, Proposition 1). "
@@ -231,6 +264,7 @@ share_cov_negative | share
     Share of questions with a negative covariance: there objective.alpha is too large.
 """),
     ),
+    # From `diagnostics.mismatch`, `rows.truncated_ratios` and rollout/probe.py.
     Chapter(
         "Engine against trainer",
         "mismatch_* with every update, importance_capped with rollout.importance_cap. "
@@ -260,6 +294,7 @@ rest_freed_mib | MiB
     Device memory that the engine gave back between sampling and training; 0 for engine hf.
 """),
     ),
+    # From `diagnostics.view_divergence` and `Trainer.stream_norms`: passes of their own.
     Chapter(
         "Diagnostics of the two views",
         "Every metrics.diag_every steps, over all tokens of the teacher's paths (vpgea).",
@@ -288,6 +323,7 @@ grad_norm_distill | norm
     Gradient norm of the distilled rows alone; absent without such rows.
 """),
     ),
+    # From `Measure.cost` and `diagnostics.plan_metrics`.
     Chapter(
         "Work, speed and memory",
         "Every step; plan_* with every update.",

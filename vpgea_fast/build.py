@@ -19,7 +19,7 @@ import torch
 from vpgea_fast.check import check_config, slow_engine
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
-from vpgea_fast.config import Config, VpgeaConfig
+from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
 from vpgea_fast.evaluate import Evaluator, make_sampling
@@ -59,6 +59,7 @@ class Stages:
 
     def close(self) -> None:
         """End what runs beside this process: the engine, and the workers that judge."""
+        # The workers end even where an engine's child does not answer.
         try:
             self.engine.close()
         finally:
@@ -71,8 +72,10 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
     with ExitStack() as undo:
+        # The workers start in half a second each, beside the reading of the questions.
         verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
         intake = _read(cfg, world, verifier)
+        # From here on memory of the device is taken; all that needs none was refused above.
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
@@ -87,8 +90,14 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         engine = _build_engine(cfg, world, policy)
         undo.callback(engine.close)
 
+        # U is a likelihood: temperature 1, whatever the paths were drawn at.
         def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
             return passes(lambda batch, _: policy.logprob(batch), rows)
+
+        # Log-probs of drawn paths are those of the distribution that drew them.
+        def score_paths(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+            temperature = cfg.rollout.temperature
+            return passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
 
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
@@ -106,6 +115,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             cfg,
             intake.questions,
             row_logprobs=score,
+            path_logprobs=score_paths,
             engine=engine,
             sampling=sampling,
             decode=text.decode,
@@ -132,6 +142,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
 def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     """The questions and benchmarks, and all that they and the model's shapes can refuse."""
     text = open_text(cfg, world.size)
+    # Silent for a while first: most data sets are judged before a bar could be drawn.
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
@@ -145,6 +156,7 @@ def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
     """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
 
     def hf() -> HFEngine:
+        # A sharded model would gather its weights for every token; the copy costs its size once.
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,
@@ -184,7 +196,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     first, prompter = intake.questions[0], intake.text.prompter
     # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
     yield f"student prompt: {prompter.shown(first.student_ids)}"
-    if cfg.objective.posterior_paths:
+    draws = cfg.objective.draws()
+    if draws.teacher:
         yield f"teacher prompt: {prompter.shown(first.teacher_ids)}"
     yield intake.counts
     yield from intake.lines()
@@ -195,11 +208,10 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
         yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
     yield f"prompt tokens: {length_report(intake.questions)}"
-    paths = cfg.objective.posterior_paths + cfg.objective.prior_paths
     yield (
         f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
-        f"questions x {paths} paths = "
-        f"{cfg.train.steps * cfg.train.questions_per_step * paths} samples"
+        f"questions x {draws.paths} paths = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} samples"
     )
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
@@ -209,12 +221,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
 
 def _caveats(cfg: Config) -> Iterator[str]:
     """What a user of these settings should know before trusting the curves."""
-    if isinstance(cfg.objective, VpgeaConfig) and cfg.objective.preset == "robust":
-        yield (
-            "preset robust: its counterfactual leak guard is not built yet; a path that states "
-            "the answer passes"
-        )
-    if isinstance(cfg.objective, VpgeaConfig) and not cfg.rollout.full_answer:
+    yield from cfg.objective.notes()
+    if not cfg.rollout.full_answer:
         yield (
             "rollout.full_answer is false: no answer is verified while training, so the alarm "
             "for a falling accuracy is blind"

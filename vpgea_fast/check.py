@@ -21,6 +21,7 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import GIB
+from vpgea_fast.objectives import scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
@@ -46,6 +47,7 @@ class Target:
 def target(cfg: Config, *, processes: int | None = None, device_gib: float | None = None) -> Target:
     """This machine as torchrun started it, or so many CUDA devices of `device_gib` each."""
     size = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    # A planned machine has no name, and its rates are guessed by size; this one is asked.
     if device_gib is not None:
         return Target(size, int(device_gib * GIB), cuda=True, here=False)
     cuda = pick_device(cfg.model.device).type == "cuda"
@@ -57,6 +59,7 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
 def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
     """A warning where the hf engine is asked for long paths on a GPU, or None."""
     tokens = cfg.rollout.max_new_tokens
+    # On a CPU both engines are bound by the same memory, and hf starts at once.
     if not cuda or cfg.engine.name != "hf" or tokens < LONG_PATH:
         return None
     return (
@@ -95,10 +98,11 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any) -> None:
     families.measure(model)
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
     columns = getattr(model, "intermediate_size", None) or 0  # GPT-2's kind has another name
+    # Fewer key heads than processes are copied, so either may divide the other.
     rest = (heads % group, columns % group, min(keys % group, group % keys))
     if any(rest):
         raise ConfigError(
@@ -113,6 +117,7 @@ def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion
     thought = cfg.rollout.max_new_tokens
     _, row = longest(cfg, questions)
     packed = row - 1  # the last token of a row is only ever a target
+    # A row is never cut: it would lose the end of its thought, which is what stopping learns from.
     if packed > cfg.train.micro_batch_tokens:
         raise ConfigError(
             f"train.micro_batch_tokens: got {cfg.train.micro_batch_tokens}, but a row may have "
@@ -156,11 +161,12 @@ def draws(
         lengths = [(f"question {q.question.id}", q.context(view).numel()) for q in questions]
         return max(lengths, key=lambda item: item[1], default=("data.max_prompt_tokens", limit))
 
+    # The longest of each kind is enough: every shorter one fits where it does.
     student, new = most("student"), thought + (answer if rollout.full_answer else 0)
     found = [(*student, new)]
-    if objective.posterior_paths:
+    if objective.draws().teacher:
         found.append((*most("teacher"), new))
-    if objective.scores_answers and cfg.scoring.u_source == "accuracy":  # behind </think>
+    if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
         what, prompt = student
         found.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
     for name, benchmark in benchmarks.items():
@@ -172,17 +178,21 @@ def draws(
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
     """Tokens of the longest prompt, and of the longest row that is trained or scored."""
+    # An answer is a part of the row only where the objective trains it.
+    answer = cfg.rollout.full_answer and cfg.objective.draws().answers
+    drawn = cfg.rollout.max_new_tokens + answer * cfg.rollout.max_answer_tokens
     if not questions:
         limit = cfg.data.max_prompt_tokens
-        return limit, limit + cfg.rollout.max_new_tokens
+        return limit, limit + drawn
     prompts = [max(len(q.student_ids), len(q.teacher_ids)) for q in questions]
     tails = [0]
-    if cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood":  # behind </think>
+    if scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood":  # behind </think>
         tails = [
             len(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
             for q in questions
         ]
-    return max(prompts), max(*prompts, *tails) + cfg.rollout.max_new_tokens
+    thought = cfg.rollout.max_new_tokens
+    return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 
 
 def _check_precision(cfg: Config, world_size: int, on: Target) -> None:

@@ -1,22 +1,25 @@
-"""A step's questions -> scored paths and coefficients: phases 1 and 2 of the method.
+"""A step's questions -> scored paths and the terms of the loss: phases 1 and 2 of the method.
 
 questions of (seed, step) -> both streams in one engine call -> U, correctness, lengths
--> coefficients of the objective [-> questions without a gradient make room for others]
+-> terms of the objective [-> questions without a gradient make room for others]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from vpgea_fast import objectives
+from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
-from vpgea_fast.metrics import PhaseTimer, merge
+from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.objectives import Draws, Objective, Term, Terms
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
+from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
     RowsFn,
     accuracy_utility,
@@ -25,11 +28,12 @@ from vpgea_fast.scoring import (
     answers_correct,
 )
 from vpgea_fast.types import (
-    Coefficients,
     Groups,
     Path,
+    PathKey,
     PromptedQuestion,
     SampleRequest,
+    Score,
     ScoredBatch,
     ScoredPaths,
     Stream,
@@ -53,6 +57,7 @@ class Collector:
         questions: Sequence[PromptedQuestion],
         *,
         row_logprobs: RowsFn,
+        path_logprobs: RowsFn,
         engine: RolloutEngine,
         sampling: Sampling,
         decode: Callable[[torch.Tensor], str],
@@ -60,21 +65,29 @@ class Collector:
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
-        self.row_logprobs = row_logprobs
+        # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
+        self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
         self.verifier = verifier
 
-    def collect(self, step: int, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients]:
-        """Sample, score and weigh the paths of a step: a function of (weights, seed, step).
+    def collect(
+        self, step: int, timer: PhaseTimer, state: Mapping[str, Any]
+    ) -> tuple[ScoredBatch, Terms]:
+        """Sample, score and weigh the paths of a step: a function of (weights, seed, step, state).
+
+        `state` is what the objective kept of the step before (`Terms.state`).
 
         With `train.resample_rounds`, questions without a gradient make room for others, which are a
         function of (seed, step, round) like the first ones.
         """
-        batch, coefs = self._draw(self._questions(step, round_=0), step, timer)
+        # Once per step: schedules reach scores, gate and monitors by this one route.
+        objective = self.cfg.objective.at(step)
+        batch = self._draw(self._questions(step, round_=0), step, timer)
+        terms = self._weigh(objective, batch, state, timer)
         drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
-            alive = coefs.alive.nonzero()[:, 0].tolist()
-            dead = (~coefs.alive).nonzero()[:, 0].tolist()
+            alive = terms.alive.nonzero()[:, 0].tolist()
+            dead = (~terms.alive).nonzero()[:, 0].tolist()
             # A question that was drawn in this step is not drawn again: it has just failed, or it
             # would stand in the batch twice.
             rest = [q for q in self._questions(step, round_) if q.question.id not in drawn_ids]
@@ -86,16 +99,17 @@ class Collector:
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
             tokens_replaced += batch.select(list(swaps)).tokens
-            batch = kept.join(self._draw(fresh, step, timer)[0])
-            coefs = self._coefficients(batch)
+            batch = kept.join(self._draw(fresh, step, timer))
+            terms = self._weigh(objective, batch, state, timer)
         counts = {"tokens_replaced": tokens_replaced}
-        return batch, replace(coefs, metrics=merge(coefs.metrics, counts))
+        return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def _replacements(
         self, batch: ScoredBatch, dead: Sequence[int], candidates: Sequence[PromptedQuestion]
     ) -> dict[int, PromptedQuestion]:
         """Place of a question without a gradient -> the one that comes for it: with weights of its
         own file, so that a mixture keeps its shares."""
+        # Candidates come in random order, so the first that fits is a fair draw.
         mixture, left = self.cfg.data.weights is not None, list(candidates)
         swaps = {}
         for place in dead:
@@ -118,8 +132,9 @@ class Collector:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
         requests = self._requests(questions, step)
+        # One call: vLLM fills its batch from both streams, and shares prefixes within each.
         paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
-        counts = (self.cfg.objective.posterior_paths, self.cfg.objective.prior_paths)
+        counts = [count for _, _, count in self.draws.plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
@@ -128,14 +143,20 @@ class Collector:
     def draws_again(self) -> bool:
         """More than the paths of a step's questions may be sampled."""
         cfg = self.cfg
-        answers = cfg.objective.scores_answers and cfg.scoring.u_source == "accuracy"
-        return answers or cfg.train.resample_rounds > 0
+        answers = self.scored_views and cfg.scoring.u_source == "accuracy"
+        return bool(answers) or cfg.train.resample_rounds > 0
+
+    @property
+    def draws(self) -> Draws:
+        return self.cfg.objective.draws()
+
+    @property
+    def scored_views(self) -> dict[Stream, View]:
+        """Streams whose U is scored, with the prompt that it is scored under."""
+        needs = self.cfg.objective.needs()
+        return {score.stream: score.view for score in needs if score.part == "target"}
 
     def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
-        plan: list[tuple[Stream, View, int]] = [
-            ("posterior", "teacher", self.cfg.objective.posterior_paths),
-            ("prior", "student", self.cfg.objective.prior_paths),
-        ]
         return [
             SampleRequest(
                 question_id=q.question.id,
@@ -151,7 +172,7 @@ class Collector:
                 ),
             )
             for q in questions
-            for stream, view, count in plan
+            for stream, view, count in self.draws.plan
             for i in range(count)
         ]
 
@@ -159,25 +180,52 @@ class Collector:
         self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
     ) -> ScoredBatch:
         """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
-        post, unanswered_post = self._scored(questions, posterior, step)
-        pi, unanswered_pi = self._scored(questions, prior, step)
+        post, unanswered_post = self._scored("posterior", questions, posterior, step)
+        pi, unanswered_pi = self._scored("prior", questions, prior, step)
         unanswered = unanswered_post | unanswered_pi
+        # By question: a group that lacks a path has another mean, so none of it is trained.
         lost = [
             sum(path.finish == "error" for path in (*z_post, *z_prior))
             + (question.question.id in unanswered)
             for question, z_post, z_prior in zip(questions, posterior, prior, strict=True)
         ]
         lost_B = torch.tensor(lost, dtype=torch.int64)
-        return ScoredBatch(questions=tuple(questions), posterior=post, prior=pi, lost_B=lost_B)
+        batch = ScoredBatch(
+            questions=tuple(questions),
+            posterior=post,
+            prior=pi,
+            lost_B=lost_B,
+            posterior_view=self.draws.posterior_view,
+            token_limit=self.sampling.limit,
+        )
+        return replace(batch, logps=self._logps(batch))
+
+    def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
+        """What the objective must see of the policy beside U: a forward of each."""
+        logps = {}
+        # In one order on every process: each score is a collective of a sharded policy.
+        for score in sorted(self.cfg.objective.needs()):
+            if score.part == "target" or score.who != "policy":
+                continue
+            stream, view, part, _ = score
+            shape = batch.stream(stream).length_BP.shape
+            term = Term(
+                name="score", stream=stream, view=view, part=part, weight_BP=torch.ones(shape)
+            )
+            rows = [part_row(question, path, term) for question, path in batch.pairs(stream)]
+            scored = self.path_logprobs(rows)
+            logps[score] = {row.path: values for row, values in zip(rows, scored, strict=True)}
+        return logps
 
     def _scored(
-        self, questions: Sequence[PromptedQuestion], groups: Groups, step: int
+        self, stream: Stream, questions: Sequence[PromptedQuestion], groups: Groups, step: int
     ) -> tuple[ScoredPaths, set[str]]:
         """One stream with every column; the questions of which the engine gave up a sampled
         answer."""
+        # Flat here, one batch for engine and checker; (B, P) again in the columns.
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
-        utilities, unanswered = self._utilities(pairs, step)
+        utilities, unanswered = self._utilities(stream, pairs, step)
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -191,31 +239,39 @@ class Collector:
 
     def _draw(
         self, questions: Sequence[PromptedQuestion], step: int, timer: PhaseTimer
-    ) -> tuple[ScoredBatch, Coefficients]:
+    ) -> ScoredBatch:
         with timer("rollout"):
             posterior, prior = self.sample(questions, step)
+            # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
         with timer("score"):
-            batch = self.score(questions, posterior, prior, step)
-        with timer("advantage"):
-            return batch, self._coefficients(batch)
+            return self.score(questions, posterior, prior, step)
 
-    def _coefficients(self, batch: ScoredBatch) -> Coefficients:
+    def _weigh(
+        self,
+        objective: Objective,
+        batch: ScoredBatch,
+        state: Mapping[str, Any],
+        timer: PhaseTimer,
+    ) -> Terms:
         """What the objective says; a question that is not whole has no weight, and is in no
         mean."""
-        coefs = objectives.coefficients(self.cfg.objective, batch)
-        dropped_B = batch.lost_B > 0
-        if dropped_B.any():
-            # The batch keeps its shape, for the log of its paths; means are of whole questions.
-            whole, zero = batch.whole, dropped_B[:, None]
-            coefs = Coefficients(
-                weights={key: part.masked_fill(zero, 0.0) for key, part in coefs.weights.items()},
-                path_scores=coefs.path_scores,
-                metrics=objectives.coefficients(self.cfg.objective, whole).metrics if whole else {},
-            )
-        counts = {"paths_error": int(batch.lost_B.sum()), "groups_dropped": int(dropped_B.sum())}
-        return replace(coefs, metrics=merge(coefs.metrics, counts))
+        with timer("advantage"):
+            terms, dropped_B = objective.terms(batch, state), batch.lost_B > 0
+            if dropped_B.any():
+                # The batch keeps its shape, for the log of its paths; means and the objective's
+                # state are of whole questions.
+                whole = batch.whole
+                clean = objective.terms(whole, state) if whole else None
+                terms = replace(
+                    terms.without(dropped_B),
+                    metrics=clean.metrics if clean else {},
+                    state=clean.state if clean else state,
+                )
+            dropped = int(dropped_B.sum())
+            counts = {"paths_error": int(batch.lost_B.sum()), "groups_dropped": dropped}
+            return replace(terms, metrics=merge(terms.metrics, counts))
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(
@@ -226,28 +282,32 @@ class Collector:
             weights=self.cfg.data.weights,
         )
 
-    def _utilities(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
+    def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
         """U of every path; the questions of which the engine gave up a sampled answer."""
-        if not pairs or not self.cfg.objective.scores_answers:
+        view = self.scored_views.get(stream)
+        if not pairs or view is None:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
         if self.cfg.scoring.u_source == "accuracy":
-            verdicts, lost = self._sampled_answers(pairs, step)
+            verdicts, lost = self._sampled_answers(view, pairs, step)
             return accuracy_utility(verdicts), lost
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
             think_close_id=self.sampling.think_close_id,
             u_norm=self.cfg.scoring.u_norm,
+            view=view,
         )
         return utilities, set()
 
-    def _sampled_answers(self, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
-        """Draw J answers after each thought, student view: their correctness (len(pairs), J), and
-        the questions of which the engine gave up one."""
+    def _sampled_answers(
+        self, view: View, pairs: Pairs, step: int
+    ) -> tuple[torch.Tensor, set[str]]:
+        """Draw J answers after each thought, under this prompt: their correctness (len(pairs), J),
+        and the questions of which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
-            prompt = after_thought(question, path, self.sampling.think_close_id)
+            prompt = after_thought(question.context(view), path, self.sampling.think_close_id)
             # A name of its own, and J numbers per path: no answer shares its seed with a thought or
             # with an answer to another path.
             name = f"{path.question_id}/answer"
@@ -268,6 +328,7 @@ class Collector:
                         seed=seed,
                     )
                 )
+        # No token closes such an answer: all that is drawn belongs to it.
         how = answer_only(self.sampling, self.cfg.scoring.answer_temperature)
         answers = self.engine.generate(requests, how, self.progress(len(requests)))
         lost = {answer.question_id for answer in answers if answer.finish == "error"}

@@ -4,17 +4,19 @@ views are apart."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vpgea_fast.advantage import elbo_terms
-from vpgea_fast.metrics import eps3, merge, mfu
+from vpgea_fast.book import merge
+from vpgea_fast.metrics import ModelFlops, eps3, mfu
+from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
+from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
-    Coefficients,
-    ModelFlops,
     ScoredBatch,
     ScoredPaths,
     Stream,
@@ -46,6 +48,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
         # A thought that closed and whose answer was cut is whole: only its answer is missing.
         f"trunc_{name}": sum(p.truncated and not p.closed for p in paths) / len(paths),
     }
+    # NaN where U is not scored, -inf where float32 has underflowed: neither has a quantile.
     finite = stream.u_BP[torch.isfinite(stream.u_BP)]
     if finite.numel():
         quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
@@ -54,6 +57,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
             f"u_{name}_p10": quantiles[0],
             f"u_{name}_p50": quantiles[1],
         }
+    # All or none of a stream is judged: a mean over some would be of other paths each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
         metrics[f"acc_{view}"] = accuracy
@@ -81,7 +85,7 @@ def view_divergence(
     log-prob and entropy of each token. log_utility_BG: log L + log eta, as the objective has it.
     """
     gaps = [q[0] - pi[0] for q, pi in zip(teacher, student, strict=True)]
-    gap_T = torch.cat(gaps)
+    gap_T = torch.cat(gaps)  # (tokens of all posterior paths,)
     hinted = [int((gap > HINT_NATS).sum()) for gap in gaps]
     # Path log-ratios, not means over tokens: the ELBO's KL is one of whole paths.
     sums_BG = torch.stack([gap.sum() for gap in gaps]).view_as(log_utility_BG)
@@ -100,6 +104,7 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
     """Share of posterior paths whose first fifth spells the answer already: a thought that starts
     from the answer passes cross-view scoring. A number of the question counts too, so watch its
     change, not its level."""
+    # By text: a tokenizer may spell the answer's digits in several ways.
     early = [
         question.question.answer in decode(path.z_ids[: path.length // 5])
         for question, path in batch.pairs("posterior")
@@ -110,26 +115,28 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
     """The loss by its formula, the gated KL, and the mismatch of sampler and trainer.
 
-    loss_pg       sum over rows in their own view of sum_t coef_t log p_t
-    loss_distill  sum over the others of sum_t coef_t (log p_t - sg log q_t), beta included: 0 where
-                  the views meet. log q_t of the same path in its own view
-    loss          loss_pg + loss_distill
+    loss_NAME  of every term of the objective: sum over its rows of sum_t coef_t log p_t. Where its
+               paths are distilled, of coef_t (log p_t - sg log q_t), beta included: 0 where the
+               prompts meet. log q_t of the same path in its own view
+    loss       their sum
     kl_gated      mean of log q_t - log p_t over the tokens of the distilled rows
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
     ValueError where there is none.
     """
+    # Path -> its log-probs under the prompt that it was drawn from, as the trainer has them.
     own_logps = {
         row.path: values
         for row, values in zip(rows, logps, strict=True)
-        if row.own_view and row.path is not None
+        if not row.distilled and row.path is not None
     }
-    loss_pg, loss_distill = 0.0, 0.0
+    # Both names always, so that a figure's lines do not break where a step distils nothing.
+    losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     for row, row_logps in zip(rows, logps, strict=True):
-        if row.own_view:
-            loss_pg += (row.coef * row_logps).sum().item()
+        if not row.distilled:
+            losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
             if row.sample_logps is not None:
                 gaps.append(row.sample_logps.double() - row_logps)
             continue
@@ -140,18 +147,36 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
                 "log-probs; give the row its path or sample_logps"
             )
         distilled.append(reference.double() - row_logps)
-        loss_distill -= (row.coef * distilled[-1]).sum().item()
+        losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
     return merge(
-        {"loss": loss_pg + loss_distill, "loss_pg": loss_pg, "loss_distill": loss_distill},
+        {"loss": sum(losses.values()), **losses},
         mismatch(torch.cat(gaps)) if gaps else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
+
+
+def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several updates of one step as those of one: means, but for the mismatch, which
+    is that of the first, and `skipped`, which says that there was no update at all."""
+    if len(updates) == 1:
+        return dict(updates[0])
+    # A key may be missing where an update had no row of its kind: a mean over those that have it.
+    first, keys = updates[0], {key: None for metrics in updates for key in metrics}
+    result = {}
+    for key in keys:
+        values = [metrics[key] for metrics in updates if key in metrics]
+        if key.startswith("mismatch"):
+            result |= {key: first[key]} if key in first else {}
+        else:
+            result[key] = min(values) if key == "skipped" else sum(values) / len(values)
+    return result
 
 
 def mismatch(gap: torch.Tensor) -> dict[str, float]:
     """How far the sampler is from the trainer, from log p_engine - log p_trainer of every token:
     mean exp|gap| (NeMo-RL's bar is 1.05), the largest |gap|, the smallest and largest ratio
     p_trainer / p_engine, and the share of ratios outside [0.9, 1.1]."""
+    # p_trainer / p_engine: what an importance weight would be.
     ratio = (-gap).exp()
     return {
         "mismatch_mean": gap.abs().exp().mean().item(),
@@ -164,19 +189,20 @@ def mismatch(gap: torch.Tensor) -> dict[str, float]:
 
 def work_metrics(
     batch: ScoredBatch,
-    coefs: Coefficients,
+    terms: Terms,
     rows: Sequence[TrainRow],
     *,
     seconds: dict[str, float],
 ) -> dict[str, float | int]:
     """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
+    # What a step would train if nothing were gated off, term by term.
     possible = sum(
-        question.context(view).numel() + path.z_ids.numel()
-        for stream, view in coefs.weights
-        for question, path in batch.pairs(stream)
+        part_row(question, path, term).tokens
+        for term in terms.parts
+        for question, path in batch.pairs(term.stream)
     )
     trained = sum(row.tokens for row in rows)
-    generated = batch.tokens + (coefs.metrics.get("tokens_replaced") or 0)
+    generated = batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
     counts = {
         "tokens_generated": generated,
         "tokens_trained": trained,
@@ -202,6 +228,7 @@ def speed_metrics(
     Of a row the head counts on the targets alone, where it runs. `mfu` is None on a device whose
     peak is not known.
     """
+    # The last token of a row is only ever a target.
     lengths, targets = [row.tokens - 1 for row in rows], [row.token_ids.numel() for row in rows]
     return {
         "train_tokens_per_s": sum(row.tokens for row in rows) / seconds,
@@ -211,7 +238,7 @@ def speed_metrics(
 
 def path_records(
     batch: ScoredBatch,
-    coefs: Coefficients,
+    terms: Terms,
     decode: Callable[[torch.Tensor], str],
     *,
     step: int,
@@ -221,7 +248,8 @@ def path_records(
     records: list[dict[str, Any]] = []
     streams: tuple[Stream, ...] = ("posterior", "prior")
     for stream in streams:
-        columns, scores = batch.stream(stream), coefs.path_scores.get(stream, {})
+        columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
+        # From the first question on: a reader wants whole groups, not a random handful.
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:
             correct = columns.correct_BP[b, i].item()

@@ -80,16 +80,19 @@ class World:
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Over the processes, elementwise, on the CPU; bitwise equal on all. A collective."""
+        """Add elementwise over the processes, on the CPU; bitwise equal on all. A collective."""
+        # A copy: all_reduce adds in place, and the caller's tensor must stay as it is.
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
         return total
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """What every process gave, in the order of the ranks. A collective."""
+        """Return what every process gave, in the order of the ranks. A collective."""
         if self.size == 1:
             return [data]
+        # all_gather takes one shape from all: lengths first, then bytes padded to the longest. Each
+        # process receives size x the longest.
         lengths = self._gather(torch.tensor([len(data)]))
         widest = max(int(length) for length in lengths)
         padded = torch.zeros(widest, dtype=torch.uint8)
@@ -99,11 +102,12 @@ class World:
         return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process gave, of the kinds that JSON has. A collective."""
+        """Return what every process gave, of the kinds that JSON has. A collective."""
+        # Through JSON on one process too: types come back alike, whatever the number of processes.
         return [json.loads(part) for part in self.gather_bytes(json.dumps(value).encode())]
 
     def gather_tensor(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's 1-D tensor, of any length and one dtype, on the CPU. A collective."""
+        """Gather 1-D tensors of one dtype and any lengths, on the CPU. A collective."""
         parts = self.gather_bytes(values.detach().cpu().contiguous().numpy().tobytes())
         return [
             torch.frombuffer(bytearray(part), dtype=values.dtype) if part else values.new_empty(0)
@@ -124,12 +128,13 @@ class World:
 
     def share(self, count: int) -> slice:
         """The places of `count` things that are this process's; all shares together are all."""
+        # Lengths differ by one at most, and one share ends where the next begins.
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def spread(self, work: Callable[[Sequence[T]], list[Any]], items: Sequence[T]) -> list[Any]:
-        """`work(items)` with each process doing its share; results as JSON has them. A collective.
+        """Do `work(items)`, each process its share; results as JSON has them. A collective.
 
-        For work whose result may differ between processes (a time-out), or is dear.
+        For work that is expensive, or whose result may differ between processes (a time-out).
         """
         parts = self.gather(work(items[self.share(len(items))]))
         return [result for part in parts for result in part]
@@ -146,8 +151,10 @@ class World:
             yield
         except Exception as error:
             failure = error
+        # An exception may have no text (MemoryError): its type is told then.
         problems = self.gather(failure and (str(failure) or type(failure).__name__))
         if failure is not None:
+            # Its own exception: it has the traceback, the others know its words alone.
             raise failure
         for rank, problem in enumerate(problems):
             if problem is not None:
@@ -168,6 +175,7 @@ class World:
         dist.all_gather(parts, tensor, group=self.group)
         return parts
 
+    # cached_property writes into __dict__, which a frozen dataclass allows.
     @functools.cached_property
     def side(self) -> World:
         """The same processes over connections of their own, for a thread. The first use is a
@@ -204,6 +212,7 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     reshard(model)
     weights: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
+    # keep_vars: the parameters themselves, so that a tied one is told by its identity.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -222,6 +231,7 @@ def full_weights(
     more than one unit. With `dtype`, a tensor at a time, floating point in that dtype. A model that
     is not sharded gives its own tensors.
     """
+    # A cast starts from the master weights, but a unit holds the forward's dtype already.
     by_unit = dtype is None and any(isinstance(m, FSDPModule) for m in model.modules())
     shards: set[str] = set()
     for name, weight in named_weights(model).items():
@@ -232,11 +242,13 @@ def full_weights(
         if dtype is not None and weight.is_floating_point():
             weight = weight.to(dtype)
         yield name, _whole(weight)
+    # unshard() gathers one unit, not those below it: the root's is the final norm alone.
     for prefix, unit in model.named_modules():
         if not (shards and isinstance(unit, FSDPModule)):
             continue
         unit.unshard()
         for name, weight in nn.Module.named_parameters(unit, prefix):  # pyright: ignore
+            # Those of the units below are still DTensors; their turn comes.
             if not isinstance(weight, DTensor) and _public(name) in shards:
                 shards.remove(_public(name))
                 yield _public(name), weight.detach()
@@ -246,6 +258,7 @@ def full_weights(
 def _whole(weight: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, DTensor):
         return weight
+    # Offloaded shards lie on the CPU, where NCCL cannot gather them.
     whole: Any = weight.to(weight.device_mesh.device_type)
     return whole.full_tensor()
 
@@ -269,6 +282,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     if not sharded:
         return World(here)
     if here.type == "cuda":
+        # Before NCCL starts: every process would otherwise use device 0.
         torch.cuda.set_device(here)
     timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(
@@ -292,14 +306,16 @@ def _open_store(rank: int, size: int, timeout: timedelta) -> Any:
     """A store in which nothing is written yet.
 
     torchrun's own outlives a restart, so a process may read the address that a dead one had left:
-    "connection refused", in about half of the restarts. Its restart count is no help, since only
-    the node that failed counts. So the main process deals a new prefix, to the processes that it
-    has seen alive: each says a word of its own, and takes the prefix that comes back with it.
+    "connection refused", in about half of the restarts. Its restart count is no help: only the
+    agent of the node that failed raises it. So the main process deals out a new prefix, to those
+    that are alive: each leaves a random word, and takes the prefix that comes back behind it.
     """
     if "MASTER_ADDR" not in os.environ:
+        # One process, not started by torchrun: a store in memory, and no port is opened.
         return HashStore()
     store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
     word, prefix, end = uuid.uuid4().hex, "", time.monotonic() + timeout.total_seconds()
+    # Process 0 waits for a sign of every other; each other one for its prefix.
     waiting = set(range(1, size)) if rank == 0 else {rank}
     if rank:
         store.set(f"here/{rank}", word)
@@ -346,6 +362,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        # A device of another kind, to be refused below in the words of this key.
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(

@@ -34,6 +34,7 @@ class Finding:
 
 def examine(device: str = "auto") -> list[Finding]:
     """Everything that a run on `device` chooses from. ConfigError for a device that is not here."""
+    # Each part asks the check that a run itself makes, so the two cannot disagree.
     where = pick_device(device)
     return [*_machine(where), *_backends(where), *_attention(where), *_engines(), *_extras()]
 
@@ -80,6 +81,7 @@ def _engines() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     yield _asked("extra", "torchao", lambda: check_torchao() or "optim.name adamw_8bit")
+    # Found, not imported: Liger's import takes seconds and needs a working Triton.
     liger, use = importlib.util.find_spec("liger_kernel"), "RMSNorm, RoPE and SwiGLU on CUDA"
     lack = f"not installed; pip install 'vpgea_fast[liger]' for its {use}"
     yield Finding("extra", "liger", liger is not None, use if liger is not None else lack)

@@ -67,6 +67,7 @@ def dry_run(
     def say(text: str) -> object:
         return tell(printable(text))
 
+    # In the order of a run's start, so that its first error is this one's too.
     text = open_text(cfg, on.processes, here=on.here)
     # A checkpoint is kept by an evaluation, which may lose all its files here.
     any_eval = replace(cfg, checkpoint=replace(cfg.checkpoint, keep_best=None))
@@ -78,6 +79,7 @@ def dry_run(
         judge = console.watched(verifier.accepts_itself, "reference answers")
         training = functools.partial(_questions, say=say)
         intake = read(reachable, text, judge, ALONE, training=training)
+    # The workers that judged are gone; from here on it is arithmetic.
     kept, benchmarks = intake.questions, intake.benchmarks
     for line in intake.lines():
         say(line)
@@ -89,6 +91,7 @@ def dry_run(
         )
     say(f"student prompt:\n{prompter.shown(kept[0].student_ids)}\n")
     say(f"teacher prompt:\n{prompter.shown(kept[0].teacher_ids)}\n")
+    # Quantiles: one long prompt in a thousand decides the room of every path.
     for view, lengths in length_report(kept).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
     if kept[0].question not in SAMPLE_QUESTIONS:  # the error that the run would end with
@@ -105,6 +108,7 @@ def dry_run(
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:
     """`load_training`, or built-in questions for data on a Hub that cannot be reached."""
     remote = [file.path for file in cfg.train if file.path.startswith("hub:")]
+    # Files of this machine never stand in: that one is missing is the user's to know.
     reason = next(filter(None, map(_unreachable, remote)), None)
     if reason is None:
         try:
@@ -123,6 +127,7 @@ def _reachable(cfg: Config, say: Say) -> EvalConfig:
     files = []
     for file in cfg.eval.data:
         reason = _unreachable(file.path)
+        # Unlike training data a benchmark is left out at once: its cache is not looked into.
         if reason is None and file.path.startswith("hub:") and is_offline_mode():
             reason = "the Hub is switched off"
         if reason is None:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.config import Config, ConfigError
-from vpgea_fast.metrics import peak_flops
-from vpgea_fast.types import ModelFlops
+from vpgea_fast.metrics import ModelFlops, peak_flops
+from vpgea_fast.objectives import scores_answers
 
 HOUR = 3600
 ANSWER_ROWS = 16
@@ -92,6 +92,7 @@ def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
     """The rates of a card, `stated` ones laid over them; None for an unknown card, or a part of
     one (MIG), of which tflops or bandwidth is not stated."""
     known: dict[str, float | None] = {}
+    # A slice has a part of the card's rates, and its name does not say how much.
     if " MIG " not in name:
         peak = peak_flops(name)
         bandwidth = next((rate for part, rate in BANDWIDTH if part in name), None)
@@ -112,6 +113,7 @@ def parse_rates(text: str) -> dict[str, float]:
     >>> parse_rates("tflops=312, accepted=0.3")
     {'tflops': 312.0, 'accepted': 0.3}
     """
+    # The record is the list of keys: a new rate is known here at once.
     known = [field.name for field in dataclasses.fields(Rates)]
     rates: dict[str, float] = {}
     for pair in text.split(","):
@@ -172,6 +174,7 @@ class Durations:
     @property
     def run(self) -> dict[str, float]:
         """phase -> seconds of the whole run."""
+        # Evaluations before and after the run belong to no step, so they are counted apart.
         whole = {phase: self.steps * seconds for phase, seconds in self.step.items()}
         return whole | {"evaluation": self.evaluations * self.evaluation}
 
@@ -202,8 +205,8 @@ def rollouts_of(
     cfg: Config, *, prompt: float, tokens: float = 0.0, answer: float = Rates.answer
 ) -> Draw:
     """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
-    rollout, objective = cfg.rollout, cfg.objective
-    views = [count for count in (objective.posterior_paths, objective.prior_paths) if count]
+    rollout, views = cfg.rollout, cfg.objective.draws().counts
+    # Where streams differ in size, the smaller number shares a prompt: the cautious figure.
     mean, limit = _mean_thought(cfg, tokens), 0
     if rollout.full_answer:
         limit = rollout.max_answer_tokens
@@ -223,6 +226,7 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
     evaluation = 0.0
     if sizes.evaluated:
+        # As Evaluator draws: every sample of a question has one prompt, answers behind thoughts.
         held_out = Draw(
             paths=sizes.evaluated,
             shared=max(1, cfg.eval.samples),
@@ -233,8 +237,11 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
         )
         evaluation = _drawing(cfg, rates, sizes, held_out)
     every, steps = cfg.eval.every, cfg.train.steps
+    # Not before the first step and not after the last: those two are counted by themselves.
     between = (steps - 1) // every if every and sizes.evaluated else 0
+    # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
+    # In the background the write is hidden behind the next steps; its copy takes a second.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
@@ -254,7 +261,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
 def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[str, float]:
     """Seconds of the forwards and backwards of a step, over thoughts of that mean length."""
     objective, questions = cfg.objective, cfg.train.questions_per_step
-    posterior, prior = questions * objective.posterior_paths, questions * objective.prior_paths
+    draws = objective.draws()
+    posterior, prior = questions * draws.posterior, questions * draws.prior
     row, flops = round(sizes.prompt + thought), sizes.flops
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
@@ -262,12 +270,13 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     # The head runs where a loss reads it: on the thought, not on the prompt.
     whole = flops.forward_row(row, round(thought)) / forward
     train = flops.row(row, round(thought)) / (peak * mfu)
+    # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
 
     scoring = 0.0
-    if objective.scores_answers and cfg.scoring.u_source == "likelihood":
+    if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    elif objective.scores_answers:  # J short answers behind every thought, which they share
+    elif scores_answers(objective):  # J short answers behind every thought, which they share
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,
@@ -278,12 +287,16 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
         scoring = _drawing(cfg, rates, sizes, answers)
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole
+    parts, epochs = cfg.train.minibatches, cfg.train.epochs
+    if parts * epochs > 1:
+        # Log-probs before the first update, and again before every update but that one.
+        scoring += rows * whole * (1 + epochs - 1 / parts)
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0
     if cfg.metrics.diag_every and posterior:
         diagnosing = (2 * posterior * whole + rows * train) / cfg.metrics.diag_every
-    return {"scoring": scoring, "training": rows * train, "diagnostics": diagnosing}
+    return {"scoring": scoring, "training": epochs * rows * train, "diagnostics": diagnosing}
 
 
 def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
@@ -293,10 +306,12 @@ def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
     far. Lengths spread evenly from 0 to twice their mean. The batch is full until the last paths
     are begun; then it drains, at worst to the limit, and the weights are read for few.
     """
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
     mine = math.ceil(draw.paths * group / sizes.world)
     batch = min(cfg.rollout.max_batch, max(1, int(sizes.cache / draw.held)))
+    # Rounds of decoding: full ones, then the tail of the longest path alone.
     tokens = mine * draw.mean / min(mine, batch) + (draw.limit - draw.mean)
+    # E[length^2] of lengths that are even from 0 to twice the mean.
     square = min(4 / 3 * draw.mean, draw.limit) * draw.mean
     read = tokens * sizes.parameters * _width(cfg)
     read += mine * sizes.token * (draw.prompt * draw.mean + square / 2)

@@ -1,4 +1,4 @@
-"""Evaluation of the student view: accuracy, generated tokens, and eps3 = ACC^2 / tokens.
+"""Evaluate the student view: accuracy, generated tokens, and eps3 = ACC^2 / tokens.
 
 Only `student_ids` are ever sampled from here: no teacher prompt can reach an evaluation.
 """
@@ -29,6 +29,7 @@ from vpgea_fast.verify import Verifier
 from vpgea_fast.weights import stored_model
 
 BOOTSTRAP = 1000
+"""Resamples behind an interval."""
 Decode = Callable[[torch.Tensor], str]
 Item = tuple[Question, torch.Tensor]
 """A question and its student prompt: all that an evaluation knows."""
@@ -57,7 +58,8 @@ class Evaluator:
             engine.check(self._requests(benchmark.questions, samples=1), self.sampling)
 
     def _requests(self, questions: Sequence[Item], samples: int) -> list[SampleRequest]:
-        # step -1: no training step ever draws with an evaluation's seed
+        # Step -1: no training step ever draws with an evaluation's seed. The seed is cfg.eval's, so
+        # evaluations at different steps draw with the same random numbers and compare closely.
         return [
             SampleRequest(
                 question_id=q.id,
@@ -74,12 +76,12 @@ class Evaluator:
 
     @property
     def samples(self) -> int:
-        """Answers that one run draws."""
+        """Count the answers that one run draws."""
         questions = sum(len(benchmark.questions) for benchmark in self.benchmarks.values())
         return questions * (self.cfg.samples + int(self.cfg.greedy))
 
     def describe(self) -> list[str]:
-        """What will be drawn, and what of the files cannot be used."""
+        """Say what will be drawn, and what of the files cannot be used."""
         cfg, lines = self.cfg, []
         for name, benchmark in self.benchmarks.items():
             lines.append(f"student prompt: {benchmark.shown}")
@@ -100,13 +102,15 @@ class Evaluator:
         return lines
 
     def run(self, on_progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-        """{"sampled": {...}, "greedy": {...}}: means over the benchmarks, and each of several.
+        """Draw and judge; return {"sampled": {...}, "greedy": {...}}, means over the benchmarks.
 
-        acc (0..1, pass@1 over n samples) with a 95 % bootstrap interval over questions, tokens
-        (mean generated, thought and answer, cut samples included), truncated (share), n (samples),
-        questions, dropped (questions without a usable reference answer), eps3 = mean over
-        benchmarks of ACC^2/tokens, eps3_mean = (mean ACC)^2 / mean tokens: the paper does not say
-        which of the two it prints.
+        acc          0..1, pass@1 over n samples; acc_low, acc_high its 95 % interval over questions
+        tokens       mean generated, thought and answer, cut samples included
+        truncated    share of samples that were cut; errors, the number that the engine gave up
+        n, questions, dropped   samples; questions; those without a usable reference answer
+        eps3         mean over benchmarks of ACC^2 / tokens
+        eps3_mean    (mean ACC)^2 / mean tokens
+        benchmarks   the same for each, without eps3_mean
         """
         return {
             mode: self._mode(count, sampling, on_progress)
@@ -115,7 +119,7 @@ class Evaluator:
         }
 
     def modes(self) -> dict[str, tuple[int, Sampling]]:
-        """The answers a question that each mode draws, and how."""
+        """Give for each mode the answers per question, and how they are drawn."""
         warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         return {
             "sampled": (self.cfg.samples, warm),
@@ -125,7 +129,7 @@ class Evaluator:
     def _mode(
         self, samples: int, sampling: Sampling, on_progress: Progress | None
     ) -> dict[str, Any]:
-        # one generator: the benchmarks are resampled independently of each other
+        # One generator: the benchmarks are resampled independently of each other.
         generator = torch.Generator().manual_seed(self.cfg.seed)
         parts, resampled = {}, []
         for name, benchmark in self.benchmarks.items():
@@ -159,7 +163,7 @@ class Evaluator:
         sampling: Sampling,
         on_progress: Progress | None,
     ) -> tuple[list[Path], torch.Tensor]:
-        """`samples` paths a question, and whether each is correct: (Q, N) of 1.0 and 0.0."""
+        """Draw `samples` paths per question, and judge each: (Q, N) float64 of 1.0 and 0.0."""
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         # Request order: the samples of a question stand side by side.
         answers = [q.answer for q, _ in questions for _ in range(samples)]
@@ -170,7 +174,7 @@ class Evaluator:
 def make_sampling(
     cfg: RolloutConfig, prompter: Prompter, tokenizer: Any, causal_lm: Any
 ) -> Sampling:
-    """The rollout section with the token ids that end a thought and an answer of this model.
+    """Join the rollout section and the token ids that end a thought and an answer of this model.
 
     ValueError for a tokenizer that knows these tokens and a model that does not.
     """
@@ -198,7 +202,7 @@ def make_sampling(
 
 @dataclass(frozen=True)
 class OpenModel:
-    """What an evaluation draws with, and what judges it."""
+    """Holds what an evaluation draws with, and what judges it."""
 
     text: ModelText
     causal_lm: Any
@@ -219,12 +223,13 @@ class OpenModel:
 
 @contextmanager
 def open_model(cfg: Config) -> Iterator[OpenModel]:
-    """The model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
+    """Open the model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
     text = open_text(cfg)
     # Workers come up in the background while the model loads.
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
         causal_lm, engine, weights = _model_and_engine(cfg)
         try:
+            # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
             if weights is not None:
                 engine.load_weights(weights)
             yield OpenModel(text, causal_lm, engine, verifier)
@@ -233,8 +238,10 @@ def open_model(cfg: Config) -> Iterator[OpenModel]:
 
 
 def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`;
-    the result of `Evaluator.run`. `console` shows what is drawn and the time left."""
+    """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`.
+
+    Returns the result of `Evaluator.run`. `console` shows what is drawn and the time left.
+    """
     with open_model(cfg) as model:
         judge = model.verifier.accepts_itself
         if console is not None:
@@ -248,8 +255,10 @@ def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dic
 
 
 def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
-    """The model (without storage, for an engine that is no module), what samples with it, and the
-    weights that this one still needs."""
+    """Open the model, its engine, and the weights that the engine still needs.
+
+    For an engine that is no module the model has no storage.
+    """
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
     if cfg.engine.name == "hf":
@@ -269,7 +278,8 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(headers, rows) of what `Evaluator.run` returns: each benchmark, then the mean of several."""
+    """Lay out what `Evaluator.run` returns as (headers, rows)."""
+    # Each benchmark, then the mean where there are several: of one it would repeat the row.
     entries = [
         (name, mode, part)
         for mode, result in results.items()
@@ -291,6 +301,7 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
 
 
 def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
+    """Average the measures of all benchmarks, and add up their counts."""
     counts = ("n", "questions", "dropped", "errors")
     # Both, because the paper does not say which of the two it prints.
     mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
@@ -303,7 +314,7 @@ def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Means of BOOTSTRAP resamples of the questions, drawn with replacement."""
+    """Draw the questions BOOTSTRAP times with replacement; return the mean of each resample."""
     count = per_question_Q.numel()
     # (R, Q) int64: 1,000 x 1,319 of GSM8K's test are 10 MB.
     picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
@@ -311,7 +322,8 @@ def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def _interval(means_R: torch.Tensor) -> dict[str, float]:
-    """The 95 % percentile interval."""
+    """Take the 95 % percentile interval."""
+    # At an accuracy of 0 or 1 all resamples agree, and it has no width.
     edges = torch.tensor([0.025, 0.975], dtype=means_R.dtype)
     low, high = means_R.quantile(edges).tolist()
     return {"acc_low": low, "acc_high": high}

@@ -27,7 +27,7 @@ from vpgea_fast.types import PackedBatch, TrainRow
 
 VOCABULARY = 64
 LENGTHS = (9, 14, 1, 12)
-"""Tokens of the documents of the measurement: longer than the clone's window, and of one token."""
+"""Tokens of the measured documents: three longer than the clone's window, and one of one token."""
 
 WINDOW = 5
 TOLERANCE = 1e-4
@@ -58,7 +58,7 @@ NARROW = {
 """Largest value of a key in the clone. Widths and counts that change no formula."""
 
 OTHER_THAN_TEXT = ("audio", "image", "speech", "text", "video", "vision", "vq")
-"""Beginnings of the names of parts that a model of text alone has not."""
+"""Beginnings of the names of parts that a model of text alone does not have."""
 
 LARGEST = 50_000_000
 """Parameters of a clone: Gemma 3, with heads 256 wide and six layers, has 10 million."""
@@ -91,9 +91,12 @@ class HeadOptions(NamedTuple):
 
 
 def without_randomness(config: Any) -> Any:
-    """The same configuration, changed in place: every rate of dropout, of dropped layers and of
-    router noise is 0, in its parts too; no router logits, whose auxiliary loss nobody asked for."""
+    """Set every rate of dropout, of dropped layers and of router noise to 0, in parts too.
+
+    In place. Router logits are off: they only serve an auxiliary loss."""
+    # A list: setattr may add names to `vars` while this loop runs.
     for name, value in list(vars(config).items()):
+        # A part with a configuration of its own (text_config, for example).
         if hasattr(value, "to_dict"):
             without_randomness(value)
         elif _is_rate(name, value):
@@ -111,6 +114,7 @@ def remove_randomness(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
+        # Attention keeps `attention_dropout` as a plain number, read at every forward.
         for name, value in list(vars(module).items()):
             if _is_rate(name, value):
                 setattr(module, name, 0.0)
@@ -121,6 +125,7 @@ def measure(config: Any) -> HeadOptions:
     a packed document as it does alone, twice the same. Errors: ValueError."""
     check(config)
     config = without_randomness(copy.deepcopy(config))
+    # One measurement per configuration, whichever directory it came from.
     facts = {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
     key = f"{type(config).__name__} {facts}"
     if key not in _MEASURED:
@@ -134,6 +139,7 @@ _MEASURED: dict[str, HeadOptions] = {}
 def check(config: Any) -> None:
     """Refuse by the configuration alone what no clone is needed for. Errors: ValueError."""
     name = config.model_type
+    # Attributes of a wrong type raise whatever their arithmetic raises.
     with in_words(f"the configuration of {name!r} cannot be read", "correct its config.json"):
         _check(config, name)
 
@@ -143,6 +149,7 @@ def check_values(content: Mapping[str, Any]) -> None:
     and counts that are no size of a model, in the parts of a configuration too. Errors: ValueError,
     which names the key alone."""
     for key, value in content.items():
+        # Before the counts: transformers would swap the linear layers for its quantised ones.
         if key == "quantization_config" and value is not None:
             how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
             raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
@@ -152,6 +159,7 @@ def check_values(content: Mapping[str, Any]) -> None:
             check_values(value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} is {value}, expected a finite number")
+        # Beyond int64, where torch raises an OverflowError without the key.
         elif isinstance(value, int) and abs(value) > 2**63 - 1:
             raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
         elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
@@ -161,6 +169,7 @@ def check_values(content: Mapping[str, Any]) -> None:
 def _check_counts(key: str, value: Any) -> None:
     most = LARGEST_COUNT[key]
     for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
+        # bool is an int to Python: `true` would pass for 1.
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
             raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
 
@@ -169,6 +178,7 @@ def _check(config: Any, name: str) -> None:
     if config.is_encoder_decoder:
         raise FamilyError(f"model.path: {name!r} is an encoder and a decoder; take a causal LM")
     others = [part for part in config.sub_configs if part.startswith(OTHER_THAN_TEXT)]
+    # A multimodal configuration holds the decoder's as a part.
     if config.get_text_config() is not config or others:
         raise FamilyError(
             f"model.path: {name!r} is a model of more than text; take a text-only causal LM"
@@ -179,6 +189,7 @@ def _check(config: Any, name: str) -> None:
             "small model of it does not show; take another model"
         )
     try:
+        # By attribute: attribute_map gives every family's name for a size (GPT-2: n_layer).
         check_values({key: getattr(config, key, None) for key in (*SIZES, "quantization_config")})
     except ValueError as error:
         remedy = "correct its config.json, or take the model unquantised"
@@ -203,6 +214,7 @@ def _measured(config: Any) -> HeadOptions:
             reason = f"model.path: {NO_INTERFACE.format(name)}; take another model"
             raise FamilyError(reason) from error
     documents = _documents()
+    # Without the interface `documents` is an unknown argument, or the mask of no elements fails.
     with in_words(NO_INTERFACE.format(name), "take another model"):
         raw = _packed(clone, pack_rows(documents), name)
     with in_words(f"a model of type {name!r} does not run", "take another model"):
@@ -215,10 +227,11 @@ def _measured(config: Any) -> HeadOptions:
 
 @contextmanager
 def in_words(what: str, remedy: str) -> Iterator[None]:
-    """Whatever a model's own code raises, as a ValueError of one line; what is in words stays."""
+    """Turn whatever a model's own code raises into a ValueError of one line; words of ours stay."""
     try:
         yield
     except Exception as error:
+        # Some errors of torch are pages long, with a traceback of C++.
         text = " ".join(str(error).split())[:300]
         if isinstance(error, ValueError) and text.startswith("model.path"):
             raise
@@ -244,7 +257,9 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
         for key, value in config.to_dict().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and value
     }
+    # The inverse too: Granite divides by logits_scaling, Cohere multiplies by logit_scale.
     known = {1.0, *numbers.values(), *(1.0 / value for value in numbers.values())}
+    # float64: the sums below run over T x V products.
     raw, logits = raw.double(), logits.double()
     allowed = TOLERANCE * float(logits.abs().max())
     error = math.inf
@@ -253,11 +268,13 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
         if cap is not None:
             inside = (logits / cap).abs() < 0.9  # beyond it rounding grows
             x, y = raw[inside], cap * (logits[inside] / cap).atanh()
+        # Least squares through 0: the one number that best turns x into y.
         scale = float((x * y).sum() / (x * x).sum())
         nearest = min(known, key=lambda value: abs(value - scale))
         predicted = raw * nearest
         if cap is not None:
             predicted = cap * (predicted / cap).tanh()
+        # Judged on all logits, also those that were too near the cap to measure by.
         error = min(error, float((predicted - logits).abs().max()))
         if error <= allowed:
             return HeadOptions(nearest, cap)
@@ -276,9 +293,11 @@ def shrunken(config: Any) -> Any:
     lists = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == layers}
     # Deep enough for each value of each per-layer list: Gemma 3's first full layer is its sixth.
     depth = max([2, *(1 + v.index(x) for v in lists.values() for x in v)])
+    # A model of one layer stays one.
     depth = min(depth, layers)
     width = getattr(small, "head_dim", None) or small.hidden_size // heads
     keys = getattr(small, "num_key_value_heads", None)
+    # Two key heads at most, so that a mixed-up head shows.
     few_keys = min(keys or heads, 2)
     # Grouped heads stay grouped: with one query head per key head a wrong repetition is right.
     few_heads = few_keys * min(heads // (keys or heads), 2)
@@ -287,12 +306,15 @@ def shrunken(config: Any) -> Any:
     changes |= {"num_attention_heads": few_heads, "hidden_size": few_heads * width}
     if isinstance(keys, int):
         changes["num_key_value_heads"] = few_keys
+    # OPT: an embedding of another width than the model's has a projection of its own.
     if values.get("word_embed_proj_dim") == small.hidden_size:
         changes["word_embed_proj_dim"] = changes["hidden_size"]
     for key, limit in NARROW.items():
         value = getattr(small, key, None)
+        # Some families hold a list per layer, or text, under the same key.
         if type(value) is int:
             changes[key] = min(value, limit)
+    # torch refuses a padding row outside the embedding.
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(small, key, None)
         if type(value) is int and value >= VOCABULARY:
@@ -320,11 +342,13 @@ def _clone(config: Any) -> Any:
             f"model.path: a narrow {config.model_type!r} of {small.num_hidden_layers} layers still "
             f"has {size:,} parameters, too many to measure it; correct its config.json"
         )
+    # The caller's generator is left as it was: a run's samples do not depend on a measurement.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         clone = build("cpu")
         for parameter in clone.parameters():
             if parameter.ndim > 1:
+                # By fan-in: activations keep their size through the layers, whatever the width.
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -352,8 +376,8 @@ def _documents() -> list[TrainRow]:
 
 @torch.no_grad()
 def _packed(clone: Any, batch: PackedBatch, name: str) -> torch.Tensor:
-    """(T, V) the head's product at every target, the model in train mode. Errors: FamilyError for
-    two passes that differ in a bit."""
+    """Return (T, V), the head's product at every target, in train mode. Errors: FamilyError for two
+    passes that differ in a bit."""
     clone.train()
     first, second = (
         clone.get_output_embeddings()(
@@ -372,7 +396,7 @@ def _packed(clone: Any, batch: PackedBatch, name: str) -> torch.Tensor:
 
 @torch.no_grad()
 def _alone(clone: Any, documents: list[TrainRow]) -> torch.Tensor:
-    """(T, V) the model's own logits, a document at a time, with transformers' eager attention."""
+    """Return (T, V), the model's own logits per document, with transformers' eager attention."""
     clone.set_attn_implementation("eager")
     logits = [clone(_ids(row)[None, :-1], use_cache=False).logits[0] for row in documents]
     clone.set_attn_implementation(attention.register())
@@ -390,6 +414,7 @@ def _check_padded(clone: Any, documents: list[TrainRow], logits: torch.Tensor, n
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=clone.config)
     parts = []
+    # As `generate` does: the prompt at once, then a token that sees the cache.
     for part in (slice(0, width - 1), slice(width - 1, width)):
         output = clone(
             input_ids=ids[:, part],
@@ -411,6 +436,7 @@ def _check_far(clone: Any, config: Any, name: str) -> None:
     near = torch.arange(8)[None]
     far = near.clone()
     room = attention.positions(config)[0]
+    # Dynamic rotary embeddings choose their frequencies by the largest position of the call.
     far[0, -1] = (room or 1 << 20) - 1
     first, second = (
         clone(ids, position_ids=places, use_cache=False).logits[0, :-1] for places in (near, far)
@@ -418,9 +444,10 @@ def _check_far(clone: Any, config: Any, name: str) -> None:
     _check_same(second, first, name, f"with a token at position {int(far[0, -1])} behind it")
 
 
-def _check_same(found: torch.Tensor, wanted: torch.Tensor, name: str, where: str) -> None:
-    error = float((found - wanted).abs().max())
-    if not error <= TOLERANCE * float(wanted.abs().max()):
+def _check_same(got: torch.Tensor, expected: torch.Tensor, name: str, where: str) -> None:
+    error = float((got - expected).abs().max())
+    # `not <=`, so that NaN is refused.
+    if not error <= TOLERANCE * float(expected.abs().max()):
         raise FamilyError(
             f"model.path: {name!r} gives a document other logits {where} than alone: {error:.2g} "
             "apart; take another model"

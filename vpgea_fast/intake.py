@@ -49,6 +49,7 @@ class ModelText:
     config: Any
 
     def decode(self, ids: torch.Tensor) -> str:
+        # A checker must not read </think> or an end of text as part of the answer.
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -58,6 +59,7 @@ def open_text(cfg: Config, processes: int = 1, *, here: bool = True) -> ModelTex
     Errors: ConfigError for an engine that `processes` cannot run (`here`: on this machine),
     ValueError for a model that does not think, or whose tokenizer belongs to another one.
     """
+    # The engine first: that vLLM is not installed costs no second of reading to find out.
     check_engine(cfg, processes, here=here)
     tokenizer = load_tokenizer(cfg.model.path)
     prompter = Prompter(tokenizer, cfg.prompt)
@@ -68,6 +70,7 @@ def open_text(cfg: Config, processes: int = 1, *, here: bool = True) -> ModelTex
 
 def check_text(tokenizer: Any, config: Any, path: str) -> None:
     """ModelError for a tokenizer with more tokens than the model embeds, or without an end."""
+    # A token beyond the embedding is an index error on a CPU, and reads anything on a GPU.
     check_vocabulary(tokenizer, config, path)
     eos_ids(tokenizer, load_generation_config(path, config))
 
@@ -88,6 +91,7 @@ class Intake:
     @property
     def counts(self) -> str:
         """How many questions there are, and how many were dropped for which reason."""
+        # Reasons with no row are left out: a line of zeros hides the one that counts.
         lost = [f"{n} dropped ({why})" for why, n in self.loaded.dropped.items() if n]
         return f"{len(self.questions)} questions, {', '.join(lost) or 'none dropped'}"
 
@@ -111,6 +115,7 @@ def read(
     questions, lost = text.prompter.prompt_within(
         loaded.questions, limit=cfg.data.max_prompt_tokens, policy=cfg.data.overlong
     )
+    # What the prompts could not take joins what the files could not give.
     loaded = unfit(loaded, questions, lost, text.prompter.has_special)
     _list_dropped(cfg, world, [loaded, *(benchmark.loaded for benchmark in benchmarks.values())])
     return Intake(
@@ -130,4 +135,5 @@ def read_benchmarks(cfg: Config, text: ModelText, judge: Judge) -> dict[str, Ben
 
 
 def _list_dropped(cfg: Config, world: World, loaded: Sequence[LoadedQuestions]) -> None:
+    # All processes have read the same rows; one of them writes.
     world.on_main(functools.partial(write_dropped, cfg.data.dropped_file, loaded))

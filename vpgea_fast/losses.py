@@ -189,6 +189,7 @@ def choose_backend(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The function that a call asks: what is told here and what runs cannot differ.
     return backends.resolve(
         backend,
         torch.device(device),

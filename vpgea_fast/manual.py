@@ -88,12 +88,13 @@ def sections() -> list[Section]:
         # One section per variant: their keys differ.
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
-            found.append(
-                Section(name, variant, about.get(name, ""), tuple(_keys(record, record())))
-            )
+            # What a variant is, its own docstring says.
+            text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
+            text = text or about.get(name, "")
+            found.append(Section(name, variant, text, tuple(_keys(record))))
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
-            file = tuple(_keys(config.DataFile, config.DataFile("-"), required=("path",)))
+            file = tuple(_keys(config.DataFile))
             found.append(Section("data", "a file", text, file))
     return found
 
@@ -129,12 +130,18 @@ def attribute_docstrings(record: type) -> dict[str, str]:
     }
 
 
-def _keys(record: type, instance: Any, required: Sequence[str] = ()) -> Iterator[Key]:
-    texts, values = attribute_docstrings(record), TypeAdapter(record).dump_python(instance)
-    for name, hint in get_type_hints(record, include_extras=True).items():
-        if get_origin(hint) is not None or isinstance(hint, type):
-            default = "" if name in required else _json(values[name])
-            yield Key(name, in_words(hint), default, texts.get(name, ""))
+def _keys(record: Any) -> Iterator[Key]:
+    # A key that a base class explains, and whose default alone differs, keeps its explanation.
+    texts: dict[str, str] = {}
+    for kind in reversed(record.__mro__):
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            texts |= attribute_docstrings(kind)
+    hints = get_type_hints(record, include_extras=True)
+    required = [n for n, field in record.__pydantic_fields__.items() if field.is_required()]
+    values = TypeAdapter(record).dump_python(record(**dict.fromkeys(required, "-")))
+    for name in record.__pydantic_fields__:
+        default = "" if name in required else _json(values[name])
+        yield Key(name, in_words(hints[name]), default, texts.get(name, ""))
 
 
 def _json(value: Any) -> str:
@@ -218,7 +225,7 @@ def keys_text(parts: Sequence[Section]) -> str:
     """The keys for a terminal: name, type and default, and the text below."""
     blocks = []
     for part in parts:
-        blocks.append([f"{part.head}: {part.text}"])
+        blocks.append(_wrapped(f"{part.head}: {part.text}", first=0))
         for key in part.keys:
             # JSON, which is also what the command line takes.
             default = f"default {key.default}" if key.default else "must be given"
@@ -256,7 +263,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `vpgea_fast/config/` by `python -m vpgea_fast.manual docs`. Do not edit.",
+        "Generated from the source by `python -m vpgea_fast.manual docs`. Do not edit.",
         "",
         "* A YAML file holds sections of keys; `--section.key value` overrides one of them.",
         "* `vpgea keys SECTION` prints the same on a terminal.",
@@ -303,6 +310,7 @@ def metrics_page() -> str:
 def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     # A bar in a text would begin another cell.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    # Unaligned: a column of one long cell would shift every line of a diff.
     rule = ["---"] * len(headers)
     return [f"| {' | '.join(row)} |" for row in [headers, rule, *cells]]
 
@@ -315,6 +323,7 @@ def api_page() -> str:
         "Generated from the docstrings by `python -m vpgea_fast.manual docs`. Do not edit.",
     ]
     for module, names in API.items():
+        # Read, not imported: the page is the same whatever is installed.
         sources = _sources(module)
         lines += ["", f"## vpgea_fast.{module}", "", *_described(ast.parse(sources[0]))]
         for name, (node, source) in _public(sources, names).items():
@@ -335,6 +344,7 @@ def _sources(module: str) -> list[str]:
 def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str, tuple[Doc, str]]:
     """Documented classes and functions by name, with their source: those named, or all without an
     underscore."""
+    # A name without a docstring is no part of the interface.
     found: dict[str, tuple[Doc, str]] = {
         node.name: (node, source)
         for source in sources
@@ -387,6 +397,7 @@ def _parameters(args: ast.arguments) -> Iterator[str]:
     pairs = [*zip(positional, defaults, strict=True)]
     for arg, default in pairs:
         yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
+    # A bare star stands for what follows it, unless *args does.
     if args.vararg:
         yield f"*{ast.unparse(args.vararg)}"
     elif args.kwonlyargs:

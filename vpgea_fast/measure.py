@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vpgea_fast import diagnostics
+from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
-from vpgea_fast.metrics import merge
 from vpgea_fast.model import Policy
-from vpgea_fast.objectives.rows import drawn_rows, truncated_ratios
+from vpgea_fast.objectives import Terms
+from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.rollout.engine import Usage
+from vpgea_fast.rows import drawn_rows, truncated_ratios
 from vpgea_fast.scoring import score_row
-from vpgea_fast.types import Coefficients, PathKey, ScoredBatch, TrainRow
+from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 
 
 @dataclass(frozen=True)
@@ -36,32 +38,61 @@ class Measure:
         return self.policy.device.type == "cuda"
 
     def importance(
-        self, batch: ScoredBatch, coefs: Coefficients
+        self, batch: ScoredBatch, terms: Terms
     ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
         """Truncated p_trainer / p_engine of every token with a gradient, and the share that was
         cut: one forward more, of the paths in the view that drew them."""
+        # Off by default: where engine and trainer agree it is a forward for factors of 1.
         cap = self.cfg.rollout.importance_cap
         if cap is None:
             return None, {}
-        rows = drawn_rows(batch, coefs)
+        rows = drawn_rows(batch, terms)
+        return truncated_ratios(rows, self._logprobs(list(rows.values())), cap=cap)
+
+    def known(self, updates: Sequence[Sequence[TrainRow]]) -> list[list[TrainRow]]:
+        """The rows with their log-probs before the first update, where a later one compares with
+        them, and those of the reference policy: a forward each, of the rows that ask."""
+        # By identity: epochs share their rows, and each is scored once.
+        rows = list({id(row): row for part in updates for row in part}.values())
+        several = len(updates) > 1
+        # With a single update every ratio is 1, and its coefficients are known already.
+        asked = [r for r in rows if r.live and (several or r.live.reference)]
+        old = self._logprobs(asked)
+        whole = {id(row): replace(row, old=values) for row, values in zip(asked, old, strict=True)}
+        return [[whole.get(id(row), row) for row in part] for part in updates]
+
+    def moment(self, rows: Sequence[TrainRow], *, moved: bool) -> list[TrainRow]:
+        """The rows with the coefficients of the policy as it is now. One forward more where it has
+        `moved` since it drew the paths, of the rows whose coefficients depend on that."""
+        live = {id(row): row.old for row in rows if row.old is not None}
+        # A forward costs a third of the row's training; a clipped row then costs nothing more.
+        if moved:
+            asked = [row for row in rows if id(row) in live]
+            live = dict(zip(live, self._logprobs(asked), strict=True))
+        # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
+        now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
+        return drop_zero_rows(now)
+
+    def _logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        if not rows:
+            return []
         temperature = self.cfg.rollout.temperature
-        scored = self.passes(
-            lambda b, _: self.policy.logprob(b, temperature=temperature), list(rows.values())
-        )
-        return truncated_ratios(rows, scored, cap=cap)
+        return self.passes(lambda b, _: self.policy.logprob(b, temperature=temperature), rows)
 
-    def quality(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+    def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
+        # A lost path is no short or wrong one, so its question is in no mean.
         whole = batch.whole
-        return merge(diagnostics.batch_metrics(whole) if whole else {}, coefs.metrics)
+        return merge(diagnostics.batch_metrics(whole) if whole else {}, terms.metrics)
 
-    def view_divergence(self, batch: ScoredBatch, coefs: Coefficients) -> dict[str, float]:
+    def view_divergence(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
         that are not whole are left out: a path that the engine gave up may lack a token."""
-        log_utility_BG = coefs.path_scores.get("posterior", {}).get("log_utility")
+        log_utility_BG = terms.path_scores.get("posterior", {}).get("log_utility")
         whole, temperature = batch.whole, self.cfg.rollout.temperature
         if log_utility_BG is None or whole is None:
             return {}
+        # Two heads over whole thoughts: as dear as scoring, hence every metrics.diag_every steps.
         pairs = whole.pairs("posterior")
         views = [
             self.passes(
@@ -76,15 +107,15 @@ class Measure:
             {"early_answer_rate": early},
         )
 
-    def records(self, batch: ScoredBatch, coefs: Coefficients, step: int) -> list[dict[str, Any]]:
+    def records(self, batch: ScoredBatch, terms: Terms, step: int) -> list[dict[str, Any]]:
         """The lines for paths.jsonl."""
         limit = self.cfg.metrics.paths_per_step
-        return diagnostics.path_records(batch, coefs, self.decode, step=step, limit=limit)
+        return diagnostics.path_records(batch, terms, self.decode, step=step, limit=limit)
 
     def cost(
         self,
         batch: ScoredBatch,
-        coefs: Coefficients,
+        terms: Terms,
         rows: Sequence[TrainRow],
         *,
         usage: Usage,
@@ -102,11 +133,12 @@ class Measure:
             device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
-        work = diagnostics.work_metrics(batch, coefs, rows, seconds=seconds)
+        work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
         return merge(engine, work, speed, self._memory())
 
     def _memory(self) -> dict[str, float]:
         """Peak memory so far, maximum over processes (device memory; host RSS on a CPU)."""
+        # Linux counts ru_maxrss in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.on_cuda:
             peak = torch.cuda.max_memory_allocated() / 2**20

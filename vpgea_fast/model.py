@@ -62,6 +62,7 @@ class LossHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, options: families.HeadOptions, backend: str) -> None:
         bias = head.bias is not None
+        # On meta: nn.Linear would allocate and draw a second (V, D), which the next line drops.
         super().__init__(head.in_features, head.out_features, bias=bias, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.backend = backend
@@ -86,6 +87,7 @@ class LossHead(nn.Linear):
             "backend": self.backend,
             "temperature": temperature,
         }
+        # A copy of V x D only where autocast is in use: a sharded head is gathered in this dtype.
         weight_VD = self.weight.to(hidden.dtype)
         if coef is None:
             out = losses.linear_logprob(
@@ -98,13 +100,14 @@ class LossHead(nn.Linear):
         return Output(out.loss, out.logp)
 
     def _sink(self) -> torch.Tensor | None:
-        """The weight's own gradient, in float32 at least. Tested here: inside an autograd Function
-        grad mode is always off, and a scoring pass would add to it."""
+        """Return the weight's own gradient, in float32 at least; None for a scoring pass."""
         weight = self.weight
+        # Asked here: inside an autograd Function grad mode is off, and scoring would add to it.
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return None
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if weight.grad is None:
+            # torch refuses a gradient of another dtype than the weight's unless grad_dtype says so.
             if weight.grad_dtype is not dtype:
                 weight.grad_dtype = dtype
             weight.grad = torch.zeros_like(weight, dtype=dtype)
@@ -127,13 +130,15 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         self.dtype = dtype
         self.run_device = device
+        # Chosen and measured before the model is changed: what is refused here leaves it as it was.
         self.backend = losses.choose_backend(backend, device=self.device, dtype=dtype)
         options = families.measure(causal_lm.config)
         families.remove_randomness(causal_lm)
         head = LossHead(causal_lm.get_output_embeddings(), options, self.backend.name)
         causal_lm.set_output_embeddings(head)
+        # By identity, before FSDP replaces both by DTensors.
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
-        self.room = attention.positions(causal_lm.config)
+        self.room = attention.positions(causal_lm.config)  # (positions or None, where it says so)
         self.whole_gradients = self.offloaded = False
         self.attention = attention.Choice("sdpa", "not chosen: as the model was given")
 
@@ -165,6 +170,7 @@ class Policy(nn.Module):
         coef_R = None
         if train:
             wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+            # (R,) in float32 at least: coefficients hold the normaliser of the whole step.
             coef_R = batch.coef.to(wide)
         return self.head(hidden_RD, batch.targets, coef_R, temperature=temperature, entropy=entropy)
 
@@ -183,11 +189,14 @@ class Policy(nn.Module):
         """Say before each micro-batch whether it is the last of its update: the head's gradient is
         reduced only then. The layers' are reduced each time, unless they are kept whole."""
         for unit in units(self):
+            # The layers' are reduced per micro-batch, so only shards of them stay in memory.
             late = self.whole_gradients or unit is self.head
             late |= self.tied and unit is self.causal_lm.get_input_embeddings()
             unit.set_requires_gradient_sync(last or not late, recurse=False)
+            # Between HSDP replicas only once per step: that is the slow network.
             unit.set_requires_all_reduce(last, recurse=False)
             if unit is self.head:
+                # Else the next micro-batch would gather V x D again.
                 unit.set_reshard_after_backward(last, recurse=False)
             if unit is self:
                 unit.set_is_last_backward(last)
@@ -201,6 +210,7 @@ class Policy(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The forward's dtype, for a decoder whose weights FSDP does not cast."""
+        # FSDP gathers in the forward's dtype: autocast has nothing to cast.
         casts = self.dtype in attention.HALF and not self.sharded
         return torch.autocast(self.device.type, self.dtype, enabled=casts)
 
@@ -212,6 +222,8 @@ class Policy(nn.Module):
                 f"({source}); lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
         with self.autocast():
+            # The decoder alone: the causal LM would make (T, V) logits, 2 GB per 8k tokens and 128k
+            # words in bfloat16.
             output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
@@ -233,6 +245,7 @@ def load_policy(
     if world.mesh is None:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
         return _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
+    # Headers are checked before the cut: a wrong model is refused before it takes memory.
     causal_lm = without_storage(cfg.path, _master_dtype(cfg))
     weights = weights_in_parts(causal_lm, cfg.path)
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
@@ -288,6 +301,7 @@ def _make_policy(
     causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg, world.device)
     checkpoint_activations(causal_lm, cfg.activation_checkpointing)
+    # Train mode for gradient checkpointing, which transformers skips in eval; no dropout is left.
     causal_lm.train()
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
     policy.attention = choice
@@ -303,7 +317,7 @@ def _make_policy(
 
 def make_replica(policy: Policy, path: str) -> Any:
     """An unsharded causal LM of the same shape in the forward's dtype, its weights not yet filled:
-    for an engine that is given `full_weights` before it samples."""
+    for an engine that receives `full_weights` before it samples."""
     replica = without_storage(path, policy.dtype)
     allocate(replica, policy.device)
     replica.tie_weights()  # storage of its own for each name has untied them
@@ -328,6 +342,7 @@ def _use_liger(causal_lm: Any, cfg: ModelConfig, device: torch.device) -> None:
     )
 
     kind = causal_lm.config.model_type
+    # `auto` runs without Liger here: its kernels are an optimisation of the same formulas.
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         if choice == "always":
             raise ModelError(

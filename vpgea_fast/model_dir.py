@@ -31,7 +31,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded or trained; the message says what was found and what to do."""
+    """A model that cannot be loaded or trained; the message has cause and remedy."""
 
 
 # The configuration
@@ -64,12 +64,14 @@ def empty_model(config: Any, dtype: torch.dtype, path: str | None = None) -> Any
             causal_lm = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=name, trust_remote_code=False
             )
+        # One object per tie from here on: the readers and the cut know a tie by identity.
         causal_lm.tie_weights()
     return causal_lm
 
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
     """The modules that transformers says must stay in one piece. Errors: ModelError."""
+    # transformers keeps the names of the classes of layers there, for splitting over devices.
     names = set(getattr(causal_lm, "_no_split_modules", None) or ())
     layers = [module for module in causal_lm.modules() if type(module).__name__ in names]
     if not layers:
@@ -113,10 +115,11 @@ def blamed_on(path: str) -> Iterator[None]:
 
 
 def check_model_dir(path: str) -> None:
-    """A local directory must hold config.json and every weight file that its index names. Of a Hub
-    name it is asked whether the Hub answers."""
+    """A local directory must hold config.json and every weight file that its index names. For a Hub
+    name the Hub must answer."""
     directory = Path(path)
     if not directory.exists():
+        # owner/name has one slash: anything else was meant as a directory.
         if path.startswith((".", "/")) or path.count("/") > 1:
             raise ModelError(
                 f"no model directory at {path}; "
@@ -196,6 +199,7 @@ def load_tokenizer(path: str) -> Any:
 def check_vocabulary(tokenizer: Any, config: Any, path: str) -> None:
     """ModelError where the tokenizer knows a token that the model of `config` does not embed."""
     rows = config.get_text_config().vocab_size
+    # By the largest id: a padded embedding (Qwen2: 151,936 rows) may have more rows than tokens.
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= rows:
         raise ModelError(
@@ -224,6 +228,7 @@ def load_generation_config(path: str, config: Any) -> Any:
         except OSError:  # an old or a tiny model may have none
             generation = GenerationConfig.from_model_config(config)
         _check_generation_types(generation, config.get_text_config().vocab_size)
+        # After the check of types: a wrong key is refused even where it has no effect.
         if generation.do_sample is not True:
             for key in SAMPLING_KEYS:
                 setattr(generation, key, None)
@@ -241,10 +246,12 @@ def _check_generation_types(generation: Any, rows: int) -> None:
     """A ValueError for sampling keys that are no numbers and for end tokens that are no tokens."""
     for key in SAMPLING_KEYS:
         value = getattr(generation, key, None)
+        # bool is an int to Python: `true` would pass for a temperature of 1.
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{key} is {value!r}, expected a number")
     if not (generation.do_sample is None or isinstance(generation.do_sample, bool)):
         raise ValueError(f"do_sample is {generation.do_sample!r}, expected true or false")
+    # One token, several (Llama 3.1 has three), or none: the tokenizer's counts then.
     named = generation.eos_token_id
     for token in named if isinstance(named, list) else [] if named is None else [named]:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
@@ -261,6 +268,7 @@ def weight_index(directory: Path) -> dict[str, str] | None:
     if not isinstance(named, dict) or not named:
         raise ModelError(f"{path} names no weight files; copy the model again")
     for name, file in named.items():
+        # `../other/model.safetensors` would read a file of another directory; \0 breaks open().
         good = isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file
         if not good or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ModelError(
@@ -276,8 +284,9 @@ def weight_files(index: Mapping[str, str] | None) -> list[str]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. ModelError for anything else in it."""
+    """Read the object of a JSON file. ModelError for anything else in it."""
     try:
+        # RecursionError: ten thousand brackets are valid JSON.
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({one_line(error)}); copy the model again") from error

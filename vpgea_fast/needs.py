@@ -40,6 +40,7 @@ from vpgea_fast.estimate import (
     optimizer_bytes,
 )
 from vpgea_fast.metrics import model_flops
+from vpgea_fast.objectives import scores_answers
 from vpgea_fast.rollout.factory import positions
 from vpgea_fast.types import PromptedQuestion
 
@@ -80,6 +81,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Tokens that one path in vLLM's cache may have."""
+        # vLLM plans its cache for the longest path that it might be asked for, drawn or not.
         most = self.cfg.vllm.context or positions(self.cfg)
         return min(most, attention.positions(self.model)[0] or sys.maxsize)
 
@@ -115,12 +117,14 @@ def needs(
         f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
         f"{cfg.rollout.max_batch} paths of up to {plan.context} tokens side by side; GiB:"
     )
+    # From what stops a run at its start to what only makes it slow.
     yield from _device(estimate, on)
     yield from _host(plan, estimate)
     if estimate.engine is not None:
         yield from _cache(plan, estimate.engine, stated)
         if on.cuda:
             yield from _share(plan, estimate, estimate.engine)
+    # A card without a data sheet here gets no hours: a guess would look like a promise.
     rates = rates_of(_card(on), stated=stated)
     found = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
     yield from _hours(plan, rates, found) if rates and found else _unknown(on)
@@ -137,6 +141,7 @@ def _plan(
     on: Target,
 ) -> Plan:
     prompt, row = longest(cfg, questions)
+    # The engine's room is planned for the longest, the hours for the mean.
     context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
     left_out = tuple(file for file in cfg.eval.data if file.label not in benchmarks)
     if left_out:  # an evaluation refuses longer prompts
@@ -144,6 +149,7 @@ def _plan(
         context = max(context, most)
     asked = sum(len(benchmark.questions) for benchmark in benchmarks.values())
     asked += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
+    # Half of the paths have the longer teacher's prompt; close enough where they have not.
     lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
     return Plan(
         cfg=cfg,
@@ -168,6 +174,7 @@ def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
             yield f"  {part:<17}" + "".join(f"{size:11.3f}" for size in sizes)
     totals = [sum(parts.values()) / GIB for parts in estimate.phases.values()]
     yield f"  {'total':<17}" + "".join(f"{size:11.3f}" for size in totals)
+    # A CPU shares its memory with everything anyway, and has no such reserve.
     usable = on.device_bytes * (1 - RESERVE) if on.cuda else on.device_bytes
     which = "this device" if on.here else "such a device"
     yield (
@@ -188,6 +195,7 @@ def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
         yield f"  host memory of a process, {part}: {size / GIB:.3f} GiB"
     if not on.cuda:
         return
+    # A child of its own brings a second Python and a second CUDA context.
     own = cfg.colocated and cfg.vllm.process == "own"
     itself = HOST_PROCESS * (2 if own else 1)
     each, count = sum(estimate.host.values()) + itself, min(on.processes, on.node)
@@ -204,6 +212,7 @@ def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
         "  not in it: the page cache of the model's files and of checkpoints, the checkers' "
         f"{cfg.verify.workers} processes for each, data"
     )
+    # Only of the machine at hand: that of a planned node is not known.
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if on.here and needed > there:
         ways = ["parallel.cpu_offload false"] * cfg.parallel.cpu_offload
@@ -233,7 +242,9 @@ def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Ite
     key = "engine.gpu_memory" if plan.is_share else "engine.kv_cache_gib"
     given = {name: stated[name] for name in ("tokens", "answer") if name in stated}
     step = rollouts_of(cfg, prompt=plan.mean_prompt, **given)
+    # By the mean: vLLM takes blocks as paths grow, and not the longest path's room at once.
     paths = int(engine.tokens / step.held)
+    # Paths of one engine, rounded up: each has its share of the processes.
     mine = -(-step.paths * cfg.vllm.tensor_parallel // plan.on.processes)
     wanted = min(cfg.rollout.max_batch, mine)
     yield (
@@ -257,6 +268,7 @@ def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Ite
 def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterator[str]:
     """Whether vLLM fits beside the trainer's states, and how large it may be."""
     usable, device = plan.on.device_bytes * (1 - RESERVE), plan.on.device_bytes
+    # Its cache stands beside whatever the trainer keeps while vLLM is awake.
     awake = {name: sum(estimate.phases[name].values()) for name in AWAKE if name in estimate.phases}
     phase = max(awake, key=lambda name: awake[name])
     over, whole = awake[phase] - usable, engine.least + engine.cache
@@ -277,6 +289,7 @@ def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterat
 
 def _smaller(plan: Plan, engine: EngineMemory, over: float) -> str:
     """What to set so that vLLM takes `over` bytes less and still starts."""
+    # vLLM refuses to start where its cache cannot hold one path of the longest kind.
     if engine.cache - over < plan.room * engine.token:
         return (
             f"without a KV cache it needs {engine.least / GIB:.3f}, one path of {plan.room} tokens "
@@ -290,13 +303,15 @@ def _smaller(plan: Plan, engine: EngineMemory, over: float) -> str:
 
 
 def _floor(value: float) -> float:
+    # Down: what is printed is set, and must fit.
     return math.floor(100 * value) / 100
 
 
 def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     cfg, on, engine = plan.cfg, plan.on, estimate.engine
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
-    group = cfg.vllm.tensor_parallel if cfg.colocated else 1
+    group = cfg.processes_per_engine
+    # Keys and values of one token over all layers, in the dtype of the forward.
     token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
     return Sizes(
         flops=model_flops(plan.model),
@@ -332,6 +347,7 @@ def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
     card = _card(on)
     taken = card if on.name or not on.cuda else f"taken for {card or 'unknown'} by their size"
     yield f"time of a run by stated rates, none measured here (--rates KEY=NUMBER,...); {taken}:"
+    # What a zero stands for is shown as the number that was reckoned with.
     shown = vars(rates) | {"tokens": rates.tokens or cfg.rollout.max_new_tokens / 2}
     shown["answer"] = min(rates.answer, cfg.rollout.max_answer_tokens)
     used = [key for key in shown if key not in _unused(plan)]
@@ -339,6 +355,7 @@ def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
         yield "  " + ", ".join(f"{key} {shown[key]:g}" for key in keys)
     whole, run = sum(found.step.values()), found.run
     yield f"  {'':<17}{'s per step':>11}{'share':>8}{'hours':>9}{'GPU-hours':>11}"
+    # By the run's seconds: a phase may be zero in a mean step and not in the run.
     rows = [(phase, seconds, run[phase]) for phase, seconds in found.step.items() if run[phase]]
     for name, seconds, spent in [*rows, ("total", whole, sum(run.values()))]:
         hours, share = spent / HOUR, seconds / whole
@@ -350,6 +367,7 @@ def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
 def _unused(plan: Plan) -> set[str]:
     """Rates that this run does not ask for."""
     cfg = plan.cfg
+    # Rate -> whether any phase of this run divides by it.
     asked = {
         "train_mfu": not cfg.parallel.cpu_offload,
         "offload_mfu": cfg.parallel.cpu_offload,
@@ -357,8 +375,8 @@ def _unused(plan: Plan) -> set[str]:
         "hf_decode": cfg.engine.name == "hf",
         "answer": cfg.rollout.full_answer
         or plan.answers
-        or (cfg.objective.scores_answers and cfg.scoring.u_source == "accuracy"),
-        "accepted": cfg.objective.posterior_paths,
+        or (scores_answers(cfg.objective) and cfg.scoring.u_source == "accuracy"),
+        "accepted": cfg.objective.draws().posterior,
         "wake": cfg.colocated,
         "write": not cfg.checkpoint.background,
     }
@@ -377,6 +395,7 @@ def _accuracy(plan: Plan, found: Durations | None) -> Iterator[str]:
     if not cfg.eval.data:
         yield "  held out: none (eval.data is empty)"
         return
+    # A run that sees its accuracy only at the end has spent its hours by then.
     when = f"every {cfg.eval.every} steps" if cfg.eval.every else "before and after, not between"
     share = ""
     if found is not None and plan.answers:
@@ -400,8 +419,10 @@ def _traffic(plan: Plan) -> Iterator[str]:
     """Bytes of a step in which every path is as long as it can be."""
     cfg, on = plan.cfg, plan.on
     objective, questions = cfg.objective, cfg.train.questions_per_step
-    rows = questions * (2 * objective.posterior_paths or objective.prior_paths)
-    scored = questions * (objective.posterior_paths + objective.prior_paths)
+    draws = objective.draws()
+    # At most: every posterior path is trained under both prompts.
+    rows, scored = questions * (2 * draws.posterior or draws.prior), questions * draws.paths
+    # Rows of the greatest length that one forward of all devices has room for.
     fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
     batches = -(-rows // fit)
     moved = communication(
@@ -410,7 +431,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
         world=on.processes,
         node=on.node,
         micro_batches=batches,
-        scoring_batches=-(-scored // fit) if objective.scores_answers else 0,
+        scoring_batches=-(-scored // fit) if scores_answers(objective) else 0,
         cuda=on.cuda,
     )
     if not moved:

@@ -33,11 +33,11 @@ Tensor = torch.Tensor
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], cfg: OptimConfig, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimiser of `cfg` over the trainable parameters. Norms and biases are decayed like the
+    """Build the optimiser of `cfg` over the trainable parameters. Norms and biases decay like the
     rest (decay is 0 in RL).
 
-    `seed` is that of stochastic rounding. Errors: ValueError for bfloat16 weights that would be
-    rounded to nearest, for others that would not be rounded, and for a missing or old torchao.
+    `seed` is that of stochastic rounding. Errors: ValueError where `optim.stochastic_rounding` does
+    not fit the dtype of the weights, and for a missing or old torchao.
     """
     trainable = [p for p in parameters if p.requires_grad]
     half = any(p.dtype is torch.bfloat16 for p in trainable)
@@ -47,7 +47,7 @@ def build_optimizer(
             f"{'bfloat16' if half else 'no bfloat16'} weights; bfloat16 weights lose updates of "
             "1e-6 unless rounded stochastically: set it exactly when model.master_dtype is bfloat16"
         )
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "lr": cfg.lr,
         "betas": cfg.betas,
         "eps": cfg.eps,
@@ -57,26 +57,26 @@ def build_optimizer(
         check_torchao()
         from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-        return AdamW8bit(trainable, **given, bf16_stochastic_round=half)
+        return AdamW8bit(trainable, **options, bf16_stochastic_round=half)
     if cfg.name == "adamw" and not half:
-        return torch.optim.AdamW(trainable, **given, fused=bool(trainable) or None)
+        return torch.optim.AdamW(trainable, **options, fused=bool(trainable) or None)
     moments = torch.bfloat16 if cfg.name == "adamw_bf16" else torch.float32
-    return RoundedAdamW(trainable, **given, moments=moments, seed=seed)
+    return RoundedAdamW(trainable, **options, moments=moments, seed=seed)
 
 
 def check_torchao() -> None:
     """ValueError unless a torchao is installed that has the 8-bit optimiser."""
-    wanted = ".".join(map(str, TORCHAO))
+    oldest = ".".join(map(str, TORCHAO))
     remedy = "install the extra, pip install vpgea_fast[torchao], or take adamw_bf16"
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(
-            f"optim.name: 'adamw_8bit' needs torchao {wanted} or newer, which is not installed; "
+            f"optim.name: 'adamw_8bit' needs torchao {oldest} or newer, which is not installed; "
             f"{remedy}"
         )
-    found = metadata.version("torchao")
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < TORCHAO:
+    installed = metadata.version("torchao")
+    if tuple(int(part) for part in installed.split("+")[0].split(".")[:2]) < TORCHAO:
         raise ValueError(
-            f"optim.name: 'adamw_8bit' needs torchao {wanted} or newer, found {found}; {remedy}"
+            f"optim.name: 'adamw_8bit' needs torchao {oldest} or newer, found {installed}; {remedy}"
         )
 
 
@@ -119,6 +119,7 @@ class RoundedAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if closure is not None:
             raise ValueError("RoundedAdamW.step: got a closure, expected none; call it before")
+        # Counted without a gradient too: a place stands for the same parameter at every step.
         place = 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -129,6 +130,7 @@ class RoundedAdamW(torch.optim.Optimizer):
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[p]
         if not state:
+            # float64 weights have float64 moments, unless bfloat16 was asked for.
             dtype = torch.promote_types(p.dtype, torch.float32)
             dtype = self.moments if self.moments is torch.bfloat16 else dtype
             state["step"] = torch.tensor(0.0)
@@ -137,6 +139,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         state["step"] += 1
         # A CPU tensor, so reading it waits for no device.
         step, (beta1, beta2) = int(state["step"]), group["betas"]
+        # (N,) views of this process's shards: writing into them writes the parameter.
         w_N, m_N, v_N = (_local(t).view(-1) for t in (p, state["exp_avg"], state["exp_avg_sq"]))
         g_N = _local(grad).reshape(-1)
         keys = _keys(group["seed"], step, place)
@@ -145,9 +148,12 @@ class RoundedAdamW(torch.optim.Optimizer):
         for part, first in _chunks(w_N.numel(), _first_element(p), _chunk(w_N.device)):
             g, m = g_N[part].to(work), m_N[part].to(work)
             v, w = v_N[part].to(work), w_N[part].to(work)
+            # Where a dtype is that of the work, `to` has copied nothing: these are the tensors
+            # themselves.
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             w.mul_(1 - group["lr"] * group["weight_decay"])
+            # v is rounded below, so its root is a copy.
             denominator = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
             if m_N.dtype is torch.bfloat16:
@@ -156,12 +162,14 @@ class RoundedAdamW(torch.optim.Optimizer):
                 # One draw serves both moments, 16 bits each: the draw is half of the step's cost.
                 v_N[part] = round_stochastically(v, bits.bitwise_right_shift_(16))
             if w_N.dtype is torch.bfloat16:
+                # Another key than the moments': the weight's error must not follow theirs.
                 bits = random_bits(first, w.numel(), keys[1], w.device)
                 w_N[part] = round_stochastically(w, bits)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the moments keep their dtype: torch casts them to the weight's."""
         saved = state_dict["state"]
+        # Only the counts go through torch's own loading; the moments are put in below.
         steps = {i: {"step": s["step"]} for i, s in saved.items()}
         super().load_state_dict({**state_dict, "state": steps})
         for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -178,8 +186,10 @@ def random_bits(first: int, count: int, key: int, device: torch.device) -> Tenso
     """
     x_N = torch.arange(count, dtype=torch.int32, device=device)
     x_N.add_(_signed(first)).bitwise_xor_(_signed(key))
+    # The high word of the place joins the key: tensors above 2^32 elements repeat no bits.
     high = _signed((key >> 32) + (first >> 32))
     for shift, factor, then in ((16, 0x7FEB352D, high), (15, 0x846CA68B, 0), (16, 0x45D9F3B3, 0)):
+        # int32 shifts copy the sign: the mask makes this a shift of unsigned numbers.
         x_N.bitwise_xor_(x_N.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1))
         x_N.mul_(_signed(factor)).add_(then)
     return x_N.bitwise_xor_(x_N.bitwise_right_shift(16).bitwise_and_(0xFFFF))
@@ -194,6 +204,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """
     x = x.float()
     raw = x.view(torch.int32)
+    # The mask keeps the upper 16 bits, which are bfloat16's: the cast below is exact.
     raw.add_(bits.bitwise_and(0xFFFF)).bitwise_and_(-0x10000)
     return x.to(torch.bfloat16)
 
@@ -252,6 +263,7 @@ def _first_element(p: Tensor) -> int:
             f"RoundedAdamW: got a parameter placed {p.placements}, expected shards of rows over "
             "one dimension of the mesh; shard it with fully_shard's default placement"
         )
+    # torch.chunk's rule, which FSDP follows: ceil(rows / size) rows each until none are left.
     for d in sharded:
         chunk = -(-rows // p.device_mesh.size(d))
         first = min(rows, chunk * p.device_mesh.get_local_rank(d))
@@ -265,6 +277,7 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.lr
+    # Below 1 at the last step too, whose update would otherwise be none.
     done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
     return cfg.lr * (
         1.0 - done if cfg.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
@@ -288,16 +301,19 @@ def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: 
     norm = _norm(gradients)
     value = norm.item()
     if math.isfinite(value):
+        # 1e-6 as in torch's clip_grad_norm_.
         scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             local = _local(gradient)
             local.mul_(scale.to(local.device, torch.promote_types(local.dtype, torch.float32)))
         for group in optimizer.param_groups:
+            # torchao's compiled step reads the rate from a tensor; a new float would compile again.
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
         optimizer.step()
+    # Freed, not zeroed: the next step samples first, and gradients are as large as weights.
     optimizer.zero_grad(set_to_none=True)
     return value
 
@@ -311,6 +327,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Norm of plain and sharded gradients together, at least float32: of bfloat16 ones torch's own
     norm keeps 8 bits. Replicas count once."""
+    # One all-reduce for all tensors of a mesh and placement.
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         key = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None

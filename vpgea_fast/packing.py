@@ -139,6 +139,7 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
                 view="student",
             )
         ]
+    # S rows become S documents of context + tokens - 1, end to end: T input tokens, R targets.
     contexts = [row.context_ids.numel() for row in rows]
     counts = [row.token_ids.numel() for row in rows]
     for number, (context, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -148,7 +149,8 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
                 f"{context} and {count}"
             )
     seqlens = [context + count - 1 for context, count in zip(contexts, counts, strict=True)]
-    ramp = torch.arange(max(seqlens))  # positions of every document are a view of its head
+    # Positions begin anew in every document, as if it were alone; one ramp serves them all.
+    ramp = torch.arange(max(seqlens))
     cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0)
     counts_S = torch.tensor(counts)
     # The targets of document s sit at the end of it: row r of them is at r + shift_S[s].
@@ -174,6 +176,7 @@ def plan_stats(
     round makes all others wait. Both are 1 where there is nothing to balance.
     """
     costs = [cost(length) for length in lengths]
+    # Per rank, in operations: by tokens attention's square would not show.
     loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
     return {
         "rounds": len(plans[0]),

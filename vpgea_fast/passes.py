@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.distributed import World
+from vpgea_fast.metrics import ModelFlops
 from vpgea_fast.packing import RankPlan, pack_plan, plan_ranks
-from vpgea_fast.types import ModelFlops, PackedBatch, TrainRow
+from vpgea_fast.types import PackedBatch, TrainRow
 
 Step = Callable[[PackedBatch, bool], torch.Tensor]
 """(batch, whether it is the pass's last here) -> (..., R): log-probs of its R targets, in order."""

@@ -45,7 +45,7 @@ FIXED_ON_RESUME = (
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
     "rollout.importance_cap",
-    *("data.", "verify.", "run.seed", "run.threads", "train.norm", "train.questions_per_step"),
+    *("data.", "verify.", "run.seed", "run.threads", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. The rollout's are those
 that decide how samples are distributed and weighted, not which engine draws how many at a time."""
@@ -113,6 +113,7 @@ class RunDir:
     def write_facts(self, policy: Policy) -> None:
         """Write config.yaml and environment.json. A collective, and the last act of a start."""
         # From config.yaml on the directory is a run: --resume takes it, another start refuses it.
+        # Numbers of two runs are compared later: what ran them must stand beside them.
         facts = {
             **environment(),
             "run_device": str(policy.device),
@@ -227,12 +228,13 @@ class RunDir:
         if changes(self.before, self.cfg):
             old = self.path / f"config.until_step_{step}.yaml"
             checkpoint.write_text(old, dump(self.before))
+        # Steps after the checkpoint are made again, so their lines would stand twice.
         lines = self._cut_log(METRICS, step, once=True)
         paths = self._cut_log(PATHS, step, once=False)
         (self.path / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
         written: dict[int, int] = {}
+        # Alarms count steps in a row: replayed, they know what the killed process knew.
         for record in read_steps(self.path):
-            # What it says was said when the step was made; here only its state counts.
             alarms.update(record)
             # Older versions did not count: what is there must be believed.
             written[record["step"]] = record.get("paths_written", paths[record["step"]])
@@ -254,8 +256,9 @@ class RunDir:
 def _require_state(saved: checkpoint.Checkpoint) -> None:
     """Raise CheckpointError for a state that `Trainer.save` does not write."""
     state = saved.trainer_state
-    # `evaluated` may be missing: older versions did not write it.
-    for key, kind in {"skipped_in_a_row": int, "data": str, "evaluated": dict}.items():
+    # A mapping may be missing: versions before it had none.
+    kinds = {"skipped_in_a_row": int, "data": str, "evaluated": dict, "method": dict}
+    for key, kind in kinds.items():
         if type(state.get(key, {} if kind is dict else None)) is not kind:
             raise checkpoint.CheckpointError(
                 f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
@@ -285,6 +288,7 @@ def export_step(
     if not (run_dir / "config.yaml").exists():
         raise ConfigError(f"{run_dir} is no run: config.yaml is missing; give a run directory")
     cfg = load(run_dir / "config.yaml", record=True)
+    # No lock: a run may write meanwhile, and what is complete stays complete.
     steps = checkpoint.saved_steps(run_dir)
     if step == "best":
         name = cfg.checkpoint.keep_best
@@ -320,6 +324,7 @@ def rate_changes(old: Config, new: Config, step: int) -> list[str]:
     if step >= new.train.steps:
         return []
     now = learning_rate(new.optim, step, new.train.steps)
+    # Three rates: of the next update, of it without the change, and of the last one made.
     planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
     last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
     # A finished run that gets more steps has no planned rate: then the last one is compared.

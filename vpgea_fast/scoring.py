@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vpgea_fast.types import Path, PromptedQuestion, TrainRow
+from vpgea_fast.types import Path, PromptedQuestion, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
 """Rows -> per-token log-probs of each, (len,) float64: `run_rows` with its model filled in."""
@@ -24,17 +24,24 @@ def answer_likelihood(
     *,
     think_close_id: int,
     u_norm: str = "sum",
+    view: View = "student",
 ) -> torch.Tensor:
-    """U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
+    """Score U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
 
-    Summed (or averaged) over the target tokens, then logsumexp over the accepted spellings.
+    Sums (or averages) over the target tokens, then takes logsumexp over the accepted spellings.
     """
     rows = [
-        score_row(torch.cat([after_thought(question, path, think_close_id), question.cue_ids]), ids)
+        score_row(
+            torch.cat(
+                [after_thought(question.context(view), path, think_close_id), question.cue_ids]
+            ),
+            ids,
+        )
         for question, path in paths
         # Spellings lie side by side; `split` below takes them apart again.
         for ids in (question.target_ids, *question.variant_ids)
     ]
+    # A mean is no likelihood any more, but does not punish a long target for its length.
     reduce = torch.sum if u_norm == "sum" else torch.mean
     scores = [reduce(logps) for logps in row_logprobs(rows)]
     # torch.stack takes no empty list, and a process may have no path in a step.
@@ -44,10 +51,11 @@ def answer_likelihood(
     return torch.stack([part.logsumexp(0) for part in torch.stack(scores).split(spellings)])
 
 
-def after_thought(question: PromptedQuestion, path: Path, think_close_id: int) -> torch.Tensor:
-    """S(x) + z, with a think-close appended to a thought that was cut: so its U is defined too."""
+def after_thought(context: torch.Tensor, path: Path, think_close_id: int) -> torch.Tensor:
+    """Join the context and z, and close a thought that was cut."""
+    # Without the token the cue would read as more thought, and U of a cut path would mean nothing.
     close = [] if path.closed else [torch.tensor([think_close_id])]
-    return torch.cat([question.student_ids, path.z_ids, *close])
+    return torch.cat([context, path.z_ids, *close])
 
 
 def answers_correct(
@@ -57,9 +65,11 @@ def answers_correct(
     decode: Callable[[torch.Tensor], str],
     verify: Callable[[list[tuple[str, str]]], list[bool]],
 ) -> torch.Tensor:
-    """1.0 where the text behind a closed thought verifies against its gold answer, else 0.0: a
-    thought that was cut has no answer, whatever a checker would say."""
-    # Cut thoughts are not even decoded.
+    """Judge every path, (len(paths),) float64: 1.0 for a right answer, else 0.0.
+
+    Only the text behind a closed thought is an answer.
+    """
+    # A cut thought is not even decoded: a checker must not find an answer inside a thought.
     closed = [number for number, path in enumerate(paths) if path.closed]
     texts = [(golds[number], decode(paths[number].answer_ids)) for number in closed]
     correct = torch.zeros(len(paths), dtype=torch.float64)
@@ -68,16 +78,17 @@ def answers_correct(
 
 
 def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:
-    """U = log((sum correct + 1/2) / (J + 1)), (P,) float64: finite where all answers are wrong.
+    """Turn sampled answers into U = log((sum correct + 1/2) / (J + 1)), (P,) float64.
 
     correct_PJ (P, J) 0 or 1: J answers sampled after each thought. With several right answers a
     likelihood of one of them understates a thought (arXiv 2509.22637, theorem 1).
     """
+    # The half keeps the logarithm finite where all J answers are wrong.
     return torch.log((correct_PJ.double().sum(dim=1) + 0.5) / (correct_PJ.shape[1] + 1))
 
 
 def score_row(context_ids: torch.Tensor, token_ids: torch.Tensor) -> TrainRow:
-    """A row to be scored, not trained: its coefficients are ones."""
+    """Make a row that is scored and never trained, so its coefficients are ones."""
     return TrainRow(
         context_ids=context_ids,
         token_ids=token_ids,

@@ -47,10 +47,13 @@ def cut(
     if parallel.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": mixed, "offload_policy": offload}
+    # From the inside out: each call takes only what no unit has yet.
     for layer in decoder_layers(causal_lm):
         fully_shard(layer, **options)
+    # FSDP does not share a parameter between two units, so a tied weight is in one.
     ends = [[embedding, head]] if tied else [[embedding], [head]]
     for modules in ends:
+        # One all-gather of the head serves all micro-batches of a step, scoring included.
         fully_shard(modules, reshard_after_forward=False, **options)
     fully_shard(policy, **options)
     for unit in units(policy):
@@ -74,6 +77,7 @@ def allocate(causal_lm: Any, device: torch.device) -> None:
     causal_lm.to_empty(device=device)
     computed: set[str] = set()
     for name, module in list(causal_lm.named_modules()):
+        # Rotary embeddings follow from the configuration: a new module computes them again.
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             with torch.device(device):
                 fresh = type(module)(config=causal_lm.config)
@@ -89,6 +93,7 @@ def allocate(causal_lm: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def draw(causal_lm: Any, std: float, seed: int) -> None:
+    """Fill this process's part of every parameter: matrices N(0, std), norms 1, biases 0."""
     generator: torch.Generator | None = None
     for name, parameter in causal_lm.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -117,6 +122,7 @@ def read_parts(causal_lm: Any, weights: Weights) -> None:
     """Fill this process's part of every parameter from the safetensors files."""
     for name, parameter in causal_lm.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # With more processes than rows some hold none.
         if local.numel():
             local.copy_(read(weights.of[name], _rows_of(parameter)))
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -31,19 +30,21 @@ import torch
 
 from vpgea_fast import callbacks as listeners
 from vpgea_fast import checkpoint, diagnostics
+from vpgea_fast.book import merge
 from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
 from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
 from vpgea_fast.measure import evaluation_metrics
-from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer, merge
-from vpgea_fast.objectives.rows import build_rows
+from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer
+from vpgea_fast.objectives import Terms
 from vpgea_fast.optim import apply_update, gradient_norm, learning_rate
-from vpgea_fast.packing import RankPlan, drop_zero_rows
+from vpgea_fast.packing import RankPlan
 from vpgea_fast.rollout.engine import Usage
+from vpgea_fast.rows import Scale, build_rows, checksum, minibatches
 from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
-from vpgea_fast.types import Coefficients, PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
+from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
@@ -100,6 +101,8 @@ class Trainer:
 
     # All that changes in a run, beside parameters, optimiser state and random generators.
     step: int
+    method: Mapping[str, Any]  # what the objective keeps from step to step
+    updated: bool  # an update of this step's paths has been made: the step cannot be left
     skipped_in_a_row: int
     worth: dict[int, float]  # checkpoint.keep_best of the evaluated steps
     halted: str | None  # why the run must end before its last step
@@ -112,6 +115,7 @@ class Trainer:
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
         self.step, self.skipped_in_a_row, self.worth = 0, 0, {}
         self.halted, self.offending, self.saved_at = None, [], time.monotonic()
+        self.method, self.updated = {}, False
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         self.world = open_world(cfg.parallel, cfg.model.device)
@@ -151,60 +155,81 @@ class Trainer:
     def train_step(self) -> StepStats:
         """Collect, weigh, make rows, update, sync: one step of the method.
 
-        No state changes until `update` has every gradient, so a step may be left at any time before
-        and made again, with the same paths.
+        No state changes until the first update has every gradient, so a step may be left at any
+        time before and made again, with the same paths. Later updates of it are always made.
         """
         measure = self.stages.measure
         timer = PhaseTimer(torch.cuda.synchronize if measure.on_cuda else None)
         evaluated = self.scheduled_evaluation()
-        batch, coefs, usage = self.collect(timer)
+        batch, terms, usage = self.collect(timer)
         with timer("importance"):
-            ratios, weighed = measure.importance(batch, coefs)
-        rows = self.rows(batch, coefs, ratios)
+            ratios, weighed = measure.importance(batch, terms)
+            updates = measure.known(self.updates(batch, terms, ratios))
+        # One pass over the questions: later epochs have the same rows again.
+        rows = [row for part in updates[: self.cfg.train.minibatches] for row in part]
         with timer("diagnose"):  # before the update: of the weights that drew the paths
-            diagnosed = self.diagnose(batch, coefs, rows)
-            records = measure.records(batch, coefs, self.step + 1)
+            diagnosed = self.diagnose(batch, terms, rows)
+            records = measure.records(batch, terms, self.step + 1)
         with timer("train"):
-            update, skipped = self.update(rows)
+            update, skipped = self.train(updates)
+        # After the updates: a step that is left before them is made again with the old state.
+        self.method = terms.state
         with timer("sync"):
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
         found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
-        cost = measure.cost(batch, coefs, rows, usage=usage, seconds=timer.metrics())
+        cost = measure.cost(batch, terms, rows, usage=usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
         return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
 
-    def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Coefficients, Usage]:
+    def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Terms, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
         engine = self.stages.engine
         engine.usage()  # what evaluations asked for is not this step's
-        batch, coefs = self.stages.collector.collect(self.step, timer)
+        batch, terms = self.stages.collector.collect(self.step, timer, self.method)
         engine.rest()  # the update has its memory
         usage = engine.usage()
         self.stop.together()
-        return batch, coefs, usage
+        return batch, terms, usage
 
-    def rows(
-        self,
-        batch: ScoredBatch,
-        coefs: Coefficients,
-        ratios: dict[PathKey, torch.Tensor] | None,
-    ) -> list[TrainRow]:
-        """The rows that have a gradient, their coefficients normalised by train.norm."""
-        constant = self.norm_constant
-        rows = build_rows(batch, coefs, self.cfg.train, norm_constant=constant, ratios=ratios)
-        return drop_zero_rows(rows)
+    def updates(
+        self, batch: ScoredBatch, terms: Terms, ratios: dict[PathKey, torch.Tensor] | None
+    ) -> list[list[TrainRow]]:
+        """The rows of every update of this step, in order."""
+        scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
+        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios)
+        return minibatches(batch, rows, scale.updates) * self.cfg.train.epochs
+
+    def train(
+        self, updates: Sequence[Sequence[TrainRow]]
+    ) -> tuple[dict[str, float | int], str | None]:
+        """Make the updates of a step; their mean metrics, and why there was none if there was none.
+
+        Only the first is of the policy that drew the paths: how far sampler and trainer are apart
+        is told of it alone.
+        """
+        done, reasons, self.updated = [], [], False
+        for rows in updates:
+            # The paths stay and the policy moves: clipped ratios are taken anew each time.
+            metrics, reason = self.update(self.stages.measure.moment(rows, moved=self.updated))
+            self.updated = self.updated or reason is None
+            done.append(metrics)
+            reasons.append(reason)
+        self.updated = False
+        # One update is one: the engine needs the weights, and the run is not idle.
+        skipped = reasons[0] if all(reasons) else None
+        return diagnostics.mean_update(done), skipped
 
     def diagnose(
-        self, batch: ScoredBatch, coefs: Coefficients, rows: Sequence[TrainRow]
+        self, batch: ScoredBatch, terms: Terms, rows: Sequence[TrainRow]
     ) -> dict[str, float]:
         """What the batch shows; every metrics.diag_every steps also what costs passes of its own:
         two heads over the posterior paths, a forward and backward of all rows."""
         every, measure = self.cfg.metrics.diag_every, self.stages.measure
-        found = measure.quality(batch, coefs)
+        found = measure.quality(batch, terms)
         if every and self.step % every == 0:
-            found = merge(found, measure.view_divergence(batch, coefs), self.stream_norms(rows))
+            found = merge(found, measure.view_divergence(batch, terms), self.stream_norms(rows))
         return found
 
     def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
@@ -213,7 +238,7 @@ class Trainer:
         No rows or a non-finite gradient leave parameters and optimiser state bitwise unchanged.
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
-        self.world.require_same(_checksum(rows), "rows of this step and their coefficients")
+        self.world.require_same(checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             found = merge(
@@ -244,7 +269,8 @@ class Trainer:
         policy, temperature = self.stages.policy, self.cfg.rollout.temperature
 
         def backward(batch: PackedBatch, last: bool) -> torch.Tensor:
-            if not policy.sharded:  # what FSDP has accumulated cannot be thrown away
+            # What FSDP has accumulated cannot be thrown away, nor can an update be undone.
+            if not (policy.sharded or self.updated):
                 self.stop.alone()
             policy.expect_backward(last=last)
             out = policy(batch, temperature=temperature)
@@ -367,6 +393,7 @@ class Trainer:
             self.step,
             {
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "method": dict(self.method),
                 "data": self.stages.intake.fingerprint,
                 "config": as_dict(self.cfg),
                 "evaluated": {best: self.worth} if best else {},
@@ -375,22 +402,17 @@ class Trainer:
         )
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
-        """Gradient norm of each stream alone: one more forward and backward of all rows."""
-        if all(row.own_view for row in rows):
-            return {}
+        """Gradient norm of each term alone: one more forward and backward of all rows."""
+        names = dict.fromkeys(row.term for row in rows)
+        if len(names) <= 1:
+            return {}  # it is grad_norm
         norms = {}
-        for name, own in (("grad_norm_pg", True), ("grad_norm_distill", False)):
-            part = [row for row in rows if row.own_view == own]
-            if part:
-                self.accumulate(part)
-                reshard(self.stages.policy)
-                norms[name] = gradient_norm(self.stages.optimizer)
-                self.stages.optimizer.zero_grad(set_to_none=True)
+        for name in names:
+            self.accumulate([row for row in rows if row.term == name])
+            reshard(self.stages.policy)
+            norms[f"grad_norm_{name}"] = gradient_norm(self.stages.optimizer)
+            self.stages.optimizer.zero_grad(set_to_none=True)
         return norms
-
-    @property
-    def norm_constant(self) -> float:
-        return self.cfg.train.norm_constant or self.cfg.rollout.max_new_tokens / 4
 
     def decode(self, ids: torch.Tensor) -> str:
         return self.stages.intake.text.decode(ids)
@@ -418,6 +440,7 @@ class Trainer:
             if saved is not None:
                 self.step = saved.step
                 self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
+                self.method = saved.trainer_state.get("method", {})
             self.worth = self.run.worth(saved)
         self.sync_engine(updated=False)
         self.run.write_facts(self.stages.policy)
@@ -440,11 +463,3 @@ class Trainer:
             return True
         late = cfg.save_minutes and time.monotonic() - self.saved_at > 60 * cfg.save_minutes
         return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
-
-
-def _checksum(rows: Sequence[TrainRow]) -> int:
-    crc = 0
-    for row in rows:
-        for part in (row.context_ids, row.token_ids, row.coef.double()):
-            crc = zlib.crc32(part.numpy().tobytes(), crc)
-    return crc

@@ -1,7 +1,7 @@
 """The frozen records that walk between the stages: from a JSONL line to a gradient.
 
     Question -> PromptedQuestion -> SampleRequest -> Path -> ScoredPaths -> ScoredBatch
-    -> Coefficients -> TrainRow -> PackedBatch
+    -> Terms -> TrainRow -> PackedBatch
 
 Shape suffixes of the whole project:
 
@@ -12,11 +12,12 @@ Shape suffixes of the whole project:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 Stream = Literal["posterior", "prior"]
 """Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
@@ -24,6 +25,16 @@ pi)."""
 
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
+
+Part = Literal["thought", "response", "answer", "target"]
+"""Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
+answer alone. `target`: the reference answer behind the thought and its cue."""
+
+Who = Literal["policy", "reference"]
+"""Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
+
+Norm = Literal["seq_sum", "const", "seq_mean", "token_mean"]
+"""What the weight of a path is divided by; see rows.py."""
 
 Finish = Literal["stop", "length", "error"]
 """Why sampling ended: a stop token, the token limit, or a failed request."""
@@ -64,17 +75,18 @@ class PromptedQuestion:
     """
 
     question: Question
-    student_ids: torch.Tensor
-    teacher_ids: torch.Tensor
-    cue_ids: torch.Tensor
-    target_ids: torch.Tensor
-    variant_ids: tuple[torch.Tensor, ...] = ()
+    student_ids: Tensor
+    teacher_ids: Tensor
+    cue_ids: Tensor
+    target_ids: Tensor
+    variant_ids: tuple[Tensor, ...] = ()
 
     @property
     def file(self) -> str:
         return self.question.file
 
-    def context(self, view: View) -> torch.Tensor:
+    def context(self, view: View) -> Tensor:
+        # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
 
 
@@ -90,7 +102,7 @@ class SampleRequest:
     question_id: str
     stream: Stream
     index: int
-    prompt_ids: torch.Tensor
+    prompt_ids: Tensor
     seed: int
 
 
@@ -105,6 +117,7 @@ class Path:
     z_ids      (len,) int64: the thought, up to and including the first think-close token
     logps      (len,) float32: sampling log-prob of each z token, nats, at the sampling temperature
     answer_ids (m,) int64: what followed the thought (empty unless full answers are sampled)
+    answer_logps (m,) float32: their sampling log-probs; None where the engine gives none
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
 
@@ -118,14 +131,16 @@ class Path:
     question_id: str
     stream: Stream
     index: int
-    z_ids: torch.Tensor
-    logps: torch.Tensor
-    answer_ids: torch.Tensor
+    z_ids: Tensor
+    logps: Tensor
+    answer_ids: Tensor
     closed: bool
     finish: Finish
+    answer_logps: Tensor | None = None
 
     @property
     def key(self) -> PathKey:
+        # Texts and a number: JSON has them, and they are equal on every process.
         return self.question_id, self.stream, self.index
 
     @property
@@ -136,11 +151,26 @@ class Path:
     @property
     def generated(self) -> int:
         """All sampled tokens, thought and answer."""
+        # What eps3 divides by, and what a step pays for; prompts are shared and not counted.
         return self.z_ids.numel() + self.answer_ids.numel()
 
     @property
     def truncated(self) -> bool:
         return self.finish == "length"
+
+    @property
+    def response_ids(self) -> Tensor:
+        """Thought and answer, (len + m,) int64."""
+        return torch.cat([self.z_ids, self.answer_ids])
+
+    @property
+    def response_logps(self) -> Tensor:
+        """The sampler's log-probs of thought and answer, (len + m,) float32; NaN if not known."""
+        # NaN, not 0: a log-prob of 0 would pass for a token that was certain.
+        answer = self.answer_logps
+        if answer is None:
+            answer = torch.full(self.answer_ids.shape, torch.nan)
+        return torch.cat([self.logps, answer])
 
 
 Groups = tuple[tuple[Path, ...], ...]
@@ -166,14 +196,15 @@ class ScoredPaths:
     """
 
     paths: Groups
-    u_BP: torch.Tensor
-    length_BP: torch.Tensor
-    closed_BP: torch.Tensor
-    correct_BP: torch.Tensor
+    u_BP: Tensor
+    length_BP: Tensor
+    closed_BP: Tensor
+    correct_BP: Tensor
 
     @property
     def flat(self) -> list[Path]:
         """All paths, question after question."""
+        # In the order of a flattened (B, P) column, which every reader relies on.
         return [path for group in self.paths for path in group]
 
     def select(self, keep: Sequence[int]) -> ScoredPaths:
@@ -189,8 +220,11 @@ class ScoredPaths:
 class ScoredBatch:
     """A step's questions, both streams of their paths and all that an objective may look at.
 
-    lost_B  (B,) int64: paths of each question that the engine gave up, and one more where it gave
-            up an answer sampled to score a path
+    lost_B          (B,) int64: paths of each question that the engine gave up, and one more where
+                    it gave up an answer sampled to score a path
+    posterior_view  the prompt that the posterior paths were drawn from
+    token_limit     tokens that a path may have, thought and answer; 0: not known
+    logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -204,7 +238,10 @@ class ScoredBatch:
     questions: tuple[PromptedQuestion, ...]
     posterior: ScoredPaths
     prior: ScoredPaths
-    lost_B: torch.Tensor
+    lost_B: Tensor
+    posterior_view: View = "teacher"
+    token_limit: int = 0
+    logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
 
     @property
     def whole(self) -> ScoredBatch | None:
@@ -220,6 +257,29 @@ class ScoredBatch:
 
     def stream(self, name: Stream) -> ScoredPaths:
         return self.posterior if name == "posterior" else self.prior
+
+    def drawn_in(self, stream: Stream) -> View:
+        """The prompt that the paths of a stream were drawn from."""
+        return self.posterior_view if stream == "posterior" else "student"
+
+    def token_counts(self, stream: Stream, part: Part) -> Tensor:
+        """Tokens of a part of every path of a stream, (B, P) float64; at least 1 each, since they
+        stand in denominators."""
+        columns = self.stream(stream)
+        # The thought's are a column already: its lengths are what eta and the baselines use too.
+        if part == "thought":
+            return columns.length_BP
+        if part == "target":
+            counts = [
+                [q.target_ids.numel()] * len(g)
+                for q, g in zip(self.questions, columns.paths, strict=True)
+            ]
+        else:
+            whole = part == "response"
+            counts = [
+                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g] for g in columns.paths
+            ]
+        return torch.tensor(counts, dtype=torch.float64).view_as(columns.length_BP).clamp(min=1.0)
 
     def pairs(self, stream: Stream) -> list[tuple[PromptedQuestion, Path]]:
         """Every path of a stream with its question, in the order of the batch."""
@@ -247,52 +307,55 @@ Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
 
 def _select(record: Columns, keep: Sequence[int]) -> Columns:
     def chosen(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return value[list(keep)]
-        return (
-            _select(value, keep)
-            if isinstance(value, ScoredPaths)
-            else tuple(value[i] for i in keep)
-        )
+        if isinstance(value, ScoredPaths):
+            return _select(value, keep)
+        return tuple(value[i] for i in keep) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
 
 
 def _join(record: Columns, other: Columns) -> Columns:
     def joined(a: Any, b: Any) -> Any:
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, Tensor):
             return torch.cat([a, b])
-        return _join(a, b) if isinstance(a, ScoredPaths) else (*a, *b)
+        if isinstance(a, ScoredPaths):
+            return _join(a, b)
+        if isinstance(a, Mapping):  # a score -> what each batch has of it
+            return {key: {**a[key], **b[key]} for key in a}
+        return (*a, *b) if isinstance(a, tuple) else a
 
+    # By field: a new column is selected and joined without a line here.
     columns = {f.name: (getattr(record, f.name), getattr(other, f.name)) for f in fields(record)}
     return replace(record, **{name: joined(*pair) for name, pair in columns.items()})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Coefficients:
-    """What an objective says: one weight per path, for every (stream of the path, view of the
-    context).
+class Score(NamedTuple):
+    """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
 
-    weights      [stream, view] is (B, P) float64: the gradient of the minimised loss is the sum
-                 over paths of weight * w * grad log p(z | view), with w the normaliser. A negative
-                 weight makes a path likelier.
-    path_scores  for the log alone: of a stream, name -> (B, P)
-    metrics      for the log alone
+    stream: Stream
+    view: View
+    part: Part
+    who: Who = "policy"
 
-    >>> weights = {("prior", "student"): torch.tensor([[-1.0, 1.0]])}
-    >>> Coefficients(weights=weights, path_scores={}, metrics={}).alive.tolist()
-    [True]
+
+class Live(Protocol):
+    """A loss of log-probs that change while the paths stay: by its derivative, token by token.
+
+    The log-probs now, before the first update of these paths, and of the reference policy are
+    (n,) float64, n the tokens of one path. The result is d loss / d now, (n,), of a loss that is
+    `weight * now` summed over tokens where now equals old and there is no reference.
     """
 
-    weights: dict[tuple[Stream, View], torch.Tensor]
-    path_scores: dict[Stream, dict[str, torch.Tensor]]
-    metrics: dict[str, float | None]
-
     @property
-    def alive(self) -> torch.Tensor:
-        """Which questions have a gradient: any weight other than zero; (B,) bool."""
-        by_view = [weights.ne(0).any(dim=1) for weights in self.weights.values()]
-        return torch.stack(by_view).any(dim=0)
+    def reference(self) -> bool:
+        """It reads the reference policy; then it acts on paths of weight zero too."""
+        ...
+
+    def __call__(
+        self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,32 +364,47 @@ class TrainRow:
     objective.
 
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
-    That sum is the loss in the view that the path was drawn in. In another view the path is
-    distilled: there its own log-prob is subtracted, sg log q(token_ids[t]), a constant for the log
-    alone. `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
+    That sum is the loss, unless the path is `distilled`: drawn under another prompt. Its log-prob
+    there is subtracted then, sg log q(token_ids[t]), a constant for the log alone. `path` tells
+    which rows are one path; `sample_logps` are the sampler's log-probs.
+
+    live   makes coefficients of the log-probs of the moment: coef = scale * factor * live(weight)
+    old    log-probs before the first update of these paths; reference: of the reference policy
 
     >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
     >>> TrainRow(**ids, coef=torch.full((2,), -0.5), stream="posterior", view="teacher").tokens
     4
     """
 
-    context_ids: torch.Tensor
-    token_ids: torch.Tensor
-    coef: torch.Tensor
+    context_ids: Tensor
+    token_ids: Tensor
+    coef: Tensor
     stream: Stream
     view: View
-    sample_logps: torch.Tensor | None = None
+    term: str = "pg"
+    distilled: bool = False
+    sample_logps: Tensor | None = None
     path: PathKey | None = None
-
-    @property
-    def own_view(self) -> bool:
-        """The tokens are scored under the prompt that they were sampled from."""
-        return (self.stream, self.view) in {("posterior", "teacher"), ("prior", "student")}
+    live: Live | None = None
+    weight: float = 0.0
+    scale: float = 1.0
+    factor: Tensor | None = None
+    old: Tensor | None = None
+    reference: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the model for this row."""
         return self.context_ids.numel() + self.token_ids.numel()
+
+    def at(self, now: Tensor) -> TrainRow:
+        """The row with the coefficients of the moment, from its tokens' log-probs (n,)."""
+        if self.live is None:
+            return self
+        # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
+        old = now if self.old is None else self.old
+        coef = self.live(self.weight, now, old, self.reference) * self.scale
+        return replace(self, coef=coef if self.factor is None else coef * self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,58 +428,20 @@ class PackedBatch:
     [0, 3]
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: Tensor
+    position_ids: Tensor
     seqlens: tuple[int, ...]
-    cu_seqlens: torch.Tensor
-    logit_index: torch.Tensor
-    targets: torch.Tensor
-    coef: torch.Tensor
+    cu_seqlens: Tensor
+    logit_index: Tensor
+    targets: Tensor
+    coef: Tensor
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy the batch to `device`: the one place where tensors move there."""
+        # seqlens stay Python numbers; the copies are asynchronous where the source is pinned.
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFlops:
-    """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
-
-    decoder  parameters that a token is multiplied with, the embedding and the head left out
-    head     those of the head, tied or not
-    width    layers x heads x head size: a token's query, over all layers
-
-    A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
-    a forward: two operations per multiply-add, a backward of two forwards, the causal half of the
-    attention, nothing for padding, recomputation or the embedding. Sliding windows are not
-    discounted.
-
-    >>> ModelFlops(decoder=10, head=2, width=1).row(4)
-    384
-    """
-
-    decoder: int
-    head: int
-    width: int
-
-    def row(self, length: int, head_rows: int | None = None) -> int:
-        """Operations of a document's forward and backward; `head_rows` as in `forward_row`."""
-        return 3 * self.forward_row(length, head_rows)
-
-    def rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
-        return 3 * self.forward_rows(lengths, head_rows)
-
-    def forward_row(self, length: int, head_rows: int | None = None) -> int:
-        """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
-        head_rows = length if head_rows is None else head_rows
-        return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
-
-    def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
-        if head_rows is None:
-            return sum(map(self.forward_row, lengths))
-        return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

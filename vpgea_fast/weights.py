@@ -79,6 +79,8 @@ def read(tensor: Tensor, rows: slice = slice(None)) -> torch.Tensor:
     """Rows of a stored tensor, in its own dtype. Errors: ModelError, also for NaN and Inf."""
     with _reading(tensor.file), safe_open(tensor.file, framework="pt") as opened:
         values = (
+            # get_slice reads the bytes of these rows alone, but cannot slice a tensor of no
+            # dimension.
             opened.get_slice(tensor.name)[rows] if tensor.shape else opened.get_tensor(tensor.name)
         )
     if not bool(torch.isfinite(values).all()):
@@ -94,6 +96,7 @@ def load_config(path: str) -> Any:
     config = read_config(path)
     # A copy: transformers writes the dtype and the attention of the model into it.
     causal_lm = empty_model(copy.deepcopy(config), torch.float32, path)
+    # On the Hub that would fetch gigabytes for a look.
     if Path(path).is_dir():
         find_weights(causal_lm, path)
     return config
@@ -106,6 +109,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
 
     config = read_config(path)
     outline = without_storage(path, dtype, config)
+    # All is checked on an outline first: from_pretrained would only warn, and fill at random.
     weights = find_weights(outline, path)
     with blamed_on(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -130,6 +134,7 @@ def load_causal_lm(path: str, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{path}: {len(bad)} tensors hold NaN or Inf ({bad[0]}, ...); use an earlier checkpoint"
         )
+    # transformers reads its own without the checks of load_generation_config.
     causal_lm.generation_config = outline.generation_config
     return causal_lm
 
@@ -157,6 +162,7 @@ def find_weights(causal_lm: Any, path: str) -> Weights:
     with the tensor and its file, for what is missing, of another shape or unknown to the model, for
     ties that do not hold, and for dtypes that are no trainable weight."""
     directory = _fetched(path)
+    # keep_vars: tied names share one object, by which `_tie` knows them.
     state = causal_lm.state_dict(keep_vars=True)
     stored = _headers(directory)
     of, converted, extra, composed = _matched(causal_lm, state, stored)
@@ -193,11 +199,13 @@ def find_weights(causal_lm: Any, path: str) -> Weights:
 def _matched(
     causal_lm: Any, state: Mapping[str, Any], stored: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """Stored tensors by what transformers makes of their names: (one parameter each, parts of a
-    parameter, nothing), and the parameters that are made of parts."""
+    """Sort stored tensors by what transformers makes of their names: one parameter each, part of a
+    parameter, or nothing. The last of the four are the parameters that are made of parts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
+    # transformers' own rules and function, so no name can be read in two ways. Converters build a
+    # parameter of several tensors (experts), renamings only change a name.
     known = get_model_conversion_mapping(causal_lm)
     converters = [rule for rule in known if isinstance(rule, WeightConverter)]
     renamings: list[Any] = [rule for rule in known if not isinstance(rule, WeightConverter)]
@@ -205,7 +213,7 @@ def _matched(
     of, converted, extra, composed = {}, {}, {}, set()
     for name, tensor in stored.items():
         new, pattern = rename_source_key(name, renamings, converters, prefix, dict(state))
-        # A rule that leads away from a name of this model is not meant for it.
+        # As transformers decides: a rule that leads away from a name of this model is not for it.
         if new not in state and name in state:
             new, pattern = name, None
         if new not in state:
@@ -213,6 +221,7 @@ def _matched(
         elif pattern is not None:
             converted[name] = tensor
             composed.add(new)
+        # Which of two tensors a parameter gets would depend on the reader.
         elif new in of:
             raise ModelError(
                 f"{tensor.file}: {name} and {of[new].name} are both {new} of the model; "
@@ -246,6 +255,8 @@ def _tie(state: Mapping[str, torch.Tensor], of: dict[str, Tensor]) -> None:
     for name, value in state.items():
         groups.setdefault(id(value), []).append(name)
     for names in groups.values():
+        # A model is usually stored with one name of a tie; with both they must be equal, or one
+        # would be lost in silence.
         have = [name for name in names if name in of]
         for other in have[1:]:
             row = _first_difference(of[have[0]], of[other])
@@ -260,6 +271,7 @@ def _tie(state: Mapping[str, torch.Tensor], of: dict[str, Tensor]) -> None:
 
 
 def _first_difference(one: Tensor, other: Tensor) -> int | None:
+    # In blocks: an embedding of 150k x 8k in bfloat16 is 2.5 GB, twice.
     for start in range(0, one.shape[0], ROWS_COMPARED):
         rows = slice(start, start + ROWS_COMPARED)
         a, b = read(one, rows), read(other, rows)
@@ -280,6 +292,7 @@ def _fetched(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         with blamed_on(path):
+            # No *.bin: a pickle may run code, and is never asked for.
             path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
         check_model_dir(path)
     return Path(path)
@@ -291,6 +304,7 @@ def _headers(directory: Path) -> dict[str, Tensor]:
     index = weight_index(directory)
     stored: dict[str, Tensor] = {}
     for file in (directory / name for name in weight_files(index)):
+        # Opening maps the file and parses its header; no weight is read.
         with _reading(file), safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 if name in stored:
@@ -300,6 +314,7 @@ def _headers(directory: Path) -> dict[str, Tensor]:
                 part = opened.get_slice(name)
                 stored[name] = Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
     if index is not None:
+        # Both directions: what the index names and no file has, and what a file has unnamed.
         said = {name: directory / file for name, file in index.items()}
         for name in {**said, **stored}:
             if name not in said or name not in stored or stored[name].file != said[name]:

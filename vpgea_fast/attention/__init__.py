@@ -90,6 +90,7 @@ def register(backend: str = "sdpa") -> str:
     make = {"flash": best_flash_kernel, "varlen": varlen_kernel}.get(backend)
     attention = functools.partial(packed_attention, kernel=None if make is None else make())
     AttentionInterface.register(NAMES[backend], attention)
+    # Calls without documents end in sdpa, and want the masks that transformers makes for it.
     AttentionMaskInterface.register(NAMES[backend], sdpa_mask)
     return NAMES[backend]
 
@@ -101,16 +102,18 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     and does not look for documents in position_ids, which costs a host sync on CUDA. Attention that
     meets it without `documents` knows that the layers dropped them.
     """
+    # seqlens are numbers of the host: nothing here waits for a device.
     if sum(batch.seqlens) != batch.input_ids.numel():
         raise ValueError(
             f"packed attention: expected {sum(batch.seqlens)} tokens (the sum of seqlens), got "
             f"{batch.input_ids.numel()}"
         )
+    # (1, T): one row.
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
         "attention_mask": batch.input_ids.new_empty(0, 0, 0, 0),
-        "use_cache": False,
+        "use_cache": False,  # a cache would keep the keys and values of every layer
         "documents": Documents(batch.seqlens, batch.cu_seqlens),
     }
 
@@ -137,6 +140,7 @@ def packed_attention(
     beside the documents, documents that did not arrive, and arguments that would change the result
     and are not computed.
     """
+    # The mark of packed_inputs: where it arrives without documents, a layer has dropped them.
     empty = attention_mask is not None and attention_mask.numel() == 0
     if documents is None:
         if empty:
@@ -144,6 +148,7 @@ def packed_attention(
                 f"packed attention: the layers around {type(module).__name__} do not hand "
                 "`documents` down to it, so they would see each other; take another model"
             )
+        # Sampling, and forwards without packing: the window is in the mask.
         return _unpacked(
             module,
             query,
@@ -162,6 +167,7 @@ def packed_attention(
     if query.shape[0] != 1:
         raise ValueError(f"packed attention: expected one row, got a batch of {query.shape[0]}")
     query, key, value = _autocast(query, key, value)
+    # The lengths of the host are enough for it, and values may be narrower than keys (DeepSeek).
     if kernel is None:
         form = Form(scaling, sliding_window, softcap)
         return by_document(query, key, value=value, documents=documents, form=form), None
@@ -175,7 +181,9 @@ def packed_attention(
             f"model.attention: queries of size {query.shape[-1]} and values of {value.shape[-1]} "
             "are for 'sdpa' only; set it"
         )
+    # A window as long as the longest document hides nothing: plain causal attention.
     limited = sliding_window is not None and sliding_window < documents.max_seqlen
+    # (1, H, T, d) -> (T, H, d), as views.
     out_THd = kernel(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -184,6 +192,7 @@ def packed_attention(
         documents.max_seqlen,
         Form(scaling, sliding_window if limited else None, softcap),
     )
+    # The second is the attention weights, which no kernel makes.
     return out_THd[None], None
 
 
@@ -197,9 +206,11 @@ def _unpacked(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Ordinary attention with the mask that transformers made (window and padding are in it)."""
+    # These three sdpa_attention_forward computes.
     _refuse(kwargs, {*WITHOUT_EFFECT, "cache", "is_causal", "position_bias"})
     if form.softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=form.scale, **kwargs)
+    # sdpa has no cap: from here on it is softcapped, which computes none of the three.
     _refuse(kwargs, WITHOUT_EFFECT)
     query, key, value = _autocast(query, key, value)
     length = query.shape[2]
@@ -226,4 +237,5 @@ def _autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
+    # Autocast itself never narrows float64.
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]

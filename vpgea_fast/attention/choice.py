@@ -61,7 +61,9 @@ def choose_for(config: Any, wanted: str, device: torch.device, dtype: torch.dtyp
     """`choose` for a Hugging Face config, after `check_model`. Errors: ValueError."""
     check_model(config)
     text = _text_config(config)
+    # Qwen3 and Gemma say how wide a head is; hidden_size / heads may be another number.
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Gemma 2 sets it; Gemma 3 has the key and leaves it None.
     softcap = getattr(text, "attn_logit_softcapping", None) is not None
     return choose(wanted, device, dtype, head_dim, softcap=softcap)
 
@@ -85,6 +87,7 @@ def choose(
         raise ValueError(
             f"model.attention: got {wanted!r}, expected 'auto', {', '.join(map(repr, NAMES))}"
         )
+    # Asked late: `look` imports flash-attn, which a wrong name should not have to wait for.
     machine = machine or look(device)
     # In the order of preference. sdpa has no obstacle, so the loop below always returns.
     obstacles = {
@@ -101,6 +104,7 @@ def choose(
         return Choice(wanted, f"asked for; {_described(wanted, machine)}")
     passed: list[str] = []
     for name, obstacle in obstacles.items():
+        # Without repeats: what stops flash often stops varlen too.
         if obstacle is None:
             return Choice(name, "; ".join(dict.fromkeys([_described(name, machine), *passed])))
         passed.append(obstacle)
@@ -123,17 +127,20 @@ def check_model(config: Any) -> None:
     text = _text_config(config)
     name = getattr(config, "model_type", type(config).__name__)
     heads = getattr(text, "num_attention_heads", None)
+    # Models of state-space layers alone, such as Mamba, have none.
     if heads is None:
         raise ValueError(
             f"model.path: {name!r} has no num_attention_heads in config.json, so no attention that "
             "can keep packed documents apart; take a model that attends in every layer"
         )
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    # Every key head serves the same number of query heads.
     if heads % kv_heads:
         raise ValueError(
             f"model.path: num_attention_heads {heads} of {name!r} is no multiple of "
             f"num_key_value_heads {kv_heads}; correct its config.json"
         )
+    # Else the width of a head is a quotient: rounded down, it would be another model's.
     if getattr(text, "head_dim", None) is None and text.hidden_size % heads:
         raise ValueError(
             f"model.path: hidden_size {text.hidden_size} of {name!r} is no multiple of "
@@ -147,6 +154,7 @@ def check_model(config: Any) -> None:
             f"model.path: {name!r} has layers of type {', '.join(unknown)}, which do not keep "
             "packed documents apart; take a model with full or sliding attention in every layer"
         )
+    # The second switch makes an encoder of Gemma 3 (EmbeddingGemma).
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None):
         raise ValueError(f"model.path: the attention of {name!r} is not causal; take a causal LM")
 
@@ -162,6 +170,7 @@ def positions(config: Any) -> tuple[int | None, str]:
     text = _text_config(config)
     room, source = getattr(text, "max_position_embeddings", None), "max_position_embeddings"
     rope = getattr(text, "rope_parameters", None) or {}
+    # One set of parameters for all layers, or one per type of layer (Gemma 3).
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     for part in parts:
         kind = part.get("rope_type")
@@ -170,6 +179,7 @@ def positions(config: Any) -> tuple[int | None, str]:
         limit = part.get("original_max_position_embeddings") or getattr(
             text, "original_max_position_embeddings", None
         )
+        # transformers stretches dynamic NTK from max_position_embeddings on, also if that is lower.
         if limit is not None and kind == "dynamic":
             limit = min(limit, room or limit)
         if limit is not None and (room is None or limit < room):
@@ -177,10 +187,12 @@ def positions(config: Any) -> tuple[int | None, str]:
     return room, source
 
 
+# Cached: an import that fails is tried anew every time, and one that works loads a CUDA library.
 @functools.cache
 def _look(capability: tuple[int, int]) -> Machine:
     usable, broken = [], []
     for generation in FLASH_FOR.get(capability[0], ()):
+        # Imported, not looked up: a wheel built for another torch is installed and does not load.
         try:
             flash_function(generation)
             usable.append(generation)
@@ -205,6 +217,7 @@ def _obstacle(machine: Machine, dtype: torch.dtype, head_dim: int) -> str | None
         return f"{str(dtype).removeprefix('torch.')} is not for flash kernels (bfloat16, float16)"
     if machine.capability is None:
         return "no CUDA device"
+    # flash-attn's own limits: Ampere or newer, heads up to 256 wide.
     if machine.capability < (8, 0):
         return f"CUDA capability {machine.capability[0]}.{machine.capability[1]} is below 8.0"
     if head_dim % 8 or head_dim > 256:

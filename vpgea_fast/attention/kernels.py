@@ -68,6 +68,7 @@ def flash_kernel(function: Callable[..., Any]) -> Kernel:
             options["window_size"] = (form.window - 1, 0)
         if form.softcap is not None:
             options["softcap"] = form.softcap
+        # Queries and keys are the same tokens: one set of boundaries.
         out = function(
             q_THd,
             k_TKd,
@@ -140,6 +141,7 @@ def by_document(
             f"packed attention: expected one row of {sum(documents.seqlens)} tokens (the sum of "
             f"seqlens), got {query.shape[2]}"
         )
+    # Views of each document, (1, H, L, d): nothing is copied to take the row apart.
     parts = [
         _causal(q, k, v, form)
         for q, k, v in zip(
@@ -156,7 +158,9 @@ def _causal(
     """One whole document, (1, H, L, d)."""
     length = query.shape[2]
     mask = None
+    # A mask of L x L only where is_causal does not say it all.
     if form.softcap is not None or (form.window is not None and length > form.window):
+        # Token i sees i - window + 1 to i.
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         mask = seen if form.window is None else seen.triu(1 - form.window)
     if form.softcap is not None:
@@ -189,6 +193,7 @@ def softcapped(
     key, value = _repeated(query, key, value)
     scale = query.shape[-1] ** -0.5 if form.scale is None else form.scale
     wide = torch.promote_types(query.dtype, torch.float32)
+    # One factor for both: one pass less over the L x L scores.
     scores = (query @ key.transpose(2, 3)).to(wide) * (scale / form.softcap)
     scores = form.softcap * scores.tanh()
     if mask is not None:
@@ -200,5 +205,6 @@ def softcapped(
 def _repeated(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # Query heads h times to h times + times - 1 read key head h.
     times = query.shape[1] // key.shape[1]
     return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)

@@ -73,6 +73,7 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """The state.json of a checkpoint; ValueError where it is not as `take` makes it."""
+        # Its CRC has been compared by now: what is wrong here was written so, or edited.
         tree = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
             raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
@@ -282,6 +283,7 @@ def _optimizer_states(
     tensors: dict[str, torch.Tensor] = {}
     bound: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
+    # Before the first update there are no states, and nothing of the optimiser is saved.
     trained = _trained(optimizer, weights)
     for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -379,6 +381,7 @@ def _check_fit(
 ) -> None:
     """Raise CheckpointError for a checkpoint of another model or kind of optimiser."""
     remedy = _check_weights(found, metadata, weights)
+    # A moment of another optimiser has the same shape and another meaning.
     kind = type(optimizer).__name__
     if found.optimizer["class"] != kind:
         raise CheckpointError(

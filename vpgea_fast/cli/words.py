@@ -40,6 +40,7 @@ def config_file(word: str) -> str:
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     def read(word: str) -> int:
+        # As a configuration reads it: 1e3 and 010 are no whole numbers.
         value = yaml_value(word)
         # `type`, not isinstance: true is an int to Python.
         if type(value) is int and low <= value <= high:
@@ -66,6 +67,7 @@ def step(word: str) -> int | str:
 
 
 def gib(word: str) -> float:
+    # NaN compares as neither, so it is refused too.
     value = yaml_value(word)
     if type(value) in (int, float) and 0 < value <= MAX_GIB:
         return float(value)
@@ -115,6 +117,7 @@ def plain_logs() -> None:
 
     Their warnings too: what they warn of in a model (missing weights, say) is an error here.
     """
+    # Imported here: `vpgea --version` must not wait for it.
     from transformers.utils import logging
 
     logging.set_verbosity_error()

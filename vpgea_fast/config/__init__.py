@@ -18,14 +18,11 @@ from vpgea_fast.config.inputs import (
 )
 from vpgea_fast.config.method import (
     EngineConfig,
-    GrpoConfig,
     HfEngineConfig,
-    ObjectiveConfig,
     RolloutConfig,
     ScoringConfig,
     VerifyConfig,
     VllmEngineConfig,
-    VpgeaConfig,
 )
 from vpgea_fast.config.reading import (
     ROWS,
@@ -50,7 +47,7 @@ from vpgea_fast.config.records import (
 )
 from vpgea_fast.config.renamed import RENAMED, renewed
 from vpgea_fast.config.schema import VARIANTS, known_keys
-from vpgea_fast.config.values import Exponent, PositiveInt, expand_home, one_line, printable
+from vpgea_fast.values import Exponent, PositiveInt, expand_home, one_line, printable
 
 __all__ = [
     "RENAMED",
@@ -65,12 +62,10 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "Exponent",
-    "GrpoConfig",
     "HfEngineConfig",
     "LossConfig",
     "MetricsConfig",
     "ModelConfig",
-    "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
     "PositiveInt",
@@ -81,7 +76,6 @@ __all__ = [
     "TrainConfig",
     "VerifyConfig",
     "VllmEngineConfig",
-    "VpgeaConfig",
     "as_dict",
     "changes",
     "dump",

@@ -77,7 +77,11 @@ def _place(error: Any) -> tuple[str, list[Any]]:
             kinds += [t for kind in kinds for t in members_of(item_of(kind))]
         else:  # the name of a union's member
             names = {kind: (getattr(kind, "name", None), _name(kind)) for kind in kinds}
-            kinds = [kind for kind in kinds if part in names[kind]] or kinds
+            chosen = [kind for kind in kinds if part in names[kind]]
+            # No name either: a key of a class of the user's own, which has no record here.
+            if not chosen and isinstance(part, str) and part.isidentifier() and place:
+                key = f"{key}.{part}"
+            kinds = chosen or kinds
     # A record was wanted here: its keys are what the message lists.
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         owners = [kind for kind in kinds if fields_of(kind)]

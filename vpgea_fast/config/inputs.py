@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.config.values import (
+from vpgea_fast.values import (
     STRICT,
     Minutes,
     NonNegativeInt,
@@ -60,6 +60,7 @@ class ModelConfig:
     """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16
     halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
     lost."""
+    # Memory against time of a layer.
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """What a layer keeps for its backward. `full`: its input, and the layer runs again.
     `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
@@ -100,10 +101,12 @@ class DataFile:
     path: PathText
     """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
     `hub:owner/name[/config][:split]`."""
+    # What stands in a file alone.
     name: str | None = None
     """Name of the benchmark; also put before ids that two files share. Default: the file's name."""
     weight: PositiveFloat | None = None
     """Share of a step's questions, relative to the other files' weights (data.train only)."""
+    # Instead of the keys of the section `data`, for files of another shape.
     question_key: str | None = None
     """For this file, instead of data.question_key."""
     answer_key: str | None = None
@@ -123,6 +126,7 @@ class DataFile:
 
     @property
     def label(self) -> str:
+        # What ids, weights and results are told apart by.
         return self.name or Path(self.path).stem
 
 
@@ -152,6 +156,7 @@ class DataConfig:
     """One file, or a list of files, each a path or a mapping (see the keys of a file). Without
     weights they form one data set; with a weight each, every step takes that share from every
     file."""
+    # Where a row has its parts.
     question_key: str = "question"
     """Key of the question's text, or of chat messages with one user turn. `{Body} {Question}` joins
     two keys."""
@@ -171,6 +176,7 @@ class DataConfig:
     `auto` a row without choices has a free answer; else it is dropped, or an error (bad_answer)."""
     choices_seed: NonNegativeInt | None = None
     """Shuffle the choices of each question by this seed and its id; null: the published order."""
+    # Which rows are trained on.
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt of either view, in tokens."""
     overlong: Literal["drop", "error"] = "drop"
@@ -199,6 +205,7 @@ class DataConfig:
 
     def filled(self, file: DataFile) -> DataFile:
         """`file` with what it leaves open taken from this section."""
+        # Keys of the same name in both records; `name`, `weight` and `path` stand in a file alone.
         mine = {
             k: getattr(self, k) for k, v in vars(file).items() if v is None and hasattr(self, k)
         }
@@ -207,6 +214,7 @@ class DataConfig:
     @property
     def weights(self) -> dict[str, float] | None:
         """The weight of each file by its name; None: questions come by the size of the files."""
+        # The weight of a single file means nothing: every question is its own.
         weights = {file.label: file.weight for file in self.train if file.weight is not None}
         return weights if len(weights) > 1 else None
 
@@ -221,12 +229,14 @@ class PromptConfig:
     teacher_role: Literal["user", "system"] = "user"
     """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
+    # Where a thought begins and ends; both must be single tokens of the model.
     think_open: str = "<think>"
     """Token that opens a thought."""
     think_close: str = "</think>"
     """Token that closes a thought."""
     think_prefix: str = "<think>\n"
     """Text that both views must end with; appended where the chat template does not end so."""
+    # What U scores behind the thought. The cue is context, the target is scored.
     answer_cue: str = "\n\n**Final Answer**\n\\boxed"
     """Text between the closed thought and the scored answer."""
     answer_target: str = "{{answer}}"

@@ -1,20 +1,16 @@
-"""Sections of the method: sampling, verification, scoring, and the objectives."""
+"""Sections of the method: sampling, engines, verification, scoring."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.config.values import (
+from vpgea_fast.values import (
     STRICT,
-    Clip,
-    Exponent,
     Gibibytes,
-    NonNegativeFloat,
     NonNegativeInt,
     PathText,
     PositiveFloat,
@@ -22,7 +18,6 @@ from vpgea_fast.config.values import (
     Seconds,
     Temperature,
 )
-from vpgea_fast.kernels.options import GroupOptions
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -67,6 +62,7 @@ class VllmEngineConfig:
 
     name: Literal["vllm"] = "vllm"
     """vLLM samples, on the devices of the training processes or at a server."""
+    # Where it runs.
     process: Literal["shared", "own"] = "shared"
     """`shared`: vLLM inside each training process. `own`: in a child process of it."""
     server: str | None = None
@@ -75,6 +71,7 @@ class VllmEngineConfig:
     tensor_parallel: PositiveInt = 1
     """Training processes of a node that share one engine (`process: shared`). It must divide their
     number and the model's attention heads."""
+    # What it may take, beside the trainer's states.
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
     """Share of the whole GPU for vLLM's weights, work and KV cache, free when vLLM starts. Asleep,
     vLLM keeps its CUDA graphs only. `--dry-run` says what fits."""
@@ -82,6 +79,7 @@ class VllmEngineConfig:
     """Size of the KV cache; null: what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
     """Longest path in tokens, prompt included; null: what data, rollout and eval can need."""
+    # How it computes.
     enforce_eager: bool = False
     """Use no CUDA graphs and no torch.compile. Always so on a CPU."""
     fp32_head: bool = False
@@ -90,6 +88,7 @@ class VllmEngineConfig:
     timeout_s: Seconds = 1800.0
     """Give up a path that takes longer; its question then has no gradient in this step. A server's
     time includes its queue. Not with tensor_parallel, whose processes must stop alike."""
+    # How a server gets the weights of every step.
     sync: Literal["auto", "disk", "nccl"] = "auto"
     """How a server gets weights: safetensors in sync_dir (`disk`), or NCCL; `auto` is `disk`."""
     sync_dir: PathText | None = None
@@ -139,136 +138,3 @@ class ScoringConfig:
     """J, the answers sampled after each thought (`accuracy` only)."""
     answer_temperature: Temperature = 0.7
     """Sampling temperature of those answers."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class VpgeaConfig:
-    """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most
-    of them open."""
-
-    name: Literal["vpgea"] = "vpgea"
-    """VPG-EA: policy gradient for the teacher's view, gated distillation for the student's."""
-    preset: Literal["paper", "robust"] = "paper"
-    """Defaults of the keys that are not given. `paper`: the formulas literally. `robust`:
-    log-mean-exp baseline, mixed reward, clamped U, clipped eta, and a gate on groups without
-    spread."""
-    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
-    """G, posterior paths per question; the z-score needs two."""
-    prior_samples: PositiveInt = 8
-    """N, prior paths per question. They define the baseline utility and the base length."""
-    alpha: Exponent = 0.5
-    """Exponent of the length factor eta = (base length / length)^alpha; 0 turns it off."""
-    beta: NonNegativeFloat = 0.5
-    """Weight of the distillation loss against the policy gradient."""
-    gate: Literal["indicator", "relu"] = "indicator"
-    """Weight of a distilled path. `indicator`: 1 for a positive advantage A, else 0. `relu`: max(0,
-    A)."""
-    reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
-    """R of a path. `paper`: max(0, U - baseline + r_margin). `likelihood_gate`: 1 where P > 0.5.
-    `likelihood_mix`: that times 1 + max(0, U - baseline)."""
-    baseline: Literal["mean", "lme"] = "mean"
-    """Baseline of U over the prior paths. `mean`: mean U. `lme`: log of the mean likelihood, which
-    one terrible path cannot pull down."""
-    r_margin: NonNegativeFloat = 0.0
-    """Margin of the reward `paper`, in nats."""
-    clamp_u: bool = False
-    """Also lift every finite U below u_min to u_min."""
-    u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
-    """Value for a U that is not finite, in nats."""
-    eta_clip: Clip | None = None
-    """Clip eta to (low, high); null: no clip."""
-    eps: PositiveFloat = 1e-6
-    """Added to the standard deviation of the z-score."""
-    ddof: Annotated[int, Field(ge=0, le=1)] = 0
-    """0: divide the variance of the group by G; 1: by G - 1."""
-    std_gate: NonNegativeFloat = 0.0
-    """Give no gradient to groups whose utility has a smaller standard deviation than this (0:
-    never)."""
-    verify: Literal["none", "gate"] = "none"
-    """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
-    rollout.full_answer)."""
-    leak_guard: Literal["none"] = "none"
-    """The counterfactual guard of `robust` is not built yet; the run says so."""
-
-    def __post_init__(self) -> None:
-        self.group_options()  # refuses keys that do not go together
-
-    def group_options(self) -> GroupOptions:
-        """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
-        # By name, so that an option is added in GroupOptions and here, and nowhere between.
-        names = [field.name for field in dataclasses.fields(GroupOptions)]
-        return GroupOptions(**{name: getattr(self, name) for name in names})
-
-    @property
-    def posterior_paths(self) -> int:
-        return self.group_size
-
-    @property
-    def prior_paths(self) -> int:
-        return self.prior_samples
-
-    @property
-    def scores_answers(self) -> bool:
-        return True
-
-    @property
-    def verifies_answers(self) -> bool:
-        return self.verify == "gate"
-
-
-VPGEA_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "robust": {
-        "baseline": "lme",
-        "reward": "likelihood_mix",
-        "clamp_u": True,
-        "eta_clip": (0.25, 4.0),
-        "eps": 1e-3,
-        "std_gate": 0.05,
-    },
-}
-
-
-@dataclass(frozen=True, config=STRICT)
-class GrpoConfig:
-    """GRPO at ratio 1, with VPG-EA's length factor as an option: reward = correct * (len_base /
-    len)^alpha."""
-
-    name: Literal["grpo"] = "grpo"
-    """GRPO: policy gradient in the student's view, with group-normalised rewards."""
-    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
-    """Paths per question; the z-score needs two."""
-    alpha: Exponent = 0.0
-    """0 is plain GRPO. Above 0, a correct path earns the length factor against its group's mean
-    length."""
-    reward: Literal["verify", "likelihood"] = "verify"
-    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
-    given path) > 0.5."""
-    eta_clip: Clip | None = None
-    """Clip the length factor to (low, high); null: no clip."""
-    eps: PositiveFloat = 1e-6
-    """Added to the standard deviation of the z-score."""
-    ddof: Annotated[int, Field(ge=0, le=1)] = 0
-    """0: divide the variance of the group by G; 1: by G - 1."""
-    std_gate: NonNegativeFloat = 0.0
-    """Give no gradient to groups whose reward has a smaller standard deviation than this (0:
-    never)."""
-
-    @property
-    def posterior_paths(self) -> int:
-        return 0
-
-    @property
-    def prior_paths(self) -> int:
-        return self.group_size
-
-    @property
-    def scores_answers(self) -> bool:
-        return self.reward == "likelihood"
-
-    @property
-    def verifies_answers(self) -> bool:
-        return self.reward == "verify"
-
-
-ObjectiveConfig = Annotated[VpgeaConfig | GrpoConfig, Field(discriminator="name")]

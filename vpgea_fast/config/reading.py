@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from vpgea_fast import strict_yaml
 from vpgea_fast.config.errors import ConfigError, explain, show
-from vpgea_fast.config.method import VPGEA_PRESETS
 from vpgea_fast.config.records import Config
 from vpgea_fast.config.renamed import refuse_old, renewed
 from vpgea_fast.config.schema import VARIANTS, fields_of, item_of, members_of, records_of
+from vpgea_fast.objectives import with_preset
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 """The configurations of the project: `configs/` in the tree, a package of files in a wheel."""
@@ -206,6 +206,12 @@ def _parse(section: str, name: str, word: str) -> Any:
         raise ConfigError(f"--{section}.{name}: got {word!r}, expected UTF-8")
     if word in strict_yaml.NULL and word:
         return None
+    # Of a class of the user's own, whose keys nobody knows yet.
+    if not types and section == "objective":
+        try:
+            return strict_yaml.parse_word(word)
+        except strict_yaml.YamlError:
+            return word
     # Unknown keys keep their text: resolve complains with the nearest name.
     if not types or (takes_text and not (structured and opens)):
         return word
@@ -266,6 +272,4 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     objective = tree["objective"]
     if not isinstance(objective, Mapping):
         return tree
-    # Below the file's keys: what is given wins over the preset.
-    preset = str(objective.get("preset", "paper")) if objective["name"] == "vpgea" else ""
-    return {**tree, "objective": {**VPGEA_PRESETS.get(preset, {}), **objective}}
+    return {**tree, "objective": with_preset(objective)}

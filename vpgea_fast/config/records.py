@@ -20,14 +20,13 @@ from vpgea_fast.config.inputs import (
 from vpgea_fast.config.method import (
     EngineConfig,
     HfEngineConfig,
-    ObjectiveConfig,
     RolloutConfig,
     ScoringConfig,
     VerifyConfig,
     VllmEngineConfig,
-    VpgeaConfig,
 )
-from vpgea_fast.config.values import (
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig
+from vpgea_fast.values import (
     STRICT,
     Minutes,
     NonNegativeFloat,
@@ -80,22 +79,20 @@ class TrainConfig:
     """Steps of the run: one rollout batch and at most one update each."""
     questions_per_step: PositiveInt = 64
     """Questions per step, over all processes."""
-    norm: Literal["seq_sum", "const", "seq_mean", "token_mean"] = "const"
-    """What a path's weight is divided by, besides the number of paths. `const`: norm_constant.
-    `seq_sum`: nothing. `seq_mean`: its length. `token_mean`: tokens of the whole stream instead."""
-    norm_constant: PositiveFloat | None = None
-    """C of `const`; null: rollout.max_new_tokens / 4."""
-    denominator: Literal["nominal", "effective"] = "nominal"
-    """Divide by all questions of the step (`nominal`), or by those that have a gradient
-    (`effective`)."""
-    distill_denominator: Literal["same", "gated"] = "same"
-    """`token_mean` only: divide distilled rows by the sampled stream's tokens (`same`), or by their
-    own (`gated`)."""
+    # Updates per rollout.
+    minibatches: PositiveInt = 1
+    """Updates over the paths of a step: each takes its share of the questions."""
+    epochs: PositiveInt = 1
+    """Times that the paths of a step are gone through. Above 1, and with minibatches, an objective
+    corrects for the policy that moves away from the paths (clip_low, clip_high)."""
+    # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
     sampling of DAPO, arXiv 2503.14476."""
+    # Memory of a forward, and with it the number of gathers of a sharded model.
     micro_batch_tokens: PositiveInt = 16384
     """Packed tokens per forward; at least the longest row that may come."""
+    # When a run that learns nothing, or something wrong, ends itself.
     idle_alarm: PositiveInt = 5
     """Raise an alarm after this many steps in a row without an update."""
     idle_stop: PositiveInt | None = 25
@@ -114,6 +111,7 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
     save_minutes: Minutes | None = None
     """Also save when this many minutes have passed since the last save."""
+    # Which of them stay.
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
@@ -141,6 +139,7 @@ class EvalConfig:
     """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
     """Token limit of a thought. A cut thought counts as wrong."""
+    # Which questions: the same in every evaluation, so that its numbers can be compared.
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
     seed: Seed = 0
@@ -186,8 +185,9 @@ class Config:
     """Who judges answers, in training and evaluation alike."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     """How U, the worth of a path, is measured."""
-    objective: ObjectiveConfig = Field(default_factory=VpgeaConfig)
-    """Coefficients of the paths. `name` chooses the method, and with it the other keys."""
+    objective: ObjectiveConfig = Field(default_factory=DEFAULT)
+    """The method: what is drawn, and the weights of the paths. `name` chooses it, and with it the
+    other keys."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -207,6 +207,11 @@ class Config:
         return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
 
     @property
+    def processes_per_engine(self) -> int:
+        """Training processes that draw together with one engine."""
+        return self.vllm.tensor_parallel if self.colocated else 1
+
+    @property
     def vllm(self) -> VllmEngineConfig:
         """The engine where it is vLLM; ValueError for a reader that has not asked."""
         if isinstance(self.engine, VllmEngineConfig):
@@ -223,7 +228,7 @@ class Config:
                 "its own: it is written anew"
             )
         # Without an answer no path could be right, and the run would train on nothing.
-        if self.objective.verifies_answers and not self.rollout.full_answer:
+        if self.objective.draws().verified and not self.rollout.full_answer:
             raise ValueError(
                 f"objective {self.objective.name!r} verifies sampled answers, but "
                 "rollout.full_answer is false; set it to true or choose another reward"

@@ -8,7 +8,14 @@ from typing import Any
 from vpgea_fast.config.errors import ConfigError
 from vpgea_fast.config.schema import VARIANTS, fields_of, records_of
 
-RENAMED = {"rollout.engine": "engine.name", "vllm": "engine"}
+RENAMED = {
+    "rollout.engine": "engine.name",
+    "vllm": "engine",
+    "train.norm": "objective.norm",
+    "train.norm_constant": "objective.norm_constant",
+    "train.denominator": "objective.denominator",
+    "train.distill_denominator": "objective.distill_denominator",
+}
 """Key or section of an older version -> what it is now."""
 
 
@@ -31,7 +38,8 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
         if section not in RENAMED:
             sections[section] = keys
     # Which variant it was is itself among the values that move.
-    chosen = {section: values.get(f"{section}.name", name) for section, name in VARIANTS.items()}
+    there = {name: keys.get("name") for name, keys in sections.items() if isinstance(keys, Mapping)}
+    chosen = {s: values.get(f"{s}.name") or there.get(s) or name for s, name in VARIANTS.items()}
     kept, left = [], []
     for old, new in moved.items():
         section, _, key = new.partition(".")

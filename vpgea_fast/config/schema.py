@@ -7,8 +7,9 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vpgea_fast.config.records import Config
+from vpgea_fast.objectives import DEFAULT
 
-VARIANTS = {"objective": "vpgea", "engine": "hf"}
+VARIANTS = {"objective": DEFAULT.name, "engine": "hf"}
 """Sections whose `name` chooses what other keys they have, with the name that is the default."""
 
 

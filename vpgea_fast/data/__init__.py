@@ -103,6 +103,7 @@ class LoadedQuestions:
 
 def load_training(cfg: DataConfig, *, parseable: Judge | None = None) -> LoadedQuestions:
     """The questions of every file in `cfg.train` as one data set, in the order of the files."""
+    # By name, which the configuration has checked to be the file's own.
     parts = {f.label: load_questions(f, cfg, parseable=parseable) for f in cfg.train}
     return next(iter(parts.values())) if len(parts) == 1 else _merged(parts)
 

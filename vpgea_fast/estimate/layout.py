@@ -42,6 +42,7 @@ class ModelShape:
     @property
     def units(self) -> dict[str, Shapes]:
         """name -> shapes, in the order in which a forward gathers them."""
+        # Of a tied model the embedding's unit is gathered for the head too.
         named = {"root": self.root, "embedding": self.embedding}
         named |= {f"block {i}": shapes for i, shapes in enumerate(self.blocks)}
         return named if self.tied else {**named, "head": self.head}
@@ -55,6 +56,7 @@ def model_shape(config: Any) -> ModelShape:
     """The shape of a transformers configuration; the model is made on the meta device (0.3 s)."""
     from transformers import AutoModelForCausalLM
 
+    # No bytes are allocated: a 70B model has a shape in a third of a second.
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     tied = bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
@@ -63,6 +65,7 @@ def model_shape(config: Any) -> ModelShape:
         units["head"] = model.get_output_embeddings()
     blocks = decoder_layers(model)
     widest = max(max(p.shape) for p in blocks[0].parameters() if p.ndim == 2)
+    # By identity: what lies in no unit (the last norm) belongs to FSDP's root.
     inside = {id(p) for part in (*units.values(), *blocks) for p in part.parameters()}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -93,6 +96,7 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
+        # As distributed.py decides it, where the processes are there to be asked.
         wish = self.cfg.parallel.shard
         return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
 
@@ -112,10 +116,12 @@ class Layout:
 
     @property
     def reduce(self) -> int:
+        # FSDP reduces gradients in float32: sums in bfloat16 lose small ones.
         return max(4, self.forward)
 
     @property
     def autocast(self) -> bool:
+        # FSDP casts its units itself; without it the weights stay as the optimiser has them.
         return not self.sharded and self.forward != self.master
 
     @property
@@ -140,5 +146,6 @@ def numel(shapes: Shapes) -> int:
 
 
 def rows_of(shape: tuple[int, ...], shards: int) -> int:
+    # FSDP2 cuts the first dimension and pads the last shard; a scalar is one row.
     rows, *rest = shape or (1,)
     return -(-rows // shards) * math.prod(rest)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vpgea_fast.config import Config
 from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
+from vpgea_fast.objectives import scores_answers
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -145,14 +146,16 @@ def estimate_memory(
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
+    # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    # hf samples with what is there: the trained module, or the replica of a sharded one.
     if cfg.engine.name == "hf":
         phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
         return MemoryEstimate(phases, _host(lay), shape.parameters)
     awake = {**states, **(engine.parts if engine else {})}
     probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
     phases["sampling"] = {**awake, **probe}
-    scored = cfg.objective.scores_answers and cfg.scoring.u_source == "likelihood"
+    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
     if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
@@ -196,6 +199,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
 
 def optimizer_bytes(lay: Layout) -> int:
     """Of the moments of one process's shards."""
+    # Two moments per weight: float32, bfloat16, or bytes in blocks with their scales.
     name, held = lay.cfg.optim.name, lay.held
     if name == "adamw_8bit":
         return sum(
@@ -286,8 +290,8 @@ def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
     """KV cache of all paths decoded side by side, the forward of their distinct prompts, and the
     draw's (rows, V) numbers: logits, their float32 copy and log-probs, two in float64."""
     shape, rollout, s = lay.shape, lay.cfg.rollout, lay.forward
-    rows, objective = rollout.max_batch, lay.cfg.objective
-    shared = max(1, min(n for n in (objective.posterior_paths, objective.prior_paths) if n))
+    rows, shared = rollout.max_batch, min(lay.cfg.objective.draws().counts, default=1)
+    # A prompt's keys are computed once for the paths that share it; one group may be split.
     prompts = min(rows, -(-rows // shared) + 1)
     prefill = prompts * prompt * s * (3 * shape.mlp + 2 * shape.hidden)
     return {
@@ -365,11 +369,13 @@ def _scratch(lay: Layout) -> int:
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
     if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.cfg.parallel.cpu_offload:
         return 0
+    # Eight float32 buffers of a chunk of at most 2^24 elements.
     largest = max(rows_of(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
     return 8 * 4 * min(2**24, largest)
 
 
 def _host(lay: Layout) -> dict[str, int]:
+    # A copy of a checkpoint is as large as what it holds: masters and moments of the shards.
     states = lay.held * lay.master + optimizer_bytes(lay)
     host = {}
     if lay.cfg.parallel.cpu_offload:

@@ -47,6 +47,7 @@ def communication(
     lay = Layout(shape, cfg, world, cuda)
     if not lay.sharded or world == 1:
         return {}
+    # In elements of one process's shard; bytes come in with the dtype of each collective.
     blocks = [lay.local(unit) for unit in shape.blocks]
     head = lay.local(shape.head or shape.embedding)
     ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
@@ -61,6 +62,7 @@ def communication(
         "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
         "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
     }
+    # HSDP: gradients are summed over the replicas after each has reduced its own.
     if replicas > 1:
         sums = [(n, 1) for n in units]
         traffic["all-reduce"] = _all_reduce(
@@ -80,6 +82,7 @@ def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int)
     for elements, count in units:
         calls += count
         moved += elements * size * count
+    # Ranks are dealt node by node, so a group of `node` or fewer stays inside one.
     here = min(group, node)
     outside = moved * (group - here) // here
     return Traffic(calls, moved * (group - 1) - outside, outside)
@@ -90,11 +93,13 @@ def _all_reduce(
 ) -> Traffic:
     """A shard summed over `replicas` processes that are `stride` apart: a reduce-scatter and an
     all-gather of pieces of 1 / replicas."""
+    # Replicas of one shard lie a whole replica apart: with one per node none is a neighbour.
     here = max(1, min(replicas, node // stride))
     calls = moved = 0
     for elements, count in units:
         calls += count
         moved += elements * size * count
+    # A ring: (replicas - 1) / replicas of the bytes, once to sum and once to spread the sums.
     total = 2 * moved * (replicas - 1) // replicas
     outside = 2 * moved * (replicas - here) // (replicas * here)
     return Traffic(calls, total - outside, outside)

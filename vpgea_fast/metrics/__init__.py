@@ -12,12 +12,12 @@ from vpgea_fast.metrics.log import (
     PATHS,
     MetricsWriter,
     finite,
-    merge,
     missing_steps,
     read_steps,
 )
 from vpgea_fast.metrics.machine import environment
 from vpgea_fast.metrics.measures import (
+    ModelFlops,
     PhaseTimer,
     eps3,
     eps3_mean,
@@ -32,13 +32,13 @@ __all__ = [
     "Alarms",
     "Console",
     "MetricsWriter",
+    "ModelFlops",
     "PhaseTimer",
     "clock_time",
     "environment",
     "eps3",
     "eps3_mean",
     "finite",
-    "merge",
     "mfu",
     "missing_steps",
     "model_flops",

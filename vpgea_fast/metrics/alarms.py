@@ -1,4 +1,4 @@
-"""What is wrong with a run, and what to turn: read off its metrics alone."""
+"""What is wrong with a run, and what to change: read off its metrics alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ EQUAL = 0.05
 
 
 class Alarms:
-    """Watches the metrics and says, once a condition, what is wrong and what to turn.
+    """Watches the metrics and says, once per condition, what is wrong and what to change.
 
     preflight   mean of adv_post over its first 5 steps <= 0
     collapse    acc_student fell while u_post rose: means of the last 10 steps and of the 10 before,
@@ -92,13 +92,14 @@ class Alarms:
     def update(self, record: Mapping[str, Any]) -> list[str]:
         """The alarms that this record sets off, each a text with the remedy."""
         self.halt = self._stays_idle(record) or self._is_off(record)
-        found = {
+        # Each is asked at every step, even one that has spoken: the windows must go on.
+        texts = {
             "idle": self._idles(),
             "preflight": self._preflight(record),
             "collapse": self._collapse(record),
             **{key: self._beyond(record, key) for key in LIMITS},
         }
-        fresh = {name: text for name, text in found.items() if text and name not in self._raised}
+        fresh = {name: text for name, text in texts.items() if text and name not in self._raised}
         self._raised |= fresh.keys()
         return [f"alarm at step {record['step']}: {text}" for text in fresh.values()]
 
@@ -113,6 +114,7 @@ class Alarms:
         self._idle.append(idle_reason(record))
         if self.cfg.idle_stop is None or len(self._idle) < self.cfg.idle_stop:
             return None
+        # The words first: clearing forgets the reasons.
         text = self._idle_words()
         self._idle.clear()
         return text
@@ -129,6 +131,7 @@ class Alarms:
     def _is_off(self, record: Mapping[str, Any]) -> str | None:
         """A mean that is no number (null in metrics.jsonl) is beyond every limit."""
         limit = self.cfg.mismatch_stop
+        # Not every step measures the gap; one that does not neither counts nor interrupts.
         if limit is None or "mismatch_mean" not in record:
             return None
         mean = finite(record["mismatch_mean"])
@@ -145,6 +148,7 @@ class Alarms:
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:
         first, value = self._first_advantages, finite(record.get("adv_post"))
+        # Only the first five count: later steps may end at zero because the student has learnt.
         if value is None or len(first) == self.FEW:
             return None
         first.append(value)
@@ -169,6 +173,7 @@ class Alarms:
         # Both in standard errors of a difference of means: a noisy step must not raise the alarm.
         fall, fall_errors = _change([-value for value in self._accuracy])
         rise, rise_errors = _change(self._utility)
+        # Both must be significant: accuracy falls by chance, and u_post rises in any good run.
         if fall < 0.02 or min(fall_errors, rise_errors) <= 2:
             return None
         return (
@@ -183,6 +188,7 @@ class Alarms:
             return None
         last.append(value)
         mean = statistics.fmean(last)
+        # A full window alone: the first steps of a run are the noisiest.
         return text.format(mean) if len(last) == self.FEW and mean > limit else None
 
 
@@ -191,6 +197,7 @@ def idle_reason(record: Mapping[str, Any]) -> str:
     groups, spread = record.get("groups_zero_var"), finite(record.get("std_s"))
     right = [finite(record[k]) for k in ("acc_student", "acc_teacher") if k in record]
     right = right or [finite(record.get("accept_rate"))]
+    # In the order of the dict above; the most certain reason is asked first.
     converged, infinite, lost, rejected, same, gated = IDLE
     if finite(record.get("grad_norm")) is None:
         return infinite
@@ -209,7 +216,9 @@ def _change(values: Sequence[float]) -> tuple[float, float]:
     half = len(values) // 2
     before, after = list(values)[:half], list(values)[half:]
     change = statistics.fmean(after) - statistics.fmean(before)
+    # Of a difference of two independent means of `half` values each.
     error = math.sqrt((statistics.variance(before) + statistics.variance(after)) / half)
     if error == 0:
+        # Constant halves have no noise: any change is beyond every limit.
         return change, 0.0 if change == 0 else math.copysign(math.inf, change)
     return change, change / error

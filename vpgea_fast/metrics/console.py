@@ -36,10 +36,10 @@ STEP_LINE = (
 
 
 class Console:
-    """The run on a terminal: a bar with the time left, a line a step, tables; else plain lines.
+    """The run on a terminal: a bar with the time left, a line per step, tables; else plain lines.
 
-    `total` steps (0: there are none), of which `done` were made before this process. A plain log
-    hears of samples being drawn after `quiet_s` seconds without a line. `silent`: no word at all.
+    `total` steps (0: no bar), of which `done` were made before this process. A plain log gets a
+    line about samples after `quiet_s` seconds without one. `silent`: print nothing.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Console:
         self._step_seconds: deque[float] = deque(maxlen=20)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         left = TextColumn("{task.fields[left]}")
+        # rich's own estimate follows the bar's updates, which come once per step: `left` is ours.
         self._bar = Progress(*columns, left, console=self._terminal, disable=not live)
         self._task = self._bar.add_task(
             "steps", total=total, completed=done, left="", visible=total > 0
@@ -66,6 +67,8 @@ class Console:
         self._bar.start()
 
     def message(self, text: str) -> None:
+        # No markup: `[math]` in a question would vanish as a tag. soft_wrap: a line of a log stays
+        # one.
         self._terminal.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -81,7 +84,9 @@ class Console:
 
         The time left is that of the samples so far, so it falls short while only short ones ended.
         """
+        # A bar of its own below the steps', gone when all are finished.
         task = self._bar.add_task(what, total=total, left="")
+        # monotonic: a clock that is set back must not silence the log.
         finished, spoke = 0, time.monotonic()
         began = spoke
 
@@ -130,6 +135,7 @@ class Console:
         for index, header in enumerate(headers):
             table.add_column(header, justify="left" if index == 0 else "right")
         for row in rows:
+            # Tables have markup on, so every cell is escaped.
             table.add_row(*(escape(printable(cell)) for cell in row))
         self._terminal.print(table)
         for note in notes:

@@ -17,25 +17,7 @@ METRICS, PATHS = "metrics.jsonl", "paths.jsonl"
 
 KEY = re.compile(r"[a-z][a-z0-9_]*")
 
-MAX_SPANS = 8
-
-
-def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
-
-    >>> merge({"len_post": 4.0}, {"loss": 0.1})
-    {'len_post': 4.0, 'loss': 0.1}
-    """
-    merged: dict[str, Any] = {}
-    for part in parts:
-        repeated = sorted(merged.keys() & part.keys())
-        if repeated:
-            raise ValueError(
-                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
-                "the objective"
-            )
-        merged |= part
-    return merged
+MAX_SPANS = 8  # gaps that a message lists before it only counts them
 
 
 class MetricsWriter:
@@ -46,6 +28,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
+        # Append: a resumed run goes on behind the lines that `truncate_jsonl` left.
         self._metrics = (self.run_dir / METRICS).open("a", encoding="utf-8")
         self._paths = (self.run_dir / PATHS).open("a", encoding="utf-8")
 
@@ -60,9 +43,11 @@ class MetricsWriter:
         self._append(self._paths, records)
 
     def _append(self, file: TextIO, records: Sequence[Mapping[str, Any]]) -> None:
+        # All lines before the first byte: a value that JSON lacks leaves the file as it was.
         lines = [json.dumps(_json_ready(record), allow_nan=False) + "\n" for record in records]
         try:
             file.write("".join(lines))
+            # To the kernel, not to the disk: a kill loses nothing, a power cut may lose lines.
             file.flush()
         except OSError as error:
             raise OSError(
@@ -83,8 +68,8 @@ class MetricsWriter:
 
 
 def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, one at a time; none without the file. An unfinished last
-    line (a live or killed run) is left out.
+    """Yield the lines of a run's metrics.jsonl; none without the file. An unfinished last line, of
+    a live or a killed run, is left out.
 
     Raises ValueError with file and line number for anything else that is no step's JSON object.
     """
@@ -94,6 +79,7 @@ def read_steps(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: got a directory, expected the lines of the steps; move it away")
     remedy = "delete the line, or let --resume take it out"
+    # Bytes: a torn last line may end inside a character.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -132,6 +118,7 @@ def missing_steps(seen: Collection[int], upto: int) -> str:
 
 def finite(value: Any) -> float | None:
     """`value` as a float, or None for what has none: None, NaN, infinity, text."""
+    # bool is an int to Python, and no measurement.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
 

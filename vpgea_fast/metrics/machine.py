@@ -13,7 +13,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """What environment.json says about where a run was made: commit, versions, device."""
+    """Collect what environment.json says of a run: commit, versions, device."""
     cuda = torch.cuda.is_available()
     libraries = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
     return {
@@ -35,12 +35,14 @@ def _commit() -> str | None:
         return None
     try:
         head = _git(root, "rev-parse", "HEAD")
+        # -uno: run directories and data lie about untracked, and change no code.
         return head + ("+changes" if _git(root, "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _git(root: Path, *words: str) -> str:
+    # 10 s: a network disk may hang, and a run must not wait for its commit.
     command = ["git", "-C", str(root), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

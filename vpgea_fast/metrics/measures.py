@@ -6,13 +6,12 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from vpgea_fast.types import ModelFlops
 
 PEAK_FLOPS = (
     ("H100 PCIe", 756.5e12),
@@ -25,8 +24,8 @@ PEAK_FLOPS = (
     ("B200", 2250e12),
     ("L40S", 362e12),
 )
-"""(part of the name that CUDA gives a device, dense bfloat16 operations a second), the first match
-counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
+"""(part of the name that CUDA gives a device, dense bfloat16 operations per second). The first
+match counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
 
 
 class PhaseTimer:
@@ -51,14 +50,55 @@ class PhaseTimer:
         start = time.perf_counter()
         try:
             yield
+            # Not in `finally`: after an error the device may never answer.
             if self._synchronize is not None:
                 self._synchronize()
         finally:
             spent = time.perf_counter() - start
+            # Added: a step may enter a phase several times (rounds of resampling).
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
 
     def metrics(self) -> dict[str, float]:
         return {f"time_{phase}_s": seconds for phase, seconds in self._seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFlops:
+    """Arithmetic of a decoder per document: what MFU counts, and what work is balanced by.
+
+    decoder  parameters that a token is multiplied with, the embedding and the head left out
+    head     those of the head, tied or not
+    width    layers x heads x head size: a token's query, over all layers
+
+    A document of l tokens costs 6 (decoder + head) l + 6 width l^2 in training and a third of it in
+    a forward: two operations per multiply-add, a backward of two forwards, the causal half of the
+    attention, nothing for padding, recomputation or the embedding. Sliding windows are not
+    discounted.
+
+    >>> ModelFlops(decoder=10, head=2, width=1).row(4)
+    384
+    """
+
+    decoder: int
+    head: int
+    width: int
+
+    def row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a document's forward and backward; `head_rows` as in `forward_row`."""
+        return 3 * self.forward_row(length, head_rows)
+
+    def rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        return 3 * self.forward_rows(lengths, head_rows)
+
+    def forward_row(self, length: int, head_rows: int | None = None) -> int:
+        """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
+        head_rows = length if head_rows is None else head_rows
+        return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
+
+    def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
+        if head_rows is None:
+            return sum(map(self.forward_row, lengths))
+        return sum(self.forward_row(*pair) for pair in zip(lengths, head_rows, strict=True))
 
 
 def eps3(acc: float, tokens: float) -> float:
@@ -98,6 +138,7 @@ def model_flops(config: Any) -> ModelFlops:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # modules without storage: no memory, whatever the size
+        # A copy: transformers writes into the configuration that it is given.
         causal_lm: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     # A lookup is no product; a tied head is counted as the head, below.
     looked_up = {id(m.weight) for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)}
@@ -107,6 +148,7 @@ def model_flops(config: Any) -> ModelFlops:
         if weight.ndim > 1 and id(weight) not in looked_up
     )
     heads = config.num_attention_heads
+    # Qwen3 and Gemma have heads of another width than hidden_size / heads.
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelFlops(
         decoder=decoder,
@@ -130,11 +172,12 @@ def _active(name: str, weight: torch.Tensor, config: Any) -> int:
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 operations a second of a device by its CUDA name; None for an unknown one.
+    """Look up the dense bfloat16 operations per second of a device; None for an unknown one.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
     (989500000000000.0, None)
     """
+    # By substring, so the longer names stand first: "H100" is in "H100 PCIe".
     return next((peak for part, peak in PEAK_FLOPS if part in device), None)
 
 
@@ -145,5 +188,6 @@ def mfu(flops: float, seconds: float, device: str, *, devices: int = 1) -> float
     >>> mfu(989.5e12, 2.0, "NVIDIA H200")
     0.5
     """
+    # The dense peak of one device times their number; communication counts as time lost.
     peak = peak_flops(device)
     return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)

@@ -1,26 +1,166 @@
-"""Objectives: each turns scored paths into one weight per path and view; `rows.build_rows` does the
-rest.
+"""Objectives: each turns scored paths into the additive parts of a loss; rows.py does the rest.
 
-A new objective is one function here, one config type, one row in tests/test_objectives.py.
+The registry is `METHODS`. The section `objective` of a configuration is one of these types, chosen
+by its `name`; `custom` is a class of the user's own. A new objective is one type here and one row
+in tests/test_objectives.py: nothing outside this folder names a method.
 """
 
 from __future__ import annotations
 
-from vpgea_fast.config import ConfigError, GrpoConfig, VpgeaConfig
-from vpgea_fast.objectives import policy_gradient, vpgea
-from vpgea_fast.types import Coefficients, ScoredBatch
+import functools
+import importlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field, PlainSerializer, TypeAdapter, WrapValidator
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+
+from vpgea_fast.objectives.base import (
+    Draws,
+    Keys,
+    Objective,
+    Term,
+    Terms,
+    reads_reference,
+    scores_answers,
+)
+from vpgea_fast.objectives.policy_gradient import (
+    Cispo,
+    Dapo,
+    DrGrpo,
+    Grpo,
+    Gspo,
+    PolicyGradient,
+    Reinforce,
+    Rloo,
+)
+from vpgea_fast.objectives.vpgea import Vpgea
+from vpgea_fast.values import STRICT, one_line
+
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "STRICT",
+    "Cispo",
+    "Custom",
+    "Dapo",
+    "DrGrpo",
+    "Draws",
+    "Grpo",
+    "Gspo",
+    "Keys",
+    "Objective",
+    "ObjectiveConfig",
+    "PolicyGradient",
+    "Reinforce",
+    "Rloo",
+    "Term",
+    "Terms",
+    "Vpgea",
+    "reads_reference",
+    "scores_answers",
+    "with_preset",
+]
+
+TARGET = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
 
 
-def coefficients(cfg: VpgeaConfig | GrpoConfig, batch: ScoredBatch) -> Coefficients:
-    """The weights that the configured objective gives to the paths of a step.
+@dataclass(frozen=True, config=STRICT)
+class Custom(Keys):
+    """An objective of your own: a class with the methods of `Objective`. Its keys stand beside
+    `target`."""
 
-    ConfigError for a config type without a line here: it must not train another objective.
+    name: Literal["custom"] = "custom"
+    """A class of your own."""
+    target: str = Field(kw_only=True)
+    """`package.module:Class`: a frozen pydantic dataclass, best a subclass of
+    `vpgea_fast.objectives.Keys`. It is found as modules are, or in the working directory."""
+
+
+METHODS: dict[str, type] = {
+    kind.name: kind for kind in (Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce)
+}
+"""Name -> its type, whose fields are the keys of the section."""
+DEFAULT = Vpgea
+
+
+def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a section, below them those of its preset: what is given wins."""
+    # An unknown name or preset passes here: the validation after it has the better words.
+    presets = getattr(METHODS.get(str(section.get("name"))), "PRESETS", {})
+    return {**presets.get(str(section.get("preset", "paper")), {}), **section}
+
+
+@functools.cache
+def custom_type(target: str) -> type:
+    """The type of a section with this target: the user's class, and the keys `name` and `target`.
+
+    ValueError, in one line, for a target that cannot be imported or is no objective.
     """
-    if isinstance(cfg, VpgeaConfig):
-        return vpgea.coefficients(cfg, batch)
-    if isinstance(cfg, GrpoConfig):
-        return policy_gradient.grpo(cfg, batch)
-    raise ConfigError(
-        f"objective: got a {type(cfg).__name__}, expected VpgeaConfig or GrpoConfig; give the new "
-        "type a line in objectives.coefficients"
-    )
+    module, _, attribute = target.partition(":")
+    # Last, so that a file here shadows no module of an installed package.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        kind: Any = importlib.import_module(module)
+    except Exception as error:  # the user's module may fail in any way
+        raise ValueError(f"cannot import {module}: {one_line(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(kind, part):
+            raise ValueError(f"{module} has no {attribute}")
+        kind = getattr(kind, part)
+    if not (isinstance(kind, type) and is_pydantic_dataclass(kind)):
+        raise ValueError(
+            f"{target} is no pydantic dataclass; decorate the class with "
+            "pydantic.dataclasses.dataclass(frozen=True, config=vpgea_fast.objectives.STRICT)"
+        )
+    # Before any path is drawn: a method that is missing would end the run in its first step.
+    missing = [name for name in METHOD_NAMES if not hasattr(kind, name)]
+    if missing:
+        raise ValueError(
+            f"{target} has no {', '.join(missing)}; expected draws(), needs() and terms() as in "
+            "vpgea_fast.objectives.Objective, and the rest from vpgea_fast.objectives.Keys"
+        )
+    # The section's own keys, as fields of a subclass: config.yaml then holds them, and a resume
+    # finds the class again.
+    names = {"name": Literal["custom"], "target": str}
+    values = {"name": "custom", "target": target, "__module__": kind.__module__}
+    whole = type(kind.__name__, (kind,), {"__annotations__": names, **values})
+    return dataclass(frozen=True, config=STRICT)(whole)
+
+
+METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
+
+
+def _read(value: Any, _: Any) -> Any:
+    """An objective as it is, or the one that a section describes."""
+    if not isinstance(value, Mapping):
+        if any(not hasattr(value, name) for name in METHOD_NAMES):
+            raise ValueError(f"got {json.dumps(value, default=str)}, expected keys and values")
+        return value
+    # The user's class is found by its target; all others by their name.
+    kind: Any = _SECTION
+    if value.get("name") == "custom" and isinstance(value.get("target"), str):
+        if not re.fullmatch(TARGET, value["target"]):
+            raise ValueError(f"target: got {value['target']!r}, expected package.module:Class")
+        kind = custom_type(value["target"])
+    # Through JSON: pydantic's strict mode takes lists for tuples there, and from Python not.
+    return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+
+
+def _write(objective: Any) -> dict[str, Any]:
+    return TypeAdapter(type(objective)).dump_python(objective, mode="json")
+
+
+_SECTION: Any = Annotated[Union[(*METHODS.values(), Custom)], Field(discriminator="name")]
+if TYPE_CHECKING:
+    ObjectiveConfig = Objective
+else:
+    ObjectiveConfig = Annotated[
+        Union[(*METHODS.values(), Custom)], WrapValidator(_read), PlainSerializer(_write)
+    ]
+"""The section `objective`: one of METHODS, or a class of the user's."""

@@ -1,37 +1,293 @@
-"""Policy gradient in the student view: GRPO at ratio 1 (arXiv 2402.03300), with a length factor.
+"""Policy gradients in the student view: GRPO and its kin, one machine with other defaults.
 
-    loss = -(1/G) sum_i A_i log pi(z_i|x)
-    A = z-score over the group of R_i = correct_i (len_base / len_i)^alpha
+    A_i  = advantage of the reward R_i within its group, R_i = correct_i (len_base / len_i)^alpha
+    r_t  = p(token_t now) / p(token_t before the first update of this rollout)
+    loss = -(1/G) sum_i w_i sum_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
+           + kl_coef (1/G) sum_i w_i sum_t KL(now | reference)_t
 
-Like every objective here it trains the thought, think-close included, not the answer after it.
+The normaliser w_i is `norm`. In the first update of a rollout every ratio is 1. Sources: GRPO arXiv
+2402.03300, Dr.GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, RLOO 2402.14740.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from vpgea_fast.advantage import group_zscore, length_factor
-from vpgea_fast.config import GrpoConfig
-from vpgea_fast.types import Coefficients, ScoredBatch
+from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.types import Norm, Score, ScoredBatch
+from vpgea_fast.values import (
+    STRICT,
+    Clip,
+    Exponent,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
+
+Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
-def grpo(cfg: GrpoConfig, batch: ScoredBatch) -> Coefficients:
-    """alpha = 0 is GRPO; above it, len_base is the mean length of the group itself."""
-    prior = batch.prior
-    likely = (prior.u_BP > math.log(0.5)) & prior.closed_BP
-    correct = prior.correct_BP == 1.0 if cfg.reward == "verify" else likely
-    len_base = prior.length_BP.mean(dim=1)
-    eta = length_factor(prior.length_BP, len_base, alpha=cfg.alpha, eta_clip=cfg.eta_clip)
-    reward = correct.double() * eta
-    advantage = group_zscore(reward, eps=cfg.eps, ddof=cfg.ddof, std_gate=cfg.std_gate)
-    metrics = {
-        "accept_rate": correct.double().mean().item(),
-        "groups_all_rejected": int((~correct).all(dim=1).sum()),
-        "groups_zero_var": int((advantage == 0).all(dim=1).sum()),
-        "std_s": reward.std(dim=1, correction=cfg.ddof).mean().item(),
-        "net_token_push": (advantage * prior.length_BP).sum().item(),
-    }
-    scores = {"reward": reward, "eta": eta, "advantage": advantage, "u": prior.u_BP}
-    return Coefficients(
-        weights={("prior", "student"): -advantage}, path_scores={"prior": scores}, metrics=metrics
-    )
+@dataclass(frozen=True, config=STRICT)
+class PolicyGradient(Keys):
+    """Keys of every policy gradient in the student's view."""
+
+    group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
+    """Paths per question, which the advantage compares."""
+    trains: Literal["response", "thought"] = "response"
+    """Tokens with a gradient: thought and sampled answer, or the thought alone."""
+    advantage: Advantage = "zscore"
+    """`zscore`: (R - group mean) / (std + eps). `centred`: R - group mean. `leave_one_out`: R -
+    mean of the group's others. `batch`: R - mean of all paths of the step."""
+    alpha: Exponent = 0.0
+    """0: the reward is correctness. Above 0, a correct path earns the length factor against its
+    group's mean length."""
+    reward: Literal["verify", "likelihood"] = "verify"
+    """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
+    given path) > 0.5."""
+    eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
+    eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
+    std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose reward has a smaller standard deviation than this (0:
+    never)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of later updates of a rollout: per token, or the geometric mean over the
+    path's tokens (GSPO)."""
+    surrogate: Literal["clip", "truncate"] = "clip"
+    """`clip`: min(r A, clip(r) A). `truncate`: A sg min(r, 1 + clip_high) log p (CISPO), with a
+    gradient on every token."""
+    clip_low: Share = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL to the reference policy (0: none is kept)."""
+    kl: Literal["k3", "low_variance"] = "k3"
+    """Estimate of that KL. `k3`: exp(d) - d - 1, d = log p_reference - log p. `low_variance`: the
+    same, with d held to [-20, 20] and the estimate to [-10, 10]."""
+    overlong_cache: NonNegativeInt = 0
+    """Soft punishment of DAPO: the reward falls linearly by 1 over the last this many tokens before
+    the token limit (0: none)."""
+    mask_truncated: bool = False
+    """Leave paths that the token limit cut out of the loss, but not out of their group's mean."""
+
+    def draws(self) -> Draws:
+        return Draws(
+            prior=self.group_size,
+            verified=self.reward == "verify",
+            answers=self.trains == "response",
+        )
+
+    def needs(self) -> frozenset[Score]:
+        scores = set()
+        # Each score is a forward of every path: only what `terms` will read.
+        if self.reward == "likelihood":
+            scores.add(Score("prior", "student", "target"))
+        if self.kl_coef:
+            scores.add(Score("prior", "student", self.trains, "reference"))
+        return frozenset(scores)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        prior = batch.prior
+        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
+        likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
+        correct_BN = prior.correct_BP == 1.0 if self.reward == "verify" else likely_BN
+        # len_base is the mean length of the group itself.
+        clip, len_base_B = self.eta_clip, prior.length_BP.mean(dim=1)
+        eta_BN = length_factor(prior.length_BP, len_base_B, alpha=self.alpha, eta_clip=clip)
+        # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
+        reward_BN = correct_BN.double() * eta_BN - self._overlong(batch)
+        advantage_BN = self._advantage(reward_BN)
+        kept_BN = self._kept(batch)
+        part = Term(
+            name="pg",
+            stream="prior",
+            view="student",
+            part=self.trains,
+            # Minus: the loss is minimised, and a negative weight makes a path likelier.
+            weight_BP=-advantage_BN.where(kept_BN, 0.0),
+            counted_BP=kept_BN if self.mask_truncated else None,
+            live=Surrogate(
+                ratio=self.ratio,
+                truncate=self.surrogate == "truncate",
+                low=1 - self.clip_low,
+                high=1 + self.clip_high,
+                kl_coef=self.kl_coef,
+                kl_bound=10.0 if self.kl == "low_variance" else math.inf,
+            ),
+        )
+        metrics = {
+            "accept_rate": correct_BN.double().mean().item(),
+            "groups_all_rejected": int((~correct_BN).all(dim=1).sum()),
+            "groups_zero_var": int((advantage_BN == 0).all(dim=1).sum()),
+            "std_s": reward_BN.std(dim=1, correction=self.ddof).mean().item(),
+            "net_token_push": (advantage_BN * prior.length_BP).sum().item(),
+        }
+        scores = {
+            "reward": reward_BN,
+            "eta": eta_BN,
+            "advantage": advantage_BN,
+            "u": prior.u_BP,
+        }
+        return Terms(parts=(part,), path_scores={"prior": scores}, metrics=metrics)
+
+    def _advantage(self, reward_BN: Tensor) -> Tensor:
+        """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
+        if self.advantage == "zscore":
+            options = {"eps": self.eps, "ddof": self.ddof, "std_gate": self.std_gate}
+            return group_zscore(reward_BN, **options)
+        # Groups of equal rewards keep a gradient here, which is what tells this from the others.
+        if self.advantage == "batch":
+            return reward_BN - reward_BN.mean()
+        centred_BN = reward_BN - reward_BN.mean(dim=1, keepdim=True)
+        # Rounding of the mean must not wake a group that has nothing to compare.
+        equal_B = reward_BN.amax(dim=1) == reward_BN.amin(dim=1)
+        centred_BN = centred_BN.masked_fill(equal_B[:, None], 0.0)
+        # R - mean of the others = n / (n - 1) (R - mean of all): unbiased, where `centred` is
+        # smaller by (n - 1) / n.
+        n = reward_BN.shape[1]
+        return centred_BN * (n / (n - 1)) if self.advantage == "leave_one_out" else centred_BN
+
+    def _overlong(self, batch: ScoredBatch) -> Tensor | float:
+        """DAPO's soft punishment, 0 to 1: linear over the last tokens before the limit."""
+        if not self.overlong_cache:
+            return 0.0
+        over_BN = batch.token_counts("prior", "response") - (
+            batch.token_limit - self.overlong_cache
+        )
+        return (over_BN / self.overlong_cache).clamp(min=0.0, max=1.0)
+
+    def _kept(self, batch: ScoredBatch) -> Tensor:
+        """(B, N) bool: the paths in the loss."""
+        if not self.mask_truncated:
+            return torch.ones_like(batch.prior.closed_BP)
+        # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
+        cut = [[path.truncated for path in group] for group in batch.prior.paths]
+        return ~torch.tensor(cut, dtype=torch.bool).view_as(batch.prior.closed_BP)
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Surrogate:
+    """d loss / d log p of a clipped or truncated ratio, and of the KL to a reference policy.
+
+    With A = -weight and r = exp(now - old), or its geometric mean over the path:
+
+        clip      weight r, and 0 where clipping it decides: A > 0 and r > high, A < 0 and r < low
+        truncate  weight min(r, high)
+        KL        kl_coef (1 - exp(d)), d = reference - now; 0 where `kl_bound` holds the estimate
+    """
+
+    ratio: Literal["token", "sequence"] = "token"
+    truncate: bool = False
+    low: float = 0.8
+    high: float = 1.2
+    kl_coef: float = 0.0
+    kl_bound: float = math.inf
+
+    @property
+    def reference(self) -> bool:
+        return self.kl_coef > 0
+
+    def __call__(self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
+        log_ratio = now - old
+        if self.ratio == "sequence":
+            # Every token's derivative of exp(mean) is exp(mean) / n, n times per path: equal to it.
+            log_ratio = log_ratio.mean().expand_as(now)
+        r = log_ratio.exp()
+        if self.truncate:
+            # For either sign of A, as MiniMax-M1 writes it: no lower bound.
+            coef = weight * r.clamp(max=self.high)
+        else:
+            # min(r A, clip(r) A) takes the clipped branch, which is flat, only where the ratio has
+            # already moved the way that A pushes it.
+            clipped = (r > self.high) if weight < 0 else (r < self.low)
+            coef = weight * r.masked_fill(clipped, 0.0)
+        if not self.reference:
+            return coef
+        if reference is None:
+            raise ValueError("KL: got no log-probs of a reference policy, expected one per token")
+        # d/d now of exp(gap) - gap - 1 with gap = reference - now.
+        gap = reference - now
+        if math.isinf(self.kl_bound):
+            return coef + self.kl_coef * (1 - gap.exp())
+        # Where a bound holds, the estimate no longer moves with the policy.
+        inside = (gap.abs() < 20) & (gap.exp() - gap - 1 < self.kl_bound)
+        return coef + self.kl_coef * (1 - gap.clamp(-20, 20).exp()).where(inside, 0.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Grpo(PolicyGradient):
+    """GRPO (arXiv 2402.03300): z-scored rewards, token ratios, the mean over each response."""
+
+    name: Literal["grpo"] = "grpo"
+    norm: Norm = "seq_mean"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DrGrpo(PolicyGradient):
+    """Dr.GRPO (arXiv 2503.20783): no division by the group's spread or by the response's length."""
+
+    name: Literal["drgrpo"] = "drgrpo"
+    norm: Norm = "const"
+    advantage: Advantage = "centred"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Dapo(PolicyGradient):
+    """DAPO (arXiv 2503.14476): a higher upper clip, and the mean over all tokens of the step. Its
+    dynamic sampling is train.resample_rounds, its overlong shaping overlong_cache."""
+
+    name: Literal["dapo"] = "dapo"
+    norm: Norm = "token_mean"
+    clip_high: PositiveFloat = 0.28
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gspo(PolicyGradient):
+    """GSPO (arXiv 2507.18071): one ratio per path, the geometric mean over its tokens."""
+
+    name: Literal["gspo"] = "gspo"
+    norm: Norm = "seq_mean"
+    ratio: Literal["token", "sequence"] = "sequence"
+    clip_low: Share = 3e-4
+    clip_high: PositiveFloat = 4e-4
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cispo(PolicyGradient):
+    """CISPO (arXiv 2506.13585): the ratio is a truncated constant, so no token loses its
+    gradient."""
+
+    name: Literal["cispo"] = "cispo"
+    norm: Norm = "token_mean"
+    surrogate: Literal["clip", "truncate"] = "truncate"
+    clip_high: PositiveFloat = 4.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rloo(PolicyGradient):
+    """RLOO (arXiv 2402.14740): each reward against the mean of the group's others."""
+
+    name: Literal["rloo"] = "rloo"
+    advantage: Advantage = "leave_one_out"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reinforce(PolicyGradient):
+    """REINFORCE: each reward against the mean of all paths of the step."""
+
+    name: Literal["reinforce"] = "reinforce"
+    advantage: Advantage = "batch"

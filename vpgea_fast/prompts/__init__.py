@@ -27,6 +27,7 @@ from vpgea_fast.prompts.templates import (
     chat_template_of,
     check_templates,
     fill,
+    model_of,
     read_names,
     time_limit,
 )
@@ -59,10 +60,13 @@ class Prompter:
         check_templates(cfg)
         self._tokenizer, self._cfg = tokenizer, cfg
         self._template = chat_template_of(tokenizer)
+        self._owner = f"the chat template of {model_of(tokenizer)}"
         # Before any rendering: a switch that is never read changes nothing, and nothing shows it.
         self._check_kwargs()
         self.think_open_id = self._tag_id("think_open", cfg.think_open)
         self.think_close_id = self._tag_id("think_close", cfg.think_close)
+        # What the template puts behind a user turn, learnt from the probe below: a later
+        # turn may be so short that it occurs in it.
         self._tail: str | None = None
         probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
@@ -79,6 +83,7 @@ class Prompter:
     def teacher_text(self, question: Question) -> str:
         """The teacher view as text."""
         words = fill(self._cfg.teacher, question=question.text, answer=question.answer)
+        # As a user turn the template holds the question itself; as a system turn it goes before it.
         if self._cfg.teacher_role == "user":
             return self._chat({"role": "user", "content": words})
         return self._chat(
@@ -87,7 +92,7 @@ class Prompter:
         )
 
     def shown(self, ids: torch.Tensor) -> str:
-        """What the ids say, special tokens included: for the eye."""
+        """Decode ids, special tokens included, to be looked at."""
         [text] = self._decode([ids])
         return text
 
@@ -189,6 +194,7 @@ class Prompter:
         # Checked against the template's own names, so none is ignored.
         switches: dict[str, Any] = self._cfg.chat_template_kwargs
         try:
+            # A template is a program of the model's maker: it may loop for ever.
             with time_limit(RENDER_SECONDS):
                 text = self._tokenizer.apply_chat_template(
                     list(messages),
@@ -199,21 +205,22 @@ class Prompter:
         except Exception as error:  # a template is a program: it may raise anything
             said = str(error) or type(error).__name__
             raise ConfigError(
-                f"the chat template refuses the turns {roles}: {said}; "
+                f"{self._owner} refuses the turns {roles}: {said}; "
                 + ("set prompt.teacher_role to user, or " if len(messages) > 1 else "")
-                + "repair the template (chat_template.jinja or tokenizer_config.json of the model)"
+                + "repair the template (chat_template.jinja or tokenizer_config.json there)"
             ) from error
         text = str(text)
+        # 4 times each turn: a template may repeat a turn, or escape its characters.
         if len(text) > RENDER_LIMIT + 4 * sum(len(message["content"]) for message in messages):
             raise ConfigError(
-                f"the chat template made {len(text)} characters of the turns {roles}; expected at "
+                f"{self._owner} made {len(text)} characters of the turns {roles}; expected at "
                 f"most {RENDER_LIMIT} around them; repair the template"
             )
         for message in messages:
             # Templates trim turns, drop a system turn, or cut thoughts out of them.
             if message["content"].strip() not in text:
                 raise ConfigError(
-                    f"the chat template loses or changes the {message['role']} turn: "
+                    f"{self._owner} loses or changes the {message['role']} turn: "
                     f"{message['content']!r} became {text!r:.200}; set prompt.teacher_role to "
                     "user, or repair the template"
                 )
@@ -234,10 +241,11 @@ class Prompter:
             tail = text[text.rindex(last_turn) + len(last_turn) :]
         if self._tail is None:  # the first text of all is that of a known turn
             self._tail = tail
+        # rfind: the last tag of each kind decides whether the thought is open.
         opened, closed = tail.rfind(opening), tail.rfind(closing)
         if closed > opened:
             raise ConfigError(
-                f"the chat template ends with a thought that is closed: {tail!r}, so none can "
+                f"{self._owner} ends with a thought that is closed: {tail!r}, so none can "
                 "follow; if it has a switch, turn thinking on (prompt.chat_template_kwargs: "
                 "{enable_thinking: true}), else repair the template"
             )
@@ -249,7 +257,7 @@ class Prompter:
             return text[: len(text) - len(opening) - len(words)] + prefix
         if opened >= 0 and opening in prefix:
             raise ConfigError(
-                f"the chat template opens a thought and begins it: {tail!r}; a second {opening!r} "
+                f"{self._owner} opens a thought and begins it: {tail!r}; a second {opening!r} "
                 "would follow: set prompt.think_prefix to what the template ends with, or repair it"
             )
         return text + prefix
@@ -280,6 +288,8 @@ class Prompter:
         """Raise a ConfigError for the first text that its ids do not say, Unicode's composed form
         aside (NFC, the normaliser of Qwen2), which means the same. A tenth of the time of
         tokenising."""
+        # Lossy tokenizers exist: lower-casing ones, and those that drop what their vocabulary
+        # lacks.
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
                 raise ConfigError(_difference(text, said, name))
@@ -323,12 +333,13 @@ class Prompter:
         return {token for token in steering | known if token}
 
     def _normalised(self, text: str) -> str:
+        # The Rust normaliser takes no lone surrogate; a text with one is refused later, by name.
         if self._normalizer is None or LONE_SURROGATE.search(text):
             return text
         return self._normalizer.normalize_str(text)
 
     def _check_kwargs(self) -> None:
-        """Refuse names that the template never reads: they would change nothing, in silence."""
+        """Refuse names that the template never reads: they would change nothing, without a word."""
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
         # These reach the template from the library: a switch of that name would collide.
         reserved = {*parameters, "messages", *self._tokenizer.special_tokens_map}
@@ -341,7 +352,7 @@ class Prompter:
                 )
             if name not in read:
                 raise ConfigError(
-                    f"prompt.chat_template_kwargs: the chat template never reads {name!r}; leave "
+                    f"prompt.chat_template_kwargs: {self._owner} never reads {name!r}; leave "
                     "it out, or see the template for the name"
                 )
 
@@ -386,6 +397,8 @@ def eos_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:
     """The tokens that end an answer, by the tokenizer and by the model's generation_config."""
+    # generation_config may name more than the tokenizer: `<|endoftext|>` beside Qwen2.5's
+    # `<|im_end|>`.
     named = generation_config.eos_token_id if generation_config else None
     tokens: list[object] = [tokenizer.eos_token_id]
     tokens += named if isinstance(named, list) else [named]
@@ -399,7 +412,7 @@ def eos_ids(
 
 
 def length_report(prompted: Sequence[PromptedQuestion]) -> dict[str, dict[str, int]]:
-    """Prompt tokens of each view: {"student": {"min", "median", "p95", "max"}, "teacher": ...}.
+    """Count prompt tokens per view: {"student": {"min", "median", "p95", "max"}, "teacher": ...}.
 
     Quantiles are nearest ranks, that is, lengths that do occur.
     """
@@ -408,6 +421,7 @@ def length_report(prompted: Sequence[PromptedQuestion]) -> dict[str, dict[str, i
         "student": sorted(p.student_ids.numel() for p in prompted),
         "teacher": sorted(p.teacher_ids.numel() for p in prompted),
     }
+    # Nearest rank: the ceil(q n)-th smallest.
     return {
         view: {name: row[max(0, math.ceil(q * len(row)) - 1)] for name, q in ranks.items()}
         for view, row in columns.items()

@@ -20,12 +20,12 @@ RING_AGAIN = 0.1
 
 
 def read_names(template: str) -> set[str]:
-    """The variables that a template takes from outside; every word of one that is no Jinja (its
-    own error comes when it renders). By its syntax tree: jinja2.meta would compute its constants,
-    and `9 ** 9 ** 9` has no end."""
+    """Find the variables that a template reads from outside; of one that is no Jinja every word, as
+    its own error comes when it renders."""
     from jinja2 import TemplateError, nodes
     from jinja2.sandbox import SandboxedEnvironment
 
+    # The syntax tree alone: jinja2.meta would compute constants, and `9 ** 9 ** 9` has no end.
     try:
         tree = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except (TemplateError, RecursionError):
@@ -37,8 +37,18 @@ def read_names(template: str) -> set[str]:
     return {name.name for name in names if name.ctx == "load"} - looped
 
 
+def model_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name the model directory or Hub name that a tokenizer comes from, for an error."""
+    # transformers keeps what from_pretrained was called with; a tokenizer made in memory has "".
+    return tokenizer.name_or_path or "the model"
+
+
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    name = tokenizer.name_or_path or "the model"
+    """Return the text of the chat template that a tokenizer would render with.
+
+    ConfigError: it has none, several of which none is the default, or something that is no text.
+    """
+    name = model_of(tokenizer)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {name} has no chat template; use an instruction-tuned model, or "
@@ -58,8 +68,7 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A TimeoutError after so long, where signals can be heard: in the main thread. A timer that
-    ran before goes on."""
+    """Raise TimeoutError after `seconds`, in the main thread alone. An older timer goes on."""
 
     def ring(*_: Any) -> None:
         raise TimeoutError(f"no end after {seconds:g} s")
@@ -76,6 +85,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        # With what it had left at the start, so it rings later by the time spent here.
         if left:
             signal.setitimer(signal.ITIMER_REAL, left, interval)
 

@@ -47,7 +47,7 @@ SETTINGS = {
     "model": ("path", "dtype", "device"),
     "data": ("train",),
     "rollout": ("engine", "max_new_tokens", "temperature", "full_answer"),
-    "train": ("steps", "questions_per_step", "norm", "denominator"),
+    "train": ("steps", "questions_per_step"),
     "optim": ("lr", "schedule", "warmup_steps", "max_grad_norm"),
 }
 """What the summary shows of each section; of `objective` it shows everything."""

@@ -1,4 +1,4 @@
-"""What a rollout engine is, and what all of them share: settings, seeds, and where a thought ends.
+"""Define what a rollout engine is, and what all share: settings, seeds, and where a thought ends.
 
 An engine turns requests (prompt ids and a seed) into paths (token ids and their sampling
 log-probs). It never sees text, so nothing is ever re-tokenised. `split_path` is the one place that
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw, and where to stop.
+    """Settings of a draw, and of where it stops.
 
     temperature 0 means greedy. A path ends at the first of: an end-of-sequence token; the first
     think-close token (it is kept), unless `full_answer`; the limits. `max_new_tokens` limits the
@@ -60,21 +60,22 @@ class Sampling:
 
     @property
     def limit(self) -> int:
-        """Most tokens that one path can have, thought and answer."""
+        """The most tokens that one path can have, thought and answer."""
         return self.max_new_tokens + (self.max_answer_tokens if self.full_answer else 0)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a path wherever they are drawn."""
+        """The tokens that end a path wherever they are drawn."""
         return self.eos_ids if self.full_answer else (*self.eos_ids, self.think_close_id)
 
 
 def answer_only(sampling: Sampling, temperature: float) -> Sampling:
-    """To sample an answer behind a finished thought: all that is drawn is z, no token closes it."""
+    """Sample an answer behind a finished thought: all that is drawn comes back as z."""
     return replace(
         sampling,
+        # `limit` without `full_answer` is the limit of thoughts alone: the answer's goes there.
         max_new_tokens=sampling.max_answer_tokens,
-        think_close_id=-1,
+        think_close_id=-1,  # an id that no token has: nothing is cut off as a thought
         temperature=temperature,
         top_p=1.0,
         full_answer=False,
@@ -82,16 +83,18 @@ def answer_only(sampling: Sampling, temperature: float) -> Sampling:
 
 
 class RolloutError(RuntimeError):
-    """The engine cannot go on; the message says why and what to do."""
+    """Ends a run whose engine cannot go on; the message says why and what to do."""
 
 
 class Usage(NamedTuple):
-    """Prompt tokens that were asked for, and those among them that were already in the cache; and
-    memory of the device that the last rest gave back."""
+    """What an engine has counted since the last look at it."""
 
     prompt_tokens: int = 0
+    """Tokens of all prompts, a shared one once for each request."""
     cached_tokens: int = 0
+    """Those among them whose keys and values were not computed again."""
     freed_bytes: int = 0
+    """Device memory that the last `rest` gave back."""
 
 
 class RolloutEngine(Protocol):
@@ -103,7 +106,7 @@ class RolloutEngine(Protocol):
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Path]:
-        """One path a request, in the order of the requests.
+        """Draw one path per request, in the order of the requests.
 
         The sampling log-prob of a token is log softmax(logits / temperature), natural log, float32,
         at temperature 1 for greedy decoding. Where top_p < 1 it is that of the full softmax, or NaN
@@ -114,24 +117,24 @@ class RolloutEngine(Protocol):
         ...
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
-        """ValueError for a prompt that leaves no room for `sampling.limit` tokens: none is cut."""
+        """Refuse a prompt that leaves no room for `sampling.limit` tokens: no prompt is cut."""
         ...
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over all weights, by the names of the model's own parameters, one after the other: a
-        tensor may be gone when the next one is asked for, and `named` is always exhausted.
+        """Take over all weights, one after the other, by the names of the model's own parameters.
 
+        A tensor may be gone when the next one is asked for, and `named` is always exhausted.
         ValueError that lists every missing, unknown or wrongly shaped name; the engine then refuses
         to sample until it has been given a whole set.
         """
         ...
 
     def rest(self) -> None:
-        """Nothing is sampled until the next `load_weights`: give memory back to the trainer."""
+        """Give memory back to the trainer; nothing is sampled until the next `load_weights`."""
         ...
 
     def usage(self) -> Usage:
-        """Counted since the last call."""
+        """Return the counts since the last call, and start again at zero."""
         ...
 
     def close(self) -> None:
@@ -140,17 +143,16 @@ class RolloutEngine(Protocol):
 
 
 class Drawn(NamedTuple):
-    """A path as an engine drew it: ids (n,) int64 and logps (n,) float32 on the CPU, and the place
-    of its request."""
+    """A path as an engine drew it, before it is cut into thought and answer."""
 
-    place: int
-    ids: torch.Tensor
-    logps: torch.Tensor
+    place: int  # of its request, in the order that `_draw` was given
+    ids: torch.Tensor  # (n,) int64, CPU
+    logps: torch.Tensor  # (n,) float32, CPU
     finish: Finish
 
 
 class EngineBase:
-    """What every engine does alike: it orders requests, makes paths of drawn tokens, and counts.
+    """Does what every engine does alike: orders requests, makes paths of drawn tokens, counts.
 
     room, source   positions that a path may have, and the setting that says so
     complete       the engine has a whole set of weights
@@ -161,7 +163,7 @@ class EngineBase:
 
     def __init__(self, room: int | None, source: str, *, complete: bool = False) -> None:
         self.room, self.source, self.complete = room, source, complete
-        self.used = Usage()
+        self.totals = Usage()
 
     def generate(
         self,
@@ -169,13 +171,13 @@ class EngineBase:
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Path]:
-        """See RolloutEngine. Requests are drawn in the order of (prompt length, prompt, seed), so
-        the batches, and with them the float32 logits, do not depend on the order of the caller."""
+        """See RolloutEngine. Requests are drawn in the order of (prompt length, prompt, seed)."""
         self.check(requests, sampling)
         if not self.complete:
             raise ValueError("the rollout model has no whole set of weights: load_weights first")
-        # By length first: a batch of like lengths has the least padding. Prompts that paths share
-        # lie together, so their keys and values are computed once.
+        # An order of its own: batches, and with them float32 logits, must not depend on the
+        # caller's. By length first: a batch of like lengths has the least padding. Prompts that
+        # paths share lie together, so their keys and values are computed once.
         keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
         order = sorted(range(len(requests)), key=keys.__getitem__)
         paths: dict[int, Path] = {}
@@ -184,6 +186,7 @@ class EngineBase:
             for ended in looks:
                 for place, ids, logps, finish in ended:
                     request = requests[order[place]]
+                    # NaN, not a number of another distribution: a ratio made of it would be silent.
                     if sampling.top_p < 1 and not self.full_softmax:
                         logps = torch.full_like(logps, torch.nan)
                     paths[order[place]] = split_path(
@@ -196,7 +199,7 @@ class EngineBase:
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Generator[Sequence[Drawn], None, None]:
-        """Draw every request; yields what has ended since the last look, often nothing."""
+        """Draw every request; yield what has ended since the last look, often nothing."""
         raise NotImplementedError
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
@@ -205,33 +208,36 @@ class EngineBase:
 
     def count(self, prompt_tokens: int, cached_tokens: int) -> None:
         """Add to what `usage` tells."""
-        self.used = self.used._replace(
-            prompt_tokens=self.used.prompt_tokens + prompt_tokens,
-            cached_tokens=self.used.cached_tokens + cached_tokens,
+        self.totals = self.totals._replace(
+            prompt_tokens=self.totals.prompt_tokens + prompt_tokens,
+            cached_tokens=self.totals.cached_tokens + cached_tokens,
         )
 
     def usage(self) -> Usage:
         """See RolloutEngine."""
-        used, self.used = self.used, Usage()
-        return used
+        totals, self.totals = self.totals, Usage()
+        return totals
 
 
 def check_room(
     requests: Sequence[SampleRequest], sampling: Sampling, room: int | None, source: str
 ) -> None:
-    """ValueError for an empty prompt, and for one that leaves fewer than `sampling.limit` of the
-    `room` positions that `source` gives."""
+    """Refuse an empty prompt, and one that leaves fewer than `sampling.limit` of `room` positions.
+
+    source   the key that gives `room`, for the message
+    """
     for request in requests:
         prompt, what = request.prompt_ids.numel(), f"question {request.question_id}"
+        # The first token is drawn from the logits of the prompt's last one.
         if prompt == 0:
             raise ValueError(f"{what}: the prompt has no tokens")
         check_positions(what, prompt=prompt, new=sampling.limit, room=room, source=source)
 
 
 def check_positions(what: str, *, prompt: int, new: int, room: int | None, source: str) -> None:
-    """ValueError where `prompt` tokens and `new` ones are more than the `room` positions that
-    `source` gives."""
+    """Refuse `prompt` tokens and `new` ones that need more than `room` positions."""
     if room is not None and prompt + new > room:
+        # Other sources are facts of a model or of a server that runs: no key here raises them.
         larger = f", or raise {source} to {prompt + new}" if source == "engine.context" else ""
         raise ValueError(
             f"{what}: a prompt of {prompt} tokens and up to {new} new ones need {prompt + new} "
@@ -242,12 +248,36 @@ def check_positions(what: str, *, prompt: int, new: int, room: int | None, sourc
 
 
 def not_finite(question_id: str, step: int) -> RolloutError:
-    """NaN or +inf among the logits makes the log-prob of the drawn token NaN."""
+    """Make the error for logits that hold NaN or +inf."""
+    # Both make the log-prob of the token drawn there NaN, which is how an engine notices; -inf is
+    # a token of probability zero.
     return RolloutError(
         f"non-finite logits for question {question_id} at decode step {step}; likely the weights "
         "hold NaN or inf (a diverged update, a damaged checkpoint), or the dtype overflows: check "
         "the last checkpoint, or try model.dtype float32 or bfloat16"
     )
+
+
+def check_drawn(question_id: str, logps: Sequence[float], start: int = 0) -> None:
+    """Refuse a NaN among log-probs, the first of which belongs to decode step `start`."""
+    for step, logp in enumerate(logps, start=start):
+        if math.isnan(logp):
+            raise not_finite(question_id, step)
+
+
+@contextmanager
+def exhausting(
+    named: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """Take what is left of `named` at the end of the block, after an error too."""
+    rest = iter(named)
+    try:
+        yield rest
+    finally:
+        # Each tensor may be a collective, in which processes without an error wait for this one.
+        # None is kept: of a sharded model a process holds one unit at a time.
+        for _ in rest:
+            pass
 
 
 class WeightSet:
@@ -261,30 +291,33 @@ class WeightSet:
         self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None
     ) -> None:
         self.shapes, self.aliases = shapes, aliases or {}
-        self.given: set[str] = set()
+        self.arrivals: set[str] = set()
         self.misfits: list[str] = []
 
     @property
     def largest(self) -> int:
-        """Elements of the largest weight."""
+        """The number of elements of the largest weight."""
         return max(map(math.prod, self.shapes.values()))
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> WeightSet:
+        """List the weights of `model`, which may lie on the meta device."""
         first: dict[int, str] = {}
         shapes, aliases = {}, {}
+        # By identity: a tied head is the very object that the embedding is, also without storage.
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if (known := first.setdefault(id(parameter), name)) != name:
-                aliases[name] = known
+            if (original := first.setdefault(id(parameter), name)) != name:
+                aliases[name] = original
             shapes[name] = tuple(parameter.shape)
         return cls(shapes, aliases)
 
     def fitting(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that fit, under their first names; what does not, or is never asked for, is
-        noted for `check`."""
-        self.given, self.misfits = set(), []
+        """Yield the tensors that fit, under their first names; note the others for `check`."""
+        # Not in the generator, which starts at the first `next`: a loader that asks for nothing
+        # must find an empty set in `check`, not that of the refresh before.
+        self.arrivals, self.misfits = set(), []
         return self._fitting(named)
 
     def _fitting(
@@ -299,22 +332,24 @@ class WeightSet:
                 )
             else:
                 name = self.aliases.get(name, name)
-                self.given.add(name)
+                # Noted only when the loader asks, so a weight it never asks for counts as missing.
+                self.arrivals.add(name)
                 yield name, tensor
 
     def both_names(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """A tied weight under its second name too, for an engine that does not tie it."""
+        """Yield a tied weight under its second name too, for an engine that does not tie it."""
         second = {first: name for name, first in self.aliases.items()}
         for name, tensor in named:
             yield name, tensor
             if name in second:
-                yield second[name], tensor.clone()  # no file holds one tensor twice
+                # A copy, as a rule of the embedding: safetensors refuses tensors that share memory.
+                yield second[name], tensor.clone()
 
     def check(self) -> None:
-        """ValueError that lists every weight which `fitting` found missing, unknown, misshapen."""
-        absent = self.shapes.keys() - self.aliases.keys() - self.given
+        """Refuse a refresh with missing, unknown or misshapen weights, and list them all."""
+        absent = self.shapes.keys() - self.aliases.keys() - self.arrivals
         misfits = [*self.misfits, *(f"missing {name}" for name in self.shapes if name in absent)]
         if misfits:
             raise ValueError(
@@ -324,11 +359,13 @@ class WeightSet:
 
 
 def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> int:
-    """63 bits of BLAKE2b over the fields: a pure function, the same in every process.
+    """Hash the fields to a seed of 63 bits: a pure function, the same in every process.
 
     >>> request_seed(0, 0, "q0", "prior", 0) != request_seed(0, 0, "q0", "prior", 1)
     True
     """
+    # JSON keeps the fields apart ("q1", 0 is not "q", 10). BLAKE2b, because Python's own hash of a
+    # string changes with the process. 63 bits, because engines take a signed 64-bit seed.
     fields = json.dumps([run_seed, step, question_id, stream, index]).encode()
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
 
@@ -363,6 +400,7 @@ def split_path(
     closed = len(closes) > 0
     thought = int(closes[0]) + 1 if closed else sampling.max_new_tokens
     end = thought + (sampling.max_answer_tokens if closed and sampling.full_answer else 0)
+    # Behind the think-close of a thought alone nothing was asked for: dropping it is no cut.
     cut_by_limit = len(ids) > end and (sampling.full_answer or not closed)
     return Path(
         question_id=request.question_id,
@@ -372,6 +410,7 @@ def split_path(
         z_ids=ids[:thought].clone(),
         logps=logps[:thought].clone(),
         answer_ids=ids[thought:end].clone(),
+        answer_logps=logps[thought:end].clone(),
         closed=closed,
         finish="length" if cut_by_limit else finish,
     )

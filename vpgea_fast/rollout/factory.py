@@ -20,13 +20,15 @@ SYNC_DIR = "sync"
 
 
 def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
-    """ConfigError, before anything is loaded, for an engine that `processes` cannot run. A server
-    needs vLLM where it runs, and here only to send weights over NCCL; what is installed on this
-    machine does not matter to a run that is not planned for `here`."""
+    """Refuse, before anything is loaded, an engine that `processes` cannot run.
+
+    here   the run is planned for this machine: what is installed on it matters
+    """
     if cfg.engine.name != "vllm":
         return
     if cfg.colocated:
         check_dtype(getattr(torch, cfg.model.dtype))
+        # A child sees one device, and one training process hands weights to it.
         if cfg.vllm.tensor_parallel > 1 and cfg.vllm.process == "own":
             raise ConfigError(
                 f"engine.tensor_parallel: got {cfg.vllm.tensor_parallel} with engine.process "
@@ -35,10 +37,11 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
             )
         check_group(cfg.vllm.tensor_parallel, processes)
     elif (cfg.vllm.tensor_parallel, cfg.vllm.process) != (1, "shared"):
-        # Taken in silence, they would look as if the server had them.
+        # Accepted in silence, they would look as if the server had them.
         raise ConfigError(
-            "engine.server: got a server with engine.tensor_parallel or engine.process, which are "
-            "of engines here; give them to `vpgea serve`, or leave engine.server out"
+            "engine.server: got a server with engine.tensor_parallel or engine.process, which only "
+            "an engine in the training processes has; give them to `vpgea serve`, or leave "
+            "engine.server out"
         )
     if cfg.vllm.sync == "nccl" and cfg.colocated:
         raise ConfigError(
@@ -49,29 +52,33 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
         raise ConfigError(
             "engine.sync: got 'nccl' without a CUDA device; set 'disk', or train on a GPU"
         )
-    # Last: what no machine can run is told with or without vLLM.
+    # Last, so that a plan which no machine can run is refused with or without vLLM. A server needs
+    # vLLM where it runs; here its NCCL communicator is needed, and only by sync 'nccl'.
     if here and (cfg.colocated or cfg.vllm.sync == "nccl"):
         check_installed()
 
 
 def positions(cfg: Config) -> int:
-    """Positions that a path of this configuration may need, its prompt included. One is for the
-    think-close token that a thought which is not closed gets before an answer."""
+    """Count the positions that a path of this configuration may need, its prompt included."""
     longest = cfg.rollout.max_new_tokens
     if cfg.eval.data:
         longest = max(longest, cfg.eval.max_new_tokens)
+    # One more for the think-close token that an unclosed thought gets before an answer is drawn.
     return cfg.data.max_prompt_tokens + longest + cfg.rollout.max_answer_tokens + 1
 
 
 def open_engine(
     cfg: Config, world: World, *, dtype: torch.dtype, hf: Callable[[], RolloutEngine]
 ) -> RolloutEngine:
-    """`hf` makes the transformers engine, which samples with a module of the caller's; any other
-    is given all its weights through `load_weights` before it samples. A collective."""
-    group = 1
+    """Open the engine that `cfg.engine` names. A collective.
+
+    `hf` makes the transformers engine over a module of the caller's. Any other engine must be given
+    all weights through `load_weights` before it samples.
+    """
     if cfg.engine.name == "hf":
         engine = hf()
     elif cfg.vllm.server is not None:
+        # Each process connects for itself: one that cannot ends the others, too.
         with world.together():
             engine = ServerEngine(
                 cfg.model.path,
@@ -82,8 +89,11 @@ def open_engine(
                 files=cfg.vllm.sync_dir or str(Path(cfg.run.dir) / SYNC_DIR),
             )
     else:
-        engine, group = _vllm(cfg, world, dtype), cfg.vllm.tensor_parallel
-    return ParallelEngine(engine, world, group=group) if world.size > 1 else engine
+        # Not in `together`: with tensor parallel vLLM's start is a collective of its own.
+        engine = _vllm(cfg, world, dtype)
+    if world.size == 1:
+        return engine
+    return ParallelEngine(engine, world, group=cfg.processes_per_engine)
 
 
 def _vllm(cfg: Config, world: World, dtype: torch.dtype) -> RolloutEngine:

@@ -24,7 +24,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vpgea_fast import attention
-from vpgea_fast.rollout.engine import Drawn, EngineBase, Sampling, WeightSet, not_finite
+from vpgea_fast.rollout.engine import (
+    Drawn,
+    EngineBase,
+    Sampling,
+    WeightSet,
+    exhausting,
+    not_finite,
+)
 from vpgea_fast.types import Finish, SampleRequest
 
 ROOM = 64
@@ -62,16 +69,18 @@ class HFEngine(EngineBase):
         super().__init__(*attention.positions(model.config), complete=complete)
         self.model: Any = model
         self.max_batch = max_batch
+        # Autocast knows the two half precisions only; float32 needs none.
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
 
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Generator[Sequence[Drawn], None, None]:
-        """Waves of max_batch rows, one after the other."""
+        """Decode waves of max_batch rows, one after the other."""
         autocast = torch.autocast(
             self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
+        # The three hold between yields too: `on_progress` of the caller runs under them.
         with torch.no_grad(), _eval_mode(self.model), autocast:
             for start in range(0, len(requests), self.max_batch):
                 wave = requests[start : start + self.max_batch]
@@ -85,13 +94,15 @@ class HFEngine(EngineBase):
         own = dict(self.model.named_parameters(remove_duplicate=False))
         weights, self.complete = WeightSet.of(self.model), False
         filled: set[str] = set()
-        for name, tensor in weights.fitting(named):
-            if name in filled:
-                if not torch.equal(own[name], tensor.to(own[name])):
-                    weights.misfits.append(f"two values of {name}, but the model ties them")
-            elif tensor.data_ptr() != own[name].data_ptr():
-                own[name].copy_(tensor)
-            filled.add(name)
+        with exhausting(named) as rest:
+            for name, tensor in weights.fitting(rest):
+                # A second value of a tied weight would overwrite the first without a word.
+                if name in filled:
+                    if not torch.equal(own[name], tensor.to(own[name])):
+                        weights.misfits.append(f"two values of {name}, but the model ties them")
+                elif tensor.data_ptr() != own[name].data_ptr():
+                    own[name].copy_(tensor)
+                filled.add(name)
         weights.check()
         self.complete = True
 
@@ -104,16 +115,17 @@ class HFEngine(EngineBase):
     def _decode(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Iterator[list[Drawn]]:
-        """Decode one wave; yields the rows that have left it, at every look: most yield nothing,
-        and let a caller stop."""
+        """Decode one wave; at every look yield the rows that leave it, mostly none."""
         logits_RV, cache, batch = self._prefill(requests, sampling)
         for step in range(sampling.limit):
             batch.record(step, *draw(logits_RV, batch.uniform_LR[step], sampling), sampling)
-            # Every look waits for the device, so on a GPU finished rows draw on between looks.
+            # Every look waits for the device, so on a GPU finished rows draw on between looks. At
+            # the last step every row has reached its end_R: nothing runs, and the loop returns.
             if (step + 1) % self.check_every == 0 or step + 1 == sampling.limit:
                 batch.check_finite(step + 1, self.check_every, requests)
                 running_R = batch.length_R == 0
                 running = int(running_R.sum())
+                # Leaving copies the keys and values of all rows that stay.
                 if running <= COMPACT_BELOW * len(batch.numbers):
                     yield batch.finished(sampling)
                     if running == 0:
@@ -122,7 +134,7 @@ class HFEngine(EngineBase):
                     batch.select(keep_K)
                     cache.batch_select_indices(keep_K)
                 else:
-                    yield []
+                    yield []  # a place where the caller can stop
             logits_RV = self._forward(
                 batch.tokens_LR[step][:, None],
                 batch.mask_RS[:, : batch.width + step + 1],
@@ -133,16 +145,18 @@ class HFEngine(EngineBase):
     def _prefill(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> tuple[torch.Tensor, DynamicCache, _Batch]:
-        """First logits of every row. A prompt is run once however many requests share it."""
+        """Run each distinct prompt once; return the first logits (R, V) and the state of R rows."""
         device = self.model.device
         distinct: dict[tuple[int, ...], int] = {}
         prompt_R = [
             distinct.setdefault(tuple(r.prompt_ids.tolist()), len(distinct)) for r in requests
         ]
         width, limit, rows = max(map(len, distinct)), sampling.limit, len(requests)
-        asked = sum(request.prompt_ids.numel() for request in requests)
-        self.count(asked, asked - sum(map(len, distinct)))
+        # What a prefix cache would count: of a shared prompt all but the first are cached.
+        prompt_tokens = sum(request.prompt_ids.numel() for request in requests)
+        self.count(prompt_tokens, prompt_tokens - sum(map(len, distinct)))
         # Padded on the left, so that the last column is the last token of every prompt.
+        # Filled on the CPU: on a device each row would be a copy of its own.
         ids_PW = torch.full((len(distinct), width), sampling.pad_id)
         mask_PS = torch.ones(len(distinct), width + limit, dtype=torch.long)
         for prompt, number in distinct.items():
@@ -153,12 +167,16 @@ class HFEngine(EngineBase):
 
         cache = _growing_cache(self.model.config)
         mask_PW = mask_PS[:, :width]
+        # The first real token stands at position 0, whatever padding is before it; padding, which
+        # is masked, takes any position that exists.
         position_PW = (mask_PW.cumsum(-1) - 1).clamp(min=0)
         logits_PV = self._forward(ids_PW, mask_PW, position_PW, cache)
-        cache.batch_select_indices(expand_R)  # from P prompts to R rows, by copying
+        # From P prompts to R rows by copying: rows that share a prompt do not share its memory.
+        cache.batch_select_indices(expand_R)
         batch = _Batch(
             width=width,
             numbers=list(range(rows)),
+            # (L, R), not (R, L): the tokens of one step lie side by side.
             tokens_LR=torch.zeros(limit, rows, dtype=torch.long, device=device),
             logps_LR=torch.zeros(limit, rows, device=device),
             uniform_LR=_uniforms(requests, sampling).to(device),
@@ -192,8 +210,14 @@ class HFEngine(EngineBase):
 
 @dataclass
 class _Batch:
-    """The rows being decoded; `numbers` are their places in the wave. length_R is 0 while a row
-    runs, then its number of tokens; a finished row that has not left yet goes on drawing."""
+    """The rows being decoded. A finished row that has not left yet goes on drawing.
+
+    numbers    places of the rows in the wave
+    mask_RS    0 at the padding left of a prompt, 1 elsewhere
+    end_R      tokens after which a row ends at the latest
+    closed_R   a think-close was drawn (`full_answer` only)
+    length_R   0 while a row runs, then its number of tokens
+    """
 
     width: int
     numbers: list[int]
@@ -211,6 +235,7 @@ class _Batch:
         self, step: int, token_R: torch.Tensor, logp_R: torch.Tensor, sampling: Sampling
     ) -> None:
         """Write the tokens of this step and note the rows that end with them."""
+        # Selects instead of branches: reading one value would wait for the device.
         self.tokens_LR[step] = token_R
         self.logps_LR[step] = logp_R
         if sampling.full_answer:
@@ -221,7 +246,8 @@ class _Batch:
         self.length_R = torch.where(ends_R & (self.length_R == 0), step + 1, self.length_R)
 
     def check_finite(self, steps: int, last: int, requests: Sequence[SampleRequest]) -> None:
-        """R log-probs a step tell what R * V logits hold."""
+        """Refuse NaN among the log-probs of the `last` steps before `steps`."""
+        # R log-probs per step tell what R * V logits hold; one sync for all of them.
         since = max(0, steps - last)
         bad = ~self.logps_LR[since:steps].isfinite()
         if bad.any():
@@ -230,7 +256,7 @@ class _Batch:
             raise not_finite(question, since + step)
 
     def finished(self, sampling: Sampling) -> list[Drawn]:
-        """The rows that have ended, by their places in the wave."""
+        """Copy the rows that have ended to the CPU, with their places in the wave."""
         done_K = self.length_R.nonzero()[:, 0]
         steps = int(self.length_R.max())
         tokens_KL = self.tokens_LR[:steps, done_K].T.cpu()
@@ -239,12 +265,14 @@ class _Batch:
         for k, (row, length) in enumerate(
             zip(done_K.tolist(), self.length_R[done_K].tolist(), strict=True)
         ):
+            # Behind its length are tokens that the row drew on while it waited to leave.
             ids, logps = tokens_KL[k, :length], logps_KL[k, :length]
             finish: Finish = "stop" if int(ids[-1]) in sampling.stop_ids else "length"
             ended.append(Drawn(self.numbers[row], ids, logps, finish))
         return ended
 
     def select(self, keep_K: torch.Tensor) -> None:
+        """Keep these rows alone."""
         self.numbers = [self.numbers[row] for row in keep_K.tolist()]
         for name in ("tokens_LR", "logps_LR", "uniform_LR"):
             setattr(self, name, getattr(self, name)[:, keep_K])
@@ -255,24 +283,25 @@ class _Batch:
 def draw(
     logits_RV: torch.Tensor, uniform_R: torch.Tensor, sampling: Sampling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniform_R`, and its log-prob.
+    """Draw one token per row by inverting the cumulative distribution at `uniform_R`.
 
-    uniform_R (R,) float64 in [0, 1). Returns token_R int64 and logp_R float32.
-
-    Probabilities are rounded to multiples of 2^-52, so each partial sum is an integer below 2^53
-    and exact in float64: the sum does not depend on how a device orders it, and a token of
-    probability zero has an empty interval, which no uniform can hit.
+    uniform_R (R,) float64 in [0, 1). Returns token_R int64 and its log-prob logp_R float32, of the
+    softmax before top_p.
     """
     if sampling.temperature == 0:
         logp_RV = logits_RV.float().log_softmax(-1)
         token_R = logits_RV.argmax(-1)
     else:
         logp_RV = (logits_RV.float() / sampling.temperature).log_softmax(-1)
+        # Rounded to multiples of 2^-52, so each partial sum is an integer below 2^53 and exact in
+        # float64: it does not depend on the order in which a device adds. With the running sum
+        # this takes 16 bytes per row and vocabulary entry, most of a step's memory.
         mass_RV = logp_RV.exp().double().mul_(2.0**52).round_()
         if sampling.top_p < 1:
             mass_RV = _nucleus(mass_RV, sampling.top_p)
         sum_RV = mass_RV.cumsum(-1)
         at_R1 = (uniform_R * sum_RV[:, -1])[:, None]
+        # On the right: a token of probability zero has an empty interval, which no uniform hits.
         token_R = torch.searchsorted(sum_RV, at_R1, right=True)[:, 0]
         # Only a row of NaN reaches V: the gather must stay inside until check_finite reports it.
         token_R = token_R.clamp_(max=sum_RV.shape[-1] - 1)
@@ -283,14 +312,15 @@ def _nucleus(mass_RV: torch.Tensor, top_p: float) -> torch.Tensor:
     """Zero all but the smallest set of likeliest tokens that holds at least top_p; ties by id."""
     sorted_RV, order_RV = mass_RV.sort(dim=-1, descending=True, stable=True)
     sum_RV = sorted_RV.cumsum(-1)
+    # A token stays while those before it hold less than top_p, so the likeliest always stays.
     beyond_RV = sum_RV - sorted_RV >= top_p * sum_RV[:, -1:]
     return mass_RV.masked_fill(beyond_RV.scatter(-1, order_RV, beyond_RV), 0.0)
 
 
 def _uniforms(requests: Sequence[SampleRequest], sampling: Sampling) -> torch.Tensor:
-    """(L, R) float64: one number a token from the request's own generator. On the CPU, because
-    there the stream is the same on every machine and a longer one begins with the shorter. (That
-    generator uses the low 32 bits of a seed.)"""
+    """Draw (L, R) float64: one number per token, from the request's own generator."""
+    # On the CPU, because there the stream is the same on every machine and a longer one begins with
+    # the shorter. That generator uses the low 32 bits of a seed.
     columns = [
         torch.rand(
             sampling.limit,
@@ -303,8 +333,10 @@ def _uniforms(requests: Sequence[SampleRequest], sampling: Sampling) -> torch.Te
 
 
 class _GrowingLayer(DynamicLayer):
-    """A DynamicLayer that writes into spare room instead of copying the whole cache every token:
-    on one CPU core 2.5 times the tokens/s at 900-token paths, 1.05 times at 54-token paths."""
+    """A DynamicLayer that writes into spare room: transformers' own copies the cache every token.
+
+    On one CPU core 2.5 times the tokens/s at 900-token paths, 1.05 times at 54-token paths.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -317,6 +349,7 @@ class _GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.room[0].shape[-2]:
+            # (R, heads, S, width): the whole layer is copied, once every ROOM tokens.
             self.room = [
                 F.pad(room[:, :, :start], (0, 0, 0, end + ROOM - start)) for room in self.room
             ]
@@ -332,8 +365,9 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _growing_cache(config: Any) -> DynamicCache:
-    """The cache that the model's layers ask for, its full-attention layers with spare room."""
+    """Make the cache that the model's layers ask for, full-attention layers with spare room."""
     cache = DynamicCache(config=config)
+    # By exact type: a sliding window drops its oldest positions, a linear layer has none.
     cache.layers = [
         _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
@@ -342,6 +376,7 @@ def _growing_cache(config: Any) -> DynamicCache:
 
 @contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Turn dropout off; what was in training mode before is so again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

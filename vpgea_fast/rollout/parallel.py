@@ -1,7 +1,7 @@
-"""One engine a process: each samples its share of the requests, all get all paths.
+"""One engine per process: each samples its share of the requests, and all get all paths.
 
-Contiguous shares, so that the paths of a question, which share a prompt, mostly stay together. What
-travels are the drawn tensors; the rest of a path is known from its request.
+Shares are contiguous, so the paths of a question, which share a prompt, mostly stay together. Only
+the drawn tensors travel; the rest of a path is known from its request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
 
 
 def check_group(group: int, size: int) -> None:
-    """ConfigError unless `size` processes make whole engines of `group` each."""
+    """Refuse `size` processes that do not divide into engines of `group` each."""
     if size % group:
         raise ConfigError(
             f"engine.tensor_parallel: got {group}, expected a divisor of the {size} processes; "
@@ -30,12 +30,15 @@ def check_group(group: int, size: int) -> None:
 
 
 class ParallelEngine:
-    """A RolloutEngine over one of each process's own, or over one of each `group` processes, which
-    then draw the same paths together (tensor parallel)."""
+    """A RolloutEngine made of one engine per process, or one per `group` processes.
+
+    The processes of a group draw the same paths together (tensor parallel).
+    """
 
     def __init__(self, engine: RolloutEngine, world: World, *, group: int = 1) -> None:
         check_group(group, world.size)
         self.engine, self.world, self.group = engine, world, group
+        # No process group behind it: it only says which share of the requests a team draws.
         self.teams = World(world.device, rank=world.rank // group, size=world.size // group)
 
     def generate(
@@ -44,30 +47,36 @@ class ParallelEngine:
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Path]:
-        """See RolloutEngine. Progress is this process's, scaled to all. When `on_progress` raises
-        Stopped in one process, all raise it once they have come here. A collective."""
+        """See RolloutEngine. Progress is this process's, scaled to all processes. A collective.
+
+        When `on_progress` raises Stopped in one process, all raise it after their own share.
+        """
         self.check(requests, sampling)
-        shown, most = 0, len(requests) - 1  # the last one when all processes are done
+        # The last path is reported when all processes are done: this one's 100 % are a guess.
+        reported, most = 0, len(requests) - 1
 
         def advance(count: int) -> None:
-            nonlocal shown
+            nonlocal reported
             if on_progress is not None:
-                step = min(count * self.teams.size, most - shown)
-                shown += step
+                step = min(count * self.teams.size, most - reported)
+                reported += step
                 on_progress(step)
 
         own = requests[self.teams.share(len(requests))]
         # A member that stops alone would leave the others of its team waiting for it.
-        watched = advance if self.group == 1 else None
+        progress = advance if self.group == 1 else None
+        # Stopped leaves it empty; even no paths at all save to a header, so b"" means nothing else.
         data = b""
         with self.world.together(), suppress(Stopped):
-            data = save(_to_tensors(self.engine.generate(own, sampling, watched)))
+            data = save(_to_tensors(self.engine.generate(own, sampling, progress)))
+        # 12 bytes per thought token and 8 per answer token, to every process.
         parts = self.world.gather_bytes(data)
         if not all(parts):
             raise Stopped
         if on_progress is not None and requests:
             with suppress(Stopped):  # alone it must not leave now; the caller asks all
-                on_progress(len(requests) - shown)
+                on_progress(len(requests) - reported)
+        # A team's members hold the same paths: one part of each team is read.
         drawn = [path for part in parts[:: self.group] for path in _from_tensors(load(part))]
         return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
 
@@ -76,8 +85,9 @@ class ParallelEngine:
         self.engine.check(requests, sampling)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See RolloutEngine; in every process. All take every tensor, so a failure of one can be
-        told to all. A collective."""
+        """See RolloutEngine; in every process. A collective."""
+        # `named` is a collective, and is exhausted even on failure; so `together` still comes after
+        # it in every process.
         with self.world.together():
             self.engine.load_weights(named)
 
@@ -86,27 +96,29 @@ class ParallelEngine:
         self.engine.rest()
 
     def usage(self) -> Usage:
-        """Tokens of all processes together, the least memory that one of them got back. A
+        """Sum the tokens of all processes; of the memory, take the least that one got back. A
         collective."""
-        every = [Usage(*used) for used in self.world.gather(self.engine.usage())]
+        # JSON has turned each tuple into a list.
+        every = [Usage(*counts) for counts in self.world.gather(self.engine.usage())]
         teams = every[:: self.group]
         return Usage(
-            prompt_tokens=sum(used.prompt_tokens for used in teams),
-            cached_tokens=sum(used.cached_tokens for used in teams),
-            freed_bytes=min(used.freed_bytes for used in every),
+            prompt_tokens=sum(usage.prompt_tokens for usage in teams),
+            cached_tokens=sum(usage.cached_tokens for usage in teams),
+            freed_bytes=min(usage.freed_bytes for usage in every),
         )
 
     def close(self) -> None:
         self.engine.close()
 
 
-Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+PathTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """z_ids, logps, answer_ids, and (closed, place in FINISHES)."""
 
 
 def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     flags = [[int(path.closed), FINISHES.index(path.finish)] for path in paths]
     lengths = [[path.z_ids.numel(), path.answer_ids.numel()] for path in paths]
+    # torch.cat takes no empty list, and a process may have no path.
     none = torch.zeros(0, dtype=torch.int64)
     return {
         "z": torch.cat([none, *(path.z_ids for path in paths)]),
@@ -117,7 +129,7 @@ def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     }
 
 
-def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[Drawn]:
+def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[PathTensors]:
     thoughts, answers = tensors["lengths"].T.tolist()
     return list(
         zip(
@@ -138,6 +150,7 @@ def _path(
     flags: torch.Tensor,
 ) -> Path:
     closed, finish = flags.tolist()
+    # Clones: a view would keep a whole process's part alive as long as one of its paths.
     return Path(
         question_id=request.question_id,
         stream=request.stream,

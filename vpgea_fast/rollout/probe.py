@@ -1,7 +1,7 @@
-"""Whether an engine samples with the trainer's weights: after a hand-over, the log-probs of a few
-greedy tokens, e as the engine drew them and t as the trainer scores them.
+"""Check after a hand-over that an engine samples with the trainer's weights.
 
-Two ways to fail, each with its own reason:
+A few greedy tokens have log-probs e, as the engine drew them, and t, as the trainer scores them. A
+probe fails in one of two ways:
 
     partial   mean |e - t| above the tolerance of the engine's dtype
     skipped   all tokens and log-probs of an engine are the same bits as at an earlier probe, and
@@ -9,10 +9,12 @@ Two ways to fail, each with its own reason:
 
 The same bits alone prove nothing: a small step moves log-probs by less than a rounding, and rounds
 otherwise in the trainer than in the engine. An engine with the right weights was a gap away from
-the trainer then and is a gap away now, so the trainer moved by the sum of the two at most: 4 gaps
-are no rounding. A skipped hand-over of a smaller step leaves the two equal to within rounding, and
-is found when more such steps have added up: `then` is the probe at which the engine's bits last
-changed. An engine that does not repeat its own bits is watched by the first check alone.
+the trainer then and is a gap away now. So the trainer moved by the sum of the two at most, and 4
+gaps are no rounding.
+
+A skipped hand-over of a smaller step leaves the two equal to within rounding. It is noticed when
+more such steps have added up: `then` is the probe at which the engine's bits last changed. An
+engine that does not repeat its own bits is watched by the first check alone.
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ Score = Callable[[Sequence[TrainRow]], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one engine drew at a probe, its prompts one after the other, and the trainer's score."""
+class _Look:
+    """What one engine drew at a probe, its prompts one after the other, and the trainer's score.
+
+    ids (N,) int64, drawn and scored (N,) float64.
+    """
 
     ids: torch.Tensor
     drawn: torch.Tensor
@@ -50,15 +55,14 @@ class _Seen:
     def gaps(self) -> torch.Tensor:
         return (self.drawn - self.scored).abs()
 
-    def same_bits(self, other: _Seen) -> bool:
+    def same_bits(self, other: _Look) -> bool:
         return torch.equal(self.ids, other.ids) and torch.equal(self.drawn, other.drawn)
 
 
 class SyncProbe:
-    """Call it after each hand-over, in every process; RolloutError for weights that are not there.
+    """Called after each hand-over, in every process; RolloutError for weights that are not there.
 
-    prompts    probed once for each of `engines` processes, in their order, so every engine is
-               probed
+    prompts    probed once for each of `engines` processes
     dtype      in which the engine computes
     tolerance  of the mean |difference|; None: the dtype's
     """
@@ -80,7 +84,10 @@ class SyncProbe:
         # at best. In bfloat16 that is above the tolerance, and the second check would be idle.
         eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
         self.least_gap = min(8 * eps, self.tolerance / 32)
+        # No stop token, and greedy: the same weights give the same tokens, and as many log-probs.
         self.sampling = Sampling(min(TOKENS, limit), think_close_id=-1, eos_ids=(), temperature=0.0)
+        # All prompts for one engine, then all for the next: requests are dealt out in contiguous
+        # equal shares, so every engine draws every prompt.
         self.requests = [
             SampleRequest(
                 question_id=f"probe {engine}", stream="prior", index=i, prompt_ids=prompt, seed=0
@@ -88,13 +95,13 @@ class SyncProbe:
             for engine in range(engines)
             for i, prompt in enumerate(prompts)
         ]
-        self.changed: list[_Seen] = []
+        self.baselines: list[_Look] = []
         """Of each engine, the probe at which its bits last changed."""
 
     def __call__(self) -> dict[str, float]:
-        """Mean and largest |difference|."""
+        """Probe all engines; return the mean and the largest |difference|. A collective."""
         now = self._look()
-        gaps = torch.cat([seen.gaps for seen in now])
+        gaps = torch.cat([look.gaps for look in now])
         mean, largest = gaps.mean().item(), gaps.max().item()
         if not mean <= self.tolerance:  # NaN too
             raise RolloutError(
@@ -107,11 +114,12 @@ class SyncProbe:
             )
         # An engine is compared with the probe at which its bits last changed, not with the last
         # one: steps too small to be told from rounding add up.
-        before = self.changed or now
-        self.changed = [
+        before = self.baselines or now
+        self.baselines = [
             old if new.same_bits(old) else new for old, new in zip(before, now, strict=True)
         ]
-        for number, (old, new) in enumerate(zip(self.changed, now, strict=True)):
+        # An engine whose bits have just changed is its own baseline: it has moved by 0.
+        for number, (old, new) in enumerate(zip(self.baselines, now, strict=True)):
             moved = (new.scored - old.scored).abs().mean().item()
             allowed = GAPS * max(old.gaps.mean().item(), self.least_gap)
             if moved > allowed:
@@ -123,10 +131,10 @@ class SyncProbe:
                 )
         return {"probe_mean": mean, "probe_max": largest}
 
-    def _look(self) -> list[_Seen]:
-        """What every engine draws now, and how the trainer scores it."""
+    def _look(self) -> list[_Look]:
+        """Let every engine draw, and the trainer score what it drew."""
         paths = self.engine.generate(self.requests, self.sampling)
-        self.engine.usage()
+        self.engine.usage()  # reset: the tokens of a probe are no part of a step's counts
         if not all(path.z_ids.numel() for path in paths):
             raise RolloutError(
                 "the engine gave up a probe before its first token; raise engine.timeout_s"
@@ -146,7 +154,7 @@ class SyncProbe:
         scored = [logps.cpu().double() for logps in self.score(rows)]
         each = len(paths) // self.engines
         return [
-            _Seen(
+            _Look(
                 torch.cat([path.z_ids for path in paths[start : start + each]]),
                 torch.cat([path.logps.double() for path in paths[start : start + each]]),
                 torch.cat(scored[start : start + each]),

@@ -66,8 +66,8 @@ def make_tiny(
     The demo base is copied from the package unless `from_scratch`; "common" is always trained
     (about three minutes a try on one core). A complete world of the same kind is used as it is.
 
-    Raises ValueError for an unknown base, or when `out_dir` holds anything else; RuntimeError when
-    no trained base passes the gate.
+    Raises ValueError for an unknown base, and when `out_dir` holds anything else or cannot be
+    written; RuntimeError when no trained base passes the gate.
     """
     if base not in RECIPES:
         raise ValueError(f"unknown tiny base {base!r}; choose one of {', '.join(RECIPES)}")
@@ -93,7 +93,13 @@ def make_tiny(
             model, report = train_base(RECIPES[base], seed=seed, progress=progress)
             save_base(aside / "base", model, report)
         aside.rename(out)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the tiny world {out}: {error.strerror or error}; give a directory that "
+            "can be written, on a disk with room"
+        ) from error
     finally:
+        # Nothing is there after the rename: this is for a try that failed.
         shutil.rmtree(aside, ignore_errors=True)
     return read_world(out)
 
@@ -104,11 +110,12 @@ def existing_world(
     """The world in `out` if it is complete and of the kind asked for, else ValueError."""
     remedy = f"remove {out} or choose another directory"
     # Every file: a world that lost one would fail later, in a loader's words.
-    wanted = [*(f"base/{name}" for name in BASE_FILES), *questions]
-    missing = [name for name in wanted if not (out / name).is_file()]
+    parts = [*(f"base/{name}" for name in BASE_FILES), *questions]
+    missing = [name for name in parts if not (out / name).is_file()]
     if missing:
         raise ValueError(f"{out} exists and is no complete tiny world: no {missing[0]}; {remedy}")
     for name, text in questions.items():
+        # Question files are compared whole: an edited one would be another task under this name.
         if (out / name).read_text(encoding="utf-8") != text:
             raise ValueError(f"{out / name} is not the tiny world's; {remedy}")
     world = read_world(out)
@@ -124,6 +131,7 @@ def existing_world(
 
 def read_world(out: Path) -> TinyWorld:
     record = json.loads((out / "base" / RECORD).read_text(encoding="utf-8"))
+    # The numbers of the day it was made: the gate is not run again.
     report = BaseReport(**record["measured"])
     return TinyWorld(out / "base", out / "train.jsonl", out / "test.jsonl", report)
 
@@ -144,6 +152,7 @@ def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None
     # The ordinary writers: whatever reads a model from the Hub reads this one.
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    # The package ships this file: without indentation it is half the size.
     compact = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     text = json.dumps(compact, separators=(",", ":"), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
-"""The vLLM engine: inside the training process, or in a child of it. Only functions import vLLM, so
-the modules of this folder can be read without it.
+"""The vLLM engine: inside the training process, or in a child of it.
+
+Only functions import vLLM, so the modules of this folder can be imported without it.
 
     requests, sorted -> one batch of vLLM's scheduler -> tokens every few steps -> a path is cut off
     where its limits say
@@ -7,11 +8,9 @@ the modules of this folder can be read without it.
 Sampling   temperature, stop ids and seed of each request are vLLM's; log-probs are `processed`:
            after the temperature, in float32
 Weights    names of the transformers model, one after the other into vLLM's own reload. Into a
-           child they go by CUDA IPC, on a CPU by safetensors files. On a CPU the tied head is
-           untied there: vLLM 0.32 keeps a packed copy of it that no reload refreshes
+           child they go by CUDA IPC, on a CPU by safetensors files
 Sleep      on CUDA: after a rollout weights and KV cache are dropped; a refresh wakes the weights,
-           fills them, and only then wakes the KV cache, so that old and new weights and the cache
-           never lie side by side
+           fills them, and only then wakes the KV cache
 Seeds      a path's tokens depend on its seed and its logits; float32 sums depend on the batch it is
            computed in, so another batch may, rarely, draw other tokens
 """
@@ -36,7 +35,8 @@ from vpgea_fast.rollout.engine import (
     RolloutError,
     Sampling,
     WeightSet,
-    not_finite,
+    check_drawn,
+    exhausting,
 )
 from vpgea_fast.rollout.vllm.lifetime import Guard, ending_with_this_process, interruptible, is_dead
 from vpgea_fast.rollout.vllm.options import engine_options, environment, finish_of, sampling_params
@@ -44,7 +44,7 @@ from vpgea_fast.rollout.vllm.transfer import (
     CHUNK_BYTES,
     EXTENSION,
     SYNC_SECONDS,
-    check_taken,
+    check_counts,
     copied,
     send_ipc,
     skeleton,
@@ -55,11 +55,11 @@ from vpgea_fast.rollout.vllm.versions import check_dtype
 from vpgea_fast.types import Finish, SampleRequest
 
 LOOK_EVERY = 16
-"""Tokens of a path between two looks at it. It costs at most so many tokens beyond a limit."""
+"""Tokens of a path between two looks at it. At most this many are drawn beyond a limit."""
 
 CLOSE_SECONDS = 20.0
 """An engine that takes longer to close is killed. vLLM's own 5 s are less than its processes take
-on a busy CPU, and a killed one leaves shared memory that its resource tracker complains of."""
+on a busy CPU. A killed one leaves shared memory, of which its resource tracker complains."""
 
 
 class VllmEngine(EngineBase):
@@ -69,7 +69,7 @@ class VllmEngine(EngineBase):
                through `load_weights`
     context    positions that a path may need, prompt included; at most the model's own
     max_batch  paths that are decoded side by side
-    files      where weights lie on their way into a process of its own; default the system's place
+    files      directory for weights on their way into a child; default the system's place
 
     A process of its own ends with the thread that made the engine.
     """
@@ -98,6 +98,7 @@ class VllmEngine(EngineBase):
         self.guard: Guard | None = None
         self.device, self.dtype = device, dtype
         self.asleep, self.alive = False, True
+        # On a CPU vLLM 0.32 keeps a packed copy of a tied head, which no reload refreshes.
         self.untied = device.type == "cpu"
         self.weights = WeightSet.of(model)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -106,7 +107,7 @@ class VllmEngine(EngineBase):
         self.rest()  # the first hand-over too finds weights and cache asleep
 
     def _start(self, path: str, max_batch: int, seed: int) -> Any:
-        """Start vLLM with weights that mean nothing; returns its `LLM`."""
+        """Start vLLM with weights that mean nothing; return its `LLM`."""
         cfg, cuda = self.cfg, self.device.type == "cuda"
         options = engine_options(
             cfg,
@@ -118,6 +119,7 @@ class VllmEngine(EngineBase):
             cuda=cuda,
             untied=self.untied,
         )
+        # No weight is read from disk, and no text goes in or out.
         options |= {"load_format": "dummy", "skip_tokenizer_init": True}
         options |= {"enable_sleep_mode": True} if cuda else {}
         if cfg.process == "own":
@@ -135,6 +137,7 @@ class VllmEngine(EngineBase):
             from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
 
             llm = LLM(**options)
+        # A child alone can die without this process; inside, what vLLM raises is raised here.
         if cfg.process == "own":
             (engine,) = started
             self.guard = Guard(llm.llm_engine.engine_core, engine)
@@ -145,6 +148,7 @@ class VllmEngine(EngineBase):
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Generator[Sequence[Drawn], None, None]:
         """See EngineBase: one batch of the scheduler, which is left empty by an error too."""
+        # Its own engine, used by one thread: the places alone are names enough.
         open_: dict[str, _Drawing] = {}
         try:
             for place, request in enumerate(requests):
@@ -153,6 +157,7 @@ class VllmEngine(EngineBase):
             while open_:
                 ended = self._step(open_, sampling)
                 yield [open_.pop(name).drawn(int(name), finish) for name, finish in ended.items()]
+        # GeneratorExit too, when the caller stops: paths left behind would hold their KV blocks.
         except BaseException:
             self._give_up(open_)
             raise
@@ -169,14 +174,14 @@ class VllmEngine(EngineBase):
             TokensPrompt(prompt_token_ids=request.prompt_ids.tolist()),
             SamplingParams(
                 **sampling_params(request, sampling, self.vocabulary),
-                flat_logprobs=True,
+                flat_logprobs=True,  # lists of numbers instead of a dict and an object per token
                 output_kind=RequestOutputKind.DELTA,
                 stream_interval=LOOK_EVERY,
             ),
         )
 
     def _step(self, open_: dict[str, _Drawing], sampling: Sampling) -> dict[str, Finish]:
-        """Run the scheduler once; names and reasons of the paths that have ended."""
+        """Run the scheduler once; return the names and reasons of the paths that have ended."""
         ended: dict[str, Finish] = {}
         cut: list[str] = []
         with self._waiting(self.cfg.timeout_s):
@@ -186,12 +191,13 @@ class VllmEngine(EngineBase):
             if not drawing.ids:  # told once, with the first tokens of a path
                 asked = drawing.request.prompt_ids.numel()
                 self.count(asked, output.num_cached_tokens or 0)
+            # `logprobs=0` asks for the drawn token alone: the first entry of each position is its.
             flat = completion.logprobs
-            drawing.take(completion.token_ids, [flat.logprobs[i] for i in flat.start_indices])
+            drawing.add(completion.token_ids, [flat.logprobs[i] for i in flat.start_indices])
             if output.finished:
                 ended[output.request_id] = finish_of(completion.finish_reason)
             elif drawing.beyond(sampling):
-                # vLLM knows the sum of the limits of thought and answer only.
+                # vLLM knows one limit only, the sum of both.
                 ended[output.request_id] = "length"
                 cut.append(output.request_id)
         if self.cfg.tensor_parallel == 1:  # clocks differ, and processes must schedule alike
@@ -206,8 +212,7 @@ class VllmEngine(EngineBase):
 
     @contextmanager
     def _waiting(self, seconds: float) -> Iterator[None]:
-        """While the trainer waits for an engine in a process of its own, which is killed when it is
-        silent for so long; RolloutError for one that is dead."""
+        """Wait for the engine; RolloutError for a dead one. A child is killed after `seconds`."""
         try:
             with nullcontext() if self.guard is None else self.guard.waiting(seconds):
                 yield
@@ -217,11 +222,12 @@ class VllmEngine(EngineBase):
             raise
 
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
-        """Take what was being drawn out of the scheduler, if there still is one."""
+        """Take unfinished paths out of the scheduler, if there still is one."""
         if open_ and self.alive:
             self.llm.llm_engine.abort_request(list(open_))
 
     def _gone(self) -> RolloutError:
+        """Note that the engine is lost, and make the error that says so."""
         self.complete = self.alive = False
         return RolloutError(
             "the vLLM engine's process is gone (killed, out of memory, or silent for longer than "
@@ -232,19 +238,15 @@ class VllmEngine(EngineBase):
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See RolloutEngine. On CUDA this wakes the engine. Tensors are copied, in the engine's
-        dtype, because vLLM keeps them until their layer is whole."""
+        """See RolloutEngine. On CUDA this wakes the engine."""
         self.complete = False
-        rest = iter(named)
-        try:
-            with self._waiting(SYNC_SECONDS):
-                self._wake("weights")
-                self._hand_over(self._as_loaded(rest))
-                self._wake("kv_cache")
-                clean = self.llm.reset_prefix_cache()
-        finally:
-            for _ in rest:  # its collectives are waited for by other processes
-                pass
+        with exhausting(named) as rest, self._waiting(SYNC_SECONDS):
+            # The cache wakes last, so it never lies beside the trainer's gathered tensors.
+            self._wake("weights")
+            self._hand_over(self._as_loaded(rest))
+            self._wake("kv_cache")
+            # Keys and values of shared prompts are the old weights'.
+            clean = self.llm.reset_prefix_cache()
         if not clean:
             raise RolloutError("vLLM kept its prefix cache: a path was being drawn during a sync")
         self.weights.check()
@@ -253,24 +255,30 @@ class VllmEngine(EngineBase):
     def _as_loaded(
         self, named: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors that outlive the next one, under the names that vLLM's reload expects."""
+        # vLLM 0.32 keeps tensors until their layer is whole: one layer's copies at a time.
         copies = copied(self.weights.fitting(named), self.dtype)
         return self.weights.both_names(copies) if self.untied else copies
 
     def _hand_over(self, named: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Give `named` to vLLM: tensor by tensor here, by CUDA IPC or files into a child."""
         if self.cfg.process == "shared":
             options = {"weights_iterator": named, "is_checkpoint_format": True}
             self.llm.collective_rpc("reload_weights", kwargs=options)
         elif self.device.type == "cuda":
+            # The staging buffer must hold the largest tensor, as a rule the embedding.
             send_ipc(self.llm, named, max(CHUNK_BYTES, self.weights.largest * self.dtype.itemsize))
         else:
             with weights_directory(self.files) as directory:
                 written = write_weights(named, directory)
-                taken = self.llm.collective_rpc("load_files", args=(str(directory),))
-                check_taken(written, taken)
+                counts = self.llm.collective_rpc("load_files", args=(str(directory),))
+                check_counts(written, counts)
 
     def _wake(self, part: str) -> None:
+        """Give memory back to "weights", then to "kv_cache", after which the engine is awake."""
         if self.asleep:
-            torch.cuda.empty_cache()  # vLLM's memory is not the caching allocator's
+            # What the trainer's caching allocator keeps unused is not free for vLLM's allocator.
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=[part])
             self.asleep = part != "kv_cache"
 
@@ -280,10 +288,11 @@ class VllmEngine(EngineBase):
         if self.device.type == "cuda" and not self.asleep:
             before, _ = torch.cuda.mem_get_info(self.device)
             with self._waiting(SYNC_SECONDS):
-                self.llm.sleep(level=2)
+                self.llm.sleep(level=2)  # level 1 would copy the weights to host memory
             self.asleep = True
             after, _ = torch.cuda.mem_get_info(self.device)
-            self.used = self.used._replace(freed_bytes=after - before)
+            # Of the device, so it counts a child's memory too.
+            self.totals = self.totals._replace(freed_bytes=after - before)
 
     def close(self) -> None:
         """See RolloutEngine. Inside a training process its process group stays as it was."""
@@ -294,7 +303,8 @@ class VllmEngine(EngineBase):
         if self.cfg.process == "own" or not self.shares_group:
             core.shutdown(timeout=CLOSE_SECONDS)
             return
-        # vLLM's own shutdown would destroy the trainer's default group too.
+        # vLLM 0.32's own shutdown, which its finalizer calls too, destroys the default process
+        # group, which is the trainer's. So its parts are shut down one by one.
         from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
 
         core._finalizer.detach()
@@ -308,7 +318,7 @@ class VllmEngine(EngineBase):
 
 @dataclass
 class _Drawing:
-    """A path while its tokens arrive."""
+    """Collects the tokens of a path while they arrive."""
 
     request: SampleRequest
     ids: list[int] = field(default_factory=list)
@@ -316,17 +326,16 @@ class _Drawing:
     began: float | None = None
     """When the first token came: a path that waits in the queue draws nothing."""
 
-    def take(self, ids: Sequence[int], logps: Sequence[float]) -> None:
+    def add(self, ids: Sequence[int], logps: Sequence[float]) -> None:
         if self.began is None:
             self.began = time.monotonic()
-        for step, logp in enumerate(logps, start=len(self.ids)):
-            if logp != logp:
-                raise not_finite(self.request.question_id, step)
+        check_drawn(self.request.question_id, logps, start=len(self.ids))
         self.ids += ids
         self.logps += logps
 
     def beyond(self, sampling: Sampling) -> bool:
-        """Nothing that is drawn from now on can belong to the path."""
+        """Tell whether nothing that is drawn from now on can belong to the path."""
+        # As `split_path` cuts: a think-close beyond the limit of thoughts closes nothing.
         thought = self.ids[: sampling.max_new_tokens]
         if sampling.think_close_id not in thought:
             return len(self.ids) >= sampling.max_new_tokens

@@ -1,5 +1,7 @@
-"""Processes that vLLM starts: they end with the one that started them, and at its word alone; and a
-trainer that waits for a dead or silent one is told."""
+"""Bind the processes that vLLM starts to the one that started them, and watch over them.
+
+They end with it, and at its word alone. A trainer that waits for a dead or silent one is woken.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +28,43 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: int) -> None:
-    """Let this process get a signal when the thread that started it ends."""
+    """Have Linux send this process a signal when the thread that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager
 def ending_with_this_process() -> Iterator[list[int]]:
-    """What `multiprocessing` starts meanwhile, and what that starts, ends with this process and at
-    its word alone; the ids of what was started.
+    """Bind what `multiprocessing` starts meanwhile, and what that starts; yield the ids.
 
-    vLLM 0.32's processes outlive a trainer that is killed, for ever if it still waits for them to
-    start; and they obey a Ctrl-C or a scheduler's SIGTERM, which come to every process of a job,
-    before the trainer has saved. "This process" is for Linux the thread that is here.
+    They end with this process, which is for Linux the thread that is here, and at its word alone.
+    vLLM 0.32 lets them outlive a killed trainer, for ever if it still waits for them to start.
+    They also obey a Ctrl-C or a scheduler's SIGTERM, which come to every process of a job, before
+    the trainer has saved.
     """
-    start, started = multiprocessing.process.BaseProcess.start, list[int]()
+    start, ids = multiprocessing.process.BaseProcess.start, list[int]()
 
     def start_bound(process: Any) -> None:
+        # A partial of a module's function: it can be pickled, which the start method `spawn` needs.
         process._target = functools.partial(_run_bound, os.getpid(), process._target)
         start(process)
+        # vLLM ends its processes by `terminate`, whose SIGTERM they ignore now.
         process.terminate = functools.partial(os.kill, process.pid, LEAVE)
-        started.append(process.pid)
+        ids.append(process.pid)
 
     multiprocessing.process.BaseProcess.start = start_bound  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield started
+        yield ids
     finally:
         multiprocessing.process.BaseProcess.start = start
 
 
 def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run `target`, the whole of a process, which ends by SIGKILL when `parent` ends, whatever it
-    is doing; SIGINT and SIGTERM are ignored, what it would do at SIGTERM it does at LEAVE."""
+    """Run `target`, the whole of a process; when `parent` ends, SIGKILL ends it at once.
+
+    SIGINT and SIGTERM are ignored. What `target` would do at SIGTERM it does at LEAVE.
+    """
     end_with_parent(signal.SIGKILL)
+    # A parent that ended before the line above sends nothing any more.
     if os.getppid() != parent:
         os._exit(1)
     install = signal.signal
@@ -69,24 +76,30 @@ def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: A
             return signal.SIG_IGN
         return install(LEAVE if number == signal.SIGTERM else number, handler)
 
-    # Not by a mask: threads that torch has started at its import would still take the signals.
+    # `target` would set handlers of its own over the two above. Not by a mask: threads that torch
+    # has started at its import would still take the signals.
     signal.signal = install_elsewhere
+    # An engine core starts workers, which are bound to it in the same way.
     with ending_with_this_process():
         target(*args, **kwargs)
 
 
 class _Interrupt(BaseException):
-    """A Ctrl-C."""
+    """Stands for a Ctrl-C where vLLM would drop a KeyboardInterrupt."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Hear a Ctrl-C: vLLM 0.32 drops a KeyboardInterrupt while it waits for its engine to start,
-    and goes on to wait, for up to ten minutes."""
+    """Let a Ctrl-C end the block.
+
+    vLLM 0.32 drops a KeyboardInterrupt while it waits for its engine to start, and waits on, for up
+    to ten minutes.
+    """
 
     def interrupt(*_: object) -> NoReturn:
         raise _Interrupt
 
+    # Signals reach the main thread alone; a handler that is not Python's own is the trainer's.
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -101,16 +114,21 @@ def interruptible() -> Iterator[None]:
 
 
 class Guard(threading.Thread):
-    """Wakes a trainer that waits for a killed engine: vLLM 0.32's client would wait for ever, for
-    tokens (its queue) and for answers to calls (its futures) alike. Kills one that is silent."""
+    """Wakes a trainer that waits for a dead engine, and kills an engine that is silent.
+
+    vLLM 0.32's client would wait for ever, for tokens (its queue) and for answers to calls (its
+    futures) alike.
+    """
 
     def __init__(self, client: Any, engine: int) -> None:
         super().__init__(daemon=True)
+        # Weak: vLLM's client shuts down when it is collected, which this thread must not delay.
         self.client, self.engine = weakref.ref(client), engine
         self.until = math.inf
 
     @contextmanager
     def waiting(self, seconds: float) -> Iterator[None]:
+        """Allow the engine `seconds` for what is called in the block."""
         self.until = time.monotonic() + seconds
         try:
             yield
@@ -122,6 +140,7 @@ class Guard(threading.Thread):
             EngineDeadError,
         )
 
+        # By /proc: `waitpid` would take the child's exit status away from multiprocessing.
         while _runs(self.engine):
             time.sleep(0.5)
             if time.monotonic() > self.until:
@@ -136,14 +155,16 @@ class Guard(threading.Thread):
 
 
 def is_dead(error: BaseException) -> bool:
-    """By name: the class is vLLM's."""
+    """Tell whether vLLM says that its engine is dead."""
+    # By name: importing the class would import vLLM.
     return type(error).__name__ == "EngineDeadError"
 
 
 def _runs(process: int) -> bool:
-    """Not gone, and no zombie that nobody has waited for yet."""
+    """Tell whether a process is neither gone nor a zombie that nobody has waited for yet."""
     try:
         stat = FilePath(f"/proc/{process}/stat").read_text()
     except OSError:
         return False
+    # The name, in parentheses, may hold spaces and parentheses: the state follows the last one.
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")

@@ -1,5 +1,7 @@
-"""What vLLM is told when it starts and for each path, spelled once: an engine here takes it as
-arguments of `LLM(...)`, `vpgea serve` as words of a command line."""
+"""Spell vLLM's options once, those of its start and those of each path.
+
+An engine here takes them as arguments of `LLM(...)`, `vpgea serve` as words of a command line.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,10 @@ def engine_options(
     cuda: bool,
     untied: bool,
 ) -> dict[str, Any]:
-    """vLLM's engine arguments by their names; what would repeat its own default is left out.
+    """Name vLLM's engine arguments; those that would repeat its defaults are left out.
 
-    untied   a tied head gets a weight of its own, so the files of the model lack one and vLLM
-             starts with weights that mean nothing
+    untied   a tied head gets a weight of its own. The files of the model lack one, so vLLM starts
+             with weights that mean nothing
     """
     options: dict[str, Any] = {
         "model": path,
@@ -73,7 +75,7 @@ def engine_options(
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:
-    """Engine arguments as words of vLLM's command line.
+    """Write engine arguments as words of vLLM's command line.
 
     >>> as_words({"max_num_seqs": 4, "enforce_eager": True, "enable_chunked_prefill": False})
     ['--max-num-seqs', '4', '--enforce-eager', '--no-enable-chunked-prefill']
@@ -89,7 +91,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def sampling_params(request: SampleRequest, sampling: Sampling, vocabulary: int) -> dict[str, Any]:
-    """Arguments of vLLM's SamplingParams for one path, `sampling.limit` tokens at most."""
+    """Name the arguments of vLLM's SamplingParams for one path."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -104,7 +106,7 @@ def sampling_params(request: SampleRequest, sampling: Sampling, vocabulary: int)
 
 
 def finish_of(reason: str | None) -> Finish:
-    """vLLM's reason for the end of a path, in this project's words."""
+    """Translate vLLM's reason for the end of a path; what is neither of two is an error."""
     reasons: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
     return reasons.get(reason, "error")
 
@@ -113,7 +115,7 @@ def finish_of(reason: str | None) -> Finish:
 def environment(process: str, device: torch.device) -> Iterator[None]:
     """Set what vLLM reads from the environment while it starts; undo what it changes in torch."""
     own = process == "own"
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own))}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own))}
     if own:
         # CUDA handles are no plain data; they go through the pipe to the child and nowhere else.
         # Both ends must agree for as long as they talk, so this one stays.
@@ -122,14 +124,14 @@ def environment(process: str, device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()  # the child asks for gpu_memory that is free
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         index = device.index or 0
-        wanted["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     # Its information is hundreds of lines; on a CPU its warnings are dozens, none of use here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device.type == "cpu" else "WARNING")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    before = {name: os.environ.get(name) for name in wanted}
+    before = {name: os.environ.get(name) for name in variables}
     set_num_threads = torch.set_num_threads
-    os.environ.update(wanted)
+    os.environ.update(variables)
     try:
         with warnings.catch_warnings(action="ignore"):  # of its own imports
             yield

@@ -1,5 +1,4 @@
-"""`vpgea serve`: a `vllm serve` with safe settings, which samples for training runs and takes their
-weights."""
+"""`vpgea serve`: a `vllm serve` with safe settings, which samples for runs and takes weights."""
 
 from __future__ import annotations
 
@@ -32,9 +31,11 @@ OURS = (
 def serve_command(
     cfg: Config, host: str, port: int, more: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """The `vllm serve` (words, environment) that `ServerEngine` can sample from and hand weights
-    to: token ids in and out, log-probs after the temperature, and the key on every route. `more`
-    goes to vLLM as it is. ConfigError for an option in it that must be as it is here."""
+    """Spell the `vllm serve`, as (words, environment), that a `ServerEngine` can use.
+
+    Token ids go in and out, log-probs are those after the temperature, and every route asks for the
+    key. `more` goes to vLLM as it is; options in it that must be as they are here are refused.
+    """
     for word in more:
         _check_passed(word)
     cuda = torch.cuda.is_available()
@@ -66,9 +67,11 @@ def serve_command(
 
 
 def _check_passed(word: str) -> None:
-    """ConfigError for a word behind `--` that vLLM would read as one of OURS. Its parser takes `_`
-    for `-`, and any beginning of an option that is the only one to begin so; a nested option
-    (`--ssl.x`) begins as its owner does."""
+    """Refuse a word behind `--` that vLLM would read as one of OURS.
+
+    Its parser takes `_` for `-`, and an option's beginning where no other begins so; a nested
+    option (`--ssl.x`) begins as its owner does.
+    """
     name = word.partition("=")[0].partition(".")[0].replace("_", "-")
     if len(name) > 2 and name.startswith("--"):
         for ours in OURS:
@@ -81,53 +84,56 @@ def _check_passed(word: str) -> None:
 
 
 def serve(command: Sequence[str], environment: Mapping[str, str], host: str, port: int) -> int:
-    """Run a server to its end; its exit status. Its engines, which a killed vLLM would leave behind
-    with their memory, end with it, and it ends with this process.
+    """Run a server to its end; return its exit status. It ends with this process.
 
-    A vLLM whose engine has died in a call waits for that call for ever. So one that has answered
-    /health, or was told to end, and then misses more than MISSES of them is killed.
+    Its engines, which a killed vLLM would leave behind with their memory, end with it.
     """
+    # All addresses of this machine are none to call; loopback is one of them.
     here = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     client = Client(f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}")
 
-    started = subprocess.Popen(
+    server = subprocess.Popen(
         command,
         env={**os.environ, **environment},
         start_new_session=True,  # so that the group can be killed as one
         preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
     )
-    told = threading.Event()
+    ending = threading.Event()
 
-    def tell(number: int, _: object) -> None:
-        told.set()
-        started.send_signal(number)
+    def end(number: int, _: object) -> None:
+        ending.set()
+        server.send_signal(number)
 
+    # In a session of its own the server gets no Ctrl-C of the terminal: it is passed on.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, tell)
+        signal.signal(number, end)
+    # A vLLM whose engine has died in a call waits for that call for ever. So one that has answered
+    # once, or is to end, and then misses more than MISSES looks is killed. Loading has no limit.
     status, misses, answered = None, 0, False
     while status is None and misses <= MISSES:
         with suppress(subprocess.TimeoutExpired):
-            status = started.wait(HEALTH_SECONDS if answered else 0.5)
+            status = server.wait(HEALTH_SECONDS if answered else 0.5)
         healthy = client.healthy()
-        answered = answered or healthy or told.is_set()
+        answered = answered or healthy or ending.is_set()
         misses = 0 if healthy or not answered else misses + 1
     client.close()
     # Engines are of its group, and outlive a vLLM that was killed.
     with suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    status = started.wait()
+        os.killpg(server.pid, signal.SIGKILL)
+    status = server.wait()
     return status if status >= 0 else 128 - status
 
 
 async def require_key(request: Any, go_on: Callable[[Any], Any]) -> Any:
-    """The key on every route but /health; vLLM's own check leaves open what changes weights.
+    """Ask for the key on every route but /health; `go_on` answers the request.
 
-    The path is the request line's own: that of `request.url` is built from the Host header, which
-    a client may write as `x/health?` (starlette before 1.1 took it).
+    vLLM's own check leaves open the routes that change weights.
     """
     from starlette.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
     key, given = read_key(), request.headers.get("authorization", "")
+    # The path is the request line's own. That of `request.url` is built from the Host header, which
+    # a client may write as `x/health?` (starlette before 1.1 took it).
     open_ = not key or request.scope["path"] == "/health"
     if open_ or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
         return await go_on(request)

@@ -1,5 +1,8 @@
-"""Weights on their way into an engine elsewhere, both ends: by safetensors files (any device), CUDA
-IPC (a child on the same GPU), or NCCL (a server).
+"""Move weights into an engine elsewhere: both ends of each way.
+
+    safetensors files   any device
+    CUDA IPC            a child on the same GPU
+    NCCL                a server
 
 About CHUNK_BYTES travel together, so no process ever holds the whole model for a transfer.
 """
@@ -10,7 +13,7 @@ import base64
 import itertools
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from operator import itemgetter
@@ -27,7 +30,7 @@ SYNC_SECONDS = 1800.0
 """An engine that takes longer to take over weights, or to sleep, is lost."""
 
 CHUNK_BYTES = 2**30
-"""Of weights that travel together: one file, one staging buffer, one broadcast."""
+"""Of weights that travel together: one file, one staging buffer, one call to a server."""
 
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -37,54 +40,58 @@ SHAPE = (
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """SHAPE of a transformers configuration."""
+    """Read SHAPE from a transformers configuration."""
+    # A multimodal model has these keys one level deeper; a key that a family lacks counts as None.
     text = config.get_text_config()
     return {key: getattr(text, key, None) for key in SHAPE}
 
 
 class WorkerExtension:
-    """What vLLM mixes into the worker of an engine that runs in a process of its own."""
+    """Adds methods to the worker of an engine that runs in a process of its own."""
 
     model_runner: Any
     mark = ""
 
     def describe(self) -> dict[str, Any]:
-        """The served model, and the positions that a path may have."""
+        """Describe the served model, and the positions that a path may have."""
         model = self.model_runner.model_config
         return {**describe(model.hf_config), "positions": model.max_model_len}
 
     def set_mark(self, mark: str) -> None:
-        """Who gave the weights, and when."""
+        """Note which hand-over the weights are of."""
         self.mark = mark
 
     def marked(self) -> str:
         return self.mark
 
     def load_files(self, directory: str) -> int:
-        """Take over the weights that `write_weights` left in a directory; how many vLLM took."""
-        self.mark, taken = "", itertools.count()
+        """Take over the weights that `write_weights` left; return how many vLLM asked for."""
+        # Half of a hand-over must carry no mark. `zip` reads a weight before it counts it, so at
+        # the end the counter stands at the number of weights.
+        self.mark, counter = "", itertools.count()
         read = _read_weights(FilePath(directory))
-        named = (weight for weight, _ in zip(read, taken, strict=False))
+        named = (weight for weight, _ in zip(read, counter, strict=False))
         self.model_runner.reload_weights(weights_iterator=named, is_checkpoint_format=True)
-        return next(taken)
+        return next(counter)
 
 
 EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__name__}"
-"""As vLLM is told of it."""
+"""Its name, by which vLLM imports it."""
 
 
 def copied(
     named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, device: str | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that outlive the next one, where those of a sharded model do not."""
+    """Copy each tensor, so that it outlives the next one."""
+    # The tensors of a sharded model are views of a unit, which is freed when the next is gathered.
     return ((name, tensor.detach().to(device, dtype, copy=True)) for name, tensor in named)
 
 
 def chunks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """About CHUNK_BYTES together, so the whole model is never in one place."""
+    """Group tensors to about CHUNK_BYTES; a larger one is the last of its group."""
     part: dict[str, torch.Tensor] = {}
     for name, tensor in named:
-        part[name] = tensor.contiguous()
+        part[name] = tensor.contiguous()  # neither safetensors nor NCCL takes a strided view
         if sum(held.nbytes for held in part.values()) >= CHUNK_BYTES:
             yield part
             part = {}
@@ -94,32 +101,35 @@ def chunks(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torc
 
 @contextmanager
 def weights_directory(parent: str | None) -> Iterator[FilePath]:
-    """A directory for weights on their way, below `parent` (default: the system's place)."""
+    """Make a directory for weights below `parent` (default: the system's place), for the block."""
     try:
         if parent is not None:
             FilePath(parent).mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(dir=parent, prefix="weights-")
+        temporary = tempfile.TemporaryDirectory(dir=parent, prefix="weights-")
     except OSError as error:
         raise RolloutError(
             f"engine.sync_dir: cannot write below {parent or tempfile.gettempdir()} ({error}); set "
             "it to a directory that can be written"
         ) from error
-    with made as directory:
+    with temporary as directory:
         yield FilePath(directory)
 
 
-def check_taken(written: int, taken: Iterable[object]) -> None:
-    """RolloutError unless every worker's answer to `load_files` is what was written."""
-    if {str(count) for count in taken} != {str(written)}:
+def check_counts(written: int, counts: Sequence[object]) -> None:
+    """Refuse a hand-over unless every worker has answered `load_files` with what was written."""
+    # As strings, because the route of a server makes strings of numbers.
+    if {str(count) for count in counts} != {str(written)}:
         raise RolloutError(
-            f"the engine took {', '.join(map(str, taken))} of {written} weights; the last "
+            f"the engine took {', '.join(map(str, counts))} of {written} weights; the last "
             "checkpoint is good: go on with --resume"
         )
 
 
 def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath) -> int:
-    """Safetensors, a file for each of `chunks`; how many tensors. One under two names must be
-    two."""
+    """Write a safetensors file for each of `chunks`; return the number of tensors.
+
+    A weight under two names must be two tensors.
+    """
     written = 0
     for number, part in enumerate(chunks(named)):
         written += len(part)
@@ -134,7 +144,9 @@ def write_weights(named: Iterable[tuple[str, torch.Tensor]], directory: FilePath
 
 
 def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights of all files, one tensor in memory at a time."""
     files = sorted(directory.glob("*.safetensors"))
+    # Two hosts may have a directory of the same name: the engine would keep its old weights.
     if not files:
         raise FileNotFoundError(
             f"no weights in {directory}: engine.sync_dir must be a directory that the trainer and "
@@ -147,17 +159,18 @@ def _read_weights(directory: FilePath) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]], staged: int) -> None:
-    """vLLM's packed IPC transfer into a child on the same GPU: weights pass through one staging
-    buffer of `staged` bytes, whose handle goes over the pipe between the two processes. Not run on
-    a GPU by this project yet.
+    """Send weights to a child on the same GPU, by vLLM's packed IPC transfer.
 
-    vLLM's own trainer side would gather pickled handles of all processes, other nodes' too; each
-    engine here has one trainer, so its producer is driven directly.
+    They pass through one staging buffer of `staged` bytes, whose handle goes over the pipe between
+    the two processes. Not run on a GPU by this project yet.
     """
+    # vLLM's own trainer side would gather pickled handles of all processes, other nodes' too. Each
+    # engine here has one trainer, so its producer is driven directly.
     from vllm.distributed.weight_transfer.packed_tensor import (  # pyright: ignore[reportMissingImports]
         packed_ipc_producer,
     )
 
+    # By UUID, since the two processes may number their devices differently.
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     llm.init_weight_transfer_engine({"init_info": {"packed": True}})
     llm.start_weight_update()
@@ -175,11 +188,9 @@ def send_ipc(llm: Any, named: Iterable[tuple[str, torch.Tensor]], staged: int) -
 
 
 class NcclSender:
-    """vLLM's NCCL transfer to the workers of a server, a call for every chunk, so no process holds
-    the whole model. Not run on a GPU by this project yet.
+    """Sends weights to the workers of a server by vLLM's NCCL transfer, a call for every chunk.
 
-    The two sides meet by a unique id that goes with the other JSON: vLLM's own meeting would
-    pickle it. `client` has vLLM's four calls of a weight transfer.
+    `client` has vLLM's four calls of a weight transfer. Not run on a GPU by this project yet.
     """
 
     def __init__(self, client: Any, workers: Mapping[str, int]) -> None:
@@ -190,6 +201,7 @@ class NcclSender:
         self.client, self.device = client, torch.cuda.current_device()
         self.group: Any = None
         self.size = workers["world_size"] + 1
+        # The id goes with the other JSON: vLLM's own meeting, over a store, would pickle it.
         unique = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         meeting = {
             "nccl_unique_id_b64": base64.b64encode(unique).decode(),
@@ -210,7 +222,7 @@ class NcclSender:
             self.group = uid_init_process_group(unique, 0, self.size, self.device)
 
     def send(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Tensors must outlive the next one; see `copied`."""
+        """Send all of `named`, whose tensors must outlive the next one; see `copied`."""
         self.client.start_weight_update()
         for part in chunks(named):
             self._send(part)
@@ -222,12 +234,15 @@ class NcclSender:
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in part.values()],
             "shapes": [list(tensor.shape) for tensor in part.values()],
         }
-        torch.cuda.current_stream().synchronize()  # the copies are there
+        # The broadcast runs in another thread, whose current stream need not be the one that the
+        # copies are queued on.
+        torch.cuda.current_stream().synchronize()
         side_by_side(
             lambda: self.client.update_weights(update), lambda: self._broadcast(part.values())
         )
 
     def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        # The current device is a thread's own; a new one starts at device 0.
         with torch.cuda.device(self.device):
             for tensor in tensors:
                 self.group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
@@ -235,14 +250,15 @@ class NcclSender:
 
 
 def side_by_side(*parts: Callable[[], object]) -> None:
-    """All of them at once; the first error is raised whatever the others still wait for: a call to
-    a server that has died ends, but a broadcast to it never does.
+    """Run all parts at once; raise the first error, whatever the others still wait for.
 
     >>> import time
     >>> side_by_side(lambda: time.sleep(1e6), lambda: 1 / 0)
     Traceback (most recent call last):
     ZeroDivisionError: division by zero
     """
+    # A call to a server that has died ends, but a broadcast to it never does. So no executor, whose
+    # exit waits for its threads, and daemons, which do not hold up the end of the process.
     ends: list[Future[object]] = [Future() for _ in parts]
 
     def run(part: Callable[[], object], end: Future[object]) -> None:
@@ -258,7 +274,7 @@ def side_by_side(*parts: Callable[[], object]) -> None:
 
 
 def skeleton(path: str, *, trust_remote_code: bool) -> Any:
-    """The transformers model without storage: its parameters' names and shapes."""
+    """Build the transformers model without storage: its parameters' names and shapes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -1,0 +1,210 @@
+"""What an objective is: a frozen record of keys with three methods. Nothing else names a method.
+
+    draws()              what a step samples
+    needs()              log-probs that must be known before the objective speaks
+    terms(batch, state)  scored paths -> the additive parts of the loss, one weight per path
+
+The trainer below knows no algorithm: it draws, scores, makes a row of every path with a weight, and
+steps. An objective of your own is a class with these methods (`objective.target`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from vpgea_fast.types import Live, Norm, Part, PathKey, Score, ScoredBatch, Stream, View
+from vpgea_fast.values import STRICT, PositiveFloat
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """What a step samples of each question.
+
+    posterior, prior  paths of each stream
+    posterior_view    the prompt that the posterior paths are drawn from
+    verified          the sampled answers must be judged, so full answers are sampled
+    """
+
+    posterior: int = 0
+    prior: int = 0
+    posterior_view: View = "teacher"
+    verified: bool = False
+    answers: bool = False
+
+    # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
+
+    @property
+    def paths(self) -> int:
+        """Paths of a question, both streams."""
+        # What a question costs the engine; scoring costs a forward of each again.
+        return self.posterior + self.prior
+
+    @property
+    def plan(self) -> list[tuple[Stream, View, int]]:
+        """(stream, view that it is drawn in, paths per question), posterior first."""
+        return [
+            ("posterior", self.posterior_view, self.posterior),
+            ("prior", "student", self.prior),
+        ]
+
+    @property
+    def counts(self) -> list[int]:
+        """Paths per prompt, of the streams that are drawn."""
+        # Paths of one stream share a prompt, and with it a prefix in the engine's cache.
+        return [count for _, _, count in self.plan if count]
+
+    @property
+    def teacher(self) -> bool:
+        """Anything is drawn from the teacher's prompt."""
+        return self.posterior > 0 and self.posterior_view == "teacher"
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One additive part of the loss: a weight for every path of a stream, under one prompt.
+
+    name        the part's name in the log, as in `loss_pg`
+    weight_BP   (B, P) float64: the gradient of the minimised loss is the sum over paths of
+                weight * w * grad log p(part | context), with w the normaliser of rows.py. A
+                negative weight makes a path likelier.
+    counted_BP  (B, P) bool: paths whose tokens the norm `token_mean` counts; None: all
+    factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
+    distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
+    live        replaces `weight` by a function of the log-probs of the moment
+    """
+
+    name: str
+    stream: Stream
+    view: View
+    weight_BP: Tensor
+    part: Part = "thought"
+    distilled: bool = False
+    counted_BP: Tensor | None = None
+    factors: Mapping[PathKey, Tensor] | None = None
+    live: Live | None = None
+
+    @property
+    def acting(self) -> Tensor:
+        """(B, P) bool: the paths that get a row."""
+        # A zero row would cost attention, MLP and head, and add nothing.
+        if self.live is None or not self.live.reference:
+            return self.weight_BP.ne(0)
+        # The KL to a reference holds every path, those of advantage zero too.
+        everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
+        return everyone if self.counted_BP is None else self.counted_BP
+
+
+@plain_dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What an objective says of a batch.
+
+    parts        the additive parts of the loss
+    path_scores  for the log alone: of a stream, name -> (B, P)
+    metrics      for the log alone
+    state        what the objective keeps for the next step, values that JSON has
+
+    >>> part = Term(
+    ...     name="pg", stream="prior", view="student", weight_BP=torch.tensor([[-1.0, 1.0]])
+    ... )
+    >>> Terms(parts=(part,)).alive.tolist()
+    [True]
+    """
+
+    parts: tuple[Term, ...]
+    path_scores: Mapping[Stream, dict[str, Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> Tensor:
+        """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
+        policy alone teaches nothing, and does not count."""
+        # (parts, B) -> (B,): one part with a gradient is enough.
+        return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
+
+    def without(self, lost_B: Tensor) -> Terms:
+        """No weight for the questions where `lost_B` is True."""
+        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
+        parts = (
+            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
+            for part in self.parts
+        )
+        return replace(self, parts=tuple(parts))
+
+
+class Objective(Protocol):
+    """A method. The keys of its section are the fields of the class, a frozen pydantic dataclass
+    (`Keys` below has those that all of them share)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def norm_constant(self) -> float | None: ...
+
+    @property
+    def denominator(self) -> Literal["nominal", "effective"]: ...
+
+    def draws(self) -> Draws:
+        """Say what a step samples."""
+        ...
+
+    def needs(self) -> frozenset[Score]:
+        """Say which log-probs `terms` reads. Of part `target` they come as `u_BP` of the stream, of
+        other parts as `ScoredBatch.logps`."""
+        ...
+
+    def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
+        """Make the loss of a step. A pure function: `state` is the `Terms.state` of the step
+        before, {} at first. It holds values that JSON has, and is saved in every checkpoint."""
+        ...
+
+    def at(self, step: int, /) -> Objective:
+        """Give the objective of this step, from 0: schedules of keys go this one way."""
+        ...
+
+    def notes(self) -> Iterator[str]:
+        """Say what a user should know before trusting the curves."""
+        ...
+
+
+@dataclass(frozen=True, config=STRICT)
+class Keys:
+    """Keys of every objective, and the answers of one that is the same at every step."""
+
+    name: str = ""
+    """The method."""
+    norm: Norm = "const"
+    """What a path's weight is divided by, besides the number of paths. `const`: norm_constant.
+    `seq_sum`: nothing. `seq_mean`: its length. `token_mean`: tokens of the whole stream instead."""
+    norm_constant: PositiveFloat | None = None
+    """C of `const`; null: rollout.max_new_tokens / 4."""
+    denominator: Literal["nominal", "effective"] = "nominal"
+    """Divide by all questions of the update (`nominal`), or by those that have a gradient
+    (`effective`)."""
+
+    def at(self, _step: int, /) -> Any:
+        return self
+
+    def notes(self) -> Iterator[str]:
+        return iter(())
+
+
+def scores_answers(objective: Objective) -> bool:
+    """The reference answer is scored behind every path: U."""
+    return any(score.part == "target" for score in objective.needs())
+
+
+def reads_reference(objective: Objective) -> bool:
+    """Log-probs of the frozen reference policy are read."""
+    return any(score.who == "reference" for score in objective.needs())

@@ -1,0 +1,228 @@
+"""Terms of an objective -> training rows, with the normaliser of the whole update folded in.
+
+loss = sum over rows of sum_t coef_t log p(token_t | context), coef_t = weight_i * w_i, up to the
+constants of distilled rows (`TrainRow`); w_i divides by
+
+    seq_sum     B P                the formula of the paper literally
+    const       B P C              the same direction at a length-free scale
+    seq_mean    B P len_i          removes the length from the gradient of a path
+    token_mean  sum_j len_j        all tokens of the stream in the update
+
+with B questions, P paths of each, and len_i the tokens of the trained part. The updates of one
+rollout share its normaliser (`Scale.updates`), as TRL's do: a mean over the tokens of a minibatch
+would weigh the paths of one more than those of another. Sums stay inside and the normaliser
+outside, so no split into micro-batches or ranks can change the gradient.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vpgea_fast.config import Config
+from vpgea_fast.objectives import Term, Terms
+from vpgea_fast.scoring import after_thought
+from vpgea_fast.types import (
+    Norm,
+    Part,
+    Path,
+    PathKey,
+    PromptedQuestion,
+    ScoredBatch,
+    TrainRow,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """The normaliser of an update: see the top of the file.
+
+    constant   C of `const`
+    effective  count only the questions that have a gradient
+    updates    parts that the questions are split into, an update each: a part weighs as much as
+               all of them did, and every path as much as any other
+    """
+
+    norm: Norm = "const"
+    constant: float = 1.0
+    effective: bool = False
+    updates: int = 1
+
+    @classmethod
+    def of(cls, cfg: Config) -> Scale:
+        """What the objective's keys say; C is a quarter of the token limit where they do not."""
+        objective = cfg.objective
+        return cls(
+            norm=objective.norm,
+            constant=objective.norm_constant or cfg.rollout.max_new_tokens / 4,
+            effective=objective.denominator == "effective",
+            updates=cfg.train.minibatches,
+        )
+
+
+def build_rows(
+    batch: ScoredBatch,
+    terms: Terms,
+    scale: Scale,
+    *,
+    think_close_id: int = -1,
+    ratios: Mapping[PathKey, torch.Tensor] | None = None,
+) -> list[TrainRow]:
+    """One row for every path of a term that acts on it; the others do not exist.
+
+    think_close_id  closes a cut thought before the reference answer (part `target` alone)
+    ratios          a factor per token for paths drawn by another sampler than the policy, under
+                    every prompt alike: as many numbers as the path has tokens, or more
+    """
+    rows = []
+    for term in terms.parts:
+        scale_BP = _normaliser(batch, term, terms.alive, scale)
+        # Python numbers, flat in the order of the pairs: one transfer per term, not per path.
+        columns = zip(
+            batch.pairs(term.stream),
+            term.acting.flatten().tolist(),
+            term.weight_BP.flatten().tolist(),
+            scale_BP.flatten().tolist(),
+            strict=True,
+        )
+        for (question, path), acting, weight, factor in columns:
+            if not acting:
+                continue
+            row = part_row(question, path, term, think_close_id)
+            if row.token_ids.numel():
+                rows.append(_weigh(row, term, path, weight=weight, scale=factor, ratios=ratios))
+    return rows
+
+
+def minibatches(batch: ScoredBatch, rows: Sequence[TrainRow], count: int) -> list[list[TrainRow]]:
+    """Split rows by question into `count` parts, in the order of the batch."""
+    # By place: the questions of a step are in random order already, and a path's rows, which the
+    # loss of a distilled one reads together, stay in one update.
+    questions = len(batch.questions)
+    part_of = {q.question.id: i * count // questions for i, q in enumerate(batch.questions)}
+    return [[r for r in rows if r.path and part_of[r.path[0]] == n] for n in range(count)]
+
+
+def checksum(rows: Sequence[TrainRow]) -> int:
+    """A number of the rows' tokens and coefficients: processes must agree on it."""
+    # Bytes, not values: NaN is unequal to itself, and -0.0 equal to 0.0.
+    crc = 0
+    for row in rows:
+        for part in (row.context_ids, row.token_ids, row.coef.double()):
+            crc = zlib.crc32(part.numpy().tobytes(), crc)
+    return crc
+
+
+def _weigh(
+    row: TrainRow,
+    term: Term,
+    path: Path,
+    *,
+    weight: float,
+    scale: float,
+    ratios: Mapping[PathKey, torch.Tensor] | None,
+) -> TrainRow:
+    """The row with its coefficients: those of an update whose policy drew the paths."""
+    tokens = row.token_ids.shape
+    # float64: the sum over 8k tokens of a row is rounded once, in the loss.
+    coef, factor = torch.full(tokens, weight * scale, dtype=torch.float64), None
+    if term.factors is not None:
+        factor = term.factors[path.key]
+    # The reference answer was not drawn, so no sampler is corrected on it.
+    if ratios is not None and term.part != "target":
+        # A ratio per drawn token, thought first: an answer's begin behind the thought.
+        start = path.z_ids.numel() if term.part == "answer" else 0
+        ratio = ratios[path.key][start:][: tokens[0]]
+        factor = ratio if factor is None else factor * ratio
+    if factor is not None:
+        coef *= factor
+    return replace(row, coef=coef, weight=weight, scale=scale, factor=factor, live=term.live)
+
+
+def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
+    """Every path that a term acts on, whole as far as it is trained, under the prompt that it was
+    drawn from; no coefficients."""
+    rows: dict[PathKey, TrainRow] = {}
+    for term in terms.parts:
+        # Behind a thought the answer is drawn too, so its log-probs are those of the response.
+        part: Part = "thought" if term.part in ("thought", "target") else "response"
+        view = batch.drawn_in(term.stream)
+        # Under the prompt of the draw: another one's log-probs say nothing about the sampler.
+        own = replace(term, part=part, view=view, live=None, distilled=False)
+        acting = term.acting.flatten().tolist()
+        for (question, path), acts in zip(batch.pairs(term.stream), acting, strict=True):
+            row = part_row(question, path, own)
+            known = rows.get(path.key)
+            # Two terms of one path share a row: the longer part holds the other's tokens.
+            longer = known is None or known.token_ids.numel() < row.token_ids.numel()
+            if acts and row.token_ids.numel() and longer:
+                rows[path.key] = row
+    return rows
+
+
+def part_row(
+    question: PromptedQuestion, path: Path, term: Term, think_close_id: int = -1
+) -> TrainRow:
+    """The part of a path that a term trains behind its context; coefficients zero."""
+    context, logps = question.context(term.view), None
+    if term.part == "thought":
+        tokens, logps = path.z_ids, path.logps
+    elif term.part == "response":
+        tokens, logps = path.response_ids, path.response_logps
+    elif term.part == "answer":
+        context, tokens = torch.cat([context, path.z_ids]), path.answer_ids
+        logps = path.response_logps[path.z_ids.numel() :]
+    else:
+        thought = after_thought(context, path, think_close_id)
+        context, tokens = torch.cat([thought, question.cue_ids]), question.target_ids
+    return TrainRow(
+        context_ids=context,
+        token_ids=tokens,
+        coef=torch.zeros(tokens.shape, dtype=torch.float64),
+        stream=path.stream,
+        view=term.view,
+        term=term.name,
+        distilled=term.distilled,
+        sample_logps=logps,
+        path=path.key,
+    )
+
+
+def truncated_ratios(
+    rows: Mapping[PathKey, TrainRow], trainer: Sequence[torch.Tensor], *, cap: float
+) -> tuple[dict[PathKey, torch.Tensor], dict[str, float]]:
+    """min(p_trainer / p_engine, cap) of every token of `drawn_rows`, float64; the share cut.
+
+    Importance weights for paths that the engine drew, token by token (truncated importance
+    sampling, Ionides 2008): that the prefix too was drawn by the engine is left out.
+
+    trainer: log-probs of every row's tokens under the policy that is trained.
+    """
+    ratios, cut = {}, [torch.zeros(0, dtype=torch.bool)]
+    for (key, row), logps in zip(rows.items(), trainer, strict=True):
+        assert row.sample_logps is not None
+        ratio = (logps.double() - row.sample_logps.double()).exp()
+        ratios[key] = ratio.clamp(max=cap)
+        cut.append(ratio > cap)
+    share = torch.cat(cut).double().mean().item() if rows else 0.0
+    return ratios, {"importance_capped": share}
+
+
+def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """w_i of every path, (B, P) float64."""
+    weight_BP = term.weight_BP
+    counted_B = alive if scale.effective else torch.ones_like(alive)
+    # 1 / (B P) of one update: each has 1 / updates of the questions.
+    per_path = scale.updates / (counted_B.sum().clamp(min=1).double() * weight_BP.shape[1])
+    if scale.norm in ("seq_sum", "const"):
+        constant = scale.constant if scale.norm == "const" else 1.0
+        return (per_path / constant).expand_as(weight_BP)
+    tokens_BP = batch.token_counts(term.stream, term.part)
+    if scale.norm == "seq_mean":
+        return per_path / tokens_BP
+    # A term that counts its own paths does so whatever the questions' other terms are.
+    counted_BP = counted_B[:, None] if term.counted_BP is None else term.counted_BP
+    return (scale.updates / (tokens_BP * counted_BP).sum().clamp(min=1.0)).expand_as(weight_BP)
