@@ -146,8 +146,8 @@ def _plan(
     if left_out:  # an evaluation refuses longer prompts
         most = cfg.data.max_prompt_tokens + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens
         context = max(context, most)
-    asked = sum(len(benchmark.questions) for benchmark in benchmarks.values())
-    asked += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
+    evaluated = sum(len(benchmark.questions) for benchmark in benchmarks.values())
+    evaluated += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
     # Half of the paths have the longer teacher's prompt; close enough where they have not.
     lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
     return Plan(
@@ -159,7 +159,7 @@ def _plan(
         row=row,
         context=context,
         mean_prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
-        answers=asked * (cfg.eval.samples + cfg.eval.greedy),
+        answers=evaluated * (cfg.eval.samples + cfg.eval.greedy),
         left_out=left_out,
     )
 
@@ -276,11 +276,11 @@ def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterat
             f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
             f"the trainer are {over / GIB:.3f} too many; " + _smaller(plan, engine, over)
         )
-    asked = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
+    claim = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
     free = usable - estimate.phases["sampling"]["weights"]
-    if asked > free > 0 and not plan.is_share:
+    if claim > free > 0 and not plan.is_share:
         yield (
-            f"  vLLM will not start: it asks for engine.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"  vLLM will not start: it asks for engine.gpu_memory ({claim / GIB:.3f} GiB) of free "
             f"memory also with engine.kv_cache_gib, and {free / GIB:.3f} are free; set "
             f"engine.gpu_memory to {_floor(free / device):.2f} or less"
         )
