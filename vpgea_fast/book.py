@@ -267,7 +267,8 @@ share_cov_negative | share
     # From `diagnostics.mismatch`, `rows.truncated_ratios` and rollout/probe.py.
     Chapter(
         "Engine against trainer",
-        "mismatch_* with every update, importance_capped with rollout.importance_cap. "
+        "mismatch_* with every update, importance_capped with rollout.importance_cap; "
+        "kl_reference and clipped where a policy gradient makes several updates or holds to one. "
         "probe_* after a hand-over of weights (vLLM, or a sharded model), by rollout.probe_every.",
         _table("""
 mismatch_mean | ratio
@@ -281,6 +282,12 @@ mismatch_ratio_max | ratio
     Largest p_trainer / p_engine over those tokens; 1: equal.
 mismatch_outside | share
     Share of those tokens whose ratio is outside 0.9 to 1.1.
+kl_reference | nats per token
+    Mean k3 estimate of KL(policy, reference policy) over the tokens of trained paths, before the
+    first update; with kl_coef above 0.
+clipped | share
+    Share of tokens with a ratio that clipping leaves out, mean over the updates of the step; with
+    several updates, or a reference policy.
 importance_capped | share
     Share of trained tokens whose ratio p_trainer / p_engine the cap cut.
 probe_mean | nats

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,13 @@ from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
-from vpgea_fast.distributed import World
+from vpgea_fast.distributed import World, reshard
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
 from vpgea_fast.model import Policy, load_policy, make_replica
+from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import length_report
@@ -34,6 +35,7 @@ from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
+from vpgea_fast.scoring import RowsFn
 from vpgea_fast.types import PromptedQuestion, TrainRow
 from vpgea_fast.verify import Verifier
 
@@ -100,6 +102,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             temperature = cfg.rollout.temperature
             return passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
 
+        reference = _reference(cfg, world, passes)
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
@@ -136,7 +139,14 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         probe=probe,
         evaluator=evaluator,
         collector=collector,
-        measure=Measure(cfg=cfg, world=world, policy=policy, passes=passes, decode=text.decode),
+        measure=Measure(
+            cfg=cfg,
+            world=world,
+            policy=policy,
+            passes=passes,
+            reference=reference,
+            decode=text.decode,
+        ),
         verifier=verifier,
     )
 
@@ -152,6 +162,30 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
     )
     return intake
+
+
+def _reference(cfg: Config, world: World, passes: Passes) -> RowsFn | None:
+    """Log-probs under the model that the run began with, where the objective asks for them."""
+    if not reads_reference(cfg.objective):
+        return None
+    # Never trained: sharded, its forward is the policy's bit for bit without float32 masters.
+    lean = cfg.model.dtype == "bfloat16" and world.mesh is not None
+    model = replace(cfg.model, master_dtype="bfloat16") if lean else cfg.model
+
+    def read() -> Policy:
+        policy = load_policy(model, world, cfg.parallel, backend=cfg.loss.backend)
+        return policy.requires_grad_(False).eval()
+
+    kept = read() if cfg.model.reference == "device" else None
+
+    def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        # From disk it is dropped when this returns: its memory is the update's again.
+        policy, temperature = kept or read(), cfg.rollout.temperature
+        logps = passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
+        reshard(policy)
+        return logps
+
+    return score
 
 
 def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:

@@ -176,6 +176,12 @@ def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return result
 
 
+def k3(gap: torch.Tensor) -> float:
+    """Mean exp(d) - d - 1 of d = log p_reference - log p: an estimate of KL(p || p_reference) per
+    token, never negative (Schulman 2020)."""
+    return (gap.exp() - gap - 1).mean().item()
+
+
 def mismatch(gap: torch.Tensor) -> dict[str, float]:
     """Measure how far the sampler is from the trainer, by log p_engine - log p_trainer per token:
     mean exp|gap| (NeMo-RL's bar is 1.05), the largest |gap|, the smallest and largest ratio

@@ -24,7 +24,7 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import ModelFlops, peak_flops
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reads_reference, scores_answers
 
 HOUR = 3600
 ANSWER_ROWS = 16
@@ -286,6 +286,8 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
             limit=cfg.rollout.max_answer_tokens,
         )
         scoring = _drawing(cfg, rates, sizes, answers)
+    if reads_reference(objective):
+        scoring += 2 * rows * whole  # of the policy, and of the model that it is held to
     # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole

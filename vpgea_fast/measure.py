@@ -19,18 +19,22 @@ from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import drawn_rows, truncated_ratios
-from vpgea_fast.scoring import score_row
+from vpgea_fast.scoring import RowsFn, score_row
 from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures a step and changes nothing. Its forwards are collectives of a sharded policy."""
+    """Measures a step and changes nothing. Its forwards are collectives of a sharded policy.
+
+    `reference` gives the log-probs of the frozen reference policy.
+    """
 
     cfg: Config
     world: World
     policy: Policy
     passes: Passes
+    reference: RowsFn | None
     decode: Callable[[torch.Tensor], str]
 
     @property
@@ -49,21 +53,37 @@ class Measure:
         rows = drawn_rows(batch, terms)
         return truncated_ratios(rows, self._logprobs(list(rows.values())), cap=cap)
 
-    def known(self, updates: Sequence[Sequence[TrainRow]]) -> list[list[TrainRow]]:
+    def known(
+        self, updates: Sequence[Sequence[TrainRow]]
+    ) -> tuple[list[list[TrainRow]], dict[str, float]]:
         """The rows with their log-probs before the first update, where a later one compares with
-        them, and those of the reference policy: a forward each, of the rows that ask."""
+        them, and those of the reference policy: a forward each, of the rows that ask. And how far
+        the policy is from the reference, where there is one."""
         # By identity: epochs share their rows, and each is scored once.
         rows = list({id(row): row for part in updates for row in part}.values())
-        several = len(updates) > 1
         # With a single update every ratio is 1, and its coefficients are known already.
+        several = len(updates) > 1
         asked = [r for r in rows if r.live and (several or r.live.reference)]
-        old = self._logprobs(asked)
-        whole = {id(row): replace(row, old=values) for row, values in zip(asked, old, strict=True)}
-        return [[whole.get(id(row), row) for row in part] for part in updates]
+        held = [r for r in asked if r.live and r.live.reference]
+        old = {id(r): logps for r, logps in zip(asked, self._logprobs(asked), strict=True)}
+        far = {}
+        if held and self.reference is not None:
+            far = {id(r): logps for r, logps in zip(held, self.reference(held), strict=True)}
+        whole = {
+            key: replace(row, old=old[key], reference=far.get(key))
+            for row in asked
+            if (key := id(row)) in old
+        }
+        gaps = [far[key] - old[key] for key in far]
+        kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
+        return [[whole.get(id(row), row) for row in part] for part in updates], kl
 
-    def moment(self, rows: Sequence[TrainRow], *, moved: bool) -> list[TrainRow]:
-        """The rows with the coefficients of the policy as it is now. One forward more where it has
-        `moved` since it drew the paths, of the rows whose coefficients depend on that."""
+    def moment(
+        self, rows: Sequence[TrainRow], *, moved: bool
+    ) -> tuple[list[TrainRow], dict[str, float]]:
+        """The rows with the coefficients of the policy as it is now, and the share of tokens that
+        clipping leaves out. One forward more where it has `moved` since it drew the paths, of the
+        rows whose coefficients depend on that."""
         live = {id(row): row.old for row in rows if row.old is not None}
         # A forward costs a third of the row's training; a clipped row then costs nothing more.
         if moved:
@@ -71,7 +91,9 @@ class Measure:
             live = dict(zip(live, self._logprobs(asked), strict=True))
         # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
-        return drop_zero_rows(now)
+        ratioed = [row.coef for row in now if row.old is not None and row.weight]
+        share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
+        return drop_zero_rows(now), share
 
     def _logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         if not rows:

@@ -164,7 +164,7 @@ class Trainer:
         batch, terms, usage = self.collect(timer)
         with timer("importance"):
             ratios, weighed = measure.importance(batch, terms)
-            updates = measure.known(self.updates(batch, terms, ratios))
+            updates, held = measure.known(self.updates(batch, terms, ratios))
         # One pass over the questions: later epochs have the same rows again.
         rows = [row for part in updates[: self.cfg.train.minibatches] for row in part]
         with timer("diagnose"):  # before the update: of the weights that drew the paths
@@ -178,7 +178,7 @@ class Trainer:
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
-        found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
+        found = merge(evaluated, diagnosed, weighed, held, {"paths_written": len(records)})
         cost = measure.cost(batch, terms, rows, usage=usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
         return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
@@ -212,9 +212,10 @@ class Trainer:
         done, reasons, self.updated = [], [], False
         for rows in updates:
             # The paths stay and the policy moves: clipped ratios are taken anew each time.
-            metrics, reason = self.update(self.stages.measure.moment(rows, moved=self.updated))
+            now, clipped = self.stages.measure.moment(rows, moved=self.updated)
+            metrics, reason = self.update(now)
             self.updated = self.updated or reason is None
-            done.append(metrics)
+            done.append(merge(metrics, clipped))
             reasons.append(reason)
         self.updated = False
         # One update is one: the engine needs the weights, and the run is not idle.

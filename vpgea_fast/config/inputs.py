@@ -70,6 +70,9 @@ class ModelConfig:
     """Compile all decoder layers with torch.compile, as one graph."""
     liger: Literal["auto", "always", "never"] = "auto"
     """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
+    reference: Literal["device", "disk"] = "device"
+    """Where the frozen reference policy lies, which is the model of `path`, if the objective reads
+    one. `device`: in shards beside the policy. `disk`: read anew in every step, then dropped."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
     `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""

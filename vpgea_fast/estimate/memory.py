@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vpgea_fast.config import Config
 from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reads_reference, scores_answers
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -23,6 +23,7 @@ KEYS = {
     "prefill": "rollout.max_batch or data.max_prompt_tokens",
     "logits": "rollout.max_batch",
     "scratch": "optim.name adamw",
+    "reference": "model.reference disk, or more processes",
     "vllm weights": "engine.tensor_parallel (engine.gpu_memory can then be smaller)",
     "vllm kv cache": "engine.gpu_memory or engine.kv_cache_gib",
     "vllm work": "rollout.max_batch",
@@ -132,20 +133,23 @@ def estimate_memory(
     An upper estimate: every micro-batch is full, every row is trained, all paths of a batch reach
     the longest length together. Not counted: what torch does not allocate (see RESERVE).
     """
-    lay = Layout(shape, cfg, world, cuda)
+    lay, model = Layout(shape, cfg, world, cuda), cfg.model
     offload, replica = cfg.parallel.cpu_offload, shape.parameters * lay.forward
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
+        "reference": held if (held := _reference(lay)) and model.reference == "device" else 0,
     }
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     gradients = _gradients(lay)
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
-    if cfg.model.activation_checkpointing == "none":  # else freed before the head
+    if model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
+    if held and model.reference == "disk":
+        phases["reference"] = {**beside, **_scoring(lay), **copies, "reference": held}
     # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
@@ -195,6 +199,13 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
         "reduction": {**held, "units": reduction},
         "embedding": {"gradients": gradients["training"], "units": head_stays + dense},
     }
+
+
+def _reference(lay: Layout) -> int:
+    """The frozen reference policy, if the objective reads one."""
+    if not reads_reference(lay.cfg.objective):
+        return 0
+    return lay.held * (lay.forward if lay.sharded else lay.master)
 
 
 def optimizer_bytes(lay: Layout) -> int:
