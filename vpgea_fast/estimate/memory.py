@@ -139,8 +139,10 @@ def estimate_memory(
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
-        "reference": held if (held := _reference(lay)) and model.reference == "device" else 0,
     }
+    held = _reference(lay)
+    if held and model.reference == "device":
+        states["reference"] = held
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
