@@ -136,6 +136,7 @@ def fit_or_die(words, resume, death):
 def newest(run_dir):
     """Step and tensors of the newest checkpoint: weights and optimiser."""
     found = checkpoint.find_checkpoint(run_dir, world=World(torch.device("cpu")))
+    assert found is not None
     return found.step, found.tensors()
 
 
