@@ -1,6 +1,6 @@
 """Options of the group scores: one record for the configuration, the reference and the kernel.
 
-No torch here: the configuration imports this file, and a command line must not wait for torch.
+No torch here: the objectives import this file, and a command line must not wait for torch.
 
 To add an option: a field and its check here; the arithmetic in `reference.group_advantage` and its
 kernel; a key of the same name in the objective's configuration.

@@ -57,7 +57,7 @@ LAYERS = {
     "methods": {"objectives"},
     "method library": {"advantage"},
     "records": {"types"},
-    "text": {"book", "strict_yaml", "values"},
+    "text": {"book", "names", "strict_yaml", "values"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)
@@ -291,3 +291,9 @@ def test_losses_import_with_torch_alone():
     assert done.returncode == 0, done.stderr
     rooms = {room_of(name) for name in done.stdout.split()}
     assert rooms <= {"losses", "kernels"}, f"importing the losses imported {rooms} too"
+
+
+def test_a_command_line_does_not_wait_for_torch():
+    """`vpgea --version`, `vpgea keys` and every refusal would: torch takes over a second."""
+    code = "import sys, vpgea_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

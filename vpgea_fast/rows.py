@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from vpgea_fast.config import Config
+from vpgea_fast.names import Norm
 from vpgea_fast.objectives import Term, Terms
 from vpgea_fast.scoring import after_thought
 from vpgea_fast.types import (
-    Norm,
     Part,
     Path,
     PathKey,

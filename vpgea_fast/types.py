@@ -14,27 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Stream = Literal["posterior", "prior"]
-"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
-pi)."""
-
-View = Literal["teacher", "student"]
-"""Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
-
-Part = Literal["thought", "response", "answer", "target"]
-"""Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
-answer alone. `target`: the reference answer behind the thought and its cue."""
-
-Who = Literal["policy", "reference"]
-"""Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
-
-Norm = Literal["seq_sum", "const", "seq_mean", "token_mean"]
-"""What the weight of a path is divided by; see rows.py."""
+from vpgea_fast.names import Part, PathKey, Score, Stream, View
 
 Finish = Literal["stop", "length", "error"]
 """Why sampling ended: a stop token, the token limit, or a failed request."""
@@ -104,10 +89,6 @@ class SampleRequest:
     index: int
     prompt_ids: Tensor
     seed: int
-
-
-PathKey = tuple[str, Stream, int]
-"""Question, stream and index: what tells a path from all others of its step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,15 +310,6 @@ def _join(record: Columns, other: Columns) -> Columns:
     # By field: a new column is selected and joined without a line here.
     columns = {f.name: (getattr(record, f.name), getattr(other, f.name)) for f in fields(record)}
     return replace(record, **{name: joined(*pair) for name, pair in columns.items()})
-
-
-class Score(NamedTuple):
-    """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
-
-    stream: Stream
-    view: View
-    part: Part
-    who: Who = "policy"
 
 
 class Live(Protocol):

@@ -6,21 +6,29 @@
 
 The trainer below knows no algorithm: it draws, scores, makes a row of every path with a weight, and
 steps. An objective of your own is a class with these methods (`objective.target`).
+
+The methods shipped here name no torch before they are called: a configuration holds one, and a
+command line must not wait for torch.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from vpgea_fast.types import Live, Norm, Part, PathKey, Score, ScoredBatch, Stream, View
+from vpgea_fast.names import Norm, Part, PathKey, Score, Stream, View
 from vpgea_fast.values import STRICT, PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpgea_fast.types import Live, ScoredBatch
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +38,7 @@ class Draws:
     posterior, prior  paths of each stream
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
+    answers           sampled answers are trained, so rows are longer than thoughts
     """
 
     posterior: int = 0
@@ -97,7 +106,7 @@ class Term:
         if self.live is None or not self.live.reference:
             return self.weight_BP.ne(0)
         # The KL to a reference holds every path, those of advantage zero too.
-        everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
+        everyone = self.weight_BP.bool().fill_(value=True)
         return everyone if self.counted_BP is None else self.counted_BP
 
 
@@ -110,6 +119,7 @@ class Terms:
     metrics      for the log alone
     state        what the objective keeps for the next step, values that JSON has
 
+    >>> import torch
     >>> part = Term(
     ...     name="pg", stream="prior", view="student", weight_BP=torch.tensor([[-1.0, 1.0]])
     ... )
@@ -126,8 +136,9 @@ class Terms:
     def alive(self) -> Tensor:
         """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
         policy alone teaches nothing, and does not count."""
-        # (parts, B) -> (B,): one part with a gradient is enough.
-        return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
+        # One part with a gradient is enough.
+        by_part = (part.weight_BP.ne(0).any(dim=1) for part in self.parts)
+        return functools.reduce(operator.or_, by_part)
 
     def without(self, lost_B: Tensor) -> Terms:
         """No weight for the questions where `lost_B` is True."""

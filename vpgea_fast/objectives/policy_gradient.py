@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from vpgea_fast.advantage import group_zscore, length_factor
+from vpgea_fast.names import Norm, Score
 from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
-from vpgea_fast.types import Norm, Score, ScoredBatch
 from vpgea_fast.values import (
     STRICT,
     Clip,
@@ -32,6 +29,11 @@ from vpgea_fast.values import (
     NonNegativeInt,
     PositiveFloat,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpgea_fast.types import ScoredBatch
 
 Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -101,6 +103,8 @@ class PolicyGradient(Keys):
         return frozenset(scores)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        from vpgea_fast.advantage import length_factor
+
         prior = batch.prior
         # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
         likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
@@ -146,6 +150,8 @@ class PolicyGradient(Keys):
 
     def _advantage(self, reward_BN: Tensor) -> Tensor:
         """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
+        from vpgea_fast.advantage import group_zscore
+
         if self.advantage == "zscore":
             options = {"eps": self.eps, "ddof": self.ddof, "std_gate": self.std_gate}
             return group_zscore(reward_BN, **options)
@@ -172,11 +178,12 @@ class PolicyGradient(Keys):
 
     def _kept(self, batch: ScoredBatch) -> Tensor:
         """(B, N) bool: the paths in the loss."""
+        closed_BN = batch.prior.closed_BP
         if not self.mask_truncated:
-            return torch.ones_like(batch.prior.closed_BP)
+            return closed_BN.new_ones(closed_BN.shape)
         # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
         cut = [[path.truncated for path in group] for group in batch.prior.paths]
-        return ~torch.tensor(cut, dtype=torch.bool).view_as(batch.prior.closed_BP)
+        return ~closed_BN.new_tensor(cut).view_as(closed_BN)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)

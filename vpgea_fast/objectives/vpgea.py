@@ -10,25 +10,18 @@ and -beta 1[A_i > 0] (student view, the same token ids).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.advantage import (
-    Utility,
-    cross_view_utility,
-    group_zscore,
-    length_factor,
-    log_utility,
-    posterior_monitors,
-)
 from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
+from vpgea_fast.names import Score
 from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
-from vpgea_fast.types import Score, ScoredBatch
 from vpgea_fast.values import (
     STRICT,
     Clip,
@@ -37,6 +30,12 @@ from vpgea_fast.values import (
     PositiveFloat,
     PositiveInt,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpgea_fast.advantage import Utility
+    from vpgea_fast.types import ScoredBatch
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -162,6 +161,8 @@ class Vpgea(Keys):
 
         Both None where no path is gated.
         """
+        from vpgea_fast.advantage import log_utility, posterior_monitors
+
         post, prior = batch.posterior, batch.prior
         columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
         u = self._utility(batch)
@@ -177,7 +178,7 @@ class Vpgea(Keys):
         gate_BG = {
             "indicator": u.gate.double(),
             "relu": u.advantage.clamp(min=0.0),
-            "none": torch.ones_like(u.advantage),
+            "none": u.advantage.new_ones(u.advantage.shape),
         }[self.gate]
         view = batch.posterior_view
         # The same token ids under both prompts: only their contexts differ.
@@ -200,6 +201,8 @@ class Vpgea(Keys):
 
     def _utility(self, batch: ScoredBatch) -> Utility:
         """Utility, advantage and gate of the posterior paths."""
+        from vpgea_fast.advantage import cross_view_utility, group_zscore, length_factor
+
         post, prior = batch.posterior, batch.prior
         columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
         # One kernel launch on CUDA; the monitors below it are a few (B, G) operations.
@@ -243,7 +246,7 @@ class Vpgea(Keys):
         }
 
 
-def accepted(cfg: Vpgea, batch: ScoredBatch) -> torch.Tensor:
+def accepted(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
     """Which teacher paths may earn a reward, (B, G) bool. Every filter of rewards stands here.
 
     A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
@@ -253,7 +256,7 @@ def accepted(cfg: Vpgea, batch: ScoredBatch) -> torch.Tensor:
     """
     post = batch.posterior
     # Cut thoughts have no end to score, and a U that is not finite says nothing.
-    filters = [post.closed_BP, torch.isfinite(post.u_BP)]
+    filters = [post.closed_BP, post.u_BP.isfinite()]
     if cfg.verify == "gate":
         filters.append(post.correct_BP == 1.0)
-    return torch.stack(filters).all(dim=0)
+    return functools.reduce(operator.and_, filters)

@@ -1,0 +1,37 @@
+"""Names of streams, views and parts: what a configuration needs of the records, without torch.
+
+A command line must not wait for torch, and the methods of objectives/ are read with it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Stream = Literal["posterior", "prior"]
+"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
+pi)."""
+
+View = Literal["teacher", "student"]
+"""Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
+
+Part = Literal["thought", "response", "answer", "target"]
+"""Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
+answer alone. `target`: the reference answer behind the thought and its cue."""
+
+Who = Literal["policy", "reference"]
+"""Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
+
+Norm = Literal["seq_sum", "const", "seq_mean", "token_mean"]
+"""What the weight of a path is divided by; see rows.py."""
+
+PathKey = tuple[str, Stream, int]
+"""Question, stream and index: what tells a path from all others of its step."""
+
+
+class Score(NamedTuple):
+    """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
+
+    stream: Stream
+    view: View
+    part: Part
+    who: Who = "policy"
