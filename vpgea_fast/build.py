@@ -93,15 +93,10 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         engine = _build_engine(cfg, world, policy)
         undo.callback(engine.close)
 
-        # U is a likelihood: temperature 1, whatever the paths were drawn at.
-        def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
-            return passes(lambda batch, _: policy.logprob(batch), rows)
-
-        # Log-probs of drawn paths are those of the distribution that drew them.
-        def score_paths(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
-            temperature = cfg.rollout.temperature
-            return passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
-
+        # U is a likelihood, at temperature 1 whatever the paths were drawn at. Log-probs of drawn
+        # paths are those of the distribution that drew them.
+        score = _scorer(policy, passes, temperature=1.0)
+        score_paths = _scorer(policy, passes, temperature=cfg.rollout.temperature)
         reference = _reference(cfg, world, passes)
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
@@ -144,6 +139,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             world=world,
             policy=policy,
             passes=passes,
+            logprobs=score_paths,
             reference=reference,
             decode=text.decode,
         ),
@@ -164,6 +160,13 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     return intake
 
 
+def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
+    """The function that gives the log-probs of rows under a policy. It is a collective."""
+    return lambda rows: passes(
+        lambda batch, _: policy.logprob(batch, temperature=temperature), rows
+    )
+
+
 def _reference(cfg: Config, world: World, passes: Passes) -> RowsFn | None:
     """Log-probs under the model that the run began with, where the objective asks for them."""
     if not reads_reference(cfg.objective):
@@ -180,8 +183,8 @@ def _reference(cfg: Config, world: World, passes: Passes) -> RowsFn | None:
 
     def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         # From disk it is dropped when this returns: its memory is the update's again.
-        policy, temperature = kept or read(), cfg.rollout.temperature
-        logps = passes(lambda batch, _: policy.logprob(batch, temperature=temperature), rows)
+        policy = kept or read()
+        logps = _scorer(policy, passes, temperature=cfg.rollout.temperature)(rows)
         reshard(policy)
         return logps
 

@@ -27,13 +27,15 @@ from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 class Measure:
     """Measures a step and changes nothing. Its forwards are collectives of a sharded policy.
 
-    `reference` gives the log-probs of the frozen reference policy.
+    `logprobs` gives the policy's log-probs of rows at the sampling temperature, `reference` those
+    of the frozen reference policy.
     """
 
     cfg: Config
     world: World
     policy: Policy
     passes: Passes
+    logprobs: RowsFn
     reference: RowsFn | None
     decode: Callable[[torch.Tensor], str]
 
@@ -51,7 +53,7 @@ class Measure:
         if cap is None:
             return None, {}
         rows = drawn_rows(batch, terms)
-        return truncated_ratios(rows, self._logprobs(list(rows.values())), cap=cap)
+        return truncated_ratios(rows, self.logprobs(list(rows.values())), cap=cap)
 
     def known(
         self, updates: Sequence[Sequence[TrainRow]]
@@ -60,23 +62,25 @@ class Measure:
         them, and those of the reference policy: a forward each, of the rows that ask. And how far
         the policy is from the reference, where there is one."""
         # By identity: epochs share their rows, and each is scored once.
-        rows = list({id(row): row for part in updates for row in part}.values())
+        rows = {id(row): row for part in updates for row in part}
         # With a single update every ratio is 1, and its coefficients are known already.
         several = len(updates) > 1
-        asked = [r for r in rows if r.live and (several or r.live.reference)]
-        held = [r for r in asked if r.live and r.live.reference]
-        old = {id(r): logps for r, logps in zip(asked, self._logprobs(asked), strict=True)}
-        far = {}
+        asked = {
+            key: row for key, row in rows.items() if row.live and (several or row.live.reference)
+        }
+        if not asked:
+            return [list(part) for part in updates], {}
+        held = {key: row for key, row in asked.items() if row.live and row.live.reference}
+        old = dict(zip(asked, self.logprobs(list(asked.values())), strict=True))
+        far: dict[int, torch.Tensor] = {}
         if held and self.reference is not None:
-            far = {id(r): logps for r, logps in zip(held, self.reference(held), strict=True)}
-        whole = {
-            key: replace(row, old=old[key], reference=far.get(key))
-            for row in asked
-            if (key := id(row)) in old
+            far = dict(zip(held, self.reference(list(held.values())), strict=True))
+        rows |= {
+            key: replace(row, old=old[key], reference=far.get(key)) for key, row in asked.items()
         }
         gaps = [far[key] - old[key] for key in far]
         kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
-        return [[whole.get(id(row), row) for row in part] for part in updates], kl
+        return [[rows[id(row)] for row in part] for part in updates], kl
 
     def moment(
         self, rows: Sequence[TrainRow], *, moved: bool
@@ -86,20 +90,14 @@ class Measure:
         rows whose coefficients depend on that."""
         live = {id(row): row.old for row in rows if row.old is not None}
         # A forward costs a third of the row's training; a clipped row then costs nothing more.
-        if moved:
+        if moved and live:
             asked = [row for row in rows if id(row) in live]
-            live = dict(zip(live, self._logprobs(asked), strict=True))
+            live = dict(zip(live, self.logprobs(asked), strict=True))
         # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
         ratioed = [row.coef for row in now if row.old is not None and row.weight]
         share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
         return drop_zero_rows(now), share
-
-    def _logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
-        if not rows:
-            return []
-        temperature = self.cfg.rollout.temperature
-        return self.passes(lambda b, _: self.policy.logprob(b, temperature=temperature), rows)
 
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
