@@ -131,6 +131,24 @@ def test_the_host_holds_what_is_offloaded():
     assert estimate_memory(shape, plain, world=4, context=100, prompt=10).host == {}
 
 
+def test_a_reference_policy_lies_where_its_shards_do():
+    shape = model_shape(qwen(SMALL))
+    kl = {"objective": {"name": "grpo", "kl_coef": 0.1}, "rollout": {"full_answer": True}}
+    # In the forward's dtype where it is sharded, in the masters' where it is not.
+    held = parts(shape, settings(), world=4)["weights"] // 4
+    assert parts(shape, settings(**kl), "update", world=4)["reference"] == 2 * held
+    alone = settings(**kl, parallel={"shard": "never"})
+    assert parts(shape, alone, "update")["reference"] == 4 * shape.parameters
+    disk = settings(**kl, model={"reference": "disk"})
+    assert "reference" not in parts(shape, disk, "update", world=4)
+    assert parts(shape, disk, "reference", world=4)["reference"] == 2 * held
+    off = settings(**kl, parallel={"cpu_offload": True})
+    found = estimate_memory(shape, off, world=4, context=100, prompt=10)
+    assert "reference" not in found.parts
+    assert found.host["reference"] == 2 * held
+    assert "reference" not in parts(shape, settings(), world=4)
+
+
 def test_sampling_and_grades_of_checkpointing():
     shape = model_shape(qwen(SMALL))
     cfg = settings(rollout={"max_batch": 6})

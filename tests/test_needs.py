@@ -98,6 +98,16 @@ def test_what_costs_more_takes_longer():
     )
     assert grpo["scoring"] == 0
     assert grpo["training"] == pytest.approx(32 / 24 * base["training"])
+    # A forward of the reference, and of the policy: once before the first update, and before each
+    # of the other three halves.
+    forward = 32 * SIZES["flops"].forward_row(70, 50) / 1e12
+    held = {
+        "objective": {"name": "grpo", "group_size": 16, "kl_coef": 0.1},
+        "rollout": {"max_new_tokens": 100, "max_batch": 8, "full_answer": True},
+    }
+    assert step(**held)["scoring"] == pytest.approx(2 * forward)
+    updates = {"questions_per_step": 2, "steps": 21, "minibatches": 2, "epochs": 2}
+    assert step(**held, train=updates)["scoring"] == pytest.approx((2 + 3 / 2) * forward)
     # Paths of 50 tokens, 8 with one prompt of 20: of 105 tokens in the cache there are two.
     few, keys = step({"cache": 105})["rollouts"], 32 * 8 * (20 * 50 + 4 / 3 * 2500 / 2)
     assert few == pytest.approx(((32 * 50 / 2 + 50) * 4000 + keys) / 1e9)

@@ -82,6 +82,18 @@ def test_weights_by_hand(cfg, scored, expected):
         assert torch.allclose(weights[stream, view], double(rows), atol=1e-5), key
 
 
+def test_the_paths_of_a_lost_question_are_not_held_to_the_reference_either():
+    two = batch(u_post=((-1.0, -5.0),) * 2, lengths=((50, 200),) * 2, closed=((True,) * 2,) * 2)
+    # All right, so no path has a weight: the KL alone holds them.
+    all_right = torch.ones_like(two.prior.correct_BP)
+    two = replace(two, prior=replace(two.prior, correct_BP=all_right))
+    lost = torch.tensor([True, False])
+    for kl_coef, rows in ((0.0, [False, False]), (0.1, [True, True])):
+        terms = Grpo(group_size=2, kl_coef=kl_coef).terms(two, {})
+        assert terms.parts[0].acting.tolist() == [rows, rows]
+        assert terms.without(lost).parts[0].acting.tolist() == [[False, False], rows]
+
+
 def three_priors():
     """Groups of 3: the z-score keeps what two paths lose, so every setting has its own weights.
 

@@ -154,7 +154,8 @@ class Collector:
     def scored_views(self) -> dict[Stream, View]:
         """Streams whose U is scored, with the prompt that it is scored under."""
         needs = self.cfg.objective.needs()
-        return {score.stream: score.view for score in needs if score.part == "target"}
+        scores = [score for score in needs if score.part == "target" and score.who == "policy"]
+        return {score.stream: score.view for score in scores}
 
     def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
         return [

@@ -286,15 +286,15 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
             limit=cfg.rollout.max_answer_tokens,
         )
         scoring = _drawing(cfg, rates, sizes, answers)
-    if reads_reference(objective):
-        scoring += 2 * rows * whole  # of the policy, and of the model that it is held to
     # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole
-    parts, epochs = cfg.train.minibatches, cfg.train.epochs
-    if parts * epochs > 1:
+    parts, epochs, held = cfg.train.minibatches, cfg.train.epochs, reads_reference(objective)
+    if parts * epochs > 1 or held:
         # Log-probs before the first update, and again before every update but that one.
         scoring += rows * whole * (1 + epochs - 1 / parts)
+    if held:  # and of the model that it is held to
+        scoring += rows * whole
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0

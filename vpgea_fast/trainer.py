@@ -165,8 +165,9 @@ class Trainer:
         with timer("importance"):
             ratios, weighed = measure.importance(batch, terms)
             updates, held = measure.known(self.updates(batch, terms, ratios))
-        # One pass over the questions: later epochs have the same rows again.
-        rows = [row for part in updates[: self.cfg.train.minibatches] for row in part]
+        # One pass over the questions, as the first update has them: later epochs repeat it.
+        parts = updates[: self.cfg.train.minibatches]
+        rows = [row for part in parts for row in measure.moment(part, moved=False)[0]]
         with timer("diagnose"):  # before the update: of the weights that drew the paths
             diagnosed = self.diagnose(batch, terms, rows)
             records = measure.records(batch, terms, self.step + 1)

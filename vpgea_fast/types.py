@@ -322,7 +322,7 @@ class Live(Protocol):
 
     @property
     def reference(self) -> bool:
-        """It reads the reference policy; then it acts on paths of weight zero too."""
+        """It reads the log-probs of the reference policy."""
         ...
 
     def __call__(

@@ -140,7 +140,7 @@ def estimate_memory(
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
     }
-    held = _reference(lay)
+    held = 0 if offload else _reference(lay)
     if held and model.reference == "device":
         states["reference"] = held
     copies = {"forward copy": replica if lay.autocast else 0}
@@ -204,7 +204,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
 
 
 def _reference(lay: Layout) -> int:
-    """The frozen reference policy, if the objective reads one."""
+    """Count the bytes of the frozen reference policy's shards, if the objective reads one."""
     if not reads_reference(lay.cfg.objective):
         return 0
     return lay.held * (lay.forward if lay.sharded else lay.master)
@@ -405,6 +405,8 @@ def _host(lay: Layout) -> dict[str, int]:
     host = {}
     if lay.cfg.parallel.cpu_offload:
         host = {"weights, optimiser": states, "gradients": lay.held * lay.master}
+        if held := _reference(lay):
+            host["reference"] = held
     if lay.cfg.checkpoint.background:
         host["checkpoint copy"] = states
     return host

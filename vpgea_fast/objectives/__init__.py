@@ -160,7 +160,5 @@ _SECTION: Any = Annotated[Union[(*METHODS.values(), Custom)], Field(discriminato
 if TYPE_CHECKING:
     ObjectiveConfig = Objective
 else:
-    ObjectiveConfig = Annotated[
-        Union[(*METHODS.values(), Custom)], WrapValidator(_read), PlainSerializer(_write)
-    ]
+    ObjectiveConfig = Annotated[_SECTION, WrapValidator(_read), PlainSerializer(_write)]
 """The section `objective`: one of METHODS, or a class of the user's."""

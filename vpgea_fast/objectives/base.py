@@ -87,6 +87,7 @@ class Term:
     factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
     distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
     live        replaces `weight` by a function of the log-probs of the moment
+    held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     """
 
     name: str
@@ -98,16 +99,21 @@ class Term:
     counted_BP: Tensor | None = None
     factors: Mapping[PathKey, Tensor] | None = None
     live: Live | None = None
+    held_BP: Tensor | None = None
 
     @property
     def acting(self) -> Tensor:
         """(B, P) bool: the paths that get a row."""
         # A zero row would cost attention, MLP and head, and add nothing.
-        if self.live is None or not self.live.reference:
-            return self.weight_BP.ne(0)
-        # The KL to a reference holds every path, those of advantage zero too.
-        everyone = self.weight_BP.bool().fill_(value=True)
-        return everyone if self.counted_BP is None else self.counted_BP
+        weighted_BP = self.weight_BP.ne(0)
+        return weighted_BP if self.held_BP is None else weighted_BP | self.held_BP
+
+    def without(self, lost_B: Tensor) -> Term:
+        """No row for the paths of the questions where `lost_B` is True."""
+        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
+        lost_B1 = lost_B[:, None]
+        held_BP = None if self.held_BP is None else self.held_BP & ~lost_B1
+        return replace(self, weight_BP=self.weight_BP.masked_fill(lost_B1, 0.0), held_BP=held_BP)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,13 +147,8 @@ class Terms:
         return functools.reduce(operator.or_, by_part)
 
     def without(self, lost_B: Tensor) -> Terms:
-        """No weight for the questions where `lost_B` is True."""
-        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
-        parts = (
-            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
-            for part in self.parts
-        )
-        return replace(self, parts=tuple(parts))
+        """The same without the questions where `lost_B` is True."""
+        return replace(self, parts=tuple(part.without(lost_B) for part in self.parts))
 
 
 class Objective(Protocol):
@@ -213,7 +214,7 @@ class Keys:
 
 def scores_answers(objective: Objective) -> bool:
     """The reference answer is scored behind every path: U."""
-    return any(score.part == "target" for score in objective.needs())
+    return any(score.part == "target" and score.who == "policy" for score in objective.needs())
 
 
 def reads_reference(objective: Objective) -> bool:

@@ -124,6 +124,8 @@ class PolicyGradient(Keys):
             # Minus: the loss is minimised, and a negative weight makes a path likelier.
             weight_BP=-advantage_BN.where(kept_BN, 0.0),
             counted_BP=kept_BN if self.mask_truncated else None,
+            # The KL holds every path in the loss, those of advantage zero too.
+            held_BP=kept_BN if self.kl_coef else None,
             live=Surrogate(
                 ratio=self.ratio,
                 truncate=self.surrogate == "truncate",
