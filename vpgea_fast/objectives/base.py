@@ -18,12 +18,13 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Part, PathKey, Score, Stream, View
-from vpgea_fast.values import STRICT, PositiveFloat
+from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,6 +211,21 @@ class Keys:
 
     def notes(self) -> Iterator[str]:
         return iter(())
+
+
+@dataclass(frozen=True, config=STRICT)
+class GroupKeys(Keys):
+    """Keys of an objective that compares the paths of a question, by z-score or length."""
+
+    eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
+    eps: PositiveFloat = 1e-6
+    """Added to the standard deviation of the z-score."""
+    ddof: Annotated[int, Field(ge=0, le=1)] = 0
+    """0: divide the variance of the group by G; 1: by G - 1."""
+    std_gate: NonNegativeFloat = 0.0
+    """Give no gradient to groups whose score has a smaller standard deviation than this (0:
+    never)."""
 
 
 def scores_answers(objective: Objective) -> bool:

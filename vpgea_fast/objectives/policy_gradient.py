@@ -20,10 +20,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
-from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
 from vpgea_fast.values import (
     STRICT,
-    Clip,
     Exponent,
     NonNegativeFloat,
     NonNegativeInt,
@@ -40,7 +39,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class PolicyGradient(Keys):
+class PolicyGradient(GroupKeys):
     """Keys of every policy gradient in the student's view."""
 
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
@@ -56,15 +55,6 @@ class PolicyGradient(Keys):
     reward: Literal["verify", "likelihood"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
     given path) > 0.5."""
-    eta_clip: Clip | None = None
-    """Clip the length factor to (low, high); null: no clip."""
-    eps: PositiveFloat = 1e-6
-    """Added to the standard deviation of the z-score."""
-    ddof: Annotated[int, Field(ge=0, le=1)] = 0
-    """0: divide the variance of the group by G; 1: by G - 1."""
-    std_gate: NonNegativeFloat = 0.0
-    """Give no gradient to groups whose reward has a smaller standard deviation than this (0:
-    never)."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of later updates of a rollout: per token, or the geometric mean over the
     path's tokens (GSPO)."""

@@ -21,13 +21,11 @@ from pydantic.dataclasses import dataclass
 from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
 from vpgea_fast.names import Score
-from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
 from vpgea_fast.values import (
     STRICT,
-    Clip,
     Exponent,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
 )
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Vpgea(Keys):
+class Vpgea(GroupKeys):
     """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most
     of them open."""
 
@@ -83,15 +81,6 @@ class Vpgea(Keys):
     """Also lift every finite U below u_min to u_min."""
     u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
     """Value for a U that is not finite, in nats."""
-    eta_clip: Clip | None = None
-    """Clip eta to (low, high); null: no clip."""
-    eps: PositiveFloat = 1e-6
-    """Added to the standard deviation of the z-score."""
-    ddof: Annotated[int, Field(ge=0, le=1)] = 0
-    """0: divide the variance of the group by G; 1: by G - 1."""
-    std_gate: NonNegativeFloat = 0.0
-    """Give no gradient to groups whose utility has a smaller standard deviation than this (0:
-    never)."""
     verify: Literal["none", "gate"] = "none"
     """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
     rollout.full_answer)."""
