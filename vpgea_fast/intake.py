@@ -49,7 +49,7 @@ class ModelText:
     config: Any
 
     def decode(self, ids: torch.Tensor) -> str:
-        # A checker must not read </think> or an end of text as part of the answer.
+        # An answer ends with a token that stops the sampling, and a checker would read it.
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 

@@ -82,10 +82,10 @@ def plan_ranks(
     A round takes as long as its slowest rank. There are two ways to fill the rounds: rows spread
     over all batches by cost, or first-fit batches as they are. The one whose rounds cost less in
     sum is chosen. Either deals batches of similar cost to a round, the costlier to the rank with
-    less, and then moves single rows from the rank with most.
+    less. Then single rows are moved from the rank with most.
 
-    Costlier rounds come first: the allocator then reserves its largest blocks once and reuses them,
-    and a budget that does not fit memory shows in the first micro-batch and not in the last.
+    Costlier rounds come first: the allocator then reserves its largest blocks once and reuses them.
+    A budget that does not fit memory shows in the first micro-batch and not in the last.
 
     The k-th batches of the ranks belong together. No batch exceeds the budget, except a single
     longer row. No rows, no rounds. Errors: ValueError for a budget or a number of ranks below 1.
@@ -115,15 +115,15 @@ def pack(rows: Sequence[TrainRow], budget: int) -> Iterator[tuple[PackedBatch, l
 
 
 def pack_plan(rows: Sequence[TrainRow], plan: RankPlan) -> Iterator[tuple[PackedBatch, list[int]]]:
-    """Pack the batches of a plan one at a time: a whole step's rows, five int64 per token, need not
-    lie in memory twice."""
+    """Pack the batches of a plan one at a time: a whole step's rows, up to five numbers of 8 bytes
+    per token, need not lie in memory twice."""
     return ((pack_rows([rows[i] for i in batch]), batch) for batch in plan)
 
 
 def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
     """Pack rows into one batch; no rows into a dummy of one token, target 0, coefficient 0.
 
-    The dummy's loss is 0 and its gradients are zeros, so a rank can take part in every collective
+    The dummy's loss is 0 and its gradients are zeros. With it a rank takes part in the collectives
     of a round that it has no rows for. Errors: ValueError for a row without a context or without
     tokens.
     """
@@ -253,8 +253,8 @@ def _largest_first(plans: list[RankPlan], costs: Sequence[float]) -> list[RankPl
 def _level(
     plans: list[RankPlan], lengths: Sequence[int], costs: Sequence[float], budget: int
 ) -> None:
-    """Move rows, one at a time and in place, from the rank with most work to another rank's batch
-    of the same round, until the most is within BALANCED of the mean or nothing helps."""
+    """Move rows, one at a time and in place, until the most work is within BALANCED of the mean or
+    nothing helps. Each goes from the rank with most to another's batch of the same round."""
     ranks = len(plans)
     loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
     # tokens[rank][round], kept up to date by each move: a new sum would cost a pass over all rows.

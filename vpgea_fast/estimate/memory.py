@@ -287,8 +287,8 @@ def _activations(lay: Layout) -> tuple[int, int]:
 
 
 def _head(lay: Layout) -> int:
-    """Size the head: hidden states of the target rows and their gradient, the final norm, one chunk
-    of logits with its operands, and under autocast the head's cast weight."""
+    """Size the head: hidden states of the target rows and their gradient, the final norm, and a
+    chunk of logits with its operands; under autocast also the head's cast weight."""
     shape, tokens, s = lay.shape, lay.cfg.train.micro_batch_tokens, lay.forward
     wide, half = max(4, s), s < 4
     logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + s * half)
@@ -323,7 +323,7 @@ def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
 def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMemory:
     """Size vLLM's share of one device.
 
-    Its work is a forward of as many tokens as it batches, and for every path a row of logits with
+    Its work is a forward of as many tokens as it batches. Every path adds a row of logits, with
     four float32 numbers more per column. A path's keys and values take 2 layers (K /
     tensor_parallel, at least one head) elements per token.
     """
@@ -390,11 +390,12 @@ def _hand_over(lay: Layout) -> dict[str, int]:
 
 
 def _scratch(lay: Layout) -> int:
-    """Size the float32 copies of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
+    """Size the scratch of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
     if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.cfg.parallel.cpu_offload:
         return 0
-    # Eight float32 buffers of a chunk of at most 2^24 elements.
+    # Of a chunk: gradient, two moments, weight and a root in float32; int32 bits and what mixes
+    # them. Chunks bound it, whatever the size of a shard.
     largest = max(rows_of(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
     return 8 * 4 * min(2**24, largest)
 
