@@ -46,6 +46,31 @@ def _own_verdicts(tmp_path_factory):
     os.environ["VPGEA_CACHE"] = str(tmp_path_factory.mktemp("verdicts"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patched_once_a_launch():
+    """Triton's interpreter patches triton.language anew for every call of a device function, which
+    is half of its time: what a launch has patched holds until that ends."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched = set()
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def patch_once(function):
+        known = [*map(id, function.__globals__.values())]
+        missing = {id(x) for x in (language, language.core) if id(x) in known} - patched
+        patched.update(missing)
+        return patch(function) if missing else None
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)
