@@ -7,6 +7,7 @@ follows 1.1, where they are true, 90, 1000, a date, eight, and text.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -45,6 +46,14 @@ def parse(text: str) -> Any:
     YamlError for a key that stands twice, anchors, aliases, merges, tags, directives, more than one
     document, deep nesting, and whatever PyYAML refuses.
     """
+    node = _composed(text)
+    return None if node is None else _value(node)
+
+
+# A run and its report read one configuration a dozen times: 20 ms each.
+@functools.lru_cache(maxsize=16)
+def _composed(text: str) -> Any:
+    """The document's node; None for an empty one."""
     # PyYAML would drop or split at some of these, and say nothing.
     if odd := ODD.search(text):
         raise YamlError(
@@ -54,7 +63,7 @@ def parse(text: str) -> Any:
         )
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         # The problem's place; the context is where its collection began.
         mark = error.problem_mark or error.context_mark
@@ -66,7 +75,6 @@ def parse(text: str) -> Any:
         raise YamlError("is not YAML: no such character or version", 1 + loader.line) from error
     finally:
         loader.dispose()
-    return None if node is None else _value(node)
 
 
 def parse_word(text: str) -> Any:
