@@ -199,20 +199,21 @@ def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
     same_state(finished, tmp_path / "b")
 
 
-def test_forty_steps_are_twenty_and_a_new_process_and_twenty(words, tmp_path):
+@pytest.mark.parametrize("half", [10, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_is_its_half_and_a_new_process_and_the_rest(words, tmp_path, half):
     # a decaying schedule ends with train.steps, which differs here; the killed run below has one
     more = ["--eval.data", "[]", "--checkpoint.save_every", "10", "--optim.warmup_steps", "5"]
     more += ["--optim.schedule", "constant"]
-    train([TINY, *words("straight", *more, "--train.steps", "40")])
-    train([TINY, *words("parts", *more, "--train.steps", "20")])
-    train(["--resume", tmp_path / "parts", "--train.steps", "40"])
+    train([TINY, *words("straight", *more, "--train.steps", str(2 * half))])
+    train([TINY, *words("parts", *more, "--train.steps", str(half))])
+    train(["--resume", tmp_path / "parts", "--train.steps", str(2 * half)])
     assert untimed(tmp_path / "straight") == untimed(tmp_path / "parts")
     straight, parts = (
         (tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")
     )
     assert straight == parts
     same_state(tmp_path / "straight", tmp_path / "parts")
-    assert sum(record["skipped"] for record in lines(tmp_path / "parts")) < 20
+    assert sum(record["skipped"] for record in lines(tmp_path / "parts")) < half
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(1, 10), pytest.param(3, 30, marks=pytest.mark.slow)])

@@ -204,16 +204,16 @@ def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):
     assert run_ranks(fit, given, False, None, None, 2) == [False, False]
     (first,) = (tmp_path / "stopped/checkpoints").iterdir()
     assert first.name == "step_2"
-    limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.1"]
-    assert run_ranks(fit, limited, True, None, None, None, 2.0) == [False, False]
+    limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.05"]
+    assert run_ranks(fit, limited, True, None, None, None, 1.0) == [False, False]
     steps = sorted(int(p.name.removeprefix("step_")) for p in first.parent.iterdir())
     assert steps[-1] == records(tmp_path / "stopped")[-1]["step"]
 
 
 def wait_for_nobody():
-    world = open_world(ParallelConfig(timeout_minutes=0.1), "cpu")
+    world = open_world(ParallelConfig(timeout_minutes=0.05), "cpu")
     if world.rank == 1:
-        time.sleep(20)
+        time.sleep(10)
         return
     world.barrier()
 
