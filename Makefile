@@ -18,6 +18,8 @@ SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test test-serial test-long test-triton36 test-vllm lint install dist clean
 .DELETE_ON_ERROR:

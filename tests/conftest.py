@@ -43,7 +43,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Keep what was imported out of every later garbage collection: 0.3 s each, and one a run."""
-    gc.collect()
     gc.freeze()
 
 
