@@ -17,7 +17,7 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives import Draws, Objective, Term, Terms
+from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
@@ -81,7 +81,7 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = self.cfg.objective.at(step)
+        objective = ask(self.cfg.objective, "at", step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
@@ -258,12 +258,12 @@ class Collector:
         """What the objective says; a question that is not whole has no weight, and is in no
         mean."""
         with timer("advantage"):
-            terms, dropped_B = objective.terms(batch, state), batch.lost_B > 0
+            terms, dropped_B = _say(objective, batch, state), batch.lost_B > 0
             if dropped_B.any():
                 # The batch keeps its shape, for the log of its paths; means and the objective's
                 # state are of whole questions.
                 whole = batch.whole
-                clean = objective.terms(whole, state) if whole else None
+                clean = _say(objective, whole, state) if whole else None
                 terms = replace(
                     terms.without(dropped_B),
                     metrics=clean.metrics if clean else {},
@@ -347,3 +347,10 @@ class Collector:
             decode=self.decode,
             verify=self.verifier.verify,
         )
+
+
+def _say(objective: Objective, batch: ScoredBatch, state: Mapping[str, Any]) -> Terms:
+    """What the objective says of a batch, checked: a class of the user's may say anything."""
+    terms = ask(objective, "terms", batch, state)
+    check_terms(objective, terms, batch)
+    return terms

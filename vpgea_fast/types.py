@@ -403,7 +403,13 @@ class TrainRow:
             return self
         # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
         old = now if self.old is None else self.old
-        coef = self.live(self.weight, now, old, self.reference) * self.scale
+        slope = self.live(self.weight, now, old, self.reference)
+        if slope.shape != now.shape:
+            raise ValueError(
+                f"objective, term {self.term!r}: live returned {tuple(slope.shape)}, expected a "
+                f"number per token {tuple(now.shape)}"
+            )
+        coef = slope * self.scale
         return replace(self, coef=coef if self.factor is None else coef * self.factor)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -30,6 +30,7 @@ class Draws:
     posterior, prior  paths of each stream
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
+    answers           the sampled answers are trained, so full answers are sampled
     """
 
     posterior: int = 0
@@ -37,6 +38,17 @@ class Draws:
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("posterior", "prior"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")
+        if not self.paths:
+            raise ValueError("Draws: got no paths; ask for posterior or prior paths")
+        if self.posterior_view not in get_args(View):
+            known = " or ".join(get_args(View))
+            raise ValueError(f"Draws.posterior_view: got {self.posterior_view!r}, expected {known}")
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
 
