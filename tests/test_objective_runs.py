@@ -3,6 +3,7 @@ each of its faults is a line that names it, with status 2 and nothing left behin
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from batches import prompted, sampled, scored, whole
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.objectives import METHODS, Term, Terms, ask, check_terms
-from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.objectives import METHODS, Draws, Term, Terms, ask, check_terms
+from vpgea_fast.rollout.engine import request_seed
+from vpgea_fast.rows import Scale, build_rows, drawn_rows
+from vpgea_fast.scoring import answer_likelihood
+from vpgea_fast.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = {
@@ -362,3 +367,131 @@ def test_whole_responses_need_sampled_answers():
     with pytest.raises(config.ConfigError, match="'grpo' trains sampled answers, but"):
         config.resolve({"objective": section})
     assert config.resolve({"objective": {**section, "trains": "thought"}})
+
+
+# --- fields of a path in its prompt ---------------------------------------------------------------
+
+ASKED = """
+from vpgea_fast.types import Slot
+
+def budget(slot):
+    return 10 * (1 + slot.seed % 5)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Budgets(Mine):
+    def draws(self):
+        both = {"posterior": 3, "prior": 3}
+        return Draws(**both, fields={"budget": budget, "place": lambda slot: f"{slot.index}"})
+
+    def needs(self):
+        return frozenset({Score("prior", "student", "target")})
+
+    def terms(self, batch, state, /):
+        asked = {path.key: float(q.fields["budget"]) for q, path in batch.pairs("prior")}
+        over = batch.prior.length_BP - torch.tensor([*asked.values()]).view(-1, 3).double()
+        other = {"stream": "posterior", "name": "other", "view": "student"}
+        parts = [part(batch, over), part(batch, torch.ones_like(over), **other)]
+        return Terms(parts=tuple(parts), path_scores={"prior": {"over": over}})
+"""
+TEMPLATES = (
+    *("--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "24"),
+    *("--prompt.teacher", "{place}: {question} hint {answer} ={budget}"),
+)
+
+
+@pytest.fixture
+def budgets(here, words):
+    """Words of a run whose paths each have two fields of their own."""
+    Path(f"{here}.py").write_text(OWN + ASKED)
+    return words("Budgets", *TEMPLATES)
+
+
+def test_every_path_is_asked_scored_and_trained_behind_its_own_prompt(budgets):
+    """The sampler's log-probs are those of the rows, which no other prompt would give."""
+    cfg = config.load(budgets[1], budgets[2:])
+    with Trainer(cfg) as trainer:
+        stages, step = trainer.stages, 3
+        collector, timer = stages.collector, PhaseTimer()
+        batch, terms = collector.collect(step, timer, {})
+        again, _ = collector.collect(step, timer, {})
+        rows = build_rows(batch, terms, Scale())
+        drawn = drawn_rows(batch, terms)
+        logps = collector.path_logprobs([*drawn.values()])
+        utilities = answer_likelihood(
+            collector.row_logprobs,
+            batch.pairs("prior"),
+            think_close_id=collector.sampling.think_close_id,
+            u_norm=cfg.scoring.u_norm,
+        )
+    pairs = {path.key: (q, path) for s in ("posterior", "prior") for q, path in batch.pairs(s)}
+    assert len(pairs) == 12
+    for (name, stream, index), (asked, path) in pairs.items():
+        seed = request_seed(0, step, name, stream, index)
+        value = str(10 * (1 + seed % 5))
+        assert asked.fields == {"budget": value, "place": str(index)}
+        text, answer = asked.question.text, asked.question.answer
+        student = stages.intake.text.prompter.shown(asked.student_ids)
+        teacher = stages.intake.text.prompter.shown(asked.teacher_ids)
+        assert f"{text} ={value}<|assistant|>" in student
+        assert f"{index}: {text} hint {answer} ={value}<|assistant|>" in teacher
+        drawn_from = asked.teacher_ids if stream == "posterior" else asked.student_ids
+        assert torch.equal(drawn[path.key].context_ids, drawn_from)
+    assert len({asked.fields["budget"] for asked, _ in pairs.values()}) > 2
+    for row, values in zip(drawn.values(), logps, strict=True):
+        torch.testing.assert_close(values.float(), row.sample_logps, atol=2e-4, rtol=1e-4)
+    for row in rows:
+        assert torch.equal(row.context_ids, pairs[row.path][0].student_ids)
+    torch.testing.assert_close(batch.prior.u_BP.flatten(), utilities.double())
+    first = [path.z_ids.tolist() for path in batch.prior.flat]
+    assert first == [path.z_ids.tolist() for path in again.prior.flat]
+
+
+def test_a_run_with_fields_trains_and_evaluates(budgets, tiny_world, capsys):
+    words = ["--train.steps", "1", "--eval.data", str(tiny_world.test_path), "--eval.limit", "2"]
+    assert main([*budgets, *words]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"student prompt: .* =[1-5]0<\|assistant\|>", shown)
+    assert json.loads(Path("run/metrics.jsonl").read_text())["loss_other"] != 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompt.student", "{question}", "--prompt.teacher", "{question}"], "field {budget},"),
+        (["--prompt.student", "{question} {budgit}"], "prompt.student: nothing fills {budgit}; "),
+        (["--prompt.answer_cue", "{budget}: \\boxed"], "answer_cue: nothing fills {budget};"),
+        (["--objective", "vpgea"], "nothing fills {budget}; expected {question}, {answer}. An"),
+        (["--data.max_prompt_tokens", "10"], "longer than 10 tokens"),
+    ],
+)
+def test_a_field_that_nobody_gives_or_shows_is_refused_at_the_start(budgets, more, said, capsys):
+    if "vpgea" in more:
+        at = budgets.index("--objective.target")
+        budgets = [*budgets[:at], *budgets[at + 2 :]]
+    assert said in refused(capsys, [*budgets, *more])
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("None", "got None, expected text or a whole number"),
+        ("True", "got True, expected text or a whole number"),
+        ("'<think>'", "spells a special token of this model"),
+        ("'1' * (1 + 50 * slot.step)", "tokens, expected at most 24; raise data.max_prompt_tokens"),
+    ],
+)
+def test_a_value_that_no_prompt_may_hold_is_refused(budgets, here, value, said, capsys):
+    text = ASKED.replace("10 * (1 + slot.seed % 5)", value)
+    Path(f"{here}.py").write_text(OWN + text)
+    assert said in refused(capsys, budgets)
+
+
+@pytest.mark.parametrize("name", ["question", "answer", "Budget", "a b", ""])
+def test_a_field_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=r"Draws\.fields: got"):
+        Draws(prior=1, fields={name: lambda _: 1})
+    with pytest.raises(ValueError, match="a function of a Slot"):
+        Draws(prior=1, fields={"budget": 3})

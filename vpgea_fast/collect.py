@@ -32,10 +32,12 @@ from vpgea_fast.types import (
     Path,
     PathKey,
     PromptedQuestion,
+    Question,
     SampleRequest,
     Score,
     ScoredBatch,
     ScoredPaths,
+    Slot,
     Stream,
     View,
     with_questions,
@@ -43,6 +45,8 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
+Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
+"""Questions, the values of an objective's fields for each -> both prompts of each."""
 
 
 class Collector:
@@ -56,6 +60,7 @@ class Collector:
         cfg: Config,
         questions: Sequence[PromptedQuestion],
         *,
+        prompt: Prompt,
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
         engine: RolloutEngine,
@@ -65,6 +70,7 @@ class Collector:
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
+        self.prompt = prompt
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
         self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
@@ -126,14 +132,20 @@ class Collector:
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
-        self.engine.check(self._requests([longest], step=0), self.sampling)
+        requests, _ = self._requests([longest], step=0)
+        self.engine.check(requests, self.sampling)
 
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
-        requests = self._requests(questions, step)
+        requests, asked = self._requests(questions, step)
         # One call: vLLM fills its batch from both streams, and shares prefixes within each.
-        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
+        drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
+        if (
+            self.draws.fields
+        ):  # rows and scores stand behind the prompt that the path was drawn from
+            drawn = [replace(p, asked=own) for p, own in zip(drawn, asked, strict=True)]
+        paths = iter(drawn)
         counts = [count for _, _, count in self.draws.plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
@@ -156,25 +168,53 @@ class Collector:
         needs = self.cfg.objective.needs()
         return {score.stream: score.view for score in needs if score.part == "target"}
 
-    def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
-        return [
+    def _requests(
+        self, questions: Sequence[PromptedQuestion], step: int
+    ) -> tuple[list[SampleRequest], list[PromptedQuestion]]:
+        """A request for every path, question by question, and the question as it asks it."""
+        slots, views = [], []
+        for q in questions:
+            for stream, view, count in self.draws.plan:
+                for i in range(count):
+                    place = {"step": step, "question_id": q.question.id, "stream": stream}
+                    seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
+                    slots.append(Slot(**place, index=i, seed=seed))
+                    views.append(view)
+        asked = self._asked(questions, slots)
+        requests = [
             SampleRequest(
-                question_id=q.question.id,
-                stream=stream,
-                index=i,
-                prompt_ids=q.context(view),
-                seed=request_seed(
-                    run_seed=self.cfg.run.seed,
-                    step=step,
-                    question_id=q.question.id,
-                    stream=stream,
-                    index=i,
-                ),
+                question_id=slot.question_id,
+                stream=slot.stream,
+                index=slot.index,
+                prompt_ids=own.context(view),
+                seed=slot.seed,
             )
-            for q in questions
-            for stream, view, count in self.draws.plan
-            for i in range(count)
+            for slot, view, own in zip(slots, views, asked, strict=True)
         ]
+        return requests, asked
+
+    def _asked(
+        self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot]
+    ) -> list[PromptedQuestion]:
+        """The question of every path, with prompts of its own where the objective has fields."""
+        known = {q.question.id: q for q in questions}
+        if not self.draws.fields:
+            return [known[slot.question_id] for slot in slots]
+        # Paths of a question that share their values share a prompt: it is rendered once.
+        keys = [(slot.question_id, (*self.draws.values(slot).items(),)) for slot in slots]
+        distinct = list(dict.fromkeys(keys))
+        texts = [known[name].question for name, _ in distinct]
+        prompted = self.prompt(texts, [dict(values) for _, values in distinct])
+        limit = self.cfg.data.max_prompt_tokens
+        for own in prompted:
+            longer = max(own.student_ids.numel(), own.teacher_ids.numel())
+            if longer > limit:
+                raise ValueError(
+                    f"question {own.question.id!r} with {own.fields}: its prompt has {longer} "
+                    f"tokens, expected at most {limit}; raise data.max_prompt_tokens"
+                )
+        found = dict(zip(distinct, prompted, strict=True))
+        return [found[key] for key in keys]
 
     def score(
         self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int

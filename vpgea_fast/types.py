@@ -61,10 +61,11 @@ class Question:
 class PromptedQuestion:
     """A question with the token ids of everything that is ever put around a thought.
 
-    `student_ids` is a function of (template, question text) alone; only `teacher_ids` and
+    `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers.
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
+    the values that an objective put into both prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -80,6 +81,7 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -88,6 +90,17 @@ class PromptedQuestion:
     def context(self, view: View) -> Tensor:
         # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
+
+
+class Slot(NamedTuple):
+    """The place of a path before it is drawn: all that a field of its prompt may depend on. `seed`
+    is the path's own, a pure function of the others and the run's."""
+
+    question_id: str
+    stream: Stream
+    index: int
+    step: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +133,7 @@ class Path:
     answer_logps (m,) float32: their sampling log-probs; None where the engine gives none
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
+    asked      its question with prompts of its own, where the objective gives it fields
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -137,6 +151,7 @@ class Path:
     closed: bool
     finish: Finish
     answer_logps: Tensor | None = None
+    asked: PromptedQuestion | None = None
 
     @property
     def key(self) -> PathKey:
@@ -297,8 +312,12 @@ class ScoredBatch:
 def with_questions(
     questions: Sequence[PromptedQuestion], groups: Groups
 ) -> list[tuple[PromptedQuestion, Path]]:
-    """Every path of the groups with its question, in their order."""
-    return [(q, path) for q, group in zip(questions, groups, strict=True) for path in group]
+    """Every path of the groups with its question as the path was asked it, in their order."""
+    return [
+        (path.asked or q, path)
+        for q, group in zip(questions, groups, strict=True)
+        for path in group
+    ]
 
 
 Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
