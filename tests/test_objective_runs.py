@@ -195,6 +195,7 @@ STEPS = [
     ),
     (SAID + "shifted(batch, weight=[1.0])", "weight_BP: got [1.0], expected a tensor (2, 2)"),
     (SAID + f"shifted(batch, counted_BP={SHAPE} > 0)", "counted_BP: got a tensor (2, 3)"),
+    (SAID + "shifted(batch, counted_BP=batch.prior.u_BP)", "counted_BP is torch.float64, expected"),
     (
         SAID + "shifted(batch, weight=batch.prior.closed_BP)",
         "weight_BP is torch.bool, expected torch.float64",

@@ -45,6 +45,7 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
+Plan = Sequence[tuple[Stream, View, int]]
 Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
 """Questions, the values of an objective's fields for each -> both prompts of each."""
 
@@ -132,21 +133,17 @@ class Collector:
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
-        requests, _ = self._requests([longest], step=0)
-        self.engine.check(requests, self.sampling)
+        self.engine.check(self._requests([longest], 0, self.draws.plan), self.sampling)
 
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
-        requests, asked = self._requests(questions, step)
+        plan = self.draws.plan
+        requests = self._requests(questions, step, plan)
         # One call: vLLM fills its batch from both streams, and shares prefixes within each.
         drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
-        if (
-            self.draws.fields
-        ):  # rows and scores stand behind the prompt that the path was drawn from
-            drawn = [replace(p, asked=own) for p, own in zip(drawn, asked, strict=True)]
-        paths = iter(drawn)
-        counts = [count for _, _, count in self.draws.plan]
+        paths = iter(_as_asked(requests, drawn))
+        counts = [count for _, _, count in plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
@@ -169,29 +166,29 @@ class Collector:
         return {score.stream: score.view for score in needs if score.part == "target"}
 
     def _requests(
-        self, questions: Sequence[PromptedQuestion], step: int
-    ) -> tuple[list[SampleRequest], list[PromptedQuestion]]:
-        """A request for every path, question by question, and the question as it asks it."""
+        self, questions: Sequence[PromptedQuestion], step: int, plan: Plan
+    ) -> list[SampleRequest]:
+        """A request for every path, question by question, each with the prompt that it asks."""
         slots, views = [], []
         for q in questions:
-            for stream, view, count in self.draws.plan:
+            for stream, view, count in plan:
                 for i in range(count):
                     place = {"step": step, "question_id": q.question.id, "stream": stream}
                     seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
                     slots.append(Slot(**place, index=i, seed=seed))
                     views.append(view)
         asked = self._asked(questions, slots)
-        requests = [
+        return [
             SampleRequest(
                 question_id=slot.question_id,
                 stream=slot.stream,
                 index=slot.index,
                 prompt_ids=own.context(view),
                 seed=slot.seed,
+                asked=own if self.draws.fields else None,
             )
             for slot, view, own in zip(slots, views, asked, strict=True)
         ]
-        return requests, asked
 
     def _asked(
         self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot]
@@ -387,6 +384,13 @@ class Collector:
             decode=self.decode,
             verify=self.verifier.verify,
         )
+
+
+def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:
+    """The paths with their questions as they were asked: rows and scores stand behind the prompt
+    that a path was drawn from."""
+    pairs = zip(requests, paths, strict=True)
+    return [replace(path, asked=r.asked) if r.asked else path for r, path in pairs]
 
 
 def _say(objective: Objective, batch: ScoredBatch, state: Mapping[str, Any]) -> Terms:

@@ -105,7 +105,8 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index).
+    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index);
+    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads.
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
     >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
@@ -117,6 +118,7 @@ class SampleRequest:
     index: int
     prompt_ids: Tensor
     seed: int
+    asked: PromptedQuestion | None = None
 
 
 PathKey = tuple[str, Stream, int]

@@ -48,7 +48,7 @@ class Draws:
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("posterior", "prior"):
+        for name in get_args(Stream):
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from vpgea_fast.objectives.base import Draws, Objective, Term, Terms, reads_reference
@@ -54,8 +56,7 @@ def check_objective(objective: Any) -> None:
         raise ValueError(f"{who}: needs() returned {_shown(needs)}, expected a frozenset of Score")
     known = [get_args(kind) for kind in (Stream, View, Part, Who)]
     for score in needs:
-        fits = isinstance(score, Score) and all(map(lambda a, b: a in b, score, known))
-        if not fits or (score.part, score.who) == ("target", "reference"):
+        if not (isinstance(score, Score) and all(map(operator.contains, known, score))):
             raise ValueError(f"{who}: needs() asks for {_shown(score)}, expected a Score")
         if not getattr(draws, score.stream):
             raise ValueError(
@@ -76,7 +77,7 @@ def check_terms(objective: Objective, terms: Any, batch: ScoredBatch) -> None:
         _check_term(objective, term, batch)
     for stream, scores in terms.path_scores.items():
         for name, score_BP in scores.items():
-            _check_shape(score_BP, batch, stream=stream, what=f"{who}, path_scores {name!r}")
+            _check_shape(objective, score_BP, batch, stream=stream, what=f"path_scores {name!r}")
     for name, value in terms.metrics.items():
         if not (value is None or _is_number(value)):
             raise ValueError(f"{who}: metric {name!r} is {_shown(value)}, expected a number")
@@ -87,7 +88,8 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
     if not isinstance(term, Term) or not NAME.fullmatch(str(term.name)):
         got = _shown(term.name if isinstance(term, Term) else term)
         raise ValueError(f"{title(objective)}: got the part {got}, expected a Term, its name a-z")
-    who = f"{title(objective)}, term {term.name!r}"
+    of = f"term {term.name!r}: "
+    who = f"{title(objective)}, {of[:-2]}"
     for key, kind in (("stream", Stream), ("view", View), ("part", Part)):
         if (got := getattr(term, key)) not in get_args(kind):
             known = ", ".join(get_args(kind))
@@ -98,11 +100,13 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: trains the {term.part}, but draws() does not ask for answers; return "
             "Draws(answers=True, ...), or train the thought"
         )
-    _check_shape(term.weight_BP, batch, stream=term.stream, what=f"{who}: weight_BP")
+    _check_shape(objective, term.weight_BP, batch, stream=term.stream, what=f"{of}weight_BP")
     if term.counted_BP is not None:
-        _check_shape(term.counted_BP, batch, stream=term.stream, what=f"{who}: counted_BP")
+        _check_shape(objective, term.counted_BP, batch, stream=term.stream, what=f"{of}counted_BP")
     if not term.weight_BP.is_floating_point():
         raise ValueError(f"{who}: weight_BP is {term.weight_BP.dtype}, expected torch.float64")
+    if term.counted_BP is not None and term.counted_BP.dtype != torch.bool:
+        raise ValueError(f"{who}: counted_BP is {term.counted_BP.dtype}, expected torch.bool")
     # A question that is not whole gets no weight, whatever the objective says of it.
     wrong_BP = ~term.weight_BP.isfinite() & (batch.lost_B == 0)[:, None]
     if wrong_BP.any():
@@ -119,16 +123,19 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
         )
 
 
-def _check_shape(value: Any, batch: ScoredBatch, *, stream: Any, what: str) -> None:
+def _check_shape(
+    objective: Objective, value: Any, batch: ScoredBatch, *, stream: Any, what: str
+) -> None:
     """ValueError for what has no number for each path of the stream."""
-    if stream not in get_args(Stream):
-        raise ValueError(f"{what}: got the stream {stream!r}, expected prior or posterior")
+    who, known = f"{title(objective)}, {what}", get_args(Stream)
+    if stream not in known:
+        raise ValueError(f"{who}: got the stream {stream!r}, expected {' or '.join(known)}")
+    if not getattr(objective.draws(), stream):
+        raise ValueError(f"{who} is of the {stream} paths, but draws() asks for none")
     shape = tuple(batch.stream(stream).length_BP.shape)
-    if not shape[1]:
-        raise ValueError(f"{what} is of the {stream} paths, but draws() asks for none")
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         raise ValueError(
-            f"{what}: got {_shown(value)}, expected a tensor {shape}: questions, {stream} paths"
+            f"{who}: got {_shown(value)}, expected a tensor {shape}: questions, {stream} paths"
         )
 
 
