@@ -4,6 +4,7 @@ each of its faults is a line that names it, with status 2 and nothing left behin
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,14 +141,27 @@ def test_a_class_in_the_working_directory_trains_and_resumes(words, here, tmp_pa
     assert "objective.gian: unknown key; did you mean 'gain'?" in line
 
 
+PAGE = (Path(__file__).parents[1] / "docs/objectives.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\| `vpgea train tiny (.+?)` \| `(.+?)` \|$", PAGE, re.MULTILINE)
+"""Options of each method's command on the page of objectives, and what turns on more of it."""
+
+
+def test_the_page_of_objectives_has_a_command_for_every_method(capsys):
+    assert [words for words, _ in COMMANDS] == [
+        f"--objective.name {name} --train.steps 3" for name in METHODS
+    ]
+    for words, more in COMMANDS:
+        given = shlex.split(f"{words} {more}")
+        assert main(["train", str(TINY), *given, "--print-config"]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_the_tiny_base_with_no_more_flags(name, tiny_words, tmp_path, capsys):
     """With the demo's configuration: what only one method knows is left out of it, and said."""
     small = {**SMALL, "train.questions_per_step": 4, "train.steps": 3}
     assert main(["train", str(TINY), *tiny_words(small)("run", "--objective.name", name)]) == 0
-    assert ("leaves out the file's objective.preset" in capsys.readouterr().err) == (
-        name != "vpgea"
-    )
+    left_out = "leaves out the file's objective.preset" in capsys.readouterr().err
+    assert left_out == (name != "vpgea")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     norms = [json.loads(line)["grad_norm"] for line in lines]
     assert len(norms) == 3
