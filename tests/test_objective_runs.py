@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -456,6 +457,7 @@ def test_every_path_is_asked_scored_and_trained_behind_its_own_prompt(budgets):
     for row, values in zip(drawn.values(), logps, strict=True):
         torch.testing.assert_close(values.float(), row.sample_logps, atol=2e-4, rtol=1e-4)
     for row in rows:
+        assert row.path is not None
         assert torch.equal(row.context_ids, pairs[row.path][0].student_ids)
     torch.testing.assert_close(batch.prior.u_BP.flatten(), utilities.double())
     first = [path.z_ids.tolist() for path in batch.prior.flat]
@@ -506,7 +508,8 @@ def test_a_value_that_no_prompt_may_hold_is_refused(budgets, here, value, said, 
 
 @pytest.mark.parametrize("name", ["question", "answer", "Budget", "a b", ""])
 def test_a_field_has_a_name_of_its_own(name):
+    no_function: Any = 3
     with pytest.raises(ValueError, match=r"Draws\.fields: got"):
         Draws(prior=1, fields={name: lambda _: 1})
     with pytest.raises(ValueError, match="a function of a Slot"):
-        Draws(prior=1, fields={"budget": 3})
+        Draws(prior=1, fields={"budget": no_function})

@@ -92,7 +92,8 @@ class PromptedQuestion:
         return self.student_ids if view == "student" else self.teacher_ids
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slot:
     """The place of a path before it is drawn: all that a field of its prompt may depend on. `seed`
     is the path's own, a pure function of the others and the run's."""
 
