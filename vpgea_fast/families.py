@@ -94,9 +94,7 @@ def without_randomness(config: Any) -> Any:
     """Set every rate of dropout, of dropped layers and of router noise to 0, in parts too.
 
     In place. Router logits are off: they only serve an auxiliary loss."""
-    # A list: setattr may add names to `vars` while this loop runs.
     for name, value in list(vars(config).items()):
-        # A part with a configuration of its own (text_config, for example).
         if hasattr(value, "to_dict"):
             without_randomness(value)
         elif _is_rate(name, value):
@@ -125,7 +123,6 @@ def measure(config: Any) -> HeadOptions:
     a packed document as it does alone, twice the same. Errors: ValueError."""
     check(config)
     config = without_randomness(copy.deepcopy(config))
-    # One measurement per configuration, whichever directory it came from.
     facts = {k: v for k, v in config.to_dict().items() if k not in NOT_THE_MODEL}
     key = f"{type(config).__name__} {facts}"
     if key not in _MEASURED:
@@ -139,7 +136,6 @@ _MEASURED: dict[str, HeadOptions] = {}
 def check(config: Any) -> None:
     """Refuse by the configuration alone what no clone is needed for. Errors: ValueError."""
     name = config.model_type
-    # Attributes of a wrong type raise whatever their arithmetic raises.
     with in_words(f"the configuration of {name!r} cannot be read", "correct its config.json"):
         _check(config, name)
 
@@ -149,7 +145,6 @@ def check_values(content: Mapping[str, Any]) -> None:
     and counts that are no size of a model, in the parts of a configuration too. Errors: ValueError,
     which names the key alone."""
     for key, value in content.items():
-        # Before the counts: transformers would swap the linear layers for its quantised ones.
         if key == "quantization_config" and value is not None:
             how = value.get("quant_method", "?") if isinstance(value, Mapping) else value
             raise ValueError(f"quantization_config says {how!r}: quantised weights are not trained")
@@ -159,7 +154,7 @@ def check_values(content: Mapping[str, Any]) -> None:
             check_values(value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} is {value}, expected a finite number")
-        # Beyond int64, where torch raises an OverflowError without the key.
+        # Beyond int64, where torch raises an OverflowError that names no key.
         elif isinstance(value, int) and abs(value) > 2**63 - 1:
             raise ValueError(f"{key} is {str(value)[:20]}..., which is no size of a model")
         elif key.endswith(ABOVE_ZERO) and isinstance(value, (int, float)) and value <= 0:
@@ -169,7 +164,6 @@ def check_values(content: Mapping[str, Any]) -> None:
 def _check_counts(key: str, value: Any) -> None:
     most = LARGEST_COUNT[key]
     for count in value if isinstance(value, list) else [value]:  # a list: one for each layer
-        # bool is an int to Python: `true` would pass for 1.
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
             raise ValueError(f"{key} is {count!r:.40}, expected a whole number of 1..{most}")
 
@@ -189,7 +183,7 @@ def _check(config: Any, name: str) -> None:
             "small model of it does not show; take another model"
         )
     try:
-        # By attribute: attribute_map gives every family's name for a size (GPT-2: n_layer).
+        # By attribute: attribute_map gives every family's own name of a size (GPT-2: n_layer).
         check_values({key: getattr(config, key, None) for key in (*SIZES, "quantization_config")})
     except ValueError as error:
         remedy = "correct its config.json, or take the model unquantised"
@@ -214,7 +208,7 @@ def _measured(config: Any) -> HeadOptions:
             reason = f"model.path: {NO_INTERFACE.format(name)}; take another model"
             raise FamilyError(reason) from error
     documents = _documents()
-    # Without the interface `documents` is an unknown argument, or the mask of no elements fails.
+    # Without it `documents` is an unknown argument, or the mask of no elements fails.
     with in_words(NO_INTERFACE.format(name), "take another model"):
         raw = _packed(clone, pack_rows(documents), name)
     with in_words(f"a model of type {name!r} does not run", "take another model"):
@@ -231,8 +225,7 @@ def in_words(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Some errors of torch are pages long, with a traceback of C++.
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[:300]  # torch's may be pages long
         if isinstance(error, ValueError) and text.startswith("model.path"):
             raise
         if isinstance(error, ValueError) and text.startswith(("attention:", "packed attention:")):
@@ -257,9 +250,8 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
         for key, value in config.to_dict().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and value
     }
-    # The inverse too: Granite divides by logits_scaling, Cohere multiplies by logit_scale.
+    # Granite divides by logits_scaling, Cohere multiplies by logit_scale.
     known = {1.0, *numbers.values(), *(1.0 / value for value in numbers.values())}
-    # float64: the sums below run over T x V products.
     raw, logits = raw.double(), logits.double()
     allowed = TOLERANCE * float(logits.abs().max())
     error = math.inf
@@ -268,8 +260,7 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
         if cap is not None:
             inside = (logits / cap).abs() < 0.9  # beyond it rounding grows
             x, y = raw[inside], cap * (logits[inside] / cap).atanh()
-        # Least squares through 0: the one number that best turns x into y.
-        scale = float((x * y).sum() / (x * x).sum())
+        scale = float((x * y).sum() / (x * x).sum())  # least squares through 0
         nearest = min(known, key=lambda value: abs(value - scale))
         predicted = raw * nearest
         if cap is not None:
@@ -293,11 +284,9 @@ def shrunken(config: Any) -> Any:
     lists = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == layers}
     # Deep enough for each value of each per-layer list: Gemma 3's first full layer is its sixth.
     depth = max([2, *(1 + v.index(x) for v in lists.values() for x in v)])
-    # A model of one layer stays one.
     depth = min(depth, layers)
-    width = getattr(small, "head_dim", None) or small.hidden_size // heads
+    width = getattr(small, "head_dim", None) or small.hidden_size // heads  # Gemma names it
     keys = getattr(small, "num_key_value_heads", None)
-    # Two key heads at most, so that a mixed-up head shows.
     few_keys = min(keys or heads, 2)
     # Grouped heads stay grouped: with one query head per key head a wrong repetition is right.
     few_heads = few_keys * min(heads // (keys or heads), 2)
@@ -306,16 +295,14 @@ def shrunken(config: Any) -> Any:
     changes |= {"num_attention_heads": few_heads, "hidden_size": few_heads * width}
     if isinstance(keys, int):
         changes["num_key_value_heads"] = few_keys
-    # OPT: an embedding of another width than the model's has a projection of its own.
+    # OPT: of another width than the model, an embedding has a projection behind it.
     if values.get("word_embed_proj_dim") == small.hidden_size:
         changes["word_embed_proj_dim"] = changes["hidden_size"]
     for key, limit in NARROW.items():
         value = getattr(small, key, None)
-        # Some families hold a list per layer, or text, under the same key.
-        if type(value) is int:
+        if type(value) is int:  # a list per layer, or text, in some families
             changes[key] = min(value, limit)
-    # torch refuses a padding row outside the embedding.
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # torch: a pad row must exist
         value = getattr(small, key, None)
         if type(value) is int and value >= VOCABULARY:
             changes[key] = 0
@@ -342,8 +329,7 @@ def _clone(config: Any) -> Any:
             f"model.path: a narrow {config.model_type!r} of {small.num_hidden_layers} layers still "
             f"has {size:,} parameters, too many to measure it; correct its config.json"
         )
-    # The caller's generator is left as it was: a run's samples do not depend on a measurement.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a run draws as it would without
         torch.manual_seed(0)
         clone = build("cpu")
         for parameter in clone.parameters():
@@ -360,7 +346,7 @@ def _clone(config: Any) -> Any:
 
 
 def _documents() -> list[TrainRow]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)  # the same documents for every family
     ids = [torch.randint(3, VOCABULARY, (n + 1,), generator=generator) for n in LENGTHS]
     return [
         TrainRow(
@@ -378,7 +364,7 @@ def _documents() -> list[TrainRow]:
 def _packed(clone: Any, batch: PackedBatch, name: str) -> torch.Tensor:
     """Return (T, V), the head's product at every target, in train mode. Errors: FamilyError for two
     passes that differ in a bit."""
-    clone.train()
+    clone.train()  # dropout would show in this mode alone
     first, second = (
         clone.get_output_embeddings()(
             clone.base_model(**attention.packed_inputs(batch)).last_hidden_state[0]
@@ -412,10 +398,9 @@ def _check_padded(clone: Any, documents: list[TrainRow], logits: torch.Tensor, n
     for number, row in enumerate(rows):
         ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=clone.config)
+    cache = DynamicCache(config=clone.config)  # by kind of layer: sliding ones forget
     parts = []
-    # As `generate` does: the prompt at once, then a token that sees the cache.
-    for part in (slice(0, width - 1), slice(width - 1, width)):
+    for part in (slice(0, width - 1), slice(width - 1, width)):  # as `generate` calls a model
         output = clone(
             input_ids=ids[:, part],
             attention_mask=mask[:, : part.stop],
@@ -436,8 +421,7 @@ def _check_far(clone: Any, config: Any, name: str) -> None:
     near = torch.arange(8)[None]
     far = near.clone()
     room = attention.positions(config)[0]
-    # Dynamic rotary embeddings choose their frequencies by the largest position of the call.
-    far[0, -1] = (room or 1 << 20) - 1
+    far[0, -1] = (room or 1 << 20) - 1  # dynamic scaling goes by the largest position
     first, second = (
         clone(ids, position_ids=places, use_cache=False).logits[0, :-1] for places in (near, far)
     )
@@ -446,8 +430,7 @@ def _check_far(clone: Any, config: Any, name: str) -> None:
 
 def _check_same(got: torch.Tensor, expected: torch.Tensor, name: str, where: str) -> None:
     error = float((got - expected).abs().max())
-    # `not <=`, so that NaN is refused.
-    if not error <= TOLERANCE * float(expected.abs().max()):
+    if not error <= TOLERANCE * float(expected.abs().max()):  # `not`: NaN is refused
         raise FamilyError(
             f"model.path: {name!r} gives a document other logits {where} than alone: {error:.2g} "
             "apart; take another model"

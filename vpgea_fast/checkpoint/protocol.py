@@ -158,6 +158,7 @@ class Saver:
         if self.thread is None:
             write()
         else:
+            # Free: `wait` above has seen the save before end.
             self.pending = self.thread.submit(write)
         return final
 
@@ -244,6 +245,7 @@ def _write(
     try:
         with together(world, what, remedy):
             if world.main:
+                # A kill from here to the rename leaves a directory that no load looks at.
                 do(make_directory, parent)
                 # Of the first save: checkpoints/ itself is durable only with its parent.
                 do(sync, parent.parent)
@@ -256,6 +258,7 @@ def _write(
             do(sync, aside / own[1])
             # Read back by who wrote it: one process would read all shards through one disk.
             entries = do(_manifest, aside, own)
+        # Everyone's files are durable here: only then does process 0 name them.
         all_written, all_entries = zip(*exchange(world, (written, entries)), strict=True)
         with together(world, what, remedy):
             if world.main:
@@ -270,6 +273,8 @@ def _write(
                 do(sync, aside / MANIFEST)
                 do(sync, aside)
                 do(remove, final)  # there is one only if it was found incomplete
+                # A kill before this line leaves the old checkpoints, one after it the new one too;
+                # the sync behind it makes that true of a power cut.
                 do(os.rename, aside, final)
                 do(sync, parent)
     finally:
@@ -311,7 +316,7 @@ def _aside(final: Path) -> Path:
 
 
 def _forget(final: Path, *, keep_last: int, worth: Mapping[int, float], do: Do) -> None:
-    """Delete all but the newest `keep_last` up to `final`, and of those with a worth the best.
+    """Delete all but the newest `keep_last` up to `final`, and the best of those with a worth.
 
     Later steps do not count: they are incomplete ones that the run fell back from. A rename comes
     first, so that a kill leaves no half a checkpoint under a checkpoint's name. The new one is safe
@@ -322,6 +327,7 @@ def _forget(final: Path, *, keep_last: int, worth: Mapping[int, float], do: Do) 
     for old in upto[:-keep_last]:
         if _step_of(old) == best:
             continue
+        # Under .tmp-, so that the next load takes away what a kill leaves of it.
         doomed = final.with_name(f".tmp-old-{old.name}")
         try:
             do(remove, doomed)

@@ -84,7 +84,7 @@ class Checkpoint:
                 if type(part.get(key)) is not kind:
                     got = f"got {key} {part.get(key)!r:.60}"
                     raise ValueError(f"{STATE}: {got}, expected {kind.__name__}")
-        return cls(path, **tree)
+        return cls(path, **tree)  # its keys are the other fields, as checked above
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, whole, on the CPU, by its name in the files: to look at, or to convert
@@ -138,7 +138,7 @@ def take(
     """
     planner = Planner()
     planner.shards = {}
-    copy = copy_to_host if copied else lambda tensor: tensor
+    copy = copy_to_host if copied else lambda tensor: tensor  # host bytes: this process's shards
     with together(world):
         weights = named_weights(model)
         states, bound, about = _optimizer_states(optimizer, weights)
@@ -207,7 +207,7 @@ def put(
         own = torch.load(file, map_location="cpu", weights_only=True)
         bound = _beside(own["states"], weights)
     with together(world, what, remedy, catch=Exception):
-        fill(targets, reader, metadata)
+        fill(targets, reader, metadata)  # the weights straight into the model's storage
         # All is read and checked by now: from here on nothing of this run's state survives.
         trained = _trained(optimizer, weights)
         optimizer.state.clear()
@@ -237,7 +237,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": random.getstate(),
+        "python": random.getstate(),  # tuples of ints, which weights_only loads
     }
 
 
@@ -261,7 +261,7 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
     """Raise CheckpointError for NaN or infinity. They show in the smallest and largest element,
     with no mask in memory; the devices are asked once all is queued."""
     extremes = [
-        (name, torch.stack(part.aminmax()))
+        (name, torch.stack(part.aminmax()))  # (2,), NaN where any element is
         for name, tensor in tensors.items()
         for part in inner_of(tensor).values()
         if part.is_floating_point() and part.numel()
@@ -330,12 +330,13 @@ def _parts(full_name: str) -> tuple[str, str]:
 def _beside(
     shards: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Shards in blocks where those of their parameters are."""
+    """Place blocks that cannot be cut anew beside the shards of their parameters."""
     placed: dict[str, torch.Tensor] = {}
     for full_name, shard in shards.items():
         weight = weights[_parts(full_name)[0]]
         placed[full_name] = shard = shard.to(shard_of(weight).device)
         if isinstance(weight, DTensor):
+            # run_check would be a collective; who wrote these shards is checked by `_check_fit`.
             placed[full_name] = DTensor.from_local(
                 shard,
                 weight.device_mesh,
@@ -442,5 +443,5 @@ def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> N
     else:
         # From what was saved, so that two resumes of one checkpoint draw alike.
         seed = zlib.crc32(state["torch"].numpy().tobytes()) + world.rank
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # of the GPUs too
         random.seed(seed)

@@ -47,7 +47,7 @@ __all__ = [
     "unfit",
     "write_dropped",
 ]
-SHOWN = 5
+SHOWN = 5  # dropped rows per reason that a run prints
 LONG_TARGET = 64
 """Tokens of a scored answer above which it is probably no final answer."""
 
@@ -105,6 +105,7 @@ def load_training(cfg: DataConfig, *, parseable: Judge | None = None) -> LoadedQ
     """The questions of every file in `cfg.train` as one data set, in the order of the files."""
     # By name, which the configuration has checked to be the file's own.
     parts = {f.label: load_questions(f, cfg, parseable=parseable) for f in cfg.train}
+    # One file alone keeps its ids and notes as they are: no label before them.
     return next(iter(parts.values())) if len(parts) == 1 else _merged(parts)
 
 
@@ -230,6 +231,7 @@ def unfit(
 
 def long_targets(prompted: Sequence[PromptedQuestion]) -> list[str]:
     """A line of warning where a scored answer has more than LONG_TARGET tokens."""
+    # A long target makes log P(answer) a sum over many tokens, and a solution is no answer.
     long = [item for item in prompted if item.target_ids.numel() > LONG_TARGET]
     if not long:
         return []
@@ -247,6 +249,7 @@ def write_dropped(file: str | None, loaded: Iterable[LoadedQuestions]) -> None:
     if file is None:
         return
     text = "".join(json.dumps(row) + "\n" for row in dropped_rows(loaded))
+    # Before the open, which would empty it.
     _check_replaceable(Path(file))
     try:
         Path(file).write_text(text, encoding="utf-8")
@@ -286,6 +289,7 @@ def dropped_rows(loaded: Iterable[LoadedQuestions]) -> list[dict[str, str]]:
 
 def shown_drops(drops: Sequence[Drop], file: str = "data.dropped_file") -> list[str]:
     """The first SHOWN of each reason, and how many more there are; `file` lists all."""
+    # A dict keeps the order in which the reasons came up.
     by_reason: dict[str, list[Drop]] = {}
     for drop in drops:
         by_reason.setdefault(drop.reason, []).append(drop)
@@ -333,6 +337,7 @@ def step_questions(
             f"a step takes {batch} questions and the data set holds {len(questions)}; set "
             f"train.questions_per_step to 1..{len(questions)}, or give more data"
         )
+    # Each permutation leaves out others, so no question stays out for good.
     epoch, index = divmod(step, len(questions) // batch)
     order = list(range(len(questions)))
     # Drawn anew at every step: no state to save, and a resumed run needs none.
@@ -375,6 +380,7 @@ def fingerprint(questions: Sequence[Question]) -> str:
 
 def _merged(parts: Mapping[str, LoadedQuestions]) -> LoadedQuestions:
     """Several files as one data set; ids that two files have get their file's name before them."""
+    # Within one file ids are unique already (`_read`), so a count above 1 is a clash of two.
     counts = Counter(q.id for part in parts.values() for q in part.questions)
     # All ids change or none, so that an id tells its file throughout a run.
     clash = any(count > 1 for count in counts.values())
@@ -400,6 +406,7 @@ def _read(file: DataFile) -> tuple[list[Question], dict[str, str], list[str]]:
     bad: dict[str, str] = {}
     places: dict[str, str] = {}
     notes: Counter[str] = Counter()
+    # Lazily: of JSONL or parquet of gigabytes only `limit` rows are read and parsed.
     for number, row in islice(rows, file.limit):
         place = f"{file.path}, {unit} {number}"
         question, reason = make_question(row, file, number=number, place=place, notes=notes)
@@ -432,4 +439,5 @@ def _refused(
 
 
 def _cut(text: str) -> str:
+    """Quote at most 80 characters: an answer may be a page."""
     return repr(text if len(text) <= 80 else f"{text[:80]}...")

@@ -91,6 +91,7 @@ class Alarms:
 
     def update(self, record: Mapping[str, Any]) -> list[str]:
         """The alarms that this record sets off, each a text with the remedy."""
+        # First: it counts the idle step of which `_idles` speaks below.
         self.halt = self._stays_idle(record) or self._is_off(record)
         # Each is asked at every step, even one that has spoken: the windows must go on.
         texts = {
@@ -114,7 +115,6 @@ class Alarms:
         self._idle.append(idle_reason(record))
         if self.cfg.idle_stop is None or len(self._idle) < self.cfg.idle_stop:
             return None
-        # The words first: clearing forgets the reasons.
         text = self._idle_words()
         self._idle.clear()
         return text
@@ -148,7 +148,7 @@ class Alarms:
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:
         first, value = self._first_advantages, finite(record.get("adv_post"))
-        # Only the first five count: later steps may end at zero because the student has learnt.
+        # The first five alone: later the student catches up, and the difference goes to 0.
         if value is None or len(first) == self.FEW:
             return None
         first.append(value)
@@ -168,12 +168,12 @@ class Alarms:
             return None
         self._accuracy.append(accuracy)
         self._utility.append(utility)
-        if len(self._accuracy) < 2 * self.WINDOW:
+        if len(self._accuracy) < 2 * self.WINDOW:  # two windows are compared
             return None
         # Both in standard errors of a difference of means: a noisy step must not raise the alarm.
         fall, fall_errors = _change([-value for value in self._accuracy])
         rise, rise_errors = _change(self._utility)
-        # Both must be significant: accuracy falls by chance, and u_post rises in any good run.
+        # u_post rises in a good run too: it is an alarm only while the accuracy falls.
         if fall < 0.02 or min(fall_errors, rise_errors) <= 2:
             return None
         return (
@@ -197,7 +197,7 @@ def idle_reason(record: Mapping[str, Any]) -> str:
     groups, spread = record.get("groups_zero_var"), finite(record.get("std_s"))
     right = [finite(record[k]) for k in ("acc_student", "acc_teacher") if k in record]
     right = right or [finite(record.get("accept_rate"))]
-    # In the order of the dict above; the most certain reason is asked first.
+    # In the order of IDLE's keys.
     converged, infinite, lost, rejected, same, gated = IDLE
     if finite(record.get("grad_norm")) is None:
         return infinite

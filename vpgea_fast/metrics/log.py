@@ -47,7 +47,7 @@ class MetricsWriter:
         lines = [json.dumps(_json_ready(record), allow_nan=False) + "\n" for record in records]
         try:
             file.write("".join(lines))
-            # To the kernel, not to the disk: a kill loses nothing, a power cut may lose lines.
+            # To the kernel, not to the disk: only a power cut loses what was flushed.
             file.flush()
         except OSError as error:
             raise OSError(

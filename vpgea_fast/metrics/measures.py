@@ -188,6 +188,5 @@ def mfu(flops: float, seconds: float, device: str, *, devices: int = 1) -> float
     >>> mfu(989.5e12, 2.0, "NVIDIA H200")
     0.5
     """
-    # The dense peak of one device times their number; communication counts as time lost.
     peak = peak_flops(device)
     return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)

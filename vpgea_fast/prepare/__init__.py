@@ -65,30 +65,30 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
         open_text(cfg)
     with Verifier.configured(cfg.verify) as verifier:
         judge = console.watched(verifier.accepts_itself, "reference answers")
-        found = {
+        splits = {
             role: _load(order, role, ways=ways, limit=cfg.data.limit, judge=judge, console=console)
             for role, ways in recipe.items()
         }
     files: dict[str, str] = {}
-    if "train" in found:
+    if "train" in splits:
         # Every file that the model may be evaluated on, this data set's own test first.
-        evaluations = {str(order.out / "test.jsonl"): found["test"]} if "test" in found else {}
+        evaluations = {str(order.out / "test.jsonl"): splits["test"]} if "test" in splits else {}
         evaluations |= {file.path: load_questions(file, cfg.data) for file in cfg.eval.data}
-        own = found["test"].questions if "test" in found else ()
-        found["train"], matches = _without_overlap(found["train"], own, evaluations)
+        own = splits["test"].questions if "test" in splits else ()
+        splits["train"], matches = _without_overlap(splits["train"], own, evaluations)
         # What was taken out stands beside, with its match: the reader can judge the rule.
         files["contaminated.jsonl"] = _lines([_matched(q, match) for q, match in matches])
         compared = ", ".join(evaluations) or "no evaluation: give one with --against FILE"
         console.message(f"train: compared with {compared}")
-    for role, loaded in found.items():
+    for role, loaded in splits.items():
         _tell(role, loaded, console)
         files[f"{role}.jsonl"] = _lines([_row(q) for q in loaded.questions])
-    files["dropped.jsonl"] = _lines(dropped_rows(found.values()))
+    files["dropped.jsonl"] = _lines(dropped_rows(splits.values()))
     # The files are safe before the sampling begins, which takes hours.
     _write(order, files, console)
-    named = {role: str(order.out / f"{role}.jsonl") for role in found}
+    named = {role: str(order.out / f"{role}.jsonl") for role in splits}
     if order.measure:
-        named["train"] = _measured(order, cfg, found["train"].questions, console)
+        named["train"] = _measured(order, cfg, splits["train"].questions, console)
     console.message(f"for a configuration:\n{_settings(named)}")
 
 
@@ -194,6 +194,7 @@ def _named(loaded: LoadedQuestions, name: str, tag: str, start: int) -> LoadedQu
 
     def renamed(q: Question) -> Question:
         number = _number(q)
+        # row-N is the loader's word for a row without an id.
         own = f"{tag}-{start + number}" if q.id == f"row-{number}" else q.id
         return replace(q, id=f"{name}-{own}")
 
@@ -212,6 +213,7 @@ def _from(sources: Sequence[tuple[Source, str]]) -> str:
 
 
 def _cause(error: BaseException) -> str:
+    # One line: what the network says may be a page.
     text = " ".join(str(error.__cause__).split()) or type(error.__cause__).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -293,12 +295,14 @@ def _write(order: Order, files: Mapping[str, str], console: Console) -> None:
     for name, text in files.items():
         same = name in there and there[name] not in other
         if not same:
+            # Each file at once: a kill leaves whole files, and the next call writes the rest.
             write_text(order.out / name, text)
         rows = text.count("\n")
         console.message(f"{order.out / name}: {rows} rows" + " (unchanged)" * same)
 
 
 def _holds(path: Path, text: str) -> bool:
+    # Bytes: universal newlines would call a file with \r\n unchanged.
     return path.is_file() and path.read_bytes() == text.encode()
 
 

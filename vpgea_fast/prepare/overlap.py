@@ -58,6 +58,7 @@ def _grams(text: str) -> Iterator[str]:
     text, which has fewer words."""
     # Full-width digits and ligatures count as the plain ones.
     plain = unicodedata.normalize("NFKC", text).lower()
+    # LaTeX falls apart into words here (`frac`, `sqrt`): formulas count like text.
     words = WORD.findall(plain)
     if len(words) < LENGTH:
         # Signs matter where words are few, and would only break runs where they are many.

@@ -72,7 +72,7 @@ def pass_rates(
     block = max(1, -(-WAVES * cfg.rollout.max_batch // cfg.eval.samples))
     header = {"block": block, "questions": fingerprint(questions), **_settings(cfg)}
     with _locked(file) as handle:
-        header, rates = _known(handle, file, wanted=header, questions=questions, new=overwrite)
+        header, rates = _known(handle, file, expected=header, questions=questions, new=overwrite)
         if len(rates) < len(questions):
             if rates:
                 console.message(
@@ -133,6 +133,7 @@ def _weights(path: str) -> str:
 def _locked(file: Path) -> Iterator[BinaryIO]:
     """Open the file for reading and appending; DataError where another process writes it."""
     try:
+        # a+: nothing is lost before the lock is ours, and every write goes to the end.
         handle = file.open("a+b")
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror}; give another --out") from error
@@ -152,7 +153,7 @@ def _locked(file: Path) -> Iterator[BinaryIO]:
 
 
 def _known(
-    handle: BinaryIO, file: Path, wanted: dict[str, Any], questions: Sequence[Question], new: bool
+    handle: BinaryIO, file: Path, expected: dict[str, Any], questions: Sequence[Question], new: bool
 ) -> tuple[dict[str, Any], list[Rate]]:
     """The settings line and the rates of whole blocks; what stands behind them is cut off."""
     handle.seek(0)
@@ -165,9 +166,9 @@ def _known(
         # Written by an older version, the settings still mean the same.
         header = {RENAMED.get(key, key): value for key, value in header.items()}
         # The size of a block may differ: what was drawn is still valid, in the old size.
-        differ = [k for k in wanted if k != "block" and header.get(k) != wanted[k]]
+        differ = [k for k in expected if k != "block" and header.get(k) != expected[k]]
         if differ and not new:
-            shown = f"{differ[0]}: {header.get(differ[0])!r} there, {wanted[differ[0]]!r} now"
+            shown = f"{differ[0]}: {header.get(differ[0])!r} there, {expected[differ[0]]!r} now"
             raise DataError(
                 f"{file} was drawn with other settings ({shown}"
                 + (f", and {len(differ) - 1} more" if len(differ) > 1 else "")
@@ -176,7 +177,7 @@ def _known(
         header = None if differ else header
     if header is None:
         handle.truncate(0)
-        return wanted, []
+        return expected, []
     rows = [_parsed(line, file, number) for number, line in enumerate(lines[1:], 2)]
     # The last block may be short; any other that is short was cut by a kill.
     whole = len(rows) if len(rows) == len(questions) else len(rows) - len(rows) % header["block"]
@@ -219,7 +220,7 @@ def _sampled(
     console: Console,
 ) -> list[Rate]:
     """Draw block after block, and append each when it is judged."""
-    # the longest path is that of an evaluation: the engine makes room for one where there is one
+    # With an evaluation in the configuration the engine makes room for its paths, the longest here.
     drawn = replace(cfg.eval, data=(DataFile(handle.name),), greedy=False, limit=None)
     cfg = replace(cfg, eval=drawn)
     rates: list[Rate] = []
@@ -262,6 +263,7 @@ def _block(evaluator: Evaluator, asked: Sequence[Item | Rate], advance: Any) -> 
     items = [item for item in asked if not isinstance(item, Rate)]
     if not items:
         return [item for item in asked if isinstance(item, Rate)]
+    # paths: `samples` of each question in a row; correct_QN: (questions, samples).
     samples, sampling = evaluator.modes()["sampled"]
     paths, correct_QN = evaluator.answers(items, samples, sampling, advance)
     rates: dict[str, Rate] = {}
@@ -269,6 +271,7 @@ def _block(evaluator: Evaluator, asked: Sequence[Item | Rate], advance: Any) -> 
         group = paths[i * samples : (i + 1) * samples]
         # A path that the engine gave up says nothing about the question.
         good = [n for n, path in enumerate(group) if path.finish != "error"]
+        # All given up: the means are 0 / 1, and `value` is None.
         count = max(1, len(good))
         rates[question.id] = Rate(
             question.id,

@@ -10,7 +10,7 @@ from pathlib import Path
 from vpgea_fast.data import DataError
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
-SHOWN = 6
+SHOWN = 6  # patterns that an error lists
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ def _svamp(split: str, rows: int, part: tuple[int, int | None]) -> tuple[Sources
         answer="Answer",
         id="ID",
     )
+    # The Hub has two files; the authors' own has all 1,000 rows, of which the first 700 are
+    # train's.
     return (hub,), (replace(hub, files=("svamp.jsonl", "SVAMP.json"), part=part, plain=True),)
 
 
-MATH_ROWS = {  # of train and test
+MATH_ROWS = {  # of train and test: 7,500 and 5,000 together
     "algebra": (1744, 1187),
     "counting_and_probability": (771, 474),
     "geometry": (870, 479),
@@ -121,6 +123,7 @@ def located(
     """(source, path or Hub name) of everything that a split is read from. Without folders the Hub.
     DataError that says what was looked for."""
     if not folders:
+        # Nothing is asked yet: the Hub is first heard when a row is read.
         return [(source, source.hub_path) for source in ways[0]]
     # A folder that is misspelt would look like one that lacks the files.
     for folder in folders:
@@ -134,11 +137,11 @@ def located(
     missing = [source for source in ways[0] if not _find(source, folders)]
     others = [source for sources in ways[1:] for source in sources]
     # The single-file ways first: they are the easiest to get.
-    wanted = list(dict.fromkeys(p for source in (*others, *missing) for p in source.patterns))
-    shown = wanted[:SHOWN]
+    patterns = list(dict.fromkeys(p for source in (*others, *missing) for p in source.patterns))
+    shown = patterns[:SHOWN]
     raise DataError(
         f"{what}: looked in {', '.join(map(str, folders))} for {', or '.join(shown)}"
-        + (f" and {len(wanted) - len(shown)} more" if len(wanted) > len(shown) else "")
+        + (f" and {len(patterns) - len(shown)} more" if len(patterns) > len(shown) else "")
         + f" (also below {ways[0][0].hub.partition('/')[2]}/) and found "
         + ("only a part" if len(missing) < len(ways[0]) else "none")
         + f"; give with --from the files of {ways[0][0].hub}, or leave --from out for the Hub"

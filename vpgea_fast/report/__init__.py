@@ -74,6 +74,7 @@ def closing_table(run_dir: str | Path) -> tuple[list[str], list[list[str]]]:
         "eps3": lambda r: _arrow(r, "eps3", _short),
         "eps3 of means": lambda r: _arrow(r, "eps3_mean", _short),
         "cut %": lambda r: _arrow(r, "truncated", lambda value: f"{100 * value:.1f}"),
+        # How many answers were drawn, in the evaluation afterwards.
         "samples": lambda r: _arrow(r, "n", lambda value: f"{value:.0f}").split(" -> ")[-1],
     }
     if all(r.get("eps3") == r.get("eps3_mean") for _, _, pair in results for r in pair):
@@ -99,6 +100,7 @@ def closing_notes(run_dir: str | Path) -> list[str]:
             if comparison
             else f"committed rows are missing: there is no file {section['compare']}",
         ]
+    # A run's note may be the committed rows' own: each once.
     return list(dict.fromkeys(filter(None, notes)))
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vpgea_fast import book
 from vpgea_fast.config import ROWS, ConfigError, TrainConfig, find, read_sections, resolve
 from vpgea_fast.metrics import finite, read_steps
-
-if TYPE_CHECKING:
-    pass
 
 Record = Mapping[str, Any]
 
@@ -41,13 +38,13 @@ def evaluated(run_dir: str | Path, name: str) -> dict[int, float]:
     """Step -> `name` (sampled_eps3, greedy_acc, ...), of every evaluation in the run's files."""
     mode, _, key = name.partition("_")
     # Steps from the log, both ends from eval.json; an end wins over the log's line.
-    found = [(r.get("eval_step"), r.get(f"eval_{name}")) for r in read_steps(run_dir)]
+    pairs = [(r.get("eval_step"), r.get(f"eval_{name}")) for r in read_steps(run_dir)]
     ends = read_evaluation(run_dir)
     results = [ends[when] for when in ("before", "after") if when in ends]
-    found += [(result.get("step"), result.get(mode, {}).get(key)) for result in results]
+    pairs += [(result.get("step"), result.get(mode, {}).get(key)) for result in results]
     return {
         step: value
-        for step, raw in found
+        for step, raw in pairs
         if type(step) is int and (value := finite(raw)) is not None
     }
 
@@ -93,6 +90,7 @@ def limits(run_dir: Path) -> TrainConfig:
     names = ("idle_alarm", "idle_stop", "mismatch_stop", "mismatch_steps")
     keys = {key: value for key, value in section_of(run_dir, "train").items() if key in names}
     try:
+        # Resolved, so that a key that is not given has the alarms' default.
         return resolve({"train": keys}, source=str(run_dir / "config.yaml")).train
     except ConfigError as error:
         raise ReportError(str(error)) from error
@@ -114,7 +112,7 @@ def run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, remedy: str = "write it again or remove it") -> dict[str, Any]:
-    """{} for a file that is not there."""
+    """Read the object of a JSON file; {} where there is no file."""
     if not path.exists():
         return {}
     try:

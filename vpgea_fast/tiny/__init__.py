@@ -92,7 +92,7 @@ def make_tiny(
         else:
             model, report = train_base(RECIPES[base], seed=seed, progress=progress)
             save_base(aside / "base", model, report)
-        aside.rename(out)
+        aside.rename(out)  # also onto an empty directory; POSIX refuses one that has filled
     except OSError as error:
         raise ValueError(
             f"cannot write the tiny world {out}: {error.strerror or error}; give a directory that "

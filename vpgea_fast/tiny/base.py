@@ -34,8 +34,8 @@ from vpgea_fast.types import Question, View
 
 MAX_NEW_TOKENS = 240  # a short limit would count the base's long thoughts as wrong
 GREEDY_QUESTIONS = 200
-CHUNK = 200
-TRIES = 4
+CHUNK = 200  # rows of one forward or `generate`
+TRIES = 4  # seeds, one after another, until a base passes the gate
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def sample_row(
     """One supervised row, in either view with equal chance.
 
     A teacher thought ends on the right digit (drawn until it does) or leaks. If `pinned`, the mode
-    decision weighs p / drawn when concise and (1 - p) / (1 - drawn) when verbose, p the wanted
+    decision weighs p / drawn when concise and (1 - p) / (1 - drawn) when verbose, p the recipe's
     probability; every later word weighs 1, so that a rare concise thought stays usable.
     """
     # Test questions are drawn again: the space holds far more than the 800.
@@ -170,6 +170,7 @@ def make_model(seed: int, vocab_size: int) -> Qwen2ForCausalLM:
         pad_token_id=SPECIAL_ID["<pad>"],
     )
     # The caller's generators stay as they are: a run's seed must not depend on this one.
+    # The caller's generator stays as it was, and a seed stands for one model.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config).float()
@@ -188,15 +189,16 @@ def supervised_loss(
     ids_BT, weight_BT = row_batch(rows)
     logp_BTV = model(ids_BT[:, :-1], use_cache=False).logits.log_softmax(-1)
     nll_BT = -logp_BTV.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
+    # By the number of tokens, not the sum of weights: a decision weighs 2e-6 or 2.
     loss = (nll_BT * weight_BT[:, 1:]).sum() / (weight_BT[:, 1:] > 0).sum()
     # Row -> the log-probability to pin; (B,) rows, S of them pinned.
-    wanted = {i: math.log(row.concise) for i, row in enumerate(rows) if row.concise is not None}
-    if not wanted:
+    targets = {i: math.log(row.concise) for i, row in enumerate(rows) if row.concise is not None}
+    if not targets:
         return loss
     # Logits at t are of the token at t + 1.
-    position = [rows[i].decision - 1 for i in wanted]
-    logp_S = logp_BTV[list(wanted), position, second_label]
-    return loss + recipe.pin * (logp_S - torch.tensor([*wanted.values()])).square().mean()
+    position = [rows[i].decision - 1 for i in targets]
+    logp_S = logp_BTV[list(targets), position, second_label]
+    return loss + recipe.pin * (logp_S - torch.tensor([*targets.values()])).square().mean()
 
 
 def train_once(
@@ -253,6 +255,7 @@ def train_base(
     try:
         for attempt in range(seed, seed + tries):
             model = train_once(recipe, attempt, held_out, progress)
+            # On the very questions that no row was drawn from.
             report = measure_base(
                 model, tokenizer, test[:measure_on], recipe=recipe.name, seed=attempt
             )
@@ -318,6 +321,7 @@ def answer_accuracy(
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         with torch.random.fork_rng(devices=[]):
+            # By chunk, so that a chunk's samples do not hang on how far the ones before came.
             torch.manual_seed((seed or 0) + i)
             output_BT = model.generate(
                 ids_BT,

@@ -357,26 +357,27 @@ def number(answer: str) -> Fraction | None:
 
 def make_number() -> Judge:
     def judge(gold: str, text: str) -> bool:
-        wanted = number(gold)
+        value = number(gold)
         answer = answer_of(text)
-        return wanted is not None and number(answer or last_line(text)) == wanted
+        # Two texts that are no numbers are not equal.
+        return value is not None and number(answer or last_line(text)) == value
 
     return judge
 
 
 def make_text() -> Judge:
     def judge(gold: str, text: str) -> bool:
-        wanted = plain_text(gold)
-        return wanted != "" and plain_text(answer_of(text) or last_line(text)) == wanted
+        words = plain_text(gold)
+        return words != "" and plain_text(answer_of(text) or last_line(text)) == words
 
     return judge
 
 
 def make_letter() -> Judge:
     def judge(gold: str, text: str) -> bool:
-        wanted = labelled(bare(gold))[0]
+        letter = labelled(bare(gold))[0]
         answer = answer_of(text) or last_line(text)
-        return wanted is not None and labelled(bare(answer))[0] == wanted
+        return letter is not None and labelled(bare(answer))[0] == letter
 
     return judge
 
@@ -420,10 +421,12 @@ def _say(error: BaseException) -> str:
 
 
 def outcome_of(judge: Judge, gold: str, text: str, *, custom: bool) -> str | tuple[str, str]:
-    """What pool.py calls an Outcome."""
+    """Judge one text; the result is what pool.py calls an Outcome."""
     try:
         verdict = judge(gold, text)
     except BaseException as error:
+        # sympy raises on text that is no formula, and such an answer is wrong; a user's function
+        # that raises has a fault, which is told.
         return ("raised", _say(error)) if custom else "wrong"
     if not isinstance(verdict, bool):
         return "returned", f"{verdict!r:.100} of type {type(verdict).__name__}"
@@ -459,6 +462,7 @@ def serve(pipe: Connection, settings: dict) -> None:
     with suppress(EOFError, OSError):
         while True:
             gold, text = pipe.recv()
+            # Its own alarm, a second behind the parent's deadline (pool.ORPHAN_S).
             signal.setitimer(signal.ITIMER_REAL, settings["limit_s"])
             outcome = outcome_of(judge, gold, text, custom=custom)
             signal.setitimer(signal.ITIMER_REAL, 0.0)

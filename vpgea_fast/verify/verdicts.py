@@ -34,6 +34,7 @@ class Verdicts:
             return
         versions = [f"{library} {version(library)}" for library in LIBRARIES]
         text = json.dumps([name, program.read_text("utf-8"), versions, sys.version_info[:2]])
+        # 16 hex digits in the file's name: a clash of two programs would take 2^32 of them.
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._file = folder / f"golds-{name}-{digest}.json"
         self.known = _read(self._file)
