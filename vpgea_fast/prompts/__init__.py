@@ -17,7 +17,7 @@ import inspect
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +25,13 @@ import torch
 
 from vpgea_fast.config import ConfigError, PromptConfig
 from vpgea_fast.prompts.templates import (
+    NOTHING,
+    Fields,
+    Values,
+    around,
     chat_template_of,
     check_templates,
+    difference,
     fill,
     model_of,
     read_names,
@@ -44,12 +49,6 @@ TAG = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]")
 """What a chat template spells as a tag; one that is a single token acts as one, added or not."""
 SWITCH_WORDS = {"yes", "no", "on", "off", "y", "n"}
 """Text in YAML 1.2, and text is true in Jinja."""
-Values = Mapping[str, str]
-"""Of the fields that an objective gives to a prompt, beside question and answer."""
-Fields = Mapping[str, Callable[[str], str]]
-"""Field -> question id -> its value where no path is drawn: in an evaluation, and in a first look
-at the lengths of prompts."""
-NOTHING: Values = MappingProxyType({})
 RENDER_SECONDS = 10.0
 RENDER_LIMIT = 1 << 20
 """Characters that a chat template may put around the turns."""
@@ -324,14 +323,14 @@ class Prompter:
         # lacks.
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
-                raise ConfigError(_difference(text, said, name))
+                raise ConfigError(difference(text, said, name))
 
     def _ids(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
         for text, name in zip(texts, names, strict=True):
             if (place := LONE_SURROGATE.search(text)) is not None:
                 raise ConfigError(
                     f"question {name}: half a character (a lone surrogate) at {place.start()}: "
-                    f"{_around(text, place.start())!r}; expected Unicode text, repair the row"
+                    f"{around(text, place.start())!r}; expected Unicode text, repair the row"
                 )
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [torch.tensor(row, dtype=torch.long) for row in ids]
@@ -407,22 +406,6 @@ class Prompter:
                 "the tag to the tokenizer (add_tokens) and to the embedding"
             )
         return int(ids.item())
-
-
-def _difference(text: str, said: str, name: str) -> str:
-    place = next(
-        (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
-        min(len(text), len(said)),
-    )
-    return (
-        f"question {name}: the tokenizer does not keep the text: at character {place} "
-        f"{_around(text, place)!r} becomes {_around(said, place)!r}; use a tokenizer.json that can "
-        "be decoded without a loss, or take such characters out of data and prompt templates"
-    )
-
-
-def _around(text: str, place: int) -> str:
-    return text[max(0, place - 20) : place + 20]
 
 
 def eos_ids(

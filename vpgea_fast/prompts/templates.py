@@ -1,12 +1,14 @@
-"""Templates: the four of the configuration, and the chat template that a model brings."""
+"""Templates: the four of the configuration with their fields, and the chat template that a model
+brings."""
 
 from __future__ import annotations
 
 import re
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.config import ConfigError, PromptConfig
@@ -19,6 +21,12 @@ OWN = ("question", "answer")
 """Fields that every run has."""
 UNKNOWN = re.compile(r"(?<![\w\\{}^])\{([a-z]\w{2,})\}")
 """What looks like a field; a brace behind a word, a backslash, a brace or ^ is LaTeX's."""
+Values = Mapping[str, str]
+"""Of the fields that an objective gives to a prompt, beside question and answer."""
+Fields = Mapping[str, Callable[[str], str]]
+"""Field -> question id -> its value where no path is drawn: in an evaluation, and in a first look
+at the lengths of prompts."""
+NOTHING: Values = MappingProxyType({})
 RING_AGAIN = 0.1
 """Jinja takes an error while it folds constants for a reason to compute them later."""
 
@@ -159,3 +167,21 @@ def _check_fields(cfg: PromptConfig, fields: Collection[str]) -> None:
                     f"prompt.{key}: nothing fills {{{name}}}; expected {known}. An objective gives "
                     f"more (Draws.fields); for the braces themselves write {{ {name} }}"
                 )
+
+
+def difference(text: str, said: str, name: str) -> str:
+    """Say where the ids of a text say another one, for an error."""
+    place = next(
+        (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
+        min(len(text), len(said)),
+    )
+    return (
+        f"question {name}: the tokenizer does not keep the text: at character {place} "
+        f"{around(text, place)!r} becomes {around(said, place)!r}; use a tokenizer.json that can "
+        "be decoded without a loss, or take such characters out of data and prompt templates"
+    )
+
+
+def around(text: str, place: int) -> str:
+    """The text near a place in it."""
+    return text[max(0, place - 20) : place + 20]
