@@ -113,6 +113,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         collector = Collector(
             cfg,
             intake.questions,
+            prompt=text.prompter.prompt,
             row_logprobs=score,
             path_logprobs=score_paths,
             engine=engine,

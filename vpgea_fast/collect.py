@@ -17,7 +17,8 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives import Draws, Objective, Term, Terms
+from vpgea_fast.names import Slot
+from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
@@ -32,6 +33,7 @@ from vpgea_fast.types import (
     Path,
     PathKey,
     PromptedQuestion,
+    Question,
     SampleRequest,
     Score,
     ScoredBatch,
@@ -43,6 +45,9 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
+Plan = Sequence[tuple[Stream, View, int]]
+Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
+"""Questions, the values of an objective's fields for each -> both prompts of each."""
 
 
 class Collector:
@@ -56,6 +61,7 @@ class Collector:
         cfg: Config,
         questions: Sequence[PromptedQuestion],
         *,
+        prompt: Prompt,
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
         engine: RolloutEngine,
@@ -65,6 +71,7 @@ class Collector:
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
+        self.prompt = prompt
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
         self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
@@ -81,7 +88,7 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = self.cfg.objective.at(step)
+        objective = ask(self.cfg.objective, "at", step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
@@ -126,15 +133,17 @@ class Collector:
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
-        self.engine.check(self._requests([longest], step=0), self.sampling)
+        self.engine.check(self._requests([longest], 0, self.draws.plan), self.sampling)
 
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
-        requests = self._requests(questions, step)
+        plan = self.draws.plan
+        requests = self._requests(questions, step, plan)
         # One call: vLLM fills its batch from both streams, and shares prefixes within each.
-        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
-        counts = [count for _, _, count in self.draws.plan]
+        drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
+        paths = iter(_as_asked(requests, drawn))
+        counts = [count for _, _, count in plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
@@ -157,25 +166,53 @@ class Collector:
         scores = [score for score in needs if score.part == "target" and score.who == "policy"]
         return {score.stream: score.view for score in scores}
 
-    def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
+    def _requests(
+        self, questions: Sequence[PromptedQuestion], step: int, plan: Plan
+    ) -> list[SampleRequest]:
+        """A request for every path, question by question, each with the prompt that it asks."""
+        slots, views = [], []
+        for q in questions:
+            for stream, view, count in plan:
+                for i in range(count):
+                    place = {"step": step, "question_id": q.question.id, "stream": stream}
+                    seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
+                    slots.append(Slot(**place, index=i, seed=seed))
+                    views.append(view)
+        asked = self._asked(questions, slots)
         return [
             SampleRequest(
-                question_id=q.question.id,
-                stream=stream,
-                index=i,
-                prompt_ids=q.context(view),
-                seed=request_seed(
-                    run_seed=self.cfg.run.seed,
-                    step=step,
-                    question_id=q.question.id,
-                    stream=stream,
-                    index=i,
-                ),
+                question_id=slot.question_id,
+                stream=slot.stream,
+                index=slot.index,
+                prompt_ids=own.context(view),
+                seed=slot.seed,
+                asked=own if self.draws.fields else None,
             )
-            for q in questions
-            for stream, view, count in self.draws.plan
-            for i in range(count)
+            for slot, view, own in zip(slots, views, asked, strict=True)
         ]
+
+    def _asked(
+        self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot]
+    ) -> list[PromptedQuestion]:
+        """The question of every path, with prompts of its own where the objective has fields."""
+        known = {q.question.id: q for q in questions}
+        if not self.draws.fields:
+            return [known[slot.question_id] for slot in slots]
+        # Paths of a question that share their values share a prompt: it is rendered once.
+        keys = [(slot.question_id, (*self.draws.values(slot).items(),)) for slot in slots]
+        distinct = list(dict.fromkeys(keys))
+        texts = [known[name].question for name, _ in distinct]
+        prompted = self.prompt(texts, [dict(values) for _, values in distinct])
+        limit = self.cfg.data.max_prompt_tokens
+        for own in prompted:
+            longer = max(own.student_ids.numel(), own.teacher_ids.numel())
+            if longer > limit:
+                raise ValueError(
+                    f"question {own.question.id!r} with {own.fields}: its prompt has {longer} "
+                    f"tokens, expected at most {limit}; raise data.max_prompt_tokens"
+                )
+        found = dict(zip(distinct, prompted, strict=True))
+        return [found[key] for key in keys]
 
     def score(
         self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
@@ -259,12 +296,12 @@ class Collector:
         """What the objective says; a question that is not whole has no weight, and is in no
         mean."""
         with timer("advantage"):
-            terms, dropped_B = objective.terms(batch, state), batch.lost_B > 0
+            terms, dropped_B = _say(objective, batch, state), batch.lost_B > 0
             if dropped_B.any():
                 # The batch keeps its shape, for the log of its paths; means and the objective's
                 # state are of whole questions.
                 whole = batch.whole
-                clean = objective.terms(whole, state) if whole else None
+                clean = _say(objective, whole, state) if whole else None
                 terms = replace(
                     terms.without(dropped_B),
                     metrics=clean.metrics if clean else {},
@@ -348,3 +385,17 @@ class Collector:
             decode=self.decode,
             verify=self.verifier.verify,
         )
+
+
+def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:
+    """The paths with their questions as they were asked: rows and scores stand behind the prompt
+    that a path was drawn from."""
+    pairs = zip(requests, paths, strict=True)
+    return [replace(path, asked=r.asked) if r.asked else path for r, path in pairs]
+
+
+def _say(objective: Objective, batch: ScoredBatch, state: Mapping[str, Any]) -> Terms:
+    """What the objective says of a batch, checked: a class of the user's may say anything."""
+    terms = ask(objective, "terms", batch, state)
+    check_terms(objective, terms, batch)
+    return terms

@@ -5,6 +5,7 @@ A command line must not wait for torch, and the methods of objectives/ are read 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Stream = Literal["posterior", "prior"]
@@ -35,3 +36,15 @@ class Score(NamedTuple):
     view: View
     part: Part
     who: Who = "policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a path before it is drawn: all that a field of its prompt may depend on. `seed`
+    is the path's own, a pure function of the others and the run's."""
+
+    question_id: str
+    stream: Stream
+    index: int
+    step: int
+    seed: int

@@ -130,7 +130,14 @@ def _weigh(
     # float64: the sum over 8k tokens of a row is rounded once, in the loss.
     coef, factor = torch.full(tokens, weight * scale, dtype=torch.float64), None
     if term.factors is not None:
-        factor = term.factors[path.key]
+        factor = term.factors.get(path.key)
+        # One number would be taken for all tokens, without a word.
+        if factor is None or factor.shape != tokens or not factor.isfinite().all():
+            got = "none" if factor is None else f"{factor.numel()} numbers"
+            raise ValueError(
+                f"objective, term {term.name!r}: factors of path {path.key}: got {got}; expected "
+                f"{tokens[0]} finite numbers"
+            )
     # The reference answer was not drawn, so no sampler is corrected on it.
     if ratios is not None and term.part != "target":
         # A ratio per drawn token, thought first: an answer's begin behind the thought.

@@ -46,10 +46,11 @@ class Question:
 class PromptedQuestion:
     """A question with the token ids of everything that is ever put around a thought.
 
-    `student_ids` is a function of (template, question text) alone; only `teacher_ids` and
+    `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers.
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
+    the values that an objective put into both prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -65,6 +66,7 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -77,7 +79,8 @@ class PromptedQuestion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index).
+    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index);
+    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads.
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
     >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
@@ -89,6 +92,7 @@ class SampleRequest:
     index: int
     prompt_ids: Tensor
     seed: int
+    asked: PromptedQuestion | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +105,7 @@ class Path:
     answer_logps (m,) float32: their sampling log-probs; None where the engine gives none
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
+    asked      its question with prompts of its own, where the objective gives it fields
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -118,6 +123,7 @@ class Path:
     closed: bool
     finish: Finish
     answer_logps: Tensor | None = None
+    asked: PromptedQuestion | None = None
 
     @property
     def key(self) -> PathKey:
@@ -278,8 +284,12 @@ class ScoredBatch:
 def with_questions(
     questions: Sequence[PromptedQuestion], groups: Groups
 ) -> list[tuple[PromptedQuestion, Path]]:
-    """Every path of the groups with its question, in their order."""
-    return [(q, path) for q, group in zip(questions, groups, strict=True) for path in group]
+    """Every path of the groups with its question as the path was asked it, in their order."""
+    return [
+        (path.asked or q, path)
+        for q, group in zip(questions, groups, strict=True)
+        for path in group
+    ]
 
 
 Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
@@ -375,7 +385,13 @@ class TrainRow:
             return self
         # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
         old = now if self.old is None else self.old
-        coef = self.live(self.weight, now, old, self.reference) * self.scale
+        slope = self.live(self.weight, now, old, self.reference)
+        if slope.shape != now.shape:
+            raise ValueError(
+                f"objective, term {self.term!r}: live returned {tuple(slope.shape)}, expected a "
+                f"number per token {tuple(now.shape)}"
+            )
+        coef = slope * self.scale
         return replace(self, coef=coef if self.factor is None else coef * self.factor)
 
 

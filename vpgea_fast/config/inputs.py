@@ -227,10 +227,10 @@ class DataConfig:
 @dataclass(frozen=True, config=STRICT)
 class PromptConfig:
     student: str = STUDENT_TEMPLATE
-    """Template of the student's prompt. `{question}` is its only field, so the student never sees
-    the answer."""
+    """Template of the student's prompt. `{question}` is its field, so the student never sees the
+    answer. An objective may give each path more (`Draws.fields`)."""
     teacher: str = TEACHER_TEMPLATE
-    """Template of the teacher's prompt, with the fields `{question}` and `{answer}`."""
+    """Template of the teacher's prompt: `{question}`, `{answer}`, and an objective's fields."""
     teacher_role: Literal["user", "system"] = "user"
     """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
@@ -246,6 +246,7 @@ class PromptConfig:
     """Text between the closed thought and the scored answer."""
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
-    `{question}` and `{answer}` are the only fields; every other brace is itself."""
+    `{question}` and `{answer}` are the only fields. Other braces are themselves, but a name in
+    braces that nothing fills is refused."""
     chat_template_kwargs: Switches = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

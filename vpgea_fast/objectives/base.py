@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.names import Norm, Part, PathKey, Score, Stream, View
+from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class Draws:
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
+    fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
+                      number: a pure function of the path's place
+
+    >>> budget = {"budget": lambda slot: 64 + 64 * (slot.seed % 3)}
+    >>> Draws(prior=4, fields=budget).values(Slot("q0", "prior", 0, step=0, seed=5))
+    {'budget': '192'}
     """
 
     posterior: int = 0
@@ -47,8 +54,44 @@ class Draws:
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+    fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in get_args(Stream):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")
+        if not self.paths:
+            raise ValueError("Draws: got no paths; ask for posterior or prior paths")
+        if self.posterior_view not in get_args(View):
+            known = " or ".join(get_args(View))
+            raise ValueError(f"Draws.posterior_view: got {self.posterior_view!r}, expected {known}")
+        for name, value in self.fields.items():
+            taken = name in ("question", "answer")
+            if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
+                raise ValueError(
+                    f"Draws.fields: got {name!r}: {value!r}, expected a name in small letters, not "
+                    "question or answer, and a function of a Slot"
+                )
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
+
+    def values(self, slot: Slot) -> dict[str, str]:
+        """The fields of a path's prompt. ValueError for a function that fails, or gives no text."""
+        found = {}
+        for name, value in self.fields.items():
+            try:
+                got = value(slot)
+            except Exception as error:  # a function of the user's may fail in any way
+                said = f"{type(error).__name__}: {error}"
+                raise ValueError(f"objective, field {name!r} of {slot}: raised {said}") from error
+            if isinstance(got, bool) or not isinstance(got, (str, int)):
+                raise ValueError(
+                    f"objective, field {name!r} of {slot}: got {got!r}, expected text or a whole "
+                    "number"
+                )
+            found[name] = str(got)
+        return found
 
     @property
     def paths(self) -> int:
