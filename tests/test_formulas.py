@@ -276,10 +276,13 @@ class Formula:
         return self.weight(lengths, len(tokens)) * loss.sum()
 
 
-METHODS = ("vpgea", "grpo", "drgrpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
 # Sharded over two: every method once, as its first case has it.
-RUNS = [(name, 1) for name in CASES] + [
-    (next(name for name, keys in CASES.items() if keys["name"] == method), 2) for method in METHODS
+FIRST = {keys["name"]: name for name, keys in reversed(CASES.items())}
+# What others cover in part is slow: a run of a second or two each, and twice that on two processes.
+QUICK = {("vpgea", 2), ("dapo", 2), *((name, 1) for name in CASES if "vpgea," not in name)}
+RUNS = [
+    pytest.param(*run, marks=[] if run in QUICK else pytest.mark.slow)
+    for run in [(name, 1) for name in CASES] + [(name, 2) for name in FIRST.values()]
 ]
 
 
