@@ -219,3 +219,33 @@ def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
     for before, after in zip(plain, corrected, strict=True):
         factor = 0.5 if before.token_ids.numel() == 50 else 2.0
         torch.testing.assert_close(after.coef, before.coef * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weight", [-1.3, 0.0, 0.8])
+@pytest.mark.parametrize("keys", [{"kl": "k3"}, {"kl": "low_variance"}, {"ratio": "sequence"}])
+def test_the_live_loss_is_the_derivative_of_its_formula(keys, weight):
+    """By autograd: the clip on both sides, and the penalty, also where its bounds hold it."""
+    objective = Grpo(group_size=2, kl_coef=0.3, clip_low=0.1, clip_high=0.15, **keys)
+    live = objective.terms(batch(), {}).parts[0].live
+    made = torch.Generator().manual_seed(2)
+    now = torch.randn(40, generator=made, dtype=torch.float64).requires_grad_()
+    old = now.detach() + 0.2 * torch.randn(40, generator=made, dtype=torch.float64)
+    # d of 3 and more holds low variance to 10, of 20 and more its exponent.
+    gap = torch.cat([torch.linspace(-4, 4, 36), torch.tensor([-25.0, -19.0, 19.0, 25.0])]).double()
+    reference = now.detach() + gap
+    ratio = (now - old).exp()
+    if objective.ratio == "sequence":
+        ratio = (now - old).mean().exp().expand(40)
+    gain = torch.minimum(ratio * -weight, ratio.clamp(0.9, 1.15) * -weight)
+    delta = reference - now
+    if objective.kl == "low_variance":
+        delta = delta.clamp(-20, 20)
+        estimate = (delta.exp() - delta - 1).clamp(-10, 10)
+        assert (estimate == 10).any()
+    else:
+        estimate = delta.exp() - delta - 1
+    (expected,) = torch.autograd.grad((-gain + 0.3 * estimate).sum(), now)
+    got = live(weight, now.detach(), old, reference)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="KL: got no log-probs of a reference policy"):
+        live(weight, now.detach(), old, None)
