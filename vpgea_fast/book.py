@@ -113,7 +113,8 @@ step | step
 question_id | text
     The question's id.
 stream | text
-    `posterior`: drawn from the teacher's prompt; `prior`: from the student's.
+    `posterior`: drawn from the teacher's prompt; `prior`: from the student's; `reference`: from the
+    student's, by the reference policy.
 index | number
     The path's place among those of its question, from 0.
 length | tokens
@@ -149,7 +150,8 @@ STEP = (
     # From `Trainer.update`, and `diagnostics.row_metrics` of the rows that it trained.
     Chapter(
         "Step and update",
-        "Every step; kl_gated where a row was distilled.",
+        "Every step; kl_gated where a row was distilled, kl_reference where the objective reads a "
+        "reference policy.",
         _table("""
 step | step
     The number of this step, from 1.
@@ -167,6 +169,9 @@ grad_norm | norm
     where not finite.
 skipped | 0 or 1
     1: no update, since no path had a gradient or it was not finite; 0: updated.
+kl_reference | nats per token
+    Mean of exp(d) - d - 1 with d = log p of the reference policy - log p, over the tokens that are
+    held to it, before the update; 0: the policy has not moved. With objective.kl_coef above 0.
 kl_gated | nats per token
     Mean of log q - log p over the tokens of distilled rows: how far the student is from the
     gated paths.
@@ -182,6 +187,11 @@ len_prior | tokens
     Mean thought length of the student's paths, cut ones included.
 len_post | tokens
     Mean thought length of the teacher's paths, cut ones included.
+len_reference | tokens
+    Mean thought length of the reference policy's paths, cut ones included; of objectives that draw
+    them only.
+trunc_reference | share
+    Share of the reference policy's paths whose thought was cut at the token limit.
 trunc_prior | share
     Share of the student's paths whose thought was cut at the token limit.
 trunc_post | share
@@ -202,6 +212,8 @@ acc_student | share
     Share of the student's paths whose sampled answer is right.
 acc_teacher | share
     Share of the teacher's paths whose sampled answer is right.
+acc_reference | share
+    Share of the reference policy's paths whose sampled answer is right.
 eps3_student | %² per token
     (100 acc_student)² / mean generated tokens of the student's paths, answers included.
 paths_error | paths

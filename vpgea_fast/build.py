@@ -21,15 +21,17 @@ from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
-from vpgea_fast.distributed import World
+from vpgea_fast.distributed import World, full_weights
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
 from vpgea_fast.model import Policy, load_policy, make_replica
+from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import length_report
+from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
@@ -56,9 +58,13 @@ class Stages:
     collector: Collector
     measure: Measure
     verifier: Verifier
+    reference: Reference | None
 
     def close(self) -> None:
-        """End what runs beside this process: the engine, and the workers that judge."""
+        """End what runs beside this process: the engine, and the workers that judge; drop the
+        reference policy."""
+        if self.reference is not None:
+            self.reference.close()
         # The workers end even where an engine's child does not answer.
         try:
             self.engine.close()
@@ -87,6 +93,8 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             keep_last=cfg.checkpoint.keep_last,
             background=cfg.checkpoint.background,
         )
+        # Before the engine: a vLLM that samples leaves no room to load in.
+        reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy)
         undo.callback(engine.close)
 
@@ -101,6 +109,11 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
 
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
+
+        def hand_over() -> None:
+            engine.load_weights(full_weights(policy))
+            probe()
+
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
         # Both refuse, before the first step, a path that the engine has no room for.
         evaluator = Evaluator(
@@ -116,7 +129,9 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             intake.questions,
             row_logprobs=score,
             path_logprobs=score_paths,
+            reference=reference,
             engine=engine,
+            hand_over=hand_over,
             sampling=sampling,
             decode=text.decode,
             verifier=verifier,
@@ -136,6 +151,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         collector=collector,
         measure=Measure(cfg=cfg, world=world, policy=policy, passes=passes, decode=text.decode),
         verifier=verifier,
+        reference=reference,
     )
 
 
@@ -146,6 +162,7 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
+    check_reference(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
     )
@@ -216,6 +233,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
     yield str(policy.attention)
+    if stages.reference is not None:
+        yield f"reference policy {reference_path(cfg)}, kept on {cfg.reference.keep}"
     yield from _caveats(cfg)
 
 

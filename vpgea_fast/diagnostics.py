@@ -19,9 +19,7 @@ from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
-    Stream,
     TrainRow,
-    View,
 )
 
 HINT_NATS = 5.0
@@ -32,13 +30,15 @@ hint."""
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
     """Lengths, truncation, utility quantiles of both streams; accuracies where answers were
     verified."""
+    drawn = batch.reference
     return merge(
-        _stream_metrics(batch.prior, name="prior", view="student"),
-        _stream_metrics(batch.posterior, name="post", view="teacher"),
+        _stream_metrics(batch.prior, name="prior", who="student"),
+        _stream_metrics(batch.posterior, name="post", who="teacher"),
+        {} if drawn is None else _stream_metrics(drawn, name="reference", who="reference"),
     )
 
 
-def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, float | None]:
+def _stream_metrics(stream: ScoredPaths, *, name: str, who: str) -> dict[str, float | None]:
     """`batch_metrics` of one stream; none of a stream that is not sampled."""
     paths, length = stream.flat, stream.length_BP
     if not paths:
@@ -60,8 +60,8 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
     # All or none of a stream is judged: a mean over some would be of other paths each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
-        metrics[f"acc_{view}"] = accuracy
-        if view == "student":
+        metrics[f"acc_{who}"] = accuracy
+        if who == "student":
             tokens = sum(p.generated for p in paths) / len(paths)
             metrics["eps3_student"] = eps3(accuracy, tokens)
     return metrics
@@ -155,6 +155,19 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     )
 
 
+def reference_kl(rows: Sequence[TrainRow]) -> dict[str, float]:
+    """`kl_reference`: how far the policy that drew the paths is from the reference policy.
+
+    Mean k3 = exp(d) - d - 1, d = log p_reference - log p, over tokens of the rows that read it.
+    """
+    gaps = [r.reference - r.old for r in rows if r.reference is not None and r.old is not None]
+    if not gaps:
+        return {}
+    gap = torch.cat(gaps)
+    # expm1: most gaps are small, and exp(d) - 1 would round to a few bits of them.
+    return {"kl_reference": (gap.expm1() - gap).mean().item()}
+
+
 def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of several updates of one step as those of one: means, but for the mismatch, which
     is that of the first, and `skipped`, which says that there was no update at all."""
@@ -246,9 +259,8 @@ def path_records(
 ) -> list[dict[str, Any]]:
     """The first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
-    streams: tuple[Stream, ...] = ("posterior", "prior")
-    for stream in streams:
-        columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
+    for stream, columns in batch.streams.items():
+        scores = terms.path_scores.get(stream, {})
         # From the first question on: a reader wants whole groups, not a random handful.
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:

@@ -51,7 +51,7 @@ class Measure:
 
     def known(self, updates: Sequence[Sequence[TrainRow]]) -> list[list[TrainRow]]:
         """The rows with their log-probs before the first update, where a later one compares with
-        them, and those of the reference policy: a forward each, of the rows that ask."""
+        them, or the first one does with the reference policy's: a forward of the rows that ask."""
         # By identity: epochs share their rows, and each is scored once.
         rows = list({id(row): row for part in updates for row in part}.values())
         several = len(updates) > 1

@@ -227,7 +227,7 @@ class Trainer:
         """What the batch shows; every metrics.diag_every steps also what costs passes of its own:
         two heads over the posterior paths, a forward and backward of all rows."""
         every, measure = self.cfg.metrics.diag_every, self.stages.measure
-        found = measure.quality(batch, terms)
+        found = merge(measure.quality(batch, terms), diagnostics.reference_kl(rows))
         if every and self.step % every == 0:
             found = merge(found, measure.view_divergence(batch, terms), self.stream_norms(rows))
         return found
@@ -406,7 +406,8 @@ class Trainer:
         names = dict.fromkeys(row.term for row in rows)
         if len(names) <= 1:
             return {}  # it is grad_norm
-        norms = {}
+        # With the coefficients of the moment: those of a reference policy are not in them before.
+        rows, norms = self.stages.measure.moment(rows, moved=False), {}
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
             reshard(self.stages.policy)

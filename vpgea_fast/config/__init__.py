@@ -14,6 +14,7 @@ from vpgea_fast.config.inputs import (
     ModelConfig,
     ParallelConfig,
     PromptConfig,
+    ReferenceConfig,
     RunConfig,
 )
 from vpgea_fast.config.method import (
@@ -70,6 +71,7 @@ __all__ = [
     "ParallelConfig",
     "PositiveInt",
     "PromptConfig",
+    "ReferenceConfig",
     "RolloutConfig",
     "RunConfig",
     "ScoringConfig",

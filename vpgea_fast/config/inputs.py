@@ -75,6 +75,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ReferenceConfig:
+    """The frozen model that an objective may hold the policy to. It is loaded where the objective
+    reads it, as with objective.kl_coef above 0."""
+
+    path: PathText | None = None
+    """A Hugging Face directory or the name of a model on the Hub, of the policy's shapes and
+    vocabulary. null: model.path, the weights that training starts from, also in a resumed run."""
+    keep: Literal["device", "disk"] = "device"
+    """`device`: its weights stay beside the policy's, in shards where those are. `disk`: read anew
+    for every rollout, and dropped."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 

@@ -28,12 +28,14 @@ class Draws:
     """What a step samples of each question.
 
     posterior, prior  paths of each stream
+    reference         paths of the frozen reference policy, in the student view
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     """
 
     posterior: int = 0
     prior: int = 0
+    reference: int = 0
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
@@ -42,16 +44,17 @@ class Draws:
 
     @property
     def paths(self) -> int:
-        """Paths of a question, both streams."""
+        """Paths of a question, all streams."""
         # What a question costs the engine; scoring costs a forward of each again.
-        return self.posterior + self.prior
+        return self.posterior + self.prior + self.reference
 
     @property
     def plan(self) -> list[tuple[Stream, View, int]]:
-        """(stream, view that it is drawn in, paths per question), posterior first."""
+        """(stream, view that it is drawn in, paths per question), in the order of drawing."""
         return [
             ("posterior", self.posterior_view, self.posterior),
             ("prior", "student", self.prior),
+            ("reference", "student", self.reference),
         ]
 
     @property
@@ -100,6 +103,15 @@ class Term:
         everyone = torch.ones_like(self.weight_BP, dtype=torch.bool)
         return everyone if self.counted_BP is None else self.counted_BP
 
+    def without(self, lost_B: Tensor) -> Term:
+        """No weight and no row for the questions where `lost_B` is True."""
+        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
+        weight_BP = self.weight_BP.masked_fill(lost_B[:, None], 0.0)
+        if self.live is None or not self.live.reference:
+            return replace(self, weight_BP=weight_BP)
+        # Of weight zero, they would still be held to the reference.
+        return replace(self, weight_BP=weight_BP, counted_BP=self.acting & ~lost_B[:, None])
+
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
@@ -130,13 +142,8 @@ class Terms:
         return torch.stack([part.weight_BP.ne(0).any(dim=1) for part in self.parts]).any(dim=0)
 
     def without(self, lost_B: Tensor) -> Terms:
-        """No weight for the questions where `lost_B` is True."""
-        # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
-        parts = (
-            replace(part, weight_BP=part.weight_BP.masked_fill(lost_B[:, None], 0.0))
-            for part in self.parts
-        )
-        return replace(self, parts=tuple(parts))
+        """No weight and no row for the questions where `lost_B` is True."""
+        return replace(self, parts=tuple(part.without(lost_B) for part in self.parts))
 
 
 class Objective(Protocol):
@@ -160,8 +167,8 @@ class Objective(Protocol):
         ...
 
     def needs(self) -> frozenset[Score]:
-        """Say which log-probs `terms` reads. Of part `target` they come as `u_BP` of the stream, of
-        other parts as `ScoredBatch.logps`."""
+        """Say which log-probs `terms` or its live parts read. The policy's of part `target` come as
+        `u_BP` of the stream, all others as `ScoredBatch.logps`."""
         ...
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
@@ -206,5 +213,6 @@ def scores_answers(objective: Objective) -> bool:
 
 
 def reads_reference(objective: Objective) -> bool:
-    """Log-probs of the frozen reference policy are read."""
-    return any(score.who == "reference" for score in objective.needs())
+    """The frozen reference policy is asked: for log-probs, or for paths."""
+    needed = any(score.who == "reference" for score in objective.needs())
+    return needed or objective.draws().reference > 0

@@ -1,0 +1,153 @@
+"""The reference policy: a frozen model that the policy is held to. It scores rows, and draws paths.
+
+    reference.path, else model.path -> a policy without optimiser or gradients, cut like the trained
+    one -> log-probs of rows at rollout.temperature | paths in the student view
+
+    keep: device   loaded once, beside the policy
+    keep: disk     read from its files for each use, and dropped
+
+A resumed run reads the same files: its checkpoints hold the policy alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vpgea_fast.attention import HALF
+from vpgea_fast.config import Config, ModelConfig
+from vpgea_fast.distributed import World, full_weights, reshard
+from vpgea_fast.model import Policy, load_policy
+from vpgea_fast.model_dir import ModelError, load_tokenizer
+from vpgea_fast.objectives import reads_reference
+from vpgea_fast.passes import Passes
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling
+from vpgea_fast.rollout.factory import open_engine
+from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.types import Path, SampleRequest, TrainRow
+from vpgea_fast.weights import load_config, without_storage
+
+
+class Reference:
+    """The frozen model of a run. Every use is a collective; with `keep: disk` each reads the model.
+
+    Errors: ModelError, as `load_policy`.
+    """
+
+    def __init__(self, cfg: Config, world: World, passes: Passes) -> None:
+        self.cfg, self.world, self.passes = cfg, world, passes
+        self._loaded = self._load() if cfg.reference.keep == "device" else None
+
+    def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
+        temperature = self.cfg.rollout.temperature
+        with self._at_hand() as model:
+            return self.passes(lambda batch, _: model.logprob(batch, temperature=temperature), rows)
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        progress: Callable[[int], None],
+        *,
+        engine: RolloutEngine,
+        hand_back: Callable[[], object],
+    ) -> list[Path]:
+        """Draw a path of the reference for each request.
+
+        A whole module samples by itself. Otherwise `engine` takes over the reference's weights, and
+        `hand_back` gives it those of the policy again.
+        """
+        with self._at_hand() as model:
+            if not model.sharded and self.cfg.engine.name == "hf":
+                return _own_engine(self.cfg, self.world, model).generate(
+                    requests, sampling, progress
+                )
+            engine.load_weights(full_weights(model))
+            paths = engine.generate(requests, sampling, progress)
+        # Not after an error: a run that is left draws no more, and this is a collective.
+        hand_back()
+        return paths
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._loaded = None
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[Policy]:
+        """The model, in no more memory afterwards than before."""
+        model = self._loaded or self._load()
+        yield model
+        # Else its head, embedding and root stay gathered on every process.
+        reshard(model)
+        if self._loaded is None:
+            del model
+            # FSDP's units refer to each other, and vLLM cannot use what torch's allocator keeps.
+            gc.collect()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _load(self) -> Policy:
+        cfg = self.cfg
+        how = replace(
+            cfg.model,
+            path=reference_path(cfg),
+            activation_checkpointing="none",
+            master_dtype=reference_dtype(cfg.model, sharded=self.world.mesh is not None),
+            # What is read anew each time would be compiled anew.
+            compile=cfg.model.compile and cfg.reference.keep == "device",
+        )
+        model = load_policy(how, self.world, cfg.parallel, backend=cfg.loss.backend)
+        return model.requires_grad_(False)
+
+
+def reference_path(cfg: Config) -> str:
+    """Where the reference's weights lie: those that the policy starts from, unless said."""
+    return cfg.reference.path or cfg.model.path
+
+
+def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
+    """The dtype in which the reference's weights are kept."""
+    # Shards are gathered in the forward's dtype, so they may be kept in it, and the log-probs are
+    # the policy's bits where the weights are. Under autocast the residual stream has the dtype of
+    # the weights: there a half-precision copy would be another model, some 1e-2 a token away.
+    half = getattr(torch, model.dtype) in HALF
+    return model.dtype if sharded and half else model.master_dtype
+
+
+def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
+    """ModelError, before a weight is loaded, for a reference of another shape or another language
+    than the policy; nothing is read where the objective asks for none, or for the start weights."""
+    path = cfg.reference.path
+    if path is None or not reads_reference(cfg.objective):
+        return
+    where = f"reference.path: got {path}"
+    outlines = [without_storage(cfg.model.path, torch.float32, model_config)]
+    outlines.append(without_storage(path, torch.float32, load_config(path)))
+    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in outlines)
+    if other := sorted(dict(ours.items() ^ theirs.items())):
+        name = other[0]
+        raise ModelError(
+            f"{where}, whose {name} is {theirs.get(name, 'missing')}, but that of model.path is "
+            f"{ours.get(name, 'missing')}; expected a model of the same shapes: give one, or null"
+        )
+    # Equal shapes alone do not make equal ids: R1's distillates number their tags anew.
+    spelled, vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if differing := dict(spelled.items() ^ vocabulary.items()):
+        raise ModelError(
+            f"{where}, whose tokenizer numbers {len(differing)} tokens otherwise than that of "
+            f"model.path ({min(differing)!r}, ...); expected the same vocabulary: give a model of "
+            "the same family, or null"
+        )
+
+
+def _own_engine(cfg: Config, world: World, model: Policy) -> RolloutEngine:
+    def hf() -> RolloutEngine:
+        return HFEngine(model.causal_lm, max_batch=cfg.rollout.max_batch, dtype=model.dtype)
+
+    return open_engine(cfg, world, dtype=model.dtype, hf=hf)
