@@ -1,7 +1,8 @@
 # Every target does its own set-up: a virtual environment in .venv with the pinned stack.
 PYTHON ?= python3
 ARGS ?=
-WORKERS ?= 2
+# More than cores: tests of several processes wait for each other, and for time-outs.
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin

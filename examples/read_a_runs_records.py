@@ -32,4 +32,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/read_a_runs_records.py RUN, a run directory")
     main(Path(sys.argv[1]))

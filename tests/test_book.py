@@ -14,7 +14,12 @@ TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 RUNS = {
     "robust": {"train.resample_rounds": 1},
     "paper": {"objective.preset": "paper", "rollout.importance_cap": 2.0},
-    "grpo": {"objective.name": "grpo", "eval.data": "[]"},
+    "grpo": {
+        "objective.name": "grpo",
+        "eval.data": "[]",
+        "objective.kl_coef": 0.1,
+        "train.minibatches": 2,
+    },
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }
 """Together they take every branch that logs. A sharded model is handed over to its engine, and

@@ -79,6 +79,12 @@ RECIPES = {
         "verify.name.*set",
         ("tests/test_verify.py::test_the_other_checkers[set]",),
     ),
+    "objective": Recipe(
+        refused_key("objective", "name", "best_of"),
+        ConfigError,
+        "objective.name.*best_of",
+        ("tests/test_objectives.py::test_weights_by_hand",),
+    ),
     "filter": Recipe(
         refused_key("objective", "min_thought", 4),
         ConfigError,

@@ -886,6 +886,31 @@ def test_a_lost_answer_drops_its_question(words, monkeypatch):
     assert not any(part.weight_BP[0].any() for part in coefs.parts)
 
 
+HELD = ["--objective", "grpo", "--objective.kl_coef", "0.1", "--optim.lr", "0.003"]
+HELD += ["--train.minibatches", "2", "--train.epochs", "2", "--eval.data", "[]"]
+
+
+def test_a_reference_policy_stays_the_one_that_the_run_began_with(tiny_words, tmp_path):
+    """On the device, read anew from disk, and after a resume: the same numbers, bit for bit."""
+    words = tiny_words({k: v for k, v in SMALL.items() if k != "objective.prior_samples"})
+    steps = ["--train.steps", "3", "--optim.warmup_steps", "0", "--objective.group_size", "4"]
+    for name, more in {"device": [], "disk": ["--model.reference", "disk"]}.items():
+        fit(config.load(TINY, words(name, *HELD, *steps, *more)))
+    fit(config.load(TINY, words("cut", *HELD, *steps[2:], "--train.steps", "2")))
+    cut = tmp_path / "cut"
+    fit(config.load(cut / "config.yaml", ["--train.steps", "3"]), resume=True)
+    runs = {name: lines(tmp_path / name) for name in ("device", "disk", "cut")}
+    for name in ("loss", "grad_norm", "kl_reference", "clipped"):
+        values = {run: [line.get(name) for line in steps] for run, steps in runs.items()}
+        assert values["device"] == values["disk"], name
+        # The schedule spans the steps that were asked for first; up to there the runs are one.
+        assert values["cut"][0] == values["device"][0], name
+    kl = [line["kl_reference"] for line in runs["device"]]
+    assert kl[0] == 0.0
+    assert 0.0 < kl[1] < kl[2]
+    assert runs["cut"][2]["kl_reference"] > 0.0
+
+
 def test_a_stop_request_is_heard_while_answers_are_sampled(words):
     more = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:

@@ -152,6 +152,7 @@ def test_a_process_that_hangs_ends_the_others_after_the_time_out():
     assert "imed out" in waiting.output
 
 
+@pytest.mark.slow  # half a minute, most of it torch starting four times
 def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
     """One of two processes is killed: the job starts again from the last checkpoint, by itself, and
     ends where an undisturbed one does."""

@@ -150,8 +150,7 @@ STEP = (
     # From `Trainer.update`, and `diagnostics.row_metrics` of the rows that it trained.
     Chapter(
         "Step and update",
-        "Every step; kl_gated where a row was distilled, kl_reference where the objective reads a "
-        "reference policy.",
+        "Every step; kl_gated where a row was distilled.",
         _table("""
 step | step
     The number of this step, from 1.
@@ -169,9 +168,6 @@ grad_norm | norm
     where not finite.
 skipped | 0 or 1
     1: no update, since no path had a gradient or it was not finite; 0: updated.
-kl_reference | nats per token
-    Mean of exp(d) - d - 1 with d = log p of the reference policy - log p, over the tokens that are
-    held to it, before the update; 0: the policy has not moved. With objective.kl_coef above 0.
 kl_gated | nats per token
     Mean of log q - log p over the tokens of distilled rows: how far the student is from the
     gated paths.
@@ -279,7 +275,8 @@ share_cov_negative | share
     # From `diagnostics.mismatch`, `rows.truncated_ratios` and rollout/probe.py.
     Chapter(
         "Engine against trainer",
-        "mismatch_* with every update, importance_capped with rollout.importance_cap. "
+        "mismatch_* with every update, importance_capped with rollout.importance_cap; "
+        "kl_reference and clipped where a policy gradient makes several updates or holds to one. "
         "probe_* after a hand-over of weights (vLLM, or a sharded model), by rollout.probe_every.",
         _table("""
 mismatch_mean | ratio
@@ -293,6 +290,12 @@ mismatch_ratio_max | ratio
     Largest p_trainer / p_engine over those tokens; 1: equal.
 mismatch_outside | share
     Share of those tokens whose ratio is outside 0.9 to 1.1.
+kl_reference | nats per token
+    Mean k3 estimate of KL(policy, reference policy) over the tokens of trained paths, before the
+    first update; with kl_coef above 0.
+clipped | share
+    Share of tokens with a ratio that clipping leaves out, mean over the updates of the step; with
+    several updates, or a reference policy.
 importance_capped | share
     Share of trained tokens whose ratio p_trainer / p_engine the cap cut.
 probe_mean | nats

@@ -234,7 +234,7 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
     yield str(policy.attention)
     if stages.reference is not None:
-        yield f"reference policy {reference_path(cfg)}, kept on {cfg.reference.keep}"
+        yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
     yield from _caveats(cfg)
 
 

@@ -16,30 +16,32 @@ class Ending(enum.IntEnum):
     """How a run ended; only DONE is true."""
 
     STOPPED = 0
-    """By a signal, its time or a callback: saved, and can go on."""
+    """Ended by a signal, its time limit or a callback: saved, and can go on."""
     DONE = 1
     HALTED = 2
-    """Because it learnt nothing more, or wrong: saved, evaluated, exported. See `Alarms.halt`."""
+    """It learnt nothing more, or wrongly: saved, evaluated, exported. See `Alarms.halt`."""
 
     def __bool__(self) -> bool:
-        # `if fit(cfg):` asks whether the model is the one that was asked for.
+        # By default every member but 0 would be true, HALTED too.
         return self is Ending.DONE
 
 
 class StopTraining(Exception):  # noqa: N818 - not an error: the run can go on later
-    """Raise it in a callback to end the run cleanly: the step is finished and saved, and `fit`
-    returns `Ending.STOPPED` on every process."""
+    """Raise it in a callback to end the run cleanly: the step is finished and saved.
+
+    `fit` then returns `Ending.STOPPED` on every process.
+    """
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a callback is told of the run at its start: no weights, so that none outlive it."""
+    """What a callback learns of the run at its start: no weights, so that none outlive it."""
 
     cfg: Config
     path: Path
     """The run directory: config.yaml, metrics.jsonl, paths.jsonl, checkpoints/."""
     step: int
-    """Steps made before this process began: 0 but for a resumed run."""
+    """Steps that were done before this process began: 0 except in a resumed run."""
     rank: int
     processes: int
 
@@ -69,15 +71,16 @@ class Callback:
         """After an evaluation of the weights of `step`: the result of `Evaluator.run`."""
 
     def on_end(self, ending: Ending) -> None:
-        """After the last save and the report; not after an exception. A `StopTraining` of it comes
-        too late and means nothing."""
+        """After the last save and the report; not after an exception. A `StopTraining` raised here
+        comes too late and means nothing."""
 
 
 def check(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
-    """ValueError for what is no instance of a Callback, a class for example."""
-    # Before anything is read: a class in place of an instance would fail at its first hook.
+    """Refuse what is no instance of a Callback, for example a class, with a ValueError."""
+    # Before any weight is loaded: a class has every hook too, and would fail when one is called.
     for number, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
+            # 80 characters: the repr of what holds a model or data fills a screen.
             raise ValueError(
                 f"callbacks[{number}]: got {callback!r:.80}, expected an instance of a class "
                 "derived from vpgea_fast.trainer.Callback; write class Mine(Callback) and give "
@@ -87,19 +90,19 @@ def check(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
 
 
 def tell(callbacks: Sequence[Callback], world: World, hook: str, *args: object) -> bool:
-    """Call `hook` of all `callbacks`; whether one of them, here, asks for a stop.
+    """Call `hook` of all `callbacks`; return whether one of them, in this process, asks for a stop.
 
     A collective where there are any: one gather, so that a failure of one process ends all.
     """
-    asked = False
-    # The common case costs no collective.
+    stop = False
+    # The same on all processes, which have as many callbacks: none waits for a gather alone.
     if not callbacks:
-        return asked
+        return stop
     with world.together():
         for callback in callbacks:
+            # Caught for each: the callbacks after it hear of the step too, and no process fails.
             try:
                 getattr(callback, hook)(*args)
-            # The callbacks after it are called all the same: they may write what they have.
             except StopTraining:
-                asked = True
-    return asked
+                stop = True
+    return stop

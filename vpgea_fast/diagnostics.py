@@ -155,19 +155,6 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     )
 
 
-def reference_kl(rows: Sequence[TrainRow]) -> dict[str, float]:
-    """`kl_reference`: how far the policy that drew the paths is from the reference policy.
-
-    Mean k3 = exp(d) - d - 1, d = log p_reference - log p, over tokens of the rows that read it.
-    """
-    gaps = [r.reference - r.old for r in rows if r.reference is not None and r.old is not None]
-    if not gaps:
-        return {}
-    gap = torch.cat(gaps)
-    # expm1: most gaps are small, and exp(d) - 1 would round to a few bits of them.
-    return {"kl_reference": (gap.expm1() - gap).mean().item()}
-
-
 def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of several updates of one step as those of one: means, but for the mismatch, which
     is that of the first, and `skipped`, which says that there was no update at all."""
@@ -183,6 +170,12 @@ def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         else:
             result[key] = min(values) if key == "skipped" else sum(values) / len(values)
     return result
+
+
+def k3(gap: torch.Tensor) -> float:
+    """Mean exp(d) - d - 1 of d = log p_reference - log p: an estimate of KL(p || p_reference) per
+    token, never negative (Schulman 2020)."""
+    return (gap.exp() - gap - 1).mean().item()
 
 
 def mismatch(gap: torch.Tensor) -> dict[str, float]:

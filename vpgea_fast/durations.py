@@ -24,7 +24,7 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import ModelFlops, peak_flops
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reference_rows, scores_answers
 
 HOUR = 3600
 ANSWER_ROWS = 16
@@ -71,6 +71,7 @@ class Rates:
     transfer      bytes per second of weights on their way to the engine, 1e9
     wake          seconds in which vLLM wakes up and sleeps again, per step
     write         bytes per second that a process writes of a checkpoint, 1e9
+    read          bytes per second that a process reads of a model, 1e9
     """
 
     tflops: float
@@ -86,6 +87,7 @@ class Rates:
     transfer: float = 20.0
     wake: float = 3.0
     write: float = 1.0
+    read: float = 1.0
 
 
 def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
@@ -145,6 +147,7 @@ class Sizes:
     flops       of a row; see `ModelFlops`
     parameters  of the model
     states      bytes of weights and moments that one process saves
+    reference   bytes of the reference policy that one process reads in a step
     token       bytes of a token's keys and values, over all layers, on all devices of an engine
     cache       tokens that the engine's KV cache holds
     prompt      mean tokens of a prompt
@@ -159,6 +162,7 @@ class Sizes:
     prompt: float
     evaluated: int
     world: int
+    reference: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +245,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     between = (steps - 1) // every if every and sizes.evaluated else 0
     # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
+    # Where the reference policy draws, the engine is given its weights, and then the policy's.
+    weights *= 3 if cfg.objective.draws().reference else 1
     # In the background the write is hidden behind the next steps; its copy takes a second.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
@@ -291,6 +297,9 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     if parts * epochs > 1:
         # Log-probs before the first update, and again before every update but that one.
         scoring += rows * whole * (1 + epochs - 1 / parts)
+    # The reference policy, and beside it the policy where it was not scored for its ratios.
+    held = questions * reference_rows(objective) * whole
+    scoring += held * (2 if parts * epochs == 1 else 1) + sizes.reference / (rates.read * 1e9)
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0

@@ -49,21 +49,30 @@ class Measure:
         rows = drawn_rows(batch, terms)
         return truncated_ratios(rows, self._logprobs(list(rows.values())), cap=cap)
 
-    def known(self, updates: Sequence[Sequence[TrainRow]]) -> list[list[TrainRow]]:
-        """The rows with their log-probs before the first update, where a later one compares with
-        them, or the first one does with the reference policy's: a forward of the rows that ask."""
+    def known(
+        self, updates: Sequence[Sequence[TrainRow]]
+    ) -> tuple[list[list[TrainRow]], dict[str, float]]:
+        """The rows with their log-probs before the first update, where a later one or a reference
+        policy is compared with them: a forward of the rows that ask. And how far the policy is from
+        the reference, where there is one."""
         # By identity: epochs share their rows, and each is scored once.
         rows = list({id(row): row for part in updates for row in part}.values())
-        several = len(updates) > 1
         # With a single update every ratio is 1, and its coefficients are known already.
+        several = len(updates) > 1
         asked = [r for r in rows if r.live and (several or r.live.reference)]
         old = self._logprobs(asked)
-        whole = {id(row): replace(row, old=values) for row, values in zip(asked, old, strict=True)}
-        return [[whole.get(id(row), row) for row in part] for part in updates]
+        whole = {id(row): replace(row, old=logps) for row, logps in zip(asked, old, strict=True)}
+        pairs = [(row.reference, logps) for row, logps in zip(asked, old, strict=True)]
+        gaps = [far - logps for far, logps in pairs if far is not None]
+        kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
+        return [[whole.get(id(row), row) for row in part] for part in updates], kl
 
-    def moment(self, rows: Sequence[TrainRow], *, moved: bool) -> list[TrainRow]:
-        """The rows with the coefficients of the policy as it is now. One forward more where it has
-        `moved` since it drew the paths, of the rows whose coefficients depend on that."""
+    def moment(
+        self, rows: Sequence[TrainRow], *, moved: bool
+    ) -> tuple[list[TrainRow], dict[str, float]]:
+        """The rows with the coefficients of the policy as it is now, and the share of tokens that
+        clipping leaves out. One forward more where it has `moved` since it drew the paths, of the
+        rows whose coefficients depend on that."""
         live = {id(row): row.old for row in rows if row.old is not None}
         # A forward costs a third of the row's training; a clipped row then costs nothing more.
         if moved:
@@ -71,7 +80,9 @@ class Measure:
             live = dict(zip(live, self._logprobs(asked), strict=True))
         # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
-        return drop_zero_rows(now)
+        ratioed = [row.coef for row in now if row.old is not None and row.weight]
+        share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
+        return drop_zero_rows(now), share
 
     def _logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         if not rows:

@@ -29,22 +29,23 @@ BALANCED = 1.02
 
 
 def drop_zero_rows(rows: Sequence[TrainRow]) -> list[TrainRow]:
-    """The rows with a gradient. A zero-coefficient row would cost attention, MLP and head for
-    nothing."""
+    """Return the rows with a gradient. A zero-coefficient row would cost attention, MLP and head
+    for nothing."""
     return [row for row in rows if row.token_ids.numel() and bool(row.coef.any())]
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit-decreasing: indices of `lengths` in batches of at most `budget` tokens; a longer
-    row stays alone.
+    """Put indices of `lengths` into batches of at most `budget` tokens; a longer row stays alone.
 
-    Order within a batch and of the batches is a function of the lengths alone (ties by index), so a
-    plan is reproducible. O(n log n): a tree over the batches finds the first with enough room.
+    First-fit-decreasing: at most 11/9 of the fewest batches + 6/9 (Dosa, 2007). Order within a
+    batch and of the batches is a function of the lengths alone (ties by index), so a plan is
+    reproducible. O(n log n): a tree over the batches finds the first with enough room.
     Errors: ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"micro-batch budget: expected at least 1 token, got {budget}")
     order = _longest_first(lengths)
+    # Rows that leave no room for another. They are the longest, so `order` begins with them.
     batches = [[index] for index in order if lengths[index] >= budget]
     rest = order[len(batches) :]
     # A complete binary tree in one list: the root is 1, the children of node n are 2 n and 2 n + 1,
@@ -75,13 +76,13 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def plan_ranks(
     lengths: Sequence[int], budget: int, ranks: int, cost: Callable[[int], float]
 ) -> list[RankPlan]:
-    """The micro-batches of every rank: as few rounds as first-fit-decreasing needs, equal in number
-    on all ranks, and balanced by `cost` (`ModelFlops.row`) in every round and in sum.
+    """Plan the micro-batches of every rank: as few rounds as first-fit-decreasing needs, equal in
+    number on all ranks, balanced by `cost` (`ModelFlops.row`) in every round and in sum.
 
-    A round takes as long as its slowest rank. Of two ways to fill the rounds, rows spread over all
-    batches by cost, or first-fit batches as they are, the one whose rounds cost less in sum is
-    taken. Either deals batches of similar cost to a round, the costlier to the rank with less, and
-    then moves single rows from the rank with most.
+    A round takes as long as its slowest rank. There are two ways to fill the rounds: rows spread
+    over all batches by cost, or first-fit batches as they are. The one whose rounds cost less in
+    sum is chosen. Either deals batches of similar cost to a round, the costlier to the rank with
+    less, and then moves single rows from the rank with most.
 
     Costlier rounds come first: the allocator then reserves its largest blocks once and reuses them,
     and a budget that does not fit memory shows in the first micro-batch and not in the last.
@@ -109,7 +110,7 @@ def plan_ranks(
 
 
 def pack(rows: Sequence[TrainRow], budget: int) -> Iterator[tuple[PackedBatch, list[int]]]:
-    """Pack `rows`: batches, each with the indices of the rows that it holds, in its order."""
+    """Pack `rows` into batches, each with the indices of its rows, in its order."""
     return pack_plan(rows, plan_batches([row.tokens - 1 for row in rows], budget))
 
 
@@ -127,6 +128,7 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
     tokens.
     """
     if not rows:
+        # One context token and one target: T = R = 1, the smallest forward there is.
         token = torch.zeros(1, dtype=torch.int64)
         rows = [
             TrainRow(
@@ -167,8 +169,8 @@ def pack_rows(rows: Sequence[TrainRow]) -> PackedBatch:
 def plan_stats(
     plans: Sequence[RankPlan], lengths: Sequence[int], cost: Callable[[int], float]
 ) -> dict[str, float]:
-    """What a plan is worth: rounds; dummy tokens; `flops_imbalance`, largest over mean work of a
-    rank; `flops_waiting`, sum over the rounds of the largest work over the mean work of a rank.
+    """Measure a plan: rounds; dummy tokens; `flops_imbalance`, largest over mean work of a rank;
+    `flops_waiting`, sum over the rounds of the largest work over the mean work of a rank.
 
     The first is what a rank computes more than the mean, the second what the slowest rank of every
     round makes all others wait. Both are 1 where there is nothing to balance.
@@ -193,7 +195,7 @@ def _work(batch: Sequence[int], costs: Sequence[float]) -> float:
 
 
 def _waiting(plans: Sequence[RankPlan], costs: Sequence[float]) -> float:
-    """Cost of the rounds, each that of its slowest rank, over the mean cost of a rank."""
+    """Cost of the rounds over the mean cost of a rank; a round costs what its slowest rank does."""
     total = sum(costs)
     rounds = zip(*plans, strict=True)
     slowest = sum(max(_work(batch, costs) for batch in batches) for batches in rounds)
@@ -203,8 +205,8 @@ def _waiting(plans: Sequence[RankPlan], costs: Sequence[float]) -> float:
 def _spread(
     lengths: Sequence[int], costs: Sequence[float], slots: int, budget: int
 ) -> list[list[int]] | None:
-    """Rows over `slots` batches, the longest first, each to the batch with the least cost; None if
-    the budget is too tight for that.
+    """Spread rows over `slots` batches, the longest first, each to the batch with the least cost
+    (Graham's rule, 1969); None if the budget is too tight for that.
 
     A batch that is the cheapest and has no room is full of short rows: it is closed for good.
     """
@@ -223,8 +225,8 @@ def _spread(
 
 
 def _deal(batches: list[list[int]], costs: Sequence[float], ranks: int) -> list[RankPlan]:
-    """Rounds of `ranks` batches of similar cost, the costliest first; in each round the costliest
-    batch goes to the rank with the least so far."""
+    """Deal rounds of `ranks` batches of similar cost, the costliest first; in each round the
+    costliest batch goes to the rank with the least so far."""
     work = [_work(batch, costs) for batch in batches]
     order = sorted(range(len(batches)), key=lambda b: (-work[b], b))
     plans: list[RankPlan] = [[] for _ in range(ranks)]
@@ -232,6 +234,7 @@ def _deal(batches: list[list[int]], costs: Sequence[float], ranks: int) -> list[
     for first in range(0, len(order), ranks):
         round_ = order[first : first + ranks]
         for place, rank in enumerate(sorted(range(ranks), key=lambda r: (loads[r], r))):
+            # Only the last round can be short. It is the cheapest, so dummies wait for little.
             real = place < len(round_)
             plans[rank].append(list(batches[round_[place]]) if real else [])
             loads[rank] += work[round_[place]] if real else 0.0
@@ -254,6 +257,7 @@ def _level(
     of the same round, until the most is within BALANCED of the mean or nothing helps."""
     ranks = len(plans)
     loads = [sum(_work(batch, costs) for batch in plan) for plan in plans]
+    # tokens[rank][round], kept up to date by each move: a new sum would cost a pass over all rows.
     tokens = [[sum(lengths[i] for i in batch) for batch in plan] for plan in plans]
     # Each move narrows a gap, so it would end by itself. The bound is for hundreds of ranks: a move
     # costs a pass over the giver's rows per taker that is tried.
@@ -291,10 +295,13 @@ def _best_move(
     room: Sequence[int],
     gap: float,
 ) -> tuple[int, int] | None:
-    """(round, row) whose cost is nearest half the gap between two ranks, among the rows that the
-    other rank's batch of the same round has room for; a batch is not emptied.
+    """Find the (round, row) whose cost is nearest half the gap between two ranks.
 
-    A row of cost c turns a gap g into |g - 2 c|: half the gap would close it."""
+    Only rows count that the other rank's batch of the same round has room for; no batch is emptied.
+    A row of cost c turns a gap g into |g - 2 c|: half the gap would close it.
+    """
+    # A row that costs the gap or more would only swap who has too much. Ties end with the row's
+    # number, so every rank finds the same move.
     moves = (
         (abs(gap - 2 * costs[i]), k, costs[i], i)
         for k, batch in enumerate(plan)

@@ -35,14 +35,15 @@ class Passes:
     flops: ModelFlops
 
     def plan(self, rows: Sequence[TrainRow]) -> list[RankPlan]:
-        """Every process's batches of `rows`, the same plan everywhere."""
+        """Plan every process's batches of `rows`, the same everywhere."""
+        # The last token of a row is only a target, so it takes no place in a forward.
         lengths = [row.tokens - 1 for row in rows]
         return plan_ranks(lengths, self.budget, self.world.size, self.flops.row)
 
     def __call__(
         self, step: Step, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
     ) -> list[torch.Tensor]:
-        """Run `step` over the rows: per-token results of each, (..., len) float64, in their order.
+        """Run `step` over the rows; return per-token results of each, (..., len) float64, in order.
 
         `plan` is that of `self.plan(rows)`, if it was made before. A collective: all processes call
         it with the same rows.
@@ -53,8 +54,10 @@ class Passes:
             step(batch, number + 1 == len(own)).double()
             for number, (batch, _) in enumerate(pack_plan(rows, own))
         ]
+        # (2,) for a step that gives log-prob and entropy, () for log-probs alone.
         lead = outputs[0].shape[:-1] if outputs else torch.Size()
-        # One collective for all batches of all processes; a dummy's output is left out.
+        # One collective for all batches of all processes; a dummy's output is left out. Every
+        # process gets every row: 8 bytes per target and number.
         flat = [batch.reshape(-1) for batch, members in zip(outputs, own, strict=True) if members]
         parts = self.world.gather_tensor(torch.cat([torch.empty(0, dtype=torch.float64), *flat]))
         result: list[torch.Tensor] = [torch.empty(0)] * len(rows)

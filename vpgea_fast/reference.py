@@ -1,10 +1,10 @@
 """The reference policy: a frozen model that the policy is held to. It scores rows, and draws paths.
 
-    reference.path, else model.path -> a policy without optimiser or gradients, cut like the trained
-    one -> log-probs of rows at rollout.temperature | paths in the student view
+    model.reference_path, else model.path -> a policy without optimiser or gradients, cut like the
+    trained one -> log-probs of rows at rollout.temperature | paths in the student view
 
-    keep: device   loaded once, beside the policy
-    keep: disk     read from its files for each use, and dropped
+    model.reference: device   loaded once, beside the policy
+    model.reference: disk     read from its files for each use, and dropped
 
 A resumed run reads the same files: its checkpoints hold the policy alone.
 """
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from vpgea_fast.attention import HALF
 from vpgea_fast.config import Config, ModelConfig
@@ -34,14 +35,14 @@ from vpgea_fast.weights import load_config, without_storage
 
 
 class Reference:
-    """The frozen model of a run. Every use is a collective; with `keep: disk` each reads the model.
+    """The frozen model of a run. Every use is a collective, and from `disk` it reads the model.
 
     Errors: ModelError, as `load_policy`.
     """
 
     def __init__(self, cfg: Config, world: World, passes: Passes) -> None:
         self.cfg, self.world, self.passes = cfg, world, passes
-        self._loaded = self._load() if cfg.reference.keep == "device" else None
+        self._loaded = self._load() if cfg.model.reference == "device" else None
 
     def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
@@ -81,7 +82,9 @@ class Reference:
     @contextmanager
     def _at_hand(self) -> Iterator[Policy]:
         """The model, in no more memory afterwards than before."""
-        model = self._loaded or self._load()
+        if (model := self._loaded) is None:
+            with _no_bar():  # one a step, across the lines of the console
+                model = self._load()
         yield model
         # Else its head, embedding and root stay gathered on every process.
         reshard(model)
@@ -100,7 +103,7 @@ class Reference:
             activation_checkpointing="none",
             master_dtype=reference_dtype(cfg.model, sharded=self.world.mesh is not None),
             # What is read anew each time would be compiled anew.
-            compile=cfg.model.compile and cfg.reference.keep == "device",
+            compile=cfg.model.compile and cfg.model.reference == "device",
         )
         model = load_policy(how, self.world, cfg.parallel, backend=cfg.loss.backend)
         return model.requires_grad_(False)
@@ -108,7 +111,7 @@ class Reference:
 
 def reference_path(cfg: Config) -> str:
     """Where the reference's weights lie: those that the policy starts from, unless said."""
-    return cfg.reference.path or cfg.model.path
+    return cfg.model.reference_path or cfg.model.path
 
 
 def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
@@ -123,10 +126,10 @@ def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
 def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
     """ModelError, before a weight is loaded, for a reference of another shape or another language
     than the policy; nothing is read where the objective asks for none, or for the start weights."""
-    path = cfg.reference.path
+    path = cfg.model.reference_path
     if path is None or not reads_reference(cfg.objective):
         return
-    where = f"reference.path: got {path}"
+    where = f"model.reference_path: got {path}"
     outlines = [without_storage(cfg.model.path, torch.float32, model_config)]
     outlines.append(without_storage(path, torch.float32, load_config(path)))
     ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in outlines)
@@ -144,6 +147,18 @@ def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
             f"model.path ({min(differing)!r}, ...); expected the same vocabulary: give a model of "
             "the same family, or null"
         )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers' bar of the weights that it loads is off within."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _own_engine(cfg: Config, world: World, model: Policy) -> RolloutEngine:

@@ -1,7 +1,7 @@
 """A run's directory: claimed by one process group, checked before it goes on, exported from later.
 
     config.yaml environment.json        written at each start, when all else is in place
-    metrics.jsonl paths.jsonl eval.json a line a step, lines of paths, evaluations before and after
+    metrics.jsonl paths.jsonl eval.json one line per step, one per path, evaluations at both ends
     checkpoints/                        see checkpoint/
     config.until_step_N.yaml            the configuration of the steps before a changed one
     nonfinite_step_N.jsonl              rows whose gradient was not finite
@@ -47,8 +47,8 @@ FIXED_ON_RESUME = (
     "rollout.importance_cap",
     *("data.", "verify.", "run.seed", "run.threads", "train.questions_per_step"),
 )
-"""Keys that a resumed run keeps; the rest may change, and the run says so. Of the rollout it is the
-distribution of the samples and their weights, not which engine draws them, how many at a time."""
+"""Keys that a resumed run keeps; the rest may change, and the run says so. The rollout's are those
+that decide how samples are distributed and weighted, not which engine draws how many at a time."""
 FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
 """Exceptions: they do not change what is drawn or how it is judged."""
 
@@ -71,11 +71,12 @@ class RunDir:
         self.world.on_main(functools.partial(self._claim, resume))
 
     def release(self) -> None:
+        """End the claim, so that another process may make it."""
         if self.lock is not None:
             self.lock.release()
 
     def abandon(self) -> None:
-        """Release it as it was found: a start has failed."""
+        """Release the directory as the claim found it, because the start failed."""
         if self.lock is not None:
             self.lock.abandon()
 
@@ -88,31 +89,35 @@ class RunDir:
         self.world.on_main(lambda: self._cut_logs(step, alarms))
 
     def worth(self, saved: checkpoint.Checkpoint | None) -> dict[int, float]:
-        """step -> checkpoint.keep_best of the evaluations so far. A collective."""
-        # JSON has made the steps text.
+        """Read step -> checkpoint.keep_best of the evaluations so far. A collective."""
         best = self.cfg.checkpoint.keep_best
         if not (best and saved):
             return {}
         known = saved.trainer_state.get("evaluated", {}).get(best, {})
+        # JSON has made text of the steps.
         worth = {int(step): value for step, value in known.items()}
         with self.world.together():  # a log may have lost lines, the checkpoint the last one
             return worth | report.evaluated(self.path, best)
 
     def evaluations(self) -> dict[str, Any]:
-        """What eval.json holds, by "before" and "after"; as the main process reads it."""
-        # One process's word: the others might read the file before or after it is written.
+        """Read eval.json: its results by "before" and "after". A collective."""
+        # Process 0's reading for all: it decides whether they evaluate, and a shared disk may show
+        # the others an older file.
         return self.world.gather(report.read_evaluation(self.path))[0]
 
     def write_evaluations(self, known: Mapping[str, Any]) -> None:
+        """Write eval.json anew. A collective."""
         text = json.dumps(known, indent=1)
         self.world.on_main(lambda: checkpoint.write_text(self.path / "eval.json", text))
 
     def write_facts(self, policy: Policy) -> None:
         """Write config.yaml and environment.json. A collective, and the last act of a start."""
+        # From config.yaml on the directory is a run: --resume takes it, another start refuses it.
         # Numbers of two runs are compared later: what ran them must stand beside them.
         facts = {
             **environment(),
             "run_device": str(policy.device),
+            # A shard counts as its whole tensor: the number is that of the model.
             "parameters": sum(p.numel() for p in policy.parameters()),
             "loss_backend": policy.backend.name,
             "rollout_engine": self.cfg.engine.name,
@@ -129,9 +134,9 @@ class RunDir:
     def write_rows(
         self, step: int, rows: Sequence[TrainRow], decode: Callable[[torch.Tensor], str]
     ) -> Path:
-        """Write rows that have no finite gradient; the file. A collective."""
+        """Write rows that have no finite gradient; return the file. A collective."""
+        # Ids, not only their text: the rows can be run again from this file alone.
         file = self.path / f"nonfinite_step_{step}.jsonl"
-        # NaN as JSON writes it: the file is for a person, and the value is the finding.
         lines = [
             {
                 "stream": row.stream,
@@ -148,14 +153,16 @@ class RunDir:
         return file
 
     def report(self, console: Console, worth: Mapping[int, float]) -> None:
-        """Write report.html and training.png, print the closing table and which step was best. For
-        the main process."""
+        """Write report.html and training.png; print the closing table and which step was best.
+
+        Only the main process calls it.
+        """
         page = report.write_report(self.path)
         headers, table = report.closing_table(self.path)
         console.close()  # the bar would be drawn below the table
         if table:
             console.table(headers, table, notes=report.closing_notes(self.path))
-        # Of the steps whose weights are still there: an older best one may be deleted.
+        # Among the saved steps alone: a better one that is deleted cannot be exported.
         best = checkpoint.best_step(worth, checkpoint.saved_steps(self.path))
         if best is not None:
             console.message(
@@ -168,11 +175,12 @@ class RunDir:
 
     def _claim(self, resume: bool) -> None:
         self.lock = checkpoint.claim_run_dir(self.path, resume=resume)
-        # of a run that was killed in a hand-over
+        # What a run that was killed in a hand-over has left: as large as the weights.
         shutil.rmtree(self.path / SYNC_DIR, ignore_errors=True)
 
     def _check_resume(self, saved: checkpoint.Checkpoint | None, data: str) -> None:
-        """CheckpointError where a key of FIXED_ON_RESUME, the steps or the questions do not fit."""
+        """Raise CheckpointError where a key of FIXED_ON_RESUME, the steps or the questions do not
+        fit; set `before` and `notices`."""
         step, record = 0 if saved is None else saved.step, _record(saved)
         if saved:
             _require_state(saved)
@@ -192,10 +200,12 @@ class RunDir:
                 f"them back in {self.path / 'config.yaml'} and on the command line, or start "
                 "another run"
             )
+        # As many are fine: what may be missing is the last evaluation, the export, the report.
         if self.cfg.train.steps < step:
             raise checkpoint.CheckpointError(
                 f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
             )
+        # The order of the questions counts too: a step's own are drawn by their places.
         if saved and saved.trainer_state["data"] != data:
             raise checkpoint.CheckpointError(
                 f"the questions of {', '.join(file.path for file in self.cfg.data.train)} are not "
@@ -226,16 +236,17 @@ class RunDir:
         # Alarms count steps in a row: replayed, they know what the killed process knew.
         for record in read_steps(self.path):
             alarms.update(record)
+            # Older versions did not count: what is there must be believed.
             written[record["step"]] = record.get("paths_written", paths[record["step"]])
         if gaps := missing_steps(lines, step):
             self.notices.append(f"{self.path / METRICS}: no line of steps {gaps}")
         # A step without a line of metrics is told of above: how many paths it had, nobody knows.
         whole = {number for number, count in written.items() if paths[number] == count}
-        if gaps := missing_steps(whole | (set(range(step)) - written.keys()), step):
+        if gaps := missing_steps(whole | (set(range(1, step + 1)) - written.keys()), step):
             self.notices.append(f"{self.path / PATHS}: not all lines of steps {gaps}")
 
     def _cut_log(self, name: str, step: int, *, once: bool) -> Counter[int]:
-        """How many lines of each step there are."""
+        """Take out of a log what is torn or later than `step`; count the lines of each step."""
         path = self.path / name
         cut = checkpoint.truncate_jsonl(path, upto=step, once=once)
         self.notices += cut.words(path, step)
@@ -243,7 +254,7 @@ class RunDir:
 
 
 def _require_state(saved: checkpoint.Checkpoint) -> None:
-    """CheckpointError for a state that `Trainer.save` does not write."""
+    """Raise CheckpointError for a state that `Trainer.save` does not write."""
     state = saved.trainer_state
     # A mapping may be missing: versions before it had none.
     kinds = {"skipped_in_a_row": int, "data": str, "evaluated": dict, "method": dict}
@@ -256,8 +267,8 @@ def _require_state(saved: checkpoint.Checkpoint) -> None:
 
 
 def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
-    """The configuration that a checkpoint's steps were made with; None if it does not say, or has
-    keys that are no more."""
+    """Read the configuration that a checkpoint's steps were made with; None if it does not say, or
+    has keys that no longer exist."""
     try:
         return None if saved is None else resolve(renewed(saved.trainer_state["config"]))
     except (KeyError, ConfigError):
@@ -270,8 +281,8 @@ def export_step(
     """Write the model of a checkpoint as a Hugging Face directory (RUN/export_step_N unless
     `out_dir` says where), on the CPU; return its path.
 
-    `best` is by the run's checkpoint.keep_best. The run may go on meanwhile. Errors: ValueError for
-    what is no run, CheckpointError for a step without a complete checkpoint.
+    `best` is chosen by the run's checkpoint.keep_best. The run may go on meanwhile. Errors:
+    ValueError for what is no run, CheckpointError for a step without a complete checkpoint.
     """
     run_dir, world = Path(run_dir), World(torch.device("cpu"))
     if not (run_dir / "config.yaml").exists():
@@ -290,11 +301,12 @@ def export_step(
                 f"{', '.join(map(str, steps)) or 'none'})"
             )
     else:
+        # Without any checkpoint step 0: the next line then says that there is none.
         chosen = max(steps, default=0) if step == "last" else step
-    found = checkpoint.open_checkpoint(run_dir, chosen, world=world)
+    saved = checkpoint.open_checkpoint(run_dir, chosen, world=world)
     # The weights are those of any machine; what the run's own needed (kernels, a GPU) is left out.
     model = replace(
-        (_record(found) or cfg).model,
+        (_record(saved) or cfg).model,
         device="cpu",
         attention="auto",
         liger="never",
@@ -303,18 +315,19 @@ def export_step(
     )
     out_dir = Path(out_dir or run_dir / f"export_step_{chosen}")
     policy = load_policy(model, world)
-    checkpoint.put_weights(found, policy, world=world)
+    checkpoint.put_weights(saved, policy, world=world)
     return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
 
 
 def rate_changes(old: Config, new: Config, step: int) -> list[str]:
-    """What a resume does to the learning rate of the next update, in numbers."""
+    """Say in numbers what a resume does to the learning rate of the next update."""
     if step >= new.train.steps:
         return []
     now = learning_rate(new.optim, step, new.train.steps)
     # Three rates: of the next update, of it without the change, and of the last one made.
     planned = learning_rate(old.optim, step, old.train.steps) if step < old.train.steps else 0.0
     last = learning_rate(old.optim, step - 1, old.train.steps) if step else 0.0
+    # A finished run that gets more steps has no planned rate: then the last one is compared.
     if now == planned or (step >= old.train.steps and now == last):
         return []
     return [

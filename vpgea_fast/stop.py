@@ -22,6 +22,7 @@ class Stop:
 
     def __init__(self, world: World, max_minutes: float | None = None) -> None:
         self.world, self.requested = world, False
+        # Monotonic: a clock that is set back must not let the scheduler's limit pass unseen.
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -32,6 +33,7 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # `fit` may run inside a program that has handlers of its own.
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -54,6 +56,7 @@ class Stop:
             raise Stopped
 
     def _hear(self, number: int, _: FrameType | None) -> None:
+        # A scheduler may send SIGTERM many times, and each finds the save still under way.
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

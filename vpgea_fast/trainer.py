@@ -164,7 +164,7 @@ class Trainer:
         batch, terms, usage = self.collect(timer)
         with timer("importance"):
             ratios, weighed = measure.importance(batch, terms)
-            updates = measure.known(self.updates(batch, terms, ratios))
+            updates, held = measure.known(self.updates(batch, terms, ratios))
         # One pass over the questions: later epochs have the same rows again.
         rows = [row for part in updates[: self.cfg.train.minibatches] for row in part]
         with timer("diagnose"):  # before the update: of the weights that drew the paths
@@ -178,7 +178,7 @@ class Trainer:
             synced = self.sync_engine(updated=skipped is None)
         if self.metrics is not None:
             self.metrics.write_paths(records)
-        found = merge(evaluated, diagnosed, weighed, {"paths_written": len(records)})
+        found = merge(evaluated, diagnosed, weighed, held, {"paths_written": len(records)})
         cost = measure.cost(batch, terms, rows, usage=usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
         return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
@@ -212,9 +212,10 @@ class Trainer:
         done, reasons, self.updated = [], [], False
         for rows in updates:
             # The paths stay and the policy moves: clipped ratios are taken anew each time.
-            metrics, reason = self.update(self.stages.measure.moment(rows, moved=self.updated))
+            now, clipped = self.stages.measure.moment(rows, moved=self.updated)
+            metrics, reason = self.update(now)
             self.updated = self.updated or reason is None
-            done.append(metrics)
+            done.append(merge(metrics, clipped))
             reasons.append(reason)
         self.updated = False
         # One update is one: the engine needs the weights, and the run is not idle.
@@ -227,7 +228,7 @@ class Trainer:
         """What the batch shows; every metrics.diag_every steps also what costs passes of its own:
         two heads over the posterior paths, a forward and backward of all rows."""
         every, measure = self.cfg.metrics.diag_every, self.stages.measure
-        found = merge(measure.quality(batch, terms), diagnostics.reference_kl(rows))
+        found = measure.quality(batch, terms)
         if every and self.step % every == 0:
             found = merge(found, measure.view_divergence(batch, terms), self.stream_norms(rows))
         return found
@@ -407,7 +408,7 @@ class Trainer:
         if len(names) <= 1:
             return {}  # it is grad_norm
         # With the coefficients of the moment: those of a reference policy are not in them before.
-        rows, norms = self.stages.measure.moment(rows, moved=False), {}
+        (rows, _), norms = self.stages.measure.moment(rows, moved=False), {}
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
             reshard(self.stages.policy)

@@ -28,7 +28,9 @@ if not INTERPRETED:
     torch.set_default_device("cuda")
 HARDWARE = 1 if INTERPRETED else 5
 """A device's exp2 and log2 are good to 2^-22, the interpreter's to 2^-24, of exponents up to 20."""
-HALF_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# float16 takes bfloat16's way through the kernels, with other roundings.
+HALF_AND_FLOAT = [*DTYPES[:2], pytest.param(torch.float16, marks=pytest.mark.slow)]
 BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 RAGGED = {
     "one row": (1, 16, 2),
@@ -435,7 +437,7 @@ def test_every_other_class_masked(backend):
 
     Its sum is NaN (-inf - -inf) until the row is redone.
     """
-    for dtype in HALF_AND_FLOAT:
+    for dtype in DTYPES:
         hidden_TD, weight_VD, _ = case(dtype, 4, 16, 100)
         bias_V = torch.full((100,), -torch.inf)
         bias_V[3] = 0.0

@@ -14,7 +14,6 @@ from vpgea_fast.config.inputs import (
     ModelConfig,
     ParallelConfig,
     PromptConfig,
-    ReferenceConfig,
     RunConfig,
 )
 from vpgea_fast.config.method import (
@@ -71,7 +70,6 @@ __all__ = [
     "ParallelConfig",
     "PositiveInt",
     "PromptConfig",
-    "ReferenceConfig",
     "RolloutConfig",
     "RunConfig",
     "ScoringConfig",

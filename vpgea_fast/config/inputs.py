@@ -69,22 +69,15 @@ class ModelConfig:
     """Compile all decoder layers with torch.compile, as one graph."""
     liger: Literal["auto", "always", "never"] = "auto"
     """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
+    reference: Literal["device", "disk"] = "device"
+    """Where the frozen reference policy lies, if the objective reads one. `device`: beside the
+    policy, in shards where that is. `disk`: read anew in every step, then dropped."""
+    reference_path: PathText | None = None
+    """The model that the reference policy is, of the shapes and the vocabulary of `path`. null:
+    that of `path`, with which the run began, also after a resume."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
     `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class ReferenceConfig:
-    """The frozen model that an objective may hold the policy to. It is loaded where the objective
-    reads it, as with objective.kl_coef above 0."""
-
-    path: PathText | None = None
-    """A Hugging Face directory or the name of a model on the Hub, of the policy's shapes and
-    vocabulary. null: model.path, the weights that training starts from, also in a resumed run."""
-    keep: Literal["device", "disk"] = "device"
-    """`device`: its weights stay beside the policy's, in shards where those are. `disk`: read anew
-    for every rollout, and dropped."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,7 +15,6 @@ from vpgea_fast.config.inputs import (
     ModelConfig,
     ParallelConfig,
     PromptConfig,
-    ReferenceConfig,
     RunConfig,
 )
 from vpgea_fast.config.method import (
@@ -172,8 +171,6 @@ class Config:
     """Directory, seed and time limit of the run."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     """The model and how its forward computes."""
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    """The frozen model that an objective may hold the policy to."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
     data: DataConfig = Field(default_factory=DataConfig)

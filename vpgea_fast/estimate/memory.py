@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vpgea_fast.config import Config
 from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reads_reference, scores_answers
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -23,6 +23,7 @@ KEYS = {
     "prefill": "rollout.max_batch or data.max_prompt_tokens",
     "logits": "rollout.max_batch",
     "scratch": "optim.name adamw",
+    "reference": "model.reference disk, or more processes",
     "vllm weights": "engine.tensor_parallel (engine.gpu_memory can then be smaller)",
     "vllm kv cache": "engine.gpu_memory or engine.kv_cache_gib",
     "vllm work": "rollout.max_batch",
@@ -134,28 +135,38 @@ def estimate_memory(
     """
     lay = Layout(shape, cfg, world, cuda)
     offload, replica = cfg.parallel.cpu_offload, shape.parameters * lay.forward
+    frozen = 0 if offload else reference_bytes(lay)
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
+        "reference": frozen if cfg.model.reference == "device" else 0,
     }
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
+    awake = {**states, **(engine.parts if engine else {})}
     gradients = _gradients(lay)
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
+    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
+    if reads_reference(cfg.objective):
+        # Where it may be asked again in a step, vLLM is awake.
+        asleep = not cfg.train.resample_rounds and (scored or not scores_answers(cfg.objective))
+        around = {**(beside if asleep else awake), "reference": frozen}
+        phases["reference"] = {**around, **_reference_pass(lay), **copies}
     # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    # The reference policy's weights are there while it draws, or is handed to the engine.
+    own = {"reference": frozen} if cfg.objective.draws().reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
     if cfg.engine.name == "hf":
-        phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
+        drawing = _sampling(lay, context=context, prompt=prompt)
+        phases["sampling"] = {**states, **drawing, **copies, **own}
         return MemoryEstimate(phases, _host(lay), shape.parameters)
-    awake = {**states, **(engine.parts if engine else {})}
     probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
-    phases["sampling"] = {**awake, **probe}
-    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
+    phases["sampling"] = {**awake, **probe, **own}
     if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
@@ -195,6 +206,21 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
         "reduction": {**held, "units": reduction},
         "embedding": {"gradients": gradients["training"], "units": head_stays + dense},
     }
+
+
+def reference_bytes(lay: Layout) -> int:
+    """Weights of the frozen reference policy of one process, if the objective asks for one."""
+    if not reads_reference(lay.cfg.objective):
+        return 0
+    # Shards are gathered in the forward's dtype, and need no wider one to be updated in.
+    return lay.held * (lay.forward if lay.sharded else lay.master)
+
+
+def _reference_pass(lay: Layout) -> dict[str, int]:
+    """A forward of the reference policy: what scoring takes, and the ends of the policy, which may
+    still be gathered from a pass of its own."""
+    parts, ends = _scoring(lay), numel(lay.shape.head) + numel(lay.shape.embedding)
+    return {**parts, "units": parts["units"] + lay.forward * ends * lay.sharded}
 
 
 def optimizer_bytes(lay: Layout) -> int:
@@ -380,6 +406,7 @@ def _host(lay: Layout) -> dict[str, int]:
     host = {}
     if lay.cfg.parallel.cpu_offload:
         host = {"weights, optimiser": states, "gradients": lay.held * lay.master}
+        host |= {"reference": reference_bytes(lay)} if reads_reference(lay.cfg.objective) else {}
     if lay.cfg.checkpoint.background:
         host["checkpoint copy"] = states
     return host

@@ -26,6 +26,7 @@ from vpgea_fast.objectives.base import (
     Term,
     Terms,
     reads_reference,
+    reference_rows,
     scores_answers,
 )
 from vpgea_fast.objectives.policy_gradient import (
@@ -62,6 +63,7 @@ __all__ = [
     "Terms",
     "Vpgea",
     "reads_reference",
+    "reference_rows",
     "scores_answers",
     "with_preset",
 ]

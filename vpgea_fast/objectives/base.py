@@ -212,6 +212,12 @@ def scores_answers(objective: Objective) -> bool:
     return any(score.part == "target" for score in objective.needs())
 
 
+def reference_rows(objective: Objective) -> int:
+    """Rows of a question that the reference policy scores, one per path and score."""
+    counts = {stream: count for stream, _, count in objective.draws().plan}
+    return sum(counts[score.stream] for score in objective.needs() if score.who == "reference")
+
+
 def reads_reference(objective: Objective) -> bool:
     """The frozen reference policy is asked: for log-probs, or for paths."""
     needed = any(score.who == "reference" for score in objective.needs())

@@ -244,12 +244,12 @@ class Vpgea(Keys):
 
 
 def accepted(cfg: Vpgea, batch: ScoredBatch) -> torch.Tensor:
-    """Which teacher paths may earn a reward, (B, G) bool. Every filter of paths stands here.
+    """Which teacher paths may earn a reward, (B, G) bool. Every filter of rewards stands here.
 
     A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
     dropping it would hide it. A filter may read the columns of the stream, each (B, G): `u_BP`
-    (nats), `length_BP` (tokens), `closed_BP`, `correct_BP` (1, 0, or NaN where not verified). Token
-    ids are in `post.paths[b][i].z_ids`.
+    (nats), `length_BP` (tokens, the closing one included), `closed_BP`, `correct_BP` (1, 0, or NaN
+    where not verified). Token ids are in `post.paths[b][i].z_ids`.
     """
     post = batch.posterior
     # Cut thoughts have no end to score, and a U that is not finite says nothing.
