@@ -105,6 +105,15 @@ def test_what_costs_more_takes_longer():
     assert slow["rollouts"] == pytest.approx(base["rollouts"] / RATES.hf_decode)
     assert slow["weights"] == pytest.approx(base["weights"] - RATES.wake)
     assert step(checkpoint={"background": True})["saving"] == 0
+    # A reference policy: a forward of it and one of the policy, which several updates make anyway.
+    answers = {"max_new_tokens": 100, "max_batch": 8, "full_answer": True}
+    keys = {"name": "grpo", "group_size": 16}
+    forward = 32 * SIZES["flops"].forward_row(70, 50) / 1e12
+    held = step({"reference": 3000}, objective=keys | {"kl_coef": 0.1}, rollout=answers)
+    assert held["scoring"] == pytest.approx(2 * forward + 3000 / 1e9)
+    twice = {"train": {"questions_per_step": 2, "steps": 21, "minibatches": 2}, "rollout": answers}
+    several = [step(objective=keys | {"kl_coef": coef}, **twice) for coef in (0.0, 0.1)]
+    assert several[1]["scoring"] - several[0]["scoring"] == pytest.approx(forward)
 
 
 def test_evaluations_between_the_steps_before_and_after():

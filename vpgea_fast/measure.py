@@ -60,10 +60,20 @@ class Measure:
         # With a single update every ratio is 1, and its coefficients are known already.
         several = len(updates) > 1
         asked = [r for r in rows if r.live and (several or r.live.reference)]
+        for row in asked:
+            if row.live and row.live.reference and row.reference is None:
+                raise ValueError(
+                    f"objective: term {row.term!r} reads the reference policy's log-probs of the "
+                    f"{row.stream} paths in the {row.view} view, which needs() does not ask for; "
+                    "add their Score"
+                )
         old = self._logprobs(asked)
         whole = {id(row): replace(row, old=logps) for row, logps in zip(asked, old, strict=True)}
-        pairs = [(row.reference, logps) for row, logps in zip(asked, old, strict=True)]
-        gaps = [far - logps for far, logps in pairs if far is not None]
+        gaps = [
+            r.reference - r.old
+            for r in whole.values()
+            if r.reference is not None and r.old is not None
+        ]
         kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
         return [[whole.get(id(row), row) for row in part] for part in updates], kl
 

@@ -145,16 +145,12 @@ def _weigh(
 
 
 def _reference(batch: ScoredBatch, term: Term, path: Path) -> torch.Tensor | None:
-    """Log-probs of the term's tokens under the reference policy, where its loss reads them."""
+    """Log-probs of the term's tokens under the reference policy, where its loss reads them and they
+    are known."""
     if term.live is None or not term.live.reference:
         return None
     score = Score(term.stream, term.view, term.part, "reference")
-    if score not in batch.logps:
-        raise ValueError(
-            f"objective: term {term.name!r} reads the reference policy, but needs() has no "
-            f"{score}; add it"
-        )
-    return batch.logps[score][path.key]
+    return batch.logps.get(score, {}).get(path.key)
 
 
 def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
