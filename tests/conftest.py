@@ -53,6 +53,16 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
+def errors_in():
+    """Lines that a command wrote on stderr, but for the notices of keys that it was given twice."""
+
+    def read(text):
+        return [line for line in text.splitlines() if " stands twice: " not in line]
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def running():
     """Living processes of a session, or children of a process: `running(session=1)[pid]` is its
     line in /proc. Not by its environment: vLLM's processes write their title over that."""

@@ -73,7 +73,7 @@ def hub_folder(tmp_path):
 
 
 @pytest.fixture
-def said(capsys):
+def said(capsys, errors_in):
     """Runs `vpgea data` and returns what it printed; with `refused` its one line of error."""
 
     def run(*words, refused=False):
@@ -81,8 +81,7 @@ def said(capsys):
         printed = capsys.readouterr()
         assert status == (2 if refused else 0), printed.err
         if refused:
-            # A notice of a key that a test gave twice is no error.
-            errors = [n for n in printed.err.splitlines() if " stands twice: " not in n]
+            errors = errors_in(printed.err)
             assert len(errors) == 1
             assert errors[0].startswith("vpgea: ")
         return printed.err if refused else printed.out

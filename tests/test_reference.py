@@ -1,5 +1,6 @@
 """The reference policy: what it scores and draws, where it lies, and what cannot be one."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from ranks import run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.dry_run import dry_run
+from vpgea_fast.model import Policy
 from vpgea_fast.model_dir import ModelError
 from vpgea_fast.objectives import Grpo, Term, Terms
 from vpgea_fast.objectives.policy_gradient import Surrogate
@@ -53,6 +55,11 @@ def drawn(groups):
     return [path.response_ids.tolist() for group in groups for path in group]
 
 
+def policies():
+    # By type: isinstance would ask deprecated objects of torch for their class.
+    return sum(issubclass(type(found), Policy) for found in gc.get_objects())
+
+
 def moves(words):
     """Two steps; what policy and reference draw before and after, of the same seeds; what is
     written. With ranks, of each."""
@@ -64,7 +71,10 @@ def moves(words):
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
         moved = drawn(collector.sample(questions, 9)[1])
+        models = policies()
         after = drawn(collector.sample_reference(questions, 9))
+        # What was read from disk is gone, though FSDP's units refer to each other.
+        assert policies() <= models
         # The engine has the policy's weights again.
         again = drawn(collector.sample(questions, 9)[1])
     return {"before": before, "after": after, "own": own, "moved": moved, "again": again}

@@ -8,12 +8,16 @@ import sys
 
 import pytest
 
+from vpgea_fast import config
 from vpgea_fast.checkpoint import (
     CheckpointError,
     claim_run_dir,
     truncate_jsonl,
     write_text,
 )
+from vpgea_fast.intake import ALONE
+from vpgea_fast.metrics import Alarms
+from vpgea_fast.run_dir import RunDir
 
 
 def test_truncate_keeps_bytes_and_puts_aside_what_it_takes_out(tmp_path):
@@ -43,6 +47,15 @@ def test_a_step_has_many_paths(tmp_path):
     path = tmp_path / "paths.jsonl"
     path.write_text('{"step": 1}\n' * 3)
     assert truncate_jsonl(path, upto=1).lines == {1: 3}
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_step_without_metrics_is_not_also_one_without_paths(lost, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {3 - lost}, "paths_written": 1}}\n')
+    (tmp_path / "paths.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    run = RunDir(config.resolve({"run": {"dir": str(tmp_path)}}), ALONE)
+    run._cut_logs(2, Alarms())
+    assert run.notices == [f"{tmp_path / 'metrics.jsonl'}: no line of steps {lost}"]
 
 
 def test_a_text_is_replaced_whole(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from ranks import run_ranks, watch_ranks
 
-from vpgea_fast import config, trainer
+from vpgea_fast import checkpoint, config, trainer
 from vpgea_fast.config import ParallelConfig
-from vpgea_fast.distributed import open_world
+from vpgea_fast.distributed import World, open_world
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/tiny.yaml"
@@ -108,6 +108,78 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path,
         assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
     assert len(records(tmp_path / "fewer")) == death
+
+
+def fit_or_die(words, resume, death):
+    """One rank's run; the last rank kills itself in step `death`, with two updates of its rollout
+    made and two to come."""
+    train, update = trainer.Trainer.train, trainer.Trainer.update
+    moved: list[bool] = []
+
+    def train_anew(self, updates):
+        moved.clear()
+        return train(self, updates)
+
+    def update_or_die(self, rows):
+        if self.step + 1 == death and len(moved) == 2 and self.world.rank == self.world.size - 1:
+            assert all(moved), "no update before the kill has changed the weights"
+            os.kill(os.getpid(), signal.SIGKILL)
+        found, reason = update(self, rows)
+        moved.append(reason is None)
+        return found, reason
+
+    trainer.Trainer.train, trainer.Trainer.update = train_anew, update_or_die
+    source = Path(words[1]) / "config.yaml" if resume else TINY
+    return trainer.fit(config.load(source, words), resume=resume)
+
+
+def newest(run_dir):
+    """Step and tensors of the newest checkpoint: weights and optimiser."""
+    found = checkpoint.find_checkpoint(run_dir, world=World(torch.device("cpu")))
+    assert found is not None
+    return found.step, found.tensors()
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_kill_9_between_two_updates_of_a_rollout_resumes_bitwise(tiny_words, tmp_path, size):
+    """Four updates a step. Killed after the second of step 4, whose last checkpoint is of step 2:
+    what the two have changed is lost with them, and steps 3 and 4 are made again."""
+    words = tiny_words(
+        {
+            "objective": "grpo",
+            "run.seed": 1,  # every part of its fourth rollout has a gradient
+            "objective.group_size": 4,
+            "train.questions_per_step": 6,
+            "train.minibatches": 2,
+            "train.epochs": 2,
+            "train.steps": 4,
+            "metrics.compare": "null",
+            "metrics.diag_every": 0,
+            "rollout.max_new_tokens": 64,
+            "checkpoint.export": "false",
+            "checkpoint.save_every": 2,
+            "optim.warmup_steps": 0,
+            "optim.lr": 0.0003,
+        }
+    )
+    whole, parts = words("whole"), words("parts")
+    assert run_ranks(fit_or_die, whole, False, None, size=size) == [True] * size
+    ends = watch_ranks(fit_or_die, parts, False, 4, size=size, grace_s=60)
+    assert ends[-1].status == -signal.SIGKILL, ends[-1].output
+    assert all(rank.status == 1 for rank in ends[:-1])
+    assert [record["step"] for record in records(tmp_path / "parts")] == [1, 2, 3]
+    assert newest(tmp_path / "parts")[0] == 2
+    assert run_ranks(fit_or_die, parts, True, None, size=size) == [True] * size
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    # Every path's sampler log-probs, the answer's too, are here whichever process drew it.
+    gaps = [record["mismatch_mean"] for record in records(tmp_path / "whole")]
+    assert gaps == pytest.approx([1.0] * 4, abs=1e-5)
+    paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("parts", "whole")]
+    assert paths[0] == paths[1]
+    (step, ours), (last, want) = newest(tmp_path / "parts"), newest(tmp_path / "whole")
+    assert step == last == 4
+    assert ours.keys() == want.keys()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in ours.items())
 
 
 def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words, tmp_path):

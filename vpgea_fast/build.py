@@ -40,12 +40,12 @@ from vpgea_fast.types import PromptedQuestion, TrainRow
 from vpgea_fast.verify import Verifier
 
 Progress = Callable[[int], Callable[[int], None]]
-"""`progress(total)` gives the function that is told of newly finished samples."""
+"""`progress(total)` gives a function that takes the number of newly finished samples."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What a trainer works with. It alone holds the model, so dropping it frees the model."""
+    """The parts of a training run. Nothing else holds the model, so dropping them frees it."""
 
     intake: Intake
     policy: Policy
@@ -85,6 +85,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
+        # A collective where a thread writes: it opens connections of its own.
         saver = Saver(
             Path(cfg.run.dir),
             world=world,
@@ -138,6 +139,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             progress=progress,
         )
         collector.check()
+        # From here on `Stages.close` ends what was started.
         undo.pop_all()
     return Stages(
         intake=intake,
@@ -156,9 +158,9 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
 
 
 def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
-    """The questions and benchmarks, and all that they and the model's shapes can refuse."""
+    """Read the questions and benchmarks; refuse what they and the model's shapes rule out."""
     text = open_text(cfg, world.size)
-    # Silent for a while first: most data sets are judged before a bar could be drawn.
+    # A bar on a terminal; in a plain log no line, however long the judging takes.
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
@@ -170,15 +172,16 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
 
 
 def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
-    """With `hf` the trained module itself samples, or a whole copy beside a sharded one."""
+    """Open the engine. With `hf` the trained module samples, or a copy beside a sharded one."""
 
     def hf() -> HFEngine:
         # A sharded model would gather its weights for every token; the copy costs its size once.
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,
+            # The trained module's weights are the masters; the replica has the forward's dtype.
             dtype=None if policy.sharded else policy.dtype,
-            complete=not policy.sharded,
+            complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 
     return open_engine(cfg, world, dtype=policy.dtype, hf=hf)
@@ -193,7 +196,7 @@ def _build_probe(
     score: Score,
     first: PromptedQuestion,
 ) -> SyncProbe:
-    """Two prompts, one a view, are probed after a hand-over: see rollout/probe.py."""
+    """Make the probe of a hand-over, with one prompt per view: see rollout/probe.py."""
     return SyncProbe(
         engine,
         score,
@@ -206,7 +209,7 @@ def _build_probe(
 
 
 def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
-    """Both prompts, their lengths, what will be drawn, and what the preset leaves out."""
+    """Say both prompts, their lengths, what will be drawn, and what the preset leaves out."""
     intake, policy = stages.intake, stages.policy
     if slow := slow_engine(cfg, cuda=policy.device.type == "cuda"):
         yield slow
@@ -239,8 +242,9 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
 
 
 def _caveats(cfg: Config) -> Iterator[str]:
-    """What a user of these settings should know before trusting the curves."""
+    """Say what a user of these settings should know before trusting the curves."""
     yield from cfg.objective.notes()
+    # Legal settings all: a measurement may want them, so they are said and not refused.
     if not cfg.rollout.full_answer:
         yield (
             "rollout.full_answer is false: no answer is verified while training, so the alarm "

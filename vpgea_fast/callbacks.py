@@ -98,6 +98,7 @@ def tell(callbacks: Sequence[Callback], world: World, hook: str, *args: object) 
     # The same on all processes, which have as many callbacks: none waits for a gather alone.
     if not callbacks:
         return stop
+    # No collective inside: a callback that failed on one process would leave the others waiting.
     with world.together():
         for callback in callbacks:
             # Caught for each: the callbacks after it hear of the step too, and no process fails.

@@ -32,9 +32,13 @@ LONG_PATH = 2048
 
 @dataclass(frozen=True)
 class Target:
-    """The machines that a run is planned for: `processes`, one a device of `device_bytes`, `node`
-    of them a node; `here` when they are this machine, whose packages then matter. `name`: what CUDA
-    calls the device, "" where it is only planned."""
+    """The machines that a run is planned for.
+
+    processes  one per device
+    node       of them on each node
+    here       they are this machine, whose packages then matter
+    name       what CUDA calls the device; "" where it is only planned
+    """
 
     processes: int
     device_bytes: int
@@ -45,7 +49,7 @@ class Target:
 
 
 def target(cfg: Config, *, processes: int | None = None, device_gib: float | None = None) -> Target:
-    """This machine as torchrun started it, or so many CUDA devices of `device_gib` each."""
+    """Describe this machine as torchrun started it, or CUDA devices of `device_gib` each."""
     size = processes or int(os.environ.get("WORLD_SIZE", "1"))
     # A planned machine has no name, and its rates are guessed by size; this one is asked.
     if device_gib is not None:
@@ -57,7 +61,7 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
 
 
 def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
-    """A warning where the hf engine is asked for long paths on a GPU, or None."""
+    """Warn where the hf engine is asked for long paths on a GPU; else None."""
     tokens = cfg.rollout.max_new_tokens
     # On a CPU both engines are bound by the same memory, and hf starts at once.
     if not cuda or cfg.engine.name != "hf" or tokens < LONG_PATH:
@@ -77,8 +81,8 @@ def check_config(
     benchmarks: Mapping[str, Benchmark] = MappingProxyType({}),
     on: Target | None = None,
 ) -> None:
-    """ValueError for what cannot work, with the key, what it got, what is expected, and what to
-    do; before any weight is loaded. Lengths are those of `questions` and `benchmarks`, else the
+    """Raise ValueError for what cannot work, with the key, what it got, what is expected, and what
+    to do; before any weight is loaded. Lengths are those of `questions` and `benchmarks`, else the
     limits of the configuration.
     """
     on = on or target(cfg, processes=world_size)
@@ -88,6 +92,7 @@ def check_config(
     _check_lengths(cfg, model_config, questions)
     _check_positions(cfg, model_config, questions, benchmarks)
     _check_precision(cfg, world_size, on)
+    # Of a planned machine nobody knows which kernels and packages it has.
     if on.here:
         device = pick_device(cfg.model.device)
         attention.choose_for(
@@ -113,7 +118,7 @@ def _check_model(cfg: Config, model: Any) -> None:
 
 
 def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion]) -> None:
-    """The longest row that may come must fit a micro-batch and the model."""
+    """Refuse limits whose longest row does not fit a micro-batch or the model."""
     thought = cfg.rollout.max_new_tokens
     _, row = longest(cfg, questions)
     packed = row - 1  # the last token of a row is only ever a target
@@ -139,8 +144,10 @@ def _check_positions(
     questions: Sequence[PromptedQuestion],
     benchmarks: Mapping[str, Benchmark],
 ) -> None:
-    """Every path that may be drawn must fit the model, and the engine where it can be asked now: a
-    server's room is known when it is there."""
+    """Refuse a path that may be drawn and does not fit the model or the engine.
+
+    A server's room is not known before it can be asked.
+    """
     rooms = [attention.positions(model)]
     rooms.append((cfg.vllm.context if cfg.colocated else None, "engine.context"))
     for what, prompt, new in draws(cfg, questions, benchmarks):
@@ -153,7 +160,7 @@ def draws(
     questions: Sequence[PromptedQuestion],
     benchmarks: Mapping[str, Benchmark],
 ) -> list[tuple[str, int, int]]:
-    """(what, tokens of its prompt, tokens drawn at most) of the longest paths of every kind."""
+    """List (what, tokens of its prompt, tokens drawn at most) of the longest paths of each kind."""
     rollout, objective, limit = cfg.rollout, cfg.objective, cfg.data.max_prompt_tokens
     thought, answer = rollout.max_new_tokens, rollout.max_answer_tokens
 
@@ -163,21 +170,22 @@ def draws(
 
     # The longest of each kind is enough: every shorter one fits where it does.
     student, new = most("student"), thought + (answer if rollout.full_answer else 0)
-    found = [(*student, new)]
+    paths = [(*student, new)]
     if objective.draws().teacher:
-        found.append((*most("teacher"), new))
+        paths.append((*most("teacher"), new))
     if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
         what, prompt = student
-        found.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
+        paths.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
     for name, benchmark in benchmarks.items():
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
         what = f"benchmark {name}, question {question.id}"
-        found.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
-    return found
+        # An evaluation judges answers, so it draws them also where training does not.
+        paths.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
+    return paths
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest row that is trained or scored."""
+    """Count the tokens of the longest prompt, and of the longest row that is trained or scored."""
     # An answer is a part of the row only where the objective trains it.
     answer = cfg.rollout.full_answer and cfg.objective.draws().answers
     drawn = cfg.rollout.max_new_tokens + answer * cfg.rollout.max_answer_tokens
@@ -197,6 +205,7 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
 
 def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
     parallel = cfg.parallel
+    # As `open_world` decides it, for machines that may not be these.
     sharded = parallel.shard == "always" or (
         parallel.shard == "auto" and (world_size > 1 or on.cuda)
     )
@@ -211,6 +220,7 @@ def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
             "model.activation_checkpointing: got 'selective' with model.compile, whose kernels "
             "write into what it keeps; set 'full' or 'none'"
         )
+    # Unsharded gradients, and those of replicas, are summed in float32 and cast once.
     summed = sharded and parallel.accumulate == "sharded" and parallel.replicas == 1
     if cfg.model.master_dtype == "bfloat16" and summed:
         raise ConfigError(
@@ -229,6 +239,7 @@ def _check_packages(cfg: Config, on: Target) -> None:
             f"model.liger: got 'always', but {lack}; pip install vpgea_fast[liger] on a CUDA "
             "machine, or set 'auto'"
         )
+    # Inductor writes Triton for CUDA and C++ for a CPU, and fails only at the first forward.
     compiler = os.environ.get("CXX", "g++")
     lack = not importlib.util.find_spec("triton") if on.cuda else shutil.which(compiler) is None
     if model.compile and lack:
@@ -239,4 +250,9 @@ def _check_packages(cfg: Config, on: Target) -> None:
 def _device_memory(cuda: bool) -> int:
     if cuda:
         return torch.cuda.get_device_properties(0).total_memory
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Read the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

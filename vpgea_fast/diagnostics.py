@@ -28,8 +28,8 @@ hint."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
-    """Lengths, truncation, utility quantiles of both streams; accuracies where answers were
-    verified."""
+    """Compute lengths, truncation and utility quantiles of every stream, and accuracies where
+    answers were verified."""
     drawn = batch.reference
     return merge(
         _stream_metrics(batch.prior, name="prior", who="student"),
@@ -48,7 +48,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, who: str) -> dict[str, fl
         # A thought that closed and whose answer was cut is whole: only its answer is missing.
         f"trunc_{name}": sum(p.truncated and not p.closed for p in paths) / len(paths),
     }
-    # NaN where U is not scored, -inf where float32 has underflowed: neither has a quantile.
+    # NaN where U is not scored; an infinite one would be the mean of all.
     finite = stream.u_BP[torch.isfinite(stream.u_BP)]
     if finite.numel():
         quantiles = finite.quantile(torch.tensor([0.1, 0.5], dtype=finite.dtype)).tolist()
@@ -57,7 +57,7 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, who: str) -> dict[str, fl
             f"u_{name}_p10": quantiles[0],
             f"u_{name}_p50": quantiles[1],
         }
-    # All or none of a stream is judged: a mean over some would be of other paths each step.
+    # A mean over the judged ones alone would be of other paths at each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
         metrics[f"acc_{who}"] = accuracy
@@ -72,12 +72,12 @@ def view_divergence(
     student: Sequence[torch.Tensor],
     log_utility_BG: torch.Tensor,
 ) -> dict[str, float]:
-    """How far the views are apart on the posterior paths, and the ELBO (arXiv 2605.11019).
+    """Measure how far the views are apart on the posterior paths, and the ELBO (arXiv 2605.11019).
 
     kl_q_pi          KL(q || pi) per token; kl_q_pi_max: that of the largest token
     hint_token_rate  share of the tokens that are HINT_NATS likelier under the hint, the first of
                      each path not counted: one such token opens another way of thinking, which the
-                     student then follows (wanted); a path that leans on the hint has more of them
+                     student is to learn; a path that leans on the hint has more of them
     entropy_*        of both views, mean over tokens
     elbo             E_q[log L + log eta] - KL(q || pi), mean over questions
 
@@ -101,9 +101,11 @@ def view_divergence(
 
 
 def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str]) -> float:
-    """Share of posterior paths whose first fifth spells the answer already: a thought that starts
-    from the answer passes cross-view scoring. A number of the question counts too, so watch its
-    change, not its level."""
+    """Compute the share of posterior paths whose first fifth spells the answer already.
+
+    A thought that starts from the answer passes cross-view scoring. A number of the question counts
+    too, so watch the change of the share, not its level.
+    """
     # By text: a tokenizer may spell the answer's digits in several ways.
     early = [
         question.question.answer in decode(path.z_ids[: path.length // 5])
@@ -113,13 +115,13 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
 
 
 def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
-    """The loss by its formula, the gated KL, and the mismatch of sampler and trainer.
+    """Compute the loss by its formula, the gated KL, and the mismatch of sampler and trainer.
 
     loss_NAME  of every term of the objective: sum over its rows of sum_t coef_t log p_t. Where its
                paths are distilled, of coef_t (log p_t - sg log q_t), beta included: 0 where the
                prompts meet. log q_t of the same path in its own view
     loss       their sum
-    kl_gated      mean of log q_t - log p_t over the tokens of the distilled rows
+    kl_gated   mean of log q_t - log p_t over the tokens of the distilled rows
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
@@ -134,6 +136,7 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     # Both names always, so that a figure's lines do not break where a step distils nothing.
     losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
+    # float64 sums on the CPU: thousands of tokens, whose terms nearly cancel.
     for row, row_logps in zip(rows, logps, strict=True):
         if not row.distilled:
             losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
@@ -156,8 +159,8 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
 
 
 def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of several updates of one step as those of one: means, but for the mismatch, which
-    is that of the first, and `skipped`, which says that there was no update at all."""
+    """Merge the metrics of several updates of one step: means, but for the mismatch, which is that
+    of the first, and `skipped`, which says that there was no update at all."""
     if len(updates) == 1:
         return dict(updates[0])
     # A key may be missing where an update had no row of its kind: a mean over those that have it.
@@ -165,6 +168,7 @@ def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     result = {}
     for key in keys:
         values = [metrics[key] for metrics in updates if key in metrics]
+        # Later updates have moved away from the sampler by themselves: no fault of the engine.
         if key.startswith("mismatch"):
             result |= {key: first[key]} if key in first else {}
         else:
@@ -179,7 +183,7 @@ def k3(gap: torch.Tensor) -> float:
 
 
 def mismatch(gap: torch.Tensor) -> dict[str, float]:
-    """How far the sampler is from the trainer, from log p_engine - log p_trainer of every token:
+    """Measure how far the sampler is from the trainer, by log p_engine - log p_trainer per token:
     mean exp|gap| (NeMo-RL's bar is 1.05), the largest |gap|, the smallest and largest ratio
     p_trainer / p_engine, and the share of ratios outside [0.9, 1.1]."""
     # p_trainer / p_engine: what an importance weight would be.
@@ -200,7 +204,7 @@ def work_metrics(
     *,
     seconds: dict[str, float],
 ) -> dict[str, float | int]:
-    """Tokens generated, trained, and not trained because their coefficient is zero; the rate."""
+    """Count tokens generated, trained, and not trained because their coefficient is zero."""
     # What a step would train if nothing were gated off, term by term.
     possible = sum(
         part_row(question, path, term).tokens
@@ -208,6 +212,7 @@ def work_metrics(
         for question, path in batch.pairs(term.stream)
     )
     trained = sum(row.tokens for row in rows)
+    # Replaced questions are in no batch, but their paths took as long to draw.
     generated = batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
     counts = {
         "tokens_generated": generated,
@@ -229,10 +234,10 @@ def plan_metrics(
 def speed_metrics(
     rows: Sequence[TrainRow], flops: ModelFlops, *, seconds: float, device: str, devices: int
 ) -> dict[str, float | None]:
-    """Tokens per second and MFU of an update that took `seconds` on all `devices` together.
+    """Compute tokens per second and MFU of an update that took `seconds` on all `devices`.
 
-    Of a row the head counts on the targets alone, where it runs. `mfu` is None on a device whose
-    peak is not known.
+    The head counts on a row's targets alone, where it runs. `mfu` is None on a device whose peak is
+    not known.
     """
     # The last token of a row is only ever a target.
     lengths, targets = [row.tokens - 1 for row in rows], [row.token_ids.numel() for row in rows]
@@ -250,7 +255,7 @@ def path_records(
     step: int,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """The first `limit` paths of each stream with their scores, for paths.jsonl."""
+    """Return the first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
     for stream, columns in batch.streams.items():
         scores = terms.path_scores.get(stream, {})

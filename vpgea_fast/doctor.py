@@ -1,6 +1,6 @@
 """What runs on this machine, and why the rest does not: `vpgea doctor`.
 
-Each line asks the very function that a run asks, so the two cannot differ.
+Each line asks the function that a run itself asks, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.vllm.versions import check_installed
 
 HEAD_DIM = 128
-"""Of Qwen2.5 1.5B and 7B, Llama 3 and Qwen3."""
+"""Width of a head in Qwen2.5 1.5B and 7B, Llama 3 8B and 70B, and Qwen3."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class Finding:
 
 
 def examine(device: str = "auto") -> list[Finding]:
-    """Everything that a run on `device` chooses from. ConfigError for a device that is not here."""
-    # Each part asks the check that a run itself makes, so the two cannot disagree.
+    """List what a run on `device` chooses from. ConfigError for a device that is not here."""
+    # Of one device: backends and attention depend on its kind and its compute capability.
     where = pick_device(device)
     return [*_machine(where), *_backends(where), *_attention(where), *_engines(), *_extras()]
 
 
 def _machine(where: torch.device) -> Iterator[Finding]:
+    # What environment.json of a run records, so that the two can be compared.
     found = environment()
     names = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
     for name in ("python", *names):
@@ -53,8 +54,8 @@ def _machine(where: torch.device) -> Iterator[Finding]:
 
 
 def _backends(where: torch.device) -> Iterator[Finding]:
-    """The loss backends for the dtype that a model on this device would have."""
-    # `auto` chooses by dtype as well: the usual one of the device.
+    """Ask the loss backends about the dtype that a model on this device usually has."""
+    # `auto` chooses by dtype too, and which one a run will have is not known here.
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     for name in ("auto", *BACKENDS):
         yield _asked("loss backend", name, lambda name=name: _backend(name, where, dtype))
@@ -67,6 +68,7 @@ def _backend(name: str, where: torch.device, dtype: torch.dtype) -> str:
 
 def _attention(where: torch.device) -> Iterator[Finding]:
     for name in ("auto", *attention.NAMES):
+        # bfloat16 even on a CPU: with float32 the dtype would be named, and not the device.
         yield _asked(
             "attention",
             name,
@@ -81,14 +83,14 @@ def _engines() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     yield _asked("extra", "torchao", lambda: check_torchao() or "optim.name adamw_8bit")
-    # Found, not imported: Liger's import takes seconds and needs a working Triton.
+    # Found, not imported: that alone is what a run asks before it patches a model.
     liger, use = importlib.util.find_spec("liger_kernel"), "RMSNorm, RoPE and SwiGLU on CUDA"
     lack = f"not installed; pip install 'vpgea_fast[liger]' for its {use}"
     yield Finding("extra", "liger", liger is not None, use if liger is not None else lack)
 
 
 def _asked(part: str, name: str, ask: Callable[[], str]) -> Finding:
-    """What the run's own check says: its answer, or its error."""
+    """Ask the run's own check; give its answer, or its error."""
     try:
         return Finding(part, name, True, ask())
     # ConfigError, ModelError and the kernels' refusals are all ValueErrors.

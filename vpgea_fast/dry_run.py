@@ -1,4 +1,4 @@
-"""What a run would see and need, before any GPU work: `--dry-run` shows prompts, lengths, memory
+"""What a run would read and need, before any GPU work: `--dry-run` shows prompts, lengths, memory
 and traffic, and ends with the error that the run would end with."""
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def dry_run(
     """Tokenise the data, show 8 items and both prompts, report lengths, memory, hours and traffic.
 
     Writes nothing but data.dropped_file, loads no weight, draws nothing. Bad input is the error
-    that the run would end with; only data on a Hub that cannot be reached is replaced, loudly, by
-    built-in questions.
+    that the run would end with. Only data on a Hub that cannot be reached is replaced, and said to
+    be, by built-in questions.
     """
     on = on or target(cfg)
 
+    # Questions come from files of others: what steers a terminal must not reach it.
     def say(text: str) -> object:
         return tell(printable(text))
 
@@ -81,36 +82,38 @@ def dry_run(
         training = functools.partial(_questions, say=say)
         intake = read(reachable, text, judge, ALONE, training=training)
     # The workers that judged are gone; from here on it is arithmetic.
-    kept, benchmarks = intake.questions, intake.benchmarks
+    questions, benchmarks = intake.questions, intake.benchmarks
     for line in intake.lines():
         say(line)
-    say(f"{intake.counts}; the first {len(kept[:ITEMS])}:")
-    for item in kept[:ITEMS]:
+    say(f"{intake.counts}; the first {len(questions[:ITEMS])}:")
+    for item in questions[:ITEMS]:
         say(
             f"  {item.question.id}: prompt tokens student {len(item.student_ids)}, teacher "
             f"{len(item.teacher_ids)}; scored answer {prompter.shown(item.target_ids)!r}"
         )
-    say(f"student prompt:\n{prompter.shown(kept[0].student_ids)}\n")
-    say(f"teacher prompt:\n{prompter.shown(kept[0].teacher_ids)}\n")
+    # As decoded from the ids that a run would send: what the template adds or loses shows here.
+    say(f"student prompt:\n{prompter.shown(questions[0].student_ids)}\n")
+    say(f"teacher prompt:\n{prompter.shown(questions[0].teacher_ids)}\n")
     # Quantiles: one long prompt in a thousand decides the room of every path.
-    for view, lengths in length_report(kept).items():
+    for view, lengths in length_report(questions).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
-    if kept[0].question not in SAMPLE_QUESTIONS:  # the error that the run would end with
+    if questions[0].question not in SAMPLE_QUESTIONS:  # the error that the run would end with
         batch, weights = cfg.train.questions_per_step, cfg.data.weights
-        step_questions(kept, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
+        step_questions(questions, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
     _say_benchmarks(benchmarks, say)
+    # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_reference(cfg, text.config, text.tokenizer)
-    check_config(cfg, text.config, on.processes, questions=kept, benchmarks=benchmarks, on=on)
+    check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)
     if slow := slow_engine(cfg, cuda=on.cuda):
         say(slow)
-    for line in needs(cfg, text.config, kept, benchmarks, on=on, stated=rates):
+    for line in needs(cfg, text.config, questions, benchmarks, on=on, stated=rates):
         say(line)
 
 
 def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestions:
-    """`load_training`, or built-in questions for data on a Hub that cannot be reached."""
+    """Load the training questions, or built-in ones for data on a Hub that cannot be reached."""
     remote = [file.path for file in cfg.train if file.path.startswith("hub:")]
-    # Files of this machine never stand in: that one is missing is the user's to know.
+    # A missing file of this machine stays an error: the run would end with it too.
     reason = next(filter(None, map(_unreachable, remote)), None)
     if reason is None:
         try:
@@ -119,13 +122,13 @@ def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestion
             if not (remote and is_offline_mode()):
                 raise
             reason = str(error)
-    needed = ", ".join(remote)
-    say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {needed}")
+    names = ", ".join(remote)
+    say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {names}")
     return LoadedQuestions(SAMPLE_QUESTIONS)
 
 
 def _reachable(cfg: Config, say: Say) -> EvalConfig:
-    """`cfg.eval` with the files that can be reached."""
+    """Return `cfg.eval` with the files that can be reached."""
     files = []
     for file in cfg.eval.data:
         reason = _unreachable(file.path)
@@ -139,8 +142,8 @@ def _reachable(cfg: Config, say: Say) -> EvalConfig:
     return replace(cfg.eval, data=tuple(files))
 
 
-def _say_benchmarks(found: Mapping[str, Benchmark], say: Say) -> None:
-    for name, benchmark in found.items():
+def _say_benchmarks(benchmarks: Mapping[str, Benchmark], say: Say) -> None:
+    for name, benchmark in benchmarks.items():
         for line in benchmark.loaded.lines():
             say(f"benchmark {name}: {line}")
         most = max(ids.numel() for _, ids in benchmark.questions)
@@ -148,5 +151,5 @@ def _say_benchmarks(found: Mapping[str, Benchmark], say: Say) -> None:
 
 
 def _unreachable(source: str) -> str | None:
-    """Why data on a Hub cannot be asked for; in offline mode it may lie in a cache."""
+    """Say why data on a Hub cannot be asked for; None also in offline mode: a cache may hold it."""
     return "the Hub does not answer" if source.startswith("hub:") and hub.silent() else None

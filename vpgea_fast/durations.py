@@ -44,7 +44,7 @@ BANDWIDTH = (
     ("B200", 8.0),
     ("L40S", 0.864),
 )
-"""(part of the name that CUDA gives a device, 1e12 bytes a second), the first match counts. From
+"""(part of the name that CUDA gives a device, 1e12 bytes per second); the first match counts. From
 NVIDIA's data sheets; a card that is not here is unknown, since variants differ by half."""
 CARDS = ((60, 100, "H100 80GB HBM3"), (120, 160, "H200"), (170, 200, "B200"))
 """(GiB from, to, card): what a device of that size is taken for when it is only planned."""
@@ -91,8 +91,8 @@ class Rates:
 
 
 def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
-    """The rates of a card, `stated` ones laid over them; None for an unknown card, or a part of
-    one (MIG), of which tflops or bandwidth is not stated."""
+    """Look up the rates of a card and lay `stated` ones over them. None for an unknown card, or a
+    part of one (MIG), of which tflops or bandwidth is not stated."""
     known: dict[str, float | None] = {}
     # A slice has a part of the card's rates, and its name does not say how much.
     if " MIG " not in name:
@@ -109,8 +109,8 @@ def card_of(gib: float) -> str:
 
 
 def parse_rates(text: str) -> dict[str, float]:
-    """`tflops=312,bandwidth=2.04` as numbers. ConfigError for another key, one given twice, what is
-    no number above 0, and a share above 1.
+    """Read `tflops=312,bandwidth=2.04` as numbers. ConfigError for another key, one given twice,
+    what is no number above 0, and a share above 1.
 
     >>> parse_rates("tflops=312, accepted=0.3")
     {'tflops': 312.0, 'accepted': 0.3}
@@ -123,9 +123,10 @@ def parse_rates(text: str) -> dict[str, float]:
         try:
             value = float(number)
         except ValueError:
-            value = math.nan
+            value = math.nan  # compares as neither, so the last check refuses it with the key
         if key in rates:
             raise ConfigError(f"--rates: got {key!r} twice; give it once")
+        # 60 for 60 % would give a run sixty times too short, and look like a number.
         if key in SHARES and value > 1:
             raise ConfigError(
                 f"--rates: got {pair.strip()!r}, expected a share, above 0 and up to 1; write "
@@ -208,16 +209,15 @@ class Draw:
 def rollouts_of(
     cfg: Config, *, prompt: float, tokens: float = 0.0, answer: float = Rates.answer
 ) -> Draw:
-    """The paths of a step, with prompts of `prompt` tokens; `tokens` and `answer` as in `Rates`."""
+    """Describe the paths of a step, with prompts of `prompt` tokens; the rest as in `Rates`."""
     rollout, views = cfg.rollout, cfg.objective.draws().counts
-    # Where streams differ in size, the smaller number shares a prompt: the cautious figure.
     mean, limit = _mean_thought(cfg, tokens), 0
     if rollout.full_answer:
         limit = rollout.max_answer_tokens
         mean += min(answer, limit)
     return Draw(
         paths=cfg.train.questions_per_step * sum(views),
-        shared=min(views),
+        shared=min(views),  # of streams that differ in size the smaller: the cautious figure
         prompt=prompt,
         mean=mean,
         limit=limit + rollout.max_new_tokens,
@@ -225,7 +225,7 @@ def rollouts_of(
 
 
 def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
-    """Seconds of every phase of a mean step, on `sizes.world` devices that work side by side."""
+    """Compute the seconds of every phase of a mean step, on `sizes.world` devices side by side."""
     thought = _mean_thought(cfg, rates.tokens)
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
     evaluation = 0.0
@@ -247,7 +247,7 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
     # Where the reference policy draws, the engine is given its weights, and then the policy's.
     weights *= 3 if cfg.objective.draws().reference else 1
-    # In the background the write is hidden behind the next steps; its copy takes a second.
+    # In the background the write is hidden behind the next steps; its copy is not counted.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
@@ -265,7 +265,7 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
 
 
 def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[str, float]:
-    """Seconds of the forwards and backwards of a step, over thoughts of that mean length."""
+    """Compute the seconds of a step's forwards and backwards, over thoughts of mean length."""
     objective, questions = cfg.objective, cfg.train.questions_per_step
     draws = objective.draws()
     posterior, prior = questions * draws.posterior, questions * draws.prior
@@ -273,6 +273,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
     mfu = rates.offload_mfu if cfg.parallel.cpu_offload else rates.train_mfu
+    # At the mean length attention costs about 3/4 of its mean over all lengths.
     # The head runs where a loss reads it: on the thought, not on the prompt.
     whole = flops.forward_row(row, round(thought)) / forward
     train = flops.row(row, round(thought)) / (peak * mfu)
@@ -291,6 +292,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
             limit=cfg.rollout.max_answer_tokens,
         )
         scoring = _drawing(cfg, rates, sizes, answers)
+    # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole
     parts, epochs = cfg.train.minibatches, cfg.train.epochs
@@ -309,7 +311,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
 
 
 def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
-    """Seconds in which all engines draw: decoding reads memory, nothing else counts.
+    """Compute the seconds in which all engines draw: decoding reads memory, nothing else counts.
 
     A token of all paths side by side reads every weight once, and each path's keys and values so
     far. Lengths spread evenly from 0 to twice their mean. The batch is full until the last paths

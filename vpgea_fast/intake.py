@@ -1,6 +1,6 @@
 """What is read before any weight: the text of a model directory, questions, benchmarks.
 
-One way for a training run, a dry run, an evaluation and a pass rate:
+A training run, a dry run, an evaluation and a pass rate all read alike:
 
     open_text   engine possible? -> tokenizer -> prompter -> config.json -> do they fit each other?
     read        files -> questions that can be judged -> prompts that fit; benchmarks alike
@@ -69,8 +69,9 @@ def open_text(cfg: Config, processes: int = 1, *, here: bool = True) -> ModelTex
 
 
 def check_text(tokenizer: Any, config: Any, path: str) -> None:
-    """ModelError for a tokenizer with more tokens than the model embeds, or without an end."""
-    # A token beyond the embedding is an index error on a CPU, and reads anything on a GPU.
+    """Refuse a tokenizer with more tokens than the model embeds, or without an end (ModelError)."""
+    # A token beyond the embedding would be an index error on a CPU, and on a GPU an assertion that
+    # ends the process without naming it.
     check_vocabulary(tokenizer, config, path)
     eos_ids(tokenizer, load_generation_config(path, config))
 
@@ -90,13 +91,13 @@ class Intake:
 
     @property
     def counts(self) -> str:
-        """How many questions there are, and how many were dropped for which reason."""
+        """Say how many questions there are, and how many were dropped for which reason."""
         # Reasons with no row are left out: a line of zeros hides the one that counts.
         lost = [f"{n} dropped ({why})" for why, n in self.loaded.dropped.items() if n]
         return f"{len(self.questions)} questions, {', '.join(lost) or 'none dropped'}"
 
     def lines(self) -> Iterator[str]:
-        """What is odd about the training files."""
+        """Say what is odd about the training files."""
         yield from self.loaded.lines()
         yield from long_targets(self.questions)
 
@@ -128,7 +129,8 @@ def read(
 
 
 def read_benchmarks(cfg: Config, text: ModelText, judge: Judge) -> dict[str, Benchmark]:
-    """`read` without training questions, in one process."""
+    """Read as `read` does, without training questions, in one process."""
+    # `judge` is no collective here, so a world of one is enough.
     benchmarks = load_benchmarks(cfg.eval, cfg.data, text.prompter, parseable=judge)
     _list_dropped(cfg, ALONE, [benchmark.loaded for benchmark in benchmarks.values()])
     return benchmarks

@@ -4,8 +4,8 @@
     python -m vpgea_fast.manual DIR   write configuration.md, metrics.md and api.md into DIR
 
 Texts are the docstrings under the keys of config/, the tables of book.py, and the docstrings of
-the public functions. All are read from source by `ast`, so no page imports what it describes but
-the configuration, whose defaults and ranges are asked of the records themselves.
+the public functions. Defaults and ranges are asked of the configuration's records themselves. All
+else is read from source by `ast`: no module is imported to be described.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from vpgea_fast import book, config
 
 ROOT = Path(__file__).parent
 LONG = 60
-"""A default of more characters stands below its table."""
+"""A default of more characters than this stands below its table."""
 WIDTH = 96
+"""Columns of a terminal's text, and of a signature before it is broken."""
 GENERIC = {2**31, 1e12}
 """Upper bounds that only catch slips; the page's head tells of them, not every line."""
 API = {
@@ -77,8 +78,8 @@ class Section:
 
 
 def sections() -> list[Section]:
-    """Every section in the order of the configuration; a variant is one of its own, and so are the
-    keys of a file in `data.train` and `eval.data`."""
+    """List every section in the order of the configuration. A variant is one of its own, and so are
+    the keys of a file in `data.train` and `eval.data`."""
     hints = get_type_hints(config.Config, include_extras=True)
     about = attribute_docstrings(config.Config)
     found = []
@@ -88,7 +89,7 @@ def sections() -> list[Section]:
         # One section per variant: their keys differ.
         for record in members:
             variant = f"name: {record.name}" if len(members) > 1 else ""
-            # What a variant is, its own docstring says.
+            # A variant says in its own docstring what it is; a section alone, in Config.
             text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
             text = text or about.get(name, "")
             found.append(Section(name, variant, text, tuple(_keys(record))))
@@ -100,7 +101,7 @@ def sections() -> list[Section]:
 
 
 def section(name: str) -> list[Section]:
-    """The section of this name, with its variants. SectionError with the nearest name."""
+    """Find the section of this name, with its variants. SectionError with the nearest name."""
     known = sections()
     found = [part for part in known if part.title == name]
     if not found:
@@ -115,7 +116,8 @@ def section(name: str) -> list[Section]:
 
 
 def attribute_docstrings(record: type) -> dict[str, str]:
-    """Field -> the string below it in the class's source, in one line."""
+    """Read field -> the string below it in the class's source, in one line."""
+    # Python drops a string that stands below a field: only the source still has it.
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
     assert isinstance(node, ast.ClassDef)
     pairs = zip(node.body, node.body[1:], strict=False)  # each statement with the one below it
@@ -131,6 +133,7 @@ def attribute_docstrings(record: type) -> dict[str, str]:
 
 
 def _keys(record: Any) -> Iterator[Key]:
+    """Describe the keys of a record, in its order."""
     # A key that a base class explains, and whose default alone differs, keeps its explanation.
     texts: dict[str, str] = {}
     for kind in reversed(record.__mro__):
@@ -138,6 +141,7 @@ def _keys(record: Any) -> Iterator[Key]:
             texts |= attribute_docstrings(kind)
     hints = get_type_hints(record, include_extras=True)
     required = [n for n, field in record.__pydantic_fields__.items() if field.is_required()]
+    # Defaults come from an instance, so that factories and serialisers have had their say.
     values = TypeAdapter(record).dump_python(record(**dict.fromkeys(required, "-")))
     for name in record.__pydantic_fields__:
         default = "" if name in required else _json(values[name])
@@ -145,6 +149,8 @@ def _keys(record: Any) -> Iterator[Key]:
 
 
 def _json(value: Any) -> str:
+    """Write a default as JSON: a record as keys and values, what else JSON lacks as text."""
+
     def plain(item: Any) -> Any:
         return vars(item) if dataclasses.is_dataclass(item) else str(item)
 
@@ -152,7 +158,8 @@ def _json(value: Any) -> str:
 
 
 def _bare(hint: Any) -> tuple[Any, list[Any]]:
-    """A type without `Annotated`, and what was annotated."""
+    """Split a type from what `Annotated` adds to it."""
+    # pydantic's Field holds its limits (annotated_types.Ge, Lt, ...) one level further in.
     if get_origin(hint) is not Annotated:
         return hint, []
     return hint.__origin__, [
@@ -161,12 +168,13 @@ def _bare(hint: Any) -> tuple[Any, list[Any]]:
 
 
 def _members(hint: Any) -> list[Any]:
+    """List the types of a union, also of one inside it; of any other type itself."""
     union = get_origin(hint) in (Union, UnionType)
     return [part for arg in get_args(hint) for part in _members(arg)] if union else [hint]
 
 
 def in_words(hint: Any) -> str:
-    """A type with its range, as a user would say it.
+    """Say a type with its range as a user would.
 
     >>> in_words(config.PositiveInt), in_words(config.Exponent | None), in_words(Literal["a", "b"])
     ('whole number, 1 or more', 'number from 0 to 8, or null', '`a` or `b`')
@@ -200,7 +208,7 @@ def _tuple_in_words(items: Sequence[Any], notes: Sequence[Any]) -> str:
 
 
 def _range(kind: Any, notes: Sequence[Any]) -> str:
-    """The limits of a number in words; a generic upper bound is left out."""
+    """Say the limits of a number; a generic upper bound is left out."""
     limits = {
         name: value
         for note in notes
@@ -222,7 +230,7 @@ def _range(kind: Any, notes: Sequence[Any]) -> str:
 
 
 def keys_text(parts: Sequence[Section]) -> str:
-    """The keys for a terminal: name, type and default, and the text below."""
+    """Lay out keys for a terminal: name, type and default, and the text below."""
     blocks = []
     for part in parts:
         blocks.append(_wrapped(f"{part.head}: {part.text}", first=0))
@@ -235,7 +243,7 @@ def keys_text(parts: Sequence[Section]) -> str:
 
 
 def metrics_text() -> str:
-    """The book of metrics for a terminal."""
+    """Lay out the book of metrics for a terminal."""
     blocks = []
     for chapter in [*book.STEP, book.EVALUATION, book.PATHS]:
         blocks.append([chapter.title, *_wrapped(chapter.when, first=6)])
@@ -245,12 +253,12 @@ def metrics_text() -> str:
 
 
 def _wrapped(text: str, *, first: int) -> list[str]:
-    """Lines of WIDTH, the first indented by `first` columns and the others by 6."""
+    """Wrap text to WIDTH; indent the first line by `first` columns and the others by 6."""
     return textwrap.wrap(text, WIDTH, initial_indent=" " * first, subsequent_indent=" " * 6)
 
 
 def pages() -> dict[str, str]:
-    """File name -> Markdown of every generated page."""
+    """Make file name -> Markdown of every generated page."""
     return {
         "configuration.md": configuration_page(),
         "metrics.md": metrics_page(),
@@ -259,7 +267,7 @@ def pages() -> dict[str, str]:
 
 
 def configuration_page() -> str:
-    """docs/configuration.md."""
+    """Make docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
@@ -289,7 +297,7 @@ def _shown(key: Key) -> str:
 
 
 def metrics_page() -> str:
-    """docs/metrics.md."""
+    """Make docs/metrics.md."""
     lines = [
         "# Metrics",
         "",
@@ -316,7 +324,7 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 
 def api_page() -> str:
-    """docs/api.md."""
+    """Make docs/api.md."""
     lines = [
         "# Python interface",
         "",
@@ -333,8 +341,8 @@ def api_page() -> str:
 
 
 def _sources(module: str) -> list[str]:
-    """The text of a module's file; of a folder its `__init__` first, whose docstring is the
-    module's, then the others, which define what it passes on."""
+    """Read a module's file. Of a folder `__init__` comes first, whose docstring is the module's,
+    then the others, which define what it passes on."""
     folder = ROOT / module
     files = [folder / "__init__.py", *sorted(folder.glob("[!_]*.py"))]
     files = files if folder.is_dir() else [folder.with_suffix(".py")]
@@ -342,8 +350,8 @@ def _sources(module: str) -> list[str]:
 
 
 def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str, tuple[Doc, str]]:
-    """Documented classes and functions by name, with their source: those named, or all without an
-    underscore."""
+    """Collect documented classes and functions by name, with their source: those named, or all
+    without an underscore."""
     # A name without a docstring is no part of the interface.
     found: dict[str, tuple[Doc, str]] = {
         node.name: (node, source)
@@ -356,8 +364,8 @@ def _public(sources: Sequence[str], names: Sequence[str] | None) -> Mapping[str,
 
 
 def _signature(node: Doc, source: str) -> list[str]:
-    """A function's head, one parameter a line where it is long; a class's fields as they stand,
-    whose comments give shapes and units."""
+    """Write a function's head, with one parameter per line where it is long, or a class's fields as
+    they stand."""
     if isinstance(node, ast.ClassDef):
         fields = [item for item in node.body if isinstance(item, (ast.AnnAssign, ast.Assign))]
         # Fields as the source has them: their comments give shapes, which `ast` drops.
@@ -376,28 +384,28 @@ def _signature(node: Doc, source: str) -> list[str]:
 
 
 def _methods(node: Doc) -> list[str]:
-    """The public methods and properties of a class, as a list."""
+    """List the public methods and properties of a class."""
     lines = []
     for method in node.body if isinstance(node, ast.ClassDef) else ():
         if not isinstance(method, ast.FunctionDef) or method.name.startswith("_"):
             continue
         parameters = ", ".join([*_parameters(method.args)][1:])  # without self
-        # A property is read, not called.
-        called = "" if method.decorator_list else f"({parameters})"  # properties are not called
+        # `property` is the only decorator here, and a property is read, not called.
+        called = "" if method.decorator_list else f"({parameters})"
         text = " ".join((ast.get_docstring(method) or "").split())
         lines.append(f"* `{method.name}{called}`: {text}")
     return ["", *lines] if lines else []
 
 
 def _parameters(args: ast.arguments) -> Iterator[str]:
-    """Each parameter with its annotation and default, in the order of the source."""
+    """Write each parameter with its annotation and default, in the order of the source."""
     positional = [*args.posonlyargs, *args.args]
     # `ast` aligns defaults with the last parameters.
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
     pairs = [*zip(positional, defaults, strict=True)]
     for arg, default in pairs:
         yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
-    # A bare star stands for what follows it, unless *args does.
+    # `*args` already makes what follows it keyword-only; without it a bare star does.
     if args.vararg:
         yield f"*{ast.unparse(args.vararg)}"
     elif args.kwonlyargs:
@@ -409,7 +417,7 @@ def _parameters(args: ast.arguments) -> Iterator[str]:
 
 
 def _described(node: Doc) -> list[str]:
-    """A docstring as Markdown: prose as it stands, what is laid out in columns as code."""
+    """Turn a docstring into Markdown: prose as it stands, what is laid out in columns as code."""
     lines: list[str] = []
     for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
         inside = paragraph.split("\n")

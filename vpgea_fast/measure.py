@@ -25,7 +25,7 @@ from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures a step. It changes nothing; its forwards are collectives of a sharded policy."""
+    """Measures a step and changes nothing. Its forwards are collectives of a sharded policy."""
 
     cfg: Config
     world: World
@@ -113,7 +113,7 @@ class Measure:
         whole, temperature = batch.whole, self.cfg.rollout.temperature
         if log_utility_BG is None or whole is None:
             return {}
-        # Two heads over whole thoughts: as dear as scoring, hence every metrics.diag_every steps.
+        # Two forwards of all these paths, and their heads: hence every metrics.diag_every steps.
         pairs = whole.pairs("posterior")
         views = [
             self.passes(
@@ -142,7 +142,8 @@ class Measure:
         usage: Usage,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
-        """Tokens, seconds, speed and memory of the step. A collective."""
+        """Compute tokens, seconds, speed and memory of the step. A collective."""
+        # Tokens are summed over all engines; the memory is the least that any of them freed.
         engine = {
             "prefix_hit_rate": usage.cached_tokens / max(1, usage.prompt_tokens),
             "rest_freed_mib": usage.freed_bytes / 2**20,
@@ -158,7 +159,7 @@ class Measure:
         return merge(engine, work, speed, self._memory())
 
     def _memory(self) -> dict[str, float]:
-        """Peak memory so far, maximum over processes (device memory; host RSS on a CPU)."""
+        """Read the peak memory so far, maximum over processes (device, or host RSS on a CPU)."""
         # Linux counts ru_maxrss in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if self.on_cuda:
@@ -167,7 +168,8 @@ class Measure:
 
 
 def evaluation_metrics(step: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Keys of metrics.jsonl for an evaluation of the weights of `step`."""
+    """Name the results of an evaluation of the weights of `step` as metrics.jsonl does."""
+    # The line of step + 1 holds them: it is evaluated before the step. `eval_step` says whose.
     return {
         "eval_step": step,
         **{

@@ -1,20 +1,19 @@
 """What a run needs of its devices and of its time, as lines: memory, vLLM's share, hours, traffic.
 
-The numbers come from `estimate` and `durations.py`; this room says them, and what to change
-where they do not fit.
+The numbers come from `estimate` and `durations.py`. Here they are put into words, with what to
+change where they do not fit.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vpgea_fast import attention
-from vpgea_fast.check import Target, draws, longest
+from vpgea_fast.check import Target, draws, host_memory, longest
 from vpgea_fast.config import Config, DataFile
 from vpgea_fast.data import Benchmark
 from vpgea_fast.durations import (
@@ -51,7 +50,7 @@ HOST_PROCESS = 4 * GIB
 """Host memory of a process by itself: Python, CUDA context, pinned buffers. A choice, not a
 measurement."""
 EVALUATION_SHARE = 0.10
-"""Above it an evaluation slows the run more than it tells."""
+"""Share of a step's time above which evaluations are said to be too dear."""
 OF_CARD = ("tflops", "bandwidth", "train_mfu", "offload_mfu", "forward_mfu", "decode", "hf_decode")
 """Rates that stand in a line of their own."""
 
@@ -88,7 +87,7 @@ class Plan:
 
     @property
     def is_share(self) -> bool:
-        """vLLM takes a share of the device, and the rest of it is its KV cache."""
+        """Whether vLLM gets a share of the device, and what its weights leave of it is cache."""
         return self.on.cuda and self.cfg.vllm.kv_cache_gib is None
 
 
@@ -101,8 +100,8 @@ def needs(
     on: Target,
     stated: Mapping[str, float],
 ) -> Iterator[str]:
-    """Memory of a device and of a node, hours and traffic, and what to set where a number is too
-    large. `stated` rates replace those of the card (see `durations.Rates`)."""
+    """Say the memory of a device and of a node, hours and traffic, and what to set where a number
+    is too large. `stated` rates replace those of the card (see `durations.Rates`)."""
     plan = _plan(cfg, model_config, questions, benchmarks=benchmarks, on=on)
     estimate = estimate_memory(
         plan.shape,
@@ -127,9 +126,9 @@ def needs(
             yield from _share(plan, estimate, estimate.engine)
     # A card without a data sheet here gets no hours: a guess would look like a promise.
     rates = rates_of(_card(on), stated=stated)
-    found = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
-    yield from _hours(plan, rates, found) if rates and found else _unknown(on)
-    yield from _accuracy(plan, found)
+    times = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
+    yield from _hours(plan, rates, times) if rates and times else _unknown(on)
+    yield from _accuracy(plan, times)
     yield from _traffic(plan)
 
 
@@ -148,8 +147,8 @@ def _plan(
     if left_out:  # an evaluation refuses longer prompts
         most = cfg.data.max_prompt_tokens + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens
         context = max(context, most)
-    asked = sum(len(benchmark.questions) for benchmark in benchmarks.values())
-    asked += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
+    evaluated = sum(len(benchmark.questions) for benchmark in benchmarks.values())
+    evaluated += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
     # Half of the paths have the longer teacher's prompt; close enough where they have not.
     lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
     return Plan(
@@ -161,13 +160,13 @@ def _plan(
         row=row,
         context=context,
         mean_prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
-        answers=asked * (cfg.eval.samples + cfg.eval.greedy),
+        answers=evaluated * (cfg.eval.samples + cfg.eval.greedy),
         left_out=left_out,
     )
 
 
 def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
-    """A column a phase, a row a part; the peak, and what to lower when it is too high."""
+    """Say memory with a column per phase and a row per part; the peak, and what to lower."""
     yield f"  {'':<17}" + "".join(f"{phase:>11}" for phase in estimate.phases)
     for part in estimate.parts:
         sizes = [parts.get(part, 0) / GIB for parts in estimate.phases.values()]
@@ -175,7 +174,7 @@ def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
             yield f"  {part:<17}" + "".join(f"{size:11.3f}" for size in sizes)
     totals = [sum(parts.values()) / GIB for parts in estimate.phases.values()]
     yield f"  {'total':<17}" + "".join(f"{size:11.3f}" for size in totals)
-    # A CPU shares its memory with everything anyway, and has no such reserve.
+    # The reserve is for what torch does not allocate on a GPU: CUDA's context, NCCL's buffers.
     usable = on.device_bytes * (1 - RESERVE) if on.cuda else on.device_bytes
     which = "this device" if on.here else "such a device"
     yield (
@@ -190,7 +189,7 @@ def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
 
 
 def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
-    """Host memory of a process by purpose, and of a node. On a CPU the device's table is it."""
+    """Say host memory of a process by purpose, and of a node. On a CPU the table above is it."""
     cfg, on = plan.cfg, plan.on
     for part, size in estimate.host.items():
         yield f"  host memory of a process, {part}: {size / GIB:.3f} GiB"
@@ -214,7 +213,7 @@ def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
         f"{cfg.verify.workers} processes for each, data"
     )
     # Only of the machine at hand: that of a planned node is not known.
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = host_memory()
     if on.here and needed > there:
         ways = ["parallel.cpu_offload false"] * cfg.parallel.cpu_offload
         ways += ["checkpoint.background false"] * cfg.checkpoint.background
@@ -225,7 +224,7 @@ def _host(plan: Plan, estimate: MemoryEstimate) -> Iterator[str]:
 
 
 def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
-    """Bytes that a node's memory holds for a while beside `host` of each process, and when."""
+    """Count the bytes that a node holds for a while beside `host` of each process; say when."""
     cfg, on = plan.cfg, plan.on
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     count = min(on.processes, on.node)
@@ -238,7 +237,7 @@ def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
 
 
 def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Iterator[str]:
-    """How many paths vLLM's KV cache holds, and whether a step wants more."""
+    """Say how many paths vLLM's KV cache holds, and whether a step draws more at a time."""
     cfg = plan.cfg
     key = "engine.gpu_memory" if plan.is_share else "engine.kv_cache_gib"
     given = {name: stated[name] for name in ("tokens", "answer") if name in stated}
@@ -247,7 +246,7 @@ def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Ite
     paths = int(engine.tokens / step.held)
     # Paths of one engine, rounded up: each has its share of the processes.
     mine = -(-step.paths * cfg.vllm.tensor_parallel // plan.on.processes)
-    wanted = min(cfg.rollout.max_batch, mine)
+    demand = min(cfg.rollout.max_batch, mine)
     yield (
         f"  vLLM's KV cache: {engine.cache / GIB:.3f} GiB, {engine.token} bytes a token, "
         f"{engine.tokens} tokens: {engine.tokens // plan.context} paths of {plan.context} at once, "
@@ -258,16 +257,16 @@ def _cache(plan: Plan, engine: EngineMemory, stated: Mapping[str, float]) -> Ite
             f"  vLLM will not start: one path may have {plan.room} tokens (engine.context); raise "
             f"{key}, or lower engine.context and what may be drawn"
         )
-    elif paths < wanted:
+    elif paths < demand:
         yield (
-            f"  fewer than the {wanted} that a step draws side by side (rollout.max_batch "
+            f"  fewer than the {demand} that a step draws side by side (rollout.max_batch "
             f"{cfg.rollout.max_batch}): the rest wait or are computed again: slower, not wrong; "
             f"raise {key}, or lower rollout.max_batch"
         )
 
 
 def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterator[str]:
-    """Whether vLLM fits beside the trainer's states, and how large it may be."""
+    """Say where vLLM does not fit beside the trainer's states, and how large it may be."""
     usable, device = plan.on.device_bytes * (1 - RESERVE), plan.on.device_bytes
     # Its cache stands beside whatever the trainer keeps while vLLM is awake.
     awake = {name: sum(estimate.phases[name].values()) for name in AWAKE if name in estimate.phases}
@@ -278,18 +277,18 @@ def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterat
             f"  {phase}: vLLM's {whole / GIB:.3f} GiB beside {(awake[phase] - whole) / GIB:.3f} of "
             f"the trainer are {over / GIB:.3f} too many; " + _smaller(plan, engine, over)
         )
-    asked = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
+    claim = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
     free = usable - estimate.phases["sampling"]["weights"]
-    if asked > free > 0 and not plan.is_share:
+    if claim > free > 0 and not plan.is_share:
         yield (
-            f"  vLLM will not start: it asks for engine.gpu_memory ({asked / GIB:.3f} GiB) of free "
+            f"  vLLM will not start: it asks for engine.gpu_memory ({claim / GIB:.3f} GiB) of free "
             f"memory also with engine.kv_cache_gib, and {free / GIB:.3f} are free; set "
             f"engine.gpu_memory to {_floor(free / device):.2f} or less"
         )
 
 
 def _smaller(plan: Plan, engine: EngineMemory, over: float) -> str:
-    """What to set so that vLLM takes `over` bytes less and still starts."""
+    """Say what to set so that vLLM takes `over` bytes less and still starts."""
     # vLLM refuses to start where its cache cannot hold one path of the longest kind.
     if engine.cache - over < plan.room * engine.token:
         return (
@@ -332,6 +331,7 @@ def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
 
 
 def _card(on: Target) -> str:
+    # No card has this name, so a CPU has hours only by stated rates.
     if not on.cuda:
         return "CPU"
     return on.name or card_of(on.device_bytes / GIB)
@@ -346,22 +346,22 @@ def _unknown(on: Target) -> Iterator[str]:
     )
 
 
-def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
-    """A table of the phases of a mean step and of the run, with the rates that it rests on."""
+def _hours(plan: Plan, rates: Rates, times: Durations) -> Iterator[str]:
+    """Say the phases of a mean step and of the run in a table, and the rates behind them."""
     cfg, on = plan.cfg, plan.on
     card = _card(on)
-    taken = card if on.name or not on.cuda else f"taken for {card or 'unknown'} by their size"
-    yield f"time of a run by stated rates, none measured here (--rates KEY=NUMBER,...); {taken}:"
+    device = card if on.name or not on.cuda else f"taken for {card or 'unknown'} by their size"
+    yield f"time of a run by stated rates, none measured here (--rates KEY=NUMBER,...); {device}:"
     # What a zero stands for is shown as the number that was reckoned with.
     shown = vars(rates) | {"tokens": rates.tokens or cfg.rollout.max_new_tokens / 2}
     shown["answer"] = min(rates.answer, cfg.rollout.max_answer_tokens)
-    used = [key for key in shown if key not in _unused(plan)]
-    for keys in ([key for key in used if key in OF_CARD], [k for k in used if k not in OF_CARD]):
+    names = [key for key in shown if key not in _unused(plan)]
+    for keys in ([key for key in names if key in OF_CARD], [k for k in names if k not in OF_CARD]):
         yield "  " + ", ".join(f"{key} {shown[key]:g}" for key in keys)
-    whole, run = sum(found.step.values()), found.run
+    whole, run = sum(times.step.values()), times.run
     yield f"  {'':<17}{'s per step':>11}{'share':>8}{'hours':>9}{'GPU-hours':>11}"
     # By the run's seconds: a phase may be zero in a mean step and not in the run.
-    rows = [(phase, seconds, run[phase]) for phase, seconds in found.step.items() if run[phase]]
+    rows = [(phase, seconds, run[phase]) for phase, seconds in times.step.items() if run[phase]]
     for name, seconds, spent in [*rows, ("total", whole, sum(run.values()))]:
         hours, share = spent / HOUR, seconds / whole
         yield f"  {name:<17}{seconds:11.1f}{share:8.1%}{hours:9.1f}{hours * on.processes:11.1f}"
@@ -370,10 +370,10 @@ def _hours(plan: Plan, rates: Rates, found: Durations) -> Iterator[str]:
 
 
 def _unused(plan: Plan) -> set[str]:
-    """Rates that this run does not ask for."""
+    """List the rates that no phase of this run depends on."""
     cfg = plan.cfg
-    # Rate -> whether any phase of this run divides by it.
-    asked = {
+    # Rate -> whether a phase of this run depends on it; what is not here always counts.
+    needed = {
         "train_mfu": not cfg.parallel.cpu_offload,
         "offload_mfu": cfg.parallel.cpu_offload,
         "decode": cfg.engine.name != "hf",
@@ -386,35 +386,36 @@ def _unused(plan: Plan) -> set[str]:
         "write": not cfg.checkpoint.background,
         "read": cfg.model.reference == "disk" and reads_reference(cfg.objective),
     }
-    return {rate for rate, is_asked in asked.items() if not is_asked}
+    return {rate for rate, is_needed in needed.items() if not is_needed}
 
 
-def _accuracy(plan: Plan, found: Durations | None) -> Iterator[str]:
-    """Where the run sees whether answers are right, and what of its time the evaluations take."""
+def _accuracy(plan: Plan, times: Durations | None) -> Iterator[str]:
+    """Say where the run sees whether answers are right, and how much time evaluations take."""
     cfg = plan.cfg
-    seen = (
+    training = (
         "answers are drawn and judged"
         if cfg.rollout.full_answer
         else "not seen (rollout.full_answer false): a collapse looks like success"
     )
-    yield f"accuracy: at every step {seen}"
+    yield f"accuracy: at every step {training}"
     if not cfg.eval.data:
         yield "  held out: none (eval.data is empty)"
         return
     # A run that sees its accuracy only at the end has spent its hours by then.
     when = f"every {cfg.eval.every} steps" if cfg.eval.every else "before and after, not between"
     share = ""
-    if found is not None and plan.answers:
-        share = f", {found.evaluation:.0f} s each"
-        if found.step["evaluation"]:
-            share += f", {found.evaluation_share:.1%} of a mean step's time, theirs included"
+    # Without a share where all evaluations are outside the steps, or their files are not at hand.
+    if times is not None and plan.answers:
+        share = f", {times.evaluation:.0f} s each"
+        if times.step["evaluation"]:
+            share += f", {times.evaluation_share:.1%} of a mean step's time, theirs included"
     yield f"  held out: {plan.answers} answers {when}{share}"
     if plan.left_out:
         names = ", ".join(file.path for file in plan.left_out)
         yield f"  planned, its files could not be asked for here: {names}, by their limit"
         if not all(file.limit or cfg.eval.limit for file in plan.left_out):
             yield "  without a limit (eval.limit) a file is not counted: its size is not known"
-    if found is not None and found.evaluation_share > EVALUATION_SHARE:
+    if times is not None and times.evaluation_share > EVALUATION_SHARE:
         yield (
             f"  above {EVALUATION_SHARE:.0%}: raise eval.every, or lower eval.limit, eval.samples "
             "or eval.max_new_tokens"
@@ -422,7 +423,7 @@ def _accuracy(plan: Plan, found: Durations | None) -> Iterator[str]:
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
-    """Bytes of a step in which every path is as long as it can be."""
+    """Say the bytes that one device receives in a step whose paths are all as long as can be."""
     cfg, on = plan.cfg, plan.on
     objective, questions = cfg.objective, cfg.train.questions_per_step
     draws = objective.draws()
@@ -444,6 +445,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
         reference_batches=-(-held // fit),
         cuda=on.cuda,
     )
+    # One process, or one that is not sharded, exchanges nothing.
     if not moved:
         return
     yield (

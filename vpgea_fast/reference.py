@@ -15,7 +15,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
@@ -28,10 +28,11 @@ from vpgea_fast.model_dir import ModelError, load_tokenizer
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.passes import Passes
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling
-from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.types import Path, SampleRequest, TrainRow
 from vpgea_fast.weights import load_config, without_storage
+
+T = TypeVar("T")
 
 
 class Reference:
@@ -46,9 +47,12 @@ class Reference:
 
     def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
-        temperature = self.cfg.rollout.temperature
-        with self._at_hand() as model:
-            return self.passes(lambda batch, _: model.logprob(batch, temperature=temperature), rows)
+        passes, temperature = self.passes, self.cfg.rollout.temperature
+
+        def score(model: Policy) -> list[torch.Tensor]:
+            return passes(lambda batch, _: model.logprob(batch, temperature=temperature), rows)
+
+        return self._at_hand(score)
 
     def generate(
         self,
@@ -64,28 +68,30 @@ class Reference:
         A whole module samples by itself. Otherwise `engine` takes over the reference's weights, and
         `hand_back` gives it those of the policy again.
         """
-        with self._at_hand() as model:
-            if not model.sharded and self.cfg.engine.name == "hf":
-                return _own_engine(self.cfg, self.world, model).generate(
-                    requests, sampling, progress
-                )
-            engine.load_weights(full_weights(model))
-            paths = engine.generate(requests, sampling, progress)
+        whole = self.cfg.engine.name == "hf" and self.world.mesh is None
+
+        def draw(model: Policy) -> list[Path]:
+            sampler = _own_engine(self.cfg, model) if whole else engine
+            if not whole:
+                engine.load_weights(full_weights(model))
+            return sampler.generate(requests, sampling, progress)
+
+        paths = self._at_hand(draw)
         # Not after an error: a run that is left draws no more, and this is a collective.
-        hand_back()
+        if not whole:
+            hand_back()
         return paths
 
     def close(self) -> None:
         """Drop the model."""
         self._loaded = None
 
-    @contextmanager
-    def _at_hand(self) -> Iterator[Policy]:
-        """The model, in no more memory afterwards than before."""
+    def _at_hand(self, use: Callable[[Policy], T]) -> T:
+        """Use the model, which takes no more memory afterwards than before."""
         if (model := self._loaded) is None:
             with _no_bar():  # one a step, across the lines of the console
                 model = self._load()
-        yield model
+        found = use(model)
         # Else its head, embedding and root stay gathered on every process.
         reshard(model)
         if self._loaded is None:
@@ -94,6 +100,7 @@ class Reference:
             gc.collect()
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
+        return found
 
     def _load(self) -> Policy:
         cfg = self.cfg
@@ -110,12 +117,12 @@ class Reference:
 
 
 def reference_path(cfg: Config) -> str:
-    """Where the reference's weights lie: those that the policy starts from, unless said."""
+    """Say where the reference's weights lie: those that the policy starts from, unless told."""
     return cfg.model.reference_path or cfg.model.path
 
 
 def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
-    """The dtype in which the reference's weights are kept."""
+    """Choose the dtype in which the reference's weights are kept."""
     # Shards are gathered in the forward's dtype, so they may be kept in it, and the log-probs are
     # the policy's bits where the weights are. Under autocast the residual stream has the dtype of
     # the weights: there a half-precision copy would be another model, some 1e-2 a token away.
@@ -124,8 +131,10 @@ def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
 
 
 def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
-    """ModelError, before a weight is loaded, for a reference of another shape or another language
-    than the policy; nothing is read where the objective asks for none, or for the start weights."""
+    """Refuse, before a weight is loaded, a reference of other shapes or another vocabulary.
+
+    Nothing is read where the objective asks for none, or for the start weights. Errors: ModelError.
+    """
     path = cfg.model.reference_path
     if path is None or not reads_reference(cfg.objective):
         return
@@ -161,8 +170,6 @@ def _no_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _own_engine(cfg: Config, world: World, model: Policy) -> RolloutEngine:
-    def hf() -> RolloutEngine:
-        return HFEngine(model.causal_lm, max_batch=cfg.rollout.max_batch, dtype=model.dtype)
-
-    return open_engine(cfg, world, dtype=model.dtype, hf=hf)
+def _own_engine(cfg: Config, model: Policy) -> RolloutEngine:
+    """Make an engine of the module itself: whole, so there is one process."""
+    return HFEngine(model.causal_lm, max_batch=cfg.rollout.max_batch, dtype=model.dtype)

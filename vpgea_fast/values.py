@@ -9,14 +9,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
+# Defaults are validated too: a wrong one of ours is an error here, and not the user's in a run.
 STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
+# C0 but tab and line feed, DEL and C1; the line and paragraph separators; marks that turn the
+# writing around (Unicode, UAX 9); halves of characters, which UTF-8 cannot encode.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what would steer one (escape sequences, carriage returns, reversed
-    writing) or cannot be encoded is spelled out; line breaks and tabs stay.
+    """Make text safe for a terminal: spell out what would steer one (escape sequences, carriage
+    returns, reversed writing) or cannot be encoded. Line breaks and tabs stay.
 
     >>> printable("\\x1b[2J 2 + 2\\r = ?")
     '\\\\x1b[2J 2 + 2\\\\r = ?'
@@ -25,8 +28,8 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException, limit: int | None = 600) -> str:
-    """What an error says, in one line that a terminal can show, cut at `limit` characters; what
-    says no more than a name (KeyError) behind its type.
+    """Say an error in one line that a terminal can show, cut at `limit` characters. One that says
+    no more than a name (KeyError) stands behind its type.
 
     >>> one_line(ValueError("wrong keys:\\n  a: unknown\\n  b: unknown")), one_line(KeyError("a"))
     ('wrong keys: a: unknown; b: unknown', "KeyError: 'a'")
@@ -35,16 +38,20 @@ def one_line(error: BaseException, limit: int | None = 600) -> str:
     # str(KeyError("a")) is `'a'`, which tells nobody what happened.
     bare = isinstance(error, (KeyError, AttributeError, IndexError))
     text = f"{name}: {error}" if bare else str(error).strip() or name
+    # A line that ends in a colon introduces the next; any other break separates two of them.
     text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
     return printable(text if limit is None or len(text) <= limit else f"{text[:limit]} ...")
 
 
 def expand_home(path: str) -> str:
-    """A path with the home directory for a leading `~` or `~user`. ValueError where none is known,
-    and for what is no path."""
+    """Put the home directory for a leading `~` or `~user` of a path.
+
+    Errors: ValueError where none is known, and for what is no path.
+    """
     # The operating system refuses these with a ValueError, late and without a name.
     if not path.strip() or "\0" in path:
         raise ValueError(f"got {path!r}, expected a path")
+    # pathlib raises for an unknown user; os.path.expanduser would give the word back as it is.
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError as error:
@@ -62,14 +69,14 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e12)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e12)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What numpy takes, inside vLLM."""
+"""The range of numpy's seeds: vLLM seeds numpy too."""
 Minutes = Annotated[float, Field(gt=0.0, le=1e6)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
 Gibibytes = Annotated[float, Field(gt=0.0, le=1e5)]
 Temperature = Annotated[float, Field(ge=1e-4, le=100.0)]
-"""Below, logits overflow float32."""
+"""At 1e-4 the rounding of a float32 logit of 32 is 0.02 nats; below, it would not be small."""
 Exponent = Annotated[float, Field(ge=0.0, le=8.0)]
-"""Of a ratio of lengths, whose power must stay in float32."""
+"""Exponent of a ratio of lengths: 2^15 to the power of 8 is 2^120, still within float32."""
 
 
 def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
@@ -87,5 +94,5 @@ def _finite(tree: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 Switches = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
-"""NaN differs from itself: a resume would find it changed."""
+"""Any keys and values of JSON. NaN differs from itself: a resume would find it changed."""
 Clip = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]

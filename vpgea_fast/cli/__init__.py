@@ -19,11 +19,15 @@ from vpgea_fast.cli.words import Parser, UsageError
 
 INTERRUPTED = 130  # 128 + SIGINT
 REPEATABLE = ("--from", "--against")
+"""Options that collect their values."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 2 for an error (one line on stderr), 3 for a run that had to end before
-    its last step, 143 and 130 for a stopped one."""
+    """Run a command line; return its exit status.
+
+    0; 2 for an error (one line on stderr); 3 for a run that had to end before its last step; 143
+    and 130 for a stopped one.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         words, overrides, passed = _split(argv)
@@ -36,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
         args.passed = passed
         return args.run(args, overrides)
+    # Every refusal of this program is an exception whose text is meant for the user.
     except Exception as error:
         # In argv, not in args: the error may be that of the parser itself.
         if "--traceback" in argv:
@@ -48,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _said(error: BaseException) -> str:
-    """What an error says; where it is not this program's, also how to see where it arose."""
+    """Say an error in words; where it is not this program's, also how to see where it arose."""
     text, name = config.one_line(error, limit=None), type(error).__name__
     own = type(error).__module__.startswith("vpgea_fast") or type(error) is ValueError
     return text if own else f"{text.removeprefix(f'{name}: ')} ({name}; --traceback shows where)"
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    """What to say of a word that is no option, with the option that was probably meant."""
+    """Say that a word is no option, with the option that was probably meant."""
     name = word.partition("=")[0]
     keys = [f"--{key}" for key in config.known_keys()]
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
@@ -67,8 +72,8 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Words for argparse; the `--section.key value` (or `--engine name`) pairs, which it would
-    misread; what is behind a `--`."""
+    """Split a command line: words for argparse; `--section.key value` (or `--engine name`) pairs,
+    which it would misread; what is behind a `--`."""
     words, pairs, rest = [], [], iter(argv)
     # Until a `--` or the end, whichever comes first.
     for word in iter(lambda: next(rest, "--"), "--"):
@@ -82,7 +87,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _no_repeats(words: Sequence[str]) -> None:
-    """UsageError for an option that stands twice: argparse takes the last one unsaid."""
+    """Refuse an option that stands twice: argparse would take the last one in silence."""
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
     twice = next((n for n in names if names.count(n) > 1 and n not in REPEATABLE), None)
     if twice is not None:
@@ -97,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vpgea", description=__doc__, allow_abbrev=False, parents=[common])
     parser.add_argument("--version", action="version", version=f"vpgea_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    # In the order of use, which is that of `vpgea --help`.
     declared = (
         declare_train,
         declare_eval,

@@ -25,6 +25,7 @@ def declare_report(commands: Commands, common: Parser) -> None:
 
 def run_report(args: argparse.Namespace, overrides: list[str]) -> int:
     no_more(overrides)
+    # After the refusal, which must not wait seconds for torch.
     from vpgea_fast.metrics import Console
     from vpgea_fast.report import closing_notes, closing_table, write_report
 
@@ -33,6 +34,7 @@ def run_report(args: argparse.Namespace, overrides: list[str]) -> int:
     page = write_report(run_dir)
     headers, rows = closing_table(run_dir)
     console.close()
+    # A run of no evaluation has a page and no table.
     if rows:
         console.table(headers, rows, notes=closing_notes(run_dir))
     console.message(str(page))
@@ -82,6 +84,8 @@ def run_doctor(args: argparse.Namespace, overrides: list[str]) -> int:
     no_more(overrides)
     from vpgea_fast.doctor import examine
 
-    for found in examine(args.device):
-        print(f"{found.part:<16}{found.name:<13}{'' if found.runs else 'no: '}{found.detail}")
+    # `no:` stands before the reason, so that a column of names stays a column.
+    for part in examine(args.device):
+        print(f"{part.part:<16}{part.name:<13}{'' if part.runs else 'no: '}{part.detail}")
+    # 0 whatever is missing: it describes the machine and judges nothing.
     return 0

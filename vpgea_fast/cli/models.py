@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +18,7 @@ from vpgea_fast.cli.words import (
     files,
     no_more,
     notice,
+    one_process,
     path,
     plain_logs,
     step,
@@ -44,7 +44,7 @@ def declare_eval(commands: Commands, common: Parser) -> None:
     evaluate.add_argument(
         "data",
         nargs="+",
-        help="files (JSONL, JSON, CSV, parquet), one a benchmark; one with keys of its own as "
+        help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
         "'{path: math500.jsonl, question_key: problem}'",
     )
     evaluate.add_argument(
@@ -57,8 +57,7 @@ def declare_eval(commands: Commands, common: Parser) -> None:
 
 
 def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("vpgea eval is one process: start it without torchrun, one a benchmark")
+    one_process("eval", ", one per benchmark")
     out = None if args.out is None else Path(args.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: expected a file in a directory that exists")
@@ -75,6 +74,7 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.metrics import Console, environment
 
     plain_logs()
+    # Closed also after an error: a bar left behind would hide its line on a terminal.
     console = Console()
     try:
         results = evaluate_model(cfg, console)
@@ -92,7 +92,7 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def settings_line(model: str, source: str | Path | None) -> str:
-    """Where the settings come from; a run's export without its run's settings is told."""
+    """Say where the settings come from, and where an export lacks the settings of its run."""
     run = Path(model).parent
     lost = source is None and (run / "metrics.jsonl").exists()
     gone = f" ({run / 'config.yaml'} is missing)" if lost else ""
@@ -102,8 +102,8 @@ def settings_line(model: str, source: str | Path | None) -> str:
 def of_model(
     args: argparse.Namespace, words: list[str], overrides: list[str]
 ) -> tuple[str | Path | None, config.Config]:
-    """The configuration of `words`, over that of --config, or of the run that a model comes from;
-    and where the latter stands."""
+    """Read the configuration of `words` over that of --config, or of the run that a model comes
+    from; return the file below (None: there is none) and the configuration."""
     words = ["--checkpoint.keep_best", "null", *words]  # nothing is trained, so no best is kept
     # RUN/export and RUN/export_step_N are what a run and `vpgea export` write.
     run = Path(args.model or "").parent / "config.yaml"
@@ -112,6 +112,7 @@ def of_model(
     if exported and not run.is_file():
         raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
+    # `record`: a run's own file may have keys of an older version, a user's file not.
     if source is None:
         return None, config.resolve(config.parse_overrides(words, notice), source="command line")
     cfg = config.load(source, words, notice, record=source == run)

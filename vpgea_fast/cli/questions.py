@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from vpgea_fast.cli.words import (
     config_file,
     files,
     no_more,
+    one_process,
     path,
     plain_logs,
     share_range,
@@ -72,8 +72,8 @@ def declare_data(commands: Commands, common: Parser) -> None:
 
 
 def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("vpgea data is one process: start it without torchrun")
+    one_process("data")
+    # Without a model no rate is measured: the two would mean nothing, in silence.
     if args.model is None and (args.keep, args.samples) != (None, None):
         raise UsageError("--keep and --samples need --model, the model whose pass rate counts")
     # Eight answers per question unless told otherwise: one gives only the rates 0 and 1.
@@ -90,6 +90,7 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.metrics import Console
     from vpgea_fast.prepare import Order, prepare
 
+    # 0 is legal in an evaluation (greedy answers alone), so the configuration takes it.
     if not cfg.eval.samples:
         raise UsageError("eval.samples: got 0; a pass rate needs one sample or more")
     # Paths become Paths here; nothing below reads the command line.
@@ -107,6 +108,7 @@ def run_data(args: argparse.Namespace, overrides: list[str]) -> int:
         import datasets
 
         datasets.disable_progress_bars()
+    # Closed also after an error: a bar left behind would hide its line on a terminal.
     console = Console()
     try:
         prepare(order, cfg, console)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vpgea_fast.trainer import Ending
 
 STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
-"""Of a run by its `trainer.Ending`. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
+"""`trainer.Ending` -> exit status. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
 TINY_WORLD = "data/tiny"
 TINY_BASE = f"{TINY_WORLD}/base"
@@ -108,6 +108,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         show(config.dump(cfg).rstrip("\n"))
         return 0
+    # The one model that no Hub has: its loader would say that there is no such name.
     if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
         raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
     if args.dry_run:
@@ -127,6 +128,9 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def status(ending: Ending) -> int:
-    """Under torchrun 0 for a run that was stopped or ended itself, and saved: there any other
-    status is a failure, and starts the run again."""
+    """Return the exit status of an ending.
+
+    Under torchrun it is 0 for every run that saved: any other status is a failure there, and
+    starts the run again.
+    """
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STATUS[ending.name]

@@ -1,4 +1,4 @@
-"""What words of a command line mean: values, paths, options; what a command says besides."""
+"""Words of a command line as values, paths and options; what a command says on the side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for an error, where argparse prints the usage too and leaves the process."""
+    """Raises an error of one line, where argparse prints the usage too and ends the process."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -75,7 +75,7 @@ def gib(word: str) -> float:
 
 
 def yaml_value(word: str) -> Any:
-    """None for what is no YAML."""
+    """Read a word as YAML; None for what is none."""
     try:
         return strict_yaml.parse_word(word)
     except strict_yaml.YamlError:
@@ -83,7 +83,7 @@ def yaml_value(word: str) -> Any:
 
 
 def files(words: Sequence[str]) -> str:
-    """Words of a command line as the value of eval.data."""
+    """Write words of a command line as the value of eval.data."""
     files = [
         # A word that opens a mapping is YAML already; any other is a path, quoted for YAML.
         word if word.startswith("{") else json.dumps(word, ensure_ascii=False)
@@ -95,6 +95,13 @@ def files(words: Sequence[str]) -> str:
 def no_more(overrides: Sequence[str]) -> None:
     if overrides:
         raise UsageError(f"{overrides[0]} is an option of train and eval only; leave it out")
+
+
+def one_process(command: str, advice: str = "") -> None:
+    """Refuse a command that torchrun has started: every process would do all of the work."""
+    # torchrun sets it also for one process, which changes nothing.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"vpgea {command} is one process: start it without torchrun{advice}")
 
 
 def notice(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The words of an error: what was got, what was expected, and the nearest key or value."""
+"""Errors in words: what was got, what was expected, and the nearest key or value."""
 
 from __future__ import annotations
 
@@ -42,15 +42,14 @@ class ConfigError(ValueError):
 
 
 def explain(errors: Iterable[Any]) -> list[str]:
-    """A line for each key: what was got, what was expected, and the nearest key or value.
+    """Write a line for each key: what was got, what was expected, and the nearest key or value.
 
-    Of a union pydantic gives an error a member: their expectations stand in one line, and where one
-    member fits but for a key of it, that key alone counts.
+    pydantic gives an error per member of a union. Their expectations stand in one line; where one
+    member fits but for one of its keys, that key alone counts.
     """
     groups: dict[str, list[tuple[Any, list[Any]]]] = {}
     for error in errors:
         key, owners = _place(error)
-        # pydantic gives an error per member of a union; the user wrote one value under one key.
         groups.setdefault(key, []).append((error, owners))
     return [
         f"  {key or 'configuration'}: {_complaint(key, group)}"
@@ -61,7 +60,7 @@ def explain(errors: Iterable[Any]) -> list[str]:
 
 
 def _place(error: Any) -> tuple[str, list[Any]]:
-    """The key of an error as the user writes it, and the records that the last part is a key of."""
+    """Find the key of an error as the user writes it, and the records that have its last part."""
     key, owners, kinds = "", [Config], [Config]
     # An unknown variant is an error of its key `name`.
     loc = [*error["loc"], "name"] if error["type"].startswith("union_tag") else error["loc"]
@@ -82,7 +81,7 @@ def _place(error: Any) -> tuple[str, list[Any]]:
             if not chosen and isinstance(part, str) and part.isidentifier() and place:
                 key = f"{key}.{part}"
             kinds = chosen or kinds
-    # A record was wanted here: its keys are what the message lists.
+    # A record was expected here: its keys are what the message lists.
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         owners = [kind for kind in kinds if fields_of(kind)]
     return key, owners
@@ -102,14 +101,14 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     value = error["input"]
     if error["type"] == "union_tag_invalid":
         value = value["name"]
-    wanted = list(dict.fromkeys(_wanted(error, owners) for error, owners in group))
+    expectations = list(dict.fromkeys(_expectation(error, owners) for error, owners in group))
     remedy = f"; {REMEDIES[key]}" if key in REMEDIES else ""
     # A validator of ours wrote its own sentence, which is better than any put together here.
-    if None in wanted:
+    if None in expectations:
         own = error["msg"].removeprefix("Value error, ")
         got = "" if "got " in own or isinstance(value, Mapping) else f", got {show(value)}"
         return f"{own}{got}{remedy}"
-    expected = " or ".join(map(str, wanted))
+    expected = " or ".join(map(str, expectations))
     if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):
         remedy = f"; did you mean {near!r}?{remedy}"
     # YAML's `key:` without a value is the usual cause.
@@ -121,8 +120,8 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     return f"got {show(value)}, expected {expected}{remedy}"
 
 
-def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
-    """What an error of pydantic's expected, in words; None where it brings its own message."""
+def _expectation(error: Any, owners: Sequence[Any]) -> str | None:
+    """Say what pydantic expected; None where the error brings its own message."""
     if error["type"] in ("dataclass_type", "dataclass_exact_type"):
         keys = dict.fromkeys(name for owner in owners for name in fields_of(owner))
         text = "text or " * isinstance(error["loc"][-1], int)
@@ -136,7 +135,7 @@ def _wanted(error: Any, owners: Sequence[Any]) -> str | None:
 
 
 def _nearest_key(key: str, owners: Sequence[Any]) -> str:
-    """Of the same record, or the same name in another section."""
+    """Suggest a key of the same record, or one of the same name in another section."""
     first, *_, last = [*key.split("."), key.split(".")[-1]]
     # Most keys that are unknown to a variant belong to the other one.
     others = [kind.name for kind in records_of(first) if last in fields_of(kind)]
@@ -157,6 +156,6 @@ def _near(word: str, known: Sequence[str]) -> str | None:
 
 
 def show(value: Any) -> str:
-    """A value as YAML has it, cut."""
+    """Write a value as YAML has it, cut to 80 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -54,13 +54,14 @@ class ModelConfig:
     """Dtype of the forward. Trained weights and optimiser states stay float32 (float64 for
     float64). float64 is for checks: transformers computes norms and rotary tables in float32, so
     its log-probs are exact to about 1e-5."""
+    # Free text: which numbers exist is the machine's to say, when a run starts.
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
     master_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights that the optimiser updates (float64 for a float64 forward). bfloat16
     halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
     lost."""
-    # Memory against time of a layer.
+    # Memory against time: `full` runs nearly all of a layer's forward twice.
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
     """What a layer keeps for its backward. `full`: its input, and the layer runs again.
     `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
@@ -86,6 +87,7 @@ class ParallelConfig:
 
     shard: Literal["auto", "always", "never"] = "auto"
     """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA."""
+    # Between nodes a gather of every layer is slow; replicas exchange gradients alone, once a step.
     replicas: PositiveInt = 1
     """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
     node keeps the gathers inside it."""
@@ -107,7 +109,7 @@ class DataFile:
     path: PathText
     """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
     `hub:owner/name[/config][:split]`."""
-    # What stands in a file alone.
+    # These two stand in a file alone; the rest may stand in the section too.
     name: str | None = None
     """Name of the benchmark; also put before ids that two files share. Default: the file's name."""
     weight: PositiveFloat | None = None
@@ -137,7 +139,7 @@ class DataFile:
 
 
 def _written(files: tuple[DataFile, ...]) -> Any:
-    """What `resolve` reads, as short as can be: a path where nothing else is given."""
+    """Write files as `resolve` reads them, as short as possible: a path alone as text."""
     # In three passes: what is given, a path alone as text, and tuples as YAML's lists.
     given = [{k: v for k, v in vars(file).items() if v is not None} for file in files]
     given = [entry["path"] if len(entry) == 1 else entry for entry in given]
@@ -162,7 +164,7 @@ class DataConfig:
     """One file, or a list of files, each a path or a mapping (see the keys of a file). Without
     weights they form one data set; with a weight each, every step takes that share from every
     file."""
-    # Where a row has its parts.
+    # Where a row has its parts. Data sets name them as they like, and none is rewritten here.
     question_key: str = "question"
     """Key of the question's text, or of chat messages with one user turn. `{Body} {Question}` joins
     two keys."""
@@ -182,7 +184,7 @@ class DataConfig:
     `auto` a row without choices has a free answer; else it is dropped, or an error (bad_answer)."""
     choices_seed: NonNegativeInt | None = None
     """Shuffle the choices of each question by this seed and its id; null: the published order."""
-    # Which rows are trained on.
+    # Which rows are trained on; what is dropped is counted by its reason.
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt of either view, in tokens."""
     overlong: Literal["drop", "error"] = "drop"
@@ -210,7 +212,7 @@ class DataConfig:
             raise ValueError(f"data.train names two files {twice!r}; give one another `name`")
 
     def filled(self, file: DataFile) -> DataFile:
-        """`file` with what it leaves open taken from this section."""
+        """Return `file` with what it leaves open taken from this section."""
         # Keys of the same name in both records; `name`, `weight` and `path` stand in a file alone.
         mine = {
             k: getattr(self, k) for k, v in vars(file).items() if v is None and hasattr(self, k)
@@ -220,7 +222,7 @@ class DataConfig:
     @property
     def weights(self) -> dict[str, float] | None:
         """The weight of each file by its name; None: questions come by the size of the files."""
-        # The weight of a single file means nothing: every question is its own.
+        # With one file every question is its own: a weight has nothing to be compared with.
         weights = {file.label: file.weight for file in self.train if file.weight is not None}
         return weights if len(weights) > 1 else None
 
@@ -242,7 +244,7 @@ class PromptConfig:
     """Token that closes a thought."""
     think_prefix: str = "<think>\n"
     """Text that both views must end with; appended where the chat template does not end so."""
-    # What U scores behind the thought. The cue is context, the target is scored.
+    # What U scores behind the thought: log P of the target's tokens, with the cue as context.
     answer_cue: str = "\n\n**Final Answer**\n\\boxed"
     """Text between the closed thought and the scored answer."""
     answer_target: str = "{{answer}}"

@@ -22,6 +22,7 @@ from vpgea_fast.values import (
 
 @dataclass(frozen=True, config=STRICT)
 class RolloutConfig:
+    # Lengths and distribution of the paths: fixed for a run, since all its numbers rest on them.
     max_new_tokens: PositiveInt = 8192
     """Token limit of a thought, its closing token included. A path that is cut there has no
     reward."""
@@ -34,14 +35,17 @@ class RolloutConfig:
     """Sample on after the thought to the end of the answer, so that it can be verified."""
     max_answer_tokens: PositiveInt = 1024
     """Token limit of the answer after a thought."""
+    # Memory of the engine: each path costs its keys and values, and a row of logits.
     max_batch: PositiveInt = 256
     """Paths decoded side by side, per process."""
+    # An engine with old weights still samples fluent text: only log-probs tell.
     probe_every: NonNegativeInt = 1
     """Check that the engine took over the weights: a few tokens' log-probs, engine against trainer.
     It happens after the first hand-over, then every this many steps (0: only the first)."""
     probe_tolerance: PositiveFloat | None = None
     """Largest allowed mean |difference| of those log-probs; null: 1e-4 in float32, 0.05 in
     bfloat16."""
+    # Truncated importance sampling (Ionides, 2008), here between two programs with one policy.
     importance_cap: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
     """Truncated importance weights: multiply coefficients by min(p_trainer / p_engine, cap), token
     by token. Costs one forward of every trained path. Off by default: the mismatch is only
@@ -62,7 +66,7 @@ class VllmEngineConfig:
 
     name: Literal["vllm"] = "vllm"
     """vLLM samples, on the devices of the training processes or at a server."""
-    # Where it runs.
+    # Where it runs: in the training processes it shares their devices, a server has its own.
     process: Literal["shared", "own"] = "shared"
     """`shared`: vLLM inside each training process. `own`: in a child process of it."""
     server: str | None = None
@@ -71,7 +75,7 @@ class VllmEngineConfig:
     tensor_parallel: PositiveInt = 1
     """Training processes of a node that share one engine (`process: shared`). It must divide their
     number and the model's attention heads."""
-    # What it may take, beside the trainer's states.
+    # What it may take: the trainer's weights and moments stay beside it, unless offloaded.
     gpu_memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4
     """Share of the whole GPU for vLLM's weights, work and KV cache, free when vLLM starts. Asleep,
     vLLM keeps its CUDA graphs only. `--dry-run` says what fits."""
@@ -79,16 +83,16 @@ class VllmEngineConfig:
     """Size of the KV cache; null: what gpu_memory leaves, on a CPU 1."""
     context: PositiveInt | None = None
     """Longest path in tokens, prompt included; null: what data, rollout and eval can need."""
-    # How it computes.
     enforce_eager: bool = False
     """Use no CUDA graphs and no torch.compile. Always so on a CPU."""
+    # MiniMax-M1 (arXiv 2506.13585) traced its mismatch of engine and trainer to the head.
     fp32_head: bool = False
     """Compute logits from a float32 product with the head, as the trainer does (bfloat16
     models)."""
     timeout_s: Seconds = 1800.0
     """Give up a path that takes longer; its question then has no gradient in this step. A server's
     time includes its queue. Not with tensor_parallel, whose processes must stop alike."""
-    # How a server gets the weights of every step.
+    # How a server, or a child process on a CPU, gets the weights of every step.
     sync: Literal["auto", "disk", "nccl"] = "auto"
     """How a server gets weights: safetensors in sync_dir (`disk`), or NCCL; `auto` is `disk`."""
     sync_dir: PathText | None = None
@@ -111,6 +115,7 @@ class VerifyConfig:
     target: str | None = None
     """`package.module:function` of (gold, text) that returns True or False; `custom` only. It is
     found as modules are, or in the working directory, and must accept `\\boxed{gold}`."""
+    # A wrong answer can keep sympy busy for hours, so judges are processes that can be killed.
     workers: PositiveInt = 1
     """Processes that judge, per process of the run."""
     timeout_s: Seconds = 5.0
@@ -129,6 +134,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ScoringConfig:
+    # Variants of one answer differ in tokens: a sum is their log-likelihood, a mean is not.
     u_norm: Literal["sum", "mean"] = "sum"
     """Sum or mean of the answer's token log-probs. The advantages are the same up to eps."""
     u_source: Literal["likelihood", "accuracy"] = "likelihood"

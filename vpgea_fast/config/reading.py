@@ -31,8 +31,8 @@ def load(
     *,
     record: bool = False,
 ) -> Config:
-    """The configuration of a YAML file with `--section.key value` (or `--section.key=value`) laid
-    over it. `say` hears which of the file's keys another objective or engine leaves out.
+    """Read the configuration of a YAML file, with `--section.key value` (or `--section.key=value`)
+    laid over it. `say` hears which of the file's keys another objective or engine leaves out.
 
     `load("configs/tiny.yaml", ["--run.dir", "runs/b", "--optim.lr=1e-5"])` is what `vpgea train`
     makes of the same words. `record`: the file is a run's own, so keys of an older version are read
@@ -55,7 +55,7 @@ def load(
 
 
 def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant that is given as text by what the text names: `engine: vllm`."""
+    """Replace a variant that is given as text by what it names: `engine: vllm`."""
     return {
         section: {"name": keys} if section in VARIANTS and isinstance(keys, str) else keys
         for section, keys in tree.items()
@@ -63,15 +63,19 @@ def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find(word: str, folder: Path = SHIPPED, suffix: str = ".yaml") -> str:
-    """The file of a path, else the shipped file of that name: `tiny` is configs/tiny.yaml, wherever
-    the project is installed. A word that is neither comes back as it is."""
+    """Find the file of a path, else the shipped file of that name.
+
+    `tiny` is configs/tiny.yaml, wherever the project is installed. A word that is neither comes
+    back as it is.
+    """
     known = {file.stem: str(file) for file in folder.glob(f"*{suffix}")}
-    taken = Path(word).exists() and not Path(word).is_dir()
-    return word if taken else known.get(word, word)
+    # A folder `tiny`, which `make-tiny` may have made, does not hide the configuration.
+    is_file = Path(word).exists() and not Path(word).is_dir()
+    return word if is_file else known.get(word, word)
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
-    """The sections of a YAML file, as they stand there. ConfigError with the file and its line."""
+    """Read the sections of a YAML file as they are. ConfigError with the file and its line."""
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)  # one byte too many tells, without reading the rest
@@ -133,18 +137,18 @@ def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
 
 
 def dump(config: Config) -> str:
-    """YAML of every key, which `load` reads as the same configuration."""
+    """Write every key as YAML, which `load` reads as the same configuration."""
     return strict_yaml.dump(as_dict(config))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Sections of keys, of values that JSON has; `resolve` makes the same configuration of it."""
+    """Return sections of keys, with values that JSON has; `resolve` makes the same of it again."""
     return TypeAdapter(Config).dump_python(config, mode="json")
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.key` -> (old value, new value) of every key that differs, run.dir aside; of another
-    variant the keys that both have."""
+    """Map `section.key` to (old value, new value) for every key that differs, run.dir aside; of
+    another variant the keys that both have."""
     a, b = as_dict(old), as_dict(new)
     keys = [
         (section, key)
@@ -193,8 +197,8 @@ def parse_overrides(
 
 
 def _parse(section: str, name: str, word: str) -> Any:
-    """A word as its field takes it. Where text is one choice among others, a word that opens a list
-    or a mapping is one; a `#`, a colon or a number means nothing in text."""
+    """Read a word as its field takes it. Where text is one choice among others, a word that opens a
+    list or a mapping is one; a `#`, a colon or a number means nothing in text."""
     # Of every variant: which one it is may stand in another word.
     types = [t for record in records_of(section) for t in members_of(fields_of(record).get(name))]
     types += [t for kind in types for t in members_of(item_of(kind))]
@@ -225,7 +229,7 @@ def _parse(section: str, name: str, word: str) -> Any:
 
 
 def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
-    """Keys of the file's variant, where the command line names another one."""
+    """List the keys of the file's variant, where the command line names another one."""
     base, name = tree.get(section), top.get(section, {}).get("name")
     if not isinstance(base, dict) or name is None or name == base.get("name", VARIANTS[section]):
         return []
@@ -233,8 +237,8 @@ def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> l
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `top` over those of `base`, section by section. What is no section stays: it is
-    refused with the rest."""
+    """Lay the keys of `top` over those of `base`, section by section. What is no section stays: it
+    is refused with the rest."""
     merged = dict(base)
     for section, keys in top.items():
         below = merged.get(section, {})
@@ -243,8 +247,8 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A single value as a list of one where only a list is wanted; where that is of records, text
-    is the first key of one. Here, because a validator of pydantic's would end the strict reading of
+    """Make a list of one of a single value where only a list fits; in a list of records, text is
+    the first key of one. Here, because a validator of pydantic's would end the strict reading of
     JSON."""
 
     def wrapped(hint: Any, value: Any) -> Any:
@@ -264,7 +268,7 @@ def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Variants with their name, and an objective with the keys of its preset."""
+    """Give variants their name, and an objective the keys of its preset."""
     tree = dict(tree)
     for section, name in VARIANTS.items():
         keys = tree.get(section, {})

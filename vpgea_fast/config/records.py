@@ -56,6 +56,7 @@ class OptimConfig:
     """Round bfloat16 weights up or down with the probability that keeps the mean exact."""
     lr: PositiveFloat = 1e-6
     """Learning rate after the warm-up."""
+    # A pure function of the step: a resumed run needs no state of it.
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the rate after the warm-up, over train.steps; `linear` and `cosine` end at zero."""
     warmup_steps: NonNegativeInt = 10
@@ -76,14 +77,14 @@ class OptimConfig:
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     steps: PositiveInt = 200
-    """Steps of the run: one rollout batch and at most one update each."""
+    """Steps of the run: one rollout batch each, with one update per minibatch and epoch."""
     questions_per_step: PositiveInt = 64
     """Questions per step, over all processes."""
-    # Updates per rollout.
+    # Updates per rollout. More than one costs forwards: log-probs before each of them.
     minibatches: PositiveInt = 1
-    """Updates over the paths of a step: each takes its share of the questions."""
+    """Split the questions of a step into this many shares, with an update each."""
     epochs: PositiveInt = 1
-    """Times that the paths of a step are gone through. Above 1, and with minibatches, an objective
+    """Go through the paths of a step this many times. Above 1, and with minibatches, an objective
     corrects for the policy that moves away from the paths (clip_low, clip_high)."""
     # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
@@ -111,12 +112,13 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
     save_minutes: Minutes | None = None
     """Also save when this many minutes have passed since the last save."""
-    # Which of them stay.
+    # Which of them stay: the newest for a resume, the best for an export.
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
     """Also keep the checkpoint with the best evaluation by this measure. Then every evaluated step
     is saved; needs eval.data and eval.every."""
+    # Host memory for time: the copy is as large as this process's weights and moments.
     background: bool = False
     """Copy the state to host memory, train on, and write from a thread."""
     export: bool = True
@@ -133,6 +135,7 @@ class EvalConfig:
     """Sampled answers per question; 0: greedy only."""
     greedy: bool = True
     """Also answer every question once without sampling."""
+    # The sampling that DeepSeek-R1's authors recommend, as benchmarks of its distilled models have.
     temperature: Temperature = 0.6
     """Temperature of the sampled answers."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
@@ -146,6 +149,7 @@ class EvalConfig:
     """Seed of the sampled answers and of the bootstrap interval."""
 
     def __post_init__(self) -> None:
+        # A benchmark is evaluated whole, so a share of a step means nothing there.
         weighted = next((file.path for file in self.data if file.weight is not None), None)
         if weighted is not None:
             raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
@@ -203,12 +207,15 @@ class Config:
 
     @property
     def colocated(self) -> bool:
-        """vLLM samples on the devices of the training processes, not at a server."""
+        """Whether vLLM samples on the devices of the training processes, not at a server."""
         return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
 
     @property
     def processes_per_engine(self) -> int:
-        """Training processes that draw together with one engine."""
+        """Number of training processes that share one engine: with vLLM here its tensor_parallel.
+
+        hf has an engine on each process; a server's devices are its own.
+        """
         return self.vllm.tensor_parallel if self.colocated else 1
 
     @property
@@ -249,6 +256,7 @@ class Config:
                 f"{self.optim.stochastic_rounding}: bfloat16 weights lose updates of 1e-6 unless "
                 "rounded stochastically, others are not rounded; set both or neither"
             )
+        # The weights hold no more than bfloat16: a wider forward would only look exact.
         if rounded and self.model.dtype != "bfloat16":
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "

@@ -20,8 +20,10 @@ RENAMED = {
 
 
 def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The sections of a run's record with keys of an older version under their new names. Keys of
-    a variant that was not chosen are left out: nothing read them. `say` hears of both."""
+    """Return the sections of a run's record with keys of an older version under their new names.
+
+    Keys of a variant that was not chosen are left out: nothing read them. `say` hears of both.
+    """
     # A whole section that moved holds nothing by itself: only its keys do.
     moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
     if not moved:
@@ -37,7 +39,7 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
             keys = {k: v for k, v in keys.items() if f"{section}.{k}" not in moved}
         if section not in RENAMED:
             sections[section] = keys
-    # Which variant it was is itself among the values that move.
+    # Which variant it was may itself be among the values that move, or stand in its new section.
     there = {name: keys.get("name") for name, keys in sections.items() if isinstance(keys, Mapping)}
     chosen = {s: values.get(f"{s}.name") or there.get(s) or name for s, name in VARIANTS.items()}
     kept, left = [], []
@@ -50,8 +52,8 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
             kept.append(f"{old} as {new}")
         else:
             left.append(old)
-    said = f"; left out {', '.join(left)}, which nothing read" if left else ""
-    say(f"written by an older version: read {', '.join(kept)}{said}")
+    dropped = f"; left out {', '.join(left)}, which nothing read" if left else ""
+    say(f"written by an older version: read {', '.join(kept)}{dropped}")
     return sections
 
 
@@ -60,9 +62,10 @@ def _in(key: str, section: str) -> bool:
 
 
 def _old_keys(tree: Mapping[str, Any]) -> list[str]:
-    """`section.key` of an older version; a section that is empty, or no mapping, by its name."""
+    """List `section.key` of an older version; a section that is empty, or no mapping, by name."""
     old_keys: list[str] = []
     for section, keys in tree.items():
+        # All keys of a section that moved are old, also those that no version had.
         whole = section in RENAMED
         if isinstance(keys, Mapping) and keys:
             names = [f"{section}.{key}" for key in keys]
@@ -74,6 +77,7 @@ def _old_keys(tree: Mapping[str, Any]) -> list[str]:
 
 def _new_name(old: str) -> str:
     section, _, key = old.partition(".")
+    # A key by itself first; the rest of a section moved under the same names.
     return RENAMED.get(old) or f"{RENAMED[section]}.{key}"
 
 

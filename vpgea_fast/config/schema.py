@@ -14,24 +14,27 @@ VARIANTS = {"objective": DEFAULT.name, "engine": "hf"}
 
 
 def fields_of(record: Any) -> dict[str, Any]:
+    """Map the keys of a record to their types; empty for what is no record."""
+    # Resolved: with `from __future__ import annotations` a field's own type is text.
     return get_type_hints(record) if dataclasses.is_dataclass(record) else {}
 
 
 def members_of(hint: Any) -> list[Any]:
-    """The types of a union, or the one type; none for None, which is no type."""
+    """List the types of a union, or the one type; none for None, which is no type."""
+    # Both spellings, `A | B` and Union[A, B], and unions inside unions.
     if get_origin(hint) in (Union, UnionType):
         return [kind for part in get_args(hint) for kind in members_of(part)]
     return [] if hint is None else [hint]
 
 
 def item_of(hint: Any) -> Any:
-    """What a list of any length holds; None for other types."""
+    """Return what a list of any length holds; None for other types."""
     args = get_args(hint)
     return args[0] if get_origin(hint) is tuple and args[1:] == (...,) else None
 
 
 def known_keys() -> list[str]:
-    """Every `section.key`, of all variants."""
+    """List every `section.key`, of all variants."""
     return list(
         dict.fromkeys(
             # `name` and others stand in several variants: once each.
@@ -44,4 +47,5 @@ def known_keys() -> list[str]:
 
 
 def records_of(section: str) -> list[Any]:
+    """List the records that a section may be: one, or one per variant."""
     return [kind for kind in members_of(fields_of(Config).get(section)) if fields_of(kind)]

@@ -18,7 +18,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal LM as its units see it: the shapes of their parameters, and the widths that size the
+    """A causal LM unit by unit: the shapes of the parameters, and the widths that size the
     activations. `head` is empty when tied: the embedding's unit holds the one weight."""
 
     blocks: tuple[Shapes, ...]
@@ -33,7 +33,7 @@ class ModelShape:
     vocabulary: int
     qk_norm: bool = False
     kept: int = 0
-    """Widths of the products of one block that `selective` checkpointing keeps, together."""
+    """Sum of the widths of the products of one block that `selective` checkpointing keeps."""
 
     @property
     def tied(self) -> bool:
@@ -53,10 +53,10 @@ class ModelShape:
 
 
 def model_shape(config: Any) -> ModelShape:
-    """The shape of a transformers configuration; the model is made on the meta device (0.3 s)."""
+    """Measure the shape of a transformers configuration on a model without storage (0.3 s)."""
     from transformers import AutoModelForCausalLM
 
-    # No bytes are allocated: a 70B model has a shape in a third of a second.
+    # On the meta device no bytes are allocated, however large the model is.
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     tied = bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
@@ -73,6 +73,7 @@ def model_shape(config: Any) -> ModelShape:
         blocks=tuple(_shapes(block.parameters()) for block in blocks),
         embedding=_shapes(units["embedding"].parameters()),
         head=() if tied else _shapes(units["head"].parameters()),
+        # A tied weight is yielded once by `parameters`, and is in the embedding's unit already.
         root=_shapes(p for p in model.parameters() if id(p) not in inside),
         hidden=config.hidden_size,
         query=config.num_attention_heads * head_dim,
@@ -87,7 +88,14 @@ def model_shape(config: Any) -> ModelShape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a configuration lies on `world` processes, and the bytes of its dtypes."""
+    """How a configuration is laid on `world` processes, and the bytes of its dtypes.
+
+    forward   of an element in the forward and in gathers
+    master    of a weight that the optimiser updates
+    reduce    of a gradient while it is summed over processes
+    residual  of the residual stream
+    held      elements that one process holds
+    """
 
     shape: ModelShape
     cfg: Config
@@ -126,10 +134,11 @@ class Layout:
 
     @property
     def residual(self) -> int:
+        # Autocast leaves the sum of a layer's input and its output in the input's dtype.
         return self.master if self.autocast else self.forward
 
     def local(self, shapes: Shapes) -> int:
-        """Elements of a unit that one process holds, rounded up to whole rows."""
+        """Count the elements of a unit that one process holds, rounded up to whole rows."""
         return sum(rows_of(shape, self.shards) for shape in shapes)
 
     @property

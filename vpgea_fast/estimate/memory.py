@@ -53,8 +53,8 @@ STAGING = GIB
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of a vLLM in the training processes on one device: what is there while it is awake,
-    what of it (`kept`) stays on a GPU while it sleeps, and one `token` in its KV cache."""
+    """Bytes of a vLLM in the training processes on one device: what it holds while awake, what of
+    it (`kept`) stays on a GPU while it sleeps, and one `token` in its KV cache."""
 
     weights: int
     work: int
@@ -64,7 +64,7 @@ class EngineMemory:
 
     @property
     def tokens(self) -> int:
-        """That the KV cache holds."""
+        """Tokens that the KV cache holds."""
         return self.cache // self.token
 
     @property
@@ -127,8 +127,8 @@ def estimate_memory(
     prompt: int,
     device_bytes: int | None = None,
 ) -> MemoryEstimate:
-    """Peak memory of one device. `context` tokens of the longest sampled sequence, `prompt` of the
-    longest prompt; vLLM on CUDA also needs to know the device's size.
+    """Estimate the peak memory of one device. `context`: tokens of the longest sampled sequence,
+    `prompt`: of the longest prompt. vLLM on CUDA also needs to know the device's size.
 
     An upper estimate: every micro-batch is full, every row is trained, all paths of a batch reach
     the longest length together. Not counted: what torch does not allocate (see RESERVE).
@@ -140,8 +140,9 @@ def estimate_memory(
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
-        "reference": frozen if cfg.model.reference == "device" else 0,
     }
+    if frozen and cfg.model.reference == "device":
+        states["reference"] = frozen
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
@@ -175,7 +176,7 @@ def estimate_memory(
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """The four moments of a micro-batch, not the first of its step, that can be the highest."""
+    """Size the four moments of a micro-batch, not the first of its step, that can be highest."""
     shape, s, r = lay.shape, lay.forward, lay.reduce
     tokens, layers = lay.cfg.train.micro_batch_tokens, len(shape.blocks)
     kept, inner = _activations(lay)
@@ -209,7 +210,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
 
 
 def reference_bytes(lay: Layout) -> int:
-    """Weights of the frozen reference policy of one process, if the objective asks for one."""
+    """Count the bytes of the frozen reference policy on one process; 0 where none is asked for."""
     if not reads_reference(lay.cfg.objective):
         return 0
     # Shards are gathered in the forward's dtype, and need no wider one to be updated in.
@@ -217,14 +218,14 @@ def reference_bytes(lay: Layout) -> int:
 
 
 def _reference_pass(lay: Layout) -> dict[str, int]:
-    """A forward of the reference policy: what scoring takes, and the ends of the policy, which may
-    still be gathered from a pass of its own."""
+    """Size a forward of the reference policy: what scoring takes, and the ends of the policy, which
+    may still be gathered from a pass of its own."""
     parts, ends = _scoring(lay), numel(lay.shape.head) + numel(lay.shape.embedding)
     return {**parts, "units": parts["units"] + lay.forward * ends * lay.sharded}
 
 
 def optimizer_bytes(lay: Layout) -> int:
-    """Of the moments of one process's shards."""
+    """Count the bytes of the moments of one process's shards."""
     # Two moments per weight: float32, bfloat16, or bytes in blocks with their scales.
     name, held = lay.cfg.optim.name, lay.held
     if name == "adamw_8bit":
@@ -237,7 +238,8 @@ def optimizer_bytes(lay: Layout) -> int:
 
 
 def _eight_bit(numel: int, master: int) -> int:
-    """torchao: a byte an element, a float32 scale for 256, a table of 256; small ones whole."""
+    """Count torchao's bytes of two moments: one per element, a float32 scale per 256, a table."""
+    # Below 4096 elements, or where blocks of 256 do not fit, torchao keeps them whole.
     if numel < 4096 or numel % 256:
         return 2 * numel * master
     return 2 * (numel + 4 * numel // 256 + 1024)
@@ -260,19 +262,24 @@ def _gradients(lay: Layout) -> dict[str, int]:
 
 
 def _activations(lay: Layout) -> tuple[int, int]:
-    """(bytes a token that a layer keeps to the backward, bytes that one layer's backward adds).
+    """Size a layer: (bytes per token that it keeps to the backward, bytes that its backward adds).
 
-    Of a layer autograd keeps, in Hugging Face's modules: of each norm a float32 copy of its input
-    (the residual itself when it is float32), the normalised input and the output; q, k, v after the
-    rotation, the attention's output and, when documents are attended one by one, their
-    concatenation; of the MLP gate, its activation, up and the product. Liger, and a
-    compiled layer, keep of a norm its input and output, of the MLP gate, up and the product. The
-    backward of the MLP's product holds more gradients of width F: two, or one.
+    In Hugging Face's modules autograd keeps:
+
+    * of each norm a float32 copy of its input (the residual itself when it is float32), the
+      normalised input and the output
+    * q, k, v after the rotation, the attention's output and, when documents are attended one by
+      one, their concatenation
+    * of the MLP gate, its activation, up and the product
+
+    Liger, and a compiled layer, keep of a norm its input and output, of the MLP gate, up and the
+    product. The backward of the MLP's product holds more gradients of width F: two, or one.
     """
     shape, model, s, x = lay.shape, lay.cfg.model, lay.forward, lay.residual
     d, q, k, f = shape.hidden, shape.query, shape.key, shape.mlp
     liger = model.liger == "always" or (model.liger == "auto" and lay.cuda and _has_liger())
     copies = 2 if model.attention == "sdpa" or not lay.cuda else 1
+    # q, k, v and the output; 4 bytes per head for the float32 log-sum-exp of attention.
     attended = s * (copies * q + q + 2 * k) + 4 * shape.heads
     if model.compile or liger:
         saved, extra = 4 * x * d + attended + 3 * s * f, s * f
@@ -294,8 +301,8 @@ def _activations(lay: Layout) -> tuple[int, int]:
 
 
 def _head(lay: Layout) -> int:
-    """Hidden states of the target rows and their gradient, the final norm, one chunk of logits with
-    its operands, and under autocast the head's cast weight."""
+    """Size the head: hidden states of the target rows and their gradient, the final norm, one chunk
+    of logits with its operands, and under autocast the head's cast weight."""
     shape, tokens, s = lay.shape, lay.cfg.train.micro_batch_tokens, lay.forward
     wide, half = max(4, s), s < 4
     logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + s * half)
@@ -313,8 +320,8 @@ def _head(lay: Layout) -> int:
 
 
 def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
-    """KV cache of all paths decoded side by side, the forward of their distinct prompts, and the
-    draw's (rows, V) numbers: logits, their float32 copy and log-probs, two in float64."""
+    """Size sampling by hf: the KV cache of all paths side by side, the forward of their distinct
+    prompts, and (rows, V) numbers: logits, their float32 copy and log-probs, two in float64."""
     shape, rollout, s = lay.shape, lay.cfg.rollout, lay.forward
     rows, shared = rollout.max_batch, min(lay.cfg.objective.draws().counts, default=1)
     # A prompt's keys are computed once for the paths that share it; one group may be split.
@@ -328,11 +335,15 @@ def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
 
 
 def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMemory:
-    """vLLM's share of one device. Its work is a forward of as many tokens as it batches, and for
-    every path a row of logits with four float32 numbers more a column; a path's keys and values
-    take 2 layers (K / tensor_parallel, at least one head) elements a token."""
+    """Size vLLM's share of one device.
+
+    Its work is a forward of as many tokens as it batches, and for every path a row of logits with
+    four float32 numbers more per column. A path's keys and values take 2 layers (K /
+    tensor_parallel, at least one head) elements per token.
+    """
     shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
     group, rows = vllm.tensor_parallel, lay.cfg.rollout.max_batch
+    # On a CPU vLLM unties the head, so that a tied weight is there twice.
     untied = numel(shape.embedding) if shape.tied and not lay.cuda else 0
     weights = -(-(shape.parameters + untied) * s // group)
     tokens = max(context, rows, VLLM_TOKENS_CPU)
@@ -358,8 +369,8 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
 
 
 def _scoring(lay: Layout) -> dict[str, int]:
-    """A forward without gradients: at most what one layer keeps and adds, the head as in training,
-    the units that are whole for it."""
+    """Size a forward without gradients: at most what one layer keeps and adds, the head as in
+    training, the units that are whole for it."""
     shape, s = lay.shape, lay.forward
     block = max(map(numel, shape.blocks)) * lay.sharded
     head = numel(shape.head or shape.embedding) * lay.sharded
@@ -373,9 +384,11 @@ def _scoring(lay: Layout) -> dict[str, int]:
 
 
 def _hand_over(lay: Layout) -> dict[str, int]:
-    """Weights on their way to vLLM. A sharded model gathers its largest unit. Inside the process
-    vLLM holds a layer's tensors twice, as copies and as its own new ones, before they take the
-    place of the old; elsewhere a tensor is copied into a buffer, or a file's worth into memory."""
+    """Size weights on their way to vLLM. A sharded model gathers its largest unit.
+
+    Inside the process vLLM holds a layer's tensors twice, as copies and as its own new ones, before
+    they replace the old. Elsewhere a tensor is copied into a buffer, or a file's worth into memory.
+    """
     shape, vllm, s = lay.shape, lay.cfg.vllm, lay.forward
     unit = max(map(numel, shape.units.values())) * lay.sharded
     tensor = s * max(math.prod(p) for unit_ in shape.units.values() for p in unit_)
@@ -391,7 +404,7 @@ def _hand_over(lay: Layout) -> dict[str, int]:
 
 
 def _scratch(lay: Layout) -> int:
-    """float32 copies of one chunk of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
+    """Size the float32 copies of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
     if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.cfg.parallel.cpu_offload:
         return 0

@@ -36,8 +36,8 @@ def communication(
     reference_batches: int = 0,
     cuda: bool = True,
 ) -> dict[str, Traffic]:
-    """What FSDP2 moves in one step of `micro_batches`, `scoring_batches` and, of the reference
-    policy, `reference_batches` a process, `node` devices a node.
+    """Count what FSDP2 moves in a step of `micro_batches`, `scoring_batches` and, of the reference
+    policy, `reference_batches` per process, with `node` devices per node.
 
     A micro-batch gathers every block twice (forward, backward), a scoring batch once. Embedding and
     root stay gathered from a scoring batch to the next backward, the head to the last one of the
@@ -54,7 +54,7 @@ def communication(
     head = lay.local(shape.head or shape.embedding)
     ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
     units = [*blocks, *ends, head]
-    # Elements of one shard, since every collective below moves whole shards around a ring.
+    # The head's gradient stays whole until the last micro-batch, so it is always reduced once.
     reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
     gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
@@ -79,8 +79,10 @@ def communication(
 
 
 def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int) -> Traffic:
-    """All-gather or reduce-scatter over `group` neighbouring processes: (group - 1) shards a call,
-    of which a node takes those of the other nodes once for all its devices."""
+    """Count an all-gather or reduce-scatter over `group` neighbours: (group - 1) shards per call.
+
+    A node takes those of the other nodes once for all its devices.
+    """
     if group == 1:
         return Traffic(0, 0, 0)
     calls = moved = 0
@@ -96,8 +98,8 @@ def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int)
 def _all_reduce(
     units: Iterable[tuple[int, int]], size: int, *, replicas: int, stride: int, node: int
 ) -> Traffic:
-    """A shard summed over `replicas` processes that are `stride` apart: a reduce-scatter and an
-    all-gather of pieces of 1 / replicas."""
+    """Count the sum of a shard over `replicas` processes that are `stride` apart: a reduce-scatter
+    and an all-gather of pieces of 1 / replicas."""
     # Replicas of one shard lie a whole replica apart: with one per node none is a neighbour.
     here = max(1, min(replicas, node // stride))
     calls = moved = 0

@@ -213,7 +213,7 @@ def scores_answers(objective: Objective) -> bool:
 
 
 def reference_rows(objective: Objective) -> int:
-    """Rows of a question that the reference policy scores, one per path and score."""
+    """Count the rows of a question that the reference policy scores, one per path and score."""
     counts = {stream: count for stream, _, count in objective.draws().plan}
     return sum(counts[score.stream] for score in objective.needs() if score.who == "reference")
 

@@ -69,7 +69,7 @@ class ParallelEngine:
         data = b""
         with self.world.together(), suppress(Stopped):
             data = save(_to_tensors(self.engine.generate(own, sampling, progress)))
-        # 12 bytes per thought token and 8 per answer token, to every process.
+        # 12 bytes per token, to every process.
         parts = self.world.gather_bytes(data)
         if not all(parts):
             raise Stopped
@@ -111,8 +111,8 @@ class ParallelEngine:
         self.engine.close()
 
 
-PathTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""z_ids, logps, answer_ids, and (closed, place in FINISHES)."""
+PathTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""z_ids, logps, answer_ids, answer_logps, and (closed, place in FINISHES)."""
 
 
 def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
@@ -124,6 +124,10 @@ def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
         "z": torch.cat([none, *(path.z_ids for path in paths)]),
         "logps": torch.cat([none.float(), *(path.logps for path in paths)]),
         "answers": torch.cat([none, *(path.answer_ids for path in paths)]),
+        # By way of the response: they are NaN there where an engine gives none.
+        "answer_logps": torch.cat(
+            [none.float(), *(path.response_logps[path.z_ids.numel() :] for path in paths)]
+        ),
         "flags": torch.tensor(flags, dtype=torch.int64).view(-1, 2),
         "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 2),
     }
@@ -136,6 +140,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[PathTensors]:
             tensors["z"].split(thoughts),
             tensors["logps"].split(thoughts),
             tensors["answers"].split(answers),
+            tensors["answer_logps"].split(answers),
             tensors["flags"].unbind(0),
             strict=True,
         )
@@ -147,6 +152,7 @@ def _path(
     z_ids: torch.Tensor,
     logps: torch.Tensor,
     answer_ids: torch.Tensor,
+    answer_logps: torch.Tensor,
     flags: torch.Tensor,
 ) -> Path:
     closed, finish = flags.tolist()
@@ -158,6 +164,7 @@ def _path(
         z_ids=z_ids.clone(),
         logps=logps.clone(),
         answer_ids=answer_ids.clone(),
+        answer_logps=answer_logps.clone(),
         closed=bool(closed),
         finish=FINISHES[finish],
     )
