@@ -1,6 +1,7 @@
 """The gradient of the whole way (objective -> rows -> packing -> model -> loss) against autograd of
 the paper's formula."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from vpgea_fast.model import Policy
 from vpgea_fast.objectives import Grpo, Term, Terms, Vpgea
 from vpgea_fast.packing import drop_zero_rows, pack
 from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.types import Score
 
 B, G, N, VOCAB, C = 3, 4, 3, 53, 11.0
 
@@ -197,6 +199,51 @@ def test_grpo_equals_autograd_of_the_formula(causal_lm, batch, norm, alpha):
     assert expected.norm() > 0
     for budget in (1, 10_000):
         got, _ = pipeline_gradient(causal_lm, batch, objective, budget)
+        assert relative(got, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("norm", ["seq_mean", "token_mean"])
+def test_a_k3_equals_autograd_of_the_formula(causal_lm, batch, norm):
+    """exp(d) - d - 1, d = log p_reference - log p, on every token of every path, those of advantage
+    zero too; the reference's log-probs walk through the batch as a run's do."""
+    objective = Grpo(group_size=N, norm=norm, trains="thought", kl_coef=0.3)
+    reference = copy.deepcopy(causal_lm)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.05)
+    prior = batch.prior
+    equal = prior.correct_BP.index_fill(0, torch.tensor([1]), 1.0)
+    batch = replace(batch, prior=replace(prior, correct_BP=equal))
+    pairs = batch.pairs("prior")
+    with torch.no_grad():
+        seen = [logps_of(reference, q.student_ids, path.z_ids) for q, path in pairs]
+        old = {path.key: logps_of(causal_lm, q.student_ids, path.z_ids) for q, path in pairs}
+    score = Score("prior", "student", "thought", "reference")
+    assert objective.needs() == {score}
+    known = {path.key: values for (_, path), values in zip(pairs, seen, strict=True)}
+    terms = objective.terms(held := replace(batch, logps={score: known}), {})
+    (part,) = terms.parts
+    assert part.weight_BP.eq(0).any(dim=1).tolist() == [False, True, False]
+    loss, lengths = torch.zeros((), dtype=torch.float64), batch.prior.length_BP
+    for place, ((question, path), far) in enumerate(zip(pairs, seen, strict=True)):
+        now = logps_of(causal_lm, question.student_ids, path.z_ids)
+        everyone = torch.ones(B, dtype=torch.float64)
+        w = weight(norm, lengths, lengths.flatten()[place], everyone)
+        gap = far - now
+        push = part.weight_BP.flatten()[place] * (now - old[path.key]).exp()
+        loss = loss + w * (push + 0.3 * (gap.exp() - gap - 1)).sum()
+    expected = formula_gradient(causal_lm, loss)
+    rows = [
+        replace(row, old=old[row.path]).at(old[row.path])
+        for row in build_rows(held, terms, scale(objective))
+    ]
+    assert len(rows) == len(pairs)
+    policy = Policy(causal_lm, dtype=torch.float64)
+    for budget in (1, 10_000):
+        causal_lm.zero_grad()
+        for packed, _ in pack(rows, budget):
+            policy(packed).loss.backward()
+        got = torch.cat([p.grad.flatten() for p in causal_lm.parameters()])
         assert relative(got, expected) <= 1e-9
 
 

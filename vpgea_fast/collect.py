@@ -19,6 +19,7 @@ from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
+from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
@@ -64,7 +65,9 @@ class Collector:
         prompt: Prompt,
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
+        reference: Reference | None,
         engine: RolloutEngine,
+        hand_over: Callable[[], object],
         sampling: Sampling,
         decode: Callable[[torch.Tensor], str],
         verifier: Verifier,
@@ -72,6 +75,8 @@ class Collector:
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
         self.prompt = prompt
+        # The frozen model, and what gives the engine the policy's weights after its own.
+        self.reference, self.hand_over = reference, hand_over
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
         self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
@@ -138,7 +143,7 @@ class Collector:
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
-        plan = self.draws.plan
+        plan = self.draws.plan[:2]
         requests = self._requests(questions, step, plan)
         # One call: vLLM fills its batch from both streams, and shares prefixes within each.
         drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
@@ -147,6 +152,19 @@ class Collector:
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
+
+    def sample_reference(self, questions: Sequence[PromptedQuestion], step: int) -> Groups | None:
+        """Draw the reference policy's paths of every question; None where the objective asks for
+        none."""
+        count = self.draws.reference
+        if not (count and self.reference):
+            return None
+        requests = self._requests(questions, step, self.draws.plan[2:])
+        progress = self.progress(len(requests))
+        paths = self.reference.generate(
+            requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
+        )
+        return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     @property
     def draws_again(self) -> bool:
@@ -215,23 +233,31 @@ class Collector:
         return [found[key] for key in keys]
 
     def score(
-        self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
+        self,
+        questions: Sequence[PromptedQuestion],
+        posterior: Groups,
+        prior: Groups,
+        step: int,
+        reference: Groups | None = None,
     ) -> ScoredBatch:
         """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
-        post, unanswered_post = self._scored("posterior", questions, posterior, step)
-        pi, unanswered_pi = self._scored("prior", questions, prior, step)
-        unanswered = unanswered_post | unanswered_pi
+        drawn: dict[Stream, Groups] = {"posterior": posterior, "prior": prior}
+        if reference is not None:
+            drawn["reference"] = reference
+        found = {name: self._scored(name, questions, drawn[name], step) for name in drawn}
+        unanswered = {lost for _, names in found.values() for lost in names}
         # By question: a group that lacks a path has another mean, so none of it is trained.
         lost = [
-            sum(path.finish == "error" for path in (*z_post, *z_prior))
+            sum(path.finish == "error" for group in groups for path in group)
             + (question.question.id in unanswered)
-            for question, z_post, z_prior in zip(questions, posterior, prior, strict=True)
+            for question, *groups in zip(questions, *drawn.values(), strict=True)
         ]
         lost_B = torch.tensor(lost, dtype=torch.int64)
         batch = ScoredBatch(
             questions=tuple(questions),
-            posterior=post,
-            prior=pi,
+            posterior=found["posterior"][0],
+            prior=found["prior"][0],
+            reference=found["reference"][0] if "reference" in found else None,
             lost_B=lost_B,
             posterior_view=self.draws.posterior_view,
             token_limit=self.sampling.limit,
@@ -239,19 +265,24 @@ class Collector:
         return replace(batch, logps=self._logps(batch))
 
     def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U: a forward of each."""
-        logps = {}
+        """What the objective must see of the policy beside U, and of the reference policy: a
+        forward of each."""
+        logps, close = {}, self.sampling.think_close_id
         # In one order on every process: each score is a collective of a sharded policy.
         for score in sorted(self.cfg.objective.needs()):
-            if score.part == "target" or score.who != "policy":
+            stream, view, part, who = score
+            if who == "policy" and part == "target":
                 continue
-            stream, view, part, _ = score
             shape = batch.stream(stream).length_BP.shape
             term = Term(
                 name="score", stream=stream, view=view, part=part, weight_BP=torch.ones(shape)
             )
-            rows = [part_row(question, path, term) for question, path in batch.pairs(stream)]
-            scored = self.path_logprobs(rows)
+            rows = [part_row(question, path, term, close) for question, path in batch.pairs(stream)]
+            ask = self.path_logprobs
+            if who == "reference":
+                assert self.reference is not None  # `build` makes it for whoever reads it
+                ask = self.reference.logprobs
+            scored = ask(rows)
             logps[score] = {row.path: values for row, values in zip(rows, scored, strict=True)}
         return logps
 
@@ -280,11 +311,12 @@ class Collector:
     ) -> ScoredBatch:
         with timer("rollout"):
             posterior, prior = self.sample(questions, step)
+            reference = self.sample_reference(questions, step)
             # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
         with timer("score"):
-            return self.score(questions, posterior, prior, step)
+            return self.score(questions, posterior, prior, step, reference)
 
     def _weigh(
         self,

@@ -19,9 +19,7 @@ from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
-    Stream,
     TrainRow,
-    View,
 )
 
 HINT_NATS = 5.0
@@ -30,15 +28,17 @@ hint."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
-    """Compute lengths, truncation and utility quantiles of both streams, and accuracies where
+    """Compute lengths, truncation and utility quantiles of every stream, and accuracies where
     answers were verified."""
+    drawn = batch.reference
     return merge(
-        _stream_metrics(batch.prior, name="prior", view="student"),
-        _stream_metrics(batch.posterior, name="post", view="teacher"),
+        _stream_metrics(batch.prior, name="prior", who="student"),
+        _stream_metrics(batch.posterior, name="post", who="teacher"),
+        {} if drawn is None else _stream_metrics(drawn, name="reference", who="reference"),
     )
 
 
-def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, float | None]:
+def _stream_metrics(stream: ScoredPaths, *, name: str, who: str) -> dict[str, float | None]:
     """`batch_metrics` of one stream; none of a stream that is not sampled."""
     paths, length = stream.flat, stream.length_BP
     if not paths:
@@ -60,8 +60,8 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
     # A mean over the judged ones alone would be of other paths at each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
-        metrics[f"acc_{view}"] = accuracy
-        if view == "student":
+        metrics[f"acc_{who}"] = accuracy
+        if who == "student":
             tokens = sum(p.generated for p in paths) / len(paths)
             metrics["eps3_student"] = eps3(accuracy, tokens)
     return metrics
@@ -257,9 +257,8 @@ def path_records(
 ) -> list[dict[str, Any]]:
     """Return the first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
-    streams: tuple[Stream, ...] = ("posterior", "prior")
-    for stream in streams:
-        columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
+    for stream, columns in batch.streams.items():
+        scores = terms.path_scores.get(stream, {})
         # From the first question on: a reader wants whole groups, not a random handful.
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:

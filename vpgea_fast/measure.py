@@ -27,8 +27,7 @@ from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 class Measure:
     """Measures a step and changes nothing. Its forwards are collectives of a sharded policy.
 
-    `logprobs` gives the policy's log-probs of rows at the sampling temperature, `reference` those
-    of the frozen reference policy.
+    `logprobs` gives the policy's log-probs of rows at the sampling temperature.
     """
 
     cfg: Config
@@ -36,7 +35,6 @@ class Measure:
     policy: Policy
     passes: Passes
     logprobs: RowsFn
-    reference: RowsFn | None
     decode: Callable[[torch.Tensor], str]
 
     @property
@@ -58,9 +56,9 @@ class Measure:
     def known(
         self, updates: Sequence[Sequence[TrainRow]]
     ) -> tuple[list[list[TrainRow]], dict[str, float]]:
-        """The rows with their log-probs before the first update, where a later one compares with
-        them, and those of the reference policy: a forward each, of the rows that ask. And how far
-        the policy is from the reference, where there is one."""
+        """The rows with their log-probs before the first update, where a later one or a reference
+        policy is compared with them: a forward of the rows that ask. And how far the policy is from
+        the reference, where there is one."""
         # By identity: epochs share their rows, and each is scored once.
         rows = {id(row): row for part in updates for row in part}
         # With a single update every ratio is 1, and its coefficients are known already.
@@ -70,15 +68,16 @@ class Measure:
         }
         if not asked:
             return [list(part) for part in updates], {}
-        held = {key: row for key, row in asked.items() if row.live and row.live.reference}
+        for row in asked.values():
+            if row.live and row.live.reference and row.reference is None:
+                raise ValueError(
+                    f"objective: term {row.term!r} reads the reference policy's log-probs of the "
+                    f"{row.stream} paths in the {row.view} view, which needs() does not ask for; "
+                    "add their Score"
+                )
         old = dict(zip(asked, self.logprobs(list(asked.values())), strict=True))
-        far: dict[int, torch.Tensor] = {}
-        if held and self.reference is not None:
-            far = dict(zip(held, self.reference(list(held.values())), strict=True))
-        rows |= {
-            key: replace(row, old=old[key], reference=far.get(key)) for key, row in asked.items()
-        }
-        gaps = [far[key] - old[key] for key in far]
+        rows |= {key: replace(row, old=old[key]) for key, row in asked.items()}
+        gaps = [row.reference - old[key] for key, row in asked.items() if row.reference is not None]
         kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
         return [[rows[id(row)] for row in part] for part in updates], kl
 

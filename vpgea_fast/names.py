@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Stream = Literal["posterior", "prior"]
-"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
-pi)."""
+Stream = Literal["posterior", "prior", "reference"]
+"""Who sampled a path: the teacher view (posterior q, sees the answer), the student view (prior pi),
+or the reference policy in the student view."""
 
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""

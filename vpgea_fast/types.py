@@ -205,13 +205,14 @@ class ScoredPaths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """A step's questions, both streams of their paths and all that an objective may look at.
+    """A step's questions, all streams of their paths and all that an objective may look at.
 
     lost_B          (B,) int64: paths of each question that the engine gave up, and one more where
                     it gave up an answer sampled to score a path
     posterior_view  the prompt that the posterior paths were drawn from
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
+    reference       paths that the reference policy drew in the student view; None: it drew none
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -229,6 +230,13 @@ class ScoredBatch:
     posterior_view: View = "teacher"
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
+    reference: ScoredPaths | None = None
+
+    @property
+    def streams(self) -> dict[Stream, ScoredPaths]:
+        """Name -> paths, of the streams that there are."""
+        named: dict[Stream, ScoredPaths] = {"posterior": self.posterior, "prior": self.prior}
+        return named if self.reference is None else {**named, "reference": self.reference}
 
     @property
     def whole(self) -> ScoredBatch | None:
@@ -240,10 +248,11 @@ class ScoredBatch:
     @property
     def tokens(self) -> int:
         """Tokens that were sampled for these questions, thoughts and answers."""
-        return sum(path.generated for path in (*self.posterior.flat, *self.prior.flat))
+        return sum(p.generated for columns in self.streams.values() for p in columns.flat)
 
     def stream(self, name: Stream) -> ScoredPaths:
-        return self.posterior if name == "posterior" else self.prior
+        # KeyError for one that was not drawn: an empty stand-in would have a mean of its own.
+        return self.streams[name]
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""

@@ -71,8 +71,11 @@ class ModelConfig:
     liger: Literal["auto", "always", "never"] = "auto"
     """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
     reference: Literal["device", "disk"] = "device"
-    """Where the frozen reference policy lies, which is the model of `path`, if the objective reads
-    one. `device`: in shards beside the policy. `disk`: read anew in every step, then dropped."""
+    """Where the frozen reference policy lies, if the objective reads one. `device`: beside the
+    policy, in shards where that is. `disk`: read anew in every step, then dropped."""
+    reference_path: PathText | None = None
+    """The model that the reference policy is, of the shapes and the vocabulary of `path`. null:
+    that of `path`, with which the run began, also after a resume."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
     `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""

@@ -28,6 +28,7 @@ from vpgea_fast.objectives.base import (
     Term,
     Terms,
     reads_reference,
+    reference_rows,
     scores_answers,
 )
 from vpgea_fast.objectives.checks import ask, check_objective, check_terms
@@ -67,6 +68,7 @@ __all__ = [
     "ask",
     "check_terms",
     "reads_reference",
+    "reference_rows",
     "scores_answers",
     "with_preset",
 ]

@@ -38,6 +38,7 @@ class Draws:
     """What a step samples of each question.
 
     posterior, prior  paths of each stream
+    reference         paths of the frozen reference policy, in the student view
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
@@ -51,6 +52,7 @@ class Draws:
 
     posterior: int = 0
     prior: int = 0
+    reference: int = 0
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
@@ -95,16 +97,17 @@ class Draws:
 
     @property
     def paths(self) -> int:
-        """Paths of a question, both streams."""
+        """Paths of a question, all streams."""
         # What a question costs the engine; scoring costs a forward of each again.
-        return self.posterior + self.prior
+        return self.posterior + self.prior + self.reference
 
     @property
     def plan(self) -> list[tuple[Stream, View, int]]:
-        """(stream, view that it is drawn in, paths per question), posterior first."""
+        """(stream, view that it is drawn in, paths per question), in the order of drawing."""
         return [
             ("posterior", self.posterior_view, self.posterior),
             ("prior", "student", self.prior),
+            ("reference", "student", self.reference),
         ]
 
     @property
@@ -216,8 +219,8 @@ class Objective(Protocol):
         ...
 
     def needs(self) -> frozenset[Score]:
-        """Say which log-probs `terms` reads. Of part `target` they come as `u_BP` of the stream, of
-        other parts as `ScoredBatch.logps`."""
+        """Say which log-probs `terms` or its live parts read. The policy's of part `target` come as
+        `u_BP` of the stream, all others as `ScoredBatch.logps`."""
         ...
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
@@ -276,6 +279,13 @@ def scores_answers(objective: Objective) -> bool:
     return any(score.part == "target" and score.who == "policy" for score in objective.needs())
 
 
+def reference_rows(objective: Objective) -> int:
+    """Count the rows of a question that the reference policy scores, one per path and score."""
+    counts = {stream: count for stream, _, count in objective.draws().plan}
+    return sum(counts[score.stream] for score in objective.needs() if score.who == "reference")
+
+
 def reads_reference(objective: Objective) -> bool:
-    """Log-probs of the frozen reference policy are read."""
-    return any(score.who == "reference" for score in objective.needs())
+    """The frozen reference policy is asked: for log-probs, or for paths."""
+    needed = any(score.who == "reference" for score in objective.needs())
+    return needed or objective.draws().reference > 0
