@@ -9,7 +9,7 @@ from batches import prompted, sampled, scored, weights_of, whole
 
 from vpgea_fast.objectives import METHODS, Grpo, Vpgea
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
-from vpgea_fast.types import ScoredPaths
+from vpgea_fast.types import ScoredPaths, TrainRow
 
 ids = torch.tensor
 
@@ -223,8 +223,9 @@ def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
 
 @pytest.mark.parametrize("weight", [-1.3, 0.0, 0.8])
 @pytest.mark.parametrize("keys", [{"kl": "k3"}, {"kl": "low_variance"}, {"ratio": "sequence"}])
-def test_the_live_loss_is_the_derivative_of_its_formula(keys, weight):
-    """By autograd: the clip on both sides, and the penalty, also where its bounds hold it."""
+def test_the_live_loss_is_its_formula_and_the_coefficients_its_derivative(keys, weight):
+    """The clip on both sides, and the penalty, also where its bounds hold it. GSPO's loss has the
+    ratio of the path on every token: each token's own gradient adds up to it."""
     objective = Grpo(group_size=2, kl_coef=0.3, clip_low=0.1, clip_high=0.15, **keys)
     live = objective.terms(batch(), {}).parts[0].live
     made = torch.Generator().manual_seed(2)
@@ -244,8 +245,12 @@ def test_the_live_loss_is_the_derivative_of_its_formula(keys, weight):
         assert (estimate == 10).any()
     else:
         estimate = delta.exp() - delta - 1
-    (expected,) = torch.autograd.grad((-gain + 0.3 * estimate).sum(), now)
-    got = live(weight, now.detach(), old, reference)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    losses = -gain + 0.3 * estimate
+    (expected,) = torch.autograd.grad(losses.sum(), now)
+    ids = {"context_ids": torch.tensor([1]), "token_ids": torch.arange(40)}
+    kind = {"stream": "prior", "view": "student", "live": live, "weight": weight}
+    row = TrainRow(**ids, **kind, coef=torch.zeros(40), old=old, reference=reference, scale=0.5)
+    torch.testing.assert_close(2 * row.at(now).coef, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(2 * row.loss(now), losses.detach(), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="KL: got no log-probs of a reference policy"):
         live(weight, now.detach(), old, None)

@@ -159,7 +159,8 @@ lr | rate
 loss | nats
     What the update minimised, constants included: loss_pg + loss_distill.
 loss_pg | nats
-    Sum over rows in their own view of coefficient times log-prob, summed over tokens.
+    Sum over rows in their own view of coefficient times log-prob, summed over tokens. Of a policy
+    gradient: its clipped loss, KL included.
 loss_distill | nats
     Sum over distilled rows of coefficient times (log p - log q), beta included; 0 where the
     views agree.

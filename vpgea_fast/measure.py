@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,10 +84,13 @@ class Measure:
 
     def moment(
         self, rows: Sequence[TrainRow], *, moved: bool
-    ) -> tuple[list[TrainRow], dict[str, float]]:
-        """The rows with the coefficients of the policy as it is now, and the share of tokens that
-        clipping leaves out. One forward more where it has `moved` since it drew the paths, of the
-        rows whose coefficients depend on that."""
+    ) -> tuple[list[TrainRow], dict[str, float], dict[str, float]]:
+        """The rows with the coefficients of the policy as it is now, the share of tokens that
+        clipping leaves out, and the loss by term of the rows that were scored before.
+
+        One forward more where it has `moved` since it drew the paths, of the rows whose
+        coefficients depend on that.
+        """
         live = {id(row): row.old for row in rows if row.old is not None}
         # A forward costs a third of the row's training; a clipped row then costs nothing more.
         if moved and live:
@@ -96,7 +100,13 @@ class Measure:
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
         ratioed = [row.coef for row in now if row.old is not None and row.weight]
         share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
-        return drop_zero_rows(now), share
+        # Here and not behind the update, which has no log-probs of what is clipped: its loss is
+        # constant, but not zero.
+        losses: dict[str, float] = defaultdict(float)
+        for row in rows:
+            if id(row) in live:
+                losses[row.term] += row.loss(live[id(row)]).sum().item()
+        return drop_zero_rows(now), share, losses
 
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""

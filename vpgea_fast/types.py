@@ -332,11 +332,11 @@ def _join(record: Columns, other: Columns) -> Columns:
 
 
 class Live(Protocol):
-    """A loss of log-probs that change while the paths stay: by its derivative, token by token.
+    """The loss of each token of a path, of log-probs that change while the path stays.
 
     The log-probs now, before the first update of these paths, and of the reference policy are
-    (n,) float64, n the tokens of one path. The result is d loss / d now, (n,), of a loss that is
-    `weight * now` summed over tokens where now equals old and there is no reference.
+    (n,) float64, n the tokens of one path. The result is (n,), differentiable in `now`. Its
+    gradient is `weight` on every token where now equals old and there is no reference.
     """
 
     @property
@@ -355,11 +355,11 @@ class TrainRow:
     objective.
 
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
-    That sum is the loss, unless the path is `distilled`: drawn under another prompt. Its log-prob
-    there is subtracted then, sg log q(token_ids[t]), a constant for the log alone. `path` tells
-    which rows are one path; `sample_logps` are the sampler's log-probs.
+    That sum is the loss, unless it is `live` or the path `distilled`: drawn under another prompt.
+    Its log-prob there is subtracted then, sg log q(token_ids[t]), a constant for the log alone.
+    `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
 
-    live   makes coefficients of the log-probs of the moment: coef = scale * factor * live(weight)
+    live   the loss of log-probs of the moment, times scale * factor; coef is its derivative
     old    log-probs before the first update of these paths; reference: of the reference policy
 
     >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
@@ -388,20 +388,43 @@ class TrainRow:
         """Tokens that go through the model for this row."""
         return self.context_ids.numel() + self.token_ids.numel()
 
+    def loss(self, now: Tensor) -> Tensor:
+        """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""
+        if self.live is None:
+            return self.coef * now
+        return self._scaled(self._alive(now.detach()))
+
     def at(self, now: Tensor) -> TrainRow:
         """The row with the coefficients of the moment, from its tokens' log-probs (n,)."""
         if self.live is None:
             return self
+        # A graph over one number per token: the model's own pass takes the derivative as it is.
+        with torch.enable_grad():
+            leaf = now.detach().clone().requires_grad_()
+            loss = self._alive(leaf)
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"objective, term {self.term!r}: live returned a constant, expected a loss of "
+                    "the log-probs now"
+                )
+            (slope,) = torch.autograd.grad(loss.sum(), leaf)
+        return replace(self, coef=self._scaled(slope))
+
+    def _alive(self, now: Tensor) -> Tensor:
+        assert self.live is not None
         # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
-        old = now if self.old is None else self.old
-        slope = self.live(self.weight, now, old, self.reference)
-        if slope.shape != now.shape:
+        old = now.detach() if self.old is None else self.old
+        loss = self.live(self.weight, now, old, self.reference)
+        if loss.shape != now.shape:
             raise ValueError(
-                f"objective, term {self.term!r}: live returned {tuple(slope.shape)}, expected a "
+                f"objective, term {self.term!r}: live returned {tuple(loss.shape)}, expected a "
                 f"number per token {tuple(now.shape)}"
             )
-        coef = slope * self.scale
-        return replace(self, coef=coef if self.factor is None else coef * self.factor)
+        return loss
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        values = values * self.scale
+        return values if self.factor is None else values * self.factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
