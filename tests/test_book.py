@@ -20,6 +20,7 @@ RUNS = {
         "objective.kl_coef": 0.1,
         "train.minibatches": 2,
     },
+    "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }
 """Together they take every branch that logs. A sharded model is handed over to its engine, and

@@ -166,6 +166,58 @@ def test_sampling_and_grades_of_checkpointing():
     assert parts(shape, slim, "head")["activations"] < grades[2]
 
 
+HELD = {"name": "grpo", "kl_coef": 0.1}
+
+
+@pytest.mark.parametrize("where", ["device", "disk"])
+def test_a_reference_policy_by_hand(where):
+    """In shards of bfloat16 beside float32 masters, or in its own phase alone; whole it is as the
+    policy is; offloaded it is the host's."""
+    shape, model = model_shape(qwen(SMALL)), {"reference": where}
+    rest = {"objective": HELD, "rollout": {"full_answer": True}}
+    plain = settings(model=model, rollout={"full_answer": True}, objective={"name": "grpo"})
+    cfg = settings(model=model, **rest)
+    before = estimate_memory(shape, plain, context=100, prompt=10)
+    after = estimate_memory(shape, cfg, context=100, prompt=10)
+    held = in_phases(after, "reference")
+    assert "reference" not in before.parts
+    assert "reference" not in before.phases
+    for phase, size in held.items():
+        expected = 2 * shape.parameters if where == "device" or phase == "reference" else 0
+        assert size == expected, phase
+    totals = [sum(found.phases["head"].values()) for found in (before, after)]
+    assert totals[1] - totals[0] == held.get("head", 0)
+    parts = after.phases["reference"]
+    assert parts["units"] >= 2 * 2 * 2051 * 256 * 2  # both ends of both models
+    whole = estimate_memory(
+        shape, settings(model=model, parallel={"shard": "never"}, **rest), context=100, prompt=10
+    )
+    assert whole.phases["reference"]["reference"] == 4 * shape.parameters
+    away = settings(model=model, parallel={"cpu_offload": True}, **rest)
+    offloaded = estimate_memory(shape, away, context=100, prompt=10)
+    assert "reference" not in offloaded.parts
+    assert offloaded.host["reference"] == 2 * shape.parameters
+
+
+@pytest.mark.parametrize(("world", "replicas", "tied"), [(8, 1, False), (64, 8, True)])
+def test_a_pass_of_the_reference_policy_to_the_byte(world, replicas, tied):
+    """Three forwards and what they gave up; the ends are gathered once."""
+    sizes = (64, 2, 128, 4, 2, 515)
+    cfg = settings(parallel={"replicas": replicas})
+    shape = model_shape(qwen(sizes, tied=tied))
+    with fake_world(world, replicas) as mesh:
+        policy = sharded(causal_lm(sizes, cfg, tied), mesh, cfg).requires_grad_(False)
+        with Collectives() as seen:
+            for _ in range(3):
+                policy.logprob(full_batch(32, 2))
+        reshard(policy)
+        del policy
+    moved = communication(shape, cfg, world=world, reference_batches=3, cuda=False)["reference"]
+    assert dict(seen.calls) == {"all-gather": moved.calls}
+    shards = world // replicas
+    assert moved.total == pytest.approx((shards - 1) / shards * seen.bytes["all-gather"], rel=1e-9)
+
+
 def test_what_to_lower_is_the_largest_part_of_the_peak():
     shape = model_shape(qwen(SMALL))
     for given, part, key in (

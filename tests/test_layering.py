@@ -24,6 +24,8 @@ LAYERS = {
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
     # What a step, a check or an evaluation is made of.
     "preparation": {"check", "collect", "diagnostics", "intake"},
+    # A second model beside the policy, for whoever collects.
+    "reference": {"reference"},
     "rows": {"rows"},
     "stages": {
         "callbacks",

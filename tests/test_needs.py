@@ -92,29 +92,32 @@ def test_what_costs_more_takes_longer():
         rollout={"max_new_tokens": 100, "max_batch": 8, "importance_cap": 2.0},
     )
     assert capped["scoring"] > base["scoring"]
-    grpo = step(
-        objective={"name": "grpo", "group_size": 16},
-        rollout={"max_new_tokens": 100, "max_batch": 8, "full_answer": True},
-    )
+    keys = {"name": "grpo", "group_size": 16, "trains": "thought"}
+    answers = {"max_new_tokens": 100, "max_batch": 8, "full_answer": True}
+    grpo = step(objective=keys, rollout=answers)
     assert grpo["scoring"] == 0
     assert grpo["training"] == pytest.approx(32 / 24 * base["training"])
-    # A forward of the reference, and of the policy: once before the first update, and before each
-    # of the other three halves.
-    forward = 32 * SIZES["flops"].forward_row(70, 50) / 1e12
-    held = {
-        "objective": {"name": "grpo", "group_size": 16, "kl_coef": 0.1},
-        "rollout": {"max_new_tokens": 100, "max_batch": 8, "full_answer": True},
-    }
-    assert step(**held)["scoring"] == pytest.approx(2 * forward)
-    updates = {"questions_per_step": 2, "steps": 21, "minibatches": 2, "epochs": 2}
-    assert step(**held, train=updates)["scoring"] == pytest.approx((2 + 3 / 2) * forward)
+    # Answers of 256 tokens on average, behind a prompt of 20 and a thought of 50.
+    whole = step(objective=keys | {"trains": "response"}, rollout=answers)
+    assert whole["training"] == pytest.approx(32 * SIZES["flops"].row(326, 306) / 0.5e12)
     # Paths of 50 tokens, 8 with one prompt of 20: of 105 tokens in the cache there are two.
-    few, keys = step({"cache": 105})["rollouts"], 32 * 8 * (20 * 50 + 4 / 3 * 2500 / 2)
-    assert few == pytest.approx(((32 * 50 / 2 + 50) * 4000 + keys) / 1e9)
+    few, cached = step({"cache": 105})["rollouts"], 32 * 8 * (20 * 50 + 4 / 3 * 2500 / 2)
+    assert few == pytest.approx(((32 * 50 / 2 + 50) * 4000 + cached) / 1e9)
     slow = step(engine={"name": "hf"}, rates=RATES)
     assert slow["rollouts"] == pytest.approx(base["rollouts"] / RATES.hf_decode)
     assert slow["weights"] == pytest.approx(base["weights"] - RATES.wake)
     assert step(checkpoint={"background": True})["saving"] == 0
+    # A reference policy: a forward of it and one of the policy, which several updates make anyway.
+    forward = 32 * SIZES["flops"].forward_row(70, 50) / 1e12
+    held = step({"reference": 3000}, objective=keys | {"kl_coef": 0.1}, rollout=answers)
+    assert held["scoring"] == pytest.approx(2 * forward + 3000 / 1e9)
+    # Of the policy once before the first update, and before each of the other three halves.
+    updates = {"questions_per_step": 2, "steps": 21, "minibatches": 2, "epochs": 2}
+    four = step(train=updates, objective=keys | {"kl_coef": 0.1}, rollout=answers)
+    assert four["scoring"] == pytest.approx((2 + 3 / 2) * forward)
+    twice = {"train": {"questions_per_step": 2, "steps": 21, "minibatches": 2}, "rollout": answers}
+    several = [step(objective=keys | {"kl_coef": coef}, **twice) for coef in (0.0, 0.1)]
+    assert several[1]["scoring"] - several[0]["scoring"] == pytest.approx(forward)
 
 
 def test_evaluations_between_the_steps_before_and_after():

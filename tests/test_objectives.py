@@ -1,21 +1,15 @@
 """Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
 
-import json
 import math
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 from batches import prompted, sampled, scored, weights_of, whole
 
-from vpgea_fast import config
 from vpgea_fast.objectives import METHODS, Grpo, Vpgea
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
-from vpgea_fast.trainer import fit
-from vpgea_fast.types import ScoredPaths
-
-TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+from vpgea_fast.types import ScoredPaths, TrainRow
 
 ids = torch.tensor
 
@@ -227,86 +221,36 @@ def test_importance_weights_fall_on_both_views_of_a_path_and_stop_at_the_cap():
         torch.testing.assert_close(after.coef, before.coef * factor, rtol=1e-6, atol=0)
 
 
-OWN = """
-from pydantic.dataclasses import dataclass
-from vpgea_fast.objectives import STRICT, Draws, Keys, Term, Terms
-
-
-@dataclass(frozen=True, config=STRICT)
-class Push(Keys):
-    gain: float = 1.0
-    norm: str = "seq_sum"
-
-    def draws(self):
-        return Draws(prior=2)
-
-    def needs(self):
-        return frozenset()
-
-    def terms(self, batch, state, /):
-        weight = -self.gain * (batch.prior.length_BP == batch.prior.length_BP.amin(1, keepdim=True))
-        part = Term(name="push", stream="prior", view="student", weight_BP=weight.double())
-        return Terms(parts=(part,), state={"steps": state.get("steps", 0) + 1})
-
-
-class Plain:
-    pass
-
-
-@dataclass(frozen=True, config=STRICT)
-class Halfway(Keys):
-    def draws(self):
-        return Draws(prior=2)
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A module of the user's beside the run, and one that fails."""
-    name = f"own_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
-    (tmp_path / f"{name}_broken.py").write_text("raise RuntimeError('no')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
-
-
-def test_a_class_of_the_users_is_an_objective(own, tmp_path, tiny_words):
-    """From the command line, with its own keys; its state and its keys outlive a resume."""
-    small = {"train.questions_per_step": 2, "train.steps": 3, "checkpoint.export": "false"}
-    words = tiny_words({**small, "eval.data": "[]"})("run", "--objective", "custom")
-    words += ["--objective.target", f"{own}:Push", "--objective.gain", "0.5"]
-    cfg = config.load(TINY, words)
-    assert config.resolve(config.as_dict(cfg)) == cfg
-    assert config.as_dict(cfg)["objective"]["gain"] == 0.5
-    fit(config.load(TINY, [*words, "--train.steps", "2"]))
-    run = tmp_path / "run"
-    fit(config.load(run / "config.yaml", ["--train.steps", "3"]), resume=True)
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2, 3]
-    assert all(step["loss_push"] != 0.0 for step in steps)
-    state = json.loads((run / "checkpoints/step_3/state.json").read_text())["trainer_state"]
-    assert state["method"] == {"steps": 3}
-
-
-@pytest.mark.parametrize(
-    ("target", "more", "said"),
-    [
-        ("{own}:Nobody", {}, "{own} has no Nobody"),
-        ("{own}:Plain", {}, "{own}:Plain is no pydantic dataclass; decorate"),
-        ("{own}:Halfway", {}, "{own}:Halfway has no needs, terms; expected draws()"),
-        ("{own}_gone:Push", {}, "cannot import {own}_gone: No module named"),
-        ("{own}_broken:Push", {}, "cannot import {own}_broken: no"),
-        ("{own}.Push", {}, "got '{own}.Push', expected package.module:Class"),
-        (None, {}, "objective.target: is missing; give it a value"),
-        ("{own}:Push", {"gain": "much"}, "objective.gain: got 'much', expected a number"),
-        ("{own}:Push", {"gian": 1}, "objective.gian: unknown key"),
-    ],
-)
-def test_what_is_no_objective_is_refused_in_a_line(own, target, more, said):
-    section = {"name": "custom", **more}
-    if target is not None:
-        section["target"] = target.format(own=own)
-    with pytest.raises(config.ConfigError) as error:
-        config.resolve({"objective": section})
-    (_, line) = str(error.value).splitlines()
-    assert said.format(own=own) in line
+@pytest.mark.parametrize("weight", [-1.3, 0.0, 0.8])
+@pytest.mark.parametrize("keys", [{"kl": "k3"}, {"kl": "low_variance"}, {"ratio": "sequence"}])
+def test_the_live_loss_is_its_formula_and_the_coefficients_its_derivative(keys, weight):
+    """The clip on both sides, and the penalty, also where its bounds hold it. GSPO's loss has the
+    ratio of the path on every token: each token's own gradient adds up to it."""
+    objective = Grpo(group_size=2, kl_coef=0.3, clip_low=0.1, clip_high=0.15, **keys)
+    live = objective.terms(batch(), {}).parts[0].live
+    made = torch.Generator().manual_seed(2)
+    now = torch.randn(40, generator=made, dtype=torch.float64).requires_grad_()
+    old = now.detach() + 0.2 * torch.randn(40, generator=made, dtype=torch.float64)
+    # d of 3 and more holds low variance to 10, of 20 and more its exponent.
+    gap = torch.cat([torch.linspace(-4, 4, 36), torch.tensor([-25.0, -19.0, 19.0, 25.0])]).double()
+    reference = now.detach() + gap
+    ratio = (now - old).exp()
+    if objective.ratio == "sequence":
+        ratio = (now - old).mean().exp().expand(40)
+    gain = torch.minimum(ratio * -weight, ratio.clamp(0.9, 1.15) * -weight)
+    delta = reference - now
+    if objective.kl == "low_variance":
+        delta = delta.clamp(-20, 20)
+        estimate = (delta.exp() - delta - 1).clamp(-10, 10)
+        assert (estimate == 10).any()
+    else:
+        estimate = delta.exp() - delta - 1
+    losses = -gain + 0.3 * estimate
+    (expected,) = torch.autograd.grad(losses.sum(), now)
+    ids = {"context_ids": torch.tensor([1]), "token_ids": torch.arange(40)}
+    kind = {"stream": "prior", "view": "student", "live": live, "weight": weight}
+    row = TrainRow(**ids, **kind, coef=torch.zeros(40), old=old, reference=reference, scale=0.5)
+    torch.testing.assert_close(2 * row.at(now).coef, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(2 * row.loss(now), losses.detach(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="KL: got no log-probs of a reference policy"):
+        live(weight, now.detach(), old, None)

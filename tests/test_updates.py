@@ -168,8 +168,10 @@ def test_four_updates_of_a_rollout_are_those_of_trl(name, model, tiny_tokenizer)
             ours = coefs.get(key, torch.zeros_like(coef))
             torch.testing.assert_close(ours, coef.double(), rtol=1e-6, atol=1e-9)
         gradient = gradient_of(model, drop_zero_rows(at))
-        _, trl = trl_step(model, tiny_tokenizer, theirs, step, **options)
+        loss, trl = trl_step(model, tiny_tokenizer, theirs, step, **options)
         assert gap(gradient, trl) < 1e-5
+        ours = sum(row.loss(now[row.path]).sum().item() for row in at)
+        assert ours == pytest.approx(loss, rel=1e-5, abs=1e-6)
         moved.append(max((now[key] - old[key]).abs().max().item() for key in order))
         norm = torch.stack([g.norm() for g in gradient.values()]).norm()
         with torch.no_grad():

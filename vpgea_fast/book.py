@@ -113,7 +113,8 @@ step | step
 question_id | text
     The question's id.
 stream | text
-    `posterior`: drawn from the teacher's prompt; `prior`: from the student's.
+    `posterior`: drawn from the teacher's prompt; `prior`: from the student's; `reference`: from the
+    student's, by the reference policy.
 index | number
     The path's place among those of its question, from 0.
 length | tokens
@@ -158,7 +159,8 @@ lr | rate
 loss | nats
     What the update minimised, constants included: loss_pg + loss_distill.
 loss_pg | nats
-    Sum over rows in their own view of coefficient times log-prob, summed over tokens.
+    Sum over rows in their own view of coefficient times log-prob, summed over tokens. Of a policy
+    gradient: its clipped loss, KL included.
 loss_distill | nats
     Sum over distilled rows of coefficient times (log p - log q), beta included; 0 where the
     views agree.
@@ -182,6 +184,11 @@ len_prior | tokens
     Mean thought length of the student's paths, cut ones included.
 len_post | tokens
     Mean thought length of the teacher's paths, cut ones included.
+len_reference | tokens
+    Mean thought length of the reference policy's paths, cut ones included; of objectives that draw
+    them only.
+trunc_reference | share
+    Share of the reference policy's paths whose thought was cut at the token limit.
 trunc_prior | share
     Share of the student's paths whose thought was cut at the token limit.
 trunc_post | share
@@ -202,6 +209,8 @@ acc_student | share
     Share of the student's paths whose sampled answer is right.
 acc_teacher | share
     Share of the teacher's paths whose sampled answer is right.
+acc_reference | share
+    Share of the reference policy's paths whose sampled answer is right.
 eps3_student | %² per token
     (100 acc_student)² / mean generated tokens of the student's paths, answers included.
 paths_error | paths

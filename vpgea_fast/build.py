@@ -9,9 +9,9 @@ Everything that can be refused without a weight is refused before the policy is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
-from vpgea_fast.distributed import World, reshard
+from vpgea_fast.distributed import World, full_weights
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read
 from vpgea_fast.measure import Measure
@@ -31,12 +31,13 @@ from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import length_report
+from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
 from vpgea_fast.scoring import RowsFn
-from vpgea_fast.types import PromptedQuestion, TrainRow
+from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.verify import Verifier
 
 Progress = Callable[[int], Callable[[int], None]]
@@ -58,9 +59,13 @@ class Stages:
     collector: Collector
     measure: Measure
     verifier: Verifier
+    reference: Reference | None
 
     def close(self) -> None:
-        """End what runs beside this process: the engine, and the workers that judge."""
+        """End what runs beside this process: the engine, and the workers that judge; drop the
+        reference policy."""
+        if self.reference is not None:
+            self.reference.close()
         # The workers end even where an engine's child does not answer.
         try:
             self.engine.close()
@@ -90,6 +95,8 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             keep_last=cfg.checkpoint.keep_last,
             background=cfg.checkpoint.background,
         )
+        # Before the engine: a vLLM that samples leaves no room to load in.
+        reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy)
         undo.callback(engine.close)
 
@@ -97,9 +104,13 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         # paths are those of the distribution that drew them.
         score = _scorer(policy, passes, temperature=1.0)
         score_paths = _scorer(policy, passes, temperature=cfg.rollout.temperature)
-        reference = _reference(cfg, world, passes)
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
+
+        def hand_over() -> None:
+            engine.load_weights(full_weights(policy))
+            probe()
+
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
         # Both refuse, before the first step, a path that the engine has no room for.
         evaluator = Evaluator(
@@ -113,9 +124,12 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         collector = Collector(
             cfg,
             intake.questions,
+            prompt=text.prompter.prompt,
             row_logprobs=score,
             path_logprobs=score_paths,
+            reference=reference,
             engine=engine,
+            hand_over=hand_over,
             sampling=sampling,
             decode=text.decode,
             verifier=verifier,
@@ -140,10 +154,10 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             policy=policy,
             passes=passes,
             logprobs=score_paths,
-            reference=reference,
             decode=text.decode,
         ),
         verifier=verifier,
+        reference=reference,
     )
 
 
@@ -154,6 +168,7 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
+    check_reference(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
     )
@@ -165,30 +180,6 @@ def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
     return lambda rows: passes(
         lambda batch, _: policy.logprob(batch, temperature=temperature), rows
     )
-
-
-def _reference(cfg: Config, world: World, passes: Passes) -> RowsFn | None:
-    """Log-probs under the model that the run began with, where the objective asks for them."""
-    if not reads_reference(cfg.objective):
-        return None
-    # Never trained: sharded, its forward is the policy's bit for bit without float32 masters.
-    lean = cfg.model.dtype == "bfloat16" and world.mesh is not None
-    model = replace(cfg.model, master_dtype="bfloat16") if lean else cfg.model
-
-    def read() -> Policy:
-        policy = load_policy(model, world, cfg.parallel, backend=cfg.loss.backend)
-        return policy.requires_grad_(False).eval()
-
-    kept = read() if cfg.model.reference == "device" else None
-
-    def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
-        # From disk it is dropped when this returns: its memory is the update's again.
-        policy = kept or read()
-        logps = _scorer(policy, passes, temperature=cfg.rollout.temperature)(rows)
-        reshard(policy)
-        return logps
-
-    return score
 
 
 def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
@@ -256,6 +247,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
     yield str(policy.attention)
+    if stages.reference is not None:
+        yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
     yield from _caveats(cfg)
 
 

@@ -165,6 +165,9 @@ def draws(
     thought, answer = rollout.max_new_tokens, rollout.max_answer_tokens
 
     def most(view: View) -> tuple[str, int]:
+        # A path's own values may make its prompt longer than any that was read.
+        if objective.draws().fields:
+            return "data.max_prompt_tokens", limit
         lengths = [(f"question {q.question.id}", q.context(view).numel()) for q in questions]
         return max(lengths, key=lambda item: item[1], default=("data.max_prompt_tokens", limit))
 
@@ -189,14 +192,19 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
     # An answer is a part of the row only where the objective trains it.
     answer = cfg.rollout.full_answer and cfg.objective.draws().answers
     drawn = cfg.rollout.max_new_tokens + answer * cfg.rollout.max_answer_tokens
+    limit, fields = cfg.data.max_prompt_tokens, cfg.objective.draws().fields
     if not questions:
-        limit = cfg.data.max_prompt_tokens
         return limit, limit + drawn
-    prompts = [max(len(q.student_ids), len(q.teacher_ids)) for q in questions]
+
+    def room(prompt: torch.Tensor) -> int:
+        # A path's own values may make its prompt longer than any that was read.
+        return limit if fields else prompt.numel()
+
+    prompts = [max(room(q.student_ids), room(q.teacher_ids)) for q in questions]
     tails = [0]
     if scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood":  # behind </think>
         tails = [
-            len(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+            room(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
             for q in questions
         ]
     thought = cfg.rollout.max_new_tokens

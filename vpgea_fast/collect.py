@@ -17,7 +17,9 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives import Draws, Objective, Term, Terms
+from vpgea_fast.names import Slot
+from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
+from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
@@ -32,6 +34,7 @@ from vpgea_fast.types import (
     Path,
     PathKey,
     PromptedQuestion,
+    Question,
     SampleRequest,
     Score,
     ScoredBatch,
@@ -43,6 +46,9 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
+Plan = Sequence[tuple[Stream, View, int]]
+Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
+"""Questions, the values of an objective's fields for each -> both prompts of each."""
 
 
 class Collector:
@@ -56,15 +62,21 @@ class Collector:
         cfg: Config,
         questions: Sequence[PromptedQuestion],
         *,
+        prompt: Prompt,
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
+        reference: Reference | None,
         engine: RolloutEngine,
+        hand_over: Callable[[], object],
         sampling: Sampling,
         decode: Callable[[torch.Tensor], str],
         verifier: Verifier,
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
+        self.prompt = prompt
+        # The frozen model, and what gives the engine the policy's weights after its own.
+        self.reference, self.hand_over = reference, hand_over
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
         self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
@@ -81,7 +93,7 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = self.cfg.objective.at(step)
+        objective = ask(self.cfg.objective, "at", step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
@@ -126,18 +138,33 @@ class Collector:
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
-        self.engine.check(self._requests([longest], step=0), self.sampling)
+        self.engine.check(self._requests([longest], 0, self.draws.plan), self.sampling)
 
     def sample(self, questions: Sequence[PromptedQuestion], step: int) -> tuple[Groups, Groups]:
         """Draw posterior and prior paths of every question, both streams in one call of the engine,
         which batches them together."""
-        requests = self._requests(questions, step)
+        plan = self.draws.plan[:2]
+        requests = self._requests(questions, step, plan)
         # One call: vLLM fills its batch from both streams, and shares prefixes within each.
-        paths = iter(self.engine.generate(requests, self.sampling, self.progress(len(requests))))
-        counts = [count for _, _, count in self.draws.plan]
+        drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
+        paths = iter(_as_asked(requests, drawn))
+        counts = [count for _, _, count in plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
+
+    def sample_reference(self, questions: Sequence[PromptedQuestion], step: int) -> Groups | None:
+        """Draw the reference policy's paths of every question; None where the objective asks for
+        none."""
+        count = self.draws.reference
+        if not (count and self.reference):
+            return None
+        requests = self._requests(questions, step, self.draws.plan[2:])
+        progress = self.progress(len(requests))
+        paths = self.reference.generate(
+            requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
+        )
+        return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     @property
     def draws_again(self) -> bool:
@@ -157,44 +184,80 @@ class Collector:
         scores = [score for score in needs if score.part == "target" and score.who == "policy"]
         return {score.stream: score.view for score in scores}
 
-    def _requests(self, questions: Sequence[PromptedQuestion], step: int) -> list[SampleRequest]:
+    def _requests(
+        self, questions: Sequence[PromptedQuestion], step: int, plan: Plan
+    ) -> list[SampleRequest]:
+        """A request for every path, question by question, each with the prompt that it asks."""
+        slots, views = [], []
+        for q in questions:
+            for stream, view, count in plan:
+                for i in range(count):
+                    place = {"step": step, "question_id": q.question.id, "stream": stream}
+                    seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
+                    slots.append(Slot(**place, index=i, seed=seed))
+                    views.append(view)
+        asked = self._asked(questions, slots)
         return [
             SampleRequest(
-                question_id=q.question.id,
-                stream=stream,
-                index=i,
-                prompt_ids=q.context(view),
-                seed=request_seed(
-                    run_seed=self.cfg.run.seed,
-                    step=step,
-                    question_id=q.question.id,
-                    stream=stream,
-                    index=i,
-                ),
+                question_id=slot.question_id,
+                stream=slot.stream,
+                index=slot.index,
+                prompt_ids=own.context(view),
+                seed=slot.seed,
+                asked=own if self.draws.fields else None,
             )
-            for q in questions
-            for stream, view, count in self.draws.plan
-            for i in range(count)
+            for slot, view, own in zip(slots, views, asked, strict=True)
         ]
 
+    def _asked(
+        self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot]
+    ) -> list[PromptedQuestion]:
+        """The question of every path, with prompts of its own where the objective has fields."""
+        known = {q.question.id: q for q in questions}
+        if not self.draws.fields:
+            return [known[slot.question_id] for slot in slots]
+        # Paths of a question that share their values share a prompt: it is rendered once.
+        keys = [(slot.question_id, (*self.draws.values(slot).items(),)) for slot in slots]
+        distinct = list(dict.fromkeys(keys))
+        texts = [known[name].question for name, _ in distinct]
+        prompted = self.prompt(texts, [dict(values) for _, values in distinct])
+        limit = self.cfg.data.max_prompt_tokens
+        for own in prompted:
+            longer = max(own.student_ids.numel(), own.teacher_ids.numel())
+            if longer > limit:
+                raise ValueError(
+                    f"question {own.question.id!r} with {own.fields}: its prompt has {longer} "
+                    f"tokens, expected at most {limit}; raise data.max_prompt_tokens"
+                )
+        found = dict(zip(distinct, prompted, strict=True))
+        return [found[key] for key in keys]
+
     def score(
-        self, questions: Sequence[PromptedQuestion], posterior: Groups, prior: Groups, step: int
+        self,
+        questions: Sequence[PromptedQuestion],
+        posterior: Groups,
+        prior: Groups,
+        step: int,
+        reference: Groups | None = None,
     ) -> ScoredBatch:
         """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
-        post, unanswered_post = self._scored("posterior", questions, posterior, step)
-        pi, unanswered_pi = self._scored("prior", questions, prior, step)
-        unanswered = unanswered_post | unanswered_pi
+        drawn: dict[Stream, Groups] = {"posterior": posterior, "prior": prior}
+        if reference is not None:
+            drawn["reference"] = reference
+        found = {name: self._scored(name, questions, drawn[name], step) for name in drawn}
+        unanswered = {lost for _, names in found.values() for lost in names}
         # By question: a group that lacks a path has another mean, so none of it is trained.
         lost = [
-            sum(path.finish == "error" for path in (*z_post, *z_prior))
+            sum(path.finish == "error" for group in groups for path in group)
             + (question.question.id in unanswered)
-            for question, z_post, z_prior in zip(questions, posterior, prior, strict=True)
+            for question, *groups in zip(questions, *drawn.values(), strict=True)
         ]
         lost_B = torch.tensor(lost, dtype=torch.int64)
         batch = ScoredBatch(
             questions=tuple(questions),
-            posterior=post,
-            prior=pi,
+            posterior=found["posterior"][0],
+            prior=found["prior"][0],
+            reference=found["reference"][0] if "reference" in found else None,
             lost_B=lost_B,
             posterior_view=self.draws.posterior_view,
             token_limit=self.sampling.limit,
@@ -202,19 +265,24 @@ class Collector:
         return replace(batch, logps=self._logps(batch))
 
     def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U: a forward of each."""
-        logps = {}
+        """What the objective must see of the policy beside U, and of the reference policy: a
+        forward of each."""
+        logps, close = {}, self.sampling.think_close_id
         # In one order on every process: each score is a collective of a sharded policy.
         for score in sorted(self.cfg.objective.needs()):
-            if score.part == "target" or score.who != "policy":
+            stream, view, part, who = score
+            if who == "policy" and part == "target":
                 continue
-            stream, view, part, _ = score
             shape = batch.stream(stream).length_BP.shape
             term = Term(
                 name="score", stream=stream, view=view, part=part, weight_BP=torch.ones(shape)
             )
-            rows = [part_row(question, path, term) for question, path in batch.pairs(stream)]
-            scored = self.path_logprobs(rows)
+            rows = [part_row(question, path, term, close) for question, path in batch.pairs(stream)]
+            ask = self.path_logprobs
+            if who == "reference":
+                assert self.reference is not None  # `build` makes it for whoever reads it
+                ask = self.reference.logprobs
+            scored = ask(rows)
             logps[score] = {row.path: values for row, values in zip(rows, scored, strict=True)}
         return logps
 
@@ -243,11 +311,12 @@ class Collector:
     ) -> ScoredBatch:
         with timer("rollout"):
             posterior, prior = self.sample(questions, step)
+            reference = self.sample_reference(questions, step)
             # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
         with timer("score"):
-            return self.score(questions, posterior, prior, step)
+            return self.score(questions, posterior, prior, step, reference)
 
     def _weigh(
         self,
@@ -259,12 +328,12 @@ class Collector:
         """What the objective says; a question that is not whole has no weight, and is in no
         mean."""
         with timer("advantage"):
-            terms, dropped_B = objective.terms(batch, state), batch.lost_B > 0
+            terms, dropped_B = _say(objective, batch, state), batch.lost_B > 0
             if dropped_B.any():
                 # The batch keeps its shape, for the log of its paths; means and the objective's
                 # state are of whole questions.
                 whole = batch.whole
-                clean = objective.terms(whole, state) if whole else None
+                clean = _say(objective, whole, state) if whole else None
                 terms = replace(
                     terms.without(dropped_B),
                     metrics=clean.metrics if clean else {},
@@ -348,3 +417,17 @@ class Collector:
             decode=self.decode,
             verify=self.verifier.verify,
         )
+
+
+def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:
+    """The paths with their questions as they were asked: rows and scores stand behind the prompt
+    that a path was drawn from."""
+    pairs = zip(requests, paths, strict=True)
+    return [replace(path, asked=r.asked) if r.asked else path for r, path in pairs]
+
+
+def _say(objective: Objective, batch: ScoredBatch, state: Mapping[str, Any]) -> Terms:
+    """What the objective says of a batch, checked: a class of the user's may say anything."""
+    terms = ask(objective, "terms", batch, state)
+    check_terms(objective, terms, batch)
+    return terms

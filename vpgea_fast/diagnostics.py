@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,7 @@ from vpgea_fast.rows import part_row
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
-    Stream,
     TrainRow,
-    View,
 )
 
 HINT_NATS = 5.0
@@ -30,15 +29,17 @@ hint."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
-    """Compute lengths, truncation and utility quantiles of both streams, and accuracies where
+    """Compute lengths, truncation and utility quantiles of every stream, and accuracies where
     answers were verified."""
+    drawn = batch.reference
     return merge(
-        _stream_metrics(batch.prior, name="prior", view="student"),
-        _stream_metrics(batch.posterior, name="post", view="teacher"),
+        _stream_metrics(batch.prior, name="prior", who="student"),
+        _stream_metrics(batch.posterior, name="post", who="teacher"),
+        {} if drawn is None else _stream_metrics(drawn, name="reference", who="reference"),
     )
 
 
-def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, float | None]:
+def _stream_metrics(stream: ScoredPaths, *, name: str, who: str) -> dict[str, float | None]:
     """`batch_metrics` of one stream; none of a stream that is not sampled."""
     paths, length = stream.flat, stream.length_BP
     if not paths:
@@ -60,8 +61,8 @@ def _stream_metrics(stream: ScoredPaths, *, name: str, view: View) -> dict[str, 
     # A mean over the judged ones alone would be of other paths at each step.
     if not torch.isnan(stream.correct_BP).any():
         accuracy = stream.correct_BP.mean().item()
-        metrics[f"acc_{view}"] = accuracy
-        if view == "student":
+        metrics[f"acc_{who}"] = accuracy
+        if who == "student":
             tokens = sum(p.generated for p in paths) / len(paths)
             metrics["eps3_student"] = eps3(accuracy, tokens)
     return metrics
@@ -114,18 +115,23 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
     return sum(early) / len(early)
 
 
-def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict[str, float]:
+def row_metrics(
+    rows: Sequence[TrainRow],
+    logps: Sequence[torch.Tensor],
+    scored: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, float]:
     """Compute the loss by its formula, the gated KL, and the mismatch of sampler and trainer.
 
-    loss_NAME  of every term of the objective: sum over its rows of sum_t coef_t log p_t. Where its
-               paths are distilled, of coef_t (log p_t - sg log q_t), beta included: 0 where the
-               prompts meet. log q_t of the same path in its own view
+    loss_NAME  of every term of the objective: sum over its rows of sum_t coef_t log p_t, or of its
+               live loss. Where its paths are distilled, of coef_t (log p_t - sg log q_t), beta
+               included: 0 where the prompts meet. log q_t of the same path in its own view
     loss       their sum
     kl_gated   mean of log q_t - log p_t over the tokens of the distilled rows
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
-    ValueError where there is none.
+    ValueError where there is none. `scored` is the loss by term of rows with `old`: of a token that
+    is clipped there is no log-prob here.
     """
     # Path -> its log-probs under the prompt that it was drawn from, as the trainer has them.
     own_logps = {
@@ -135,11 +141,13 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
     }
     # Both names always, so that a figure's lines do not break where a step distils nothing.
     losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
+    losses.update({f"loss_{term}": value for term, value in scored.items()})
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     # float64 sums on the CPU: thousands of tokens, whose terms nearly cancel.
     for row, row_logps in zip(rows, logps, strict=True):
         if not row.distilled:
-            losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
+            if row.old is None:
+                losses[f"loss_{row.term}"] += row.loss(row_logps).sum().item()
             if row.sample_logps is not None:
                 gaps.append(row.sample_logps.double() - row_logps)
             continue
@@ -150,7 +158,8 @@ def row_metrics(rows: Sequence[TrainRow], logps: Sequence[torch.Tensor]) -> dict
                 "log-probs; give the row its path or sample_logps"
             )
         distilled.append(reference.double() - row_logps)
-        losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
+        if row.old is None:
+            losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
     return merge(
         {"loss": sum(losses.values()), **losses},
         mismatch(torch.cat(gaps)) if gaps else {},
@@ -257,9 +266,8 @@ def path_records(
 ) -> list[dict[str, Any]]:
     """Return the first `limit` paths of each stream with their scores, for paths.jsonl."""
     records: list[dict[str, Any]] = []
-    streams: tuple[Stream, ...] = ("posterior", "prior")
-    for stream in streams:
-        columns, scores = batch.stream(stream), terms.path_scores.get(stream, {})
+    for stream, columns in batch.streams.items():
+        scores = terms.path_scores.get(stream, {})
         # From the first question on: a reader wants whole groups, not a random handful.
         places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
         for b, i, path in places[:limit]:

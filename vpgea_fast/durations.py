@@ -24,7 +24,7 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import ModelFlops, peak_flops
-from vpgea_fast.objectives import reads_reference, scores_answers
+from vpgea_fast.objectives import reads_reference, reference_rows, scores_answers
 
 HOUR = 3600
 ANSWER_ROWS = 16
@@ -71,6 +71,7 @@ class Rates:
     transfer      bytes per second of weights on their way to the engine, 1e9
     wake          seconds in which vLLM wakes up and sleeps again, per step
     write         bytes per second that a process writes of a checkpoint, 1e9
+    read          bytes per second that a process reads of a model, 1e9
     """
 
     tflops: float
@@ -86,6 +87,7 @@ class Rates:
     transfer: float = 20.0
     wake: float = 3.0
     write: float = 1.0
+    read: float = 1.0
 
 
 def rates_of(name: str, *, stated: Mapping[str, float]) -> Rates | None:
@@ -146,6 +148,7 @@ class Sizes:
     flops       of a row; see `ModelFlops`
     parameters  of the model
     states      bytes of weights and moments that one process saves
+    reference   bytes of the reference policy that one process reads in a step
     token       bytes of a token's keys and values, over all layers, on all devices of an engine
     cache       tokens that the engine's KV cache holds
     prompt      mean tokens of a prompt
@@ -160,6 +163,7 @@ class Sizes:
     prompt: float
     evaluated: int
     world: int
+    reference: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +245,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     between = (steps - 1) // every if every and sizes.evaluated else 0
     # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
+    # Where the reference policy draws, the engine is given its weights, and then the policy's.
+    weights *= 3 if cfg.objective.draws().reference else 1
     # In the background the write is hidden behind the next steps; its copy is not counted.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
@@ -263,14 +269,16 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     objective, questions = cfg.objective, cfg.train.questions_per_step
     draws = objective.draws()
     posterior, prior = questions * draws.posterior, questions * draws.prior
-    row, flops = round(sizes.prompt + thought), sizes.flops
+    # A sampled answer is a part of the row only where the objective trains it.
+    drawn = thought + draws.answers * min(rates.answer, cfg.rollout.max_answer_tokens)
+    row, flops = round(sizes.prompt + drawn), sizes.flops
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
     mfu = rates.offload_mfu if cfg.parallel.cpu_offload else rates.train_mfu
     # At the mean length attention costs about 3/4 of its mean over all lengths.
-    # The head runs where a loss reads it: on the thought, not on the prompt.
-    whole = flops.forward_row(row, round(thought)) / forward
-    train = flops.row(row, round(thought)) / (peak * mfu)
+    # The head runs where a loss reads it: on what was drawn, not on the prompt.
+    whole = flops.forward_row(row, round(drawn)) / forward
+    train = flops.row(row, round(drawn)) / (peak * mfu)
     # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
 
@@ -289,12 +297,13 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole
-    parts, epochs, held = cfg.train.minibatches, cfg.train.epochs, reads_reference(objective)
-    if parts * epochs > 1 or held:
+    parts, epochs = cfg.train.minibatches, cfg.train.epochs
+    if parts * epochs > 1 or reads_reference(objective):
         # Log-probs before the first update, and again before every update but that one.
         scoring += rows * whole * (1 + epochs - 1 / parts)
-    if held:  # and of the model that it is held to
-        scoring += rows * whole
+    # The reference policy scores a row for every score that is asked of it.
+    scoring += questions * reference_rows(objective) * whole
+    scoring += sizes.reference / (rates.read * 1e9)
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0

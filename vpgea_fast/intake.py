@@ -29,7 +29,9 @@ from vpgea_fast.data import (
 )
 from vpgea_fast.distributed import World
 from vpgea_fast.model_dir import check_vocabulary, load_generation_config, load_tokenizer
+from vpgea_fast.names import Slot
 from vpgea_fast.prompts import Prompter, eos_ids
+from vpgea_fast.rollout.engine import request_seed
 from vpgea_fast.rollout.factory import check_engine
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.weights import load_config
@@ -62,10 +64,23 @@ def open_text(cfg: Config, processes: int = 1, *, here: bool = True) -> ModelTex
     # The engine first: that vLLM is not installed costs no second of reading to find out.
     check_engine(cfg, processes, here=here)
     tokenizer = load_tokenizer(cfg.model.path)
-    prompter = Prompter(tokenizer, cfg.prompt)
+    prompter = Prompter(tokenizer, cfg.prompt, _fields(cfg))
     config = load_config(cfg.model.path)
     check_text(tokenizer, config, cfg.model.path)
     return ModelText(tokenizer, prompter, config)
+
+
+def _fields(cfg: Config) -> dict[str, Callable[[str], str]]:
+    """Every field of the objective, with its value for a question of which no path is drawn: that
+    of the student's first path in step 0, so that evaluations of one run agree."""
+    draws = cfg.objective.draws()
+
+    def value(name: str, question_id: str) -> str:
+        place = {"step": 0, "question_id": question_id, "stream": "prior", "index": 0}
+        slot = Slot(**place, seed=request_seed(run_seed=cfg.run.seed, **place))
+        return draws.values(slot)[name]
+
+    return {name: functools.partial(value, name) for name in draws.fields}
 
 
 def check_text(tokenizer: Any, config: Any, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,7 @@ from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 class Measure:
     """Measures a step and changes nothing. Its forwards are collectives of a sharded policy.
 
-    `logprobs` gives the policy's log-probs of rows at the sampling temperature, `reference` those
-    of the frozen reference policy.
+    `logprobs` gives the policy's log-probs of rows at the sampling temperature.
     """
 
     cfg: Config
@@ -36,7 +36,6 @@ class Measure:
     policy: Policy
     passes: Passes
     logprobs: RowsFn
-    reference: RowsFn | None
     decode: Callable[[torch.Tensor], str]
 
     @property
@@ -58,9 +57,9 @@ class Measure:
     def known(
         self, updates: Sequence[Sequence[TrainRow]]
     ) -> tuple[list[list[TrainRow]], dict[str, float]]:
-        """The rows with their log-probs before the first update, where a later one compares with
-        them, and those of the reference policy: a forward each, of the rows that ask. And how far
-        the policy is from the reference, where there is one."""
+        """The rows with their log-probs before the first update, where a later one or a reference
+        policy is compared with them: a forward of the rows that ask. And how far the policy is from
+        the reference, where there is one."""
         # By identity: epochs share their rows, and each is scored once.
         rows = {id(row): row for part in updates for row in part}
         # With a single update every ratio is 1, and its coefficients are known already.
@@ -70,24 +69,28 @@ class Measure:
         }
         if not asked:
             return [list(part) for part in updates], {}
-        held = {key: row for key, row in asked.items() if row.live and row.live.reference}
+        for row in asked.values():
+            if row.live and row.live.reference and row.reference is None:
+                raise ValueError(
+                    f"objective: term {row.term!r} reads the reference policy's log-probs of the "
+                    f"{row.stream} paths in the {row.view} view, which needs() does not ask for; "
+                    "add their Score"
+                )
         old = dict(zip(asked, self.logprobs(list(asked.values())), strict=True))
-        far: dict[int, torch.Tensor] = {}
-        if held and self.reference is not None:
-            far = dict(zip(held, self.reference(list(held.values())), strict=True))
-        rows |= {
-            key: replace(row, old=old[key], reference=far.get(key)) for key, row in asked.items()
-        }
-        gaps = [far[key] - old[key] for key in far]
+        rows |= {key: replace(row, old=old[key]) for key, row in asked.items()}
+        gaps = [row.reference - old[key] for key, row in asked.items() if row.reference is not None]
         kl = {"kl_reference": diagnostics.k3(torch.cat(gaps))} if gaps else {}
         return [[rows[id(row)] for row in part] for part in updates], kl
 
     def moment(
         self, rows: Sequence[TrainRow], *, moved: bool
-    ) -> tuple[list[TrainRow], dict[str, float]]:
-        """The rows with the coefficients of the policy as it is now, and the share of tokens that
-        clipping leaves out. One forward more where it has `moved` since it drew the paths, of the
-        rows whose coefficients depend on that."""
+    ) -> tuple[list[TrainRow], dict[str, float], dict[str, float]]:
+        """The rows with the coefficients of the policy as it is now, the share of tokens that
+        clipping leaves out, and the loss by term of the rows that were scored before.
+
+        One forward more where it has `moved` since it drew the paths, of the rows whose
+        coefficients depend on that.
+        """
         live = {id(row): row.old for row in rows if row.old is not None}
         # A forward costs a third of the row's training; a clipped row then costs nothing more.
         if moved and live:
@@ -97,7 +100,13 @@ class Measure:
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
         ratioed = [row.coef for row in now if row.old is not None and row.weight]
         share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
-        return drop_zero_rows(now), share
+        # Here and not behind the update, which has no log-probs of what is clipped: its loss is
+        # constant, but not zero.
+        losses: dict[str, float] = defaultdict(float)
+        for row in rows:
+            if id(row) in live:
+                losses[row.term] += row.loss(live[id(row)]).sum().item()
+        return drop_zero_rows(now), share, losses
 
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""

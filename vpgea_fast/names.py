@@ -5,11 +5,12 @@ A command line must not wait for torch, and the methods of objectives/ are read 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Stream = Literal["posterior", "prior"]
-"""Who sampled a path: the teacher view (posterior q, sees the answer) or the student view (prior
-pi)."""
+Stream = Literal["posterior", "prior", "reference"]
+"""Who sampled a path: the teacher view (posterior q, sees the answer), the student view (prior pi),
+or the reference policy in the student view."""
 
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
@@ -35,3 +36,15 @@ class Score(NamedTuple):
     view: View
     part: Part
     who: Who = "policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a path before it is drawn: all that a field of its prompt may depend on. `seed`
+    is the path's own, a pure function of the others and the run's."""
+
+    question_id: str
+    stream: Stream
+    index: int
+    step: int
+    seed: int

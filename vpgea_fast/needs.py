@@ -37,9 +37,10 @@ from vpgea_fast.estimate import (
     estimate_memory,
     model_shape,
     optimizer_bytes,
+    reference_bytes,
 )
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reads_reference, reference_rows, scores_answers
 from vpgea_fast.rollout.factory import positions
 from vpgea_fast.types import PromptedQuestion
 
@@ -311,11 +312,15 @@ def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     group = cfg.processes_per_engine
     # Keys and values of one token over all layers, in the dtype of the forward.
+    # From disk the reference policy is read for each score, and to draw.
+    reads = sum(score.who == "reference" for score in cfg.objective.needs())
+    reads += cfg.objective.draws().reference > 0
     token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
     return Sizes(
         flops=model_flops(plan.model),
         parameters=plan.shape.parameters,
         states=lay.held * lay.master + optimizer_bytes(lay),
+        reference=reads * reference_bytes(lay) if cfg.model.reference == "disk" else 0,
         # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
         token=engine.token * group if engine else token,
         cache=engine.tokens if engine else sys.maxsize,
@@ -379,6 +384,7 @@ def _unused(plan: Plan) -> set[str]:
         "accepted": cfg.objective.draws().posterior,
         "wake": cfg.colocated,
         "write": not cfg.checkpoint.background,
+        "read": cfg.model.reference == "disk" and reads_reference(cfg.objective),
     }
     return {rate for rate, is_needed in needed.items() if not is_needed}
 
@@ -422,7 +428,9 @@ def _traffic(plan: Plan) -> Iterator[str]:
     objective, questions = cfg.objective, cfg.train.questions_per_step
     draws = objective.draws()
     # At most: every posterior path is trained under both prompts.
-    rows, scored = questions * (2 * draws.posterior or draws.prior), questions * draws.paths
+    rows = questions * (2 * draws.posterior or draws.prior)
+    scored = questions * draws.paths if scores_answers(objective) else 0
+    held = questions * reference_rows(objective)
     # Rows of the greatest length that one forward of all devices has room for.
     fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
     batches = -(-rows // fit)
@@ -432,7 +440,9 @@ def _traffic(plan: Plan) -> Iterator[str]:
         world=on.processes,
         node=on.node,
         micro_batches=batches,
-        scoring_batches=-(-scored // fit) if scores_answers(objective) else 0,
+        # Before the update the policy scores the rows that are held to the reference, too.
+        scoring_batches=-(-scored // fit) + -(-held // fit),
+        reference_batches=-(-held // fit),
         cuda=on.cuda,
     )
     # One process, or one that is not sharded, exchanges nothing.

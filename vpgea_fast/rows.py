@@ -31,6 +31,7 @@ from vpgea_fast.types import (
     Path,
     PathKey,
     PromptedQuestion,
+    Score,
     ScoredBatch,
     TrainRow,
 )
@@ -93,7 +94,8 @@ def build_rows(
                 continue
             row = part_row(question, path, term, think_close_id)
             if row.token_ids.numel():
-                rows.append(_weigh(row, term, path, weight=weight, scale=factor, ratios=ratios))
+                row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
+                rows.append(replace(row, reference=_reference(batch, term, path)))
     return rows
 
 
@@ -130,7 +132,14 @@ def _weigh(
     # float64: the sum over 8k tokens of a row is rounded once, in the loss.
     coef, factor = torch.full(tokens, weight * scale, dtype=torch.float64), None
     if term.factors is not None:
-        factor = term.factors[path.key]
+        factor = term.factors.get(path.key)
+        # One number would be taken for all tokens, without a word.
+        if factor is None or factor.shape != tokens or not factor.isfinite().all():
+            got = "none" if factor is None else f"{factor.numel()} numbers"
+            raise ValueError(
+                f"objective, term {term.name!r}: factors of path {path.key}: got {got}; expected "
+                f"{tokens[0]} finite numbers"
+            )
     # The reference answer was not drawn, so no sampler is corrected on it.
     if ratios is not None and term.part != "target":
         # A ratio per drawn token, thought first: an answer's begin behind the thought.
@@ -140,6 +149,15 @@ def _weigh(
     if factor is not None:
         coef *= factor
     return replace(row, coef=coef, weight=weight, scale=scale, factor=factor, live=term.live)
+
+
+def _reference(batch: ScoredBatch, term: Term, path: Path) -> torch.Tensor | None:
+    """Log-probs of the term's tokens under the reference policy, where its loss reads them and they
+    are known."""
+    if term.live is None or not term.live.reference:
+        return None
+    score = Score(term.stream, term.view, term.part, "reference")
+    return batch.logps.get(score, {}).get(path.key)
 
 
 def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:

@@ -213,8 +213,8 @@ class Trainer:
         done, reasons, self.updated = [], [], False
         for rows in updates:
             # The paths stay and the policy moves: clipped ratios are taken anew each time.
-            now, clipped = self.stages.measure.moment(rows, moved=self.updated)
-            metrics, reason = self.update(now)
+            now, clipped, scored = self.stages.measure.moment(rows, moved=self.updated)
+            metrics, reason = self.update(now, scored)
             self.updated = self.updated or reason is None
             done.append(merge(metrics, clipped))
             reasons.append(reason)
@@ -234,17 +234,20 @@ class Trainer:
             found = merge(found, measure.view_divergence(batch, terms), self.stream_norms(rows))
         return found
 
-    def update(self, rows: Sequence[TrainRow]) -> tuple[dict[str, float | int], str | None]:
+    def update(
+        self, rows: Sequence[TrainRow], scored: Mapping[str, float]
+    ) -> tuple[dict[str, float | int], str | None]:
         """The gradient of all rows, one optimiser step; and why there was none, if there was none.
 
-        No rows or a non-finite gradient leave parameters and optimiser state bitwise unchanged.
+        `scored` is the loss by term of the rows that were scored before, for the log. No rows or a
+        non-finite gradient leave parameters and optimiser state bitwise unchanged.
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
         self.world.require_same(checksum(rows), "rows of this step and their coefficients")
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             found = merge(
-                {"lr": lr, "grad_norm": 0.0, "skipped": 1}, diagnostics.row_metrics([], [])
+                {"lr": lr, "grad_norm": 0.0, "skipped": 1}, diagnostics.row_metrics([], [], scored)
             )
             return found, "no path has a gradient"
         plan = self.stages.passes.plan(rows)
@@ -254,7 +257,7 @@ class Trainer:
         norm = apply_update(optimizer, lr=lr, max_grad_norm=clip)
         found = merge(
             {"lr": lr, "grad_norm": norm, "skipped": int(not math.isfinite(norm))},
-            diagnostics.row_metrics(rows, logps),
+            diagnostics.row_metrics(rows, logps, scored),
             diagnostics.plan_metrics(plan, rows, self.stages.passes.flops),
         )
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
@@ -408,7 +411,8 @@ class Trainer:
         names = dict.fromkeys(row.term for row in rows)
         if len(names) <= 1:
             return {}  # it is grad_norm
-        norms = {}
+        # With the coefficients of the moment: those of a reference policy are not in them before.
+        (rows, _, _), norms = self.stages.measure.moment(rows, moved=False), {}
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
             reshard(self.stages.policy)

@@ -46,10 +46,11 @@ class Question:
 class PromptedQuestion:
     """A question with the token ids of everything that is ever put around a thought.
 
-    `student_ids` is a function of (template, question text) alone; only `teacher_ids` and
+    `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers.
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
+    the values that an objective put into both prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -65,6 +66,7 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
@@ -77,7 +79,8 @@ class PromptedQuestion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index).
+    """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index);
+    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads.
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
     >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
@@ -89,6 +92,7 @@ class SampleRequest:
     index: int
     prompt_ids: Tensor
     seed: int
+    asked: PromptedQuestion | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +105,7 @@ class Path:
     answer_logps (m,) float32: their sampling log-probs; None where the engine gives none
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
+    asked      its question with prompts of its own, where the objective gives it fields
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -118,6 +123,7 @@ class Path:
     closed: bool
     finish: Finish
     answer_logps: Tensor | None = None
+    asked: PromptedQuestion | None = None
 
     @property
     def key(self) -> PathKey:
@@ -199,13 +205,14 @@ class ScoredPaths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """A step's questions, both streams of their paths and all that an objective may look at.
+    """A step's questions, all streams of their paths and all that an objective may look at.
 
     lost_B          (B,) int64: paths of each question that the engine gave up, and one more where
                     it gave up an answer sampled to score a path
     posterior_view  the prompt that the posterior paths were drawn from
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
+    reference       paths that the reference policy drew in the student view; None: it drew none
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -223,6 +230,13 @@ class ScoredBatch:
     posterior_view: View = "teacher"
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
+    reference: ScoredPaths | None = None
+
+    @property
+    def streams(self) -> dict[Stream, ScoredPaths]:
+        """Name -> paths, of the streams that there are."""
+        named: dict[Stream, ScoredPaths] = {"posterior": self.posterior, "prior": self.prior}
+        return named if self.reference is None else {**named, "reference": self.reference}
 
     @property
     def whole(self) -> ScoredBatch | None:
@@ -234,10 +248,11 @@ class ScoredBatch:
     @property
     def tokens(self) -> int:
         """Tokens that were sampled for these questions, thoughts and answers."""
-        return sum(path.generated for path in (*self.posterior.flat, *self.prior.flat))
+        return sum(p.generated for columns in self.streams.values() for p in columns.flat)
 
     def stream(self, name: Stream) -> ScoredPaths:
-        return self.posterior if name == "posterior" else self.prior
+        # KeyError for one that was not drawn: an empty stand-in would have a mean of its own.
+        return self.streams[name]
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""
@@ -278,8 +293,12 @@ class ScoredBatch:
 def with_questions(
     questions: Sequence[PromptedQuestion], groups: Groups
 ) -> list[tuple[PromptedQuestion, Path]]:
-    """Every path of the groups with its question, in their order."""
-    return [(q, path) for q, group in zip(questions, groups, strict=True) for path in group]
+    """Every path of the groups with its question as the path was asked it, in their order."""
+    return [
+        (path.asked or q, path)
+        for q, group in zip(questions, groups, strict=True)
+        for path in group
+    ]
 
 
 Columns = TypeVar("Columns", ScoredPaths, ScoredBatch)
@@ -313,11 +332,11 @@ def _join(record: Columns, other: Columns) -> Columns:
 
 
 class Live(Protocol):
-    """A loss of log-probs that change while the paths stay: by its derivative, token by token.
+    """The loss of each token of a path, of log-probs that change while the path stays.
 
     The log-probs now, before the first update of these paths, and of the reference policy are
-    (n,) float64, n the tokens of one path. The result is d loss / d now, (n,), of a loss that is
-    `weight * now` summed over tokens where now equals old and there is no reference.
+    (n,) float64, n the tokens of one path. The result is (n,), differentiable in `now`. Its
+    gradient is `weight` on every token where now equals old and there is no reference.
     """
 
     @property
@@ -336,11 +355,11 @@ class TrainRow:
     objective.
 
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
-    That sum is the loss, unless the path is `distilled`: drawn under another prompt. Its log-prob
-    there is subtracted then, sg log q(token_ids[t]), a constant for the log alone. `path` tells
-    which rows are one path; `sample_logps` are the sampler's log-probs.
+    That sum is the loss, unless it is `live` or the path `distilled`: drawn under another prompt.
+    Its log-prob there is subtracted then, sg log q(token_ids[t]), a constant for the log alone.
+    `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
 
-    live   makes coefficients of the log-probs of the moment: coef = scale * factor * live(weight)
+    live   the loss of log-probs of the moment, times scale * factor; coef is its derivative
     old    log-probs before the first update of these paths; reference: of the reference policy
 
     >>> ids = {"context_ids": torch.tensor([1, 5]), "token_ids": torch.tensor([4, 9])}
@@ -369,14 +388,43 @@ class TrainRow:
         """Tokens that go through the model for this row."""
         return self.context_ids.numel() + self.token_ids.numel()
 
+    def loss(self, now: Tensor) -> Tensor:
+        """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""
+        if self.live is None:
+            return self.coef * now
+        return self._scaled(self._alive(now.detach()))
+
     def at(self, now: Tensor) -> TrainRow:
         """The row with the coefficients of the moment, from its tokens' log-probs (n,)."""
         if self.live is None:
             return self
+        # A graph over one number per token: the model's own pass takes the derivative as it is.
+        with torch.enable_grad():
+            leaf = now.detach().clone().requires_grad_()
+            loss = self._alive(leaf)
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"objective, term {self.term!r}: live returned a constant, expected a loss of "
+                    "the log-probs now"
+                )
+            (slope,) = torch.autograd.grad(loss.sum(), leaf)
+        return replace(self, coef=self._scaled(slope))
+
+    def _alive(self, now: Tensor) -> Tensor:
+        assert self.live is not None
         # Not scored before: then this is the policy that drew the paths, and every ratio is 1.
-        old = now if self.old is None else self.old
-        coef = self.live(self.weight, now, old, self.reference) * self.scale
-        return replace(self, coef=coef if self.factor is None else coef * self.factor)
+        old = now.detach() if self.old is None else self.old
+        loss = self.live(self.weight, now, old, self.reference)
+        if loss.shape != now.shape:
+            raise ValueError(
+                f"objective, term {self.term!r}: live returned {tuple(loss.shape)}, expected a "
+                f"number per token {tuple(now.shape)}"
+            )
+        return loss
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        values = values * self.scale
+        return values if self.factor is None else values * self.factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

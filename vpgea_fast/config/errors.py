@@ -106,7 +106,8 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     # A validator of ours wrote its own sentence, which is better than any put together here.
     if None in expectations:
         own = error["msg"].removeprefix("Value error, ")
-        got = "" if "got " in own or isinstance(value, Mapping) else f", got {show(value)}"
+        told = "got " in own or error["type"] == "unknown_key" or isinstance(value, Mapping)
+        got = "" if told else f", got {show(value)}"
         return f"{own}{got}{remedy}"
     expected = " or ".join(map(str, expectations))
     if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):

@@ -71,8 +71,11 @@ class ModelConfig:
     liger: Literal["auto", "always", "never"] = "auto"
     """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
     reference: Literal["device", "disk"] = "device"
-    """Where the frozen reference policy lies, which is the model of `path`, if the objective reads
-    one. `device`: in shards beside the policy. `disk`: read anew in every step, then dropped."""
+    """Where the frozen reference policy lies, if the objective reads one. `device`: beside the
+    policy, in shards where that is. `disk`: read anew in every step, then dropped."""
+    reference_path: PathText | None = None
+    """The model that the reference policy is, of the shapes and the vocabulary of `path`. null:
+    that of `path`, with which the run began, also after a resume."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
     `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""
@@ -227,10 +230,10 @@ class DataConfig:
 @dataclass(frozen=True, config=STRICT)
 class PromptConfig:
     student: str = STUDENT_TEMPLATE
-    """Template of the student's prompt. `{question}` is its only field, so the student never sees
-    the answer."""
+    """Template of the student's prompt. `{question}` is its field, so the student never sees the
+    answer. An objective may give each path more (`Draws.fields`)."""
     teacher: str = TEACHER_TEMPLATE
-    """Template of the teacher's prompt, with the fields `{question}` and `{answer}`."""
+    """Template of the teacher's prompt: `{question}`, `{answer}`, and an objective's fields."""
     teacher_role: Literal["user", "system"] = "user"
     """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
@@ -246,6 +249,7 @@ class PromptConfig:
     """Text between the closed thought and the scored answer."""
     answer_target: str = "{{answer}}"
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
-    `{question}` and `{answer}` are the only fields; every other brace is itself."""
+    `{question}` and `{answer}` are the only fields. Other braces are themselves, but a name in
+    braces that nothing fills is refused."""
     chat_template_kwargs: Switches = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

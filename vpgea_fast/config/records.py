@@ -235,10 +235,13 @@ class Config:
                 "its own: it is written anew"
             )
         # Without an answer no path could be right, and the run would train on nothing.
-        if self.objective.draws().verified and not self.rollout.full_answer:
+        draws = self.objective.draws()
+        if (draws.verified or draws.answers) and not self.rollout.full_answer:
+            does = "verifies" if draws.verified else "trains"
+            other = "choose another reward" if draws.verified else "train the thought alone"
             raise ValueError(
-                f"objective {self.objective.name!r} verifies sampled answers, but "
-                "rollout.full_answer is false; set it to true or choose another reward"
+                f"objective {self.objective.name!r} {does} sampled answers, but "
+                f"rollout.full_answer is false; set it to true or {other}"
             )
         # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from vpgea_fast.config.records import Config
 from vpgea_fast.objectives import DEFAULT
@@ -16,7 +16,9 @@ VARIANTS = {"objective": DEFAULT.name, "engine": "hf"}
 def fields_of(record: Any) -> dict[str, Any]:
     """Map the keys of a record to their types; empty for what is no record."""
     # Resolved: with `from __future__ import annotations` a field's own type is text.
-    return get_type_hints(record) if dataclasses.is_dataclass(record) else {}
+    hints = get_type_hints(record) if dataclasses.is_dataclass(record) else {}
+    # A constant of the class is no key.
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
 def members_of(hint: Any) -> list[Any]:

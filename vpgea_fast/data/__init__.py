@@ -162,7 +162,9 @@ class Benchmark:
 class StudentPrompts(Protocol):
     """What of a Prompter an evaluation may use: no teacher prompt can reach it."""
 
-    def student_ids(self, question_texts: Sequence[str]) -> list[Tensor]: ...
+    def student_ids(
+        self, question_texts: Sequence[str], ids: Sequence[str] | None = None
+    ) -> list[Tensor]: ...
 
     def shown(self, ids: Tensor) -> str: ...
 
@@ -191,8 +193,8 @@ def load_benchmarks(
             )
         # eval.limit in the place of data.limit; a limit of the file's own still wins.
         loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
-        texts = [question.text for question in loaded.questions]
-        questions = tuple(zip(loaded.questions, prompter.student_ids(texts), strict=True))
+        texts, names = ([getattr(q, key) for q in loaded.questions] for key in ("text", "id"))
+        questions = tuple(zip(loaded.questions, prompter.student_ids(texts, names), strict=True))
         # An accuracy over the shorter questions alone would look like the benchmark's.
         long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
         if long:

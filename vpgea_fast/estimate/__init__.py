@@ -19,6 +19,8 @@ ceil(rows / S) rows of every parameter.
 | sampling  | KV cache, prefill, logits (no gradients); or vLLM, awake                            |
 | scoring   | vLLM in the training processes, awake for train.resample_rounds beside a forward    |
 |           | without gradients                                                                   |
+| reference | a forward of the reference policy, beside the ends of the policy; its weights are   |
+|           | there in every phase, or with model.reference disk in this one                      |
 | sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
 
 vLLM awake is its weights / tensor_parallel, its work and its KV cache: together engine.gpu_memory
@@ -37,6 +39,7 @@ from vpgea_fast.estimate.memory import (
     MemoryEstimate,
     estimate_memory,
     optimizer_bytes,
+    reference_bytes,
 )
 from vpgea_fast.estimate.traffic import Traffic, communication
 
@@ -52,4 +55,5 @@ __all__ = [
     "estimate_memory",
     "model_shape",
     "optimizer_bytes",
+    "reference_bytes",
 ]

@@ -133,35 +133,42 @@ def estimate_memory(
     An upper estimate: every micro-batch is full, every row is trained, all paths of a batch reach
     the longest length together. Not counted: what torch does not allocate (see RESERVE).
     """
-    lay, model = Layout(shape, cfg, world, cuda), cfg.model
+    lay = Layout(shape, cfg, world, cuda)
     offload, replica = cfg.parallel.cpu_offload, shape.parameters * lay.forward
+    held = 0 if offload else reference_bytes(lay)
+    frozen = {"reference": held} if held else {}
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
     }
-    held = 0 if offload else _reference(lay)
-    if held and model.reference == "device":
-        states["reference"] = held
+    if cfg.model.reference == "device":
+        states |= frozen
     copies = {"forward copy": replica if lay.autocast else 0}
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
+    awake = {**states, **(engine.parts if engine else {})}
     gradients = _gradients(lay)
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
-    if model.activation_checkpointing == "none":  # else freed before the head
+    if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
-    if held and model.reference == "disk":
-        phases["reference"] = {**beside, **_scoring(lay), **copies, "reference": held}
+    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
+    if reads_reference(cfg.objective):
+        # Where it may be asked again in a step, vLLM is awake.
+        asleep = not cfg.train.resample_rounds and (scored or not scores_answers(cfg.objective))
+        around = {**(beside if asleep else awake), **frozen}
+        phases["reference"] = {**around, **_reference_pass(lay), **copies}
     # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    # The reference policy's weights are there while it draws, or is handed to the engine.
+    own = frozen if cfg.objective.draws().reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
     if cfg.engine.name == "hf":
-        phases["sampling"] = {**states, **_sampling(lay, context=context, prompt=prompt), **copies}
+        drawing = _sampling(lay, context=context, prompt=prompt)
+        phases["sampling"] = {**states, **drawing, **copies, **own}
         return MemoryEstimate(phases, _host(lay), shape.parameters)
-    awake = {**states, **(engine.parts if engine else {})}
     probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
-    phases["sampling"] = {**awake, **probe}
-    scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
+    phases["sampling"] = {**awake, **probe, **own}
     if engine and scored and cfg.train.resample_rounds:
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
@@ -203,11 +210,19 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     }
 
 
-def _reference(lay: Layout) -> int:
-    """Count the bytes of the frozen reference policy's shards, if the objective reads one."""
+def reference_bytes(lay: Layout) -> int:
+    """Count the bytes of the frozen reference policy on one process; 0 where none is asked for."""
     if not reads_reference(lay.cfg.objective):
         return 0
+    # Shards are gathered in the forward's dtype, and need no wider one to be updated in.
     return lay.held * (lay.forward if lay.sharded else lay.master)
+
+
+def _reference_pass(lay: Layout) -> dict[str, int]:
+    """Size a forward of the reference policy: what scoring takes, and the ends of the policy, which
+    may still be gathered from a pass of its own."""
+    parts, ends = _scoring(lay), numel(lay.shape.head) + numel(lay.shape.embedding)
+    return {**parts, "units": parts["units"] + lay.forward * ends * lay.sharded}
 
 
 def optimizer_bytes(lay: Layout) -> int:
@@ -406,7 +421,7 @@ def _host(lay: Layout) -> dict[str, int]:
     host = {}
     if lay.cfg.parallel.cpu_offload:
         host = {"weights, optimiser": states, "gradients": lay.held * lay.master}
-        if held := _reference(lay):
+        if held := reference_bytes(lay):
             host["reference"] = held
     if lay.cfg.checkpoint.background:
         host["checkpoint copy"] = states

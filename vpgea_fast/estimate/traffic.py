@@ -33,14 +33,16 @@ def communication(
     node: int = 8,
     micro_batches: int = 1,
     scoring_batches: int = 0,
+    reference_batches: int = 0,
     cuda: bool = True,
 ) -> dict[str, Traffic]:
-    """Count what FSDP2 moves in a step of `micro_batches` and `scoring_batches` per process, with
-    `node` devices per node.
+    """Count what FSDP2 moves in a step of `micro_batches`, `scoring_batches` and, of the reference
+    policy, `reference_batches` per process, with `node` devices per node.
 
     A micro-batch gathers every block twice (forward, backward), a scoring batch once. Embedding and
     root stay gathered from a scoring batch to the next backward, the head to the last one of the
-    step: it is gathered and reduced once. The other gradients are reduced every micro-batch, or
+    step: it is gathered and reduced once. The reference policy gives up what it gathered after each
+    pass, of which there is one. The other gradients are reduced every micro-batch, or
     once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
     sampling replica is filled, or vLLM's weights are.
     """
@@ -62,6 +64,9 @@ def communication(
         "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
         "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
     }
+    if reference_batches:
+        own = [(n, reference_batches) for n in blocks] + [(n, 1) for n in (*ends, head)]
+        traffic["reference"] = _ring(own, lay.forward, group=shards, node=node)
     # HSDP: gradients are summed over the replicas after each has reduced its own.
     if replicas > 1:
         sums = [(n, 1) for n in units]

@@ -7,6 +7,7 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import json
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, PlainSerializer, TypeAdapter, WrapValidator
+from pydantic import Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from vpgea_fast.objectives.base import (
     Draws,
@@ -26,8 +28,10 @@ from vpgea_fast.objectives.base import (
     Term,
     Terms,
     reads_reference,
+    reference_rows,
     scores_answers,
 )
+from vpgea_fast.objectives.checks import ask, check_objective, check_terms
 from vpgea_fast.objectives.policy_gradient import (
     Cispo,
     Dapo,
@@ -61,7 +65,10 @@ __all__ = [
     "Term",
     "Terms",
     "Vpgea",
+    "ask",
+    "check_terms",
     "reads_reference",
+    "reference_rows",
     "scores_answers",
     "with_preset",
 ]
@@ -102,20 +109,20 @@ def custom_type(target: str) -> type:
     ValueError, in one line, for a target that cannot be imported or is no objective.
     """
     module, _, attribute = target.partition(":")
-    # Last, so that a file here shadows no module of an installed package.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     try:
+        # Last, so that a file here shadows no module of an installed package.
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
         kind: Any = importlib.import_module(module)
-    except Exception as error:  # the user's module may fail in any way
+    except (Exception, SystemExit) as error:  # the user's module may fail in any way
         raise ValueError(f"cannot import {module}: {one_line(error)}") from error
     for part in attribute.split("."):
         if not hasattr(kind, part):
             raise ValueError(f"{module} has no {attribute}")
         kind = getattr(kind, part)
-    if not (isinstance(kind, type) and is_pydantic_dataclass(kind)):
+    if not (isinstance(kind, type) and is_pydantic_dataclass(kind) and _is_frozen(kind)):
         raise ValueError(
-            f"{target} is no pydantic dataclass; decorate the class with "
+            f"{target} is no frozen pydantic dataclass; decorate the class with "
             "pydantic.dataclasses.dataclass(frozen=True, config=vpgea_fast.objectives.STRICT)"
         )
     # Before any path is drawn: a method that is missing would end the run in its first step.
@@ -136,20 +143,43 @@ def custom_type(target: str) -> type:
 METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
 
 
+def _is_frozen(kind: Any) -> bool:
+    return kind.__dataclass_params__.frozen
+
+
 def _read(value: Any, _: Any) -> Any:
     """An objective as it is, or the one that a section describes."""
-    if not isinstance(value, Mapping):
-        if any(not hasattr(value, name) for name in METHOD_NAMES):
-            raise ValueError(f"got {json.dumps(value, default=str)}, expected keys and values")
-        return value
-    # The user's class is found by its target; all others by their name.
+    objective = value if not isinstance(value, Mapping) else _made(value)
+    if any(not hasattr(objective, name) for name in METHOD_NAMES):
+        raise ValueError(f"got {json.dumps(value, default=str)}, expected keys and values")
+    check_objective(objective)
+    return objective
+
+
+def _made(section: Mapping[str, Any]) -> Any:
     kind: Any = _SECTION
-    if value.get("name") == "custom" and isinstance(value.get("target"), str):
-        if not re.fullmatch(TARGET, value["target"]):
-            raise ValueError(f"target: got {value['target']!r}, expected package.module:Class")
-        kind = custom_type(value["target"])
+    # The user's class is found by its target; all others by their name.
+    if section.get("name") == "custom" and isinstance(section.get("target"), str):
+        if not re.fullmatch(TARGET, section["target"]):
+            raise ValueError(f"target: got {section['target']!r}, expected package.module:Class")
+        kind = custom_type(section["target"])
+        _refuse_unknown(kind, section)
     # Through JSON: pydantic's strict mode takes lists for tuples there, and from Python not.
-    return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    return TypeAdapter(kind).validate_json(json.dumps(section), strict=True)
+
+
+def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
+    """ValidationError for a key that the class lacks, with the nearest: its fields are no part of
+    the configuration's own records, which would be searched otherwise."""
+    known = [*kind.__pydantic_fields__]
+    for key in section:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        error = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
+        details = InitErrorDetails(type=error, loc=(key,), input=section[key])
+        raise ValidationError.from_exception_data(kind.__name__, [details])
 
 
 def _write(objective: Any) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.names import Norm, Part, PathKey, Score, Stream, View
+from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
@@ -37,31 +38,76 @@ class Draws:
     """What a step samples of each question.
 
     posterior, prior  paths of each stream
+    reference         paths of the frozen reference policy, in the student view
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
+    fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
+                      number: a pure function of the path's place
+
+    >>> budget = {"budget": lambda slot: 64 + 64 * (slot.seed % 3)}
+    >>> Draws(prior=4, fields=budget).values(Slot("q0", "prior", 0, step=0, seed=5))
+    {'budget': '192'}
     """
 
     posterior: int = 0
     prior: int = 0
+    reference: int = 0
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+    fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in get_args(Stream):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")
+        if not self.paths:
+            raise ValueError("Draws: got no paths; ask for posterior or prior paths")
+        if self.posterior_view not in get_args(View):
+            known = " or ".join(get_args(View))
+            raise ValueError(f"Draws.posterior_view: got {self.posterior_view!r}, expected {known}")
+        for name, value in self.fields.items():
+            taken = name in ("question", "answer")
+            if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
+                raise ValueError(
+                    f"Draws.fields: got {name!r}: {value!r}, expected a name in small letters, not "
+                    "question or answer, and a function of a Slot"
+                )
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
 
+    def values(self, slot: Slot) -> dict[str, str]:
+        """The fields of a path's prompt. ValueError for a function that fails, or gives no text."""
+        found = {}
+        for name, value in self.fields.items():
+            try:
+                got = value(slot)
+            except Exception as error:  # a function of the user's may fail in any way
+                said = f"{type(error).__name__}: {error}"
+                raise ValueError(f"objective, field {name!r} of {slot}: raised {said}") from error
+            if isinstance(got, bool) or not isinstance(got, (str, int)):
+                raise ValueError(
+                    f"objective, field {name!r} of {slot}: got {got!r}, expected text or a whole "
+                    "number"
+                )
+            found[name] = str(got)
+        return found
+
     @property
     def paths(self) -> int:
-        """Paths of a question, both streams."""
+        """Paths of a question, all streams."""
         # What a question costs the engine; scoring costs a forward of each again.
-        return self.posterior + self.prior
+        return self.posterior + self.prior + self.reference
 
     @property
     def plan(self) -> list[tuple[Stream, View, int]]:
-        """(stream, view that it is drawn in, paths per question), posterior first."""
+        """(stream, view that it is drawn in, paths per question), in the order of drawing."""
         return [
             ("posterior", self.posterior_view, self.posterior),
             ("prior", "student", self.prior),
+            ("reference", "student", self.reference),
         ]
 
     @property
@@ -173,8 +219,8 @@ class Objective(Protocol):
         ...
 
     def needs(self) -> frozenset[Score]:
-        """Say which log-probs `terms` reads. Of part `target` they come as `u_BP` of the stream, of
-        other parts as `ScoredBatch.logps`."""
+        """Say which log-probs `terms` or its live parts read. The policy's of part `target` come as
+        `u_BP` of the stream, all others as `ScoredBatch.logps`."""
         ...
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
@@ -233,6 +279,13 @@ def scores_answers(objective: Objective) -> bool:
     return any(score.part == "target" and score.who == "policy" for score in objective.needs())
 
 
+def reference_rows(objective: Objective) -> int:
+    """Count the rows of a question that the reference policy scores, one per path and score."""
+    counts = {stream: count for stream, _, count in objective.draws().plan}
+    return sum(counts[score.stream] for score in objective.needs() if score.who == "reference")
+
+
 def reads_reference(objective: Objective) -> bool:
-    """Log-probs of the frozen reference policy are read."""
-    return any(score.who == "reference" for score in objective.needs())
+    """The frozen reference policy is asked: for log-probs, or for paths."""
+    needed = any(score.who == "reference" for score in objective.needs())
+    return needed or objective.draws().reference > 0

@@ -180,13 +180,14 @@ class PolicyGradient(GroupKeys):
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
 class Surrogate:
-    """d loss / d log p of a clipped or truncated ratio, and of the KL to a reference policy.
+    """The loss of each token of a path, with A = -weight and r = exp(now - old).
 
-    With A = -weight and r = exp(now - old), or its geometric mean over the path:
-
-        clip      weight r, and 0 where clipping it decides: A > 0 and r > high, A < 0 and r < low
-        truncate  weight min(r, high)
-        KL        kl_coef (1 - exp(d)), d = reference - now; 0 where `kl_bound` holds the estimate
+    clip      -min(r A, clip(r, low, high) A)
+    truncate  -A sg min(r, high) now
+    sequence  r is the geometric mean over the path, with each token's own gradient: GSPO-token,
+              whose sum is that of GSPO
+    KL        kl_coef (exp(d) - d - 1), d = reference - now; with a finite `kl_bound`, d is held
+              to [-20, 20] and the estimate to +-kl_bound
     """
 
     ratio: Literal["token", "sequence"] = "token"
@@ -203,28 +204,26 @@ class Surrogate:
     def __call__(self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
         log_ratio = now - old
         if self.ratio == "sequence":
-            # Every token's derivative of exp(mean) is exp(mean) / n, n times per path: equal to it.
-            log_ratio = log_ratio.mean().expand_as(now)
+            # now - now.detach() is 0, and carries the gradient of the token alone (eq. 14).
+            log_ratio = log_ratio.mean().detach() + (now - now.detach())
         r = log_ratio.exp()
         if self.truncate:
             # For either sign of A, as MiniMax-M1 writes it: no lower bound.
-            coef = weight * r.clamp(max=self.high)
+            loss = weight * r.detach().clamp(max=self.high) * now
         else:
-            # min(r A, clip(r) A) takes the clipped branch, which is flat, only where the ratio has
-            # already moved the way that A pushes it.
-            clipped = (r > self.high) if weight < 0 else (r < self.low)
-            coef = weight * r.masked_fill(clipped, 0.0)
+            # The clipped branch is flat. At r = 1 both are equal, and halves of the gradient add up
+            # to the whole of it, bitwise.
+            loss = (weight * r).maximum(weight * r.clamp(self.low, self.high))
         if not self.reference:
-            return coef
+            return loss
         if reference is None:
             raise ValueError("KL: got no log-probs of a reference policy, expected one per token")
-        # d/d now of exp(gap) - gap - 1 with gap = reference - now.
         gap = reference - now
-        if math.isinf(self.kl_bound):
-            return coef + self.kl_coef * (1 - gap.exp())
-        # Where a bound holds, the estimate no longer moves with the policy.
-        inside = (gap.abs() < 20) & (gap.exp() - gap - 1 < self.kl_bound)
-        return coef + self.kl_coef * (1 - gap.clamp(-20, 20).exp()).where(inside, 0.0)
+        if math.isfinite(self.kl_bound):
+            gap = gap.clamp(-20.0, 20.0)
+        # Where a bound holds, the estimate is flat.
+        estimate = (gap.exp() - gap - 1).clamp(-self.kl_bound, self.kl_bound)
+        return loss + self.kl_coef * estimate
 
 
 @dataclass(frozen=True, config=STRICT)

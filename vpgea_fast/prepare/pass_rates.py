@@ -244,7 +244,7 @@ def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> l
     """Each question with its student prompt; a rate without answers for those that a run drops."""
     # As a training run leaves them out, so that a rate exists for what would be trained on.
     plain = [q for q in questions if not model.text.prompter.has_special(q.text)]
-    ids = model.text.prompter.student_ids([q.text for q in plain])
+    ids = model.text.prompter.student_ids([q.text for q in plain], [q.id for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
     limit = cfg.data.max_prompt_tokens
     asked: list[Item | Rate] = []

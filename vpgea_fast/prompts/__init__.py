@@ -18,14 +18,20 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vpgea_fast.config import ConfigError, PromptConfig
 from vpgea_fast.prompts.templates import (
+    NOTHING,
+    Fields,
+    Values,
+    around,
     chat_template_of,
     check_templates,
+    difference,
     fill,
     model_of,
     read_names,
@@ -56,9 +62,14 @@ class Prompter:
     a switch that the template never reads, a thought that it closes itself.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> None:
-        check_templates(cfg)
-        self._tokenizer, self._cfg = tokenizer, cfg
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: PromptConfig,
+        fields: Fields = MappingProxyType({}),
+    ) -> None:
+        check_templates(cfg, fields)
+        self._tokenizer, self._cfg, self._fields = tokenizer, cfg, fields
         self._template = chat_template_of(tokenizer)
         self._owner = f"the chat template of {model_of(tokenizer)}"
         # Before any rendering: a switch that is never read changes nothing, and nothing shows it.
@@ -68,7 +79,8 @@ class Prompter:
         # What the template puts behind a user turn, learnt from the probe below: a later
         # turn may be so short that it occurs in it.
         self._tail: str | None = None
-        probe = self.student_text("What is 1 + 1?")  # a template that cannot render ends here
+        # A template that cannot render ends here.
+        probe = self.student_text("What is 1 + 1?", dict.fromkeys(fields, "1"))
         self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
         steering = self._steering_tokens(self._template + probe)
         # Some tokenizers find their tokens after normalising, some before: both forms count.
@@ -76,19 +88,20 @@ class Prompter:
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
 
-    def student_text(self, question_text: str) -> str:
+    def student_text(self, question_text: str, values: Values = NOTHING) -> str:
         """The student view as text; what the model sees are `student_ids`."""
-        return self._chat({"role": "user", "content": self._student_turn(question_text)})
+        return self._chat({"role": "user", "content": self._student_turn(question_text, values)})
 
-    def teacher_text(self, question: Question) -> str:
+    def teacher_text(self, question: Question, values: Values = NOTHING) -> str:
         """The teacher view as text."""
-        words = fill(self._cfg.teacher, question=question.text, answer=question.answer)
+        known = {"question": question.text, "answer": question.answer}
+        words = fill(self._cfg.teacher, **known, **values)
         # As a user turn the template holds the question itself; as a system turn it goes before it.
         if self._cfg.teacher_role == "user":
             return self._chat({"role": "user", "content": words})
         return self._chat(
             {"role": "system", "content": words},
-            {"role": "user", "content": self._student_turn(question.text)},
+            {"role": "user", "content": self._student_turn(question.text, values)},
         )
 
     def shown(self, ids: torch.Tensor) -> str:
@@ -103,12 +116,20 @@ class Prompter:
         """
         return any(self._steers.search(form) for t in texts for form in {t, self._normalised(t)})
 
-    def student_ids(self, question_texts: Sequence[str]) -> list[torch.Tensor]:
-        """The student view alone, for evaluation: no teacher prompt is ever made."""
-        return self._student_ids(question_texts, [repr(text[:80]) for text in question_texts])
+    def student_ids(
+        self, question_texts: Sequence[str], ids: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """The student view alone, for evaluation: no teacher prompt is ever made. `ids` of the
+        questions, on which the values of an objective's fields may depend; else their texts."""
+        names = [repr(text[:80]) for text in question_texts]
+        return self._student_ids(question_texts, names, self._values(ids or question_texts))
 
-    def prompt(self, questions: Sequence[Question]) -> list[PromptedQuestion]:
+    def prompt(
+        self, questions: Sequence[Question], values: Sequence[Values] | None = None
+    ) -> list[PromptedQuestion]:
         """Tokenise both views of every question, the cue and the target, each by itself.
+
+        values  of the objective's fields, for each question; None: those of an evaluation
 
         Tokenising cue and target apart is canonical for the default templates: byte-level BPEs of
         the Qwen2 and Llama 3 kind always break between `\\boxed` and `{`. A ConfigError names the
@@ -118,8 +139,10 @@ class Prompter:
         fields = [{"question": q.text, "answer": q.answer} for q in questions]
         cues = [fill(cfg.answer_cue, question=q.text) for q in questions]
         # A column at a time: a fast tokenizer takes a list in parallel, a call per text not.
-        student = self._student_ids([q.text for q in questions], names)
-        teacher = self._encode([self.teacher_text(q) for q in questions], names)
+        values = self._values([q.id for q in questions]) if values is None else values
+        student = self._student_ids([q.text for q in questions], names, values)
+        asked = zip(questions, values, strict=True)
+        teacher = self._encode([self.teacher_text(q, v) for q, v in asked], names)
         cue = self._behind_thought([""] * len(cues), cues, names)
         # From the plainest spelling (data/answers.py): U is the likelihood of one spelling.
         targets = [fill(cfg.answer_target, **f) for f in fields]
@@ -142,6 +165,7 @@ class Prompter:
                 cue_ids=cue[i],
                 target_ids=target[i],
                 variant_ids=variants[i],
+                fields=values[i],
             )
             for i, question in enumerate(questions)
         ]
@@ -177,17 +201,24 @@ class Prompter:
             )
         return kept, {f"longer than {limit} tokens": dropped, "special token in text": spelled}
 
-    def _student_ids(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
-        for text, name in zip(texts, names, strict=True):
-            if self.has_special(text):
+    def _values(self, ids: Sequence[str]) -> list[dict[str, str]]:
+        return [{name: value(id_) for name, value in self._fields.items()} for id_ in ids]
+
+    def _student_ids(
+        self, texts: Sequence[str], names: Sequence[str], values: Sequence[Values]
+    ) -> list[torch.Tensor]:
+        for text, name, own in zip(texts, names, values, strict=True):
+            if self.has_special(text, *own.values()):
+                what = f"{text[:200]!r}" + (f" with {dict(own)}" if own else "")
                 raise ConfigError(
-                    f"question {name} spells a special token of this model: {text[:200]!r}; as a "
+                    f"question {name} spells a special token of this model: {what}; as a "
                     "prompt it would steer the chat, so take the question out or rewrite it"
                 )
-        return self._encode([self.student_text(text) for text in texts], names)
+        asked = zip(texts, values, strict=True)
+        return self._encode([self.student_text(text, own) for text, own in asked], names)
 
-    def _student_turn(self, question_text: str) -> str:
-        return fill(self._cfg.student, question=question_text)
+    def _student_turn(self, question_text: str, values: Values) -> str:
+        return fill(self._cfg.student, question=question_text, **values)
 
     def _chat(self, *messages: dict[str, str]) -> str:
         roles = " + ".join(message["role"] for message in messages)
@@ -292,14 +323,14 @@ class Prompter:
         # lacks.
         for text, said, name in zip(texts, self._decode(rows), names, strict=True):
             if said != text and said != unicodedata.normalize("NFC", text):
-                raise ConfigError(_difference(text, said, name))
+                raise ConfigError(difference(text, said, name))
 
     def _ids(self, texts: Sequence[str], names: Sequence[str]) -> list[torch.Tensor]:
         for text, name in zip(texts, names, strict=True):
             if (place := LONE_SURROGATE.search(text)) is not None:
                 raise ConfigError(
                     f"question {name}: half a character (a lone surrogate) at {place.start()}: "
-                    f"{_around(text, place.start())!r}; expected Unicode text, repair the row"
+                    f"{around(text, place.start())!r}; expected Unicode text, repair the row"
                 )
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [torch.tensor(row, dtype=torch.long) for row in ids]
@@ -375,22 +406,6 @@ class Prompter:
                 "the tag to the tokenizer (add_tokens) and to the embedding"
             )
         return int(ids.item())
-
-
-def _difference(text: str, said: str, name: str) -> str:
-    place = next(
-        (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
-        min(len(text), len(said)),
-    )
-    return (
-        f"question {name}: the tokenizer does not keep the text: at character {place} "
-        f"{_around(text, place)!r} becomes {_around(said, place)!r}; use a tokenizer.json that can "
-        "be decoded without a loss, or take such characters out of data and prompt templates"
-    )
-
-
-def _around(text: str, place: int) -> str:
-    return text[max(0, place - 20) : place + 20]
 
 
 def eos_ids(

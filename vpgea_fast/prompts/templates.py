@@ -1,12 +1,14 @@
-"""Templates: the four of the configuration, and the chat template that a model brings."""
+"""Templates: the four of the configuration with their fields, and the chat template that a model
+brings."""
 
 from __future__ import annotations
 
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.config import ConfigError, PromptConfig
@@ -14,7 +16,17 @@ from vpgea_fast.config import ConfigError, PromptConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELD = re.compile(r"\{(question|answer)\}")
+FIELD = re.compile(r"\{(\w+)\}")
+OWN = ("question", "answer")
+"""Fields that every run has."""
+UNKNOWN = re.compile(r"(?<![\w\\{}^])\{([a-z]\w{2,})\}")
+"""What looks like a field; a brace behind a word, a backslash, a brace or ^ is LaTeX's."""
+Values = Mapping[str, str]
+"""Of the fields that an objective gives to a prompt, beside question and answer."""
+Fields = Mapping[str, Callable[[str], str]]
+"""Field -> question id -> its value where no path is drawn: in an evaluation, and in a first look
+at the lengths of prompts."""
+NOTHING: Values = MappingProxyType({})
 RING_AGAIN = 0.1
 """Jinja takes an error while it folds constants for a reason to compute them later."""
 
@@ -91,18 +103,26 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def fill(template: str, **fields: str) -> str:
-    """`template` with {question} and {answer} replaced, in one pass: what is put in stays itself.
+    """`template` with {question}, {answer} and the other fields replaced, in one pass: what is put
+    in stays itself.
 
-    Every other brace is itself. A KeyError for a field that is not given.
+    Every other brace is itself. A KeyError where question or answer is not given.
 
     >>> fill("{question} {{answer}} {x}", question="{answer}?", answer="4")
     '{answer}? {4} {x}'
     """
-    return FIELD.sub(lambda match: fields[match[1]], template)
+
+    def value(match: re.Match[str]) -> str:
+        return fields[match[1]] if match[1] in (*OWN, *fields) else match[0]
+
+    return FIELD.sub(value, template)
 
 
-def check_templates(cfg: PromptConfig) -> None:
-    """Refuse a template with a field that it must not have, or without one that it must."""
+def check_templates(cfg: PromptConfig, fields: Collection[str] = ()) -> None:
+    """Refuse a template with a field that it must not have, or without one that it must.
+
+    fields  names that the objective gives to each path's prompt
+    """
     leak = "has the field {answer}, which would show the answer to the student; leave it out"
     rules = [
         ("student", cfg.student, "{answer}", False, leak),
@@ -115,9 +135,53 @@ def check_templates(cfg: PromptConfig) -> None:
     for name, template, field, required, complaint in rules:
         if (field in template) != required:
             raise ConfigError(f"prompt.{name} {complaint}; got {template!r}")
+    _check_fields(cfg, fields)
     # A thought would end where it begins.
     if cfg.think_open == cfg.think_close:
         raise ConfigError(
             f"prompt.think_close: got {cfg.think_close!r}, which think_open is too; expected the "
             "tag that ends a thought"
         )
+
+
+def _check_fields(cfg: PromptConfig, fields: Collection[str]) -> None:
+    """Refuse a field that no prompt shows, and a name in braces that nobody fills."""
+    for name in fields:
+        if f"{{{name}}}" not in cfg.student + cfg.teacher:
+            raise ConfigError(
+                f"prompt.student lacks the field {{{name}}}, which the objective gives to every "
+                "path, and so does prompt.teacher; write it into one of them"
+            )
+    templates = {
+        "student": (cfg.student, fields),
+        "teacher": (cfg.teacher, fields),
+        "answer_cue": (cfg.answer_cue, ()),
+        "answer_target": (cfg.answer_target, ()),
+    }
+    for key, (template, given) in templates.items():
+        # The model would read the braces and the name.
+        for name in UNKNOWN.findall(template):
+            if name not in (*OWN, *given):
+                known = ", ".join(f"{{{word}}}" for word in (*OWN, *given))
+                raise ConfigError(
+                    f"prompt.{key}: nothing fills {{{name}}}; expected {known}. An objective gives "
+                    f"more (Draws.fields); for the braces themselves write {{ {name} }}"
+                )
+
+
+def difference(text: str, said: str, name: str) -> str:
+    """Say where the ids of a text say another one, for an error."""
+    place = next(
+        (i for i, (a, b) in enumerate(zip(text, said, strict=False)) if a != b),
+        min(len(text), len(said)),
+    )
+    return (
+        f"question {name}: the tokenizer does not keep the text: at character {place} "
+        f"{around(text, place)!r} becomes {around(said, place)!r}; use a tokenizer.json that can "
+        "be decoded without a loss, or take such characters out of data and prompt templates"
+    )
+
+
+def around(text: str, place: int) -> str:
+    """The text near a place in it."""
+    return text[max(0, place - 20) : place + 20]

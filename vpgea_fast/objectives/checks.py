@@ -1,0 +1,170 @@
+"""What an objective answers, held to what the trainer can do with it: one line for what it cannot.
+
+The methods of this project pass here too: a wrong shape would broadcast, and train on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from vpgea_fast.names import Norm, Part, Score, Stream, View, Who
+from vpgea_fast.objectives.base import Draws, Objective, Term, Terms, reads_reference
+from vpgea_fast.values import one_line
+
+if TYPE_CHECKING:
+    from vpgea_fast.types import ScoredBatch
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+DENOMINATORS = ("nominal", "effective")
+
+
+def title(objective: Any) -> str:
+    """How an error calls an objective: by its name, and one of the user's by its class too."""
+    target = getattr(objective, "target", None)
+    return f"objective {objective.name}" + (f" ({target})" if target else "")
+
+
+def ask(objective: Any, method: str, *given: Any) -> Any:
+    """What a method returns. ValueError, in one line with its name, for whatever it raises."""
+    try:
+        return getattr(objective, method)(*given)
+    except Exception as error:  # a class of the user's may fail in any way
+        name, said = type(error).__name__, one_line(error)
+        said = said if said.startswith(name) else f"{name}: {said}"
+        raise ValueError(f"{title(objective)}: {method}() raised {said}") from error
+
+
+def check_objective(objective: Any) -> None:
+    """ValueError for keys, draws and needs that no step could follow; before any path is drawn."""
+    who = title(objective)
+    # Any other word would fall through to the last normaliser, without a sign of it.
+    for key, known in (("norm", get_args(Norm)), ("denominator", DENOMINATORS)):
+        if (got := getattr(objective, key)) not in known:
+            raise ValueError(f"{who}: {key}: got {got!r}, expected one of {', '.join(known)}")
+    constant = objective.norm_constant
+    if constant is not None and not (_is_number(constant) and 0 < constant < math.inf):
+        raise ValueError(f"{who}: norm_constant: got {constant!r}, expected a number above 0")
+    draws, needs = ask(objective, "draws"), ask(objective, "needs")
+    if not isinstance(draws, Draws):
+        raise ValueError(f"{who}: draws() returned {_shown(draws)}, expected Draws")
+    if not isinstance(needs, (set, frozenset)):
+        raise ValueError(f"{who}: needs() returned {_shown(needs)}, expected a frozenset of Score")
+    known = [get_args(kind) for kind in (Stream, View, Part, Who)]
+    for score in needs:
+        if not (isinstance(score, Score) and all(map(operator.contains, known, score))):
+            raise ValueError(f"{who}: needs() asks for {_shown(score)}, expected a Score")
+        if not getattr(draws, score.stream):
+            raise ValueError(
+                f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "
+                "asks for none; draw them, or leave the score out"
+            )
+    if not all(hasattr(ask(objective, "at", 0), name) for name in ("draws", "needs", "terms")):
+        raise ValueError(f"{who}: at(0) returned no objective; return self, or a changed copy")
+
+
+def check_terms(objective: Objective, terms: Any, batch: ScoredBatch) -> None:
+    """ValueError, with the term's name, for what cannot become rows and a line of the log."""
+    who = title(objective)
+    if not isinstance(terms, Terms) or not terms.parts:
+        got = "no parts" if isinstance(terms, Terms) else _shown(terms)
+        raise ValueError(f"{who}: terms() returned {got}, expected Terms with one part or more")
+    for term in terms.parts:
+        _check_term(objective, term, batch)
+    for stream, scores in terms.path_scores.items():
+        for name, score_BP in scores.items():
+            _check_shape(objective, score_BP, batch, stream=stream, what=f"path_scores {name!r}")
+    for name, value in terms.metrics.items():
+        if not (value is None or _is_number(value)):
+            raise ValueError(f"{who}: metric {name!r} is {_shown(value)}, expected a number")
+    _check_state(who, terms.state)
+
+
+def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
+    import torch  # terms exist; a configuration, which is checked here too, must not wait for it
+
+    if not isinstance(term, Term) or not NAME.fullmatch(str(term.name)):
+        got = _shown(term.name if isinstance(term, Term) else term)
+        raise ValueError(f"{title(objective)}: got the part {got}, expected a Term, its name a-z")
+    of = f"term {term.name!r}: "
+    who = f"{title(objective)}, {of[:-2]}"
+    for key, kind in (("stream", Stream), ("view", View), ("part", Part)):
+        if (got := getattr(term, key)) not in get_args(kind):
+            known = ", ".join(get_args(kind))
+            raise ValueError(f"{who}: {key}: got {got!r}, expected one of {known}")
+    # Their lengths are planned for, and the paths asked for them, by what draws() says.
+    if term.part in ("response", "answer") and not objective.draws().answers:
+        raise ValueError(
+            f"{who}: trains the {term.part}, but draws() does not ask for answers; return "
+            "Draws(answers=True, ...), or train the thought"
+        )
+    _check_shape(objective, term.weight_BP, batch, stream=term.stream, what=f"{of}weight_BP")
+    if not term.weight_BP.is_floating_point():
+        raise ValueError(f"{who}: weight_BP is {term.weight_BP.dtype}, expected torch.float64")
+    for key in ("counted_BP", "held_BP"):
+        if (mask_BP := getattr(term, key)) is None:
+            continue
+        _check_shape(objective, mask_BP, batch, stream=term.stream, what=f"{of}{key}")
+        if mask_BP.dtype != torch.bool:
+            raise ValueError(f"{who}: {key} is {mask_BP.dtype}, expected torch.bool")
+    # A question that is not whole gets no weight, whatever the objective says of it.
+    wrong_BP = ~term.weight_BP.isfinite() & (batch.lost_B == 0)[:, None]
+    if wrong_BP.any():
+        b, i = wrong_BP.nonzero()[0].tolist()
+        raise ValueError(
+            f"{who}: the weight of {term.stream} path {i} of question "
+            f"{batch.questions[b].question.id!r} is {term.weight_BP[b, i].item()}, expected a "
+            "finite number; columns that draws() and needs() do not ask for are NaN"
+        )
+    if term.live is not None and term.live.reference and not reads_reference(objective):
+        raise ValueError(
+            f"{who}: its live loss reads a reference policy, but needs() asks for no score of "
+            "one; add Score(stream, view, part, 'reference')"
+        )
+
+
+def _check_shape(
+    objective: Objective, value: Any, batch: ScoredBatch, *, stream: Any, what: str
+) -> None:
+    """ValueError for what has no number for each path of the stream."""
+    who, known = f"{title(objective)}, {what}", get_args(Stream)
+    if stream not in known:
+        raise ValueError(f"{who}: got the stream {stream!r}, expected {' or '.join(known)}")
+    if not getattr(objective.draws(), stream):
+        raise ValueError(f"{who} is of the {stream} paths, but draws() asks for none")
+    length_BP = batch.stream(stream).length_BP
+    shape = tuple(length_BP.shape)
+    if not isinstance(value, type(length_BP)) or value.shape != shape:
+        raise ValueError(
+            f"{who}: got {_shown(value)}, expected a tensor {shape}: questions, {stream} paths"
+        )
+
+
+def _check_state(who: str, state: Any) -> None:
+    """ValueError for a state that a checkpoint would give back changed."""
+    try:
+        same = isinstance(state, Mapping) and json.loads(json.dumps(dict(state))) == dict(state)
+        json.dumps(dict(state), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{who}: state: {one_line(error)}; expected values of JSON") from error
+    if not same:
+        raise ValueError(
+            f"{who}: state: got {_shown(state)}, which JSON gives back changed; use text as keys, "
+            "and lists for tuples"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a tensor by its shape, others cut."""
+    if hasattr(value, "shape"):
+        return f"a tensor {tuple(value.shape)}"
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 80 else f"{text[:77]}..."

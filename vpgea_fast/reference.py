@@ -1,0 +1,175 @@
+"""The reference policy: a frozen model that the policy is held to. It scores rows, and draws paths.
+
+    model.reference_path, else model.path -> a policy without optimiser or gradients, cut like the
+    trained one -> log-probs of rows at rollout.temperature | paths in the student view
+
+    model.reference: device   loaded once, beside the policy
+    model.reference: disk     read from its files for each use, and dropped
+
+A resumed run reads the same files: its checkpoints hold the policy alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from transformers.utils import logging
+
+from vpgea_fast.attention import HALF
+from vpgea_fast.config import Config, ModelConfig
+from vpgea_fast.distributed import World, full_weights, reshard
+from vpgea_fast.model import Policy, load_policy
+from vpgea_fast.model_dir import ModelError, load_tokenizer
+from vpgea_fast.objectives import reads_reference
+from vpgea_fast.passes import Passes
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling
+from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.types import Path, SampleRequest, TrainRow
+from vpgea_fast.weights import load_config, without_storage
+
+T = TypeVar("T")
+
+
+class Reference:
+    """The frozen model of a run. Every use is a collective, and from `disk` it reads the model.
+
+    Errors: ModelError, as `load_policy`.
+    """
+
+    def __init__(self, cfg: Config, world: World, passes: Passes) -> None:
+        self.cfg, self.world, self.passes = cfg, world, passes
+        self._loaded = self._load() if cfg.model.reference == "device" else None
+
+    def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
+        passes, temperature = self.passes, self.cfg.rollout.temperature
+
+        def score(model: Policy) -> list[torch.Tensor]:
+            return passes(lambda batch, _: model.logprob(batch, temperature=temperature), rows)
+
+        return self._at_hand(score)
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        progress: Callable[[int], None],
+        *,
+        engine: RolloutEngine,
+        hand_back: Callable[[], object],
+    ) -> list[Path]:
+        """Draw a path of the reference for each request.
+
+        A whole module samples by itself. Otherwise `engine` takes over the reference's weights, and
+        `hand_back` gives it those of the policy again.
+        """
+        whole = self.cfg.engine.name == "hf" and self.world.mesh is None
+
+        def draw(model: Policy) -> list[Path]:
+            sampler = _own_engine(self.cfg, model) if whole else engine
+            if not whole:
+                engine.load_weights(full_weights(model))
+            return sampler.generate(requests, sampling, progress)
+
+        paths = self._at_hand(draw)
+        # Not after an error: a run that is left draws no more, and this is a collective.
+        if not whole:
+            hand_back()
+        return paths
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._loaded = None
+
+    def _at_hand(self, use: Callable[[Policy], T]) -> T:
+        """Use the model, which takes no more memory afterwards than before."""
+        if (model := self._loaded) is None:
+            with _no_bar():  # one a step, across the lines of the console
+                model = self._load()
+        found = use(model)
+        # Else its head, embedding and root stay gathered on every process.
+        reshard(model)
+        if self._loaded is None:
+            del model
+            # FSDP's units refer to each other, and vLLM cannot use what torch's allocator keeps.
+            gc.collect()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return found
+
+    def _load(self) -> Policy:
+        cfg = self.cfg
+        how = replace(
+            cfg.model,
+            path=reference_path(cfg),
+            activation_checkpointing="none",
+            master_dtype=reference_dtype(cfg.model, sharded=self.world.mesh is not None),
+            # What is read anew each time would be compiled anew.
+            compile=cfg.model.compile and cfg.model.reference == "device",
+        )
+        model = load_policy(how, self.world, cfg.parallel, backend=cfg.loss.backend)
+        return model.requires_grad_(False)
+
+
+def reference_path(cfg: Config) -> str:
+    """Say where the reference's weights lie: those that the policy starts from, unless told."""
+    return cfg.model.reference_path or cfg.model.path
+
+
+def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
+    """Choose the dtype in which the reference's weights are kept."""
+    # Shards are gathered in the forward's dtype, so they may be kept in it, and the log-probs are
+    # the policy's bits where the weights are. Under autocast the residual stream has the dtype of
+    # the weights: there a half-precision copy would be another model, some 1e-2 a token away.
+    half = getattr(torch, model.dtype) in HALF
+    return model.dtype if sharded and half else model.master_dtype
+
+
+def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
+    """Refuse, before a weight is loaded, a reference of other shapes or another vocabulary.
+
+    Nothing is read where the objective asks for none, or for the start weights. Errors: ModelError.
+    """
+    path = cfg.model.reference_path
+    if path is None or not reads_reference(cfg.objective):
+        return
+    where = f"model.reference_path: got {path}"
+    outlines = [without_storage(cfg.model.path, torch.float32, model_config)]
+    outlines.append(without_storage(path, torch.float32, load_config(path)))
+    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in outlines)
+    if other := sorted(dict(ours.items() ^ theirs.items())):
+        name = other[0]
+        raise ModelError(
+            f"{where}, whose {name} is {theirs.get(name, 'missing')}, but that of model.path is "
+            f"{ours.get(name, 'missing')}; expected a model of the same shapes: give one, or null"
+        )
+    # Equal shapes alone do not make equal ids: R1's distillates number their tags anew.
+    spelled, vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if differing := dict(spelled.items() ^ vocabulary.items()):
+        raise ModelError(
+            f"{where}, whose tokenizer numbers {len(differing)} tokens otherwise than that of "
+            f"model.path ({min(differing)!r}, ...); expected the same vocabulary: give a model of "
+            "the same family, or null"
+        )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers' bar of the weights that it loads is off within."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _own_engine(cfg: Config, model: Policy) -> RolloutEngine:
+    """Make an engine of the module itself: whole, so there is one process."""
+    return HFEngine(model.causal_lm, max_batch=cfg.rollout.max_batch, dtype=model.dtype)
