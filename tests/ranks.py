@@ -40,7 +40,7 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "transformers.models.qwen2.modeling_qwen2",
-    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
     "vpgea_fast.trainer",
 ]
 SERVER = multiprocessing.get_context("forkserver")

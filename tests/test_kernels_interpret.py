@@ -62,13 +62,28 @@ def test_on_the_device(shard):
 
 
 COLLECT = """
-import sys, pytest
+import sys
+import pytest
+from _pytest.mark import deselect_by_keyword, deselect_by_mark
+
 file, *selections = sys.argv[1:]
-for marker, words in zip(selections[::2], selections[1::2], strict=True):
-    found = pytest.main(
-        ["-q", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", marker, "-k", words, file]
-    )
-    assert found == 0, (marker, words, found)
+
+
+class Selections:
+    # First: before pytest itself drops what this run does not select, which is nothing.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items, config):
+        for marker, words in zip(selections[::2], selections[1::2], strict=True):
+            found = [*items]
+            config.option.markexpr, config.option.keyword = marker, words
+            deselect_by_mark(found, config)
+            deselect_by_keyword(found, config)
+            assert found, (marker, words)
+        config.option.markexpr = config.option.keyword = ""
+
+
+words = ["-q", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "", file]
+assert pytest.main(words, [Selections()]) == 0
 """
 
 

@@ -78,7 +78,7 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
     return trainer.fit(config.load(source, words), resume=resume)
 
 
-@pytest.mark.parametrize("save_every", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("save_every", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path, save_every):
     """Four saves; killed between the second and the third."""
     half, death, whole = 2 * save_every, 2 * save_every + save_every // 2, 4 * save_every
@@ -120,11 +120,11 @@ def fit_or_die(words, resume, death):
         moved.clear()
         return train(self, updates)
 
-    def update_or_die(self, rows):
+    def update_or_die(self, *given):
         if self.step + 1 == death and len(moved) == 2 and self.world.rank == self.world.size - 1:
             assert all(moved), "no update before the kill has changed the weights"
             os.kill(os.getpid(), signal.SIGKILL)
-        found, reason = update(self, rows)
+        found, reason = update(self, *given)
         moved.append(reason is None)
         return found, reason
 
