@@ -1,6 +1,7 @@
 """The digest script sees what moved: a weight, a metric, a path, a key, a run."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import digest
+import step_time
 
 RUN = {
     "weights": {"embed": "aa", "norm": "bb"},
@@ -59,3 +61,15 @@ def test_a_renamed_key_is_no_difference_and_its_value_still_counts():
     assert digest.differences({"a": RUN}, both, {"loss": "total"}) == []
     both["a"]["metrics"][1]["total"] = 0.3
     assert len(digest.differences({"a": RUN}, both, {"loss": "total"})) == 1
+
+
+@pytest.mark.slow
+def test_a_step_takes_as_long_as_a_step_of_the_same_commit(tmp_path):
+    """Two short rounds: the table has every phase of both, and keys behind -- reach both runs."""
+    out = tmp_path / "out.json"
+    words = ["--rounds", "2", "--steps", "4", "--out", str(out), "--", "--objective.name", "grpo"]
+    step_time.main(["--before", "HEAD", *words])
+    found = json.loads(out.read_text())
+    assert set(found["milliseconds_per_step"]["rollout"]) == {"before", "now"}
+    assert 0.3 < found["ratio"] < 3  # other work on the machine, not the same commit, moves it
+    assert len(found["ratios"]) == 2
