@@ -198,12 +198,8 @@ class Trainer:
 
     def close_step(self, rollout: Rollout) -> StepStats:
         """Hand the weights over and write the step's paths, after its last update."""
-        measure, timer, batch, terms = (
-            self.stages.measure,
-            rollout.timer,
-            rollout.batch,
-            rollout.terms,
-        )
+        measure, timer = self.stages.measure, rollout.timer
+        batch, terms = rollout.batch, rollout.terms
         with timer("sync"):
             synced = self.sync_engine(updated=rollout.moved)
         with timer("diagnose"):
