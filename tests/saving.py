@@ -12,12 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from vpgea_fast.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    perform,
-    save_checkpoint,
-)
+from vpgea_fast.checkpoint import CheckpointError, Saver, load_checkpoint, perform
 from vpgea_fast.distributed import World
 
 ALONE = World(torch.device("cpu"))
@@ -38,18 +33,13 @@ def numbers(step, size=8, world=ALONE):
     return {"model": model, "optimizer": optimizer}
 
 
-def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE, worth=None):
-    """Every number of checkpoint N is N, in each of its files."""
-    return save_checkpoint(
-        run_dir,
-        step,
-        world=world,
-        trainer_state={"paths": step},
-        keep_last=keep_last,
-        worth=worth,
-        do=do,
-        **numbers(step, size, world),
-    )
+def save(run_dir, step, *, keep_last=3, do=perform, size=8, world=ALONE, worth=None, updates=0):
+    """Every number of checkpoint N is N, in each of its files. `updates` of the next step leave a
+    rollout of that number."""
+    made = numbers(step, size, world)
+    rollout = {"paths": torch.full((5,), step)} if updates and world.main else None
+    with Saver(run_dir, world=world, keep_last=keep_last, do=do, **made) as saver:
+        return saver.save(step, {"paths": step}, worth, updates=updates, rollout=rollout)
 
 
 def loaded_step(run_dir, size=8, world=ALONE):
@@ -88,19 +78,19 @@ class FailAt:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def operations_of_a_save(run_dir):
+def operations_of_a_save(run_dir, step=2, updates=0):
     counting = FailAt()
     save(run_dir, 1, keep_last=1)
-    save(run_dir, 2, keep_last=1, do=counting)
+    save(run_dir, step, updates=updates, keep_last=1, do=counting)
     return counting.count
 
 
-def save_with_fault(run_dir, do, world=ALONE):
+def save_with_fault(run_dir, do, world=ALONE, step=2, updates=0):
     """(saved, message) of a save that met a fault."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            save(run_dir, 2, keep_last=1, do=do, world=world)
+            save(run_dir, step, updates=updates, keep_last=1, do=do, world=world)
         except CheckpointError as error:
             return False, str(error)
     return True, str(caught[0].message) if caught else ""

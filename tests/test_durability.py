@@ -1,6 +1,8 @@
 """A save may be killed or refused at any file operation: what was durable before stays loadable."""
 
+import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -29,8 +31,10 @@ from vpgea_fast.checkpoint import (
     CheckpointError,
     Saver,
     claim_run_dir,
+    find_checkpoint,
     open_checkpoint,
     put_weights,
+    read_rollout,
     saved_steps,
 )
 
@@ -50,6 +54,48 @@ def test_a_fault_at_every_file_operation_leaves_a_loadable_run(tmp_path, torn):
         save(run_dir, 3, keep_last=1)
         assert loaded_step(run_dir) == 3
         assert steps_on_disk(run_dir) == ["step_3"]
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["refused", "torn"])
+def test_a_fault_of_a_save_between_updates_leaves_the_whole_step(tmp_path, torn):
+    total = operations_of_a_save(tmp_path / "count", step=1, updates=2)
+    assert total > operations_of_a_save(tmp_path / "whole", step=2) - 3  # it deletes nothing
+    for index in range(total):
+        run_dir = tmp_path / str(index)
+        save(run_dir, 1)
+        saved, message = save_with_fault(run_dir, FailAt(index, torn=torn), step=1, updates=2)
+        assert not saved
+        assert re.search(r"cannot save .*step_1_2: .*No space left", message)
+        # After the rename the directory is whole, and only its durability was refused.
+        assert {*steps_on_disk(run_dir)} <= {"step_1", "step_1_2"}
+        assert loaded_step(run_dir) == 1
+        save(run_dir, 1, updates=3)
+        assert steps_on_disk(run_dir) == ["step_1", "step_1_3"]
+        found = find_checkpoint(run_dir, world=ALONE)
+        assert (found.step, found.updates) == (1, 3)
+        assert read_rollout(found, dict, world=ALONE)["paths"].tolist() == [1] * 5
+
+
+def test_a_checkpoint_between_updates_goes_when_a_later_one_is_whole(tmp_path):
+    for step, updates in ((1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (3, 1)):
+        save(tmp_path, step, updates=updates, keep_last=2, worth={1: 5.0, 3: 1.0})
+        names = steps_on_disk(tmp_path)
+        # Two whole steps and the best one, beside it.
+        assert [name for name in names if name.count("_") == 2] == [f"step_{step}_{updates}"] * (
+            updates > 0
+        )
+    assert names == ["step_1", "step_2", "step_3", "step_3_1"]
+    assert saved_steps(tmp_path) == [1, 2, 3]
+    assert loaded_step(tmp_path) == 3
+    with pytest.raises(CheckpointError, match=r"step_4: there is none; .*checkpoint: 1, 2, 3"):
+        open_checkpoint(tmp_path, 4, world=ALONE)
+    # A later one that is damaged is no reason to lose a good one of an earlier moment.
+    save(tmp_path, 5, keep_last=2)
+    os.truncate(tmp_path / "checkpoints/step_5/state.json", 1)
+    save(tmp_path, 3, updates=2, keep_last=2)
+    with pytest.warns(UserWarning, match="step_5"):
+        found = find_checkpoint(tmp_path, world=ALONE)
+    assert (found.step, found.updates) == (3, 2)
 
 
 FORKING = """
@@ -100,6 +146,13 @@ def test_kill_9_at_every_operation_and_at_random_moments(tmp_path):
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
             assert loaded_step(run_dir) in (1, 2), index
             assert all(name.startswith("step_") for name in steps_on_disk(run_dir))
+        for index in range(operations_of_a_save(root / "between", step=1, updates=2)):
+            run_dir = root / f"between {index}"
+            save(run_dir, 1, keep_last=1)
+            pid = in_child(lambda: save(run_dir, 1, updates=2, do=die_at(index)))
+            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+            assert loaded_step(run_dir) == 1, index
+            assert {*steps_on_disk(run_dir)} <= {"step_1", "step_1_2"}
         run_dir, rng, step = root / "random", random.Random(7), 0
         for _ in range(3):
             def save_for_ever(step=step):
@@ -247,6 +300,31 @@ DAMAGE = {
     "odd manifest": lambda path: (path / "manifest.json").write_text("[]"),
     "lost file": lambda path: (path / "process_0.pt").unlink(),
 }
+DAMAGE_BETWEEN = {
+    "cut rollout": lambda path: os.truncate(path / "rollout.pt", 100),
+    "bit of the rollout": lambda path: flip_a_bit(path / "rollout.pt"),
+    "lost rollout": lambda path: (path / "rollout.pt").unlink(),
+    "unnamed rollout": lambda path: unname(path, "rollout.pt"),
+    "another name": lambda path: path.rename(path.with_name("step_1_3")),
+    "as a whole step": lambda path: path.rename(path.with_name("step_2")),
+}
+
+
+def unname(path, file):
+    """Take a file out of the manifest, as if nobody had ever written it."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][file]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / file).unlink()
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE.values(), *DAMAGE_BETWEEN.values()])
+def test_a_damaged_one_between_updates_falls_back_to_the_whole_step(tmp_path, damage):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 1, updates=2))
+    with pytest.warns(UserWarning, match=r"step_(1_2|1_3|2): .*falling back to the checkpoint"):
+        found = find_checkpoint(tmp_path, world=ALONE)
+    assert (found.step, found.updates) == (1, 0)
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())

@@ -26,6 +26,8 @@ LAYERS = {
     "preparation": {"check", "collect", "diagnostics", "intake"},
     # A second model beside the policy, for whoever collects.
     "reference": {"reference"},
+    # What a step is while its updates are made.
+    "updates": {"updates"},
     "rows": {"rows"},
     "stages": {
         "callbacks",

@@ -116,6 +116,11 @@ class Collector:
         counts = {"tokens_replaced": tokens_replaced}
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
+    def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
+        """What the objective says of a batch that `collect` made in this step: nothing is drawn or
+        scored. Counts of what was replaced are not known here."""
+        return self._weigh(ask(self.cfg.objective, "at", step), batch, state, PhaseTimer())
+
     def _replacements(
         self, batch: ScoredBatch, dead: Sequence[int], candidates: Sequence[PromptedQuestion]
     ) -> dict[int, PromptedQuestion]:

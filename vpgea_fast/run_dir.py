@@ -51,6 +51,8 @@ FIXED_ON_RESUME = (
 that decide how samples are distributed and weighted, not which engine draws how many at a time."""
 FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
 """Exceptions: they do not change what is drawn or how it is judged."""
+FIXED_BETWEEN_UPDATES = ("train.minibatches", "train.epochs")
+"""Keys that only a resume between two updates of a rollout keeps: they say which update is next."""
 
 
 class RunDir:
@@ -189,21 +191,17 @@ class RunDir:
         changed = changes(self.before, self.cfg)
         # An evaluation of other settings would stand beside those before as if it were one of them.
         evaluated = ("eval.",) if report.read_evaluation(self.path) else ()
-        fixed = [
-            f"{key} from {_spelled(old)} to {_spelled(new)}"
-            for key, (old, new) in changed.items()
-            if key.startswith((*FIXED_ON_RESUME, *evaluated)) and key not in FREE_ON_RESUME
-        ]
-        if fixed:
-            raise checkpoint.CheckpointError(
-                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; set "
-                f"them back in {self.path / 'config.yaml'} and on the command line, or start "
-                "another run"
-            )
+        self._require_fixed(changed, (*FIXED_ON_RESUME, *evaluated), "start another run")
+        made = f"{step} steps"
+        if saved and saved.updates:
+            made += f" and {saved.updates} of the updates of the next"
+            whole = checkpoint.saved_steps(self.path)
+            other = f"delete {saved.path} to go on from step {whole[-1]}" if whole else ""
+            self._require_fixed(changed, FIXED_BETWEEN_UPDATES, other or "start another run")
         # As many are fine: what may be missing is the last evaluation, the export, the report.
-        if self.cfg.train.steps < step:
+        if self.cfg.train.steps < step + bool(saved and saved.updates):
             raise checkpoint.CheckpointError(
-                f"train.steps {self.cfg.train.steps}: {step} steps are made already; give more"
+                f"train.steps {self.cfg.train.steps}: {made} are made already; give more"
             )
         # The order of the questions counts too: a step's own are drawn by their places.
         if saved and saved.trainer_state["data"] != data:
@@ -221,6 +219,22 @@ class RunDir:
             self.notices.append(
                 f"{saved.path} does not say with which configuration its steps were made (another "
                 "version wrote it): config.yaml is believed, edited or not"
+            )
+
+    def _require_fixed(
+        self, changed: Mapping[str, tuple[object, object]], keys: tuple[str, ...], other: str
+    ) -> None:
+        """Raise CheckpointError where one of `keys`, or beginnings of keys, has changed; `other` is
+        what can be done instead of setting it back."""
+        fixed = [
+            f"{key} from {_spelled(old)} to {_spelled(new)}"
+            for key, (old, new) in changed.items()
+            if key.startswith(keys) and key not in FREE_ON_RESUME
+        ]
+        if fixed:
+            raise checkpoint.CheckpointError(
+                f"--resume would change {', '.join(fixed)}, on which the steps so far rest; set "
+                f"them back in {self.path / 'config.yaml'} and on the command line, or {other}"
             )
 
     def _cut_logs(self, step: int, alarms: Alarms) -> None:

@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from vpgea_fast.rows import Scale, build_rows, checksum, minibatches
 from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
 from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
+from vpgea_fast.updates import Rollout, Updates, rescored, revived
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
@@ -102,7 +104,7 @@ class Trainer:
     # All that changes in a run, beside parameters, optimiser state and random generators.
     step: int
     method: Mapping[str, Any]  # what the objective keeps from step to step
-    updated: bool  # an update of this step's paths has been made: the step cannot be left
+    rollout: Rollout | None  # of the step under way, from its first update on
     skipped_in_a_row: int
     worth: dict[int, float]  # checkpoint.keep_best of the evaluated steps
     halted: str | None  # why the run must end before its last step
@@ -115,7 +117,7 @@ class Trainer:
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
         self.step, self.skipped_in_a_row, self.worth = 0, 0, {}
         self.halted, self.offending, self.saved_at = None, [], time.monotonic()
-        self.method, self.updated = {}, False
+        self.method, self.rollout = {}, None
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         self.world = open_world(cfg.parallel, cfg.model.device)
@@ -153,36 +155,68 @@ class Trainer:
             self.world.close()
 
     def train_step(self) -> StepStats:
-        """Collect, weigh, make rows, update, sync: one step of the method.
+        """Draw, update, sync: one step of the method, or the rest of one that was left.
 
-        No state changes until the first update has every gradient, so a step may be left at any
-        time before and made again, with the same paths. Later updates of it are always made.
+        No state changes until the first update has every gradient: a step that is left before is
+        made again, with the same paths. Later it can be left between two updates.
         """
+        rollout = self.rollout or self.draw()
+        for rows in rollout.rest:
+            with rollout.timer("train"):
+                # The paths stay and the policy moves: clipped ratios are taken anew each time.
+                now, clipped, scored = self.stages.measure.moment(rows, moved=rollout.moved)
+                metrics, reason = self.update(now, scored)
+            rollout = self.rollout = rollout.after(merge(metrics, clipped), reason)
+            if rollout.rest:
+                self.stop.together()
+                if self._late():
+                    self.save()
+        return self.close_step(rollout)
+
+    def draw(self) -> Rollout:
+        """Collect the paths of a step, weigh them, make rows, diagnose."""
         measure = self.stages.measure
-        timer = PhaseTimer(torch.cuda.synchronize if measure.on_cuda else None)
+        timer = PhaseTimer(self._synchronize)
         evaluated = self.scheduled_evaluation()
         batch, terms, usage = self.collect(timer)
         with timer("importance"):
             ratios, weighed = measure.importance(batch, terms)
             updates, held = measure.known(self.updates(batch, terms, ratios))
-        # One pass over the questions, as the first update has them: later epochs repeat it.
-        parts = updates[: self.cfg.train.minibatches]
-        rows = [row for part in parts for row in measure.moment(part, moved=False)[0]]
+        rows = self.first_pass(updates)
         with timer("diagnose"):  # before the update: of the weights that drew the paths
             diagnosed = self.diagnose(batch, terms, rows)
-            records = measure.records(batch, terms, self.step + 1)
-        with timer("train"):
-            update, skipped = self.train(updates)
-        # After the updates: a step that is left before them is made again with the old state.
-        self.method = terms.state
+        return Rollout(
+            batch=batch,
+            terms=terms,
+            ratios=ratios,
+            updates=updates,
+            rows=rows,
+            found=merge(evaluated, diagnosed, weighed, held),
+            usage=usage,
+            timer=timer,
+        )
+
+    def close_step(self, rollout: Rollout) -> StepStats:
+        """Hand the weights over and write the step's paths, after its last update."""
+        measure, timer = self.stages.measure, rollout.timer
+        batch, terms = rollout.batch, rollout.terms
         with timer("sync"):
-            synced = self.sync_engine(updated=skipped is None)
+            synced = self.sync_engine(updated=rollout.moved)
+        with timer("diagnose"):
+            records = measure.records(batch, terms, self.step + 1)
         if self.metrics is not None:
             self.metrics.write_paths(records)
-        found = merge(evaluated, diagnosed, weighed, held, {"paths_written": len(records)})
-        cost = measure.cost(batch, terms, rows, usage=usage, seconds=timer.metrics())
+        # Only the first update is of the policy that drew the paths: how far sampler and trainer
+        # are apart is told of it alone.
+        update = diagnostics.mean_update([metrics for metrics, _ in rollout.made])
+        found = merge(rollout.found, {"paths_written": len(records)})
+        cost = measure.cost(
+            batch, terms, rollout.rows, usage=rollout.usage, seconds=timer.metrics()
+        )
         line = merge({"step": self.step + 1}, found, update, synced, cost)
-        return StepStats(metrics=line, skipped=skipped if batch.whole else NO_PATHS)
+        # Now, with the step whole: until here it rests on the state of the one before.
+        self.method, self.rollout = terms.state, None
+        return StepStats(metrics=line, skipped=rollout.skipped if batch.whole else NO_PATHS)
 
     def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Terms, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
@@ -195,33 +229,17 @@ class Trainer:
         return batch, terms, usage
 
     def updates(
-        self, batch: ScoredBatch, terms: Terms, ratios: dict[PathKey, torch.Tensor] | None
-    ) -> list[list[TrainRow]]:
+        self, batch: ScoredBatch, terms: Terms, ratios: Mapping[PathKey, torch.Tensor] | None
+    ) -> Updates:
         """The rows of every update of this step, in order."""
         scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
         rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios)
         return minibatches(batch, rows, scale.updates) * self.cfg.train.epochs
 
-    def train(
-        self, updates: Sequence[Sequence[TrainRow]]
-    ) -> tuple[dict[str, float | int], str | None]:
-        """Make the updates of a step; their mean metrics, and why there was none if there was none.
-
-        Only the first is of the policy that drew the paths: how far sampler and trainer are apart
-        is told of it alone.
-        """
-        done, reasons, self.updated = [], [], False
-        for rows in updates:
-            # The paths stay and the policy moves: clipped ratios are taken anew each time.
-            now, clipped, scored = self.stages.measure.moment(rows, moved=self.updated)
-            metrics, reason = self.update(now, scored)
-            self.updated = self.updated or reason is None
-            done.append(merge(metrics, clipped))
-            reasons.append(reason)
-        self.updated = False
-        # One update is one: the engine needs the weights, and the run is not idle.
-        skipped = reasons[0] if all(reasons) else None
-        return diagnostics.mean_update(done), skipped
+    def first_pass(self, updates: Updates) -> list[TrainRow]:
+        """One pass over the questions, as the first update has them: later epochs repeat it."""
+        parts, measure = updates[: self.cfg.train.minibatches], self.stages.measure
+        return [row for part in parts for row in measure.moment(part, moved=False)[0]]
 
     def diagnose(
         self, batch: ScoredBatch, terms: Terms, rows: Sequence[TrainRow]
@@ -274,8 +292,8 @@ class Trainer:
         policy, temperature = self.stages.policy, self.cfg.rollout.temperature
 
         def backward(batch: PackedBatch, last: bool) -> torch.Tensor:
-            # What FSDP has accumulated cannot be thrown away, nor can an update be undone.
-            if not (policy.sharded or self.updated):
+            # What FSDP has accumulated cannot be thrown away.
+            if not policy.sharded:
                 self.stop.alone()
             policy.expect_backward(last=last)
             out = policy(batch, temperature=temperature)
@@ -284,7 +302,7 @@ class Trainer:
 
         try:
             return self.stages.passes(backward, rows, plan)
-        except Stopped:  # of a gradient in parts nothing is kept: the step is made again
+        except Stopped:  # of a gradient in parts nothing is kept: the update is made again
             self.stages.optimizer.zero_grad(set_to_none=True)
             raise
 
@@ -340,7 +358,8 @@ class Trainer:
         samples = self.stages.evaluator.samples
         if not self.stages.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
-        if step != self.step:
+        # The weights between two updates are those of no step.
+        if step != self.step or self.rollout is not None:
             self.say(
                 "no evaluation before training: it was not asked for when the run began, or "
                 f"{self.run.path / 'eval.json'} was removed"
@@ -368,7 +387,7 @@ class Trainer:
         """Save a run that was stopped, and say how it goes on."""
         self.save()
         self.stages.saver.wait()
-        self.say(f"stopped after step {self.step}, saved; go on: --resume {self.run.path}")
+        self.say(f"stopped after {self._place()}, saved; go on: --resume {self.run.path}")
         self._tell("on_end", Ending.STOPPED)
         return Ending.STOPPED
 
@@ -391,9 +410,10 @@ class Trainer:
         return ending
 
     def save(self) -> None:
-        """Save a checkpoint of this step; in the background, if checkpoint.background says so."""
+        """Save a checkpoint of this moment, after a step or between two updates of one; in the
+        background, if checkpoint.background says so."""
         self.saved_at = time.monotonic()
-        best = self.cfg.checkpoint.keep_best
+        best, rollout = self.cfg.checkpoint.keep_best, self.rollout
         self.stages.saver.save(
             self.step,
             {
@@ -404,6 +424,8 @@ class Trainer:
                 "evaluated": {best: self.worth} if best else {},
             },
             self.worth,
+            updates=0 if rollout is None else len(rollout.made),
+            rollout=rollout.kept() if rollout is not None and self.world.main else None,
         )
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
@@ -447,9 +469,49 @@ class Trainer:
                 self.step = saved.step
                 self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
                 self.method = saved.trainer_state.get("method", {})
+                if saved.updates:
+                    self.rollout = checkpoint.read_rollout(saved, self._revive, world=self.world)
+                    self.run.notices.append(f"goes on after {self._place()}, with its paths")
             self.worth = self.run.worth(saved)
         self.sync_engine(updated=False)
+        if self.rollout is not None:
+            self.stages.engine.rest()  # the updates have its memory
         self.run.write_facts(self.stages.policy)
+
+    def _revive(self, kept: Mapping[str, Any]) -> Rollout:
+        """The rollout of a checkpoint between two of its updates: nothing is drawn or scored."""
+        batch, ratios, collector = revived(kept["batch"]), kept["ratios"], self.stages.collector
+        # What the objective says of the same paths is the same; only what was replaced is gone.
+        terms = replace(collector.weigh(batch, self.step, self.method), metrics=kept["metrics"])
+        updates = rescored(self.updates(batch, terms, ratios), kept["old"])
+        rows = self.first_pass(updates)
+        if checksum(rows) != kept["rows"]:
+            self.run.notices.append(
+                "its paths have other coefficients than when they were drawn (another objective, "
+                "version or processor): the updates to come take the new ones"
+            )
+        return Rollout(
+            batch=batch,
+            terms=terms,
+            ratios=ratios,
+            updates=updates,
+            rows=rows,
+            found=kept["found"],
+            usage=Usage(*kept["usage"]),
+            timer=PhaseTimer(self._synchronize, kept["seconds"]),
+            made=kept["made"],
+        )
+
+    @property
+    def _synchronize(self) -> Callable[[], object] | None:
+        return torch.cuda.synchronize if self.stages.measure.on_cuda else None
+
+    def _place(self) -> str:
+        """How far the run has come, in words."""
+        if self.rollout is None:
+            return f"step {self.step}"
+        made, of = len(self.rollout.made), len(self.rollout.updates)
+        return f"update {made} of {of} of step {self.step + 1}"
 
     def _tell(self, hook: str, *args: object) -> None:
         """Call a hook of the callbacks; a stop that one asks for is heard at the step's end."""
@@ -467,5 +529,11 @@ class Trainer:
         cfg = self.cfg.checkpoint
         if cfg.keep_best and self.step % self.cfg.eval.every == 0:
             return True
-        late = cfg.save_minutes and time.monotonic() - self.saved_at > 60 * cfg.save_minutes
-        return self.step % cfg.save_every == 0 or self.world.gather(bool(late))[0]
+        return self.step % cfg.save_every == 0 or self._late()
+
+    def _late(self) -> bool:
+        """The last save is checkpoint.save_minutes ago, by the main process's clock. A
+        collective."""
+        minutes = self.cfg.checkpoint.save_minutes
+        late = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        return self.world.gather(bool(late))[0]

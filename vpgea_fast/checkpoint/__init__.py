@@ -19,6 +19,7 @@ from vpgea_fast.checkpoint.protocol import (
     load_checkpoint,
     open_checkpoint,
     perform,
+    read_rollout,
     save_checkpoint,
     saved_steps,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "open_checkpoint",
     "perform",
     "put_weights",
+    "read_rollout",
     "restore_rng",
     "rng_state",
     "save_checkpoint",

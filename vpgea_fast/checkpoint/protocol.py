@@ -4,12 +4,15 @@ A save writes aside, syncs, renames, and only then forgets:
 
     checkpoints/.tmp-step_20/
         __0_0.distcp process_0.pt   __1_0.distcp process_1.pt ...   each process its own, fsynced
-        .metadata  state.json                      process 0, when all have written, fsynced
+        .metadata  state.json  [rollout.pt]        process 0, when all have written, fsynced
         manifest.json                              last: bytes and CRC-32 of all others, fsynced
     fsync that directory -> rename it to checkpoints/step_20 -> fsync checkpoints/ -> drop old ones
 
 so a directory named step_N was complete when it got its name; if the disk lost part of it later,
 its manifest says so and the one before is used. The order is the whole proof: move no line of it.
+
+step_N_U was saved inside a step: N whole steps and U updates of the next one, whose rollout is in
+rollout.pt. It serves a resume alone, and goes once a later checkpoint is there.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -42,6 +45,7 @@ from vpgea_fast.checkpoint.files import (
 )
 from vpgea_fast.checkpoint.state import (
     OWN,
+    ROLLOUT,
     SHARD,
     STATE,
     Checkpoint,
@@ -51,13 +55,15 @@ from vpgea_fast.checkpoint.state import (
     take,
     write_index,
     write_own,
+    write_rollout,
     write_shards,
 )
 from vpgea_fast.distributed import World
 
 MANIFEST = "manifest.json"
-STEP_NAME = "step_(0|[1-9][0-9]*)"
+STEP_NAME = "step_(0|[1-9][0-9]*)(_[1-9][0-9]*)?"
 
+Made = TypeVar("Made")
 Do = Callable[..., Any]
 """`do(operation, *args)` performs one file operation; a test's own fails, or dies, at the n-th."""
 
@@ -131,22 +137,37 @@ class Saver:
         self.planned: Planned | None = None
 
     def save(
-        self, step: int, trainer_state: Mapping[str, Any], worth: Mapping[int, float] | None = None
+        self,
+        step: int,
+        trainer_state: Mapping[str, Any],
+        worth: Mapping[int, float] | None = None,
+        *,
+        updates: int = 0,
+        rollout: Mapping[str, Any] | None = None,
     ) -> Path:
-        """As `save_checkpoint`, but in the background it is durable only after the next wait."""
+        """As `save_checkpoint`, but in the background it is durable only after the next wait.
+
+        With `updates` of the step after `step` made, `rollout` is what process 0 keeps for the
+        rest of them: tensors, texts and numbers, which nobody changes any more.
+        """
         self.wait()
-        final = self.run_dir / "checkpoints" / f"step_{step}"
+        final = (
+            self.run_dir / "checkpoints" / (f"step_{step}_{updates}" if updates else f"step_{step}")
+        )
+        state = {"step": step, "processes": self.world.size, "trainer_state": trainer_state}
         # Any: a shared disk shows a new directory to its processes at different times.
         if any(self.world.gather(final.exists())) and _fault(final, self.world) is None:
             return final
         taken = take(
             _aside(final),
-            {"step": step, "processes": self.world.size, "trainer_state": trainer_state},
+            # Named only where there are some: a whole step is one for older versions too.
+            {**state, "updates": updates} if updates else state,
             world=self.world,
             model=self.model,
             optimizer=self.optimizer,
             copied=self.thread is not None,
             known=self.planned,
+            rollout=rollout,
         )
         # Who writes what stays the same from save to save: seconds at hundreds of processes.
         self.planned = taken.planned
@@ -228,6 +249,18 @@ def load_checkpoint(
     return found
 
 
+def read_rollout(
+    found: Checkpoint, make: Callable[[dict[str, Any]], Made], *, world: World
+) -> Made:
+    """`make` of the rollout that was saved with its `updates`. A collective, with none in `make`.
+
+    CheckpointError, on every process, for a rollout that cannot be read, or made.
+    """
+    what, remedy = f"cannot read {found.path}", "delete it to go on from the one before"
+    with together(world, what, remedy, catch=Exception):
+        return make(torch.load(found.path / ROLLOUT, map_location="cpu", weights_only=True))
+
+
 def _write(
     final: Path, taken: Snapshot, world: World, *, forget: Callable[[], None], do: Do
 ) -> None:
@@ -266,6 +299,10 @@ def _write(
                 do(sync, aside / INDEX)
                 do(_write_text, aside / STATE, taken.state)
                 do(sync, aside / STATE)
+                if taken.rollout is not None:
+                    do(write_rollout, aside / ROLLOUT, taken)
+                    do(sync, aside / ROLLOUT)
+                    common += (ROLLOUT,)
                 files = {name: entry for part in all_entries for name, entry in part.items()}
                 files |= do(_manifest, aside, common)
                 # The manifest is the last file: it names all others.
@@ -316,16 +353,19 @@ def _aside(final: Path) -> Path:
 
 
 def _forget(final: Path, *, keep_last: int, worth: Mapping[int, float], do: Do) -> None:
-    """Delete all but the newest `keep_last` up to `final`, and the best of those with a worth.
+    """Delete all but `final`, the newest `keep_last` whole steps up to it, and the best of those
+    with a worth.
 
     Later steps do not count: they are incomplete ones that the run fell back from. A rename comes
     first, so that a kill leaves no half a checkpoint under a checkpoint's name. The new one is safe
     by now, so a directory that cannot be deleted is no reason to stop the run.
     """
-    upto = [path for path in _by_step(final.parent) if _step_of(path) <= _step_of(final)]
-    best = best_step(worth, map(_step_of, upto))
-    for old in upto[:-keep_last]:
-        if _step_of(old) == best:
+    upto = [path for path in _by_step(final.parent) if _place(path) <= _place(final)]
+    steps = [step for step, updates in map(_place, upto) if not updates]
+    kept = {*steps[-keep_last:], best_step(worth, steps)}
+    for old in upto:
+        step, updates = _place(old)
+        if old == final or (not updates and step in kept):
             continue
         # Under .tmp-, so that the next load takes away what a kill leaves of it.
         doomed = final.with_name(f".tmp-old-{old.name}")
@@ -343,8 +383,9 @@ def best_step(worth: Mapping[int, float], steps: Iterable[int]) -> int | None:
 
 
 def saved_steps(run_dir: str | Path) -> list[int]:
-    """The steps of which there are checkpoints, complete or not, in order."""
-    return [_step_of(path) for path in _by_step(Path(run_dir) / "checkpoints")]
+    """The whole steps of which there are checkpoints, complete or not, in order."""
+    places = map(_place, _by_step(Path(run_dir) / "checkpoints"))
+    return [step for step, updates in places if not updates]
 
 
 def open_checkpoint(run_dir: str | Path, step: int, *, world: World) -> Checkpoint:
@@ -360,11 +401,13 @@ def open_checkpoint(run_dir: str | Path, step: int, *, world: World) -> Checkpoi
 def _by_step(parent: Path) -> list[Path]:
     """Those with a name that a save gives: no leading zero, and no digits but ASCII's."""
     named = [path for path in parent.glob("step_*") if re.fullmatch(STEP_NAME, path.name)]
-    return sorted(named, key=_step_of)
+    return sorted(named, key=_place)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _place(path: Path) -> tuple[int, int]:
+    """(whole steps, updates of the next one) of a checkpoint, by its name."""
+    step, _, updates = path.name.removeprefix("step_").partition("_")
+    return int(step), int(updates or 0)
 
 
 def _fault(path: Path, world: World) -> str | None:
@@ -398,13 +441,14 @@ def _damage(path: Path, world: World) -> str | None:
 def _require_own(path: Path, names: Iterable[str]) -> None:
     """Raise ValueError if the files are whole, but not those of a save of this step."""
     found = Checkpoint.read(path)
-    if found.step != _step_of(path):
-        raise ValueError(f"{STATE} is of step {found.step}")
+    if (found.step, found.updates) != _place(path):
+        raise ValueError(f"{STATE} is of step {found.step}, {found.updates} updates of the next")
     # An index of fewer processes than wrote would load, and lack their shards.
     named = {*names}
     if not 1 <= found.processes <= len(named):
         raise ValueError(f"{STATE} is of {found.processes} processes")
     own = {name.format(rank) for rank in range(found.processes) for name in (SHARD, OWN)}
+    own |= {ROLLOUT} if found.updates else set()
     if lacking := own - named:
         raise ValueError(f"{MANIFEST} does not name {min(lacking)}")
 

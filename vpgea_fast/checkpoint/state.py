@@ -4,6 +4,7 @@ by torch.distributed.checkpoint (DCP), and put back.
 | DCP's shards        | model.<name>, optimizer.state.<name>.<key>: whole tensors, cut anywhere   |
 | a process's file    | its random states, optimiser states that cannot be cut anew (8-bit blocks) |
 | state.json          | the trainer's state, optimiser states that are numbers, who wrote          |
+| rollout.pt          | between two updates of a rollout: what those to come need of it            |
 
 Names are Hugging Face's. DCP plans, writes and reads the shards. Its `save` and `load` are not used
 because no file operation may stand between two collectives: the others would wait for a process
@@ -47,8 +48,16 @@ SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
 """Files of process {}; DCP names the first."""
 STATE = "state.json"
 """What neither of them holds."""
+ROLLOUT = "rollout.pt"
+"""Only between two updates of a rollout. One for all: every process has the same rows."""
 OPTIMIZER = "optimizer.state."
-STATE_KINDS = {"step": int, "processes": int, "trainer_state": dict, "optimizer": dict}
+STATE_KINDS = {
+    "step": int,
+    "updates": int,
+    "processes": int,
+    "trainer_state": dict,
+    "optimizer": dict,
+}
 OPTIMIZER_KINDS = {"class": str, "parameters": list, "values": dict, "bound": bool}
 """What stands in state.json, and in its `optimizer`."""
 COPY_AHEAD = 10_000_000
@@ -57,7 +66,8 @@ COPY_AHEAD = 10_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk, written by so many `processes`.
+    """A complete checkpoint on disk, written by so many `processes`: `step` whole steps were made,
+    and so many `updates` of the next one.
 
     `trainer_state` is the JSON that was saved (tuples have become lists). `optimizer` has the
     `class` of the optimiser, the `parameters` it had, as `values` (name -> key -> value) those of
@@ -66,6 +76,7 @@ class Checkpoint:
 
     path: Path
     step: int
+    updates: int
     processes: int
     trainer_state: dict[str, Any]
     optimizer: dict[str, Any]
@@ -75,6 +86,7 @@ class Checkpoint:
         """The state.json of a checkpoint; ValueError where it is not as `take` makes it."""
         # Its CRC has been compared by now: what is wrong here was written so, or edited.
         tree = json.loads((path / STATE).read_text(encoding="utf-8"))
+        tree = {"updates": 0, **tree} if isinstance(tree, dict) else tree
         if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
             raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
         # An empty one fails below, on its first key, in words.
@@ -119,6 +131,7 @@ class Snapshot:
     planned: Planned
     own: dict[str, Any]
     state: str
+    rollout: Mapping[str, Any] | None
 
 
 def take(
@@ -130,6 +143,7 @@ def take(
     optimizer: torch.optim.Optimizer,
     copied: bool,
     known: Planned | None,
+    rollout: Mapping[str, Any] | None,
 ) -> Snapshot:
     """Take the state of this moment, to be written into `folder`. A collective.
 
@@ -160,7 +174,7 @@ def take(
         plans, index = planner.create_global_plan(exchange(world, wish))
         known = Planned(wish, writer.prepare_global_plan(plans)[world.rank], index)
     own = {"rng": rng_state(world.device), "states": bound}
-    return Snapshot(writer, planner, planned=known, own=own, state=text)
+    return Snapshot(writer, planner, planned=known, own=own, state=text, rollout=rollout)
 
 
 def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
@@ -181,8 +195,16 @@ def write_index(path: Path, taken: Snapshot, written: list[list[WriteResult]]) -
 
 
 def write_own(path: Path, taken: Snapshot) -> None:
+    _write_tree(path, taken.own)
+
+
+def write_rollout(path: Path, taken: Snapshot) -> None:
+    _write_tree(path, taken.rollout)
+
+
+def _write_tree(path: Path, tree: Mapping[str, Any] | None) -> None:
     try:
-        torch.save(taken.own, path)
+        torch.save(tree, path)
     except RuntimeError as error:
         raise OSError(str(error)) from error
 

@@ -111,10 +111,11 @@ class CheckpointConfig:
     save_every: PositiveInt = 20
     """Steps between two checkpoints."""
     save_minutes: Minutes | None = None
-    """Also save when this many minutes have passed since the last save."""
+    """Also save when this many minutes have passed since the last save; between two updates of a
+    step too."""
     # Which of them stay: the newest for a resume, the best for an export.
     keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints of whole steps to keep."""
     keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
     """Also keep the checkpoint with the best evaluation by this measure. Then every evaluated step
     is saved; needs eval.data and eval.every."""

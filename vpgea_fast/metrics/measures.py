@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +41,14 @@ class PhaseTimer:
     ['time_rollout_s']
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], object] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         self._synchronize = synchronize
-        self._seconds: dict[str, float] = {}
+        # Of a step that another process began: what it has taken there counts.
+        self.seconds = dict(seconds or {})
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -56,10 +61,10 @@ class PhaseTimer:
         finally:
             spent = time.perf_counter() - start
             # Added: a step may enter a phase several times (rounds of resampling).
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     def metrics(self) -> dict[str, float]:
-        return {f"time_{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        return {f"time_{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
