@@ -1,6 +1,7 @@
 """Policy gradients in the student view: GRPO and its kin, one machine with other defaults.
 
-    A_i  = advantage of the reward R_i within its group, R_i = correct_i (len_base / len_i)^alpha
+    A_i  = advantage of the reward R_i within its group; R_i = correct_i, or what the length reward
+           makes of it (length_rewards.py)
     r_t  = p(token_t now) / p(token_t before the first update of this rollout)
     loss = -(1/G) sum_i w_i sum_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
            + kl_coef (1/G) sum_i w_i sum_t KL(now | reference)_t
@@ -12,7 +13,7 @@ The normaliser w_i is `norm`. In the first update of a rollout every ratio is 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
 from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
+from vpgea_fast.objectives.length_rewards import Eta, Judged, LengthReward
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -49,9 +51,12 @@ class PolicyGradient(GroupKeys):
     advantage: Advantage = "zscore"
     """`zscore`: (R - group mean) / (std + eps). `centred`: R - group mean. `leave_one_out`: R -
     mean of the group's others. `batch`: R - mean of all paths of the step."""
+    length_reward: LengthReward | None = None
+    """What a short path earns beside being right. `name` chooses it, and with it the other keys;
+    null: that of alpha."""
     alpha: Exponent = 0.0
-    """0: the reward is correctness. Above 0, a correct path earns the length factor against its
-    group's mean length."""
+    """0: the reward is correctness. Above 0: short for the length reward `eta` with this exponent
+    and eta_clip. Another length reward takes its place."""
     reward: Literal["verify", "likelihood"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
     given path) > 0.5."""
@@ -81,7 +86,21 @@ class PolicyGradient(GroupKeys):
             prior=self.group_size,
             verified=self.reward == "verify",
             answers=self.trains == "response",
+            reference=self.shaping.reference_paths,
+            fields=self.shaping.fields(),
         )
+
+    @property
+    def shaping(self) -> Eta | Any:
+        """The length reward; without one, eta with the exponent 0 leaves correctness as it is."""
+        return self.length_reward or Eta(alpha=self.alpha, clip=self.eta_clip)
+
+    def notes(self) -> Iterator[str]:
+        if self.length_reward and (self.alpha or self.eta_clip):
+            yield (
+                f"length reward {self.length_reward.name} takes the place of objective.alpha "
+                f"{self.alpha} and objective.eta_clip, which nothing reads"
+            )
 
     def needs(self) -> frozenset[Score]:
         scores = set()
@@ -92,18 +111,16 @@ class PolicyGradient(GroupKeys):
             scores.add(Score("prior", "student", self.trains, "reference"))
         return frozenset(scores)
 
-    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
-        from vpgea_fast.advantage import length_factor
-
+    def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
         prior = batch.prior
         # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
         likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
         correct_BN = prior.correct_BP == 1.0 if self.reward == "verify" else likely_BN
-        # len_base is the mean length of the group itself.
-        clip, len_base_B = self.eta_clip, prior.length_BP.mean(dim=1)
-        eta_BN = length_factor(prior.length_BP, len_base_B, alpha=self.alpha, eta_clip=clip)
+        length_BN = batch.token_counts("prior", self.trains)
+        judged = Judged(right_BN=correct_BN, length_BN=length_BN, batch=batch)
+        shaped = self.shaping.shaped(judged, state)
         # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
-        reward_BN = correct_BN.double() * eta_BN - self._overlong(batch)
+        reward_BN = shaped.reward_BN - self._overlong(batch)
         advantage_BN = self._advantage(reward_BN)
         kept_BN = self._kept(batch)
         part = Term(
@@ -134,11 +151,16 @@ class PolicyGradient(GroupKeys):
         }
         scores = {
             "reward": reward_BN,
-            "eta": eta_BN,
             "advantage": advantage_BN,
             "u": prior.u_BP,
+            **shaped.scores,
         }
-        return Terms(parts=(part,), path_scores={"prior": scores}, metrics=metrics)
+        return Terms(
+            parts=(part,),
+            path_scores={"prior": scores},
+            metrics={**metrics, **shaped.metrics},
+            state=shaped.state,
+        )
 
     def _advantage(self, reward_BN: Tensor) -> Tensor:
         """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
