@@ -1,34 +1,78 @@
-"""Each length reward by hand: numbers of its paper's formula, and the groups that have no spread."""
+"""Each length reward by hand: numbers of its paper's formula; groups that have no spread, states
+over steps, and runs of the tiny task."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 from batches import prompted, sampled, scored, whole
 
-from vpgea_fast.objectives import Grpo
-from vpgea_fast.objectives.length_rewards import Arora, Eta, Judged, Kimi, ShorterBetter
+from vpgea_fast.names import Slot
+from vpgea_fast.objectives import DrGrpo, Grpo
+from vpgea_fast.objectives.judged import Judged
+from vpgea_fast.objectives.length_limits import LaserByDifficulty
+from vpgea_fast.objectives.length_rewards import (
+    LENGTH_REWARDS,
+    Arora,
+    Eta,
+    Kimi,
+    L1Exact,
+    L1Max,
+    Laser,
+    LaserD,
+    LaserDe,
+    LcR1,
+    O1Pruner,
+    ShorterBetter,
+    ThinkPrune,
+)
+from vpgea_fast.rows import Scale, build_rows
 
 
 def double(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def judged(*groups):
+ANSWER = [999]
+"""Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
+
+
+def stream(name, groups, thought=range):
     """Groups of (tokens, right); the paths have no answer, so response and thought are one."""
-    names = [f"q{b}" for b in range(len(groups))]
+    none = torch.zeros(0, dtype=torch.int64)
     paths = tuple(
         tuple(
-            sampled(range(n), question_id=name, stream="prior", index=i, answer_ids=double([]).long())
+            sampled(thought(n), question_id=f"q{b}", stream=name, index=i, answer_ids=none)
             for i, (n, _) in enumerate(group)
         )
-        for name, group in zip(names, groups, strict=True)
+        for b, group in enumerate(groups)
     )
     right = double([[float(right) for _, right in group] for group in groups])
-    prior = scored(paths, torch.full_like(right, -1.0), correct=right)
-    questions = [prompted(n, student=[3], teacher=[3], cue=[5], target=[6]) for n in names]
-    none = scored(((sampled([1]),),) * len(groups), [[0.0]] * len(groups))
-    batch = whole(questions, none, prior)
-    lengths = batch.token_counts("prior", "response")
-    return Judged(right_BN=right == 1, length_BN=lengths, batch=batch)
+    return scored(paths, torch.full_like(right, -1.0), correct=right)
+
+
+def judged(*groups, reference=None, budget=None, thought=range):
+    prior = stream("prior", groups, thought)
+    questions = [
+        replace(
+            prompted(f"q{b}", student=[3], teacher=[3], cue=[5], target=[6]),
+            answer_ids=torch.tensor(ANSWER),
+            fields={"budget": str(budget)},
+        )
+        for b in range(len(groups))
+    ]
+    posterior = stream("posterior", [[(1, False)]] * len(groups))
+    batch = whole(questions, posterior, prior)
+    extra = {}
+    if reference:
+        drawn = stream("reference", [reference] * len(groups))
+        batch = replace(batch, reference=drawn)
+        extra = {
+            "reference_right_BR": drawn.correct_BP == 1,
+            "reference_length_BR": drawn.length_BP,
+        }
+    return Judged(right_BN=prior.correct_BP == 1, length_BN=prior.length_BP, batch=batch, **extra)
 
 
 MIXED = [(10, True), (20, False), (30, True), (60, False)]
@@ -63,21 +107,209 @@ CASES = [
     (ShorterBetter(), RIGHT, [2, 1.99, 1.98, 1.95]),
     (ShorterBetter(), EQUAL, [2, 0, 2, 0]),
     (ShorterBetter(), ONE, [-0.02, -0.01, 2, -0.03]),
+    # the reference: mean 24 tokens, 1/2 right
+    (O1Pruner(), MIXED, [2.4, -0.8, 0.8, -1.6]),
+    (O1Pruner(weight=1.0), WRONG, [0.9, -0.3, -0.7, -1.1]),
+    (O1Pruner(weight=5.0, clip=(-1.0, 3.0)), ONE, [-1, -1, 2.3, -1]),
+    (O1Pruner(), EQUAL, [1.2, -0.8, 1.2, -0.8]),
+    # 1 of the format everywhere; the longest right path has 30 tokens
+    (LcR1(), MIXED, [2 + 2 / 3, 1, 2, 1]),
+    (LcR1(weight=0.3), MIXED, [2.2, 1, 2, 1]),
+    (LcR1(), WRONG, [1, 1, 1, 1]),
+    (LcR1(), RIGHT, [2 + 5 / 6, 2 + 2 / 3, 2.5, 2]),
+    (LcR1(), EQUAL, [2, 1, 2, 1]),
+    (LcR1(), ONE, [1, 1, 2, 1]),
+    (ThinkPrune(limits=(20, 10)), RIGHT, [1, 1, 0, 0]),
+    (ThinkPrune(limits=(20, 10)), MIXED, [1, 0, 0, 0]),
+    (ThinkPrune(limits=(20,)), WRONG, [0, 0, 0, 0]),
+    (ThinkPrune(limits=(30,)), ONE, [0, 0, 1, 0]),
+    # the budget is 30 tokens
+    (L1Exact(alpha=0.01), MIXED, [0.8, -0.1, 1, -0.3]),
+    (L1Exact(alpha=0.01), WRONG, [-0.2, -0.1, 0, -0.3]),
+    (L1Exact(alpha=0.01), EQUAL, [0.9, -0.1, 0.9, -0.1]),
+    (L1Exact(alpha=0.01), ONE, [-0.2, -0.1, 1, -0.3]),
+    (L1Max(alpha=0.01), RIGHT, [0.7, 0.6, 0.5, 0.2]),
+    (L1Max(alpha=0.1, delta=0.4), RIGHT, [1, 1, 0.4, 0]),
+    (L1Max(), WRONG, [0, 0, 0, 0]),
+    (L1Max(alpha=0.01), EQUAL, [0.6, 0, 0.6, 0]),
+    (L1Max(), ONE, [0, 0, 0.5, 0]),
+    (Laser(target=20), RIGHT, [1.5, 1.5, 1, 1]),
+    (Laser(target=20, weight=1.0), MIXED, [2, 0, 1, 0]),
+    (Laser(target=20), WRONG, [0, 0, 0, 0]),
+    (Laser(target=20), EQUAL, [1.5, 0, 1.5, 0]),
+    (Laser(target=20), ONE, [0, 0, 1, 0]),
+    (LaserD(target=20), MIXED, [1.5, 0, 1, 0]),
+    (LaserD(target=20), WRONG, [0, 0, 0, 0]),
+    (LaserD(target=20), EQUAL, [1.5, 0, 1.5, 0]),
+    (LaserD(target=30), ONE, [0, 0, 1.5, 0]),
+    # a wrong path beyond the target is paid for thinking on
+    (LaserDe(target=20), MIXED, [1.5, 0, 1, 0.5]),
+    (LaserDe(target=20), WRONG, [0, 0, 0.5, 0.5]),
+    (LaserDe(target=20), RIGHT, [1.5, 1.5, 1, 1]),
+    (LaserDe(target=10), EQUAL, [1, 0.5, 1, 0.5]),
+    (LaserDe(target=20, weight=1.0), ONE, [0, 0, 1, 1]),
 ]
+REFERENCE = [(12, True), (36, False)]
 
 
 @pytest.mark.parametrize(("kind", "group", "expected"), CASES)
 def test_rewards_by_hand(kind, group, expected):
     # Beside another group: a question's rewards know nothing of the others.
-    shaped = kind.shaped(judged(RIGHT, group), {})
-    torch.testing.assert_close(shaped.reward_BN[1], double(expected), atol=1e-7, rtol=0)
-    assert shaped.reward_BN.dtype == torch.float64
+    shaped = kind.shaped(judged(RIGHT, group, reference=REFERENCE, budget=30), {})
+    reward_N = shaped.reward_BN[1]
+    torch.testing.assert_close(reward_N, double(expected), atol=1e-7, rtol=0)
+    assert reward_N.dtype == torch.float64
 
 
-@pytest.mark.parametrize("kind", [Eta(), Kimi(), Arora(), ShorterBetter()])
+def test_every_length_reward_has_a_case():
+    assert {type(kind) for kind, *_ in CASES} == {*LENGTH_REWARDS.values()}
+
+
+def batch_of(*groups):
+    return judged(*groups, reference=REFERENCE, budget=30).batch
+
+
+@pytest.mark.parametrize("kind", [kind() for kind in LENGTH_REWARDS.values() if kind is not LcR1])
 @pytest.mark.parametrize("group", [[(20, False)] * 4, [(20, True)] * 4])
 def test_a_group_of_equal_paths_has_no_gradient(kind, group):
     for advantage in ("zscore", "centred", "leave_one_out"):
         objective = Grpo(group_size=4, length_reward=kind, advantage=advantage)
-        terms = objective.terms(judged(group).batch, {})
+        terms = objective.terms(batch_of(group), {})
         assert not terms.alive.any(), advantage
+
+
+# --- LC-R1's closing token ------------------------------------------------------------------------
+
+
+def stating(length):
+    """A thought that states the answer after half of its tokens, if it has more than 20."""
+    tokens = [*range(length)]
+    if length > 20:
+        tokens[length // 2 - 1] = ANSWER[0]
+    return tokens
+
+
+def test_the_closing_token_earns_what_the_thought_could_have_spared():
+    shaped = LcR1(close=0.5).shaped(judged(RIGHT, ONE, thought=stating), {})
+    assert shaped.close_BN is not None
+    # 1/2 of the thought could go; 10 and 20 tokens never state the answer.
+    assert shaped.close_BN.tolist() == [[-0.5, -0.5, 0.25, 0.25], [0, 0, 0.25, 0]]
+    assert shaped.metrics == {"answer_stated": 3 / 5}
+    mild = LcR1(absent=0.0).shaped(judged(RIGHT, thought=stating), {})
+    assert mild.close_BN is not None
+    assert mild.close_BN.tolist() == [[0, 0, 0.5, 0.5]]
+
+
+def test_the_closing_tokens_weight_is_the_advantage_and_its_own_reward():
+    objective = DrGrpo(group_size=4, length_reward=LcR1(), norm="seq_sum", trains="thought")
+    batch = judged(ONE, EQUAL, thought=stating).batch
+    terms = objective.terms(batch, {})
+    rows = {row.path: row for row in build_rows(batch, terms, Scale(norm="seq_sum"))}
+    # R = (1, 1, 2, 1), so A = 3/4 for the right path, and 1/2 more at its end; 8 paths.
+    coef = rows["q0", "prior", 2].coef
+    assert coef[:-1].tolist() == pytest.approx([-0.75 / 8] * 29)
+    assert coef[-1].item() == pytest.approx(-1.25 / 8)
+    assert rows["q0", "prior", 0].coef.tolist() == pytest.approx([0.25 / 8] * 10)
+    lost = terms.without(torch.tensor([True, False]))
+    assert {row.path[0] for row in build_rows(batch, lost, Scale()) if row.path} == {"q1"}
+
+
+def test_a_closing_token_alone_is_a_row_and_a_gradient():
+    """All right, all of one length: no advantage, but the thoughts could have ended earlier."""
+    batch = judged([(30, True)] * 2, thought=stating).batch
+    terms = DrGrpo(group_size=2, length_reward=LcR1(), trains="thought").terms(batch, {})
+    assert terms.alive.tolist() == [True]
+    rows = build_rows(batch, terms, Scale(norm="seq_sum"))
+    assert [row.coef.tolist() for row in rows] == [[0.0] * 29 + [-0.25]] * 2
+
+
+# --- limits that move -----------------------------------------------------------------------------
+
+
+def after(kind, *steps, state=None):
+    """The state after steps of one group each, through JSON as a checkpoint has it."""
+    state = state or {}
+    for group in steps:
+        state = json.loads(json.dumps(dict(kind.shaped(judged(group), state).state)))
+    return state
+
+
+def test_think_prune_goes_from_stage_to_stage():
+    kind = ThinkPrune(limits=(60, 30, 10), steps=2)
+    assert after(kind, RIGHT) == {"stage": 0, "steps": 1}
+    assert after(kind, RIGHT, WRONG) == {"stage": 1, "steps": 0}
+    last = after(kind, *[RIGHT] * 4)
+    assert last["stage"] == 2
+    assert after(kind, RIGHT, state=last) == last
+    assert kind.shaped(judged(RIGHT), last).reward_BN.tolist() == [[1, 0, 0, 0]]
+    # A resume with fewer stages stays in its last one.
+    fewer = ThinkPrune(limits=(60, 30)).shaped(judged(RIGHT), last)
+    assert fewer.reward_BN.tolist() == [[1, 1, 1, 0]]
+    # 2 of 4 right paths fit 20 tokens.
+    patient = ThinkPrune(limits=(60, 20), steps=1, fitting=0.6)
+    assert after(patient, RIGHT) == {"stage": 0, "steps": 0}
+    assert after(replace(patient, fitting=0.5), RIGHT) == {"stage": 1, "steps": 0}
+
+
+def test_targets_are_measured_by_difficulty():
+    kind = LaserD(target=100, every=2, grid=10)
+    state = after(kind, RIGHT)
+    assert state["targets"] == {"hard": 100, "medium": 100, "easy": 100}
+    assert state["cells"]["easy"] == {"10": 1, "20": 1, "30": 1, "60": 1}
+    # MIXED is medium: of 4 paths, floor(4 / 3) = 1 must be expected right, so all must fit.
+    # RIGHT is easy: of floor(8 / 3) = 2 one is expected, so half of the paths fit: 20 tokens.
+    state = after(kind, RIGHT, MIXED)
+    assert state["targets"] == {"hard": 100, "medium": 60, "easy": 20}
+    assert state["steps"] == 0
+    assert state["cells"] == {"hard": {}, "medium": {}, "easy": {}}
+    shaped = kind.shaped(judged(RIGHT, MIXED), state)
+    assert shaped.reward_BN.tolist() == [[1.5, 1.5, 1, 1], [1.5, 0, 1.5, 0]]
+    assert shaped.metrics["length_target_easy"] == 20
+    # More than there can be: the longest path of the level.
+    many = replace(kind, expected=3)
+    assert after(many, RIGHT, RIGHT)["targets"]["easy"] == 60
+
+
+@pytest.mark.parametrize(("right", "level"), [(0, "hard"), (1, "medium"), (2, "easy"), (3, "easy")])
+def test_thirds_are_counted_in_whole_numbers(right, level):
+    group = [(10, i < right) for i in range(3)]
+    state = after(LaserD(grid=10), group)
+    assert {name for name, cells in state["cells"].items() if cells} == {level}
+    assert isinstance(LaserD(), LaserByDifficulty)
+
+
+def test_a_wrong_path_in_a_loop_or_cut_is_not_paid_for_going_on():
+    kind = LaserDe(target=20, loop=4)
+    loops = judged([(40, False), (40, False)], thought=lambda n: [*range(n - 10), *range(7, 17)])
+    assert kind.shaped(loops, {}).reward_BN.tolist() == [[0, 0]]
+    short = judged([(22, False)] * 2, thought=lambda n: [1] * n)
+    assert kind.shaped(short, {}).reward_BN.tolist() == [[0, 0]]
+    assert LaserDe(target=20, loop=22).shaped(short, {}).reward_BN.tolist() == [[0.5, 0.5]]
+    free = judged([(40, False), (40, False)])
+    assert kind.shaped(free, {}).reward_BN.tolist() == [[0.5, 0.5]]
+    (first, second), *_ = free.batch.prior.paths
+    cut = ((first, replace(second, finish="length")),)
+    batch = replace(free.batch, prior=replace(free.batch.prior, paths=cut))
+    assert kind.shaped(replace(free, batch=batch), {}).reward_BN.tolist() == [[0.5, 0]]
+
+
+def test_a_state_of_another_length_reward_is_not_read():
+    batch = batch_of(RIGHT)
+    state = Grpo(group_size=4, length_reward=ThinkPrune(limits=(60, 30), steps=1)).terms(batch, {})
+    assert state.state == {"think_prune": {"stage": 1, "steps": 0}}
+    other = Grpo(group_size=4, length_reward=LaserD(grid=10)).terms(batch, state.state)
+    assert other.state["laser_d"]["steps"] == 1
+    assert "think_prune" not in other.state
+    assert Grpo(group_size=4).terms(batch, other.state).state == {}
+
+
+def test_a_question_has_one_budget_per_step():
+    kind = L1Exact(low=100, high=103)
+    slots = [
+        Slot(f"q{q}", "prior", i, s, seed=q * i) for q in range(20) for i in (0, 1) for s in (0, 1)
+    ]
+    budgets = {}
+    for slot in slots:
+        budget = kind.fields()["budget"](slot)
+        assert budgets.setdefault((slot.question_id, slot.step), budget) == budget
+    assert {*budgets.values()} == {100, 101, 102, 103}

@@ -13,7 +13,7 @@ The normaliser w_i is `norm`. In the first update of a rollout every ratio is 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +22,8 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
 from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
-from vpgea_fast.objectives.length_rewards import Eta, Judged, LengthReward
+from vpgea_fast.objectives.judged import Judged
+from vpgea_fast.objectives.length_rewards import Eta, LengthReward
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -34,7 +35,7 @@ from vpgea_fast.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vpgea_fast.types import ScoredBatch
+    from vpgea_fast.types import ScoredBatch, ScoredPaths
 
 Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -53,10 +54,10 @@ class PolicyGradient(GroupKeys):
     mean of the group's others. `batch`: R - mean of all paths of the step."""
     length_reward: LengthReward | None = None
     """What a short path earns beside being right. `name` chooses it, and with it the other keys;
-    null: that of alpha."""
+    null: that of alpha, or none."""
     alpha: Exponent = 0.0
     """0: the reward is correctness. Above 0: short for the length reward `eta` with this exponent
-    and eta_clip. Another length reward takes its place."""
+    and eta_clip."""
     reward: Literal["verify", "likelihood"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
     given path) > 0.5."""
@@ -95,11 +96,12 @@ class PolicyGradient(GroupKeys):
         """The length reward; without one, eta with the exponent 0 leaves correctness as it is."""
         return self.length_reward or Eta(alpha=self.alpha, clip=self.eta_clip)
 
-    def notes(self) -> Iterator[str]:
-        if self.length_reward and (self.alpha or self.eta_clip):
-            yield (
-                f"length reward {self.length_reward.name} takes the place of objective.alpha "
-                f"{self.alpha} and objective.eta_clip, which nothing reads"
+    def __post_init__(self) -> None:
+        # Beside another length reward nothing would read it.
+        if self.length_reward and self.alpha:
+            raise ValueError(
+                f"got alpha {self.alpha} and a length_reward, which takes its place; leave alpha "
+                "out, or choose length_reward eta"
             )
 
     def needs(self) -> frozenset[Score]:
@@ -107,18 +109,24 @@ class PolicyGradient(GroupKeys):
         # Each score is a forward of every path: only what `terms` will read.
         if self.reward == "likelihood":
             scores.add(Score("prior", "student", "target"))
+            if self.shaping.reference_paths:
+                scores.add(Score("reference", "student", "target"))
         if self.kl_coef:
             scores.add(Score("prior", "student", self.trains, "reference"))
         return frozenset(scores)
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
-        prior = batch.prior
-        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
-        likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
-        correct_BN = prior.correct_BP == 1.0 if self.reward == "verify" else likely_BN
-        length_BN = batch.token_counts("prior", self.trains)
-        judged = Judged(right_BN=correct_BN, length_BN=length_BN, batch=batch)
-        shaped = self.shaping.shaped(judged, state)
+        prior, reference = batch.prior, batch.reference
+        judged = Judged(
+            right_BN=self._right(prior),
+            length_BN=batch.token_counts("prior", self.trains),
+            batch=batch,
+            reference_right_BR=reference and self._right(reference),
+            reference_length_BR=reference and batch.token_counts("reference", self.trains),
+        )
+        # By name: what another length reward kept, before a resume with this one, is not read.
+        name, correct_BN = self.shaping.name, judged.right_BN
+        shaped = self.shaping.shaped(judged, state.get(name, {}))
         # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
         reward_BN = shaped.reward_BN - self._overlong(batch)
         advantage_BN = self._advantage(reward_BN)
@@ -133,6 +141,7 @@ class PolicyGradient(GroupKeys):
             counted_BP=kept_BN if self.mask_truncated else None,
             # The KL holds every path in the loss, those of advantage zero too.
             held_BP=kept_BN if self.kl_coef else None,
+            close_BP=None if shaped.close_BN is None else -shaped.close_BN.where(kept_BN, 0.0),
             live=Surrogate(
                 ratio=self.ratio,
                 truncate=self.surrogate == "truncate",
@@ -159,8 +168,15 @@ class PolicyGradient(GroupKeys):
             parts=(part,),
             path_scores={"prior": scores},
             metrics={**metrics, **shaped.metrics},
-            state=shaped.state,
+            state={name: shaped.state} if shaped.state else {},
         )
+
+    def _right(self, columns: ScoredPaths) -> Tensor:
+        """(B, P) bool: the paths of a stream that are right."""
+        if self.reward == "verify":
+            return columns.correct_BP == 1.0
+        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
+        return (columns.u_BP > math.log(0.5)) & columns.closed_BP
 
     def _advantage(self, reward_BN: Tensor) -> Tensor:
         """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
@@ -223,7 +239,9 @@ class Surrogate:
     def reference(self) -> bool:
         return self.kl_coef > 0
 
-    def __call__(self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
+    def __call__(
+        self, weight: float | Tensor, now: Tensor, old: Tensor, reference: Tensor | None
+    ) -> Tensor:
         log_ratio = now - old
         if self.ratio == "sequence":
             # now - now.detach() is 0, and carries the gradient of the token alone (eq. 14).
