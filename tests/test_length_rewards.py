@@ -2,12 +2,16 @@
 over steps, and runs of the tiny task."""
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from batches import prompted, sampled, scored, whole
 
+from vpgea_fast import config
+from vpgea_fast.cli import main
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import DrGrpo, Grpo
 from vpgea_fast.objectives.judged import Judged
@@ -27,14 +31,24 @@ from vpgea_fast.objectives.length_rewards import (
     ShorterBetter,
     ThinkPrune,
 )
+from vpgea_fast.objectives.likelihood import (
+    ANSWER,
+    STUDENT,
+    TEACHER,
+    NormalisedVeriFree,
+    Rlt,
+    VeriFree,
+)
 from vpgea_fast.rows import Scale, build_rows
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 
 
 def double(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-ANSWER = [999]
+STATED = [999]
 """Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
 
 
@@ -57,7 +71,7 @@ def judged(*groups, reference=None, budget=None, thought=range):
     questions = [
         replace(
             prompted(f"q{b}", student=[3], teacher=[3], cue=[5], target=[6]),
-            answer_ids=torch.tensor(ANSWER),
+            answer_ids=torch.tensor(STATED),
             fields={"budget": str(budget)},
         )
         for b in range(len(groups))
@@ -185,7 +199,7 @@ def stating(length):
     """A thought that states the answer after half of its tokens, if it has more than 20."""
     tokens = [*range(length)]
     if length > 20:
-        tokens[length // 2 - 1] = ANSWER[0]
+        tokens[length // 2 - 1] = STATED[0]
     return tokens
 
 
@@ -264,7 +278,7 @@ def test_targets_are_measured_by_difficulty():
     assert state["cells"] == {"hard": {}, "medium": {}, "easy": {}}
     shaped = kind.shaped(judged(RIGHT, MIXED), state)
     assert shaped.reward_BN.tolist() == [[1.5, 1.5, 1, 1], [1.5, 0, 1.5, 0]]
-    assert shaped.metrics["length_target_easy"] == 20
+    assert shaped.metrics == {"length_limit": 40}
     # More than there can be: the longest path of the level.
     many = replace(kind, expected=3)
     assert after(many, RIGHT, RIGHT)["targets"]["easy"] == 60
@@ -313,3 +327,206 @@ def test_a_question_has_one_budget_per_step():
         budget = kind.fields()["budget"](slot)
         assert budgets.setdefault((slot.question_id, slot.step), budget) == budget
     assert {*budgets.values()} == {100, 101, 102, 103}
+
+
+# --- runs of the tiny task ------------------------------------------------------------------------
+
+SMALL = {
+    "objective.name": "grpo",
+    "objective.group_size": 4,
+    "train.questions_per_step": 2,
+    "train.steps": 3,
+    "rollout.max_new_tokens": 100,
+    "metrics.diag_every": 0,
+    "metrics.compare": "null",
+    "checkpoint.export": "false",
+    "verify.name": "number",
+}
+MORE = {
+    "o1_pruner": ["--objective.length_reward.paths", "2"],
+    "l1_exact": ["--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "32"],
+    "laser_d": ["--objective.length_reward.every", "2", "--objective.length_reward.grid", "10"],
+    "think_prune": [
+        *("--objective.length_reward.limits", "[100, 50, 20]"),
+        *("--objective.length_reward.steps", "1"),
+    ],
+}
+MORE["l1_max"] = MORE["l1_exact"]
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def train(tiny_words, tmp_path):
+    """Train a small run with a length reward; the lines of its steps."""
+
+    def make(name, *more, run="run"):
+        reward = ["--objective.length_reward.name", name, *MORE.get(name, [])]
+        assert main(["train", str(TINY), *tiny_words(SMALL)(run, *reward, *more)]) == 0
+        return lines_of(tmp_path / run)
+
+    return make
+
+
+@pytest.mark.parametrize("name", LENGTH_REWARDS)
+def test_every_length_reward_trains(name, train):
+    lines = train(name)
+    assert len(lines) == 3
+    assert max(line["grad_norm"] for line in lines) > 0
+    limits = [line["length_limit"] for line in lines if "length_limit" in line]
+    if name == "think_prune":
+        assert limits == [100, 50, 20]
+    if name == "laser_d":
+        assert limits[:2] == [4096] * 2
+        assert limits[2] <= 110
+    assert len(limits) == (3 if name in ("think_prune", "laser_d", "laser_de") else 0)
+
+
+@pytest.mark.parametrize("name", ["think_prune", "laser_d"])
+def test_a_resume_has_the_limits_of_its_run(name, train, tmp_path):
+    """Cut in the middle of a stage, or between two measurements."""
+    straight = train(name, "--train.steps", "4")
+    train(name, "--train.steps", "1", run="cut")
+    run = str(tmp_path / "cut")
+    assert main(["train", "--resume", run, "--train.steps", "4"]) == 0
+    keys = ("length_limit", "loss", "grad_norm", "len_prior")
+    pairs = [[line.get(k) for k in keys] for line in straight]
+    assert pairs == [[line.get(k) for k in keys] for line in lines_of(tmp_path / "cut")]
+    states = [
+        json.loads((tmp_path / run / "checkpoints/step_4/state.json").read_text())
+        for run in ("run", "cut")
+    ]
+    assert states[0]["trainer_state"]["method"] == states[1]["trainer_state"]["method"]
+    assert name in states[0]["trainer_state"]["method"]
+
+
+REFUSED = [
+    (["l1_max"], "field {budget},"),
+    (["kimmi"], "length_reward.name: got 'kimmi', expected 'eta',"),
+    (["kimi", "--objective.length_reward.weigt", "1"], "weigt: unknown key; did you mean 'weight'"),
+    (["kimi", "--objective.length_reward.weight", "-1"], "weight: got -1, expected 0 or more"),
+    (["kimi", "--objective.alpha", "0.5"], "got alpha 0.5 and a length_reward, which takes its"),
+    (["kimi", "--objective.reward", "probability"], "got reward 'probability' and a length reward"),
+    (["l1_max", "--objective.length_reward.low", "5000"], "got low 5000 above high 4000"),
+    (["think_prune", "--objective.length_reward.limits", "[2, 3]"], "expected limits that fall"),
+    (["o1_pruner", "--objective.length_reward.clip", "[2, 1]"], "expected (low, high) with low"),
+    (["kimi", "--objective.name", "vpgea"], "length_reward: unknown key; it belongs to objective"),
+    (["null", "--objective.length_reward.weight", "1"], "name: got null, expected 'eta'"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
+def test_wrong_combinations_are_refused_in_a_line(words, said, tiny_words, tmp_path, capsys):
+    given = ["--objective.length_reward.name", *words]
+    assert main(["train", str(TINY), *tiny_words(SMALL)("run", *given)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vpgea: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_length_reward_is_named_or_spelled_out(tmp_path, capsys):
+    file = tmp_path / "one.yaml"
+    file.write_text("objective: {name: grpo, length_reward: {name: kimi, weight: 0.4}}\n")
+    heard = []
+    assert config.load(file).objective.length_reward == Kimi(weight=0.4)
+    # The file's keys stay under another weight, and go with another reward.
+    kept = config.load(file, ["--objective.length_reward.weight", "2"])
+    assert kept.objective.length_reward == Kimi(weight=2.0)
+    other = config.load(file, ["--objective.length_reward", "arora"], heard.append)
+    assert other.objective.length_reward == Arora()
+    assert (
+        "length_reward.name 'arora' leaves out the file's objective.length_reward.weight"
+        in (heard[0])
+    )
+    assert config.load(file, ["--objective.length_reward", "null"]).objective.length_reward is None
+    file.write_text("objective: {name: rloo, length_reward: arora}\n")
+    read = config.load(file)
+    assert read.objective.length_reward == Arora()
+    assert config.resolve(config.as_dict(read)) == read
+    words = ["--objective.length_reward", "null", "--objective.length_reward.alpha", "0.2"]
+    with pytest.raises(config.ConfigError, match="length_reward is null already; give one"):
+        config.load(file, words)
+    assert main(["keys", "objective.length_reward"]) == 0
+    assert "objective.length_reward.beta" in capsys.readouterr().out
+
+
+# --- likelihood rewards ---------------------------------------------------------------------------
+
+
+def scored_by(*rows):
+    """A batch of one group of these U, nats; of a path whose U is None the thought was cut."""
+    batch = batch_of(*([(10, False)] * len(row) for row in rows))
+    u = double([[0.0 if u is None else u for u in row] for row in rows])
+    closed = torch.tensor([[u is not None for u in row] for row in rows])
+    return replace(batch, prior=replace(batch.prior, u_BP=u, closed_BP=closed))
+
+
+LOG2 = math.log(2)
+LIKELIHOODS = [
+    # P = (1, 1/2, 1/4) against the mean of the others: 5/8, -1/8, -1/2
+    (VeriFree(), [0, -LOG2, -2 * LOG2], [-5 / 8, 1 / 8, 1 / 2], [-1, -1 / 2, -1 / 4]),
+    (
+        VeriFree(target="advantage"),
+        [0, -LOG2, -2 * LOG2],
+        [-5 / 8, 1 / 8, 1 / 2],
+        [-5 / 8, 1 / 8, 1 / 2],
+    ),
+    (VeriFree(target="none"), [0, -LOG2, None], [-3 / 4, 0, 3 / 4], None),
+    # A cut thought has P = 0, whatever its U is.
+    (VeriFree(), [-LOG2, None, None], [-1 / 2, 1 / 4, 1 / 4], [-1 / 2, 0, 0]),
+    (VeriFree(), [None] * 3, [0] * 3, [0] * 3),
+    (VeriFree(), [-LOG2] * 3, [0] * 3, [-1 / 2] * 3),
+    # Shares 4/7, 2/7, 1/7 of three paths
+    (NormalisedVeriFree(), [0, -LOG2, -2 * LOG2], [-12 / 7, -6 / 7, -3 / 7], "same"),
+    # Far below what a number can hold
+    (NormalisedVeriFree(), [-2000, -2000 - LOG2, None], [-2, -1, 0], "same"),
+    (NormalisedVeriFree(), [-LOG2, None, None], [-3, 0, 0], "same"),
+    (NormalisedVeriFree(), [-5.0] * 3, [-1] * 3, "same"),
+    (NormalisedVeriFree(), [None] * 3, [0] * 3, "same"),
+]
+
+
+@pytest.mark.parametrize(("kind", "u", "thought", "target"), LIKELIHOODS)
+def test_likelihood_rewards_by_hand(kind, u, thought, target):
+    terms = replace(kind, group_size=3).terms(scored_by([0, -1, -2], u), {})
+    weights = {part.part: part.weight_BP[1].tolist() for part in terms.parts}
+    assert weights["thought"] == pytest.approx(thought)
+    target = thought if target == "same" else target
+    assert weights.get("target") == (target and pytest.approx(target))
+
+
+def test_the_dense_reward_of_a_teacher_by_hand():
+    batch = scored_by([0, 0, 0])
+    post = stream("posterior", [[(2, False), (2, False), (2, False)]])
+    closed = torch.tensor([[True, True, False]])
+    batch = replace(batch, posterior=replace(post, closed_BP=closed))
+    keys = [path.key for path in batch.posterior.flat]
+    logps = {
+        # mean and least: (-2, -3), (-1, -1), (-1, -1)
+        ANSWER: [[-1, -3], [-1, -1], [-1, -1]],
+        # log q - log p: (1, 0), (2, 2), (0, 0)
+        TEACHER: [[-1, -1], [-1, -1], [-1, -1]],
+        STUDENT: [[-2, -1], [-3, -3], [-1, -1]],
+    }
+    known = {s: dict(zip(keys, map(double, rows), strict=True)) for s, rows in logps.items()}
+    kind = Rlt(group_size=3, answer_min=0.1, kl_coef=2.0, kl_max=0.5, cut=4.0)
+    terms = kind.terms(replace(batch, logps=known), {})
+    reward = [-2.3 - 2 * 1.0, -1.1 - 2 * 3.0, -1.1 - 4.0]
+    assert terms.path_scores["posterior"]["reward"][0].tolist() == pytest.approx(reward)
+    mean = sum(reward) / 3
+    spread = math.sqrt(sum((r - mean) ** 2 for r in reward) / 3)
+    expected = [-(r - mean) / (spread + 1e-6) for r in reward]
+    (part,) = terms.parts
+    assert (part.stream, part.view) == ("posterior", "teacher")
+    assert part.weight_BP[0].tolist() == pytest.approx(expected)
+    equal = {s: dict.fromkeys(keys, known[s][keys[1]]) for s in known}
+    same = replace(batch, logps=equal, posterior=replace(post, closed_BP=closed | True))
+    assert not kind.terms(same, {}).alive.any()
+
+
+def test_verifree_takes_no_other_reward():
+    with pytest.raises(ValueError, match="got reward 'verify', expected 'probability'"):
+        VeriFree(reward="verify")

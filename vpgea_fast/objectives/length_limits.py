@@ -123,7 +123,7 @@ class LaserByDifficulty(LengthKeys):
                 cell = str(math.ceil(length / self.grid) * self.grid)
                 cells[level][cell] = cells[level].get(cell, 0) + 1
         now_B1 = torch.tensor([[targets[level]] for level in levels], dtype=torch.float64)
-        metrics = {f"length_target_{level}": float(targets[level]) for level in LEVELS}
+        metrics = {"length_limit": now_B1.mean().item()}
         if steps >= self.every:
             fewest = {"hard": 1, "medium": max(1, count // 3), "easy": max(1, 2 * count // 3)}
             for level in LEVELS:

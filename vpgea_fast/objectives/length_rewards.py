@@ -245,7 +245,7 @@ class L1Exact(Budgeted):
         budget_BN = self._asked(judged)
         gap_BN = (budget_BN - judged.length_BN).abs()
         reward_BN = judged.right_BN.double() - self.alpha * gap_BN
-        return Shaped(reward_BN=reward_BN, scores={"budget": budget_BN})
+        return Shaped(reward_BN=reward_BN)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -263,7 +263,7 @@ class L1Max(Budgeted):
         budget_BN = self._asked(judged)
         room_BN = self.alpha * (budget_BN - judged.length_BN) + self.delta
         reward_BN = judged.right_BN.double() * room_BN.clamp(0.0, 1.0)
-        return Shaped(reward_BN=reward_BN, scores={"budget": budget_BN})
+        return Shaped(reward_BN=reward_BN)
 
 
 LENGTH_REWARDS: dict[str, type] = {

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
 from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
-from vpgea_fast.objectives.judged import Judged
+from vpgea_fast.objectives.judged import Judged, Shaped
 from vpgea_fast.objectives.length_rewards import Eta, LengthReward
 from vpgea_fast.values import (
     STRICT,
@@ -58,9 +58,9 @@ class PolicyGradient(GroupKeys):
     alpha: Exponent = 0.0
     """0: the reward is correctness. Above 0: short for the length reward `eta` with this exponent
     and eta_clip."""
-    reward: Literal["verify", "likelihood"] = "verify"
+    reward: Literal["verify", "likelihood", "probability"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
-    given path) > 0.5."""
+    given path) > 0.5. `probability`: that probability itself, without a length reward."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of later updates of a rollout: per token, or the geometric mean over the
     path's tokens (GSPO)."""
@@ -103,11 +103,17 @@ class PolicyGradient(GroupKeys):
                 f"got alpha {self.alpha} and a length_reward, which takes its place; leave alpha "
                 "out, or choose length_reward eta"
             )
+        # Their formulas are of paths that are right or wrong.
+        if self.reward == "probability" and (self.length_reward or self.alpha):
+            raise ValueError(
+                "got reward 'probability' and a length reward, whose paths are right or wrong; "
+                "choose reward likelihood, or leave length_reward and alpha out"
+            )
 
     def needs(self) -> frozenset[Score]:
         scores = set()
         # Each score is a forward of every path: only what `terms` will read.
-        if self.reward == "likelihood":
+        if self.reward != "verify":
             scores.add(Score("prior", "student", "target"))
             if self.shaping.reference_paths:
                 scores.add(Score("reference", "student", "target"))
@@ -127,6 +133,9 @@ class PolicyGradient(GroupKeys):
         # By name: what another length reward kept, before a resume with this one, is not read.
         name, correct_BN = self.shaping.name, judged.right_BN
         shaped = self.shaping.shaped(judged, state.get(name, {}))
+        if self.reward == "probability":
+            # Of a cut thought U is scored too, but it has not arrived.
+            shaped = Shaped(reward_BN=prior.u_BP.exp().where(prior.closed_BP, 0.0))
         # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
         reward_BN = shaped.reward_BN - self._overlong(batch)
         advantage_BN = self._advantage(reward_BN)
