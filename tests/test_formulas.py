@@ -312,7 +312,7 @@ class Formula:
         found["kinds"].add("gated" if a > 0 else "pushed down")
         context = self.batch.questions[b].teacher_ids
         log_q = logps_of(model, context, path.z_ids, self.temperature).sum()
-        return self.weight([], len(path.z_ids)) * -a * log_q
+        return self.weight([1], len(path.z_ids)) * -a * log_q
 
     def surrogate(self, model, b, i, found):
         keys, paths = self.keys, self.batch.prior.paths

@@ -197,8 +197,9 @@ def in_words(hint: Any) -> str:
     bare, notes = _bare(hint)
     members = _members(bare)
     if len(members) > 1:
-        words = [in_words(member) for member in members]
-        return f"{' or '.join(words[:-1])}, or {words[-1]}"
+        # The records of a union are keys and values each.
+        words = [*dict.fromkeys(in_words(member) for member in members)]
+        return words[0] if len(words) == 1 else f"{' or '.join(words[:-1])}, or {words[-1]}"
     if get_origin(bare) is Literal:
         *most, last = [f"`{value}`" for value in get_args(bare)]
         return f"{', '.join(most)} or {last}" if most else last

@@ -158,9 +158,9 @@ class LaserD(LaserByDifficulty):
 
 @dataclass(frozen=True, config=STRICT)
 class LaserDe(LaserByDifficulty):
-    """R = c + weight (1[c and n <= target] + 1[not c, ended, n > target and not in a loop]), where
-    a wrong path may think on: Laser-DE (arXiv 2505.15612). A path is in a loop if its last `loop`
-    tokens stand in it before; the authors' code counts n-grams."""
+    """R = c + weight (1[c and n <= target] + 1[not c, ended, n > target and not in a loop]):
+    Laser-DE (arXiv 2505.15612), where a wrong path may think on. A path is in a loop if its last
+    `loop` tokens stand in it before; the authors' code counts n-grams."""
 
     name: Literal["laser_de"] = "laser_de"
     """Laser-DE."""

@@ -82,9 +82,9 @@ class Kimi(LengthKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class Arora(LengthKeys):
-    """R = c (1 - alpha sigmoid((n - m) / (s + 1e-7))), m and s the mean and the standard deviation
-    of n over the right paths of the group: Arora and Zanette (arXiv 2502.04463). s has the
-    number of right paths in its denominator, so one right path alone has R = 1 - alpha / 2."""
+    """R = c (1 - alpha sigmoid((n - m) / (s + 1e-7))): Arora and Zanette (arXiv 2502.04463). m and
+    s are the mean and the standard deviation of n over the right paths of the group. s has their
+    number in its denominator, so one right path alone has R = 1 - alpha / 2."""
 
     name: Literal["arora"] = "arora"
     """Arora and Zanette; their advantage is that of `objective.name rloo`."""
@@ -104,8 +104,9 @@ class Arora(LengthKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class ShorterBetter(LengthKeys):
-    """R = alpha c - beta |n - n*|, n* the shortest right path of the group, or the mean of all
-    where none is right: ShorterBetter (arXiv 2504.21370 and the authors' reward manager)."""
+    """R = alpha c - beta |n - n*|: ShorterBetter (arXiv 2504.21370 and the authors' reward
+    manager). n* is the shortest right path of the group, or the mean of all where none is
+    right."""
 
     name: Literal["shorter_better"] = "shorter_better"
     """ShorterBetter."""

@@ -70,8 +70,8 @@ def answer_term(weight_BN: Tensor) -> Term:
 @dataclass(frozen=True, config=STRICT)
 class NormalisedVeriFree(Keys):
     """Normalised VeriFree: the bound of Variational Reasoning (arXiv 2509.22637, appendix A.6) with
-    q = sg pi. The gradient is that of sum_i w_i (log p(z_i | x) + log p(y* | x, z_i)), with w_i =
-    exp U_i / sum_j exp U_j over the paths of the question.
+    q = sg pi. The gradient is that of sum_i w_i (log p(z_i | x) + log p(y* | x, z_i)). The weights
+    of a question: w_i = exp U_i / sum_j exp U_j.
 
     No baseline: paths of equal U have equal weights, and not none. A question of cut thoughts alone
     has no weight.
@@ -110,11 +110,11 @@ class Rlt(GroupKeys):
     """The dense reward of Reinforcement-Learned Teachers (arXiv 2506.08388), for the teacher's own
     paths, z-scored within the question:
 
-        R_i = mean_a + answer_min min_a - kl_coef (mean_z + kl_max max_z) - cut penalty
+        R_i = mean_a + answer_min min_a - kl_coef (mean_z + kl_max max_z) - cut penalty.
 
-    over log p of the answer's tokens behind the thought (a), and over log q - log p of the
-    thought's tokens (z). q is the policy behind the teacher's prompt; p, the paper's student, is
-    the frozen reference policy behind the student's.
+    a: log p of the answer's tokens behind the thought. z: log q - log p of the thought's tokens.
+    Both at the sampling temperature. q is the policy behind the teacher's prompt. p, the paper's
+    student, is the frozen reference policy behind the student's.
     """
 
     name: Literal["rlt"] = "rlt"
