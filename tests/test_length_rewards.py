@@ -3,8 +3,10 @@ over steps, and runs of the tiny task."""
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ STATED = [999]
 """Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
 
 
-def stream(name, groups, thought=range):
+def stream(name, groups, thought: Callable[[int], Any] = range):
     """Groups of (tokens, right); the paths have no answer, so response and thought are one."""
     none = torch.zeros(0, dtype=torch.int64)
     paths = tuple(
@@ -66,7 +68,12 @@ def stream(name, groups, thought=range):
     return scored(paths, torch.full_like(right, -1.0), correct=right)
 
 
-def judged(*groups, reference=None, budget=None, thought=range):
+def judged(
+    *groups: Any,
+    reference: Any = None,
+    budget: int | None = None,
+    thought: Callable[[int], Any] = range,
+) -> Judged:
     prior = stream("prior", groups, thought)
     questions = [
         replace(
@@ -437,22 +444,24 @@ def test_a_length_reward_is_named_or_spelled_out(tmp_path, capsys):
     file = tmp_path / "one.yaml"
     rest = "\nrollout: {full_answer: true}\n"
     file.write_text("objective: {name: grpo, length_reward: {name: kimi, weight: 0.4}}" + rest)
-    heard = []
-    assert config.load(file).objective.length_reward == Kimi(weight=0.4)
+    heard: list[str] = []
+
+    def read(*words: str) -> Any:
+        return config.load(file, words, heard.append).objective
+
+    assert read().length_reward == Kimi(weight=0.4)
     # The file's keys stay under another weight, and go with another reward.
-    kept = config.load(file, ["--objective.length_reward.weight", "2"])
-    assert kept.objective.length_reward == Kimi(weight=2.0)
-    other = config.load(file, ["--objective.length_reward", "arora"], heard.append)
-    assert other.objective.length_reward == Arora()
+    assert read("--objective.length_reward.weight", "2").length_reward == Kimi(weight=2.0)
+    assert read("--objective.length_reward", "arora").length_reward == Arora()
     assert (
         "length_reward.name 'arora' leaves out the file's objective.length_reward.weight"
         in (heard[0])
     )
-    assert config.load(file, ["--objective.length_reward", "null"]).objective.length_reward is None
+    assert read("--objective.length_reward", "null").length_reward is None
     file.write_text("objective: {name: rloo, length_reward: arora}" + rest)
-    read = config.load(file)
-    assert read.objective.length_reward == Arora()
-    assert config.resolve(config.as_dict(read)) == read
+    assert read().length_reward == Arora()
+    loaded = config.load(file)
+    assert config.resolve(config.as_dict(loaded)) == loaded
     words = ["--objective.length_reward", "null", "--objective.length_reward.alpha", "0.2"]
     with pytest.raises(config.ConfigError, match="length_reward is null already; give one"):
         config.load(file, words)
