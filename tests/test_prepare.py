@@ -16,6 +16,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from ranks import Program
 from test_evaluate import Scripted
 
 from vpgea_fast import config, strict_yaml
@@ -395,6 +396,7 @@ def tiny_order(tiny_world, tmp_path):
     def words(out, *more):
         fixed = "gsm8k", "--from", source, "--out", out, "--config", TINY
         model = "--model", tiny_world.base_dir, "--samples", "4", "--rollout.max_batch", "4"
+        model += "--verify.name", "number"
         return [str(word) for word in (*fixed, *model, *more)]
 
     return words
@@ -419,7 +421,7 @@ def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
 
     found = tmp_path / "eval.json"
     settings_words = ["--config", str(TINY), "--out", str(found), "--eval.greedy", "false"]
-    settings_words += ["--eval.samples", "4", *more]
+    settings_words += ["--eval.samples", "4", "--verify.name", "number", *more]
     assert main(["eval", str(tiny_world.base_dir), str(out / "train.jsonl"), *settings_words]) == 0
     capsys.readouterr()
     result = json.loads(found.read_text())["sampled"]
@@ -487,13 +489,12 @@ def test_answers_that_an_engine_gave_up_count_for_nothing(tiny_tokenizer):
 
 def killed_at(words, file, count):
     """Kill -9 as soon as `count` lines stand in the file; the bytes that it holds then."""
-    command = [sys.executable, "-m", "vpgea_fast.cli", "data", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = Program("-m", "vpgea_fast.cli", "data", *words)
     while not (file.exists() and file.read_bytes().count(b"\n") >= count):
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.communicate()
     return file.read_bytes()
 
 
