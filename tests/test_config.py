@@ -37,7 +37,7 @@ def test_presets_load_and_survive_a_round_trip(path):
         ),
         (
             {"objective": {"name": "grop"}},
-            "'rloo', 'reinforce', 'custom'; did you mean 'grpo'?",
+            "'custom'; did you mean 'grpo'?",
         ),
         (
             {"objective": {"group_size": 1}},
