@@ -40,6 +40,7 @@ from vpgea_fast.sweep.plan import (
     parse_rates,
     paths_a_step,
     questions,
+    steps_of,
 )
 from vpgea_fast.sweep.runs import Pool, Record, claimed, cores
 from vpgea_fast.sweep.table import best_rate, by_rate, edge_lines, evaluate, layout, score
@@ -48,6 +49,7 @@ __all__ = [
     "METRICS",
     "Method",
     "Order",
+    "Sweep",
     "SweepError",
     "evaluate",
     "parse_method",
@@ -66,6 +68,8 @@ class Sweep:
         self.metric = metric_of(order, self.base)
         self.split: Questions = questions(order, self.base)
         self.grids = {method: list(order.rates) for method in order.methods}
+        self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
+        self.resolved: dict[tuple[Method, float, int], Cell] = {}
         self.jobs = order.jobs or default_jobs(self.base)
         self.cells()
         self.durations: list[float] = []
@@ -73,11 +77,18 @@ class Sweep:
     def cells(self) -> list[Cell]:
         """Resolve every run of the grids as they are."""
         return [
-            cell(self.order, method, rate, seed, self.split.data)
+            self._cell(method, rate, seed)
             for seed in self.order.seeds
             for method, rates in self.grids.items()
             for rate in rates
         ]
+
+    def _cell(self, method: Method, rate: float, seed: int) -> Cell:
+        place = method, rate, seed
+        if place not in self.resolved:
+            data, steps = self.split.data, self.steps[method]
+            self.resolved[place] = cell(self.order, *place, data=data, steps=steps)
+        return self.resolved[place]
 
     def enter(self) -> None:
         """Make the folder this sweep's, or refuse it. Called with its lock held."""

@@ -177,31 +177,30 @@ def paths_a_step(cfg: Config) -> int:
     return cfg.objective.draws().paths * cfg.train.questions_per_step
 
 
-def cell(order: Order, method: Method, rate: float, seed: int, data: str) -> Cell:
+def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps: int) -> Cell:
     """Resolve the configuration of one run. ConfigError for keys that the method has not."""
     words = [*order.words, *method.words, f"--optim.lr={rate!r}", f"--run.seed={seed}"]
     words += [f"--eval.data={data}", "--checkpoint.export=false", "--metrics.compare=null"]
-    steps = _steps(order, method, load(order.config, words))
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
     return Cell(method.label, rate, seed, tuple(words), load(order.config, words))
 
 
-def _steps(order: Order, method: Method, cfg: Config) -> int:
+def steps_of(order: Order, method: Method, base: Config) -> int:
     """Count the steps that the budget allows: all methods draw as many paths, to within a step."""
-    own = load(order.config, order.words)
+    cfg = load(order.config, [*order.words, *method.words])
+    each = paths_a_step(cfg)
     # What draws no path (it reads them) makes the configuration's steps.
-    if order.budget == "steps" or not paths_a_step(cfg):
-        return cfg.train.steps
-    if isinstance(order.budget, int):
-        paths = order.budget
-    else:
-        paths = paths_a_step(own) * own.train.steps
-    steps = paths // paths_a_step(cfg)
+    if order.budget == "steps" or not each:
+        return base.train.steps
+    paths = order.budget
+    if not isinstance(paths, int):
+        paths = paths_a_step(base) * base.train.steps
+    steps = paths // each
     if not steps:
         raise SweepError(
-            f"--budget: {method.label!r} draws {paths_a_step(cfg)} paths a step, more than the "
-            f"{paths} of the whole budget; give more, or fewer questions a step"
+            f"--budget: {method.label!r} draws {each} paths a step, more than the {paths} of the "
+            "whole budget; give more, or fewer questions a step"
         )
     return steps
 

@@ -130,7 +130,8 @@ class Pool:
                 f"(all of it: {log}); mend it, and the same command goes on"
             )
         record = record_of(cell, run, self.split, diverged=diverged)
-        record["seconds"] = round(sum(map(_seconds, read_steps(run))), 1)
+        # Of the process that ended it: where it was interrupted, that is less than the whole.
+        record["wall_s"] = round(seconds, 1)
         write_text(self._record(cell), json.dumps(record, indent=1) + "\n")
         # After the record: a run that is recorded is never gone on with.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -168,14 +169,6 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "before": evaluation["before"],
         "after": None if diverged else evaluation["after"],
     }
-
-
-def _seconds(line: dict[str, Any]) -> float:
-    return sum(
-        value
-        for key, value in line.items()
-        if key.startswith("time_") and isinstance(value, int | float)
-    )
 
 
 def _lasting(words: Sequence[str]) -> list[str]:
