@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(words)
     command = shlex.join(["python", "benchmarks/objective_bench.py", *words])
     file = args.reevaluate or args.out
+    result: dict[str, Any]
     if args.reevaluate:
         facts = {"command": command, "commit": environment()["commit"]}
         result = known(file) | {"reevaluated": facts}
@@ -91,7 +92,7 @@ def measure(args: Any) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str]) -> Any:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny.yaml")
     parser.add_argument("--world", type=Path, default=Path("data/tiny"), help="of make-tiny")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -23,6 +23,8 @@ SMALL = {
     "train.questions_per_step": 2,
     "eval.greedy": "false",
     "checkpoint.save_every": 1,
+    "rollout.max_new_tokens": 80,
+    "eval.max_new_tokens": 80,
 }
 
 
@@ -269,6 +271,12 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     assert log.read_bytes() == before[0]
     result, known = (json.loads((asked.out / "results.json").read_text()), json.loads(before[1]))
     assert result == known
+    # Killed between the end of the run and its record: nothing is run again.
+    path = next((asked.out / "records").iterdir())
+    path.unlink()
+    assert main(command(asked)) == 0
+    assert json.loads(path.read_text()) == record | {"wall_s": None}
+    assert log.read_bytes() == before[0]
     # Another configuration, and another meaning of the same label, are other sweeps.
     assert main([*command(asked), "--rollout.temperature", "0.9"]) == 2
     assert "holds another sweep: config.rollout.temperature is now 0.9" in capsys.readouterr().err
@@ -293,13 +301,14 @@ def start(order):
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_at_any_moment_goes_on(order, tmp_path):
     """kill -9 at random moments, each later than the last so that the storm ends."""
-    keys = {"rates": (5e-4, 1e-3), "seeds": (0, 1)}
+    keys = {"rates": (5e-4, 1e-3), "seeds": (0,), "jobs": 2}
     whole, storm = order(**keys, out=tmp_path / "whole"), order(**keys, out=tmp_path / "storm")
-    assert start(whole).wait() == 0
+    told, _ = (first := start(whole)).communicate()
+    assert first.returncode == 0, told
     dice, kills, process = random.Random(0), 0, start(storm)
     while True:
         try:
-            told, _ = process.communicate(timeout=dice.uniform(1, 10) + kills)
+            told, _ = process.communicate(timeout=dice.uniform(2, 10) + 2 * kills)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)

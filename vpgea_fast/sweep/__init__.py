@@ -131,19 +131,25 @@ class Sweep:
                 self._extend(method, runs)
         raise AssertionError("the last round returns")
 
-    def tell(self, record: Record, seconds: float) -> None:
+    def tell(self, record: Record) -> None:
         """Say what a run has brought, and how long the rest takes."""
-        self.durations.append(seconds)
+        seconds, value = record["wall_s"], score([record], self.metric)
+        self.durations += [] if seconds is None else [seconds]
         self.done += 1
-        value = score([record], self.metric)
-        what = f"{self.metric} {value:.4g}" if value > -math.inf else "diverged"
-        waves = (self.total - self.done) / min(self.jobs, max(1, self.total - self.done))
-        left = clock_time(waves * fmean(self.durations))
-        self.console.message(
-            f"{self.done}/{self.total}  {record['method']}  lr {record['lr']:g}  seed "
-            f"{record['seed']}  {what} on the selection questions  {clock_time(seconds)}  "
-            f"left {left}"
-        )
+        words = [
+            f"{self.done}/{self.total}",
+            record["method"],
+            f"lr {record['lr']:g}",
+            f"seed {record['seed']}",
+            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else "diverged",
+        ]
+        if seconds is not None:
+            words.append(clock_time(seconds))
+        if self.durations:
+            rest = self.total - self.done
+            waves = rest / min(self.jobs, max(1, rest))
+            words.append(f"left {clock_time(waves * fmean(self.durations))}")
+        self.console.message("  ".join(words))
 
     def _edge(self, method: Method, runs: Sequence[Record]) -> str | None:
         rates, best = self.grids[method], best_rate(runs, method.label, self.metric)

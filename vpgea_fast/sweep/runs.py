@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,12 +25,23 @@ from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 Record = dict[str, Any]
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
-PR_SET_PDEATHSIG = 1
+CHILD = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+# Of a sweep that was killed before that line.
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit(143)
+from vpgea_fast.cli import main
+sys.exit(main())
+"""
+"""`vpgea`, which the kernel asks to save and end when the sweep is killed."""
 
 
 class Pool:
     """Runs cells in the folder of a sweep, `jobs` at a time. A cell that has a record is not run;
-    one that was interrupted goes on. `tell(record, seconds)` hears of each that ended."""
+    one that was interrupted goes on. `tell` hears of each record that is made."""
 
     def __init__(
         self,
@@ -40,11 +49,12 @@ class Pool:
         jobs: int,
         split: Questions,
         stop: Stop,
-        tell: Callable[[Record, float], None],
+        tell: Callable[[Record], None],
     ) -> None:
         self.out, self.jobs, self.split, self.stop, self.tell = out, jobs, split, stop, tell
         self.lock: IO[str] | None = None
-        self.active: dict[subprocess.Popen[bytes], tuple[Cell, float]] = {}
+        # The cell of a process, and when it began; None for one that was interrupted before.
+        self.active: dict[subprocess.Popen[bytes], tuple[Cell, float | None]] = {}
 
     def run(self, cells: Sequence[Cell]) -> list[Record]:
         """Return the records of all cells, in their order. SweepError where a run fails, and
@@ -89,18 +99,18 @@ class Pool:
         # Killed between its end and its record. A report is the last that a run writes, and the
         # first that a resume removes; a run that had to halt would otherwise train on.
         if (run / "report.html").exists() and "after" in read_evaluation(run):
-            self._finish(cell, 0, 0.0)
+            self._finish(cell, 0, None)
         else:
             self._start(cell)
 
     def _start(self, cell: Cell) -> None:
         """Start the process of a cell, with a lock and a parent that it does not outlive long."""
-        file = self.out / "configs" / f"{cell.name}.yaml"
+        file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
         write_text(file, dump(cell.cfg))
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "vpgea_fast.cli", *words],
+                [sys.executable, "-c", CHILD, str(os.getpid()), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -108,18 +118,18 @@ class Pool:
                 start_new_session=True,
                 # The lock of the runs: held until the last of them has ended.
                 pass_fds=[] if self.lock is None else [self.lock.fileno()],
-                preexec_fn=_end_with_parent,
             )
-        self.active[process] = cell, time.monotonic()
+        self.active[process] = cell, None if begun else time.monotonic()
 
     def _collect(self) -> None:
         for process, (cell, began) in list(self.active.items()):
             if process.poll() is None:
                 continue
             del self.active[process]
-            self._finish(cell, process.returncode, time.monotonic() - began)
+            seconds = None if began is None else round(time.monotonic() - began, 1)
+            self._finish(cell, process.returncode, seconds)
 
-    def _finish(self, cell: Cell, status: int, seconds: float) -> None:
+    def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
         run = Path(cell.cfg.run.dir)
         diverged = status == 2 and any(run.glob("nonfinite_step_*.jsonl"))
         if status not in ENDED and not diverged:
@@ -130,12 +140,11 @@ class Pool:
                 f"(all of it: {log}); mend it, and the same command goes on"
             )
         record = record_of(cell, run, self.split, diverged=diverged)
-        # Of the process that ended it: where it was interrupted, that is less than the whole.
-        record["wall_s"] = round(seconds, 1)
+        record["wall_s"] = seconds
         write_text(self._record(cell), json.dumps(record, indent=1) + "\n")
         # After the record: a run that is recorded is never gone on with.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        self.tell(record, seconds)
+        self.tell(record)
 
     def _end(self) -> None:
         """Stop what still runs, each with a checkpoint, and wait for it."""
@@ -181,12 +190,6 @@ def _goes_on(run: Path, cell: Cell) -> bool:
         return not changes(load(run / "config.yaml", record=True), cell.cfg)
     except ConfigError:
         return False
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process, with a checkpoint, when the sweep is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
