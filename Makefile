@@ -21,7 +21,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-serial test-long test-triton36 test-vllm lint install dist clean
+.PHONY: train test test-serial test-parallel test-long test-triton36 test-vllm lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -30,13 +30,12 @@ train: $(STAMP)
 	@run=runs/tiny; n=1; while [ -e $$run ]; do n=$$((n + 1)); run=runs/tiny-$$n; done; \
 	$(BIN)/vpgea train configs/tiny.yaml --run.dir $$run $(ARGS)
 
-# Two cores: pyright has one and the tests that measure time the other, then all others share both.
+# Two cores: pyright has one and the tests that measure time the other, then all others begin. Their
+# last line is the last, since pyright ends minutes before.
 # A selection runs in one process, where -x, -s and --pdb are those of every pytest.
 ifeq ($(strip $(ARGS)),)
 test: $(STAMP)
-	@$(MAKE) --no-print-directory --jobs=2 lint test-serial
-	@echo "make: pytest, the other tests in $(WORKERS) processes"
-	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial" -n $(WORKERS) --dist worksteal
+	@$(MAKE) --no-print-directory --jobs=2 lint test-parallel
 else
 test: lint
 	@echo "make: pytest"
@@ -46,6 +45,10 @@ endif
 test-serial: $(STAMP)
 	@echo "make: pytest, the tests that measure time"
 	@$(BIN)/python -m pytest -q -m "$(QUICK) and serial" $(SERIAL)
+
+test-parallel: test-serial
+	@echo "make: pytest, the other tests in $(WORKERS) processes"
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial" -n $(WORKERS) --dist worksteal
 
 test-long: lint
 	@echo "make: pytest, slow tests and those of this machine's devices included"

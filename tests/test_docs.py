@@ -8,12 +8,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from ranks import Program
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
@@ -77,9 +77,9 @@ def test_python_runs_as_it_stands(page, code, tmp_path):
     """In a process of its own, in a directory that holds nothing."""
     file = tmp_path / "block.py"
     file.write_text(code, encoding="utf-8")
-    command = [sys.executable, "-W", "error", file]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{page}\n{code}\n{done.stderr}"
+    program = Program(file, cwd=tmp_path, strict=True)
+    _, errors = program.communicate()
+    assert program.returncode == 0, f"{page}\n{code}\n{errors}"
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("yaml"))
@@ -123,9 +123,9 @@ def test_the_commands_of_a_page_run(page, workspace, capsys):
         elif words[0].startswith("examples/"):  # tests/test_examples.py runs them
             assert (ROOT / words[0]).is_file()
         elif program == "python":
-            run = [sys.executable, *words]
-            done = subprocess.run(run, cwd=workspace, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, f"{command.text}\n{done.stderr}"
+            run = Program(*words, cwd=workspace)
+            _, errors = run.communicate()
+            assert run.returncode == 0, f"{command.text}\n{errors}"
         else:
             assert program == "vpgea", command.text
             more = [] if "--resume" in words else SMALL.get(words[0], [])

@@ -2,20 +2,19 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import Program
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
 def run(name, *words, cwd):
-    command = [sys.executable, "-W", "error", FOLDER / name, *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    program = Program(FOLDER / name, *words, cwd=cwd, strict=True)
+    printed, errors = program.communicate()
+    assert program.returncode == 0, errors
+    return printed
 
 
 @pytest.fixture(scope="module")

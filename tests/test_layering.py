@@ -298,6 +298,13 @@ def test_losses_import_with_torch_alone():
     assert rooms <= {"losses", "kernels"}, f"importing the losses imported {rooms} too"
 
 
+def test_the_trainer_imports_without_a_warning():
+    """In a process of its own: tests that fork their programs have imported it before."""
+    command = [sys.executable, "-W", "error", "-c", "import vpgea_fast.trainer"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_command_line_does_not_wait_for_torch():
     """`vpgea --version`, `vpgea keys` and every refusal would: torch takes over a second."""
     code = "import sys, vpgea_fast.cli; sys.exit('torch' in sys.modules)"

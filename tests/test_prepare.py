@@ -16,6 +16,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from ranks import Program
 from test_evaluate import Scripted
 
 from vpgea_fast import config, strict_yaml
@@ -487,13 +488,12 @@ def test_answers_that_an_engine_gave_up_count_for_nothing(tiny_tokenizer):
 
 def killed_at(words, file, count):
     """Kill -9 as soon as `count` lines stand in the file; the bytes that it holds then."""
-    command = [sys.executable, "-m", "vpgea_fast.cli", "data", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = Program("-m", "vpgea_fast.cli", "data", *words)
     while not (file.exists() and file.read_bytes().count(b"\n") >= count):
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.communicate()
     return file.read_bytes()
 
 

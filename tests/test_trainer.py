@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import Program, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, diagnostics
@@ -226,10 +224,7 @@ def test_killed_at_random_moments(words, tmp_path, kills, steps):
     start: list = [TINY, *words("killed", *more)]
     for _ in range(kills):
         seen = len(lines(run)) if (run / "metrics.jsonl").exists() else 0
-        command = [sys.executable, "-m", "vpgea_fast.cli", "train", *map(str, start)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
+        process = Program("-m", "vpgea_fast.cli", "train", *start)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if (run / "metrics.jsonl").exists() and len(lines_so_far(run)) > seen + 1:
@@ -238,7 +233,7 @@ def test_killed_at_random_moments(words, tmp_path, kills, steps):
         time.sleep(generator.uniform(0.0, 0.8))
         process.kill()
         _, errors = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0), errors.decode()
+        assert process.returncode in (-signal.SIGKILL, 0), errors
         reached = lines_so_far(run)[-1]["step"]
         # a look from outside: opening the checkpoint would also clean up
         saved = [int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")]
@@ -260,8 +255,7 @@ def lines_so_far(run):
 def test_sigterm_saves_and_says_how_to_go_on(words, tmp_path):
     more = ["--eval.data", "[]", "--checkpoint.save_every", "1000", "--train.steps", "1000"]
     run = tmp_path / "stopped"
-    command = [sys.executable, "-m", "vpgea_fast.cli", "train", str(TINY), *words("stopped", *more)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Program("-m", "vpgea_fast.cli", "train", TINY, *words("stopped", *more))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len(lines_so_far(run)) >= 3:
