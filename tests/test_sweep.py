@@ -266,17 +266,13 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     assert record["tokens_generated"] == sum(json.loads(s)["tokens_generated"] for s in steps)
     assert not list((asked.out / "runs").glob("*/checkpoints"))
     log = next((asked.out / "logs").iterdir())
-    before = log.read_bytes(), (asked.out / "results.json").read_text()
-    assert main(command(asked)) == 0
-    assert log.read_bytes() == before[0]
-    result, known = (json.loads((asked.out / "results.json").read_text()), json.loads(before[1]))
-    assert result == known
+    before = log.read_bytes()
     # Killed between the end of the run and its record: nothing is run again.
     path = next((asked.out / "records").iterdir())
     path.unlink()
     assert main(command(asked)) == 0
     assert json.loads(path.read_text()) == record | {"wall_s": None}
-    assert log.read_bytes() == before[0]
+    assert log.read_bytes() == before
     # Another configuration, and another meaning of the same label, are other sweeps.
     assert main([*command(asked), "--rollout.temperature", "0.9"]) == 2
     assert "holds another sweep: config.rollout.temperature is now 0.9" in capsys.readouterr().err
