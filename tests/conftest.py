@@ -140,6 +140,7 @@ def tiny_words(tiny_world, tmp_path):
                 "model.path": tiny_world.base_dir,
                 "data.train": tiny_world.train_path,
                 "eval.data": "[]",
+                "verify.name": "number",  # a worker of `math` imports sympy for half a second
                 **settings,
             }
             return [w for key, value in fixed.items() for w in (f"--{key}", str(value))] + [*more]

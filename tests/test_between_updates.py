@@ -26,6 +26,7 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 SMALL = {
     "objective": "grpo",
     "run.seed": 1,
+    "verify.name": "number",
     "objective.group_size": 4,
     "train.questions_per_step": 4,
     "train.minibatches": 2,

@@ -52,6 +52,7 @@ def written(tiny_world, tmp_path_factory):
         "eval.data": f"[{tiny_world.test_path}]",
         "eval.limit": 2,
         "eval.every": 1,
+        "verify.name": "number",
         "train.questions_per_step": 2,
         "train.steps": 2,
         "objective.group_size": 4,

@@ -39,6 +39,7 @@ def train(tiny_world, tmp_path):
             "data.train": tiny_world.train_path,
             "data.limit": 64,
             "eval.data": "[]",
+            "verify.name": "number",
             "train.questions_per_step": 2,
             "objective.group_size": 2,
             "objective.prior_samples": 2,
@@ -567,7 +568,7 @@ def test_bad_answers_and_long_prompts_by_policy(train, refusal, tmp_path, capsys
     ("words", "said"),
     [
         (["--verify.name", "custom"], "a target belongs to name custom, and custom needs one"),
-        (["--verify.target", "mine:f"], "verify.name is 'math' and verify.target 'mine:f'"),
+        (["--verify.target", "mine:f"], "verify.name is 'number' and verify.target 'mine:f'"),
         (["--verify.name", "custom", "--verify.target", "nowhere:f"], "cannot import nowhere"),
     ],
 )

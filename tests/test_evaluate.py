@@ -205,6 +205,7 @@ def test_no_question_leaves_in_silence(build, files, tmp_path):
 @pytest.fixture
 def cfg(tiny_world):
     words = ["--model.path", str(tiny_world.base_dir), "--eval.limit", "6", "--eval.samples", "2"]
+    words += ["--verify.name", "number"]
     return config.load(TINY, [*words, "--eval.data", f"[{tiny_world.test_path}]"])
 
 

@@ -310,7 +310,6 @@ def words_of(name, tiny_words):
         "train.epochs": 1 if ours else EPOCHS,
         "train.steps": steps,
         "train.micro_batch_tokens": 150,
-        "verify.name": "number",  # the judge of `math` imports sympy for a second
         "rollout.temperature": TEMPERATURE,
         "rollout.max_new_tokens": LIMIT,
         "rollout.max_answer_tokens": ANSWER,

@@ -164,6 +164,7 @@ def check_kills(tiny_world, tmp_path, each, seed):
         "eval.limit": 2,
         "eval.every": 2,
         "eval.greedy": False,
+        "verify.name": "number",
         "train.questions_per_step": 2,
         "train.steps": 3,
         "rollout.max_new_tokens": 16,

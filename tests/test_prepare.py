@@ -396,6 +396,7 @@ def tiny_order(tiny_world, tmp_path):
     def words(out, *more):
         fixed = "gsm8k", "--from", source, "--out", out, "--config", TINY
         model = "--model", tiny_world.base_dir, "--samples", "4", "--rollout.max_batch", "4"
+        model += "--verify.name", "number"
         return [str(word) for word in (*fixed, *model, *more)]
 
     return words
@@ -420,7 +421,7 @@ def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
 
     found = tmp_path / "eval.json"
     settings_words = ["--config", str(TINY), "--out", str(found), "--eval.greedy", "false"]
-    settings_words += ["--eval.samples", "4", *more]
+    settings_words += ["--eval.samples", "4", "--verify.name", "number", *more]
     assert main(["eval", str(tiny_world.base_dir), str(out / "train.jsonl"), *settings_words]) == 0
     capsys.readouterr()
     result = json.loads(found.read_text())["sampled"]

@@ -30,6 +30,7 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 SMALL = {
+    "verify.name": "number",
     "train.questions_per_step": 2,
     "objective.group_size": 4,
     "objective.prior_samples": 2,
