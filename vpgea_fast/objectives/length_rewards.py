@@ -159,11 +159,10 @@ class LcR1(LengthKeys):
     one; format is 1 for a thought that ended: LC-R1 (arXiv 2506.14755). Beside its advantage, the
     closing token of a right path's thought earns `close` (1 - v / z): z tokens, the first v of them
     up to where it first states the answer. Where it never does, `close` times `absent`. Their
-    advantage is that of `objective.name drgrpo`.
+    advantage is that of `objective.name drgrpo`."""
 
-    Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
-    and trains on the thought that it cut. The authors' code pays wrong paths for length too.
-    """
+    # Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
+    # and trains on the thought that it cut. The authors' code pays wrong paths for length too.
 
     name: Literal["lc_r1"] = "lc_r1"
     """LC-R1."""
