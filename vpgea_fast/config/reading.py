@@ -327,7 +327,5 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in VARIANTS.items():
         keys = tree.get(section, {})
         tree[section] = {"name": name, **keys} if isinstance(keys, Mapping) else keys
-    objective = tree["objective"]
-    if not isinstance(objective, Mapping):
-        return tree
-    return {**tree, "objective": with_preset(objective)}
+    keys = tree["objective"]
+    return {**tree, "objective": with_preset(keys)} if isinstance(keys, Mapping) else tree
