@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
+from runs import words_of
 
 # One thread: two workers on two cores do not fight, and sums are bitwise repeatable.
 torch.set_num_threads(1)
@@ -134,18 +135,7 @@ def tiny_words(tiny_world, tmp_path):
     `words = tiny_words({"train.steps": 4}); words("name of the run", "--optim.lr", "1e-3")`."""
 
     def settle(settings):
-        def make(name, *more):
-            fixed = {
-                "run.dir": tmp_path / name,
-                "model.path": tiny_world.base_dir,
-                "data.train": tiny_world.train_path,
-                "eval.data": "[]",
-                "verify.name": "number",  # a worker of `math` imports sympy for half a second
-                **settings,
-            }
-            return [w for key, value in fixed.items() for w in (f"--{key}", str(value))] + [*more]
-
-        return make
+        return lambda name, *more: [*words_of(settings, tiny_world, tmp_path / name), *more]
 
     return settle
 

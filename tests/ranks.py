@@ -155,10 +155,7 @@ class Program:
 def _program(
     words: list[str], cwd: str, env: Mapping[str, str], strict: bool, *files: Path
 ) -> None:
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    gc.freeze()
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    _begin(*files)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -180,9 +177,7 @@ def _program(
             print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    _leave(status)
 
 
 def _torchrun_env(rank: int, size: int, port: int) -> dict[str, str]:
@@ -221,12 +216,7 @@ def _result(file: Path) -> Any:
 def _rank(
     function: Callable[..., Any], args: tuple[Any, ...], file: Path, env: Mapping[str, str]
 ) -> None:
-    output = os.open(file.with_suffix(".out"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    faulthandler.enable()
-    gc.freeze()  # what the server imported would cost 0.3 s in every collection
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    _begin(output := file.with_suffix(".out"), output)
     os.environ.update(env)
     status = 1
     try:
@@ -240,6 +230,20 @@ def _rank(
         status = 0
     except BaseException:
         traceback.print_exc()
+    _leave(status)
+
+
+def _begin(out: Path, errors: Path) -> None:
+    """What every forked process does first: write to files of its own, and end with its parent."""
+    for number, file in ((1, out), (2, errors)):
+        # Appended: of one file for both, neither writes over the other.
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.enable()
+    gc.freeze()  # what the server imported would cost 0.3 s in every collection
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+
+
+def _leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, whole
 from ranks import run_ranks, watch_ranks
+from runs import words_of
 
 from vpgea_fast import checkpoint, collect, config, trainer
 from vpgea_fast.checkpoint import CheckpointError, protocol
@@ -26,7 +27,6 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 SMALL = {
     "objective": "grpo",
     "run.seed": 1,
-    "verify.name": "number",
     "objective.group_size": 4,
     "train.questions_per_step": 4,
     "train.minibatches": 2,
@@ -82,17 +82,6 @@ def words(tiny_words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # from where a run imports an objective
     sys.modules.pop("own", None)
     return tiny_words(SMALL)
-
-
-def words_of(settings, world, run):
-    """Command-line words of a run of the tiny task, where `words` is not to be had."""
-    fixed = {
-        "run.dir": run,
-        "model.path": world.base_dir,
-        "data.train": world.train_path,
-        "eval.data": "[]",
-    }
-    return [w for key, value in (fixed | settings).items() for w in (f"--{key}", str(value))]
 
 
 class Disturbed:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from runs import words_of
 
 from vpgea_fast import book, config
 from vpgea_fast.trainer import Trainer
@@ -54,12 +55,9 @@ def write_run(words):
 def written(tiny_world, tmp_path_factory):
     """What each of RUNS wrote."""
     fixed = {
-        "model.path": tiny_world.base_dir,
-        "data.train": tiny_world.train_path,
         "eval.data": f"[{tiny_world.test_path}]",
         "eval.limit": 2,
         "eval.every": 1,
-        "verify.name": "number",
         "train.questions_per_step": 2,
         "train.steps": 2,
         "objective.group_size": 4,
@@ -68,8 +66,7 @@ def written(tiny_world, tmp_path_factory):
     }
     files = {}
     for name, more in RUNS.items():
-        settings = {**fixed, **more, "run.dir": tmp_path_factory.mktemp("book") / name}
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        words = words_of({**fixed, **more}, tiny_world, tmp_path_factory.mktemp("book") / name)
         files[name] = (
             run_ranks(write_run, words, size=1)[0] if name == "sharded" else write_run(words)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from runs import words_of
 
 from vpgea_fast import config
 from vpgea_fast.dry_run import dry_run
@@ -26,11 +27,7 @@ def words(tiny_world, tmp_path_factory):
     root = tmp_path_factory.mktemp("reference")
 
     def make(name, *more):
-        fixed = {
-            "run.dir": root / name,
-            "model.path": tiny_world.base_dir,
-            "data.train": tiny_world.train_path,
-            "eval.data": "[]",
+        settings = {
             "objective.name": "custom",
             "objective.target": "held:Held",
             "train.questions_per_step": 2,
@@ -40,7 +37,7 @@ def words(tiny_world, tmp_path_factory):
             "rollout.max_new_tokens": 48,
             "checkpoint.export": "false",
         }
-        return [w for key, value in fixed.items() for w in (f"--{key}", str(value))] + [*more]
+        return [*words_of(settings, tiny_world, root / name), *more]
 
     return make
 

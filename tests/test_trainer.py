@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Program, run_ranks
+from runs import words_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, diagnostics
@@ -30,7 +31,6 @@ TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 SMALL = {
-    "verify.name": "number",
     "train.questions_per_step": 2,
     "objective.group_size": 4,
     "objective.prior_samples": 2,
@@ -52,17 +52,9 @@ def words(tiny_words, tiny_world):
 @pytest.fixture(scope="module")
 def _finished(tiny_world, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    settings = {
-        "run.dir": run,
-        "model.path": tiny_world.base_dir,
-        "data.train": tiny_world.train_path,
-        "eval.data": f"[{tiny_world.test_path}]",
-        "eval.limit": 2,
-        "checkpoint.save_every": 2,
-        **SMALL,
-    }
-    given = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    assert fit(config.load(TINY, given))
+    test = {"eval.data": f"[{tiny_world.test_path}]", "eval.limit": 2}
+    settings = {**test, "checkpoint.save_every": 2, **SMALL}
+    assert fit(config.load(TINY, words_of(settings, tiny_world, run)))
     return run
 
 

@@ -194,6 +194,8 @@ class Collector:
     ) -> list[SampleRequest]:
         """A request for every path, question by question, each with the prompt that it asks."""
         slots, views = [], []
+        # Once: an objective makes and checks its draws anew whenever it is asked.
+        draws = self.draws
         for q in questions:
             for stream, view, count in plan:
                 for i in range(count):
@@ -201,7 +203,7 @@ class Collector:
                     seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
                     slots.append(Slot(**place, index=i, seed=seed))
                     views.append(view)
-        asked = self._asked(questions, slots)
+        asked = self._asked(questions, slots, draws)
         return [
             SampleRequest(
                 question_id=slot.question_id,
@@ -209,20 +211,20 @@ class Collector:
                 index=slot.index,
                 prompt_ids=own.context(view),
                 seed=slot.seed,
-                asked=own if self.draws.fields else None,
+                asked=own if draws.fields else None,
             )
             for slot, view, own in zip(slots, views, asked, strict=True)
         ]
 
     def _asked(
-        self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot]
+        self, questions: Sequence[PromptedQuestion], slots: Sequence[Slot], draws: Draws
     ) -> list[PromptedQuestion]:
         """The question of every path, with prompts of its own where the objective has fields."""
         known = {q.question.id: q for q in questions}
-        if not self.draws.fields:
+        if not draws.fields:
             return [known[slot.question_id] for slot in slots]
         # Paths of a question that share their values share a prompt: it is rendered once.
-        keys = [(slot.question_id, (*self.draws.values(slot).items(),)) for slot in slots]
+        keys = [(slot.question_id, (*draws.values(slot).items(),)) for slot in slots]
         distinct = list(dict.fromkeys(keys))
         texts = [known[name].question for name, _ in distinct]
         prompted = self.prompt(texts, [dict(values) for _, values in distinct])

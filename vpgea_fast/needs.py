@@ -311,10 +311,10 @@ def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     cfg, on, engine = plan.cfg, plan.on, estimate.engine
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     group = cfg.processes_per_engine
-    # Keys and values of one token over all layers, in the dtype of the forward.
     # From disk the reference policy is read for each score, and to draw.
     reads = sum(score.who == "reference" for score in cfg.objective.needs())
     reads += cfg.objective.draws().reference > 0
+    # Keys and values of one token over all layers, in the dtype of the forward.
     token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
     return Sizes(
         flops=model_flops(plan.model),

@@ -433,8 +433,7 @@ class Trainer:
         names = dict.fromkeys(row.term for row in rows)
         if len(names) <= 1:
             return {}  # it is grad_norm
-        # With the coefficients of the moment: those of a reference policy are not in them before.
-        (rows, _, _), norms = self.stages.measure.moment(rows, moved=False), {}
+        norms = {}
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
             reshard(self.stages.policy)

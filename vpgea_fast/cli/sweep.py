@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from vpgea_fast.cli.train import STATUS
 from vpgea_fast.cli.words import (
     Commands,
     Parser,
@@ -15,9 +16,6 @@ from vpgea_fast.cli.words import (
     whole,
     yaml_value,
 )
-
-STOPPED = 143
-"""128 + SIGTERM, as of `vpgea train`."""
 
 
 def declare_sweep(commands: Commands, common: Parser) -> None:
@@ -47,6 +45,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="what all runs have alike: paths (those that the configuration draws; the default), "
         "steps, or a number of paths",
     )
+    # No default here: it depends on what the configuration evaluates.
     sweep.add_argument("--metric", help="what picks a rate; default sampled_eps3")
     sweep.add_argument(
         "--select",
@@ -105,7 +104,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         sweep.run_sweep(order, console, command=_command(args, overrides))
     except Stopped:
         console.message(f"stopped; the runs have saved: the same command goes on in {args.out}")
-        return STOPPED
+        return STATUS["STOPPED"]
     finally:
         console.close()
     return 0

@@ -245,6 +245,7 @@ def _write(
         "runs": list(runs),
     }
     path = order.out / "results.json"
+    # Before the picture: the numbers are there though it cannot be drawn.
     write_text(path, json.dumps(result, indent=1) + "\n")
     mode, _, key = sweep.metric.partition("_")
     curves = {

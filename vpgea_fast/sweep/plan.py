@@ -88,7 +88,16 @@ def cell_name(method: str, rate: float, seed: int) -> str:
     >>> cell_name("GRPO + length", 5e-4, 1)
     'GRPO_length-0.0005-1'
     """
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', method).strip('_.')}-{rate!r}-{seed}"
+    return f"{file_name(method)}-{rate!r}-{seed}"
+
+
+def file_name(text: str) -> str:
+    """Replace what a file system may take amiss.
+
+    >>> file_name("GRPO + length")
+    'GRPO_length'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_.")
 
 
 def parse_method(text: str) -> Method:
@@ -149,6 +158,7 @@ def check(order: Order) -> Config:
             raise SweepError(f"got --{key}; write it with its method, e.g. vpgea:beta=0")
     if not order.methods or not order.rates or not order.seeds:
         raise SweepError("got no method, no rate or no seed; give at least one of each")
+    # Two runs of one name would share a folder, and the second be taken for the first.
     for what, values in {
         "--methods": [m.label for m in order.methods],
         "--methods, as names of files,": [cell_name(m.label, 1, 0) for m in order.methods],
@@ -218,7 +228,7 @@ def questions(order: Order, cfg: Config) -> Questions:
     for file in cfg.eval.data:
         halves = dict(zip((f"{SELECT}_{file.label}", file.label), _halves(file, cfg), strict=True))
         for name, text in halves.items():
-            path = order.out / "questions" / f"{cell_name(name, 0, 0)[:-4]}.jsonl"
+            path = order.out / "questions" / f"{file_name(name)}.jsonl"
             files[path] = text
             entries.append(_entry(file) | {"path": str(path), "name": name})
     names = [str(entry["name"]) for entry in entries]
