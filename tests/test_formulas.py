@@ -231,7 +231,8 @@ class Formula:
                     reward = math.exp(u) if path.closed else 0.0
                 if keys.overlong_cache:
                     over = len(path.z_ids) + len(path.answer_ids) - (LIMIT + ANSWER - CACHE)
-                    reward -= min(max(over / CACHE, 0.0), 1.0)
+                    cut = path.finish == "length"
+                    reward -= 1.0 if cut else min(max(over / CACHE, 0.0), 1.0)
                 rewards[-1].append(reward)
         everyone = sum(map(sum, rewards)) / (B * P)
         self.rewards = rewards

@@ -177,7 +177,7 @@ def draws(
     if objective.draws().teacher:
         paths.append((*most("teacher"), new))
     if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
-        what, prompt = student
+        what, prompt = max((most(view) for view in _scored_views(objective)), key=lambda m: m[1])
         paths.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
     for name, benchmark in benchmarks.items():
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
@@ -185,6 +185,10 @@ def draws(
         # An evaluation judges answers, so it draws them also where training does not.
         paths.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
     return paths
+
+
+def _scored_views(objective: Any) -> set[View]:
+    return {s.view for s in objective.needs() if s.part == "target" and s.who == "policy"}
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -201,12 +205,18 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
         return limit if fields else prompt.numel()
 
     prompts = [max(room(q.student_ids), room(q.teacher_ids)) for q in questions]
-    tails = [0]
-    if scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood":  # behind </think>
-        tails = [
-            room(q.student_ids) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
-            for q in questions
-        ]
+    # Behind </think>, whoever scores it; of drawn answers the policy's U needs no row.
+    likely = cfg.scoring.u_source == "likelihood"
+    views: set[View] = {
+        s.view
+        for s in cfg.objective.needs()
+        if s.part == "target" and (likely or s.who == "reference")
+    }
+    tails = [0] + [
+        room(q.context(v)) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+        for q in questions
+        for v in views
+    ]
     thought = cfg.rollout.max_new_tokens
     return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 

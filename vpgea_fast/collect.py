@@ -169,6 +169,7 @@ class Collector:
         paths = self.reference.generate(
             requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
         )
+        paths = _as_asked(requests, paths)
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     @property
@@ -289,8 +290,11 @@ class Collector:
             if who == "reference":
                 assert self.reference is not None  # `build` makes it for whoever reads it
                 ask = self.reference.logprobs
-            scored = ask(rows)
-            logps[score] = {row.path: values for row, values in zip(rows, scored, strict=True)}
+            # A path that the engine gave up, or a thought without an answer, may lack a token: its
+            # coefficients, none, stand for its log-probs.
+            asked = [row for row in rows if row.token_ids.numel()]
+            known = {row.path: v for row, v in zip(asked, ask(asked), strict=True)}
+            logps[score] = {row.path: known.get(row.path, row.coef) for row in rows}
         return logps
 
     def _scored(
@@ -337,12 +341,12 @@ class Collector:
         with timer("advantage"):
             terms, dropped_B = _say(objective, batch, state), batch.lost_B > 0
             if dropped_B.any():
-                # The batch keeps its shape, for the log of its paths; means and the objective's
-                # state are of whole questions.
-                whole = batch.whole
+                # The batch keeps its shape, for the log of its paths; weights (an objective may
+                # compare all paths of the step), means and state are of whole questions.
+                whole, terms = batch.whole, terms.without(dropped_B)
                 clean = _say(objective, whole, state) if whole else None
                 terms = replace(
-                    terms.without(dropped_B),
+                    terms.where(~dropped_B, clean) if clean else terms,
                     metrics=clean.metrics if clean else {},
                     state=clean.state if clean else state,
                 )

@@ -177,6 +177,9 @@ def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     result = {}
     for key in keys:
         values = [metrics[key] for metrics in updates if key in metrics]
+        # Of a loss no row is no loss: its parts add up to it.
+        if key.startswith("loss_"):
+            values += [0.0] * (len(updates) - len(values))
         # Later updates have moved away from the sampler by themselves: no fault of the engine.
         if key.startswith("mismatch"):
             result |= {key: first[key]} if key in first else {}

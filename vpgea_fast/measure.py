@@ -98,8 +98,10 @@ class Measure:
             live = dict(zip(live, self.logprobs(asked), strict=True))
         # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
-        ratioed = [row.coef for row in now if row.old is not None and row.weighted]
-        share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
+        ratioed = [
+            _clipped(row, live[id(row)]) for row in rows if row.old is not None and row.weighted
+        ]
+        share = {"clipped": torch.cat(ratioed).double().mean().item()} if ratioed else {}
         # Here and not behind the update, which has no log-probs of what is clipped: its loss is
         # constant, but not zero.
         losses: dict[str, float] = defaultdict(float)
@@ -173,6 +175,13 @@ class Measure:
         if self.on_cuda:
             peak = torch.cuda.max_memory_allocated() / 2**20
         return {"peak_memory_mib": max(self.world.gather(peak))}
+
+
+def _clipped(row: TrainRow, now: torch.Tensor) -> torch.Tensor:
+    """Whether each token with a weight has lost its gradient to a clip, (n,) bool."""
+    # A reference that is the policy has no pull, so what is left is the policy's own gradient.
+    own = row if row.reference is None else replace(row, reference=now)
+    return own.at(now).coef.eq(0)[torch.as_tensor(row.weight).ne(0).expand(now.shape)]
 
 
 def evaluation_metrics(step: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -80,7 +80,7 @@ def build_rows(
     """
     rows = []
     for term in terms.parts:
-        scale_BP = _normaliser(batch, term, terms.alive, scale)
+        scale_BP = _normaliser(batch, term, terms.acting, scale)
         close_BP = torch.zeros_like(term.weight_BP) if term.close_BP is None else term.close_BP
         # Python numbers, flat in the order of the pairs: one transfer per term, not per path.
         matrices = (term.acting, term.weight_BP, close_BP, scale_BP)
@@ -239,10 +239,13 @@ def truncated_ratios(
     return ratios, {"importance_capped": share}
 
 
-def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scale) -> torch.Tensor:
+def _normaliser(
+    batch: ScoredBatch, term: Term, acting_B: torch.Tensor, scale: Scale
+) -> torch.Tensor:
     """w_i of every path, (B, P) float64."""
     weight_BP = term.weight_BP
-    counted_B = alive if scale.effective else torch.ones_like(alive)
+    # The hold to a reference policy is a gradient too: it is divided by all that are held.
+    counted_B = acting_B if scale.effective else torch.ones_like(acting_B)
     # 1 / (B P) of one update: each has 1 / updates of the questions.
     per_path = scale.updates / (counted_B.sum().clamp(min=1).double() * weight_BP.shape[1])
     if scale.norm in ("seq_sum", "const"):
@@ -251,6 +254,7 @@ def _normaliser(batch: ScoredBatch, term: Term, alive: torch.Tensor, scale: Scal
     tokens_BP = batch.token_counts(term.stream, term.part)
     if scale.norm == "seq_mean":
         return per_path / tokens_BP
-    # A term that counts its own paths does so whatever the questions' other terms are.
-    counted_BP = counted_B[:, None] if term.counted_BP is None else term.counted_BP
+    counted_BP = counted_B[:, None]
+    if term.counted_BP is not None:
+        counted_BP = counted_BP & term.counted_BP
     return (scale.updates / (tokens_BP * counted_BP).sum().clamp(min=1.0)).expand_as(weight_BP)

@@ -85,7 +85,8 @@ class TrainConfig:
     """Split the questions of a step into this many shares, with an update each."""
     epochs: PositiveInt = 1
     """Go through the paths of a step this many times. Above 1, and with minibatches, an objective
-    corrects for the policy that moves away from the paths (clip_low, clip_high)."""
+    with clip_low and clip_high corrects for the policy that moves away from the paths; others do
+    not."""
     # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic

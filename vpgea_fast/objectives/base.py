@@ -171,6 +171,24 @@ class Term:
         weight_BP = self.weight_BP.masked_fill(lost_B1, 0.0)
         return replace(self, weight_BP=weight_BP, held_BP=held_BP, close_BP=close_BP)
 
+    def where(self, whole_B: Tensor, other: Term) -> Term:
+        """`other`, which is of the questions where `whole_B` is True alone, with the rest of the
+        questions as they are here."""
+        columns = {}
+        # What is not given: held to nothing, no weight on the last token, every path counted.
+        for name, absent in (("weight_BP", 0), ("close_BP", 0), ("held_BP", 0), ("counted_BP", 1)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            given = mine if theirs is None else theirs
+            if given is None:
+                continue
+            found_BP = given.new_full(self.weight_BP.shape, absent)
+            if mine is not None:
+                found_BP[~whole_B] = mine[~whole_B].to(found_BP.dtype)
+            if theirs is not None:
+                found_BP[whole_B] = theirs
+            columns[name] = found_BP
+        return replace(other, **columns)
+
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
@@ -202,9 +220,21 @@ class Terms:
         by_part = (part.weighted.any(dim=1) for part in self.parts)
         return functools.reduce(operator.or_, by_part)
 
+    @property
+    def acting(self) -> Tensor:
+        """Which questions have a path with a row, (B,) bool: a weight, or the hold to a reference
+        policy alone."""
+        return functools.reduce(operator.or_, (part.acting.any(dim=1) for part in self.parts))
+
     def without(self, lost_B: Tensor) -> Terms:
         """The same without the questions where `lost_B` is True."""
         return replace(self, parts=tuple(part.without(lost_B) for part in self.parts))
+
+    def where(self, whole_B: Tensor, other: Terms) -> Terms:
+        """The same with the weights of `other` for the questions where `whole_B` is True, which
+        are all that `other` is of."""
+        pairs = zip(self.parts, other.parts, strict=True)
+        return replace(self, parts=tuple(mine.where(whole_B, theirs) for mine, theirs in pairs))
 
 
 class Objective(Protocol):

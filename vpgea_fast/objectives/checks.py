@@ -63,6 +63,13 @@ def check_objective(objective: Any) -> None:
                 f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "
                 "asks for none; draw them, or leave the score out"
             )
+        views = {s.view for s in needs if s[0] == score.stream and s[2:] == ("target", "policy")}
+        # The column of a stream holds one: which would depend on the order of a set.
+        if len(views) > 1:
+            raise ValueError(
+                f"{who}: needs() asks for U of the {score.stream} paths in both views, and u_BP "
+                "holds that of one; choose one"
+            )
     if not all(hasattr(ask(objective, "at", 0), name) for name in ("draws", "needs", "terms")):
         raise ValueError(f"{who}: at(0) returned no objective; return self, or a changed copy")
 
@@ -120,6 +127,11 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: the weight of {term.stream} path {i} of question "
             f"{batch.questions[b].question.id!r} is {term.weight_BP[b, i].item()}, expected a "
             "finite number; columns that draws() and needs() do not ask for are NaN"
+        )
+    if term.live is not None and not (callable(term.live) and hasattr(term.live, "reference")):
+        raise ValueError(
+            f"{who}: live: got {_shown(term.live)}, expected a function with the attribute "
+            "`reference`, whether it reads a reference policy (vpgea_fast.types.Live)"
         )
     if term.live is not None and term.live.reference and not reads_reference(objective):
         raise ValueError(

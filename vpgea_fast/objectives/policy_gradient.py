@@ -78,7 +78,7 @@ class PolicyGradient(GroupKeys):
     same, with d held to [-20, 20] and the estimate to [-10, 10]."""
     overlong_cache: NonNegativeInt = 0
     """Soft punishment of DAPO: the reward falls linearly by 1 over the last this many tokens before
-    the token limit (0: none)."""
+    the token limit (0: none), and by 1 for a path that was cut."""
     mask_truncated: bool = False
     """Leave paths that the token limit cut out of the loss, but not out of their group's mean."""
 
@@ -213,16 +213,25 @@ class PolicyGradient(GroupKeys):
         over_BN = batch.token_counts("prior", "response") - (
             batch.token_limit - self.overlong_cache
         )
-        return (over_BN / self.overlong_cache).clamp(min=0.0, max=1.0)
+        soft_BN = (over_BN / self.overlong_cache).clamp(min=0.0, max=1.0)
+        # What was cut has reached a limit, its thought's own or its answer's, whatever room the
+        # other had left: DAPO's eq. 13 has -1 there.
+        return soft_BN.masked_fill(_cut(batch), 1.0)
 
     def _kept(self, batch: ScoredBatch) -> Tensor:
         """(B, N) bool: the paths in the loss."""
         closed_BN = batch.prior.closed_BP
         if not self.mask_truncated:
             return closed_BN.new_ones(closed_BN.shape)
-        # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
-        cut = [[path.truncated for path in group] for group in batch.prior.paths]
-        return ~closed_BN.new_tensor(cut).view_as(closed_BN)
+        return ~_cut(batch)
+
+
+def _cut(batch: ScoredBatch) -> Tensor:
+    """(B, N) bool: the paths that a token limit cut."""
+    closed_BN = batch.prior.closed_BP
+    # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
+    cut = [[path.truncated for path in group] for group in batch.prior.paths]
+    return closed_BN.new_tensor(cut).view_as(closed_BN)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,215 @@
+"""What a batch loses, counts and asks: numbers that were wrong without a word, or ended a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from batches import prompted, sampled, scored, whole
+from pydantic.dataclasses import dataclass
+
+from vpgea_fast import config, diagnostics
+from vpgea_fast.check import draws, longest
+from vpgea_fast.measure import Measure
+from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms
+from vpgea_fast.objectives.checks import check_objective, check_terms
+from vpgea_fast.objectives.length_rewards import O1Pruner
+from vpgea_fast.objectives.policy_gradient import Surrogate
+from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.trainer import Trainer
+from vpgea_fast.types import Score, TrainRow
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+SMALL = {
+    "train.questions_per_step": 3,
+    "train.steps": 1,
+    "rollout.max_new_tokens": 60,
+    "checkpoint.export": "false",
+    "metrics.diag_every": 0,
+}
+
+
+def losing(path):
+    none = torch.zeros(0)
+    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
+
+
+def give_up_the_first(monkeypatch):
+    generate = HFEngine.generate
+
+    def lossy(*args):
+        first, *others = generate(*args)
+        return [losing(first), *others]
+
+    monkeypatch.setattr(HFEngine, "generate", lossy)
+
+
+@pytest.mark.parametrize("more", [["grpo", "--objective.kl_coef", "0.1"], ["rlt"]])
+def test_a_lost_path_has_no_log_probs_to_ask_for(more, tiny_words, monkeypatch):
+    words = tiny_words(SMALL)("run", "--objective.name", *more, "--objective.group_size", "2")
+    with Trainer(config.load(TINY, words)) as trainer:
+        give_up_the_first(monkeypatch)
+        stats = trainer.train_step()
+    assert stats.metrics["groups_dropped"] == 1
+
+
+def test_the_mean_of_a_step_is_of_its_whole_questions(tiny_words, monkeypatch):
+    words = tiny_words(SMALL)("run", "--objective.name", "reinforce", "--objective.group_size", "2")
+    with Trainer(config.load(TINY, words)) as trainer:
+        give_up_the_first(monkeypatch)
+        batch, terms = trainer.stages.collector.collect(0, PhaseTimer(), {})
+        alone = trainer.cfg.objective.terms(batch.whole, {})
+    assert batch.lost_B.tolist() == [1, 0, 0]
+    assert not terms.parts[0].weight_BP[0].any()
+    assert alone.parts[0].weight_BP.any()
+    assert torch.equal(terms.parts[0].weight_BP[1:], alone.parts[0].weight_BP)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Twice(Keys):
+    name: str = "twice"
+
+    def draws(self):
+        return Draws(prior=2)
+
+    def needs(self):
+        return frozenset(Score("prior", view, "target") for view in ("teacher", "student"))
+
+    def terms(self, batch, state, /):
+        raise NotImplementedError
+
+
+def test_u_of_a_stream_is_of_one_view():
+    with pytest.raises(ValueError, match="twice: needs\\(\\) asks for U of the prior paths"):
+        check_objective(Twice())
+
+
+def test_paths_of_the_reference_have_their_own_prompts(tiny_words, monkeypatch):
+    prompts = ["--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "24"]
+    prompts += ["--prompt.teacher", "{question} hint {answer} ={budget}"]
+    monkeypatch.setattr(O1Pruner, "fields", lambda _: {"budget": lambda slot: slot.index})
+    words = tiny_words(SMALL)("run", "--objective.name", "grpo", *prompts)
+    words += ["--objective.length_reward", "o1_pruner", "--objective.group_size", "2"]
+    with Trainer(config.load(TINY, words)) as trainer:
+        batch, _ = trainer.stages.collector.collect(0, PhaseTimer(), {})
+    asked = [q.fields for q, _ in batch.pairs("reference")]
+    assert asked == [{"budget": str(i)} for i in range(8)] * 3
+
+
+def two(lengths=((4, 8), (4, 8)), correct=((1.0, 0.0), (1.0, 1.0)), closed=True):
+    names = [f"q{b}" for b in range(len(lengths))]
+    questions = [prompted(n, student=[3], teacher=[3, 4], cue=[5], target=[6]) for n in names]
+    prior = tuple(
+        tuple(
+            sampled(torch.arange(n), question_id=name, stream="prior", index=i, closed=closed)
+            for i, n in enumerate(ns)
+        )
+        for name, ns in zip(names, lengths, strict=True)
+    )
+    columns = scored(prior, torch.zeros(len(names), 2), correct=[list(c) for c in correct])
+    none = torch.zeros(len(names), 0)
+    matrices = {"u_BP": none, "length_BP": none, "closed_BP": none > 0, "correct_BP": none}
+    empty = replace(columns, paths=((),) * len(names), **matrices)
+    return whole(questions, empty, columns)
+
+
+def test_a_cut_thought_has_the_whole_punishment_for_its_length():
+    """Its limit is that of thoughts, which an answer never follows."""
+    batch = two(lengths=((60, 4),), correct=((0.0, 0.0),))
+    cut, short = batch.prior.paths[0]
+    cut = replace(cut, closed=False, finish="length", answer_ids=cut.answer_ids[:0])
+    batch = replace(batch, token_limit=60 + 30, prior=replace(batch.prior, paths=((cut, short),)))
+    reward = Dapo(group_size=2, overlong_cache=20).terms(batch, {}).path_scores["prior"]["reward"]
+    assert reward.tolist() == [[-1.0, 0.0]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_effective_counts_the_questions_that_have_a_gradient(masked):
+    """The second question is dead, so its tokens count nowhere, whatever else is masked."""
+    objective = Dapo(group_size=2, denominator="effective", mask_truncated=masked, trains="thought")
+    batch = two()
+    scale = Scale(norm="token_mean", effective=True)
+    rows = build_rows(batch, objective.terms(batch, {}), scale)
+    assert {row.scale for row in rows} == {1 / 12}
+
+
+def test_effective_does_not_weigh_the_hold_to_the_reference_up():
+    """Each question of two is held; one alone has an advantage."""
+    objective = Grpo(group_size=2, norm="seq_sum", denominator="effective", kl_coef=0.1)
+    batch = two()
+    rows = build_rows(batch, objective.terms(batch, {}), Scale(norm="seq_sum", effective=True))
+    assert [row.scale for row in rows] == [1 / 4] * 4
+
+
+def test_a_live_loss_says_whether_it_reads_a_reference():
+    batch = two()
+    part = Term(
+        name="pg",
+        stream="prior",
+        view="student",
+        weight_BP=torch.ones(2, 2).double(),
+        live=lambda weight, *_: weight,
+    )
+    with pytest.raises(ValueError, match=r"term .pg.: live: .* reference"):
+        check_terms(Grpo(group_size=2), Terms(parts=(part,)), batch)
+
+
+def test_a_loss_that_an_update_lacks_is_nought_there():
+    updates = [{"loss": 3.0, "loss_pg": 1.0, "loss_answer": 2.0}, {"loss": 1.0, "loss_pg": 1.0}]
+    assert diagnostics.mean_update(updates) == {"loss": 2.0, "loss_pg": 1.0, "loss_answer": 1.0}
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_clipped_tokens_are_counted_under_a_kl_too(kl_coef):
+    """Of three tokens with a weight one is beyond the clip; a fourth has none, and no gradient."""
+    old = torch.full((4,), -1.0).double()
+    now = old + torch.tensor([0.0, 0.5, 0.1, 0.0]).double()
+    row = TrainRow(
+        context_ids=torch.tensor([1]),
+        token_ids=torch.arange(4),
+        coef=torch.zeros(4),
+        stream="prior",
+        view="student",
+        live=Surrogate(kl_coef=kl_coef),
+        weight=torch.tensor([-1.0, -1.0, -1.0, 0.0]).double(),
+        old=old,
+        reference=old - 0.3 if kl_coef else None,
+    )
+    unasked = dict.fromkeys(("cfg", "world", "policy", "passes", "decode"))
+    measure = Measure(logprobs=lambda _: [now], **unasked)
+    _, share, _ = measure.moment([row], moved=True)
+    assert share == {"clipped": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        # T(x, y*) of 50 tokens, S(x) of 10; a thought of 8, its end, a cue of 7, an answer of 5.
+        ({"name": "vpgea"}, 50 + 8),
+        ({"name": "vpgea", "cross_view": False}, 50 + 8 + 1 + 7 + 5),
+        ({"name": "rlt"}, 50 + 8),
+    ],
+)
+def test_the_longest_row_is_that_of_the_view_that_is_scored(section, expected):
+    cfg = config.resolve({"objective": section, "rollout": {"max_new_tokens": 8}})
+    sizes = {"student": 10, "teacher": 50, "cue": 7, "target": 5}
+    question = prompted(**{name: torch.arange(n) for name, n in sizes.items()})
+    assert longest(cfg, [question]) == (50, expected)
+
+
+def test_an_answer_that_the_reference_scores_is_a_part_of_the_longest_row():
+    cfg = config.resolve({"objective": {"name": "rlt"}, "rollout": {"max_new_tokens": 8}})
+    sizes = {"student": 10, "teacher": 12, "cue": 7, "target": 5}
+    question = prompted(**{name: torch.arange(n) for name, n in sizes.items()})
+    assert longest(cfg, [question]) == (12, 10 + 8 + 1 + 7 + 5)
+
+
+def test_answers_drawn_behind_the_teachers_prompt_are_planned_for():
+    section = {"objective": {"name": "vpgea", "cross_view": False}}
+    cfg = config.resolve({**section, "scoring": {"u_source": "accuracy"}})
+    sizes = {"student": 10, "teacher": 50, "cue": 7, "target": 5}
+    question = prompted(**{name: torch.arange(n) for name, n in sizes.items()})
+    (prompt,) = [p for what, p, _ in draws(cfg, [question], {}) if "answers after" in what]
+    assert prompt == 50 + cfg.rollout.max_new_tokens + 1
