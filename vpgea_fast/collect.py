@@ -7,6 +7,7 @@ questions of (seed, step) -> both streams in one engine call -> U, correctness, 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,11 +41,14 @@ from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
     Stream,
+    TrainRow,
     View,
     with_questions,
 )
 from vpgea_fast.verify import Verifier
 
+WRONG_ANSWERS = 4
+"""Answers of other questions that are tried as a wrong one."""
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
 Plan = Sequence[tuple[Stream, View, int]]
 Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
@@ -139,7 +143,9 @@ class Collector:
     def check(self) -> None:
         """Raise ValueError now for what the first step, or a long prompt in a later one, would
         refuse."""
-        self._questions(step=0, round_=0)
+        first = self._questions(step=0, round_=0)
+        if any(score.view == "counterfactual" for score in self.cfg.objective.needs()):
+            self._misled(first, step=0)
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -258,7 +264,7 @@ class Collector:
             for question, *groups in zip(questions, *drawn.values(), strict=True)
         ]
         lost_B = torch.tensor(lost, dtype=torch.int64)
-        batch = ScoredBatch(
+        return ScoredBatch(
             questions=tuple(questions),
             posterior=found["posterior"][0],
             prior=found["prior"][0],
@@ -267,29 +273,77 @@ class Collector:
             posterior_view=self.draws.posterior_view,
             token_limit=self.sampling.limit,
         )
-        return replace(batch, logps=self._logps(batch))
 
-    def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U, and of the reference policy: a
-        forward of each."""
-        logps, close = {}, self.sampling.think_close_id
-        # In one order on every process: each score is a collective of a sharded policy.
-        for score in sorted(self.cfg.objective.needs()):
-            stream, view, part, who = score
-            if who == "policy" and part == "target":
+    def _logps(self, batch: ScoredBatch, step: int) -> dict[Score, dict[PathKey, torch.Tensor]]:
+        """What the objective must see of the policy beside U, and of the reference policy: all
+        rows of each packed together."""
+        logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
+        # In one order on every process: a forward is a collective of a sharded policy.
+        for who in ("policy", "reference"):
+            rows = {
+                score: self._score_rows(batch, score, step)
+                for score in sorted(self.cfg.objective.needs())
+                if score.who == who and (who, score.part) != ("policy", "target")
+            }
+            if not rows:
                 continue
-            shape = batch.stream(stream).length_BP.shape
-            term = Term(
-                name="score", stream=stream, view=view, part=part, weight_BP=torch.ones(shape)
-            )
-            rows = [part_row(question, path, term, close) for question, path in batch.pairs(stream)]
             ask = self.path_logprobs
             if who == "reference":
                 assert self.reference is not None  # `build` makes it for whoever reads it
                 ask = self.reference.logprobs
-            scored = ask(rows)
-            logps[score] = {row.path: values for row, values in zip(rows, scored, strict=True)}
+            scored = iter(ask([row for part in rows.values() for row in part]))
+            for score, part in rows.items():
+                logps[score] = {row.path: next(scored) for row in part if row.path}
         return logps
+
+    def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
+        """The rows whose log-probs a score is, path by path."""
+        pairs, view = batch.pairs(score.stream), score.view
+        if view == "counterfactual":
+            misled = self._misled([question for question, _ in pairs], step)
+            pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
+            view = "teacher"
+        weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
+        term = Term(
+            name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
+        )
+        return [part_row(q, path, term, self.sampling.think_close_id) for q, path in pairs]
+
+    def _misled(self, questions: Sequence[PromptedQuestion], step: int) -> list[PromptedQuestion]:
+        """The questions with a wrong answer each, in the teacher's prompt: that of another
+        question, a function of (seed, step, question). ValueError where there is none."""
+        # Paths of a question share its prompts, unless an objective gave them fields.
+        keys = [(q.question.id, (*q.fields.items(),)) for q in questions]
+        distinct = dict(zip(keys, questions, strict=True))
+        answers = sorted({q.question.answer for q in self.questions})
+        drawn = []
+        for q in distinct.values():
+            seed = f"{self.cfg.run.seed}/{step}/{q.question.id}/counterfactual"
+            right = {q.question.answer, *q.question.variants}
+            # More than are used: another spelling of the right answer is none.
+            some = random.Random(seed).sample(answers, min(len(answers), WRONG_ANSWERS))
+            drawn.append([answer for answer in some if answer not in right])
+        judged = iter(
+            self.verifier.verify(
+                (q.question.answer, rf"\boxed{{{answer}}}")
+                for q, some in zip(distinct.values(), drawn, strict=True)
+                for answer in some
+            )
+        )
+        wrong = []
+        for q, some in zip(distinct.values(), drawn, strict=True):
+            verdicts = [next(judged) for _ in some]
+            found = [answer for answer, same in zip(some, verdicts, strict=True) if not same]
+            if not found:
+                raise ValueError(
+                    f"question {q.question.id!r}: no other question's answer is a wrong one for "
+                    "it, which a counterfactual prompt must hold; give more questions, or "
+                    "objective.leak_guard none"
+                )
+            wrong.append(replace(q.question, answer=found[0], variants=()))
+        fields = [dict(q.fields) for q in distinct.values()]
+        misled = dict(zip(distinct, self.prompt(wrong, fields), strict=True))
+        return [misled[key] for key in keys]
 
     def _scored(
         self, stream: Stream, questions: Sequence[PromptedQuestion], groups: Groups, step: int
@@ -321,7 +375,9 @@ class Collector:
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
         with timer("score"):
-            return self.score(questions, posterior, prior, step, reference)
+            batch = self.score(questions, posterior, prior, step, reference)
+        with timer("logps"):
+            return replace(batch, logps=self._logps(batch, step))
 
     def _weigh(
         self,
