@@ -250,11 +250,24 @@ class Collector:
         prior: Groups,
         step: int,
         reference: Groups | None = None,
+        *,
+        timer: PhaseTimer | None = None,
     ) -> ScoredBatch:
-        """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
+        """Score all paths: cross-view utilities, lengths, correctness (with full answers), and the
+        log-probs that the objective needs."""
+        timer = timer or PhaseTimer()
         drawn: dict[Stream, Groups] = {"posterior": posterior, "prior": prior}
         if reference is not None:
             drawn["reference"] = reference
+        with timer("score"):
+            batch = self._columns(questions, drawn, step)
+        with timer("logps"):
+            return replace(batch, logps=self._logps(batch, step))
+
+    def _columns(
+        self, questions: Sequence[PromptedQuestion], drawn: Mapping[Stream, Groups], step: int
+    ) -> ScoredBatch:
+        """All streams with their columns, and the paths that each question lost."""
         found = {name: self._scored(name, questions, drawn[name], step) for name in drawn}
         unanswered = {lost for _, names in found.values() for lost in names}
         # By question: a group that lacks a path has another mean, so none of it is trained.
@@ -298,11 +311,11 @@ class Collector:
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
-        pairs, view = batch.pairs(score.stream), score.view
-        if view == "counterfactual":
+        pairs = batch.pairs(score.stream)
+        view: View = "teacher" if score.view == "counterfactual" else score.view
+        if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
-            view = "teacher"
         weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
         term = Term(
             name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
@@ -374,10 +387,7 @@ class Collector:
             # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
-        with timer("score"):
-            batch = self.score(questions, posterior, prior, step, reference)
-        with timer("logps"):
-            return replace(batch, logps=self._logps(batch, step))
+        return self.score(questions, posterior, prior, step, reference, timer=timer)
 
     def _weigh(
         self,
