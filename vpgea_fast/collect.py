@@ -7,7 +7,6 @@ questions of (seed, step) -> both streams in one engine call -> U, correctness, 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from vpgea_fast.scoring import (
     after_thought,
     answer_likelihood,
     answers_correct,
+    wrong_answers,
 )
 from vpgea_fast.types import (
     Groups,
@@ -47,8 +47,6 @@ from vpgea_fast.types import (
 )
 from vpgea_fast.verify import Verifier
 
-WRONG_ANSWERS = 4
-"""Answers of other questions that are tried as a wrong one."""
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
 Plan = Sequence[tuple[Stream, View, int]]
 Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
@@ -328,32 +326,12 @@ class Collector:
         # Paths of a question share its prompts, unless an objective gave them fields.
         keys = [(q.question.id, (*q.fields.items(),)) for q in questions]
         distinct = dict(zip(keys, questions, strict=True))
-        answers = sorted({q.question.answer for q in self.questions})
-        drawn = []
-        for q in distinct.values():
-            seed = f"{self.cfg.run.seed}/{step}/{q.question.id}/counterfactual"
-            right = {q.question.answer, *q.question.variants}
-            # More than are used: another spelling of the right answer is none.
-            some = random.Random(seed).sample(answers, min(len(answers), WRONG_ANSWERS))
-            drawn.append([answer for answer in some if answer not in right])
-        judged = iter(
-            self.verifier.verify(
-                (q.question.answer, rf"\boxed{{{answer}}}")
-                for q, some in zip(distinct.values(), drawn, strict=True)
-                for answer in some
-            )
+        wrong = wrong_answers(
+            [q.question for q in distinct.values()],
+            sorted({q.question.answer for q in self.questions}),
+            seed=f"{self.cfg.run.seed}/{step}",
+            verify=self.verifier.verify,
         )
-        wrong = []
-        for q, some in zip(distinct.values(), drawn, strict=True):
-            verdicts = [next(judged) for _ in some]
-            found = [answer for answer, same in zip(some, verdicts, strict=True) if not same]
-            if not found:
-                raise ValueError(
-                    f"question {q.question.id!r}: no other question's answer is a wrong one for "
-                    "it, which a counterfactual prompt must hold; give more questions, or "
-                    "objective.leak_guard none"
-                )
-            wrong.append(replace(q.question, answer=found[0], variants=()))
         fields = [dict(q.fields) for q in distinct.values()]
         misled = dict(zip(distinct, self.prompt(wrong, fields), strict=True))
         return [misled[key] for key in keys]

@@ -33,6 +33,8 @@ from vpgea_fast.objectives.base import (
     scores_answers,
 )
 from vpgea_fast.objectives.checks import ask, check_objective, check_terms
+from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS, LengthReward
+from vpgea_fast.objectives.likelihood import NormalisedVeriFree, Rlt, VeriFree
 from vpgea_fast.objectives.policy_gradient import (
     Cispo,
     Dapo,
@@ -48,6 +50,7 @@ from vpgea_fast.values import STRICT, one_line
 
 __all__ = [
     "DEFAULT",
+    "LENGTH_REWARDS",
     "METHODS",
     "STRICT",
     "Cispo",
@@ -58,13 +61,17 @@ __all__ = [
     "Grpo",
     "Gspo",
     "Keys",
+    "LengthReward",
+    "NormalisedVeriFree",
     "Objective",
     "ObjectiveConfig",
     "PolicyGradient",
     "Reinforce",
     "Rloo",
+    "Rlt",
     "Term",
     "Terms",
+    "VeriFree",
     "Vpgea",
     "ask",
     "check_terms",
@@ -91,7 +98,11 @@ class Custom(Keys):
 
 
 METHODS: dict[str, type] = {
-    kind.name: kind for kind in (Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce)
+    kind.name: kind
+    for kind in (
+        *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
+        *(VeriFree, NormalisedVeriFree, Rlt),
+    )
 }
 """Name -> its type, whose fields are the keys of the section."""
 DEFAULT = Vpgea
