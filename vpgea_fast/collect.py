@@ -189,9 +189,11 @@ class Collector:
     @property
     def scored_views(self) -> dict[Stream, View]:
         """Streams whose U is scored, with the prompt that it is scored under."""
-        needs = self.cfg.objective.needs()
-        scores = [score for score in needs if score.part == "target" and score.who == "policy"]
-        return {score.stream: score.view for score in scores}
+        return {
+            stream: view
+            for stream, view, part, who in self.cfg.objective.needs()
+            if part == "target" and who == "policy" and view != "counterfactual"
+        }
 
     def _requests(
         self, questions: Sequence[PromptedQuestion], step: int, plan: Plan
