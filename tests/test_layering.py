@@ -5,6 +5,7 @@ a function counts too: whoever knows the name of a room above depends on it.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -309,3 +310,13 @@ def test_a_command_line_does_not_wait_for_torch():
     """`vpgea --version`, `vpgea keys` and every refusal would: torch takes over a second."""
     code = "import sys, vpgea_fast.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_outside_objectives_asks_for_a_type_of_objective():
+    asks = re.compile(r"VpgeaConfig|GrpoConfig|isinstance\(.*objective")
+    files = [f for f in (ROOT / "vpgea_fast").rglob("*.py") if "objectives" not in f.parts]
+    assert len(files) > 50
+    found = [
+        f"{f}: {line}" for f in files for line in f.read_text().splitlines() if asks.search(line)
+    ]
+    assert found == []

@@ -272,12 +272,15 @@ def _merge(
         below = merged.get(section, {})
         if not isinstance(below, Mapping):
             continue
-        below, left = _kept(below, keys, VARIANTS.get(section))
-        if left:
-            lost.append((section, keys["name"], left))
+        # Elsewhere `name` is a key like any other.
+        if section in VARIANTS:
+            below, left = _kept(below, keys, VARIANTS[section])
+            if left:
+                lost.append((section, keys["name"], left))
         merged[section] = {**below, **keys}
         for key, deep in keys.items():
-            if isinstance(deep, Mapping) and isinstance(below.get(key), Mapping):
+            records = isinstance(deep, Mapping) and isinstance(below.get(key), Mapping)
+            if records and records_at(section, key):
                 kept, left = _kept(below[key], deep, None)
                 if left:
                     lost.append((f"{section}.{key}", deep["name"], left))
@@ -324,7 +327,5 @@ def _with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in VARIANTS.items():
         keys = tree.get(section, {})
         tree[section] = {"name": name, **keys} if isinstance(keys, Mapping) else keys
-    objective = tree["objective"]
-    if not isinstance(objective, Mapping):
-        return tree
-    return {**tree, "objective": with_preset(objective)}
+    keys = tree["objective"]
+    return {**tree, "objective": with_preset(keys)} if isinstance(keys, Mapping) else tree

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Bound = Annotated[float, Field(ge=-1e6, le=1e6)]
+
 
 def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     if clip[0] > clip[1]:
@@ -134,7 +136,7 @@ class O1Pruner(LengthKeys):
     """O1-Pruner."""
     weight: NonNegativeFloat = 2.0
     """Worth of being right (lambda)."""
-    clip: Annotated[tuple[float, float], AfterValidator(_ordered)] = (-2.0, 4.0)
+    clip: Annotated[tuple[Bound, Bound], AfterValidator(_ordered)] = (-2.0, 4.0)
     """Lowest and highest reward."""
     paths: PositiveInt = 8
     """Paths of the reference policy per question, drawn again in every step."""
@@ -157,11 +159,10 @@ class LcR1(LengthKeys):
     one; format is 1 for a thought that ended: LC-R1 (arXiv 2506.14755). Beside its advantage, the
     closing token of a right path's thought earns `close` (1 - v / z): z tokens, the first v of them
     up to where it first states the answer. Where it never does, `close` times `absent`. Their
-    advantage is that of `objective.name drgrpo`.
+    advantage is that of `objective.name drgrpo`."""
 
-    Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
-    and trains on the thought that it cut. The authors' code pays wrong paths for length too.
-    """
+    # Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
+    # and trains on the thought that it cut. The authors' code pays wrong paths for length too.
 
     name: Literal["lc_r1"] = "lc_r1"
     """LC-R1."""
