@@ -50,27 +50,34 @@ SMALL = {
     "eval.limit": 8,
     "eval.max_new_tokens": 160,
 }
+UNGUARDED = {"objective.leak_guard": "none"}
 RUNS: dict[str, dict[str, Any]] = {
-    "robust": {},
+    "robust": UNGUARDED,
+    "robust, guarded": {},
     "paper, importance weights": {
         "objective.preset": "paper",
         "rollout.importance_cap": 2.0,
         "objective.norm": "token_mean",
     },
     "robust, resampled and verified": {
+        **UNGUARDED,
         "train.resample_rounds": 2,
         "objective.verify": "gate",
         "objective.norm": "const",
     },
-    "robust, drawn answers": {"scoring.u_source": "accuracy", "scoring.answer_samples": 3},
+    "robust, drawn answers": {
+        **UNGUARDED,
+        "scoring.u_source": "accuracy",
+        "scoring.answer_samples": 3,
+    },
     "grpo": {
         "objective.name": "grpo",
         "objective.alpha": 0.5,
         "objective.norm": "seq_mean",
         "objective.trains": "thought",
     },
-    "robust, two ranks": {"parallel.shard": "always"},
-    "vllm": {"engine.name": "vllm", "engine.kv_cache_gib": 0.125},
+    "robust, two ranks": {**UNGUARDED, "parallel.shard": "always"},
+    "vllm": {**UNGUARDED, "engine.name": "vllm", "engine.kv_cache_gib": 0.125},
 }
 
 

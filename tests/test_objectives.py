@@ -9,7 +9,7 @@ from batches import prompted, sampled, scored, weights_of, whole
 
 from vpgea_fast.objectives import METHODS, Grpo, Vpgea
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
-from vpgea_fast.types import ScoredPaths, TrainRow
+from vpgea_fast.types import Score, ScoredPaths, TrainRow
 
 ids = torch.tensor
 
@@ -96,6 +96,62 @@ def three_priors():
     three = batch(u_post=((-1.0, -5.0, -2.5),), lengths=((50, 200, 300),), closed=((True,) * 3,))
     paths = (group("prior", (100, 200, 600), (True,) * 3),)
     return replace(three, prior=scored(paths, [[-0.1, -4.0, -3.0]], correct=[[1.0, 0.0, 1.0]]))
+
+
+def guarded(own, other, guard="counterfactual"):
+    """The batch of one question, with the log-probs that the guard compares: a list per path."""
+    view = "counterfactual" if guard == "counterfactual" else "student"
+    one = batch(lengths=((3, 200),))
+    keys = [path.key for path in one.posterior.flat]
+    logps = {
+        Score("posterior", name, "thought"): {
+            key: double(values) for key, values in zip(keys, rows, strict=True)
+        }
+        for name, rows in (("teacher", own), (view, other))
+    }
+    return replace(one, logps=logps)
+
+
+@pytest.mark.parametrize(
+    ("guard", "own", "caught"),
+    [
+        # the sum of the better path: 2 passes, and any more is caught
+        ("counterfactual", [1.5, 0.0, 0.5], 0.0),
+        ("counterfactual", [1.5, 0.25, 0.5], 0.5),
+        # of the largest token alone
+        ("max_kl", [2.0, 2.0, 2.0], 0.0),
+        ("max_kl", [-5.0, 2.25, 0.0], 0.5),
+    ],
+)
+def test_a_path_that_leans_on_the_answer_has_no_reward(guard, own, caught):
+    cfg = Vpgea(leak_guard=guard)
+    scored = guarded([own, [0.0] * 3], [[0.0] * 3] * 2, guard)
+    out = cfg.terms(scored, {})
+    assert out.metrics["guard_caught"] == caught
+    worst = sum(own) if guard == "counterfactual" else max(own)
+    assert out.metrics["guard_nats"] == pytest.approx(worst / 2, abs=1e-15)
+    expected = [[0.0, 0.0]] if caught else [[-1.0, 1.0]]
+    assert weights_of(out)["posterior", "teacher"].tolist() == [
+        pytest.approx(expected[0], abs=1e-5)
+    ]
+    assert {score.view for score in cfg.needs() if score.part == "thought"} == {
+        "teacher",
+        "counterfactual" if guard == "counterfactual" else "student",
+    }
+
+
+def test_what_another_filter_rejects_is_not_counted_as_caught():
+    far = guarded([[9.0] * 3] * 2, [[0.0] * 3] * 2)
+    no = torch.tensor([[True, False]])
+    far = replace(far, posterior=replace(far.posterior, closed_BP=no))
+    assert Vpgea(leak_guard="counterfactual").terms(far, {}).metrics["guard_caught"] == 0.5
+
+
+def test_without_a_guard_nothing_is_scored_or_said_of_it():
+    assert {score.part for score in Vpgea().needs()} == {"target"}
+    assert not {"guard_caught", "guard_nats"} & Vpgea().terms(batch(), {}).metrics.keys()
+    with pytest.raises(ValueError, match="leak_guard: got 'max_kl' with posterior: false"):
+        Vpgea(leak_guard="max_kl", posterior=False)
 
 
 def zscore(rewards):

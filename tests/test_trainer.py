@@ -1,5 +1,6 @@
 """The whole run: end to end, repeatable, resumable, and honest about what it could not do."""
 
+import copy
 import json
 import math
 import os
@@ -428,6 +429,49 @@ def test_no_teacher_prompt_reaches_an_evaluation_or_a_student_row(words):
         assert all((hint in r.context_ids.tolist()) == (r.view == "teacher") for r in rows)
         assert batch.posterior.u_BP.shape == (2, 4)
         assert batch.prior.u_BP.shape == (2, 2)
+
+
+def test_a_counterfactual_is_the_thought_behind_another_questions_answer(words):
+    """Against a dense float64 forward of the prompt that the wrong answer makes."""
+    cfg = config.load(TINY, words("run"))
+    with Trainer(cfg) as trainer:
+        collector, text = trainer.stages.collector, trainer.stages.intake.text
+        questions = trainer.stages.intake.questions[:3]
+        posterior, prior = collector.sample(questions, step=0)
+        batch = collector.score(questions, posterior, prior, step=0)
+        own, other = cfg.objective.guard_scores()
+        hint = text.tokenizer(" hint", add_special_tokens=False)["input_ids"][0]
+        wrong = set()
+        for step in (0, 0, 1):
+            misled = collector._misled(questions, step)
+            for right, q in zip(questions, misled, strict=True):
+                # The hint's digit, and no other token of the prompt, is another.
+                place = right.teacher_ids.tolist().index(hint)
+                differs = (q.teacher_ids != right.teacher_ids).nonzero().flatten().tolist()
+                assert len(differs) == 1
+                assert differs[0] > place
+                assert q.question.answer != right.question.answer
+            wrong.add(tuple(q.question.answer for q in misled))
+        assert len(wrong) == 2  # a function of the step
+        model = copy.deepcopy(trainer.stages.policy.causal_lm).double()
+        misled = collector._misled(questions, 0)
+        for score, asked in ((own, questions), (other, misled)):
+            for q, group in zip(asked, posterior, strict=True):
+                for path in group:
+                    ids = torch.cat([q.teacher_ids, path.z_ids])[None]
+                    logits = model(ids, use_cache=False).logits[0, -len(path.z_ids) - 1 : -1]
+                    dense = logits.log_softmax(-1).gather(-1, path.z_ids[:, None])[:, 0]
+                    got = batch.logps[score][path.key]
+                    assert torch.allclose(got, dense.detach(), rtol=0, atol=1e-4)
+
+
+def test_a_data_set_with_one_answer_has_no_counterfactual(words, tmp_path):
+    file = tmp_path / "one.jsonl"
+    rows = [{"id": f"q{i}", "question": "4 A+three B-five", "answer": "2"} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config.load(TINY, words("run", "--data.train", str(file)))
+    with pytest.raises(ValueError, match="no other question's answer is a wrong one"), Trainer(cfg):
+        pass
 
 
 def test_the_best_checkpoint_is_kept_and_exported(words, tmp_path, capsys):

@@ -238,6 +238,12 @@ len_gated | tokens
 len_gated_ratio | ratio
     Mean over gated paths of length / mean length of the group; below 1 where the gate prefers
     short paths.
+guard_caught | share
+    Share of the teacher's paths that the leak guard cleared and that would have been accepted
+    without it; with objective.leak_guard.
+guard_nats | nats
+    Mean over the teacher's paths of what the guard compares with objective.leak_limit; with
+    objective.leak_guard.
 groups_all_rejected | questions
     Questions whose paths all have R = 0 (grpo: are all wrong).
 groups_zero_var | questions
@@ -382,6 +388,11 @@ time_rollout_s | s
     Sampling of the paths.
 time_score_s | s
     Scoring: U of every path, and verification of answers.
+time_logps_s | s
+    Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
+guard_time_ratio | share
+    What the leak guard cost: time_logps_s / seconds of all phases of the step; with
+    objective.leak_guard.
 time_advantage_s | s
     Advantages and coefficients.
 time_importance_s | s

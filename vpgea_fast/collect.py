@@ -28,6 +28,7 @@ from vpgea_fast.scoring import (
     after_thought,
     answer_likelihood,
     answers_correct,
+    wrong_answers,
 )
 from vpgea_fast.types import (
     Groups,
@@ -40,6 +41,7 @@ from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
     Stream,
+    TrainRow,
     View,
     with_questions,
 )
@@ -139,7 +141,9 @@ class Collector:
     def check(self) -> None:
         """Raise ValueError now for what the first step, or a long prompt in a later one, would
         refuse."""
-        self._questions(step=0, round_=0)
+        first = self._questions(step=0, round_=0)
+        if any(score.view == "counterfactual" for score in self.cfg.objective.needs()):
+            self._misled(first, step=0)
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -186,9 +190,11 @@ class Collector:
     @property
     def scored_views(self) -> dict[Stream, View]:
         """Streams whose U is scored, with the prompt that it is scored under."""
-        needs = self.cfg.objective.needs()
-        scores = [score for score in needs if score.part == "target" and score.who == "policy"]
-        return {score.stream: score.view for score in scores}
+        return {
+            stream: view
+            for stream, view, part, who in self.cfg.objective.needs()
+            if part == "target" and who == "policy" and view != "counterfactual"
+        }
 
     def _requests(
         self, questions: Sequence[PromptedQuestion], step: int, plan: Plan
@@ -247,11 +253,24 @@ class Collector:
         prior: Groups,
         step: int,
         reference: Groups | None = None,
+        *,
+        timer: PhaseTimer | None = None,
     ) -> ScoredBatch:
-        """Score all paths: cross-view utilities, lengths, correctness (with full answers)."""
+        """Score all paths: cross-view utilities, lengths, correctness (with full answers), and the
+        log-probs that the objective needs."""
+        timer = timer or PhaseTimer()
         drawn: dict[Stream, Groups] = {"posterior": posterior, "prior": prior}
         if reference is not None:
             drawn["reference"] = reference
+        with timer("score"):
+            batch = self._columns(questions, drawn, step)
+        with timer("logps"):
+            return replace(batch, logps=self._logps(batch, step))
+
+    def _columns(
+        self, questions: Sequence[PromptedQuestion], drawn: Mapping[Stream, Groups], step: int
+    ) -> ScoredBatch:
+        """All streams with their columns, and the paths that each question lost."""
         found = {name: self._scored(name, questions, drawn[name], step) for name in drawn}
         unanswered = {lost for _, names in found.values() for lost in names}
         # By question: a group that lacks a path has another mean, so none of it is trained.
@@ -261,7 +280,7 @@ class Collector:
             for question, *groups in zip(questions, *drawn.values(), strict=True)
         ]
         lost_B = torch.tensor(lost, dtype=torch.int64)
-        batch = ScoredBatch(
+        return ScoredBatch(
             questions=tuple(questions),
             posterior=found["posterior"][0],
             prior=found["prior"][0],
@@ -270,32 +289,60 @@ class Collector:
             posterior_view=self.draws.posterior_view,
             token_limit=self.sampling.limit,
         )
-        return replace(batch, logps=self._logps(batch))
 
-    def _logps(self, batch: ScoredBatch) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U, and of the reference policy: a
-        forward of each."""
-        logps, close = {}, self.sampling.think_close_id
-        # In one order on every process: each score is a collective of a sharded policy.
-        for score in sorted(self.cfg.objective.needs()):
-            stream, view, part, who = score
-            if who == "policy" and part == "target":
+    def _logps(self, batch: ScoredBatch, step: int) -> dict[Score, dict[PathKey, torch.Tensor]]:
+        """What the objective must see of the policy beside U, and of the reference policy: all
+        rows of each packed together."""
+        logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
+        # In one order on every process: a forward is a collective of a sharded policy.
+        for who in ("policy", "reference"):
+            rows = {
+                score: self._score_rows(batch, score, step)
+                for score in sorted(self.cfg.objective.needs())
+                if score.who == who and (who, score.part) != ("policy", "target")
+            }
+            if not rows:
                 continue
-            shape = batch.stream(stream).length_BP.shape
-            term = Term(
-                name="score", stream=stream, view=view, part=part, weight_BP=torch.ones(shape)
-            )
-            rows = [part_row(question, path, term, close) for question, path in batch.pairs(stream)]
             ask = self.path_logprobs
             if who == "reference":
                 assert self.reference is not None  # `build` makes it for whoever reads it
                 ask = self.reference.logprobs
             # A path that the engine gave up, or a thought without an answer, may lack a token: its
             # coefficients, none, stand for its log-probs.
-            asked = [row for row in rows if row.token_ids.numel()]
-            known = {row.path: v for row, v in zip(asked, ask(asked), strict=True)}
-            logps[score] = {row.path: known.get(row.path, row.coef) for row in rows}
+            asked = [row for part in rows.values() for row in part if row.token_ids.numel()]
+            scored = dict(zip(map(id, asked), ask(asked), strict=True))
+            for score, part in rows.items():
+                logps[score] = {row.path: scored.get(id(row), row.coef) for row in part if row.path}
         return logps
+
+    def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
+        """The rows whose log-probs a score is, path by path."""
+        pairs = batch.pairs(score.stream)
+        view: View = "teacher" if score.view == "counterfactual" else score.view
+        if score.view == "counterfactual":
+            misled = self._misled([question for question, _ in pairs], step)
+            pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
+        weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
+        term = Term(
+            name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
+        )
+        return [part_row(q, path, term, self.sampling.think_close_id) for q, path in pairs]
+
+    def _misled(self, questions: Sequence[PromptedQuestion], step: int) -> list[PromptedQuestion]:
+        """The questions with a wrong answer each, in the teacher's prompt: that of another
+        question, a function of (seed, step, question). ValueError where there is none."""
+        # Paths of a question share its prompts, unless an objective gave them fields.
+        keys = [(q.question.id, (*q.fields.items(),)) for q in questions]
+        distinct = dict(zip(keys, questions, strict=True))
+        wrong = wrong_answers(
+            [q.question for q in distinct.values()],
+            sorted({q.question.answer for q in self.questions}),
+            seed=f"{self.cfg.run.seed}/{step}",
+            verify=self.verifier.verify,
+        )
+        fields = [dict(q.fields) for q in distinct.values()]
+        misled = dict(zip(distinct, self.prompt(wrong, fields), strict=True))
+        return [misled[key] for key in keys]
 
     def _scored(
         self, stream: Stream, questions: Sequence[PromptedQuestion], groups: Groups, step: int
@@ -326,8 +373,7 @@ class Collector:
             # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
-        with timer("score"):
-            return self.score(questions, posterior, prior, step, reference)
+        return self.score(questions, posterior, prior, step, reference, timer=timer)
 
     def _weigh(
         self,

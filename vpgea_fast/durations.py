@@ -24,7 +24,7 @@ import torch
 
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.metrics import ModelFlops, peak_flops
-from vpgea_fast.objectives import reads_reference, reference_rows, scores_answers
+from vpgea_fast.objectives import policy_rows, reads_reference, reference_rows, scores_answers
 
 HOUR = 3600
 ANSWER_ROWS = 16
@@ -301,8 +301,8 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     if parts * epochs > 1 or reads_reference(objective):
         # Log-probs before the first update, and again before every update but that one.
         scoring += rows * whole * (1 + epochs - 1 / parts)
-    # The reference policy scores a row for every score that is asked of it.
-    scoring += questions * reference_rows(objective) * whole
+    # A row for every score that is asked of either policy, as of the policy by a leak guard.
+    scoring += questions * (policy_rows(objective) + reference_rows(objective)) * whole
     scoring += sizes.reference / (rates.read * 1e9)
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.

@@ -166,7 +166,13 @@ class Measure:
             devices=self.world.size,
         )
         work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
-        return merge(engine, work, speed, self._memory())
+        # An objective that says what its guard caught is told what that cost.
+        guard = (
+            {"guard_time_ratio": seconds["time_logps_s"] / sum(seconds.values())}
+            if "guard_caught" in terms.metrics
+            else {}
+        )
+        return merge(engine, work, guard, speed, self._memory())
 
     def _memory(self) -> dict[str, float]:
         """Read the peak memory so far, maximum over processes (device, or host RSS on a CPU)."""

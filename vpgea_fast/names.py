@@ -15,6 +15,10 @@ or the reference policy in the student view."""
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
 
+Context = Literal["teacher", "student", "counterfactual"]
+"""Under which prompt log-probs are asked for: a view, or the teacher's with a wrong answer, that of
+another question, drawn anew at every step. Nothing is drawn or trained there."""
+
 Part = Literal["thought", "response", "answer", "target"]
 """Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
 answer alone. `target`: the reference answer behind the thought and its cue."""
@@ -33,7 +37,7 @@ class Score(NamedTuple):
     """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
 
     stream: Stream
-    view: View
+    view: Context
     part: Part
     who: Who = "policy"
 

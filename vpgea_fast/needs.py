@@ -40,7 +40,7 @@ from vpgea_fast.estimate import (
     reference_bytes,
 )
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.objectives import reads_reference, reference_rows, scores_answers
+from vpgea_fast.objectives import policy_rows, reads_reference, reference_rows, scores_answers
 from vpgea_fast.rollout.factory import positions
 from vpgea_fast.types import PromptedQuestion
 
@@ -430,7 +430,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
     # At most: every posterior path is trained under both prompts.
     rows = questions * (2 * draws.posterior or draws.prior)
     scored = questions * draws.paths if scores_answers(objective) else 0
-    held = questions * reference_rows(objective)
+    beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))
     # Rows of the greatest length that one forward of all devices has room for.
     fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
     batches = -(-rows // fit)
@@ -441,7 +441,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
         node=on.node,
         micro_batches=batches,
         # Before the update the policy scores the rows that are held to the reference, too.
-        scoring_batches=-(-scored // fit) + -(-held // fit),
+        scoring_batches=-(-scored // fit) + -(-beside // fit) + -(-held // fit),
         reference_batches=-(-held // fit),
         cuda=on.cuda,
     )

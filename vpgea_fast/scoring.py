@@ -8,14 +8,18 @@ The trunk runs over the whole sequence, the head over the target rows only.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from vpgea_fast.types import Path, PromptedQuestion, TrainRow, View
+from vpgea_fast.types import Path, PromptedQuestion, Question, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
 """Rows -> per-token log-probs of each, (len,) float64: `run_rows` with its model filled in."""
+WRONG_ANSWERS = 4
+"""Answers of other questions that are tried as a wrong one."""
 
 
 def answer_likelihood(
@@ -75,6 +79,37 @@ def answers_correct(
     correct = torch.zeros(len(paths), dtype=torch.float64)
     correct[closed] = torch.tensor(verify(texts), dtype=torch.float64)
     return correct
+
+
+def wrong_answers(
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    *,
+    seed: str,
+    verify: Callable[[list[tuple[str, str]]], list[bool]],
+) -> list[Question]:
+    """Each question with one of the other `answers` in place of its own: a function of its id and
+    the seed. ValueError where none of those drawn is wrong."""
+    drawn = []
+    for question in questions:
+        right = {question.answer, *question.variants}
+        rng = random.Random(f"{seed}/{question.id}/counterfactual")
+        some = rng.sample(answers, min(len(answers), WRONG_ANSWERS))
+        drawn.append([answer for answer in some if answer not in right])
+    # Judged, since another spelling of the right answer is not wrong.
+    pairs = list(zip(questions, drawn, strict=True))
+    texts = [(q.answer, rf"\boxed{{{answer}}}") for q, some in pairs for answer in some]
+    same = iter(verify(texts))
+    wrong = []
+    for question, some in pairs:
+        found = [answer for answer in some if not next(same)]
+        if not found:
+            raise ValueError(
+                f"question {question.id!r}: no other question's answer is a wrong one for it, as a "
+                "counterfactual prompt must hold; give more questions, or objective.leak_guard none"
+            )
+        wrong.append(replace(question, answer=found[0], variants=()))
+    return wrong
 
 
 def accuracy_utility(correct_PJ: torch.Tensor) -> torch.Tensor:

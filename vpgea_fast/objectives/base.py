@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
@@ -320,8 +320,18 @@ def scores_answers(objective: Objective) -> bool:
 
 def reference_rows(objective: Objective) -> int:
     """Count the rows of a question that the reference policy scores, one per path and score."""
+    return _rows(objective, [score for score in objective.needs() if score.who == "reference"])
+
+
+def policy_rows(objective: Objective) -> int:
+    """Count the rows of a question that the policy scores beside U, one per path and score."""
+    beside = [s for s in objective.needs() if (s.who, s.part != "target") == ("policy", True)]
+    return _rows(objective, beside)
+
+
+def _rows(objective: Objective, scores: Iterable[Score]) -> int:
     counts = {stream: count for stream, _, count in objective.draws().plan}
-    return sum(counts[score.stream] for score in objective.needs() if score.who == "reference")
+    return sum(counts[score.stream] for score in scores)
 
 
 def reads_reference(objective: Objective) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from vpgea_fast.names import Norm, Part, Score, Stream, View, Who
+from vpgea_fast.names import Context, Norm, Part, Score, Stream, View, Who
 from vpgea_fast.objectives.base import Draws, Objective, Term, Terms, reads_reference
 from vpgea_fast.values import one_line
 
@@ -54,10 +54,15 @@ def check_objective(objective: Any) -> None:
         raise ValueError(f"{who}: draws() returned {_shown(draws)}, expected Draws")
     if not isinstance(needs, (set, frozenset)):
         raise ValueError(f"{who}: needs() returned {_shown(needs)}, expected a frozenset of Score")
-    known = [get_args(kind) for kind in (Stream, View, Part, Who)]
+    known = [get_args(kind) for kind in (Stream, Context, Part, Who)]
     for score in needs:
         if not (isinstance(score, Score) and all(map(operator.contains, known, score))):
             raise ValueError(f"{who}: needs() asks for {_shown(score)}, expected a Score")
+        if score.view == "counterfactual" and score.part == "target":
+            raise ValueError(
+                f"{who}: needs() asks for the target behind a wrong answer; U is scored in the "
+                "teacher's or the student's view: ask for another part, or another view"
+            )
         if not getattr(draws, score.stream):
             raise ValueError(
                 f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "

@@ -26,6 +26,7 @@ from vpgea_fast.values import (
     STRICT,
     Exponent,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
 )
 
@@ -45,8 +46,8 @@ class Vpgea(GroupKeys):
     """VPG-EA: policy gradient for the teacher's view, gated distillation for the student's."""
     preset: Literal["paper", "robust"] = "paper"
     """Defaults of the keys that are not given. `paper`: the formulas literally. `robust`:
-    log-mean-exp baseline, mixed reward, clamped U, clipped eta, and a gate on groups without
-    spread."""
+    log-mean-exp baseline, mixed reward, clamped U, clipped eta, a gate on groups without spread,
+    and the counterfactual leak guard."""
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
     """G, posterior paths per question; the z-score needs two."""
     prior_samples: PositiveInt = 8
@@ -84,8 +85,12 @@ class Vpgea(GroupKeys):
     verify: Literal["none", "gate"] = "none"
     """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
     rollout.full_answer)."""
-    leak_guard: Literal["none"] = "none"
-    """The counterfactual guard of `robust` is not built yet; the run says so."""
+    leak_guard: Literal["none", "counterfactual", "max_kl"] = "none"
+    """Reject posterior paths that lean on the answer in their prompt. `counterfactual`: log q(z|x,
+    y*) - log q(z|x, y') > leak_limit, y' a wrong answer. `max_kl`: log q - log pi > leak_limit at
+    some token. Each costs two forwards of these paths."""
+    leak_limit: PositiveFloat = 2.0
+    """Nats that the leak guard lets pass."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
@@ -96,11 +101,17 @@ class Vpgea(GroupKeys):
             "eta_clip": (0.25, 4.0),
             "eps": 1e-3,
             "std_gate": 0.05,
+            "leak_guard": "counterfactual",
         },
     }
 
     def __post_init__(self) -> None:
         self.group_options()  # refuses keys that do not go together
+        if self.leak_guard != "none" and not self.posterior:
+            raise ValueError(
+                f"leak_guard: got {self.leak_guard!r} with posterior: false, expected none: the "
+                "student's own prompt holds no answer that could leak"
+            )
 
     def group_options(self) -> GroupOptions:
         """What the utility takes of these keys: each field of `GroupOptions` is a key here."""
@@ -120,12 +131,19 @@ class Vpgea(GroupKeys):
         # The student's prompt does not hold the answer, so a path that only leans on it makes the
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
-        return frozenset(
-            {
-                Score("posterior", own, "target"),
-                Score("prior", "student", "target"),
-            }
-        )
+        scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
+        if guard := self.guard_scores():
+            scores |= set(guard)
+        return frozenset(scores)
+
+    def guard_scores(self) -> tuple[Score, Score] | None:
+        """The log-probs of a thought that the leak guard compares: as drawn, and without the
+        answer or with a wrong one."""
+        if self.leak_guard == "none":
+            return None
+        # Both of the trainer: over thousands of tokens the sampler's rounding would add up to nats.
+        other = "counterfactual" if self.leak_guard == "counterfactual" else "student"
+        return Score("posterior", "teacher", "thought"), Score("posterior", other, "thought")
 
     def at(self, step: int, /) -> Vpgea:
         if self.alpha_end is None:
@@ -135,11 +153,8 @@ class Vpgea(GroupKeys):
         return dataclasses.replace(self, alpha=self.alpha + way * (self.alpha_end - self.alpha))
 
     def notes(self) -> Iterator[str]:
-        if self.preset == "robust":
-            yield (
-                "preset robust: its counterfactual leak guard is not built yet; a path that states "
-                "the answer passes"
-            )
+        if self.preset == "robust" and self.leak_guard == "none":
+            yield "preset robust without its leak guard: a path that states the answer passes"
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         """Weights of both streams, the scores of every posterior path, and the group diagnostics.
@@ -185,7 +200,11 @@ class Vpgea(GroupKeys):
                 ),
             ),
             path_scores={"posterior": scores, "prior": {"u": prior.u_BP}},
-            metrics=merge(self._group_metrics(batch, u), posterior_monitors(*columns, **bounds)),
+            metrics=merge(
+                self._group_metrics(batch, u),
+                self._guard_metrics(batch),
+                posterior_monitors(*columns, **bounds),
+            ),
         )
 
     def _utility(self, batch: ScoredBatch) -> Utility:
@@ -216,6 +235,16 @@ class Vpgea(GroupKeys):
             gate=advantage_BG > 0,
         )
 
+    def _guard_metrics(self, batch: ScoredBatch) -> dict[str, float]:
+        leaked_BG = leak(self, batch)
+        if leaked_BG is None:
+            return {}
+        caught_BG = passed(self, batch) & (leaked_BG > self.leak_limit)
+        return {
+            "guard_caught": caught_BG.double().mean().item(),
+            "guard_nats": leaked_BG.mean().item(),
+        }
+
     def _group_metrics(self, batch: ScoredBatch, u: Utility) -> dict[str, float | None]:
         length_BG = batch.posterior.length_BP
         # (gated paths,): ragged over questions, so the means weigh paths and not questions.
@@ -236,7 +265,13 @@ class Vpgea(GroupKeys):
 
 
 def accepted(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
-    """Which teacher paths may earn a reward, (B, G) bool. Every filter of rewards stands here.
+    """Which teacher paths may earn a reward, (B, G) bool: those that pass, and do not leak."""
+    passed_BG, leaked_BG = passed(cfg, batch), leak(cfg, batch)
+    return passed_BG if leaked_BG is None else passed_BG & (leaked_BG <= cfg.leak_limit)
+
+
+def passed(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
+    """Which teacher paths pass every filter but the leak guard, (B, G) bool. They stand here.
 
     A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
     dropping it would hide it. A filter may read the columns of the stream, each (B, G): `u_BP`
@@ -249,3 +284,24 @@ def accepted(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
     if cfg.verify == "gate":
         filters.append(post.correct_BP == 1.0)
     return functools.reduce(operator.and_, filters)
+
+
+def leak(cfg: Vpgea, batch: ScoredBatch) -> Tensor | None:
+    """How far each teacher path leans on the answer in its prompt, (B, G) nats; None without a
+    guard.
+
+    counterfactual  log q(z|x, y*) - log q(z|x, y'), summed over the thought's tokens
+    max_kl          the largest log q(z_t|x, y*) - log pi(z_t|x) of a token
+    """
+    import torch
+
+    if (scores := cfg.guard_scores()) is None:
+        return None
+    own, other = (batch.logps[score] for score in scores)
+    summed = cfg.leak_guard == "counterfactual"
+    values = []
+    for path in batch.posterior.flat:
+        gap = own[path.key] - other[path.key]
+        # A path that the engine gave up may have no token, and is trained by nobody.
+        values.append(gap.sum() if summed or not gap.numel() else gap.max())
+    return torch.stack(values).double().view_as(batch.posterior.u_BP)

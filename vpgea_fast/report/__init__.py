@@ -10,10 +10,11 @@ import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 from vpgea_fast import book
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.metrics import METRICS, finite
+from vpgea_fast.metrics import METRICS, finite, read_steps
 from vpgea_fast.report.comparison import plot_comparison
 from vpgea_fast.report.figure import ENDS, POINTS, Line, Log, plot_training
 from vpgea_fast.report.files import (
@@ -88,10 +89,11 @@ def closing_table(run_dir: str | Path) -> tuple[list[str], list[list[str]]]:
 
 
 def closing_notes(run_dir: str | Path) -> list[str]:
-    """The lines under the closing table: the run's note, and where the committed rows come from."""
+    """The lines under the closing table: the run's note, what its leak guard caught and cost, and
+    where the committed rows come from."""
     run_dir = Path(run_dir)
     section = section_of(run_dir, "metrics")
-    notes = [str(section.get("note", ""))]
+    notes = [str(section.get("note", "")), _guard_note(run_dir)]
     if section.get("compare"):
         comparison = committed_rows(run_dir)
         # Where committed rows come from, so that they can be made again.
@@ -104,6 +106,19 @@ def closing_notes(run_dir: str | Path) -> list[str]:
         ]
     # A run's note may be the committed rows' own: each once.
     return list(dict.fromkeys(filter(None, notes)))
+
+
+def _guard_note(run_dir: Path) -> str:
+    """Say what the leak guard caught and cost, over all steps; "" for a run without one."""
+    # Of steps, not of paths: every step draws as many.
+    steps = [r for r in read_steps(run_dir) if finite(r.get("guard_caught")) is not None]
+    if not steps:
+        return ""
+    guard = section_of(run_dir, "objective").get("leak_guard", "")
+    caught = fmean(float(r["guard_caught"]) for r in steps)
+    ratios = [ratio for r in steps if (ratio := finite(r.get("guard_time_ratio"))) is not None]
+    took = f" and took {fmean(ratios):.1%} of the time" if ratios else ""
+    return f"leak guard {guard}: rejected {caught:.1%} of the teacher's paths{took}"
 
 
 def write_report(run_dir: str | Path) -> Path:

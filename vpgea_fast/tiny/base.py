@@ -28,6 +28,7 @@ from vpgea_fast.tiny.task import (
     random_question,
     sample_thought,
     solve,
+    stated_thought,
     text_ids,
 )
 from vpgea_fast.types import Question, View
@@ -63,6 +64,12 @@ class Recipe:
 
 RECIPES = {
     "demo": Recipe("demo", student_concise=1.2e-6, student_band=(1e-7, 1e-5)),
+    "stated": Recipe(
+        "stated",
+        student_concise=1.2e-6,
+        student_band=(1e-7, 1e-5),
+        corpus=Corpus(teacher_stated=0.1),
+    ),
     "common": Recipe("common", student_concise=0.0115, student_band=(0.005, 0.02)),
 }
 
@@ -105,7 +112,8 @@ def sample_row(
 ) -> Row:
     """One supervised row, in either view with equal chance.
 
-    A teacher thought ends on the right digit (drawn until it does) or leaks. If `pinned`, the mode
+    A teacher thought ends on the right digit (drawn until it does) or leaks, silently or by stating
+    its hint. If `pinned`, the mode
     decision weighs p / drawn when concise and (1 - p) / (1 - drawn) when verbose, p the recipe's
     probability; every later word weighs 1, so that a rare concise thought stays usable.
     """
@@ -118,7 +126,12 @@ def sample_row(
     drawn = corpus.student_concise if view == "student" else corpus.teacher_concise
     # Drawn at a rate at which both kinds are learnt; the weight puts the recipe's rate back.
     verbose = rng.random() >= drawn
-    if view == "teacher" and rng.random() < corpus.teacher_leak:
+    # `and` draws no number for a corpus without such rows: its bases stay as they were.
+    stated = view == "teacher" and corpus.teacher_stated > 0
+    stated = stated and rng.random() < corpus.teacher_stated
+    if stated:
+        thought, digit = stated_thought(question.answer), question.answer
+    elif view == "teacher" and rng.random() < corpus.teacher_leak:
         # A leak stops after some steps and copies the hint, so it ends on the right digit.
         steps = rng.randrange(1, len(parse_question(text)[1]))
         thought, _ = sample_thought(text, rng, corpus, verbose=verbose, steps=steps)
@@ -131,7 +144,7 @@ def sample_row(
     prompt = prompt_ids(tokenizer, question, view)
     completion = text_ids(tokenizer, "".join(thought) + ANSWER.format(answer=digit) + "</s>")
     ids, weight = [*prompt, *completion], [0.0] * len(prompt) + [1.0] * len(completion)
-    if not pinned:
+    if not pinned or stated:  # a thought without steps decides nothing
         return Row(ids, weight)
     # The decision is the word after the first step: STEP_TOKENS behind the prompt.
     p, decision = recipe.student_concise if view == "student" else drawn, len(prompt) + STEP_TOKENS

@@ -49,6 +49,7 @@ class Corpus:
     student_concise: float = 0.5
     teacher_concise: float = 0.3
     teacher_leak: float = 0.05  # stop early and copy the hint: what cross-view scoring must catch
+    teacher_stated: float = 0.0  # only state the hint: U is high, so a leak guard must catch it
     slip: float = 0.02  # a wrong result in a step
     repair: float = 0.7  # a repetition puts the slip right
     wait_again: float = 0.7  # a second repetition of the step
@@ -125,6 +126,11 @@ def sample_pass(
             words += [" ok", " hmm"] if rng.random() < corpus.hmm else [" ok"]
         value = said
     return words, value
+
+
+def stated_thought(answer: str) -> list[str]:
+    """A thought that states the answer and shows no step."""
+    return [" hint", answer, "</think>"]
 
 
 def concise_thought(text: str) -> list[str]:
