@@ -166,6 +166,9 @@ class Collector:
             return None
         requests = self._requests(questions, step, self.draws.plan[2:])
         progress = self.progress(len(requests))
+        if self.cfg.engine.name == "replay":  # recorded with the others
+            paths = _as_asked(requests, self.engine.generate(requests, self.sampling, progress))
+            return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
         paths = self.reference.generate(
             requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
         )
@@ -210,6 +213,7 @@ class Collector:
                 prompt_ids=own.context(view),
                 seed=slot.seed,
                 asked=own if self.draws.fields else None,
+                step=step,
             )
             for slot, view, own in zip(slots, views, asked, strict=True)
         ]

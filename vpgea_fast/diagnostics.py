@@ -286,6 +286,15 @@ def path_records(
                     "text": decode(path.z_ids),
                     "answer": decode(path.answer_ids),
                     "ids": path.z_ids.tolist(),
+                    "logps": _short(path.logps),
+                    "answer_ids": path.answer_ids.tolist(),
+                    "answer_logps": _short(path.response_logps[path.z_ids.numel() :]),
                 }
             )
     return records
+
+
+def _short(logps: torch.Tensor) -> list[float]:
+    """Float32 numbers as the shortest decimals that give them back, bit for bit."""
+    # 17 digits of the same number as a double would double the file.
+    return [float(str(value)) for value in logps.numpy()]

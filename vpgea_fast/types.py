@@ -80,7 +80,8 @@ class PromptedQuestion:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
     """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index);
-    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads.
+    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads. `step` is
+    the training step, from 0; None for what is no path of one: an evaluation, an answer, a probe.
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
     >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
@@ -93,6 +94,7 @@ class SampleRequest:
     prompt_ids: Tensor
     seed: int
     asked: PromptedQuestion | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
