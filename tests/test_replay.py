@@ -232,6 +232,11 @@ def test_a_missing_path_ends_a_run_in_a_line(tiny_words, tmp_path, capsys):
     assert "and 1 in all, of steps 1 to 1: record with metrics.paths_per_step" in line
 
 
+def test_replay_without_a_file_is_refused():
+    with pytest.raises(config.ConfigError, match=r"engine\.paths: got no file"):
+        config.resolve({"engine": {"name": "replay"}})
+
+
 def test_replaced_questions_are_in_no_record(tmp_path):
     section = {"name": "replay", "paths": [str(tmp_path / "r.jsonl")]}
     sections = {"engine": section, "train": {"resample_rounds": 1}}

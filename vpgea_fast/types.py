@@ -27,8 +27,8 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One line of the data set; `variants` are other spellings of the answer, `file` and `place`
-    tell where it stands.
+    """One line of the data set; `variants` are other spellings of the answer, `responses` solutions
+    or whole responses that the data gives, `file` and `place` tell where it stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -38,6 +38,7 @@ class Question:
     text: str
     answer: str
     variants: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
     file: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 

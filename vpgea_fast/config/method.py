@@ -108,7 +108,7 @@ class ReplayEngineConfig:
 
     name: Literal["replay"] = "replay"
     """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
-    paths: Annotated[tuple[PathText, ...], Field(min_length=1)] = Field(kw_only=True)
+    paths: tuple[PathText, ...] = ()
     """JSONL files of recorded paths, such as the paths.jsonl of a run. A line needs question_id,
     stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter."""
     match: Literal["step", "question"] = "step"

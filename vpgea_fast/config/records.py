@@ -258,12 +258,23 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
+        # NaN as a ratio would be a gradient of NaN.
+        if draws.given and self.rollout.importance_cap is not None:
+            raise ValueError(
+                f"objective {self.objective.name!r} trains responses of the data, which no engine "
+                f"drew, with rollout.importance_cap {self.rollout.importance_cap}; set it to null"
+            )
         # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(
                 f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
                 "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
                 "(an evaluation may cut: eval.top_p)"
+            )
+        if self.engine.name == "replay" and not self.replay.paths:
+            raise ValueError(
+                "engine.paths: got no file with engine.name 'replay', expected the paths.jsonl of "
+                "a run; give one or more"
             )
         # Paths of the questions that a round has replaced are in no record.
         resampled = self.train.resample_rounds and self.engine.name == "replay"

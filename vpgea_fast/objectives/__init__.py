@@ -42,6 +42,7 @@ from vpgea_fast.objectives.policy_gradient import (
     Reinforce,
     Rloo,
 )
+from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
 from vpgea_fast.values import STRICT, one_line
 
@@ -49,6 +50,7 @@ __all__ = [
     "DEFAULT",
     "METHODS",
     "STRICT",
+    "BestOfRft",
     "Cispo",
     "Custom",
     "Dapo",
@@ -56,12 +58,15 @@ __all__ = [
     "Draws",
     "Grpo",
     "Gspo",
+    "HintRft",
     "Keys",
     "Objective",
     "ObjectiveConfig",
     "PolicyGradient",
     "Reinforce",
+    "Rft",
     "Rloo",
+    "Sft",
     "Term",
     "Terms",
     "Vpgea",
@@ -89,7 +94,21 @@ class Custom(Keys):
 
 
 METHODS: dict[str, type] = {
-    kind.name: kind for kind in (Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce)
+    kind.name: kind
+    for kind in (
+        Vpgea,
+        Grpo,
+        DrGrpo,
+        Dapo,
+        Gspo,
+        Cispo,
+        Rloo,
+        Reinforce,
+        Sft,
+        Rft,
+        BestOfRft,
+        HintRft,
+    )
 }
 """Name -> its type, whose fields are the keys of the section."""
 DEFAULT = Vpgea
