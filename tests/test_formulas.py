@@ -213,8 +213,8 @@ class Formula:
                 losses.append(weight * (constant - logp))
         if len(self.imitated) < B * count:
             found["kinds"].add("left out")
-        zero = sum(p.sum() * 0 for p in model.parameters())
-        return torch.stack([zero, *losses]).sum()
+        zeros = [p.sum() * 0 for p in model.parameters()]
+        return torch.stack([*zeros, *losses]).sum()
 
     def row(self, b, i):
         path = self.batch.prior.paths[b][i]

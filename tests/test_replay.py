@@ -105,7 +105,7 @@ LINE = {
 }
 
 
-def asked(*, step=0, index=0):
+def asked(*, step: int | None = 0, index=0):
     ids = torch.tensor([5, 6])
     place = {"question_id": "q", "stream": "prior", "index": index, "step": step}
     return SampleRequest(**place, prompt_ids=ids, seed=11)
