@@ -115,6 +115,7 @@ setup(
         "vpgea_fast.report",
         "vpgea_fast.rollout",
         "vpgea_fast.rollout.vllm",
+        "vpgea_fast.sweep",
         "vpgea_fast.tiny",
         "vpgea_fast.verify",
         "vpgea_fast.kernels",

@@ -19,7 +19,14 @@ RUNS = {
         "eval.data": "[]",
         "objective.kl_coef": 0.1,
         "train.minibatches": 2,
+        "objective.length_reward.name": "lc_r1",
     },
+    "laser_d": {
+        "objective.name": "grpo",
+        "eval.data": "[]",
+        "objective.length_reward.name": "laser_d",
+    },
+    "rlt": {"objective.name": "rlt", "eval.data": "[]"},
     "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }

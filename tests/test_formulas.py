@@ -41,6 +41,10 @@ CASES = {
     "cispo": {"name": "cispo", "clip_high": 0.1},
     "rloo": {"name": "rloo", "norm_constant": C, **WIDE},
     "reinforce": {"name": "reinforce", "norm_constant": C, "trains": "thought", **WIDE},
+    "grpo, kimi": {"name": "grpo", "length_reward": "kimi", **WIDE},
+    "drgrpo, lc_r1": {"name": "drgrpo", "length_reward": "lc_r1", "norm_constant": C, **WIDE},
+    "verifree": {"name": "verifree", "norm_constant": C, **WIDE},
+    "rlt": {"name": "rlt", "norm_constant": C},
     "sft": {"name": "sft"},
     "sft, const": {"name": "sft", "norm_constant": C, "norm": "const", "trains": "thought"},
     "rft": {"name": "rft"},
@@ -157,7 +161,12 @@ class Formula:
             with torch.no_grad():
                 self.advantage = self.cross_view(model, step)
             return
-        self.advantage = self.group_advantage()
+        if self.keys.name == "rlt":
+            with torch.no_grad():
+                self.advantage = self.dense(model, reference)
+            return
+        with torch.no_grad():
+            self.advantage = self.group_advantage(model)
         self.old, self.far = {}, {}
         with torch.no_grad():
             for b, i in itertools.product(range(B), range(P)):
@@ -222,7 +231,54 @@ class Formula:
         tokens = torch.cat([path.z_ids, path.answer_ids]) if whole else path.z_ids
         return self.batch.questions[b].student_ids, tokens
 
-    def group_advantage(self):
+    def dense(self, model, reference):
+        """A of every teacher path by its thought's distance from the reference policy as a student,
+        and by the answer that this student reads out of it."""
+        advantage = []
+        for b in range(B):
+            question, rewards = self.batch.questions[b], []
+            for path in self.batch.posterior.paths[b]:
+                views = (model, question.teacher_ids), (reference, question.student_ids)
+                log_q, log_p = (logps_of(m, c, path.z_ids, self.temperature) for m, c in views)
+                end = [] if path.closed else [torch.tensor([self.close])]
+                context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
+                answer = logps_of(reference, context, question.target_ids, self.temperature)
+                kl = log_q - log_p
+                reward = answer.mean() + 0.01 * answer.min() - 3 * kl.mean() - 0.03 * kl.max()
+                rewards.append(float(reward) - (not path.closed))
+            mean = sum(rewards) / P
+            spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / P)
+            advantage.append([(r - mean) / (spread + 1e-6) for r in rewards])
+        return advantage
+
+    def shaped(self, b, i, reward):
+        """The reward of a path with the length reward of its group, by its paper."""
+        paths, right = self.batch.prior.paths[b], self.batch.prior.correct_BP[b] == 1
+        lengths = [len(p.z_ids) + len(p.answer_ids) for p in paths]
+        name, low, high = self.keys.length_reward.name, min(lengths), max(lengths)
+        if name == "kimi":
+            place = 0.5 - (lengths[i] - low) / (high - low)
+            return reward + (place if right[i] else min(0.0, place))
+        assert name == "lc_r1"
+        short = 1 - lengths[i] / max(
+            n for n, r in zip(lengths, right, strict=True) if r or not any(right)
+        )
+        return reward + paths[i].closed + (short if right[i] else 0.0)
+
+    def closing(self, b, i):
+        """What the closing token of a thought earns alone."""
+        path, question = self.batch.prior.paths[b][i], self.batch.questions[b]
+        if not (path.closed and self.batch.prior.correct_BP[b, i] == 1):
+            return 0.0
+        text, answer = (
+            f",{','.join(map(str, ids.tolist()))}," for ids in (path.z_ids, question.answer_ids)
+        )
+        before, found, _ = text.partition(answer)
+        return (
+            1 - (before.count(",") + len(question.answer_ids)) / len(path.z_ids) if found else -1.0
+        )
+
+    def group_advantage(self, model):
         """Of each policy gradient by its paper, path by path in plain numbers."""
         keys, rewards = self.keys, []
         for b in range(B):
@@ -232,11 +288,17 @@ class Formula:
             for i, path in enumerate(paths):
                 reward = float(self.batch.prior.correct_BP[b, i])
                 reward *= (mean / len(path.z_ids)) ** keys.alpha
+                if keys.length_reward:
+                    reward = self.shaped(b, i, reward)
+                if keys.name == "verifree":
+                    u = self.utility(model, b, path, "student")
+                    reward = math.exp(u) if path.closed else 0.0
                 if keys.overlong_cache:
                     over = len(path.z_ids) + len(path.answer_ids) - (LIMIT + ANSWER - CACHE)
                     reward -= min(max(over / CACHE, 0.0), 1.0)
                 rewards[-1].append(reward)
         everyone = sum(map(sum, rewards)) / (B * P)
+        self.rewards = rewards
         return [[self.against(group, i, everyone) for i in range(P)] for group in rewards]
 
     def against(self, group, i, everyone):
@@ -245,6 +307,7 @@ class Formula:
         return {
             "drgrpo": own - mean,
             "rloo": own - (sum(group) - own) / (P - 1),
+            "verifree": own - (sum(group) - own) / (P - 1),
             "reinforce": own - everyone,
         }.get(self.keys.name, (own - mean) / (spread + 1e-6))
 
@@ -291,9 +354,9 @@ class Formula:
         if self.keys.name in SUPERVISED:
             return self.imitation(model, mine, found)
         parts = [
-            self.two_views(model, b, i, found)
-            if self.keys.name == "vpgea"
-            else self.surrogate(model, b, i, found)
+            {"vpgea": self.two_views, "rlt": self.teacher}.get(self.keys.name, self.surrogate)(
+                model, b, i, found
+            )
             for b, i in itertools.product(mine, range(P))
         ]
         return torch.stack([loss for loss in parts if loss is not None]).sum()
@@ -310,6 +373,13 @@ class Formula:
         loss = -a * log_q + keys.beta * gate * (log_q.detach() - log_pi)
         return self.weight(lengths, len(path.z_ids)) * loss
 
+    def teacher(self, model, b, i, found):
+        path, a = self.batch.posterior.paths[b][i], self.advantage[b][i]
+        found["kinds"].add("gated" if a > 0 else "pushed down")
+        context = self.batch.questions[b].teacher_ids
+        log_q = logps_of(model, context, path.z_ids, self.temperature).sum()
+        return self.weight([1], len(path.z_ids)) * -a * log_q
+
     def surrogate(self, model, b, i, found):
         keys, paths = self.keys, self.batch.prior.paths
         cut = [[keys.mask_truncated and p.finish == "length" for p in group] for group in paths]
@@ -322,8 +392,12 @@ class Formula:
             if not cut[c][j]
         ]
         context, tokens = self.row(b, i)
-        now, old, a = logps_of(model, context, tokens, self.temperature), self.old[b, i], 0.0
-        a += self.advantage[b][i]
+        now, old = logps_of(model, context, tokens, self.temperature), self.old[b, i]
+        a = torch.full_like(now, self.advantage[b][i])
+        if keys.length_reward and keys.length_reward.name == "lc_r1":
+            extra = self.closing(b, i)
+            a[len(paths[b][i].z_ids) - 1] += extra
+            found["kinds"] |= {"closing"} if extra else set()
         low, high = 1 - keys.clip_low, 1 + keys.clip_high
         ratio = (now - old).exp()
         if keys.name == "gspo":
@@ -332,8 +406,8 @@ class Formula:
             loss = -ratio.detach().clamp(max=high) * a * now
         else:
             loss = -torch.minimum(ratio * a, ratio.clamp(low, high) * a)
-        found["above"] += int((ratio > high).sum()) * (a > 0)
-        found["below"] += int((ratio < low).sum()) * (a < 0)
+        found["above"] += int(((ratio > high) & (a > 0)).sum())
+        found["below"] += int(((ratio < low) & (a < 0)).sum())
         found["moved"] = max(found["moved"], float((now.detach() - old).abs().max()))
         found["kinds"].add("truncated" if paths[b][i].finish == "length" else "whole")
         if keys.kl_coef:
@@ -344,7 +418,12 @@ class Formula:
             if keys.kl == "low_variance":
                 estimate = estimate.clamp(-10, 10)
             loss = loss + keys.kl_coef * estimate
-        return self.weight(lengths, len(tokens)) * loss.sum()
+        loss = loss.sum()
+        if keys.name == "verifree" and self.rewards[b][i]:
+            question = self.batch.questions[b]
+            answer = torch.cat([context, tokens, question.cue_ids]), question.target_ids
+            loss = loss - self.rewards[b][i] * logps_of(model, *answer, self.temperature).sum()
+        return self.weight(lengths, len(tokens)) * loss
 
 
 # Sharded over two: every method once, as its first case has it.
@@ -360,8 +439,8 @@ RUNS = [
 def words_of(name, tiny_words):
     keys = dict(CASES[name])
     method = keys.pop("name")
-    ours = method == "vpgea"
-    if ours:
+    ours = method in ("vpgea", "rlt")
+    if method == "vpgea":
         keys |= {"preset": "paper", "prior_samples": 3, "beta": 0.7}
     # In a second step the reference policy is not the one that drew, and the schedule has moved.
     steps = 2 if {"kl_coef", "alpha_end"} & keys.keys() else 1
@@ -398,7 +477,7 @@ def test_every_update_is_the_gradient_of_the_formula(name, size, tiny_words):
     # for a path without a row of its own.
     if "posterior" not in CASES[name] and CASES[name].get("gate") != "none":
         assert max(found["losses"]) <= 1e-9, found
-    if name.startswith("vpgea"):
+    if name.startswith(("vpgea", "rlt")):
         assert {"gated", "pushed down"} <= set(found["kinds"])
         return
     if CASES[name]["name"] in SUPERVISED:
@@ -408,6 +487,7 @@ def test_every_update_is_the_gradient_of_the_formula(name, size, tiny_words):
     assert found["moved"] > 0.3  # nats, of a token
     assert found["above"] > 0
     masked = CASES[name].get("mask_truncated", False)
-    assert found["kinds"] == (["masked", "whole"] if masked else ["truncated", "whole"])
+    kinds = ["masked", "whole"] if masked else ["truncated", "whole"]
+    assert found["kinds"] == ["closing"] * ("lc_r1" in name) + kinds
     # Of a masked rollout only right paths are left where the wrong ones were all cut.
     assert found["below"] > 0 or masked

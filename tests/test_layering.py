@@ -19,6 +19,7 @@ PACKAGE = "vpgea_fast"
 # (the files of one folder) and the rooms of lower layers, and no other room of its own layer.
 LAYERS = {
     "command line": {"cli"},
+    "sweep": {"sweep"},
     "trainer": {"prepare", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},

@@ -256,6 +256,17 @@ u_replaced | paths
     Paths of both streams whose U was not finite and became objective.u_min.
 net_token_push | tokens
     Sum over paths of advantage times length; below 0 the update favours shorter paths.
+length_limit | tokens
+    Mean over questions of the limit that a length reward holds their paths to (think_prune,
+    laser_d, laser_de).
+answer_stated | share
+    Share of right paths whose thought states the answer, token by token (length reward lc_r1);
+    null where none is right.
+answer_logp | nats per token
+    Mean log-prob of the answer's tokens behind the teacher's thoughts under the reference policy,
+    with answer_min (rlt).
+teacher_distance | nats per token
+    Mean log q - log p of the teacher's thoughts, p of the reference policy, with kl_max (rlt).
 tokens_replaced | tokens
     Tokens of questions that train.resample_rounds replaced; 0 without resampling.
 """),

@@ -149,7 +149,9 @@ def row_metrics(
             if row.old is None:
                 losses[f"loss_{row.term}"] += row.loss(row_logps).sum().item()
             if row.sample_logps is not None:
-                gaps.append(row.sample_logps.double() - row_logps)
+                # NaN where nobody knows the sampler: a response of the data, a record without.
+                known = ~row.sample_logps.isnan()
+                gaps.append((row.sample_logps.double() - row_logps)[known])
             continue
         reference = own_logps.get(row.path, row.sample_logps) if row.path else row.sample_logps
         if reference is None:
@@ -162,7 +164,7 @@ def row_metrics(
             losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
     return merge(
         {"loss": sum(losses.values()), **losses},
-        mismatch(torch.cat(gaps)) if gaps else {},
+        mismatch(torch.cat(gaps)) if any(gap.numel() for gap in gaps) else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
 

@@ -93,11 +93,26 @@ def sections() -> list[Section]:
             text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
             text = text or about.get(name, "")
             found.append(Section(name, variant, text, tuple(_keys(record))))
+        found += _deeper(name, members)
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
             file = tuple(_keys(config.DataFile))
             found.append(Section("data", "a file", text, file))
     return found
+
+
+def _deeper(name: str, members: Sequence[Any]) -> Iterator[Section]:
+    """Describe the keys of keys that are records again, once for all variants that have them."""
+    deeper: dict[tuple[str, type], None] = {}
+    for record in members:
+        for key, hint in get_type_hints(record).items():
+            kinds = [kind for kind in _members(hint) if dataclasses.is_dataclass(kind)]
+            deeper |= {(key, kind): None for kind in kinds if isinstance(kind, type)}
+    for key, kind in deeper:
+        text = " ".join((inspect.getdoc(kind) or "").split())
+        yield Section(
+            f"{name}.{key}", f"name: {getattr(kind, 'name', '')}", text, tuple(_keys(kind))
+        )
 
 
 def section(name: str) -> list[Section]:
@@ -182,8 +197,9 @@ def in_words(hint: Any) -> str:
     bare, notes = _bare(hint)
     members = _members(bare)
     if len(members) > 1:
-        words = [in_words(member) for member in members]
-        return f"{' or '.join(words[:-1])}, or {words[-1]}"
+        # The records of a union are keys and values each.
+        words = [*dict.fromkeys(in_words(member) for member in members)]
+        return words[0] if len(words) == 1 else f"{' or '.join(words[:-1])}, or {words[-1]}"
     if get_origin(bare) is Literal:
         *most, last = [f"`{value}`" for value in get_args(bare)]
         return f"{', '.join(most)} or {last}" if most else last

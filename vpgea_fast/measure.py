@@ -98,7 +98,7 @@ class Measure:
             live = dict(zip(live, self.logprobs(asked), strict=True))
         # Before it has moved its log-probs are the old ones, and every ratio is exactly 1.
         now = [row.at(live[id(row)]) if id(row) in live else row for row in rows]
-        ratioed = [row.coef for row in now if row.old is not None and row.weight]
+        ratioed = [row.coef for row in now if row.old is not None and row.weighted]
         share = {"clipped": torch.cat(ratioed).eq(0).double().mean().item()} if ratioed else {}
         # Here and not behind the update, which has no log-probs of what is clipped: its loss is
         # constant, but not zero.

@@ -81,19 +81,18 @@ def build_rows(
     rows = []
     for term in terms.parts:
         scale_BP = _normaliser(batch, term, terms.alive, scale)
+        close_BP = torch.zeros_like(term.weight_BP) if term.close_BP is None else term.close_BP
         # Python numbers, flat in the order of the pairs: one transfer per term, not per path.
+        matrices = (term.acting, term.weight_BP, close_BP, scale_BP)
         columns = zip(
-            batch.pairs(term.stream),
-            term.acting.flatten().tolist(),
-            term.weight_BP.flatten().tolist(),
-            scale_BP.flatten().tolist(),
-            strict=True,
+            batch.pairs(term.stream), *(m.flatten().tolist() for m in matrices), strict=True
         )
-        for (question, path), acting, weight, factor in columns:
+        for (question, path), acting, weight, close, factor in columns:
             if not acting:
                 continue
             row = part_row(question, path, term, think_close_id)
             if row.token_ids.numel():
+                weight = _with_close(row, path, weight, close)
                 row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
                 rows.append(replace(row, reference=_reference(batch, term, path)))
     return rows
@@ -118,19 +117,30 @@ def checksum(rows: Sequence[TrainRow]) -> int:
     return crc
 
 
+def _with_close(row: TrainRow, path: Path, weight: float, close: float) -> float | torch.Tensor:
+    """The weight, of each token where the thought's last one has a weight added."""
+    if not close:
+        return weight
+    weights = torch.full(row.token_ids.shape, weight, dtype=torch.float64)
+    # The thought comes first in the thought and in the response.
+    weights[path.z_ids.numel() - 1] += close
+    return weights
+
+
 def _weigh(
     row: TrainRow,
     term: Term,
     path: Path,
     *,
-    weight: float,
+    weight: float | torch.Tensor,
     scale: float,
     ratios: Mapping[PathKey, torch.Tensor] | None,
 ) -> TrainRow:
     """The row with its coefficients: those of an update whose policy drew the paths."""
     tokens = row.token_ids.shape
     # float64: the sum over 8k tokens of a row is rounded once, in the loss.
-    coef, factor = torch.full(tokens, weight * scale, dtype=torch.float64), None
+    coef = torch.ones(tokens, dtype=torch.float64) * (weight * scale)
+    factor = None
     if term.factors is not None:
         factor = term.factors.get(path.key)
         # One number would be taken for all tokens, without a word.

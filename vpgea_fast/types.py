@@ -50,8 +50,9 @@ class PromptedQuestion:
     `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
-    the values that an objective put into both prompts (`Draws.fields`).
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers, `answer_ids`
+    the answer alone, as a thought may. `fields` are the values that an objective put into both
+    prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -67,6 +68,7 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
+    answer_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -339,7 +341,8 @@ class Live(Protocol):
 
     The log-probs now, before the first update of these paths, and of the reference policy are
     (n,) float64, n the tokens of one path. The result is (n,), differentiable in `now`. Its
-    gradient is `weight` on every token where now equals old and there is no reference.
+    gradient is `weight` on every token where now equals old and there is no reference. `weight` is
+    a number, or (n,) where the term adds to the thought's last token (`Term.close_BP`).
     """
 
     @property
@@ -348,7 +351,7 @@ class Live(Protocol):
         ...
 
     def __call__(
-        self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None
+        self, weight: float | Tensor, now: Tensor, old: Tensor, reference: Tensor | None
     ) -> Tensor: ...
 
 
@@ -380,7 +383,7 @@ class TrainRow:
     sample_logps: Tensor | None = None
     path: PathKey | None = None
     live: Live | None = None
-    weight: float = 0.0
+    weight: float | Tensor = 0.0
     scale: float = 1.0
     factor: Tensor | None = None
     old: Tensor | None = None
@@ -390,6 +393,11 @@ class TrainRow:
     def tokens(self) -> int:
         """Tokens that go through the model for this row."""
         return self.context_ids.numel() + self.token_ids.numel()
+
+    @property
+    def weighted(self) -> bool:
+        """Some token has a weight: the row is more than held to the reference policy."""
+        return bool(torch.as_tensor(self.weight).ne(0).any())
 
     def loss(self, now: Tensor) -> Tensor:
         """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""

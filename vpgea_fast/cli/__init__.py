@@ -1,5 +1,5 @@
-"""`vpgea`: train, eval, export, data, serve, report, keys, doctor, make-tiny. Every configuration
-key is an option, `--section.key value`; `vpgea keys` explains them."""
+"""`vpgea`: train, sweep, eval, export, data, serve, report, keys, doctor, make-tiny. Every
+configuration key is an option, `--section.key value`; `vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vpgea_fast import __version__, config
 from vpgea_fast.cli.about import declare_doctor, declare_keys, declare_report
 from vpgea_fast.cli.models import declare_eval, declare_export, declare_serve, run_serve
 from vpgea_fast.cli.questions import declare_data, declare_make_tiny
+from vpgea_fast.cli.sweep import declare_sweep
 from vpgea_fast.cli.train import declare_train
 from vpgea_fast.cli.words import Parser, UsageError
 
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     # In the order of use, which is that of `vpgea --help`.
     declared = (
         declare_train,
+        declare_sweep,
         declare_eval,
         declare_data,
         declare_export,

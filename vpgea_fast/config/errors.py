@@ -96,7 +96,8 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
     # A key that one member lacks: the others' complaints about values do not matter.
     if "unexpected_keyword_argument" in kinds:
         return f"unknown key; {_nearest_key(key, owners)}"
-    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+    unnamed = error["type"] == "union_tag_not_found"
+    if unnamed or (error["type"] == "missing" and isinstance(error["loc"][-1], str)):
         return "is missing; give it a value"
     value = error["input"]
     if error["type"] == "union_tag_invalid":

@@ -13,7 +13,14 @@ from vpgea_fast import strict_yaml
 from vpgea_fast.config.errors import ConfigError, explain, show
 from vpgea_fast.config.records import Config
 from vpgea_fast.config.renamed import refuse_old, renewed
-from vpgea_fast.config.schema import VARIANTS, fields_of, item_of, members_of, records_of
+from vpgea_fast.config.schema import (
+    VARIANTS,
+    fields_of,
+    item_of,
+    members_of,
+    records_at,
+    records_of,
+)
 from vpgea_fast.objectives import with_preset
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -44,22 +51,32 @@ def load(
         tree = renewed(tree, say=lambda text: say(f"{path}: {text}"))
     # Another variant on the command line makes the file's keys of the old one unknown: they
     # are left out, and said.
-    lost = {section: _foreign(section, tree, top) for section in VARIANTS}
-    tree = {**tree, **{section: {} for section, keys in lost.items() if keys}}
-    cfg = resolve(_merge(tree, top), source=str(path))
-    for section, keys in lost.items():
-        if keys:
-            name, left = getattr(cfg, section).name, ", ".join(f"{section}.{key}" for key in keys)
-            say(f"{path}: {section}.name {name!r} leaves out the file's {left}")
+    merged, lost = _merge(tree, top)
+    cfg = resolve(merged, source=str(path))
+    for place, name, keys in lost:
+        left = ", ".join(f"{place}.{key}" for key in keys)
+        say(f"{path}: {place}.name {name!r} leaves out the file's {left}")
     return cfg
 
 
 def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace a variant that is given as text by what it names: `engine: vllm`."""
-    return {
+    """Replace a variant that is given as text by what it names: `engine: vllm`, and within a
+    section `length_reward: kimi`."""
+    named = {
         section: {"name": keys} if section in VARIANTS and isinstance(keys, str) else keys
         for section, keys in tree.items()
     }
+    return {
+        section: {k: _record(section, k, value) for k, value in keys.items()}
+        if isinstance(keys, Mapping)
+        else keys
+        for section, keys in named.items()
+    }
+
+
+def _record(section: str, key: str, value: Any) -> Any:
+    """Replace text by the variant that it names, in a key that is a record."""
+    return {"name": value} if isinstance(value, str) and records_at(section, key) else value
 
 
 def find(word: str, folder: Path = SHIPPED, suffix: str = ".yaml") -> str:
@@ -189,10 +206,21 @@ def parse_overrides(
                     "a value that starts with --"
                 )
         keys, new = tree.setdefault(section, {}), _parse(section, name, value)
-        if name in keys and keys[name] != new:
-            old = show(keys[name])
+        outer, inner, last = name.partition(".")
+        # A key that is a record again: `--objective.length_reward.name kimi`.
+        if inner and records_at(section, outer):
+            keys = keys.setdefault(outer, {})
+            if not isinstance(keys, dict):
+                raise ConfigError(
+                    f"--{section}.{name}: --{section}.{outer} is {show(keys)} already; give one of "
+                    "them"
+                )
+        else:
+            last, new = name, _record(section, name, new)
+        if last in keys and keys[last] != new:
+            old = show(keys[last])
             say(f"--{section}.{name} stands twice: {show(new)} is taken, and {old} left out")
-        keys[name] = new
+        keys[last] = new
     return tree
 
 
@@ -200,7 +228,9 @@ def _parse(section: str, name: str, word: str) -> Any:
     """Read a word as its field takes it. Where text is one choice among others, a word that opens a
     list or a mapping is one; a `#`, a colon or a number means nothing in text."""
     # Of every variant: which one it is may stand in another word.
-    types = [t for record in records_of(section) for t in members_of(fields_of(record).get(name))]
+    outer, _, last = name.partition(".")
+    within = records_at(section, outer) if last else records_of(section)
+    types = [t for r in within for t in members_of(fields_of(r).get(last or name))]
     types += [t for kind in types for t in members_of(item_of(kind))]
     structured = any(kind not in (str, type(None)) for kind in types)
     takes_text = str in types or any(fields_of(kind) for kind in types)  # a record's first key
@@ -228,22 +258,43 @@ def _parse(section: str, name: str, word: str) -> Any:
         raise ConfigError(f"--{section}.{name}: got {word[:80]!r}: {error}") from error
 
 
-def _foreign(section: str, tree: Mapping[str, Any], top: Mapping[str, Any]) -> list[str]:
-    """List the keys of the file's variant, where the command line names another one."""
-    base, name = tree.get(section), top.get(section, {}).get("name")
-    if not isinstance(base, dict) or name is None or name == base.get("name", VARIANTS[section]):
-        return []
-    return [key for key in base if key != "name"]
+def _merge(
+    base: Mapping[str, Any], top: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[tuple[str, str, list[str]]]]:
+    """Lay the keys of `top` over those of `base`, section by section, and in a key that is a record
+    again. What is no section stays: it is refused with the rest.
 
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the keys of `top` over those of `base`, section by section. What is no section stays: it
-    is refused with the rest."""
-    merged = dict(base)
+    Where `top` names another variant, the keys of the old one are left out: (place, new name, the
+    keys), for each such place.
+    """
+    merged, lost = dict(base), []
     for section, keys in top.items():
         below = merged.get(section, {})
-        merged[section] = {**below, **keys} if isinstance(below, Mapping) else below
-    return merged
+        if not isinstance(below, Mapping):
+            continue
+        below, left = _kept(below, keys, VARIANTS.get(section))
+        if left:
+            lost.append((section, keys["name"], left))
+        merged[section] = {**below, **keys}
+        for key, deep in keys.items():
+            if isinstance(deep, Mapping) and isinstance(below.get(key), Mapping):
+                kept, left = _kept(below[key], deep, None)
+                if left:
+                    lost.append((f"{section}.{key}", deep["name"], left))
+                merged[section][key] = {**kept, **deep}
+    return merged, lost
+
+
+def _kept(
+    base: Mapping[str, Any], top: Mapping[str, Any], default: str | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The keys of `base` that those of `top` come over, and those that another variant leaves
+    out."""
+    name = top.get("name")
+    if name is None or name == base.get("name", default):
+        return base, []
+    left = [key for key in base if key != "name"]
+    return {}, left
 
 
 def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:

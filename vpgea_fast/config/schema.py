@@ -51,3 +51,10 @@ def known_keys() -> list[str]:
 def records_of(section: str) -> list[Any]:
     """List the records that a section may be: one, or one per variant."""
     return [kind for kind in members_of(fields_of(Config).get(section)) if fields_of(kind)]
+
+
+def records_at(section: str, key: str) -> list[Any]:
+    """List the records that a key of a section may be, in any of the section's variants."""
+    hints = [fields_of(kind).get(key) for kind in records_of(section)]
+    kinds = dict.fromkeys(kind for hint in hints for kind in members_of(hint))
+    return [kind for kind in kinds if fields_of(kind)]

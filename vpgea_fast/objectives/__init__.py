@@ -32,6 +32,8 @@ from vpgea_fast.objectives.base import (
     scores_answers,
 )
 from vpgea_fast.objectives.checks import ask, check_objective, check_terms
+from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS, LengthReward
+from vpgea_fast.objectives.likelihood import NormalisedVeriFree, Rlt, VeriFree
 from vpgea_fast.objectives.policy_gradient import (
     Cispo,
     Dapo,
@@ -48,6 +50,7 @@ from vpgea_fast.values import STRICT, one_line
 
 __all__ = [
     "DEFAULT",
+    "LENGTH_REWARDS",
     "METHODS",
     "STRICT",
     "BestOfRft",
@@ -60,15 +63,19 @@ __all__ = [
     "Gspo",
     "HintRft",
     "Keys",
+    "LengthReward",
+    "NormalisedVeriFree",
     "Objective",
     "ObjectiveConfig",
     "PolicyGradient",
     "Reinforce",
     "Rft",
     "Rloo",
+    "Rlt",
     "Sft",
     "Term",
     "Terms",
+    "VeriFree",
     "Vpgea",
     "ask",
     "check_terms",
@@ -96,18 +103,9 @@ class Custom(Keys):
 METHODS: dict[str, type] = {
     kind.name: kind
     for kind in (
-        Vpgea,
-        Grpo,
-        DrGrpo,
-        Dapo,
-        Gspo,
-        Cispo,
-        Rloo,
-        Reinforce,
-        Sft,
-        Rft,
-        BestOfRft,
-        HintRft,
+        *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
+        *(VeriFree, NormalisedVeriFree, Rlt),
+        *(Sft, Rft, BestOfRft, HintRft),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""

@@ -141,6 +141,7 @@ class Term:
     distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
     live        replaces `weight` by a function of the log-probs of the moment
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
+    close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
     """
 
     name: str
@@ -153,20 +154,28 @@ class Term:
     factors: Mapping[PathKey, Tensor] | None = None
     live: Live | None = None
     held_BP: Tensor | None = None
+    close_BP: Tensor | None = None
+
+    @property
+    def weighted(self) -> Tensor:
+        """(B, P) bool: the paths that have a weight, on all tokens or on one."""
+        weighted_BP = self.weight_BP.ne(0)
+        return weighted_BP if self.close_BP is None else weighted_BP | self.close_BP.ne(0)
 
     @property
     def acting(self) -> Tensor:
         """(B, P) bool: the paths that get a row."""
         # A zero row would cost attention, MLP and head, and add nothing.
-        weighted_BP = self.weight_BP.ne(0)
-        return weighted_BP if self.held_BP is None else weighted_BP | self.held_BP
+        return self.weighted if self.held_BP is None else self.weighted | self.held_BP
 
     def without(self, lost_B: Tensor) -> Term:
         """No row for the paths of the questions where `lost_B` is True."""
         # Zero and not fewer rows of the matrix: the log of the paths keeps its places.
         lost_B1 = lost_B[:, None]
         held_BP = None if self.held_BP is None else self.held_BP & ~lost_B1
-        return replace(self, weight_BP=self.weight_BP.masked_fill(lost_B1, 0.0), held_BP=held_BP)
+        close_BP = None if self.close_BP is None else self.close_BP.masked_fill(lost_B1, 0.0)
+        weight_BP = self.weight_BP.masked_fill(lost_B1, 0.0)
+        return replace(self, weight_BP=weight_BP, held_BP=held_BP, close_BP=close_BP)
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +205,7 @@ class Terms:
         """Which questions have a path whose weight is not zero; (B,) bool. Keeping to a reference
         policy alone teaches nothing, and does not count."""
         # One part with a gradient is enough.
-        by_part = (part.weight_BP.ne(0).any(dim=1) for part in self.parts)
+        by_part = (part.weighted.any(dim=1) for part in self.parts)
         return functools.reduce(operator.or_, by_part)
 
     def without(self, lost_B: Tensor) -> Terms:

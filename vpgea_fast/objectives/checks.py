@@ -105,6 +105,7 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
     _check_shape(objective, term.weight_BP, batch, stream=term.stream, what=f"{of}weight_BP")
     if not term.weight_BP.is_floating_point():
         raise ValueError(f"{who}: weight_BP is {term.weight_BP.dtype}, expected torch.float64")
+    _check_close(who, term, batch, objective)
     for key in ("counted_BP", "held_BP"):
         if (mask_BP := getattr(term, key)) is None:
             continue
@@ -125,6 +126,22 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: its live loss reads a reference policy, but needs() asks for no score of "
             "one; add Score(stream, view, part, 'reference')"
         )
+
+
+def _check_close(who: str, term: Term, batch: ScoredBatch, objective: Objective) -> None:
+    """ValueError for weights of the thoughts' last tokens that no row could take."""
+    if term.close_BP is None:
+        return
+    if term.part not in ("thought", "response"):
+        raise ValueError(
+            f"{who}: close_BP is of the thought's last token, which the {term.part} has not; train "
+            "the thought or the response"
+        )
+    what = f"term {term.name!r}: close_BP"
+    _check_shape(objective, term.close_BP, batch, stream=term.stream, what=what)
+    whole_B1 = (batch.lost_B == 0)[:, None]
+    if not (term.close_BP.is_floating_point() and (term.close_BP.isfinite() | ~whole_B1).all()):
+        raise ValueError(f"{who}: close_BP: got {term.close_BP}, expected finite float64")
 
 
 def _check_shape(

@@ -1,6 +1,7 @@
 """Policy gradients in the student view: GRPO and its kin, one machine with other defaults.
 
-    A_i  = advantage of the reward R_i within its group, R_i = correct_i (len_base / len_i)^alpha
+    A_i  = advantage of the reward R_i within its group; R_i = correct_i, or what the length reward
+           makes of it (length_rewards.py)
     r_t  = p(token_t now) / p(token_t before the first update of this rollout)
     loss = -(1/G) sum_i w_i sum_t min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i)
            + kl_coef (1/G) sum_i w_i sum_t KL(now | reference)_t
@@ -21,6 +22,8 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
 from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
+from vpgea_fast.objectives.judged import Judged, Shaped
+from vpgea_fast.objectives.length_rewards import Eta, LengthReward
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -32,7 +35,7 @@ from vpgea_fast.values import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vpgea_fast.types import ScoredBatch
+    from vpgea_fast.types import ScoredBatch, ScoredPaths
 
 Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -49,12 +52,15 @@ class PolicyGradient(GroupKeys):
     advantage: Advantage = "zscore"
     """`zscore`: (R - group mean) / (std + eps). `centred`: R - group mean. `leave_one_out`: R -
     mean of the group's others. `batch`: R - mean of all paths of the step."""
+    length_reward: LengthReward | None = None
+    """What a short path earns beside being right. `name` chooses it, and with it the other keys;
+    null: that of alpha, or none."""
     alpha: Exponent = 0.0
-    """0: the reward is correctness. Above 0, a correct path earns the length factor against its
-    group's mean length."""
-    reward: Literal["verify", "likelihood"] = "verify"
+    """0: the reward is correctness. Above 0: short for the length reward `eta` with this exponent
+    and eta_clip."""
+    reward: Literal["verify", "likelihood", "probability"] = "verify"
     """`verify`: the sampled answer verifies (needs rollout.full_answer). `likelihood`: P(answer
-    given path) > 0.5."""
+    given path) > 0.5. `probability`: that probability itself, without a length reward."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of later updates of a rollout: per token, or the geometric mean over the
     path's tokens (GSPO)."""
@@ -81,29 +87,57 @@ class PolicyGradient(GroupKeys):
             prior=self.group_size,
             verified=self.reward == "verify",
             answers=self.trains == "response",
+            reference=self.shaping.reference_paths,
+            fields=self.shaping.fields(),
         )
+
+    @property
+    def shaping(self) -> Eta | Any:
+        """The length reward; without one, eta with the exponent 0 leaves correctness as it is."""
+        return self.length_reward or Eta(alpha=self.alpha, clip=self.eta_clip)
+
+    def __post_init__(self) -> None:
+        # Beside another length reward nothing would read it.
+        if self.length_reward and self.alpha:
+            raise ValueError(
+                f"got alpha {self.alpha} and a length_reward, which takes its place; leave alpha "
+                "out, or choose length_reward eta"
+            )
+        # Their formulas are of paths that are right or wrong.
+        if self.reward == "probability" and (self.length_reward or self.alpha):
+            raise ValueError(
+                "got reward 'probability' and a length reward, whose paths are right or wrong; "
+                "choose reward likelihood, or leave length_reward and alpha out"
+            )
 
     def needs(self) -> frozenset[Score]:
         scores = set()
         # Each score is a forward of every path: only what `terms` will read.
-        if self.reward == "likelihood":
+        if self.reward != "verify":
             scores.add(Score("prior", "student", "target"))
+            if self.shaping.reference_paths:
+                scores.add(Score("reference", "student", "target"))
         if self.kl_coef:
             scores.add(Score("prior", "student", self.trains, "reference"))
         return frozenset(scores)
 
-    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
-        from vpgea_fast.advantage import length_factor
-
-        prior = batch.prior
-        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
-        likely_BN = (prior.u_BP > math.log(0.5)) & prior.closed_BP
-        correct_BN = prior.correct_BP == 1.0 if self.reward == "verify" else likely_BN
-        # len_base is the mean length of the group itself.
-        clip, len_base_B = self.eta_clip, prior.length_BP.mean(dim=1)
-        eta_BN = length_factor(prior.length_BP, len_base_B, alpha=self.alpha, eta_clip=clip)
+    def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
+        prior, reference = batch.prior, batch.reference
+        judged = Judged(
+            right_BN=self._right(prior),
+            length_BN=batch.token_counts("prior", self.trains),
+            batch=batch,
+            reference_right_BR=reference and self._right(reference),
+            reference_length_BR=reference and batch.token_counts("reference", self.trains),
+        )
+        # By name: what another length reward kept, before a resume with this one, is not read.
+        name, correct_BN = self.shaping.name, judged.right_BN
+        shaped = self.shaping.shaped(judged, state.get(name, {}))
+        if self.reward == "probability":
+            # Of a cut thought U is scored too, but it has not arrived.
+            shaped = Shaped(reward_BN=prior.u_BP.exp().where(prior.closed_BP, 0.0))
         # The punishment falls on wrong paths as well: they too run into the limit (DAPO, eq. 13).
-        reward_BN = correct_BN.double() * eta_BN - self._overlong(batch)
+        reward_BN = shaped.reward_BN - self._overlong(batch)
         advantage_BN = self._advantage(reward_BN)
         kept_BN = self._kept(batch)
         part = Term(
@@ -116,6 +150,7 @@ class PolicyGradient(GroupKeys):
             counted_BP=kept_BN if self.mask_truncated else None,
             # The KL holds every path in the loss, those of advantage zero too.
             held_BP=kept_BN if self.kl_coef else None,
+            close_BP=None if shaped.close_BN is None else -shaped.close_BN.where(kept_BN, 0.0),
             live=Surrogate(
                 ratio=self.ratio,
                 truncate=self.surrogate == "truncate",
@@ -134,11 +169,23 @@ class PolicyGradient(GroupKeys):
         }
         scores = {
             "reward": reward_BN,
-            "eta": eta_BN,
             "advantage": advantage_BN,
             "u": prior.u_BP,
+            **shaped.scores,
         }
-        return Terms(parts=(part,), path_scores={"prior": scores}, metrics=metrics)
+        return Terms(
+            parts=(part,),
+            path_scores={"prior": scores},
+            metrics={**metrics, **shaped.metrics},
+            state={name: shaped.state} if shaped.state else {},
+        )
+
+    def _right(self, columns: ScoredPaths) -> Tensor:
+        """(B, P) bool: the paths of a stream that are right."""
+        if self.reward == "verify":
+            return columns.correct_BP == 1.0
+        # P(y*|x, z) > 1/2; of a cut thought U is scored too, but it has not arrived.
+        return (columns.u_BP > math.log(0.5)) & columns.closed_BP
 
     def _advantage(self, reward_BN: Tensor) -> Tensor:
         """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
@@ -201,7 +248,9 @@ class Surrogate:
     def reference(self) -> bool:
         return self.kl_coef > 0
 
-    def __call__(self, weight: float, now: Tensor, old: Tensor, reference: Tensor | None) -> Tensor:
+    def __call__(
+        self, weight: float | Tensor, now: Tensor, old: Tensor, reference: Tensor | None
+    ) -> Tensor:
         log_ratio = now - old
         if self.ratio == "sequence":
             # now - now.detach() is 0, and carries the gradient of the token alone (eq. 14).

@@ -157,6 +157,8 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
+        # Its first tokens may differ behind other text; those of digits do not.
+        answers = self._ids([cfg.think_close + q.answer for q in questions], names)
         return [
             PromptedQuestion(
                 question=question,
@@ -165,6 +167,7 @@ class Prompter:
                 cue_ids=cue[i],
                 target_ids=target[i],
                 variant_ids=variants[i],
+                answer_ids=answers[i][1:],
                 fields=values[i],
             )
             for i, question in enumerate(questions)

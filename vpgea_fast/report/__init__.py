@@ -14,6 +14,7 @@ from pathlib import Path
 from vpgea_fast import book
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.metrics import METRICS, finite
+from vpgea_fast.report.comparison import plot_comparison
 from vpgea_fast.report.figure import ENDS, POINTS, Line, Log, plot_training
 from vpgea_fast.report.files import (
     Record,
@@ -36,6 +37,7 @@ __all__ = [
     "closing_notes",
     "closing_table",
     "evaluated",
+    "plot_comparison",
     "plot_training",
     "read_evaluation",
     "write_report",

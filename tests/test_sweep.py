@@ -1,0 +1,339 @@
+"""`vpgea sweep`: what is equal, how a rate is picked, and that no kill loses or doubles a run."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vpgea_fast.cli import main
+from vpgea_fast.metrics import Console
+from vpgea_fast.sweep import Order, Sweep, parse_method, run_sweep
+from vpgea_fast.sweep.plan import SweepError, extended, questions
+from vpgea_fast.sweep.table import T_975, evaluate, interval, is_short, t_975
+
+SMALL = {
+    "train.steps": 2,
+    "train.questions_per_step": 2,
+    "eval.greedy": "false",
+    "checkpoint.save_every": 1,
+    "rollout.max_new_tokens": 80,
+    "eval.max_new_tokens": 80,
+}
+
+
+@pytest.fixture
+def order(tiny_world, tmp_path):
+    """Makes an order over the tiny world with few questions: `order(rates=(1e-3,))`."""
+    test = tmp_path / "held.jsonl"
+    test.write_text("".join(tiny_world.test_path.read_text().splitlines(keepends=True)[:10]))
+    keys = {"model.path": tiny_world.base_dir, "data.train": tiny_world.train_path, **SMALL}
+
+    def make(*more, **changed):
+        words = [f"--{key}={value}" for key, value in {**keys, "eval.data": test}.items()]
+        parts = {
+            "config": str(Path(__file__).parents[1] / "configs/tiny.yaml"),
+            "words": (*words, *more),
+            "methods": (parse_method("vpgea"),),
+            "rates": (1e-3,),
+            "seeds": (0,),
+            "out": tmp_path / "sweep",
+            "jobs": 2,
+        }
+        return Order(**(parts | changed))
+
+    return make
+
+
+def command(order, *more):
+    words = ["sweep", order.config, "--out", str(order.out), "--seeds", *map(str, order.seeds)]
+    words += ["--rates", *map(str, order.rates), "--extend", "0", "--methods", "vpgea"]
+    return [*words, *more, *order.words]
+
+
+def half(acc, tokens):
+    eps3 = (100 * acc) ** 2 / tokens
+    return {"acc": acc, "tokens": tokens, "eps3": eps3, "truncated": 0.0, "n": 400}
+
+
+def run(lr, picked, reported, method="m", seed=0):
+    """A run whose base had 92.25 % and 63 tokens on both halves; None: it diverged."""
+    before = {"sampled": {"benchmarks": dict.fromkeys(("pick", "test"), half(0.9225, 63.0))}}
+    after = None
+    if picked is not None:
+        after = {"sampled": {"benchmarks": {"pick": half(*picked), "test": half(*reported)}}}
+    names = {"select": ["pick"], "test": ["test"], "tokens_generated": 10}
+    return {"method": method, "lr": lr, "seed": seed, "before": before, "after": after, **names}
+
+
+def test_a_run_is_short_only_where_it_still_answers():
+    cases = {(0.9125, 22.0): True, (0.0, 3.0): False, (0.99, 22.1): False, (0.912, 20.0): False}
+    for reported, short in cases.items():
+        assert is_short(run(1e-3, (0.5, 50), reported), 22) is short
+    assert not is_short(run(1e-3, None, None), 22)
+
+
+def test_the_rate_is_picked_on_one_half_and_reported_on_the_other():
+    """1e-3 wins on the picking half and loses on the other; 4e-3 would win, had none diverged."""
+    runs = [run(1e-3, (0.99, 20), (0.93, 22)), run(2e-3, (0.95, 21), (0.99, 20))]
+    runs += [run(4e-3, (1.0, 10), (1.0, 10)), run(4e-3, None, None, seed=1)]
+    found = evaluate([*runs, run(5e-4, (0.5, 30), (0.0, 4), method="other")], short=22)
+    row, other = found["rows"]
+    assert found["rate_picked_on"] == ["pick"]
+    assert (row["lr"], row["edge"], row["diverged_runs"]) == (1e-3, True, 1)
+    assert row["after"]["sampled"]["acc"] == 0.93
+    assert row["eps3_low"] == pytest.approx(93**2 / 22)
+    assert (row["short_seeds"], row["short_runs"], row["runs"]) == (1, 3, 4)
+    assert (other["short_runs"], other["intervals"]["acc"], other["edge"]) == (0, None, False)
+
+
+def test_where_all_diverged_nothing_is_reported():
+    (row,) = evaluate([run(1e-3, None, None)])["rows"]
+    assert (row["after"], row["name"]) == ({}, "m, lr 0.001, diverged")
+
+
+def test_t_intervals_against_the_integral_of_the_density():
+    for freedom in (1, 2, 5, 10, 11, 15, 30, 200):
+        edge, steps = t_975(freedom), 20000
+        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+        scale /= math.sqrt(freedom * math.pi)
+        width = edge / steps
+        # Simpson's rule from 0 to the edge, which holds 47.5 %.
+        weights = [1 if i in (0, steps) else 4 if i % 2 else 2 for i in range(steps + 1)]
+        density = [
+            scale * (1 + (i * width) ** 2 / freedom) ** (-(freedom + 1) / 2)
+            for i in range(steps + 1)
+        ]
+        area = width / 3 * math.fsum(w * d for w, d in zip(weights, density, strict=True))
+        assert area == pytest.approx(0.475, abs=2e-6), freedom
+    assert len(T_975) == 10
+
+
+def test_an_interval_by_hand():
+    # mean 2, standard error 1/sqrt(3), 2 degrees of freedom
+    assert interval([1.0, 2.0, 3.0], most=4.0) == pytest.approx((0.0, 4.0))
+    assert interval([9.0, 10.0, 11.0]) == pytest.approx((7.51586, 12.48414), abs=1e-4)
+    assert interval([1.0]) is None
+
+
+def test_the_halves_share_no_question_and_lose_none(order, tmp_path):
+    lines = (tmp_path / "held.jsonl").read_text().splitlines()
+    twin = json.loads(lines[0]) | {"id": "twin"}
+    (tmp_path / "held.jsonl").write_text("\n".join([*lines, json.dumps(twin)]))
+    asked = order()
+    split = questions(asked, Sweep(asked, Console(silent=True)).base)
+    picked, shown = ([json.loads(line) for line in t.splitlines()] for t in split.files.values())
+    assert (split.select, split.test) == (("select_held",), ("held",))
+    assert {q["question"] for q in picked}.isdisjoint(q["question"] for q in shown)
+    assert len(picked) + len(shown) == 11
+    assert [q["id"] for q in picked] == [json.loads(line)["id"] for line in lines[::2]] + ["twin"]
+
+
+def test_methods_draw_as_many_paths(order):
+    """vpgea draws 8 + 4 paths a question, this GRPO 5: 2 x 2 x 12 = 48 paths are 4 steps of 10."""
+    methods = tuple(map(parse_method, ("vpgea", "grpo:group_size=5")))
+    asked = {b: order(methods=methods, budget=b) for b in ("paths", "steps", 100)}
+    steps = {
+        budget: [c.cfg.train.steps for c in Sweep(each, Console(silent=True)).cells()]
+        for budget, each in asked.items()
+    }
+    assert steps == {"paths": [2, 4], "steps": [2, 2], 100: [4, 10]}
+    with pytest.raises(SweepError, match="draws 24 paths a step, more than the 20"):
+        Sweep(order(budget=20), Console(silent=True))
+
+
+def fill(order, value_of):
+    """Write the records that the runs of an order would leave."""
+    for cell in Sweep(order, Console(silent=True)).cells():
+        record = run(cell.rate, (0.9, 50), (0.9, 50), cell.method, cell.seed)
+        record["after"]["sampled"]["benchmarks"]["pick"]["eps3"] = value_of(cell.method, cell.rate)
+        file = order.out / "records" / f"{cell.name}.json"
+        file.write_text(json.dumps(record | {"words": list(cell.words)}))
+
+
+@pytest.mark.parametrize(("extend", "top"), [(3, 4e-3), (1, 2e-3)])
+def test_grids_grow_alike_until_the_best_rate_is_inside(order, extend, top):
+    """`up` is best at 2e-3, outside of the grid, `in` at 5e-4, inside of it."""
+    methods = tuple(map(parse_method, ("up=vpgea", "in=vpgea:beta=0.5")))
+    peak = {"up": 2e-3, "in": 5e-4}
+
+    def value_of(method, rate):
+        return 100 - abs(math.log2(rate / peak[method]))
+
+    grid = (2.5e-4, 5e-4, 1e-3)
+    asked = order(methods=methods, rates=grid, extend=extend)
+    asked.out.mkdir()
+    Sweep(asked, Console(silent=True)).enter()
+    # Records of every rate that may be asked for: no process starts.
+    fill(order(methods=methods, rates=(6.25e-5, 1.25e-4, *grid, 2e-3, 4e-3)), value_of)
+    file = run_sweep(asked, Console(silent=True))
+    result = json.loads(file.read_text())
+    up, inside = result["rows"]
+    assert up["rates"][-1] == top
+    assert up["edge"] == (top < 4e-3)
+    assert (inside["lr"], inside["edge"]) == (5e-4, False)
+    assert len(up["rates"]) == len(inside["rates"])
+    assert sum("is at an edge" in note for note in result["notes"]) == up["edge"]
+    assert (file.parent / "results.png").stat().st_size > 10_000
+    assert list((file.parent / "runs").iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_refused(order):
+    asked = order()
+    asked.out.mkdir()
+    (asked.out / "thesis.tex").touch()
+    with pytest.raises(SweepError, match="is not empty and no sweep"):
+        run_sweep(asked, Console(silent=True))
+    (asked.out / "sweep.json").write_text("[")
+    with pytest.raises(SweepError, match="is no record of a sweep"):
+        run_sweep(asked, Console(silent=True))
+    assert {path.name for path in asked.out.iterdir()} >= {"thesis.tex", "sweep.json"}
+    assert not (asked.out / "records").exists()
+
+
+def test_a_grid_grows_by_its_factor():
+    assert extended([1e-4, 1e-3], above=True) == [1e-4, 1e-3, 1e-2]
+    assert extended([1e-4, 3e-4], above=False) == [3.33e-5, 1e-4, 3e-4]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "vpgae"], "there is no objective 'vpgae'; did you mean vpgea?"),
+        (["--methods", "vpgea:beta"], "got 'beta' in 'vpgea:beta'; expected KEY=VALUE"),
+        (["--methods", "vpgea:bta=0"], "objective.bta: unknown key; did you mean 'beta'?"),
+        (["--methods", "vpgea:optim.lr=1"], "sets optim.lr, which is the same for all methods"),
+        (["--methods", "vpgea", "vpgea"], "'vpgea' stands twice"),
+        (["--methods", "a b=vpgea", "a_b=vpgea"], "as names of files,: 'a_b-1-0' stands twice"),
+        (["--rates", "fast"], "--rates: got 'fast', expected numbers above 0"),
+        (["--rates", "1e-3", "nan"], "--rates: got 'nan'"),
+        (["--rates", "1e-3", "0.001"], "--rates: 0.001 stands twice"),
+        (["--seeds", "-1"], "argument --seeds: got '-1'"),
+        (["--budget", "tokens"], "argument --budget: got 'tokens'"),
+        (["--metric", "acc"], "--metric: got 'acc', expected one of sampled_eps3"),
+        (["--metric", "greedy_acc"], "eval.greedy is false, so no run measures it"),
+        (["--short", "0"], "expected a number of tokens above 0"),
+        (["--select", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--eval.data", "[]"], "eval.data is empty; a sweep compares evaluations"),
+        (["--eval.data", "held.csv"], "is no JSONL file that a sweep can split"),
+        (["--optim.lr", "1e-3"], "got --optim.lr; a sweep sets it: give --rates"),
+        (["--objective.beta", "1"], "write it with its method, e.g. vpgea:beta=0"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_before_anything_runs(order, capsys, more, said):
+    asked = order()
+    words = command(asked)
+    # Instead of the good ones, not beside them.
+    if more[0] in words:
+        place = words.index(more[0])
+        after = next(i for i in range(place + 1, len(words)) if words[i].startswith("--"))
+        del words[place:after]
+    words = [word for word in words if not word.startswith(f"{more[0]}=")]
+    assert main([*words, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) <= 2  # the file, then the key
+    assert not asked.out.exists()
+
+
+def test_questions_that_pick_a_rate_are_others_than_those_reported(order, tmp_path, capsys):
+    asked = order()
+    assert main(command(asked, "--select", str(tmp_path / "held.jsonl"))) == 2
+    assert "10 of its questions are among those of eval.data" in capsys.readouterr().err
+    assert not asked.out.exists()
+
+
+def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_path, capsys):
+    asked = order()
+    assert main(command(asked)) == 0, capsys.readouterr().err
+    (record,) = map(json.loads, map(Path.read_text, (asked.out / "records").iterdir()))
+    told = capsys.readouterr().out
+    assert "1/1  vpgea  lr 0.001  seed 0  sampled_eps3" in told
+    assert "vpgea: one rate was tried, so none was picked" in told
+    again = [word for word in record["words"] if not word.startswith("--run.dir")]
+    assert main(["train", asked.config, *again, "--run.dir", str(tmp_path / "single")]) == 0
+    single = json.loads((tmp_path / "single/eval.json").read_text())
+    assert {key: record[key] for key in ("before", "after")} == single
+    assert (record["ended"], record["steps"]) == ("done", 2)
+    steps = (tmp_path / "single/metrics.jsonl").read_text().splitlines()
+    assert record["tokens_generated"] == sum(json.loads(s)["tokens_generated"] for s in steps)
+    assert not list((asked.out / "runs").glob("*/checkpoints"))
+    log = next((asked.out / "logs").iterdir())
+    before = log.read_bytes()
+    # Killed between the end of the run and its record: nothing is run again.
+    path = next((asked.out / "records").iterdir())
+    path.unlink()
+    assert main(command(asked)) == 0
+    assert json.loads(path.read_text()) == record | {"wall_s": None}
+    assert log.read_bytes() == before
+    # Another configuration, and another meaning of the same label, are other sweeps.
+    assert main([*command(asked), "--rollout.temperature", "0.9"]) == 2
+    assert "holds another sweep: config.rollout.temperature is now 0.9" in capsys.readouterr().err
+    other = command(asked)
+    other[other.index("vpgea")] = "vpgea=vpgea:beta=0.5"
+    assert main(other) == 2
+    assert "is of a run with other words" in capsys.readouterr().err
+
+
+def lasting(folder):
+    """The records without what a kill may change: how long the last process took."""
+    records = [json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())]
+    return [{k: v for k, v in record.items() if k not in ("wall_s", "words")} for record in records]
+
+
+def start(order):
+    words = [sys.executable, "-m", "vpgea_fast.cli", *command(order)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_at_any_moment_goes_on(order, tmp_path):
+    """kill -9 at random moments, each later than the last so that the storm ends."""
+    keys = {"rates": (5e-4, 1e-3), "seeds": (0,), "jobs": 2}
+    whole, storm = order(**keys, out=tmp_path / "whole"), order(**keys, out=tmp_path / "storm")
+    told, _ = (first := start(whole)).communicate()
+    assert first.returncode == 0, told
+    dice, kills, process = random.Random(0), 0, start(storm)
+    while True:
+        try:
+            told, _ = process.communicate(timeout=dice.uniform(2, 10) + 2 * kills)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills, process = kills + 1, start(storm)
+    assert process.returncode == 0, told
+    assert kills >= 2
+    assert lasting(storm.out) == lasting(whole.out)
+    rows = [json.loads((f.out / "results.json").read_text())["rows"] for f in (whole, storm)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_leave_saves_its_runs(order):
+    asked = order("--train.steps=40")
+    process = start(asked)
+    metrics = asked.out / "runs/vpgea-0.001-0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # A second sweep is refused while this one lives.
+    second = start(asked)
+    told = second.communicate()[0].decode()
+    assert second.returncode == 2
+    assert "another process runs the sweep" in told
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[0].decode()
+    assert process.returncode == 143, told
+    assert "the same command goes on" in told
+    assert any((metrics.parent / "checkpoints").iterdir())
+    assert list((asked.out / "records").iterdir()) == []

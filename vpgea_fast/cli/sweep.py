@@ -1,0 +1,132 @@
+"""`vpgea sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from vpgea_fast.cli.words import (
+    Commands,
+    Parser,
+    config_file,
+    one_process,
+    path,
+    whole,
+    yaml_value,
+)
+
+STOPPED = 143
+"""128 + SIGTERM, as of `vpgea train`."""
+
+
+def declare_sweep(commands: Commands, common: Parser) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="compare methods on one budget",
+        epilog="Any key is an option and holds for all runs, e.g. --train.steps 30. The same "
+        "command goes on with what is missing.",
+        allow_abbrev=False,
+        parents=[common],
+    )
+    sweep.add_argument("config", type=config_file, help="YAML file, or an installed one, as train")
+    sweep.add_argument(
+        "--methods",
+        nargs="+",
+        required=True,
+        metavar="METHOD",
+        help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
+    )
+    sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
+    sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
+    sweep.add_argument(
+        "--budget",
+        default="paths",
+        type=_budget,
+        help="what all runs have alike: paths (those that the configuration draws; the default), "
+        "steps, or a number of paths",
+    )
+    sweep.add_argument("--metric", help="what picks a rate; default sampled_eps3")
+    sweep.add_argument(
+        "--select",
+        type=path,
+        metavar="FILE",
+        help="questions that pick the rates; default: half of those of eval.data",
+    )
+    sweep.add_argument(
+        "--extend",
+        type=whole(0, 20),
+        default=3,
+        metavar="N",
+        help="most rates that a grid gets more while a best one is at its edge; default 3",
+    )
+    sweep.add_argument(
+        "--jobs",
+        type=whole(1, 4096),
+        metavar="N",
+        help="runs at a time; default: cores / run.threads, one on a GPU",
+    )
+    sweep.add_argument(
+        "--short",
+        type=_tokens,
+        metavar="TOKENS",
+        help="count runs that end with at most so many tokens at held accuracy",
+    )
+    sweep.set_defaults(run=run_sweep, parser=sweep)
+
+
+def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+    one_process("sweep")
+    # Imports wait until the options are known to be good: torch takes seconds.
+    from vpgea_fast import sweep
+    from vpgea_fast.distributed import Stopped
+    from vpgea_fast.metrics import Console
+
+    if args.metric not in (None, *sweep.METRICS):
+        known = ", ".join(sweep.METRICS)
+        raise sweep.SweepError(f"--metric: got {args.metric!r}, expected one of {known}")
+    order = sweep.Order(
+        config=args.config,
+        words=tuple(overrides),
+        methods=tuple(map(sweep.parse_method, args.methods)),
+        rates=sweep.parse_rates(args.rates),
+        seeds=tuple(args.seeds),
+        out=Path(args.out),
+        budget=args.budget,
+        metric=args.metric,
+        select=args.select,
+        extend=args.extend,
+        jobs=args.jobs,
+        short=args.short,
+    )
+    console = Console()
+    try:
+        sweep.run_sweep(order, console, command=_command(args, overrides))
+    except Stopped:
+        console.message(f"stopped; the runs have saved: the same command goes on in {args.out}")
+        return STOPPED
+    finally:
+        console.close()
+    return 0
+
+
+def _command(args: argparse.Namespace, overrides: list[str]) -> str:
+    """Write the command that makes the same results again."""
+    words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
+    words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
+    for name in ("metric", "select", "short"):
+        value = getattr(args, name)
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join([*words, "--extend", str(args.extend), *overrides])
+
+
+def _budget(word: str) -> str | int:
+    return word if word in ("paths", "steps") else whole(1, 2**53)(word)
+
+
+def _tokens(word: str) -> float:
+    value = yaml_value(word)
+    if type(value) in (int, float) and value > 0:
+        return float(value)
+    raise argparse.ArgumentTypeError(f"got {word!r}, expected a number of tokens above 0")

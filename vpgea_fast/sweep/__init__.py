@@ -1,0 +1,262 @@
+"""Methods against each other on any configuration: one budget, one grid of rates, several seeds.
+
+    OUT/sweep.json      what all runs of the folder have in common; another order is refused
+    OUT/records/        one JSON file per run that has ended: what a restart goes on from
+    OUT/runs/, logs/    the run directories, without their checkpoints, and what the runs said
+    OUT/results.json    rows and runs, in the form that metrics.compare reads; results.png
+
+plan.py is what to run, runs.py the processes, table.py the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vpgea_fast.checkpoint import write_text
+from vpgea_fast.config import Config
+from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.metrics import Console, environment
+from vpgea_fast.metrics.console import clock_time
+from vpgea_fast.report import plot_comparison
+from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.plan import (
+    METRICS,
+    Cell,
+    Method,
+    Order,
+    Questions,
+    SweepError,
+    cell,
+    check,
+    extended,
+    identity,
+    metric_of,
+    parse_method,
+    parse_rates,
+    paths_a_step,
+    questions,
+    steps_of,
+)
+from vpgea_fast.sweep.runs import Pool, Record, claimed, cores
+from vpgea_fast.sweep.table import best_rate, by_rate, edge_lines, evaluate, layout, score
+
+__all__ = [
+    "METRICS",
+    "Method",
+    "Order",
+    "Sweep",
+    "SweepError",
+    "evaluate",
+    "parse_method",
+    "parse_rates",
+    "run_sweep",
+]
+
+
+class Sweep:
+    """One order under way: its grids, and what is known of them."""
+
+    def __init__(self, order: Order, console: Console) -> None:
+        self.order, self.console = order, console
+        # All is checked and resolved here, before a file is written or a run begins.
+        self.base = check(order)
+        self.metric = metric_of(order, self.base)
+        self.split: Questions = questions(order, self.base)
+        self.grids = {method: list(order.rates) for method in order.methods}
+        self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
+        self.resolved: dict[tuple[Method, float, int], Cell] = {}
+        self.jobs = order.jobs or default_jobs(self.base)
+        self.cells()
+        self.durations: list[float] = []
+
+    def cells(self) -> list[Cell]:
+        """Resolve every run of the grids as they are."""
+        return [
+            self._cell(method, rate, seed)
+            for seed in self.order.seeds
+            for method, rates in self.grids.items()
+            for rate in rates
+        ]
+
+    def _cell(self, method: Method, rate: float, seed: int) -> Cell:
+        place = method, rate, seed
+        if place not in self.resolved:
+            data, steps = self.split.data, self.steps[method]
+            self.resolved[place] = cell(self.order, *place, data=data, steps=steps)
+        return self.resolved[place]
+
+    def enter(self) -> None:
+        """Make the folder this sweep's, or refuse it. Called with its lock held."""
+        out, file = self.order.out, self.order.out / "sweep.json"
+        mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
+        if file.is_file():
+            _same_sweep(file, mine)
+        elif any(not entry.name.startswith(".") for entry in out.iterdir()):
+            raise SweepError(f"{out} is not empty and no sweep; give another --out")
+        for path, text in self.split.files.items():
+            if path.is_file() and path.read_text(encoding="utf-8") != text:
+                raise SweepError(
+                    f"{path} has other questions than eval.data has now; bring them back, or give "
+                    "another --out"
+                )
+        for folder in ("records", "runs", "configs", "logs", "questions"):
+            (out / folder).mkdir(exist_ok=True)
+        for path, text in self.split.files.items():
+            write_text(path, text)
+        # Last: from here on the folder is this sweep's.
+        write_text(file, json.dumps(mine, indent=1) + "\n")
+
+    def run(self, pool: Pool) -> list[Record]:
+        """Run the grids, longer by a rate at a time until each method's best one is inside."""
+        for round_ in range(self.order.extend + 1):
+            cells = self.cells()
+            self.left = sum(pool.known(each) is None for each in cells)
+            self.done, self.total = len(cells) - self.left, len(cells)
+            if self.left:
+                self.console.message(f"{self.total} runs, {self.done} known, {self.jobs} at a time")
+            runs = pool.run(cells)
+            at_edge = [m.label for m in self.grids if self._edge(m, runs) is not None]
+            if round_ == self.order.extend or not at_edge or len(self.order.rates) == 1:
+                return runs
+            self.console.message(
+                f"best at an edge of the grid: {', '.join(at_edge)}; every grid gets one rate more"
+            )
+            # All grow, so that none has been searched less than another.
+            for method in self.grids:
+                self._extend(method, runs)
+        raise AssertionError("the last round returns")
+
+    def tell(self, record: Record) -> None:
+        """Say what a run has brought, and how long the rest takes."""
+        seconds, value = record["wall_s"], score([record], self.metric)
+        self.durations += [] if seconds is None else [seconds]
+        self.done += 1
+        words = [
+            f"{self.done}/{self.total}",
+            record["method"],
+            f"lr {record['lr']:g}",
+            f"seed {record['seed']}",
+            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else "diverged",
+        ]
+        if seconds is not None:
+            words.append(clock_time(seconds))
+        if self.durations:
+            rest = self.total - self.done
+            waves = rest / min(self.jobs, max(1, rest))
+            words.append(f"left {clock_time(waves * fmean(self.durations))}")
+        self.console.message("  ".join(words))
+
+    def _edge(self, method: Method, runs: Sequence[Record]) -> str | None:
+        rates, best = self.grids[method], best_rate(runs, method.label, self.metric)
+        return "below" if best == rates[0] else "above" if best == rates[-1] else None
+
+    def _extend(self, method: Method, runs: Sequence[Record]) -> None:
+        rates, best = self.grids[method], best_rate(runs, method.label, self.metric)
+        # Of a method whose best is inside: where fewer rates lie beside it.
+        at = rates.index(best)
+        self.grids[method] = extended(rates, above=at >= len(rates) - 1 - at)
+
+
+def run_sweep(order: Order, console: Console, command: str = "") -> Path:
+    """Run what is missing of a sweep, write results.json and results.png and print the table;
+    return the path of the former.
+
+    Errors: SweepError or ConfigError before anything runs; SweepError for a run that fails.
+    `distributed.Stopped` when SIGTERM or Ctrl-C asked to leave: the runs have saved.
+    """
+    sweep = Sweep(order, console)
+    for line in budget_lines(order, sweep):
+        console.message(line)
+    with claimed(order.out, console.message) as lock, Stop(World(pick_device("cpu"))) as stop:
+        sweep.enter()
+        pool = Pool(order.out, sweep.jobs, sweep.split, stop, sweep.tell)
+        pool.lock = lock
+        runs = sweep.run(pool)
+        return _write(order, sweep, runs, console, command)
+
+
+def budget_lines(order: Order, sweep: Sweep) -> list[str]:
+    """Say what is equal between the methods, and what each draws."""
+    what = {"paths": f"the paths of {order.config}", "steps": "its steps"}.get(
+        str(order.budget), f"{order.budget} paths"
+    )
+    lines = [f"budget of each run: {what} (--budget); rates picked by {sweep.metric}"]
+    for each in {c.method: c for c in sweep.cells()}.values():
+        steps, drawn = each.cfg.train.steps, paths_a_step(each.cfg)
+        lines.append(f"{each.method}: {steps} steps x {drawn} paths = {steps * drawn}")
+    return lines
+
+
+def default_jobs(cfg: Config) -> int:
+    """As many runs as the cores carry; one on a GPU."""
+    if pick_device(cfg.model.device).type != "cpu":
+        return 1
+    # 0 leaves the number of threads to torch, which takes every core.
+    return max(1, cores() // cfg.run.threads) if cfg.run.threads else 1
+
+
+def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        theirs, now = dict(_leaves(known)), dict(_leaves(mine))
+    except (OSError, ValueError, AttributeError) as error:
+        raise SweepError(f"{file} is no record of a sweep ({error}); give another --out") from error
+    changed = [key for key in {**now, **theirs} if now.get(key) != theirs.get(key)]
+    if changed:
+        key, value = changed[0], now.get(changed[0])
+        raise SweepError(
+            f"{file.parent} holds another sweep: {key} is now {value!r:.60}; bring it back, or "
+            "give another --out"
+        )
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        pairs += _leaves(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return pairs
+
+
+def _write(
+    order: Order, sweep: Sweep, runs: Sequence[Record], console: Console, command: str
+) -> Path:
+    result = evaluate(runs, sweep.metric, order.short)
+    notes = [
+        f"mean over seeds on the questions {', '.join(sweep.split.test)}",
+        f"behind each mean: {result['interval']}",
+        f"each rate picked by {sweep.metric} on the questions {', '.join(sweep.split.select)}",
+        f"budget: {order.budget}; drawn: tokens sampled in training, per run",
+        *edge_lines(result),
+    ]
+    facts = environment()
+    result |= {
+        "note": sweep.base.metrics.note,
+        "budget": order.budget,
+        "command": command,
+        "commit": facts["commit"],
+        "environment": facts,
+        "notes": notes,
+        "runs": list(runs),
+    }
+    path = order.out / "results.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    mode, _, key = sweep.metric.partition("_")
+    curves = {
+        m.label: {
+            rate: [score([run], sweep.metric) for run in group if run["after"] is not None]
+            for rate, group in by_rate(runs, m.label).items()
+        }
+        for m in order.methods
+    }
+    plot_comparison(curves, result["rows"], mode=mode, key=key, out_png=order.out / "results.png")
+    headers, rows = layout(result)
+    console.close()
+    console.table(headers, rows, notes=notes)
+    console.message(f"{path}, {order.out / 'results.png'}")
+    return path

@@ -1,0 +1,219 @@
+"""The runs of a sweep: processes of `vpgea train`, side by side, stopped, killed, gone on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from vpgea_fast.checkpoint import write_text
+from vpgea_fast.config import ConfigError, changes, dump, load
+from vpgea_fast.metrics import read_steps
+from vpgea_fast.report import read_evaluation
+from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError
+
+Record = dict[str, Any]
+ENDED = (0, 3)
+"""Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
+CHILD = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+# Of a sweep that was killed before that line.
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit(143)
+from vpgea_fast.cli import main
+sys.exit(main())
+"""
+"""`vpgea`, which the kernel asks to save and end when the sweep is killed."""
+
+
+class Pool:
+    """Runs cells in the folder of a sweep, `jobs` at a time. A cell that has a record is not run;
+    one that was interrupted goes on. `tell` hears of each record that is made."""
+
+    def __init__(
+        self,
+        out: Path,
+        jobs: int,
+        split: Questions,
+        stop: Stop,
+        tell: Callable[[Record], None],
+    ) -> None:
+        self.out, self.jobs, self.split, self.stop, self.tell = out, jobs, split, stop, tell
+        self.lock: IO[str] | None = None
+        # The cell of a process, and when it began; None for one that was interrupted before.
+        self.active: dict[subprocess.Popen[bytes], tuple[Cell, float | None]] = {}
+
+    def run(self, cells: Sequence[Cell]) -> list[Record]:
+        """Return the records of all cells, in their order. SweepError where a run fails, and
+        KeyboardInterrupt or Stopped when asked to leave; the runs under way have then saved."""
+        waiting = deque(cell for cell in cells if self.known(cell) is None)
+        try:
+            while waiting or self.active:
+                self.stop.alone()
+                while waiting and len(self.active) < self.jobs:
+                    self._take(waiting.popleft())
+                self._collect()
+                time.sleep(0.05)
+        finally:
+            self._end()
+        return [record for cell in cells if (record := self.known(cell)) is not None]
+
+    def known(self, cell: Cell) -> Record | None:
+        """Return the record of a cell; None where there is none. SweepError for another run's."""
+        path = self._record(cell)
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            # Where the folder lies and what its files are called may change.
+            same = _lasting(record["words"]) == _lasting(cell.words)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SweepError(
+                f"{path} is no record ({error!r}); remove it to run it anew"
+            ) from error
+        if not same:
+            raise SweepError(
+                f"{path} is of a run with other words: {' '.join(record['words'])}; give the "
+                "method another label, or the sweep another folder"
+            )
+        return record
+
+    def _take(self, cell: Cell) -> None:
+        run = Path(cell.cfg.run.dir)
+        # Not begun, or begun under other words: nothing of it can be used.
+        if run.exists() and not _goes_on(run, cell):
+            shutil.rmtree(run)
+        # Killed between its end and its record. A report is the last that a run writes, and the
+        # first that a resume removes; a run that had to halt would otherwise train on.
+        if (run / "report.html").exists() and "after" in read_evaluation(run):
+            self._finish(cell, 0, None)
+        else:
+            self._start(cell)
+
+    def _start(self, cell: Cell) -> None:
+        """Start the process of a cell, with a lock and a parent that it does not outlive long."""
+        file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
+        write_text(file, dump(cell.cfg))
+        words = ["train", str(file), "--resume-if-started"]
+        with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(os.getpid()), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Of its own, so that a Ctrl-C reaches it once, from here.
+                start_new_session=True,
+                # The lock of the runs: held until the last of them has ended.
+                pass_fds=[] if self.lock is None else [self.lock.fileno()],
+            )
+        self.active[process] = cell, None if begun else time.monotonic()
+
+    def _collect(self) -> None:
+        for process, (cell, began) in list(self.active.items()):
+            if process.poll() is None:
+                continue
+            del self.active[process]
+            seconds = None if began is None else round(time.monotonic() - began, 1)
+            self._finish(cell, process.returncode, seconds)
+
+    def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
+        run = Path(cell.cfg.run.dir)
+        diverged = status == 2 and any(run.glob("nonfinite_step_*.jsonl"))
+        if status not in ENDED and not diverged:
+            log = self.out / "logs" / f"{cell.name}.txt"
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise SweepError(
+                f"the run {cell.name} ended with status {status}: {lines[-1] if lines else '-'} "
+                f"(all of it: {log}); mend it, and the same command goes on"
+            )
+        record = record_of(cell, run, self.split, diverged=diverged)
+        record["wall_s"] = seconds
+        write_text(self._record(cell), json.dumps(record, indent=1) + "\n")
+        # After the record: a run that is recorded is never gone on with.
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        self.tell(record)
+
+    def _end(self) -> None:
+        """Stop what still runs, each with a checkpoint, and wait for it."""
+        for process in self.active:
+            process.terminate()
+        for process in self.active:
+            process.wait()
+        self.active.clear()
+
+    def _record(self, cell: Cell) -> Path:
+        return self.out / "records" / f"{cell.name}.json"
+
+
+def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
+    """What a sweep keeps of a run that has ended."""
+    evaluation, drawn, steps = read_evaluation(run), 0, 0
+    for line in read_steps(run):
+        drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
+    if not diverged and "after" not in evaluation:
+        raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
+    return {
+        "method": cell.method,
+        "lr": cell.rate,
+        "seed": cell.seed,
+        "words": list(cell.words),
+        "ended": "diverged" if diverged else "done" if steps == cell.cfg.train.steps else "halted",
+        "steps": steps,
+        "tokens_generated": drawn,
+        "select": list(split.select),
+        "test": list(split.test),
+        "before": evaluation["before"],
+        "after": None if diverged else evaluation["after"],
+    }
+
+
+def _lasting(words: Sequence[str]) -> list[str]:
+    return [word for word in words if not word.startswith(("--run.dir=", "--eval.data="))]
+
+
+def _goes_on(run: Path, cell: Cell) -> bool:
+    """Whether a run has begun, with the keys of this cell."""
+    try:
+        return not changes(load(run / "config.yaml", record=True), cell.cfg)
+    except ConfigError:
+        return False
+
+
+@contextmanager
+def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
+    """Keep other sweeps out of a folder; wait for the runs that a killed one has left behind.
+
+    Yields the lock that runs inherit: a flock, which lasts until the last of them has ended.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".sweep").open("a+") as mine, (out / ".runs").open("a+") as theirs:
+        try:
+            fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SweepError(
+                f"another process runs the sweep in {out}; wait for it, or give another --out"
+            ) from error
+        try:
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"{out}: waiting for the runs of a sweep that was killed; they save and end")
+            fcntl.flock(theirs, fcntl.LOCK_EX)
+        yield theirs
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

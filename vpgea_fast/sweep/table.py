@@ -1,0 +1,186 @@
+"""Records of runs -> the rate of each method, its numbers on other questions, and their spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+Run = Mapping[str, Any]
+ACCURACY_LOSS = 0.01
+"""What a short run may lose of the base's accuracy."""
+KEYS = ("acc", "tokens", "eps3", "truncated", "n")
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""97.5 % quantiles of Student's t, of 1 to 10 degrees of freedom."""
+Z_975 = 1.959964
+INTERVAL = "95 % t interval of the mean over seeds (of one seed there is none)"
+PICK_UNSPLIT = "the questions that are reported: the runs have no other"
+
+
+def t_975(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 1e-4 (Abramowitz and Stegun 26.7.5).
+
+    >>> round(t_975(2), 3), round(t_975(30), 3)
+    (4.303, 2.042)
+    """
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z, n = Z_975, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
+    )
+
+
+def interval(values: Sequence[float], most: float = math.inf) -> tuple[float, float] | None:
+    """The 95 % t interval of a mean, cut to what can be, 0 to `most`; None of one value."""
+    if len(values) < 2:
+        return None
+    half = t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return max(0.0, fmean(values) - half), min(most, fmean(values) + half)
+
+
+def part(run: Run, when: str, mode: str, half: str) -> dict[str, float]:
+    """A run's means over its benchmarks of one half, `select` or `test`; over all where the run
+    knows no halves."""
+    benchmarks = run[when][mode]["benchmarks"]
+    names = run.get(half) or list(benchmarks)
+    return {key: fmean(benchmarks[name][key] for name in names) for key in KEYS}
+
+
+def score(runs: Sequence[Run], metric: str) -> float:
+    """The mean over seeds of the metric that picks a rate; minus infinity where one diverged."""
+    mode, _, key = metric.partition("_")
+    if any(run["after"] is None for run in runs):
+        return -math.inf
+    return fmean(part(run, "after", mode, "select")[key] for run in runs)
+
+
+def by_rate(runs: Sequence[Run], method: str) -> dict[float, list[Run]]:
+    mine = [run for run in runs if run["method"] == method]
+    return {rate: [r for r in mine if r["lr"] == rate] for rate in sorted({r["lr"] for r in mine})}
+
+
+def best_rate(runs: Sequence[Run], method: str, metric: str) -> float:
+    """The rate with the highest score; of equal ones the lowest."""
+    groups = by_rate(runs, method)
+    return max(groups, key=lambda rate: score(groups[rate], metric))
+
+
+def is_short(run: Run, tokens: float) -> bool:
+    """Short answers at held accuracy: length alone also counts a run that unlearnt to answer."""
+    if run["after"] is None:
+        return False
+    before, after = (part(run, when, "sampled", "test") for when in ("before", "after"))
+    # 1e-9: 0.9225 - 0.01 is not 0.9125 in binary
+    return after["tokens"] <= tokens and after["acc"] >= before["acc"] - ACCURACY_LOSS - 1e-9
+
+
+def evaluate(
+    runs: Sequence[Run], metric: str = "sampled_eps3", short: float | None = None
+) -> dict[str, Any]:
+    """The rows of all methods, and on which questions their rates were picked.
+
+    >>> evaluate([])["rows"]
+    []
+    """
+    rows = [row(method, runs, metric, short) for method in dict.fromkeys(r["method"] for r in runs)]
+    split = bool(runs) and all(run.get("select") for run in runs)
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "rate_picked_by": metric,
+        "rate_picked_on": sorted({n for r in runs for n in r["select"]}) if split else PICK_UNSPLIT,
+        "interval": INTERVAL,
+    }
+    if short is not None:
+        facts["short"] = (
+            f"sampled: tokens <= {short:g} and accuracy >= the base's - {ACCURACY_LOSS}"
+        )
+    return facts
+
+
+def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> dict[str, Any]:
+    """A method at its best rate: means over seeds of the questions that are reported."""
+    groups = by_rate(runs, method)
+    best, rates, mode = best_rate(runs, method, metric), list(groups), metric.partition("_")[0]
+    mine = [run for group in groups.values() for run in group]
+    # At a rate that is best though a run diverged, all did at all rates: nothing to report.
+    seeds = groups[best] if score(groups[best], metric) > -math.inf else []
+    many = f"mean of {len(seeds)} seeds" if len(seeds) != 1 else "one seed"
+    found: dict[str, Any] = {
+        "name": f"{method}, lr {best:g}, {many if seeds else 'diverged'}",
+        "method": method,
+        "lr": best,
+        "rates": rates,
+        "edge": len(rates) > 1 and best in (rates[0], rates[-1]),
+        "seeds": len(groups[best]),
+        "runs": len(mine),
+        "diverged_runs": sum(run["after"] is None for run in mine),
+        "tokens_generated": fmean(run["tokens_generated"] for run in groups[best]),
+    }
+    if short is not None:
+        found["short_seeds"] = sum(is_short(run, short) for run in groups[best])
+        found["short_runs"] = sum(is_short(run, short) for run in mine)
+    if not seeds:
+        return found | {"before": _mean(groups[best], "before"), "after": {}}
+    ends = [part(run, "after", mode, "test") for run in seeds]
+    eps3 = [end["eps3"] for end in ends]
+    found["eps3_low"], found["eps3_high"] = min(eps3), max(eps3)
+    found["intervals"] = {
+        key: interval([end[key] for end in ends], most)
+        for key, most in (("acc", 1.0), ("tokens", math.inf), ("eps3", math.inf))
+    }
+    return found | {when: _mean(seeds, when) for when in ("before", "after")}
+
+
+def _mean(runs: Sequence[Run], when: str) -> dict[str, Any]:
+    modes = [mode for mode in ("sampled", "greedy") if mode in runs[0][when]]
+    parts = {mode: [part(run, when, mode, "test") for run in runs] for mode in modes}
+    means = {mode: {key: fmean(p[key] for p in parts[mode]) for key in KEYS} for mode in modes}
+    return {mode: {**mean, "eps3_mean": mean["eps3"]} for mode, mean in means.items()}
+
+
+def layout(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows) of what `evaluate` returns, of the mode that picked the rates."""
+    mode = result["rate_picked_by"].partition("_")[0]
+    headers = ["method", "lr", "seeds", "accuracy %", "", "tokens", "", "eps3", "", "drawn"]
+    # Behind each mean its interval, as the notes say.
+    short = any("short_runs" in row for row in result["rows"])
+    lines = []
+    for found in result["rows"]:
+        cells = [found["method"], f"{found['lr']:g}{' (edge)' * found['edge']}"]
+        cells.append(str(found["seeds"]))
+        for key, scale, digits in (("acc", 100, 1), ("tokens", 1, 1), ("eps3", 1, 0)):
+            cells += _cells(found, mode, key, scale, digits)
+        cells.append(f"{found['tokens_generated']:.3g}")
+        if short:
+            cells.append(f"{found['short_runs']} of {found['runs']}")
+        lines.append(cells)
+    return [*headers, *["short runs"] * short], lines
+
+
+def _cells(found: Mapping[str, Any], mode: str, key: str, scale: float, digits: int) -> list[str]:
+    before = f"{scale * found['before'][mode][key]:.{digits}f}"
+    if not found["after"]:
+        return [f"{before} -> diverged", "-"]
+    bounds = found["intervals"][key]
+    shown = "-" if bounds is None else " to ".join(f"{scale * b:.{digits}f}" for b in bounds)
+    return [f"{before} -> {scale * found['after'][mode][key]:.{digits}f}", shown]
+
+
+def edge_lines(result: Mapping[str, Any]) -> list[str]:
+    """A line for each method whose rate is not inside its grid."""
+    return [
+        f"{row['method']}: the best rate, {row['lr']:g}, is at an edge of "
+        f"{', '.join(f'{rate:g}' for rate in row['rates'])}: another may be better"
+        for row in result["rows"]
+        if row["edge"]
+    ] + [
+        f"{row['method']}: one rate was tried, so none was picked"
+        for row in result["rows"]
+        if len(row["rates"]) == 1
+    ]
