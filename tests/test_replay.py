@@ -243,3 +243,20 @@ def test_replaced_questions_are_in_no_record(tmp_path):
     with pytest.raises(config.ConfigError, match=r"train\.resample_rounds is 1 with engine\.name"):
         config.resolve(sections)
     assert config.resolve({**sections, "engine": {**section, "match": "question"}})
+
+
+def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
+    """hint-RFT from lines that hold ids alone: no mismatch is known, and none is made up."""
+    words = tiny_words({**SMALL, "train.steps": 1})
+    trained(words("run"))
+    bare = ("question_id", "stream", "index", "ids", "answer_ids")
+    record = [{key: line[key] for key in bare} for line in lines(tmp_path / "run/paths.jsonl")]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
+    more = ["--objective", "hint_rft", "--engine", "replay"]
+    more += ["--engine.paths", str(tmp_path / "bare.jsonl")]
+    trained(words("live", "--objective", "hint_rft"))
+    trained(words("bare", *more))
+    (line,) = lines(tmp_path / "bare/metrics.jsonl")
+    assert "mismatch_max" not in line
+    assert line["grad_norm"] > 0
+    assert weights(tmp_path / "bare") == weights(tmp_path / "live")
