@@ -216,7 +216,7 @@ class Config:
     def samples_itself(self) -> bool:
         """Whether the trained module samples, or a copy beside a sharded one: all that is drawn
         (hf), or all but the paths (replay)."""
-        return not isinstance(self.engine, VllmEngineConfig)
+        return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
 
     @property
     def replay(self) -> ReplayEngineConfig:
