@@ -63,7 +63,9 @@ CASES = [
     # R = (1, 0) and alpha: eta = (200 / 100)^.5, group mean length 200
     (Grpo(group_size=2), batch(), {"prior student": [[-1, 1]]}),
     (Grpo(group_size=2, alpha=0.5), batch(), {"prior student": [[-1, 1]]}),
-    # of two right paths all, the shortest, and of the teacher's in the student's view
+    # likelihood: no prior path is above 1/2
+    (Grpo(group_size=2, reward="likelihood"), batch(), {"prior student": [[0, 0]]}),
+    # Supervised: of two right paths all, the shortest, and of the teacher's in the student's view
     (Sft(responses=2), batch(), {"prior student": [[-1, -1]]}),
     (Rft(group_size=2), batch(), {"prior student": [[-1, 0]]}),
     (HintRft(group_size=2), batch(), {"posterior student": [[-1, -1]]}),
@@ -80,8 +82,6 @@ CASES = [
         {"posterior student": [[0, -1]]},
     ),
     (BestOfRft(group_size=2), batch(), {"prior student": [[-1, 0]]}),
-    # likelihood: no prior path is above 1/2
-    (Grpo(group_size=2, reward="likelihood"), batch(), {"prior student": [[0, 0]]}),
 ]
 
 
