@@ -37,7 +37,7 @@ def test_presets_load_and_survive_a_round_trip(path):
         ),
         (
             {"objective": {"name": "grop"}},
-            "'rloo', 'reinforce', 'custom'; did you mean 'grpo'?",
+            "'custom'; did you mean 'grpo'?",
         ),
         (
             {"objective": {"group_size": 1}},
@@ -73,6 +73,10 @@ def test_presets_load_and_survive_a_round_trip(path):
         (
             {"objective": {"verify": "gate"}},
             "verifies sampled answers, but rollout.full_answer is false",
+        ),
+        (
+            {"train": {"questions_per_step": 4, "minibatches": 5}},
+            "train.minibatches is 5, but a step has 4 questions",
         ),
         ({"train": {"steps": "many"}}, "train.steps: got 'many', expected a whole number"),
         ({"optim": 3}, "optim: got 3, expected keys (name, "),

@@ -153,7 +153,13 @@ def test_groups_of_three_tell_the_objectives_apart(cfg, rewards, key):
 
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_every_objective_says_something_of_a_batch(kind):
-    terms = kind().terms(batch(), {})
+    one = batch()
+    # Of other scores than U: log-probs of three tokens each.
+    known = {
+        score: {path.key: -torch.ones(3).double() for path in one.stream(score.stream).flat}
+        for score in kind().needs()
+    }
+    terms = kind().terms(replace(one, logps=known), {})
     assert terms.parts
     assert terms.alive.shape == (1,)
 

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import TypeAdapter
 
 from vpgea_fast import book, config
+from vpgea_fast.config.schema import fields_of, records_at, records_of
 
 ROOT = Path(__file__).parent
 LONG = 60
@@ -93,7 +94,7 @@ def sections() -> list[Section]:
             text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
             text = text or about.get(name, "")
             found.append(Section(name, variant, text, tuple(_keys(record))))
-        found += _deeper(name, members)
+        found += _deeper(name)
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
             file = tuple(_keys(config.DataFile))
@@ -101,18 +102,12 @@ def sections() -> list[Section]:
     return found
 
 
-def _deeper(name: str, members: Sequence[Any]) -> Iterator[Section]:
+def _deeper(name: str) -> Iterator[Section]:
     """Describe the keys of keys that are records again, once for all variants that have them."""
-    deeper: dict[tuple[str, type], None] = {}
-    for record in members:
-        for key, hint in get_type_hints(record).items():
-            kinds = [kind for kind in _members(hint) if dataclasses.is_dataclass(kind)]
-            deeper |= {(key, kind): None for kind in kinds if isinstance(kind, type)}
-    for key, kind in deeper:
-        text = " ".join((inspect.getdoc(kind) or "").split())
-        yield Section(
-            f"{name}.{key}", f"name: {getattr(kind, 'name', '')}", text, tuple(_keys(kind))
-        )
+    for key in dict.fromkeys(key for record in records_of(name) for key in fields_of(record)):
+        for kind in records_at(name, key):
+            text = " ".join((inspect.getdoc(kind) or "").split())
+            yield Section(f"{name}.{key}", f"name: {kind.name}", text, tuple(_keys(kind)))
 
 
 def section(name: str) -> list[Section]:

@@ -272,12 +272,15 @@ def _merge(
         below = merged.get(section, {})
         if not isinstance(below, Mapping):
             continue
-        below, left = _kept(below, keys, VARIANTS.get(section))
-        if left:
-            lost.append((section, keys["name"], left))
+        # Elsewhere `name` is a key like any other.
+        if section in VARIANTS:
+            below, left = _kept(below, keys, VARIANTS[section])
+            if left:
+                lost.append((section, keys["name"], left))
         merged[section] = {**below, **keys}
         for key, deep in keys.items():
-            if isinstance(deep, Mapping) and isinstance(below.get(key), Mapping):
+            records = isinstance(deep, Mapping) and isinstance(below.get(key), Mapping)
+            if records and records_at(section, key):
                 kept, left = _kept(below[key], deep, None)
                 if left:
                     lost.append((f"{section}.{key}", deep["name"], left))

@@ -249,6 +249,13 @@ class Config:
                 f"data.dropped_file is {target!r}, which questions are read from; give a file of "
                 "its own: it is written anew"
             )
+        parts, questions = self.train.minibatches, self.train.questions_per_step
+        # An update without a question would be counted, logged and change nothing.
+        if parts > questions:
+            raise ValueError(
+                f"train.minibatches is {parts}, but a step has {questions} questions "
+                "(train.questions_per_step); expected at most that many"
+            )
         # Without an answer no path could be right, and the run would train on nothing.
         draws = self.objective.draws()
         if (draws.verified or draws.answers) and not self.rollout.full_answer:

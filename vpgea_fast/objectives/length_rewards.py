@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
+Bound = Annotated[float, Field(ge=-1e6, le=1e6)]
+
 
 def _ordered(clip: tuple[float, float]) -> tuple[float, float]:
     if clip[0] > clip[1]:
@@ -134,7 +136,7 @@ class O1Pruner(LengthKeys):
     """O1-Pruner."""
     weight: NonNegativeFloat = 2.0
     """Worth of being right (lambda)."""
-    clip: Annotated[tuple[float, float], AfterValidator(_ordered)] = (-2.0, 4.0)
+    clip: Annotated[tuple[Bound, Bound], AfterValidator(_ordered)] = (-2.0, 4.0)
     """Lowest and highest reward."""
     paths: PositiveInt = 8
     """Paths of the reference policy per question, drawn again in every step."""
