@@ -23,6 +23,7 @@ B, P, PARTS, EPOCHS, C, LIMIT, ANSWER = 4, 4, 2, 2, 17.0, 72, 6
 KL, CACHE, TEMPERATURE = 0.3, 30, 0.8
 
 WIDE = {"clip_low": 0.1, "clip_high": 0.15}
+SUPERVISED = ("sft", "rft", "best_of_rft", "hint_rft")
 # name -> keys of its section; the formula reads them, so that a key without an effect shows.
 CASES = {
     "grpo": {"name": "grpo", **WIDE},
@@ -44,6 +45,14 @@ CASES = {
     "drgrpo, lc_r1": {"name": "drgrpo", "length_reward": "lc_r1", "norm_constant": C, **WIDE},
     "verifree": {"name": "verifree", "norm_constant": C, **WIDE},
     "rlt": {"name": "rlt", "norm_constant": C},
+    "sft": {"name": "sft"},
+    "sft, const": {"name": "sft", "norm_constant": C, "norm": "const", "trains": "thought"},
+    "rft": {"name": "rft"},
+    "rft, seq_mean": {"name": "rft", "norm": "seq_mean", "trains": "thought"},
+    "best_of_rft": {"name": "best_of_rft"},
+    "best_of_rft, likeliest": {"name": "best_of_rft", "choose": "likeliest"},
+    "hint_rft": {"name": "hint_rft"},
+    "hint_rft, shortest": {"name": "hint_rft", "choose": "shortest", "trains": "thought"},
     "vpgea": {"name": "vpgea", "alpha_end": 1.5, "alpha_steps": 1, "norm": "token_mean"},
     "vpgea, relu": {"name": "vpgea", "gate": "relu", "norm": "seq_mean"},
     "vpgea, no cross-view": {"name": "vpgea", "cross_view": False, "norm_constant": C},
@@ -144,6 +153,10 @@ class Formula:
         self.cfg, self.keys, self.batch, self.close = cfg, cfg.objective, batch, close
         self.temperature = cfg.rollout.temperature
         self.updates = cfg.train.minibatches
+        if self.keys.name in SUPERVISED:
+            with torch.no_grad():
+                self.imitated = self.chosen(model)
+            return
         if self.keys.name == "vpgea":
             with torch.no_grad():
                 self.advantage = self.cross_view(model, step)
@@ -160,6 +173,57 @@ class Formula:
                 row = self.row(b, i)
                 self.old[b, i] = logps_of(model, *row, self.temperature)
                 self.far[b, i] = logps_of(reference, *row, self.temperature)
+
+    def paths(self):
+        """Of the stream that is imitated, with what verifies in it; all of what is given."""
+        batch = self.batch
+        stream = batch.posterior if self.keys.name == "hint_rft" else batch.prior
+        right = stream.correct_BP.eq(1) if self.keys.name != "sft" else stream.closed_BP
+        return stream.paths, right.tolist()
+
+    def imitated_row(self, b, i):
+        path = self.paths()[0][b][i]
+        whole = self.keys.trains == "response"
+        tokens = torch.cat([path.z_ids, path.answer_ids]) if whole else path.z_ids
+        return self.batch.questions[b].student_ids, tokens
+
+    def chosen(self, model):
+        """The places of the paths that are imitated."""
+        paths, right = self.paths()
+        places = []
+        for b, group in enumerate(paths):
+            mine = [i for i in range(len(group)) if right[b][i]]
+            how = getattr(self.keys, "choose", "all")
+            if how == "shortest":
+                mine = sorted(mine, key=lambda i: len(group[i].z_ids))[:1]
+            if how == "likeliest":
+                row = self.imitated_row
+                likely = {i: logps_of(model, *row(b, i), self.temperature).sum() for i in mine}
+                mine = sorted(mine, key=lambda i: -likely[i])[:1]
+            places += [(b, i) for i in mine]
+        return places
+
+    def imitation(self, model, mine, found):
+        """- mean log p over the tokens of all imitated paths, or divided as the norm says."""
+        lengths = [len(self.imitated_row(*place)[1]) for place in self.imitated]
+        count = 1 if self.keys.name == "sft" else P
+        losses = []
+        for b, i in self.imitated:
+            if b in mine:
+                found["kinds"].add("imitated")
+                context, tokens = self.imitated_row(b, i)
+                logp = logps_of(model, context, tokens, self.temperature).sum()
+                weight = self.weight(lengths, len(tokens), paths=B * count)
+                constant = 0.0
+                if self.keys.name == "hint_rft":
+                    path = self.paths()[0][b][i]
+                    drawn = [path.logps, path.answer_logps][: 1 + (self.keys.trains == "response")]
+                    constant = torch.cat(drawn).double().sum()
+                losses.append(weight * (constant - logp))
+        if len(self.imitated) < B * count:
+            found["kinds"].add("left out")
+        zeros = [p.sum() * 0 for p in model.parameters()]
+        return torch.stack([*zeros, *losses]).sum()
 
     def row(self, b, i):
         path = self.batch.prior.paths[b][i]
@@ -276,9 +340,9 @@ class Formula:
         context = torch.cat([prompt, path.z_ids, *end, question.cue_ids])
         return float(logps_of(model, context, question.target_ids).sum())
 
-    def weight(self, lengths, length):
+    def weight(self, lengths, length, paths=B * P):
         """1 / the divisor of a path; `lengths` of all paths of the step whose tokens count."""
-        paths = B * P / self.updates
+        paths = paths / self.updates
         return {
             "seq_sum": 1 / paths,
             "const": 1 / (paths * (self.keys.norm_constant or LIMIT / 4)),
@@ -288,6 +352,8 @@ class Formula:
 
     def loss(self, model, part, found):
         mine = range(part * B // self.updates, (part + 1) * B // self.updates)
+        if self.keys.name in SUPERVISED:
+            return self.imitation(model, mine, found)
         parts = [
             {"vpgea": self.two_views, "rlt": self.teacher}.get(self.keys.name, self.surrogate)(
                 model, b, i, found
@@ -381,7 +447,7 @@ def words_of(name, tiny_words):
     steps = 2 if {"kl_coef", "alpha_end"} & keys.keys() else 1
     settings = {
         "objective": method,
-        "objective.group_size": P,
+        **({} if method == "sft" else {"objective.group_size": P}),
         **{f"objective.{key}": str(value).lower() for key, value in keys.items()},
         "model.dtype": "float64",
         "run.seed": 1,
@@ -414,6 +480,10 @@ def test_every_update_is_the_gradient_of_the_formula(name, size, tiny_words):
         assert max(found["losses"]) <= 1e-9, found
     if name.startswith(("vpgea", "rlt")):
         assert {"gated", "pushed down"} <= set(found["kinds"])
+        return
+    if CASES[name]["name"] in SUPERVISED:
+        some = [] if CASES[name]["name"] == "sft" else ["left out"]
+        assert found["kinds"] == ["imitated", *some]
         return
     assert found["moved"] > 0.3  # nats, of a token
     assert found["above"] > 0

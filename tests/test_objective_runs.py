@@ -513,3 +513,55 @@ def test_a_field_has_a_name_of_its_own(name):
         Draws(prior=1, fields={name: lambda _: 1})
     with pytest.raises(ValueError, match="a function of a Slot"):
         Draws(prior=1, fields={"budget": no_function})
+
+
+# --- responses of the data ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(tiny_words, tmp_path):
+    """Words of a run of `sft` on questions with these responses."""
+
+    def make(responses, *more):
+        rows = [
+            {"id": f"q{i}", "question": "4 A+three B-five", "answer": "2", "solution": response}
+            for i, response in enumerate(responses)
+        ]
+        file = tmp_path / "given.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        section = {**SMALL, "data.train": file, "objective": "sft", "train.steps": 1}
+        return ["train", str(TINY), *tiny_words(section)("run", *more)]
+
+    return make
+
+
+def test_given_responses_are_the_thought_and_the_answer_that_they_spell(given):
+    thought = " A+three47 B-five72"
+    words = given([thought, f"<think>{thought}</think>\\boxed{{2 }}"])
+    with Trainer(config.load(words[1], words[2:])) as made:
+        collector = made.stages.collector
+        _, prior = collector.sample(collector.questions, 0)
+        decode = made.stages.intake.text.tokenizer.decode
+    assert len(prior) == 2
+    for (path,) in prior:
+        assert decode(path.z_ids) == f"{thought}</think>"
+        assert decode(path.answer_ids) == "\\boxed{2 }</s>"
+        assert (path.closed, path.finish) == (True, "stop")
+        assert path.logps.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("responses", "more", "said"),
+    [
+        ([" A", None], [], "line 2: got 0 responses, expected 1; set data.response_key"),
+        ([" A", " A"], ["--objective.responses", "2"], "line 1: got 1 responses, expected 2"),
+        ([" A" * 90, " A"], [], "a part of its response has 91 tokens, expected at most 80; raise"),
+        ([" A", 3], [], "expected a response under 'solution', text or a list of texts, got 3"),
+        ([" A", "a</think>b</think>"], [], "'q1': its response spells a special token of this"),
+        ([" A", " A"], ["--rollout.importance_cap", "2"], "which no engine drew, with rollout.imp"),
+    ],
+)
+def test_responses_that_cannot_be_imitated_are_refused_at_the_start(
+    given, responses, more, said, capsys
+):
+    assert said in refused(capsys, given(responses, *more))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, weights_of, whole
 
-from vpgea_fast.objectives import METHODS, Grpo, Vpgea
+from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.types import Score, ScoredPaths, TrainRow
 
@@ -65,6 +65,23 @@ CASES = [
     (Grpo(group_size=2, alpha=0.5), batch(), {"prior student": [[-1, 1]]}),
     # likelihood: no prior path is above 1/2
     (Grpo(group_size=2, reward="likelihood"), batch(), {"prior student": [[0, 0]]}),
+    # Supervised: of two right paths all, the shortest, and of the teacher's in the student's view
+    (Sft(responses=2), batch(), {"prior student": [[-1, -1]]}),
+    (Rft(group_size=2), batch(), {"prior student": [[-1, 0]]}),
+    (HintRft(group_size=2), batch(), {"posterior student": [[-1, -1]]}),
+    (HintRft(group_size=2, choose="shortest"), batch(), {"posterior student": [[-1, 0]]}),
+    # equal lengths: the first; a cut thought is not right whatever follows it
+    (
+        HintRft(group_size=2, choose="shortest"),
+        batch(lengths=((50, 50),)),
+        {"posterior student": [[-1, 0]]},
+    ),
+    (
+        HintRft(group_size=2),
+        batch(closed=((False, True),)),
+        {"posterior student": [[0, -1]]},
+    ),
+    (BestOfRft(group_size=2), batch(), {"prior student": [[-1, 0]]}),
 ]
 
 

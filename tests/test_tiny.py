@@ -360,7 +360,12 @@ def test_make_tiny_writes_what_it_says_and_reuses_it(tmp_path, questions):
     world = tiny.make_tiny(out)
     for path, part in zip((world.train_path, world.test_path), questions, strict=True):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        solutions = [row.pop("solution") for row in rows]
         assert rows == [{"id": q.id, "question": q.text, "answer": q.answer} for q in part]
+        # Four words a step, of which the last says the result.
+        steps = [len(re.findall(" [A-E]", q.text)) for q in part]
+        assert [len(re.findall(r" [A-E][+-][a-z]+\d\d", text)) for text in solutions] == steps
+        assert [text[-1] for text in solutions] == [q.answer for q in part]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert tiny.make_tiny(out) == world
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

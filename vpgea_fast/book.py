@@ -143,6 +143,12 @@ answer | text
     What was sampled after the thought, decoded.
 ids | token ids
     The thought as the engine drew it.
+logps | nats
+    The sampler's log-prob of each of these; null where the engine gave none.
+answer_ids | token ids
+    What was sampled after the thought, as the engine drew it.
+answer_logps | nats
+    The sampler's log-prob of each of these.
 """),
 )
 

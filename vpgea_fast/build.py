@@ -125,6 +125,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
             cfg,
             intake.questions,
             prompt=text.prompter.prompt,
+            responses=text.prompter.responses,
             row_logprobs=score,
             path_logprobs=score_paths,
             reference=reference,

@@ -20,7 +20,7 @@ from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
 from vpgea_fast.reference import Reference
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed, split_path
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
     RowsFn,
@@ -48,6 +48,8 @@ from vpgea_fast.types import (
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
+Responses = Callable[[Sequence[PromptedQuestion]], list[list[tuple[torch.Tensor, torch.Tensor]]]]
+"""Questions -> the responses that the data gives, each as ids of thought and answer."""
 Plan = Sequence[tuple[Stream, View, int]]
 Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
 """Questions, the values of an objective's fields for each -> both prompts of each."""
@@ -65,6 +67,7 @@ class Collector:
         questions: Sequence[PromptedQuestion],
         *,
         prompt: Prompt,
+        responses: Responses,
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
         reference: Reference | None,
@@ -76,7 +79,7 @@ class Collector:
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
         self.cfg, self.questions, self.engine = cfg, questions, engine
-        self.prompt = prompt
+        self.prompt, self.responses = prompt, responses
         # The frozen model, and what gives the engine the policy's weights after its own.
         self.reference, self.hand_over = reference, hand_over
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
@@ -144,6 +147,8 @@ class Collector:
         first = self._questions(step=0, round_=0)
         if any(score.view == "counterfactual" for score in self.cfg.objective.needs()):
             self._misled(first, step=0)
+        if self.draws.given:
+            self._given(self.questions, ())
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -154,8 +159,11 @@ class Collector:
         which batches them together."""
         plan = self.draws.plan[:2]
         requests = self._requests(questions, step, plan)
-        # One call: vLLM fills its batch from both streams, and shares prefixes within each.
-        drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
+        if self.draws.given:
+            drawn = self._given(questions, requests)
+        else:
+            # One call: vLLM fills its batch from both streams, and shares prefixes within each.
+            drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
         paths = iter(_as_asked(requests, drawn))
         counts = [count for _, _, count in plan]
         # Requests stand question by question, posterior before prior: the same order as here.
@@ -170,11 +178,46 @@ class Collector:
             return None
         requests = self._requests(questions, step, self.draws.plan[2:])
         progress = self.progress(len(requests))
+        if self.cfg.engine.name == "replay":  # recorded with the others
+            paths = _as_asked(requests, self.engine.generate(requests, self.sampling, progress))
+            return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
         paths = self.reference.generate(
             requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
         )
         paths = _as_asked(requests, paths)
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
+
+    def _given(
+        self, questions: Sequence[PromptedQuestion], requests: Sequence[SampleRequest]
+    ) -> list[Path]:
+        """The responses of the data as paths, of which no sampler knows a log-prob. ValueError for
+        a question with too few, or one that is longer than a drawn path may be."""
+        count, sampling, known = self.draws.prior, self.sampling, {}
+        for q, found in zip(questions, self.responses(questions), strict=True):
+            where = q.question.place or f"question {q.question.id!r}"
+            if len(found) < count:
+                raise ValueError(
+                    f"{where}: got {len(found)} responses, expected {count}; set data.response_key "
+                    f"to what holds them, now {self.cfg.data.response_key!r}, or take the row out"
+                )
+            for z_ids, answer_ids in found[:count]:
+                for ids, most, key in (
+                    (z_ids, sampling.max_new_tokens, "max_new_tokens"),
+                    (answer_ids, sampling.max_answer_tokens, "max_answer_tokens"),
+                ):
+                    # Cut, it would teach never to stop.
+                    if ids.numel() > most and (ids is z_ids or sampling.full_answer):
+                        raise ValueError(
+                            f"{where}: a part of its response has {ids.numel()} tokens, expected "
+                            f"at most {most}; raise rollout.{key}, or take the row out"
+                        )
+            known[q.question.id] = found
+        paths = []
+        for request in requests:
+            ids = torch.cat(known[request.question_id][request.index])
+            unknown = torch.full(ids.shape, math.nan)
+            paths.append(split_path(request, ids, logps=unknown, sampling=sampling, finish="stop"))
+        return paths
 
     @property
     def draws_again(self) -> bool:
@@ -219,6 +262,7 @@ class Collector:
                 prompt_ids=own.context(view),
                 seed=slot.seed,
                 asked=own if draws.fields else None,
+                step=step,
             )
             for slot, view, own in zip(slots, views, asked, strict=True)
         ]

@@ -149,7 +149,9 @@ def row_metrics(
             if row.old is None:
                 losses[f"loss_{row.term}"] += row.loss(row_logps).sum().item()
             if row.sample_logps is not None:
-                gaps.append(row.sample_logps.double() - row_logps)
+                # NaN where nobody knows the sampler: a response of the data, a record without.
+                known = ~row.sample_logps.isnan()
+                gaps.append((row.sample_logps.double() - row_logps)[known])
             continue
         reference = own_logps.get(row.path, row.sample_logps) if row.path else row.sample_logps
         if reference is None:
@@ -162,7 +164,7 @@ def row_metrics(
             losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()
     return merge(
         {"loss": sum(losses.values()), **losses},
-        mismatch(torch.cat(gaps)) if gaps else {},
+        mismatch(torch.cat(gaps)) if any(gap.numel() for gap in gaps) else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
 
@@ -289,6 +291,15 @@ def path_records(
                     "text": decode(path.z_ids),
                     "answer": decode(path.answer_ids),
                     "ids": path.z_ids.tolist(),
+                    "logps": _short(path.logps),
+                    "answer_ids": path.answer_ids.tolist(),
+                    "answer_logps": _short(path.response_logps[path.z_ids.numel() :]),
                 }
             )
     return records
+
+
+def _short(logps: torch.Tensor) -> list[float]:
+    """Float32 numbers as the shortest decimals that give them back, bit for bit."""
+    # 17 digits of the same number as a double would double the file.
+    return [float(str(value)) for value in logps.numpy()]

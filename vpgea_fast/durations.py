@@ -328,7 +328,7 @@ def _drawing(cfg: Config, rates: Rates, sizes: Sizes, draw: Draw) -> float:
     square = min(4 / 3 * draw.mean, draw.limit) * draw.mean
     read = tokens * sizes.parameters * _width(cfg)
     read += mine * sizes.token * (draw.prompt * draw.mean + square / 2)
-    share = rates.hf_decode if cfg.engine.name == "hf" else rates.decode
+    share = rates.hf_decode if cfg.samples_itself else rates.decode
     return read / (group * rates.bandwidth * 1e12 * share)
 
 

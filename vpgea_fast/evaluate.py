@@ -261,7 +261,7 @@ def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
     """
     world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
     weights = None
-    if cfg.engine.name == "hf":
+    if cfg.samples_itself:
         # Nothing is trained, so nothing has to be kept for a backward.
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
         causal_lm = policy.causal_lm

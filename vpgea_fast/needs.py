@@ -376,8 +376,8 @@ def _unused(plan: Plan) -> set[str]:
     needed = {
         "train_mfu": not cfg.parallel.cpu_offload,
         "offload_mfu": cfg.parallel.cpu_offload,
-        "decode": cfg.engine.name != "hf",
-        "hf_decode": cfg.engine.name == "hf",
+        "decode": not cfg.samples_itself,
+        "hf_decode": cfg.samples_itself,
         "answer": cfg.rollout.full_answer
         or plan.answers
         or (scores_answers(cfg.objective) and cfg.scoring.u_source == "accuracy"),

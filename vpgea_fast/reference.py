@@ -68,7 +68,7 @@ class Reference:
         A whole module samples by itself. Otherwise `engine` takes over the reference's weights, and
         `hand_back` gives it those of the policy again.
         """
-        whole = self.cfg.engine.name == "hf" and self.world.mesh is None
+        whole = self.cfg.samples_itself and self.world.mesh is None
 
         def draw(model: Policy) -> list[Path]:
             sampler = _own_engine(self.cfg, model) if whole else engine

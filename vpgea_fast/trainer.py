@@ -309,7 +309,7 @@ class Trainer:
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
         """Give the engine the weights, unless it samples with the trained module itself, and see
         that it has them. RolloutError otherwise."""
-        if not (self.stages.policy.sharded or self.cfg.engine.name != "hf"):
+        if self.cfg.samples_itself and not self.stages.policy.sharded:
             return {}
         self.stages.engine.load_weights(full_weights(self.stages.policy))
         # The first hand-over is always probed; later ones cost a rollout of a few tokens each.

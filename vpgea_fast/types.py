@@ -27,8 +27,8 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One line of the data set; `variants` are other spellings of the answer, `file` and `place`
-    tell where it stands.
+    """One line of the data set; `variants` are other spellings of the answer, `responses` solutions
+    or whole responses that the data gives, `file` and `place` tell where it stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -38,6 +38,7 @@ class Question:
     text: str
     answer: str
     variants: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
     file: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 
@@ -82,7 +83,8 @@ class PromptedQuestion:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
     """One path to sample. `seed` is a pure function of (run seed, step, question, stream, index);
-    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads.
+    `asked` is its question with prompts of its own (`Path.asked`), which no engine reads. `step` is
+    the training step, from 0; None for what is no path of one: an evaluation, an answer, a probe.
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 3}
     >>> SampleRequest(**who, prompt_ids=torch.tensor([1, 5]), seed=11).index
@@ -95,6 +97,7 @@ class SampleRequest:
     prompt_ids: Tensor
     seed: int
     asked: PromptedQuestion | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,6 +120,9 @@ def of_model(
     if source == run and isinstance(cfg.engine, config.VllmEngineConfig) and not named:
         # The run may go on at its server, with weights of its own.
         cfg = dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, server=None))
+    # No recorded path is of an evaluation, and the files may be gone.
+    if cfg.engine.name == "replay":
+        cfg = dataclasses.replace(cfg, engine=config.HfEngineConfig())
     return source, cfg
 
 

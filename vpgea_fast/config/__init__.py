@@ -19,6 +19,7 @@ from vpgea_fast.config.inputs import (
 from vpgea_fast.config.method import (
     EngineConfig,
     HfEngineConfig,
+    ReplayEngineConfig,
     RolloutConfig,
     ScoringConfig,
     VerifyConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "ParallelConfig",
     "PositiveInt",
     "PromptConfig",
+    "ReplayEngineConfig",
     "RolloutConfig",
     "RunConfig",
     "ScoringConfig",

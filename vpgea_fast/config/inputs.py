@@ -123,6 +123,8 @@ class DataFile:
     """For this file, instead of data.id_key."""
     variants_key: str | None = None
     """For this file, instead of data.variants_key."""
+    response_key: str | None = None
+    """For this file, instead of data.response_key."""
     choices_key: str | tuple[str, ...] | None = None
     """For this file, instead of data.choices_key."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
@@ -175,6 +177,10 @@ class DataConfig:
     """Key of the question's id; a row without one is called row-N."""
     variants_key: str | None = None
     """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
+    response_key: str | None = None
+    """Key of a worked solution or a whole response, or of a list of them, which the objective sft
+    imitates. Text up to prompt.think_close is the thought. Without it all is thought, and the
+    answer follows as prompt.answer_cue and answer_target spell it."""
     choices_key: str | tuple[str, ...] | None = None
     """Key of a question's choices, shown with letters; the letter is the answer. A list of keys,
     one per choice, puts the right one first where answer_key has none or is the first; they are

@@ -102,7 +102,23 @@ class VllmEngineConfig:
     """Let vLLM run the Python code that a model directory brings."""
 
 
-EngineConfig = Annotated[HfEngineConfig | VllmEngineConfig, Field(discriminator="name")]
+@dataclass(frozen=True, config=STRICT)
+class ReplayEngineConfig:
+    """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
+
+    name: Literal["replay"] = "replay"
+    """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
+    paths: tuple[PathText, ...] = ()
+    """JSONL files of recorded paths, such as the paths.jsonl of a run. A line needs question_id,
+    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter."""
+    match: Literal["step", "question"] = "step"
+    """`step`: a path of the same step, stream and index; a line without a step fits every step.
+    `question`: of a question's lines, in their order, whatever their step and index."""
+
+
+EngineConfig = Annotated[
+    HfEngineConfig | VllmEngineConfig | ReplayEngineConfig, Field(discriminator="name")
+]
 
 
 @dataclass(frozen=True, config=STRICT)

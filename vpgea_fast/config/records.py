@@ -20,6 +20,7 @@ from vpgea_fast.config.inputs import (
 from vpgea_fast.config.method import (
     EngineConfig,
     HfEngineConfig,
+    ReplayEngineConfig,
     RolloutConfig,
     ScoringConfig,
     VerifyConfig,
@@ -213,6 +214,19 @@ class Config:
         return isinstance(self.engine, VllmEngineConfig) and self.engine.server is None
 
     @property
+    def samples_itself(self) -> bool:
+        """Whether the trained module samples, or a copy beside a sharded one: all that is drawn
+        (hf), or all but the paths (replay)."""
+        return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
+
+    @property
+    def replay(self) -> ReplayEngineConfig:
+        """The engine where it replays; ValueError for a reader that has not asked."""
+        if isinstance(self.engine, ReplayEngineConfig):
+            return self.engine
+        raise ValueError(f"engine.name: got {self.engine.name!r}, expected 'replay'; set it")
+
+    @property
     def processes_per_engine(self) -> int:
         """Number of training processes that share one engine: with vLLM here its tensor_parallel.
 
@@ -252,12 +266,31 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
+        # NaN as a ratio would be a gradient of NaN.
+        if draws.given and self.rollout.importance_cap is not None:
+            raise ValueError(
+                f"objective {self.objective.name!r} trains responses of the data, which no engine "
+                f"drew, with rollout.importance_cap {self.rollout.importance_cap}; set it to null"
+            )
         # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(
                 f"rollout.top_p is {self.rollout.top_p}, but vLLM gives log-probs of the cut "
                 "distribution then, and the gradient assumes paths of the whole one; set it to 1.0 "
                 "(an evaluation may cut: eval.top_p)"
+            )
+        if self.engine.name == "replay" and not self.replay.paths:
+            raise ValueError(
+                "engine.paths: got no file with engine.name 'replay', expected the paths.jsonl of "
+                "a run; give one or more"
+            )
+        # Paths of the questions that a round has replaced are in no record.
+        resampled = self.train.resample_rounds and self.engine.name == "replay"
+        if resampled and self.replay.match == "step":
+            raise ValueError(
+                f"train.resample_rounds is {self.train.resample_rounds} with engine.name 'replay': "
+                "a run records the questions that a step kept, not those that it replaced; set "
+                "train.resample_rounds 0, or engine.match question where the files hold all"
             )
         self._check_keep_best()
         # Either one alone is a mistake that shows only as a model that does not learn.

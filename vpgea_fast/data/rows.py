@@ -52,7 +52,8 @@ def make_question(
         notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
     # An id of 0 is one; only an empty text is none.
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
-    question = partial(Question, id=reader.check(name, "id"), file=keys.label, place=place)
+    fixed = {"file": keys.label, "place": place, "responses": reader.responses(keys.response_key)}
+    question = partial(Question, id=reader.check(name, "id"), **fixed)
     choices = reader.choices(keys)
     # The letter is the answer here, so no spelling has to be found in a text.
     if choices:
@@ -180,6 +181,20 @@ class _Reader:
                 "repair the row, or set data.variants_key to null"
             )
         return [self.spelled(key or "", item) for item in value]
+
+    def responses(self, key: str | None) -> tuple[str, ...]:
+        """Given responses; none where the row has none, since only some objectives read them."""
+        value = _plain(self.get(key)) if key else None
+        if value is None or value is MISSING:
+            return ()
+        found = value if isinstance(value, list) else [value]
+        for item in found:
+            if not isinstance(item, str) or not item.strip():
+                raise DataError(
+                    f"{self.place}: expected a response under {key!r}, text or a list of texts, "
+                    f"got {_short(item)}; repair the row, or set data.response_key to null"
+                )
+        return tuple(self.check(item, key or "") for item in found)
 
     def choices(self, keys: DataFile) -> list[tuple[str, str]]:
         """(label or "", text) of every choice; none where the row has none."""

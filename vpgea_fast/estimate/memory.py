@@ -140,7 +140,7 @@ def estimate_memory(
     states = {
         "weights": 0 if offload else lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
-        "sampling replica": replica if lay.sharded and cfg.engine.name == "hf" else 0,
+        "sampling replica": replica if lay.sharded and cfg.samples_itself else 0,
     }
     if cfg.model.reference == "device":
         states |= frozen
@@ -163,7 +163,7 @@ def estimate_memory(
     # The reference policy's weights are there while it draws, or is handed to the engine.
     own = frozen if cfg.objective.draws().reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
-    if cfg.engine.name == "hf":
+    if cfg.samples_itself:
         drawing = _sampling(lay, context=context, prompt=prompt)
         phases["sampling"] = {**states, **drawing, **copies, **own}
         return MemoryEstimate(phases, _host(lay), shape.parameters)

@@ -73,7 +73,7 @@ def communication(
         traffic["all-reduce"] = _all_reduce(
             sums, lay.reduce, replicas=replicas, stride=shards, node=node
         )
-    refresh = "replica refresh" if cfg.engine.name == "hf" else "weight sync"
+    refresh = "replica refresh" if cfg.samples_itself else "weight sync"
     traffic[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
     return traffic
 

@@ -45,6 +45,7 @@ from vpgea_fast.objectives.policy_gradient import (
     Reinforce,
     Rloo,
 )
+from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
 from vpgea_fast.values import STRICT, one_line
 
@@ -53,6 +54,7 @@ __all__ = [
     "LENGTH_REWARDS",
     "METHODS",
     "STRICT",
+    "BestOfRft",
     "Cispo",
     "Custom",
     "Dapo",
@@ -60,6 +62,7 @@ __all__ = [
     "Draws",
     "Grpo",
     "Gspo",
+    "HintRft",
     "Keys",
     "LengthReward",
     "NormalisedVeriFree",
@@ -67,8 +70,10 @@ __all__ = [
     "ObjectiveConfig",
     "PolicyGradient",
     "Reinforce",
+    "Rft",
     "Rloo",
     "Rlt",
+    "Sft",
     "Term",
     "Terms",
     "VeriFree",
@@ -102,6 +107,7 @@ METHODS: dict[str, type] = {
     for kind in (
         *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
         *(VeriFree, NormalisedVeriFree, Rlt),
+        *(Sft, Rft, BestOfRft, HintRft),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""

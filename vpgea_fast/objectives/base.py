@@ -42,6 +42,7 @@ class Draws:
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
+    given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
 
@@ -56,6 +57,7 @@ class Draws:
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+    given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class Draws:
         if self.posterior_view not in get_args(View):
             known = " or ".join(get_args(View))
             raise ValueError(f"Draws.posterior_view: got {self.posterior_view!r}, expected {known}")
+        if self.given and (not self.prior or self.posterior or self.reference):
+            raise ValueError(
+                "Draws.given: the data gives prior paths alone; ask for those, and for no others"
+            )
         for name, value in self.fields.items():
             taken = name in ("question", "answer")
             if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):

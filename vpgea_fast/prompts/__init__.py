@@ -173,6 +173,42 @@ class Prompter:
             for i, question in enumerate(questions)
         ]
 
+    def responses(
+        self, questions: Sequence[PromptedQuestion]
+    ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Tokenise the given responses of each question: thought, closed, and the answer behind it.
+
+        A response without an end of its thought is all thought: cue and target follow it. A
+        ConfigError names a response that spells another special token.
+        """
+        close, end = self._cfg.think_close, self._tokenizer.eos_token_id
+        flat = [(q, *self._cut(text)) for q in questions for text in q.question.responses]
+        for q, thought, _, answer in flat:
+            if self.has_special(thought, answer):
+                raise ConfigError(
+                    f"question {q.question.id!r}: its response spells a special token of this "
+                    f"model beside one {close!r}: {(thought + answer)[:80]!r}; take it out of the "
+                    "text, or the row out of the data"
+                )
+        names, none = [repr(q.question.id) for q, *_ in flat], [""] * len(flat)
+        thoughts = self._behind_thought(none, [thought for _, thought, *_ in flat], names)
+        answers = self._behind_thought(none, [answer for *_, answer in flat], names)
+        tail = torch.tensor([end] if isinstance(end, int) else [], dtype=torch.long)
+        closing, made = torch.tensor([self.think_close_id]), []
+        for (q, _, closes, _), z_ids, own in zip(flat, thoughts, answers, strict=True):
+            spelled = [own] if closes else [q.cue_ids, q.target_ids]
+            made.append((torch.cat([z_ids, closing]), torch.cat([*spelled, tail])))
+        rest = iter(made)
+        return [[next(rest) for _ in q.question.responses] for q in questions]
+
+    def _cut(self, response: str) -> tuple[str, str, str]:
+        """Thought, the tag that closes it ("": none), and what follows; without the opening."""
+        cfg = self._cfg
+        opening = next(
+            (o for o in (cfg.think_prefix, cfg.think_open) if response.startswith(o)), ""
+        )
+        return response.removeprefix(opening).partition(cfg.think_close)
+
     def prompt_within(
         self, questions: Sequence[Question], *, limit: int, policy: Literal["drop", "error"]
     ) -> tuple[list[PromptedQuestion], dict[str, int]]:

@@ -34,7 +34,7 @@ import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from vpgea_fast.tiny.base import RECIPES, TRIES, BaseReport, train_base
-from vpgea_fast.tiny.task import SPECIAL_ID, make_tokenizer, question_sets
+from vpgea_fast.tiny.task import SPECIAL_ID, concise_thought, make_tokenizer, question_sets
 from vpgea_fast.types import Question
 
 SHIPPED_BASE = Path(__file__).parents[1] / "tiny_base"
@@ -137,7 +137,15 @@ def read_world(out: Path) -> TinyWorld:
 
 
 def jsonl(questions: Iterable[Question]) -> str:
-    rows = ({"id": q.id, "question": q.text, "answer": q.answer} for q in questions)
+    rows = (
+        {
+            "id": q.id,
+            "question": q.text,
+            "answer": q.answer,
+            "solution": "".join(concise_thought(q.text)[:-1]),
+        }
+        for q in questions
+    )
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

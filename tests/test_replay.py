@@ -1,0 +1,262 @@
+"""Recorded paths in place of drawn ones: the same updates, bit for bit, and each fault a line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from vpgea_fast import config
+from vpgea_fast.cli import main
+from vpgea_fast.config import ReplayEngineConfig
+from vpgea_fast.rollout.engine import Sampling
+from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.rollout.replay import RecordError, Replay
+from vpgea_fast.trainer import fit
+from vpgea_fast.types import SampleRequest
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
+SMALL = {
+    "train.questions_per_step": 2,
+    "train.steps": 2,
+    "rollout.max_new_tokens": 72,
+    "objective.group_size": 3,
+    "metrics.paths_per_step": 8,
+    "metrics.diag_every": 0,
+    "metrics.compare": "null",
+    "verify.name": "number",
+}
+
+
+def weights(run):
+    return (run / "export/model.safetensors").read_bytes()
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def trained(words):
+    assert fit(config.load(TINY, words))
+
+
+# name -> more of the run: what rests on the sampler's log-probs, on answers that are drawn behind
+# the recorded thoughts, and on several updates of a rollout.
+KINDS = {
+    "vpgea": ["--rollout.importance_cap", "2"],
+    "answers": ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],
+    "grpo": ["--objective", "grpo", "--train.minibatches", "2", "--objective.group_size", "3"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recorded_run_replayed_makes_the_same_updates(name, tiny_words, tmp_path):
+    words = tiny_words(SMALL)
+    trained(words("run", *KINDS[name]))
+    record = tmp_path / "run/paths.jsonl"
+    trained(words("again", *KINDS[name], "--engine", "replay", "--engine.paths", f"[{record}]"))
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    assert (tmp_path / "again/paths.jsonl").read_bytes() == record.read_bytes()
+    keys = ("loss", "grad_norm", "mismatch_max", "tokens_generated")
+    runs = [lines(tmp_path / run / "metrics.jsonl") for run in ("run", "again")]
+    of = [[[line.get(key) for key in keys] for line in run] for run in runs]
+    assert of[0] == of[1]
+    assert any(norm for _, norm, *_ in of[0])
+
+
+def test_another_run_would_have_other_weights(tiny_words, tmp_path):
+    """What the comparison above can see: a log-prob and a token of one line."""
+    words = tiny_words({**SMALL, "rollout.importance_cap": 2, "train.steps": 1})
+    trained(words("run"))
+    record = lines(tmp_path / "run/paths.jsonl")
+    alive = next(i for i, line in enumerate(record) if line["advantage"])
+    for number, key in enumerate(("ids", "logps")):
+        changed = [json.loads(json.dumps(line)) for line in record]
+        changed[alive][key][0] = 9 if key == "ids" else changed[alive][key][0] - 0.5
+        file = tmp_path / f"{key}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        trained(words(f"other{number}", "--engine", "replay", "--engine.paths", f"[{file}]"))
+        assert weights(tmp_path / f"other{number}") != weights(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_replay_the_run_of_two(tiny_words, tmp_path):
+    words = tiny_words(SMALL)
+    run_ranks(trained, words("run"), size=2)
+    record = f"[{tmp_path / 'run/paths.jsonl'}]"
+    run_ranks(trained, words("again", "--engine", "replay", "--engine.paths", record), size=2)
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+
+
+SAMPLING = Sampling(
+    max_new_tokens=4, think_close_id=3, eos_ids=(1,), full_answer=True, max_answer_tokens=2
+)
+LINE = {
+    "step": 1,
+    "question_id": "q",
+    "stream": "prior",
+    "index": 0,
+    "ids": [7, 8, 3],
+    "logps": [-0.5, -0.25, -1.0],
+    "answer_ids": [9, 1],
+    "answer_logps": [-2.0, None],
+    "finish": "stop",
+}
+
+
+def asked(*, step: int | None = 0, index=0):
+    ids = torch.tensor([5, 6])
+    place = {"question_id": "q", "stream": "prior", "index": index, "step": step}
+    return SampleRequest(**place, prompt_ids=ids, seed=11)
+
+
+@pytest.fixture
+def replay(tmp_path, random_qwen2):
+    """`replay(lines or text, match="step")`: an engine over a file of these lines."""
+
+    def make(record, **more):
+        text = record
+        if not isinstance(record, str):
+            text = "".join(json.dumps(line) + "\n" for line in record)
+        (tmp_path / "r.jsonl").write_text(text)
+        needs = more.pop("needs_logps", False)
+        cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
+        return Replay(HFEngine(random_qwen2(), max_batch=4), cfg, vocabulary=53, needs_logps=needs)
+
+    return make
+
+
+def test_a_path_is_what_its_line_says(replay):
+    (path,) = replay([LINE]).generate([asked()], SAMPLING)
+    assert (path.z_ids.tolist(), path.answer_ids.tolist()) == ([7, 8, 3], [9, 1])
+    assert (path.closed, path.finish, path.key) == (True, "stop", ("q", "prior", 0))
+    assert path.logps.tolist() == [-0.5, -0.25, -1.0]
+    assert path.response_logps[3] == -2.0
+    assert path.response_logps[4].isnan()
+
+
+def test_a_path_is_cut_to_the_limits_as_a_drawn_one(replay):
+    long = {**LINE, "ids": [7, 8, 9, 9, 9, 3], "logps": [-1.0] * 6}
+    (path,) = replay([long]).generate([asked()], SAMPLING)
+    assert (path.z_ids.tolist(), path.closed, path.finish) == ([7, 8, 9, 9], False, "length")
+
+
+def test_lines_without_step_and_index_serve_every_step_in_their_order(replay):
+    bare = [
+        {"question_id": "q", "stream": "prior", "ids": [n, 3], "answer_ids": []} for n in (7, 8)
+    ]
+    engine = replay(bare)
+    for step in (0, 5):
+        paths = engine.generate([asked(step=step), asked(step=step, index=1)], SAMPLING)
+        assert [path.z_ids.tolist() for path in paths] == [[7, 3], [8, 3]]
+        assert paths[0].logps.isnan().all()
+
+
+def test_by_question_the_steps_of_the_record_do_not_count(replay):
+    later = [LINE, {**LINE, "step": 4, "ids": [8, 3], "logps": [-1.0, -1.0]}]
+    paths = replay(later, match="question").generate([asked(step=9), asked(index=1)], SAMPLING)
+    assert [path.z_ids.tolist() for path in paths] == [[7, 8, 3], [8, 3]]
+
+
+def test_what_is_no_path_of_a_step_is_drawn(replay):
+    (path,) = replay([LINE]).generate([asked(step=None)], SAMPLING)
+    assert path.z_ids.tolist() != [7, 8, 3]
+    assert path.logps.isfinite().all()
+
+
+DAMAGE = [
+    ("", "without a line, expected recorded paths"),
+    ("{\n", "line 1: not JSON"),
+    ("[1]\n", "line 1: got a list; expected an object with question_id"),
+    ([LINE, {**LINE, "index": 1, "ids": [1.5]}], "line 2: got ids '[1.5]'"),
+    ([{**LINE, "ids": [True]}], "got ids '[True]'"),
+    ([{**LINE, "stream": "post"}], "got stream 'post'"),
+    ([{**LINE, "finish": "end"}], "got finish 'end'"),
+    ([{**LINE, "step": 0}], "got step 0"),
+    ([{**LINE, "index": "0"}], "got index '0'"),
+    ([{**LINE, "question_id": 3}], "got question_id 3"),
+    ([{**LINE, "logps": ["a"]}], "got logps"),
+    ([LINE, LINE], "line 2: path 0 of the prior stream of question 'q' of step 1 stands at"),
+]
+
+
+@pytest.mark.parametrize(("record", "said"), DAMAGE)
+def test_a_damaged_file_is_refused_with_its_line(replay, record, said):
+    with pytest.raises(RecordError) as error:
+        replay(record)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_torn_last_line_is_left_out(replay):
+    assert len(replay(json.dumps(LINE) + '\n{"step": 1, "que').index) == 1
+
+
+LATE = [
+    ({}, {"step": 1}, "no path 0 of the prior stream of question 'q' for step 2, expected a line"),
+    ({"ids": [60, 3], "logps": [0, 0]}, {}, "got the token 60, but the model embeds 53"),
+    ({"logps": [0.0]}, {}, "got 1 numbers as logps, expected 3, one per token"),
+]
+
+
+@pytest.mark.parametrize(("change", "place", "said"), LATE)
+def test_a_path_that_cannot_be_used_is_refused_when_it_is_asked_for(replay, change, place, said):
+    with pytest.raises(RecordError, match=said):
+        replay([{**LINE, **change}]).generate([asked(**place)], SAMPLING)
+
+
+def test_what_a_line_lacks_is_refused_where_it_is_needed(replay):
+    lacking = {key: value for key, value in LINE.items() if key != "answer_ids"}
+    del lacking["answer_logps"]
+    with pytest.raises(RecordError, match="got no answer_ids"):
+        replay([lacking]).generate([asked()], SAMPLING)
+    with pytest.raises(RecordError, match="got 1 numbers as answer_logps, expected 2"):
+        replay([LINE], needs_logps=True).generate([asked()], SAMPLING)
+
+
+def test_a_file_that_has_changed_is_noticed(replay, tmp_path):
+    engine = replay([LINE])
+    (tmp_path / "r.jsonl").write_text(json.dumps({**LINE, "question_id": "p"}) + "\n")
+    with pytest.raises(RecordError, match="the file has changed since the run began"):
+        engine.generate([asked()], SAMPLING)
+
+
+def test_a_missing_path_ends_a_run_in_a_line(tiny_words, tmp_path, capsys):
+    file = tmp_path / "r.jsonl"
+    file.write_text(json.dumps(LINE) + "\n")
+    words = tiny_words(SMALL)("run", "--engine", "replay", "--engine.paths", f"[{file}]")
+    assert main(["train", str(TINY), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "engine.paths: got no path 0 of the posterior stream of question 'train-" in line
+    assert "and 1 in all, of steps 1 to 1: record with metrics.paths_per_step" in line
+
+
+def test_replay_without_a_file_is_refused():
+    with pytest.raises(config.ConfigError, match=r"engine\.paths: got no file"):
+        config.resolve({"engine": {"name": "replay"}})
+
+
+def test_replaced_questions_are_in_no_record(tmp_path):
+    section = {"name": "replay", "paths": [str(tmp_path / "r.jsonl")]}
+    sections = {"engine": section, "train": {"resample_rounds": 1}}
+    with pytest.raises(config.ConfigError, match=r"train\.resample_rounds is 1 with engine\.name"):
+        config.resolve(sections)
+    assert config.resolve({**sections, "engine": {**section, "match": "question"}})
+
+
+def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
+    """hint-RFT from lines that hold ids alone: no mismatch is known, and none is made up."""
+    words = tiny_words({**SMALL, "train.steps": 1})
+    trained(words("run"))
+    bare = ("question_id", "stream", "index", "ids", "answer_ids")
+    record = [{key: line[key] for key in bare} for line in lines(tmp_path / "run/paths.jsonl")]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in record))
+    more = ["--objective", "hint_rft", "--engine", "replay"]
+    more += ["--engine.paths", str(tmp_path / "bare.jsonl")]
+    trained(words("live", "--objective", "hint_rft"))
+    trained(words("bare", *more))
+    (line,) = lines(tmp_path / "bare/metrics.jsonl")
+    assert "mismatch_max" not in line
+    assert line["grad_norm"] > 0
+    assert weights(tmp_path / "bare") == weights(tmp_path / "live")

@@ -1,0 +1,254 @@
+"""Recorded paths in place of drawn ones: an objective works offline, or a run is made again.
+
+    paths.jsonl -> index: (step, question, stream, index) -> file and byte -> one line per request
+
+A line holds what an engine gives: the token ids of the thought and of the answer behind it, and
+their sampling log-probs. It is cut to the limits of `Sampling` as a drawn path is, so a run that is
+replayed with its own configuration makes bitwise the same updates. The index has some hundred bytes
+per line; the lines stay in their files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from vpgea_fast.config import ReplayEngineConfig
+from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage, split_path
+from vpgea_fast.types import Finish, Path, SampleRequest, Stream
+
+Key = tuple[int | None, str, str, int]
+"""Step from 1 (None: every step), question, stream, index."""
+
+
+class RecordError(ValueError):
+    """Recorded paths that cannot be used: the message says where, what was got and what to do."""
+
+
+class Place(NamedTuple):
+    """Where a line stands."""
+
+    file: str
+    number: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.number}"
+
+
+class Replay:
+    """A RolloutEngine that answers the paths of training steps from files, and all else by `live`.
+
+    vocabulary   tokens that the model embeds: an id beyond it is refused
+    needs_logps  a line without the sampler's log-probs is refused
+
+    RecordError for files that are damaged or lack a path.
+    """
+
+    def __init__(
+        self,
+        live: RolloutEngine,
+        cfg: ReplayEngineConfig,
+        *,
+        vocabulary: int,
+        needs_logps: bool = False,
+    ) -> None:
+        self.live, self.cfg = live, cfg
+        self.vocabulary, self.needs_logps = vocabulary, needs_logps
+        self.index = _index(cfg)
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Path]:
+        """See RolloutEngine. Either all requests are paths of a step, or none is."""
+        if any(request.step is None for request in requests):
+            return self.live.generate(requests, sampling, on_progress)
+        self.check(requests, sampling)
+        paths = []
+        for request in requests:
+            paths.append(self._path(request, sampling))
+            if on_progress is not None:
+                on_progress(1)
+        return paths
+
+    def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
+        """See RolloutEngine."""
+        self.live.check(requests, sampling)
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See RolloutEngine: for what `live` draws."""
+        self.live.load_weights(named)
+
+    def rest(self) -> None:
+        """See RolloutEngine."""
+        self.live.rest()
+
+    def usage(self) -> Usage:
+        """See RolloutEngine; a replayed path costs no token."""
+        return self.live.usage()
+
+    def close(self) -> None:
+        self.live.close()
+
+    def _path(self, request: SampleRequest, sampling: Sampling) -> Path:
+        assert request.step is not None
+        own: Key = (request.step + 1, request.question_id, request.stream, request.index)
+        place = self.index.get(own) or self.index.get((None, *own[1:]))
+        if place is None:
+            raise RecordError(self._missing(own))
+        line = _line_at(place)
+        _, record = _parse(line, place)
+        if (record["question_id"], record["stream"]) != own[1:3]:
+            raise RecordError(
+                f"{place}: got a {record['stream']} path of question {record['question_id']!r}, "
+                f"expected {own[2]} of {own[1]!r}; the file has changed since the run began: go on "
+                "with --resume and a file that nobody writes"
+            )
+        ids, logps = self._tokens(record, place, full_answer=sampling.full_answer)
+        finish: Finish = record.get("finish", "stop")
+        return split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
+
+    def _tokens(
+        self, record: Mapping[str, Any], place: Place, *, full_answer: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and log-probs of thought and answer as one, NaN where the line has none."""
+        if full_answer and "answer_ids" not in record:
+            raise RecordError(
+                f"{place}: got no answer_ids, expected those of the answer behind the thought; set "
+                "rollout.full_answer false, or record them"
+            )
+        ids, logps = [], []
+        for name, of in (("ids", "logps"), ("answer_ids", "answer_logps")):
+            own = record.get(name, [])
+            known = record.get(of, [None] * len(own))
+            if len(known) != len(own) or (self.needs_logps and None in known):
+                raise RecordError(
+                    f"{place}: got {sum(v is not None for v in known)} numbers as {of}, expected "
+                    f"{len(own)}, one per token; record them, or leave rollout.importance_cap null"
+                )
+            ids += own
+            logps += [math.nan if value is None else value for value in known]
+        if ids and max(ids) >= self.vocabulary:
+            raise RecordError(
+                f"{place}: got the token {max(ids)}, but the model embeds {self.vocabulary}; give "
+                "paths of the same tokenizer"
+            )
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
+
+    def _missing(self, key: Key) -> str:
+        step, question, stream, index = key
+        had = sum(1 for _, q, s, _ in self.index if (q, s) == (question, stream))
+        steps = [step for step, *_ in self.index if step is not None]
+        held = f"steps {min(steps)} to {max(steps)}" if steps else "no steps"
+        return (
+            f"engine.paths: got no path {index} of the {stream} stream of question {question!r} "
+            f"for step {step}, expected a line for every path that the objective draws; the files "
+            f"hold {had} of this question and stream, and {len(self.index)} in all, of {held}: "
+            "record with metrics.paths_per_step of all paths of a step and replay with the same "
+            "data, run.seed and train.questions_per_step, or set engine.match question"
+        )
+
+
+def _index(cfg: ReplayEngineConfig) -> dict[Key, Place]:
+    """Where each path stands. Every line is read and checked once."""
+    index: dict[Key, Place] = {}
+    counts: Counter[tuple[int | None, str, str]] = Counter()
+    for place, (step, number), record in _records(cfg.paths):
+        by_question = cfg.match == "question"
+        group = (None if by_question else step, record["question_id"], record["stream"])
+        # Without a number of its own a line is the next of its group.
+        key = (*group, counts[group] if number is None or by_question else number)
+        counts[group] += 1
+        if key in index:
+            raise RecordError(
+                f"{place}: path {key[3]} of the {key[2]} stream of question {key[1]!r} of step "
+                f"{key[0]} stands at {index[key]} already; expected each once: take one out, or "
+                "set engine.match question"
+            )
+        index[key] = place
+    if not index:
+        raise RecordError(
+            f"engine.paths: got {', '.join(cfg.paths)} without a line, expected recorded paths; "
+            "give the paths.jsonl of a run"
+        )
+    return index
+
+
+def _records(
+    files: Sequence[str],
+) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
+    for file in files:
+        try:
+            with FilePath(file).open("rb") as lines:
+                offset = 0
+                for number, line in enumerate(lines, 1):
+                    place, offset = Place(file, number, offset), offset + len(line)
+                    # Its writer lives, or was killed in the middle of it.
+                    if line.endswith(b"\n"):
+                        yield place, *_parse(line, place)
+        except OSError as error:
+            raise RecordError(
+                f"engine.paths: cannot read {file} ({error.strerror}); expected a JSONL file of "
+                "paths"
+            ) from error
+
+
+def _line_at(place: Place) -> bytes:
+    try:
+        with FilePath(place.file).open("rb") as file:
+            file.seek(place.offset)
+            return file.readline()
+    except OSError as error:
+        raise RecordError(
+            f"{place}: cannot be read any more ({error.strerror}); put the file back and go on "
+            "with --resume"
+        ) from error
+
+
+def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Mapping[str, Any]]:
+    """Step and index of a line, and all of it, checked."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{place}: not JSON ({error}); take the line out") from error
+    wrong = _wrong(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+    if wrong:
+        raise RecordError(
+            f"{place}: got {wrong}; expected an object with question_id, stream and ids, as a run "
+            "writes it: repair the line, or take it out"
+        )
+    return (record.get("step"), record.get("index")), record
+
+
+def _wrong(record: Mapping[str, Any]) -> str | None:
+    """What of a line is no recorded path."""
+    if not isinstance(record.get("question_id"), str):
+        return f"question_id {record.get('question_id')!r}"
+    if record.get("stream") not in get_args(Stream):
+        return f"stream {record.get('stream')!r}"
+    if record.get("finish", "stop") not in get_args(Finish):
+        return f"finish {record['finish']!r}"
+    for name, least in (("step", 1), ("index", 0)):
+        value = record.get(name)
+        if value is not None and (type(value) is not int or value < least):
+            return f"{name} {value!r}"
+    for name in ("ids", "answer_ids"):
+        value = record.get(name, None if name == "ids" else [])
+        # bool is an int to Python, and no token.
+        if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
+            return f"{name} {str(value)[:40]!r}"
+    for name in ("logps", "answer_logps"):
+        value = record.get(name, [])
+        number = (int, float, type(None))
+        if not isinstance(value, list) or any(type(v) not in number for v in value):
+            return f"{name} {str(value)[:40]!r}"
+    return None
