@@ -210,7 +210,7 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
     views: set[View] = {
         s.view
         for s in cfg.objective.needs()
-        if s.part == "target" and (likely or s.who == "reference")
+        if s.part == "target" and s.view != "counterfactual" and (likely or s.who == "reference")
     }
     tails = [0] + [
         room(q.context(v)) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
