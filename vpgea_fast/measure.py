@@ -68,13 +68,6 @@ class Measure:
         }
         if not asked:
             return [list(part) for part in updates], {}
-        for row in asked.values():
-            if row.live and row.live.reference and row.reference is None:
-                raise ValueError(
-                    f"objective: term {row.term!r} reads the reference policy's log-probs of the "
-                    f"{row.stream} paths in the {row.view} view, which needs() does not ask for; "
-                    "add their Score"
-                )
         old = dict(zip(asked, self.logprobs(list(asked.values())), strict=True))
         rows |= {key: replace(row, old=old[key]) for key, row in asked.items()}
         gaps = [row.reference - old[key] for key, row in asked.items() if row.reference is not None]

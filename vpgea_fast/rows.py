@@ -98,7 +98,10 @@ def build_rows(
                 weight = _with_close(row, path, weight, close)
                 row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
                 live = term.later if several and term.later else term.live
-                rows.append(replace(row, live=live, reference=_reference(batch, term, path)))
+                row = replace(row, live=live, reference=_reference(batch, term, path))
+                # Under another prompt the sampler's log-probs are no measure of the trainer's.
+                same = term.distilled or term.view == batch.drawn_in(term.stream)
+                rows.append(row if same else replace(row, sample_logps=None))
     return rows
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from vpgea_fast.names import Context, Norm, Part, Score, Stream, View, Who
-from vpgea_fast.objectives.base import Draws, Objective, Term, Terms, reads_reference
+from vpgea_fast.objectives.base import Draws, Objective, Term, Terms
 from vpgea_fast.values import one_line
 
 if TYPE_CHECKING:
@@ -183,10 +183,12 @@ def _check_live(who: str, term: Term, objective: Objective) -> None:
             f"{who}: later reads a reference policy, which pulls in the first update too; give it "
             "as live"
         )
-    if live.reference and not reads_reference(objective):
+    score = Score(term.stream, term.view, term.part, "reference")
+    if live.reference and score not in ask(objective, "needs"):
         raise ValueError(
-            f"{who}: its live loss reads a reference policy, but needs() asks for no score of "
-            "one; add Score(stream, view, part, 'reference')"
+            f"{who}: its live loss reads the reference policy's log-probs of the {term.part} of "
+            f"{term.stream} paths in the {term.view} view, which needs() does not ask for; add "
+            f"{score}"
         )
 
 
