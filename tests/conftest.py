@@ -82,6 +82,15 @@ def _patched_once_a_launch():
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
 
 
+@pytest.fixture(scope="session")
+def compiled_dir(pytestconfig, tmp_path_factory):
+    """Where Triton keeps what it compiled, by a hash of source, options, device and compiler: all
+    that a kernel's code hangs on. Kept between sessions until `make clean`; compiling takes 25 s.
+    """
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)
