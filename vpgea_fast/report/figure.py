@@ -218,7 +218,7 @@ def _draw(axes: Axes, line: Line, scale: float, label: str, colour: str) -> None
 
 
 def _finish(axes: Axes, title: str, unit: str, *, last: int) -> None:
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, y=1.0)  # a place that is not looked for
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
