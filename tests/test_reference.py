@@ -15,7 +15,7 @@ from vpgea_fast.dry_run import dry_run
 from vpgea_fast.model import Policy
 from vpgea_fast.model_dir import ModelError
 from vpgea_fast.objectives import Grpo, Term, Terms
-from vpgea_fast.objectives.policy_gradient import Surrogate
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"

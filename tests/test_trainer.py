@@ -890,9 +890,11 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
     assert "5 x the engine gave up a path of every question" in alarm
     said.remove(alarm)
     assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
+    # Two questions of GRPO's are replaced by two others, which are lost too.
+    questions, paths = {"vpgea": (2, 6), "grpo": (4, 4)}[objective]
     for record in lines(tmp_path / "run"):
-        assert (record["groups_dropped"], record["skipped"]) == (2, 1)
-        assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)
+        assert (record["groups_dropped"], record["skipped"]) == (questions, 1)
+        assert record["paths_error"] == questions * paths
         means = ("acc_", "eps3_", "len_", "trunc_", "u_p", "accept", "adv_", "kl_", "elbo")
         assert not [key for key in record if key.startswith(means)]
     assert "Alarms" in (tmp_path / "run/report.html").read_text()
@@ -951,14 +953,18 @@ def test_a_stop_request_is_heard_while_answers_are_sampled(words):
             trainer.stages.collector.score(questions, *paths, step=0)
 
 
-def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
-    """The sampler is the trained module itself: ratios of 1 within float32."""
+def test_importance_weights_are_factors_of_every_coefficient(words):
+    """Bitwise. The sampler is the trained module itself: ratios of 1 within float32."""
     rows = {}
     for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
         with Trainer(config.load(TINY, words(name, *more))) as trainer:
             batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
             ratios, _ = trainer.stages.measure.importance(batch, coefs)
             rows[name] = build_rows(batch, coefs, Scale.of(trainer.cfg), ratios=ratios)
+            known = ratios
     assert len(rows["plain"]) == len(rows["weighed"]) > 0
     for plain, weighed in zip(rows["plain"], rows["weighed"], strict=True):
-        torch.testing.assert_close(weighed.coef, plain.coef, rtol=1e-4, atol=0)
+        ratio = known[weighed.path][: weighed.token_ids.numel()]
+        assert torch.equal(weighed.coef, plain.coef * ratio)
+        assert ratio.ne(1).any()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=0)

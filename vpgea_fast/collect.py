@@ -18,7 +18,7 @@ from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
-from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
+from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
 from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed, split_path
 from vpgea_fast.rows import part_row
@@ -98,10 +98,11 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = ask(self.cfg.objective, "at", step)
+        objective = at_step(self.cfg.objective, step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
-        drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
+        drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
+        tokens_replaced = 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = terms.alive.nonzero()[:, 0].tolist()
             dead = (~terms.alive).nonzero()[:, 0].tolist()
@@ -116,15 +117,21 @@ class Collector:
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
             tokens_replaced += batch.select(list(swaps)).tokens
-            batch = kept.join(self._draw(fresh, step, timer))
+            drawn = self._draw(fresh, step, timer)
+            # A question that lost a path may have been replaced: it is lost all the same.
+            batch, lost_B = kept.join(drawn), torch.cat([lost_B, drawn.lost_B])
             terms = self._weigh(objective, batch, state, timer)
-        counts = {"tokens_replaced": tokens_replaced}
+        counts = {
+            "paths_error": int(lost_B.sum()),
+            "groups_dropped": int((lost_B > 0).sum()),
+            "tokens_replaced": tokens_replaced,
+        }
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
         """What the objective says of a batch that `collect` made in this step: nothing is drawn or
-        scored. Counts of what was replaced are not known here."""
-        return self._weigh(ask(self.cfg.objective, "at", step), batch, state, PhaseTimer())
+        scored. What `collect` counts is not known here."""
+        return self._weigh(at_step(self.cfg.objective, step), batch, state, PhaseTimer())
 
     def _replacements(
         self, batch: ScoredBatch, dead: Sequence[int], candidates: Sequence[PromptedQuestion]
@@ -440,9 +447,7 @@ class Collector:
                     metrics=clean.metrics if clean else {},
                     state=clean.state if clean else state,
                 )
-            dropped = int(dropped_B.sum())
-            counts = {"paths_error": int(batch.lost_B.sum()), "groups_dropped": dropped}
-            return replace(terms, metrics=merge(terms.metrics, counts))
+            return terms
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(

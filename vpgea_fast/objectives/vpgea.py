@@ -92,6 +92,10 @@ class Vpgea(GroupKeys):
     leak_limit: PositiveFloat = 2.0
     """Nats that the leak guard lets pass."""
 
+    clip_high: PositiveFloat = 0.28
+    """That ratio is clipped above 1 + clip_high. What is distilled has no ratio: its paths are a
+    fixed sample of a forward KL."""
+
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "robust": {
@@ -188,7 +192,13 @@ class Vpgea(GroupKeys):
         # The same token ids under both prompts: only their contexts differ.
         return Terms(
             parts=(
-                Term(name="pg", stream="posterior", view=view, weight_BP=-u.advantage),
+                Term(
+                    name="pg",
+                    stream="posterior",
+                    view=view,
+                    weight_BP=-u.advantage,
+                    later=self.clipped(),
+                ),
                 Term(
                     name="distill",
                     stream="posterior",
