@@ -368,18 +368,21 @@ def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, t
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def test_reference_and_torch_losses_train_alike(words, tmp_path):
-    """Twenty steps: the same samples; 1e-5 relative, about 100 roundings of float32. A loss is what
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_reference_and_torch_losses_train_alike(words, tmp_path, count):
+    """The same samples; 1e-5 relative, about 100 roundings of float32. A loss is what
     is left of path log-probs of about 100 nats, so 2e-5 nats there."""
     backends = ("reference", "torch")
     for name in backends:
-        given = words(name, "--loss.backend", name, "--eval.data", "[]", "--train.steps", "20")
+        given = words(
+            name, "--loss.backend", name, "--eval.data", "[]", "--train.steps", str(count)
+        )
         assert fit(config.load(TINY, given))
         facts = json.loads((tmp_path / name / "environment.json").read_text())
         assert (facts["loss_backend"], facts["loss_backend_reason"]) == (name, "asked for")
     paths = [[path["ids"] for path in lines(tmp_path / name, "paths.jsonl")] for name in backends]
     assert paths[0] == paths[1]
-    assert sum(record["skipped"] == 0 for record in lines(tmp_path / "torch")) >= 10
+    assert sum(record["skipped"] == 0 for record in lines(tmp_path / "torch")) >= count // 2
     for a, b in zip(lines(tmp_path / "reference"), lines(tmp_path / "torch"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
         for key in ("grad_norm", "u_post", "u_prior"):
