@@ -137,7 +137,8 @@ def row_metrics(
     own_logps = {
         row.path: values
         for row, values in zip(rows, logps, strict=True)
-        if not row.distilled and row.path is not None
+        # A reference answer behind the path was not drawn, and is no part of it.
+        if not row.distilled and row.path is not None and row.sample_logps is not None
     }
     # Both names always, so that a figure's lines do not break where a step distils nothing.
     losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)

@@ -266,6 +266,14 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
+        # Its likelihood would be compared with a baseline of sampled answers.
+        early = any(score.view == "early" for score in self.objective.needs())
+        if early and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} scores thoughts cut before they state the "
+                "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
+                "another leak_guard"
+            )
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(

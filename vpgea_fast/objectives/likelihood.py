@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -49,6 +50,9 @@ class VeriFree(PolicyGradient):
                 "objective.name rloo"
             )
 
+    def draws(self) -> Draws:
+        return replace(super().draws(), targets=self.target != "none")
+
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
         terms = super().terms(batch, state)
         scores = terms.path_scores["prior"]
@@ -84,7 +88,7 @@ class NormalisedVeriFree(Keys):
     """Paths per question, which share a weight of 1."""
 
     def draws(self) -> Draws:
-        return Draws(prior=self.group_size)
+        return Draws(prior=self.group_size, targets=True)
 
     def needs(self) -> frozenset[Score]:
         return frozenset({Score("prior", "student", "target")})
