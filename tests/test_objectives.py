@@ -206,7 +206,7 @@ def test_the_log_ratio_of_the_elbo_and_joint_and_answer_terms():
 def test_guards_that_cost_no_forward_and_the_early_answer():
     one = batch()
     texts = (("As GIVEN, 7.", "add"),)
-    one = replace(one, posterior=replace(one.posterior, texts=(texts,)))
+    one = replace(one, posterior=replace(one.posterior, texts=texts))
     for keys, name in (({"lexical": True}, "lexical"), ({"len_min_frac": 0.26}, "short")):
         out = Vpgea(**keys).terms(one, {})
         assert out.metrics[f"{name}_caught"] == 0.5
