@@ -1,6 +1,7 @@
 """Which teacher paths may earn a reward: the filters of VPG-EA, and its guards against leaks.
 
 A path that states the answer of its prompt makes the answer likely in the student's view too.
+`cfg` is a `Vpgea`, whose file imports this one.
 """
 
 from __future__ import annotations
@@ -8,28 +9,27 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpgea_fast.names import Score, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vpgea_fast.objectives.vpgea import Vpgea
     from vpgea_fast.types import ScoredBatch
 
 VIEWS = Score("posterior", "teacher", "thought"), Score("posterior", "student", "thought")
 EARLY = Score("posterior", "early", "target")
 
 
-def accepted(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
+def accepted(cfg: Any, batch: ScoredBatch) -> Tensor:
     """Which teacher paths may earn a reward, (B, G) bool: those that pass, and no guard catches."""
     return functools.reduce(
         operator.and_, (~c for c in caught(cfg, batch).values()), passed(cfg, batch)
     )
 
 
-def passed(cfg: Vpgea, batch: ScoredBatch, stream: Stream = "posterior") -> Tensor:
+def passed(cfg: Any, batch: ScoredBatch, stream: Stream = "posterior") -> Tensor:
     """Which paths pass every filter but the guards, (B, P) bool. They stand here.
 
     A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
@@ -45,7 +45,7 @@ def passed(cfg: Vpgea, batch: ScoredBatch, stream: Stream = "posterior") -> Tens
     return functools.reduce(operator.and_, filters)
 
 
-def caught(cfg: Vpgea, batch: ScoredBatch) -> dict[str, Tensor]:
+def caught(cfg: Any, batch: ScoredBatch) -> dict[str, Tensor]:
     """The guards that are on -> the teacher paths that each rejects, (B, G) bool."""
     post, found = batch.posterior, {}
     if (leaked_BG := leak(cfg, batch)) is not None:
@@ -61,7 +61,7 @@ def caught(cfg: Vpgea, batch: ScoredBatch) -> dict[str, Tensor]:
     return found
 
 
-def leak(cfg: Vpgea, batch: ScoredBatch) -> Tensor | None:
+def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:
     """How far each teacher path leans on the answer in its prompt, (B, G) nats; None without a
     guard.
 
@@ -87,7 +87,7 @@ def log_ratio(batch: ScoredBatch) -> Tensor:
     return _column(batch, [gap.sum() for gap in _gaps(batch, *VIEWS)])
 
 
-def _early(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
+def _early(cfg: Any, batch: ScoredBatch) -> Tensor:
     from vpgea_fast.advantage import cross_view_utility
 
     post, prior = batch.posterior, batch.prior

@@ -285,8 +285,15 @@ class Vpgea(GroupKeys):
         if self.train_answer == "none":
             return []
         weight_BG = -self.answer_weight * gate_BG
-        place = {"stream": "posterior", "view": "student", "part": "target"}
-        return [Term(name="answer", **place, weight_BP=weight_BG)]
+        return [
+            Term(
+                name="answer",
+                stream="posterior",
+                view="student",
+                part="target",
+                weight_BP=weight_BG,
+            )
+        ]
 
     def _prior(self, batch: ScoredBatch) -> tuple[list[Term], dict[str, Tensor]]:
         """The policy gradient of the student's own paths, and their scores for the log."""
