@@ -380,7 +380,7 @@ class Collector:
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
         pairs = batch.pairs(score.stream)
-        view: View = "teacher" if score.view == "counterfactual" else score.view
+        view: View = "student" if score.view == "student" else "teacher"
         if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
