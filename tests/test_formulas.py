@@ -63,6 +63,21 @@ CASES = {
     "vpgea, no cross-view": {"name": "vpgea", "cross_view": False, "norm_constant": C},
     "vpgea, no posterior": {"name": "vpgea", "posterior": False, "norm": "seq_sum"},
     "vpgea, no gate": {"name": "vpgea", "gate": "none", "norm_constant": C},
+    "vpgea, elbo": {"name": "vpgea", "utility": "elbo", "norm_constant": C},
+    "vpgea, elbo, kappa, joint": {
+        "name": "vpgea",
+        "utility": "elbo",
+        "kappa": 0.2,
+        "prior_pg": 0.4,
+        "norm": "seq_mean",
+    },
+    "vpgea, joint, answer": {
+        "name": "vpgea",
+        "prior_pg": 0.6,
+        "train_answer": "sft",
+        "answer_weight": 0.3,
+        "norm": "token_mean",
+    },
 }
 
 
@@ -186,10 +201,12 @@ class Formula:
             with torch.no_grad():
                 self.imitated = self.chosen(model)
             return
-        self.old, self.far, self.old_answer = {}, {}, {}
+        self.old, self.far, self.old_answer, self.old_own = {}, {}, {}, {}
         with torch.no_grad():
             if self.keys.name == "vpgea":
                 self.advantage = self.cross_view(model, step)
+                self.own_advantage = self.cross_view(model, step, stream="prior")
+                self.own_paths(model)
             elif self.keys.name == "rlt":
                 self.advantage = self.dense(model, reference)
             elif self.keys.name == "verifree_normalised":
@@ -202,6 +219,13 @@ class Formula:
                 self.far[b, i] = logps_of(reference, *row, self.temperature)
                 if "verifree" in self.keys.name:
                     self.old_answer[b, i] = logps_of(model, *self.answer_row(b, i))
+
+    def own_paths(self, model):
+        """The student's paths of a joint policy gradient, with their log-probs."""
+        for b, group in enumerate(self.batch.prior.paths):
+            for j, path in enumerate(group):
+                row = self.batch.questions[b].student_ids, path.z_ids
+                self.old_own[b, j] = logps_of(model, *row, self.temperature)
 
     def paths(self):
         """Of the stream that is imitated, with what verifies in it; all of what is given."""
@@ -366,26 +390,48 @@ class Formula:
             "reinforce": own - everyone,
         }.get(self.keys.name, (own - mean) / (spread + 1e-6))
 
-    def cross_view(self, model, step):
-        """A of every posterior path: section 3 of the paper, and its ablations."""
+    def cross_view(self, model, step, stream="posterior"):
+        """A of every path of a stream: section 3 of the paper, its ablations and options."""
         keys, batch = self.keys, self.batch
         alpha = keys.alpha if keys.alpha_end is None or step == 0 else keys.alpha_end
         advantage = []
         for b in range(B):
-            posterior, prior = batch.posterior.paths[b], batch.prior.paths[b]
+            mine, prior = getattr(batch, stream).paths[b], batch.prior.paths[b]
             own = "student" if keys.cross_view or not keys.posterior else "teacher"
             base = sum(self.utility(model, b, path, "student") for path in prior) / len(prior)
             length = sum(len(path.z_ids) for path in prior) / len(prior)
             shaped = []
-            for path in posterior:
+            if keys.utility == "elbo":
+                advantage.append(self.standard(self.elbo(model, b, mine, base, length)))
+                continue
+            for path in mine:
                 u = self.utility(model, b, path, own)
                 reward = max(0.0, u - base) if keys.cross_view else math.exp(u)
                 eta = (length / len(path.z_ids)) ** alpha
                 shaped.append(reward * eta if path.closed else 0.0)
-            mean = sum(shaped) / P
-            spread = math.sqrt(sum((s - mean) ** 2 for s in shaped) / P)
-            advantage.append([(s - mean) / (spread + 1e-6) for s in shaped])
+            advantage.append(self.standard(shaped))
         return advantage
+
+    def standard(self, scores):
+        mean = sum(scores) / len(scores)
+        spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
+        return [(s - mean) / (spread + 1e-6) for s in scores]
+
+    def elbo(self, model, b, paths, base, length):
+        """U + log eta - kappa (log q - log pi); a cut path has the baseline, or the least."""
+        question, scores = self.batch.questions[b], []
+        for path in paths:
+            u = self.utility(model, b, path, "student")
+            s = u + self.keys.alpha * math.log(length / len(path.z_ids))
+            if path.stream == "posterior":
+                q, pi = (
+                    logps_of(model, context, path.z_ids, self.temperature).sum().item()
+                    for context in (question.teacher_ids, question.student_ids)
+                )
+                s -= self.keys.kappa * (q - pi)
+            scores.append(s if path.closed else None)
+        floor = min([base, *(s for s in scores if s is not None)])
+        return [floor if s is None else s for s in scores]
 
     def utility(self, model, b, path, view):
         question = self.batch.questions[b]
@@ -426,6 +472,9 @@ class Formula:
             ours.get(self.keys.name, self.surrogate)(model, b, i, found)
             for b, i in itertools.product(mine, range(P))
         ]
+        if getattr(self.keys, "prior_pg", 0):
+            own = itertools.product(mine, range(self.keys.prior_samples))
+            parts += [self.joint(model, b, j, found) for b, j in own]
         return torch.stack([loss for loss in parts if loss is not None]).sum()
 
     def two_views(self, model, b, i, found):
@@ -439,7 +488,25 @@ class Formula:
         found["kinds"].add("gated" if a > 0 else "pushed down" if a < 0 else "dead")
         pulled = self.clipped(log_q, self.old[b, i], torch.full_like(log_q, a), found).sum()
         loss = pulled + keys.beta * gate * (log_q.sum().detach() - log_pi)
-        return self.weight(lengths, len(path.z_ids)) * loss
+        loss = self.weight(lengths, len(path.z_ids)) * loss
+        if keys.train_answer == "sft" and gate:
+            end = [] if path.closed else [torch.tensor([self.close])]
+            context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
+            target = question.target_ids
+            counts = [len(q.target_ids) for q in self.batch.questions for _ in range(P)]
+            log_y = logps_of(model, context, target).sum()
+            loss = loss - self.weight(counts, len(target)) * keys.answer_weight * gate * log_y
+        return loss
+
+    def joint(self, model, b, j, found):
+        """The policy gradient of the student's own paths."""
+        groups, a = self.batch.prior.paths, self.own_advantage[b][j]
+        lengths, tokens = [len(p.z_ids) for group in groups for p in group], groups[b][j].z_ids
+        found["kinds"].add("own")
+        log_pi = logps_of(model, self.batch.questions[b].student_ids, tokens, self.temperature)
+        weight = self.weight(lengths, len(tokens), paths=B * len(groups[b]))
+        own = self.clipped(log_pi, self.old_own[b, j], torch.full_like(log_pi, a), found)
+        return weight * self.keys.prior_pg * own.sum()
 
     def teacher(self, model, b, i, found):
         path, a = self.batch.posterior.paths[b][i], self.advantage[b][i]
@@ -510,6 +577,7 @@ class Formula:
 FIRST = {keys["name"]: name for name, keys in reversed(CASES.items())}
 # What others cover in part is slow: a run of a second or two each, and twice that on two processes.
 QUICK = {("vpgea", 2), ("dapo", 2), *((name, 1) for name in CASES if "vpgea," not in name)}
+QUICK |= {("vpgea, elbo, kappa, joint", 1), ("vpgea, joint, answer", 1)}
 RUNS = [
     pytest.param(*run, marks=[] if run in QUICK else pytest.mark.slow)
     for run in [(name, 1) for name in CASES] + [(name, 2) for name in FIRST.values()]
@@ -523,6 +591,8 @@ def words_of(name, tiny_words):
         keys |= {"preset": "paper", "prior_samples": 3, "beta": 0.7}
     # In a second step the reference policy is not the one that drew, and the schedule has moved.
     steps = 2 if {"kl_coef", "alpha_end"} & keys.keys() else 1
+    # A likelihood that is trained is one at temperature 1.
+    answered = "verifree" in method or "train_answer" in keys
     if "capped" in name:
         more["rollout.importance_cap"] = 1.3
     if "resampled" in name:
@@ -539,8 +609,7 @@ def words_of(name, tiny_words):
         "train.epochs": EPOCHS,
         "train.steps": steps,
         "train.micro_batch_tokens": 150,
-        # The answer's likelihood, which VeriFree trains, is at temperature 1.
-        "rollout.temperature": 1.0 if "verifree" in method else TEMPERATURE,
+        "rollout.temperature": 1.0 if answered else TEMPERATURE,
         "rollout.max_new_tokens": LIMIT,
         "rollout.max_answer_tokens": ANSWER,
         "metrics.diag_every": 0,
@@ -571,6 +640,7 @@ def test_every_update_is_the_gradient_of_the_formula(name, size, tiny_words):
     if name.startswith(("vpgea", "rlt")):
         assert found["below"] > 0
         assert {"gated", "pushed down"} <= set(found["kinds"])
+        assert ("own" in found["kinds"]) == ("prior_pg" in CASES[name])
         return
     masked = CASES[name].get("mask_truncated", False)
     kinds = ["masked", "whole"] if masked else ["truncated", "whole"]

@@ -463,6 +463,35 @@ def test_a_counterfactual_is_the_thought_behind_another_questions_answer(words):
                     assert torch.allclose(got, dense.detach(), rtol=0, atol=1e-4)
 
 
+def test_an_early_answer_is_cut_off_and_the_rest_scored_by_itself(words):
+    """Against a dense float64 forward of the thought up to the answer, closed there."""
+    cfg = config.load(TINY, words("run", "--objective.leak_guard", "early_answer"))
+    with Trainer(cfg) as trainer:
+        collector = trainer.stages.collector
+        questions = trainer.stages.intake.questions[:4]
+        batch = collector.score(questions, *collector.sample(questions, step=0), step=0)
+        (score,) = (s for s in cfg.objective.needs() if s.view == "early")
+        model, close = (
+            copy.deepcopy(trainer.stages.policy.causal_lm).double(),
+            collector.sampling.think_close_id,
+        )
+        found = set()
+        for q, path in batch.pairs("posterior"):
+            z, answer = path.z_ids.tolist(), q.answer_ids.tolist()
+            starts = [i for i in range(len(z)) if z[i : i + len(answer)] == answer]
+            cut = bool(starts) and 2 * starts[0] < len(z)
+            found.add(cut)
+            got = batch.logps[score][path.key]
+            assert got.numel() == cut
+            if cut:
+                end = [path.z_ids[: starts[0]], torch.tensor([close]), q.cue_ids, q.target_ids]
+                ids, n = torch.cat([q.student_ids, *end])[None], q.target_ids.numel()
+                logits = model(ids, use_cache=False).logits[0, -n - 1 : -1]
+                dense = logits.log_softmax(-1).gather(-1, q.target_ids[:, None]).sum()
+                assert got.item() == pytest.approx(dense.item(), abs=1e-4)
+        assert found == {True, False}
+
+
 def test_a_data_set_with_one_answer_has_no_counterfactual(words, tmp_path):
     file = tmp_path / "one.jsonl"
     rows = [{"id": f"q{i}", "question": "4 A+three B-five", "answer": "2"} for i in range(8)]

@@ -243,7 +243,7 @@ class Collector:
         return {
             stream: view
             for stream, view, part, who in self.cfg.objective.needs()
-            if part == "target" and who == "policy" and view != "counterfactual"
+            if part == "target" and who == "policy" and view in ("teacher", "student")
         }
 
     def _requests(
@@ -364,12 +364,30 @@ class Collector:
             scored = dict(zip(map(id, asked), ask(asked), strict=True))
             for score, part in rows.items():
                 logps[score] = {row.path: scored.get(id(row), row.coef) for row in part if row.path}
-        return logps
+        early = (s for s in sorted(self.cfg.objective.needs()) if s.view == "early")
+        return logps | {score: self._early(batch, score.stream) for score in early}
+
+    def _early(self, batch: ScoredBatch, stream: Stream) -> dict[PathKey, torch.Tensor]:
+        """U of every thought cut before it first states the answer, one number; none where that
+        leaves half of it or more, or it never does."""
+        found, cut = {}, []
+        for question, path in batch.pairs(stream):
+            found[path.key] = torch.zeros(0, dtype=torch.float64)
+            start = question.answer_end(path.z_ids) - question.answer_ids.numel()
+            if 0 <= 2 * start < path.z_ids.numel():
+                cut.append((question, replace(path, z_ids=path.z_ids[:start], closed=False)))
+        utilities = answer_likelihood(
+            self.row_logprobs,
+            cut,
+            think_close_id=self.sampling.think_close_id,
+            u_norm=self.cfg.scoring.u_norm,
+        )
+        return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
         pairs = batch.pairs(score.stream)
-        view: View = "teacher" if score.view == "counterfactual" else score.view
+        view: View = "student" if score.view == "student" else "teacher"
         if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
@@ -412,6 +430,9 @@ class Collector:
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
             correct_BP=self._correct(pairs).view(shape),
+            texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
+            if self.draws.texts
+            else None,
         )
         return columns, unanswered
 

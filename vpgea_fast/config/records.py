@@ -278,6 +278,14 @@ class Config:
                 f"at temperature 1, with rollout.temperature {self.rollout.temperature}; set it to "
                 "1.0, or train no target"
             )
+        # Its likelihood would be compared with a baseline of sampled answers.
+        early = any(score.view == "early" for score in self.objective.needs())
+        if early and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} scores thoughts cut before they state the "
+                "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
+                "another leak_guard"
+            )
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(

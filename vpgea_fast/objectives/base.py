@@ -46,7 +46,9 @@ class Draws:
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
-    targets           the reference answer is trained behind thoughts
+    texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
+    joint             the prior paths are trained beside the posterior ones
+    targets           the reference answer is trained behind the thoughts: a row more of each
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -62,6 +64,8 @@ class Draws:
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+    texts: bool = False
+    joint: bool = False
     targets: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
@@ -354,8 +358,9 @@ def reference_rows(objective: Objective) -> int:
 
 def policy_rows(objective: Objective) -> int:
     """Count the rows of a question that the policy scores beside U, one per path and score."""
-    beside = [s for s in objective.needs() if (s.who, s.part != "target") == ("policy", True)]
-    return _rows(objective, beside)
+    # At most: a thought is cut early only where it states the answer.
+    needs = [s for s in objective.needs() if s.who == "policy"]
+    return _rows(objective, [s for s in needs if s.part != "target" or s.view == "early"])
 
 
 def _rows(objective: Objective, scores: Iterable[Score]) -> int:

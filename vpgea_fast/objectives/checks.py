@@ -88,12 +88,18 @@ def check_objective(objective: Any) -> None:
                 f"{who}: needs() asks for the target behind a wrong answer; U is scored in the "
                 "teacher's or the student's view: ask for another part, or another view"
             )
+        if score.view == "early" and score[2:] != ("target", "policy"):
+            raise ValueError(
+                f"{who}: needs() asks for the {score.part} of the {score.who} behind an early cut, "
+                "where the policy's target alone is scored; ask for that, or in another view"
+            )
         if not getattr(draws, score.stream):
             raise ValueError(
                 f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "
                 "asks for none; draw them, or leave the score out"
             )
         views = {s.view for s in needs if s[0] == score.stream and s[2:] == ("target", "policy")}
+        views -= {"early"}
         # The column of a stream holds one: which would depend on the order of a set.
         if len(views) > 1:
             raise ValueError(
