@@ -162,6 +162,22 @@ def test_a_stop_between_updates_resumes_bitwise(name, words, tmp_path, capsys):
     assert all(record["grad_norm"] > 0 for record in recorded(tmp_path / "whole"))
 
 
+def killed(words):
+    fit(words, die=(2, 3))
+
+
+def test_a_kill_between_updates_resumes_bitwise(words, tmp_path):
+    """SIGKILL before update 3 of the second step, with a checkpoint after each update."""
+    more = [*OBJECTIVES[QUICK], "--checkpoint.save_minutes", "0.000001"]
+    whole, parts = words("whole", *OBJECTIVES[QUICK]), words("parts", *more)
+    assert fit(whole)[0] is trainer.Ending.DONE
+    (rank,) = watch_ranks(killed, parts, size=1)
+    assert rank.status == -signal.SIGKILL
+    assert "step_1_2" in on_disk(tmp_path / "parts")
+    assert fit(parts, resume=True)[0] is trainer.Ending.DONE
+    require_equal(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def _halfway(tiny_world, tmp_path_factory):
     given = words_of(SMALL | HALFWAY, tiny_world, tmp_path_factory.mktemp("halfway") / "run")

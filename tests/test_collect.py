@@ -18,6 +18,7 @@ from vpgea_fast.objectives.length_rewards import O1Pruner
 from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.scoring import wrong_answers
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import Score, TrainRow
 
@@ -84,6 +85,51 @@ def test_a_lost_path_counts_though_its_question_is_replaced(tiny_words, monkeypa
     assert not batch.lost_B.any()
     counted = {name: terms.metrics[name] for name in ("paths_error", "groups_dropped")}
     assert counted == {"paths_error": 1, "groups_dropped": 1}
+
+
+def test_a_wrong_answer_is_looked_for_beyond_other_spellings():
+    spellings = [f"yes{i}" for i in range(20)]
+    right = prompted("q", student=[3], teacher=[3], cue=[4], target=[5]).question
+    right = replace(right, answer="yes")
+    asked = []
+
+    def verify(pairs):
+        asked.append(len(pairs))
+        return ["yes" in text for _, text in pairs]
+
+    found = [
+        wrong_answers([right], [*spellings, "no"], seed=str(step), verify=verify)[0].answer
+        for step in range(10)
+    ]
+    assert found == ["no"] * 10
+    assert {4, 17} <= {*asked}
+    with pytest.raises(ValueError, match="no other question's answer is a wrong one"):
+        wrong_answers([right], spellings, seed="0", verify=verify)
+
+
+def test_a_lost_question_counts_no_token_of_a_part_that_counts_its_own():
+    kept = torch.tensor([[True, True], [True, False]])
+    weight = torch.ones(2, 2).double()
+    of = {"name": "pg", "stream": "prior", "view": "student"}
+    part = Term(**of, weight_BP=weight, counted_BP=kept)
+    (left,) = Terms(parts=(part,)).without(torch.tensor([False, True])).parts
+    assert left.counted_BP.tolist() == [[True, True], [False, False]]
+
+
+def test_scores_of_whole_questions_are_those_that_are_trained():
+    of = {"name": "pg", "stream": "prior", "view": "student"}
+
+    def terms(values):
+        scores = torch.tensor(values).double()
+        part = Term(**of, weight_BP=scores)
+        return Terms(parts=(part,), path_scores={"prior": {"advantage": scores}})
+
+    whole_B = torch.tensor([False, True])
+    found = terms([[1.0], [2.0]]).where(whole_B, terms([[5.0]]))
+    assert found.path_scores["prior"]["advantage"].tolist() == [[1.0], [5.0]]
+    other = Terms(parts=(Term(**{**of, "name": "x"}, weight_BP=torch.ones(1, 1).double()),))
+    with pytest.raises(ValueError, match=r"got the parts x of the questions .* and pg of all"):
+        terms([[1.0], [2.0]]).where(whole_B, other)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -493,9 +493,9 @@ class Formula:
             end = [] if path.closed else [torch.tensor([self.close])]
             context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
             target = question.target_ids
-            counts = [len(q.target_ids) for q in self.batch.questions for _ in range(P)]
             log_y = logps_of(model, context, target).sum()
-            loss = loss - self.weight(counts, len(target)) * keys.answer_weight * gate * log_y
+            weight = self.weight(lengths, len(path.z_ids))
+            loss = loss - weight * keys.answer_weight * gate * log_y
         return loss
 
     def joint(self, model, b, j, found):

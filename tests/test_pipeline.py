@@ -337,6 +337,8 @@ def test_rows_of_a_part_by_hand(part, view):
         "answer": [-0.4, -0.5],
         "target": None,  # given, not drawn
     }[part]
+    if view == "student":
+        drawn = None  # from the teacher's prompt
     logps = rows[0].sample_logps
     assert (None if logps is None else logps.tolist()) == (
         None if drawn is None else pytest.approx(drawn)
@@ -345,10 +347,11 @@ def test_rows_of_a_part_by_hand(part, view):
 
 @pytest.mark.parametrize(
     ("part", "lengths"),
-    [("thought", (3, 2)), ("response", (5, 2)), ("answer", (2, 1)), ("target", (3, 3))],
+    [("thought", (3, 2)), ("response", (5, 2)), ("answer", (2, 1)), ("target", (3, 2))],
 )
 def test_a_part_is_divided_by_its_own_tokens(part, lengths):
-    """1 / (B P len) and 1 / sum of len; a part without tokens counts as one, like a thought."""
+    """1 / (B P len) and 1 / sum of len; a part without tokens counts as one, like a thought. The
+    reference answer is divided by its thought."""
     rows = {
         norm: build_rows(
             two_paths(), one_term(part, "student"), Scale(norm=norm), think_close_id=CLOSE

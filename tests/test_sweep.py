@@ -144,6 +144,9 @@ def test_methods_draw_as_many_paths(order):
         for budget, each in asked.items()
     }
     assert steps == {"paths": [2, 4], "steps": [2, 2], 100: [4, 10]}
+    # It draws none: the responses are given.
+    (given,) = Sweep(order(methods=(parse_method("sft"),)), Console(silent=True)).cells()
+    assert given.cfg.train.steps == 2
     with pytest.raises(SweepError, match="draws 24 paths a step, more than the 20"):
         Sweep(order(budget=20), Console(silent=True))
 

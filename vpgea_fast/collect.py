@@ -251,8 +251,9 @@ class Collector:
     ) -> list[SampleRequest]:
         """A request for every path, question by question, each with the prompt that it asks."""
         slots, views = [], []
-        # Once: an objective makes and checks its draws anew whenever it is asked.
-        draws = self.draws
+        # Once: an objective makes and checks its draws anew whenever it is asked. Of this step: its
+        # fields may have a schedule.
+        draws = at_step(self.cfg.objective, step).draws()
         for q in questions:
             for stream, view, count in plan:
                 for i in range(count):

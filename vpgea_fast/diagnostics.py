@@ -149,8 +149,9 @@ def row_metrics(
             if row.old is None:
                 losses[f"loss_{row.term}"] += row.loss(row_logps).sum().item()
             if row.sample_logps is not None:
-                # NaN where nobody knows the sampler: a response of the data, a record without.
-                known = ~row.sample_logps.isnan()
+                # NaN where nobody knows the sampler: a response of the data, a record without. Of a
+                # token without a gradient the update has no log-prob.
+                known = ~row.sample_logps.isnan() & row.coef.ne(0)
                 gaps.append((row.sample_logps.double() - row_logps)[known])
             continue
         (drawn_in,) = {*get_args(View)} - {row.view}
@@ -160,6 +161,9 @@ def row_metrics(
                 f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
                 "log-probs; give the row its path or sample_logps"
             )
+        if reference.isnan().any():  # a record without log-probs: no constant is known
+            losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
+            continue
         distilled.append(reference.double() - row_logps)
         if row.old is None:
             losses[f"loss_{row.term}"] -= (row.coef * distilled[-1]).sum().item()

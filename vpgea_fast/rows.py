@@ -100,7 +100,8 @@ def build_rows(
                 live = term.later if several and term.later else term.live
                 row = replace(row, live=live, reference=_reference(batch, term, path))
                 # Under another prompt the sampler's log-probs are no measure of the trainer's.
-                same = term.distilled or term.view == batch.drawn_in(term.stream)
+                drawn = term.stream != "reference" and term.view == batch.drawn_in(term.stream)
+                same = term.distilled or drawn
                 rows.append(row if same else replace(row, sample_logps=None))
     return rows
 
@@ -258,7 +259,9 @@ def _normaliser(
     if scale.norm in ("seq_sum", "const"):
         constant = scale.constant if scale.norm == "const" else 1.0
         return (per_path / constant).expand_as(weight_BP)
-    tokens_BP = batch.token_counts(term.stream, term.part)
+    # The answer behind a thought weighs as much as the thought: they are one path of the formula.
+    part = "thought" if term.part == "target" else term.part
+    tokens_BP = batch.token_counts(term.stream, part)
     if scale.norm == "seq_mean":
         return per_path / tokens_BP
     counted_BP = counted_B[:, None]

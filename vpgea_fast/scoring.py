@@ -18,8 +18,8 @@ from vpgea_fast.types import Path, PromptedQuestion, Question, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
 """Rows -> per-token log-probs of each, (len,) float64: `run_rows` with its model filled in."""
-WRONG_ANSWERS = 4
-"""Answers of other questions that are tried as a wrong one."""
+WRONG_ANSWERS, MORE_ANSWERS = 4, 256
+"""Answers of other questions that are tried as a wrong one, and where none of these is."""
 
 
 def answer_likelihood(
@@ -103,6 +103,11 @@ def wrong_answers(
     wrong = []
     for question, some in pairs:
         found = [answer for answer in some if not next(same)]
+        if not found:  # all drawn were other spellings: ask for more of them
+            right = {question.answer, *question.variants, *some}
+            rest = [answer for answer in answers if answer not in right][:MORE_ANSWERS]
+            judged = verify([(question.answer, rf"\boxed{{{answer}}}") for answer in rest])
+            found = [answer for answer, right in zip(rest, judged, strict=True) if not right]
         if not found:
             raise ValueError(
                 f"question {question.id!r}: no other question's answer is a wrong one for it, as a "

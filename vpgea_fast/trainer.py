@@ -210,9 +210,8 @@ class Trainer:
         # are apart is told of it alone.
         update = diagnostics.mean_update([metrics for metrics, _ in rollout.made])
         found = merge(rollout.found, {"paths_written": len(records)})
-        cost = measure.cost(
-            batch, terms, rollout.rows, usage=rollout.usage, seconds=timer.metrics()
-        )
+        trained = rollout.rows * self.cfg.train.epochs
+        cost = measure.cost(batch, terms, trained, usage=rollout.usage, seconds=timer.metrics())
         line = merge({"step": self.step + 1}, found, update, synced, cost)
         # Now, with the step whole: until here it rests on the state of the one before.
         self.method, self.rollout = terms.state, None
@@ -430,7 +429,8 @@ class Trainer:
         )
 
     def stream_norms(self, rows: Sequence[TrainRow]) -> dict[str, float]:
-        """Gradient norm of each term alone: one more forward and backward of all rows."""
+        """Gradient norm of each term alone: one more forward and backward of `rows`, a pass over
+        the questions."""
         names = dict.fromkeys(row.term for row in rows)
         if len(names) <= 1:
             return {}  # it is grad_norm
@@ -438,7 +438,9 @@ class Trainer:
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
             reshard(self.stages.policy)
-            norms[f"grad_norm_{name}"] = gradient_norm(self.stages.optimizer)
+            # Each minibatch weighs as much as all questions do: the norm is of their mean.
+            norm = gradient_norm(self.stages.optimizer) / self.cfg.train.minibatches
+            norms[f"grad_norm_{name}"] = norm
             self.stages.optimizer.zero_grad(set_to_none=True)
         return norms
 

@@ -186,8 +186,15 @@ class Term:
         lost_B1 = lost_B[:, None]
         held_BP = None if self.held_BP is None else self.held_BP & ~lost_B1
         close_BP = None if self.close_BP is None else self.close_BP.masked_fill(lost_B1, 0.0)
+        counted_BP = None if self.counted_BP is None else self.counted_BP & ~lost_B1
         weight_BP = self.weight_BP.masked_fill(lost_B1, 0.0)
-        return replace(self, weight_BP=weight_BP, held_BP=held_BP, close_BP=close_BP)
+        return replace(
+            self,
+            weight_BP=weight_BP,
+            held_BP=held_BP,
+            close_BP=close_BP,
+            counted_BP=counted_BP,
+        )
 
     def where(self, whole_B: Tensor, other: Term) -> Term:
         """`other`, which is of the questions where `whole_B` is True alone, with the rest of the
@@ -249,10 +256,25 @@ class Terms:
         return replace(self, parts=tuple(part.without(lost_B) for part in self.parts))
 
     def where(self, whole_B: Tensor, other: Terms) -> Terms:
-        """The same with the weights of `other` for the questions where `whole_B` is True, which
-        are all that `other` is of."""
+        """The same with the weights and scores of `other` for the questions where `whole_B` is
+        True, which are all that `other` is of."""
+        names = [[part.name for part in terms.parts] for terms in (self, other)]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"objective: got the parts {', '.join(names[1])} of the questions that lost no "
+                f"path, and {', '.join(names[0])} of all; return the same parts of every batch"
+            )
         pairs = zip(self.parts, other.parts, strict=True)
-        return replace(self, parts=tuple(mine.where(whole_B, theirs) for mine, theirs in pairs))
+        scores = {stream: dict(found) for stream, found in self.path_scores.items()}
+        for stream, found in other.path_scores.items():
+            for name, theirs in found.items():
+                scores[stream][name] = scores[stream][name].clone()
+                scores[stream][name][whole_B] = theirs.to(scores[stream][name].dtype)
+        return replace(
+            self,
+            parts=tuple(mine.where(whole_B, theirs) for mine, theirs in pairs),
+            path_scores=scores,
+        )
 
 
 class Objective(Protocol):

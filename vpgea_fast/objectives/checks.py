@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vpgea_fast.types import ScoredBatch
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+NORMALISER = ("norm", "norm_constant", "denominator")
 DENOMINATORS = ("nominal", "effective")
 
 
@@ -49,7 +50,7 @@ def at_step(objective: Any, step: int) -> Any:
     for what, of in {
         "draws()": lambda o: _comparable(ask(o, "draws")),
         "needs()": lambda o: ask(o, "needs"),
-        "its normaliser": lambda o: (o.norm, o.norm_constant, o.denominator),
+        "its normaliser": lambda o: [getattr(o, key, None) for key in NORMALISER],
     }.items():
         if (got := of(now)) != (expected := of(objective)):
             raise ValueError(
@@ -149,6 +150,13 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
         raise ValueError(
             f"{who}: trains the reference answer, but draws() does not say so; return "
             "Draws(targets=True, ...), or train the thought"
+        )
+    # The longest row is planned before any path is drawn.
+    scored = [score.view for score in objective.needs() if score.part == "target"]
+    if term.part == "target" and term.view not in ("student", *scored):
+        raise ValueError(
+            f"{who}: trains the reference answer in the {term.view} view, where nothing scores it; "
+            f"train it in the student's, or ask for Score({term.stream!r}, {term.view!r}, 'target')"
         )
     _check_shape(objective, term.weight_BP, batch, stream=term.stream, what=f"{of}weight_BP")
     if not term.weight_BP.is_floating_point():

@@ -61,7 +61,9 @@ class ThinkPrune(LengthKeys):
         metrics = {"length_limit": float(limit)}
         if stage + 1 < len(self.limits):
             fits_BN = right_BN & (length_BN <= self.limits[stage + 1])
-            steps += int(fits_BN.sum()) >= self.fitting * int(right_BN.sum())
+            # Of no right path none fits: a policy that has lost its way must not be squeezed more.
+            fit = bool(right_BN.any()) and int(fits_BN.sum()) >= self.fitting * int(right_BN.sum())
+            steps += fit or not self.fitting
             if steps >= self.steps:
                 stage, steps = stage + 1, 0
         return Shaped(reward_BN=reward_BN, state={"stage": stage, "steps": steps}, metrics=metrics)

@@ -50,6 +50,12 @@ class VeriFree(PolicyGradient):
                 f"got reward {self.reward!r}, expected 'probability'; another reward is that of "
                 "objective.name rloo"
             )
+        # It would be taken off the answer's weight too, and push a likely answer down.
+        if self.overlong_cache:
+            raise ValueError(
+                f"got overlong_cache {self.overlong_cache}, expected 0: R is a likelihood, and "
+                "weighs the answer behind the thought too; leave it out"
+            )
 
     def draws(self) -> Draws:
         return replace(super().draws(), targets=self.target != "none")
@@ -109,7 +115,7 @@ class NormalisedVeriFree(ClipKeys):
         worth_BN = prior.u_BP.where(prior.closed_BP, -math.inf)
         # In log space: U of -800 nats is 0 as a number, for every path of a hard question.
         share_BN = worth_BN.softmax(dim=1)
-        share_BN = share_BN.where(prior.closed_BP.any(dim=1, keepdim=True), 0.0)
+        share_BN = share_BN.where(worth_BN.isfinite().any(dim=1, keepdim=True), 0.0)
         # The rows divide by all paths, and these weights are a mean already.
         weight_BN = -self.group_size * share_BN
         later = self.clipped()

@@ -332,7 +332,9 @@ class Vpgea(GroupKeys):
         accept_BP = accepted(self, batch) if mine else passed(self, batch, stream)
         u = cross_view_utility(*columns, accept_BG=accept_BP, options=self.group_options())
         if self.utility == "elbo":
-            u = dataclasses.replace(u, utility=self._elbo(batch, stream, u, accept_BP))
+            utility_BP = self._elbo(batch, stream, u, accept_BP)
+            # Of a logarithm no reward is left but whether a path is accepted.
+            u = dataclasses.replace(u, utility=utility_BP, reward=accept_BP.double())
         elif self.cross_view:
             return u
         else:

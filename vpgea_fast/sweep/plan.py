@@ -184,7 +184,8 @@ def metric_of(order: Order, cfg: Config) -> str:
 
 
 def paths_a_step(cfg: Config) -> int:
-    return cfg.objective.draws().paths * cfg.train.questions_per_step
+    draws = cfg.objective.draws()
+    return 0 if draws.given else draws.paths * cfg.train.questions_per_step
 
 
 def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps: int) -> Cell:
