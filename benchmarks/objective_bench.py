@@ -35,6 +35,8 @@ METHODS = {
     # As VPG-EA is trained here: thoughts alone, the sum over their tokens.
     "GRPO + length factor": "grpo:group_size=12,alpha=0.5,trains=thought,norm=seq_sum,"
     "eta_clip=[0.25, 4.0],std_gate=0.05,eps=1e-3",
+    # As many paths, from the teacher's view alone; sums as well, so that no length is favoured.
+    "hint-RFT": "hint_rft:group_size=12,trains=thought,norm=seq_sum",
 }
 RATES = ("5e-4", "1e-3", "2e-3")
 SHORT = 22
