@@ -17,7 +17,7 @@ from vpgea_fast.config import load
 from vpgea_fast.trainer import Callback, Ending, StopTraining, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
+TIMED = ("time_", "guard_time_ratio", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @pytest.fixture
@@ -105,6 +105,24 @@ def test_a_callback_hears_all_and_one_that_stops_loses_nothing(words, tmp_path, 
     assert untimed(lines(tmp_path / "parts")) == untimed(written)
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("whole", "parts")]
     assert paths[0] == paths[1]
+
+
+def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(words, tmp_path, tiny_world):
+    """One that is left in that step goes on to its last evaluation, and makes no step more."""
+    more = ["--eval.data", f"[{tiny_world.test_path}]", "--eval.limit", "2", "--eval.greedy"]
+    more += ["false", "--optim.schedule", "constant"]
+    two = ["--optim.schedule", "constant", "--train.steps", "2"]
+    assert fit(load(TINY, words("whole", *two))) is Ending.DONE
+    whole = lines(tmp_path / "whole")
+    for steps, more_tokens in ((1, 0), (2, 1)):
+        budget = str(whole[0]["tokens_generated"] + more_tokens)
+        cfg = load(TINY, words(budget, *more, "--train.max_tokens", budget))
+        if steps == 2:
+            assert fit(cfg, callbacks=[StopAt(2)]) is Ending.STOPPED
+        assert fit(cfg, resume=steps == 2) is Ending.DONE
+        assert untimed(lines(tmp_path / budget)) == untimed(whole[:steps])
+        assert json.loads((tmp_path / budget / "eval.json").read_text())["after"]["step"] == steps
+        assert checkpoint.saved_steps(tmp_path / budget) == [steps]
 
 
 def test_what_a_callback_raises_ends_the_run_which_can_go_on(words, tmp_path):

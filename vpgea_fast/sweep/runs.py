@@ -21,10 +21,11 @@ from vpgea_fast.config import ConfigError, changes, dump, load
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.report import read_evaluation
 from vpgea_fast.stop import Stop
-from vpgea_fast.sweep.plan import Cell, Questions, SweepError
-from vpgea_fast.sweep.table import GUARD
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
+GUARD = ("guard_caught", "guard_time_ratio")
+"""What a run logs of its leak guard in every step."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
 CHILD = """
@@ -166,6 +167,8 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
     lines = list(read_steps(run))
     for line in lines:
         drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
+    limit, last = cell.cfg.train.max_tokens, cell.cfg.train.steps
+    spent = steps == last or (limit is not None and drawn >= limit)
     if not diverged and "after" not in evaluation:
         raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
     return {
@@ -173,9 +176,10 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
-        "ended": "diverged" if diverged else "done" if steps == cell.cfg.train.steps else "halted",
+        "ended": "diverged" if diverged else "done" if spent else "halted",
         "steps": steps,
-        "tokens_generated": drawn,
+        # Responses of the data are read, though the run's log counts them.
+        "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
         **guard_facts(lines),
         "select": list(split.select),
         "test": list(split.test),

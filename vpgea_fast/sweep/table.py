@@ -10,8 +10,6 @@ from typing import Any
 Run = Mapping[str, Any]
 ACCURACY_LOSS = 0.01
 """What a short run may lose of the base's accuracy."""
-GUARD = ("guard_caught", "guard_time_ratio")
-"""Means over a run's steps, where its objective has a leak guard."""
 KEYS = ("acc", "tokens", "eps3", "truncated", "n")
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """97.5 % quantiles of Student's t, of 1 to 10 degrees of freedom."""
@@ -124,9 +122,9 @@ def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> d
         "diverged_runs": sum(run["after"] is None for run in mine),
         "tokens_generated": fmean(run["tokens_generated"] for run in groups[best]),
     }
-    for key in GUARD:
-        if values := [run[key] for run in groups[best] if key in run]:
-            found[key] = fmean(values)
+    # Not its time: rows made again after a kill are the same.
+    if caught := [run["guard_caught"] for run in groups[best] if "guard_caught" in run]:
+        found["guard_caught"] = fmean(caught)
     if short is not None:
         found["short_seeds"] = sum(is_short(run, short) for run in groups[best])
         found["short_runs"] = sum(is_short(run, short) for run in mine)
