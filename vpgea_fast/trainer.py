@@ -59,7 +59,7 @@ class TrainingError(RuntimeError):
 
 
 def fit(cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> Ending:
-    """Train in `cfg.run.dir` until `Trainer.over`, unless the run is stopped.
+    """Train in `cfg.run.dir` to the last step, unless the run is stopped or has to halt.
 
     A stopped run is saved first. With `resume` the run directory's newest checkpoint is continued,
     bitwise as if it had never stopped. `callbacks` listen and may stop the run (see `Callback`);
