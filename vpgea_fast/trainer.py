@@ -328,8 +328,9 @@ class Trainer:
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule, tell the callbacks."""
-        self.step += 1
-        self.tokens += int(stats.metrics["tokens_generated"])
+        drawn = stats.metrics["tokens_generated"]
+        assert isinstance(drawn, int)
+        self.step, self.tokens = self.step + 1, self.tokens + drawn
         if self.metrics is not None:
             self.metrics.write(stats.metrics)
         self.console.step(stats.metrics)
