@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks, watch_ranks
+from runs import recorded, untimed
 
 import vpgea_fast
 from vpgea_fast import checkpoint, config, trainer
@@ -17,7 +18,6 @@ from vpgea_fast.config import load
 from vpgea_fast.trainer import Callback, Ending, StopTraining, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "guard_time_ratio", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @pytest.fixture
@@ -33,10 +33,6 @@ def words(tiny_words):
             "checkpoint.export": "false",
         }
     )
-
-
-def untimed(records):
-    return [{k: v for k, v in r.items() if not k.startswith(TIMED)} for r in records]
 
 
 def lines(run):
@@ -102,7 +98,7 @@ def test_a_callback_hears_all_and_one_that_stops_loses_nothing(words, tmp_path, 
     assert checkpoint.saved_steps(tmp_path / "parts") == [2]
     assert fit(parts, resume=True, callbacks=[second]) is Ending.DONE
     assert second.heard[0] == ("start", tmp_path / "parts", 2, 0, 1, True)
-    assert untimed(lines(tmp_path / "parts")) == untimed(written)
+    assert recorded(tmp_path / "parts") == untimed(written)
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("whole", "parts")]
     assert paths[0] == paths[1]
 
@@ -120,7 +116,7 @@ def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(words, tmp
         if steps == 2:
             assert fit(cfg, callbacks=[StopAt(2)]) is Ending.STOPPED
         assert fit(cfg, resume=steps == 2) is Ending.DONE
-        assert untimed(lines(tmp_path / budget)) == untimed(whole[:steps])
+        assert recorded(tmp_path / budget) == untimed(whole[:steps])
         assert json.loads((tmp_path / budget / "eval.json").read_text())["after"]["step"] == steps
         assert checkpoint.saved_steps(tmp_path / budget) == [steps]
 

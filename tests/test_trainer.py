@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Program, run_ranks
-from runs import words_of
+from runs import recorded, words_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, diagnostics
@@ -28,7 +28,6 @@ from vpgea_fast.run_dir import export_step, rate_changes
 from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 SMALL = {
@@ -73,10 +72,6 @@ def resume(run, *more):
 
 def lines(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
-
-
-def untimed(run_dir):
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
 
 
 def command(words):
@@ -183,7 +178,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
 def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
     for name, seed in (("b", 0), ("c", 1)):
         assert fit(config.load(TINY, words(name, "--run.seed", str(seed), "--eval.limit", "2")))
-    assert untimed(finished) == untimed(tmp_path / "b")
+    assert recorded(finished) == recorded(tmp_path / "b")
     runs = (finished, tmp_path / "b", tmp_path / "c")
     paths = [(run / "paths.jsonl").read_bytes() for run in runs]
     assert paths[0] == paths[1]
@@ -199,7 +194,7 @@ def test_a_run_is_its_half_and_a_new_process_and_the_rest(words, tmp_path, half)
     train([TINY, *words("straight", *more, "--train.steps", str(2 * half))])
     train([TINY, *words("parts", *more, "--train.steps", str(half))])
     train(["--resume", tmp_path / "parts", "--train.steps", str(2 * half)])
-    assert untimed(tmp_path / "straight") == untimed(tmp_path / "parts")
+    assert recorded(tmp_path / "straight") == recorded(tmp_path / "parts")
     straight, parts = (
         (tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")
     )
@@ -234,7 +229,7 @@ def test_killed_at_random_moments(words, tmp_path, kills, steps):
         assert reached - max(saved, default=0) <= 2
         start = ["--resume", run]
     train(start)
-    assert untimed(run) == untimed(tmp_path / "whole")
+    assert recorded(run) == recorded(tmp_path / "whole")
     assert (run / "paths.jsonl").read_bytes() == (tmp_path / "whole/paths.jsonl").read_bytes()
     assert sum("eval_step" in record for record in lines(run)) == (steps - 1) // 4
     same_state(run, tmp_path / "whole")
@@ -531,7 +526,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
             trainer.train_step()
         trainer.save()
     assert fit(config.load(tmp_path / "stopped/config.yaml"), resume=True)
-    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+    assert recorded(tmp_path / "stopped") == recorded(tmp_path / "whole")
     same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -806,7 +801,7 @@ def test_saves_in_the_background_change_nothing(words, tmp_path):
     for name, background in (("aside", "true"), ("waited", "false")):
         given = words(name, "--eval.data", "[]", "--checkpoint.background", background)
         assert fit(config.load(TINY, [*given, "--checkpoint.save_every", "1"]))
-    assert untimed(tmp_path / "aside") == untimed(tmp_path / "waited")
+    assert recorded(tmp_path / "aside") == recorded(tmp_path / "waited")
     same_state(tmp_path / "aside", tmp_path / "waited")
     assert sorted(path.name for path in (tmp_path / "aside/checkpoints").iterdir()) == [
         "step_3",
@@ -827,7 +822,7 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     assert not lines(tmp_path / "limited")
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
-    assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
+    assert recorded(tmp_path / "limited") == recorded(tmp_path / "saves")
 
 
 def losing(path):

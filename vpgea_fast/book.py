@@ -396,7 +396,7 @@ time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
     Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
-guard_time_ratio | share
+time_guard_ratio | share
     What the leak guard cost: time_logps_s / seconds of all phases of the step; with
     objective.leak_guard.
 time_advantage_s | s

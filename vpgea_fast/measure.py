@@ -168,7 +168,7 @@ class Measure:
         work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
         # An objective that says what its guard caught is told what that cost.
         guard = (
-            {"guard_time_ratio": seconds["time_logps_s"] / sum(seconds.values())}
+            {"time_guard_ratio": seconds["time_logps_s"] / sum(seconds.values())}
             if "guard_caught" in terms.metrics
             else {}
         )

@@ -24,7 +24,7 @@ from vpgea_fast.stop import Stop
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
-GUARD = ("guard_caught", "guard_time_ratio")
+GUARD = ("guard_caught", "time_guard_ratio")
 """What a run logs of its leak guard in every step."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
