@@ -110,17 +110,18 @@ def page(name):
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_rows():
-    result = committed("tiny_demo")
-    readme = page("README.md")
-    for row in result["rows"]:
-        assert table_row(row) in readme
-    (runs,) = {row["runs"] for row in result["rows"]}
+def test_the_tables_of_the_pages_are_those_of_the_committed_rows():
+    for name, text in (("tiny_demo", page("README.md")), ("tiny_common", page("docs/demo.md"))):
+        result = committed(name)
+        (runs,) = {row["runs"] for row in result["rows"]}
+        rows = " ".join(map(table_row, result["rows"]))
+        assert f"| short runs, of {runs} | |---|---|---|---|---|---| {rows}" in text
+        assert not any(row["edge"] for row in result["rows"])
+    result, readme = committed("tiny_demo"), page("README.md")
     (rates,) = {len(row["rates"]) for row in result["rows"]}
     (questions,) = {row["after"]["sampled"]["n"] for row in result["rows"]}
     (select,) = result["rate_picked_on"]
     picked = result["runs"][0]["after"]["sampled"]["benchmarks"][select]["n"]
-    assert f"| short runs, of {runs} |" in readme
     assert f"means over 3 seeds on {questions:.0f} held-out questions" in readme
     assert f"the best of {rates} rates, picked on {picked} others" in readme
 
