@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks, watch_ranks
-from runs import untimed
+from runs import recorded, untimed
 
 import vpgea_fast
 from vpgea_fast import checkpoint, config, trainer
@@ -98,9 +98,27 @@ def test_a_callback_hears_all_and_one_that_stops_loses_nothing(words, tmp_path, 
     assert checkpoint.saved_steps(tmp_path / "parts") == [2]
     assert fit(parts, resume=True, callbacks=[second]) is Ending.DONE
     assert second.heard[0] == ("start", tmp_path / "parts", 2, 0, 1, True)
-    assert untimed(lines(tmp_path / "parts")) == untimed(written)
+    assert recorded(tmp_path / "parts") == untimed(written)
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("whole", "parts")]
     assert paths[0] == paths[1]
+
+
+def test_a_budget_of_tokens_ends_a_run_after_the_step_that_reaches_it(words, tmp_path, tiny_world):
+    """One that is left in that step goes on to its last evaluation, and makes no step more."""
+    more = ["--eval.data", f"[{tiny_world.test_path}]", "--eval.limit", "2", "--eval.greedy"]
+    more += ["false", "--optim.schedule", "constant"]
+    two = ["--optim.schedule", "constant", "--train.steps", "2"]
+    assert fit(load(TINY, words("whole", *two))) is Ending.DONE
+    whole = lines(tmp_path / "whole")
+    for steps, more_tokens in ((1, 0), (2, 1)):
+        budget = str(whole[0]["tokens_generated"] + more_tokens)
+        cfg = load(TINY, words(budget, *more, "--train.max_tokens", budget))
+        if steps == 2:
+            assert fit(cfg, callbacks=[StopAt(2)]) is Ending.STOPPED
+        assert fit(cfg, resume=steps == 2) is Ending.DONE
+        assert recorded(tmp_path / budget) == untimed(whole[:steps])
+        assert json.loads((tmp_path / budget / "eval.json").read_text())["after"]["step"] == steps
+        assert checkpoint.saved_steps(tmp_path / budget) == [steps]
 
 
 def test_what_a_callback_raises_ends_the_run_which_can_go_on(words, tmp_path):

@@ -631,6 +631,13 @@ def test_the_best_checkpoint_needs_an_evaluation(keys, lacks):
         config.resolve(tree)
 
 
+def test_a_budget_of_tokens_needs_a_rate_that_does_not_fall():
+    tree = {"train": {"max_tokens": 1000}, "optim": {"schedule": "cosine"}}
+    with pytest.raises(config.ConfigError, match=r"'cosine' falls over train\.steps, and"):
+        config.resolve(tree)
+    assert config.resolve(tree | {"optim": {"schedule": "constant"}}).train.max_tokens == 1000
+
+
 def test_a_shipped_configuration_goes_by_name_and_a_file_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ("1.5b", "7b", "7b-1gpu", "7b-multinode", "tiny")

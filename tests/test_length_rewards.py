@@ -1,6 +1,7 @@
 """Each length reward by hand: numbers of its paper's formula; groups that have no spread, states
 over steps, and runs of the tiny task."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from batches import prompted, sampled, scored, whole
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.names import Slot
 from vpgea_fast.objectives import DrGrpo, Grpo
 from vpgea_fast.objectives.judged import Judged
 from vpgea_fast.objectives.length_limits import LaserByDifficulty
@@ -41,6 +41,7 @@ from vpgea_fast.objectives.likelihood import (
     Rlt,
     VeriFree,
 )
+from vpgea_fast.rollout.engine import slot_of
 from vpgea_fast.rows import Scale, build_rows
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -324,16 +325,23 @@ def test_a_state_of_another_length_reward_is_not_read():
     assert Grpo(group_size=4).terms(batch, other.state).state == {}
 
 
-def test_a_question_has_one_budget_per_step():
-    kind = L1Exact(low=100, high=103)
-    slots = [
-        Slot(f"q{q}", "prior", i, s, seed=q * i) for q in range(20) for i in (0, 1) for s in (0, 1)
-    ]
-    budgets = {}
-    for slot in slots:
-        budget = kind.fields()["budget"](slot)
-        assert budgets.setdefault((slot.question_id, slot.step), budget) == budget
-    assert {*budgets.values()} == {100, 101, 102, 103}
+def test_a_question_has_one_budget_per_step_and_another_in_each_run():
+    budget = L1Exact(low=100, high=4100).fields()["budget"]
+    paths = [("prior", 0), ("prior", 1), ("posterior", 0), ("posterior", 7)]
+    runs = []
+    for run_seed in (0, 1):
+        for step in (0, 1):
+            asked = [
+                {budget(slot_of(run_seed, step, f"q{q}", *path)) for path in paths}
+                for q in range(200)
+            ]
+            assert all(len(values) == 1 for values in asked)
+            runs.append([value for (value,) in asked])
+    # Equal by chance in one of 4001 places; a run or a step that repeated another would be in all.
+    assert all(sum(map(int.__eq__, a, b)) < 5 for a, b in itertools.combinations(runs, 2))
+    assert all(100 <= min(values) < 300 < 3900 < max(values) <= 4100 for values in runs)
+    few = L1Exact(low=100, high=103).fields()["budget"]
+    assert {few(slot_of(0, 0, f"q{q}", "prior", 0)) for q in range(40)} == {100, 101, 102, 103}
 
 
 # --- runs of the tiny task ------------------------------------------------------------------------

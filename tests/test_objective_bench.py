@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -12,7 +13,11 @@ LABELS = {
     "demo (robust, beta 1)": "VPG-EA, preset `robust`, beta 1",
     "paper preset": "VPG-EA, the literal preset `paper`",
     "GRPO + length factor": "GRPO with the same length factor",
+    "hint-RFT": "Hint-RFT, the teacher's verified paths",
 }
+ROBUST = "demo (robust, beta 1)"
+SHIPPED = 5e-4
+"""The rate of configs/tiny.yaml."""
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +32,16 @@ def bench():
 
 
 @pytest.mark.parametrize(
-    ("name", "short"), [("tiny_demo", [9, 7, 0]), ("tiny_common", [9, 9])], ids=str
+    ("name", "short"), [("tiny_demo", [9, 10, 0, 0]), ("tiny_common", [9, 9])], ids=str
 )
 def test_committed_rows_are_those_of_the_committed_runs(bench, tmp_path, capsys, name, short):
-    committed = json.loads((RESULTS / f"{name}.json").read_text())
+    known = committed(name)
     copy = tmp_path / "copy.json"
-    copy.write_text(json.dumps({key: committed[key] for key in ("runs", "command", "note")}))
+    copy.write_text(json.dumps({key: known[key] for key in ("runs", "command", "note")}))
     bench.main(["--reevaluate", str(copy)])
     again = json.loads(copy.read_text())
     assert [row["short_runs"] for row in again["rows"]] == short
-    assert all(again[key] == committed[key] for key in ("rows", "rate_picked_on", "short", "runs"))
+    assert all(again[key] == known[key] for key in ("rows", "rate_picked_on", "short", "runs"))
     assert len(capsys.readouterr().out.splitlines()) == len(short)
 
 
@@ -67,19 +72,113 @@ def test_a_file_that_cannot_be_evaluated_again_is_one_line(
     assert (file.read_text() if file.exists() else None) == content
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row in json.loads((RESULTS / "tiny_demo.json").read_text())["rows"]:
-        greedy = arrow(row, "greedy", "acc", 1, scale=100).replace("100.0 →", "100 →")
-        cells = (
-            LABELS[row["name"].split(", lr")[0]],
-            f"{arrow(row, 'sampled', 'acc', 1, scale=100)} %",
-            arrow(row, "sampled", "tokens", 1),
-            arrow(row, "sampled", "eps3", 0),
-            f"{greedy} %",
-            str(row["short_runs"]),
-        )
-        assert f"| {' | '.join(cells)} |" in readme
+@pytest.mark.slow
+def test_each_method_begins_with_its_grid_and_all_runs_come_into_one_file(
+    bench, tiny_world, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "train": {"steps": 1, "questions_per_step": 2},
+        "eval": {"greedy": False, "max_new_tokens": 40, "limit": 8},
+        "rollout": {"max_new_tokens": 40},
+    }
+    tree = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())
+    for section, keys in small.items():
+        tree[section] |= keys
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
+    words = ["--config", "small.yaml", "--world", str(tiny_world.base_dir.parent), "--seeds", "0"]
+    words += ["--methods", ROBUST, "hint-RFT", "--extend", "0", "--out", "found.json"]
+    bench.main(words)
+    found = json.loads((tmp_path / "found.json").read_text())
+    rates = {row["method"]: row["rates"] for row in found["rows"]}
+    assert rates == {ROBUST: [5e-4, 1e-3, 2e-3], "hint-RFT": [6.25e-5, 1.25e-4, 2.5e-4, 5e-4]}
+    assert len(found["runs"]) == 7
+    assert all(run["ended"] == "done" for run in found["runs"])
+    # Nothing is run again.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("records/*.json")}
+    bench.main(words)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("records/*.json")} == before
+    assert json.loads((tmp_path / "found.json").read_text())["runs"] == found["runs"]
+
+
+def committed(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(name):
+    """A page without its line breaks."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_the_tables_of_the_pages_are_those_of_the_committed_rows():
+    for name, text in (("tiny_demo", page("README.md")), ("tiny_common", page("docs/demo.md"))):
+        result = committed(name)
+        (runs,) = {row["runs"] for row in result["rows"]}
+        rows = " ".join(map(table_row, result["rows"]))
+        assert f"| short runs, of {runs} | |---|---|---|---|---|---| {rows}" in text
+    assert [row["edge"] for row in result["rows"]] == [True, True]  # as the page says
+    result, readme = committed("tiny_demo"), page("README.md")
+    (rates,) = {len(row["rates"]) for row in result["rows"]}
+    assert not any(row["edge"] for row in result["rows"])
+    (questions,) = {row["after"]["sampled"]["n"] for row in result["rows"]}
+    (select,) = result["rate_picked_on"]
+    picked = result["runs"][0]["after"]["sampled"]["benchmarks"][select]["n"]
+    assert f"means over 3 seeds on {questions:.0f} held-out questions" in readme
+    assert f"the best of {rates} rates, picked on {picked} others" in readme
+
+
+def table_row(row):
+    greedy = arrow(row, "greedy", "acc", 1, scale=100).replace("100.0", "100")
+    cells = (
+        LABELS[row["name"].split(", lr")[0]],
+        f"{arrow(row, 'sampled', 'acc', 1, scale=100)} %",
+        arrow(row, "sampled", "tokens", 1),
+        arrow(row, "sampled", "eps3", 0),
+        f"{greedy} %",
+        str(row["short_runs"]),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def test_preset_robust_keeps_its_bars_and_the_pages_say_what_its_guard_took():
+    """Of all three seeds, at the rate of its row and at the one that the configuration ships."""
+    result = committed("tiny_demo")
+    row = next(row for row in result["rows"] if row["method"] == ROBUST)
+    for rate in (row["lr"], SHIPPED):
+        ends = [gains(run) for run in runs_of(result, ROBUST, rate)]
+        assert len(ends) == 3
+        assert all(e["tokens"] <= 0.35 and e["eps3"] >= 3 and e["greedy"] >= 0.98 for e in ends)
+    shipped = {key: [100 * end[key] for end in ends] for key in ends[0]}
+    acc, greedy, tokens, eps3 = (shipped[key] for key in ("acc", "greedy", "tokens", "eps3"))
+    assert (
+        f"all three seeds end at {min(acc):.1f}-{max(acc):.1f} % sampled and at least "
+        f"{min(greedy):.1f} % greedy accuracy. They need {max(tokens):.0f} % of the base's tokens "
+        f"and reach {min(eps3) / 100:.1f}-{max(eps3) / 100:.1f} times its eps3"
+    ) in page("docs/demo.md")
+    mine = runs_of(result, ROBUST, row["lr"])
+    caught, took = (
+        100 * sum(run[key] for run in mine) / len(mine)
+        for key in ("guard_caught", "time_guard_ratio")
+    )
+    assert (
+        f"On the demo's base it rejects {caught:.1f} % of the teacher's paths and takes "
+        f"{took:.0f} % of a step"
+    ) in page("docs/objectives.md")
+
+
+def runs_of(result, method, rate):
+    return [run for run in result["runs"] if (run["method"], run["lr"]) == (method, rate)]
+
+
+def gains(run):
+    """What a run ends with on the questions that are reported: tokens and eps3 over the base's."""
+    (test,) = run["test"]
+    before, after = (
+        {mode: run[when][mode]["benchmarks"][test] for mode in ("sampled", "greedy")}
+        for when in ("before", "after")
+    )
+    ratios = {k: after["sampled"][k] / before["sampled"][k] for k in ("tokens", "eps3")}
+    return ratios | {"acc": after["sampled"]["acc"], "greedy": after["greedy"]["acc"]}
 
 
 def arrow(row, mode, key, digits, scale=1):

@@ -371,6 +371,7 @@ def checkpoint_damages():
     yield "no parameters", state(lambda tree: tree["optimizer"].update(parameters=None)), before
     yield "trainer state a text", state(lambda tree: tree.update(trainer_state="x")), before
     yield "skipped a text", state(lambda t: t["trainer_state"].update(skipped_in_a_row="x")), None
+    yield "tokens a text", state(lambda t: t["trainer_state"].update(tokens="x")), None
     yield "no data", state(lambda tree: tree["trainer_state"].pop("data")), None
     yield "other data", state(lambda tree: tree["trainer_state"].update(data="0")), None
     yield (

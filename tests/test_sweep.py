@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import untimed
 
 from vpgea_fast.cli import main
 from vpgea_fast.metrics import Console
-from vpgea_fast.sweep import Order, Sweep, parse_method, run_sweep
+from vpgea_fast.sweep import Order, Sweep, budget_lines, parse_method, run_sweep
 from vpgea_fast.sweep.plan import SweepError, extended, questions
 from vpgea_fast.sweep.table import T_975, evaluate, interval, is_short, t_975
 
@@ -144,9 +145,11 @@ def test_methods_draw_as_many_paths(order):
         for budget, each in asked.items()
     }
     assert steps == {"paths": [2, 4], "steps": [2, 2], 100: [4, 10]}
-    # It draws none: the responses are given.
-    (given,) = Sweep(order(methods=(parse_method("sft"),)), Console(silent=True)).cells()
-    assert given.cfg.train.steps == 2
+    # What reads the data's responses draws none, and makes the configuration's steps.
+    read = order(methods=(parse_method("sft"),), budget=100)
+    sweep = Sweep(read, Console(silent=True))
+    assert [cell.cfg.train.steps for cell in sweep.cells()] == [2]
+    assert budget_lines(read, sweep)[1] == "sft: 2 steps, which draw no path"
     with pytest.raises(SweepError, match="draws 24 paths a step, more than the 20"):
         Sweep(order(budget=20), Console(silent=True))
 
@@ -219,6 +222,8 @@ def test_a_grid_grows_by_its_factor():
         (["--rates", "1e-3", "0.001"], "--rates: 0.001 stands twice"),
         (["--seeds", "-1"], "argument --seeds: got '-1'"),
         (["--budget", "tokens"], "argument --budget: got 'tokens'"),
+        (["--budget", "tokens:0"], "argument --budget: got '0'"),
+        (["--train.max_tokens", "9"], "a sweep sets it: give --budget tokens:N"),
         (["--metric", "acc"], "--metric: got 'acc', expected one of sampled_eps3"),
         (["--metric", "greedy_acc"], "eval.greedy is false, so no run measures it"),
         (["--short", "0"], "expected a number of tokens above 0"),
@@ -285,10 +290,28 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     assert "is of a run with other words" in capsys.readouterr().err
 
 
+def test_runs_of_a_budget_of_tokens_end_in_the_step_that_reaches_it(order, capsys):
+    asked = order()
+    words = command(asked, "--budget", "tokens:2000")
+    assert main(words) == 2
+    assert "optim.schedule 'cosine' falls over train.steps" in capsys.readouterr().err
+    assert not asked.out.exists()
+    assert main([*words, "--optim.schedule", "constant"]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "budget of each run: 2000 sampled tokens (--budget)" in told
+    assert "vpgea: steps of 24 paths up to 2000 tokens" in told
+    (drawn,) = map(json.loads, map(Path.read_text, (asked.out / "records").iterdir()))
+    lines = (asked.out / "runs/vpgea-0.001-0/metrics.jsonl").read_text().splitlines()
+    tokens = [json.loads(line)["tokens_generated"] for line in lines]
+    assert sum(tokens[:-1]) < 2000 <= sum(tokens) == drawn["tokens_generated"]
+    assert (drawn["ended"], drawn["steps"]) == ("done", len(tokens))
+
+
 def lasting(folder):
-    """The records without what a kill may change: how long the last process took."""
+    """The records without what a kill may change: how long the processes took."""
     records = [json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())]
-    return [{k: v for k, v in record.items() if k not in ("wall_s", "words")} for record in records]
+    changing = ("wall_s", "words")
+    return [{k: v for k, v in r.items() if k not in changing} for r in untimed(records)]
 
 
 def start(order):

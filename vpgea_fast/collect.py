@@ -20,7 +20,14 @@ from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
 from vpgea_fast.reference import Reference
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed, split_path
+from vpgea_fast.rollout.engine import (
+    RolloutEngine,
+    Sampling,
+    answer_only,
+    request_seed,
+    slot_of,
+    split_path,
+)
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
     RowsFn,
@@ -257,9 +264,7 @@ class Collector:
         for q in questions:
             for stream, view, count in plan:
                 for i in range(count):
-                    place = {"step": step, "question_id": q.question.id, "stream": stream}
-                    seed = request_seed(run_seed=self.cfg.run.seed, **place, index=i)
-                    slots.append(Slot(**place, index=i, seed=seed))
+                    slots.append(slot_of(self.cfg.run.seed, step, q.question.id, stream, i))
                     views.append(view)
         asked = self._asked(questions, slots, draws)
         return [

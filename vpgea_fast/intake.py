@@ -29,9 +29,8 @@ from vpgea_fast.data import (
 )
 from vpgea_fast.distributed import World
 from vpgea_fast.model_dir import check_vocabulary, load_generation_config, load_tokenizer
-from vpgea_fast.names import Slot
 from vpgea_fast.prompts import Prompter, eos_ids
-from vpgea_fast.rollout.engine import request_seed
+from vpgea_fast.rollout.engine import slot_of
 from vpgea_fast.rollout.factory import check_engine
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.weights import load_config
@@ -76,9 +75,7 @@ def _fields(cfg: Config) -> dict[str, Callable[[str], str]]:
     draws = cfg.objective.draws()
 
     def value(name: str, question_id: str) -> str:
-        place = {"step": 0, "question_id": question_id, "stream": "prior", "index": 0}
-        slot = Slot(**place, seed=request_seed(run_seed=cfg.run.seed, **place))
-        return draws.values(slot)[name]
+        return draws.values(slot_of(cfg.run.seed, 0, question_id, "prior", 0))[name]
 
     return {name: functools.partial(value, name) for name in draws.fields}
 

@@ -47,10 +47,12 @@ class Score(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Slot:
     """The place of a path before it is drawn: all that a field of its prompt may depend on. `seed`
-    is the path's own, a pure function of the others and the run's."""
+    is the path's own, and `group_seed` that of its question's paths in this step, of all streams:
+    pure functions of the place and of run.seed."""
 
     question_id: str
     stream: Stream
     index: int
     step: int
     seed: int
+    group_seed: int

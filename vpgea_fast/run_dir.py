@@ -270,10 +270,11 @@ class RunDir:
 def _require_state(saved: checkpoint.Checkpoint) -> None:
     """Raise CheckpointError for a state that `Trainer.save` does not write."""
     state = saved.trainer_state
-    # A mapping may be missing: versions before it had none.
-    kinds = {"skipped_in_a_row": int, "data": str, "evaluated": dict, "method": dict}
+    kinds = {"skipped_in_a_row": int, "data": str, "evaluated": dict, "method": dict, "tokens": int}
     for key, kind in kinds.items():
-        if type(state.get(key, {} if kind is dict else None)) is not kind:
+        # Of versions that had none of it.
+        missing = kind() if key in ("evaluated", "method", "tokens") else None
+        if type(state.get(key, missing)) is not kind:
             raise checkpoint.CheckpointError(
                 f"{saved.path}/state.json: got {key} {state.get(key)!r:.60}, expected "
                 f"{kind.__name__}; delete this checkpoint to go on from the one before"

@@ -59,7 +59,7 @@ class TrainingError(RuntimeError):
 
 
 def fit(cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()) -> Ending:
-    """Train to `cfg.train.steps` in `cfg.run.dir`, unless the run is stopped or has to halt.
+    """Train in `cfg.run.dir` to the last step, unless the run is stopped or has to halt.
 
     A stopped run is saved first. With `resume` the run directory's newest checkpoint is continued,
     bitwise as if it had never stopped. `callbacks` listen and may stop the run (see `Callback`);
@@ -71,7 +71,7 @@ def fit(cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()
         trainer.introduce()
         try:
             trainer.evaluate_once("before")
-            while trainer.step < cfg.train.steps and trainer.halted is None:
+            while not trainer.over:
                 stats = trainer.train_step()
                 trainer.finish_step(stats)
             trainer.evaluate_once("after")
@@ -103,6 +103,7 @@ class Trainer:
 
     # All that changes in a run, beside parameters, optimiser state and random generators.
     step: int
+    tokens: int  # sampled so far
     method: Mapping[str, Any]  # what the objective keeps from step to step
     rollout: Rollout | None  # of the step under way, from its first update on
     skipped_in_a_row: int
@@ -115,7 +116,7 @@ class Trainer:
         self, cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()
     ) -> None:
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
-        self.step, self.skipped_in_a_row, self.worth = 0, 0, {}
+        self.step, self.tokens, self.skipped_in_a_row, self.worth = 0, 0, 0, {}
         self.halted, self.offending, self.saved_at = None, [], time.monotonic()
         self.method, self.rollout = {}, None
         if cfg.run.threads:
@@ -153,6 +154,13 @@ class Trainer:
         if error is None:
             del self.stages  # FSDP's state must not outlive the group that the world closes
             self.world.close()
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has made its steps, has sampled its tokens, or has to halt."""
+        limit = self.cfg.train.max_tokens
+        spent = limit is not None and self.tokens >= limit
+        return spent or self.step >= self.cfg.train.steps or self.halted is not None
 
     def train_step(self) -> StepStats:
         """Draw, update, sync: one step of the method, or the rest of one that was left.
@@ -320,7 +328,9 @@ class Trainer:
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule, tell the callbacks."""
-        self.step += 1
+        drawn = stats.metrics["tokens_generated"]
+        assert isinstance(drawn, int)
+        self.step, self.tokens = self.step + 1, self.tokens + drawn
         if self.metrics is not None:
             self.metrics.write(stats.metrics)
         self.console.step(stats.metrics)
@@ -337,8 +347,7 @@ class Trainer:
                 f"rows of the last one are in {file}, the last checkpoint is good: lower optim.lr "
                 "and go on with --resume"
             )
-        ends = self.halted is not None or self.step == self.cfg.train.steps
-        if ends or self._save_is_due():
+        if self.over or self._save_is_due():
             self.save()
         self._tell("on_step", stats.metrics)
         self.stop.together()
@@ -418,6 +427,7 @@ class Trainer:
             self.step,
             {
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "tokens": self.tokens,
                 "method": dict(self.method),
                 "data": self.stages.intake.fingerprint,
                 "config": as_dict(self.cfg),
@@ -471,6 +481,7 @@ class Trainer:
                 self.step = saved.step
                 self.skipped_in_a_row = saved.trainer_state["skipped_in_a_row"]
                 self.method = saved.trainer_state.get("method", {})
+                self.tokens = saved.trainer_state.get("tokens", 0)
                 if saved.updates:
                     self.rollout = checkpoint.read_rollout(saved, self._revive, world=self.world)
                     self.run.notices.append(f"goes on after {self._place()}, with its paths")

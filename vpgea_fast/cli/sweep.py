@@ -43,7 +43,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         default="paths",
         type=_budget,
         help="what all runs have alike: paths (those that the configuration draws; the default), "
-        "steps, or a number of paths",
+        "steps, a number of paths, or tokens:N, that many sampled ones",
     )
     # No default here: it depends on what the configuration evaluates.
     sweep.add_argument("--metric", help="what picks a rate; default sampled_eps3")
@@ -121,7 +121,10 @@ def _command(args: argparse.Namespace, overrides: list[str]) -> str:
 
 
 def _budget(word: str) -> str | int:
-    return word if word in ("paths", "steps") else whole(1, 2**53)(word)
+    if word in ("paths", "steps"):
+        return word
+    count = whole(1, 2**53)(word.removeprefix("tokens:"))
+    return f"tokens:{count}" if word.startswith("tokens:") else count
 
 
 def _tokens(word: str) -> float:

@@ -79,6 +79,9 @@ class OptimConfig:
 class TrainConfig:
     steps: PositiveInt = 200
     """Steps of the run: one rollout batch each, with one update per minibatch and epoch."""
+    max_tokens: PositiveInt | None = None
+    """End after the step in which the run's sampled tokens (tokens_generated) reach this, if
+    train.steps are not over before; null: never. Needs optim.schedule constant."""
     questions_per_step: PositiveInt = 64
     """Questions per step, over all processes."""
     # Updates per rollout. More than one costs forwards: log-probs before each of them.
@@ -313,6 +316,11 @@ class Config:
                 "train.resample_rounds 0, or engine.match question where the files hold all"
             )
         self._check_keep_best()
+        if self.train.max_tokens is not None and self.optim.schedule != "constant":
+            raise ValueError(
+                f"optim.schedule {self.optim.schedule!r} falls over train.steps, and "
+                "train.max_tokens ends the run anywhere on that way; set optim.schedule constant"
+            )
         # Either one alone is a mistake that shows only as a model that does not learn.
         rounded = self.model.master_dtype == "bfloat16"
         if rounded != self.optim.stochastic_rounding:

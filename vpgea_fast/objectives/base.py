@@ -54,7 +54,7 @@ class Draws:
                       number: a pure function of the path's place
 
     >>> budget = {"budget": lambda slot: 64 + 64 * (slot.seed % 3)}
-    >>> Draws(prior=4, fields=budget).values(Slot("q0", "prior", 0, step=0, seed=5))
+    >>> Draws(prior=4, fields=budget).values(Slot("q0", "prior", 0, step=0, seed=5, group_seed=5))
     {'budget': '192'}
     """
 

@@ -11,7 +11,6 @@ A new one is a type here, a name in LengthReward, and a row in tests/test_length
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -200,7 +199,7 @@ def _stated(batch: ScoredBatch) -> Tensor:
 @dataclass(frozen=True, config=STRICT)
 class Budgeted(LengthKeys):
     """Keys of the two rewards of L1. The prompt asks for `{budget}` tokens, one number per question
-    and step: both paths of a comparison had the same to do."""
+    and step, by run.seed: both paths of a comparison had the same to do."""
 
     low: PositiveInt = 100
     """Smallest budget."""
@@ -215,9 +214,7 @@ class Budgeted(LengthKeys):
         return {"budget": self._budget}
 
     def _budget(self, slot: Slot) -> int:
-        # A checksum, since Python's own hash of text differs from process to process.
-        number = zlib.crc32(f"{slot.question_id}/{slot.step}".encode())
-        return self.low + number % (self.high - self.low + 1)
+        return self.low + slot.group_seed % (self.high - self.low + 1)
 
     def _asked(self, judged: Judged) -> Tensor:
         """The budget of every path, (B, N) float64."""

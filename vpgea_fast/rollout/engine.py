@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from vpgea_fast.names import Slot
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
 
@@ -368,6 +369,13 @@ def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, ind
     # string changes with the process. 63 bits, because engines take a signed 64-bit seed.
     fields = json.dumps([run_seed, step, question_id, stream, index]).encode()
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
+
+
+def slot_of(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> Slot:
+    """Give a path's place its seeds."""
+    seed = request_seed(run_seed, step, question_id, stream, index)
+    group_seed = request_seed(run_seed, step, question_id, "prior", 0)
+    return Slot(question_id, stream, index, step, seed=seed, group_seed=group_seed)
 
 
 def split_path(

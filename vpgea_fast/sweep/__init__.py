@@ -182,13 +182,20 @@ def run_sweep(order: Order, console: Console, command: str = "") -> Path:
 
 def budget_lines(order: Order, sweep: Sweep) -> list[str]:
     """Say what is equal between the methods, and what each draws."""
-    what = {"paths": f"the paths of {order.config}", "steps": "its steps"}.get(
-        str(order.budget), f"{order.budget} paths"
-    )
+    what = {
+        "paths": f"the paths of {order.config}",
+        "steps": "its steps",
+        f"tokens:{order.tokens}": f"{order.tokens} sampled tokens",
+    }.get(str(order.budget), f"{order.budget} paths")
     lines = [f"budget of each run: {what} (--budget); rates picked by {sweep.metric}"]
     for each in {c.method: c for c in sweep.cells()}.values():
         steps, drawn = each.cfg.train.steps, paths_a_step(each.cfg)
-        lines.append(f"{each.method}: {steps} steps x {drawn} paths = {steps * drawn}")
+        if not drawn:
+            lines.append(f"{each.method}: {steps} steps, which draw no path")
+        elif order.tokens is not None:
+            lines.append(f"{each.method}: steps of {drawn} paths up to {order.tokens} tokens")
+        else:
+            lines.append(f"{each.method}: {steps} steps x {drawn} paths = {steps * drawn}")
     return lines
 
 

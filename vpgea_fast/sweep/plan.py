@@ -19,6 +19,7 @@ OWN_KEYS = {
     "optim.lr": "--rates",
     "run.seed": "--seeds",
     "run.dir": "--out",
+    "train.max_tokens": "--budget tokens:N",
 }
 """Keys that a sweep sets itself -> where the user says them."""
 COMMON_KEYS = (*OWN_KEYS, "objective.name", "train.steps")
@@ -41,8 +42,9 @@ class Method(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """What the user asked for. `config` is a file, `words` are laid over it in every run; `select`
-    is a file of questions that pick the rates, null: half of those of eval.data."""
+    """What the user asked for. `config` is a file, `words` are laid over it in every run; `budget`
+    is "paths", "steps", a number of paths, or "tokens:N"; `select` is a file of questions that pick
+    the rates, null: half of those of eval.data."""
 
     config: str
     words: tuple[str, ...]
@@ -56,6 +58,12 @@ class Order:
     extend: int = 3
     jobs: int | None = None
     short: float | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """The sampled tokens of a run, if they are the budget."""
+        kind, _, count = str(self.budget).partition(":")
+        return int(count) if kind == "tokens" else None
 
 
 class Questions(NamedTuple):
@@ -184,6 +192,7 @@ def metric_of(order: Order, cfg: Config) -> str:
 
 
 def paths_a_step(cfg: Config) -> int:
+    """Count the paths that a step draws; 0 for an objective that reads the data's responses."""
     draws = cfg.objective.draws()
     return 0 if draws.given else draws.paths * cfg.train.questions_per_step
 
@@ -194,16 +203,24 @@ def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps:
     words += [f"--eval.data={data}", "--checkpoint.export=false", "--metrics.compare=null"]
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
-    return Cell(method.label, rate, seed, tuple(words), load(order.config, words))
+    cfg = load(order.config, words)
+    # What draws no path has no token to count.
+    if order.tokens is not None and paths_a_step(cfg):
+        words.append(f"--train.max_tokens={order.tokens}")
+        cfg = load(order.config, words)
+    return Cell(method.label, rate, seed, tuple(words), cfg)
 
 
 def steps_of(order: Order, method: Method, base: Config) -> int:
-    """Count the steps that the budget allows: all methods draw as many paths, to within a step."""
+    """Count the steps that the budget allows: all methods draw as many paths, to within a step. Of
+    a budget of tokens these are more than it pays for, since a path has a token or more."""
     cfg = load(order.config, [*order.words, *method.words])
     each = paths_a_step(cfg)
     # What draws no path (it reads them) makes the configuration's steps.
     if order.budget == "steps" or not each:
         return base.train.steps
+    if order.tokens is not None:
+        return -(-order.tokens // each)
     paths = order.budget
     if not isinstance(paths, int):
         paths = paths_a_step(base) * base.train.steps

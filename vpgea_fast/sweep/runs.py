@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
@@ -20,9 +21,11 @@ from vpgea_fast.config import ConfigError, changes, dump, load
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.report import read_evaluation
 from vpgea_fast.stop import Stop
-from vpgea_fast.sweep.plan import Cell, Questions, SweepError
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
+GUARD = ("guard_caught", "time_guard_ratio")
+"""What a run logs of its leak guard in every step."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
 CHILD = """
@@ -161,8 +164,11 @@ class Pool:
 def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
     """What a sweep keeps of a run that has ended."""
     evaluation, drawn, steps = read_evaluation(run), 0, 0
-    for line in read_steps(run):
+    lines = list(read_steps(run))
+    for line in lines:
         drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
+    limit, last = cell.cfg.train.max_tokens, cell.cfg.train.steps
+    spent = steps == last or (limit is not None and drawn >= limit)
     if not diverged and "after" not in evaluation:
         raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
     return {
@@ -170,14 +176,22 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
-        "ended": "diverged" if diverged else "done" if steps == cell.cfg.train.steps else "halted",
+        "ended": "diverged" if diverged else "done" if spent else "halted",
         "steps": steps,
-        "tokens_generated": drawn,
+        # Responses of the data are read, though the run's log counts them.
+        "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
+        **guard_facts(lines),
         "select": list(split.select),
         "test": list(split.test),
         "before": evaluation["before"],
         "after": None if diverged else evaluation["after"],
     }
+
+
+def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run's leak guard caught and cost, means over its steps; {} without one."""
+    known = {key: [s[key] for s in steps if s.get(key) is not None] for key in GUARD}
+    return {key: fmean(values) for key, values in known.items() if values}
 
 
 def _lasting(words: Sequence[str]) -> list[str]:

@@ -122,6 +122,9 @@ def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> d
         "diverged_runs": sum(run["after"] is None for run in mine),
         "tokens_generated": fmean(run["tokens_generated"] for run in groups[best]),
     }
+    # Not its time: rows made again after a kill are the same.
+    if caught := [run["guard_caught"] for run in groups[best] if "guard_caught" in run]:
+        found["guard_caught"] = fmean(caught)
     if short is not None:
         found["short_seeds"] = sum(is_short(run, short) for run in groups[best])
         found["short_runs"] = sum(is_short(run, short) for run in mine)
