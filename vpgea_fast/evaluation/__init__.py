@@ -1,0 +1,4 @@
+"""What an evaluation leaves behind, and what is said of it.
+
+records.py  a line per sample, and the file that names model, settings and questions
+"""
