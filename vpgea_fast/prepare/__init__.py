@@ -1,6 +1,5 @@
 """`vpgea data NAME`: published questions as train.jsonl and test.jsonl (id, question, answer).
 
-recipes.py     where each data set lies, and its keys
 overlap.py     training questions that an evaluation asks too
 pass_rates.py  how often a model answers each question right
 """
@@ -26,11 +25,11 @@ from vpgea_fast.data import (
     load_questions,
     shown_drops,
 )
+from vpgea_fast.data.recipes import RECIPES, Recipe, Source, located
 from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console
 from vpgea_fast.prepare.overlap import Match, Overlap
 from vpgea_fast.prepare.pass_rates import histogram, pass_rates
-from vpgea_fast.prepare.recipes import RECIPES, Recipe, Source, located
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
 
