@@ -51,9 +51,24 @@ def declare_eval(commands: Commands, common: Parser) -> None:
     evaluate.add_argument("model", type=path, help="Hugging Face directory or Hub name")
     evaluate.add_argument(
         "data",
-        nargs="+",
+        nargs="*",
         help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
         "'{path: math500.jsonl, question_key: problem}'",
+    )
+    evaluate.add_argument(
+        "--suite",
+        metavar="paper|vr|quick",
+        help="the benchmarks of the papers, by their protocol; or some of them: gsm8k,math500,"
+        "aime24,aime25,gpqa_diamond,mmlu_pro,amc23,olympiadbench",
+    )
+    evaluate.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        type=path,
+        metavar="FOLDER",
+        help="read the suite's files as published from here, not the Hub; may be given again",
     )
     evaluate.add_argument(
         "--config",
@@ -89,8 +104,9 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     # Each process of torchrun sees what another may have begun by now: only the first looks.
     elif os.environ.get("RANK", "0") == "0":
         check_free(Path(args.out), resume=args.resume)
+    data, protocol = _asked(args, overrides)
     # The positional words come last: they win over an override of the same key, which is told.
-    words = [*overrides, "--model.path", args.model, "--eval.data", files(args.data)]
+    words = [*protocol, *overrides, "--model.path", args.model, "--eval.data", files(data)]
     source, cfg = of_model(args, words, overrides)
     if (args.processes or 1) > 1:
         return run_processes(_without_processes(args.words), args.processes)
@@ -98,6 +114,28 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(settings_line(args.model, source), flush=True)
     return _evaluate(args, cfg)
+
+
+def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The words of eval.data, a suite's first, and those of its protocol."""
+    if args.suite is None:
+        if args.folders:
+            raise UsageError("--from is where a suite's files lie; give --suite, too")
+        if not args.data:
+            raise UsageError("expected files of questions, or --suite; see vpgea eval --help")
+        return args.data, []
+    from vpgea_fast.evaluation.suites import PROTOCOL, suite_files
+
+    # What the command line gives wins, and each key stands once.
+    given = {word.partition("=")[0].removeprefix("--") for word in overrides}
+    entries, lacking = suite_files(
+        args.suite, [*map(Path, args.folders)], samples="eval.samples" not in given
+    )
+    for line in lacking:
+        notice(f"--suite {args.suite}: {line}")
+    rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
+    protocol = [[f"--{key}", value] for key, value in PROTOCOL.items() if key not in given]
+    return [*map(json.dumps, rows), *args.data], [word for pair in protocol for word in pair]
 
 
 def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:

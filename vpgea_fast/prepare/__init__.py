@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vpgea_fast import strict_yaml
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config, DataConfig, DataFile
+from vpgea_fast.config import Config, DataConfig
 from vpgea_fast.data import (
     DataError,
     Drop,
@@ -161,13 +161,7 @@ def _rows(source: Source, path: str, limit: int | None, judge: Judge) -> LoadedQ
     first, last = source.part
     # The limit counts within the part, so that a test split has as many as asked for.
     ends = [end for end in (last, None if limit is None else first + limit) if end is not None]
-    file = DataFile(
-        path,
-        question_key=source.question,
-        answer_key=source.answer,
-        id_key=source.id,
-        limit=min(ends, default=None),
-    )
+    file = source.entry(path, limit=min(ends, default=None))
     loaded = load_questions(file, DataConfig(), parseable=judge)
     if not first:
         return loaded
