@@ -33,6 +33,7 @@ PROTOCOL = {
     "eval.top_p": "0.95",
     "eval.max_new_tokens": "32768",
     "eval.greedy": "false",
+    "verify.name": "math",  # which reads letters too
 }
 """Keys of a suite, unless the command line gives others."""
 CHOICE = (
