@@ -310,8 +310,9 @@ def evaluate_model(
         if console is not None:
             judge = console.watched(judge, "reference answers")
         evaluator = model.evaluator(cfg, read_benchmarks(cfg, model.text, judge))
-        for line in evaluator.describe() if console is not None else ():
-            console.message(line)
+        if console is not None:
+            for line in evaluator.describe():
+                console.message(line)
         if record is not None:
             return _recorded(cfg, evaluator, console, record)
         return evaluator.run(None if console is None else console.samples(evaluator.samples))

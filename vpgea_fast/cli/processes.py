@@ -23,7 +23,7 @@ def run_processes(words: Sequence[str], count: int) -> int:
     """
     if "RANK" in os.environ:
         raise UsageError("--processes inside torchrun; give one of the two")
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     # The store is this process's, as torchrun keeps it: no free port is guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(hours=1))
@@ -41,10 +41,9 @@ def run_processes(words: Sequence[str], count: int) -> int:
         try:
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                out = {"stdout": said, "stderr": said} if rank else {}
-                children.append(
-                    subprocess.Popen(command, env={**os.environ, **shared, **own}, **out)
-                )
+                out = said if rank else None
+                env = {**os.environ, **shared, **own}
+                children.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
             return _wait(children, said)
         finally:
             for child in children:
