@@ -5,7 +5,6 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ import torch
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.evaluation.measures import Answers, measure
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
-from vpgea_fast.metrics import Console, eps3, eps3_mean
+from vpgea_fast.metrics import Console
 from vpgea_fast.model import load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
@@ -28,8 +28,6 @@ from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
 from vpgea_fast.weights import stored_model
 
-BOOTSTRAP = 1000
-"""Resamples behind an interval."""
 Decode = Callable[[torch.Tensor], str]
 Item = tuple[Question, torch.Tensor]
 """A question and its student prompt: all that an evaluation knows."""
@@ -129,32 +127,16 @@ class Evaluator:
     def _mode(
         self, samples: int, sampling: Sampling, on_progress: Progress | None
     ) -> dict[str, Any]:
-        # One generator: the benchmarks are resampled independently of each other.
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        parts, resampled = {}, []
+        results = {}
         for name, benchmark in self.benchmarks.items():
-            questions = benchmark.questions
-            paths, correct_QN = self.answers(questions, samples, sampling, on_progress)
-            # Whole questions are resampled: the samples of one are not independent.
-            means_R = _bootstrap(correct_QN.mean(dim=1), generator)
-            resampled.append(means_R)
-            acc = correct_QN.mean().item()
-            # fsum: the sum does not depend on the order of the paths, which engines choose.
-            tokens = math.fsum(path.generated for path in paths) / len(paths)
-            parts[name] = {
-                "acc": acc,
-                **_interval(means_R),
-                "tokens": tokens,
-                "eps3": eps3(acc, tokens),
-                "truncated": sum(path.truncated for path in paths) / len(paths),
-                "errors": sum(path.finish == "error" for path in paths),
-                "n": len(paths),
-                "questions": len(questions),
-                "dropped": sum(benchmark.dropped.values()),
-            }
-        # Benchmarks count alike, whatever their size, in the mean and in its interval.
-        whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
-        return {**whole, "benchmarks": parts}
+            paths, correct_QN = self.answers(benchmark.questions, samples, sampling, on_progress)
+            results[name] = _answers(benchmark.questions, paths, correct_QN)
+        found = measure(results, seed=self.cfg.seed)
+        # What was asked of none of them is known to the benchmarks alone.
+        dropped = {name: sum(b.dropped.values()) for name, b in self.benchmarks.items()}
+        for name, part in found["benchmarks"].items():
+            part["dropped"] = dropped[name]
+        return {**found, "dropped": sum(dropped.values())}
 
     def answers(
         self,
@@ -169,6 +151,22 @@ class Evaluator:
         answers = [q.answer for q, _ in questions for _ in range(samples)]
         correct = answers_correct(paths, answers, decode=self.decode, verify=self.verifier.verify)
         return paths, correct.view(len(questions), samples)
+
+
+def _answers(questions: Sequence[Item], paths: Sequence[Path], correct_QN: torch.Tensor) -> Answers:
+    """Arrange the paths of a benchmark, which stand in the order of its questions."""
+
+    def column(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values)).view(correct_QN.shape)
+
+    return Answers(
+        questions=tuple(q.id for q, _ in questions),
+        correct_QK=correct_QN,
+        tokens_QK=column(path.generated for path in paths),
+        cut_QK=column(path.truncated for path in paths),
+        error_QK=column(path.finish == "error" for path in paths),
+        votes_QK=torch.full(correct_QN.shape, -1),
+    )
 
 
 def make_sampling(
@@ -298,32 +296,3 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     }
     rows = [[name, mode, *(cell(r) for cell in columns.values())] for name, mode, r in entries]
     return ["benchmark", "answers", *columns], rows
-
-
-def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
-    """Average the measures of all benchmarks, and add up their counts."""
-    counts = ("n", "questions", "dropped", "errors")
-    # Both, because the paper does not say which of the two it prints.
-    mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
-    return {
-        **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
-        "eps3": mean_of_ratios,
-        "eps3_mean": ratio_of_means,
-        **{key: sum(int(part[key]) for part in parts) for key in counts},
-    }
-
-
-def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw the questions BOOTSTRAP times with replacement; return the mean of each resample."""
-    count = per_question_Q.numel()
-    # (R, Q) int64: 1,000 x 1,319 of GSM8K's test are 10 MB.
-    picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
-    return per_question_Q[picks_RQ].mean(dim=1)
-
-
-def _interval(means_R: torch.Tensor) -> dict[str, float]:
-    """Take the 95 % percentile interval."""
-    # At an accuracy of 0 or 1 all resamples agree, and it has no width.
-    edges = torch.tensor([0.025, 0.975], dtype=means_R.dtype)
-    low, high = means_R.quantile(edges).tolist()
-    return {"acc_low": low, "acc_high": high}

@@ -1,4 +1,5 @@
 """What an evaluation leaves behind, and what is said of it.
 
-records.py  a line per sample, and the file that names model, settings and questions
+records.py   a line per sample, and the file that names model, settings and questions
+measures.py  numbers and intervals over them
 """
