@@ -34,7 +34,15 @@ from vpgea_fast.metrics import environment
 from vpgea_fast.tiny import make_tiny
 
 ROOT = Path(__file__).parents[1]
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "samples_per_s", "peak_memory", "mfu", "guard_time_")
+TIMED = (
+    "time_",
+    "tokens_per_s",
+    "train_tokens_per_s",
+    "samples_per_s",
+    "peak_memory",
+    "mfu",
+    "guard_time_",
+)
 """Keys that a clock or the allocator fills begin so."""
 VLLM_TOLERANCE = 1.4e-5
 SMALL = {
