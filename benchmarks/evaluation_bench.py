@@ -75,7 +75,7 @@ def main() -> None:
     sizes = [tuple(map(int, s.split("x"))) for s in args.sizes] if args.sizes else SIZES
     low, high = map(int, args.tokens.split(":"))
     print(
-        f"{'records':>10}{'MB':>8}{'read s':>9}{'measure s':>11}   {torch.get_num_threads()} threads"
+        f"{'records':>10}{'MB':>8}{'read s':>9}{'measure s':>11}  {torch.get_num_threads()} threads"
     )
     for questions, draws in sizes:
         found = time_one(questions, draws, (low, high))
