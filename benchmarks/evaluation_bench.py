@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.evaluation.measures import collect_all, details, efficiency_intervals, measure
+from vpgea_fast.evaluation.measures import collect_all, details, intervals, measure
 from vpgea_fast.evaluation.records import SAMPLES, Sample, line, read_samples
 
 SIZES = ((12_032, 1), (12_500, 8))
@@ -60,7 +60,7 @@ def time_one(questions: int, draws: int, tokens: tuple[int, int]) -> dict[str, f
         benchmarks = collect_all(read_samples(path))["sampled"]
         read = time.perf_counter()
         measure(benchmarks)
-        efficiency_intervals(benchmarks)
+        intervals(benchmarks)
         for answers in benchmarks.values():
             details(answers)
         done = time.perf_counter()

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -18,12 +19,14 @@ from vpgea_fast.evaluation.measures import (
     collect,
     collect_all,
     details,
-    efficiency_intervals,
+    intervals,
     majority,
     measure,
     pass_at,
+    question_means,
     resample,
     resampled_means,
+    statistics,
     tokens_per_correct,
 )
 from vpgea_fast.evaluation.records import Sample, SampleError
@@ -173,12 +176,13 @@ def test_budgets_by_hand():
 
 def test_aes_by_hand():
     """Half the tokens at held accuracy is 0.5; a fall weighs five times, a rise three times."""
-    base = (0.5, 1000.0)
-    assert aes(0.5, 500, base=base) == 0.5
-    assert aes(0.55, 1000, base=base) == pytest.approx(3 * 0.1)
-    assert aes(0.45, 1200, base=base) == pytest.approx(-0.2 - 5 * 0.1)
-    assert aes(0.45, 1200, base=base, weights=(1, 5, 10)) == pytest.approx(-0.2 - 1)
-    assert math.isnan(aes(0.5, 500, base=(0.0, 1000)))
+    number = partial(torch.tensor, dtype=torch.float64)
+    base = (number(0.5), number(1000))
+    acc, tokens = number([0.5, 0.55, 0.45]), number([500, 1000, 1200])
+    expected = [0.5, 3 * 0.1, -0.2 - 5 * 0.1]
+    assert aes(acc, tokens, base=base).tolist() == pytest.approx(expected)
+    assert aes(acc, tokens, base=base, weights=(1, 5, 10))[2].item() == pytest.approx(-1.2)
+    assert not aes(acc, tokens, base=(number(0), number(1000))).isfinite().any()
 
 
 def test_groups_measure_their_own_questions():
@@ -216,26 +220,27 @@ def test_two_evaluations_of_the_same_questions_are_paired():
         assert (one.std(dim=1) > 0).all()
 
 
-def test_efficiency_intervals_hold_their_numbers():
+def test_intervals_hold_their_numbers():
     """Both aggregations; the interval of accuracy is that of `measure`, drawn from one seed."""
     benchmarks = {"b": collect(drawn(60, 4)), "c": collect(drawn(40, 4, seed=3))}
-    found, whole = efficiency_intervals(benchmarks), measure(benchmarks)
+    found, whole = intervals(benchmarks), measure(benchmarks)
+    points = statistics(*question_means(benchmarks))
     pairs = [(part["acc"], part["tokens"]) for part in whole["benchmarks"].values()]
     assert (whole["eps3"], whole["eps3_mean"]) == eps3_mean(pairs)
-    for name, value in {
-        "eps3": whole["eps3"],
-        "eps3_mean": whole["eps3_mean"],
-        "c": whole["benchmarks"]["c"]["eps3"],
-    }.items():
-        low, high = found[name]
-        assert low < value < high
-    accs, tokens = resampled_means(benchmarks)
-    assert measures.interval(accs.mean(dim=0)) == (whole["acc_low"], whole["acc_high"])
+    parts = [*whole["benchmarks"].values(), whole]
+    for row, (name, part) in enumerate(zip(["b", "c", "mean"], parts, strict=True)):
+        for key, (low, high) in found[name].items():
+            value = part.get(key, part["eps3"])
+            assert points[key][row].item() == pytest.approx(value, rel=1e-12)
+            assert low < value < high
+        assert found[name]["acc"] == (part["acc_low"], part["acc_high"])
     # Each resample against the scalar definitions.
-    both = measures.efficiencies(accs, tokens)
+    accs, tokens = resampled_means(benchmarks)
+    both = statistics(accs, tokens)
     for r in (0, 17, BOOTSTRAP - 1):
         pairs = list(zip(accs[:, r].tolist(), tokens[:, r].tolist(), strict=True))
-        assert (both[0][r].item(), both[1][r].item()) == pytest.approx(eps3_mean(pairs), rel=1e-12)
+        last = both["eps3"][-1, r].item(), both["eps3_mean"][-1, r].item()
+        assert last == pytest.approx(eps3_mean(pairs), rel=1e-12)
 
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():

@@ -217,26 +217,23 @@ def interval(values_R: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def efficiencies(accs_BR: Tensor, tokens_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """Both aggregations of eps3, as in `eps3_mean`, per resample of B benchmarks: two (R,)."""
-    ratios_BR = (100 * accs_BR).square() / tokens_BR
-    means_R = (100 * accs_BR.mean(dim=0)).square() / tokens_BR.mean(dim=0)
-    return ratios_BR.mean(dim=0), means_R
+def statistics(accs_BR: Tensor, tokens_BR: Tensor) -> dict[str, Tensor]:
+    """Accuracy, tokens and eps3 of B benchmarks, then of their mean: each (B + 1, R).
 
-
-def efficiency_intervals(
-    benchmarks: Mapping[str, Answers], *, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Intervals of eps3 by both aggregations: accuracy and tokens of the same resampled questions.
-
-    Keys: eps3, eps3_mean, and each benchmark's name.
+    R resamples, or one column of the numbers themselves. The mean's `eps3` is the mean of ratios,
+    its `eps3_mean` the ratio of means, as in `eps3_mean`; of a benchmark the two are one number.
     """
-    accs, tokens = resampled_means(benchmarks, seed=seed)
-    found = {
-        name: interval((100 * accs[b]).square() / tokens[b]) for b, name in enumerate(benchmarks)
-    }
-    mean_of_ratios, ratio_of_means = efficiencies(accs, tokens)
-    return {**found, "eps3": interval(mean_of_ratios), "eps3_mean": interval(ratio_of_means)}
+    acc, tokens = (torch.cat([x, x.mean(dim=0, keepdim=True)]) for x in (accs_BR, tokens_BR))
+    ratios = (100 * acc).square() / tokens
+    eps3 = torch.cat([ratios[:-1], ratios[:-1].mean(dim=0, keepdim=True)])
+    return {"acc": acc, "tokens": tokens, "eps3": eps3, "eps3_mean": ratios}
+
+
+def question_means(benchmarks: Mapping[str, Answers]) -> tuple[Tensor, Tensor]:
+    """Accuracy and tokens of every benchmark: two (B, 1) float64."""
+    means = [(a.correct_QK.mean(), a.tokens_QK.double().mean()) for a in benchmarks.values()]
+    accs, tokens = zip(*means, strict=True)
+    return torch.stack(accs)[:, None], torch.stack(tokens)[:, None]
 
 
 def resampled_means(benchmarks: Mapping[str, Answers], *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -247,15 +244,27 @@ def resampled_means(benchmarks: Mapping[str, Answers], *, seed: int = 0) -> tupl
     generator = torch.Generator().manual_seed(seed)
     pairs = [
         resample(
-            torch.stack(
-                [answers.correct_QK.mean(dim=1), answers.tokens_QK.double().mean(dim=1)], dim=1
-            ),
+            torch.stack([a.correct_QK.mean(dim=1), a.tokens_QK.double().mean(dim=1)], dim=1),
             generator,
         )
-        for answers in benchmarks.values()
+        for a in benchmarks.values()
     ]
     both_BRC = torch.stack(pairs)
     return both_BRC[..., 0], both_BRC[..., 1]
+
+
+def intervals(
+    benchmarks: Mapping[str, Answers], *, seed: int = 0
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Intervals of `statistics` by benchmark, and of their mean under "mean".
+
+    Accuracy and tokens are of the same resampled questions, so eps3's intervals are paired.
+    """
+    found = statistics(*resampled_means(benchmarks, seed=seed))
+    return {
+        name: {key: interval(values[row]) for key, values in found.items()}
+        for row, name in enumerate([*benchmarks, "mean"])
+    }
 
 
 def pass_at(correct_QK: Tensor, k: int) -> Tensor:
@@ -317,27 +326,25 @@ def tokens_per_correct(answers: Answers) -> float:
 
 
 def aes(
-    acc: float,
-    tokens: float,
+    acc: Tensor,
+    tokens: Tensor,
     *,
-    base: tuple[float, float],
+    base: tuple[Tensor, Tensor],
     weights: tuple[float, float, float] = AES_WEIGHTS,
-) -> float:
+) -> Tensor:
     """Accuracy-Efficiency Score of O1-Pruner (arXiv 2501.12570) against a base's (acc, tokens).
 
-    alpha dL + beta |dA| where accuracy holds, alpha dL - gamma |dA| where it falls; dL and dA are
-    the relative saving of tokens and the relative change of accuracy. NaN for a base without a
-    right answer or a token.
+    alpha dL + beta |dA| where accuracy holds, alpha dL - gamma |dA| where it falls; dL is the
+    relative saving of tokens, dA the relative change of accuracy. Not finite for a base without a
+    right answer.
 
-    >>> round(aes(0.590, 1915, base=(0.568, 3221)), 2)
-    0.52
+    >>> half, few = torch.tensor(0.5), torch.tensor(500.0)
+    >>> aes(half, few, base=(half, 2 * few)).item()
+    0.5
     """
-    base_acc, base_tokens = base
-    if not base_acc or not base_tokens:
-        return math.nan
-    saved, change = 1 - tokens / base_tokens, acc / base_acc - 1
+    saved, change = 1 - tokens / base[1], acc / base[0] - 1
     length, gain, loss = weights
-    return length * saved + (gain if change >= 0 else loss) * change
+    return length * saved + torch.where(change >= 0, gain, loss) * change
 
 
 def groups(answers: Answers, by: str) -> dict[str, dict[str, float]]:

@@ -103,7 +103,7 @@ CLAIMS = (
 TABLES = {
     "VPG-EA": Table(
         source="VPG-EA (arXiv 2605.11019), what its text states",
-        protocol="single-run pass@1 by its arithmetic (17 of 30, 465 of 500); token counts are not given",
+        protocol="one run, by its arithmetic (17 of 30, 465 of 500); token counts are not given",
         notes=CLAIMS,
         rows=_read(
             "math500 aime24",
@@ -261,9 +261,10 @@ LAPO-I | 84.3/2354 | - | 29.3/8318
     ),
     "VR": Table(
         source="Variational Reasoning, full text (arXiv 2509.22637)",
-        protocol="accuracy alone; 4B and 8B are Qwen3-Base, 7B and 32B Qwen2.5-Instruct; VR does not shorten",
+        protocol="accuracy alone; 4B and 8B: Qwen3-Base, 7B and 32B: Qwen2.5-Instruct",
         rows=_read(
-            "math500 aime24 aime25 amc23 olympiadbench gpqa_diamond lcb_easy lcb_medium lcb_hard mmlu_pro",
+            "math500 aime24 aime25 amc23 olympiadbench gpqa_diamond "
+            "lcb_easy lcb_medium lcb_hard mmlu_pro",
             """
 Qwen3-4B-Base | 45.30 | 4.79 | 5.73 | 27.73 | 23.37 | 29.10 | 18.54 | 5.46 | 1.32 | 36.89
 General-Reasoner-4B | 71.70 | 19.06 | 16.77 | 55.00 | 45.18 | 40.97 | 61.40 | 17.90 | 2.85 | 61.36
