@@ -137,7 +137,7 @@ def test_help_names_every_command(capsys):
             "--port: got 'http', expected a whole number from 1 to 65",
         ),
         (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
-        (["eval"], "required: model, data; see vpgea eval --help"),
+        (["eval"], "required: model; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
         (["eval", "./none", "d"], "no model directory at ./none"),
         (["eval", "none", "d"], "cannot load a tokenizer from 'none'"),

@@ -23,10 +23,10 @@ from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
 from vpgea_fast.config import Config, DataConfig, EvalConfig
 from vpgea_fast.data import load_questions
+from vpgea_fast.data.recipes import MATH, MATH_ROWS, RECIPES
 from vpgea_fast.evaluate import Evaluator
 from vpgea_fast.prepare.overlap import Overlap
 from vpgea_fast.prepare.pass_rates import Rate, _block
-from vpgea_fast.prepare.recipes import MATH, MATH_ROWS, RECIPES
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(_unknown(unknown[0], args.parser))
         if passed and args.run is not run_serve:
             raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
-        args.passed = passed
+        args.passed, args.words = passed, list(argv)
         return args.run(args, overrides)
     # Every refusal of this program is an exception whose text is meant for the user.
     except Exception as error:

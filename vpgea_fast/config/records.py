@@ -162,6 +162,10 @@ class EvalConfig:
         if weighted is not None:
             raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
 
+    def answers(self, samples: int | None) -> int:
+        """Count the answers to a question of a benchmark with (or without) `samples` of its own."""
+        return (self.samples if samples is None else samples) + self.greedy
+
 
 @dataclass(frozen=True, config=STRICT)
 class MetricsConfig:

@@ -148,11 +148,14 @@ def load_questions(
 @dataclass(frozen=True)
 class Benchmark:
     """The questions of one file with their student prompts: all that an evaluation knows. `shown`
-    is what the ids of the first prompt say, `loaded` what the file held."""
+    is what the ids of the first prompt say, `loaded` what the file held. `samples`: sampled answers
+    to each question (None: eval.samples); `student`: its template (None: prompt.student)."""
 
     questions: tuple[tuple[Question, Tensor], ...]
     loaded: LoadedQuestions
     shown: str
+    samples: int | None = None
+    student: str | None = None
 
     @property
     def dropped(self) -> Mapping[str, int]:
@@ -168,6 +171,8 @@ class StudentPrompts(Protocol):
 
     def shown(self, ids: Tensor) -> str: ...
 
+    def asking(self, student: str | None) -> StudentPrompts: ...
+
 
 def load_benchmarks(
     cfg: EvalConfig,
@@ -180,7 +185,8 @@ def load_benchmarks(
     name, for a prompt above data.max_prompt_tokens (the rest would be another benchmark), and if
     nothing is drawn."""
     # Found before the model is loaded: the result would be a table without rows.
-    if cfg.data and not (cfg.samples or cfg.greedy):
+    nothing = not (cfg.samples or cfg.greedy or any(file.samples for file in cfg.data))
+    if cfg.data and nothing:
         raise ValueError(
             "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
         )
@@ -194,7 +200,8 @@ def load_benchmarks(
         # eval.limit in the place of data.limit; a limit of the file's own still wins.
         loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
         texts, names = ([getattr(q, key) for q in loaded.questions] for key in ("text", "id"))
-        questions = tuple(zip(loaded.questions, prompter.student_ids(texts, names), strict=True))
+        asking = prompter.asking(file.student)
+        questions = tuple(zip(loaded.questions, asking.student_ids(texts, names), strict=True))
         # An accuracy over the shorter questions alone would look like the benchmark's.
         long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
         if long:
@@ -204,7 +211,9 @@ def load_benchmarks(
                 f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
                 "benchmark; raise data.max_prompt_tokens, or take them out of the file"
             )
-        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
+        benchmarks[name] = Benchmark(
+            questions, loaded, prompter.shown(questions[0][1]), file.samples, file.student
+        )
     return benchmarks
 
 
