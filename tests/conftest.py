@@ -26,8 +26,13 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+LONGEST = ("test_kernels_interpret.py", "test_kernels_aot.py")
+"""Half a minute and more each: begun first, or one process would end with them alone."""
+
+
 def pytest_collection_modifyitems(items):
     """Skip, with the reason in the report, what this machine has no device or engine for."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     cuda, vllm = torch.cuda.is_available(), importlib.util.find_spec("vllm") is not None
     for item in items:
         # Not item.keywords, which hold the names of the folders above: a checkout may lie in `gpu`.
@@ -80,6 +85,15 @@ def _patched_once_a_launch():
         return patch(function) if missing else None
 
     interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_anew, patch_once
+
+
+@pytest.fixture(scope="session")
+def compiled_dir(pytestconfig, tmp_path_factory):
+    """Where Triton keeps what it compiled, by a hash of source, options, device and compiler: all
+    that a kernel's code hangs on. Kept between sessions until `make clean`; compiling takes 25 s.
+    """
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")
 
 
 @pytest.fixture(autouse=True)

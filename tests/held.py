@@ -3,7 +3,7 @@
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives import STRICT, Draws, Keys, Term, Terms
-from vpgea_fast.objectives.policy_gradient import Surrogate
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.types import Score
 
 SEEN = Score("prior", "student", "thought", "reference")

@@ -43,7 +43,10 @@ PRELOAD = [
     "torch.distributed.checkpoint",
     "transformers.models.qwen2.modeling_qwen2",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch.utils.serialization",
     "vpgea_fast.trainer",
+    "warm",
 ]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(PRELOAD)

@@ -1,10 +1,14 @@
-"""Command-line words of small runs of the tiny task."""
+"""Small runs of the tiny task: their command-line words, and what they record."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
+"""Keys of metrics.jsonl that a clock or the allocator fills begin so."""
 
 
 def words_of(settings: Mapping[str, Any], world: Any, run: Path) -> list[str]:
@@ -20,3 +24,13 @@ def words_of(settings: Mapping[str, Any], world: Any, run: Path) -> list[str]:
     return [
         word for key, value in (fixed | dict(settings)).items() for word in (f"--{key}", str(value))
     ]
+
+
+def untimed(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what a clock or the allocator says: what two equal runs have alike."""
+    return [{k: v for k, v in record.items() if not k.startswith(TIMED)} for record in records]
+
+
+def recorded(run: Path | str) -> list[dict[str, Any]]:
+    """The metrics.jsonl of a run directory, `untimed`."""
+    return untimed(map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, whole
 from ranks import run_ranks, watch_ranks
-from runs import words_of
+from runs import recorded, words_of
 
 from vpgea_fast import checkpoint, collect, config, trainer
 from vpgea_fast.checkpoint import CheckpointError, protocol
@@ -23,7 +23,6 @@ from vpgea_fast.updates import plain, revived
 
 ALONE = World(torch.device("cpu"))
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 SMALL = {
     "objective": "grpo",
     "run.seed": 1,
@@ -130,13 +129,6 @@ def on_disk(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def records(run):
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines
-    ]
-
-
 def require_equal(run, other):
     """Bitwise in the newest checkpoint, the metrics and the paths."""
     mine, its = (checkpoint.find_checkpoint(path, world=ALONE) for path in (run, other))
@@ -145,7 +137,7 @@ def require_equal(run, other):
     tensors, same = mine.tensors(), its.tensors()
     assert tensors.keys() == same.keys()
     assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())
-    assert records(run) == records(other)
+    assert recorded(run) == recorded(other)
     assert (run / "paths.jsonl").read_bytes() == (other / "paths.jsonl").read_bytes()
 
 
@@ -161,13 +153,13 @@ def test_a_stop_between_updates_resumes_bitwise(name, words, tmp_path, capsys):
     assert fit(parts, stop=(2, 2)) == (trainer.Ending.STOPPED, [0, 1])
     assert "stopped after update 2 of 4 of step 2, saved; go on" in capsys.readouterr().out
     assert on_disk(tmp_path / "parts") == ["step_1_2"]
-    assert [record["step"] for record in records(tmp_path / "parts")] == [1]
+    assert [record["step"] for record in recorded(tmp_path / "parts")] == [1]
     ending, drawn = fit(parts, resume=True)
     assert "goes on after update 2 of 4 of step 2, with its paths" in capsys.readouterr().out
     assert ending is trainer.Ending.DONE
-    assert drawn == [*range(2, len(records(tmp_path / "whole")))]
+    assert drawn == [*range(2, len(recorded(tmp_path / "whole")))]
     require_equal(tmp_path / "parts", tmp_path / "whole")
-    assert all(record["grad_norm"] > 0 for record in records(tmp_path / "whole"))
+    assert all(record["grad_norm"] > 0 for record in recorded(tmp_path / "whole"))
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +351,7 @@ def test_two_processes_killed_in_that_save_go_on_and_one_closely(words, tmp_path
     require_equal(run, tmp_path / "whole")
 
     assert run_ranks(resume, [*parts, "--run.dir", str(tmp_path / "fewer")], size=1) == [[DONE, []]]
-    mine, its = (records(tmp_path / name)[-1] for name in ("fewer", "whole"))
+    mine, its = (recorded(tmp_path / name)[-1] for name in ("fewer", "whole"))
     assert mine["tokens_generated"] == its["tokens_generated"]
     assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=1e-4)
     assert mine["loss"] == pytest.approx(its["loss"], abs=5e-6)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks, watch_ranks
+from runs import untimed
 
 import vpgea_fast
 from vpgea_fast import checkpoint, config, trainer
@@ -17,7 +18,6 @@ from vpgea_fast.config import load
 from vpgea_fast.trainer import Callback, Ending, StopTraining, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @pytest.fixture
@@ -33,10 +33,6 @@ def words(tiny_words):
             "checkpoint.export": "false",
         }
     )
-
-
-def untimed(records):
-    return [{k: v for k, v in r.items() if not k.startswith(TIMED)} for r in records]
 
 
 def lines(run):

@@ -580,7 +580,7 @@ def test_a_checker_that_cannot_be_used_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch):
+def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     log = tmp_path / "asked"
     (tmp_path / "mine.py").write_text(
@@ -589,7 +589,11 @@ def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch):
         "    return gold != '3'\n"
     )
     words = ["--verify.name", "custom", "--verify.target", "mine:right"]
-    assert train(*words, "--rollout.full_answer", "true") == 0
+    words += ["--rollout.full_answer", "true"]
+    # It finds no answer wrong, and the leak guard's prompt must hold one that is.
+    assert train(*words) == 2
+    assert "no other question's answer is a wrong one" in capsys.readouterr().err
+    assert train(*words, "--objective.leak_guard", "none") == 0
     asked = log.read_text().splitlines()
     assert r"\boxed{3}" in asked  # the gold answers first, then what was sampled
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -1,7 +1,7 @@
 """The group kernels against float64, in Triton's interpreter or on a GPU, and compiled for sm_90.
 
 The interpreter is chosen when triton is imported, so a process either interprets or compiles:
-`test_the_kernels_in_the_interpreter` runs this file again, in a second process that interprets.
+test_kernels_interpret.py runs this file again, in a process that interprets.
 Every output buffer starts as a number that no result is, so an unwritten element shows.
 """
 
@@ -10,8 +10,6 @@ import math
 import os
 import re
 import struct
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,7 @@ pytestmark = [
 ]
 runs_kernels = pytest.mark.skipif(
     not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_the_kernels_in_the_interpreter, in a process of its own",
+    reason="run by test_kernels_interpret.py, in a process of its own",
 )
 
 
@@ -66,22 +64,7 @@ def _poisoned(monkeypatch):
     )
 
 
-# --- two processes ----------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is that process")
-def test_the_kernels_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 20, done.stdout
+# --- compiled ----------------------------------------------------------------------------------
 
 
 EXACT = "ALPHA R_MARGIN U_MIN ETA_LOW ETA_HIGH EPS STD_GATE BETA".split()
@@ -100,8 +83,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         "loss_parts",
     ],
 )
-def test_compiles_for_sm90_without_spills(case, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_compiles_for_sm90_without_spills(case, compiled_dir, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled_dir))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     static_report = importlib.import_module("static_report")
     compiled = static_report.build_group(case, 90)

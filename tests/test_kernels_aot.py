@@ -3,6 +3,7 @@
 In a process of its own: triton must be imported without TRITON_INTERPRET.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -27,14 +28,17 @@ OFFSETS64 = {
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def report(tmp_path, *arguments):
-    """The rows that benchmarks/static_report.py writes, by kernel name: (GEMMs, the others).
-
-    Every kernel is compiled, so one that only the interpreter accepts fails here.
+@pytest.fixture
+def report(tmp_path, compiled_dir):
+    """`report("--arch", "90")`: the rows that benchmarks/static_report.py writes, by kernel name:
+    (GEMMs, the others). Every kernel is compiled, so one that only the interpreter accepts fails.
     """
-    file = tmp_path / "static.json"
+    return functools.partial(static_report, tmp_path / "static.json", compiled_dir)
+
+
+def static_report(file, compiled_dir, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(compiled_dir)}
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "static_report.py", *arguments, "--json", file],
         env=environment,
@@ -62,8 +66,8 @@ def assert_wide(others):
         assert (row["wide_stores"] > 0) == name.startswith("row_gradient"), name
 
 
-def test_sm90_uses_tensor_cores_and_tma_without_spilling(tmp_path):
-    gemms, others = report(tmp_path, "--arch", "90")
+def test_sm90_uses_tensor_cores_and_tma_without_spilling(report):
+    gemms, others = report("--arch", "90")
     assert_wide(others)
     assert len(gemms) == 9
     for name, row in gemms.items():
@@ -76,18 +80,18 @@ def test_sm90_uses_tensor_cores_and_tma_without_spilling(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["100", "80"])
-def test_other_devices_compile_without_spilling(tmp_path, arch):
-    gemms, others = report(tmp_path, "--arch", arch)
+def test_other_devices_compile_without_spilling(report, arch):
+    gemms, others = report("--arch", arch)
     assert_wide(others)
     for name, row in gemms.items():
         assert row["tcgen05" if arch == "100" else "hmma"] > 0, name
 
 
 @pytest.mark.slow
-def test_float32_and_float16_compile(tmp_path):
+def test_float32_and_float16_compile(report):
     """float32 runs on CUDA cores: no tensor-core instruction may round its products to TF32."""
-    gemms, _ = report(tmp_path, "--dtype", "fp32")
+    gemms, _ = report("--dtype", "fp32")
     assert all(row["hgmma"] == row["hmma"] == 0 for row in gemms.values())
-    gemms, others = report(tmp_path, "--dtype", "fp16")
+    gemms, others = report("--dtype", "fp16")
     assert all(row["hgmma"] > 0 for row in gemms.values())
     assert_wide(others)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from runs import untimed
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 PHASES = {
     "evaluation": ("eval.json",),
@@ -149,7 +149,7 @@ def facts(run):
     files += [f"checkpoints/{x.name}/__0_0.distcp" for x in (run / "checkpoints").iterdir()]
     evaluated = json.loads((run / "eval.json").read_text())
     return (
-        [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines],
+        untimed(lines),
         {name: (run / name).read_bytes() for name in files},
         {when: {k: v for k, v in x.items() if "time" not in k} for when, x in evaluated.items()},
     )

@@ -219,7 +219,7 @@ STEPS = [
         SAID + "shifted(batch, weight=batch.prior.u_BP)",
         "is nan, expected a finite number; columns that draws() and needs() do not ask for",
     ),
-    (SAID + "shifted(batch, live=Held())", "needs() asks for no score of one; add Score("),
+    (SAID + "shifted(batch, live=Held())", "which needs() does not ask for; add Score("),
     (
         SAID + f"Terms(parts=(part(batch),), path_scores={{'prior': {{'r': {SHAPE}}}}})",
         "path_scores 'r': got a tensor (2, 3), expected a tensor (2, 2)",

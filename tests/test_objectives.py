@@ -1,5 +1,6 @@
 """Each objective's weights by hand, and its batch bookkeeping. A new objective adds a row here."""
 
+import itertools
 import math
 from dataclasses import fields, replace
 
@@ -171,6 +172,72 @@ def test_without_a_guard_nothing_is_scored_or_said_of_it():
         Vpgea(leak_guard="max_kl", posterior=False)
 
 
+def test_the_elbo_ranks_a_rejected_path_below_every_accepted_one():
+    """All closings of three paths, U above and below the baseline of -2: eta is 1."""
+    keys = {"utility": "elbo", "alpha": 0.0}
+    for closed in itertools.product((False, True), repeat=3):
+        for u in itertools.product((-0.5, -1.5, -6.0, -50.0), repeat=3):
+            one = batch(u_post=(u,), lengths=((9, 9, 9),), closed=(closed,))
+            out = Vpgea(**keys).terms(one, {}).path_scores["posterior"]
+            s, a = out["utility"][0].tolist(), out["advantage"][0].tolist()
+            kept = [x for x, c in zip(u, closed, strict=True) if c]
+            floor = min([-2.0, *kept])
+            assert s == [x if c else floor for x, c in zip(u, closed, strict=True)]
+            assert any(a) == (len(set(s)) > 1)
+            if len(kept) == 1 and kept[0] > -2:  # one right: it alone is gated
+                assert sorted(a) == pytest.approx([-(0.5**0.5)] * 2 + [2**0.5], abs=1e-5)
+
+
+def test_the_log_ratio_of_the_elbo_and_joint_and_answer_terms():
+    one = guarded([[1.0, 0.0, 1.0], [0.0] * 3], [[0.0] * 3] * 2, "max_kl")
+    out = Vpgea(utility="elbo", kappa=0.5, alpha=0.0).terms(one, {})
+    assert out.path_scores["posterior"]["utility"].tolist() == [[-2.0, -5.0]]
+    assert out.metrics["path_kl"] == 1.0
+    out = Vpgea(prior_pg=0.5, train_answer="sft", answer_weight=3.0).terms(batch(), {})
+    found = {term.name: term for term in out.parts}
+    # U = (-1, -3) against their own mean: R = (1, 0)
+    torch.testing.assert_close(
+        found["prior_pg"].weight_BP, double([[-0.5, 0.5]]), atol=1e-5, rtol=0
+    )
+    assert found["answer"].weight_BP.tolist() == [[-3.0, 0.0]]
+    assert found["answer"].part == "target"
+
+
+def test_guards_that_cost_no_forward_and_the_early_answer():
+    one = batch()
+    texts = (("As GIVEN, 7.", "add"),)
+    one = replace(one, posterior=replace(one.posterior, texts=texts))
+    for keys, name in (({"lexical": True}, "lexical"), ({"len_min_frac": 0.26}, "short")):
+        out = Vpgea(**keys).terms(one, {})
+        assert out.metrics[f"{name}_caught"] == 0.5
+        assert not weights_of(out)["posterior", "teacher"].any()
+    assert Vpgea(len_min_frac=0.25).terms(one, {}).metrics["short_caught"] == 0.0
+    early = Score("posterior", "early", "target")
+    keys = [path.key for path in one.posterior.flat]
+    for u, share in ((-4.0, 0.0), (-4.1, 0.5), (math.nan, 0.5)):
+        logps = {early: {keys[0]: double([u]), keys[1]: double([])}}
+        out = Vpgea(leak_guard="early_answer").terms(replace(one, logps=logps), {})
+        assert out.metrics["guard_caught"] == share
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"utility": "elbo", "preset": "robust", "reward": "likelihood_mix"},
+            "utility: got 'elbo'",
+        ),
+        ({"utility": "elbo", "cross_view": False}, "utility: got 'elbo' with cross_view False"),
+        ({"kappa": 1.0}, "kappa: got 1.0 with utility 'product'"),
+        ({"prior_pg": 1.0, "prior_samples": 1}, "prior_pg: got 1.0 with prior_samples 1"),
+        ({"lexical_regex": "("}, "lexical_regex: got '\\('"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        Vpgea(**keys)
+
+
 def zscore(rewards):
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
@@ -267,7 +334,7 @@ def test_select_and_join_keep_every_column_together():
     again = two.select([1]).join(kept)
     assert again.posterior.length_BP.tolist() == [[60, 70], [50, 200]]
     assert [p.length for p in again.posterior.paths[1]] == [50, 200]
-    for name in {field.name for field in fields(ScoredPaths)} - {"paths"}:
+    for name in {field.name for field in fields(ScoredPaths)} - {"paths", "texts"}:
         values = getattr(two.posterior, name)
         assert not torch.equal(values[0], values[1]), name
         assert torch.equal(getattr(again.posterior, name), values.flip(0)), name

@@ -150,6 +150,8 @@ for name in ("tiny", "1.5b", "7b", "7b-1gpu", "7b-multinode"):
     assert cli.main(["train", name, "--print-config"]) == 0
 assert cli.main(["make-tiny", "data/tiny"]) == 0
 small = ["--train.steps", "1", "--data.limit", "16", "--eval.limit", "2", "--eval.samples", "0"]
+small += ["--train.questions_per_step", "2", "--objective.group_size", "4"]
+small += ["--rollout.max_new_tokens", "48", "--eval.max_new_tokens", "48"]
 assert cli.main(["train", "tiny", "--dry-run", *small]) == 0
 assert cli.main(["train", "tiny", *small]) == 0
 """

@@ -15,7 +15,7 @@ from vpgea_fast.dry_run import dry_run
 from vpgea_fast.model import Policy
 from vpgea_fast.model_dir import ModelError
 from vpgea_fast.objectives import Grpo, Term, Terms
-from vpgea_fast.objectives.policy_gradient import Surrogate
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -178,7 +178,7 @@ def test_what_cannot_be_a_reference_is_refused_before_anything_is_loaded(
 def test_a_live_term_whose_needs_do_not_name_the_reference_is_refused(words):
     with (
         Trainer(config.load(TINY, words("silent", "--objective.asks", "false"))) as trainer,
-        pytest.raises(ValueError, match=r"term 'pg' reads .* which needs\(\) does not ask for"),
+        pytest.raises(ValueError, match=r"its live loss reads .* which needs\(\) does not ask for"),
     ):
         trainer.train_step()
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 from ranks import watch_ranks
+from runs import untimed
 from test_mutations import attempt, changed_bytes, mutate
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 LOGS = ("metrics.jsonl", "paths.jsonl")
 STEP_2 = "checkpoints/step_2"
 PARTED = "=== next command"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -478,7 +478,7 @@ def last_step(run):
     """What the third step left: its line without times, its paths, its weights."""
     found = [json.loads(x) for x in step(3)((run / "metrics.jsonl").read_bytes().splitlines())]
     return (
-        [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in found],
+        untimed(found),
         step(3)((run / "paths.jsonl").read_bytes().splitlines()),
         (run / "export/model.safetensors").read_bytes(),
         (run / "checkpoints/step_3/__0_0.distcp").read_bytes(),

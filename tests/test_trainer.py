@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Program, run_ranks
-from runs import words_of
+from runs import recorded, words_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vpgea_fast import checkpoint, config, diagnostics
@@ -28,7 +28,6 @@ from vpgea_fast.run_dir import export_step, rate_changes
 from vpgea_fast.trainer import Ending, Trainer, TrainingError, fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 
 
 SMALL = {
@@ -73,10 +72,6 @@ def resume(run, *more):
 
 def lines(run_dir, name="metrics.jsonl"):
     return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
-
-
-def untimed(run_dir):
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
 
 
 def command(words):
@@ -183,7 +178,7 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
 def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
     for name, seed in (("b", 0), ("c", 1)):
         assert fit(config.load(TINY, words(name, "--run.seed", str(seed), "--eval.limit", "2")))
-    assert untimed(finished) == untimed(tmp_path / "b")
+    assert recorded(finished) == recorded(tmp_path / "b")
     runs = (finished, tmp_path / "b", tmp_path / "c")
     paths = [(run / "paths.jsonl").read_bytes() for run in runs]
     assert paths[0] == paths[1]
@@ -199,7 +194,7 @@ def test_a_run_is_its_half_and_a_new_process_and_the_rest(words, tmp_path, half)
     train([TINY, *words("straight", *more, "--train.steps", str(2 * half))])
     train([TINY, *words("parts", *more, "--train.steps", str(half))])
     train(["--resume", tmp_path / "parts", "--train.steps", str(2 * half)])
-    assert untimed(tmp_path / "straight") == untimed(tmp_path / "parts")
+    assert recorded(tmp_path / "straight") == recorded(tmp_path / "parts")
     straight, parts = (
         (tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")
     )
@@ -234,7 +229,7 @@ def test_killed_at_random_moments(words, tmp_path, kills, steps):
         assert reached - max(saved, default=0) <= 2
         start = ["--resume", run]
     train(start)
-    assert untimed(run) == untimed(tmp_path / "whole")
+    assert recorded(run) == recorded(tmp_path / "whole")
     assert (run / "paths.jsonl").read_bytes() == (tmp_path / "whole/paths.jsonl").read_bytes()
     assert sum("eval_step" in record for record in lines(run)) == (steps - 1) // 4
     same_state(run, tmp_path / "whole")
@@ -373,18 +368,21 @@ def test_non_finite_gradients_stop_the_run_and_never_reach_a_checkpoint(words, t
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def test_reference_and_torch_losses_train_alike(words, tmp_path):
-    """Twenty steps: the same samples; 1e-5 relative, about 100 roundings of float32. A loss is what
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_reference_and_torch_losses_train_alike(words, tmp_path, count):
+    """The same samples; 1e-5 relative, about 100 roundings of float32. A loss is what
     is left of path log-probs of about 100 nats, so 2e-5 nats there."""
     backends = ("reference", "torch")
     for name in backends:
-        given = words(name, "--loss.backend", name, "--eval.data", "[]", "--train.steps", "20")
+        given = words(
+            name, "--loss.backend", name, "--eval.data", "[]", "--train.steps", str(count)
+        )
         assert fit(config.load(TINY, given))
         facts = json.loads((tmp_path / name / "environment.json").read_text())
         assert (facts["loss_backend"], facts["loss_backend_reason"]) == (name, "asked for")
     paths = [[path["ids"] for path in lines(tmp_path / name, "paths.jsonl")] for name in backends]
     assert paths[0] == paths[1]
-    assert sum(record["skipped"] == 0 for record in lines(tmp_path / "torch")) >= 10
+    assert sum(record["skipped"] == 0 for record in lines(tmp_path / "torch")) >= count // 2
     for a, b in zip(lines(tmp_path / "reference"), lines(tmp_path / "torch"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
         for key in ("grad_norm", "u_post", "u_prior"):
@@ -465,6 +463,35 @@ def test_a_counterfactual_is_the_thought_behind_another_questions_answer(words):
                     assert torch.allclose(got, dense.detach(), rtol=0, atol=1e-4)
 
 
+def test_an_early_answer_is_cut_off_and_the_rest_scored_by_itself(words):
+    """Against a dense float64 forward of the thought up to the answer, closed there."""
+    cfg = config.load(TINY, words("run", "--objective.leak_guard", "early_answer"))
+    with Trainer(cfg) as trainer:
+        collector = trainer.stages.collector
+        questions = trainer.stages.intake.questions[:4]
+        batch = collector.score(questions, *collector.sample(questions, step=0), step=0)
+        (score,) = (s for s in cfg.objective.needs() if s.view == "early")
+        model, close = (
+            copy.deepcopy(trainer.stages.policy.causal_lm).double(),
+            collector.sampling.think_close_id,
+        )
+        found = set()
+        for q, path in batch.pairs("posterior"):
+            z, answer = path.z_ids.tolist(), q.answer_ids.tolist()
+            starts = [i for i in range(len(z)) if z[i : i + len(answer)] == answer]
+            cut = bool(starts) and 2 * starts[0] < len(z)
+            found.add(cut)
+            got = batch.logps[score][path.key]
+            assert got.numel() == cut
+            if cut:
+                end = [path.z_ids[: starts[0]], torch.tensor([close]), q.cue_ids, q.target_ids]
+                ids, n = torch.cat([q.student_ids, *end])[None], q.target_ids.numel()
+                logits = model(ids, use_cache=False).logits[0, -n - 1 : -1]
+                dense = logits.log_softmax(-1).gather(-1, q.target_ids[:, None]).sum()
+                assert got.item() == pytest.approx(dense.item(), abs=1e-4)
+        assert found == {True, False}
+
+
 def test_a_data_set_with_one_answer_has_no_counterfactual(words, tmp_path):
     file = tmp_path / "one.jsonl"
     rows = [{"id": f"q{i}", "question": "4 A+three B-five", "answer": "2"} for i in range(8)]
@@ -531,7 +558,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
             trainer.train_step()
         trainer.save()
     assert fit(config.load(tmp_path / "stopped/config.yaml"), resume=True)
-    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+    assert recorded(tmp_path / "stopped") == recorded(tmp_path / "whole")
     same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -806,7 +833,7 @@ def test_saves_in_the_background_change_nothing(words, tmp_path):
     for name, background in (("aside", "true"), ("waited", "false")):
         given = words(name, "--eval.data", "[]", "--checkpoint.background", background)
         assert fit(config.load(TINY, [*given, "--checkpoint.save_every", "1"]))
-    assert untimed(tmp_path / "aside") == untimed(tmp_path / "waited")
+    assert recorded(tmp_path / "aside") == recorded(tmp_path / "waited")
     same_state(tmp_path / "aside", tmp_path / "waited")
     assert sorted(path.name for path in (tmp_path / "aside/checkpoints").iterdir()) == [
         "step_3",
@@ -827,7 +854,7 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     assert not lines(tmp_path / "limited")
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
-    assert untimed(tmp_path / "limited") == untimed(tmp_path / "saves")
+    assert recorded(tmp_path / "limited") == recorded(tmp_path / "saves")
 
 
 def losing(path):
@@ -892,9 +919,11 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
     assert "5 x the engine gave up a path of every question" in alarm
     said.remove(alarm)
     assert said[:7] == [f"step {step}: {expected}" for step in range(1, 8)]
+    # Two questions of GRPO's are replaced by two others, which are lost too.
+    questions, paths = {"vpgea": (2, 6), "grpo": (4, 4)}[objective]
     for record in lines(tmp_path / "run"):
-        assert (record["groups_dropped"], record["skipped"]) == (2, 1)
-        assert record["paths_error"] == 2 * (6 if objective == "vpgea" else 4)
+        assert (record["groups_dropped"], record["skipped"]) == (questions, 1)
+        assert record["paths_error"] == questions * paths
         means = ("acc_", "eps3_", "len_", "trunc_", "u_p", "accept", "adv_", "kl_", "elbo")
         assert not [key for key in record if key.startswith(means)]
     assert "Alarms" in (tmp_path / "run/report.html").read_text()
@@ -953,14 +982,18 @@ def test_a_stop_request_is_heard_while_answers_are_sampled(words):
             trainer.stages.collector.score(questions, *paths, step=0)
 
 
-def test_importance_weights_of_a_sampler_that_agrees_change_nothing(words):
-    """The sampler is the trained module itself: ratios of 1 within float32."""
+def test_importance_weights_are_factors_of_every_coefficient(words):
+    """Bitwise. The sampler is the trained module itself: ratios of 1 within float32."""
     rows = {}
     for name, more in {"plain": [], "weighed": ["--rollout.importance_cap", "2"]}.items():
         with Trainer(config.load(TINY, words(name, *more))) as trainer:
             batch, coefs = trainer.stages.collector.collect(0, PhaseTimer(), {})
             ratios, _ = trainer.stages.measure.importance(batch, coefs)
             rows[name] = build_rows(batch, coefs, Scale.of(trainer.cfg), ratios=ratios)
+            known = ratios
     assert len(rows["plain"]) == len(rows["weighed"]) > 0
     for plain, weighed in zip(rows["plain"], rows["weighed"], strict=True):
-        torch.testing.assert_close(weighed.coef, plain.coef, rtol=1e-4, atol=0)
+        ratio = known[weighed.path][: weighed.token_ids.numel()]
+        assert torch.equal(weighed.coef, plain.coef * ratio)
+        assert ratio.ne(1).any()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=0)

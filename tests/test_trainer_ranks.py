@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks, watch_ranks
+from runs import recorded
 
 from vpgea_fast import checkpoint, config, trainer
 from vpgea_fast.config import ParallelConfig
@@ -20,7 +21,6 @@ from vpgea_fast.distributed import World, open_world
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs/tiny.yaml"
-TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "peak_memory")
 
 
 @pytest.fixture
@@ -38,14 +38,6 @@ def words(tiny_words):
             "optim.schedule": "constant",
         }
     )
-
-
-def records(run_dir):
-    """metrics.jsonl without what a clock or the allocator says."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMED)} for line in lines
-    ]
 
 
 def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=0.0):
@@ -93,7 +85,7 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path,
     assert ends[0].status == 1  # by itself, soon, with the broken connection as its cause
     assert "Connection" in ends[0].output or "closed" in ends[0].output
     assert run_ranks(fit, parts, True) == [True, True]
-    assert records(tmp_path / "straight") == records(tmp_path / "parts")
+    assert recorded(tmp_path / "straight") == recorded(tmp_path / "parts")
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")]
     assert paths[0] == paths[1]
 
@@ -102,12 +94,12 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path,
     onward = [*fewer, "--train.steps", str(death)]
     assert run_ranks(fit, onward, True, size=1) == [True]
     for ours, want in zip(
-        records(tmp_path / "fewer"), records(tmp_path / "straight"), strict=False
+        recorded(tmp_path / "fewer"), recorded(tmp_path / "straight"), strict=False
     ):
         assert ours["tokens_generated"] == want["tokens_generated"]
         assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-    assert len(records(tmp_path / "fewer")) == death
+    assert len(recorded(tmp_path / "fewer")) == death
 
 
 def fit_and_hear(words, resume, number=None):
@@ -162,16 +154,16 @@ def test_what_ends_between_two_updates_of_a_rollout_resumes_bitwise(tiny_words, 
     ends = watch_ranks(fit_and_hear, parts, False, signal.SIGKILL, size=size, grace_s=60)
     assert ends[-1].status == -signal.SIGKILL, ends[-1].output
     assert all(rank.status == 1 for rank in ends[:-1])
-    assert [record["step"] for record in records(tmp_path / "parts")] == [1, 2, 3]
+    assert [record["step"] for record in recorded(tmp_path / "parts")] == [1, 2, 3]
     assert newest(tmp_path / "parts")[0] == 2
     assert run_ranks(fit_and_hear, parts, True, signal.SIGTERM, size=size) == [False] * size
     # Shards cannot drop half a gradient: several processes make the update that they are in.
     saved = f"step_3_{2 if size == 1 else 3}"
     assert {p.name for p in (tmp_path / "parts/checkpoints").iterdir()} == {"step_2", saved}
     assert run_ranks(fit_and_hear, parts, True, size=size) == [True] * size
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    assert recorded(tmp_path / "parts") == recorded(tmp_path / "whole")
     # Every path's sampler log-probs, the answer's too, are here whichever process drew it.
-    gaps = [record["mismatch_mean"] for record in records(tmp_path / "whole")]
+    gaps = [record["mismatch_mean"] for record in recorded(tmp_path / "whole")]
     assert gaps == pytest.approx([1.0] * 4, abs=1e-5)
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("parts", "whole")]
     assert paths[0] == paths[1]
@@ -187,7 +179,7 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     assert [rank.status for rank in ends] == [1, 1]
     assert all("5 non-finite gradients in a row at step" in rank.output for rank in ends)
     run = tmp_path / "poisoned"
-    skipped = [record for record in records(run) if record["skipped"]]
+    skipped = [record for record in recorded(run) if record["skipped"]]
     assert len(skipped) >= 5
     (file,) = run.glob("nonfinite_step_*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -206,7 +198,7 @@ def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):
     limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.05"]
     assert run_ranks(fit, limited, True, None, None, None, 1.0) == [False, False]
     steps = sorted(int(p.name.removeprefix("step_")) for p in first.parent.iterdir())
-    assert steps[-1] == records(tmp_path / "stopped")[-1]["step"]
+    assert steps[-1] == recorded(tmp_path / "stopped")[-1]["step"]
 
 
 def wait_for_nobody():
@@ -253,4 +245,4 @@ def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "exitcode: -9" in done.stderr  # it did lose one
-    assert records(tmp_path / "hit") == records(tmp_path / "calm")
+    assert recorded(tmp_path / "hit") == recorded(tmp_path / "calm")

@@ -167,6 +167,11 @@ loss | nats
 loss_pg | nats
     Sum over rows in their own view of coefficient times log-prob, summed over tokens. Of a policy
     gradient: its clipped loss, KL included.
+loss_answer | nats
+    Sum over reference answers behind thoughts of coefficient times log-prob; with
+    objective.train_answer, or objective.target of verifree.
+loss_prior_pg | nats
+    Policy gradient of the student's own paths; with objective.prior_pg.
 loss_distill | nats
     Sum over distilled rows of coefficient times (log p - log q), beta included; 0 where the
     views agree.
@@ -245,8 +250,14 @@ len_gated_ratio | ratio
     Mean over gated paths of length / mean length of the group; below 1 where the gate prefers
     short paths.
 guard_caught | share
-    Share of the teacher's paths that the leak guard cleared and that would have been accepted
-    without it; with objective.leak_guard.
+    Share of the teacher's paths that the leak guard rejected and that pass every filter but
+    the guards; with objective.leak_guard.
+lexical_caught | share
+    The same of objective.lexical.
+short_caught | share
+    The same of objective.len_min_frac.
+path_kl | nats
+    Mean over the teacher's paths of log q - log pi of a whole thought; with objective.kappa.
 guard_nats | nats
     Mean over the teacher's paths of what the guard compares with objective.leak_limit; with
     objective.leak_guard.
@@ -358,6 +369,10 @@ early_answer_rate | share
     level.
 grad_norm_pg | norm
     Gradient norm of the policy-gradient rows alone; absent without such rows.
+grad_norm_answer | norm
+    Gradient norm of the reference answers alone; absent without such rows.
+grad_norm_prior_pg | norm
+    Gradient norm of the student's own paths alone; absent without such rows.
 grad_norm_distill | norm
     Gradient norm of the distilled rows alone; absent without such rows.
 """),
@@ -396,7 +411,7 @@ time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
     Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
-guard_time_ratio | share
+time_guard_ratio | share
     What the leak guard cost: time_logps_s / seconds of all phases of the step; with
     objective.leak_guard.
 time_advantage_s | s

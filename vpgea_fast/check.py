@@ -188,7 +188,9 @@ def draws(
 
 
 def _scored_views(objective: Any) -> set[View]:
-    return {s.view for s in objective.needs() if s.part == "target" and s.who == "policy"}
+    needs = [s for s in objective.needs() if s.part == "target" and s.who == "policy"]
+    # A thought cut early has a shorter row than the whole one, and is never answered by sampling.
+    return {s.view for s in needs if s.view in ("teacher", "student")}
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -210,8 +212,12 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
     views: set[View] = {
         s.view
         for s in cfg.objective.needs()
-        if s.part == "target" and s.view != "counterfactual" and (likely or s.who == "reference")
+        if s.part == "target"
+        and s.view in ("teacher", "student")
+        and (likely or s.who == "reference")
     }
+    if cfg.objective.draws().targets:
+        views.add("student")
     tails = [0] + [
         room(q.context(v)) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
         for q in questions

@@ -18,7 +18,7 @@ from vpgea_fast.config import Config
 from vpgea_fast.data import step_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
-from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, check_terms
+from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
 from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, answer_only, request_seed, split_path
 from vpgea_fast.rows import part_row
@@ -98,10 +98,11 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = ask(self.cfg.objective, "at", step)
+        objective = at_step(self.cfg.objective, step)
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
-        drawn_ids, tokens_replaced = {q.question.id for q in batch.questions}, 0
+        drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
+        tokens_replaced = 0
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = terms.alive.nonzero()[:, 0].tolist()
             dead = (~terms.alive).nonzero()[:, 0].tolist()
@@ -116,15 +117,21 @@ class Collector:
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
             tokens_replaced += batch.select(list(swaps)).tokens
-            batch = kept.join(self._draw(fresh, step, timer))
+            drawn = self._draw(fresh, step, timer)
+            # A question that lost a path may have been replaced: it is lost all the same.
+            batch, lost_B = kept.join(drawn), torch.cat([lost_B, drawn.lost_B])
             terms = self._weigh(objective, batch, state, timer)
-        counts = {"tokens_replaced": tokens_replaced}
+        counts = {
+            "paths_error": int(lost_B.sum()),
+            "groups_dropped": int((lost_B > 0).sum()),
+            "tokens_replaced": tokens_replaced,
+        }
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
         """What the objective says of a batch that `collect` made in this step: nothing is drawn or
-        scored. Counts of what was replaced are not known here."""
-        return self._weigh(ask(self.cfg.objective, "at", step), batch, state, PhaseTimer())
+        scored. What `collect` counts is not known here."""
+        return self._weigh(at_step(self.cfg.objective, step), batch, state, PhaseTimer())
 
     def _replacements(
         self, batch: ScoredBatch, dead: Sequence[int], candidates: Sequence[PromptedQuestion]
@@ -236,7 +243,7 @@ class Collector:
         return {
             stream: view
             for stream, view, part, who in self.cfg.objective.needs()
-            if part == "target" and who == "policy" and view != "counterfactual"
+            if part == "target" and who == "policy" and view in ("teacher", "student")
         }
 
     def _requests(
@@ -357,12 +364,30 @@ class Collector:
             scored = dict(zip(map(id, asked), ask(asked), strict=True))
             for score, part in rows.items():
                 logps[score] = {row.path: scored.get(id(row), row.coef) for row in part if row.path}
-        return logps
+        early = (s for s in sorted(self.cfg.objective.needs()) if s.view == "early")
+        return logps | {score: self._early(batch, score.stream) for score in early}
+
+    def _early(self, batch: ScoredBatch, stream: Stream) -> dict[PathKey, torch.Tensor]:
+        """U of every thought cut before it first states the answer, one number; none where that
+        leaves half of it or more, or it never does."""
+        found, cut = {}, []
+        for question, path in batch.pairs(stream):
+            found[path.key] = torch.zeros(0, dtype=torch.float64)
+            start = question.answer_end(path.z_ids) - question.answer_ids.numel()
+            if 0 <= 2 * start < path.z_ids.numel():
+                cut.append((question, replace(path, z_ids=path.z_ids[:start], closed=False)))
+        utilities = answer_likelihood(
+            self.row_logprobs,
+            cut,
+            think_close_id=self.sampling.think_close_id,
+            u_norm=self.cfg.scoring.u_norm,
+        )
+        return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
         pairs = batch.pairs(score.stream)
-        view: View = "teacher" if score.view == "counterfactual" else score.view
+        view: View = "student" if score.view == "student" else "teacher"
         if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
@@ -405,6 +430,9 @@ class Collector:
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
             correct_BP=self._correct(pairs).view(shape),
+            texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
+            if self.draws.texts
+            else None,
         )
         return columns, unanswered
 
@@ -440,9 +468,7 @@ class Collector:
                     metrics=clean.metrics if clean else {},
                     state=clean.state if clean else state,
                 )
-            dropped = int(dropped_B.sum())
-            counts = {"paths_error": int(batch.lost_B.sum()), "groups_dropped": dropped}
-            return replace(terms, metrics=merge(terms.metrics, counts))
+            return terms
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return step_questions(

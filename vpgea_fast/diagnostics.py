@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,11 +20,14 @@ from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
     TrainRow,
+    View,
 )
 
 HINT_NATS = 5.0
 """A token this much likelier under the teacher's prompt than under the student's comes from the
 hint."""
+Scored = Sequence[tuple[TrainRow, torch.Tensor]]
+"""Rows, each with its log-probs just before an update."""
 
 
 def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
@@ -118,7 +120,7 @@ def early_answer_rate(batch: ScoredBatch, decode: Callable[[torch.Tensor], str])
 def row_metrics(
     rows: Sequence[TrainRow],
     logps: Sequence[torch.Tensor],
-    scored: Mapping[str, float] = MappingProxyType({}),
+    scored: Scored = (),
 ) -> dict[str, float]:
     """Compute the loss by its formula, the gated KL, and the mismatch of sampler and trainer.
 
@@ -130,18 +132,16 @@ def row_metrics(
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
     with the sampler stays out of the loss. A path without such a row takes the sampler's;
-    ValueError where there is none. `scored` is the loss by term of rows with `old`: of a token that
-    is clipped there is no log-prob here.
+    ValueError where there is none. `scored` are the rows with `old`, and their log-probs before the
+    update: of a token that is clipped it has none.
     """
-    # Path -> its log-probs under the prompt that it was drawn from, as the trainer has them.
-    own_logps = {
-        row.path: values
-        for row, values in zip(rows, logps, strict=True)
-        if not row.distilled and row.path is not None
-    }
+    # What is scored comes last: it is whole, and a row that was clipped is not.
+    known = [*zip(rows, logps, strict=True), *scored]
+    own_logps = {_place(r, r.view): values for r, values in known if r.path and not r.distilled}
     # Both names always, so that a figure's lines do not break where a step distils nothing.
     losses: dict[str, float] = defaultdict(float, loss_pg=0.0, loss_distill=0.0)
-    losses.update({f"loss_{term}": value for term, value in scored.items()})
+    for row, values in scored:
+        losses[f"loss_{row.term}"] += row.loss(values).sum().item()
     gaps, distilled = [], []  # log p of sampler - trainer; log q - log p of distilled rows
     # float64 sums on the CPU: thousands of tokens, whose terms nearly cancel.
     for row, row_logps in zip(rows, logps, strict=True):
@@ -153,7 +153,8 @@ def row_metrics(
                 known = ~row.sample_logps.isnan()
                 gaps.append((row.sample_logps.double() - row_logps)[known])
             continue
-        reference = own_logps.get(row.path, row.sample_logps) if row.path else row.sample_logps
+        (drawn_in,) = {*get_args(View)} - {row.view}
+        reference = own_logps.get(_place(row, drawn_in), row.sample_logps)
         if reference is None:
             raise ValueError(
                 f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
@@ -167,6 +168,11 @@ def row_metrics(
         mismatch(torch.cat(gaps)) if any(gap.numel() for gap in gaps) else {},
         {"kl_gated": torch.cat(distilled).mean().item()} if distilled else {},
     )
+
+
+def _place(row: TrainRow, view: View) -> tuple[Any, ...]:
+    """Which tokens under which prompt: a path may have a row of its thought and of its answer."""
+    return row.path, view, row.token_ids.numpy().tobytes()
 
 
 def mean_update(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -281,6 +281,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     train = flops.row(row, round(drawn)) / (peak * mfu)
     # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
+    rows += (posterior * rates.accepted or prior) * draws.targets + (prior if draws.joint else 0)
 
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":

@@ -5,7 +5,6 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.evaluation.drawing import Part, Recorder
 from vpgea_fast.evaluation.folder import Outcome, open_folder
 from vpgea_fast.evaluation.header import make_header
+from vpgea_fast.evaluation.measures import Answers, measure
 from vpgea_fast.evaluation.records import Mode
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
-from vpgea_fast.metrics import Console, eps3, eps3_mean
+from vpgea_fast.metrics import Console
 from vpgea_fast.model import load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
@@ -33,8 +33,6 @@ from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
 from vpgea_fast.weights import stored_model
 
-BOOTSTRAP = 1000
-"""Resamples behind an interval."""
 Decode = Callable[[torch.Tensor], str]
 Item = tuple[Question, torch.Tensor]
 """A question and its student prompt: all that an evaluation knows."""
@@ -164,32 +162,13 @@ class Evaluator:
         }
 
     def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
-        # One generator: the benchmarks are resampled independently of each other.
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        parts, resampled = {}, []
-        for part, outcomes in found:
-            correct = torch.tensor([o.correct for o in outcomes], dtype=torch.float64)
-            correct_QN = correct.view(-1, part.samples)
-            # Whole questions are resampled: the samples of one are not independent.
-            means_R = _bootstrap(correct_QN.mean(dim=1), generator)
-            resampled.append(means_R)
-            acc = correct_QN.mean().item()
-            # fsum: the sum does not depend on the order of the paths, which engines choose.
-            tokens = math.fsum(o.tokens for o in outcomes) / len(outcomes)
-            parts[part.benchmark] = {
-                "acc": acc,
-                **_interval(means_R),
-                "tokens": tokens,
-                "eps3": eps3(acc, tokens),
-                "truncated": sum(o.finish == "length" for o in outcomes) / len(outcomes),
-                "errors": sum(o.finish == "error" for o in outcomes),
-                "n": len(outcomes),
-                "questions": len(correct_QN),
-                "dropped": sum(self.benchmarks[part.benchmark].dropped.values()),
-            }
-        # Benchmarks count alike, whatever their size, in the mean and in its interval.
-        whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
-        return {**whole, "benchmarks": parts}
+        results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
+        whole = measure(results, seed=self.cfg.seed)
+        # What was asked of none of them is known to the benchmarks alone.
+        dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
+        for name, part in whole["benchmarks"].items():
+            part["dropped"] = dropped[name]
+        return {**whole, "dropped": sum(dropped.values())}
 
     def _draw(self, part: Part, on_progress: Progress | None) -> list[Outcome]:
         """Draw a part in one call: with several processes a collective."""
@@ -217,6 +196,22 @@ class Evaluator:
         answers = [q.answer for q, _ in questions for _ in range(samples)]
         correct = self.judge(paths, answers)
         return paths, correct.view(len(questions), samples)
+
+
+def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
+    """Arrange the outcomes of a part: the draws of a question stand side by side."""
+
+    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype).view(-1, part.samples)
+
+    return Answers(
+        questions=tuple(question.id for question in part.questions[:: part.samples]),
+        correct_QK=column((o.correct for o in outcomes), torch.float64),
+        tokens_QK=column((o.tokens for o in outcomes), torch.int64),
+        cut_QK=column((o.finish == "length" for o in outcomes), torch.bool),
+        error_QK=column((o.finish == "error" for o in outcomes), torch.bool),
+        votes_QK=column((-1 for _ in outcomes), torch.int64),
+    )
 
 
 def make_sampling(
@@ -384,32 +379,3 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     }
     rows = [[name, mode, *(cell(r) for cell in columns.values())] for name, mode, r in entries]
     return ["benchmark", "answers", *columns], rows
-
-
-def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
-    """Average the measures of all benchmarks, and add up their counts."""
-    counts = ("n", "questions", "dropped", "errors")
-    # Both, because the paper does not say which of the two it prints.
-    mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
-    return {
-        **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
-        "eps3": mean_of_ratios,
-        "eps3_mean": ratio_of_means,
-        **{key: sum(int(part[key]) for part in parts) for key in counts},
-    }
-
-
-def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw the questions BOOTSTRAP times with replacement; return the mean of each resample."""
-    count = per_question_Q.numel()
-    # (R, Q) int64: 1,000 x 1,319 of GSM8K's test are 10 MB.
-    picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
-    return per_question_Q[picks_RQ].mean(dim=1)
-
-
-def _interval(means_R: torch.Tensor) -> dict[str, float]:
-    """Take the 95 % percentile interval."""
-    # At an accuracy of 0 or 1 all resamples agree, and it has no width.
-    edges = torch.tensor([0.025, 0.975], dtype=means_R.dtype)
-    low, high = means_R.quantile(edges).tolist()
-    return {"acc_low": low, "acc_high": high}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,13 +68,6 @@ class Measure:
         }
         if not asked:
             return [list(part) for part in updates], {}
-        for row in asked.values():
-            if row.live and row.live.reference and row.reference is None:
-                raise ValueError(
-                    f"objective: term {row.term!r} reads the reference policy's log-probs of the "
-                    f"{row.stream} paths in the {row.view} view, which needs() does not ask for; "
-                    "add their Score"
-                )
         old = dict(zip(asked, self.logprobs(list(asked.values())), strict=True))
         rows |= {key: replace(row, old=old[key]) for key, row in asked.items()}
         gaps = [row.reference - old[key] for key, row in asked.items() if row.reference is not None]
@@ -84,9 +76,9 @@ class Measure:
 
     def moment(
         self, rows: Sequence[TrainRow], *, moved: bool
-    ) -> tuple[list[TrainRow], dict[str, float], dict[str, float]]:
+    ) -> tuple[list[TrainRow], dict[str, float], diagnostics.Scored]:
         """The rows with the coefficients of the policy as it is now, the share of tokens that
-        clipping leaves out, and the loss by term of the rows that were scored before.
+        clipping leaves out, and the rows that were scored before, with their log-probs now.
 
         One forward more where it has `moved` since it drew the paths, of the rows whose
         coefficients depend on that.
@@ -102,13 +94,9 @@ class Measure:
             _clipped(row, live[id(row)]) for row in rows if row.old is not None and row.weighted
         ]
         share = {"clipped": torch.cat(ratioed).double().mean().item()} if ratioed else {}
-        # Here and not behind the update, which has no log-probs of what is clipped: its loss is
-        # constant, but not zero.
-        losses: dict[str, float] = defaultdict(float)
-        for row in rows:
-            if id(row) in live:
-                losses[row.term] += row.loss(live[id(row)]).sum().item()
-        return drop_zero_rows(now), share, losses
+        # The update itself has no log-probs of what is clipped, whose loss is constant, not zero.
+        scored = [(row, live[id(row)]) for row in rows if id(row) in live]
+        return drop_zero_rows(now), share, scored
 
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
@@ -168,7 +156,7 @@ class Measure:
         work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
         # An objective that says what its guard caught is told what that cost.
         guard = (
-            {"guard_time_ratio": seconds["time_logps_s"] / sum(seconds.values())}
+            {"time_guard_ratio": seconds["time_logps_s"] / sum(seconds.values())}
             if "guard_caught" in terms.metrics
             else {}
         )

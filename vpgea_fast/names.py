@@ -15,9 +15,11 @@ or the reference policy in the student view."""
 View = Literal["teacher", "student"]
 """Under which prompt tokens are conditioned: T(x, y*) or S(x)."""
 
-Context = Literal["teacher", "student", "counterfactual"]
-"""Under which prompt log-probs are asked for: a view, or the teacher's with a wrong answer, that of
-another question, drawn anew at every step. Nothing is drawn or trained there."""
+Context = Literal["teacher", "student", "counterfactual", "early"]
+"""Under which prompt log-probs are asked for: a view; `counterfactual`, the teacher's with a wrong
+answer, that of another question, drawn anew at every step; or `early`, of part `target` alone: the
+student's and the thought cut before it first states the answer. Nothing is drawn or trained in the
+last two."""
 
 Part = Literal["thought", "response", "answer", "target"]
 """Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that

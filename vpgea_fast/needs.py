@@ -430,7 +430,9 @@ def _traffic(plan: Plan) -> Iterator[str]:
     objective, questions = cfg.objective, cfg.train.questions_per_step
     draws = objective.draws()
     # At most: every posterior path is trained under both prompts.
-    rows = questions * (2 * draws.posterior or draws.prior)
+    rows = 2 * draws.posterior or draws.prior
+    rows += (draws.posterior or draws.prior) * draws.targets + draws.prior * draws.joint
+    rows *= questions
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))
     # Rows of the greatest length that one forward of all devices has room for.

@@ -71,12 +71,15 @@ def build_rows(
     *,
     think_close_id: int = -1,
     ratios: Mapping[PathKey, torch.Tensor] | None = None,
+    several: bool = False,
 ) -> list[TrainRow]:
     """One row for every path of a term that acts on it; the others do not exist.
 
     think_close_id  closes a cut thought before the reference answer (part `target` alone)
     ratios          a factor per token for paths drawn by another sampler than the policy, under
-                    every prompt alike: as many numbers as the path has tokens, or more
+                    every prompt alike: as many numbers as the path has tokens, or more. Of the KL
+                    to a reference too, which is a mean over what the policy would draw
+    several         more than one update will be made of these rows (`Term.later`)
     """
     rows = []
     for term in terms.parts:
@@ -94,7 +97,11 @@ def build_rows(
             if row.token_ids.numel():
                 weight = _with_close(row, path, weight, close)
                 row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
-                rows.append(replace(row, reference=_reference(batch, term, path)))
+                live = term.later if several and term.later else term.live
+                row = replace(row, live=live, reference=_reference(batch, term, path))
+                # Under another prompt the sampler's log-probs are no measure of the trainer's.
+                same = term.distilled or term.view == batch.drawn_in(term.stream)
+                rows.append(row if same else replace(row, sample_logps=None))
     return rows
 
 
@@ -158,7 +165,7 @@ def _weigh(
         factor = ratio if factor is None else factor * ratio
     if factor is not None:
         coef *= factor
-    return replace(row, coef=coef, weight=weight, scale=scale, factor=factor, live=term.live)
+    return replace(row, coef=coef, weight=weight, scale=scale, factor=factor)
 
 
 def _reference(batch: ScoredBatch, term: Term, path: Path) -> torch.Tensor | None:
@@ -179,7 +186,7 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
         part: Part = "thought" if term.part in ("thought", "target") else "response"
         view = batch.drawn_in(term.stream)
         # Under the prompt of the draw: another one's log-probs say nothing about the sampler.
-        own = replace(term, part=part, view=view, live=None, distilled=False)
+        own = replace(term, part=part, view=view, live=None, later=None, distilled=False)
         acting = term.acting.flatten().tolist()
         for (question, path), acts in zip(batch.pairs(term.stream), acting, strict=True):
             row = part_row(question, path, own)

@@ -233,8 +233,9 @@ class Trainer:
     ) -> Updates:
         """The rows of every update of this step, in order."""
         scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
-        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios)
-        return minibatches(batch, rows, scale.updates) * self.cfg.train.epochs
+        epochs, several = self.cfg.train.epochs, self.cfg.train.updates > 1
+        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios, several=several)
+        return minibatches(batch, rows, scale.updates) * epochs
 
     def first_pass(self, updates: Updates) -> list[TrainRow]:
         """One pass over the questions, as the first update has them: later epochs repeat it."""
@@ -253,11 +254,11 @@ class Trainer:
         return found
 
     def update(
-        self, rows: Sequence[TrainRow], scored: Mapping[str, float]
+        self, rows: Sequence[TrainRow], scored: diagnostics.Scored
     ) -> tuple[dict[str, float | int], str | None]:
         """The gradient of all rows, one optimiser step; and why there was none, if there was none.
 
-        `scored` is the loss by term of the rows that were scored before, for the log. No rows or a
+        `scored` are the rows whose log-probs were taken before, for the log. No rows or a
         non-finite gradient leave parameters and optimiser state bitwise unchanged.
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.

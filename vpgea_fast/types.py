@@ -82,6 +82,15 @@ class PromptedQuestion:
         # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
 
+    def answer_end(self, z_ids: Tensor) -> int:
+        """Where the answer's tokens first end in a thought, counted from 1; 0: they are not
+        there."""
+        part, whole = self.answer_ids.tolist(), z_ids.tolist()
+        if not (size := len(part)):
+            raise ValueError(f"question {self.question.id!r}: got no ids of its answer to look for")
+        starts = (i for i in range(len(whole) - size + 1) if whole[i : i + size] == part)
+        return next((i + size for i in starts), 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
@@ -180,6 +189,7 @@ class ScoredPaths:
     length_BP   (B, P) float64: thought tokens
     closed_BP   (B, P) bool: the thought ended by itself
     correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
+    texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
 
     On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
     field here, a value in `Collector.score` and a reader.
@@ -195,6 +205,7 @@ class ScoredPaths:
     length_BP: Tensor
     closed_BP: Tensor
     correct_BP: Tensor
+    texts: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def flat(self) -> list[Path]:

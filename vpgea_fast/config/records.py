@@ -86,8 +86,8 @@ class TrainConfig:
     """Split the questions of a step into this many shares, with an update each."""
     epochs: PositiveInt = 1
     """Go through the paths of a step this many times. Above 1, and with minibatches, an objective
-    with clip_low and clip_high corrects for the policy that moves away from the paths; others do
-    not."""
+    with clip_low and clip_high corrects for the policy that moves away from the paths. Supervised
+    ones, and what VPG-EA distils, imitate a fixed sample as it is."""
     # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
@@ -106,6 +106,11 @@ class TrainConfig:
     agree) exceeds this; null: never."""
     mismatch_steps: PositiveInt = 3
     """Measured steps in a row above train.mismatch_stop that end the run."""
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps per rollout batch."""
+        return self.minibatches * self.epochs
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -269,6 +274,21 @@ class Config:
             raise ValueError(
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
+            )
+        # One pass of the head has one temperature, and a likelihood is one at 1.
+        if draws.targets and self.rollout.temperature != 1:
+            raise ValueError(
+                f"objective {self.objective.name!r} trains the likelihood of the reference answer, "
+                f"at temperature 1, with rollout.temperature {self.rollout.temperature}; set it to "
+                "1.0, or train no target"
+            )
+        # Its likelihood would be compared with a baseline of sampled answers.
+        early = any(score.view == "early" for score in self.objective.needs())
+        if early and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} scores thoughts cut before they state the "
+                "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
+                "another leak_guard"
             )
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:

@@ -32,7 +32,7 @@ from vpgea_fast.objectives.base import (
     reference_rows,
     scores_answers,
 )
-from vpgea_fast.objectives.checks import ask, check_objective, check_terms
+from vpgea_fast.objectives.checks import ask, at_step, check_objective, check_terms
 from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS, LengthReward
 from vpgea_fast.objectives.likelihood import NormalisedVeriFree, Rlt, VeriFree
 from vpgea_fast.objectives.policy_gradient import (
@@ -79,6 +79,7 @@ __all__ = [
     "VeriFree",
     "Vpgea",
     "ask",
+    "at_step",
     "check_terms",
     "policy_rows",
     "reads_reference",

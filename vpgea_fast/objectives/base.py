@@ -25,12 +25,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vpgea_fast.types import Live, ScoredBatch
+
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 @plain_dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,9 @@ class Draws:
     posterior_view    the prompt that the posterior paths are drawn from
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
+    texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
+    joint             the prior paths are trained beside the posterior ones
+    targets           the reference answer is trained behind the thoughts: a row more of each
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -57,6 +64,9 @@ class Draws:
     posterior_view: View = "teacher"
     verified: bool = False
     answers: bool = False
+    texts: bool = False
+    joint: bool = False
+    targets: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
@@ -140,6 +150,7 @@ class Term:
     factors     path -> (tokens of the part,) float64, multiplied into its tokens' coefficients
     distilled   the paths were drawn under another prompt: sg log q is part of the logged loss
     live        replaces `weight` by a function of the log-probs of the moment
+    later       the same where a rollout has several updates; with one, `weight` stands
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
     """
@@ -153,6 +164,7 @@ class Term:
     counted_BP: Tensor | None = None
     factors: Mapping[PathKey, Tensor] | None = None
     live: Live | None = None
+    later: Live | None = None
     held_BP: Tensor | None = None
     close_BP: Tensor | None = None
 
@@ -305,7 +317,22 @@ class Keys:
 
 
 @dataclass(frozen=True, config=STRICT)
-class GroupKeys(Keys):
+class ClipKeys(Keys):
+    """Keys of an objective whose weights are of the policy that drew the paths: what corrects the
+    later updates of a rollout (`Term.later`)."""
+
+    clip_low: Share = 0.2
+    """The ratio of later updates of a rollout is clipped below 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """That ratio is clipped above 1 + clip_high."""
+
+    def clipped(self) -> Surrogate:
+        """The loss of each token: -min(r A, clip(r) A)."""
+        return Surrogate(low=1 - self.clip_low, high=1 + self.clip_high)
+
+
+@dataclass(frozen=True, config=STRICT)
+class GroupKeys(ClipKeys):
     """Keys of an objective that compares the paths of a question, by z-score or length."""
 
     eta_clip: Clip | None = None
@@ -331,8 +358,9 @@ def reference_rows(objective: Objective) -> int:
 
 def policy_rows(objective: Objective) -> int:
     """Count the rows of a question that the policy scores beside U, one per path and score."""
-    beside = [s for s in objective.needs() if (s.who, s.part != "target") == ("policy", True)]
-    return _rows(objective, beside)
+    # At most: a thought is cut early only where it states the answer.
+    needs = [s for s in objective.needs() if s.who == "policy"]
+    return _rows(objective, [s for s in needs if s.part != "target" or s.view == "early"])
 
 
 def _rows(objective: Objective, scores: Iterable[Score]) -> int:

@@ -10,10 +10,11 @@ import math
 import operator
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from vpgea_fast.names import Context, Norm, Part, Score, Stream, View, Who
-from vpgea_fast.objectives.base import Draws, Objective, Term, Terms, reads_reference
+from vpgea_fast.objectives.base import Draws, Objective, Term, Terms
 from vpgea_fast.values import one_line
 
 if TYPE_CHECKING:
@@ -37,6 +38,30 @@ def ask(objective: Any, method: str, *given: Any) -> Any:
         name, said = type(error).__name__, one_line(error)
         said = said if said.startswith(name) else f"{name}: {said}"
         raise ValueError(f"{title(objective)}: {method}() raised {said}") from error
+
+
+def at_step(objective: Any, step: int) -> Any:
+    """The objective of this step, from 0. ValueError for one that draws, needs or divides otherwise
+    than the objective of the run, which planned for that."""
+    now = ask(objective, "at", step)
+    if now is objective:
+        return now
+    for what, of in {
+        "draws()": lambda o: _comparable(ask(o, "draws")),
+        "needs()": lambda o: ask(o, "needs"),
+        "its normaliser": lambda o: (o.norm, o.norm_constant, o.denominator),
+    }.items():
+        if (got := of(now)) != (expected := of(objective)):
+            raise ValueError(
+                f"{title(objective)}: at({step}) changed {what} to {_shown(got)}, expected "
+                f"{_shown(expected)} at every step; let at() change what terms() computes alone"
+            )
+    return now
+
+
+def _comparable(draws: Draws) -> tuple[Draws, set[str]]:
+    """Functions of fields may be made anew whenever they are asked for: their names count."""
+    return replace(draws, fields={}), {*draws.fields}
 
 
 def check_objective(objective: Any) -> None:
@@ -63,12 +88,18 @@ def check_objective(objective: Any) -> None:
                 f"{who}: needs() asks for the target behind a wrong answer; U is scored in the "
                 "teacher's or the student's view: ask for another part, or another view"
             )
+        if score.view == "early" and score[2:] != ("target", "policy"):
+            raise ValueError(
+                f"{who}: needs() asks for the {score.part} of the {score.who} behind an early cut, "
+                "where the policy's target alone is scored; ask for that, or in another view"
+            )
         if not getattr(draws, score.stream):
             raise ValueError(
                 f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "
                 "asks for none; draw them, or leave the score out"
             )
         views = {s.view for s in needs if s[0] == score.stream and s[2:] == ("target", "policy")}
+        views -= {"early"}
         # The column of a stream holds one: which would depend on the order of a set.
         if len(views) > 1:
             raise ValueError(
@@ -114,6 +145,11 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: trains the {term.part}, but draws() does not ask for answers; return "
             "Draws(answers=True, ...), or train the thought"
         )
+    if term.part == "target" and not objective.draws().targets:
+        raise ValueError(
+            f"{who}: trains the reference answer, but draws() does not say so; return "
+            "Draws(targets=True, ...), or train the thought"
+        )
     _check_shape(objective, term.weight_BP, batch, stream=term.stream, what=f"{of}weight_BP")
     if not term.weight_BP.is_floating_point():
         raise ValueError(f"{who}: weight_BP is {term.weight_BP.dtype}, expected torch.float64")
@@ -133,15 +169,32 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{batch.questions[b].question.id!r} is {term.weight_BP[b, i].item()}, expected a "
             "finite number; columns that draws() and needs() do not ask for are NaN"
         )
-    if term.live is not None and not (callable(term.live) and hasattr(term.live, "reference")):
+    _check_live(who, term, objective)
+
+
+def _check_live(who: str, term: Term, objective: Objective) -> None:
+    """ValueError for a loss of the moment that no row could ask."""
+    if term.live is not None and term.later is not None:
+        raise ValueError(f"{who}: got live and later; give the one that is meant")
+    key, live = ("later", term.later) if term.live is None else ("live", term.live)
+    if live is None:
+        return
+    if not (callable(live) and hasattr(live, "reference")):
         raise ValueError(
-            f"{who}: live: got {_shown(term.live)}, expected a function with the attribute "
+            f"{who}: {key}: got {_shown(live)}, expected a function with the attribute "
             "`reference`, whether it reads a reference policy (vpgea_fast.types.Live)"
         )
-    if term.live is not None and term.live.reference and not reads_reference(objective):
+    if live.reference and key == "later":
         raise ValueError(
-            f"{who}: its live loss reads a reference policy, but needs() asks for no score of "
-            "one; add Score(stream, view, part, 'reference')"
+            f"{who}: later reads a reference policy, which pulls in the first update too; give it "
+            "as live"
+        )
+    score = Score(term.stream, term.view, term.part, "reference")
+    if live.reference and score not in ask(objective, "needs"):
+        raise ValueError(
+            f"{who}: its live loss reads the reference policy's log-probs of the {term.part} of "
+            f"{term.stream} paths in the {term.view} view, which needs() does not ask for; add "
+            f"{score}"
         )
 
 

@@ -192,18 +192,9 @@ class LcR1(LengthKeys):
 def _stated(batch: ScoredBatch) -> Tensor:
     """Tokens of every thought up to the end of the answer's first occurrence, (B, N) float64; 0
     where it never occurs."""
-    ends = [_end_of(q.answer_ids.tolist(), path.z_ids.tolist()) for q, path in batch.pairs("prior")]
+    ends = [q.answer_end(path.z_ids) for q, path in batch.pairs("prior")]
     length_BN = batch.prior.length_BP
     return length_BN.new_tensor(ends).view_as(length_BN)
-
-
-def _end_of(part: list[int], whole: list[int]) -> int:
-    """Where `part` first ends in `whole`, counted from 1; 0 if it is not there."""
-    if not part:
-        raise ValueError("length reward lc_r1: got a question without the ids of its answer")
-    size = len(part)
-    starts = (i for i in range(len(whole) - size + 1) if whole[i : i + size] == part)
-    return next((i + size for i in starts), 0)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, PathKey, Score
-from vpgea_fast.objectives.base import Draws, GroupKeys, Keys, Term, Terms
+from vpgea_fast.objectives.base import ClipKeys, Draws, GroupKeys, Term, Terms
 from vpgea_fast.objectives.policy_gradient import Advantage, PolicyGradient
 from vpgea_fast.values import STRICT, NonNegativeFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vpgea_fast.objectives.surrogate import Surrogate
     from vpgea_fast.types import ScoredBatch
 
 GroupSize = Annotated[int, Field(ge=2, lt=2**31)]
@@ -49,26 +51,39 @@ class VeriFree(PolicyGradient):
                 "objective.name rloo"
             )
 
+    def draws(self) -> Draws:
+        return replace(super().draws(), targets=self.target != "none")
+
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
         terms = super().terms(batch, state)
         scores = terms.path_scores["prior"]
         if self.target == "none":
             return terms
         weight_BN = -scores[self.target].where(self._kept(batch), 0.0)
+        # The answer was not drawn, and no policy holds it: no KL.
+        later = replace(self.clipped(), kl_coef=0.0)
         return Terms(
-            parts=(*terms.parts, answer_term(weight_BN)),
+            parts=(*terms.parts, answer_term(weight_BN, later)),
             path_scores=terms.path_scores,
             metrics=terms.metrics,
         )
 
 
-def answer_term(weight_BN: Tensor) -> Term:
-    """The reference answer behind each of the student's thoughts, a part of the loss."""
-    return Term(name="answer", stream="prior", view="student", part="target", weight_BP=weight_BN)
+def answer_term(weight_BN: Tensor, later: Surrogate) -> Term:
+    """The reference answer behind each of the student's thoughts, a part of the loss. Its weight is
+    a likelihood under the policy that drew the thoughts, so later updates are clipped as theirs."""
+    return Term(
+        name="answer",
+        stream="prior",
+        view="student",
+        part="target",
+        weight_BP=weight_BN,
+        later=later,
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
-class NormalisedVeriFree(Keys):
+class NormalisedVeriFree(ClipKeys):
     """Normalised VeriFree: the bound of Variational Reasoning (arXiv 2509.22637, appendix A.6) with
     q = sg pi. The gradient is that of sum_i w_i (log p(z_i | x) + log p(y* | x, z_i)). The weights
     of a question: w_i = exp U_i / sum_j exp U_j.
@@ -84,7 +99,7 @@ class NormalisedVeriFree(Keys):
     """Paths per question, which share a weight of 1."""
 
     def draws(self) -> Draws:
-        return Draws(prior=self.group_size)
+        return Draws(prior=self.group_size, targets=True)
 
     def needs(self) -> frozenset[Score]:
         return frozenset({Score("prior", "student", "target")})
@@ -97,9 +112,10 @@ class NormalisedVeriFree(Keys):
         share_BN = share_BN.where(prior.closed_BP.any(dim=1, keepdim=True), 0.0)
         # The rows divide by all paths, and these weights are a mean already.
         weight_BN = -self.group_size * share_BN
-        thought = Term(name="pg", stream="prior", view="student", weight_BP=weight_BN)
+        later = self.clipped()
+        thought = Term(name="pg", stream="prior", view="student", weight_BP=weight_BN, later=later)
         return Terms(
-            parts=(thought, answer_term(weight_BN)),
+            parts=(thought, answer_term(weight_BN, later)),
             path_scores={"prior": {"u": prior.u_BP, "advantage": share_BN}},
             metrics={"groups_all_rejected": int((share_BN == 0).all(dim=1).sum())},
         )
@@ -148,7 +164,13 @@ class Rlt(GroupKeys):
         reward_BG = answer_BG - self.kl_coef * apart_BG - self.cut * (~post.closed_BP).double()
         options = {"eps": self.eps, "ddof": self.ddof, "std_gate": self.std_gate}
         advantage_BG = group_zscore(reward_BG, **options)
-        part = Term(name="pg", stream="posterior", view="teacher", weight_BP=-advantage_BG)
+        part = Term(
+            name="pg",
+            stream="posterior",
+            view="teacher",
+            weight_BP=-advantage_BG,
+            later=self.clipped(),
+        )
         scores = {"reward": reward_BG, "advantage": advantage_BG}
         metrics = {
             "answer_logp": answer_BG.mean().item(),

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
-from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
+from vpgea_fast.objectives.base import Draws, GroupKeys, Share, Term, Terms
 from vpgea_fast.objectives.judged import Judged, Shaped
 from vpgea_fast.objectives.length_rewards import Eta, LengthReward
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from vpgea_fast.types import ScoredBatch, ScoredPaths
 
 Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -67,10 +67,6 @@ class PolicyGradient(GroupKeys):
     surrogate: Literal["clip", "truncate"] = "clip"
     """`clip`: min(r A, clip(r) A). `truncate`: A sg min(r, 1 + clip_high) log p (CISPO), with a
     gradient on every token."""
-    clip_low: Share = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: PositiveFloat = 0.2
-    """The ratio is clipped above 1 + clip_high."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL to the reference policy (0: none is kept)."""
     kl: Literal["k3", "low_variance"] = "k3"
@@ -81,6 +77,15 @@ class PolicyGradient(GroupKeys):
     the token limit (0: none), and by 1 for a path that was cut."""
     mask_truncated: bool = False
     """Leave paths that the token limit cut out of the loss, but not out of their group's mean."""
+
+    def clipped(self) -> Surrogate:
+        return replace(
+            super().clipped(),
+            ratio=self.ratio,
+            truncate=self.surrogate == "truncate",
+            kl_coef=self.kl_coef,
+            kl_bound=10.0 if self.kl == "low_variance" else math.inf,
+        )
 
     def draws(self) -> Draws:
         return Draws(
@@ -151,21 +156,14 @@ class PolicyGradient(GroupKeys):
             # The KL holds every path in the loss, those of advantage zero too.
             held_BP=kept_BN if self.kl_coef else None,
             close_BP=None if shaped.close_BN is None else -shaped.close_BN.where(kept_BN, 0.0),
-            live=Surrogate(
-                ratio=self.ratio,
-                truncate=self.surrogate == "truncate",
-                low=1 - self.clip_low,
-                high=1 + self.clip_high,
-                kl_coef=self.kl_coef,
-                kl_bound=10.0 if self.kl == "low_variance" else math.inf,
-            ),
+            live=self.clipped(),
         )
         metrics = {
             "accept_rate": correct_BN.double().mean().item(),
             "groups_all_rejected": int((~correct_BN).all(dim=1).sum()),
             "groups_zero_var": int((advantage_BN == 0).all(dim=1).sum()),
             "std_s": reward_BN.std(dim=1, correction=self.ddof).mean().item(),
-            "net_token_push": (advantage_BN * prior.length_BP).sum().item(),
+            "net_token_push": (advantage_BN * judged.length_BN).sum().item(),
         }
         scores = {
             "reward": reward_BN,
@@ -232,56 +230,6 @@ def _cut(batch: ScoredBatch) -> Tensor:
     # By `finish` and not by `closed`: an answer that was cut has a whole thought before it.
     cut = [[path.truncated for path in group] for group in batch.prior.paths]
     return closed_BN.new_tensor(cut).view_as(closed_BN)
-
-
-@plain_dataclass(frozen=True, kw_only=True, slots=True)
-class Surrogate:
-    """The loss of each token of a path, with A = -weight and r = exp(now - old).
-
-    clip      -min(r A, clip(r, low, high) A)
-    truncate  -A sg min(r, high) now
-    sequence  r is the geometric mean over the path, with each token's own gradient: GSPO-token,
-              whose sum is that of GSPO
-    KL        kl_coef (exp(d) - d - 1), d = reference - now; with a finite `kl_bound`, d is held
-              to [-20, 20] and the estimate to +-kl_bound
-    """
-
-    ratio: Literal["token", "sequence"] = "token"
-    truncate: bool = False
-    low: float = 0.8
-    high: float = 1.2
-    kl_coef: float = 0.0
-    kl_bound: float = math.inf
-
-    @property
-    def reference(self) -> bool:
-        return self.kl_coef > 0
-
-    def __call__(
-        self, weight: float | Tensor, now: Tensor, old: Tensor, reference: Tensor | None
-    ) -> Tensor:
-        log_ratio = now - old
-        if self.ratio == "sequence":
-            # now - now.detach() is 0, and carries the gradient of the token alone (eq. 14).
-            log_ratio = log_ratio.mean().detach() + (now - now.detach())
-        r = log_ratio.exp()
-        if self.truncate:
-            # For either sign of A, as MiniMax-M1 writes it: no lower bound.
-            loss = weight * r.detach().clamp(max=self.high) * now
-        else:
-            # The clipped branch is flat. At r = 1 both are equal, and halves of the gradient add up
-            # to the whole of it, bitwise.
-            loss = (weight * r).maximum(weight * r.clamp(self.low, self.high))
-        if not self.reference:
-            return loss
-        if reference is None:
-            raise ValueError("KL: got no log-probs of a reference policy, expected one per token")
-        gap = reference - now
-        if math.isfinite(self.kl_bound):
-            gap = gap.clamp(-20.0, 20.0)
-        # Where a bound holds, the estimate is flat.
-        estimate = (gap.exp() - gap - 1).clamp(-self.kl_bound, self.kl_bound)
-        return loss + self.kl_coef * estimate
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -4,14 +4,17 @@
            + beta (1/G) sum_i 1[A_i > 0] (sg log q(z_i|x, y*) - log pi(z_i|x))
 
 A and the gate are constants of the rollout batch, so the weights of a path are -A_i (teacher view)
-and -beta 1[A_i > 0] (student view, the same token ids).
+and -beta 1[A_i > 0] (student view, the same token ids). Two options add to that, off by default:
+
+    prior_pg      - prior_pg (1/N) sum_j A'_j log pi(z'_j|x)              the student's own paths
+    train_answer  - answer_weight (1/G) sum_i 1[A_i > 0] log pi(y*|x, z_i)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,8 +23,17 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
-from vpgea_fast.names import Score
+from vpgea_fast.names import Score, Stream
 from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
+from vpgea_fast.objectives.guards import (
+    EARLY,
+    VIEWS,
+    accepted,
+    caught,
+    leak,
+    log_ratio,
+    passed,
+)
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -70,6 +82,13 @@ class Vpgea(GroupKeys):
     """False, an ablation: R is P(answer given path) in the teacher's view, without a baseline."""
     posterior: bool = True
     """False, an ablation: the posterior paths are drawn from the student's prompt too."""
+    utility: Literal["product", "elbo"] = "product"
+    """S of a path. `product`: R eta. `elbo`: what the ELBO averages, U + log eta less kappa (log
+    q(z|x, y*) - log pi(z|x)). There a rejected path is worth the baseline of U, and never more
+    than the worst accepted one."""
+    kappa: NonNegativeFloat = 0.0
+    """Weight of the log-ratio of both views in `utility: elbo`; 1: the reverse-KL reward of
+    arXiv 2509.22637. Above 0 it costs two forwards of the posterior paths."""
     reward: Literal["paper", "likelihood_gate", "likelihood_mix"] = "paper"
     """R of a path. `paper`: max(0, U - baseline + r_margin). `likelihood_gate`: 1 where P > 0.5.
     `likelihood_mix`: that times 1 + max(0, U - baseline)."""
@@ -85,12 +104,33 @@ class Vpgea(GroupKeys):
     verify: Literal["none", "gate"] = "none"
     """`gate`: accept a posterior path only if the answer sampled after it verifies (needs
     rollout.full_answer)."""
-    leak_guard: Literal["none", "counterfactual", "max_kl"] = "none"
+    leak_guard: Literal["none", "counterfactual", "max_kl", "early_answer"] = "none"
     """Reject posterior paths that lean on the answer in their prompt. `counterfactual`: log q(z|x,
     y*) - log q(z|x, y') > leak_limit, y' a wrong answer. `max_kl`: log q - log pi > leak_limit at
-    some token. Each costs two forwards of these paths."""
+    some token. Both cost two forwards of these paths. `early_answer`: the answer stands in the
+    first half, and the baseline exceeds U of what precedes it by more than leak_limit; one forward
+    of such paths."""
     leak_limit: PositiveFloat = 2.0
     """Nats that the leak guard lets pass."""
+    lexical: bool = False
+    """Reject posterior paths whose decoded thought holds a match of lexical_regex."""
+    lexical_regex: str = "given|provided|reference|known answer|hint"
+    """Words of a thought that speaks of its hint; case does not matter."""
+    len_min_frac: NonNegativeFloat = 0.0
+    """Reject posterior paths shorter than this share of the base length (0: none); 0.05 is a start.
+    Such a path may only state the answer."""
+    prior_pg: NonNegativeFloat = 0.0
+    """Weight of a policy gradient on the prior paths too (0: none): their S by the same formula and
+    baselines, z-scored among themselves. Not in the paper."""
+    train_answer: Literal["none", "sft"] = "none"
+    """`sft`: the student also imitates the reference answer behind the distilled thoughts, as
+    VeriFree does (arXiv 2505.21493)."""
+    answer_weight: PositiveFloat = 1.0
+    """Weight of that imitation."""
+
+    clip_high: PositiveFloat = 0.28
+    """That ratio is clipped above 1 + clip_high. What is distilled has no ratio: its paths are a
+    fixed sample of a forward KL."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
@@ -107,10 +147,41 @@ class Vpgea(GroupKeys):
 
     def __post_init__(self) -> None:
         self.group_options()  # refuses keys that do not go together
+        self._check_utility()
+        try:
+            re.compile(self.lexical_regex)
+        except re.error as error:
+            raise ValueError(
+                f"lexical_regex: got {self.lexical_regex!r}, expected a regular expression: {error}"
+            ) from error
+        if self.prior_pg and self.prior_samples < 2:
+            raise ValueError(
+                f"prior_pg: got {self.prior_pg} with prior_samples 1, expected 2 or more: one path "
+                "has nothing to be compared with"
+            )
         if self.leak_guard != "none" and not self.posterior:
             raise ValueError(
                 f"leak_guard: got {self.leak_guard!r} with posterior: false, expected none: the "
                 "student's own prompt holds no answer that could leak"
+            )
+
+    def _check_utility(self) -> None:
+        """ValueError for keys that the utility would not read."""
+        elbo = self.utility == "elbo"
+        for key, got, want in (
+            ("reward", self.reward, "paper"),
+            ("r_margin", self.r_margin, 0.0),
+            ("cross_view", self.cross_view, True),
+        ):
+            if elbo and got != want:
+                raise ValueError(
+                    f"utility: got 'elbo' with {key} {got!r}, which it does not read, expected "
+                    f"{want!r}; set objective.{key}, or utility product"
+                )
+        if self.kappa and not (elbo and self.posterior):
+            raise ValueError(
+                f"kappa: got {self.kappa} with utility {self.utility!r} and posterior "
+                f"{self.posterior}, expected 0: only the ELBO of a teacher's path has a log-ratio"
             )
 
     def group_options(self) -> GroupOptions:
@@ -125,6 +196,9 @@ class Vpgea(GroupKeys):
             prior=self.prior_samples,
             posterior_view="teacher" if self.posterior else "student",
             verified=self.verify == "gate",
+            texts=self.lexical,
+            joint=self.prior_pg > 0,
+            targets=self.train_answer == "sft",
         )
 
     def needs(self) -> frozenset[Score]:
@@ -132,18 +206,18 @@ class Vpgea(GroupKeys):
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
+        if self.leak_guard == "early_answer":
+            scores.add(EARLY)
         if guard := self.guard_scores():
             scores |= set(guard)
-        return frozenset(scores)
+        return frozenset(scores | (set(VIEWS) if self.kappa else set()))
 
     def guard_scores(self) -> tuple[Score, Score] | None:
         """The log-probs of a thought that the leak guard compares: as drawn, and without the
         answer or with a wrong one."""
-        if self.leak_guard == "none":
-            return None
         # Both of the trainer: over thousands of tokens the sampler's rounding would add up to nats.
-        other = "counterfactual" if self.leak_guard == "counterfactual" else "student"
-        return Score("posterior", "teacher", "thought"), Score("posterior", other, "thought")
+        wrong = Score("posterior", "counterfactual", "thought")
+        return {"counterfactual": (VIEWS[0], wrong), "max_kl": VIEWS}.get(self.leak_guard)
 
     def at(self, step: int, /) -> Vpgea:
         if self.alpha_end is None:
@@ -169,7 +243,7 @@ class Vpgea(GroupKeys):
 
         post, prior = batch.posterior, batch.prior
         columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
-        u = self._utility(batch)
+        u = self._utility(batch, "posterior")
         bounds = {"alpha": self.alpha, "u_min": self.u_min}  # the theory knows no other option
         scores = {
             "reward": u.reward,
@@ -185,10 +259,17 @@ class Vpgea(GroupKeys):
             "none": u.advantage.new_ones(u.advantage.shape),
         }[self.gate]
         view = batch.posterior_view
+        prior_terms, prior_scores = self._prior(batch)
         # The same token ids under both prompts: only their contexts differ.
         return Terms(
             parts=(
-                Term(name="pg", stream="posterior", view=view, weight_BP=-u.advantage),
+                Term(
+                    name="pg",
+                    stream="posterior",
+                    view=view,
+                    weight_BP=-u.advantage,
+                    later=self.clipped(),
+                ),
                 Term(
                     name="distill",
                     stream="posterior",
@@ -198,8 +279,10 @@ class Vpgea(GroupKeys):
                     distilled=view != "student",
                     counted_BP=gate_BG.ne(0) if self.distill_denominator == "gated" else None,
                 ),
+                *self._answer_terms(gate_BG),
+                *prior_terms,
             ),
-            path_scores={"posterior": scores, "prior": {"u": prior.u_BP}},
+            path_scores={"posterior": scores, "prior": {"u": prior.u_BP, **prior_scores}},
             metrics=merge(
                 self._group_metrics(batch, u),
                 self._guard_metrics(batch),
@@ -207,43 +290,85 @@ class Vpgea(GroupKeys):
             ),
         )
 
-    def _utility(self, batch: ScoredBatch) -> Utility:
-        """Utility, advantage and gate of the posterior paths."""
-        from vpgea_fast.advantage import cross_view_utility, group_zscore, length_factor
+    def _answer_terms(self, gate_BG: Tensor) -> list[Term]:
+        """The reference answer behind the distilled thoughts."""
+        if self.train_answer == "none":
+            return []
+        weight_BG = -self.answer_weight * gate_BG
+        return [
+            Term(
+                name="answer",
+                stream="posterior",
+                view="student",
+                part="target",
+                weight_BP=weight_BG,
+            )
+        ]
 
-        post, prior = batch.posterior, batch.prior
-        columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
+    def _prior(self, batch: ScoredBatch) -> tuple[list[Term], dict[str, Tensor]]:
+        """The policy gradient of the student's own paths, and their scores for the log."""
+        if not self.prior_pg:
+            return [], {}
+        u = self._utility(batch, "prior")
+        weight_BN = -self.prior_pg * u.advantage
+        term = Term(
+            name="prior_pg",
+            stream="prior",
+            view="student",
+            weight_BP=weight_BN,
+            later=self.clipped(),
+        )
+        names = ("reward", "eta", "utility", "advantage")
+        return [term], {name: getattr(u, name) for name in names}
+
+    def _utility(self, batch: ScoredBatch, stream: Stream) -> Utility:
+        """Utility, advantage and gate of the paths of a stream, against the student's baselines."""
+        from vpgea_fast.advantage import cross_view_utility, group_zscore
+
+        own, prior = batch.stream(stream), batch.prior
+        columns = own.u_BP, prior.u_BP, own.length_BP, prior.length_BP
         # One kernel launch on CUDA; the monitors below it are a few (B, G) operations.
-        accept_BG, options = accepted(self, batch), self.group_options()
-        u = cross_view_utility(*columns, accept_BG=accept_BG, options=options)
-        if self.cross_view:
+        mine = stream == "posterior"
+        accept_BP = accepted(self, batch) if mine else passed(self, batch, stream)
+        u = cross_view_utility(*columns, accept_BG=accept_BP, options=self.group_options())
+        if self.utility == "elbo":
+            u = dataclasses.replace(u, utility=self._elbo(batch, stream, u, accept_BP))
+        elif self.cross_view:
             return u
-        # The ablation needs no kernel: four lines of (B, G) arithmetic.
-        # In its own view nearly every closed path makes the answer: a baseline would leave nothing.
-        reward_BG = post.u_BP.exp().where(accept_BG, 0.0)
-        clip = self.eta_clip
-        eta_BG = length_factor(post.length_BP, u.len_base, alpha=self.alpha, eta_clip=clip)
-        advantage_BG = group_zscore(
-            reward_BG * eta_BG, eps=self.eps, ddof=self.ddof, std_gate=self.std_gate
-        )
-        return dataclasses.replace(
-            u,
-            reward=reward_BG,
-            eta=eta_BG,
-            utility=reward_BG * eta_BG,
-            advantage=advantage_BG,
-            gate=advantage_BG > 0,
-        )
+        else:
+            # In its own view nearly every closed path makes the answer: a baseline would leave
+            # nothing.
+            reward_BP = own.u_BP.exp().where(accept_BP, 0.0)
+            u = dataclasses.replace(u, reward=reward_BP, utility=reward_BP * u.eta)
+        options = {"eps": self.eps, "ddof": self.ddof, "std_gate": self.std_gate}
+        advantage_BP = group_zscore(u.utility, **options)
+        return dataclasses.replace(u, advantage=advantage_BP, gate=advantage_BP > 0)
+
+    def _elbo(self, batch: ScoredBatch, stream: Stream, u: Utility, accept_BP: Tensor) -> Tensor:
+        """U + log eta - kappa (log q - log pi) of the accepted paths, (B, P) nats.
+
+        A rejected one has min(baseline of U, the least of the accepted). 0 would be the best of
+        all: these are logarithms. The least alone would tie a single accepted path with the
+        rejected ones, and the lowest U, u_min, would leave their distance alone to be learnt.
+        """
+        u_BP = batch.stream(stream).u_BP
+        s_BP = (u_BP.clamp(min=self.u_min) if self.clamp_u else u_BP) + u.eta.log()
+        # The student's own path was drawn from pi: its log-ratio is 0.
+        if self.kappa and stream == "posterior":
+            s_BP = s_BP - self.kappa * log_ratio(batch)
+        least_B1 = s_BP.where(accept_BP, math.inf).amin(dim=1, keepdim=True)
+        return s_BP.where(accept_BP, least_B1.minimum(u.u_base[:, None]))
 
     def _guard_metrics(self, batch: ScoredBatch) -> dict[str, float]:
-        leaked_BG = leak(self, batch)
-        if leaked_BG is None:
-            return {}
-        caught_BG = passed(self, batch) & (leaked_BG > self.leak_limit)
-        return {
-            "guard_caught": caught_BG.double().mean().item(),
-            "guard_nats": leaked_BG.mean().item(),
+        """What each guard caught of the paths that every filter lets pass."""
+        pass_BG, leaked_BG = passed(self, batch), leak(self, batch)
+        shares = {
+            f"{name}_caught": (pass_BG & caught_BG).double().mean().item()
+            for name, caught_BG in caught(self, batch).items()
         }
+        nats = {} if leaked_BG is None else {"guard_nats": leaked_BG.mean().item()}
+        ratio = {"path_kl": log_ratio(batch).mean().item()} if self.kappa else {}
+        return {**shares, **nats, **ratio}
 
     def _group_metrics(self, batch: ScoredBatch, u: Utility) -> dict[str, float | None]:
         length_BG = batch.posterior.length_BP
@@ -262,46 +387,3 @@ class Vpgea(GroupKeys):
             "u_replaced": u.n_replaced,
             "net_token_push": (u.advantage * length_BG).sum().item(),
         }
-
-
-def accepted(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
-    """Which teacher paths may earn a reward, (B, G) bool: those that pass, and do not leak."""
-    passed_BG, leaked_BG = passed(cfg, batch), leak(cfg, batch)
-    return passed_BG if leaked_BG is None else passed_BG & (leaked_BG <= cfg.leak_limit)
-
-
-def passed(cfg: Vpgea, batch: ScoredBatch) -> Tensor:
-    """Which teacher paths pass every filter but the leak guard, (B, G) bool. They stand here.
-
-    A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
-    dropping it would hide it. A filter may read the columns of the stream, each (B, G): `u_BP`
-    (nats), `length_BP` (tokens, the closing one included), `closed_BP`, `correct_BP` (1, 0, or NaN
-    where not verified). Token ids are in `post.paths[b][i].z_ids`.
-    """
-    post = batch.posterior
-    # Cut thoughts have no end to score, and a U that is not finite says nothing.
-    filters = [post.closed_BP, post.u_BP.isfinite()]
-    if cfg.verify == "gate":
-        filters.append(post.correct_BP == 1.0)
-    return functools.reduce(operator.and_, filters)
-
-
-def leak(cfg: Vpgea, batch: ScoredBatch) -> Tensor | None:
-    """How far each teacher path leans on the answer in its prompt, (B, G) nats; None without a
-    guard.
-
-    counterfactual  log q(z|x, y*) - log q(z|x, y'), summed over the thought's tokens
-    max_kl          the largest log q(z_t|x, y*) - log pi(z_t|x) of a token
-    """
-    import torch
-
-    if (scores := cfg.guard_scores()) is None:
-        return None
-    own, other = (batch.logps[score] for score in scores)
-    summed = cfg.leak_guard == "counterfactual"
-    values = []
-    for path in batch.posterior.flat:
-        gap = own[path.key] - other[path.key]
-        # A path that the engine gave up may have no token, and is trained by nobody.
-        values.append(gap.sum() if summed or not gap.numel() else gap.max())
-    return torch.stack(values).double().view_as(batch.posterior.u_BP)

@@ -116,7 +116,7 @@ def _guard_note(run_dir: Path) -> str:
         return ""
     guard = section_of(run_dir, "objective").get("leak_guard", "")
     caught = fmean(float(r["guard_caught"]) for r in steps)
-    ratios = [ratio for r in steps if (ratio := finite(r.get("guard_time_ratio"))) is not None]
+    ratios = [ratio for r in steps if (ratio := finite(r.get("time_guard_ratio"))) is not None]
     took = f" and took {fmean(ratios):.1%} of the time" if ratios else ""
     return f"leak guard {guard}: rejected {caught:.1%} of the teacher's paths{took}"
 

@@ -1,4 +1,4 @@
-"""What a batch loses, counts and asks: numbers that were wrong without a word, or ended a run."""
+"""A step's batch, from questions to rows: what it loses, counts, plans and refuses."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,10 @@ from vpgea_fast import config, diagnostics
 from vpgea_fast.check import draws, longest
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms
+from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms, at_step
 from vpgea_fast.objectives.checks import check_objective, check_terms
 from vpgea_fast.objectives.length_rewards import O1Pruner
-from vpgea_fast.objectives.policy_gradient import Surrogate
+from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.trainer import Trainer
@@ -65,6 +65,62 @@ def test_the_mean_of_a_step_is_of_its_whole_questions(tiny_words, monkeypatch):
     assert not terms.parts[0].weight_BP[0].any()
     assert alone.parts[0].weight_BP.any()
     assert torch.equal(terms.parts[0].weight_BP[1:], alone.parts[0].weight_BP)
+
+
+def test_a_lost_path_counts_though_its_question_is_replaced(tiny_words, monkeypatch):
+    more = ["--train.resample_rounds", "1", "--objective.group_size", "2"]
+    words = tiny_words(SMALL)("run", "--objective.name", "drgrpo", *more)
+    with Trainer(config.load(TINY, words)) as trainer:
+        generate, calls = HFEngine.generate, []
+
+        def lossy(*args):
+            first, *others = generate(*args)
+            calls.append(1)
+            return [losing(first), *others] if len(calls) == 1 else [first, *others]
+
+        monkeypatch.setattr(HFEngine, "generate", lossy)
+        batch, terms = trainer.stages.collector.collect(0, PhaseTimer(), {})
+    assert len(calls) == 2
+    assert not batch.lost_B.any()
+    counted = {name: terms.metrics[name] for name in ("paths_error", "groups_dropped")}
+    assert counted == {"paths_error": 1, "groups_dropped": 1}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Growing(Grpo):
+    name: str = "growing"
+    grown: str = ""
+
+    def at(self, step, /):
+        if not step:
+            return self
+        key, value = {"draws": ("group_size", 3), "normaliser": ("norm", "seq_sum")}[self.grown]
+        return replace(self, **{key: value})
+
+
+@pytest.mark.parametrize("grown", ["draws", "normaliser"])
+def test_a_step_draws_and_divides_as_the_run_planned(grown):
+    objective = Growing(group_size=2, grown=grown)
+    assert at_step(objective, 0) is objective
+    with pytest.raises(ValueError, match=rf"growing: at\(1\) changed .*{grown}.* every step"):
+        at_step(objective, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ([], True),
+        (["--objective.target", "none"], False),
+        (["--rollout.temperature", "1.0"], False),
+    ],
+)
+def test_the_answer_is_trained_at_temperature_1(more, refused):
+    words = ["--objective", "verifree", "--rollout.temperature", "0.7", *more]
+    if not refused:
+        assert config.load(TINY, words)
+        return
+    with pytest.raises(ValueError, match=r"'verifree' trains .* rollout.temperature 0.7; set"):
+        config.load(TINY, words)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -154,6 +210,52 @@ def test_a_live_loss_says_whether_it_reads_a_reference():
     )
     with pytest.raises(ValueError, match=r"term .pg.: live: .* reference"):
         check_terms(Grpo(group_size=2), Terms(parts=(part,)), batch)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"part": "target"}, r"trains the reference answer, .* Draws\(targets=True"),
+        ({"later": Surrogate(kl_coef=0.1)}, "later reads a reference policy"),
+        ({"later": Surrogate(), "live": Surrogate()}, "got live and later"),
+        ({"later": 3.0}, "later: got 3.0, expected a function"),
+    ],
+)
+def test_what_a_term_may_not_ask(keys, said):
+    of = {
+        "name": "pg",
+        "stream": "prior",
+        "view": "student",
+        "weight_BP": torch.ones(2, 2).double(),
+    }
+    with pytest.raises(ValueError, match=rf"objective grpo, term 'pg': {said}"):
+        check_terms(Grpo(group_size=2), Terms(parts=(Term(**of, **keys),)), two())
+
+
+def test_a_distilled_row_is_compared_with_its_own_tokens_under_the_other_prompt():
+    """Not with the answer behind the thought, which is a row of the same path."""
+
+    def row(tokens, view, **more):
+        of = {
+            "context_ids": torch.tensor([1]),
+            "stream": "posterior",
+            "path": ("q", "posterior", 0),
+        }
+        coef = -torch.ones(len(tokens)).double()
+        return TrainRow(token_ids=torch.tensor(tokens), coef=coef, view=view, **of, **more)
+
+    drawn, distilled = (
+        row([2, 3], "teacher"),
+        row([2, 3], "student", distilled=True, term="distill"),
+    )
+    rows = [drawn, distilled, row([7], "student", term="answer"), row([2, 3], "student", term="x")]
+    logps = [torch.tensor(v).double() for v in ([-1.0, -2.0], [-3.0, -5.0], [-9.0], [-7.0, -7.0])]
+    found = diagnostics.row_metrics(rows, logps)
+    assert found["loss_distill"] == (3.0 - 1.0) + (5.0 - 2.0)
+    # What was clipped has no log-prob in the update, but one from before it.
+    scored = [(replace(drawn, old=logps[0], live=Surrogate(), weight=-1.0), logps[0] - 1)]
+    found = diagnostics.row_metrics(rows[1:], logps[1:], scored)
+    assert found["loss_distill"] == (3.0 - 2.0) + (5.0 - 3.0)
 
 
 def test_a_loss_that_an_update_lacks_is_nought_there():

@@ -1,0 +1,112 @@
+"""Which teacher paths may earn a reward: the filters of VPG-EA, and its guards against leaks.
+
+A path that states the answer of its prompt makes the answer likely in the student's view too.
+`cfg` is a `Vpgea`, whose file imports this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from typing import TYPE_CHECKING, Any
+
+from vpgea_fast.names import Score, Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpgea_fast.types import ScoredBatch
+
+VIEWS = Score("posterior", "teacher", "thought"), Score("posterior", "student", "thought")
+EARLY = Score("posterior", "early", "target")
+
+
+def accepted(cfg: Any, batch: ScoredBatch) -> Tensor:
+    """Which teacher paths may earn a reward, (B, G) bool: those that pass, and no guard catches."""
+    return functools.reduce(
+        operator.and_, (~c for c in caught(cfg, batch).values()), passed(cfg, batch)
+    )
+
+
+def passed(cfg: Any, batch: ScoredBatch, stream: Stream = "posterior") -> Tensor:
+    """Which paths pass every filter but the guards, (B, P) bool. They stand here.
+
+    A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
+    dropping it would hide it. A filter may read the columns of the stream, each (B, P): `u_BP`
+    (nats), `length_BP` (tokens, the closing one included), `closed_BP`, `correct_BP` (1, 0, or NaN
+    where not verified). Token ids are in `own.paths[b][i].z_ids`.
+    """
+    own = batch.stream(stream)
+    # Cut thoughts have no end to score, and a U that is not finite says nothing.
+    filters = [own.closed_BP, own.u_BP.isfinite()]
+    if cfg.verify == "gate":
+        filters.append(own.correct_BP == 1.0)
+    return functools.reduce(operator.and_, filters)
+
+
+def caught(cfg: Any, batch: ScoredBatch) -> dict[str, Tensor]:
+    """The guards that are on -> the teacher paths that each rejects, (B, G) bool."""
+    post, found = batch.posterior, {}
+    if (leaked_BG := leak(cfg, batch)) is not None:
+        found["guard"] = ~(leaked_BG <= cfg.leak_limit)  # NaN too
+    if cfg.lexical:
+        assert post.texts is not None  # draws() asks for them
+        words = re.compile(cfg.lexical_regex, re.IGNORECASE)
+        rows = [[bool(words.search(text)) for text in group] for group in post.texts]
+        found["lexical"] = post.closed_BP.new_tensor(rows)
+    if cfg.len_min_frac:
+        base_B1 = batch.prior.length_BP.mean(dim=1, keepdim=True)
+        found["short"] = post.length_BP < cfg.len_min_frac * base_B1
+    return found
+
+
+def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:
+    """How far each teacher path leans on the answer in its prompt, (B, G) nats; None without a
+    guard.
+
+    counterfactual  log q(z|x, y*) - log q(z|x, y'), summed over the thought's tokens
+    max_kl          the largest log q(z_t|x, y*) - log pi(z_t|x) of a token
+    early_answer    baseline of U - U of the thought before it first states y*; 0 where that is
+                    nowhere, or in its second half
+    """
+    if cfg.leak_guard == "early_answer":
+        return _early(cfg, batch)
+    if (scores := cfg.guard_scores()) is None:
+        return None
+    summed = cfg.leak_guard == "counterfactual"
+    # A path that the engine gave up may have no token, and is trained by nobody.
+    values = [
+        gap.sum() if summed or not gap.numel() else gap.max() for gap in _gaps(batch, *scores)
+    ]
+    return _column(batch, values)
+
+
+def log_ratio(batch: ScoredBatch) -> Tensor:
+    """log q(z|x, y*) - log pi(z|x) of each teacher path, (B, G) nats."""
+    return _column(batch, [gap.sum() for gap in _gaps(batch, *VIEWS)])
+
+
+def _early(cfg: Any, batch: ScoredBatch) -> Tensor:
+    from vpgea_fast.advantage import cross_view_utility
+
+    post, prior = batch.posterior, batch.prior
+    columns = post.u_BP, prior.u_BP, post.length_BP, prior.length_BP
+    base_B = cross_view_utility(*columns, options=cfg.group_options()).u_base
+    # One number of a path that is cut, none of another.
+    found = [batch.logps[EARLY][path.key] for path in post.flat]
+    cut_BG = _column(batch, [u.new_tensor(float(u.numel())) for u in found]) > 0
+    u_BG = _column(batch, [u.sum() for u in found])
+    return (base_B[:, None] - u_BG.where(u_BG.isfinite(), cfg.u_min)).where(cut_BG, 0.0)
+
+
+def _gaps(batch: ScoredBatch, own: Score, other: Score) -> list[Tensor]:
+    """Per token, how much likelier each teacher path is as drawn than under the other prompt."""
+    one, two = batch.logps[own], batch.logps[other]
+    return [one[path.key] - two[path.key] for path in batch.posterior.flat]
+
+
+def _column(batch: ScoredBatch, values: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.stack(values).double().view_as(batch.posterior.u_BP)
