@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from ranks import Program, run_ranks
 
+from vpgea_fast import config
 from vpgea_fast.cli import main
 from vpgea_fast.evaluation.records import read_header, read_samples
+from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 # 12 questions: 24 sampled answers in waves of 7, and 12 greedy ones.
@@ -269,3 +271,24 @@ def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_
     header = read_header(out)
     assert header["benchmarks"]["some"]["dropped"] == 1
     assert header["settings"]["k"] == {"sampled": 2, "greedy": 1}
+
+
+def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_path):
+    """The same numbers as its eval.json has, and as `vpgea eval` gives of its export."""
+    words = tiny_words({"train.steps": 1, "train.questions_per_step": 2, "metrics.compare": "null"})
+    test = ["--eval.data", f"[{tiny_world.test_path}]", "--eval.records", "true"]
+    keys = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    assert fit(config.load(TINY, words("run", *test, *keys)))
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert {f.name for f in (run / "evals").iterdir()} == {"step_0", "step_1"}
+    known = json.loads((run / "eval.json").read_text())
+    for when, step in (("before", 0), ("after", 1)):
+        samples = list(read_samples(run / "evals" / f"step_{step}"))
+        own = [sample.correct for sample in samples if sample.mode == "sampled"]
+        assert known[when]["sampled"]["benchmarks"]["test"]["acc"] == sum(own) / len(own)
+    assert main(["eval", str(run / "export"), str(tiny_world.test_path), "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert {mode: result[mode] for mode in ("sampled", "greedy")} == {
+        mode: known["after"][mode] for mode in ("sampled", "greedy")
+    }
+    assert records(out) == records(run / "evals/step_1")

@@ -5,6 +5,7 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ import torch
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
-from vpgea_fast.evaluation.drawing import Part, Recorder
-from vpgea_fast.evaluation.folder import Outcome, open_folder
+from vpgea_fast.evaluation import records
+from vpgea_fast.evaluation.drawing import Part, Recorder, sample_of
+from vpgea_fast.evaluation.folder import Outcome, open_folder, write_whole
 from vpgea_fast.evaluation.header import make_header
 from vpgea_fast.evaluation.measures import Answers, measure
 from vpgea_fast.evaluation.records import Mode
@@ -39,6 +41,8 @@ Item = tuple[Question, torch.Tensor]
 Progress = Callable[[int], None]
 Draw = Callable[[Sequence[Part]], list[list[Outcome]]]
 """Gives every outcome of the parts, in their order."""
+Keep = Callable[[Part, Sequence[Path], torch.Tensor], object]
+"""Hears the paths of a part and which of them are right."""
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -132,11 +136,15 @@ class Evaluator:
         return lines
 
     def run(
-        self, on_progress: Progress | None = None, draw: Draw | None = None
+        self,
+        on_progress: Progress | None = None,
+        draw: Draw | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Draw and judge; return {"sampled": {...}, "greedy": {...}}, means over the benchmarks.
 
         draw   instead of one call of the engine per part: a `Recorder`'s, which keeps records
+        keep   hears of each part that one call has drawn
 
         acc          0..1, pass@1 over n samples; acc_low, acc_high its 95 % interval over questions
         tokens       mean generated, thought and answer, cut samples included
@@ -147,7 +155,8 @@ class Evaluator:
         benchmarks   the same for each, without eps3_mean
         """
         parts = self.parts()
-        drawn = draw(parts) if draw is not None else [self._draw(p, on_progress) for p in parts]
+        one = functools.partial(self._draw, on_progress=on_progress, keep=keep)
+        drawn = draw(parts) if draw is not None else [one(part) for part in parts]
         found: dict[str, list[tuple[Part, list[Outcome]]]] = {}
         for part, outcomes in zip(parts, drawn, strict=True):
             found.setdefault(part.mode, []).append((part, outcomes))
@@ -170,10 +179,12 @@ class Evaluator:
             part["dropped"] = dropped[name]
         return {**whole, "dropped": sum(dropped.values())}
 
-    def _draw(self, part: Part, on_progress: Progress | None) -> list[Outcome]:
+    def _draw(self, part: Part, on_progress: Progress | None, keep: Keep | None) -> list[Outcome]:
         """Draw a part in one call: with several processes a collective."""
         paths = self.engine.generate(part.requests, part.sampling, on_progress)
         correct = self.judge(paths, [question.answer for question in part.questions])
+        if keep is not None:
+            keep(part, paths, correct)
         return [
             Outcome(path.generated, path.finish, int(right))
             for path, right in zip(paths, correct.tolist(), strict=True)
@@ -280,6 +291,32 @@ def open_model(cfg: Config, world: World | None = None) -> Iterator[OpenModel]:
             yield OpenModel(text, causal_lm, engine, verifier)
         finally:
             engine.close()
+
+
+def evaluate_step(
+    cfg: Config, evaluator: Evaluator, step: int, *, world: World, on_progress: Progress | None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate the weights of a training step; with eval.records the process that writes a run's
+    files keeps the answers in RUN/evals/step_N. A collective."""
+    if not cfg.eval.records:
+        return evaluator.run(on_progress)
+    lines: list[str] = []
+
+    def keep(part: Part, paths: Sequence[Path], correct: torch.Tensor) -> None:
+        reading: Any = {"decode": evaluator.decode, "checker": cfg.verify.name}
+        for place, (path, right) in enumerate(zip(paths, correct.tolist(), strict=True)):
+            sample = sample_of(part, place, path, correct=int(right), **reading)
+            lines.append(records.line(sample))
+
+    results = evaluator.run(on_progress, keep=keep if world.main else None)
+    header = make_header(
+        cfg, evaluator.benchmarks, wave=evaluator.engine.wave, command=["train", cfg.run.dir]
+    )
+    # The run's own weights: its base is what model.path names.
+    header["model"] = {"path": cfg.run.dir, "fingerprint": f"{cfg.run.dir}, step {step}"}
+    folder = FilePath(cfg.run.dir) / "evals" / f"step_{step}"
+    world.on_main(lambda: write_whole(folder, header, lines))
+    return results
 
 
 @dataclass(frozen=True)

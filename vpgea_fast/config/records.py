@@ -150,6 +150,8 @@ class EvalConfig:
     """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
     """Token limit of a thought. A cut thought counts as wrong."""
+    records: bool = False
+    """Keep every answer of a run's evaluations, in RUN/evals/step_N, as `vpgea eval --out` does."""
     # Which questions: the same in every evaluation, so that its numbers can be compared.
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""

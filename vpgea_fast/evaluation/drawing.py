@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ class Recorder:
         note: Note,
     ) -> None:
         self.folder, self.world, self.engine = folder, world, engine
-        self.judge, self.decode, self.checker, self.note = judge, decode, checker, note
+        self.judge, self.note = judge, note
+        self.reading: Any = {"decode": decode, "checker": checker}
         self.outcomes: dict[Key, Outcome] = dict(folder.known)
         self.own: dict[Key, Outcome] = {}
         self.moved = 0
@@ -141,7 +143,7 @@ class Recorder:
             [path for _, path in new], [part.questions[place].answer for place, _ in new]
         )
         samples = [
-            self._sample(part, place, path, correct=int(verdict))
+            sample_of(part, place, path, correct=int(verdict), **self.reading)
             for (place, path), verdict in zip(new, verdicts.tolist(), strict=True)
         ]
         self.folder.append((sample, seconds) for sample in samples)
@@ -152,30 +154,40 @@ class Recorder:
         self.tokens += sum(o.tokens for o in outcomes.values())
         return len(new)
 
-    def _sample(self, part: Part, place: int, path: Path, *, correct: int) -> Sample:
-        question, request = part.questions[place], part.requests[place]
-        # A cut thought has no answer, and no answer may be found inside a thought.
-        answer = self.decode(path.answer_ids) if path.closed else ""
-        return Sample(
-            benchmark=part.benchmark,
-            mode=part.mode,
-            question_id=question.id,
-            index=request.index,
-            seed=request.seed,
-            ids=tuple(path.response_ids.tolist()),
-            text=self.decode(path.response_ids),
-            answer_text=answer,
-            prediction=prediction(self.checker, answer) if path.closed else None,
-            gold=question.answer,
-            tokens=path.generated,
-            thought_tokens=path.z_ids.numel(),
-            finish=path.finish,
-            correct=correct,
-            subject=question.subject,
-            level=question.level,
-        )
-
     def _standing(self) -> str:
         """Accuracy and tokens of all answers so far."""
         count = max(1, len(self.outcomes))
         return f"acc {self.right / count:.1%}  tokens {self.tokens / count:.0f}"
+
+
+def sample_of(
+    part: Part,
+    place: int,
+    path: Path,
+    *,
+    correct: int,
+    decode: Callable[[torch.Tensor], str],
+    checker: str,
+) -> Sample:
+    """Make the record of the answer at a place of a part."""
+    question, request = part.questions[place], part.requests[place]
+    # A cut thought has no answer, and no answer may be found inside a thought.
+    answer = decode(path.answer_ids) if path.closed else ""
+    return Sample(
+        benchmark=part.benchmark,
+        mode=part.mode,
+        question_id=question.id,
+        index=request.index,
+        seed=request.seed,
+        ids=tuple(path.response_ids.tolist()),
+        text=decode(path.response_ids),
+        answer_text=answer,
+        prediction=prediction(checker, answer) if path.closed else None,
+        gold=question.answer,
+        tokens=path.generated,
+        thought_tokens=path.z_ids.numel(),
+        finish=path.finish,
+        correct=correct,
+        subject=question.subject,
+        level=question.level,
+    )

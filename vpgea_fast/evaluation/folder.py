@@ -110,6 +110,13 @@ def open_folder(
             lock.close()
 
 
+def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Write the folder of an evaluation that has ended, over one of the same name."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / SAMPLES, "".join(lines))
+    write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
+
+
 def check_free(path: Path, *, resume: bool) -> None:
     """Refuse, before any model is read, a path that no evaluation could begin in."""
     if path.exists() and not path.is_dir():
