@@ -141,6 +141,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import Record, evaluate_model, result_table
+    from vpgea_fast.evaluation.folder import RESULT
     from vpgea_fast.metrics import Console, environment
 
     plain_logs()
@@ -160,7 +161,7 @@ def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
         known = config.as_dict(cfg)
         sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
         settings = {"settings": {name: known[name] for name in sections}}
-        out = Path(args.out) / "result.json"
+        out = Path(args.out) / RESULT
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
     world.close()

@@ -5,7 +5,7 @@ counted and named, and where an answer was found in a longer text the run says s
 
     files.py    rows of JSONL, JSON, CSV, TSV, parquet, directories, the Hub
     rows.py     keys into a row, choices
-    answers.py  the final answer and its plainest spelling
+    answers.py  the final answer and its plainest spelling; recipes.py: published data sets
 """
 
 from __future__ import annotations
@@ -148,14 +148,13 @@ def load_questions(
 @dataclass(frozen=True)
 class Benchmark:
     """The questions of one file with their student prompts: all that an evaluation knows. `shown`
-    is what the ids of the first prompt say, `loaded` what the file held; `samples` and `student`
-    are its own (None: eval.samples, prompt.student)."""
+    is what the ids of the first prompt say, `loaded` what the file held; two keys are its own."""
 
     questions: tuple[tuple[Question, Tensor], ...]
     loaded: LoadedQuestions
     shown: str
-    samples: int | None = None
-    student: str | None = None
+    samples: int | None = None  # None: eval.samples
+    student: str | None = None  # None: prompt.student
 
     @property
     def dropped(self) -> Mapping[str, int]:
@@ -210,8 +209,8 @@ def load_benchmarks(
                 f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
                 "benchmark; raise data.max_prompt_tokens, or take them out of the file"
             )
-        shown = prompter.shown(questions[0][1])
-        benchmarks[name] = Benchmark(questions, loaded, shown, file.samples, file.student)
+        fixed = file.samples, file.student
+        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(ids[0]), *fixed)
     return benchmarks
 
 
@@ -323,8 +322,7 @@ def step_questions(
     n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
     With `weights` (of files, by name) every file has its share of each step and epochs of its own.
     """
-    # Each file is a data set of its own, with its own seed and epochs, so that changing one
-    # file's weight does not reorder another's questions.
+    # Each file has a seed and epochs of its own: a changed weight reorders no other file.
     if weights is not None:
         shares = step_shares(weights, batch)
         files = {name: [q for q in questions if q.file == name] for name in shares}

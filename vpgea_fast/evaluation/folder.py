@@ -36,6 +36,8 @@ from vpgea_fast.evaluation.records import (
 )
 from vpgea_fast.types import Finish
 
+RESULT = "result.json"
+"""The closing table, which the command line writes at the end."""
 COMPARED = ("model.fingerprint", "settings", "benchmarks")
 """What decides the answers; a model may have moved, and versions may be newer (which is said)."""
 
@@ -123,16 +125,17 @@ def check_free(path: Path, *, resume: bool) -> None:
         raise SampleError(f"{path} is a file; expected a folder to write records to, or a new one")
     if not path.parent.is_dir():
         raise SampleError(f"{path}: its parent is not there; give a folder in one that exists")
-    header, samples = path / HEADER, path / SAMPLES
+    header = path / HEADER
     if header.exists() and not resume:
         raise SampleError(
             f"{path} holds an evaluation; go on with --resume, or give another folder"
         )
-    if not header.exists() and samples.exists() and samples.stat().st_size:
-        raise SampleError(
-            f"{samples} is there without {HEADER}, which says whose records they are; bring it "
-            "back, or give another folder"
-        )
+    for file in (path / SAMPLES, path / TIMES, path / RESULT):
+        if not header.exists() and file.exists() and file.stat().st_size:
+            raise SampleError(
+                f"{file} is there without {HEADER}, which says whose it is; bring that back, or "
+                "give another folder"
+            )
 
 
 def _begin(path: Path, header: Mapping[str, Any], *, resume: bool, note: Note) -> BinaryIO:
