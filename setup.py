@@ -108,6 +108,7 @@ setup(
         "vpgea_fast.config",
         "vpgea_fast.data",
         "vpgea_fast.estimate",
+        "vpgea_fast.evaluation",
         "vpgea_fast.metrics",
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",

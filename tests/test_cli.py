@@ -138,7 +138,7 @@ def test_help_names_every_command(capsys):
         ),
         (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["eval"], "required: model, data; see vpgea eval --help"),
-        (["eval", "m", "d", "--out", "none/x.json"], "a file in a directory that exists"),
+        (["eval", "m", "d", "--out", "none/x"], "its parent is not there"),
         (["eval", "./none", "d"], "no model directory at ./none"),
         (["eval", "none", "d"], "cannot load a tokenizer from 'none'"),
         (["report", "none"], "none is no run"),
@@ -246,7 +246,15 @@ def test_an_evaluation_never_writes_over_its_questions(entry, tiny_world, tmp_pa
     link.symlink_to(data)
     for out in (data, link, tmp_path / "." / "mine.jsonl"):
         words = ["eval", str(tiny_world.base_dir), entry.format(file=data), "--out", str(out)]
-        assert "the questions are read from it; give another file" in refusal(main(words))
+        assert "is a file; expected a folder" in refusal(main(words))
+    for name in ("result.json", "samples.jsonl", "times.jsonl"):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir()
+        mine.write_text(before)
+        words = ["eval", str(tiny_world.base_dir), str(mine), "--out", str(mine.parent)]
+        assert f"{name} is there without eval.json" in refusal(main(words))
+        assert mine.read_text() == before
+        shutil.rmtree(mine.parent)
     assert data.read_text() == before
 
 
@@ -658,7 +666,7 @@ def test_a_bad_model_is_refused_in_one_line(
     if command == "train":
         status = train("--model.path", model)
     else:
-        out = ["--config", str(TINY), "--out", str(tmp_path / "out.json")]
+        out = ["--config", str(TINY), "--out", str(tmp_path / "out")]
         status = main(["eval", str(model), str(tiny_world.test_path), *out])
     assert said in refusal(status)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -751,12 +759,12 @@ def test_a_full_disk_ends_the_run_and_keeps_its_last_checkpoint(train, refusal, 
 
 def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
     words = ["--eval.limit", "4", "--eval.samples", "2", "--config", str(TINY)]
-    out = tmp_path / "out.json"
+    out = tmp_path / "out"
     files = [str(tiny_world.test_path), str(tiny_world.train_path)]
     command = ["eval", str(tiny_world.base_dir), *files, *words]
     assert main([*command, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    result = json.loads(out.read_text())
+    result = json.loads((out / "result.json").read_text())
     assert result["settings"]["eval"]["samples"] == 2
     assert result["settings"]["model"]["path"] == str(tiny_world.base_dir)
     assert result["environment"]["torch"]
@@ -773,7 +781,7 @@ def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
         means = [f"{result[mode][key]:.3g}" for key in ("eps3", "eps3_mean")]
         assert mean[9:11] == means
     assert main(command) == 0
-    assert capsys.readouterr().out + f"{out}\n" == shown
+    assert capsys.readouterr().out + f"{out / 'result.json'}\n" == shown
 
 
 def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
@@ -877,11 +885,11 @@ def test_one_evaluation_of_files_with_keys_of_their_own(tiny_world, tmp_path, ca
     file = tmp_path / "other.json"
     file.write_text(json.dumps(other))
     entry = json.dumps({"path": str(file), "question_key": "problem", "name": "array"})
-    out = tmp_path / "result.json"
+    out = tmp_path / "out"
     words = ["--config", TINY, "--eval.limit", 2, "--eval.samples", 0, "--out", out]
     base, test = tiny_world.base_dir, tiny_world.test_path
     assert main(["eval", *map(str, [base, test, entry, *words])]) == 0
-    found = json.loads(out.read_text())
+    found = json.loads((out / "result.json").read_text())
     parts = found["greedy"]["benchmarks"]
     assert set(parts) == {"test", "array"}
     assert parts["test"] == parts["array"]

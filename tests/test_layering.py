@@ -24,6 +24,8 @@ LAYERS = {
     "trainer": {"prepare", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
+    # What an evaluation leaves behind, and what is said of it.
+    "records of evaluations": {"evaluation"},
     # What a step, a check or an evaluation is made of.
     "preparation": {"check", "collect", "diagnostics", "intake"},
     # A second model beside the policy, for whoever collects.

@@ -23,10 +23,10 @@ from vpgea_fast import config, strict_yaml
 from vpgea_fast.cli import main
 from vpgea_fast.config import Config, DataConfig, EvalConfig
 from vpgea_fast.data import load_questions
+from vpgea_fast.data.recipes import MATH, MATH_ROWS, RECIPES
 from vpgea_fast.evaluate import Evaluator
 from vpgea_fast.prepare.overlap import Overlap
 from vpgea_fast.prepare.pass_rates import Rate, _block
-from vpgea_fast.prepare.recipes import MATH, MATH_ROWS, RECIPES
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
@@ -419,12 +419,12 @@ def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
     counted = [rate["right"] / 4 for rate in rates]
     assert shown == {f"{value:.3g}": str(counted.count(value)) for value in set(counted)}
 
-    found = tmp_path / "eval.json"
+    found = tmp_path / "evaluation"
     settings_words = ["--config", str(TINY), "--out", str(found), "--eval.greedy", "false"]
     settings_words += ["--eval.samples", "4", "--verify.name", "number", *more]
     assert main(["eval", str(tiny_world.base_dir), str(out / "train.jsonl"), *settings_words]) == 0
     capsys.readouterr()
-    result = json.loads(found.read_text())["sampled"]
+    result = json.loads((found / "result.json").read_text())["sampled"]
     assert result["acc"] == sum(rate["right"] for rate in rates) / 64
     assert result["tokens"] == pytest.approx(sum(rate["tokens"] for rate in rates) / 16, abs=1e-3)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpgea_fast.config import VllmEngineConfig
-from vpgea_fast.rollout.engine import Sampling, request_seed, split_path
+from vpgea_fast.rollout.engine import Sampling, in_waves, request_seed, split_path
 from vpgea_fast.rollout.hf import HFEngine, draw
 from vpgea_fast.types import Finish, SampleRequest, Stream
 
@@ -97,6 +97,13 @@ def full_forward(model, prompt_ids, token_ids):
 
 def assert_same_tokens(paths, others):
     assert [tokens_of(p) for p in paths] == [tokens_of(p) for p in others]
+
+
+def assert_equal_paths(paths, others):
+    assert_same_tokens(paths, others)
+    for path, other in zip(paths, others, strict=True):
+        assert torch.equal(path.response_logps, other.response_logps)
+        assert path.finish == other.finish
 
 
 def assert_logps_match(model, requests, paths, temperature):
@@ -318,6 +325,38 @@ def test_progress_counts_every_path_once(make_engine, model):
     engine.generate(some_requests(), SHORT, finished.append)
     assert sum(finished) == 12
     assert min(finished) >= 0
+
+
+def test_a_stream_gives_every_path_when_it_has_ended(make_engine, model):
+    """The same paths, bit for bit, each with its place, and not all of them at the end."""
+    requests = some_requests()
+    engine = make_engine(model, max_batch=7)
+    looks = [look for look in engine.stream(requests, SHORT) if look]
+    assert len(looks) > 1
+    places = [ended.place for look in looks for ended in look]
+    assert sorted(places) == list(range(12))
+    for place, path in (ended for look in looks for ended in look):
+        assert path.question_id == requests[place].question_id
+    drawn = dict(ended for look in looks for ended in look)
+    assert_equal_paths([drawn[place] for place in range(12)], engine.generate(requests, SHORT))
+
+
+def test_a_wave_drawn_alone_is_the_same_to_the_last_bit(make_engine, model):
+    """What a killed evaluation draws again: any wave, whatever came before it."""
+    requests = some_requests()
+    engine = make_engine(model, max_batch=7)
+    waves = in_waves(requests, engine.wave)
+    assert [len(wave) for wave in waves] == ([12] if engine.wave is None else [7, 5])
+    together = engine.generate(requests, SHORT)
+    for wave in reversed(waves):
+        alone = engine.generate([requests[place] for place in wave], SHORT)
+        assert_equal_paths(alone, [together[place] for place in wave])
+
+
+def test_a_stream_refuses_before_its_first_look(make_engine, model):
+    long = Sampling(10_000, think_close_id=3, eos_ids=())
+    with pytest.raises(ValueError, match="positions"):
+        make_engine(model, max_batch=7).stream(some_requests(), long)
 
 
 def test_nan_weights_are_an_error_with_the_question(make_engine, model):

@@ -5,10 +5,11 @@ Only `student_ids` are ever sampled from here: no teacher prompt can reach an ev
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -16,8 +17,14 @@ import torch
 from vpgea_fast.config import Config, RolloutConfig
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.evaluation import records
+from vpgea_fast.evaluation.drawing import Part, Recorder, sample_of
+from vpgea_fast.evaluation.folder import Outcome, open_folder, write_whole
+from vpgea_fast.evaluation.header import make_header
+from vpgea_fast.evaluation.measures import Answers, measure
+from vpgea_fast.evaluation.records import Mode
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
-from vpgea_fast.metrics import Console, eps3, eps3_mean
+from vpgea_fast.metrics import Console
 from vpgea_fast.model import load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
@@ -28,12 +35,14 @@ from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify import Verifier
 from vpgea_fast.weights import stored_model
 
-BOOTSTRAP = 1000
-"""Resamples behind an interval."""
 Decode = Callable[[torch.Tensor], str]
 Item = tuple[Question, torch.Tensor]
 """A question and its student prompt: all that an evaluation knows."""
 Progress = Callable[[int], None]
+Draw = Callable[[Sequence[Part]], list[list[Outcome]]]
+"""Gives every outcome of the parts, in their order."""
+Keep = Callable[[Part, Sequence[Path], torch.Tensor], object]
+"""Hears the paths of a part and which of them are right."""
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -74,11 +83,32 @@ class Evaluator:
             for i in range(samples)
         ]
 
+    def parts(self) -> list[Part]:
+        """List what one run draws: each mode, and in it each benchmark."""
+        return [
+            Part(
+                benchmark=name,
+                mode=mode,
+                samples=count,
+                sampling=sampling,
+                questions=[q for q, _ in benchmark.questions for _ in range(count)],
+                requests=self._requests(benchmark.questions, count),
+            )
+            for mode, (usual, sampling) in self.modes().items()
+            for name, benchmark in self.benchmarks.items()
+            if (count := self._count(mode, benchmark, usual))
+        ]
+
+    @staticmethod
+    def _count(mode: Mode, benchmark: Benchmark, usual: int) -> int:
+        own = benchmark.samples if mode == "sampled" else None
+        return usual if own is None else own
+
     @property
     def samples(self) -> int:
         """Count the answers that one run draws."""
-        questions = sum(len(benchmark.questions) for benchmark in self.benchmarks.values())
-        return questions * (self.cfg.samples + int(self.cfg.greedy))
+        answers = self.cfg.answers
+        return sum(len(b.questions) * answers(b.samples) for b in self.benchmarks.values())
 
     def describe(self) -> list[str]:
         """Say what will be drawn, and what of the files cannot be used."""
@@ -91,9 +121,13 @@ class Evaluator:
                 + (f", {dropped}" if dropped else "")
             )
             lines += [f"{name}: {line}" for line in benchmark.loaded.lines()]
-        sampled = f"{cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
+        own = {name: b.samples for name, b in self.benchmarks.items() if b.samples is not None}
+        counts = ", ".join(f"{count} of {name}" for name, count in own.items())
+        sampled = f"{counts or cfg.samples} at temperature {cfg.temperature}, top_p {cfg.top_p}"
+        if own and len(own) < len(self.benchmarks):
+            sampled = f"{cfg.samples}, {sampled}"
         # In the order in which they are drawn.
-        ways = [sampled] * bool(cfg.samples) + ["1 greedy"] * cfg.greedy
+        ways = [sampled] * bool(cfg.samples or own) + ["1 greedy"] * cfg.greedy
         lines.append(
             f"answers a question: {' and '.join(ways)}; a thought of at most "
             f"{cfg.max_new_tokens} tokens, an answer of {self.sampling.max_answer_tokens}; "
@@ -101,8 +135,16 @@ class Evaluator:
         )
         return lines
 
-    def run(self, on_progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+    def run(
+        self,
+        on_progress: Progress | None = None,
+        draw: Draw | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, dict[str, Any]]:
         """Draw and judge; return {"sampled": {...}, "greedy": {...}}, means over the benchmarks.
+
+        draw   instead of one call of the engine per part: a `Recorder`'s, which keeps records
+        keep   hears of each part that one call has drawn
 
         acc          0..1, pass@1 over n samples; acc_low, acc_high its 95 % interval over questions
         tokens       mean generated, thought and answer, cut samples included
@@ -112,49 +154,45 @@ class Evaluator:
         eps3_mean    (mean ACC)^2 / mean tokens
         benchmarks   the same for each, without eps3_mean
         """
-        return {
-            mode: self._mode(count, sampling, on_progress)
-            for mode, (count, sampling) in self.modes().items()
-            if count
-        }
+        parts = self.parts()
+        one = functools.partial(self._draw, on_progress=on_progress, keep=keep)
+        drawn = draw(parts) if draw is not None else [one(part) for part in parts]
+        found: dict[str, list[tuple[Part, list[Outcome]]]] = {}
+        for part, outcomes in zip(parts, drawn, strict=True):
+            found.setdefault(part.mode, []).append((part, outcomes))
+        return {mode: self._mode(of_mode) for mode, of_mode in found.items()}
 
-    def modes(self) -> dict[str, tuple[int, Sampling]]:
-        """Give for each mode the answers per question, and how they are drawn."""
+    def modes(self) -> dict[Mode, tuple[int, Sampling]]:
+        """Give for each mode the usual answers per question, and how they are drawn."""
         warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         return {
             "sampled": (self.cfg.samples, warm),
             "greedy": (int(self.cfg.greedy), replace(self.sampling, temperature=0.0)),
         }
 
-    def _mode(
-        self, samples: int, sampling: Sampling, on_progress: Progress | None
-    ) -> dict[str, Any]:
-        # One generator: the benchmarks are resampled independently of each other.
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        parts, resampled = {}, []
-        for name, benchmark in self.benchmarks.items():
-            questions = benchmark.questions
-            paths, correct_QN = self.answers(questions, samples, sampling, on_progress)
-            # Whole questions are resampled: the samples of one are not independent.
-            means_R = _bootstrap(correct_QN.mean(dim=1), generator)
-            resampled.append(means_R)
-            acc = correct_QN.mean().item()
-            # fsum: the sum does not depend on the order of the paths, which engines choose.
-            tokens = math.fsum(path.generated for path in paths) / len(paths)
-            parts[name] = {
-                "acc": acc,
-                **_interval(means_R),
-                "tokens": tokens,
-                "eps3": eps3(acc, tokens),
-                "truncated": sum(path.truncated for path in paths) / len(paths),
-                "errors": sum(path.finish == "error" for path in paths),
-                "n": len(paths),
-                "questions": len(questions),
-                "dropped": sum(benchmark.dropped.values()),
-            }
-        # Benchmarks count alike, whatever their size, in the mean and in its interval.
-        whole = _aggregate(list(parts.values())) | _interval(torch.stack(resampled).mean(dim=0))
-        return {**whole, "benchmarks": parts}
+    def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
+        results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
+        whole = measure(results, seed=self.cfg.seed)
+        # What was asked of none of them is known to the benchmarks alone.
+        dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
+        for name, part in whole["benchmarks"].items():
+            part["dropped"] = dropped[name]
+        return {**whole, "dropped": sum(dropped.values())}
+
+    def _draw(self, part: Part, on_progress: Progress | None, keep: Keep | None) -> list[Outcome]:
+        """Draw a part in one call: with several processes a collective."""
+        paths = self.engine.generate(part.requests, part.sampling, on_progress)
+        correct = self.judge(paths, [question.answer for question in part.questions])
+        if keep is not None:
+            keep(part, paths, correct)
+        return [
+            Outcome(path.generated, path.finish, int(right))
+            for path, right in zip(paths, correct.tolist(), strict=True)
+        ]
+
+    def judge(self, paths: Sequence[Path], golds: Sequence[str]) -> torch.Tensor:
+        """Judge every path against its gold answer: (len(paths),) float64 of 1.0 and 0.0."""
+        return answers_correct(paths, golds, decode=self.decode, verify=self.verifier.verify)
 
     def answers(
         self,
@@ -167,8 +205,24 @@ class Evaluator:
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         # Request order: the samples of a question stand side by side.
         answers = [q.answer for q, _ in questions for _ in range(samples)]
-        correct = answers_correct(paths, answers, decode=self.decode, verify=self.verifier.verify)
+        correct = self.judge(paths, answers)
         return paths, correct.view(len(questions), samples)
+
+
+def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
+    """Arrange the outcomes of a part: the draws of a question stand side by side."""
+
+    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype).view(-1, part.samples)
+
+    return Answers(
+        questions=tuple(question.id for question in part.questions[:: part.samples]),
+        correct_QK=column((o.correct for o in outcomes), torch.float64),
+        tokens_QK=column((o.tokens for o in outcomes), torch.int64),
+        cut_QK=column((o.finish == "length" for o in outcomes), torch.bool),
+        error_QK=column((o.finish == "error" for o in outcomes), torch.bool),
+        votes_QK=column((-1 for _ in outcomes), torch.int64),
+    )
 
 
 def make_sampling(
@@ -222,12 +276,14 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(cfg: Config) -> Iterator[OpenModel]:
-    """Open the model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`."""
+def open_model(cfg: Config, world: World | None = None) -> Iterator[OpenModel]:
+    """Open the model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`; whole in
+    each process of `world`, on its device."""
     text = open_text(cfg)
+    device = pick_device(cfg.model.device) if world is None else world.device
     # Workers come up in the background while the model loads.
     with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
-        causal_lm, engine, weights = _model_and_engine(cfg)
+        causal_lm, engine, weights = _model_and_engine(cfg, World(device))
         try:
             # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
             if weights is not None:
@@ -237,30 +293,92 @@ def open_model(cfg: Config) -> Iterator[OpenModel]:
             engine.close()
 
 
-def evaluate_model(cfg: Config, console: Console | None = None) -> dict[str, dict[str, Any]]:
+def evaluate_step(
+    cfg: Config, evaluator: Evaluator, step: int, *, world: World, on_progress: Progress | None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate the weights of a training step; with eval.records the process that writes a run's
+    files keeps the answers in RUN/evals/step_N. A collective."""
+    if not cfg.eval.records:
+        return evaluator.run(on_progress)
+    lines: list[str] = []
+
+    def keep(part: Part, paths: Sequence[Path], correct: torch.Tensor) -> None:
+        reading: Any = {"decode": evaluator.decode, "checker": cfg.verify.name}
+        for place, (path, right) in enumerate(zip(paths, correct.tolist(), strict=True)):
+            sample = sample_of(part, place, path, correct=int(right), **reading)
+            lines.append(records.line(sample))
+
+    results = evaluator.run(on_progress, keep=keep if world.main else None)
+    header = make_header(
+        cfg, evaluator.benchmarks, wave=evaluator.engine.wave, command=["train", cfg.run.dir]
+    )
+    # The run's own weights: its base is what model.path names.
+    header["model"] = {"path": cfg.run.dir, "fingerprint": f"{cfg.run.dir}, step {step}"}
+    folder = FilePath(cfg.run.dir) / "evals" / f"step_{step}"
+    world.on_main(lambda: write_whole(folder, header, lines))
+    return results
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where an evaluation keeps its records, whether it may go on with some that are there, the
+    command that asked for it, and the processes that share it."""
+
+    folder: FilePath
+    resume: bool
+    command: Sequence[str]
+    world: World
+
+
+def evaluate_model(
+    cfg: Config, console: Console | None = None, record: Record | None = None
+) -> dict[str, dict[str, Any]]:
     """Evaluate the model directory `cfg.model.path` on `cfg.eval.data` with `cfg.engine.name`.
 
     Returns the result of `Evaluator.run`. `console` shows what is drawn and the time left.
     """
-    with open_model(cfg) as model:
+    with open_model(cfg, None if record is None else record.world) as model:
         judge = model.verifier.accepts_itself
         if console is not None:
             judge = console.watched(judge, "reference answers")
         evaluator = model.evaluator(cfg, read_benchmarks(cfg, model.text, judge))
-        if console is None:
-            return evaluator.run()
-        for line in evaluator.describe():
-            console.message(line)
-        return evaluator.run(console.samples(evaluator.samples))
+        if console is not None:
+            for line in evaluator.describe():
+                console.message(line)
+        if record is not None:
+            return _recorded(cfg, evaluator, console, record)
+        return evaluator.run(None if console is None else console.samples(evaluator.samples))
 
 
-def _model_and_engine(cfg: Config) -> tuple[Any, RolloutEngine, Weights | None]:
+def _recorded(
+    cfg: Config, evaluator: Evaluator, console: Console | None, record: Record
+) -> dict[str, dict[str, Any]]:
+    """Run with a folder of records. A collective."""
+    note = console.message if console is not None else lambda _: None
+    world, wave = record.world, evaluator.engine.wave
+    header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    with open_folder(
+        record.folder, header=header, world=world, resume=record.resume, note=note
+    ) as folder:
+        recorder = Recorder(
+            folder,
+            world,
+            evaluator.engine,
+            judge=evaluator.judge,
+            decode=evaluator.decode,
+            checker=cfg.verify.name,
+            note=note,
+        )
+        progress = None if console is None else console.samples
+        return evaluator.run(draw=lambda parts: recorder.draw(parts, progress))
+
+
+def _model_and_engine(cfg: Config, world: World) -> tuple[Any, RolloutEngine, Weights | None]:
     """Open the model, its engine, and the weights that the engine still needs.
 
     For an engine that is no module the model has no storage.
     """
-    world, dtype = World(pick_device(cfg.model.device)), getattr(torch, cfg.model.dtype)
-    weights = None
+    dtype, weights = getattr(torch, cfg.model.dtype), None
     if cfg.samples_itself:
         # Nothing is trained, so nothing has to be kept for a backward.
         policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
@@ -298,32 +416,3 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], l
     }
     rows = [[name, mode, *(cell(r) for cell in columns.values())] for name, mode, r in entries]
     return ["benchmark", "answers", *columns], rows
-
-
-def _aggregate(parts: list[dict[str, float]]) -> dict[str, Any]:
-    """Average the measures of all benchmarks, and add up their counts."""
-    counts = ("n", "questions", "dropped", "errors")
-    # Both, because the paper does not say which of the two it prints.
-    mean_of_ratios, ratio_of_means = eps3_mean([(part["acc"], part["tokens"]) for part in parts])
-    return {
-        **{k: math.fsum(p[k] for p in parts) / len(parts) for k in ("acc", "tokens", "truncated")},
-        "eps3": mean_of_ratios,
-        "eps3_mean": ratio_of_means,
-        **{key: sum(int(part[key]) for part in parts) for key in counts},
-    }
-
-
-def _bootstrap(per_question_Q: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw the questions BOOTSTRAP times with replacement; return the mean of each resample."""
-    count = per_question_Q.numel()
-    # (R, Q) int64: 1,000 x 1,319 of GSM8K's test are 10 MB.
-    picks_RQ = torch.randint(count, (BOOTSTRAP, count), generator=generator)
-    return per_question_Q[picks_RQ].mean(dim=1)
-
-
-def _interval(means_R: torch.Tensor) -> dict[str, float]:
-    """Take the 95 % percentile interval."""
-    # At an accuracy of 0 or 1 all resamples agree, and it has no width.
-    edges = torch.tensor([0.025, 0.975], dtype=means_R.dtype)
-    low, high = means_R.quantile(edges).tolist()
-    return {"acc_low": low, "acc_high": high}

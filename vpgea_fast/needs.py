@@ -147,8 +147,10 @@ def _plan(
     if left_out:  # an evaluation refuses longer prompts
         most = cfg.data.max_prompt_tokens + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens
         context = max(context, most)
-    evaluated = sum(len(benchmark.questions) for benchmark in benchmarks.values())
-    evaluated += sum(file.limit or cfg.eval.limit or 0 for file in left_out)
+    evaluated = sum(len(b.questions) * cfg.eval.answers(b.samples) for b in benchmarks.values())
+    evaluated += sum(
+        (file.limit or cfg.eval.limit or 0) * cfg.eval.answers(file.samples) for file in left_out
+    )
     # Half of the paths have the longer teacher's prompt; close enough where they have not.
     lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
     return Plan(
@@ -160,7 +162,7 @@ def _plan(
         row=row,
         context=context,
         mean_prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
-        answers=evaluated * (cfg.eval.samples + cfg.eval.greedy),
+        answers=evaluated,
         left_out=left_out,
     )
 

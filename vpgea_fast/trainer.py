@@ -36,6 +36,7 @@ from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
 from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
+from vpgea_fast.evaluate import evaluate_step
 from vpgea_fast.measure import evaluation_metrics
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer
 from vpgea_fast.objectives import Terms
@@ -375,19 +376,24 @@ class Trainer:
             )
             return
         self.say(f"evaluating {when} training: {samples} answers")
-        known[when] = {**self.stages.evaluator.run(self.progress(samples)), "step": step}
+        known[when] = {**self._evaluate(step), "step": step}
         self._count_evaluation(step, known[when])
         self.stop.together()
         self.run.write_evaluations(known)
         results = {mode: result for mode, result in known[when].items() if mode != "step"}
         self._tell("on_evaluation", step, results)
 
+    def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:
+        evaluator = self.stages.evaluator
+        progress = self.progress(evaluator.samples)
+        return evaluate_step(self.cfg, evaluator, step, world=self.world, on_progress=progress)
+
     def scheduled_evaluation(self) -> dict[str, float]:
         """Evaluate before the step, so that a stop here loses nothing; keys of its metrics."""
         every, evaluator = self.cfg.eval.every, self.stages.evaluator
         if not (every and evaluator.benchmarks) or not self.step or self.step % every:
             return {}
-        results = evaluator.run(self.progress(evaluator.samples))
+        results = self._evaluate(self.step)
         self._count_evaluation(self.step, results)
         self._tell("on_evaluation", self.step, results)
         return evaluation_metrics(self.step, results)

@@ -12,6 +12,8 @@ at most, and other engines decide otherwise. What is accepted means the same to 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +41,8 @@ from vpgea_fast.model_dir import (
 TRAINABLE = ("BF16", "F16", "F32", "F64")
 """Dtypes of safetensors that hold a weight itself, not one that a scale elsewhere belongs to."""
 ROWS_COMPARED = 4096
+EDGE = 1 << 20
+"""Bytes read at both ends of a file of weights to know it again: an update changes all of it."""
 
 
 class Tensor(NamedTuple):
@@ -336,3 +340,19 @@ def _reading(file: Path) -> Iterator[None]:
         raise ModelError(
             f"{file}: a weight file is damaged or cut ({one_line(error)}); copy the model again"
         ) from error
+
+
+def model_digest(path: str) -> str:
+    """A digest of a model directory's configuration and weights; a name on the Hub as it is."""
+    if not Path(path).is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=16)
+    # Names and sizes too: a renamed or cut file is another model.
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".jinja") and file.is_file():
+            size = file.stat().st_size
+            with file.open("rb") as stream:
+                head = stream.read(EDGE)
+                stream.seek(max(0, size - EDGE))
+                digest.update(json.dumps([file.name, size]).encode() + head + stream.read(EDGE))
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""`vpgea`: train, sweep, eval, export, data, serve, report, keys, doctor, make-tiny. Every
+"""`vpgea`: train, sweep, eval, compare, export, data, serve, report, keys, doctor, make-tiny. Every
 configuration key is an option, `--section.key value`; `vpgea keys` explains them."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vpgea_fast import __version__, config
 from vpgea_fast.cli.about import declare_doctor, declare_keys, declare_report
+from vpgea_fast.cli.compare import declare_compare
 from vpgea_fast.cli.models import declare_eval, declare_export, declare_serve, run_serve
 from vpgea_fast.cli.questions import declare_data, declare_make_tiny
 from vpgea_fast.cli.sweep import declare_sweep
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(_unknown(unknown[0], args.parser))
         if passed and args.run is not run_serve:
             raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
-        args.passed = passed
+        args.passed, args.words = passed, list(argv)
         return args.run(args, overrides)
     # Every refusal of this program is an exception whose text is meant for the user.
     except Exception as error:
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         declare_train,
         declare_sweep,
         declare_eval,
+        declare_compare,
         declare_data,
         declare_export,
         declare_serve,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vpgea_fast import config
+from vpgea_fast.cli.processes import run_processes
 from vpgea_fast.cli.words import (
     Commands,
     Parser,
@@ -25,6 +29,10 @@ from vpgea_fast.cli.words import (
     whole,
 )
 
+if TYPE_CHECKING:
+    from vpgea_fast.distributed import World
+
+PATIENCE_MINUTES = 7 * 24 * 60.0
 EVAL_NOTES = (
     "tokens: mean generated, thought and answer, cut ones too; a thought that was cut is wrong",
     "eps3: (accuracy in %)^2 / tokens; over several benchmarks its mean, or that of the means",
@@ -43,52 +51,143 @@ def declare_eval(commands: Commands, common: Parser) -> None:
     evaluate.add_argument("model", type=path, help="Hugging Face directory or Hub name")
     evaluate.add_argument(
         "data",
-        nargs="+",
+        nargs="*",
         help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
         "'{path: math500.jsonl, question_key: problem}'",
+    )
+    evaluate.add_argument(
+        "--suite",
+        metavar="paper|vr|quick",
+        help="the benchmarks of the papers, by their protocol; or some of them: gsm8k,math500,"
+        "aime24,aime25,gpqa_diamond,mmlu_pro,amc23,olympiadbench",
+    )
+    evaluate.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        type=path,
+        metavar="FOLDER",
+        help="read the suite's files as published from here, not the Hub; may be given again",
     )
     evaluate.add_argument(
         "--config",
         type=config_file,
         help="YAML file whose sections are used, all but model.path and eval.data",
     )
-    evaluate.add_argument("--out", type=path, help="write the result and its settings as JSON here")
+    evaluate.add_argument(
+        "--out",
+        type=path,
+        help="folder for the records: each answer as it ends (samples.jsonl, times.jsonl), what "
+        "decides them (eval.json), and at the end the table (result.json)",
+    )
+    evaluate.add_argument(
+        "--resume", action="store_true", help="go on with the records of --out, if there are any"
+    )
+    evaluate.add_argument(
+        "--processes",
+        type=whole(1, 1024),
+        metavar="N",
+        help="share the answers between N processes of this machine, one per GPU; needs --out",
+    )
     evaluate.set_defaults(run=run_eval, parser=evaluate)
 
 
 def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
-    one_process("eval", ", one per benchmark")
-    out = None if args.out is None else Path(args.out)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: expected a file in a directory that exists")
+    from vpgea_fast.evaluation.folder import check_free
+
+    if args.out is None:
+        one_process("eval", ", or give --out, where processes join their records")
+        alone = next((o for o in ("resume", "processes") if getattr(args, o)), None)
+        if alone is not None:
+            raise UsageError(f"--{alone} goes on or shares what --out holds; give it, too")
+    # Each process of torchrun sees what another may have begun by now: only the first looks.
+    elif os.environ.get("RANK", "0") == "0":
+        check_free(Path(args.out), resume=args.resume)
+    data, protocol = _asked(args, overrides)
     # The positional words come last: they win over an override of the same key, which is told.
-    words = [*overrides, "--model.path", args.model, "--eval.data", files(args.data)]
+    words = [*protocol, *overrides, "--model.path", args.model, "--eval.data", files(data)]
     source, cfg = of_model(args, words, overrides)
-    # Hours of sampling would end by overwriting their own questions.
-    if out is not None and out.resolve() in {Path(f.path).resolve() for f in cfg.eval.data}:
-        raise UsageError(f"--out {out}: the questions are read from it; give another file")
+    if (args.processes or 1) > 1:
+        return run_processes(_without_processes(args.words), args.processes)
     # Printed before the imports: torch and transformers take seconds, a refusal must not.
-    print(settings_line(args.model, source))
+    if os.environ.get("RANK", "0") == "0":
+        print(settings_line(args.model, source), flush=True)
+    return _evaluate(args, cfg)
+
+
+def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The words of eval.data, a suite's first, and those of its protocol."""
+    if args.suite is None:
+        if args.folders:
+            raise UsageError("--from is where a suite's files lie; give --suite, too")
+        if not args.data:
+            raise UsageError("expected files of questions, or --suite; see vpgea eval --help")
+        return args.data, []
+    from vpgea_fast.evaluation.suites import PROTOCOL, suite_files
+
+    # What the command line gives wins, and each key stands once.
+    given = {word.partition("=")[0].removeprefix("--") for word in overrides}
+    entries, lacking = suite_files(
+        args.suite, [*map(Path, args.folders)], samples="eval.samples" not in given
+    )
+    for line in lacking:
+        notice(f"--suite {args.suite}: {line}")
+    rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
+    protocol = [[f"--{key}", value] for key, value in PROTOCOL.items() if key not in given]
+    return [*map(json.dumps, rows), *args.data], [word for pair in protocol for word in pair]
+
+
+def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
     from vpgea_fast.checkpoint import write_text
-    from vpgea_fast.evaluate import evaluate_model, result_table
+    from vpgea_fast.evaluate import Record, evaluate_model, result_table
+    from vpgea_fast.evaluation.folder import RESULT
     from vpgea_fast.metrics import Console, environment
 
     plain_logs()
+    world = _world(cfg)
+    record = None
+    if args.out is not None:
+        record = Record(Path(args.out), resume=args.resume, command=args.words, world=world)
     # Closed also after an error: a bar left behind would hide its line on a terminal.
-    console = Console()
+    console = Console(silent=not world.main)
     try:
-        results = evaluate_model(cfg, console)
+        results = evaluate_model(cfg, console, record)
     finally:
         console.close()
     console.table(*result_table(results), notes=EVAL_NOTES)
-    if out is not None:
+    if args.out is not None and world.main:
         # Only what an evaluation reads: the rest would look like a part of the result.
         known = config.as_dict(cfg)
         sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
         settings = {"settings": {name: known[name] for name in sections}}
+        out = Path(args.out) / RESULT
         write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
         console.message(str(out))
+    world.close()
     return 0
+
+
+def _world(cfg: config.Config) -> World:
+    """The processes that torchrun or --processes has started, each with a whole model."""
+    from vpgea_fast.distributed import World, open_world, pick_device
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return World(pick_device(cfg.model.device))
+    if cfg.engine.name == "vllm" and cfg.processes_per_engine > 1:
+        raise UsageError(
+            f"engine.tensor_parallel: got {cfg.vllm.tensor_parallel} in several processes, each "
+            "with an engine of its own; set 1, or serve the model with `vpgea serve`"
+        )
+    # Processes end hours apart, and the first waits for the last.
+    return open_world(config.ParallelConfig(timeout_minutes=PATIENCE_MINUTES), cfg.model.device)
+
+
+def _without_processes(words: Sequence[str]) -> list[str]:
+    words = list(words)
+    at = next(i for i, word in enumerate(words) if word.startswith("--processes"))
+    del words[at : at + (1 if "=" in words[at] else 2)]
+    return words
 
 
 def settings_line(model: str, source: str | Path | None) -> str:

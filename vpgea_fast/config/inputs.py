@@ -101,6 +101,10 @@ class ParallelConfig:
     """End the job when a collective waits longer than this."""
 
 
+BENCHMARK_KEYS = ("subject_key", "level_key", "samples", "student")
+"""Keys of a file that only an evaluation reads."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class DataFile:
     """One entry of data.train or eval.data: a path, or a mapping. A key that is not given is that
@@ -133,6 +137,15 @@ class DataFile:
     """For this file, instead of data.choices_seed."""
     limit: PositiveInt | None = None
     """Read at most this many rows of the file; default: data.limit, in eval.data eval.limit."""
+    # Of a benchmark alone.
+    subject_key: str | None = None
+    """Key of a question's subject, which records of an evaluation keep (eval.data only)."""
+    level_key: str | None = None
+    """Key of a question's difficulty, which records of an evaluation keep (eval.data only)."""
+    samples: NonNegativeInt | None = None
+    """For this benchmark, instead of eval.samples (eval.data only)."""
+    student: str | None = None
+    """For this benchmark, instead of prompt.student (eval.data only)."""
 
     @property
     def label(self) -> str:
@@ -204,6 +217,10 @@ class DataConfig:
     """Write every dropped row to this file, as JSON lines: place, reason, id, answer."""
 
     def __post_init__(self) -> None:
+        for file in self.train:
+            alone = next((key for key in BENCHMARK_KEYS if getattr(file, key) is not None), None)
+            if alone is not None:
+                raise ValueError(f"data.train: {file.path} has {alone}, which is for eval.data")
         # A file without a weight beside weighted ones could mean 1, none, or its size.
         weighted = [file.weight is not None for file in self.train]
         if any(weighted) and not all(weighted):

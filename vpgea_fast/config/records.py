@@ -153,6 +153,8 @@ class EvalConfig:
     """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
     """Token limit of a thought. A cut thought counts as wrong."""
+    records: bool = False
+    """Keep every answer of a run's evaluations, in RUN/evals/step_N, as `vpgea eval --out` does."""
     # Which questions: the same in every evaluation, so that its numbers can be compared.
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
@@ -164,6 +166,10 @@ class EvalConfig:
         weighted = next((file.path for file in self.data if file.weight is not None), None)
         if weighted is not None:
             raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
+
+    def answers(self, samples: int | None) -> int:
+        """Count the answers to a question of a benchmark with (or without) `samples` of its own."""
+        return (self.samples if samples is None else samples) + self.greedy
 
 
 @dataclass(frozen=True, config=STRICT)

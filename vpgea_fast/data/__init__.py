@@ -5,7 +5,7 @@ counted and named, and where an answer was found in a longer text the run says s
 
     files.py    rows of JSONL, JSON, CSV, TSV, parquet, directories, the Hub
     rows.py     keys into a row, choices
-    answers.py  the final answer and its plainest spelling
+    answers.py  the final answer and its plainest spelling; recipes.py: published data sets
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ def load_questions(
 @dataclass(frozen=True)
 class Benchmark:
     """The questions of one file with their student prompts: all that an evaluation knows. `shown`
-    is what the ids of the first prompt say, `loaded` what the file held."""
+    is what the ids of the first prompt say, `loaded` what the file held; two keys are its own."""
 
     questions: tuple[tuple[Question, Tensor], ...]
     loaded: LoadedQuestions
     shown: str
+    samples: int | None = None  # None: eval.samples
+    student: str | None = None  # None: prompt.student
 
     @property
     def dropped(self) -> Mapping[str, int]:
@@ -168,6 +170,8 @@ class StudentPrompts(Protocol):
 
     def shown(self, ids: Tensor) -> str: ...
 
+    def asking(self, student: str | None) -> StudentPrompts: ...
+
 
 def load_benchmarks(
     cfg: EvalConfig,
@@ -180,7 +184,7 @@ def load_benchmarks(
     name, for a prompt above data.max_prompt_tokens (the rest would be another benchmark), and if
     nothing is drawn."""
     # Found before the model is loaded: the result would be a table without rows.
-    if cfg.data and not (cfg.samples or cfg.greedy):
+    if cfg.data and not any(cfg.answers(file.samples) for file in cfg.data):
         raise ValueError(
             "eval.samples is 0 and eval.greedy is false, so no answer would be drawn; set one"
         )
@@ -194,7 +198,8 @@ def load_benchmarks(
         # eval.limit in the place of data.limit; a limit of the file's own still wins.
         loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
         texts, names = ([getattr(q, key) for q in loaded.questions] for key in ("text", "id"))
-        questions = tuple(zip(loaded.questions, prompter.student_ids(texts, names), strict=True))
+        ids = prompter.asking(file.student).student_ids(texts, names)
+        questions = tuple(zip(loaded.questions, ids, strict=True))
         # An accuracy over the shorter questions alone would look like the benchmark's.
         long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
         if long:
@@ -204,7 +209,8 @@ def load_benchmarks(
                 f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
                 "benchmark; raise data.max_prompt_tokens, or take them out of the file"
             )
-        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(questions[0][1]))
+        fixed = file.samples, file.student
+        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(ids[0]), *fixed)
     return benchmarks
 
 
@@ -316,8 +322,7 @@ def step_questions(
     n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
     With `weights` (of files, by name) every file has its share of each step and epochs of its own.
     """
-    # Each file is a data set of its own, with its own seed and epochs, so that changing one
-    # file's weight does not reorder another's questions.
+    # Each file has a seed and epochs of its own: a changed weight reorders no other file.
     if weights is not None:
         shares = step_shares(weights, batch)
         files = {name: [q for q in questions if q.file == name] for name in shares}

@@ -52,7 +52,10 @@ def make_question(
         notes[f"rows without {keys.id_key!r} (id_key) are called row-N"] += 1
     # An id of 0 is one; only an empty text is none.
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
-    fixed = {"file": keys.label, "place": place, "responses": reader.responses(keys.response_key)}
+    fixed: dict[str, Any] = {"file": keys.label, "place": place}
+    fixed |= {"responses": reader.responses(keys.response_key)}
+    subject, level = reader.group(keys.subject_key), reader.group(keys.level_key)
+    fixed |= {"subject": None if subject is None else str(subject), "level": level}
     question = partial(Question, id=reader.check(name, "id"), **fixed)
     choices = reader.choices(keys)
     # The letter is the answer here, so no spelling has to be found in a text.
@@ -195,6 +198,13 @@ class _Reader:
                     f"got {_short(item)}; repair the row, or set data.response_key to null"
                 )
         return tuple(self.check(item, key or "") for item in found)
+
+    def group(self, key: str | None) -> str | int | None:
+        """A level: a number stays one; None where the row has none."""
+        value = _plain(self.get(key)) if key else None
+        if value in (None, MISSING, ""):
+            return None
+        return value if type(value) is int else self.check(str(value), key or "")
 
     def choices(self, keys: DataFile) -> list[tuple[str, str]]:
         """(label or "", text) of every choice; none where the row has none."""

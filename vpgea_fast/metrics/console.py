@@ -79,8 +79,9 @@ class Console:
         self.message(step_line(metrics, self._total, left))
         self._bar.update(self._task, completed=done, left=f"{clock_time(left)} left")
 
-    def samples(self, total: int, what: str = "samples") -> Callable[[int], None]:
-        """Progress of drawing `total` samples: call the result with the number newly finished.
+    def samples(self, total: int, what: str = "samples") -> Callable[..., None]:
+        """Progress of drawing `total` samples: call the result with the number newly finished, and
+        with a line about all so far, if there is one.
 
         The time left is that of the samples so far, so it falls short while only short ones ended.
         """
@@ -90,18 +91,19 @@ class Console:
         finished, spoke = 0, time.monotonic()
         began = spoke
 
-        def advance(count: int) -> None:
+        def advance(count: int, said: str = "") -> None:
             nonlocal finished, spoke
             if not count:  # the bar of the last one is gone
                 return
             finished += count
             left = (time.monotonic() - began) / max(1, finished) * (total - finished)
-            self._bar.update(task, completed=finished, left=f"{clock_time(left)} left")
+            words = f"{clock_time(left)} left  {said}".rstrip()
+            self._bar.update(task, completed=finished, left=words)
             if finished >= total:
                 self._bar.remove_task(task)
             elif self._bar.disable and time.monotonic() - spoke > self._quiet_s:
                 spoke = time.monotonic()
-                self.message(f"{what} {finished}/{total}  left {clock_time(left)}")
+                self.message(f"{what} {finished}/{total}  left {clock_time(left)}  {said}".rstrip())
 
         return advance
 

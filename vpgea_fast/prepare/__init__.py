@@ -1,6 +1,5 @@
 """`vpgea data NAME`: published questions as train.jsonl and test.jsonl (id, question, answer).
 
-recipes.py     where each data set lies, and its keys
 overlap.py     training questions that an evaluation asks too
 pass_rates.py  how often a model answers each question right
 """
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from vpgea_fast import strict_yaml
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config, DataConfig, DataFile
+from vpgea_fast.config import Config, DataConfig
 from vpgea_fast.data import (
     DataError,
     Drop,
@@ -26,11 +25,11 @@ from vpgea_fast.data import (
     load_questions,
     shown_drops,
 )
+from vpgea_fast.data.recipes import RECIPES, Recipe, Source, located
 from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console
 from vpgea_fast.prepare.overlap import Match, Overlap
 from vpgea_fast.prepare.pass_rates import histogram, pass_rates
-from vpgea_fast.prepare.recipes import RECIPES, Recipe, Source, located
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
 
@@ -162,13 +161,7 @@ def _rows(source: Source, path: str, limit: int | None, judge: Judge) -> LoadedQ
     first, last = source.part
     # The limit counts within the part, so that a test split has as many as asked for.
     ends = [end for end in (last, None if limit is None else first + limit) if end is not None]
-    file = DataFile(
-        path,
-        question_key=source.question,
-        answer_key=source.answer,
-        id_key=source.id,
-        limit=min(ends, default=None),
-    )
+    file = source.entry(path, limit=min(ends, default=None))
     loaded = load_questions(file, DataConfig(), parseable=judge)
     if not first:
         return loaded

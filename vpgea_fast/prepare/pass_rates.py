@@ -8,7 +8,6 @@ the same blocks, batch by batch, as one that was never stopped.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections import Counter
@@ -23,12 +22,11 @@ from vpgea_fast.data import Benchmark, DataError, LoadedQuestions, fingerprint
 from vpgea_fast.evaluate import Evaluator, Item, OpenModel, open_model
 from vpgea_fast.metrics import Console
 from vpgea_fast.types import Question
+from vpgea_fast.weights import model_digest
 
 WAVES = 4
 """Batches of `rollout.max_batch` answers in a block: what a kill may cost, against the tail of each
 block in which few rows still run."""
-EDGE = 1 << 20
-"""Bytes read at both ends of a file of weights to know it again: an update changes all of it."""
 SETTINGS = {
     "model": ("dtype", "attention"),
     "data": ("max_prompt_tokens",),
@@ -110,23 +108,7 @@ def histogram(
 def _settings(cfg: Config) -> dict[str, Any]:
     known = as_dict(cfg)
     flat = {f"{s}.{key}": known[s].get(key) for s, keys in SETTINGS.items() for key in keys}
-    return {**flat, "weights": _weights(cfg.model.path)}
-
-
-def _weights(path: str) -> str:
-    """A digest of a model directory's configuration and weights; a name on the Hub as it is."""
-    if not Path(path).is_dir():
-        return path
-    digest = hashlib.blake2b(digest_size=16)
-    # Names and sizes too: a renamed or cut file is another model.
-    for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".jinja") and file.is_file():
-            size = file.stat().st_size
-            with file.open("rb") as stream:
-                head = stream.read(EDGE)
-                stream.seek(max(0, size - EDGE))
-                digest.update(json.dumps([file.name, size]).encode() + head + stream.read(EDGE))
-    return digest.hexdigest()
+    return {**flat, "weights": model_digest(cfg.model.path)}
 
 
 @contextmanager

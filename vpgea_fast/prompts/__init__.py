@@ -18,6 +18,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +88,12 @@ class Prompter:
         both = {*steering, *map(self._normalised, steering)}
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
+
+    def asking(self, student: str | None) -> Prompter:
+        """The same with another template of the student's prompt; itself for None."""
+        if student is None:
+            return self
+        return Prompter(self._tokenizer, replace(self._cfg, student=student), self._fields)
 
     def student_text(self, question_text: str, values: Values = NOTHING) -> str:
         """The student view as text; what the model sees are `student_ids`."""

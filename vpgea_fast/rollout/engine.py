@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -98,8 +98,32 @@ class Usage(NamedTuple):
     """Device memory that the last `rest` gave back."""
 
 
+class Ended(NamedTuple):
+    """A path that has ended, and the place of its request among those that were asked for."""
+
+    place: int
+    path: Path
+
+
+Looks = Generator[Sequence[Ended], None, None]
+"""What has ended since the last look, often nothing. Close it (`closing`): until then it draws."""
+
+
 class RolloutEngine(Protocol):
     """Samples paths, and takes over new weights between steps."""
+
+    @property
+    def wave(self) -> int | None:
+        """Requests that are decoded as one batch, on which the last bits of their logits depend:
+        what `in_waves` puts together draws the same tokens again. None: batches as they come."""
+        ...
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
+        """Draw one path per request, as `generate` does, and yield each when it has ended.
+
+        Errors of `check` come at once, not with the first look.
+        """
+        ...
 
     def generate(
         self,
@@ -159,6 +183,7 @@ class EngineBase:
     complete       the engine has a whole set of weights
     """
 
+    wave: int | None = None
     full_softmax = True
     """False: where top_p < 1 the log-probs of `_draw` are those of the cut distribution."""
 
@@ -172,30 +197,33 @@ class EngineBase:
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Path]:
-        """See RolloutEngine. Requests are drawn in the order of (prompt length, prompt, seed)."""
+        """See RolloutEngine."""
+        return collected(self.stream(requests, sampling), len(requests), on_progress)
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
+        """See RolloutEngine. Requests are drawn in the order of `in_waves`."""
+        # Not in the generator, which starts at the first `next`.
         self.check(requests, sampling)
         if not self.complete:
             raise ValueError("the rollout model has no whole set of weights: load_weights first")
-        # An order of its own: batches, and with them float32 logits, must not depend on the
-        # caller's. By length first: a batch of like lengths has the least padding. Prompts that
-        # paths share lie together, so their keys and values are computed once.
-        keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
-        order = sorted(range(len(requests)), key=keys.__getitem__)
-        paths: dict[int, Path] = {}
-        # Closed at once when on_progress raises: a stopped engine must not go on drawing.
-        with closing(self._draw([requests[number] for number in order], sampling)) as looks:
+        return self._stream(requests, sampling)
+
+    def _stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
+        order = [place for wave in in_waves(requests, self.wave) for place in wave]
+        # Closed at once when the caller leaves: a stopped engine must not go on drawing.
+        with closing(self._draw([requests[place] for place in order], sampling)) as looks:
             for ended in looks:
-                for place, ids, logps, finish in ended:
-                    request = requests[order[place]]
-                    # NaN, not a number of another distribution: a ratio made of it would be silent.
-                    if sampling.top_p < 1 and not self.full_softmax:
-                        logps = torch.full_like(logps, torch.nan)
-                    paths[order[place]] = split_path(
-                        request, ids, logps=logps, sampling=sampling, finish=finish
-                    )
-                if on_progress is not None:
-                    on_progress(len(ended))
-        return [paths[number] for number in range(len(requests))]
+                yield [
+                    Ended(order[d.place], self._as_path(requests[order[d.place]], d, sampling))
+                    for d in ended
+                ]
+
+    def _as_path(self, request: SampleRequest, drawn: Drawn, sampling: Sampling) -> Path:
+        logps = drawn.logps
+        # NaN, not a number of another distribution: a ratio made of it would be silent.
+        if sampling.top_p < 1 and not self.full_softmax:
+            logps = torch.full_like(logps, torch.nan)
+        return split_path(request, drawn.ids, logps=logps, sampling=sampling, finish=drawn.finish)
 
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
@@ -218,6 +246,31 @@ class EngineBase:
         """See RolloutEngine."""
         totals, self.totals = self.totals, Usage()
         return totals
+
+
+def in_waves(requests: Sequence[SampleRequest], wave: int | None) -> list[list[int]]:
+    """The places of the requests, at most `wave` (None: all) drawn together, in the order of
+    (prompt length, prompt, seed)."""
+    # An order of its own: batches, and with them float32 logits, must not depend on the caller's.
+    # By length first: a batch of like lengths has the least padding. Prompts that paths share lie
+    # together, so their keys and values are computed once.
+    keys = [(len(r.prompt_ids), r.prompt_ids.tolist(), r.seed) for r in requests]
+    order = sorted(range(len(requests)), key=keys.__getitem__)
+    size = wave or max(1, len(order))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def collected(
+    looks: Looks, count: int, on_progress: Callable[[int], None] | None = None
+) -> list[Path]:
+    """Draw a stream of `count` requests to its end; the paths in their order."""
+    paths: dict[int, Path] = {}
+    with closing(looks):
+        for ended in looks:
+            paths.update(ended)
+            if on_progress is not None:
+                on_progress(len(ended))
+    return [paths[place] for place in range(count)]
 
 
 def check_room(
@@ -264,99 +317,6 @@ def check_drawn(question_id: str, logps: Sequence[float], start: int = 0) -> Non
     for step, logp in enumerate(logps, start=start):
         if math.isnan(logp):
             raise not_finite(question_id, step)
-
-
-@contextmanager
-def exhausting(
-    named: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-    """Take what is left of `named` at the end of the block, after an error too."""
-    rest = iter(named)
-    try:
-        yield rest
-    finally:
-        # Each tensor may be a collective, in which processes without an error wait for this one.
-        # None is kept: of a sharded model a process holds one unit at a time.
-        for _ in rest:
-            pass
-
-
-class WeightSet:
-    """All weights of a model, and which of them one refresh has brought.
-
-    shapes   name -> shape, in the names of the model's own parameters
-    aliases  second name of a tied weight -> its first; one of the two is enough
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None
-    ) -> None:
-        self.shapes, self.aliases = shapes, aliases or {}
-        self.arrivals: set[str] = set()
-        self.misfits: list[str] = []
-
-    @property
-    def largest(self) -> int:
-        """The number of elements of the largest weight."""
-        return max(map(math.prod, self.shapes.values()))
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> WeightSet:
-        """List the weights of `model`, which may lie on the meta device."""
-        first: dict[int, str] = {}
-        shapes, aliases = {}, {}
-        # By identity: a tied head is the very object that the embedding is, also without storage.
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if (original := first.setdefault(id(parameter), name)) != name:
-                aliases[name] = original
-            shapes[name] = tuple(parameter.shape)
-        return cls(shapes, aliases)
-
-    def fitting(
-        self, named: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors that fit, under their first names; note the others for `check`."""
-        # Not in the generator, which starts at the first `next`: a loader that asks for nothing
-        # must find an empty set in `check`, not that of the refresh before.
-        self.arrivals, self.misfits = set(), []
-        return self._fitting(named)
-
-    def _fitting(
-        self, named: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in named:
-            if name not in self.shapes:
-                self.misfits.append(f"unknown {name}")
-            elif tuple(tensor.shape) != self.shapes[name]:
-                self.misfits.append(
-                    f"shape of {name}: got {tuple(tensor.shape)}, expected {self.shapes[name]}"
-                )
-            else:
-                name = self.aliases.get(name, name)
-                # Noted only when the loader asks, so a weight it never asks for counts as missing.
-                self.arrivals.add(name)
-                yield name, tensor
-
-    def both_names(
-        self, named: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a tied weight under its second name too, for an engine that does not tie it."""
-        second = {first: name for name, first in self.aliases.items()}
-        for name, tensor in named:
-            yield name, tensor
-            if name in second:
-                # A copy, as a rule of the embedding: safetensors refuses tensors that share memory.
-                yield second[name], tensor.clone()
-
-    def check(self) -> None:
-        """Refuse a refresh with missing, unknown or misshapen weights, and list them all."""
-        absent = self.shapes.keys() - self.aliases.keys() - self.arrivals
-        misfits = [*self.misfits, *(f"missing {name}" for name in self.shapes if name in absent)]
-        if misfits:
-            raise ValueError(
-                "weights do not fit the rollout model, which cannot sample now; give every "
-                f"parameter under its name in model.named_parameters(): {'; '.join(misfits)}"
-            )
 
 
 def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> int:

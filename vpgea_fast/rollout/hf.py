@@ -28,10 +28,9 @@ from vpgea_fast.rollout.engine import (
     Drawn,
     EngineBase,
     Sampling,
-    WeightSet,
-    exhausting,
     not_finite,
 )
+from vpgea_fast.rollout.refresh import WeightSet, exhausting
 from vpgea_fast.types import Finish, SampleRequest
 
 ROOM = 64
@@ -68,7 +67,7 @@ class HFEngine(EngineBase):
             )
         super().__init__(*attention.positions(model.config), complete=complete)
         self.model: Any = model
-        self.max_batch = max_batch
+        self.max_batch = self.wave = max_batch
         # Autocast knows the two half precisions only; float32 needs none.
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from vpgea_fast.config import ConfigError
 from vpgea_fast.distributed import Stopped, World
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage
+from vpgea_fast.rollout.engine import Ended, Looks, RolloutEngine, Sampling, Usage
 from vpgea_fast.types import Finish, Path, SampleRequest
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
@@ -79,6 +79,20 @@ class ParallelEngine:
         # A team's members hold the same paths: one part of each team is read.
         drawn = [path for part in parts[:: self.group] for path in _from_tensors(load(part))]
         return [_path(request, *path) for request, path in zip(requests, drawn, strict=True)]
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
+        """See RolloutEngine. All paths come in one look, at the end. A collective."""
+        # A path may be drawn elsewhere: this process learns of it when all are done.
+        self.check(requests, sampling)
+        return self._stream(requests, sampling)
+
+    def _stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
+        yield [Ended(*pair) for pair in enumerate(self.generate(requests, sampling))]
+
+    @property
+    def wave(self) -> int | None:
+        """See RolloutEngine: of the share of each process."""
+        return self.engine.wave
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """See RolloutEngine."""

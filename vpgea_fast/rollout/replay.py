@@ -20,7 +20,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from vpgea_fast.config import ReplayEngineConfig
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling, Usage, split_path
+from vpgea_fast.rollout.engine import (
+    Ended,
+    Looks,
+    RolloutEngine,
+    Sampling,
+    Usage,
+    collected,
+    split_path,
+)
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
 Key = tuple[int | None, str, str, int]
@@ -69,16 +77,22 @@ class Replay:
         sampling: Sampling,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Path]:
+        """See RolloutEngine."""
+        return collected(self.stream(requests, sampling), len(requests), on_progress)
+
+    def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
         """See RolloutEngine. Either all requests are paths of a step, or none is."""
         if any(request.step is None for request in requests):
-            return self.live.generate(requests, sampling, on_progress)
+            return self.live.stream(requests, sampling)
         self.check(requests, sampling)
-        paths = []
-        for request in requests:
-            paths.append(self._path(request, sampling))
-            if on_progress is not None:
-                on_progress(1)
-        return paths
+        return (
+            [Ended(place, self._path(request, sampling))] for place, request in enumerate(requests)
+        )
+
+    @property
+    def wave(self) -> int | None:
+        """See RolloutEngine: of what `live` draws."""
+        return self.live.wave
 
     def check(self, requests: Sequence[SampleRequest], sampling: Sampling) -> None:
         """See RolloutEngine."""

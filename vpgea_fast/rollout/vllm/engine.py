@@ -34,10 +34,9 @@ from vpgea_fast.rollout.engine import (
     EngineBase,
     RolloutError,
     Sampling,
-    WeightSet,
     check_drawn,
-    exhausting,
 )
+from vpgea_fast.rollout.refresh import WeightSet, exhausting
 from vpgea_fast.rollout.vllm.lifetime import Guard, ending_with_this_process, interruptible, is_dead
 from vpgea_fast.rollout.vllm.options import engine_options, environment, finish_of, sampling_params
 from vpgea_fast.rollout.vllm.transfer import (

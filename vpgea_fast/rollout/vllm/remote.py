@@ -27,10 +27,9 @@ from vpgea_fast.rollout.engine import (
     EngineBase,
     RolloutError,
     Sampling,
-    WeightSet,
     check_drawn,
-    exhausting,
 )
+from vpgea_fast.rollout.refresh import WeightSet, exhausting
 from vpgea_fast.rollout.vllm.client import Client
 from vpgea_fast.rollout.vllm.options import finish_of, sampling_params
 from vpgea_fast.rollout.vllm.transfer import (

@@ -6,8 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from vpgea_fast.data import DataError
+from vpgea_fast.config import DataFile
+from vpgea_fast.data.files import DataError
+
+ChoicesAnswer = Literal["auto", "letter", "index", "index_from_1", "text"]
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 SHOWN = 6  # patterns that an error lists
@@ -31,6 +35,24 @@ class Source:
     id: str = "id"
     part: tuple[int, int | None] = (0, None)
     plain: bool = False
+    choices: str | tuple[str, ...] | None = None
+    choices_answer: ChoicesAnswer | None = None
+    choices_seed: int | None = None
+    subject: str | None = None
+    level: str | None = None
+
+    def entry(self, path: str, **more: Any) -> DataFile:
+        """Write one of its files as a configuration names it."""
+        return DataFile(
+            path,
+            question_key=self.question,
+            answer_key=self.answer,
+            id_key=self.id,
+            choices_key=self.choices,
+            choices_answer=self.choices_answer,
+            choices_seed=self.choices_seed,
+            **more,
+        )
 
     @property
     def hub_path(self) -> str:
@@ -99,12 +121,49 @@ MATH_500 = Source(
     500,
     ("math500.jsonl", "test.jsonl", "math_splits/test.jsonl"),
     id="unique_id",
+    subject="subject",
+    level="level",
 )
 DEEPSCALER = Source(
     "agentica-org/DeepScaleR-Preview-Dataset", "train", 40_315, ("deepscaler.json",)
 )
 AIME_24 = Source("HuggingFaceH4/aime_2024", "train", 30, ("aime24.jsonl", "aime_2024.jsonl"))
 AIME_25 = Source("math-ai/aime25", "test", 30, ("aime25.jsonl", "test.jsonl"))
+AMC_23 = Source("math-ai/amc23", "test", 40, ("amc23.jsonl",), question="question")
+OLYMPIADBENCH = Source(  # the open-ended mathematics in English that needs no picture
+    "math-ai/olympiadbench",
+    "test",
+    675,
+    ("olympiadbench.jsonl",),
+    question="question",
+    answer="final_answer",
+    subject="subfield",
+)
+GPQA_DIAMOND = Source(  # gated
+    "Idavidrein/gpqa",
+    "train",
+    198,
+    ("gpqa_diamond.jsonl", "gpqa_diamond.csv"),
+    config="gpqa_diamond",
+    question="Question",
+    answer="Correct Answer",
+    id="Record ID",
+    choices=("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3))),
+    choices_seed=0,
+    subject="High-level domain",
+    level="Writer's Difficulty Estimate",
+)
+MMLU_PRO = Source(
+    "TIGER-Lab/MMLU-Pro",
+    "test",
+    12_032,
+    ("mmlu_pro.jsonl",),
+    question="question",
+    id="question_id",
+    choices="options",
+    choices_answer="letter",
+    subject="category",
+)
 
 RECIPES: dict[str, Recipe] = {
     "gsm8k": {"train": ((_gsm8k("train", 7473),),), "test": ((_gsm8k("test", 1319),),)},

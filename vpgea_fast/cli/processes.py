@@ -1,0 +1,71 @@
+"""One command in several processes of this machine, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import IO
+
+from vpgea_fast.cli.words import UsageError
+
+POLL_S = 0.1
+
+
+def run_processes(words: Sequence[str], count: int) -> int:
+    """Run `vpgea WORDS` in `count` processes; return the first status that is not 0.
+
+    Process 0 speaks. What another says is shown when it alone has failed.
+    """
+    if "RANK" in os.environ:
+        raise UsageError("--processes inside torchrun; give one of the two")
+    from torch._C._distributed_c10d import TCPStore
+
+    # The store is this process's, as torchrun keeps it: no free port is guessed.
+    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(hours=1))
+    shared = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        # As torchrun does: each would take all cores.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    command = [sys.executable, "-m", "vpgea_fast.cli", *words]
+    children: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryFile() as said:
+        try:
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                out = said if rank else None
+                env = {**os.environ, **shared, **own}
+                children.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+            return _wait(children, said)
+        finally:
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.wait()
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], said: IO[bytes]) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        if all(code == 0 for code in codes):
+            return 0
+        if failed := [code for code in codes if code]:
+            break
+        time.sleep(POLL_S)
+    # The others learn of it from the broken connection, and say so in lines of their own.
+    try:
+        children[0].wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        children[0].terminate()
+    if (codes[0] is None and not children[0].returncode) or codes[0] == 0:
+        said.seek(0)
+        sys.stderr.write(said.read().decode(errors="replace"))
+    return failed[0] if failed[0] > 0 else 128 - failed[0]

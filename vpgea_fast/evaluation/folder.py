@@ -1,0 +1,230 @@
+"""The folder of an evaluation while it is written: who may go on with it, and with what.
+
+    eval.json       what is drawn, by temp file and rename, before the first answer
+    samples.jsonl   a line per answer, appended when it ends; process 1 has samples.1.jsonl
+    times.jsonl     its seconds, apart
+
+Process 0 joins the parts of the others to its own at the end, or when the evaluation goes on after
+a kill. A torn last line is cut off then: its answer is drawn again. Nothing of a folder is touched
+before it is clear that this evaluation may write there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vpgea_fast.checkpoint import write_text
+from vpgea_fast.distributed import World
+from vpgea_fast.evaluation.records import (
+    HEADER,
+    SAMPLES,
+    TIMES,
+    Key,
+    Note,
+    Sample,
+    SampleError,
+    line,
+    read_header,
+    read_samples,
+    whole_bytes,
+)
+from vpgea_fast.types import Finish
+
+RESULT = "result.json"
+"""The closing table, which the command line writes at the end."""
+COMPARED = ("model.fingerprint", "settings", "benchmarks")
+"""What decides the answers; a model may have moved, and versions may be newer (which is said)."""
+
+
+class Outcome(NamedTuple):
+    """What the numbers of an evaluation need of one answer."""
+
+    tokens: int
+    finish: Finish
+    correct: int
+
+
+class Folder:
+    """A folder that this process appends to. `known`: what was drawn before it, by key."""
+
+    def __init__(self, path: Path, rank: int, known: Mapping[Key, Outcome]) -> None:
+        self.path, self.known = path, known
+        self.samples = _part(path, SAMPLES, rank).open("ab")
+        self.times = _part(path, TIMES, rank).open("ab")
+
+    def append(self, ended: Iterable[tuple[Sample, float]]) -> None:
+        """Write samples with their seconds, so that a reader sees them at once."""
+        pairs = list(ended)
+        self.samples.write("".join(line(sample) for sample, _ in pairs).encode())
+        self.samples.flush()
+        names = ("benchmark", "mode", "question_id", "index")
+        rows = [
+            {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
+            for sample, seconds in pairs
+        ]
+        self.times.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.times.flush()
+
+    def sync(self) -> None:
+        """Put what was appended on the disk: from here on no power cut costs it."""
+        os.fsync(self.samples.fileno())
+        os.fsync(self.times.fileno())
+
+    def close(self) -> None:
+        self.samples.close()
+        self.times.close()
+
+
+@contextmanager
+def open_folder(
+    path: Path, header: Mapping[str, Any], world: World, *, resume: bool, note: Note
+) -> Iterator[Folder]:
+    """Begin an evaluation in `path`, or go on with it; join all parts at the end. A collective.
+
+    SampleError, with nothing touched: records without `resume`, or of another model, question set
+    or settings (the first that differs is named); another process that writes there.
+    """
+    lock: BinaryIO | None = None
+    try:
+        with world.together():
+            if world.main:
+                lock = _begin(path, header, resume=resume, note=note)
+        with world.together():
+            known = {
+                s.key: Outcome(s.tokens, s.finish, s.correct) for s in read_samples(path / SAMPLES)
+            }
+        folder = Folder(path, world.rank, known)
+        try:
+            yield folder
+            folder.sync()
+        finally:
+            folder.close()
+        # Waits for the slowest process: its part must be whole.
+        world.on_main(lambda: _join(path, note))
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """Write the folder of an evaluation that has ended, over one of the same name."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / SAMPLES, "".join(lines))
+    write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
+
+
+def check_free(path: Path, *, resume: bool) -> None:
+    """Refuse, before any model is read, a path that no evaluation could begin in."""
+    if path.exists() and not path.is_dir():
+        raise SampleError(f"{path} is a file; expected a folder to write records to, or a new one")
+    if not path.parent.is_dir():
+        raise SampleError(f"{path}: its parent is not there; give a folder in one that exists")
+    header = path / HEADER
+    if header.exists() and not resume:
+        raise SampleError(
+            f"{path} holds an evaluation; go on with --resume, or give another folder"
+        )
+    for file in (path / SAMPLES, path / TIMES, path / RESULT):
+        if not header.exists() and file.exists() and file.stat().st_size:
+            raise SampleError(
+                f"{file} is there without {HEADER}, which says whose it is; bring that back, or "
+                "give another folder"
+            )
+
+
+def _begin(path: Path, header: Mapping[str, Any], *, resume: bool, note: Note) -> BinaryIO:
+    """Check or write the header, join parts, cut torn lines; return the lock."""
+    check_free(path, resume=resume)
+    old = read_header(path) if (path / HEADER).exists() else None
+    if old is not None:
+        _refuse_other(path, old, header)
+    path.mkdir(exist_ok=True)
+    # Two processes appending would interleave answers, and each believe the file whole.
+    lock = (path / SAMPLES).open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise SampleError(f"{path}: another process writes it; wait, or give another") from error
+    if old is None:
+        write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
+    elif old.get("versions") != header.get("versions"):
+        note(f"{path}: goes on with other versions than it began with; see {HEADER}")
+    _join(path, note)
+    return lock
+
+
+def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    # As JSON has it: tuples of the new one are lists there.
+    new = json.loads(json.dumps(new))
+    for name in COMPARED:
+        there, here = _at(old, name), _at(new, name)
+        if there != here:
+            where, a, b = _difference(name, there, here)
+            raise SampleError(
+                f"{path} holds an evaluation of another {where}: {_short(a)} there, {_short(b)} "
+                "now; give another folder, or the same model, questions and settings"
+            )
+
+
+def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first key below `name` of which both have another value."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            if a.get(key) != b.get(key):
+                return _difference(f"{name}.{key}", a.get(key), b.get(key))
+    return name, a, b
+
+
+def _at(record: Mapping[str, Any], name: str) -> Any:
+    value: Any = record
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _part(path: Path, name: str, rank: int) -> Path:
+    """The file of one process: samples.jsonl of process 0, samples.1.jsonl of process 1."""
+    return path / (name if rank == 0 else name.replace(".", f".{rank}.", 1))
+
+
+def _parts(path: Path, name: str) -> list[Path]:
+    stem, dot, kind = name.partition(".")
+    return sorted(path.glob(f"{stem}.[0-9]*{dot}{kind}"))
+
+
+def _join(path: Path, note: Note) -> None:
+    """Cut torn last lines, and move the lines of other processes into the files of process 0."""
+    for name in (SAMPLES, TIMES):
+        whole = path / name
+        whole.touch()
+        for file in (whole, *_parts(path, name)):
+            if (keep := whole_bytes(file)) < file.stat().st_size:
+                note(f"{file}: a torn last line is cut off; its answer is drawn again")
+                os.truncate(file, keep)
+    # A kill between copying a part and removing it leaves both: what is there already stays.
+    seen = {sample.key for sample in read_samples(path / SAMPLES)} if _parts(path, SAMPLES) else ()
+    for part in _parts(path, SAMPLES):
+        _append(path / SAMPLES, (line(s) for s in read_samples(part) if s.key not in seen))
+        part.unlink()
+    for part in _parts(path, TIMES):
+        _append(path / TIMES, part.read_text().splitlines(keepends=True))
+        part.unlink()
+
+
+def _append(file: Path, lines: Iterable[str]) -> None:
+    with file.open("ab") as handle:
+        handle.writelines(text.encode() for text in lines)
+        handle.flush()
+        os.fsync(handle.fileno())
