@@ -75,7 +75,11 @@ def compare(given: argparse.Namespace, trees: dict[str, Path], scratch: Path) ->
         "ratio": total(fastest["now"]) / total(fastest["before"]),
         "ratios": ratios,
         "milliseconds_per_step": {
-            phase: {name: 1e3 * sum(s[phase] for s in of) / len(of) for name, of in fastest.items()}
+            # A phase that the older tree does not have took no time there.
+            phase: {
+                name: 1e3 * sum(step.get(phase, 0.0) for step in of) / len(of)
+                for name, of in fastest.items()
+            }
             for phase in fastest["now"][0]
         },
     }
