@@ -332,7 +332,7 @@ def test_a_question_has_one_budget_per_step_and_another_in_each_run():
     for run_seed in (0, 1):
         for step in (0, 1):
             asked = [
-                {budget(slot_of(run_seed, step, f"q{q}", *path)) for path in paths}
+                {budget(slot_of(f"q{q}", *path, run_seed=run_seed, step=step)) for path in paths}
                 for q in range(200)
             ]
             assert all(len(values) == 1 for values in asked)
@@ -341,7 +341,12 @@ def test_a_question_has_one_budget_per_step_and_another_in_each_run():
     assert all(sum(map(int.__eq__, a, b)) < 5 for a, b in itertools.combinations(runs, 2))
     assert all(100 <= min(values) < 300 < 3900 < max(values) <= 4100 for values in runs)
     few = L1Exact(low=100, high=103).fields()["budget"]
-    assert {few(slot_of(0, 0, f"q{q}", "prior", 0)) for q in range(40)} == {100, 101, 102, 103}
+    assert {few(slot_of(f"q{q}", "prior", 0, run_seed=0, step=0)) for q in range(40)} == {
+        100,
+        101,
+        102,
+        103,
+    }
 
 
 # --- runs of the tiny task ------------------------------------------------------------------------

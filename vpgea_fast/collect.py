@@ -261,10 +261,11 @@ class Collector:
         # Once: an objective makes and checks its draws anew whenever it is asked. Of this step: its
         # fields may have a schedule.
         draws = at_step(self.cfg.objective, step).draws()
+        place = {"run_seed": self.cfg.run.seed, "step": step}
         for q in questions:
             for stream, view, count in plan:
                 for i in range(count):
-                    slots.append(slot_of(self.cfg.run.seed, step, q.question.id, stream, i))
+                    slots.append(slot_of(q.question.id, stream, i, **place))
                     views.append(view)
         asked = self._asked(questions, slots, draws)
         return [

@@ -75,7 +75,7 @@ def _fields(cfg: Config) -> dict[str, Callable[[str], str]]:
     draws = cfg.objective.draws()
 
     def value(name: str, question_id: str) -> str:
-        return draws.values(slot_of(cfg.run.seed, 0, question_id, "prior", 0))[name]
+        return draws.values(slot_of(question_id, "prior", 0, run_seed=cfg.run.seed, step=0))[name]
 
     return {name: functools.partial(value, name) for name in draws.fields}
 

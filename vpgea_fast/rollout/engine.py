@@ -7,6 +7,7 @@ decides what of the drawn tokens is thought and what is answer.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -331,11 +332,16 @@ def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, ind
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
 
 
-def slot_of(run_seed: int, step: int, question_id: str, stream: Stream, index: int) -> Slot:
+def slot_of(question_id: str, stream: Stream, index: int, *, run_seed: int, step: int) -> Slot:
     """Give a path's place its seeds."""
-    seed = request_seed(run_seed, step, question_id, stream, index)
-    group_seed = request_seed(run_seed, step, question_id, "prior", 0)
-    return Slot(question_id, stream, index, step, seed=seed, group_seed=group_seed)
+    of = functools.partial(request_seed, run_seed=run_seed, step=step, question_id=question_id)
+    # The group's is that of the student's first path, whichever stream asks: one number per
+    # question and step.
+    seeds = {
+        "seed": of(stream=stream, index=index),
+        "group_seed": of(stream="prior", index=0),
+    }
+    return Slot(question_id, stream, index, step, **seeds)
 
 
 def split_path(
