@@ -210,9 +210,10 @@ class Collector:
         for q, found in zip(questions, self.responses(questions), strict=True):
             where = q.question.place or f"question {q.question.id!r}"
             if len(found) < count:
+                key = self.cfg.data.response_key or "not set"
                 raise ValueError(
                     f"{where}: got {len(found)} responses, expected {count}; set data.response_key "
-                    f"to what holds them, now {self.cfg.data.response_key!r}, or take the row out"
+                    f"to what holds them, now {key}, or take the row out"
                 )
             for z_ids, answer_ids in found[:count]:
                 for ids, most, key in (

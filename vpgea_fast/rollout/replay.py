@@ -256,7 +256,9 @@ def _wrong(record: Mapping[str, Any]) -> str | None:
         if value is not None and (type(value) is not int or value < least):
             return f"{name} {value!r}"
     for name in ("ids", "answer_ids"):
-        value = record.get(name, None if name == "ids" else [])
+        if name == "ids" and name not in record:
+            return "no ids"
+        value = record.get(name, [])
         # bool is an int to Python, and no token.
         if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
             return f"{name} {str(value)[:40]!r}"
