@@ -195,16 +195,17 @@ def test_evaluation(tiny_world, tmp_path, capsys):
     """The tiny base is right nearly always when greedy; both engines say the same."""
     out = {}
     for engine, more in (("hf", ()), ("vllm", VLLM)):
-        file = tmp_path / f"{engine}.json"
+        folder = tmp_path / engine
         status = main(
             [
                 *("eval", str(tiny_world.base_dir), str(tiny_world.test_path)),
                 *("--config", str(TINY), "--eval.limit", "24", "--eval.samples", "0"),
-                *(*more, "--out", str(file)),
+                *(*more, "--out", str(folder)),
             ]
         )
         assert status == 0, capsys.readouterr().err
-        written = json.loads(file.read_text())
+        written = json.loads((folder / "result.json").read_text())
+        assert len((folder / "samples.jsonl").read_text().splitlines()) == 24
         section = written["settings"]["engine"]
         assert section["name"] == engine
         assert section.get("kv_cache_gib") == (None if engine == "hf" else 0.125)
