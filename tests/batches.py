@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,3 +82,9 @@ def weights_of(terms: Terms) -> dict[tuple[str, str], torch.Tensor]:
     weights = {(term.stream, term.view): term.weight_BP for term in terms.parts}
     assert len(weights) == len(terms.parts)
     return weights
+
+
+def losing(path: Path) -> Path:
+    """As a server's time-out leaves it: not a token."""
+    none = torch.zeros(0)
+    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")

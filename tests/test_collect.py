@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import prompted, sampled, scored, whole
+from batches import losing, prompted, sampled, scored, whole
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import config, diagnostics
@@ -30,11 +30,6 @@ SMALL = {
     "checkpoint.export": "false",
     "metrics.diag_every": 0,
 }
-
-
-def losing(path):
-    none = torch.zeros(0)
-    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
 
 
 def give_up_the_first(monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import losing
 from ranks import run_ranks
 
 from vpgea_fast import config, trainer
@@ -98,9 +99,7 @@ class Witness(trainer.Trainer):
                 paths = [skewed(path) for path in paths]
             # Of the last draw, so that nobody replaces it.
             if "lost" in how and len(calls) == 1 + cfg.train.resample_rounds:
-                none = torch.zeros(0)
-                gone = {"z_ids": none.long(), "answer_ids": none.long(), "logps": none}
-                paths[1] = replace(paths[1], **gone, finish="error")
+                paths[1] = losing(paths[1])
             return paths
 
         engine.generate = generate

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import losing
 from ranks import Program, run_ranks
 from runs import recorded, words_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -855,12 +856,6 @@ def test_a_run_saves_by_the_clock_and_stops_before_its_time_is_over(words, tmp_p
     resumed = config.load(tmp_path / "limited/config.yaml", ["--run.max_minutes", "60"])
     assert fit(resumed, resume=True)
     assert recorded(tmp_path / "limited") == recorded(tmp_path / "saves")
-
-
-def losing(path):
-    """As a server's time-out leaves it: not a token."""
-    none = torch.zeros(0)
-    return replace(path, z_ids=none.long(), answer_ids=none.long(), logps=none, finish="error")
 
 
 def test_a_path_that_the_engine_gave_up_costs_its_question_alone(words, monkeypatch):

@@ -193,12 +193,12 @@ class Collector:
         requests = self._requests(questions, step, self.draws.plan[2:])
         progress = self.progress(len(requests))
         if self.cfg.engine.name == "replay":  # recorded with the others
-            paths = _as_asked(requests, self.engine.generate(requests, self.sampling, progress))
-            return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
-        paths = self.reference.generate(
-            requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
-        )
-        paths = _as_asked(requests, paths)
+            drawn = self.engine.generate(requests, self.sampling, progress)
+        else:
+            drawn = self.reference.generate(
+                requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
+            )
+        paths = _as_asked(requests, drawn)
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     def _given(

@@ -26,6 +26,7 @@ from vpgea_fast.cli.words import (
     path,
     plain_logs,
     step,
+    take_folders,
     whole,
 )
 
@@ -61,15 +62,7 @@ def declare_eval(commands: Commands, common: Parser) -> None:
         help="the benchmarks of the papers, by their protocol; or some of them: gsm8k,math500,"
         "aime24,aime25,gpqa_diamond,mmlu_pro,amc23,olympiadbench",
     )
-    evaluate.add_argument(
-        "--from",
-        dest="folders",
-        action="append",
-        default=[],
-        type=path,
-        metavar="FOLDER",
-        help="read the suite's files as published from here, not the Hub; may be given again",
-    )
+    take_folders(evaluate, "the suite's files")
     evaluate.add_argument(
         "--config",
         type=config_file,

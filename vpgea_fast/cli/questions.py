@@ -18,6 +18,7 @@ from vpgea_fast.cli.words import (
     path,
     plain_logs,
     share_range,
+    take_folders,
     whole,
 )
 
@@ -33,15 +34,7 @@ def declare_data(commands: Commands, common: Parser) -> None:
         parents=[common],
     )
     data.add_argument("name", metavar="NAME", help="data set, e.g. gsm8k")
-    data.add_argument(
-        "--from",
-        dest="folders",
-        action="append",
-        default=[],
-        type=path,
-        metavar="FOLDER",
-        help="read its files as published from here, not the Hub; may be given again",
-    )
+    take_folders(data, "its files")
     data.add_argument("--out", type=path, metavar="DIR", help="default: data/NAME")
     # `extend`: --against may come again, each time with several files.
     data.add_argument(

@@ -38,6 +38,19 @@ def config_file(word: str) -> str:
     return config.find(path(word))
 
 
+def take_folders(parser: Parser, what: str) -> None:
+    """Declare --from, the folders that are read in place of the Hub."""
+    parser.add_argument(
+        "--from",
+        dest="folders",
+        action="append",
+        default=[],
+        type=path,
+        metavar="FOLDER",
+        help=f"read {what} as published from here, not the Hub; may be given again",
+    )
+
+
 def whole(low: int, high: int) -> Callable[[str], int]:
     def read(word: str) -> int:
         # As a configuration reads it: 1e3 and 010 are no whole numbers.
