@@ -14,9 +14,14 @@ import pytest
 from runs import untimed
 
 from vpgea_fast.cli import main
+from vpgea_fast.config import dump, resolve
+from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console
+from vpgea_fast.stop import Stop
 from vpgea_fast.sweep import Order, Sweep, budget_lines, parse_method, run_sweep
+from vpgea_fast.sweep.inputs import Inputs, changed
 from vpgea_fast.sweep.plan import SweepError, extended, questions
+from vpgea_fast.sweep.runs import Pool
 from vpgea_fast.sweep.table import T_975, evaluate, interval, is_short, t_975
 
 SMALL = {
@@ -128,7 +133,7 @@ def test_the_halves_share_no_question_and_lose_none(order, tmp_path):
     twin = json.loads(lines[0]) | {"id": "twin"}
     (tmp_path / "held.jsonl").write_text("\n".join([*lines, json.dumps(twin)]))
     asked = order()
-    split = questions(asked, Sweep(asked, Console(silent=True)).base)
+    split = questions(asked, Sweep(asked, Console(silent=True)).base, Inputs())
     picked, shown = ([json.loads(line) for line in t.splitlines()] for t in split.files.values())
     assert (split.select, split.test) == (("select_held",), ("held",))
     assert {q["question"] for q in picked}.isdisjoint(q["question"] for q in shown)
@@ -363,3 +368,67 @@ def test_a_sweep_that_is_asked_to_leave_saves_its_runs(order):
     assert "the same command goes on" in told
     assert any((metrics.parent / "checkpoints").iterdir())
     assert list((asked.out / "records").iterdir()) == []
+
+
+def test_what_changed_under_the_same_name_is_another_run(order, tmp_path):
+    """Data, a model's files and the code of a checker: a record, and a run that has begun."""
+    train = tmp_path / "train.jsonl"
+    lines = Path(order().words[1].partition("=")[2]).read_text().splitlines(keepends=True)
+    train.write_text("".join(lines[:8]))
+    asked = order(f"--data.train={train}")
+    asked.out.mkdir()
+    sweep = Sweep(asked, Console(silent=True))
+    sweep.enter()
+    (cell,) = sweep.cells()
+    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    record = {"words": list(cell.words), "inputs": cell.inputs}
+    path = asked.out / "records" / f"{cell.name}.json"
+    path.write_text(json.dumps(record))
+    assert pool.known(cell) == record
+    assert set(cell.inputs) == {
+        f"model {cell.cfg.model.path}",
+        f"data.train {train}",
+        f"eval.data {tmp_path / 'held.jsonl'}",
+    }
+    train.write_text("".join(lines[1:9]))
+    (other,) = Sweep(asked, Console(silent=True)).cells()
+    with pytest.raises(SweepError) as error:
+        pool.known(other)
+    assert f"{path} is of other inputs: data.train {train} has changed since" in str(error.value)
+    assert "\n" not in str(error.value)
+    # Of a version that did not say what it read.
+    path.write_text(json.dumps({"words": list(cell.words)}))
+    assert pool.known(other)
+    # A run under way goes on with what it began with alone.
+    path.unlink()
+    run = Path(cell.cfg.run.dir)
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(cell.cfg))
+    (asked.out / "configs" / f"{cell.name}.inputs.json").write_text(json.dumps(cell.inputs))
+    with pytest.raises(SweepError, match=r"runs/vpgea-0\.001-0 is of other inputs: data"):
+        pool.run([other])
+    assert run.exists()
+
+
+def test_a_model_and_code_are_told_apart_by_content(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    texts = {
+        "model/config.json": "{}",
+        "mine.py": "def same(gold, text): ...",
+        "q.jsonl": '{"question": "1 + 1", "answer": "2"}\n',
+    }
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+    tree = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "q.jsonl")},
+        "verify": {"name": "custom", "target": "mine:same"},
+    }
+    cfg = resolve(tree)
+    known = Inputs().of(cfg)
+    assert changed(known, Inputs().of(cfg)) is None
+    (tmp_path / "mine.py").write_text("def same(gold, text): return True")
+    assert changed(known, Inputs().of(cfg)) == "code mine:same"
+    (tmp_path / "model/config.json").write_text('{"a": 1}')
+    assert changed(known, Inputs().of(cfg)) == f"model {tmp_path / 'model'}"

@@ -379,8 +379,9 @@ def fingerprint(questions: Sequence[Question]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
         # JSON keeps the three apart: id "a" and text "bc" is not id "ab" and text "c".
-        # Responses where there are any, so that the number of data without them stays what it was.
+        # What few data have only where it is there, so that the number of others stays what it was.
         whole = [question.id, question.text, question.answer, *question.responses]
+        whole += [[*question.variants]] if question.variants else []
         digest.update(json.dumps(whole).encode())
     return digest.hexdigest()
 

@@ -5,7 +5,7 @@
     OUT/runs/, logs/    the run directories, without their checkpoints, and what the runs said
     OUT/results.json    rows and runs, in the form that metrics.compare reads; results.png
 
-plan.py is what to run, runs.py the processes, table.py the numbers.
+plan.py is what to run, inputs.py what it reads, runs.py the processes, table.py the numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vpgea_fast.metrics import Console, environment
 from vpgea_fast.metrics.console import clock_time
 from vpgea_fast.report import plot_comparison
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.inputs import Inputs
 from vpgea_fast.sweep.plan import (
     METRICS,
     Cell,
@@ -66,7 +67,8 @@ class Sweep:
         # All is checked and resolved here, before a file is written or a run begins.
         self.base = check(order)
         self.metric = metric_of(order, self.base)
-        self.split: Questions = questions(order, self.base)
+        self.inputs = Inputs()
+        self.split: Questions = questions(order, self.base, self.inputs)
         self.grids = {method: list(order.rates) for method in order.methods}
         self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
         self.resolved: dict[tuple[Method, float, int], Cell] = {}
@@ -86,8 +88,8 @@ class Sweep:
     def _cell(self, method: Method, rate: float, seed: int) -> Cell:
         place = method, rate, seed
         if place not in self.resolved:
-            data, steps = self.split.data, self.steps[method]
-            self.resolved[place] = cell(self.order, *place, data=data, steps=steps)
+            of = {"split": self.split, "steps": self.steps[method], "inputs": self.inputs}
+            self.resolved[place] = cell(self.order, *place, **of)
         return self.resolved[place]
 
     def enter(self) -> None:

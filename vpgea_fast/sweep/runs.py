@@ -21,6 +21,7 @@ from vpgea_fast.config import ConfigError, changes, dump, load
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.report import read_evaluation
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
@@ -63,6 +64,9 @@ class Pool:
         """Return the records of all cells, in their order. SweepError where a run fails, and
         KeyboardInterrupt or Stopped when asked to leave; the runs under way have then saved."""
         waiting = deque(cell for cell in cells if self.known(cell) is None)
+        # All of them before one goes on: none of the work is for nothing.
+        for cell in waiting:
+            self._check_begun(cell)
         try:
             while waiting or self.active:
                 self.stop.alone()
@@ -92,7 +96,22 @@ class Pool:
                 f"{path} is of a run with other words: {' '.join(record['words'])}; give the "
                 "method another label, or the sweep another folder"
             )
+        # Records of earlier versions say nothing of it; the table counts them.
+        if "inputs" in record:
+            _require_inputs(path, record["inputs"], cell)
         return record
+
+    def _check_begun(self, cell: Cell) -> None:
+        """Refuse a run that has begun with other inputs, which `_take` would go on with."""
+        file, run = self._inputs(cell), Path(cell.cfg.run.dir)
+        if file.is_file() and _goes_on(run, cell):
+            try:
+                known = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise SweepError(
+                    f"{file} does not say what {run} has read ({error}); remove both to run it anew"
+                ) from error
+            _require_inputs(run, known, cell)
 
     def _take(self, cell: Cell) -> None:
         run = Path(cell.cfg.run.dir)
@@ -110,6 +129,7 @@ class Pool:
         """Start the process of a cell, with a lock and a parent that it does not outlive long."""
         file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
         write_text(file, dump(cell.cfg))
+        write_text(self._inputs(cell), json.dumps(cell.inputs, indent=1) + "\n")
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -160,6 +180,9 @@ class Pool:
     def _record(self, cell: Cell) -> Path:
         return self.out / "records" / f"{cell.name}.json"
 
+    def _inputs(self, cell: Cell) -> Path:
+        return self.out / "configs" / f"{cell.name}.inputs.json"
+
 
 def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
     """What a sweep keeps of a run that has ended."""
@@ -176,6 +199,7 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
+        "inputs": cell.inputs,
         "ended": "diverged" if diverged else "done" if spent else "halted",
         "steps": steps,
         # Responses of the data are read, though the run's log counts them.
@@ -196,6 +220,15 @@ def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _lasting(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(("--run.dir=", "--eval.data="))]
+
+
+def _require_inputs(path: Path, known: dict[str, str], cell: Cell) -> None:
+    """SweepError where a run has read something else than it would read now."""
+    if (name := changed(known, cell.inputs)) is not None:
+        raise SweepError(
+            f"{path} is of other inputs: {name} has changed since; bring it back, remove {path} to "
+            "run it anew, or give the sweep another folder"
+        )
 
 
 def _goes_on(run: Path, cell: Cell) -> bool:
