@@ -12,14 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load
-from vpgea_fast.metrics import read_steps
-from vpgea_fast.report import read_evaluation
+from vpgea_fast.metrics import Alarms, read_steps
+from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.stop import Stop
 from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
@@ -27,6 +28,8 @@ from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 Record = dict[str, Any]
 GUARD = ("guard_caught", "time_guard_ratio")
 """What a run logs of its leak guard in every step."""
+MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
+"""What a record keeps of the environment of its run."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
 CHILD = """
@@ -187,20 +190,22 @@ class Pool:
 def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
     """What a sweep keeps of a run that has ended."""
     evaluation, drawn, steps = read_evaluation(run), 0, 0
-    lines = list(read_steps(run))
+    lines, facts = list(read_steps(run)), read_json(run / "environment.json")
     for line in lines:
         drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
     limit, last = cell.cfg.train.max_tokens, cell.cfg.train.steps
     spent = steps == last or (limit is not None and drawn >= limit)
     if not diverged and "after" not in evaluation:
         raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
+    halted = {} if diverged or spent else how_halted(cell, lines)
     return {
         "method": cell.method,
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
         "inputs": cell.inputs,
-        "ended": "diverged" if diverged else "done" if spent else "halted",
+        "ended": "diverged" if diverged else "done",
+        **halted,
         "steps": steps,
         # Responses of the data are read, though the run's log counts them.
         "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
@@ -209,7 +214,21 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "test": list(split.test),
         "before": evaluation["before"],
         "after": None if diverged else evaluation["after"],
+        # Not of who writes the table: that may be days and commits later.
+        "made_by": {key: facts.get(key) for key in MADE_BY},
     }
+
+
+def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which alarm ended a run before its last step, and in its words."""
+    train = cell.cfg.train
+    # What would have ended it, were the engine never off.
+    alarms = Alarms(train), Alarms(replace(train, mismatch_stop=None))
+    for line in lines:
+        for alarm in alarms:
+            alarm.update(line)
+    ended = "mismatched" if alarms[1].halt is None and alarms[0].halt is not None else "halted"
+    return {"ended": ended, "halt": alarms[0].halt or "not known"}
 
 
 def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
