@@ -39,6 +39,7 @@ RUNS = {
         "eval.data": "[]",
     },
     "rlt": {"objective.name": "rlt", "eval.data": "[]"},
+    "sft": {"objective.name": "sft", "eval.data": "[]", "objective.group_size": None},
     "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }
@@ -79,7 +80,8 @@ def written(tiny_world, tmp_path_factory):
     }
     files = {}
     for name, more in RUNS.items():
-        words = words_of({**fixed, **more}, tiny_world, tmp_path_factory.mktemp("book") / name)
+        asked = {key: value for key, value in {**fixed, **more}.items() if value is not None}
+        words = words_of(asked, tiny_world, tmp_path_factory.mktemp("book") / name)
         files[name] = (
             run_ranks(write_run, words, size=1)[0] if name == "sharded" else write_run(words)
         )

@@ -18,7 +18,7 @@ import torch
 
 from vpgea_fast.check import check_config, slow_engine
 from vpgea_fast.checkpoint import Saver
-from vpgea_fast.collect import Collector
+from vpgea_fast.collect import Collector, check_questions
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World, full_weights
@@ -177,6 +177,8 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
+    known = {"prompt": text.prompter.prompt, "responses": text.prompter.responses}
+    check_questions(cfg, intake.questions, **known, verify=verifier.verify)
     check_reference(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
@@ -250,10 +252,11 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
         yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
     yield f"prompt tokens: {length_report(intake.questions)}"
+    paths, samples = ("responses", "of the data") if draws.given else ("paths", "samples")
     yield (
         f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
-        f"questions x {draws.paths} paths = "
-        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} samples"
+        f"questions x {draws.paths} {paths} = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"

@@ -276,21 +276,20 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(cfg: Config, world: World | None = None) -> Iterator[OpenModel]:
-    """Open the model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`; whole in
-    each process of `world`, on its device."""
-    text = open_text(cfg)
+def open_model(
+    cfg: Config, text: ModelText, verifier: Verifier, world: World | None = None
+) -> Iterator[OpenModel]:
+    """Open the model directory `cfg.model.path` with `cfg.engine.name`; whole in each process of
+    `world`, on its device. `text` is what `open_text` says of it."""
     device = pick_device(cfg.model.device) if world is None else world.device
-    # Workers come up in the background while the model loads.
-    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
-        causal_lm, engine, weights = _model_and_engine(cfg, World(device))
-        try:
-            # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
-            if weights is not None:
-                engine.load_weights(weights)
-            yield OpenModel(text, causal_lm, engine, verifier)
-        finally:
-            engine.close()
+    causal_lm, engine, weights = _model_and_engine(cfg, World(device))
+    try:
+        # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
+        if weights is not None:
+            engine.load_weights(weights)
+        yield OpenModel(text, causal_lm, engine, verifier)
+    finally:
+        engine.close()
 
 
 def evaluate_step(
@@ -337,17 +336,22 @@ def evaluate_model(
 
     Returns the result of `Evaluator.run`. `console` shows what is drawn and the time left.
     """
-    with open_model(cfg, None if record is None else record.world) as model:
-        judge = model.verifier.accepts_itself
+    text, world = open_text(cfg), None if record is None else record.world
+    # Workers come up in the background while the questions are read.
+    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
+        judge = verifier.accepts_itself
         if console is not None:
             judge = console.watched(judge, "reference answers")
-        evaluator = model.evaluator(cfg, read_benchmarks(cfg, model.text, judge))
-        if console is not None:
-            for line in evaluator.describe():
-                console.message(line)
-        if record is not None:
-            return _recorded(cfg, evaluator, console, record)
-        return evaluator.run(None if console is None else console.samples(evaluator.samples))
+        # Before the weights: their errors must not wait for minutes of reading.
+        benchmarks = read_benchmarks(cfg, text, judge)
+        with open_model(cfg, text, verifier, world) as model:
+            evaluator = model.evaluator(cfg, benchmarks)
+            if console is not None:
+                for line in evaluator.describe():
+                    console.message(line)
+            if record is not None:
+                return _recorded(cfg, evaluator, console, record)
+            return evaluator.run(None if console is None else console.samples(evaluator.samples))
 
 
 def _recorded(

@@ -103,9 +103,12 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     source, cfg = of_model(args, words, overrides)
     if (args.processes or 1) > 1:
         return run_processes(_without_processes(args.words), args.processes)
-    # Printed before the imports: torch and transformers take seconds, a refusal must not.
+    # Before the other imports: transformers takes seconds, a refusal must not.
+    from vpgea_fast.data import check_first_rows
+
     if os.environ.get("RANK", "0") == "0":
         print(settings_line(args.model, source), flush=True)
+        check_first_rows(cfg.eval.data, cfg.data)
     return _evaluate(args, cfg)
 
 

@@ -23,7 +23,7 @@ from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.stop import Stop
 from vpgea_fast.sweep.inputs import changed
-from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 
 Record = dict[str, Any]
 GUARD = ("guard_caught", "time_guard_ratio")
@@ -207,8 +207,7 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "ended": "diverged" if diverged else "done",
         **halted,
         "steps": steps,
-        # Responses of the data are read, though the run's log counts them.
-        "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
+        "tokens_generated": drawn,
         **guard_facts(lines),
         "select": list(split.select),
         "test": list(split.test),
