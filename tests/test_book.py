@@ -94,6 +94,17 @@ def test_the_steps_of_all_runs_and_the_book_have_the_same_keys(written):
     assert book.METRICS.keys() - logged == set(), "in vpgea_fast/book.py, and never logged"
 
 
+def test_the_guard_has_its_own_time(written):
+    """Beside kappa's forwards, which every step of `options` makes as well."""
+    for name, beside in (("options", True), ("robust", False)):
+        for step in written[name]["steps"]:
+            phases = {k: v for k, v in step.items() if re.fullmatch(r"time_\w+_s", k)}
+            ratio = step["time_guard_s"] / sum(phases.values())
+            assert step["time_guard_ratio"] == pytest.approx(ratio, rel=1e-12)
+            assert step["time_guard_s"] > 0
+            assert (step["time_logps_s"] > 0.2 * step["time_guard_s"]) == beside
+
+
 def test_evaluations_and_the_book_have_the_same_keys(written):
     modes = [written["robust"]["eval"]["before"][mode] for mode in book.MODES]
     parts = [part for mode in modes for part in mode["benchmarks"].values()]

@@ -421,10 +421,13 @@ time_rollout_s | s
 time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
-    Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
+    Log-probs that the objective needs beside U and its leak guard: kappa's, or the reference
+    policy's.
+time_guard_s | s
+    Log-probs that its leak guard alone reads; with objective.leak_guard.
 time_guard_ratio | share
-    What the leak guard cost: time_logps_s / seconds of all phases of the step; with
-    objective.leak_guard.
+    What the leak guard cost: time_guard_s / seconds of all phases of the step; 0 where kappa reads
+    the same. With objective.leak_guard.
 time_advantage_s | s
     Advantages and coefficients.
 time_importance_s | s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,16 @@ from vpgea_fast.config import Config
 from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
-from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
+from vpgea_fast.objectives import (
+    Draws,
+    Objective,
+    Term,
+    Terms,
+    ask,
+    at_step,
+    check_terms,
+    guard_only,
+)
 from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import (
     RolloutEngine,
@@ -302,8 +311,13 @@ class Collector:
             drawn["reference"] = reference
         with timer("score"):
             batch = self._columns(questions, drawn, step)
+        guard = guard_only(self.cfg.objective)
         with timer("logps"):
-            return replace(batch, logps=self._logps(batch, step))
+            logps = self._logps(batch, step, self.cfg.objective.needs() - guard)
+        if guard:  # in a pass of its own, so that a run can say what it took
+            with timer("guard"):
+                logps |= self._logps(batch, step, guard)
+        return replace(batch, logps=logps)
 
     def _columns(
         self, questions: Sequence[PromptedQuestion], drawn: Mapping[Stream, Groups], step: int
@@ -328,7 +342,9 @@ class Collector:
             token_limit=self.sampling.limit,
         )
 
-    def _logps(self, batch: ScoredBatch, step: int) -> dict[Score, dict[PathKey, torch.Tensor]]:
+    def _logps(
+        self, batch: ScoredBatch, step: int, needs: Iterable[Score]
+    ) -> dict[Score, dict[PathKey, torch.Tensor]]:
         """What the objective must see of the policy beside U, and of the reference policy: all
         rows of each packed together."""
         logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
@@ -336,7 +352,7 @@ class Collector:
         for who in ("policy", "reference"):
             rows = {
                 score: self._score_rows(batch, score, step)
-                for score in sorted(self.cfg.objective.needs())
+                for score in sorted(needs)
                 if score.who == who and (who, score.part) != ("policy", "target")
             }
             if not rows:
@@ -351,7 +367,7 @@ class Collector:
             scored = dict(zip(map(id, asked), ask(asked), strict=True))
             for score, part in rows.items():
                 logps[score] = {row.path: scored.get(id(row), row.coef) for row in part if row.path}
-        early = (s for s in sorted(self.cfg.objective.needs()) if s.view == "early")
+        early = (s for s in sorted(needs) if s.view == "early")
         return logps | {score: self._early(batch, score.stream) for score in early}
 
     def _early(self, batch: ScoredBatch, stream: Stream) -> dict[PathKey, torch.Tensor]:

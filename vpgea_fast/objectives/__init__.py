@@ -7,6 +7,7 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -21,6 +22,7 @@ from pydantic import Field, PlainSerializer, TypeAdapter, ValidationError, WrapV
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from vpgea_fast.names import Score
 from vpgea_fast.objectives.base import (
     Draws,
     Keys,
@@ -81,6 +83,7 @@ __all__ = [
     "ask",
     "at_step",
     "check_terms",
+    "guard_only",
     "policy_rows",
     "reads_reference",
     "reference_rows",
@@ -120,6 +123,13 @@ def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     # An unknown name or preset passes here: the validation after it has the better words.
     presets = getattr(METHODS.get(str(section.get("name"))), "PRESETS", {})
     return {**presets.get(str(section.get("preset", "paper")), {}), **section}
+
+
+def guard_only(objective: Objective) -> frozenset[Score]:
+    """The log-probs that nothing but the leak guard reads: what it costs."""
+    if not isinstance(objective, Vpgea):
+        return frozenset()
+    return objective.needs() - dataclasses.replace(objective, leak_guard="none").needs()
 
 
 @functools.cache

@@ -26,8 +26,8 @@ from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 
 Record = dict[str, Any]
-GUARD = ("guard_caught", "time_guard_ratio")
-"""What a run logs of its leak guard in every step."""
+GUARD = ("guard_caught", "lexical_caught", "short_caught", "time_guard_ratio")
+"""What a run logs of its guards in every step."""
 MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
 """What a record keeps of the environment of its run."""
 ENDED = (0, 3)
@@ -231,7 +231,7 @@ def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]
 
 
 def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run's leak guard caught and cost, means over its steps; {} without one."""
+    """What a run's guards caught and cost, means over its steps; {} without one."""
     known = {key: [s[key] for s in steps if s.get(key) is not None] for key in GUARD}
     return {key: fmean(values) for key, values in known.items() if values}
 
