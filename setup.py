@@ -174,8 +174,5 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],
-        # An oracle of tests alone. It brings scikit-learn, which transformers imports where it can:
-        # a second of each process. So it goes into the environment of vLLM's tests.
-        "lm-eval": ["lm-eval==0.4.13"],
     },
 )
