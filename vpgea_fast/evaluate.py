@@ -345,9 +345,21 @@ def evaluate_model(
         if console is not None:
             for line in evaluator.describe():
                 console.message(line)
+        unjudged = model.verifier.unjudged
         if record is not None:
-            return _recorded(cfg, evaluator, console, record)
-        return evaluator.run(None if console is None else console.samples(evaluator.samples))
+            results = _recorded(cfg, evaluator, console, record)
+        else:
+            total = evaluator.samples
+            results = evaluator.run(None if console is None else console.samples(total))
+        lost = model.verifier.unjudged - unjudged
+        if record is not None:
+            lost = sum(record.world.gather(lost))
+        if console is not None and lost:
+            console.message(
+                f"{lost} answers are wrong for want of a verdict: judging them took more than "
+                f"verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+            )
+        return results
 
 
 def _recorded(
