@@ -213,6 +213,7 @@ def test_a_run_gives_every_evaluation_that_it_holds(tmp_path):
         (["base", "nothing"], "there is no sample"),
         (["base", "foreign"], "a sample is of 'b'"),
         (["base", "damaged"], "line 1: not JSON"),
+        (["base", "unplanned"], "gsm8k has greedy answers, of which eval.json plans none"),
     ],
 )
 def test_refusals_take_one_line(three, words, why, monkeypatch, capsys):
@@ -222,6 +223,7 @@ def test_refusals_take_one_line(three, words, why, monkeypatch, capsys):
     (write(three / "headless", [], head) / HEADER).unlink()
     write(three / "nothing", [], head)
     write(three / "foreign", drawn({**SIZES, "b": 1}, 4), head)
+    write(three / "unplanned", [*drawn(SIZES, 4), *drawn(SIZES, 1, mode="greedy")], head)
     (write(three / "damaged", [], head) / SAMPLES).write_text("{\n")
     assert main(["compare", *words]) == 2
     said = capsys.readouterr()

@@ -223,10 +223,41 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
     assert file.read_bytes() == before
     file.write_bytes(lines[0] + lines[0])
     assert "line 2: a second sample" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+    held = (out / "eval.json").read_bytes()
     (out / "eval.json").unlink()
     said = refused(evaluate(tiny_world, "--out", out, "--resume"))
     assert "samples.jsonl is there without eval.json" in said
     assert file.read_bytes() == lines[0] + lines[0]
+    (out / "eval.json").write_bytes(held)
+    file.unlink()
+    file.mkdir()
+    assert "samples.jsonl is no file" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("question_id", "test-9999", "question, or more answers to it"),
+        ("index", 2, "question, or more answers to it"),
+        ("benchmark", "tost", "question, or more answers to it"),
+        ("seed", 1, "seed or gold"),
+        ("gold", "-1", "seed or gold"),
+    ],
+)
+@pytest.mark.parametrize("part", ["samples.jsonl", "samples.1.jsonl"])
+def test_records_that_the_plan_does_not_have_are_refused_and_stay(
+    key, value, what, part, tiny_world, cut, refused
+):
+    """Under the right eval.json: the file of another evaluation, of process 0 or another."""
+    out = cut(20_000, 0)
+    first = json.loads((out / "samples.jsonl").read_bytes().splitlines()[0])
+    (out / "samples.jsonl").write_bytes(b"")
+    (out / part).write_text(json.dumps({**first, key: value}) + "\n{torn")
+    before = contents(out)
+    said = refused(evaluate(tiny_world, "--out", out, "--resume"))
+    assert f"{part}: the record" in said
+    assert f"is of another evaluation: another {what}" in said
+    assert contents(out) == before
 
 
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
@@ -254,6 +285,8 @@ def test_what_cannot_be_evaluated_leaves_no_folder(tiny_world, tmp_path, refused
     assert "parent is not there" in refused(evaluate(tiny_world, "--out", out / "in" / "it"))
     assert "--resume goes on" in refused(evaluate(tiny_world, "--resume"))
     assert not out.exists()
+    if Path("/proc/self").exists():  # where root cannot write either
+        assert "nothing can be written there" in refused(evaluate(tiny_world, "--out", "/proc/out"))
 
 
 def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_path):

@@ -369,8 +369,9 @@ def _recorded(
     note = console.message if console is not None else lambda _: None
     world, wave = record.world, evaluator.engine.wave
     header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    plan = {key: value for part in evaluator.parts() for key, value in part.plan.items()}
     with open_folder(
-        record.folder, header=header, world=world, resume=record.resume, note=note
+        record.folder, header=header, world=world, plan=plan, resume=record.resume, note=note
     ) as folder:
         recorder = Recorder(
             folder,

@@ -133,6 +133,8 @@ def _check_finished(
         draws = facts.get("k") if mode == "sampled" else None
         draws = header["settings"].get("k", {}).get(mode) if draws is None else draws
         if draws == 0:
+            if name in answers:
+                raise SampleError(f"{name} has {mode} answers, of which {HEADER} plans none")
             continue
         have = answers[name].correct_QK.shape if name in answers else (0, 0)
         if tuple(have) != (facts.get("questions"), draws) and not common:
