@@ -271,6 +271,9 @@ def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
         (part,) = told["benchmarks"].values()
         ((name, found),) = row["benchmarks"].items()
         same = ("acc", "tokens", "eps3", "truncated", "errors", "n", "questions")
+        same += ("acc_low", "acc_high")
+        assert found["intervals"]["acc"] == [part["acc_low"], part["acc_high"]]
+        assert all(row["mean"][key] == told[key] for key in ("acc_low", "acc_high", "eps3_mean"))
         assert {key: found[key] for key in same} == {key: part[key] for key in same}
         changes = row["against"][name]
         assert changes["tokens"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -193,7 +193,7 @@ def test_groups_measure_their_own_questions():
     assert found["levels"].keys() == {"0", "1", "2"}
     for level, part in found["levels"].items():
         own = [s for s in samples if str(s.level) == level]
-        assert part == measure({"x": collect(own)})["benchmarks"]["x"]
+        assert part == measure({level: collect(own)})["benchmarks"][level]
     assert sum(part["n"] for part in found["levels"].values()) == 36
 
 
@@ -219,6 +219,23 @@ def test_two_evaluations_of_the_same_questions_are_paired():
     for one, other in zip(resampled_means(first), resampled_means(second), strict=True):
         assert torch.equal(one, other)
         assert (one.std(dim=1) > 0).all()
+
+
+def test_intervals_are_of_names_and_questions_alone():
+    """Not of the order of either; benchmarks of the same ids are resampled independently."""
+    ids = [f"q{q}" for q in range(20)]
+    samples = drawn(20, 2), drawn(20, 2, seed=1)
+    one = {name: collect(part) for name, part in zip("bc", samples, strict=True)}
+    other = {name: collect(part, ids[::-1]) for name, part in zip("cb", samples[::-1], strict=True)}
+    assert other["b"].questions != one["b"].questions
+    assert measure(one)["benchmarks"] == measure(other)["benchmarks"]
+    for key in ("acc_low", "acc_high"):
+        assert measure(one)[key] == pytest.approx(measure(other)[key], abs=1e-15)
+    same = {name: collect(samples[0]) for name in "bc"}
+    accs, _ = resampled_means(same)
+    assert not torch.equal(accs[0], accs[1])
+    # Correlated resamples would make the mean's interval too wide by sqrt(2).
+    assert abs(torch.corrcoef(accs)[0, 1]) < 0.15
 
 
 def test_intervals_hold_their_numbers():

@@ -172,7 +172,7 @@ class Evaluator:
 
     def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
         results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
-        whole = measure(results, seed=self.cfg.seed)
+        whole = measure(results)
         # What was asked of none of them is known to the benchmarks alone.
         dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
         for name, part in whole["benchmarks"].items():

@@ -110,9 +110,16 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
 def _open(name: str, folder: Path, *, common: bool, note: Note) -> Evaluation:
     header = read_header(folder)
     try:
-        answers = collect_all(read_samples(folder, note), unfinished=common)
-        if not answers:
+        found = collect_all(read_samples(folder, note), unfinished=common)
+        if not found:
             raise SampleError("there is no sample; go on with --resume")
+        # As they were asked, whichever ended first.
+        rank = {name: place for place, name in enumerate(header["benchmarks"])}
+        last = len(rank)
+        answers = {
+            mode: dict(sorted(parts.items(), key=lambda item: rank.get(item[0], last)))
+            for mode, parts in found.items()
+        }
         for mode in answers:
             _check_finished(header, mode, answers[mode], common=common)
     except SampleError as error:
@@ -259,7 +266,7 @@ def _measured(benchmarks: Mapping[str, Answers]) -> dict[str, Any]:
 def _against(new: Mapping[str, Answers], base: Mapping[str, Answers]) -> dict[str, Any]:
     """Changes from the base with paired intervals, by benchmark and of the "mean"."""
     points = _changes(statistics(*question_means(new)), statistics(*question_means(base)))
-    # One seed, the same questions in one order: both draw the same resamples.
+    # Of one name and the same questions: both draw the same resamples.
     drawn = _changes(statistics(*resampled_means(new)), statistics(*resampled_means(base)))
     return {
         name: {key: _change(points[key][row, 0], drawn[key][row]) for key in points}
