@@ -204,7 +204,6 @@ def test_a_run_gives_every_evaluation_that_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["base"], "got 1 evaluation"),
         (["base", "base"], "two evaluations are called 'base'"),
         (["base", "nowhere"], "is no folder"),
         (["base", "empty"], "holds no samples.jsonl"),
@@ -232,6 +231,18 @@ def test_refusals_take_one_line(three, words, why, monkeypatch, capsys):
     assert why in said.err
 
 
+def test_one_evaluation_stands_beside_the_published_figures(three, monkeypatch, capsys):
+    monkeypatch.chdir(three)
+    assert main(["compare", "base"]) == 0
+    text = capsys.readouterr().out
+    assert "### Results" in text
+    assert "### Draws" in text
+    assert "Differences" not in text
+    assert "VPG-EA 7B | 92.0 |" in text
+    whole = compare(opened(three / "base", three / "good")[0])["rows"][0]
+    assert compare(opened(three / "base")[0])["rows"] == [whole]
+
+
 def test_the_command_writes_three_formats(three, monkeypatch, capsys):
     monkeypatch.chdir(three)
     words = ["compare", "base", "it_s 50% | $x=good", "--out", "out"]
@@ -244,7 +255,7 @@ def test_the_command_writes_three_formats(three, monkeypatch, capsys):
     parts = [*row["benchmarks"].values(), row["mean"]]
     cells = [f"{100 * p['acc']:.1f} | {p['tokens']:.0f} | {p['eps3']:.3g}" for p in parts]
     assert f"| base | {' | '.join(cells)} | {row['mean']['eps3_mean']:.3g} |" in text
-    assert "VPG-EA 7B | 56.7 | - | - |" in text
+    assert "VPG-EA 7B | 92.0 | - | - | 56.7 | - | - |" in text
     tables = [part for part in text.split("\n") if part.startswith("|")]
     assert all(line.replace(r"\|", "").count("|") >= 3 for line in tables)
     tex = (three / "out/comparison.tex").read_text()
@@ -262,7 +273,11 @@ def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
     words = list(map(str, [*asked, *keys, "--out", tmp_path / "one"]))
     assert main(words) == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    capsys.readouterr()
+    # What one evaluation tells of its draws stands below its closing table.
+    shown = capsys.readouterr().out
+    headers = "answers benchmark k avg@k % pass@k % maj@k % tokens per right answer eps3 cut %"
+    assert headers in " ".join(shown.split())
+    assert "maj@k: predictions that tie share" in shown
     for mode in ("sampled", "greedy"):
         compared = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--mode", mode]
         assert main([*compared, "--format", "json"]) == 0
@@ -273,6 +288,8 @@ def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
         same = ("acc", "tokens", "eps3", "truncated", "errors", "n", "questions")
         same += ("acc_low", "acc_high")
         assert found["intervals"]["acc"] == [part["acc_low"], part["acc_high"]]
+        details = json.loads((tmp_path / "one/result.json").read_text())["details"][mode]
+        assert details == {key: row[key] for key in ("benchmarks", "mean")}
         assert all(row["mean"][key] == told[key] for key in ("acc_low", "acc_high", "eps3_mean"))
         assert {key: found[key] for key in same} == {key: part[key] for key in same}
         changes = row["against"][name]
