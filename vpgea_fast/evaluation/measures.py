@@ -25,7 +25,7 @@ from vpgea_fast.metrics import eps3, eps3_mean
 BOOTSTRAP = 1000
 """Resamples behind an interval."""
 AES_WEIGHTS = (1.0, 3.0, 5.0)
-"""Of length, of a gain and of a loss in accuracy (O1-Pruner, arXiv 2501.12570)."""
+"""alpha, beta and gamma of AES: of length, of a gain and of a loss in accuracy."""
 CHUNK = 2**22
 """Numbers that a resampling gathers at a time: 32 MB."""
 
@@ -334,11 +334,14 @@ def aes(
     base: tuple[Tensor, Tensor],
     weights: tuple[float, float, float] = AES_WEIGHTS,
 ) -> Tensor:
-    """Accuracy-Efficiency Score of O1-Pruner (arXiv 2501.12570) against a base's (acc, tokens).
+    """Accuracy-Efficiency Score of O1-Pruner (arXiv 2501.12570, section 5.1) against a base's
+    (acc, tokens).
 
     alpha dL + beta |dA| where accuracy holds, alpha dL - gamma |dA| where it falls; dL is the
-    relative saving of tokens, dA the relative change of accuracy. Not finite for a base without a
-    right answer.
+    relative saving of tokens, dA the relative change of accuracy; defaults 1, 3 and 5 as there. The
+    gains in its table 2 agree; its falls are printed as alpha dL + beta |dA|, against its formula.
+    Others weigh otherwise, so compare within one table. Not finite for a base without a right
+    answer.
 
     >>> half, few = torch.tensor(0.5), torch.tensor(500.0)
     >>> aes(half, few, base=(half, 2 * few)).item()
