@@ -159,7 +159,7 @@ class EvalConfig:
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
     seed: Seed = 0
-    """Seed of the sampled answers and of the bootstrap interval."""
+    """Seed of the sampled answers."""
 
     def __post_init__(self) -> None:
         # A benchmark is evaluated whole, so a share of a step means nothing there.

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.report import read_evaluation
-from vpgea_fast.stop import Stop
+from vpgea_fast.stop import Stop, bound_command
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
@@ -28,18 +27,6 @@ GUARD = ("guard_caught", "time_guard_ratio")
 """What a run logs of its leak guard in every step."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
-CHILD = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-# Of a sweep that was killed before that line.
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit(143)
-from vpgea_fast.cli import main
-sys.exit(main())
-"""
-"""`vpgea`, which the kernel asks to save and end when the sweep is killed."""
 
 
 class Pool:
@@ -113,7 +100,7 @@ class Pool:
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(os.getpid()), *words],
+                bound_command(words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
