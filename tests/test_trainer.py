@@ -213,7 +213,7 @@ def test_a_run_is_its_half_and_a_new_process_and_the_rest(words, tmp_path, half)
 
 # Measured anew, or on the next stage, between two saves: a step that is lost is counted again.
 KEEPING = {
-    "think_prune": {"limits": "[40,30,20,10]", "steps": "3"},
+    "think_prune": {"limits": "[52,50,48,46,44]", "steps": "3"},
     "laser_d": {"every": "3", "grid": "4"},
     "laser_de": {"every": "3", "grid": "4"},
 }
