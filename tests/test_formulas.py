@@ -771,7 +771,10 @@ class Formula:
 # Sharded over two: every method once, as its first case has it; and every length reward.
 FIRST = {keys["name"]: name for name, keys in reversed(CASES.items())}
 SHARDED = [*FIRST.values(), *(name for name, keys in CASES.items() if "length_reward.name" in keys)]
-QUICK = ("vpgea", "dapo")
+SHARDED += ["vpgea, joint, answer"]
+QUICK_SHARDED = ("vpgea, joint, answer", "dapo")
+# Of one line that other cases do not go through, and 1 s each.
+SLOW = [f"vpgea, {x}" for x in ("relu", "no cross-view", "no posterior", "no gate", "elbo")]
 BUDGET = ("grpo, l1_exact", "drgrpo, l1_max")
 SEEDS = {"grpo, laser_de": 7}  # a wrong path that no limit cut
 STATEFUL = ("think_prune", "laser_d", "laser_de")
@@ -889,7 +892,10 @@ def witness(tiny_world, tmp_path_factory):
         yield make
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES],
+)
 def test_every_update_is_the_gradient_of_the_formula(name, witness):
     made, models = witness(name)
     made.make()
@@ -898,7 +904,10 @@ def test_every_update_is_the_gradient_of_the_formula(name, witness):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SHARDED],
+    [
+        pytest.param(name, marks=[] if name in QUICK_SHARDED else pytest.mark.slow)
+        for name in SHARDED
+    ],
 )
 def test_the_same_of_two_processes(name, tiny_words):
     check(name, run_ranks(gaps, tiny_words(settings_of(name))("run"), name)[0])
