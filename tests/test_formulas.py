@@ -450,13 +450,9 @@ class Formula:
         path, question = self.batch.prior.paths[b][i], self.batch.questions[b]
         if not (path.closed and self.batch.prior.correct_BP[b, i] == 1):
             return 0.0
-        text, answer = (
-            f",{','.join(map(str, ids.tolist()))}," for ids in (path.z_ids, question.answer_ids)
-        )
-        before, found, _ = text.partition(answer)
-        return (
-            1 - (before.count(",") + len(question.answer_ids)) / len(path.z_ids) if found else -1.0
-        )
+        # `{`, the answer's one digit, ` }`.
+        digit, thought = question.target_ids[1], path.z_ids.tolist()
+        return 1 - (thought.index(digit) + 1) / len(thought) if digit in thought else -1.0
 
     def group_advantage(self, model):
         """Of each policy gradient by its paper, path by path in plain numbers."""
@@ -580,10 +576,9 @@ class Formula:
         """How far a teacher's path leans on the answer in its prompt."""
         question, z, guard = self.batch.questions[b], path.z_ids, self.keys.leak_guard
         if guard == "early_answer":
-            text, answer = (f",{','.join(map(str, t.tolist()))}," for t in (z, question.answer_ids))
-            before, stated, _ = text.partition(answer)
-            start = before.count(",")
-            if not stated or start >= len(z) / 2:
+            digit, thought = question.target_ids[1], z.tolist()
+            start = thought.index(digit) if digit in thought else len(z)
+            if start >= len(z) / 2:
                 return -math.inf
             return base - self.utility(model, b, replace(path, z_ids=z[:start], closed=False))
         if guard == "none":
