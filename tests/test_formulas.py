@@ -225,8 +225,9 @@ def wide_norm(self, hidden):
     return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def gaps(words, how=""):
-    """What a run on these processes is found to be; None on all but the first."""
+def gaps(words, how="", kind=None):
+    """What a run on these processes is found to be, against a Formula or another `kind` of one;
+    None on all but the first."""
     from transformers.models.qwen2 import modeling_qwen2
 
     warnings.filterwarnings("ignore", message=".*of 2 processes")
@@ -234,7 +235,7 @@ def gaps(words, how=""):
     with Witness(config.load(TINY, words), how) as made:
         made.make()
         seen, facts = made.seen, facts_of(made)
-    return None if made.world.rank else compared(made.cfg, seen, facts, two_models(made.cfg))
+    return None if made.world.rank else compared(made.cfg, seen, facts, two_models(made.cfg), kind)
 
 
 def facts_of(made):
@@ -248,18 +249,19 @@ def two_models(cfg):
     return tuple(load_causal_lm(cfg.model.path, torch.float64) for _ in range(2))
 
 
-def compared(cfg, seen, facts, models):
+def compared(cfg, seen, facts, models, kind=None):
     """For each update of each step: how far its gradient is from the formula's, relative, and its
     logged loss; then how many tokens are clipped above and below, and how far the policy has moved,
     in nats."""
-    model = models[1]
+    reference, model = models
     found = {"gaps": [], "losses": [], "above": 0, "below": 0, "moved": 0.0, "kinds": set()}
     found["lost"] = any(batch.lost_B.any().item() for batch, _ in seen)
     for step, (batch, updates) in enumerate(seen):
         assert len(updates) == cfg.train.minibatches * cfg.train.epochs
         model.load_state_dict(updates[0][0], strict=False)
         before = [earlier for earlier, _ in seen[:step]]
-        formula = Formula(cfg, batch, models, before=before, found=found, **facts)
+        where = {"before": before, "found": found, **facts}
+        formula = (kind or Formula)(cfg, batch, model, reference, **where)
         for number, (weights, gradient, metrics) in enumerate(updates):
             model.load_state_dict(weights, strict=False)
             model.zero_grad()
@@ -305,11 +307,11 @@ def group_of(decode, batch, b):
 class Formula:
     """The loss of one update of a step, as its paper writes it."""
 
-    def __init__(self, cfg, batch, models, *, before, found, close, decode, misled):
+    def __init__(self, cfg, batch, model, reference, *, before, found, close, decode, misled):
         self.cfg, self.keys, self.batch, self.close = cfg, cfg.objective, batch, close
         self.temperature, self.updates = cfg.rollout.temperature, cfg.train.minibatches
         self.decode, self.misled, self.kinds = decode, misled, found["kinds"]
-        (reference, model), step = models, len(before)
+        step = len(before)
         if self.keys.name in SUPERVISED:
             with torch.no_grad():
                 self.imitated = self.chosen(model)
