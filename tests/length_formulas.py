@@ -125,7 +125,10 @@ def targets(keys, history):
                 continue
             count = len(mine[0].right)
             fewest = {"easy": 2 * count // 3, "medium": count // 3, "hard": 1}[name]
-            target, last = keys.grid, keys.grid * math.ceil(max(lengths) / keys.grid)
+            least, last = (
+                keys.grid * math.ceil(n / keys.grid) for n in (keys.lowest, max(lengths))
+            )
+            target = least
             while target < last and (
                 mean([n <= target for n in lengths]) * max(1, fewest) < keys.expected
             ):

@@ -82,7 +82,7 @@ CASES = {
     "grpo, l1_exact": shaped("grpo", "l1_exact", low=30, high=60, alpha=0.01),
     "drgrpo, l1_max": shaped("drgrpo", "l1_max", low=30, high=60, alpha=0.02, norm_constant=C),
     "grpo, laser": shaped("grpo", "laser", target=50),
-    "grpo, laser_d": shaped("grpo", "laser_d", target=60, every=1, grid=8),
+    "grpo, laser_d": shaped("grpo", "laser_d", target=60, every=1, grid=8, lowest=50),
     "grpo, laser_de": shaped("grpo", "laser_de", target=55, every=1, grid=4),
     "rloo, shorter_better": shaped("rloo", "shorter_better", beta=0.02, norm_constant=C),
     "verifree": {"name": "verifree", "norm_constant": C, **WIDE},

@@ -287,6 +287,8 @@ def test_targets_are_measured_by_difficulty():
     shaped = kind.shaped(judged(RIGHT, MIXED), state)
     assert shaped.reward_BN.tolist() == [[1.5, 1.5, 1, 1], [1.5, 0, 1.5, 0]]
     assert shaped.metrics == {"length_limit": 40}
+    bounded = after(replace(kind, lowest=35), RIGHT, MIXED)["targets"]
+    assert bounded == {"hard": 100, "medium": 60, "easy": 40}
     # More than there can be: the longest path of the level.
     many = replace(kind, expected=3)
     assert after(many, RIGHT, RIGHT)["targets"]["easy"] == 60
