@@ -347,13 +347,9 @@ class Formula:
         path, question = self.batch.prior.paths[b][i], self.batch.questions[b]
         if not (path.closed and self.batch.prior.correct_BP[b, i] == 1):
             return 0.0
-        text, answer = (
-            f",{','.join(map(str, ids.tolist()))}," for ids in (path.z_ids, question.answer_ids)
-        )
-        before, found, _ = text.partition(answer)
-        return (
-            1 - (before.count(",") + len(question.answer_ids)) / len(path.z_ids) if found else -1.0
-        )
+        # `{`, the answer's one digit, ` }`.
+        digit, thought = question.target_ids[1], path.z_ids.tolist()
+        return 1 - (thought.index(digit) + 1) / len(thought) if digit in thought else -1.0
 
     def group_advantage(self, model):
         """Of each policy gradient by its paper, path by path in plain numbers."""

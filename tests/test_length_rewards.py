@@ -51,8 +51,8 @@ def double(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-STATED = [999]
-"""Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
+STATED = 999
+"""Token of the answer, which a thought of 0, 1, 2, ... states nowhere."""
 
 
 def stream(name, groups, thought: Callable[[int], Any] = range):
@@ -66,7 +66,11 @@ def stream(name, groups, thought: Callable[[int], Any] = range):
         for b, group in enumerate(groups)
     )
     right = double([[float(right) for _, right in group] for group in groups])
-    return scored(paths, torch.full_like(right, -1.0), correct=right)
+    found = scored(paths, torch.full_like(right, -1.0), correct=right)
+    ends = [
+        [p.z_ids.tolist().index(STATED) + 1 if STATED in p.z_ids else 0 for p in g] for g in paths
+    ]
+    return replace(found, stated_BP=torch.tensor(ends))
 
 
 def judged(
@@ -79,7 +83,6 @@ def judged(
     questions = [
         replace(
             prompted(f"q{b}", student=[3], teacher=[3], cue=[5], target=[6]),
-            answer_ids=torch.tensor(STATED),
             fields={"budget": str(budget)},
         )
         for b in range(len(groups))
@@ -207,7 +210,7 @@ def stating(length):
     """A thought that states the answer after half of its tokens, if it has more than 20."""
     tokens = [*range(length)]
     if length > 20:
-        tokens[length // 2 - 1] = STATED[0]
+        tokens[length // 2 - 1] = STATED
     return tokens
 
 

@@ -47,6 +47,7 @@ class Draws:
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
     texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
+    stated            it reads where each thought states the answer (`ScoredPaths.stated_BP`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
     given             the prior paths are the responses of the data, and none is sampled
@@ -65,6 +66,7 @@ class Draws:
     verified: bool = False
     answers: bool = False
     texts: bool = False
+    stated: bool = False
     joint: bool = False
     targets: bool = False
     given: bool = False

@@ -63,6 +63,11 @@ class LengthKeys:
         return {}
 
     @property
+    def reads_stated(self) -> bool:
+        """Whether it reads where each thought states the answer."""
+        return False
+
+    @property
     def reference_paths(self) -> int:
         """Paths of the reference policy per question that the reward reads."""
         return 0

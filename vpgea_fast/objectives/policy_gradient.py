@@ -92,6 +92,7 @@ class PolicyGradient(GroupKeys):
             prior=self.group_size,
             verified=self.reward == "verify",
             answers=self.trains == "response",
+            stated=self.shaping.reads_stated,
             reference=self.shaping.reference_paths,
             fields=self.shaping.fields(),
         )
