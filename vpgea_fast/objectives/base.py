@@ -50,6 +50,7 @@ class Draws:
     stated            it reads where each thought states the answer (`ScoredPaths.stated_BP`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
+    by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -69,6 +70,7 @@ class Draws:
     stated: bool = False
     joint: bool = False
     targets: bool = False
+    by_likelihood: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 

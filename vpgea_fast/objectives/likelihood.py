@@ -58,7 +58,8 @@ class VeriFree(PolicyGradient):
             )
 
     def draws(self) -> Draws:
-        return replace(super().draws(), targets=self.target != "none")
+        trained = self.target != "none"
+        return replace(super().draws(), targets=trained, by_likelihood=trained)
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
         terms = super().terms(batch, state)
@@ -105,7 +106,7 @@ class NormalisedVeriFree(ClipKeys):
     """Paths per question, which share a weight of 1."""
 
     def draws(self) -> Draws:
-        return Draws(prior=self.group_size, targets=True)
+        return Draws(prior=self.group_size, targets=True, by_likelihood=True)
 
     def needs(self) -> frozenset[Score]:
         return frozenset({Score("prior", "student", "target")})
