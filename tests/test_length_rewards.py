@@ -203,6 +203,38 @@ def test_a_group_of_equal_paths_has_no_gradient(kind, group):
         assert not terms.alive.any(), advantage
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside", "key", "value"),
+    [
+        (Eta, {"alpha": 0.0}, "clip", (0.9, 1.1)),
+        (LcR1, {"close": 0.0}, "absent", -0.5),
+        (ThinkPrune, {"limits": (20,)}, "steps", 1),
+        (ThinkPrune, {"limits": (20,)}, "fitting", 0.5),
+        (Laser, {"weight": 0.0}, "target", 20),
+        *(
+            (kind, {"weight": 0.0}, key, 2)
+            for kind in (LaserD, LaserDe)
+            for key in ("target", "every", "grid", "expected")
+        ),
+        (LaserDe, {"weight": 0.0}, "loop", 2),
+    ],
+)
+def test_a_key_that_changes_no_reward_is_refused(kind, beside, key, value, monkeypatch):
+    with pytest.raises(
+        ValueError, match=f"{key}: got .* changes nothing with {next(iter(beside))} "
+    ):
+        kind(**beside, **{key: value})
+    monkeypatch.setattr("vpgea_fast.objectives.judged.refuse_unread", lambda _: None)
+    step = judged(MIXED, ONE, thought=stating)
+    one, other = (
+        reward.shaped(step, {}) for reward in (kind(**beside), kind(**beside, **{key: value}))
+    )
+    assert torch.equal(one.reward_BN, other.reward_BN)
+    if one.close_BN is not None:
+        assert not one.close_BN.any()
+        assert not other.close_BN.any()
+
+
 # --- LC-R1's closing token ------------------------------------------------------------------------
 
 

@@ -12,13 +12,14 @@ A new one is a type here, a name in LengthReward, and a row in tests/test_length
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives.judged import Judged, LengthKeys, Shaped
 from vpgea_fast.objectives.length_limits import Laser, LaserD, LaserDe, ThinkPrune
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, Clip, Exponent, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Eta(LengthKeys):
     """Exponent of the ratio of lengths; 0: none."""
     clip: Clip | None = None
     """Clip the factor to (low, high); null: no clip."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("clip", {"alpha": (0.0,)}),)
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         from vpgea_fast.advantage import length_factor
@@ -171,6 +174,8 @@ class LcR1(LengthKeys):
     absent: Annotated[float, Field(ge=-1.0, le=0.0)] = -1.0
     """That reward where the thought never states the answer."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("absent", {"close": (0.0,)}),)
+
     @property
     def reads_stated(self) -> bool:
         return True
@@ -202,7 +207,10 @@ class Budgeted(LengthKeys):
     high: PositiveInt = 4000
     """Largest budget."""
 
+    TOKENS: ClassVar[tuple[str, ...]] = ("low", "high")
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.low > self.high:
             raise ValueError(f"got low {self.low} above high {self.high}; exchange them")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from vpgea_fast.names import Norm, PathKey, Score
 from vpgea_fast.objectives.base import ClipKeys, Draws, GroupKeys, Term, Terms
 from vpgea_fast.objectives.policy_gradient import Advantage, PolicyGradient
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, NonNegativeFloat
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ class Rlt(GroupKeys):
     """Weight of its least expected token, beside the mean of all."""
     cut: NonNegativeFloat = 1.0
     """Taken off the reward of a thought that the token limit cut."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("kl_max", {"kl_coef": (0.0,)}),)
 
     def draws(self) -> Draws:
         return Draws(posterior=self.group_size)
