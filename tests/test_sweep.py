@@ -1,5 +1,6 @@
 """`vpgea sweep`: what is equal, how a rate is picked, and that no kill loses or doubles a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import untimed
+from ranks import Program
+from runs import recorded, untimed
 
 from vpgea_fast.cli import main
 from vpgea_fast.config import dump, resolve
@@ -272,6 +274,18 @@ def test_questions_that_pick_a_rate_are_others_than_those_reported(order, tmp_pa
     assert not asked.out.exists()
 
 
+def same_as_a_single_run(asked, record, single):
+    """Bit for bit: each step's numbers but its times, each path, and what the run answered."""
+    (cell,) = (word for word in record["words"] if word.startswith("--run.dir="))
+    words = [word for word in record["words"] if word != cell]
+    assert main(["train", asked.config, *words, "--run.dir", str(single)]) == 0
+    run = Path(cell.partition("=")[2])
+    assert recorded(run) == recorded(single)
+    assert (run / "paths.jsonl").read_bytes() == (single / "paths.jsonl").read_bytes()
+    evaluated = json.loads((single / "eval.json").read_text())
+    assert {key: record[key] for key in ("before", "after")} == evaluated
+
+
 def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_path, capsys):
     asked = order()
     assert main(command(asked)) == 0, capsys.readouterr().err
@@ -279,10 +293,7 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     told = capsys.readouterr().out
     assert "1/1  vpgea  lr 0.001  seed 0  sampled_eps3" in told
     assert "vpgea: one rate was tried, so none was picked" in told
-    again = [word for word in record["words"] if not word.startswith("--run.dir")]
-    assert main(["train", asked.config, *again, "--run.dir", str(tmp_path / "single")]) == 0
-    single = json.loads((tmp_path / "single/eval.json").read_text())
-    assert {key: record[key] for key in ("before", "after")} == single
+    same_as_a_single_run(asked, record, tmp_path / "single")
     assert (record["ended"], record["steps"]) == ("done", 2)
     facts = json.loads((tmp_path / "single/environment.json").read_text())
     assert record["made_by"] == {key: facts[key] for key in record["made_by"]}
@@ -331,10 +342,48 @@ def lasting(folder):
     return [{k: v for k, v in r.items() if k not in changing} for r in untimed(records)]
 
 
-def start(order):
-    words = [sys.executable, "-m", "vpgea_fast.cli", *command(order)]
+def start(order, *more):
+    words = [sys.executable, "-m", "vpgea_fast.cli", *command(order, *more)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def runs_at_once(process, running, enough=None):
+    """The most runs of a sweep that lived at one moment, until it ends or there are enough."""
+    most, deadline = 0, time.monotonic() + 300
+    while process.poll() is None and most != enough:
+        assert time.monotonic() < deadline
+        lines = [Path(f"/proc/{child}/cmdline") for child in running(parent=process.pid)]
+        with contextlib.suppress(OSError):  # one has just ended
+            most = max(most, sum(b"--resume-if-started" in line.read_bytes() for line in lines))
+        time.sleep(0.02)
+    return most
+
+
+def test_a_sweep_uses_every_core(order, running):
+    """As many runs side by side as there are cores, unless --jobs says otherwise."""
+    asked = order(rates=(5e-4, 1e-3, 2e-3))
+    process = Program("-m", "vpgea_fast.cli", *command(asked))
+    cores = len(os.sched_getaffinity(0))
+    assert runs_at_once(process, running, enough=min(cores, 3)) == min(cores, 3)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate()
+    assert process.returncode == 143
+    assert f"3 runs, 0 known, {cores} at a time" in told
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_have_the_numbers_of_single_runs(order, running, tmp_path):
+    asked = order(rates=(5e-4, 1e-3))
+    lone = order(rates=(5e-4, 1e-3), out=tmp_path / "lone")
+    for each, jobs in ((asked, 2), (lone, 1)):
+        process = start(each, "--jobs", str(jobs))
+        assert runs_at_once(process, running) == jobs
+        told, _ = process.communicate()
+        assert process.returncode == 0, told
+    for path in sorted((asked.out / "records").iterdir()):
+        same_as_a_single_run(asked, json.loads(path.read_text()), tmp_path / path.stem)
+    assert lasting(asked.out) == lasting(lone.out)
 
 
 @pytest.mark.slow

@@ -287,8 +287,8 @@ length_limit | tokens
     Mean over questions of the limit that a length reward holds their paths to (think_prune,
     laser_d, laser_de).
 answer_stated | share
-    Share of right paths whose thought states the answer, token by token (length reward lc_r1);
-    null where none is right.
+    Share of right paths whose thought states the answer (length reward lc_r1); null where none is
+    right.
 answer_logp | nats per token
     Mean log-prob of the answer's tokens behind the teacher's thoughts under the reference policy,
     with answer_min (rlt).

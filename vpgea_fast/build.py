@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.check import check_config, slow_engine
+from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector, check_questions
 from vpgea_fast.config import Config
@@ -272,6 +272,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
 def _caveats(cfg: Config) -> Iterator[str]:
     """Say what a user of these settings should know before trusting the curves."""
     yield from cfg.objective.notes()
+    yield from loose_limits(cfg)
+    yield from unread_keys(cfg)
     # Legal settings all: a measurement may want them, so they are said and not refused.
     if not cfg.rollout.full_answer:
         yield (

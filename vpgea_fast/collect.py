@@ -47,6 +47,7 @@ from vpgea_fast.scoring import (
     answers_correct,
     wrong_answers,
 )
+from vpgea_fast.spans import stated
 from vpgea_fast.types import (
     Groups,
     Path,
@@ -376,9 +377,9 @@ class Collector:
         found, cut = {}, []
         for question, path in batch.pairs(stream):
             found[path.key] = torch.zeros(0, dtype=torch.float64)
-            start = question.answer_end(path.z_ids) - question.answer_ids.numel()
-            if 0 <= 2 * start < path.z_ids.numel():
-                cut.append((question, replace(path, z_ids=path.z_ids[:start], closed=False)))
+            span = self._stated(question, path)
+            if span and 2 * span[0] < path.z_ids.numel():
+                cut.append((question, replace(path, z_ids=path.z_ids[: span[0]], closed=False)))
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
@@ -386,6 +387,13 @@ class Collector:
             u_norm=self.cfg.scoring.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
+
+    def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
+        """Where a thought first states the answer, in one of its spellings: the tokens before, and
+        those until then."""
+        spellings = (question.question.answer, *question.question.variants)
+        whole = self.cfg.prompt.answer_words
+        return stated(path.z_ids, self.decode, spellings, whole=whole)
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
@@ -432,6 +440,9 @@ class Collector:
             if self.draws.texts
             else None,
         )
+        if self.draws.stated:
+            ends = [span[1] if (span := self._stated(*pair)) else 0 for pair in pairs]
+            columns = replace(columns, stated_BP=torch.tensor(ends, dtype=torch.int64).view(shape))
         return columns, unanswered
 
     def _draw(

@@ -172,7 +172,7 @@ class Evaluator:
 
     def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
         results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
-        whole = measure(results, seed=self.cfg.seed)
+        whole = measure(results)
         # What was asked of none of them is known to the benchmarks alone.
         dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
         for name, part in whole["benchmarks"].items():
@@ -345,13 +345,35 @@ def evaluate_model(
         # Before the weights: their errors must not wait for minutes of reading.
         benchmarks = read_benchmarks(cfg, text, judge)
         with open_model(cfg, text, verifier, world) as model:
-            evaluator = model.evaluator(cfg, benchmarks)
-            if console is not None:
-                for line in evaluator.describe():
-                    console.message(line)
-            if record is not None:
-                return _recorded(cfg, evaluator, console, record)
-            return evaluator.run(None if console is None else console.samples(evaluator.samples))
+            return _evaluated(cfg, model.evaluator(cfg, benchmarks), verifier, console, record)
+
+
+def _evaluated(
+    cfg: Config,
+    evaluator: Evaluator,
+    verifier: Verifier,
+    console: Console | None,
+    record: Record | None,
+) -> dict[str, dict[str, Any]]:
+    """Draw and judge, and say what was not judged. A collective with a record."""
+    if console is not None:
+        for line in evaluator.describe():
+            console.message(line)
+    unjudged = verifier.unjudged
+    if record is not None:
+        results = _recorded(cfg, evaluator, console, record)
+    else:
+        total = evaluator.samples
+        results = evaluator.run(None if console is None else console.samples(total))
+    lost = verifier.unjudged - unjudged
+    if record is not None:
+        lost = sum(record.world.gather(lost))
+    if console is not None and lost:
+        console.message(
+            f"{lost} answers are wrong for want of a verdict: judging them took more than "
+            f"verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+        )
+    return results
 
 
 def _recorded(
@@ -361,8 +383,9 @@ def _recorded(
     note = console.message if console is not None else lambda _: None
     world, wave = record.world, evaluator.engine.wave
     header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    plan = {key: value for part in evaluator.parts() for key, value in part.plan.items()}
     with open_folder(
-        record.folder, header=header, world=world, resume=record.resume, note=note
+        record.folder, header=header, world=world, plan=plan, resume=record.resume, note=note
     ) as folder:
         recorder = Recorder(
             folder,

@@ -136,7 +136,8 @@ class VerifyConfig:
     workers: PositiveInt = 1
     """Processes that judge, per process of the run."""
     timeout_s: Seconds = 5.0
-    """End a judgement that takes longer, and count its answer as wrong."""
+    """End a judgement that computes longer (`custom`: takes longer), and count its answer as
+    wrong."""
 
     def __post_init__(self) -> None:
         # A target under another name would be ignored, and the user's function with it.

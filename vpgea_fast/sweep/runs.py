@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load
 from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.report import read_evaluation, read_json
-from vpgea_fast.stop import Stop
+from vpgea_fast.stop import Stop, bound_command
 from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 
@@ -32,18 +31,6 @@ MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", 
 """What a record keeps of the environment of its run."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
-CHILD = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-# Of a sweep that was killed before that line.
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit(143)
-from vpgea_fast.cli import main
-sys.exit(main())
-"""
-"""`vpgea`, which the kernel asks to save and end when the sweep is killed."""
 
 
 class Pool:
@@ -136,7 +123,7 @@ class Pool:
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(os.getpid()), *words],
+                bound_command(words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
