@@ -114,6 +114,7 @@ CASES = {
     "vpgea, joint, answer": {
         "name": "vpgea",
         "prior_pg": 0.6,
+        "gate": "relu",
         "train_answer": "sft",
         "answer_weight": 0.3,
         "norm": "token_mean",
@@ -681,7 +682,7 @@ class Formula:
             context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
             target = question.target_ids
             log_y = logps_of(model, context, target).sum()
-            loss = loss - weight * keys.answer_weight * gate * log_y
+            loss = loss - weight * keys.answer_weight * log_y
         return loss
 
     def opened(self, b, i):
