@@ -51,8 +51,8 @@ def double(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-STATED = [999]
-"""Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
+STATED = 999
+"""Token of the answer, which a thought of 0, 1, 2, ... states nowhere."""
 
 
 def stream(name, groups, thought: Callable[[int], Any] = range):
@@ -66,7 +66,11 @@ def stream(name, groups, thought: Callable[[int], Any] = range):
         for b, group in enumerate(groups)
     )
     right = double([[float(right) for _, right in group] for group in groups])
-    return scored(paths, torch.full_like(right, -1.0), correct=right)
+    found = scored(paths, torch.full_like(right, -1.0), correct=right)
+    ends = [
+        [p.z_ids.tolist().index(STATED) + 1 if STATED in p.z_ids else 0 for p in g] for g in paths
+    ]
+    return replace(found, stated_BP=torch.tensor(ends))
 
 
 def judged(
@@ -79,7 +83,6 @@ def judged(
     questions = [
         replace(
             prompted(f"q{b}", student=[3], teacher=[3], cue=[5], target=[6]),
-            answer_ids=torch.tensor(STATED),
             fields={"budget": str(budget)},
         )
         for b in range(len(groups))
@@ -200,6 +203,38 @@ def test_a_group_of_equal_paths_has_no_gradient(kind, group):
         assert not terms.alive.any(), advantage
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside", "key", "value"),
+    [
+        (Eta, {"alpha": 0.0}, "clip", (0.9, 1.1)),
+        (LcR1, {"close": 0.0}, "absent", -0.5),
+        (ThinkPrune, {"limits": (20,)}, "steps", 1),
+        (ThinkPrune, {"limits": (20,)}, "fitting", 0.5),
+        (Laser, {"weight": 0.0}, "target", 20),
+        *(
+            (kind, {"weight": 0.0}, key, 2)
+            for kind in (LaserD, LaserDe)
+            for key in ("target", "every", "grid", "expected")
+        ),
+        (LaserDe, {"weight": 0.0}, "loop", 2),
+    ],
+)
+def test_a_key_that_changes_no_reward_is_refused(kind, beside, key, value, monkeypatch):
+    with pytest.raises(
+        ValueError, match=f"{key}: got .* changes nothing with {next(iter(beside))} "
+    ):
+        kind(**beside, **{key: value})
+    monkeypatch.setattr("vpgea_fast.objectives.judged.refuse_unread", lambda _: None)
+    step = judged(MIXED, ONE, thought=stating)
+    one, other = (
+        reward.shaped(step, {}) for reward in (kind(**beside), kind(**beside, **{key: value}))
+    )
+    assert torch.equal(one.reward_BN, other.reward_BN)
+    if one.close_BN is not None:
+        assert not one.close_BN.any()
+        assert not other.close_BN.any()
+
+
 # --- LC-R1's closing token ------------------------------------------------------------------------
 
 
@@ -207,7 +242,7 @@ def stating(length):
     """A thought that states the answer after half of its tokens, if it has more than 20."""
     tokens = [*range(length)]
     if length > 20:
-        tokens[length // 2 - 1] = STATED[0]
+        tokens[length // 2 - 1] = STATED
     return tokens
 
 

@@ -507,9 +507,10 @@ def test_an_early_answer_is_cut_off_and_the_rest_scored_by_itself(words):
         )
         found = set()
         for q, path in batch.pairs("posterior"):
-            z, answer = path.z_ids.tolist(), q.answer_ids.tolist()
-            starts = [i for i in range(len(z)) if z[i : i + len(answer)] == answer]
-            cut = bool(starts) and 2 * starts[0] < len(z)
+            # A digit is a token of the tiny task.
+            words = [collector.decode(token[None]) for token in path.z_ids]
+            starts = [i for i, word in enumerate(words) if word == q.question.answer]
+            cut = bool(starts) and 2 * starts[0] < len(words)
             found.add(cut)
             got = batch.logps[score][path.key]
             assert got.numel() == cut

@@ -6,12 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives.judged import Judged, LengthKeys, Shaped
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class ThinkPrune(LengthKeys):
     """A step counts for its stage only if at least this share of its right paths fits the next
     limit; 0: every step counts."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("steps", {"limits": lambda limits: len(limits) == 1}),
+        Unread("fitting", {"limits": lambda limits: len(limits) == 1}),
+    )
+    TOKENS: ClassVar[tuple[str, ...]] = ("limits",)
+
     def shaped(self, judged: Judged, state: Mapping[str, Any], /) -> Shaped:
         # A resume may have fewer stages.
         stage = min(state.get("stage", 0), len(self.limits) - 1)
@@ -79,6 +86,9 @@ class Laser(LengthKeys):
     """Worth of a right path within the target."""
     target: PositiveInt = 4096
     """Target length, in tokens."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("target", {"weight": (0.0,)}),)
+    TOKENS: ClassVar[tuple[str, ...]] = ("target",)
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         short_BN = judged.right_BN & (judged.length_BN <= self.target)
@@ -109,6 +119,11 @@ class LaserByDifficulty(LengthKeys):
     """Targets are multiples of this many tokens."""
     expected: PositiveInt = 1
     """Right paths to be hoped for within the target."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = tuple(
+        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "grid", "expected")
+    )
+    TOKENS: ClassVar[tuple[str, ...]] = ("target", "grid")
 
     def _by_level(
         self, judged: Judged, state: Mapping[str, Any]
@@ -172,6 +187,8 @@ class LaserDe(LaserByDifficulty):
     """Laser-DE."""
     loop: PositiveInt = 16
     """Tokens at the end of a path that tell a loop."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("loop", {"weight": (0.0,)}),)
 
     def shaped(self, judged: Judged, state: Mapping[str, Any], /) -> Shaped:
         target_B1, state, metrics = self._by_level(judged, state)
