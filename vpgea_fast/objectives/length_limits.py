@@ -121,9 +121,9 @@ class LaserByDifficulty(LengthKeys):
     """Right paths to be hoped for within the target."""
 
     UNREAD: ClassVar[tuple[Unread, ...]] = tuple(
-        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "grid", "expected")
+        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "lowest", "grid", "expected")
     )
-    TOKENS: ClassVar[tuple[str, ...]] = ("target", "grid")
+    TOKENS: ClassVar[tuple[str, ...]] = ("target", "lowest", "grid")
 
     def _by_level(
         self, judged: Judged, state: Mapping[str, Any]

@@ -131,7 +131,8 @@ class ShorterBetter(LengthKeys):
 class O1Pruner(LengthKeys):
     """R = clip(mean n_ref / n - 1 + weight (c - mean c_ref), low, high), the means over paths of
     the frozen reference policy: O1-Pruner (arXiv 2501.12570). The clip is that of the authors'
-    code, which compares R over all its data; nearest is `objective.name reinforce`."""
+    code, which z-scores R over all its data; nearest is `objective.advantage batch_zscore`, over
+    those of a step."""
 
     name: Literal["o1_pruner"] = "o1_pruner"
     """O1-Pruner."""

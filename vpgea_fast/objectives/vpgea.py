@@ -313,7 +313,8 @@ class Vpgea(EtaKeys):
         """The reference answer behind the distilled thoughts."""
         if self.train_answer == "none":
             return []
-        weight_BG = -self.answer_weight * gate_BG
+        # 1 where the gate is open: how far `relu` opens is for the distilled thoughts alone.
+        weight_BG = -self.answer_weight * gate_BG.ne(0).double()
         return [
             Term(
                 name="answer",
