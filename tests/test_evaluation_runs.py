@@ -133,12 +133,7 @@ def test_killed_at_a_random_moment_and_resumed(seed, tiny_world, whole, cut, cap
 def test_killed_for_real_it_is_readable_and_goes_on(tiny_world, whole, tmp_path):
     out = tmp_path / "out"
     program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out))
-    samples = out / "samples.jsonl"
-    while program.poll() is None:
-        with contextlib.suppress(OSError):
-            if samples.stat().st_size:
-                break
-        time.sleep(0.002)
+    wait_for_bytes(program, out)
     program.send_signal(signal.SIGKILL)
     program.communicate()
     assert program.returncode == -9
@@ -156,6 +151,47 @@ def test_two_processes_write_the_records_of_one(tiny_world, whole, tmp_path):
     assert sorted(contents(out)) == ["eval.json", "result.json", "samples.jsonl", "times.jsonl"]
     ours, theirs = (json.loads((f / "result.json").read_text()) for f in (out, whole))
     assert (ours["sampled"], ours["greedy"]) == (theirs["sampled"], theirs["greedy"])
+
+
+def wait_for_bytes(program, folder):
+    """Wait until the first answers of a program stand in a folder."""
+    while program.poll() is None:
+        with contextlib.suppress(OSError):
+            if any(file.stat().st_size for file in folder.glob("samples*.jsonl")):
+                return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_the_command_that_started_them(number, tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    words = words_of(tiny_world, "--out", out, "--processes", 2)
+    program = Program("-m", "vpgea_fast.cli", *words)
+    wait_for_bytes(program, out)
+    children = children_of(program.pid)
+    assert len(children) == 2
+    program.send_signal(number)
+    program.communicate()
+    assert program.returncode == -number
+    until = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
+def children_of(process):
+    words = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(word) for word in words]
+
+
+def alive(process):
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{process}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+    return False
 
 
 @pytest.mark.slow
@@ -223,10 +259,41 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
     assert file.read_bytes() == before
     file.write_bytes(lines[0] + lines[0])
     assert "line 2: a second sample" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+    held = (out / "eval.json").read_bytes()
     (out / "eval.json").unlink()
     said = refused(evaluate(tiny_world, "--out", out, "--resume"))
     assert "samples.jsonl is there without eval.json" in said
     assert file.read_bytes() == lines[0] + lines[0]
+    (out / "eval.json").write_bytes(held)
+    file.unlink()
+    file.mkdir()
+    assert "samples.jsonl is no file" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("question_id", "test-9999", "question, or more answers to it"),
+        ("index", 2, "question, or more answers to it"),
+        ("benchmark", "tost", "question, or more answers to it"),
+        ("seed", 1, "seed or gold"),
+        ("gold", "-1", "seed or gold"),
+    ],
+)
+@pytest.mark.parametrize("part", ["samples.jsonl", "samples.1.jsonl"])
+def test_records_that_the_plan_does_not_have_are_refused_and_stay(
+    key, value, what, part, tiny_world, cut, refused
+):
+    """Under the right eval.json: the file of another evaluation, of process 0 or another."""
+    out = cut(20_000, 0)
+    first = json.loads((out / "samples.jsonl").read_bytes().splitlines()[0])
+    (out / "samples.jsonl").write_bytes(b"")
+    (out / part).write_text(json.dumps({**first, key: value}) + "\n{torn")
+    before = contents(out)
+    said = refused(evaluate(tiny_world, "--out", out, "--resume"))
+    assert f"{part}: the record" in said
+    assert f"is of another evaluation: another {what}" in said
+    assert contents(out) == before
 
 
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
@@ -254,6 +321,8 @@ def test_what_cannot_be_evaluated_leaves_no_folder(tiny_world, tmp_path, refused
     assert "parent is not there" in refused(evaluate(tiny_world, "--out", out / "in" / "it"))
     assert "--resume goes on" in refused(evaluate(tiny_world, "--resume"))
     assert not out.exists()
+    if Path("/proc/self").exists():  # where root cannot write either
+        assert "nothing can be written there" in refused(evaluate(tiny_world, "--out", "/proc/out"))
 
 
 def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_path):

@@ -322,6 +322,8 @@ def test_targets_are_measured_by_difficulty():
     shaped = kind.shaped(judged(RIGHT, MIXED), state)
     assert shaped.reward_BN.tolist() == [[1.5, 1.5, 1, 1], [1.5, 0, 1.5, 0]]
     assert shaped.metrics == {"length_limit": 40}
+    bounded = after(replace(kind, lowest=35), RIGHT, MIXED)["targets"]
+    assert bounded == {"hard": 100, "medium": 60, "easy": 40}
     # More than there can be: the longest path of the level.
     many = replace(kind, expected=3)
     assert after(many, RIGHT, RIGHT)["targets"]["easy"] == 60
@@ -397,19 +399,21 @@ SMALL = {
     "checkpoint.export": "false",
     "verify.name": "number",
 }
+STAGES = [100, 50, 20]
 MORE = {
     "o1_pruner": ["--objective.length_reward.paths", "2"],
     "l1_exact": ["--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "32"],
     "laser_d": ["--objective.length_reward.every", "2", "--objective.length_reward.grid", "10"],
     "think_prune": [
-        *("--objective.length_reward.limits", "[100, 50, 20]"),
+        *("--objective.length_reward.limits", str(STAGES)),
         *("--objective.length_reward.steps", "1"),
     ],
 }
 # Few paths are right behind a prompt that the base has never seen.
 MORE["l1_max"] = [*MORE["l1_exact"], "--train.questions_per_step", "8"]
-QUICK = {"o1_pruner", "lc_r1", "l1_exact", "think_prune", "laser_de"}
-"""What draws, weighs or keeps something of its own; the others differ in their formula alone."""
+QUICK = {"o1_pruner", "l1_exact"}
+"""What draws something of its own. What keeps a state is resumed and killed; of the others the
+formulas are in test_formulas.py."""
 
 
 def lines_of(run):
@@ -438,7 +442,7 @@ def test_every_length_reward_trains(name, train):
     assert max(line["grad_norm"] for line in lines) > 0
     limits = [line["length_limit"] for line in lines if "length_limit" in line]
     if name == "think_prune":
-        assert limits == [100, 50, 20]
+        assert limits == STAGES
     if name == "laser_d":
         assert limits[:2] == [4096] * 2
         assert limits[2] <= 110
@@ -449,6 +453,8 @@ def test_every_length_reward_trains(name, train):
 def test_a_resume_has_the_limits_of_its_run(name, train, tmp_path):
     """Cut in the middle of a stage, or between two measurements."""
     straight = train(name)
+    if name == "think_prune":
+        assert [line["length_limit"] for line in straight] == STAGES
     train(name, "--train.steps", "1", run="cut")
     run = str(tmp_path / "cut")
     assert main(["train", "--resume", run, "--train.steps", "3"]) == 0

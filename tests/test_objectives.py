@@ -220,6 +220,11 @@ def test_guards_that_cost_no_forward_and_the_early_answer():
         logps = {early: {keys[0]: double([u]), keys[1]: double([])}}
         out = Vpgea(leak_guard="early_answer").terms(replace(one, logps=logps), {})
         assert out.metrics["guard_caught"] == share
+    # The baseline is -2; where every U is lifted to -3.5, that of the cut thought is too.
+    logps = {early: {keys[0]: double([-9.0]), keys[1]: double([])}}
+    lifted = Vpgea(leak_guard="early_answer", clamp_u=True, u_min=-3.5)
+    out = lifted.terms(replace(one, logps=logps), {})
+    assert (out.metrics["guard_caught"], out.metrics["guard_nats"]) == (0.0, 0.75)
 
 
 @pytest.mark.parametrize(

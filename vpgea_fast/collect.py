@@ -6,6 +6,7 @@ questions of (seed, step) -> both streams in one engine call -> U, correctness, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 
 from vpgea_fast.book import merge
 from vpgea_fast.config import Config
-from vpgea_fast.data import step_questions
+from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
@@ -110,7 +111,7 @@ class Collector:
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
-        tokens_replaced = 0
+        replaced: list[ScoredBatch] = []
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = terms.alive.nonzero()[:, 0].tolist()
             dead = (~terms.alive).nonzero()[:, 0].tolist()
@@ -124,7 +125,8 @@ class Collector:
             drawn_ids |= {q.question.id for q in fresh}
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
-            tokens_replaced += batch.select(list(swaps)).tokens
+            # Of what is replaced only the paths are kept, for the record of them.
+            replaced.append(replace(batch.select(list(swaps)), logps={}))
             drawn = self._draw(fresh, step, timer)
             # A question that lost a path may have been replaced: it is lost all the same.
             batch, lost_B = kept.join(drawn), torch.cat([lost_B, drawn.lost_B])
@@ -132,8 +134,10 @@ class Collector:
         counts = {
             "paths_error": int(lost_B.sum()),
             "groups_dropped": int((lost_B > 0).sum()),
-            "tokens_replaced": tokens_replaced,
+            "tokens_replaced": sum(part.tokens for part in replaced),
         }
+        if replaced:
+            batch = replace(batch, replaced=functools.reduce(ScoredBatch.join, replaced))
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
@@ -490,13 +494,7 @@ class Collector:
             return terms
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
-        return step_questions(
-            self.questions,
-            seed=f"{self.cfg.run.seed}/{round_}",
-            step=step,
-            batch=self.cfg.train.questions_per_step,
-            weights=self.cfg.data.weights,
-        )
+        return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
     def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
         """U of every path; the questions of which the engine gave up a sampled answer."""

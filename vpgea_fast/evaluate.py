@@ -172,7 +172,7 @@ class Evaluator:
 
     def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
         results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
-        whole = measure(results, seed=self.cfg.seed)
+        whole = measure(results)
         # What was asked of none of them is known to the benchmarks alone.
         dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
         for name, part in whole["benchmarks"].items():
@@ -345,9 +345,21 @@ def evaluate_model(
         if console is not None:
             for line in evaluator.describe():
                 console.message(line)
+        unjudged = model.verifier.unjudged
         if record is not None:
-            return _recorded(cfg, evaluator, console, record)
-        return evaluator.run(None if console is None else console.samples(evaluator.samples))
+            results = _recorded(cfg, evaluator, console, record)
+        else:
+            total = evaluator.samples
+            results = evaluator.run(None if console is None else console.samples(total))
+        lost = model.verifier.unjudged - unjudged
+        if record is not None:
+            lost = sum(record.world.gather(lost))
+        if console is not None and lost:
+            console.message(
+                f"{lost} answers are wrong for want of a verdict: judging them took more than "
+                f"verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+            )
+        return results
 
 
 def _recorded(
@@ -357,8 +369,9 @@ def _recorded(
     note = console.message if console is not None else lambda _: None
     world, wave = record.world, evaluator.engine.wave
     header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    plan = {key: value for part in evaluator.parts() for key, value in part.plan.items()}
     with open_folder(
-        record.folder, header=header, world=world, resume=record.resume, note=note
+        record.folder, header=header, world=world, plan=plan, resume=record.resume, note=note
     ) as folder:
         recorder = Recorder(
             folder,

@@ -224,6 +224,8 @@ class ScoredBatch:
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
     reference       paths that the reference policy drew in the student view; None: it drew none
+    replaced        questions without a gradient that others of this batch came for
+                    (train.resample_rounds), of which nothing is trained or in a mean
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -242,6 +244,7 @@ class ScoredBatch:
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
     reference: ScoredPaths | None = None
+    replaced: ScoredBatch | None = None
 
     @property
     def streams(self) -> dict[Stream, ScoredPaths]:

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpgea_fast import config
 from vpgea_fast.cli.processes import run_processes
@@ -32,6 +32,7 @@ from vpgea_fast.cli.words import (
 
 if TYPE_CHECKING:
     from vpgea_fast.distributed import World
+    from vpgea_fast.metrics import Console
 
 PATIENCE_MINUTES = 7 * 24 * 60.0
 EVAL_NOTES = (
@@ -134,6 +135,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import Record, evaluate_model, result_table
+    from vpgea_fast.evaluation.compare import plain
     from vpgea_fast.evaluation.folder import RESULT
     from vpgea_fast.metrics import Console, environment
 
@@ -150,15 +152,35 @@ def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
         console.close()
     console.table(*result_table(results), notes=EVAL_NOTES)
     if args.out is not None and world.main:
+        details = _details(Path(args.out), console)
         # Only what an evaluation reads: the rest would look like a part of the result.
         known = config.as_dict(cfg)
         sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
-        settings = {"settings": {name: known[name] for name in sections}}
+        settings = {name: known[name] for name in sections}
+        told = {"details": details, "settings": settings, "environment": environment()}
         out = Path(args.out) / RESULT
-        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
+        write_text(out, json.dumps(plain({**results, **told}), indent=1, allow_nan=False))
         console.message(str(out))
     world.close()
     return 0
+
+
+def _details(folder: Path, console: Console) -> dict[str, Any]:
+    """Show what the records of a folder tell beyond the closing table, and return it by mode."""
+    from vpgea_fast.evaluation import compare, tables
+
+    evaluation = compare.open_evaluation("", folder, common=False, note=console.message)
+    found = {
+        mode: compare.compare([dataclasses.replace(evaluation, name=mode)], mode=mode)
+        for mode in evaluation.answers
+    }
+    grids = [tables.draws(comparison) for comparison in found.values()]
+    rows = [row for grid in grids for row in grid.rows]
+    console.table(["answers", *grids[0].headers[1:]], rows, notes=grids[0].notes)
+    return {
+        mode: {key: comparison["rows"][0][key] for key in ("benchmarks", "mean")}
+        for mode, comparison in found.items()
+    }
 
 
 def _world(cfg: config.Config) -> World:

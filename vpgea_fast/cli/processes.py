@@ -17,13 +17,16 @@ POLL_S = 0.1
 
 
 def run_processes(words: Sequence[str], count: int) -> int:
-    """Run `vpgea WORDS` in `count` processes; return the first status that is not 0.
+    """Run `vpgea WORDS` in `count` processes, which end with this one; return the first status that
+    is not 0.
 
     Process 0 speaks. What another says is shown when it alone has failed.
     """
     if "RANK" in os.environ:
         raise UsageError("--processes inside torchrun; give one of the two")
     from torch._C._distributed_c10d import TCPStore
+
+    from vpgea_fast.stop import bound_command
 
     # The store is this process's, as torchrun keeps it: no free port is guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(hours=1))
@@ -35,7 +38,7 @@ def run_processes(words: Sequence[str], count: int) -> int:
         # As torchrun does: each would take all cores.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    command = [sys.executable, "-m", "vpgea_fast.cli", *words]
+    command = bound_command(words)
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as said:
         try:

@@ -159,7 +159,7 @@ class EvalConfig:
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
     seed: Seed = 0
-    """Seed of the sampled answers and of the bootstrap interval."""
+    """Seed of the sampled answers."""
 
     def __post_init__(self) -> None:
         # A benchmark is evaluated whole, so a share of a step means nothing there.
@@ -178,7 +178,8 @@ class MetricsConfig:
     """Steps between the costly diagnostics, such as the KL of the two views on whole paths (0:
     never)."""
     paths_per_step: NonNegativeInt = 16
-    """Sampled paths of each stream that a step writes to paths.jsonl."""
+    """Sampled paths of each stream that a step writes to paths.jsonl, those of replaced questions
+    last."""
     compare: PathText | None = None
     """Committed rows, shown beside the run's own in the closing table and the report. A JSON file,
     or `tiny_demo`: the rows that come with the configuration `tiny`."""
@@ -306,14 +307,6 @@ class Config:
             raise ValueError(
                 "engine.paths: got no file with engine.name 'replay', expected the paths.jsonl of "
                 "a run; give one or more"
-            )
-        # Paths of the questions that a round has replaced are in no record.
-        resampled = self.train.resample_rounds and self.engine.name == "replay"
-        if resampled and self.replay.match == "step":
-            raise ValueError(
-                f"train.resample_rounds is {self.train.resample_rounds} with engine.name 'replay': "
-                "a run records the questions that a step kept, not those that it replaced; set "
-                "train.resample_rounds 0, or engine.match question where the files hold all"
             )
         self._check_keep_best()
         if self.train.max_tokens is not None and self.optim.schedule != "constant":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.distributed import World
-from vpgea_fast.evaluation.folder import Folder, Outcome
+from vpgea_fast.evaluation.folder import Folder, Outcome, Plan
 from vpgea_fast.evaluation.records import Key, Mode, Note, Sample
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, in_waves
 from vpgea_fast.types import Path, Question, SampleRequest
@@ -47,6 +47,12 @@ class Part:
     @cached_property
     def keys(self) -> list[Key]:
         return [(self.benchmark, self.mode, r.question_id, r.index) for r in self.requests]
+
+    @property
+    def plan(self) -> Plan:
+        """Give what makes a record one of this part."""
+        asked = zip(self.keys, self.requests, self.questions, strict=True)
+        return {key: (request.seed, question.answer) for key, request, question in asked}
 
 
 class Recorder:

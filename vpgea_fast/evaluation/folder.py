@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,10 @@ RESULT = "result.json"
 """The closing table, which the command line writes at the end."""
 COMPARED = ("model.fingerprint", "settings", "benchmarks")
 """What decides the answers; a model may have moved, and versions may be newer (which is said)."""
+
+
+Plan = Mapping[Key, tuple[int, str]]
+"""Of every answer of an evaluation its seed and its gold: by these a record is one of it."""
 
 
 class Outcome(NamedTuple):
@@ -83,22 +88,21 @@ class Folder:
 
 @contextmanager
 def open_folder(
-    path: Path, header: Mapping[str, Any], world: World, *, resume: bool, note: Note
+    path: Path, header: Mapping[str, Any], world: World, *, plan: Plan, resume: bool, note: Note
 ) -> Iterator[Folder]:
     """Begin an evaluation in `path`, or go on with it; join all parts at the end. A collective.
 
     SampleError, with nothing touched: records without `resume`, or of another model, question set
-    or settings (the first that differs is named); another process that writes there.
+    or settings (the first that differs is named), or that are not of `plan`; another process that
+    writes there.
     """
     lock: BinaryIO | None = None
     try:
         with world.together():
             if world.main:
-                lock = _begin(path, header, resume=resume, note=note)
+                lock = _begin(path, header, plan, resume=resume, note=note)
         with world.together():
-            known = {
-                s.key: Outcome(s.tokens, s.finish, s.correct) for s in read_samples(path / SAMPLES)
-            }
+            known = _known(path, plan)
         folder = Folder(path, world.rank, known)
         try:
             yield folder
@@ -125,6 +129,13 @@ def check_free(path: Path, *, resume: bool) -> None:
         raise SampleError(f"{path} is a file; expected a folder to write records to, or a new one")
     if not path.parent.is_dir():
         raise SampleError(f"{path}: its parent is not there; give a folder in one that exists")
+    try:
+        # A file without a name: what the permissions say does not bind root, and leaves out quotas.
+        tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent).close()
+    except OSError as error:
+        raise SampleError(
+            f"{path}: nothing can be written there ({error.strerror}); give another folder"
+        ) from error
     header = path / HEADER
     if header.exists() and not resume:
         raise SampleError(
@@ -138,13 +149,18 @@ def check_free(path: Path, *, resume: bool) -> None:
             )
 
 
-def _begin(path: Path, header: Mapping[str, Any], *, resume: bool, note: Note) -> BinaryIO:
+def _begin(
+    path: Path, header: Mapping[str, Any], plan: Plan, *, resume: bool, note: Note
+) -> BinaryIO:
     """Check or write the header, join parts, cut torn lines; return the lock."""
     check_free(path, resume=resume)
     old = read_header(path) if (path / HEADER).exists() else None
     if old is not None:
         _refuse_other(path, old, header)
     path.mkdir(exist_ok=True)
+    for file in (path / SAMPLES, path / TIMES):
+        if file.exists() and not file.is_file():
+            raise SampleError(f"{file} is no file; remove it, or give another folder")
     # Two processes appending would interleave answers, and each believe the file whole.
     lock = (path / SAMPLES).open("ab")
     try:
@@ -152,12 +168,33 @@ def _begin(path: Path, header: Mapping[str, Any], *, resume: bool, note: Note) -
     except OSError as error:
         lock.close()
         raise SampleError(f"{path}: another process writes it; wait, or give another") from error
+    try:
+        _known(path, plan)
+    except SampleError:
+        lock.close()
+        raise
     if old is None:
         write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
     elif old.get("versions") != header.get("versions"):
         note(f"{path}: goes on with other versions than it began with; see {HEADER}")
     _join(path, note)
     return lock
+
+
+def _known(path: Path, plan: Plan) -> dict[Key, Outcome]:
+    """Read what was drawn, by all processes. SampleError for a record that is not of the plan: its
+    header may be right, and its file another's."""
+    known: dict[Key, Outcome] = {}
+    for file in (path / SAMPLES, *_parts(path, SAMPLES)):
+        for s in read_samples(file):
+            if plan.get(s.key) != (s.seed, s.gold):
+                what = "seed or gold" if s.key in plan else "question, or more answers to it"
+                raise SampleError(
+                    f"{file}: the record {s.key} is of another evaluation: another {what}; bring "
+                    "the right file back, or give another folder"
+                )
+            known[s.key] = Outcome(s.tokens, s.finish, s.correct)
+    return known
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ class Grid(NamedTuple):
 
 def grids(comparison: Record) -> list[Grid]:
     """Lay out what `compare` returns."""
-    found = [_results(comparison), _differences(comparison), _draws(comparison)]
+    several = len(comparison["rows"]) > 1
+    found = [_results(comparison), *[_differences(comparison)] * several, draws(comparison)]
     names = list(comparison["questions"])
     return found + [_published(key, t, names) for key, t in comparison["published"].items()]
 
@@ -72,7 +73,8 @@ def _differences(comparison: Record) -> Grid:
     )
 
 
-def _draws(comparison: Record) -> Grid:
+def draws(comparison: Record) -> Grid:
+    """Lay out what the draws of every evaluation tell, with its own intervals."""
     columns: dict[str, Callable[[Record], str]] = {
         "k": lambda p: str(p["k"]),
         "avg@k %": lambda p: f"{_percent(p['acc'])} {_span(p['intervals']['acc'], 100)}",

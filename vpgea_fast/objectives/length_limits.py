@@ -112,6 +112,9 @@ class LaserByDifficulty(LengthKeys):
     """Target of every level before the first measurement, in tokens."""
     every: PositiveInt = 20
     """Steps from one measurement to the next."""
+    lowest: PositiveInt = 1
+    """No measured target is lower. The authors' Laser-D of 4096 tokens has 4096 here, and a grid of
+    1024."""
     grid: PositiveInt = 512
     """Targets are multiples of this many tokens."""
     expected: PositiveInt = 1
@@ -149,13 +152,14 @@ class LaserByDifficulty(LengthKeys):
         return now_B1, {"targets": targets, "cells": cells, "steps": steps}, metrics
 
     def _chosen(self, cells: Mapping[str, int], fewest: int) -> int | None:
-        """The smallest target that fits; the longest path's where none does; None of no paths."""
+        """The smallest target that fits, and is no lower than it may be; the longest path's where
+        none fits; None of no paths."""
         total, covered, cell = sum(cells.values()), 0, 0
         for cell in sorted(map(int, cells)):
             covered += cells[str(cell)]
             if covered * fewest >= total * self.expected:
                 break
-        return cell or None
+        return max(cell, math.ceil(self.lowest / self.grid) * self.grid) if cell else None
 
 
 @dataclass(frozen=True, config=STRICT)

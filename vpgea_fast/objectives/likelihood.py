@@ -33,7 +33,8 @@ GroupSize = Annotated[int, Field(ge=2, lt=2**31)]
 @dataclass(frozen=True, config=STRICT)
 class VeriFree(PolicyGradient):
     """VeriFree (arXiv 2505.21493): R_i = P(y* | x, z_i), 0 for a cut thought. The gradient is that
-    of sum_i A_i log p(z_i | x) + R_i log p(y* | x, z_i), with A_i by leave-one-out."""
+    of sum_i A_i log p(z_i | x) + R_i log p(y* | x, z_i), with A_i by leave-one-out. A cut thought
+    stays in the loss, as in the authors' runs; `mask_truncated` leaves it out."""
 
     name: Literal["verifree"] = "verifree"
     """VeriFree."""
