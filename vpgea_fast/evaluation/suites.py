@@ -9,7 +9,6 @@ by a fixed seed.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from vpgea_fast.data.recipes import (
     Source,
     located,
 )
+from vpgea_fast.values import nearest
 
 PROTOCOL = {
     "eval.temperature": "0.6",
@@ -125,8 +125,8 @@ def _check(name: str) -> None:
     if name in MISSING:
         raise DataError(f"--suite: {name} is not served yet: {MISSING[name]}; leave it out")
     if name not in SETS:
-        near = difflib.get_close_matches(name, [*SUITES, *SETS], n=1)
-        hint = f"did you mean {near[0]!r}? known: " if near else "expected one of "
+        near = nearest(name, [*SUITES, *SETS])
+        hint = f"did you mean {near!r}? known: " if near else "expected one of "
         raise DataError(
             f"--suite: got {name!r}; {hint}{', '.join(SUITES)}, or sets with commas between them, "
             f"of {', '.join(SETS)}"

@@ -8,7 +8,6 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
@@ -49,7 +48,7 @@ from vpgea_fast.objectives.policy_gradient import (
 )
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
-from vpgea_fast.values import STRICT, one_line
+from vpgea_fast.values import STRICT, nearest, one_line
 
 __all__ = [
     "DEFAULT",
@@ -205,8 +204,8 @@ def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
     for key in section:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        near = nearest(key, known)
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
         error = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
         details = InitErrorDetails(type=error, loc=(key,), input=section[key])
         raise ValidationError.from_exception_data(kind.__name__, [details])

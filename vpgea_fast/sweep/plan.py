@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from vpgea_fast.config import Config, DataFile, as_dict, load
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
 from vpgea_fast.sweep.inputs import Inputs
+from vpgea_fast.values import nearest
 
 OWN_KEYS = {
     "optim.lr": "--rates",
@@ -128,10 +128,10 @@ def parse_method(text: str) -> Method:
     label, equals, name = head.rpartition("=")
     known = [*METHODS, "custom"]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise SweepError(
             f"--methods: got {text!r}: there is no objective {name!r}; "
-            + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+            + (f"did you mean {near}?" if near else f"expected one of {', '.join(known)}")
         )
     label = label.strip() if equals else text
     if not re.search(r"[A-Za-z0-9]", label):
