@@ -299,6 +299,33 @@ def test_keys_of_a_benchmark_are_refused_in_training_files():
             config.resolve({"data": {"train": {"path": "x.jsonl", key: value}}})
 
 
+CHOSEN = (
+    "Answer: C",
+    "Answer: (C)",
+    "**Answer: C**",
+    "The answer is (C).",
+    r"\boxed{C}",
+    r"\boxed{\text{(C)}}",
+    r"\boxed{\text{C. none of these}}",
+    r"\boxed{c}",
+    "Answer: C. maintain the population",
+    "Answer: c",
+    "C",
+    "Answer: (B) or (C)",
+    "Answer: D",
+    "I do not know",
+)
+
+
+@pytest.mark.parametrize("checker", ["math", "letter"])
+def test_a_choice_is_right_where_its_letter_is_that_of_the_gold(checker):
+    """However it is written, draws of one choice vote together, and right ones for the gold."""
+    with Verifier(name=checker) as verifier:
+        right = verifier.verify([("C", text) for text in CHOSEN])
+    assert sum(right) >= 9
+    assert right == [prediction(checker, text, "C") == "C" for text in CHOSEN]
+
+
 @pytest.mark.parametrize(
     ("checker", "text", "read"),
     [
