@@ -54,8 +54,11 @@ def test_a_suite_is_entries_of_eval_data_by_the_protocol():
         "gpqa_diamond": CHOICE.replace("{letters}", "ABCD"),
         "mmlu_pro": CHOICE.replace("{letters}", "ABCDEFGHIJ"),
     }
-    assert all(e.samples is None for e in suite_files("paper", [], samples=False)[0])
+    assert all(e.samples is None for e in suite_files("paper", [], ["eval.samples"])[0])
     assert {e.limit for e in suite_files("quick", [])[0]} == {100}
+    # The words of a command line win.
+    own = suite_files("quick", [], ["eval.limit"])[0]
+    assert [(e.limit, e.samples) for e in own] == [(None, 1), (None, 4), (None, 4)]
     assert "livecodebench is not served yet" in suite_files("vr", [])[1][0]
     assert {name for names in SUITES.values() for name in names} == set(SETS)
 
