@@ -170,6 +170,39 @@ def test_words_mean_the_same_in_a_file_and_on_the_command_line(tmp_path):
     assert (config.load(file).optim.lr, config.load(file).optim.betas) == (1e-6, (0.5, 0.0))
 
 
+MEASURED = [
+    ({"scoring": {"u_norm": "mean"}}, "scoring.u_norm 'mean'", "scoring.u_norm sum"),
+    (
+        {"scoring": {"u_source": "accuracy"}},
+        "scoring.u_source 'accuracy'",
+        "scoring.u_source likelihood",
+    ),
+    ({"data": {"variants_key": "others"}}, "data.variants_key 'others'", "data.variants_key null"),
+    (
+        {"data": {"train": [{"path": "a", "variants_key": "own"}]}},
+        "data.variants_key 'own'",
+        "data.variants_key null",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["verifree", "verifree_normalised"])
+@pytest.mark.parametrize(("other", "got", "remedy"), MEASURED)
+def test_an_answer_is_trained_by_its_own_likelihood_alone(name, other, got, remedy):
+    """grad P(y*) = P(y*) grad log P(y*) of the one text that the row trains."""
+    with pytest.raises(config.ConfigError) as error:
+        config.resolve({"objective": {"name": name}, **other})
+    assert f"objective '{name}' weighs the reference answer" in str(error.value)
+    assert f"which {got} makes another number; set {remedy}, or train no target" in str(error.value)
+    # As a reward of thoughts alone, or beside an answer of weight 1, it is a choice.
+    for free in (
+        {"name": "verifree", "target": "none"},
+        {"name": "rloo", "reward": "probability", "trains": "thought"},
+        {"train_answer": "sft"},
+    ):
+        config.resolve({"objective": free, **other})
+
+
 def test_null_unsets():
     words = ["--metrics.compare", "null", "--data.limit=~", "--objective.eta_clip", "null"]
     words += ["--engine", "vllm", "--engine.server", "NULL", "--objective.preset", "robust"]

@@ -106,7 +106,8 @@ errors | answers
 # Columns that every path has, then those of the objective's `Terms.path_scores`.
 PATHS = Chapter(
     "paths.jsonl",
-    "One line per path, for the first metrics.paths_per_step paths of each stream.",
+    "One line per path, for the first metrics.paths_per_step paths of each stream; those of "
+    "replaced questions come last, without scores.",
     _table("""
 step | step
     The step that drew the path, from 1.
@@ -125,6 +126,10 @@ closed | true or false
     Whether the thought ended with its closing token.
 correct | true or false
     Whether the sampled answer is right; null without rollout.full_answer.
+replaced | true or false
+    Whether its question made room for another (train.resample_rounds), and trained nothing.
+prompt | text
+    Hash of the ids of the prompt that it was drawn from.
 reward | nats
     R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
 eta | ratio
@@ -277,8 +282,8 @@ length_limit | tokens
     Mean over questions of the limit that a length reward holds their paths to (think_prune,
     laser_d, laser_de).
 answer_stated | share
-    Share of right paths whose thought states the answer, token by token (length reward lc_r1);
-    null where none is right.
+    Share of right paths whose thought states the answer (length reward lc_r1); null where none is
+    right.
 answer_logp | nats per token
     Mean log-prob of the answer's tokens behind the teacher's thoughts under the reference policy,
     with answer_min (rlt).

@@ -6,6 +6,7 @@ questions of (seed, step) -> both streams in one engine call -> U, correctness, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 
 from vpgea_fast.book import merge
 from vpgea_fast.config import Config
-from vpgea_fast.data import step_questions
+from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
 from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
@@ -37,6 +38,7 @@ from vpgea_fast.scoring import (
     answers_correct,
     wrong_answers,
 )
+from vpgea_fast.spans import stated
 from vpgea_fast.types import (
     Groups,
     Path,
@@ -109,7 +111,7 @@ class Collector:
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
-        tokens_replaced = 0
+        replaced: list[ScoredBatch] = []
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = terms.alive.nonzero()[:, 0].tolist()
             dead = (~terms.alive).nonzero()[:, 0].tolist()
@@ -123,7 +125,8 @@ class Collector:
             drawn_ids |= {q.question.id for q in fresh}
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
-            tokens_replaced += batch.select(list(swaps)).tokens
+            # Of what is replaced only the paths are kept, for the record of them.
+            replaced.append(replace(batch.select(list(swaps)), logps={}))
             drawn = self._draw(fresh, step, timer)
             # A question that lost a path may have been replaced: it is lost all the same.
             batch, lost_B = kept.join(drawn), torch.cat([lost_B, drawn.lost_B])
@@ -131,8 +134,10 @@ class Collector:
         counts = {
             "paths_error": int(lost_B.sum()),
             "groups_dropped": int((lost_B > 0).sum()),
-            "tokens_replaced": tokens_replaced,
+            "tokens_replaced": sum(part.tokens for part in replaced),
         }
+        if replaced:
+            batch = replace(batch, replaced=functools.reduce(ScoredBatch.join, replaced))
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
@@ -381,9 +386,9 @@ class Collector:
         found, cut = {}, []
         for question, path in batch.pairs(stream):
             found[path.key] = torch.zeros(0, dtype=torch.float64)
-            start = question.answer_end(path.z_ids) - question.answer_ids.numel()
-            if 0 <= 2 * start < path.z_ids.numel():
-                cut.append((question, replace(path, z_ids=path.z_ids[:start], closed=False)))
+            span = self._stated(question, path)
+            if span and 2 * span[0] < path.z_ids.numel():
+                cut.append((question, replace(path, z_ids=path.z_ids[: span[0]], closed=False)))
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
@@ -391,6 +396,13 @@ class Collector:
             u_norm=self.cfg.scoring.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
+
+    def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
+        """Where a thought first states the answer, in one of its spellings: the tokens before, and
+        those until then."""
+        spellings = (question.question.answer, *question.question.variants)
+        whole = self.cfg.prompt.answer_words
+        return stated(path.z_ids, self.decode, spellings, whole=whole)
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
@@ -442,6 +454,9 @@ class Collector:
             if self.draws.texts
             else None,
         )
+        if self.draws.stated:
+            ends = [span[1] if (span := self._stated(*pair)) else 0 for pair in pairs]
+            columns = replace(columns, stated_BP=torch.tensor(ends, dtype=torch.int64).view(shape))
         return columns, unanswered
 
     def _draw(
@@ -479,13 +494,7 @@ class Collector:
             return terms
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
-        return step_questions(
-            self.questions,
-            seed=f"{self.cfg.run.seed}/{round_}",
-            step=step,
-            batch=self.cfg.train.questions_per_step,
-            weights=self.cfg.data.weights,
-        )
+        return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
     def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
         """U of every path; the questions of which the engine gave up a sampled answer."""

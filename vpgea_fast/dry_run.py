@@ -23,7 +23,7 @@ from vpgea_fast.data import (
     load_training,
     step_questions,
 )
-from vpgea_fast.intake import ALONE, open_text, read
+from vpgea_fast.intake import ALONE, open_text, read, read_records
 from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
@@ -100,6 +100,9 @@ def dry_run(
     if questions[0].question not in SAMPLE_QUESTIONS:  # the error that the run would end with
         batch, weights = cfg.train.questions_per_step, cfg.data.weights
         step_questions(questions, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
+        records = read_records(cfg, intake)
+        for line in () if records is None else records.notes:
+            say(line)
     _say_benchmarks(benchmarks, say)
     # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_reference(cfg, text.config, text.tokenizer)

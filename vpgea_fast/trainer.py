@@ -131,7 +131,8 @@ class Trainer:
         with ExitStack() as undo:
             undo.callback(self.run.abandon)
             self.run.claim(resume=resume)
-            self.stages = build(cfg, self.world, progress=self.progress)
+            begin = self.run.newest() if resume else 0
+            self.stages = build(cfg, self.world, progress=self.progress, begin=begin)
             undo.callback(self.stages.close)
             self._start(resume)
             undo.pop_all()

@@ -53,9 +53,8 @@ class PromptedQuestion:
     `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers, `answer_ids`
-    the answer alone, as a thought may. `fields` are the values that an objective put into both
-    prompts (`Draws.fields`).
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
+    the values that an objective put into both prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -71,7 +70,6 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
-    answer_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,15 +79,6 @@ class PromptedQuestion:
     def context(self, view: View) -> Tensor:
         # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
-
-    def answer_end(self, z_ids: Tensor) -> int:
-        """Where the answer's tokens first end in a thought, counted from 1; 0: they are not
-        there."""
-        part, whole = self.answer_ids.tolist(), z_ids.tolist()
-        if not (size := len(part)):
-            raise ValueError(f"question {self.question.id!r}: got no ids of its answer to look for")
-        starts = (i for i in range(len(whole) - size + 1) if whole[i : i + size] == part)
-        return next((i + size for i in starts), 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +179,8 @@ class ScoredPaths:
     closed_BP   (B, P) bool: the thought ended by itself
     correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
     texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
+    stated_BP   (B, P) int64: tokens of the thought until it first states the answer, 0 where it
+                never does; where the objective reads them (`Draws.stated`)
 
     On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
     field here, a value in `Collector.score` and a reader.
@@ -206,6 +197,7 @@ class ScoredPaths:
     closed_BP: Tensor
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
+    stated_BP: Tensor | None = None
 
     @property
     def flat(self) -> list[Path]:
@@ -232,6 +224,8 @@ class ScoredBatch:
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
     reference       paths that the reference policy drew in the student view; None: it drew none
+    replaced        questions without a gradient that others of this batch came for
+                    (train.resample_rounds), of which nothing is trained or in a mean
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -250,6 +244,7 @@ class ScoredBatch:
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
     reference: ScoredPaths | None = None
+    replaced: ScoredBatch | None = None
 
     @property
     def streams(self) -> dict[Stream, ScoredPaths]:

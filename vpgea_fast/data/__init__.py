@@ -10,6 +10,7 @@ counted and named, and where an answer was found in a longer text the run says s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -22,7 +23,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from vpgea_fast.config import DataConfig, DataFile, EvalConfig
+from vpgea_fast.config import Config, DataConfig, DataFile, EvalConfig
 from vpgea_fast.data.answers import WORKED, normalise_answer
 from vpgea_fast.data.files import KINDS, DataError, open_rows
 from vpgea_fast.data.rows import make_question
@@ -41,6 +42,7 @@ __all__ = [
     "load_training",
     "long_targets",
     "normalise_answer",
+    "round_questions",
     "shown_drops",
     "step_questions",
     "step_shares",
@@ -344,10 +346,29 @@ def step_questions(
         )
     # Each permutation leaves out others, so no question stays out for good.
     epoch, index = divmod(step, len(questions) // batch)
-    order = list(range(len(questions)))
-    # Drawn anew at every step: no state to save, and a resumed run needs none.
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # 40,000 questions: 20 ms
+    order = _permutation(f"{seed}/{epoch}", len(questions))
     return [questions[i] for i in order[index * batch : (index + 1) * batch]]
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: str, count: int) -> tuple[int, ...]:
+    # Drawn from its seed whenever it is asked for: no state to save, and a resumed run needs none.
+    order = list(range(count))
+    random.Random(seed).shuffle(order)  # 40,000 questions: 20 ms
+    return tuple(order)
+
+
+def round_questions(
+    cfg: Config, questions: Sequence[Item], *, step: int, round_: int = 0
+) -> list[Item]:
+    """The questions of a step of a run, or those of a later round, which may replace some."""
+    return step_questions(
+        questions,
+        seed=f"{cfg.run.seed}/{round_}",
+        step=step,
+        batch=cfg.train.questions_per_step,
+        weights=cfg.data.weights,
+    )
 
 
 def step_shares(weights: Mapping[str, float], batch: int) -> dict[str, int]:
@@ -379,8 +400,9 @@ def fingerprint(questions: Sequence[Question]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
         # JSON keeps the three apart: id "a" and text "bc" is not id "ab" and text "c".
-        # Responses where there are any, so that the number of data without them stays what it was.
+        # What few data have only where it is there, so that the number of others stays what it was.
         whole = [question.id, question.text, question.answer, *question.responses]
+        whole += [[*question.variants]] if question.variants else []
         digest.update(json.dumps(whole).encode())
     return digest.hexdigest()
 

@@ -19,13 +19,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
 from vpgea_fast.objectives.surrogate import Surrogate
+from vpgea_fast.objectives.unread import Unread, refuse_unread
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ class Draws:
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
     texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
+    stated            it reads where each thought states the answer (`ScoredPaths.stated_BP`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
+    by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -65,8 +68,10 @@ class Draws:
     verified: bool = False
     answers: bool = False
     texts: bool = False
+    stated: bool = False
     joint: bool = False
     targets: bool = False
+    by_likelihood: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
@@ -331,8 +336,19 @@ class Keys:
     """Divide by all questions of the update (`nominal`), or by those that have a gradient
     (`effective`)."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("norm_constant", {"norm": ("seq_sum", "seq_mean", "token_mean")}),
+    )
+
+    def __post_init__(self) -> None:
+        refuse_unread(self)
+
     def at(self, _step: int, /) -> Any:
         return self
+
+    def bounds(self) -> Mapping[str, tuple[int, ...]]:
+        """Say which keys hold numbers of tokens that a path's are compared with."""
+        return {}
 
     def notes(self) -> Iterator[str]:
         return iter(())
@@ -355,10 +371,8 @@ class ClipKeys(Keys):
 
 @dataclass(frozen=True, config=STRICT)
 class GroupKeys(ClipKeys):
-    """Keys of an objective that compares the paths of a question, by z-score or length."""
+    """Keys of an objective that compares the paths of a question by z-score."""
 
-    eta_clip: Clip | None = None
-    """Clip the length factor to (low, high); null: no clip."""
     eps: PositiveFloat = 1e-6
     """Added to the standard deviation of the z-score."""
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
@@ -366,6 +380,14 @@ class GroupKeys(ClipKeys):
     std_gate: NonNegativeFloat = 0.0
     """Give no gradient to groups whose score has a smaller standard deviation than this (0:
     never)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EtaKeys(GroupKeys):
+    """Keys of an objective with a length factor."""
+
+    eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
 
 
 def scores_answers(objective: Objective) -> bool:

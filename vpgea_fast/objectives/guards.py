@@ -97,7 +97,10 @@ def _early(cfg: Any, batch: ScoredBatch) -> Tensor:
     found = [batch.logps[EARLY][path.key] for path in post.flat]
     cut_BG = _column(batch, [u.new_tensor(float(u.numel())) for u in found]) > 0
     u_BG = _column(batch, [u.sum() for u in found])
-    return (base_B[:, None] - u_BG.where(u_BG.isfinite(), cfg.u_min)).where(cut_BG, 0.0)
+    u_BG = u_BG.where(u_BG.isfinite(), cfg.u_min)
+    if cfg.clamp_u:  # as every U of the baseline
+        u_BG = u_BG.clamp(min=cfg.u_min)
+    return (base_B[:, None] - u_BG).where(cut_BG, 0.0)
 
 
 def _gaps(batch: ScoredBatch, own: Score, other: Score) -> list[Tensor]:

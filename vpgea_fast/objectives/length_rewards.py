@@ -12,20 +12,20 @@ A new one is a type here, a name in LengthReward, and a row in tests/test_length
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives.judged import Judged, LengthKeys, Shaped
 from vpgea_fast.objectives.length_limits import Laser, LaserD, LaserDe, ThinkPrune
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, Clip, Exponent, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vpgea_fast.names import Slot
-    from vpgea_fast.types import ScoredBatch
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -49,6 +49,8 @@ class Eta(LengthKeys):
     """Exponent of the ratio of lengths; 0: none."""
     clip: Clip | None = None
     """Clip the factor to (low, high); null: no clip."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("clip", {"alpha": (0.0,)}),)
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         from vpgea_fast.advantage import length_factor
@@ -160,7 +162,7 @@ class LcR1(LengthKeys):
     up to where it first states the answer. Where it never does, `close` times `absent`. Their
     advantage is that of `objective.name drgrpo`."""
 
-    # Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
+    # Two departures: v is found by the answer's text, where the paper asks a model (LC-Extractor)
     # and trains on the thought that it cut. The authors' code pays wrong paths for length too.
 
     name: Literal["lc_r1"] = "lc_r1"
@@ -172,13 +174,20 @@ class LcR1(LengthKeys):
     absent: Annotated[float, Field(ge=-1.0, le=0.0)] = -1.0
     """That reward where the thought never states the answer."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("absent", {"close": (0.0,)}),)
+
+    @property
+    def reads_stated(self) -> bool:
+        return True
+
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, right_BN = judged.length_BN, judged.right_BN
         longest_B1 = length_BN.where(right_BN, 1.0).amax(dim=1, keepdim=True)
         short_BN = (1 - length_BN / longest_B1).where(right_BN, 0.0)
         closed_BN = judged.batch.prior.closed_BP
         whole_BN = right_BN & closed_BN
-        stated_BN = _stated(judged.batch)
+        stated_BN = judged.batch.prior.stated_BP
+        assert stated_BN is not None  # draws() asks for it
         ratio_BN = (1 - stated_BN / judged.batch.prior.length_BP).where(stated_BN > 0, self.absent)
         rate = (stated_BN > 0)[whole_BN].double().mean().item() if whole_BN.any() else None
         return Shaped(
@@ -186,14 +195,6 @@ class LcR1(LengthKeys):
             close_BN=self.close * ratio_BN.where(whole_BN, 0.0),
             metrics={"answer_stated": rate},
         )
-
-
-def _stated(batch: ScoredBatch) -> Tensor:
-    """Tokens of every thought up to the end of the answer's first occurrence, (B, N) float64; 0
-    where it never occurs."""
-    ends = [q.answer_end(path.z_ids) for q, path in batch.pairs("prior")]
-    length_BN = batch.prior.length_BP
-    return length_BN.new_tensor(ends).view_as(length_BN)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -206,7 +207,10 @@ class Budgeted(LengthKeys):
     high: PositiveInt = 4000
     """Largest budget."""
 
+    TOKENS: ClassVar[tuple[str, ...]] = ("low", "high")
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.low > self.high:
             raise ValueError(f"got low {self.low} above high {self.high}; exchange them")
 

@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
-from vpgea_fast.objectives.base import Draws, GroupKeys, Share, Term, Terms
+from vpgea_fast.objectives.base import Draws, EtaKeys, Share, Term, Terms
 from vpgea_fast.objectives.judged import Judged, Shaped
 from vpgea_fast.objectives.length_rewards import Eta, LengthReward
 from vpgea_fast.objectives.surrogate import Surrogate
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -42,7 +43,7 @@ Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class PolicyGradient(GroupKeys):
+class PolicyGradient(EtaKeys):
     """Keys of every policy gradient in the student's view."""
 
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
@@ -78,6 +79,14 @@ class PolicyGradient(GroupKeys):
     mask_truncated: bool = False
     """Leave paths that the token limit cut out of the loss, but not out of their group's mean."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("eta_clip", {"alpha": (0.0,)}),
+        Unread("kl", {"kl_coef": (0.0,)}),
+        Unread("eps", {"advantage": ("centred", "leave_one_out", "batch")}),
+        Unread("std_gate", {"advantage": ("centred", "leave_one_out", "batch")}),
+        Unread("clip_low", {"surrogate": ("truncate",)}),
+    )
+
     def clipped(self) -> Surrogate:
         return replace(
             super().clipped(),
@@ -92,9 +101,17 @@ class PolicyGradient(GroupKeys):
             prior=self.group_size,
             verified=self.reward == "verify",
             answers=self.trains == "response",
+            stated=self.shaping.reads_stated,
             reference=self.shaping.reference_paths,
             fields=self.shaping.fields(),
         )
+
+    def bounds(self) -> Mapping[str, tuple[int, ...]]:
+        found = {key: getattr(self.shaping, key) for key in self.shaping.TOKENS}
+        return {
+            f"length_reward.{key}": value if isinstance(value, tuple) else (value,)
+            for key, value in found.items()
+        }
 
     @property
     def shaping(self) -> Eta | Any:
@@ -102,6 +119,7 @@ class PolicyGradient(GroupKeys):
         return self.length_reward or Eta(alpha=self.alpha, clip=self.eta_clip)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Beside another length reward nothing would read it.
         if self.length_reward and self.alpha:
             raise ValueError(

@@ -164,8 +164,6 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
-        # Its first tokens may differ behind other text; those of digits do not.
-        answers = self._ids([cfg.think_close + q.answer for q in questions], names)
         return [
             PromptedQuestion(
                 question=question,
@@ -174,7 +172,6 @@ class Prompter:
                 cue_ids=cue[i],
                 target_ids=target[i],
                 variant_ids=variants[i],
-                answer_ids=answers[i][1:],
                 fields=values[i],
             )
             for i, question in enumerate(questions)

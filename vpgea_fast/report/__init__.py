@@ -41,6 +41,7 @@ __all__ = [
     "plot_comparison",
     "plot_training",
     "read_evaluation",
+    "read_json",
     "write_report",
 ]
 

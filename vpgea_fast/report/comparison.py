@@ -17,21 +17,22 @@ def plot_comparison(
     curves: Mapping[str, Mapping[float, Sequence[float]]],
     rows: Sequence[Mapping[str, Any]],
     *,
+    halted: Mapping[str, Mapping[float, Sequence[float]]],
     mode: str,
     key: str,
     out_png: str | Path,
 ) -> Path:
     """Draw two panels. Left: `curves`, method -> rate -> a value per seed on the selection
-    questions, as mean and range, the picked rate filled. Right: accuracy over tokens of `rows` on
-    the test questions, with their intervals, and the base. Raises ReportError for an unwritable
-    file."""
+    questions, as mean and range, the picked rate filled; those among them that were `halted` are
+    crossed. Right: accuracy over tokens of `rows` on the test questions, with their intervals, and
+    the base. Raises ReportError for an unwritable file."""
     from matplotlib.figure import Figure  # 0.5 s; and no pyplot, so no global state
 
     figure = Figure(figsize=(12, 4.6))
     figure.set_layout_engine("constrained")
     left, right = figure.subplots(1, 2)
     scale = 100 if key == "acc" else 1
-    picked = {row["method"]: row["lr"] for row in rows}
+    picked, crossed = {row["method"]: row["lr"] for row in rows}, 0
     for place, (method, by_rate) in enumerate(curves.items()):
         colour = COLOURS[place % len(COLOURS)]
         # A rate at which every seed diverged has no point.
@@ -42,6 +43,11 @@ def plot_comparison(
             left.plot([rate, rate], [min(values), max(values)], color=colour, alpha=0.4)
             if rate == picked.get(method):
                 left.plot(rate, fmean(values), "o", color=colour)
+        for rate, values in halted.get(method, {}).items():
+            crossed += len(values)
+            left.plot([rate] * len(values), [scale * v for v in values], "x", color=colour)
+    if crossed:
+        left.plot([], [], "x", color=BLACK, label="a run that an alarm halted")
     left.set_xscale("log")
     left.set_title("Selection questions: mean and range of the seeds", fontsize=11)
     left.set_xlabel("learning rate (filled: picked)")
@@ -83,5 +89,5 @@ def _end(axes: Any, row: Mapping[str, Any], mode: str, colour: str) -> None:
         yerr=bars["acc"],
         fmt="o",
         color=colour,
-        label=row["method"],
+        label=row["method"] + (f" ({row['halted_seeds']} halted)" if "halted_seeds" in row else ""),
     )

@@ -332,6 +332,12 @@ def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, ind
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
 
 
+def prompt_digest(ids: torch.Tensor) -> str:
+    """Hash the ids of a prompt: a record of a path says with it what the path was drawn from."""
+    data = json.dumps(ids.tolist()).encode()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def slot_of(question_id: str, stream: Stream, index: int, *, run_seed: int, step: int) -> Slot:
     """Give a path's place its seeds."""
     of = functools.partial(request_seed, run_seed=run_seed, step=step, question_id=question_id)

@@ -5,7 +5,7 @@
     OUT/runs/, logs/    the run directories, without their checkpoints, and what the runs said
     OUT/results.json    rows and runs, in the form that metrics.compare reads; results.png
 
-plan.py is what to run, runs.py the processes, table.py the numbers.
+plan.py is what to run, inputs.py what it reads, runs.py the processes, table.py the numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vpgea_fast.metrics import Console, environment
 from vpgea_fast.metrics.console import clock_time
 from vpgea_fast.report import plot_comparison
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.inputs import Inputs
 from vpgea_fast.sweep.plan import (
     METRICS,
     Cell,
@@ -43,7 +44,19 @@ from vpgea_fast.sweep.plan import (
     steps_of,
 )
 from vpgea_fast.sweep.runs import Pool, Record, claimed, cores
-from vpgea_fast.sweep.table import best_rate, by_rate, edge_lines, evaluate, layout, score
+from vpgea_fast.sweep.table import (
+    Run,
+    best_rate,
+    by_rate,
+    edge_lines,
+    ending_lines,
+    evaluate,
+    is_result,
+    layout,
+    origin,
+    origin_lines,
+    score,
+)
 
 __all__ = [
     "METRICS",
@@ -52,6 +65,7 @@ __all__ = [
     "Sweep",
     "SweepError",
     "evaluate",
+    "origin",
     "parse_method",
     "parse_rates",
     "run_sweep",
@@ -66,7 +80,8 @@ class Sweep:
         # All is checked and resolved here, before a file is written or a run begins.
         self.base = check(order)
         self.metric = metric_of(order, self.base)
-        self.split: Questions = questions(order, self.base)
+        self.inputs = Inputs()
+        self.split: Questions = questions(order, self.base, self.inputs)
         self.grids = {method: list(order.rates) for method in order.methods}
         self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
         self.resolved: dict[tuple[Method, float, int], Cell] = {}
@@ -86,8 +101,8 @@ class Sweep:
     def _cell(self, method: Method, rate: float, seed: int) -> Cell:
         place = method, rate, seed
         if place not in self.resolved:
-            data, steps = self.split.data, self.steps[method]
-            self.resolved[place] = cell(self.order, *place, data=data, steps=steps)
+            of = {"split": self.split, "steps": self.steps[method], "inputs": self.inputs}
+            self.resolved[place] = cell(self.order, *place, **of)
         return self.resolved[place]
 
     def enter(self) -> None:
@@ -141,8 +156,10 @@ class Sweep:
             record["method"],
             f"lr {record['lr']:g}",
             f"seed {record['seed']}",
-            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else "diverged",
+            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else record["ended"],
         ]
+        if record["ended"] == "halted":
+            words.append(f"halted at step {record['steps']}")
         if seconds is not None:
             words.append(clock_time(seconds))
         if self.durations:
@@ -240,14 +257,16 @@ def _write(
         f"each rate picked by {sweep.metric} on the questions {', '.join(sweep.split.select)}",
         f"budget: {order.budget}; drawn: tokens sampled in training, per run",
         *edge_lines(result),
+        *ending_lines(result),
+        *origin_lines(runs),
     ]
-    facts = environment()
     result |= {
         "note": sweep.base.metrics.note,
         "budget": order.budget,
         "command": command,
-        "commit": facts["commit"],
-        "environment": facts,
+        # Of the runs; the table itself may be written again by another commit.
+        **origin(runs),
+        "table_commit": environment()["commit"],
         "notes": notes,
         "runs": list(runs),
     }
@@ -255,16 +274,28 @@ def _write(
     # Before the picture: the numbers are there though it cannot be drawn.
     write_text(path, json.dumps(result, indent=1) + "\n")
     mode, _, key = sweep.metric.partition("_")
-    curves = {
-        m.label: {
-            rate: [score([run], sweep.metric) for run in group if run["after"] is not None]
-            for rate, group in by_rate(runs, m.label).items()
-        }
-        for m in order.methods
-    }
-    plot_comparison(curves, result["rows"], mode=mode, key=key, out_png=order.out / "results.png")
+    curves, halted = (
+        {m.label: _points(runs, m.label, sweep.metric, ends) for m in order.methods}
+        for ends in (("done", "halted"), ("halted",))
+    )
+    how = {"halted": halted, "mode": mode, "key": key, "out_png": order.out / "results.png"}
+    plot_comparison(curves, result["rows"], **how)
     headers, rows = layout(result)
     console.close()
     console.table(headers, rows, notes=notes)
     console.message(f"{path}, {order.out / 'results.png'}")
     return path
+
+
+def _points(
+    runs: Sequence[Run], method: str, metric: str, ends: Sequence[str]
+) -> dict[float, list[float]]:
+    """Rate -> the metric of each of its runs that ended in one of these ways."""
+    return {
+        rate: [
+            score([run], metric)
+            for run in group
+            if is_result(run) and run.get("ended", "done") in ends
+        ]
+        for rate, group in by_rate(runs, method).items()
+    }

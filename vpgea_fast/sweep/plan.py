@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from vpgea_fast.config import Config, DataFile, as_dict, load
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
+from vpgea_fast.sweep.inputs import Inputs
 
 OWN_KEYS = {
     "optim.lr": "--rates",
@@ -74,16 +75,20 @@ class Questions(NamedTuple):
     test: tuple[str, ...]
     files: dict[Path, str]
     """The halves: what each file must hold."""
+    inputs: dict[str, str]
+    """Fingerprints of the files that the questions come from."""
 
 
 class Cell(NamedTuple):
-    """One run: its place in the sweep, the words that make it, and their configuration."""
+    """One run: its place in the sweep, the words that make it, their configuration, and the
+    fingerprints of what it reads."""
 
     method: str
     rate: float
     seed: int
     words: tuple[str, ...]
     cfg: Config
+    inputs: dict[str, str]
 
     @property
     def name(self) -> str:
@@ -197,10 +202,19 @@ def paths_a_step(cfg: Config) -> int:
     return 0 if draws.given else draws.paths * cfg.train.questions_per_step
 
 
-def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps: int) -> Cell:
+def cell(
+    order: Order,
+    method: Method,
+    rate: float,
+    seed: int,
+    *,
+    split: Questions,
+    steps: int,
+    inputs: Inputs,
+) -> Cell:
     """Resolve the configuration of one run. ConfigError for keys that the method has not."""
     words = [*order.words, *method.words, f"--optim.lr={rate!r}", f"--run.seed={seed}"]
-    words += [f"--eval.data={data}", "--checkpoint.export=false", "--metrics.compare=null"]
+    words += [f"--eval.data={split.data}", "--checkpoint.export=false", "--metrics.compare=null"]
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
     cfg = load(order.config, words)
@@ -208,7 +222,7 @@ def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps:
     if order.tokens is not None and paths_a_step(cfg):
         words.append(f"--train.max_tokens={order.tokens}")
         cfg = load(order.config, words)
-    return Cell(method.label, rate, seed, tuple(words), cfg)
+    return Cell(method.label, rate, seed, tuple(words), cfg, inputs.of(cfg) | split.inputs)
 
 
 def steps_of(order: Order, method: Method, base: Config) -> int:
@@ -233,15 +247,18 @@ def steps_of(order: Order, method: Method, base: Config) -> int:
     return steps
 
 
-def questions(order: Order, cfg: Config) -> Questions:
+def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
     """Split the held-out questions, or take those of `select`; nothing is written. No question
     picks a rate and is reported."""
+    limited = replace(cfg.data, limit=cfg.eval.limit)
     if order.select is not None:
+        picked = [DataFile(order.select)]
         entries = [*map(_entry, cfg.eval.data)]
         chosen = {"path": order.select, "name": SELECT}
         test, files = [str(entry["name"]) for entry in entries], {}
-        _disjoint(cfg, [DataFile(order.select)])
-        return Questions(_flow([chosen, *entries]), (SELECT,), tuple(test), files)
+        _disjoint(cfg, picked)
+        read = inputs.questions([*picked, *cfg.eval.data], limited)
+        return Questions(_flow([chosen, *entries]), (SELECT,), tuple(test), files, read)
     entries, files = [], dict[Path, str]()
     for file in cfg.eval.data:
         halves = dict(zip((f"{SELECT}_{file.label}", file.label), _halves(file, cfg), strict=True))
@@ -252,7 +269,8 @@ def questions(order: Order, cfg: Config) -> Questions:
     names = [str(entry["name"]) for entry in entries]
     if len(files) < len(names):
         raise SweepError("eval.data names two files alike; give one another `name`")
-    return Questions(_flow(entries), tuple(names[::2]), tuple(names[1::2]), files)
+    read = inputs.questions(cfg.eval.data, limited)
+    return Questions(_flow(entries), tuple(names[::2]), tuple(names[1::2]), files, read)
 
 
 def _entry(file: DataFile) -> dict[str, Any]:

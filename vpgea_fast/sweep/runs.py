@@ -11,20 +11,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load
-from vpgea_fast.metrics import read_steps
-from vpgea_fast.report import read_evaluation
+from vpgea_fast.metrics import Alarms, read_steps
+from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.stop import Stop, bound_command
+from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
 
 Record = dict[str, Any]
 GUARD = ("guard_caught", "time_guard_ratio")
 """What a run logs of its leak guard in every step."""
+MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
+"""What a record keeps of the environment of its run."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
 
@@ -50,6 +54,9 @@ class Pool:
         """Return the records of all cells, in their order. SweepError where a run fails, and
         KeyboardInterrupt or Stopped when asked to leave; the runs under way have then saved."""
         waiting = deque(cell for cell in cells if self.known(cell) is None)
+        # All of them before one goes on: none of the work is for nothing.
+        for cell in waiting:
+            self._check_begun(cell)
         try:
             while waiting or self.active:
                 self.stop.alone()
@@ -79,7 +86,22 @@ class Pool:
                 f"{path} is of a run with other words: {' '.join(record['words'])}; give the "
                 "method another label, or the sweep another folder"
             )
+        # Records of earlier versions say nothing of it; the table counts them.
+        if "inputs" in record:
+            _require_inputs(path, record["inputs"], cell)
         return record
+
+    def _check_begun(self, cell: Cell) -> None:
+        """Refuse a run that has begun with other inputs, which `_take` would go on with."""
+        file, run = self._inputs(cell), Path(cell.cfg.run.dir)
+        if file.is_file() and _goes_on(run, cell):
+            try:
+                known = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise SweepError(
+                    f"{file} does not say what {run} has read ({error}); remove both to run it anew"
+                ) from error
+            _require_inputs(run, known, cell)
 
     def _take(self, cell: Cell) -> None:
         run = Path(cell.cfg.run.dir)
@@ -97,6 +119,7 @@ class Pool:
         """Start the process of a cell, with a lock and a parent that it does not outlive long."""
         file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
         write_text(file, dump(cell.cfg))
+        write_text(self._inputs(cell), json.dumps(cell.inputs, indent=1) + "\n")
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -147,23 +170,29 @@ class Pool:
     def _record(self, cell: Cell) -> Path:
         return self.out / "records" / f"{cell.name}.json"
 
+    def _inputs(self, cell: Cell) -> Path:
+        return self.out / "configs" / f"{cell.name}.inputs.json"
+
 
 def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
     """What a sweep keeps of a run that has ended."""
     evaluation, drawn, steps = read_evaluation(run), 0, 0
-    lines = list(read_steps(run))
+    lines, facts = list(read_steps(run)), read_json(run / "environment.json")
     for line in lines:
         drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
     limit, last = cell.cfg.train.max_tokens, cell.cfg.train.steps
     spent = steps == last or (limit is not None and drawn >= limit)
     if not diverged and "after" not in evaluation:
         raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
+    halted = {} if diverged or spent else how_halted(cell, lines)
     return {
         "method": cell.method,
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
-        "ended": "diverged" if diverged else "done" if spent else "halted",
+        "inputs": cell.inputs,
+        "ended": "diverged" if diverged else "done",
+        **halted,
         "steps": steps,
         # Responses of the data are read, though the run's log counts them.
         "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
@@ -172,7 +201,21 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "test": list(split.test),
         "before": evaluation["before"],
         "after": None if diverged else evaluation["after"],
+        # Not of who writes the table: that may be days and commits later.
+        "made_by": {key: facts.get(key) for key in MADE_BY},
     }
+
+
+def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which alarm ended a run before its last step, and in its words."""
+    train = cell.cfg.train
+    # What would have ended it, were the engine never off.
+    alarms = Alarms(train), Alarms(replace(train, mismatch_stop=None))
+    for line in lines:
+        for alarm in alarms:
+            alarm.update(line)
+    ended = "mismatched" if alarms[1].halt is None and alarms[0].halt is not None else "halted"
+    return {"ended": ended, "halt": alarms[0].halt or "not known"}
 
 
 def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -183,6 +226,15 @@ def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _lasting(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(("--run.dir=", "--eval.data="))]
+
+
+def _require_inputs(path: Path, known: dict[str, str], cell: Cell) -> None:
+    """SweepError where a run has read something else than it would read now."""
+    if (name := changed(known, cell.inputs)) is not None:
+        raise SweepError(
+            f"{path} is of other inputs: {name} has changed since; bring it back, remove {path} to "
+            "run it anew, or give the sweep another folder"
+        )
 
 
 def _goes_on(run: Path, cell: Cell) -> bool:
