@@ -125,9 +125,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 
     # What the command line gives wins, and each key stands once.
     given = {word.partition("=")[0].removeprefix("--") for word in overrides}
-    entries, lacking = suite_files(
-        args.suite, [*map(Path, args.folders)], samples="eval.samples" not in given
-    )
+    entries, lacking = suite_files(args.suite, [*map(Path, args.folders)], given)
     for line in lacking:
         notice(f"--suite {args.suite}: {line}")
     rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
@@ -153,7 +151,9 @@ def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
         results = evaluate_model(cfg, console, record)
     finally:
         console.close()
-    console.table(*result_table(results), notes=EVAL_NOTES)
+    lost = sum(result["errors"] for result in results.values())
+    notes = [f"{lost} answers are wrong because the engine gave them up"] * bool(lost)
+    console.table(*result_table(results), notes=[*EVAL_NOTES, *notes])
     if args.out is not None and world.main:
         details = _details(Path(args.out), console)
         # Only what an evaluation reads: the rest would look like a part of the result.

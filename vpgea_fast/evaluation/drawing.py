@@ -188,7 +188,7 @@ def sample_of(
         ids=tuple(path.response_ids.tolist()),
         text=decode(path.response_ids),
         answer_text=answer,
-        prediction=prediction(checker, answer) if path.closed else None,
+        prediction=prediction(checker, answer, question.answer) if path.closed else None,
         gold=question.answer,
         tokens=path.generated,
         thought_tokens=path.z_ids.numel(),

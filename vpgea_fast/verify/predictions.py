@@ -23,8 +23,10 @@ LONGEST = 400
 LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def prediction(checker: str, text: str) -> str | None:
+def prediction(checker: str, text: str, gold: str = "") -> str | None:
     r"""Read the answer of a text for `checker` (`verify.name`); None where it gives none.
+
+    Where `gold` is a choice, `C. 12` is the choice C.
 
     >>> [prediction("math", rf"So \boxed{{{a}}}.") for a in (r"\frac12", "0.5", "(B)", "x + 1")]
     ['1/2', '1/2', 'B', 'x+1']
@@ -39,17 +41,19 @@ def prediction(checker: str, text: str) -> str | None:
     answer = answer.strip()[:LONGEST]
     if not answer:
         return None
-    return _canonical(checker, answer)
+    return _canonical(checker, answer, choice=labelled(bare(gold))[0] is not None)
 
 
-def _canonical(checker: str, answer: str) -> str | None:
+def _canonical(checker: str, answer: str, *, choice: bool) -> str | None:
     if checker == "text":
         return plain_text(answer) or None
     label, rest = labelled(bare(answer))
     if checker == "letter":
         return label
-    if label and not rest:
+    if label and (choice or not rest):
         return label
+    if choice and re.fullmatch("[a-j]", bare(answer)):
+        return bare(answer).upper()
     value = number(answer)
     if value is not None:
         return str(value)
