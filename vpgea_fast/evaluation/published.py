@@ -38,6 +38,7 @@ def plain(name: str) -> str:
 
 ALIASES = {
     "gsm8ktest": "gsm8k",
+    # MATH is the 500 questions in every table but DLER's, whose protocol says so.
     "math": "math500",
     "math500test": "math500",
     "aime2024": "aime24",
@@ -83,7 +84,9 @@ def _read(benchmarks: str, text: str) -> tuple[tuple[str, str, dict[str, Cell]],
             size = line[2:]
             continue
         method, *cells = line.split(" | ")
+        # Strict: a missing cell would move a row's figures to other benchmarks.
         pairs = zip(names, cells, strict=True)
+        # "-": the row's paper has no such benchmark.
         rows.append((size, method, {name: _cell(cell) for name, cell in pairs if cell != "-"}))
     return tuple(rows)
 

@@ -42,6 +42,7 @@ def _results(comparison: Record) -> Grid:
         mean = row["mean"]
         keys = ("eps3", "eps3_mean")
         means = [_percent(mean["acc"]), _whole(mean["tokens"]), *(_ratio(mean[k]) for k in keys)]
+        # Of one benchmark the mean says the same again.
         rows.append(cells + means * several)
     headers = ["model"] + [
         f"{name} {what}" for name in names for what in ("acc %", "tokens", "eps3")
@@ -59,6 +60,7 @@ def _differences(comparison: Record) -> Grid:
         "AES": ("aes", 1),
     }
     several, rows = len(comparison["questions"]) > 1, []
+    # The first is the base.
     for row in comparison["rows"][1:]:
         for name, changes in row["against"].items():
             if name != "mean" or several:
@@ -172,6 +174,7 @@ def _tex(text: str) -> str:
 
 
 def _bar(text: str) -> str:
+    # A bar would begin the next cell, and a line break the next row.
     return " ".join(text.split()).replace("|", r"\|")
 
 
@@ -198,6 +201,7 @@ def _change(change: Record, scale: float) -> str:
     value, low, high = (change[key] for key in ("value", "low", "high"))
     if value is None:
         return "-"
+    # Shares come times 100, to a tenth; the AES has no unit.
     form = "+.1f" if scale == 100 else "+.2f"
     clear = "*" if low is not None and high is not None and (low > 0 or high < 0) else ""
     return f"{scale * value:{form}} {_span((low, high), scale, form)}{clear}"

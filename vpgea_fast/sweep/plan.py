@@ -142,6 +142,7 @@ def parse_method(text: str) -> Method:
         if not equals or not re.fullmatch(r"[a-z_]\w*(\.\w+)?", key.strip()):
             raise SweepError(f"--methods: got {pair!r} in {text!r}; expected KEY=VALUE")
         place = key.strip() if "." in key else f"objective.{key.strip()}"
+        # The grid owns the rates and seeds, and all methods answer the same questions.
         if place in COMMON_KEYS or place.startswith("eval."):
             raise SweepError(f"--methods: {text!r} sets {place}, which is the same for all methods")
         words.append(f"--{place}={value}")
@@ -214,6 +215,7 @@ def cell(
 ) -> Cell:
     """Resolve the configuration of one run. ConfigError for keys that the method has not."""
     words = [*order.words, *method.words, f"--optim.lr={rate!r}", f"--run.seed={seed}"]
+    # Nobody reads a run's exported model, and the sweep itself compares.
     words += [f"--eval.data={split.data}", "--checkpoint.export=false", "--metrics.compare=null"]
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
@@ -222,7 +224,14 @@ def cell(
     if order.tokens is not None and paths_a_step(cfg):
         words.append(f"--train.max_tokens={order.tokens}")
         cfg = load(order.config, words)
-    return Cell(method.label, rate, seed, tuple(words), cfg, inputs.of(cfg) | split.inputs)
+    return Cell(
+        method=method.label,
+        rate=rate,
+        seed=seed,
+        words=tuple(words),
+        cfg=cfg,
+        inputs=inputs.of(cfg) | split.inputs,
+    )
 
 
 def steps_of(order: Order, method: Method, base: Config) -> int:
@@ -234,6 +243,7 @@ def steps_of(order: Order, method: Method, base: Config) -> int:
     if order.budget == "steps" or not each:
         return base.train.steps
     if order.tokens is not None:
+        # Rounded up: a path has a token at least, so these steps spend them all.
         return -(-order.tokens // each)
     paths = order.budget
     if not isinstance(paths, int):
@@ -250,6 +260,7 @@ def steps_of(order: Order, method: Method, base: Config) -> int:
 def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
     """Split the held-out questions, or take those of `select`; nothing is written. No question
     picks a rate and is reported."""
+    # As an evaluation reads them: within eval.limit, whatever training is limited to.
     limited = replace(cfg.data, limit=cfg.eval.limit)
     if order.select is not None:
         picked = [DataFile(order.select)]
@@ -258,7 +269,13 @@ def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
         test, files = [str(entry["name"]) for entry in entries], {}
         _disjoint(cfg, picked)
         read = inputs.questions([*picked, *cfg.eval.data], limited)
-        return Questions(_flow([chosen, *entries]), (SELECT,), tuple(test), files, read)
+        return Questions(
+            data=_flow([chosen, *entries]),
+            select=(SELECT,),
+            test=tuple(test),
+            files=files,
+            inputs=read,
+        )
     entries, files = [], dict[Path, str]()
     for file in cfg.eval.data:
         halves = dict(zip((f"{SELECT}_{file.label}", file.label), _halves(file, cfg), strict=True))
@@ -267,10 +284,18 @@ def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
             files[path] = text
             entries.append(_entry(file) | {"path": str(path), "name": name})
     names = [str(entry["name"]) for entry in entries]
+    # Names that file systems would confuse are one file: the second half would replace the first.
     if len(files) < len(names):
         raise SweepError("eval.data names two files alike; give one another `name`")
     read = inputs.questions(cfg.eval.data, limited)
-    return Questions(_flow(entries), tuple(names[::2]), tuple(names[1::2]), files, read)
+    # Halves alternate: of each file first the one that selects.
+    return Questions(
+        data=_flow(entries),
+        select=tuple(names[::2]),
+        test=tuple(names[1::2]),
+        files=files,
+        inputs=read,
+    )
 
 
 def _entry(file: DataFile) -> dict[str, Any]:
@@ -298,6 +323,7 @@ def _halves(file: DataFile, cfg: Config) -> tuple[str, str]:
         text = places.get(str(number))
         if text is not None:
             side = half.setdefault(text, len(half) % 2)
+            # A file's last line may lack its break, and another follows it here.
             halves[side].append(line if line.endswith("\n") else f"{line}\n")
     if len(half) < 2:
         raise SweepError(f"{path}: got {len(half)} questions; a split needs two or more")
@@ -308,6 +334,7 @@ def _disjoint(cfg: Config, picked: Sequence[DataFile]) -> None:
     def texts(files: Sequence[DataFile]) -> dict[str, str]:
         return {q.text: q.place for f in files for q in load_questions(f, cfg.data).questions}
 
+    # By text: ids and places of the same question differ between files.
     select, test = texts(picked), texts(cfg.eval.data)
     shared = [place for text, place in select.items() if text in test]
     if shared:
@@ -319,6 +346,7 @@ def _disjoint(cfg: Config, picked: Sequence[DataFile]) -> None:
 
 def grid_factor(rates: Sequence[float]) -> float:
     """Return the mean factor between neighbours of a grid."""
+    # The geometric mean: a grid need not be even.
     return (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
 
 
@@ -341,6 +369,7 @@ def parse_rates(words: Sequence[str]) -> tuple[float, ...]:
             rate = float(word)
         except ValueError:
             rate = math.nan
+        # NaN fails it too.
         if not 0 < rate < 1e6:
             raise SweepError(f"--rates: got {word!r}, expected numbers above 0, e.g. 5e-4 1e-3")
         rates.append(rate)
