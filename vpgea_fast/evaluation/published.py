@@ -218,6 +218,7 @@ DA-DLER-R1-7B | 94.17/1481 | 53.9/2878
 """,
         ),
     ),
+    # T8192, T4096: trained under that token limit. Group: Arora and Zanette's reward.
     "T5": Table(
         source="Laser, tables 3 and 4, selected (arXiv 2505.15612)",
         protocol="R1-Distill-Qwen, 1.5B unless the name says 7B; context and draws as in its paper",
@@ -263,6 +264,8 @@ LAPO-I | 84.3/2354 | - | 29.3/8318
 """,
         ),
     ),
+    # PA, PB: two prompts of its posterior. Acc, GML, L: the answer by share of right samples, by
+    # geometric mean, by likelihood.
     "VR": Table(
         source="Variational Reasoning, full text (arXiv 2509.22637)",
         protocol="accuracy alone; 4B and 8B: Qwen3-Base, 7B and 32B: Qwen2.5-Instruct",

@@ -27,6 +27,7 @@ class Grid(NamedTuple):
 def grids(comparison: Record) -> list[Grid]:
     """Lay out what `compare` returns."""
     several = len(comparison["rows"]) > 1
+    # One evaluation alone has nothing to differ from.
     found = [_results(comparison), *[_differences(comparison)] * several, draws(comparison)]
     names = list(comparison["questions"])
     return found + [_published(key, t, names) for key, t in comparison["published"].items()]
@@ -52,6 +53,7 @@ def _results(comparison: Record) -> Grid:
 
 
 def _differences(comparison: Record) -> Grid:
+    # Key of the change, and what it is multiplied by to be shown.
     columns: dict[str, tuple[str, float]] = {
         "accuracy, points": ("acc", 100),
         "tokens %": ("tokens", 100),
@@ -102,6 +104,7 @@ def _published(key: str, table: Record, names: Sequence[str]) -> Grid:
     for row in table["rows"]:
         cells = [" ".join(filter(None, (row["method"], row["size"])))]
         for name in shown:
+            # A row may lack a benchmark that others of its table have.
             part = row["benchmarks"].get(name, {})
             cells += [_percent(part.get("acc")), _whole(part.get("tokens"))]
             cells.append(_ratio(part.get("eps3")))
@@ -150,6 +153,7 @@ def latex(tables: Sequence[Grid]) -> str:
 
 
 def as_json(comparison: Record) -> str:
+    # `compare` has put None for what JSON lacks, so a NaN here is a fault.
     return json.dumps(comparison, indent=1, allow_nan=False) + "\n"
 
 

@@ -101,6 +101,7 @@ class Sweep:
 
     def _cell(self, method: Method, rate: float, seed: int) -> Cell:
         place = method, rate, seed
+        # Every round asks for all of them, and each is a configuration to read and check.
         if place not in self.resolved:
             of = {"split": self.split, "steps": self.steps[method], "inputs": self.inputs}
             self.resolved[place] = cell(self.order, *place, **of)
@@ -113,6 +114,7 @@ class Sweep:
         mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
         if file.is_file():
             _same_sweep(file, mine)
+        # The hidden ones are the locks, which are held by now.
         elif any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise SweepError(f"{out} is not empty and no sweep; give another --out")
         for path, text in self.split.files.items():
@@ -152,6 +154,7 @@ class Sweep:
     def tell(self, record: Record) -> None:
         """Say what a run has brought, and how long the rest takes."""
         seconds, value = record["wall_s"], score([record], self.metric)
+        # A run that went on was timed in part: it tells nothing of the others.
         self.durations += [] if seconds is None else [seconds]
         self.done += 1
         words = [
@@ -298,6 +301,7 @@ def _points(
     """Rate -> the metric of each of its runs that ended in one of these ways."""
     return {
         rate: [
+            # Run by run: of one run the mean over seeds is its own value.
             score([run], metric)
             for run in group
             if is_result(run) and run.get("ended", "done") in ends

@@ -165,6 +165,7 @@ def check(order: Order) -> Config:
     """Return the configuration that all runs share. SweepError or ConfigError for an order that
     cannot run."""
     for word in order.words:
+        # `--key=value`, or `--key` with the value behind it: both begin alike.
         key = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and key in OWN_KEYS:
             raise SweepError(f"got --{key}; a sweep sets it: give {OWN_KEYS[key]}")
@@ -214,6 +215,7 @@ def cell(
     inputs: Inputs,
 ) -> Cell:
     """Resolve the configuration of one run. ConfigError for keys that the method has not."""
+    # The last of a key wins: the method's over the user's, and the grid's over both.
     words = [*order.words, *method.words, f"--optim.lr={rate!r}", f"--run.seed={seed}"]
     # Nobody reads a run's exported model, and the sweep itself compares.
     words += [f"--eval.data={split.data}", "--checkpoint.export=false", "--metrics.compare=null"]
@@ -248,6 +250,7 @@ def steps_of(order: Order, method: Method, base: Config) -> int:
     paths = order.budget
     if not isinstance(paths, int):
         paths = paths_a_step(base) * base.train.steps
+    # Rounded down: no method draws more than the budget.
     steps = paths // each
     if not steps:
         raise SweepError(
@@ -282,6 +285,7 @@ def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
         for name, text in halves.items():
             path = order.out / "questions" / f"{file_name(name)}.jsonl"
             files[path] = text
+            # With the file's other keys: a half is read as the whole was.
             entries.append(_entry(file) | {"path": str(path), "name": name})
     names = [str(entry["name"]) for entry in entries]
     # Names that file systems would confuse are one file: the second half would replace the first.
@@ -299,10 +303,12 @@ def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
 
 
 def _entry(file: DataFile) -> dict[str, Any]:
+    # Keys that are not given stay out, so that the section's own still fill them.
     return {k: v for k, v in vars(file).items() if v is not None} | {"name": file.label}
 
 
 def _flow(entries: Sequence[dict[str, Any]]) -> str:
+    # JSON is YAML, so it can stand on a command line.
     return json.dumps(entries, ensure_ascii=False)
 
 
@@ -317,6 +323,7 @@ def _halves(file: DataFile, cfg: Config) -> tuple[str, str]:
     # Refuses what is no question, with its place, before any half is written.
     loaded = load_questions(replace(file, limit=file.limit or cfg.eval.limit), cfg.data)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A place ends in its line number; a row that was dropped has none here.
     places = {q.place.rpartition(" ")[2]: q.text for q in loaded.questions}
     half, halves = dict[str, int](), ([], [])
     for number, line in enumerate(lines, 1):
@@ -357,6 +364,7 @@ def extended(rates: Sequence[float], *, above: bool) -> list[float]:
     ([0.0005, 0.001, 0.002, 0.004], [0.00025, 0.0005, 0.001])
     """
     factor = grid_factor(rates)
+    # Rounded, since a rate is part of a file's name.
     new = float(f"{rates[-1] * factor if above else rates[0] / factor:.3g}")
     return sorted({*rates, new})
 
@@ -382,5 +390,6 @@ def identity(order: Order, cfg: Config, split: Questions) -> dict[str, Any]:
     tree = as_dict(cfg)
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in ("dir", "seed")}
     budget, select = order.budget, order.select
+    # Their number alone: the text is held against the files themselves.
     texts = {path.name: text.count("\n") for path, text in split.files.items()}
     return {"budget": budget, "select": select, "questions": texts, "config": tree}

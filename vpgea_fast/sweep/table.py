@@ -47,6 +47,7 @@ def interval(values: Sequence[float], most: float = math.inf) -> tuple[float, fl
     """The 95 % t interval of a mean, cut to what can be, 0 to `most`; None of one value."""
     if len(values) < 2:
         return None
+    # stdev divides by n - 1, the degrees of freedom of this t.
     half = t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return max(0.0, fmean(values) - half), min(most, fmean(values) + half)
 
@@ -139,6 +140,7 @@ def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> d
         "seeds": len(groups[best]),
         "runs": len(mine),
         "diverged_runs": sum(run["after"] is None for run in mine),
+        # At the best rate alone: what the method costs, and not what the search did.
         "tokens_generated": fmean(run["tokens_generated"] for run in groups[best]),
     }
     # Each kind only where there is one, so that rows of older records stay what they were.
@@ -198,6 +200,7 @@ def _cells(
 ) -> list[str]:
     before = f"{scale * found['before'][mode][key]:.{digits}f}"
     if not found["after"]:
+        # The name ends in the reason: diverged, or mismatched.
         return [f"{before} -> {found['name'].rpartition(', ')[2]}", "-"]
     bounds = found["intervals"][key]
     shown = "-" if bounds is None else " to ".join(f"{scale * b:.{digits}f}" for b in bounds)
@@ -232,6 +235,7 @@ def ending_lines(result: Mapping[str, Any]) -> list[str]:
 
 def origin(runs: Sequence[Run]) -> dict[str, Any]:
     """Which commit and versions made the runs, by their records; where they differ, all of them."""
+    # Records of older versions do not tell.
     made = [run.get("made_by", {}) for run in runs]
     facts = {
         key: [*dict.fromkeys(of.get(key) for of in made)]
