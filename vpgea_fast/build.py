@@ -93,15 +93,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
-        # A collective where a thread writes: it opens connections of its own.
-        saver = Saver(
-            Path(cfg.run.dir),
-            world=world,
-            model=policy,
-            optimizer=optimizer,
-            keep_last=cfg.checkpoint.keep_last,
-            background=cfg.checkpoint.background,
-        )
+        saver = _build_saver(cfg, world, policy, optimizer)
         # Before the engine: a vLLM that samples leaves no room to load in.
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
@@ -115,6 +107,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
 
         def hand_over() -> None:
+            # Probed each time: paths of stale weights would be trained on as the policy's own.
             engine.load_weights(full_weights(policy))
             probe()
 
@@ -190,6 +183,20 @@ def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
     """The function that gives the log-probs of rows under a policy. It is a collective."""
     return lambda rows: passes(
         lambda batch, _: policy.logprob(batch, temperature=temperature), rows
+    )
+
+
+def _build_saver(
+    cfg: Config, world: World, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Saver:
+    """Make what saves checkpoints. A collective where a thread writes: it opens connections."""
+    return Saver(
+        Path(cfg.run.dir),
+        world=world,
+        model=policy,
+        optimizer=optimizer,
+        keep_last=cfg.checkpoint.keep_last,
+        background=cfg.checkpoint.background,
     )
 
 

@@ -91,6 +91,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
         with _termination():
             return _run(args, overrides)
     except KeyboardInterrupt as error:
+        # `_termination` puts the signal into the error; a Ctrl-C's own has no arguments.
         return _left(args, INTERRUPTED if error.args != (SIGTERM,) else STATUS["STOPPED"])
 
 
@@ -155,6 +156,7 @@ def _command(args: argparse.Namespace, overrides: list[str]) -> str:
     """Write the command that makes the same results again."""
     words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
     words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
+    # Without --jobs: it moves runs in time, and changes none of them.
     for name in ("metric", "select", "short"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name}", str(value)]

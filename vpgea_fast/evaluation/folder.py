@@ -67,7 +67,9 @@ class Folder:
         """Write samples with their seconds, so that a reader sees them at once."""
         pairs = list(ended)
         self.samples.write("".join(line(sample) for sample, _ in pairs).encode())
+        # To the system: a killed process loses nothing, a power cut what `sync` has not put down.
         self.samples.flush()
+        # Behind the samples: an answer is whole without its seconds, and not the other way round.
         names = ("benchmark", "mode", "question_id", "index")
         rows = [
             {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
@@ -98,10 +100,12 @@ def open_folder(
     """
     lock: BinaryIO | None = None
     try:
+        # Process 0 alone judges and repairs the folder; its refusal ends the others too.
         with world.together():
             if world.main:
                 lock = _begin(path, header, plan, resume=resume, note=note)
         with world.together():
+            # All parts, by every process: each works out the same shares of what is missing.
             known = _known(path, plan)
         folder = Folder(path, world.rank, known)
         try:
@@ -119,6 +123,7 @@ def open_folder(
 def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Write the folder of an evaluation that has ended, over one of the same name."""
     path.mkdir(parents=True, exist_ok=True)
+    # Before the header, which makes the folder an evaluation to a reader.
     write_text(path / SAMPLES, "".join(lines))
     write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
 
@@ -162,6 +167,7 @@ def _begin(
         if file.exists() and not file.is_file():
             raise SampleError(f"{file} is no file; remove it, or give another folder")
     # Two processes appending would interleave answers, and each believe the file whole.
+    # A flock goes with its process, killed or not: no stale lock file stays behind.
     lock = (path / SAMPLES).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,6 +175,7 @@ def _begin(
         lock.close()
         raise SampleError(f"{path}: another process writes it; wait, or give another") from error
     try:
+        # For its refusal: of another evaluation's folder no line is cut or moved.
         _known(path, plan)
     except SampleError:
         lock.close()
@@ -263,5 +270,6 @@ def _join(path: Path, note: Note) -> None:
 def _append(file: Path, lines: Iterable[str]) -> None:
     with file.open("ab") as handle:
         handle.writelines(text.encode() for text in lines)
+        # On the disk before the caller removes the part that the lines come from.
         handle.flush()
         os.fsync(handle.fileno())

@@ -34,6 +34,7 @@ PROTOCOL = {
     "eval.top_p": "0.95",
     "eval.max_new_tokens": "32768",
     "rollout.max_answer_tokens": "4096",  # of training's 1,024 a long answer would lack its box
+    # The papers report sampled answers alone; greedy ones would cost a draw of each question.
     "eval.greedy": "false",
     "verify.name": "math",  # which reads letters too
 }
@@ -61,6 +62,7 @@ class Set:
 
 
 [(_GSM8K,)] = RECIPES["gsm8k"]["test"]
+# About 1,000 to 2,700 answers of each set, but for MMLU-Pro: one to each of 12,032 questions.
 SETS = {
     "gsm8k": Set(_GSM8K, samples=1),
     "math500": Set(MATH_500, samples=4),

@@ -169,6 +169,7 @@ def custom_type(target: str) -> type:
     return dataclass(frozen=True, config=STRICT)(whole)
 
 
+# What trainer, check, estimate and rows ask of any objective.
 METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
 
 
@@ -212,6 +213,7 @@ def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
 
 
 def _write(objective: Any) -> dict[str, Any]:
+    # By its own type: one of the user's is in no union.
     return TypeAdapter(type(objective)).dump_python(objective, mode="json")
 
 

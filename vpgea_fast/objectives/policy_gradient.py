@@ -182,6 +182,7 @@ class PolicyGradient(EtaKeys):
             "groups_all_rejected": int((~correct_BN).all(dim=1).sum()),
             "groups_zero_var": int((advantage_BN == 0).all(dim=1).sum()),
             "std_s": reward_BN.std(dim=1, correction=self.ddof).mean().item(),
+            # Before clips and normaliser: the sign says which lengths the update favours.
             "net_token_push": (advantage_BN * judged.length_BN).sum().item(),
         }
         scores = {
@@ -279,6 +280,7 @@ class Dapo(PolicyGradient):
 
     name: Literal["dapo"] = "dapo"
     norm: Norm = "token_mean"
+    # The paper's clip-higher: 0.2 below, 0.28 above.
     clip_high: PositiveFloat = 0.28
 
 
@@ -289,6 +291,7 @@ class Gspo(PolicyGradient):
     name: Literal["gspo"] = "gspo"
     norm: Norm = "seq_mean"
     ratio: Literal["token", "sequence"] = "sequence"
+    # The paper's range: a mean over the path's tokens strays far less than one token's ratio.
     clip_low: Share = 3e-4
     clip_high: PositiveFloat = 4e-4
 

@@ -20,6 +20,7 @@ from vpgea_fast.verify.checkers import (
 
 LONGEST = 400
 """Characters of an answer; what is longer is prose, and kept as it is up to here."""
+# With separators of thousands, decimals or a denominator: -1,234.5, 3/4.
 LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -47,6 +48,7 @@ def prediction(checker: str, text: str, gold: str = "") -> str | None:
 def _canonical(checker: str, answer: str, *, choice: bool) -> str | None:
     if checker == "text":
         return plain_text(answer) or None
+    # `(B) 12` is a letter to the checker of letters, and a number to that of mathematics.
     label, rest = labelled(bare(answer))
     if checker == "letter":
         return label
@@ -56,6 +58,7 @@ def _canonical(checker: str, answer: str, *, choice: bool) -> str | None:
         return bare(answer).upper()
     value = number(answer)
     if value is not None:
+        # An exact fraction: 0.5, \frac12 and 50 % are one text.
         return str(value)
     # Spaces mean nothing in mathematics, but \pi x is no \pix.
     return re.sub(r"(?<!\\)(?<![a-zA-Z])\s+|\s+(?![a-zA-Z])", "", bare(answer)) or None
