@@ -19,7 +19,8 @@ from ranks import Program, run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.evaluation.records import read_header, read_samples
+from vpgea_fast.evaluation.folder import Folder
+from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -296,6 +297,17 @@ def test_records_that_the_plan_does_not_have_are_refused_and_stay(
     assert f"{part}: the record" in said
     assert f"is of another evaluation: another {what}" in said
     assert contents(out) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("full", ["samples.jsonl", "times.jsonl"])
+def test_a_full_disk_is_one_line(full, whole, tmp_path):
+    sample = next(iter(read_samples(whole)))
+    (tmp_path / full).symlink_to("/dev/full")
+    folder = Folder(tmp_path, 0, {})
+    with pytest.raises(SampleError, match="No space left on device; make room, and go on with"):
+        folder.append([(sample, 1.0)])
+    folder.close()
 
 
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
