@@ -356,6 +356,16 @@ def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_
     assert header["settings"]["k"] == {"sampled": 2, "greedy": 1}
 
 
+def test_answers_that_nobody_judges_in_time_are_told(tiny_world, tmp_path, capsys):
+    out = tmp_path / "out"
+    keys = {"verify__name": "math", "verify__timeout_s": 0.0001, "eval__greedy": "false"}
+    assert evaluate(tiny_world, "--out", out, eval__limit=1, **keys) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # Both draws give one answer, which is judged once.
+    assert "verdicts that are missing, whose answers count as wrong: 1; judging took more" in said
+    assert {sample.correct for sample in read_samples(out)} == {0}
+
+
 ARROW = re.compile(r"\S+ -> (\S+)")
 
 
