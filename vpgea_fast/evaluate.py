@@ -356,8 +356,8 @@ def evaluate_model(
             lost = sum(record.world.gather(lost))
         if console is not None and lost:
             console.message(
-                f"verdicts that are missing, whose answers count as wrong: {lost}; judging took more "
-                f"than verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+                f"verdicts that are missing, whose answers count as wrong: {lost}; judging took "
+                f"more than verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
             )
         return results
 
