@@ -19,7 +19,8 @@ from ranks import Program, run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.evaluation.records import read_header, read_samples
+from vpgea_fast.evaluation.folder import Folder
+from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -298,6 +299,17 @@ def test_records_that_the_plan_does_not_have_are_refused_and_stay(
     assert contents(out) == before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("full", ["samples.jsonl", "times.jsonl"])
+def test_a_full_disk_is_one_line(full, whole, tmp_path):
+    sample = next(iter(read_samples(whole)))
+    (tmp_path / full).symlink_to("/dev/full")
+    folder = Folder(tmp_path, 0, {})
+    with pytest.raises(SampleError, match="No space left on device; make room, and go on with"):
+        folder.append([(sample, 1.0)])
+    folder.close()
+
+
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
     out = cut(20_000, 0)
     before = contents(out)
@@ -342,6 +354,16 @@ def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_
     header = read_header(out)
     assert header["benchmarks"]["some"]["dropped"] == 1
     assert header["settings"]["k"] == {"sampled": 2, "greedy": 1}
+
+
+def test_answers_that_nobody_judges_in_time_are_told(tiny_world, tmp_path, capsys):
+    out = tmp_path / "out"
+    keys = {"verify__name": "math", "verify__timeout_s": 0.0001, "eval__greedy": "false"}
+    assert evaluate(tiny_world, "--out", out, eval__limit=1, **keys) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # Both draws give one answer, which is judged once.
+    assert "verdicts that are missing, whose answers count as wrong: 1; judging took more" in said
+    assert {sample.correct for sample in read_samples(out)} == {0}
 
 
 ARROW = re.compile(r"\S+ -> (\S+)")

@@ -370,8 +370,8 @@ def _evaluated(
         lost = sum(record.world.gather(lost))
     if console is not None and lost:
         console.message(
-            f"{lost} answers are wrong for want of a verdict: judging them took more than "
-            f"verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+            f"verdicts that are missing, whose answers count as wrong: {lost}; judging took "
+            f"more than verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
         )
     return results
 

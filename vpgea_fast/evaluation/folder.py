@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.distributed import World
@@ -60,28 +60,39 @@ class Folder:
 
     def __init__(self, path: Path, rank: int, known: Mapping[Key, Outcome]) -> None:
         self.path, self.known = path, known
-        self.samples = _part(path, SAMPLES, rank).open("ab")
-        self.times = _part(path, TIMES, rank).open("ab")
+        # Without buffers: what has failed to be written is not tried again at the end.
+        self.samples = _part(path, SAMPLES, rank).open("ab", buffering=0)
+        self.times = _part(path, TIMES, rank).open("ab", buffering=0)
 
     def append(self, ended: Iterable[tuple[Sample, float]]) -> None:
         """Write samples with their seconds, so that a reader sees them at once."""
         pairs = list(ended)
-        self.samples.write("".join(line(sample) for sample, _ in pairs).encode())
-        # To the system: a killed process loses nothing, a power cut what `sync` has not put down.
-        self.samples.flush()
-        # Behind the samples: an answer is whole without its seconds, and not the other way round.
         names = ("benchmark", "mode", "question_id", "index")
         rows = [
             {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
             for sample, seconds in pairs
         ]
-        self.times.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.times.flush()
+        # Samples first: an answer is whole without its seconds, and not the other way round. A killed
+        # process loses nothing of what it wrote; a power cut, what `sync` has not put down.
+        with self._written():
+            _write(self.samples, "".join(line(sample) for sample, _ in pairs))
+            _write(self.times, "".join(json.dumps(row) + "\n" for row in rows))
 
     def sync(self) -> None:
         """Put what was appended on the disk: from here on no power cut costs it."""
-        os.fsync(self.samples.fileno())
-        os.fsync(self.times.fileno())
+        with self._written():
+            os.fsync(self.samples.fileno())
+            os.fsync(self.times.fileno())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SampleError(
+                f"{self.path}: {error.strerror}; make room, and go on with --resume: the answers "
+                "so far are kept"
+            ) from error
 
     def close(self) -> None:
         self.samples.close()
@@ -265,6 +276,12 @@ def _join(path: Path, note: Note) -> None:
     for part in _parts(path, TIMES):
         _append(path / TIMES, part.read_text().splitlines(keepends=True))
         part.unlink()
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[file.write(left) :]
 
 
 def _append(file: Path, lines: Iterable[str]) -> None:
