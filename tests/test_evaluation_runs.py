@@ -7,6 +7,7 @@ are cut at random bytes; one is killed for real.
 import contextlib
 import fcntl
 import json
+import os
 import random
 import re
 import shutil
@@ -181,6 +182,19 @@ def test_processes_end_with_the_command_that_started_them(number, tiny_world, wh
     while any(map(alive, children)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(alive, children))
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out, "--processes", 2))
+    wait_for_bytes(program, out)
+    os.kill(children_of(program.pid)[1], signal.SIGKILL)
+    _, said = program.communicate()
+    assert program.returncode == 128 + signal.SIGKILL
+    assert "vpgea: process 1 was ended by SIGKILL\n" in said
     assert evaluate(tiny_world, "--out", out, "--resume") == 0
     assert records(out) == records(whole)
 
