@@ -288,18 +288,17 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    ("part", "key", "value", "what"),
     [
-        ("question_id", "test-9999", "question, or more answers to it"),
-        ("index", 2, "question, or more answers to it"),
-        ("benchmark", "tost", "question, or more answers to it"),
-        ("seed", 1, "seed or gold"),
-        ("gold", "-1", "seed or gold"),
+        ("samples.jsonl", "question_id", "test-9999", "question, or more answers to it"),
+        ("samples.jsonl", "index", 2, "question, or more answers to it"),
+        ("samples.1.jsonl", "benchmark", "tost", "question, or more answers to it"),
+        ("samples.jsonl", "seed", 1, "seed or gold"),
+        ("samples.1.jsonl", "gold", "-1", "seed or gold"),
     ],
 )
-@pytest.mark.parametrize("part", ["samples.jsonl", "samples.1.jsonl"])
 def test_records_that_the_plan_does_not_have_are_refused_and_stay(
-    key, value, what, part, tiny_world, cut, refused
+    part, key, value, what, tiny_world, cut, refused
 ):
     """Under the right eval.json: the file of another evaluation, of process 0 or another."""
     out = cut(20_000, 0)
