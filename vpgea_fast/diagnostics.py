@@ -316,6 +316,7 @@ def _path_lines(
     pairs, count = batch.pairs(stream)[:limit], columns.correct_BP.shape[1]
     lines = []
     for place, (question, path) in enumerate(pairs):
+        # (b, i): `pairs` goes through a question's paths before the next one's.
         at = divmod(place, count)
         correct = columns.correct_BP[at].item()
         lines.append(
