@@ -251,6 +251,7 @@ def test_guards_that_cost_no_forward_and_the_early_answer():
         ({"kappa": 1.0}, "kappa: got 1.0 with utility 'product'"),
         ({"prior_pg": 1.0, "prior_samples": 1}, "prior_pg: got 1.0 with prior_samples 1"),
         ({"lexical_regex": "("}, "lexical_regex: got '\\('"),
+        ({"clamp_u": True, "u_min": -0.3}, "u_min: got -0.3 with clamp_u, expected at most -2"),
     ],
 )
 def test_options_that_nothing_would_read_are_refused(keys, said):
@@ -265,6 +266,7 @@ UNREAD = {
     "baseline": "lme",
     "clamp_u": True,
     "clip_low": 0.7,
+    "ddof": 1,
     "distill_denominator": "gated",
     "eps": 0.5,
     "eta_clip": (0.9, 1.1),

@@ -161,10 +161,14 @@ class Vpgea(EtaKeys):
             for key in ("reward", "r_margin")
             for where in ({"utility": ("elbo",)}, {"cross_view": (False,)})
         ),
-        *(Unread(key, {"cross_view": (False,), **UNGUARDED}) for key in ("baseline", "clamp_u")),
-        Unread(
-            "baseline",
-            {"reward": ("likelihood_gate",), "utility": ("product",), **UNGUARDED},
+        # The gate compares P with 1/2, and a U that is lifted stays far below.
+        *(
+            Unread(key, {**where, **UNGUARDED})
+            for key in ("baseline", "clamp_u")
+            for where in (
+                {"cross_view": (False,)},
+                {"reward": ("likelihood_gate",), "utility": ("product",)},
+            )
         ),
         Unread("leak_limit", {"leak_guard": ("none",)}),
         Unread("lexical_regex", {"lexical": (False,)}),
@@ -190,6 +194,12 @@ class Vpgea(EtaKeys):
             raise ValueError(
                 f"prior_pg: got {self.prior_pg} with prior_samples 1, expected 2 or more: one path "
                 "has nothing to be compared with"
+            )
+        # `likelihood_gate` asks for P > 1/2, and a mean of likelihoods for something below it.
+        if self.clamp_u and self.u_min > -2:
+            raise ValueError(
+                f"u_min: got {self.u_min} with clamp_u, expected at most -2: each U is lifted to "
+                "it, and paths that cannot make the answer would be likely"
             )
         if self.leak_guard != "none" and not self.posterior:
             raise ValueError(
