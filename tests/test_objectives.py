@@ -182,6 +182,7 @@ def test_what_kappa_reads_too_is_no_cost_of_the_guard():
         ({"leak_guard": "max_kl", "utility": "elbo", "kappa": 0.1}, set()),
         ({"utility": "elbo", "kappa": 0.1}, set()),
         ({"leak_guard": "early_answer"}, {EARLY}),
+        ({"leak_guard": "max_kl", "leak_limit": 4.0}, {*VIEWS}),
     ):
         assert guard_only(Vpgea(**more)) == only
     assert guard_only(Grpo()) == set()

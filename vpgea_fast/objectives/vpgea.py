@@ -236,14 +236,15 @@ class Vpgea(EtaKeys):
         )
 
     def needs(self) -> frozenset[Score]:
+        early = {EARLY} if self.leak_guard == "early_answer" else set()
+        return self.unguarded_needs() | early | frozenset(self.guard_scores() or ())
+
+    def unguarded_needs(self) -> frozenset[Score]:
+        """The log-probs that are read whatever the leak guard is."""
         # The student's prompt does not hold the answer, so a path that only leans on it makes the
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
-        if self.leak_guard == "early_answer":
-            scores.add(EARLY)
-        if guard := self.guard_scores():
-            scores |= set(guard)
         return frozenset(scores | (set(VIEWS) if self.kappa else set()))
 
     def guard_scores(self) -> tuple[Score, Score] | None:
