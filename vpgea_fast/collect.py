@@ -209,6 +209,7 @@ class Collector:
                 requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
             )
         paths = _as_asked(requests, drawn)
+        # Requests stand question by question.
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     def _given(
@@ -240,6 +241,7 @@ class Collector:
         return {
             stream: view
             for stream, view, part, who in self.cfg.objective.needs()
+            # Not `early`: a guard's score of a cut thought is no U.
             if part == "target" and who == "policy" and view in ("teacher", "student")
         }
 
@@ -540,6 +542,7 @@ class Collector:
 
     def _correct(self, pairs: Pairs) -> torch.Tensor:
         if not self.sampling.full_answer:
+            # NaN and not 0: nobody has judged.
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
         return answers_correct(
             [path for _, path in pairs],
@@ -561,8 +564,10 @@ def check_questions(
     weight is read. A collective where `verify` is one."""
     first = round_questions(cfg, questions, step=0)
     if any(score.view == "counterfactual" for score in cfg.objective.needs()):
+        # For its error: questions that share one answer have no wrong one.
         misled(cfg, first, questions, step=0, prompt=prompt, verify=verify)
     if cfg.objective.draws().given:
+        # Of all questions: a run may come to the last of them after hours.
         given_responses(cfg, questions, responses)
 
 

@@ -60,6 +60,7 @@ class Evaluator:
         verifier: Verifier,
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
+        # Whatever training draws: without an answer there is nothing to judge.
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
         self.benchmarks = benchmarks
         for benchmark in benchmarks.values():
@@ -155,6 +156,7 @@ class Evaluator:
         benchmarks   the same for each, without eps3_mean
         """
         parts = self.parts()
+        # A call of the engine per part: all processes take their share of each.
         one = functools.partial(self._draw, on_progress=on_progress, keep=keep)
         drawn = draw(parts) if draw is not None else [one(part) for part in parts]
         found: dict[str, list[tuple[Part, list[Outcome]]]] = {}
@@ -167,6 +169,7 @@ class Evaluator:
         warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         return {
             "sampled": (self.cfg.samples, warm),
+            # One at most: more of them would be the same answer.
             "greedy": (int(self.cfg.greedy), replace(self.sampling, temperature=0.0)),
         }
 
@@ -221,6 +224,7 @@ def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
         tokens_QK=column((o.tokens for o in outcomes), torch.int64),
         cut_QK=column((o.finish == "length" for o in outcomes), torch.bool),
         error_QK=column((o.finish == "error" for o in outcomes), torch.bool),
+        # Nobody votes: predictions are kept in records, and an outcome has none.
         votes_QK=column((-1 for _ in outcomes), torch.int64),
     )
 
@@ -359,6 +363,7 @@ def _evaluated(
     if console is not None:
         for line in evaluator.describe():
             console.message(line)
+    # From here: a reference answer without a verdict has been dropped and told before.
     unjudged = verifier.unjudged
     if record is not None:
         results = _recorded(cfg, evaluator, console, record)

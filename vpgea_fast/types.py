@@ -270,6 +270,7 @@ class ScoredBatch:
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""
+        # The reference policy too draws from the student's prompt.
         return self.posterior_view if stream == "posterior" else "student"
 
     def token_counts(self, stream: Stream, part: Part) -> Tensor:
@@ -387,8 +388,10 @@ class TrainRow:
     4
     """
 
+    # (c,) and (n,) int64, on the CPU until they are packed.
     context_ids: Tensor
     token_ids: Tensor
+    # (n,), float64 where the row is trained.
     coef: Tensor
     stream: Stream
     view: View

@@ -45,6 +45,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
     )
     sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    # Three: the t interval of two seeds is 12.7 standard errors to each side.
     sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
     sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
     sweep.add_argument(

@@ -117,6 +117,7 @@ class Recorder:
         if self.engine.wave is not None:
             # Neighbours differ least in length, so every process gets as much.
             return waves[self.world.rank :: self.world.size]
+        # It batches as it likes, so single answers are shared and no waves.
         shared = [(part, wave[self.world.share(len(wave))]) for part, wave in waves]
         return [(part, wave) for part, wave in shared if wave]
 

@@ -255,6 +255,7 @@ def _part(path: Path, name: str, rank: int) -> Path:
 
 
 def _parts(path: Path, name: str) -> list[Path]:
+    # samples.1.jsonl and so on, but not samples.jsonl, which they are joined to.
     stem, dot, kind = name.partition(".")
     return sorted(path.glob(f"{stem}.[0-9]*{dot}{kind}"))
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vpgea_fast.types import Live, ScoredBatch
 
 
+# Of a clip: from 1 on the ratio would have no lower bound.
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -379,6 +380,7 @@ class GroupKeys(ClipKeys):
 
     eps: PositiveFloat = 1e-6
     """Added to the standard deviation of the z-score."""
+    # torch and verl divide by G - 1: their advantages are smaller by sqrt((G - 1) / G).
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
     """0: divide the variance of the group by G; 1: by G - 1."""
     std_gate: NonNegativeFloat = 0.0

@@ -230,6 +230,7 @@ class Budgeted(LengthKeys):
 
     def _asked(self, judged: Judged) -> Tensor:
         """The budget of every path, (B, N) float64."""
+        # From the prompts themselves, where a field is text.
         budgets = [float(q.fields["budget"]) for q, _ in judged.batch.pairs("prior")]
         return judged.length_BN.new_tensor(budgets).view_as(judged.length_BN)
 

@@ -48,7 +48,7 @@ def prediction(checker: str, text: str, gold: str = "") -> str | None:
 def _canonical(checker: str, answer: str, *, choice: bool) -> str | None:
     if checker == "text":
         return plain_text(answer) or None
-    # `(B) 12` is a letter to the checker of letters, and a number to that of mathematics.
+    # `(B) 12` is the letter where letters are judged, or the gold is one, and else the number.
     label, rest = labelled(bare(answer))
     if checker == "letter":
         return label
