@@ -60,11 +60,13 @@ class Expected:
     """What a run asks for, as far as it is known before its first step.
 
     decode     token ids -> text, without special tokens
+    vocabulary tokens that the model embeds: an id beyond it is refused
     questions  id -> text
     prompts    (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
     """
 
     decode: Callable[[torch.Tensor], str]
+    vocabulary: int
     questions: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
@@ -175,6 +177,12 @@ class Records:
 
     def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
         """Refuse a line of another run's question, prompt or tokenizer."""
+        most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
+        if most >= self.expected.vocabulary:
+            raise RecordError(
+                f"{place}: got the token {most}, but the model embeds {self.expected.vocabulary}; "
+                "give paths of the same tokenizer"
+            )
         name, asked = record["question_id"], record.get("question")
         text = self.expected.questions.get(name)
         if isinstance(asked, str) and text is not None and asked != text:
@@ -209,7 +217,6 @@ class Records:
 class Replay:
     """A RolloutEngine that answers the paths of training steps from files, and all else by `live`.
 
-    vocabulary   tokens that the model embeds: an id beyond it is refused
     needs_logps  a line without the sampler's log-probs is refused
 
     RecordError for a path that is missing or of something else.
@@ -220,11 +227,9 @@ class Replay:
         live: RolloutEngine,
         records: Records,
         *,
-        vocabulary: int,
         needs_logps: bool = False,
     ) -> None:
-        self.live, self.records = live, records
-        self.vocabulary, self.needs_logps = vocabulary, needs_logps
+        self.live, self.records, self.needs_logps = live, records, needs_logps
 
     def generate(
         self,
@@ -306,11 +311,6 @@ class Replay:
                 )
             ids += own
             logps += [math.nan if value is None else value for value in known]
-        if ids and max(ids) >= self.vocabulary:
-            raise RecordError(
-                f"{place}: got the token {max(ids)}, but the model embeds {self.vocabulary}; give "
-                "paths of the same tokenizer"
-            )
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
 
 
@@ -331,7 +331,10 @@ def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Ma
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{place}: not JSON ({error}); take the line out") from error
+        raise RecordError(
+            f"{place}: not JSON ({error}); expected an object of a path per line, as the "
+            "paths.jsonl of a run holds them: give such a file, or take the line out"
+        ) from error
     wrong = _wrong(record) if isinstance(record, dict) else f"a {type(record).__name__}"
     if wrong:
         raise RecordError(
