@@ -131,9 +131,9 @@ def replay(tmp_path, random_qwen2):
         names = ("questions", "prompts", "temperature")
         expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
-        records = Records(cfg, Expected(spelled, **expected))
+        records = Records(cfg, Expected(spelled, 53, **expected))
         live = HFEngine(random_qwen2(), max_batch=4)
-        return Replay(live, records, vocabulary=53, needs_logps=needs)
+        return Replay(live, records, needs_logps=needs)
 
     return make
 
@@ -192,6 +192,10 @@ DAMAGE = [
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
     ([{**LINE, "logps": ["a"]}], "got logps"),
+    (
+        [LINE, {**LINE, "index": 1, "ids": [53]}],
+        "line 2: got the token 53, but the model embeds 53",
+    ),
     ([LINE, LINE], "line 2: path 0 of the prior stream of question 'q' of step 1 stands at"),
 ]
 
@@ -274,7 +278,6 @@ def test_a_gap_is_found_before_the_first_step_and_an_early_end_is_told(replay):
 
 LATE = [
     ({}, {"step": 1}, "no path 0 of the prior stream of question 'q' for step 2, expected a line"),
-    ({"ids": [60, 3], "logps": [0, 0]}, {}, "got the token 60, but the model embeds 53"),
     ({"logps": [0.0]}, {}, "got 1 numbers as logps, expected 3, one per token"),
 ]
 
