@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, weights_of, whole
 
-from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea
+from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea, guard_only
 from vpgea_fast.objectives.guards import EARLY, VIEWS
 from vpgea_fast.objectives.unread import rules
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
@@ -172,6 +172,19 @@ def test_without_a_guard_nothing_is_scored_or_said_of_it():
     assert not {"guard_caught", "guard_nats"} & Vpgea().terms(batch(), {}).metrics.keys()
     with pytest.raises(ValueError, match="leak_guard: got 'max_kl' with posterior: false"):
         Vpgea(leak_guard="max_kl", posterior=False)
+
+
+def test_what_kappa_reads_too_is_no_cost_of_the_guard():
+    wrong = Score("posterior", "counterfactual", "thought")
+    for more, only in (
+        ({"leak_guard": "counterfactual"}, {VIEWS[0], wrong}),
+        ({"leak_guard": "counterfactual", "utility": "elbo", "kappa": 0.1}, {wrong}),
+        ({"leak_guard": "max_kl", "utility": "elbo", "kappa": 0.1}, set()),
+        ({"utility": "elbo", "kappa": 0.1}, set()),
+        ({"leak_guard": "early_answer"}, {EARLY}),
+    ):
+        assert guard_only(Vpgea(**more)) == only
+    assert guard_only(Grpo()) == set()
 
 
 def test_the_elbo_ranks_a_rejected_path_below_every_accepted_one():

@@ -221,6 +221,11 @@ u_post_p10 | nats
     10th percentile of U over the teacher's paths.
 u_post_p50 | nats
     Median of U over the teacher's paths.
+len_data | tokens
+    Mean thought length of the responses that the data gives, where the objective imitates those
+    (sft): then there is no metric of the student's paths.
+acc_data | share
+    Share of these whose answer is right: what the checker thinks of the data.
 acc_student | share
     Share of the student's paths whose sampled answer is right.
 acc_teacher | share
@@ -388,7 +393,8 @@ grad_norm_distill | norm
         "Every step; plan_* with every update.",
         _table("""
 tokens_generated | tokens
-    Tokens sampled in this step, those of replaced questions included.
+    Tokens sampled in this step, those of replaced questions included; 0 of responses that the data
+    gives.
 tokens_trained | tokens
     Prompt and thought tokens of all rows that have a gradient.
 tokens_gated_off | tokens
@@ -415,10 +421,13 @@ time_rollout_s | s
 time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
-    Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
+    Log-probs that the objective needs beside U and its leak guard: kappa's, or the reference
+    policy's.
+time_guard_s | s
+    Log-probs that its leak guard alone reads; with objective.leak_guard.
 time_guard_ratio | share
-    What the leak guard cost: time_logps_s / seconds of all phases of the step; with
-    objective.leak_guard.
+    What the leak guard cost: time_guard_s / seconds of all phases of the step; 0 where kappa reads
+    the same. With objective.leak_guard.
 time_advantage_s | s
     Advantages and coefficients.
 time_importance_s | s

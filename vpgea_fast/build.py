@@ -18,7 +18,7 @@ import torch
 
 from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
 from vpgea_fast.checkpoint import Saver
-from vpgea_fast.collect import Collector
+from vpgea_fast.collect import Collector, check_questions
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World, full_weights
@@ -93,15 +93,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
-        # A collective where a thread writes: it opens connections of its own.
-        saver = Saver(
-            Path(cfg.run.dir),
-            world=world,
-            model=policy,
-            optimizer=optimizer,
-            keep_last=cfg.checkpoint.keep_last,
-            background=cfg.checkpoint.background,
-        )
+        saver = _build_saver(cfg, world, policy, optimizer)
         # Before the engine: a vLLM that samples leaves no room to load in.
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
@@ -115,6 +107,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
 
         def hand_over() -> None:
+            # Probed each time: paths of stale weights would be trained on as the policy's own.
             engine.load_weights(full_weights(policy))
             probe()
 
@@ -177,6 +170,8 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
+    known = {"prompt": text.prompter.prompt, "responses": text.prompter.responses}
+    check_questions(cfg, intake.questions, **known, verify=verifier.verify)
     check_reference(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
@@ -188,6 +183,20 @@ def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
     """The function that gives the log-probs of rows under a policy. It is a collective."""
     return lambda rows: passes(
         lambda batch, _: policy.logprob(batch, temperature=temperature), rows
+    )
+
+
+def _build_saver(
+    cfg: Config, world: World, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Saver:
+    """Make what saves checkpoints. A collective where a thread writes: it opens connections."""
+    return Saver(
+        Path(cfg.run.dir),
+        world=world,
+        model=policy,
+        optimizer=optimizer,
+        keep_last=cfg.checkpoint.keep_last,
+        background=cfg.checkpoint.background,
     )
 
 
@@ -250,10 +259,11 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
         yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
     yield f"prompt tokens: {length_report(intake.questions)}"
+    paths, samples = ("responses", "of the data") if draws.given else ("paths", "samples")
     yield (
         f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
-        f"questions x {draws.paths} paths = "
-        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} samples"
+        f"questions x {draws.paths} {paths} = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"

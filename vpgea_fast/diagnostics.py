@@ -32,9 +32,13 @@ Scored = Sequence[tuple[TrainRow, torch.Tensor]]
 """Rows, each with its log-probs just before an update."""
 
 
-def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
+def batch_metrics(batch: ScoredBatch, *, given: bool = False) -> dict[str, float | None]:
     """Compute lengths, truncation and utility quantiles of every stream, and accuracies where
-    answers were verified."""
+    answers were verified. `given`: the prior paths are responses of the data, and say nothing of
+    the student."""
+    if given:
+        found = _stream_metrics(batch.prior, name="data", who="data")
+        return {key: found[key] for key in ("len_data", "acc_data") if key in found}
     drawn = batch.reference
     return merge(
         _stream_metrics(batch.prior, name="prior", who="student"),
@@ -229,8 +233,10 @@ def work_metrics(
     rows: Sequence[TrainRow],
     *,
     seconds: dict[str, float],
+    given: bool = False,
 ) -> dict[str, float | int]:
-    """Count tokens generated, trained, and not trained because their coefficient is zero."""
+    """Count tokens generated (none of responses that are `given`), trained, and not trained because
+    their coefficient is zero."""
     # What a step would train if nothing were gated off, term by term.
     possible = sum(
         part_row(question, path, term).tokens
@@ -239,7 +245,7 @@ def work_metrics(
     )
     trained = sum(row.tokens for row in rows)
     # Replaced questions are in no batch, but their paths took as long to draw.
-    generated = batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
+    generated = 0 if given else batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
     counts = {
         "tokens_generated": generated,
         "tokens_trained": trained,
@@ -310,6 +316,7 @@ def _path_lines(
     pairs, count = batch.pairs(stream)[:limit], columns.correct_BP.shape[1]
     lines = []
     for place, (question, path) in enumerate(pairs):
+        # (b, i): `pairs` goes through a question's paths before the next one's.
         at = divmod(place, count)
         correct = columns.correct_BP[at].item()
         lines.append(

@@ -272,6 +272,7 @@ class ScoredBatch:
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""
+        # The reference policy too draws from the student's prompt.
         return self.posterior_view if stream == "posterior" else "student"
 
     def token_counts(self, stream: Stream, part: Part) -> Tensor:
@@ -289,7 +290,9 @@ class ScoredBatch:
         else:
             whole = part == "response"
             counts = [
-                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g] for g in columns.paths
+                # `whole` is 0 for an answer alone.
+                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g]
+                for g in columns.paths
             ]
         return torch.tensor(counts, dtype=torch.float64).view_as(columns.length_BP).clamp(min=1.0)
 
@@ -311,6 +314,7 @@ def with_questions(
 ) -> list[tuple[PromptedQuestion, Path]]:
     """Every path of the groups with its question as the path was asked it, in their order."""
     return [
+        # With fields of an objective a path was asked in a prompt of its own.
         (path.asked or q, path)
         for q, group in zip(questions, groups, strict=True)
         for path in group
@@ -327,6 +331,7 @@ def _select(record: Columns, keep: Sequence[int]) -> Columns:
             return value[list(keep)]
         if isinstance(value, ScoredPaths):
             return _select(value, keep)
+        # Log-probs stay whole: they are found by a path's key, which a cut does not change.
         return tuple(value[i] for i in keep) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
@@ -340,6 +345,7 @@ def _join(record: Columns, other: Columns) -> Columns:
             return _join(a, b)
         if isinstance(a, Mapping):  # a score -> what each batch has of it
             return {key: {**a[key], **b[key]} for key in a}
+        # A fact of the step (its view, its token limit) is the same in both.
         return (*a, *b) if isinstance(a, tuple) else a
 
     # By field: a new column is selected and joined without a line here.
@@ -384,8 +390,10 @@ class TrainRow:
     4
     """
 
+    # (c,) and (n,) int64, on the CPU until they are packed.
     context_ids: Tensor
     token_ids: Tensor
+    # (n,), float64 where the row is trained.
     coef: Tensor
     stream: Stream
     view: View
@@ -414,6 +422,7 @@ class TrainRow:
         """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""
         if self.live is None:
             return self.coef * now
+        # Detached: this is for the log, and the coefficients carry the gradient.
         return self._scaled(self._alive(now.detach()))
 
     def at(self, now: Tensor) -> TrainRow:
@@ -445,6 +454,7 @@ class TrainRow:
         return loss
 
     def _scaled(self, values: Tensor) -> Tensor:
+        # Of the whole loss: the hold to a reference has the normaliser of its term too.
         values = values * self.scale
         return values if self.factor is None else values * self.factor
 

@@ -296,6 +296,12 @@ class Config:
                 f"objective {self.objective.name!r} trains responses of the data, which no engine "
                 f"drew, with rollout.importance_cap {self.rollout.importance_cap}; set it to null"
             )
+        if draws.given and self.train.max_tokens is not None:
+            raise ValueError(
+                f"train.max_tokens {self.train.max_tokens} is never reached: objective "
+                f"{self.objective.name!r} trains responses of the data and samples no token; set "
+                "it to null, and train.steps"
+            )
         # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:
             raise ValueError(

@@ -7,6 +7,7 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -20,6 +21,7 @@ from pydantic import Field, PlainSerializer, TypeAdapter, ValidationError, WrapV
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from vpgea_fast.names import Score
 from vpgea_fast.objectives.base import (
     Draws,
     Keys,
@@ -80,6 +82,7 @@ __all__ = [
     "ask",
     "at_step",
     "check_terms",
+    "guard_only",
     "policy_rows",
     "reads_reference",
     "reference_rows",
@@ -121,6 +124,13 @@ def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**presets.get(str(section.get("preset", "paper")), {}), **section}
 
 
+def guard_only(objective: Objective) -> frozenset[Score]:
+    """The log-probs that nothing but the leak guard reads: what it costs."""
+    if not isinstance(objective, Vpgea):
+        return frozenset()
+    return objective.needs() - dataclasses.replace(objective, leak_guard="none").needs()
+
+
 @functools.cache
 def custom_type(target: str) -> type:
     """The type of a section with this target: the user's class, and the keys `name` and `target`.
@@ -159,6 +169,7 @@ def custom_type(target: str) -> type:
     return dataclass(frozen=True, config=STRICT)(whole)
 
 
+# What trainer, check, estimate and rows ask of any objective.
 METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
 
 
@@ -202,6 +213,7 @@ def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
 
 
 def _write(objective: Any) -> dict[str, Any]:
+    # By its own type: one of the user's is in no union.
     return TypeAdapter(type(objective)).dump_python(objective, mode="json")
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vpgea_fast.types import Live, ScoredBatch
 
 
+# Of a clip: from 1 on the ratio would have no lower bound.
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -273,6 +274,7 @@ class Terms:
         scores = {stream: dict(found) for stream, found in self.path_scores.items()}
         for stream, found in other.path_scores.items():
             for name, theirs in found.items():
+                # A copy, since `self` must stay as it is.
                 scores[stream][name] = scores[stream][name].clone()
                 scores[stream][name][whole_B] = theirs.to(scores[stream][name].dtype)
         return replace(
@@ -286,6 +288,7 @@ class Objective(Protocol):
     """A method. The keys of its section are the fields of the class, a frozen pydantic dataclass
     (`Keys` below has those that all of them share)."""
 
+    # Properties, here and below: the fields of a frozen record can stand for them.
     @property
     def name(self) -> str: ...
 
@@ -344,6 +347,7 @@ class Keys:
         refuse_unread(self)
 
     def at(self, _step: int, /) -> Any:
+        # The object itself: by it `at_step` sees that nothing has changed.
         return self
 
     def bounds(self) -> Mapping[str, tuple[int, ...]]:
@@ -359,6 +363,7 @@ class ClipKeys(Keys):
     """Keys of an objective whose weights are of the policy that drew the paths: what corrects the
     later updates of a rollout (`Term.later`)."""
 
+    # PPO's range, arXiv 1707.06347.
     clip_low: Share = 0.2
     """The ratio of later updates of a rollout is clipped below 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
@@ -375,6 +380,7 @@ class GroupKeys(ClipKeys):
 
     eps: PositiveFloat = 1e-6
     """Added to the standard deviation of the z-score."""
+    # torch and verl divide by G - 1: their advantages are smaller by sqrt((G - 1) / G).
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
     """0: divide the variance of the group by G; 1: by G - 1."""
     std_gate: NonNegativeFloat = 0.0
@@ -408,6 +414,7 @@ def policy_rows(objective: Objective) -> int:
 
 
 def _rows(objective: Objective, scores: Iterable[Score]) -> int:
+    # What a score costs: a row of every path of its stream, so a forward of prompt and path.
     counts = {stream: count for stream, _, count in objective.draws().plan}
     return sum(counts[score.stream] for score in scores)
 

@@ -132,6 +132,7 @@ class Vpgea(EtaKeys):
     answer_weight: PositiveFloat = 1.0
     """Weight of that imitation."""
 
+    # DAPO's, arXiv 2503.14476.
     clip_high: PositiveFloat = 0.28
     """That ratio is clipped above 1 + clip_high. What is distilled has no ratio: its paths are a
     fixed sample of a forward KL."""
@@ -139,11 +140,15 @@ class Vpgea(EtaKeys):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "robust": {
+            # One prior path at -60 nats among four pulls a mean down by 15: every path would pass.
             "baseline": "lme",
             "reward": "likelihood_mix",
             "clamp_u": True,
+            # Of 500 tokens on average, a path of 5 that only states the answer has eta 10.
             "eta_clip": (0.25, 4.0),
+            # In nats: differences below are noise of the scores.
             "eps": 1e-3,
+            # A z-score has no scale: it would blow up a group whose paths have become equal.
             "std_gate": 0.05,
             "leak_guard": "counterfactual",
         },
@@ -313,7 +318,8 @@ class Vpgea(EtaKeys):
         """The reference answer behind the distilled thoughts."""
         if self.train_answer == "none":
             return []
-        weight_BG = -self.answer_weight * gate_BG
+        # 1 where the gate is open: how far `relu` opens is for the distilled thoughts alone.
+        weight_BG = -self.answer_weight * gate_BG.ne(0).double()
         return [
             Term(
                 name="answer",

@@ -201,6 +201,7 @@ class Prompter:
         names, none = [repr(q.question.id) for q, *_ in flat], [""] * len(flat)
         thoughts = self._behind_thought(none, [thought for _, thought, *_ in flat], names)
         answers = self._behind_thought(none, [answer for *_, answer in flat], names)
+        # Trained too, where the tokenizer names one: a policy without an end never stops.
         tail = torch.tensor([end] if isinstance(end, int) else [], dtype=torch.long)
         closing, made = torch.tensor(self.think_close_ids), []
         for (q, _, closes, _), z_ids, own in zip(flat, thoughts, answers, strict=True):

@@ -82,10 +82,12 @@ class Records:
         self.torn: list[Place] = []
         self.notes: list[str] = []
         self.index = self._read()
+        # None where no line has a step: such a record does not end.
         self.last = max((step for step, *_ in self.index if step is not None), default=None)
 
     def find(self, key: Key) -> Place:
         """The line of a path of a step. RecordError where there is none."""
+        # A line without a step stands for every step.
         place = self.index.get(key) or self.index.get((None, *key[1:]))
         if place is None:
             raise RecordError(self._missing(key))
@@ -104,6 +106,7 @@ class Records:
                     f"{self.last}, or give more paths{self._torn()}"
                 )
                 return
+            # For its error: a gap is told before the model is read, and not in its step.
             self.find(key)
 
     def require_text(self, record: Mapping[str, Any], place: Place) -> None:
@@ -134,6 +137,7 @@ class Records:
         counts: Counter[tuple[int | None, str, str]] = Counter()
         for place, (step, number), record in self._lines():
             by_question = self.cfg.match == "question"
+            # By question the steps and numbers of the run that recorded mean nothing.
             group = (None if by_question else step, record["question_id"], record["stream"])
             # Without a number of its own a line is the next of its group.
             key = (*group, counts[group] if number is None or by_question else number)
@@ -157,6 +161,7 @@ class Records:
     ) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
         for file in self.cfg.paths:
             try:
+                # Bytes, so that a line can be sought: a place in decoded text is none in the file.
                 with FilePath(file).open("rb") as lines:
                     offset = 0
                     for number, line in enumerate(lines, 1):
@@ -237,11 +242,14 @@ class Replay:
 
     def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
         """See RolloutEngine. Either all requests are paths of a step, or none is."""
+        # Evaluations, answers that score a path, and probes: nobody records them.
         if any(request.step is None for request in requests):
             return self.live.stream(requests, sampling)
         self.check(requests, sampling)
         return (
-            [Ended(place, self._path(request, sampling))] for place, request in enumerate(requests)
+            # One at a time: a line is read when its path is taken.
+            [Ended(place, self._path(request, sampling))]
+            for place, request in enumerate(requests)
         )
 
     @property
@@ -270,6 +278,7 @@ class Replay:
 
     def _path(self, request: SampleRequest, sampling: Sampling) -> Path:
         assert request.step is not None
+        # A run counts steps from 0, and its records from 1.
         own: Key = (request.step + 1, request.question_id, request.stream, request.index)
         place = self.records.find(own)
         line = _line_at(place)
@@ -298,6 +307,7 @@ class Replay:
         ids, logps = [], []
         for name, of in (("ids", "logps"), ("answer_ids", "answer_logps")):
             own = record.get(name, [])
+            # Unknown log-probs become NaN below: a 0 would pass for a certain token.
             known = record.get(of, [None] * len(own))
             if len(known) != len(own) or (self.needs_logps and None in known):
                 raise RecordError(
@@ -306,6 +316,7 @@ class Replay:
                 )
             ids += own
             logps += [math.nan if value is None else value for value in known]
+        # On a GPU the embedding would end the process without naming the token.
         if ids and max(ids) >= self.vocabulary:
             raise RecordError(
                 f"{place}: got the token {max(ids)}, but the model embeds {self.vocabulary}; give "

@@ -22,11 +22,11 @@ from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.stop import Stop, bound_command
 from vpgea_fast.sweep.inputs import changed
-from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 
 Record = dict[str, Any]
-GUARD = ("guard_caught", "time_guard_ratio")
-"""What a run logs of its leak guard in every step."""
+GUARD = ("guard_caught", "lexical_caught", "short_caught", "time_guard_ratio")
+"""What a run logs of its guards in every step."""
 MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
 """What a record keeps of the environment of its run."""
 ENDED = (0, 3)
@@ -63,6 +63,7 @@ class Pool:
                 while waiting and len(self.active) < self.jobs:
                     self._take(waiting.popleft())
                 self._collect()
+                # A look costs microseconds, and a run takes seconds at least.
                 time.sleep(0.05)
         finally:
             self._end()
@@ -139,11 +140,13 @@ class Pool:
             if process.poll() is None:
                 continue
             del self.active[process]
+            # A run that was interrupted is timed from its resume, which is no time of a run.
             seconds = None if began is None else round(time.monotonic() - began, 1)
             self._finish(cell, process.returncode, seconds)
 
     def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
         run = Path(cell.cfg.run.dir)
+        # Status 2 is a refusal's too; only a run that diverged has written its rows.
         diverged = status == 2 and any(run.glob("nonfinite_step_*.jsonl"))
         if status not in ENDED and not diverged:
             log = self.out / "logs" / f"{cell.name}.txt"
@@ -194,8 +197,7 @@ def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Rec
         "ended": "diverged" if diverged else "done",
         **halted,
         "steps": steps,
-        # Responses of the data are read, though the run's log counts them.
-        "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
+        "tokens_generated": drawn,
         **guard_facts(lines),
         "select": list(split.select),
         "test": list(split.test),
@@ -219,7 +221,7 @@ def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]
 
 
 def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run's leak guard caught and cost, means over its steps; {} without one."""
+    """What a run's guards caught and cost, means over its steps; {} without one."""
     known = {key: [s[key] for s in steps if s.get(key) is not None] for key in GUARD}
     return {key: fmean(values) for key, values in known.items() if values}
 
@@ -254,6 +256,7 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".sweep").open("a+") as mine, (out / ".runs").open("a+") as theirs:
         try:
+            # A lock of this process alone: what it starts inherits a flock, and no lockf.
             fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SweepError(
@@ -269,4 +272,5 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
 
 def cores() -> int:
     """Count the cores that this process may use."""
+    # A container or taskset may give fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
