@@ -28,11 +28,13 @@ def prompted(
     cue: Sequence[int] | torch.Tensor,
     target: Sequence[int] | torch.Tensor,
     answer: str = "7",
+    close: int = 9,
 ) -> PromptedQuestion:
     return PromptedQuestion(
         question=Question(id=name, text="?", answer=answer),
         student_ids=torch.as_tensor(student),
         teacher_ids=torch.as_tensor(teacher),
+        close_ids=torch.tensor([close]),
         cue_ids=torch.as_tensor(cue),
         target_ids=torch.as_tensor(target),
     )

@@ -437,7 +437,6 @@ def test_every_path_is_asked_scored_and_trained_behind_its_own_prompt(budgets):
         utilities = answer_likelihood(
             collector.row_logprobs,
             batch.pairs("prior"),
-            think_close_id=collector.sampling.think_close_id,
             u_norm=cfg.scoring.u_norm,
         )
     pairs = {path.key: (q, path) for s in ("posterior", "prior") for q, path in batch.pairs(s)}

@@ -30,7 +30,7 @@ from vpgea_fast.model import Policy, load_policy, make_replica
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
-from vpgea_fast.prompts import length_report
+from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
@@ -273,12 +273,17 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     if stages.reference is not None:
         yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
     yield from stages.notes
-    yield from _caveats(cfg)
+    yield from _caveats(cfg, prompter)
 
 
-def _caveats(cfg: Config) -> Iterator[str]:
+def _caveats(cfg: Config, prompter: Prompter) -> Iterator[str]:
     """Say what a user of these settings should know before trusting the curves."""
     yield from cfg.objective.notes()
+    if prompter.tag is not None:
+        yield (
+            f"prompt.think_close {prompter.tag.text!r} is {len(prompter.tag.ids)} tokens of this "
+            "model: a thought ends where its text says so"
+        )
     yield from loose_limits(cfg)
     yield from unread_keys(cfg)
     # Legal settings all: a measurement may want them, so they are said and not refused.

@@ -220,7 +220,8 @@ def draws(
         paths.append((*most("teacher"), new))
     if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
         what, prompt = max((most(view) for view in _scored_views(objective)), key=lambda m: m[1])
-        paths.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
+        close = max([1, *(q.close_ids.numel() for q in questions)])
+        paths.append((f"{what}, answers after its thought", prompt + thought + close, answer))
     for name, benchmark in benchmarks.items():
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
         what = f"benchmark {name}, question {question.id}"
@@ -261,7 +262,10 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
     if cfg.objective.draws().targets:
         views.add("student")
     tails = [0] + [
-        room(q.context(v)) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+        room(q.context(v))
+        + len(q.close_ids)
+        + len(q.cue_ids)
+        + max(map(len, (q.target_ids, *q.variant_ids)))
         for q in questions
         for v in views
     ]

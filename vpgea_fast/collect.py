@@ -385,7 +385,6 @@ class Collector:
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
-            think_close_id=self.sampling.think_close_id,
             u_norm=self.cfg.scoring.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
@@ -408,7 +407,7 @@ class Collector:
         term = Term(
             name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
         )
-        return [part_row(q, path, term, self.sampling.think_close_id) for q, path in pairs]
+        return [part_row(q, path, term) for q, path in pairs]
 
     def _misled(self, questions: Sequence[PromptedQuestion], step: int) -> list[PromptedQuestion]:
         """See `misled`."""
@@ -495,7 +494,6 @@ class Collector:
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
-            think_close_id=self.sampling.think_close_id,
             u_norm=self.cfg.scoring.u_norm,
             view=view,
         )
@@ -509,7 +507,7 @@ class Collector:
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
-            prompt = after_thought(question.context(view), path, self.sampling.think_close_id)
+            prompt = after_thought(question, view, path)
             # A name of its own, and J numbers per path: no answer shares its seed with a thought or
             # with an answer to another path.
             name = f"{path.question_id}/answer"
@@ -549,6 +547,7 @@ class Collector:
             [question.question.answer for question, _ in pairs],
             decode=self.decode,
             verify=self.verifier.verify,
+            tag=self.sampling.tag,
         )
 
 

@@ -195,7 +195,8 @@ class Evaluator:
 
     def judge(self, paths: Sequence[Path], golds: Sequence[str]) -> torch.Tensor:
         """Judge every path against its gold answer: (len(paths),) float64 of 1.0 and 0.0."""
-        return answers_correct(paths, golds, decode=self.decode, verify=self.verifier.verify)
+        asked: Any = {"decode": self.decode, "verify": self.verifier.verify}
+        return answers_correct(paths, golds, **asked, tag=self.sampling.tag)
 
     def answers(
         self,
@@ -240,7 +241,7 @@ def make_sampling(
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
     # The largest id decides: the embedding has rows 0 to rows - 1.
-    largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
+    largest = max(*prompter.think_open_ids, *prompter.think_close_ids, *ends)
     if largest >= rows:
         raise ValueError(
             f"the tokenizer's {tokenizer.convert_ids_to_tokens(largest)!r} is token {largest}, but "
@@ -253,7 +254,8 @@ def make_sampling(
         full_answer=cfg.full_answer,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        think_close_id=prompter.think_close_id,
+        think_close_id=-1 if prompter.tag else prompter.think_close_ids[0],
+        tag=prompter.tag,
         eos_ids=ends,
     )
 

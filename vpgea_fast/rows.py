@@ -69,13 +69,11 @@ def build_rows(
     terms: Terms,
     scale: Scale,
     *,
-    think_close_id: int = -1,
     ratios: Mapping[PathKey, torch.Tensor] | None = None,
     several: bool = False,
 ) -> list[TrainRow]:
     """One row for every path of a term that acts on it; the others do not exist.
 
-    think_close_id  closes a cut thought before the reference answer (part `target` alone)
     ratios          a factor per token for paths drawn by another sampler than the policy, under
                     every prompt alike: as many numbers as the path has tokens, or more. Of the KL
                     to a reference too, which is a mean over what the policy would draw
@@ -93,7 +91,7 @@ def build_rows(
         for (question, path), acting, weight, close, factor in columns:
             if not acting:
                 continue
-            row = part_row(question, path, term, think_close_id)
+            row = part_row(question, path, term)
             if row.token_ids.numel():
                 weight = _with_close(row, path, weight, close)
                 row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
@@ -199,9 +197,7 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
     return rows
 
 
-def part_row(
-    question: PromptedQuestion, path: Path, term: Term, think_close_id: int = -1
-) -> TrainRow:
+def part_row(question: PromptedQuestion, path: Path, term: Term) -> TrainRow:
     """The part of a path that a term trains behind its context; coefficients zero."""
     context, logps = question.context(term.view), None
     if term.part == "thought":
@@ -213,7 +209,7 @@ def part_row(
         context, tokens = torch.cat([context, path.z_ids]), path.answer_ids
         logps = path.response_logps[path.z_ids.numel() :]
     else:
-        thought = after_thought(context, path, think_close_id)
+        thought = after_thought(question, term.view, path)
         context, tokens = torch.cat([thought, question.cue_ids]), question.target_ids
     return TrainRow(
         context_ids=context,

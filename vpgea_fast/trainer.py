@@ -242,9 +242,9 @@ class Trainer:
         self, batch: ScoredBatch, terms: Terms, ratios: Mapping[PathKey, torch.Tensor] | None
     ) -> Updates:
         """The rows of every update of this step, in order."""
-        scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
+        scale = Scale.of(self.cfg)
         epochs, several = self.cfg.train.epochs, self.cfg.train.updates > 1
-        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios, several=several)
+        rows = build_rows(batch, terms, scale, ratios=ratios, several=several)
         return minibatches(batch, rows, scale.updates) * epochs
 
     def first_pass(self, updates: Updates) -> list[TrainRow]:

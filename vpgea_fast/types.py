@@ -52,14 +52,15 @@ class PromptedQuestion:
 
     `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
-    `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
-    the values that an objective put into both prompts (`Draws.fields`).
+    `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids,
+    with `close_ids` behind a z that was cut. All are 1-D int64 tensors on the CPU. `variant_ids`
+    spell the other accepted answers. `fields` are the values that an objective put into both
+    prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
     >>> both = {"student_ids": ids([1, 5]), "teacher_ids": ids([1, 5, 9])}
-    >>> end = {"cue_ids": ids([7]), "target_ids": ids([8])}
+    >>> end = {"close_ids": ids([9]), "cue_ids": ids([7]), "target_ids": ids([8])}
     >>> PromptedQuestion(question=q, **both, **end).context("student").tolist()
     [1, 5]
     """
@@ -67,6 +68,7 @@ class PromptedQuestion:
     question: Question
     student_ids: Tensor
     teacher_ids: Tensor
+    close_ids: Tensor
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()

@@ -260,11 +260,12 @@ class PromptConfig:
     teacher_role: Literal["user", "system"] = "user"
     """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
-    # Where a thought begins and ends; both must be single tokens of the model.
+    # Where a thought begins and ends.
     think_open: str = "<think>"
-    """Token that opens a thought."""
+    """Tag that opens a thought."""
     think_close: str = "</think>"
-    """Token that closes a thought."""
+    """Tag that closes a thought. Where the model spells it with several tokens, a thought ends at
+    the first token with which its text holds the tag."""
     think_prefix: str = "<think>\n"
     """Text that both views must end with; appended where the chat template does not end so."""
     # What U scores behind the thought: log P of the target's tokens, with the cue as context.

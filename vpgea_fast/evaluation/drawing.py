@@ -23,6 +23,7 @@ from vpgea_fast.distributed import World
 from vpgea_fast.evaluation.folder import Folder, Outcome, Plan
 from vpgea_fast.evaluation.records import Key, Mode, Note, Sample
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, in_waves
+from vpgea_fast.scoring import answer_text
 from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify.predictions import prediction
 
@@ -184,7 +185,7 @@ def sample_of(
     """Make the record of the answer at a place of a part."""
     question, request = part.questions[place], part.requests[place]
     # A cut thought has no answer, and no answer may be found inside a thought.
-    answer = decode(path.answer_ids) if path.closed else ""
+    answer = answer_text(path, decode, part.sampling.tag) if path.closed else ""
     return Sample(
         benchmark=part.benchmark,
         mode=part.mode,
