@@ -141,10 +141,10 @@ def wide_norm(self, hidden):
     return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def gaps(words, how=""):
+def gaps(words, how="", kind=None):
     """For each update of each step: how far its gradient is from the formula's, relative, and its
     logged loss; then how many tokens are clipped above and below, and how far the policy has moved,
-    in nats."""
+    in nats. The formula is a Formula's, or that of another `kind`."""
     from transformers.models.qwen2 import modeling_qwen2
 
     warnings.filterwarnings("ignore", message=".*of 2 processes")
@@ -166,7 +166,7 @@ def gaps(words, how=""):
     for step, (batch, updates) in enumerate(seen):
         assert len(updates) == cfg.train.minibatches * cfg.train.epochs
         model.load_state_dict(updates[0][0], strict=False)
-        formula = Formula(cfg, batch, model, reference, step=step, close=close)
+        formula = (kind or Formula)(cfg, batch, model, reference, step=step, close=close)
         for number, (weights, gradient, metrics) in enumerate(updates):
             model.load_state_dict(weights, strict=False)
             model.zero_grad()

@@ -21,7 +21,6 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import GIB
-from vpgea_fast.objectives import scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
@@ -176,8 +175,8 @@ def draws(
     paths = [(*student, new)]
     if objective.draws().teacher:
         paths.append((*most("teacher"), new))
-    if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
-        what, prompt = max((most(view) for view in _scored_views(objective)), key=lambda m: m[1])
+    if cfg.answers_behind:  # behind </think>
+        what, prompt = max((most(view) for view in _answered_views(cfg)), key=lambda m: m[1])
         paths.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
     for name, benchmark in benchmarks.items():
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
@@ -187,10 +186,15 @@ def draws(
     return paths
 
 
-def _scored_views(objective: Any) -> set[View]:
-    needs = [s for s in objective.needs() if s.part == "target" and s.who == "policy"]
+def _answered_views(cfg: Config) -> set[View]:
+    """Views in which answers are sampled behind thoughts."""
+    attempts: set[View] = {"student"} if cfg.objective.draws().attempts else set()
+    if cfg.scoring.u_source != "accuracy":
+        return attempts
+    needs = [s for s in cfg.objective.needs() if s.part == "target" and s.who == "policy"]
     # A thought cut early has a shorter row than the whole one, and is never answered by sampling.
-    return {s.view for s in needs if s.view in ("teacher", "student")}
+    scored: set[View] = {s.view for s in needs if s.view in ("teacher", "student")}
+    return attempts | scored
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -223,6 +227,8 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
         for q in questions
         for v in views
     ]
+    if cfg.objective.draws().attempts:
+        tails += [room(q.student_ids) + cfg.rollout.max_answer_tokens for q in questions]
     thought = cfg.rollout.max_new_tokens
     return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 

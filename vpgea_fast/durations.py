@@ -286,7 +286,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    elif scores_answers(objective):  # J short answers behind every thought, which they share
+    if cfg.answers_behind:  # J short answers behind every thought, which they share
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,
@@ -294,7 +294,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
             mean=min(rates.answer, cfg.rollout.max_answer_tokens),
             limit=cfg.rollout.max_answer_tokens,
         )
-        scoring = _drawing(cfg, rates, sizes, answers)
+        scoring += _drawing(cfg, rates, sizes, answers)
     # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole

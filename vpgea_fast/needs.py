@@ -380,9 +380,7 @@ def _unused(plan: Plan) -> set[str]:
         "offload_mfu": cfg.parallel.cpu_offload,
         "decode": not cfg.samples_itself,
         "hf_decode": cfg.samples_itself,
-        "answer": cfg.rollout.full_answer
-        or plan.answers
-        or (scores_answers(cfg.objective) and cfg.scoring.u_source == "accuracy"),
+        "answer": cfg.rollout.full_answer or plan.answers or cfg.answers_behind,
         "accepted": cfg.objective.draws().posterior,
         "wake": cfg.colocated,
         "write": not cfg.checkpoint.background,

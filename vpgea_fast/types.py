@@ -113,6 +113,19 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """An answer sampled behind a thought to score it, in the student's view: ids (m,) int64, and
+    whether it is right.
+
+    >>> Attempt(ids=torch.tensor([7]), right=True).right
+    True
+    """
+
+    ids: Tensor
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Path:
     """One sampled reasoning path: token ids as the engine drew them, never re-tokenised text.
 
@@ -123,6 +136,7 @@ class Path:
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
     asked      its question with prompts of its own, where the objective gives it fields
+    attempts   answers sampled behind a closed thought, where the objective asks (`Draws.attempts`)
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -141,6 +155,7 @@ class Path:
     finish: Finish
     answer_logps: Tensor | None = None
     asked: PromptedQuestion | None = None
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def key(self) -> PathKey:
@@ -206,6 +221,12 @@ class ScoredPaths:
     closed_BP: Tensor
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of each path's attempts that are right, (B, P) float64; 0 of a path without any."""
+        shares = [sum(a.right for a in p.attempts) / max(1, len(p.attempts)) for p in self.flat]
+        return self.length_BP.new_tensor(shares).view_as(self.length_BP)
 
     @property
     def flat(self) -> list[Path]:

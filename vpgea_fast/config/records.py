@@ -26,7 +26,7 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
-from vpgea_fast.objectives import DEFAULT, ObjectiveConfig
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, scores_answers
 from vpgea_fast.values import (
     STRICT,
     Minutes,
@@ -234,6 +234,12 @@ class Config:
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
 
     @property
+    def answers_behind(self) -> bool:
+        """Whether answers are sampled behind finished thoughts, to score these."""
+        scored = scores_answers(self.objective) and self.scoring.u_source == "accuracy"
+        return scored or self.objective.draws().attempts
+
+    @property
     def replay(self) -> ReplayEngineConfig:
         """The engine where it replays; ValueError for a reader that has not asked."""
         if isinstance(self.engine, ReplayEngineConfig):
@@ -294,6 +300,11 @@ class Config:
                 f"objective {self.objective.name!r} scores thoughts cut before they state the "
                 "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
                 "another leak_guard"
+            )
+        if draws.u_norm and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} reads log-likelihoods of the reference answer, "
+                "but scoring.u_source is 'accuracy'; set it to likelihood"
             )
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:

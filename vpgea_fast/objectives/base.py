@@ -49,6 +49,9 @@ class Draws:
     texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
+    attempts          scoring.answer_samples answers are sampled behind every closed thought, in the
+                      student's view, judged and kept (`Path.attempts`)
+    u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -67,6 +70,8 @@ class Draws:
     texts: bool = False
     joint: bool = False
     targets: bool = False
+    attempts: bool = False
+    u_norm: Literal["sum", "mean"] | None = None
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 

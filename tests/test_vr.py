@@ -1,0 +1,426 @@
+"""Variational Reasoning (arXiv 2509.22637) against its formulas: every update of a real trainer,
+and bounds, weights and variances by enumeration."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from batches import prompted, sampled, scored, whole
+from ranks import run_ranks
+from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
+
+from vpgea_fast import config
+from vpgea_fast.objectives import VrTheta, check_terms
+from vpgea_fast.objectives.guards import VIEWS
+from vpgea_fast.objectives.vr import log_mean, shares
+from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.trainer import Trainer
+from vpgea_fast.types import Attempt
+from vpgea_fast.updates import plain, revived
+
+ids = torch.tensor
+J = 3
+
+
+class Variational:
+    """The loss of one update of a step, as the paper writes it: over full logits, with nothing of
+    the trainer's but token ids, verdicts and weights."""
+
+    def __init__(self, cfg, batch, model, *_, **_place):
+        self.keys, self.batch = cfg.objective, batch
+        self.temperature, self.updates = cfg.rollout.temperature, cfg.train.minibatches
+        with torch.no_grad():
+            self.weights = [self.shares(model, b) for b in range(B)]
+
+    def thought(self, model, b, path, view):
+        question = self.batch.questions[b]
+        context = question.student_ids if view == "student" else question.teacher_ids
+        return logps_of(model, context, path.z_ids, self.temperature)
+
+    def reference_answer(self, model, b, path):
+        question = self.batch.questions[b]
+        context = torch.cat([question.student_ids, path.z_ids, question.cue_ids])
+        return logps_of(model, context, question.target_ids)
+
+    def right_answers(self, model, b, path):
+        """log p of each sampled answer that is right."""
+        context = torch.cat([self.batch.questions[b].student_ids, path.z_ids])
+        right = [a.ids for a in path.attempts if a.right]
+        return [logps_of(model, context, ids, self.temperature).sum() for ids in right]
+
+    def factor(self, model, b, path):
+        """f of a path, a plain number or one with a gradient."""
+        if not path.closed:
+            return 0.0
+        if self.keys.estimator == "accuracy":
+            assert len(path.attempts) == J
+            return sum(a.right for a in path.attempts) / J
+        log_y = self.reference_answer(model, b, path)
+        return (log_y.sum() if self.keys.estimator == "likelihood" else log_y.mean()).exp()
+
+    def ratio(self, model, b, path):
+        """pi / q, a number with the gradient of pi; by logs, as thoughts are long."""
+        log_pi, log_q = (self.thought(model, b, path, view) for view in ("student", "teacher"))
+        gap = log_pi - log_q.detach()
+        return gap.sum() if self.keys.ratio == "exact" else gap.mean()
+
+    def shares(self, model, b):
+        """Self-normalised weights; divided by the largest before they are numbers."""
+        paths = self.batch.posterior.paths[b]
+        factors = [float(self.factor(model, b, path)) for path in paths]
+        logs = [float(self.ratio(model, b, path)) for path in paths]
+        top = max(logs)
+        rho = [f * math.exp(log - top) for f, log in zip(factors, logs, strict=True)]
+        return [r / sum(rho) if sum(rho) else 0.0 for r in rho]
+
+    def loss(self, model, part, found):
+        losses = [p.sum() * 0 for p in model.parameters()]
+        for b in range(part * B // self.updates, (part + 1) * B // self.updates):
+            if self.batch.lost_B[b]:
+                found["kinds"].add("lost")
+                continue
+            losses += self.theta(model, b, found)
+        return self.updates / (B * C) * torch.stack(losses).sum()
+
+    def theta(self, model, b, found):
+        if not any(self.weights[b]):
+            found["kinds"].add("skipped")
+        for path, weight in zip(self.batch.posterior.paths[b], self.weights[b], strict=True):
+            if not weight:
+                found["kinds"].add("none is right" if path.closed else "cut")
+                continue
+            found["kinds"].add("weighed" if weight < 1 else "alone")
+            answers = self.right_answers(model, b, path)
+            if not self.keys.trains_sampled:
+                answers = [self.reference_answer(model, b, path).sum()]
+            answer = sum(answers) / len(answers)
+            yield -weight * (self.thought(model, b, path, "student").sum() + answer)
+
+
+class Bound(Variational):
+    """- L_K itself: autograd finds weights and gradients alone."""
+
+    def loss(self, model, part, found):
+        assert part == 0  # the weights of a later update are those of the first
+        losses = []
+        for b in range(B):
+            paths = [path for path in self.batch.posterior.paths[b] if path.closed]
+            found["kinds"].add("whole" if len(paths) == P else "cut")
+            logs = [
+                self.ratio(model, b, path) + self.reference_answer(model, b, path).sum()
+                for path in paths
+            ]
+            losses.append(-(torch.stack(logs).logsumexp(0) - math.log(P)))
+        return torch.stack(losses).sum() / (B * C)
+
+
+SHORT = {"rollout.max_new_tokens": 72, "train.minibatches": PARTS, "train.epochs": EPOCHS}
+ONE = {"rollout.max_new_tokens": 240, "train.minibatches": 1, "train.epochs": 1}
+LIKELY = {"rollout.temperature": 1.0}
+CASES = {
+    "accuracy": (
+        {"ratio": "geometric"},
+        {"rollout.temperature": 0.8, "scoring.answer_temperature": 2.6, **SHORT},
+    ),
+    "accuracy, exact, reference": (
+        {"ratio": "exact", "answer": "reference"},
+        {**SHORT, **LIKELY, "scoring.answer_temperature": 2.6},
+    ),
+    "gml": ({"estimator": "gml"}, SHORT | LIKELY),
+    "gml, exact, lost": ({"estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
+    "likelihood": ({"estimator": "likelihood"}, SHORT | LIKELY),
+    "bound": ({"estimator": "likelihood", "ratio": "exact"}, ONE | LIKELY),
+}
+
+# A run of two seconds each: what the others cover in part is slow.
+QUICK = {("accuracy", 1), ("gml", 1), ("bound", 1)}
+
+
+def words_of(name, keys, settings, tiny_words):
+    fixed = {
+        "objective": name,
+        "objective.group_size": P,
+        "objective.norm_constant": C,
+        "scoring.answer_samples": J,
+        "model.dtype": "float64",
+        "run.seed": 1,
+        "train.questions_per_step": B,
+        "train.steps": 1,
+        "train.micro_batch_tokens": 300,
+        "rollout.max_answer_tokens": 6,
+        "metrics.diag_every": 0,
+        "metrics.compare": "null",
+        "checkpoint.export": "false",
+        "optim.lr": 1e-3,
+    }
+    own = {f"objective.{key}": value for key, value in keys.items()}
+    return tiny_words({**fixed, "objective.norm": "const", **own, **settings})("run")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[] if (name, size) in QUICK else pytest.mark.slow)
+        for name, size in [*((name, 1) for name in CASES), ("accuracy", 2)]
+    ],
+)
+def test_every_update_of_theta_is_the_gradient_of_its_formula(name, size, tiny_words):
+    keys, settings = CASES[name]
+    kind = Bound if name == "bound" else Variational
+    words = words_of("vr_theta", keys, settings, tiny_words)
+    found = run_ranks(gaps, words, name, kind, size=size)[0]
+    made = [gap for gap in found["gaps"] if gap is not None]
+    assert len(made) >= len(found["gaps"]) / 2
+    assert max(made) <= 1e-9, found
+    if name == "bound":  # the loss is a surrogate with its gradient
+        assert "whole" in found["kinds"]
+        return
+    assert max(found["losses"]) <= 1e-9, found
+    assert {"cut", "weighed"} <= set(found["kinds"]), found["kinds"]
+    assert ("none is right" in found["kinds"]) == ("accuracy" in name)
+    assert ("lost" in found["kinds"]) == ("lost" in name)
+
+
+# --- by hand -----------------------------------------------------------------------------------
+
+
+def theta(**keys):
+    return VrTheta(**keys)
+
+
+def question(name="q"):
+    return prompted(name, student=[3], teacher=[3, 4, 44], cue=[5], target=[6])
+
+
+def hinted(gaps, *, name="q", right=None, closed=None, length=2, stream="posterior"):
+    """Paths of a question and the log-probs of both views: `gaps` are log pi - log q of each one's
+    tokens. `right`: ids and verdicts of the attempts of each."""
+    count = len(gaps)
+    right, closed = right or [()] * count, closed or [True] * count
+    tokens = [torch.arange(10, 10 + length) for _ in gaps]
+    paths = tuple(
+        sampled(z, question_id=name, stream=stream, index=i, closed=c, attempts=attempts(*r))
+        for i, (z, c, r) in enumerate(zip(tokens, closed, right, strict=True))
+    )
+    teacher, student = (
+        {
+            path.key: share * torch.tensor(gap).double()
+            for path, gap in zip(paths, gaps, strict=True)
+        }
+        for share in (-0.5, 0.5)
+    )
+    return paths, dict(zip(VIEWS, (teacher, student), strict=True))
+
+
+def attempts(*answers):
+    return tuple(Attempt(ids=ids(tokens).long(), right=right) for tokens, right in answers)
+
+
+def batch_of(groups, u=None):
+    """A batch of the questions that `hinted` made, with U of their paths."""
+    paths = tuple(group for group, _ in groups)
+    logps = {view: {k: v for _, one in groups for k, v in one[view].items()} for view in VIEWS}
+    u = torch.full((len(paths), len(paths[0])), math.nan) if u is None else u
+    stream = scored(paths, u)
+    questions = [question(group[0].question_id) for group in paths]
+    prior = scored(tuple(() for _ in paths), torch.zeros(len(paths), 0))
+    return replace(whole(questions, stream, prior), logps=logps)
+
+
+YES, NO = ([7], True), ([8], False)
+
+
+def theta_weights(cfg, batch):
+    found = {term.name: term.weight_BP for term in cfg.terms(batch, {}).parts}
+    assert torch.equal(found["theta"], found["answer"])
+    return found["theta"].tolist()
+
+
+def test_weights_of_theta_by_hand():
+    """log rho of the paths: the ratio over two tokens whole or their mean, and log f."""
+    gaps = [[-1.0, -3.0], [0.5, 0.5], [0.0, 0.0]]
+    one = batch_of([hinted(gaps, right=[(YES, NO), (YES, YES), (NO, NO)])])
+    for ratio, logs in (("exact", (-4.0, 1.0)), ("geometric", (-2.0, 0.5))):
+        rho = [0.5 * math.exp(logs[0]), math.exp(logs[1]), 0.0]
+        cfg = theta(group_size=3, ratio=ratio)
+        (weights,) = theta_weights(cfg, one)
+        assert weights == pytest.approx([-3 * r / sum(rho) for r in rho], abs=1e-14)
+    u = torch.tensor([[-2.0, -1.0, -7.0]]).double()
+    keys = {"group_size": 3, "ratio": "exact"}
+    rho = [math.exp(a + b) for a, b in zip((-4.0, 1.0, 0.0), (-2.0, -1.0, -7.0), strict=True)]
+    for estimator in ("gml", "likelihood"):  # the trainer scores U as `u_norm` says
+        cfg = theta(estimator=estimator, **keys)
+        assert cfg.draws().u_norm == {"gml": "mean", "likelihood": "sum"}[estimator]
+        (weights,) = theta_weights(cfg, batch_of([hinted(gaps)], u))
+        assert weights == pytest.approx([-3 * r / sum(rho) for r in rho], abs=1e-14)
+
+
+def test_log_weights_of_minus_two_thousand_are_compared_in_log_space():
+    """Every rho is 0 as a number; the shares are not."""
+    gaps = [[-1500.0, -500.0], [-1500.0, -501.0], [900.0, -2902.0]]
+    cfg = theta(estimator="likelihood", ratio="exact", group_size=3)
+    u = torch.tensor([[0.0, 0.0, 0.0]]).double()
+    (weights,) = theta_weights(cfg, batch_of([hinted(gaps)], u))
+    parts = [1.0, math.exp(-1), math.exp(-2)]
+    assert weights == pytest.approx([-3 * p / sum(parts) for p in parts], abs=1e-12)
+    log_rho = cfg.log_rho(batch_of([hinted(gaps)], u))
+    assert log_mean(log_rho).item() == pytest.approx(-2000 + math.log(sum(parts) / 3), abs=1e-12)
+    # One path at 0 beside them takes all, and -2000 is no NaN.
+    assert shares(torch.tensor([[-2000.0, 0.0]]).double()).tolist() == [[0.0, 1.0]]
+
+
+def test_a_question_without_a_right_answer_is_skipped_and_counted():
+    """Of three questions: none right; the right one was cut; one right."""
+    gaps = [[1.0, 1.0], [0.0, 0.0]]
+    groups = [
+        hinted(gaps, name="none", right=[(NO,), (NO,)]),
+        hinted(gaps, name="cut", right=[(YES,), (NO,)], closed=[False, True]),
+        hinted(gaps, name="one", right=[(NO,), (YES,)]),
+    ]
+    out = theta(group_size=2).terms(batch_of(groups), {})
+    assert [term.weight_BP.tolist() for term in out.parts] == [[[0, 0], [0, 0], [0, -2]]] * 2
+    assert out.alive.tolist() == [False, False, True]
+    assert out.metrics["groups_all_rejected"] == 2
+    rows = build_rows(batch_of(groups), out, Scale(norm="seq_sum"))
+    assert {row.path for row in rows} == {("one", "posterior", 1)}
+
+
+def test_one_path_has_a_weight_of_one_and_the_run_says_so():
+    assert list(theta(group_size=2).notes()) == []
+    (note,) = theta(group_size=1).notes()
+    assert "group_size 1" in note
+    for gap in (-2000.0, 3.0):
+        one = batch_of([hinted([[gap, 0.0]], right=[(YES, NO)])])
+        assert theta_weights(theta(group_size=1), one) == [[-1.0]]
+
+
+def test_rows_of_theta_stand_behind_the_students_prompt_and_equal_answers_share_one():
+    """Of four attempts three are right, two of them alike: rows of 2/3 and 1/3 of the weight."""
+    right = [(([7, 1], True), ([8, 1], True), NO, ([7, 1], True)), (NO,)]
+    one = batch_of([hinted([[0.0, 0.0]] * 2, right=right)])
+    cfg, scale = theta(group_size=2, norm="seq_sum"), Scale(norm="seq_sum")
+    rows = build_rows(one, cfg.terms(one, {}), scale)
+    assert [(row.term, row.context_ids.tolist(), row.token_ids.tolist()) for row in rows] == [
+        ("theta", [3], [10, 11]),
+        ("answer", [3, 10, 11], [7, 1]),
+        ("answer", [3, 10, 11], [8, 1]),
+    ]
+    coefs = [row.coef.tolist() for row in rows]
+    assert coefs == [[-1.0] * 2, pytest.approx([-2 / 3] * 2), pytest.approx([-1 / 3] * 2)]
+    # The hint's tokens, 4 and 44, are in no row, whatever is trained behind the thought.
+    u = torch.zeros(1, 2).double()
+    for estimator, answer in itertools.product(
+        ("accuracy", "gml", "likelihood"), ("sampled", "reference")
+    ):
+        cfg = theta(group_size=2, estimator=estimator, answer=answer)
+        likely = batch_of([hinted([[0.0, 0.0]] * 2, right=right)], u)
+        rows = build_rows(likely, cfg.terms(likely, {}), scale, think_close_id=9)
+        assert {row.term for row in rows} == {"theta", "answer"}
+        for row in rows:
+            assert row.view == "student"
+            assert not {4, 44} & {*row.context_ids.tolist(), *row.token_ids.tolist()}
+
+
+def test_attempts_are_kept_between_two_updates_and_refused_where_nobody_trains_them_so():
+    cfg = theta(group_size=2)
+    one = batch_of([hinted([[0.0, 0.0]] * 2, right=[(YES, NO), ()])])
+    again = revived(plain(one))
+    (first, second) = again.posterior.flat
+    assert [(a.ids.tolist(), a.right) for a in first.attempts] == [([7], True), ([8], False)]
+    assert second.attempts == ()
+    assert again.posterior.accuracy.tolist() == [[0.5, 0.0]]
+    terms = cfg.terms(one, {})
+    for wrong in ({"view": "teacher"}, {"factors": {}}):
+        bad = replace(terms, parts=(replace(terms.parts[1], **wrong),))
+        with pytest.raises(ValueError, match="attempts are sampled behind the policy's thoughts"):
+            check_terms(cfg, bad, one)
+
+
+def test_a_likelihood_is_not_that_of_sampled_answers():
+    words = ["--objective", "vr_theta", "--scoring.u_source", "accuracy"]
+    config.load(TINY, words)
+    with pytest.raises(ValueError, match="reads log-likelihoods of the reference answer"):
+        config.load(TINY, [*words, "--objective.estimator", "gml"])
+
+
+def test_thoughts_that_were_all_cut_are_answered_by_nobody(tiny_words):
+    """Of a real run: no answer is drawn behind them, and no parameter moves."""
+    settings = {"rollout.max_new_tokens": 2, "rollout.full_answer": "false", "train.steps": 1}
+    words = words_of("vr_theta", {}, {**settings, "metrics.diag_every": 1}, tiny_words)
+    with Trainer(config.load(TINY, words)) as trainer:
+        before = [p.clone() for p in trainer.stages.policy.parameters()]
+        stats = trainer.train_step()
+        assert stats.skipped == "no path has a gradient"
+        assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
+    found = stats.metrics
+    assert (found["groups_all_rejected"], found["skipped"], found["trunc_post"]) == (B, 1, 1.0)
+
+
+# --- bounds by enumeration ---------------------------------------------------------------------
+
+
+def tabular(seed=0):
+    """Logits of both views, and log f, of every trace of a small autoregressive model."""
+    traces = oracle.tabular_traces()
+    made = torch.Generator().manual_seed(seed)
+    shape = 2, traces.n_contexts, 3
+    student, teacher = torch.randn(shape, generator=made, dtype=torch.float64).unbind()
+    log_f = -3 * torch.rand(len(traces.length_Z), generator=made, dtype=torch.float64)
+    return traces, student.requires_grad_(), teacher, log_f
+
+
+def drawn_batch(traces, student, teacher, log_f, draw_XK):
+    """Every draw of K traces as a question of its own: their log-probs under both views."""
+    views = [oracle.token_logps(table.detach(), traces) for table in (teacher, student)]
+    groups = []
+    for x, draw in enumerate(draw_XK.tolist()):
+        lengths = [int(traces.length_Z[z]) for z in draw]
+        paths = tuple(
+            sampled(traces.token_ZT[z, :n], question_id=f"q{x}", index=i)
+            for i, (z, n) in enumerate(zip(draw, lengths, strict=True))
+        )
+        logps = {
+            view: {p.key: table[z, :n] for p, z, n in zip(paths, draw, lengths, strict=True)}
+            for view, table in zip(VIEWS, views, strict=True)
+        }
+        groups.append((paths, logps))
+    return batch_of(groups, log_f[draw_XK])
+
+
+def test_bounds_rise_with_every_path_and_stay_below_the_likelihood():
+    """L_1 <= ... <= L_4 <= log P, over all draws of a tabular model; L_1 is the ELBO."""
+    world = tabular()
+    traces, student, teacher, log_f = world
+    cfg = theta(estimator="likelihood", ratio="exact", group_size=15)
+    (log_rho,) = cfg.log_rho(drawn_batch(*world, torch.arange(15)[None]))
+    log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
+    bounds = [
+        (log_q[draw].sum(1).exp() * log_mean(log_rho[draw])).sum().item()
+        for draw in (oracle.tuples(15, size) for size in (1, 2, 3, 4))
+    ]
+    elbo = (log_q.exp() * (log_f + log_pi - log_q)).sum().item()
+    assert bounds[0] == pytest.approx(elbo, abs=1e-12)
+    for size, bound in enumerate(bounds[:3], start=1):
+        exact = oracle.iwae_bound(log_f + log_pi - log_q, log_q, size).item()
+        assert bound == pytest.approx(exact, abs=1e-12)
+    log_p = (log_pi + log_f).logsumexp(0).item()
+    assert all(low < high for low, high in itertools.pairwise([*bounds, log_p]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_mean_update_of_theta_is_the_gradient_of_the_bound(size):
+    """Weights of every draw, with its probability: d L_K / d theta, the answer's term aside."""
+    world = tabular(1)
+    traces, student, teacher, log_f = world
+    draw = oracle.tuples(15, size)
+    cfg = theta(estimator="likelihood", ratio="exact", group_size=size)
+    (term, _) = cfg.terms(drawn_batch(*world, draw), {}).parts
+    log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
+    probability = log_q[draw].sum(1, keepdim=True).exp()
+    update = (probability * term.weight_BP / size * log_pi[draw]).sum()
+    bound = oracle.iwae_bound(log_f + log_pi - log_q, log_q, size)
+    ours, theirs = (torch.autograd.grad(f, student, retain_graph=True)[0] for f in (-update, bound))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
