@@ -2,8 +2,11 @@
 and bounds, weights and variances by enumeration."""
 
 import itertools
+import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -13,7 +16,9 @@ from ranks import run_ranks
 from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
 
 from vpgea_fast import config
-from vpgea_fast.objectives import VrTheta, check_terms
+from vpgea_fast.config.inputs import TEACHERS
+from vpgea_fast.intake import ALONE, open_text, read
+from vpgea_fast.objectives import Vr, VrPhi, VrTheta, check_terms
 from vpgea_fast.objectives.guards import VIEWS
 from vpgea_fast.objectives.vr import log_mean, shares
 from vpgea_fast.rows import Scale, build_rows
@@ -32,8 +37,13 @@ class Variational:
     def __init__(self, cfg, batch, model, *_, **_place):
         self.keys, self.batch = cfg.objective, batch
         self.temperature, self.updates = cfg.rollout.temperature, cfg.train.minibatches
+        name = self.keys.name
+        self.parts = [self.theta] * (name != "vr_phi") + [self.phi] * (name != "vr_theta")
         with torch.no_grad():
-            self.weights = [self.shares(model, b) for b in range(B)]
+            if self.theta in self.parts:
+                self.weights = [self.shares(model, b) for b in range(B)]
+            if self.phi in self.parts:
+                self.learn(model)
 
     def thought(self, model, b, path, view):
         question = self.batch.questions[b]
@@ -52,17 +62,17 @@ class Variational:
         return [logps_of(model, context, ids, self.temperature).sum() for ids in right]
 
     def factor(self, model, b, path):
-        """f of a path, a plain number or one with a gradient."""
+        """f of a path."""
         if not path.closed:
             return 0.0
         if self.keys.estimator == "accuracy":
             assert len(path.attempts) == J
             return sum(a.right for a in path.attempts) / J
         log_y = self.reference_answer(model, b, path)
-        return (log_y.sum() if self.keys.estimator == "likelihood" else log_y.mean()).exp()
+        return float((log_y.sum() if self.keys.estimator == "likelihood" else log_y.mean()).exp())
 
     def ratio(self, model, b, path):
-        """pi / q, a number with the gradient of pi; by logs, as thoughts are long."""
+        """log pi - log q, with the gradient of pi."""
         log_pi, log_q = (self.thought(model, b, path, view) for view in ("student", "teacher"))
         gap = log_pi - log_q.detach()
         return gap.sum() if self.keys.ratio == "exact" else gap.mean()
@@ -70,11 +80,44 @@ class Variational:
     def shares(self, model, b):
         """Self-normalised weights; divided by the largest before they are numbers."""
         paths = self.batch.posterior.paths[b]
-        factors = [float(self.factor(model, b, path)) for path in paths]
+        factors = [self.factor(model, b, path) for path in paths]
         logs = [float(self.ratio(model, b, path)) for path in paths]
-        top = max(logs)
-        rho = [f * math.exp(log - top) for f, log in zip(factors, logs, strict=True)]
+        rho = [f * math.exp(log - max(logs)) for f, log in zip(factors, logs, strict=True)]
         return [r / sum(rho) if sum(rho) else 0.0 for r in rho]
+
+    def learn(self, model):
+        """What each path of phi is worth to it, and its log-probs under the first policy."""
+        forward = self.keys.phi == "forward_kl"
+        stream = self.batch.prior if forward else self.batch.posterior
+        gains = {"forward_kl": self.forward, "reverse_kl": self.reverse, "iwae": self.bound}
+        self.own = []
+        for b, paths in enumerate(stream.paths):
+            worth = gains[self.keys.phi](model, b, paths)
+            old = [self.thought(model, b, path, "teacher") for path in paths]
+            self.own.append(list(zip(paths, worth, old, strict=True)))
+
+    def forward(self, model, b, paths):
+        factors = [self.factor(model, b, path) for path in paths]
+        return [f / sum(factors) if sum(factors) else 0.0 for f in factors]
+
+    def reverse(self, model, b, paths):
+        """The integrand of the ELBO, against the others of the question; a mean over paths."""
+        floor = math.exp(self.keys.u_min)
+        logs = [
+            math.log(max(self.factor(model, b, path), floor)) + float(self.ratio(model, b, path))
+            for path in paths
+        ]
+        return [(own - (sum(logs) - own) / (P - 1)) / P for own in logs]
+
+    def bound(self, model, b, paths):
+        """log (1/K) sum rho - rho_k / sum rho, divided by the largest as `shares` is."""
+        factors = [self.factor(model, b, path) for path in paths]
+        logs = [float(self.ratio(model, b, path)) for path in paths]
+        rho = [f * math.exp(log - max(logs)) for f, log in zip(factors, logs, strict=True)]
+        if not sum(rho):
+            return [0.0] * P
+        log_mean = max(logs) + math.log(sum(rho) / P)
+        return [log_mean - r / sum(rho) for r in rho]
 
     def loss(self, model, part, found):
         losses = [p.sum() * 0 for p in model.parameters()]
@@ -82,7 +125,8 @@ class Variational:
             if self.batch.lost_B[b]:
                 found["kinds"].add("lost")
                 continue
-            losses += self.theta(model, b, found)
+            for term in self.parts:
+                losses += term(model, b, found)
         return self.updates / (B * C) * torch.stack(losses).sum()
 
     def theta(self, model, b, found):
@@ -98,6 +142,23 @@ class Variational:
                 answers = [self.reference_answer(model, b, path).sum()]
             answer = sum(answers) / len(answers)
             yield -weight * (self.thought(model, b, path, "student").sum() + answer)
+
+    def phi(self, model, b, found):
+        share = getattr(self.keys, "phi_weight", 1.0)
+        for path, worth, old in self.own[b]:
+            if not worth:
+                found["kinds"].add("unused")
+                continue
+            found["kinds"].add("learnt" if worth > 0 else "unlearnt")
+            now = self.thought(model, b, path, "teacher")
+            if self.keys.phi == "forward_kl":
+                yield -share * worth * now.sum()
+                continue
+            low, high = 1 - self.keys.clip_low, 1 + self.keys.clip_high
+            r = (now - old).exp()
+            found["above"] += int(((r > high) & (worth > 0)).sum())
+            found["below"] += int(((r < low) & (worth < 0)).sum())
+            yield -share * torch.minimum(r * worth, r.clamp(low, high) * worth).sum()
 
 
 class Bound(Variational):
@@ -120,23 +181,31 @@ class Bound(Variational):
 SHORT = {"rollout.max_new_tokens": 72, "train.minibatches": PARTS, "train.epochs": EPOCHS}
 ONE = {"rollout.max_new_tokens": 240, "train.minibatches": 1, "train.epochs": 1}
 LIKELY = {"rollout.temperature": 1.0}
+# Some answers behind a thought are wrong, and of some thoughts all.
+MIXED = {"rollout.temperature": 0.8, "scoring.answer_temperature": 2.6}
 CASES = {
-    "accuracy": (
-        {"ratio": "geometric"},
-        {"rollout.temperature": 0.8, "scoring.answer_temperature": 2.6, **SHORT},
-    ),
-    "accuracy, exact, reference": (
+    "theta, accuracy": ({"ratio": "geometric"}, SHORT | MIXED),
+    "theta, accuracy, exact, reference": (
         {"ratio": "exact", "answer": "reference"},
-        {**SHORT, **LIKELY, "scoring.answer_temperature": 2.6},
+        SHORT | MIXED | LIKELY,
     ),
-    "gml": ({"estimator": "gml"}, SHORT | LIKELY),
-    "gml, exact, lost": ({"estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
-    "likelihood": ({"estimator": "likelihood"}, SHORT | LIKELY),
-    "bound": ({"estimator": "likelihood", "ratio": "exact"}, ONE | LIKELY),
+    "theta, gml": ({"estimator": "gml"}, SHORT | LIKELY),
+    "theta, gml, exact, lost": ({"estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
+    "theta, likelihood": ({"estimator": "likelihood"}, SHORT | LIKELY),
+    "theta, bound": ({"estimator": "likelihood", "ratio": "exact"}, ONE | LIKELY),
+    "phi, accuracy": ({}, SHORT | MIXED),
+    "phi, likelihood, lost": ({"estimator": "likelihood"}, SHORT | LIKELY),
+    "phi, reverse": (
+        {"phi": "reverse_kl", "estimator": "likelihood", "ratio": "exact", "u_min": -5.0},
+        SHORT | LIKELY,
+    ),
+    "phi, reverse, accuracy": ({"phi": "reverse_kl"}, SHORT | MIXED),
+    "phi, iwae": ({"phi": "iwae", "estimator": "gml"}, SHORT | LIKELY),
+    "vr, accuracy": ({"phi_weight": 0.4, "prior_samples": 3}, SHORT | MIXED),
+    "vr, gml, iwae": ({"phi": "iwae", "estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
 }
-
-# A run of two seconds each: what the others cover in part is slow.
-QUICK = {("accuracy", 1), ("gml", 1), ("bound", 1)}
+# A run of two seconds each: what these cover in part is slow.
+QUICK = {"theta, gml", "theta, bound", "phi, reverse", "phi, iwae", "vr, accuracy"}
 
 
 def words_of(name, keys, settings, tiny_words):
@@ -163,25 +232,35 @@ def words_of(name, keys, settings, tiny_words):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        pytest.param(name, size, marks=[] if (name, size) in QUICK else pytest.mark.slow)
-        for name, size in [*((name, 1) for name in CASES), ("accuracy", 2)]
+        pytest.param(name, size, marks=[] if size == 1 and name in QUICK else pytest.mark.slow)
+        for name, size in [*((name, 1) for name in CASES), ("vr, accuracy", 2)]
     ],
 )
-def test_every_update_of_theta_is_the_gradient_of_its_formula(name, size, tiny_words):
+def test_every_update_is_the_gradient_of_its_formula(name, size, tiny_words):
     keys, settings = CASES[name]
-    kind = Bound if name == "bound" else Variational
-    words = words_of("vr_theta", keys, settings, tiny_words)
-    found = run_ranks(gaps, words, name, kind, size=size)[0]
+    what, bound = name.split(", ")[0], name.endswith("bound")
+    method = {"vr": "vr", "theta": "vr_theta", "phi": "vr_phi"}[what]
+    words = words_of(method, keys, settings, tiny_words)
+    found = run_ranks(gaps, words, name, Bound if bound else Variational, size=size)[0]
     made = [gap for gap in found["gaps"] if gap is not None]
     assert len(made) >= len(found["gaps"]) / 2
     assert max(made) <= 1e-9, found
-    if name == "bound":  # the loss is a surrogate with its gradient
-        assert "whole" in found["kinds"]
+    kinds = set(found["kinds"])
+    assert ("lost" in kinds) == ("lost" in name)
+    if bound:  # the loss is a surrogate with its gradient
+        assert "whole" in kinds
         return
+    # Of later updates the logged loss leaves out nothing but what is clipped.
     assert max(found["losses"]) <= 1e-9, found
-    assert {"cut", "weighed"} <= set(found["kinds"]), found["kinds"]
-    assert ("none is right" in found["kinds"]) == ("accuracy" in name)
-    assert ("lost" in found["kinds"]) == ("lost" in name)
+    if what != "phi":
+        assert {"cut", "weighed"} <= kinds
+        assert ("none is right" in kinds) == ("accuracy" in name)
+    if what != "theta":
+        assert {"forward_kl": "learnt"}.get(keys.get("phi", "forward_kl"), "unlearnt") in kinds
+    if keys.get("phi") == "reverse_kl":
+        assert "learnt" in kinds
+        assert found["above"] > 0
+        assert found["below"] > 0
 
 
 # --- by hand -----------------------------------------------------------------------------------
@@ -189,6 +268,10 @@ def test_every_update_of_theta_is_the_gradient_of_its_formula(name, size, tiny_w
 
 def theta(**keys):
     return VrTheta(**keys)
+
+
+def phi(**keys):
+    return VrPhi(**keys)
 
 
 def question(name="q"):
@@ -224,13 +307,15 @@ def batch_of(groups, u=None):
     paths = tuple(group for group, _ in groups)
     logps = {view: {k: v for _, one in groups for k, v in one[view].items()} for view in VIEWS}
     u = torch.full((len(paths), len(paths[0])), math.nan) if u is None else u
-    stream = scored(paths, u)
     questions = [question(group[0].question_id) for group in paths]
-    prior = scored(tuple(() for _ in paths), torch.zeros(len(paths), 0))
-    return replace(whole(questions, stream, prior), logps=logps)
+    streams = [scored(paths, u), scored(tuple(() for _ in paths), torch.zeros(len(paths), 0))]
+    if paths[0][0].stream == "prior":
+        streams.reverse()
+    return replace(whole(questions, *streams), logps=logps)
 
 
 YES, NO = ([7], True), ([8], False)
+STREAMS = ("posterior", "prior")
 
 
 def theta_weights(cfg, batch):
@@ -289,9 +374,13 @@ def test_a_question_without_a_right_answer_is_skipped_and_counted():
 
 
 def test_one_path_has_a_weight_of_one_and_the_run_says_so():
-    assert list(theta(group_size=2).notes()) == []
-    (note,) = theta(group_size=1).notes()
-    assert "group_size 1" in note
+    for cfg in (theta(group_size=2), phi(group_size=2), Vr(), phi(group_size=1, phi="reverse_kl")):
+        assert list(cfg.notes()) == []
+    for cfg in (theta(group_size=1), phi(group_size=1), Vr(group_size=1, phi="iwae")):
+        (note,) = cfg.notes()
+        assert "group_size 1: the weight of a single path is 1" in note
+    (note,) = Vr(prior_samples=1).notes()
+    assert "prior_samples 1" in note
     for gap in (-2000.0, 3.0):
         one = batch_of([hinted([[gap, 0.0]], right=[(YES, NO)])])
         assert theta_weights(theta(group_size=1), one) == [[-1.0]]
@@ -322,6 +411,48 @@ def test_rows_of_theta_stand_behind_the_students_prompt_and_equal_answers_share_
         for row in rows:
             assert row.view == "student"
             assert not {4, 44} & {*row.context_ids.tolist(), *row.token_ids.tolist()}
+
+
+def test_weights_of_phi_by_hand():
+    """Three paths: of the student's by accuracy alone; of the hinted by the bound and the ELBO."""
+    gaps = [[-1.0, -3.0], [0.5, 0.5], [0.0, 0.0]]
+    right = [(YES, NO), (YES, YES), (NO, NO)]
+    own = batch_of([hinted(gaps, stream="prior", right=right)])
+    (term,) = phi(group_size=3).terms(own, {}).parts
+    assert (term.stream, term.view, term.part) == ("prior", "teacher", "thought")
+    assert term.weight_BP.tolist() == [pytest.approx([-3 * w for w in (1 / 3, 2 / 3, 0.0)])]
+    # None is right: no weight, and counted.
+    wrong = batch_of([hinted(gaps, stream="prior", right=[(NO, NO)] * 3)])
+    out = phi(group_size=3).terms(wrong, {})
+    assert (out.parts[0].weight_BP.tolist(), out.alive.tolist()) == ([[0, 0, 0]], [False])
+    assert out.metrics["groups_all_rejected"] == 1
+    one = batch_of([hinted(gaps, right=right)])
+    cfg = phi(group_size=3, phi="iwae", ratio="exact")
+    rho = [0.5 * math.exp(-4), math.exp(1), 0.0]
+    log_mean_rho = math.log(sum(rho) / 3)
+    (term,) = cfg.terms(one, {}).parts
+    expected = [-3 * (log_mean_rho - r / sum(rho)) for r in rho]
+    assert (term.stream, term.view) == ("posterior", "teacher")
+    assert term.weight_BP.tolist() == [pytest.approx(expected)]
+    cfg = phi(group_size=3, phi="reverse_kl", ratio="exact", u_min=-6.0)
+    r = [math.log(0.5) - 4, 1.0, -6.0]
+    (term,) = cfg.terms(one, {}).parts
+    assert term.weight_BP.tolist() == [pytest.approx([(sum(r) - x) / 2 - x for x in r])]
+
+
+def test_both_parts_share_a_step_and_no_row_of_theta_holds_the_hint():
+    gaps = [[0.0, 0.0]] * 2
+    (post, logps), (prior, _) = (hinted(gaps, stream=s, right=[(YES,), (NO,)]) for s in STREAMS)
+    one = batch_of([(post, logps)])
+    one = replace(one, prior=scored((prior,), torch.zeros(1, 2)))
+    cfg = Vr(group_size=2, prior_samples=2, phi_weight=0.25, norm="seq_sum")
+    rows = build_rows(one, cfg.terms(one, {}), Scale(norm="seq_sum"))
+    assert [(row.term, row.context_ids.tolist(), row.coef[0].item()) for row in rows] == [
+        ("theta", [3], -1.0),
+        ("answer", [3, 10, 11], -1.0),
+        ("phi", [3, 4, 44], -0.25),
+    ]
+    assert [row.path for row in rows] == [("q", s, 0) for s in ("posterior", "posterior", "prior")]
 
 
 def test_attempts_are_kept_between_two_updates_and_refused_where_nobody_trains_them_so():
@@ -359,6 +490,79 @@ def test_thoughts_that_were_all_cut_are_answered_by_nobody(tiny_words):
     assert (found["groups_all_rejected"], found["skipped"], found["trunc_post"]) == (B, 1, 1.0)
 
 
+# --- a whole solution as the hint --------------------------------------------------------------
+
+SHOWN = [
+    "--objective",
+    "vr_phi",
+    "--data.solution_key",
+    "solution",
+    "--data.max_prompt_tokens",
+    "400",
+]
+
+
+def intake_of(cfg):
+    return read(cfg, open_text(cfg), lambda answers: [True] * len(answers), ALONE)
+
+
+def test_the_teacher_alone_is_shown_the_solution(tiny_words, tiny_world):
+    words = tiny_words({})("run", *SHOWN, "--prompt.teacher", "{question} hint {solution}")
+    cfg = config.load(TINY, words)
+    rows = [json.loads(line) for line in Path(tiny_world.train_path).read_text().splitlines()]
+    intake = intake_of(cfg)
+    assert len(intake.questions) == len(rows)
+    for q, row in zip(intake.questions, rows, strict=True):
+        student, teacher = (intake.text.decode(q.context(v)) for v in ("student", "teacher"))
+        assert row["solution"] in teacher
+        assert row["solution"] not in student
+    plain = config.load(
+        TINY, [*words, "--data.solution_key", "null", "--prompt.teacher", "{question}"]
+    )
+    without = intake_of(plain)
+    assert without.fingerprint != intake.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"solution": ""}, "line 1: got no solution under data.solution_key"),
+        ({}, "line 1: got no solution under data.solution_key"),
+        ({"solution": 7}, "line 1: expected a solution under 'solution', a text, got 7"),
+        ({"solution": "</think> 7"}, "1 of 1 questions spell a special token of this model"),
+    ],
+)
+def test_a_row_whose_solution_cannot_be_shown_is_refused(row, said, tiny_words, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "3 + 4 = ?", "answer": "7", **row}))
+    words = tiny_words(
+        {"data.train": file, "data.response_key": "null", "prompt.teacher": "{question} {solution}"}
+    )("run", *SHOWN)
+    cfg = config.load(TINY, words)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        intake_of(cfg)
+
+
+def test_a_solution_that_no_key_gives_or_that_contradicts_a_guard_is_refused(tiny_words):
+    solution = ["--prompt.teacher", "{question} {solution}"]
+    with pytest.raises(ValueError, match=r"shows {solution}, but train has no data.solution_key"):
+        config.load(TINY, solution)
+    with pytest.raises(ValueError, match="beside which no solution is wrong"):
+        config.load(TINY, [*solution, *SHOWN[2:]])  # the preset has the counterfactual guard
+    leaks = ["--prompt.student", "{question} {solution}"]
+    cfg = config.load(TINY, tiny_words({})("run", *SHOWN, *leaks))
+    with pytest.raises(ValueError, match=r"has the field {solution}, which would show the answer"):
+        open_text(cfg)
+
+
+def test_the_named_templates_become_their_text():
+    for name, text in TEACHERS.items():
+        cfg = config.load(TINY, [*SHOWN, "--prompt.teacher", name])
+        assert cfg.prompt.teacher == text
+        assert config.resolve(config.as_dict(cfg)) == cfg
+        assert all(field in text for field in ("{question}", "{solution}", r"\boxed{}"))
+
+
 # --- bounds by enumeration ---------------------------------------------------------------------
 
 
@@ -372,14 +576,14 @@ def tabular(seed=0):
     return traces, student.requires_grad_(), teacher, log_f
 
 
-def drawn_batch(traces, student, teacher, log_f, draw_XK):
+def drawn_batch(traces, student, teacher, log_f, draw_XK, stream="posterior"):
     """Every draw of K traces as a question of its own: their log-probs under both views."""
     views = [oracle.token_logps(table.detach(), traces) for table in (teacher, student)]
     groups = []
     for x, draw in enumerate(draw_XK.tolist()):
         lengths = [int(traces.length_Z[z]) for z in draw]
         paths = tuple(
-            sampled(traces.token_ZT[z, :n], question_id=f"q{x}", index=i)
+            sampled(traces.token_ZT[z, :n], question_id=f"q{x}", index=i, stream=stream)
             for i, (z, n) in enumerate(zip(draw, lengths, strict=True))
         )
         logps = {
@@ -424,3 +628,78 @@ def test_the_mean_update_of_theta_is_the_gradient_of_the_bound(size):
     bound = oracle.iwae_bound(log_f + log_pi - log_q, log_q, size)
     ours, theirs = (torch.autograd.grad(f, student, retain_graph=True)[0] for f in (-update, bound))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["iwae", "reverse_kl"])
+def test_the_mean_update_of_phi_is_the_gradient_of_its_bound(form):
+    """Over all draws of three: that of L_3, and of the ELBO whatever the baseline."""
+    traces, student, teacher, log_f = tabular(2)
+    teacher.requires_grad_()
+    draw = oracle.tuples(15, 3)
+    cfg = phi(estimator="likelihood", ratio="exact", group_size=3, phi=form)
+    batch = drawn_batch(traces, student, teacher, log_f, draw)
+    (term,) = cfg.terms(batch, {}).parts
+    log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
+    probability = log_q[draw].sum(1, keepdim=True).exp().detach()
+    update = (probability * term.weight_BP / 3 * log_q[draw]).sum()
+    size = 3 if form == "iwae" else 1
+    bound = oracle.iwae_bound(log_f + log_pi - log_q, log_q, size)
+    ours, theirs = (torch.autograd.grad(f, teacher, retain_graph=True)[0] for f in (-update, bound))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_forward_kl_is_biased_by_few_paths_and_blind_with_one():
+    """Mean updates of phi over all draws of M paths of pi, against - grad KL(P(z|x, Y) || q)."""
+    traces, student, teacher, log_f = tabular(3)
+    teacher.requires_grad_()
+    log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
+    log_pi = log_pi.detach()
+
+    def gradient(weight_Z):
+        return torch.autograd.grad((weight_Z * log_q).sum(), teacher, retain_graph=True)[0]
+
+    def mean_weight(size):
+        draw = oracle.tuples(15, size)
+        cfg = phi(estimator="likelihood", group_size=size)
+        batch = drawn_batch(traces, student, teacher, log_f, draw, stream="prior")
+        (term,) = cfg.terms(batch, {}).parts
+        weight = log_pi[draw].sum(1, keepdim=True).exp() * -term.weight_BP / size
+        return torch.zeros(15).double().index_add(0, draw.flatten(), weight.flatten())
+
+    exact = gradient((log_pi + log_f).softmax(0))
+    means = [gradient(mean_weight(size)) for size in (1, 2, 3)]
+    errors = [(mean - exact).norm().item() for mean in means]
+    assert errors[0] > 1.5 * errors[1] > 1.5**1.5 * errors[2]
+    # One path has a weight of 1: phi imitates pi, right or wrong.
+    torch.testing.assert_close(means[0], gradient(log_pi.exp()), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spellings", [2, 5])
+def test_theorem_1_the_variances_of_both_estimators(spellings):
+    """P(right) = p over several right answers. The likelihood of one of them, drawn evenly, times
+    their number: variance at most (|Y| - 1) p^2, where one answer has all of p. A verified sample:
+    p (1 - p), and a J-th of it with J samples."""
+    for p in (0.1, 1 / spellings, 0.7):
+        shares = [torch.ones(spellings).double() / spellings, torch.eye(spellings).double()[0]]
+        shares += [(shares[0] + n * shares[1]) / (1 + n) for n in (0.5, 2.0)]
+        variances = []
+        for share in shares:
+            estimate = spellings * p * share
+            assert estimate.mean().item() == pytest.approx(p)
+            variances.append(((estimate - p) ** 2).mean().item())
+        like = (spellings - 1) * p**2
+        assert max(variances) == variances[1] == pytest.approx(like)
+        # The estimator of the product, over every outcome of J answers.
+        outcomes = torch.tensor(list(itertools.product([True, False], repeat=J)))
+        groups = [
+            hinted([[0.0]], name=f"q{i}", right=[[([7], r) for r in outcome]], length=1)
+            for i, outcome in enumerate(outcomes.tolist())
+        ]
+        estimate = batch_of(groups).posterior.accuracy[:, 0]
+        right = outcomes.double()
+        probability = (p * right + (1 - p) * (1 - right)).prod(1)
+        mean = (probability * estimate).sum().item()
+        variance = (probability * (estimate - mean) ** 2).sum().item()
+        assert mean == pytest.approx(p)
+        assert variance == pytest.approx(p * (1 - p) / J)
+        assert (J * variance <= like + 1e-12) == (p >= 1 / spellings - 1e-12)

@@ -28,8 +28,9 @@ Finish = Literal["stop", "length", "error"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One line of the data set; `variants` are other spellings of the answer, `responses` solutions
-    or whole responses that the data gives, `subject` and `level` what a benchmark's numbers are
-    broken down by, `file` and `place` tell where it stands.
+    or whole responses that the data gives, `solution` what a teacher's prompt may show, `subject`
+    and `level` what a benchmark's numbers are broken down by, `file` and `place` tell where it
+    stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -40,6 +41,7 @@ class Question:
     answer: str
     variants: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    solution: str = ""
     subject: str | None = field(default=None, compare=False)
     level: str | int | None = field(default=None, compare=False)
     file: str = field(default="", compare=False)

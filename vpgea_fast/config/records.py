@@ -306,6 +306,7 @@ class Config:
                 f"objective {self.objective.name!r} reads log-likelihoods of the reference answer, "
                 "but scoring.u_source is 'accuracy'; set it to likelihood"
             )
+        self._check_solution()
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(
@@ -351,6 +352,24 @@ class Config:
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
+            )
+
+    def _check_solution(self) -> None:
+        """ValueError for a solution that the teacher is to be shown, and cannot."""
+        if "{solution}" not in self.prompt.teacher:
+            return
+        lacks = [f.label for f in self.data.train if not self.data.filled(f).solution_key]
+        if lacks:
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but {', '.join(lacks)} has no "
+                "data.solution_key; set it, or show {answer} alone"
+            )
+        # A wrong answer beside the right solution would be no wrong hint.
+        if any(score.view == "counterfactual" for score in self.objective.needs()):
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but objective {self.objective.name!r} needs a "
+                "prompt with a wrong answer, beside which no solution is wrong; choose another "
+                "leak_guard, or show {answer} alone"
             )
 
     def _check_keep_best(self) -> None:

@@ -47,7 +47,7 @@ from vpgea_fast.objectives.policy_gradient import (
 )
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
-from vpgea_fast.objectives.vr import VrTheta
+from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
 from vpgea_fast.values import STRICT, one_line
 
 __all__ = [
@@ -79,6 +79,8 @@ __all__ = [
     "Terms",
     "VeriFree",
     "Vpgea",
+    "Vr",
+    "VrPhi",
     "VrTheta",
     "ask",
     "at_step",
@@ -111,7 +113,7 @@ METHODS: dict[str, type] = {
         *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
         *(VeriFree, NormalisedVeriFree, Rlt),
         *(Sft, Rft, BestOfRft, HintRft),
-        *(VrTheta,),
+        *(Vr, VrTheta, VrPhi),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""

@@ -90,11 +90,11 @@ class Draws:
                 "Draws.given: the data gives prior paths alone; ask for those, and for no others"
             )
         for name, value in self.fields.items():
-            taken = name in ("question", "answer")
+            taken = name in ("question", "answer", "solution")
             if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
                 raise ValueError(
                     f"Draws.fields: got {name!r}: {value!r}, expected a name in small letters, not "
-                    "question or answer, and a function of a Slot"
+                    "question, answer or solution, and a function of a Slot"
                 )
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.

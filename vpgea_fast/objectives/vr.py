@@ -8,21 +8,25 @@
     L_K      E log (1/K) sum_k rho_k <= L_(K+1) <= log P(right answer|x)
 
 Theta ascends L_K: the gradient of sum_k w_k (log pi(z_k|x) + log P(right answer|x, z_k)), over K
-paths of q. Weights are made in log space: a ratio of whole thoughts may be e^-2000.
+paths of q. Phi goes towards the true posterior: it ascends sum_m v_m log q(z_m|x, y'), over M paths
+of pi with v_m = f_m / sum_j f_j. Weights are made in log space: a ratio of whole thoughts may be
+e^-2000.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Score, Stream
-from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
 from vpgea_fast.objectives.guards import VIEWS
-from vpgea_fast.values import STRICT, PositiveInt
+from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,12 +90,9 @@ class HintedKeys(Latent):
 
 
 @dataclass(frozen=True, config=STRICT)
-class VrTheta(HintedKeys):
-    """Variational Reasoning's step of the reasoning model (arXiv 2509.22637, eq. 8): the gradient
-    of the bound L_K for theta, over hinted paths. Their prompt is the teacher's."""
+class ThetaKeys(HintedKeys):
+    """Keys of the reasoning model's step, and its part of the loss."""
 
-    name: Literal["vr_theta"] = "vr_theta"
-    """Variational Reasoning: the reasoning model alone."""
     answer: Literal["sampled", "reference"] | None = None
     """What is trained behind a thought. `sampled`: its right answers, in equal shares. `reference`:
     the reference answer. null: `sampled` with the estimator accuracy, else `reference`."""
@@ -99,6 +100,63 @@ class VrTheta(HintedKeys):
     @property
     def trains_sampled(self) -> bool:
         return (self.answer or {"accuracy": "sampled"}.get(self.estimator)) == "sampled"
+
+    def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
+        """Thoughts and answers, in the student's view."""
+        # The rows divide by all paths, and these weights are a mean already.
+        weight_BK = -share_BK.shape[1] * share_BK
+        hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
+        behind = "attempts" if self.trains_sampled else "target"
+        return Term(name="theta", **hinted), Term(name="answer", part=behind, **hinted)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PhiKeys(HintedKeys, ClipKeys):
+    """Keys of the hinted policy's step, and its part of the loss."""
+
+    phi: Literal["forward_kl", "reverse_kl", "iwae"] = "forward_kl"
+    """What the hinted policy descends. `forward_kl`: KL from the true posterior, on unhinted paths
+    weighed by f. `reverse_kl`: minus the ELBO, a policy gradient on hinted paths. `iwae`: minus
+    L_K, on the same. The last two are the paper's ablations, and find shortcuts to the answer."""
+    u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
+    """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
+    alone."""
+
+    def phi_scores(self) -> set[Score]:
+        """What phi's part reads."""
+        if self.phi == "forward_kl":
+            return self.answer_scores("prior")
+        return {*VIEWS, *self.answer_scores("posterior")}
+
+    def phi_part(self, batch: ScoredBatch) -> tuple[Term, Tensor]:
+        """Thoughts in the teacher's view, and what each path of their stream is worth there."""
+        if self.phi == "forward_kl":
+            worth_BP = shares(self.log_answer(batch, "prior"))
+            gain_BP, later = worth_BP.shape[1] * worth_BP, None
+        elif self.phi == "reverse_kl":
+            # The ELBO's integrand, less the mean of the question's others.
+            worth_BP = self.log_answer(batch, "posterior").clamp(min=self.u_min)
+            worth_BP = worth_BP + self.log_ratio(batch)
+            others = worth_BP.sum(dim=1, keepdim=True) - worth_BP
+            gain_BP = worth_BP - others / max(1, worth_BP.shape[1] - 1)
+            later = self.clipped()
+        else:
+            log_rho_BK = self.log_rho(batch)
+            worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
+            worth_BP = worth_BP.where(worth_BP.isfinite(), 0.0)
+            gain_BP, later = worth_BP.shape[1] * worth_BP, self.clipped()
+        stream: Stream = "prior" if self.phi == "forward_kl" else "posterior"
+        part = Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
+        return part, worth_BP
+
+
+@dataclass(frozen=True, config=STRICT)
+class VrTheta(ThetaKeys):
+    """Variational Reasoning's step of the reasoning model (arXiv 2509.22637, eq. 8): the gradient
+    of the bound L_K for theta, over hinted paths. Their prompt is the teacher's."""
+
+    name: Literal["vr_theta"] = "vr_theta"
+    """Variational Reasoning: the reasoning model alone."""
 
     def draws(self) -> Draws:
         return Draws(
@@ -112,25 +170,109 @@ class VrTheta(HintedKeys):
         return frozenset({*VIEWS, *self.answer_scores("posterior")})
 
     def notes(self) -> Iterator[str]:
-        if self.group_size == 1:
-            yield (
-                "objective.group_size 1: the weight of a single path is 1, whatever it is worth; "
-                "give 2 or more"
-            )
+        yield from alone("group_size", self.group_size)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK = shares(self.log_rho(batch))
-        # The rows divide by all paths, and these weights are a mean already.
-        weight_BK = -self.group_size * share_BK
-        hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
         return Terms(
-            parts=(
-                Term(name="theta", **hinted),
-                Term(name="answer", part="attempts" if self.trains_sampled else "target", **hinted),
-            ),
+            parts=self.theta_parts(share_BK),
             path_scores={"posterior": {"advantage": share_BK}},
-            metrics={"groups_all_rejected": int((share_BK == 0).all(dim=1).sum())},
+            metrics={"groups_all_rejected": skipped(share_BK)},
         )
+
+
+@dataclass(frozen=True, config=STRICT)
+class VrPhi(PhiKeys):
+    """Variational Reasoning's step of the hinted policy (arXiv 2509.22637, eq. 9): the teacher's
+    prompt learns what the student's own right thoughts are."""
+
+    name: Literal["vr_phi"] = "vr_phi"
+    """Variational Reasoning: the hinted policy alone."""
+    group_size: PositiveInt = 8
+    """Paths per question: M unhinted ones with forward_kl, K hinted ones with the others."""
+
+    def draws(self) -> Draws:
+        forward = self.phi == "forward_kl"
+        return Draws(
+            prior=self.group_size * forward,
+            posterior=self.group_size * (not forward),
+            attempts=self.estimator == "accuracy",
+            u_norm=self.u_norm,
+        )
+
+    def needs(self) -> frozenset[Score]:
+        return frozenset(self.phi_scores())
+
+    def notes(self) -> Iterator[str]:
+        if self.phi != "reverse_kl":
+            yield from alone("group_size", self.group_size)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        part, worth_BP = self.phi_part(batch)
+        return Terms(
+            parts=(part,),
+            path_scores={part.stream: {"advantage": worth_BP}},
+            metrics={"groups_all_rejected": skipped(part.weight_BP)},
+        )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vr(ThetaKeys, PhiKeys):
+    """Variational Reasoning (arXiv 2509.22637) with one policy behind two prompts: both steps of
+    its algorithm 1 in each update, on paths of the policy as it is."""
+
+    name: Literal["vr"] = "vr"
+    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts."""
+    prior_samples: PositiveInt = 8
+    """M, unhinted paths per question, which forward_kl alone draws."""
+    phi_weight: PositiveFloat = 1.0
+    """Weight of the hinted policy's part of the loss; the reasoning model's has 1."""
+
+    def draws(self) -> Draws:
+        forward = self.phi == "forward_kl"
+        return Draws(
+            posterior=self.group_size,
+            prior=self.prior_samples * forward,
+            attempts=self.trains_sampled or self.estimator == "accuracy",
+            targets=not self.trains_sampled,
+            joint=forward,
+            u_norm=self.u_norm,
+        )
+
+    def needs(self) -> frozenset[Score]:
+        return frozenset({*VIEWS, *self.answer_scores("posterior"), *self.phi_scores()})
+
+    def notes(self) -> Iterator[str]:
+        yield from alone("group_size", self.group_size)
+        if self.phi == "forward_kl":
+            yield from alone("prior_samples", self.prior_samples)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        share_BK = shares(self.log_rho(batch))
+        part, worth_BP = self.phi_part(batch)
+        part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
+        scores: dict[Stream, dict[str, Tensor]] = {"posterior": {"advantage": share_BK}}
+        if part.stream == "prior":
+            scores["prior"] = {"advantage": worth_BP}
+        return Terms(
+            parts=(*self.theta_parts(share_BK), part),
+            path_scores=scores,
+            metrics={"groups_all_rejected": skipped(share_BK)},
+        )
+
+
+def alone(key: str, paths: int) -> Iterator[str]:
+    """Say that a single path is worth nothing to a weight that compares paths."""
+    if paths == 1:
+        yield (
+            f"objective.{key} 1: the weight of a single path is 1, whatever it is worth; give 2 or "
+            "more"
+        )
+
+
+def skipped(weight_BP: Tensor) -> int:
+    """Count the questions of which no path has a weight."""
+    return int((weight_BP == 0).all(dim=1).sum())
 
 
 def shares(log_BP: Tensor) -> Tensor:
