@@ -39,6 +39,7 @@ RUNS = {
         "eval.data": "[]",
     },
     "rlt": {"objective.name": "rlt", "eval.data": "[]"},
+    "vr": {"objective.name": "vr", "eval.data": "[]"},
     "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }

@@ -19,8 +19,8 @@ from vpgea_fast import config
 from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Vr, VrPhi, VrTheta, check_terms
+from vpgea_fast.objectives.bounds import log_mean, shares
 from vpgea_fast.objectives.guards import VIEWS
-from vpgea_fast.objectives.vr import log_mean, shares
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import Attempt
@@ -411,6 +411,52 @@ def test_rows_of_theta_stand_behind_the_students_prompt_and_equal_answers_share_
         for row in rows:
             assert row.view == "student"
             assert not {4, 44} & {*row.context_ids.tolist(), *row.token_ids.tolist()}
+
+
+def test_what_the_paths_show_by_hand():
+    """Two questions of two hinted paths of two tokens; one question has no right answer."""
+    gaps = [[-1.0, -3.0], [0.5, 0.5]]
+    groups = [
+        hinted(gaps, name="some", right=[(YES, NO), (YES, YES)]),
+        hinted(gaps, name="none", right=[(NO, NO), (NO, NO)]),
+    ]
+    out = theta(group_size=2).terms(batch_of(groups), {})
+    whole_rho = [math.log(0.5) - 4.0, 1.0]
+    trained = [0.5 * math.exp(-2.0), math.exp(0.5)]
+    share = [r / sum(trained) for r in trained]
+    expected = {
+        "vr_elbo": sum(whole_rho) / 2,
+        "vr_bound": math.log(sum(map(math.exp, whole_rho)) / 2),
+        "vr_log_ratio": (-2.0 + 0.5) / 2,
+        "vr_answered": (0.5 + 1.0) / 4,
+        "vr_answered_none": 0.5,
+        "vr_answered_all": 0.25,
+        "vr_ess": 1 / sum(s**2 for s in share),
+        "vr_share_max": share[1],
+        "groups_all_rejected": 1,
+        "groups_zero_var": 1,
+    }
+    assert out.metrics == pytest.approx(expected, abs=1e-14)
+    found = {key: values.tolist() for key, values in out.path_scores["posterior"].items()}
+    assert found["share"] == [pytest.approx(share), [0.0, 0.0]]
+    assert found["answered"] == [[0.5, 1.0], [0.0, 0.0]]
+    assert found["log_ratio"] == [[-4.0, 1.0]] * 2
+    # None is worth anything: no mean, and nothing that JSON has no number for.
+    bare = theta(group_size=2).terms(batch_of(groups[1:]), {}).metrics
+    assert [bare[key] for key in ("vr_elbo", "vr_bound", "vr_ess", "vr_share_max")] == [None] * 4
+    own = batch_of([hinted(gaps, stream="prior", right=[(YES, NO), (YES, YES)])])
+    found = phi(group_size=2).terms(own, {}).metrics
+    expected = {
+        "vr_phi_answered": 0.75,
+        "vr_phi_answered_none": 0.0,
+        "vr_phi_answered_all": 0.5,
+        "vr_phi_ess": 1 / (1 / 9 + 4 / 9),
+        "vr_phi_share_max": 2 / 3,
+        "vr_phi_skipped": 0,
+        "groups_all_rejected": 0,
+        "groups_zero_var": 0,
+    }
+    assert found == pytest.approx(expected, abs=1e-14)
 
 
 def test_weights_of_phi_by_hand():

@@ -23,9 +23,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from vpgea_fast.book import merge
 from vpgea_fast.names import Score, Stream
 from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
-from vpgea_fast.objectives.guards import VIEWS
+from vpgea_fast.objectives.bounds import (
+    hinted_metrics,
+    log_mean,
+    shares,
+    skipped,
+    unhinted_metrics,
+)
+from vpgea_fast.objectives.guards import VIEWS, log_ratio
 from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 
     from vpgea_fast.types import ScoredBatch
 
+Metrics = dict[str, float | None]
 Estimator = Literal["accuracy", "gml", "likelihood"]
 
 
@@ -72,21 +81,20 @@ class HintedKeys(Latent):
     """pi / q of a thought. `exact`: of the whole thought, as in the bound; its variance grows with
     the length. `geometric`: its mean per token, as the paper trains."""
 
+    def trained_ratio(self, batch: ScoredBatch) -> Tensor:
+        """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
+        whole_BK = -log_ratio(batch)
+        return whole_BK if self.ratio == "exact" else whole_BK / batch.posterior.length_BP
+
     def log_rho(self, batch: ScoredBatch) -> Tensor:
         """log rho of every hinted path, (B, K) nats."""
-        return self.log_answer(batch, "posterior") + self.log_ratio(batch)
+        return self.log_answer(batch, "posterior") + self.trained_ratio(batch)
 
-    def log_ratio(self, batch: ScoredBatch) -> Tensor:
-        """log pi - log q of every hinted thought, (B, K) nats: summed, or per token."""
-        import torch
-
-        teacher, student = (batch.logps[score] for score in VIEWS)
-        post = batch.posterior
-        gaps = [student[path.key] - teacher[path.key] for path in post.flat]
-        # A path that the engine gave up may have no token, and is trained by nobody.
-        exact = self.ratio == "exact"
-        sums = [gap.sum() if exact or not gap.numel() else gap.mean() for gap in gaps]
-        return torch.stack(sums).double().view_as(post.length_BP)
+    def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """The shares of the hinted paths, (B, K), their scores, and what they show."""
+        share_BK, log_f_BK = shares(self.log_rho(batch)), self.log_answer(batch, "posterior")
+        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": -log_ratio(batch)}
+        return share_BK, scores, hinted_metrics(batch, log_f_BK, share_BK)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -103,8 +111,7 @@ class ThetaKeys(HintedKeys):
 
     def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
         """Thoughts and answers, in the student's view."""
-        # The rows divide by all paths, and these weights are a mean already.
-        weight_BK = -share_BK.shape[1] * share_BK
+        weight_BK = -_summed(share_BK)
         hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
         behind = "attempts" if self.trains_sampled else "target"
         return Term(name="theta", **hinted), Term(name="answer", part=behind, **hinted)
@@ -128,26 +135,30 @@ class PhiKeys(HintedKeys, ClipKeys):
             return self.answer_scores("prior")
         return {*VIEWS, *self.answer_scores("posterior")}
 
-    def phi_part(self, batch: ScoredBatch) -> tuple[Term, Tensor]:
-        """Thoughts in the teacher's view, and what each path of their stream is worth there."""
+    def unhinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """The shares of the unhinted paths, (B, M), their scores, and what they show."""
+        log_f_BM = self.log_answer(batch, "prior")
+        share_BM = shares(log_f_BM)
+        scores = {"share": share_BM, "answered": log_f_BM.exp()}
+        return share_BM, scores, unhinted_metrics(log_f_BM, share_BM)
+
+    def phi_part(self, batch: ScoredBatch) -> Term:
+        """Thoughts in the teacher's view."""
+        stream: Stream = "posterior"
         if self.phi == "forward_kl":
-            worth_BP = shares(self.log_answer(batch, "prior"))
-            gain_BP, later = worth_BP.shape[1] * worth_BP, None
+            gain_BP, later, stream = _summed(self.unhinted(batch)[0]), None, "prior"
         elif self.phi == "reverse_kl":
             # The ELBO's integrand, less the mean of the question's others.
             worth_BP = self.log_answer(batch, "posterior").clamp(min=self.u_min)
-            worth_BP = worth_BP + self.log_ratio(batch)
+            worth_BP = worth_BP + self.trained_ratio(batch)
             others = worth_BP.sum(dim=1, keepdim=True) - worth_BP
             gain_BP = worth_BP - others / max(1, worth_BP.shape[1] - 1)
             later = self.clipped()
         else:
             log_rho_BK = self.log_rho(batch)
             worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
-            worth_BP = worth_BP.where(worth_BP.isfinite(), 0.0)
-            gain_BP, later = worth_BP.shape[1] * worth_BP, self.clipped()
-        stream: Stream = "prior" if self.phi == "forward_kl" else "posterior"
-        part = Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
-        return part, worth_BP
+            gain_BP, later = _summed(worth_BP.where(worth_BP.isfinite(), 0.0)), self.clipped()
+        return Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,12 +184,10 @@ class VrTheta(ThetaKeys):
         yield from alone("group_size", self.group_size)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
-        share_BK = shares(self.log_rho(batch))
-        return Terms(
-            parts=self.theta_parts(share_BK),
-            path_scores={"posterior": {"advantage": share_BK}},
-            metrics={"groups_all_rejected": skipped(share_BK)},
-        )
+        share_BK, scores, found = self.hinted(batch)
+        parts = self.theta_parts(share_BK)
+        metrics = merge(found, counts(parts))
+        return Terms(parts=parts, path_scores={"posterior": scores}, metrics=metrics)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -208,12 +217,10 @@ class VrPhi(PhiKeys):
             yield from alone("group_size", self.group_size)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
-        part, worth_BP = self.phi_part(batch)
-        return Terms(
-            parts=(part,),
-            path_scores={part.stream: {"advantage": worth_BP}},
-            metrics={"groups_all_rejected": skipped(part.weight_BP)},
-        )
+        part = self.phi_part(batch)
+        _, scores, found = (self.unhinted if part.stream == "prior" else self.hinted)(batch)
+        metrics = merge(found, counts((part,)))
+        return Terms(parts=(part,), path_scores={part.stream: scores}, metrics=metrics)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -248,17 +255,16 @@ class Vr(ThetaKeys, PhiKeys):
             yield from alone("prior_samples", self.prior_samples)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
-        share_BK = shares(self.log_rho(batch))
-        part, worth_BP = self.phi_part(batch)
+        share_BK, scores, found = self.hinted(batch)
+        part = self.phi_part(batch)
         part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
-        scores: dict[Stream, dict[str, Tensor]] = {"posterior": {"advantage": share_BK}}
+        path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
         if part.stream == "prior":
-            scores["prior"] = {"advantage": worth_BP}
-        return Terms(
-            parts=(*self.theta_parts(share_BK), part),
-            path_scores=scores,
-            metrics={"groups_all_rejected": skipped(share_BK)},
-        )
+            _, path_scores["prior"], others = self.unhinted(batch)
+            found = merge(found, others)
+        parts = (*self.theta_parts(share_BK), part)
+        metrics = merge(found, counts(parts))
+        return Terms(parts=parts, path_scores=path_scores, metrics=metrics)
 
 
 def alone(key: str, paths: int) -> Iterator[str]:
@@ -270,18 +276,12 @@ def alone(key: str, paths: int) -> Iterator[str]:
         )
 
 
-def skipped(weight_BP: Tensor) -> int:
-    """Count the questions of which no path has a weight."""
-    return int((weight_BP == 0).all(dim=1).sum())
+def counts(parts: tuple[Term, ...]) -> Metrics:
+    """Count the questions of which the first part has no path with a weight, and no part has."""
+    silent = int((~Terms(parts=parts).alive).sum())
+    return {"groups_all_rejected": skipped(parts[0].weight_BP), "groups_zero_var": silent}
 
 
-def shares(log_BP: Tensor) -> Tensor:
-    """Weights that add up to 1 within a question, (B, P); all 0 where no path is worth anything."""
-    share_BP = log_BP.softmax(dim=1)
-    return share_BP.where(log_BP.isfinite().any(dim=1, keepdim=True), 0.0)
-
-
-def log_mean(log_BP: Tensor) -> Tensor:
-    """log of the mean of what these are logarithms of, (B,): of log rho, an estimate of L_K whose
-    mean over draws is L_K; -inf where no path is worth anything."""
-    return log_BP.logsumexp(dim=1) - math.log(log_BP.shape[1])
+def _summed(worth_BP: Tensor) -> Tensor:
+    """Weights of paths whose sum is meant, since rows divide by their number."""
+    return worth_BP.shape[1] * worth_BP
