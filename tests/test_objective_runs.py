@@ -204,7 +204,10 @@ STEPS = [
     (SAID + "shifted(batch, stream='late')", "term 'push': stream: got 'late', expected one of"),
     (SAID + "shifted(batch, part='end')", "term 'push': part: got 'end', expected one of"),
     (SAID + "shifted(batch, part='response')", "draws() does not ask for answers"),
-    (SAID + "shifted(batch, part='attempts')", "trains the attempts, but draws() does not ask"),
+    (
+        SAID + "shifted(batch, part='attempts')",
+        "trains all right attempts of a path, but draws() asks for 0",
+    ),
     (
         SAID + "shifted(batch, stream='posterior')",
         "term 'push': weight_BP is of the posterior paths, but draws() asks for none",

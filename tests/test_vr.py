@@ -399,6 +399,11 @@ def test_rows_of_theta_stand_behind_the_students_prompt_and_equal_answers_share_
     ]
     coefs = [row.coef.tolist() for row in rows]
     assert coefs == [[-1.0] * 2, pytest.approx([-2 / 3] * 2), pytest.approx([-1 / 3] * 2)]
+    for most, shares_of in ((1, [1.0]), (2, [0.5, 0.5])):
+        few = replace(cfg, answer_rows=most)
+        own = [row for row in build_rows(one, few.terms(one, {}), scale) if row.term == "answer"]
+        assert [row.token_ids.tolist() for row in own] == [[7, 1], [8, 1]][:most]
+        assert [-row.coef[0].item() for row in own] == shares_of
     # The hint's tokens, 4 and 44, are in no row, whatever is trained behind the thought.
     u = torch.zeros(1, 2).double()
     for estimator, answer in itertools.product(
@@ -510,10 +515,28 @@ def test_attempts_are_kept_between_two_updates_and_refused_where_nobody_trains_t
     assert second.attempts == ()
     assert again.posterior.accuracy.tolist() == [[0.5, 0.0]]
     terms = cfg.terms(one, {})
-    for wrong in ({"view": "teacher"}, {"factors": {}}):
+    for wrong, said in (
+        ({"view": "teacher"}, "attempts are sampled behind the policy's thoughts"),
+        ({"factors": {}}, "attempts are sampled behind the policy's thoughts"),
+        ({"first": 9}, "trains 9 right attempts of a path, but draws\\(\\) asks for 8"),
+        ({"first": None}, "trains all right attempts of a path, but"),
+    ):
         bad = replace(terms, parts=(replace(terms.parts[1], **wrong),))
-        with pytest.raises(ValueError, match="attempts are sampled behind the policy's thoughts"):
+        with pytest.raises(ValueError, match=said):
             check_terms(cfg, bad, one)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"u_min": -3.0}, "u_min: got -3.0 with phi 'forward_kl', which does not read it"),
+        ({"u_min": -3.0, "phi": "iwae"}, "u_min: got -3.0 with phi 'iwae'"),
+        ({"ratio": "exact"}, "ratio: got 'exact' with phi forward_kl, whose paths have none"),
+    ],
+)
+def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        phi(**keys)
 
 
 def test_a_likelihood_is_not_that_of_sampled_answers():

@@ -227,7 +227,7 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
         for q in questions
         for v in views
     ]
-    if cfg.objective.draws().attempts:
+    if cfg.objective.draws().answer_rows:
         tails += [room(q.student_ids) + cfg.rollout.max_answer_tokens for q in questions]
     thought = cfg.rollout.max_new_tokens
     return max(prompts), max(max(prompts) + drawn, max(tails) + thought)

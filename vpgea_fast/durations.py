@@ -281,7 +281,8 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     train = flops.row(row, round(drawn)) / (peak * mfu)
     # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
-    rows += (posterior * rates.accepted or prior) * draws.targets + (prior if draws.joint else 0)
+    behind = draws.targets + draws.answer_rows  # as if every sampled answer were right
+    rows += (posterior * rates.accepted or prior) * behind + (prior if draws.joint else 0)
 
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":

@@ -429,7 +429,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
     draws = objective.draws()
     # At most: every posterior path is trained under both prompts.
     rows = 2 * draws.posterior or draws.prior
-    rows += (draws.posterior or draws.prior) * draws.targets + draws.prior * draws.joint
+    behind = draws.targets + draws.answer_rows
+    rows += (draws.posterior or draws.prior) * behind + draws.prior * draws.joint
     rows *= questions
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))

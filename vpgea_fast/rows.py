@@ -205,12 +205,12 @@ def part_rows(
     question: PromptedQuestion, path: Path, term: Term, think_close_id: int = -1
 ) -> list[tuple[TrainRow, float]]:
     """The rows of a path for a term, each with its share of the path's weight: one row, but for
-    `attempts`. Of those every right one has the same share, and equal ones are one row."""
+    `attempts`. Of those the first right ones have the same share, and equal ones are one row."""
     if term.part != "attempts":
         return [(part_row(question, path, term, think_close_id), 1.0)]
     context = torch.cat([question.context(term.view), path.z_ids])
     # A row costs the whole thought again, and short answers are mostly the same one.
-    right = Counter(tuple(a.ids.tolist()) for a in path.attempts if a.right)
+    right = Counter([tuple(a.ids.tolist()) for a in path.attempts if a.right][: term.first])
     return [
         (_row(path, term, context, torch.tensor(ids, dtype=torch.long)), count / right.total())
         for ids, count in right.items()

@@ -51,6 +51,7 @@ class Draws:
     targets           the reference answer is trained behind the thoughts: a row more of each
     attempts          scoring.answer_samples answers are sampled behind every closed thought, in the
                       student's view, judged and kept (`Path.attempts`)
+    answer_rows       the most of a path's right attempts that are trained; 0: none
     u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
@@ -71,6 +72,7 @@ class Draws:
     joint: bool = False
     targets: bool = False
     attempts: bool = False
+    answer_rows: int = 0
     u_norm: Literal["sum", "mean"] | None = None
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
@@ -158,6 +160,7 @@ class Term:
     later       the same where a rollout has several updates; with one, `weight` stands
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
+    first       of part `attempts`: the first right ones of a path alone; None: all of them
     """
 
     name: str
@@ -172,6 +175,7 @@ class Term:
     later: Live | None = None
     held_BP: Tensor | None = None
     close_BP: Tensor | None = None
+    first: int | None = None
 
     @property
     def weighted(self) -> Tensor:

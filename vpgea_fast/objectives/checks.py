@@ -190,10 +190,13 @@ def _check_attempts(who: str, term: Term, objective: Objective) -> None:
     """ValueError for attempts that nobody samples, or that a term could not train."""
     if term.part != "attempts":
         return
-    if not objective.draws().attempts:
+    draws = objective.draws()
+    # Each is a row with the whole thought in it: how many there may be is planned for.
+    if not draws.attempts or (term.first or math.inf) > draws.answer_rows:
         raise ValueError(
-            f"{who}: trains the attempts, but draws() does not ask for them; return "
-            "Draws(attempts=True, ...), or train the thought"
+            f"{who}: trains {term.first or 'all'} right attempts of a path, but draws() asks for "
+            f"{draws.answer_rows}; return Draws(attempts=True, answer_rows=N, ...) and give the "
+            "term first=N, or train the thought"
         )
     if term.stream == "reference" or term.view != "student" or term.factors is not None:
         raise ValueError(

@@ -104,6 +104,9 @@ class ThetaKeys(HintedKeys):
     answer: Literal["sampled", "reference"] | None = None
     """What is trained behind a thought. `sampled`: its right answers, in equal shares. `reference`:
     the reference answer. null: `sampled` with the estimator accuracy, else `reference`."""
+    answer_rows: PositiveInt = 8
+    """Right answers that are trained behind a thought at most, the first ones (`sampled`). Each
+    that differs is a row with the whole thought in it."""
 
     @property
     def trains_sampled(self) -> bool:
@@ -113,8 +116,10 @@ class ThetaKeys(HintedKeys):
         """Thoughts and answers, in the student's view."""
         weight_BK = -_summed(share_BK)
         hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
-        behind = "attempts" if self.trains_sampled else "target"
-        return Term(name="theta", **hinted), Term(name="answer", part=behind, **hinted)
+        behind: dict[str, Any] = {"part": "target"}
+        if self.trains_sampled:
+            behind = {"part": "attempts", "first": self.answer_rows}
+        return Term(name="theta", **hinted), Term(name="answer", **behind, **hinted)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -128,6 +133,13 @@ class PhiKeys(HintedKeys, ClipKeys):
     u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
     """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
     alone."""
+
+    def __post_init__(self) -> None:
+        if self.u_min != PhiKeys.u_min and self.phi != "reverse_kl":
+            raise ValueError(
+                f"u_min: got {self.u_min} with phi {self.phi!r}, which does not read it; leave it "
+                "out, or choose reverse_kl"
+            )
 
     def phi_scores(self) -> set[Score]:
         """What phi's part reads."""
@@ -173,6 +185,7 @@ class VrTheta(ThetaKeys):
         return Draws(
             posterior=self.group_size,
             attempts=self.trains_sampled or self.estimator == "accuracy",
+            answer_rows=self.answer_rows * self.trains_sampled,
             targets=not self.trains_sampled,
             u_norm=self.u_norm,
         )
@@ -199,6 +212,14 @@ class VrPhi(PhiKeys):
     """Variational Reasoning: the hinted policy alone."""
     group_size: PositiveInt = 8
     """Paths per question: M unhinted ones with forward_kl, K hinted ones with the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phi == "forward_kl" and self.ratio != VrPhi.ratio:
+            raise ValueError(
+                f"ratio: got {self.ratio!r} with phi forward_kl, whose paths have none; leave it "
+                "out, or choose another phi"
+            )
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
@@ -241,6 +262,7 @@ class Vr(ThetaKeys, PhiKeys):
             posterior=self.group_size,
             prior=self.prior_samples * forward,
             attempts=self.trains_sampled or self.estimator == "accuracy",
+            answer_rows=self.answer_rows * self.trains_sampled,
             targets=not self.trains_sampled,
             joint=forward,
             u_norm=self.u_norm,
