@@ -11,7 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from batches import prompted, sampled, scored, whole
+from batches import losing, prompted, sampled, scored, whole
 from ranks import run_ranks
 from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
 
@@ -557,6 +557,41 @@ def test_thoughts_that_were_all_cut_are_answered_by_nobody(tiny_words):
         assert all(map(torch.equal, before, trainer.stages.policy.parameters()))
     found = stats.metrics
     assert (found["groups_all_rejected"], found["skipped"], found["trunc_post"]) == (B, 1, 1.0)
+
+
+def give_up_an_answer(engine):
+    """First come the paths of both streams, then the answers behind the hinted ones."""
+    drawn, calls = engine.generate, []
+
+    def generate(requests, *rest):
+        calls.append(requests)
+        paths = drawn(requests, *rest)
+        return [losing(paths[0]), *paths[1:]] if len(calls) == 2 else paths
+
+    engine.generate = generate
+    return calls
+
+
+def id_of(row):
+    return row.path[0]
+
+
+def test_a_question_whose_answer_the_engine_gave_up_is_left_out(tiny_words):
+    words = words_of("vr", {"prior_samples": 2}, {"rollout.max_new_tokens": 240}, tiny_words)
+    with Trainer(config.load(TINY, words)) as trainer:
+        calls = give_up_an_answer(trainer.stages.engine)
+        rollout = trainer.draw()
+    lost = calls[1][0].question_id
+    places = [q.question.id for q in rollout.batch.questions]
+    assert rollout.batch.lost_B.tolist() == [int(name == lost) for name in places]
+    assert set(map(id_of, rollout.rows)) == {*places} - {lost}
+    assert {row.term for row in rollout.rows} == {"theta", "answer", "phi"}
+    # Of a real run: contexts of theta are the student's, whatever drew the thought.
+    student = {q.question.id: q.student_ids.tolist() for q in rollout.batch.questions}
+    for row in rollout.rows:
+        own = student[id_of(row)]
+        shown = row.context_ids[: len(own)].tolist() == own
+        assert shown == (row.term != "phi") == (row.view == "student")
 
 
 # --- a whole solution as the hint --------------------------------------------------------------
