@@ -16,12 +16,14 @@ from ranks import run_ranks
 from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
 
 from vpgea_fast import config
+from vpgea_fast.cli import main
 from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Vr, VrPhi, VrTheta, check_terms
 from vpgea_fast.objectives.bounds import log_mean, shares
 from vpgea_fast.objectives.guards import VIEWS
 from vpgea_fast.rows import Scale, build_rows
+from vpgea_fast.tiny import make_tiny
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import Attempt
 from vpgea_fast.updates import plain, revived
@@ -807,3 +809,32 @@ def test_theorem_1_the_variances_of_both_estimators(spellings):
         assert mean == pytest.approx(p)
         assert variance == pytest.approx(p * (1 - p) / J)
         assert (J * variance <= like + 1e-12) == (p >= 1 / spellings - 1e-12)
+
+
+# --- the tiny world ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_vr_tiny_answers_better_than_its_base_at_no_more_tokens(seed, tmp_path, capsys):
+    """By the paired interval of sampled answers to all 800 held-out questions."""
+    world = make_tiny(tmp_path / "world")
+    settings = {
+        "run.seed": seed,
+        "run.dir": tmp_path / "run",
+        "model.path": world.base_dir,
+        "data.train": world.train_path,
+        "eval.data": f"[{world.test_path}]",
+        "eval.greedy": "false",
+        "eval.records": "true",
+        "checkpoint.export": "false",
+        "metrics.diag_every": 0,
+    }
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "vr-tiny", *words]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "run"), "--format", "json"]) == 0
+    (_, trained) = json.loads(capsys.readouterr().out)["rows"]
+    change = trained["against"]["mean"]
+    assert change["acc"]["low"] > 0
+    assert change["tokens"]["value"] <= 0
