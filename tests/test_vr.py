@@ -16,6 +16,7 @@ from ranks import run_ranks
 from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
 
 from vpgea_fast import config
+from vpgea_fast.check import unread_keys
 from vpgea_fast.cli import main
 from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
@@ -77,7 +78,7 @@ class Variational:
         """log pi - log q, with the gradient of pi."""
         log_pi, log_q = (self.thought(model, b, path, view) for view in ("student", "teacher"))
         gap = log_pi - log_q.detach()
-        return gap.sum() if self.keys.ratio == "exact" else gap.mean()
+        return gap.sum() if self.keys.thought_ratio == "exact" else gap.mean()
 
     def shares(self, model, b):
         """Self-normalised weights; divided by the largest before they are numbers."""
@@ -186,25 +187,28 @@ LIKELY = {"rollout.temperature": 1.0}
 # Some answers behind a thought are wrong, and of some thoughts all.
 MIXED = {"rollout.temperature": 0.8, "scoring.answer_temperature": 2.6}
 CASES = {
-    "theta, accuracy": ({"ratio": "geometric"}, SHORT | MIXED),
+    "theta, accuracy": ({"thought_ratio": "geometric"}, SHORT | MIXED),
     "theta, accuracy, exact, reference": (
-        {"ratio": "exact", "answer": "reference"},
+        {"thought_ratio": "exact", "answer": "reference"},
         SHORT | MIXED | LIKELY,
     ),
     "theta, gml": ({"estimator": "gml"}, SHORT | LIKELY),
-    "theta, gml, exact, lost": ({"estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
+    "theta, gml, exact, lost": ({"estimator": "gml", "thought_ratio": "exact"}, SHORT | LIKELY),
     "theta, likelihood": ({"estimator": "likelihood"}, SHORT | LIKELY),
-    "theta, bound": ({"estimator": "likelihood", "ratio": "exact"}, ONE | LIKELY),
+    "theta, bound": ({"estimator": "likelihood", "thought_ratio": "exact"}, ONE | LIKELY),
     "phi, accuracy": ({}, SHORT | MIXED),
     "phi, likelihood, lost": ({"estimator": "likelihood"}, SHORT | LIKELY),
     "phi, reverse": (
-        {"phi": "reverse_kl", "estimator": "likelihood", "ratio": "exact", "u_min": -5.0},
+        {"phi": "reverse_kl", "estimator": "likelihood", "thought_ratio": "exact", "u_min": -5.0},
         SHORT | LIKELY,
     ),
     "phi, reverse, accuracy": ({"phi": "reverse_kl"}, SHORT | MIXED),
     "phi, iwae": ({"phi": "iwae", "estimator": "gml"}, SHORT | LIKELY),
     "vr, accuracy": ({"phi_weight": 0.4, "prior_samples": 3}, SHORT | MIXED),
-    "vr, gml, iwae": ({"phi": "iwae", "estimator": "gml", "ratio": "exact"}, SHORT | LIKELY),
+    "vr, gml, iwae": (
+        {"phi": "iwae", "estimator": "gml", "thought_ratio": "exact"},
+        SHORT | LIKELY,
+    ),
 }
 # A run of two seconds each: what these cover in part is slow.
 QUICK = {"theta, gml", "theta, bound", "phi, reverse", "phi, iwae", "vr, accuracy"}
@@ -332,11 +336,11 @@ def test_weights_of_theta_by_hand():
     one = batch_of([hinted(gaps, right=[(YES, NO), (YES, YES), (NO, NO)])])
     for ratio, logs in (("exact", (-4.0, 1.0)), ("geometric", (-2.0, 0.5))):
         rho = [0.5 * math.exp(logs[0]), math.exp(logs[1]), 0.0]
-        cfg = theta(group_size=3, ratio=ratio)
+        cfg = theta(group_size=3, thought_ratio=ratio)
         (weights,) = theta_weights(cfg, one)
         assert weights == pytest.approx([-3 * r / sum(rho) for r in rho], abs=1e-14)
     u = torch.tensor([[-2.0, -1.0, -7.0]]).double()
-    keys = {"group_size": 3, "ratio": "exact"}
+    keys = {"group_size": 3, "thought_ratio": "exact"}
     rho = [math.exp(a + b) for a, b in zip((-4.0, 1.0, 0.0), (-2.0, -1.0, -7.0), strict=True)]
     for estimator in ("gml", "likelihood"):  # the trainer scores U as `u_norm` says
         cfg = theta(estimator=estimator, **keys)
@@ -348,7 +352,7 @@ def test_weights_of_theta_by_hand():
 def test_log_weights_of_minus_two_thousand_are_compared_in_log_space():
     """Every rho is 0 as a number; the shares are not."""
     gaps = [[-1500.0, -500.0], [-1500.0, -501.0], [900.0, -2902.0]]
-    cfg = theta(estimator="likelihood", ratio="exact", group_size=3)
+    cfg = theta(estimator="likelihood", thought_ratio="exact", group_size=3)
     u = torch.tensor([[0.0, 0.0, 0.0]]).double()
     (weights,) = theta_weights(cfg, batch_of([hinted(gaps)], u))
     parts = [1.0, math.exp(-1), math.exp(-2)]
@@ -480,14 +484,14 @@ def test_weights_of_phi_by_hand():
     assert (out.parts[0].weight_BP.tolist(), out.alive.tolist()) == ([[0, 0, 0]], [False])
     assert out.metrics["groups_all_rejected"] == 1
     one = batch_of([hinted(gaps, right=right)])
-    cfg = phi(group_size=3, phi="iwae", ratio="exact")
+    cfg = phi(group_size=3, phi="iwae", thought_ratio="exact")
     rho = [0.5 * math.exp(-4), math.exp(1), 0.0]
     log_mean_rho = math.log(sum(rho) / 3)
     (term,) = cfg.terms(one, {}).parts
     expected = [-3 * (log_mean_rho - r / sum(rho)) for r in rho]
     assert (term.stream, term.view) == ("posterior", "teacher")
     assert term.weight_BP.tolist() == [pytest.approx(expected)]
-    cfg = phi(group_size=3, phi="reverse_kl", ratio="exact", u_min=-6.0)
+    cfg = phi(group_size=3, phi="reverse_kl", thought_ratio="exact", u_min=-6.0)
     r = [math.log(0.5) - 4, 1.0, -6.0]
     (term,) = cfg.terms(one, {}).parts
     assert term.weight_BP.tolist() == [pytest.approx([(sum(r) - x) / 2 - x for x in r])]
@@ -533,7 +537,10 @@ def test_attempts_are_kept_between_two_updates_and_refused_where_nobody_trains_t
     [
         ({"u_min": -3.0}, "u_min: got -3.0 with phi 'forward_kl', which does not read it"),
         ({"u_min": -3.0, "phi": "iwae"}, "u_min: got -3.0 with phi 'iwae'"),
-        ({"ratio": "exact"}, "ratio: got 'exact' with phi forward_kl, whose paths have none"),
+        (
+            {"thought_ratio": "exact"},
+            "thought_ratio: got 'exact' with phi forward_kl, whose paths have none",
+        ),
     ],
 )
 def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
@@ -546,6 +553,22 @@ def test_a_likelihood_is_not_that_of_sampled_answers():
     config.load(TINY, words)
     with pytest.raises(ValueError, match="reads log-likelihoods of the reference answer"):
         config.load(TINY, [*words, "--objective.estimator", "gml"])
+    # The bound's own gradient is that of one spelling; scoring.u_norm is not what sums its tokens.
+    bound = ["--objective", "vr_theta", "--objective.estimator", "likelihood"]
+    config.load(TINY, [*bound, "--scoring.u_norm", "mean"])
+    with pytest.raises(ValueError, match=r"which data.variants_key 'others' makes another"):
+        config.load(TINY, [*bound, "--data.variants_key", "others"])
+
+
+def test_keys_of_sampled_answers_are_read_where_thoughts_are_answered():
+    words = ["--scoring.answer_samples", "4", "--scoring.answer_temperature", "0.9"]
+    assert [*unread_keys(config.load(TINY, ["--objective", "vr", *words]))] == []
+    gml = ["--objective", "vr", "--objective.estimator", "gml", "--scoring.u_norm", "mean", *words]
+    said = [*unread_keys(config.load(TINY, gml))]
+    assert [line.split(" ")[0] for line in said] == [
+        *("scoring.u_norm", "scoring.answer_samples", "scoring.answer_temperature")
+    ]
+    assert "the objective says itself how U is summed" in said[0]
 
 
 def test_thoughts_that_were_all_cut_are_answered_by_nobody(tiny_words):
@@ -704,7 +727,7 @@ def test_bounds_rise_with_every_path_and_stay_below_the_likelihood():
     """L_1 <= ... <= L_4 <= log P, over all draws of a tabular model; L_1 is the ELBO."""
     world = tabular()
     traces, student, teacher, log_f = world
-    cfg = theta(estimator="likelihood", ratio="exact", group_size=15)
+    cfg = theta(estimator="likelihood", thought_ratio="exact", group_size=15)
     (log_rho,) = cfg.log_rho(drawn_batch(*world, torch.arange(15)[None]))
     log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
     bounds = [
@@ -726,7 +749,7 @@ def test_the_mean_update_of_theta_is_the_gradient_of_the_bound(size):
     world = tabular(1)
     traces, student, teacher, log_f = world
     draw = oracle.tuples(15, size)
-    cfg = theta(estimator="likelihood", ratio="exact", group_size=size)
+    cfg = theta(estimator="likelihood", thought_ratio="exact", group_size=size)
     (term, _) = cfg.terms(drawn_batch(*world, draw), {}).parts
     log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
     probability = log_q[draw].sum(1, keepdim=True).exp()
@@ -742,7 +765,7 @@ def test_the_mean_update_of_phi_is_the_gradient_of_its_bound(form):
     traces, student, teacher, log_f = tabular(2)
     teacher.requires_grad_()
     draw = oracle.tuples(15, 3)
-    cfg = phi(estimator="likelihood", ratio="exact", group_size=3, phi=form)
+    cfg = phi(estimator="likelihood", thought_ratio="exact", group_size=3, phi=form)
     batch = drawn_batch(traces, student, teacher, log_f, draw)
     (term,) = cfg.terms(batch, {}).parts
     log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))

@@ -106,7 +106,8 @@ errors | answers
 # Columns that every path has, then those of the objective's `Terms.path_scores`.
 PATHS = Chapter(
     "paths.jsonl",
-    "One line per path, for the first metrics.paths_per_step paths of each stream.",
+    "One line per path, for the first metrics.paths_per_step paths of each stream; those of "
+    "replaced questions come last, without scores.",
     _table("""
 step | step
     The step that drew the path, from 1.
@@ -125,6 +126,10 @@ closed | true or false
     Whether the thought ended with its closing token.
 correct | true or false
     Whether the sampled answer is right; null without rollout.full_answer.
+replaced | true or false
+    Whether its question made room for another (train.resample_rounds), and trained nothing.
+prompt | text
+    Hash of the ids of the prompt that it was drawn from.
 reward | nats
     R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
 eta | ratio
@@ -228,6 +233,11 @@ u_post_p10 | nats
     10th percentile of U over the teacher's paths.
 u_post_p50 | nats
     Median of U over the teacher's paths.
+len_data | tokens
+    Mean thought length of the responses that the data gives, where the objective imitates those
+    (sft): then there is no metric of the student's paths.
+acc_data | share
+    Share of these whose answer is right: what the checker thinks of the data.
 acc_student | share
     Share of the student's paths whose sampled answer is right.
 acc_teacher | share
@@ -289,8 +299,8 @@ length_limit | tokens
     Mean over questions of the limit that a length reward holds their paths to (think_prune,
     laser_d, laser_de).
 answer_stated | share
-    Share of right paths whose thought states the answer, token by token (length reward lc_r1);
-    null where none is right.
+    Share of right paths whose thought states the answer (length reward lc_r1); null where none is
+    right.
 answer_logp | nats per token
     Mean log-prob of the answer's tokens behind the teacher's thoughts under the reference policy,
     with answer_min (rlt).
@@ -439,7 +449,8 @@ grad_norm_distill | norm
         "Every step; plan_* with every update.",
         _table("""
 tokens_generated | tokens
-    Tokens sampled in this step, those of replaced questions included.
+    Tokens sampled in this step, those of replaced questions included; 0 of responses that the data
+    gives.
 tokens_trained | tokens
     Prompt and thought tokens of all rows that have a gradient.
 tokens_gated_off | tokens
@@ -466,10 +477,13 @@ time_rollout_s | s
 time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
-    Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
+    Log-probs that the objective needs beside U and its leak guard: kappa's, or the reference
+    policy's.
+time_guard_s | s
+    Log-probs that its leak guard alone reads; with objective.leak_guard.
 time_guard_ratio | share
-    What the leak guard cost: time_logps_s / seconds of all phases of the step; with
-    objective.leak_guard.
+    What the leak guard cost: time_guard_s / seconds of all phases of the step; 0 where kappa reads
+    the same. With objective.leak_guard.
 time_advantage_s | s
     Advantages and coefficients.
 time_importance_s | s

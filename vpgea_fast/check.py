@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import GIB
+from vpgea_fast.objectives import reads_reference, scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
@@ -69,6 +70,51 @@ def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
         f"engine hf draws up to {tokens} tokens a path on CUDA, one launch-bound forward a token: "
         "by arithmetic ten times the time of vLLM; set engine vllm (pip install vpgea_fast[vllm])"
     )
+
+
+def loose_limits(cfg: Config) -> Iterator[str]:
+    """Warn of numbers of tokens in the objective that no path can exceed."""
+    rollout = cfg.rollout
+    answers = rollout.full_answer and cfg.objective.draws().answers
+    most, source = rollout.max_new_tokens, f"rollout.max_new_tokens {rollout.max_new_tokens}"
+    if answers:
+        most += rollout.max_answer_tokens
+        source += f" and max_answer_tokens {rollout.max_answer_tokens}"
+    # A class of the user's own may compare lengths with nothing, and not say so.
+    for key, values in getattr(cfg.objective, "bounds", dict)().items():
+        if loose := [value for value in values if value >= most]:
+            yield (
+                f"objective.{key} {', '.join(map(str, loose))}: a path has at most {most} tokens "
+                f"({source}), so this holds none of them back; set it below that"
+            )
+
+
+def unread_keys(cfg: Config) -> Iterator[str]:
+    """Warn of keys that were set and that change nothing, for what another section says."""
+    objective, scoring = cfg.objective, cfg.scoring
+    likely = scoring.u_source == "likelihood"
+    no_reference = not reads_reference(objective) and "the objective reads no reference policy"
+    unscored = not scores_answers(objective) and "the objective scores no answer behind a thought"
+    told = objective.draws().u_norm and "the objective says itself how U is summed"
+    # Answers may be sampled behind thoughts whatever U is.
+    not_sampled = not cfg.answers_behind and (unscored or "scoring.u_source is 'likelihood'")
+    single = cfg.train.updates == 1 and (
+        "train.minibatches and train.epochs make one update of a rollout"
+    )
+    for key, because in {
+        "model.reference": no_reference,
+        "model.reference_path": no_reference,
+        "scoring.u_source": unscored,
+        "scoring.u_norm": unscored or told or (not likely and "scoring.u_source is 'accuracy'"),
+        "scoring.answer_samples": not_sampled,
+        "scoring.answer_temperature": not_sampled,
+        **{f"objective.{key}": single for key in ("clip_low", "clip_high", "ratio", "surrogate")},
+    }.items():
+        section, _, name = key.partition(".")
+        record: Any = getattr(cfg, section)
+        field = type(record).__pydantic_fields__.get(name)
+        if because and field is not None and getattr(record, name) != field.default:
+            yield f"{key} {getattr(record, name)!r} changes nothing: {because}"
 
 
 def check_config(

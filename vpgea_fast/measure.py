@@ -41,6 +41,11 @@ class Measure:
     def on_cuda(self) -> bool:
         return self.policy.device.type == "cuda"
 
+    @property
+    def given(self) -> bool:
+        """Responses of the data stand for drawn paths."""
+        return self.cfg.objective.draws().given
+
     def importance(
         self, batch: ScoredBatch, terms: Terms
     ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
@@ -102,7 +107,8 @@ class Measure:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
         # A lost path is no short or wrong one, so its question is in no mean.
         whole = batch.whole
-        return merge(diagnostics.batch_metrics(whole) if whole else {}, terms.metrics)
+        found = diagnostics.batch_metrics(whole, given=self.given) if whole else {}
+        return merge(found, terms.metrics)
 
     def view_divergence(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
@@ -153,10 +159,11 @@ class Measure:
             device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
-        work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
-        # An objective that says what its guard caught is told what that cost.
+        work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds, given=self.given)
+        # An objective that says what its guard caught is told what that cost; nothing where all
+        # that it reads is read by something else, too.
         guard = (
-            {"time_guard_ratio": seconds["time_logps_s"] / sum(seconds.values())}
+            {"time_guard_ratio": seconds.get("time_guard_s", 0.0) / sum(seconds.values())}
             if "guard_caught" in terms.metrics
             else {}
         )

@@ -42,6 +42,7 @@ PathKey = tuple[str, Stream, int]
 class Score(NamedTuple):
     """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
 
+    # Their order is kept in checkpoints, which hold a score as a plain tuple.
     stream: Stream
     view: Context
     part: Part

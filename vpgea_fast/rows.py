@@ -227,6 +227,7 @@ def part_row(
     elif term.part == "response":
         tokens, logps = path.response_ids, path.response_logps
     elif term.part == "answer":
+        # No close is put in: only behind a closed thought an answer is drawn.
         context, tokens = torch.cat([context, path.z_ids]), path.answer_ids
         logps = path.response_logps[path.z_ids.numel() :]
     else:

@@ -55,9 +55,8 @@ class PromptedQuestion:
     `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
     `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers, `answer_ids`
-    the answer alone, as a thought may. `fields` are the values that an objective put into both
-    prompts (`Draws.fields`).
+    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers. `fields` are
+    the values that an objective put into both prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
@@ -73,7 +72,6 @@ class PromptedQuestion:
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
-    answer_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -83,15 +81,6 @@ class PromptedQuestion:
     def context(self, view: View) -> Tensor:
         # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
-
-    def answer_end(self, z_ids: Tensor) -> int:
-        """Where the answer's tokens first end in a thought, counted from 1; 0: they are not
-        there."""
-        part, whole = self.answer_ids.tolist(), z_ids.tolist()
-        if not (size := len(part)):
-            raise ValueError(f"question {self.question.id!r}: got no ids of its answer to look for")
-        starts = (i for i in range(len(whole) - size + 1) if whole[i : i + size] == part)
-        return next((i + size for i in starts), 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +196,8 @@ class ScoredPaths:
     closed_BP   (B, P) bool: the thought ended by itself
     correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
     texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
+    stated_BP   (B, P) int64: tokens of the thought until it first states the answer, 0 where it
+                never does; where the objective reads them (`Draws.stated`)
 
     On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
     field here, a value in `Collector.score` and a reader.
@@ -223,6 +214,7 @@ class ScoredPaths:
     closed_BP: Tensor
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
+    stated_BP: Tensor | None = None
 
     @property
     def accuracy(self) -> Tensor:
@@ -255,6 +247,8 @@ class ScoredBatch:
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
     reference       paths that the reference policy drew in the student view; None: it drew none
+    replaced        questions without a gradient that others of this batch came for
+                    (train.resample_rounds), of which nothing is trained or in a mean
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -273,6 +267,7 @@ class ScoredBatch:
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
     reference: ScoredPaths | None = None
+    replaced: ScoredBatch | None = None
 
     @property
     def streams(self) -> dict[Stream, ScoredPaths]:
@@ -298,6 +293,7 @@ class ScoredBatch:
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""
+        # The reference policy too draws from the student's prompt.
         return self.posterior_view if stream == "posterior" else "student"
 
     def token_counts(self, stream: Stream, part: Part) -> Tensor:
@@ -315,7 +311,9 @@ class ScoredBatch:
         else:
             whole = part == "response"
             counts = [
-                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g] for g in columns.paths
+                # `whole` is 0 for an answer alone.
+                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g]
+                for g in columns.paths
             ]
         return torch.tensor(counts, dtype=torch.float64).view_as(columns.length_BP).clamp(min=1.0)
 
@@ -337,6 +335,7 @@ def with_questions(
 ) -> list[tuple[PromptedQuestion, Path]]:
     """Every path of the groups with its question as the path was asked it, in their order."""
     return [
+        # With fields of an objective a path was asked in a prompt of its own.
         (path.asked or q, path)
         for q, group in zip(questions, groups, strict=True)
         for path in group
@@ -353,6 +352,7 @@ def _select(record: Columns, keep: Sequence[int]) -> Columns:
             return value[list(keep)]
         if isinstance(value, ScoredPaths):
             return _select(value, keep)
+        # Log-probs stay whole: they are found by a path's key, which a cut does not change.
         return tuple(value[i] for i in keep) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
@@ -366,6 +366,7 @@ def _join(record: Columns, other: Columns) -> Columns:
             return _join(a, b)
         if isinstance(a, Mapping):  # a score -> what each batch has of it
             return {key: {**a[key], **b[key]} for key in a}
+        # A fact of the step (its view, its token limit) is the same in both.
         return (*a, *b) if isinstance(a, tuple) else a
 
     # By field: a new column is selected and joined without a line here.
@@ -410,8 +411,10 @@ class TrainRow:
     4
     """
 
+    # (c,) and (n,) int64, on the CPU until they are packed.
     context_ids: Tensor
     token_ids: Tensor
+    # (n,), float64 where the row is trained.
     coef: Tensor
     stream: Stream
     view: View
@@ -440,6 +443,7 @@ class TrainRow:
         """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""
         if self.live is None:
             return self.coef * now
+        # Detached: this is for the log, and the coefficients carry the gradient.
         return self._scaled(self._alive(now.detach()))
 
     def at(self, now: Tensor) -> TrainRow:
@@ -471,6 +475,7 @@ class TrainRow:
         return loss
 
     def _scaled(self, values: Tensor) -> Tensor:
+        # Of the whole loss: the hold to a reference has the normaliser of its term too.
         values = values * self.scale
         return values if self.factor is None else values * self.factor
 

@@ -27,7 +27,10 @@ def declare_compare(commands: Commands, common: Parser) -> None:
         help="what eval wrote, or a run: each evaluation that it holds",
     )
     compare.add_argument(
-        "--mode", choices=("sampled", "greedy"), help="default: sampled where all have it"
+        # No default here: it depends on what the evaluations hold.
+        "--mode",
+        choices=("sampled", "greedy"),
+        help="default: sampled where all have it",
     )
     compare.add_argument(
         "--common",
@@ -55,6 +58,7 @@ def run_compare(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.no_published:
         comparison["published"] = {}
     grids = tables.grids(comparison)
+    # All three before any is written: a fault in one leaves no folder behind.
     texts = {
         "markdown": tables.markdown(grids),
         "latex": tables.latex(grids),

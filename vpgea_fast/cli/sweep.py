@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGTERM
+from types import FrameType
 
 from vpgea_fast.cli.train import STATUS
 from vpgea_fast.cli.words import (
@@ -13,9 +19,12 @@ from vpgea_fast.cli.words import (
     config_file,
     one_process,
     path,
+    show,
     whole,
     yaml_value,
 )
+
+INTERRUPTED = 130  # 128 + SIGINT
 
 
 def declare_sweep(commands: Commands, common: Parser) -> None:
@@ -36,6 +45,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
     )
     sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    # Three: the t interval of two seeds is 12.7 standard errors to each side.
     sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
     sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
     sweep.add_argument(
@@ -77,6 +87,40 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
 
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     one_process("sweep")
+    try:
+        # Until the sweep listens itself: imports and checks take seconds, on a busy machine more.
+        with _termination():
+            return _run(args, overrides)
+    except KeyboardInterrupt as error:
+        # `_termination` puts the signal into the error; a Ctrl-C's own has no arguments.
+        return _left(args, INTERRUPTED if error.args != (SIGTERM,) else STATUS["STOPPED"])
+
+
+def _left(args: argparse.Namespace, status: int) -> int:
+    """Say how a sweep goes on that was asked to leave; return its exit status."""
+    show(f"stopped; what has run is saved: the same command goes on in {args.out}")
+    return status
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """Raise KeyboardInterrupt(SIGTERM) where SIGTERM would end the process without a word."""
+
+    def hear(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    # Python sets handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(SIGTERM, before)
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     # Imports wait until the options are known to be good: torch takes seconds.
     from vpgea_fast import sweep
     from vpgea_fast.distributed import Stopped
@@ -103,8 +147,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     try:
         sweep.run_sweep(order, console, command=_command(args, overrides))
     except Stopped:
-        console.message(f"stopped; the runs have saved: the same command goes on in {args.out}")
-        return STATUS["STOPPED"]
+        return _left(args, STATUS["STOPPED"])
     finally:
         console.close()
     return 0
@@ -114,6 +157,7 @@ def _command(args: argparse.Namespace, overrides: list[str]) -> str:
     """Write the command that makes the same results again."""
     words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
     words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
+    # Without --jobs: it moves runs in time, and changes none of them.
     for name in ("metric", "select", "short"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name}", str(value)]

@@ -121,6 +121,11 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         on = target(cfg, processes=args.processes, device_gib=args.device_gib)
         dry_run(cfg, on=on, rates=rates)
         return 0
+    # Of one process: several would each say it.
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        from vpgea_fast.data import check_first_rows
+
+        check_first_rows([*cfg.data.train, *cfg.eval.data], cfg.data)
     from vpgea_fast.trainer import fit
 
     plain_logs()

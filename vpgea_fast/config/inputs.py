@@ -308,5 +308,9 @@ class PromptConfig:
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
     `{question}` and `{answer}` are the only fields. Other braces are themselves, but a name in
     braces that nothing fills is refused."""
+    answer_words: bool = True
+    """Where a thought is searched for the answer (length reward `lc_r1`, leak guard
+    `early_answer`): as whole words and numbers, so 7 is not in 17, 7.5 or -7. False: also inside
+    others, where the data's digits stand side by side."""
     chat_template_kwargs: Switches = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

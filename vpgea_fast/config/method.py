@@ -110,7 +110,8 @@ class ReplayEngineConfig:
     """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
     paths: tuple[PathText, ...] = ()
     """JSONL files of recorded paths, such as the paths.jsonl of a run. A line needs question_id,
-    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter."""
+    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter. Where
+    it has text, answer, question or prompt, they must be those of this run."""
     match: Literal["step", "question"] = "step"
     """`step`: a path of the same step, stream and index; a line without a step fits every step.
     `question`: of a question's lines, in their order, whatever their step and index."""
@@ -135,7 +136,8 @@ class VerifyConfig:
     workers: PositiveInt = 1
     """Processes that judge, per process of the run."""
     timeout_s: Seconds = 5.0
-    """End a judgement that takes longer, and count its answer as wrong."""
+    """End a judgement that computes longer (`custom`: takes longer), and count its answer as
+    wrong."""
 
     def __post_init__(self) -> None:
         # A target under another name would be ignored, and the user's function with it.

@@ -7,7 +7,7 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import functools
 import importlib
 import json
@@ -21,6 +21,7 @@ from pydantic import Field, PlainSerializer, TypeAdapter, ValidationError, WrapV
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from vpgea_fast.names import Score
 from vpgea_fast.objectives.base import (
     Draws,
     Keys,
@@ -48,7 +49,7 @@ from vpgea_fast.objectives.policy_gradient import (
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
 from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
-from vpgea_fast.values import STRICT, one_line
+from vpgea_fast.values import STRICT, nearest, one_line
 
 __all__ = [
     "DEFAULT",
@@ -85,6 +86,7 @@ __all__ = [
     "ask",
     "at_step",
     "check_terms",
+    "guard_only",
     "policy_rows",
     "reads_reference",
     "reference_rows",
@@ -127,6 +129,13 @@ def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**presets.get(str(section.get("preset", "paper")), {}), **section}
 
 
+def guard_only(objective: Objective) -> frozenset[Score]:
+    """The log-probs that nothing but the leak guard reads: what it costs."""
+    if not isinstance(objective, Vpgea):
+        return frozenset()
+    return objective.needs() - dataclasses.replace(objective, leak_guard="none").needs()
+
+
 @functools.cache
 def custom_type(target: str) -> type:
     """The type of a section with this target: the user's class, and the keys `name` and `target`.
@@ -165,6 +174,7 @@ def custom_type(target: str) -> type:
     return dataclass(frozen=True, config=STRICT)(whole)
 
 
+# What trainer, check, estimate and rows ask of any objective.
 METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
 
 
@@ -200,14 +210,15 @@ def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
     for key in section:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        near = nearest(key, known)
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
         error = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
         details = InitErrorDetails(type=error, loc=(key,), input=section[key])
         raise ValidationError.from_exception_data(kind.__name__, [details])
 
 
 def _write(objective: Any) -> dict[str, Any]:
+    # By its own type: one of the user's is in no union.
     return TypeAdapter(type(objective)).dump_python(objective, mode="json")
 
 

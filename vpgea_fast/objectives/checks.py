@@ -45,6 +45,7 @@ def at_step(objective: Any, step: int) -> Any:
     """The objective of this step, from 0. ValueError for one that draws, needs or divides otherwise
     than the objective of the run, which planned for that."""
     now = ask(objective, "at", step)
+    # Without a schedule, which is the rule, nothing needs comparing.
     if now is objective:
         return now
     for what, of in {
@@ -207,6 +208,7 @@ def _check_attempts(who: str, term: Term, objective: Objective) -> None:
 
 def _check_live(who: str, term: Term, objective: Objective) -> None:
     """ValueError for a loss of the moment that no row could ask."""
+    # Where a rollout has several updates the rows would take `later`, and drop `live` unsaid.
     if term.live is not None and term.later is not None:
         raise ValueError(f"{who}: got live and later; give the one that is meant")
     key, live = ("later", term.later) if term.live is None else ("live", term.live)
@@ -268,6 +270,7 @@ def _check_state(who: str, state: Any) -> None:
     """ValueError for a state that a checkpoint would give back changed."""
     try:
         same = isinstance(state, Mapping) and json.loads(json.dumps(dict(state))) == dict(state)
+        # NaN is no JSON, and unequal to itself when it comes back.
         json.dumps(dict(state), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{who}: state: {one_line(error)}; expected values of JSON") from error
@@ -279,6 +282,7 @@ def _check_state(who: str, state: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    # True is an int to Python, and would be logged as 1.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -77,14 +77,14 @@ class HintedKeys(Latent):
 
     group_size: PositiveInt = 8
     """K, hinted paths per question."""
-    ratio: Literal["geometric", "exact"] = "geometric"
+    thought_ratio: Literal["geometric", "exact"] = "geometric"
     """pi / q of a thought. `exact`: of the whole thought, as in the bound; its variance grows with
     the length. `geometric`: its mean per token, as the paper trains."""
 
     def trained_ratio(self, batch: ScoredBatch) -> Tensor:
         """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
         whole_BK = -log_ratio(batch)
-        return whole_BK if self.ratio == "exact" else whole_BK / batch.posterior.length_BP
+        return whole_BK if self.thought_ratio == "exact" else whole_BK / batch.posterior.length_BP
 
     def log_rho(self, batch: ScoredBatch) -> Tensor:
         """log rho of every hinted path, (B, K) nats."""
@@ -111,6 +111,11 @@ class ThetaKeys(HintedKeys):
     @property
     def trains_sampled(self) -> bool:
         return (self.answer or {"accuracy": "sampled"}.get(self.estimator)) == "sampled"
+
+    @property
+    def by_likelihood(self) -> bool:
+        """The bound's own gradient is meant, so f must be the likelihood of what is trained."""
+        return self.estimator == "likelihood" and not self.trains_sampled
 
     def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
         """Thoughts and answers, in the student's view."""
@@ -187,6 +192,7 @@ class VrTheta(ThetaKeys):
             attempts=self.trains_sampled or self.estimator == "accuracy",
             answer_rows=self.answer_rows * self.trains_sampled,
             targets=not self.trains_sampled,
+            by_likelihood=self.by_likelihood,
             u_norm=self.u_norm,
         )
 
@@ -215,10 +221,10 @@ class VrPhi(PhiKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.phi == "forward_kl" and self.ratio != VrPhi.ratio:
+        if self.phi == "forward_kl" and self.thought_ratio != VrPhi.thought_ratio:
             raise ValueError(
-                f"ratio: got {self.ratio!r} with phi forward_kl, whose paths have none; leave it "
-                "out, or choose another phi"
+                f"thought_ratio: got {self.thought_ratio!r} with phi forward_kl, whose paths have "
+                "none; leave it out, or choose another phi"
             )
 
     def draws(self) -> Draws:
@@ -264,6 +270,7 @@ class Vr(ThetaKeys, PhiKeys):
             attempts=self.trains_sampled or self.estimator == "accuracy",
             answer_rows=self.answer_rows * self.trains_sampled,
             targets=not self.trains_sampled,
+            by_likelihood=self.by_likelihood,
             joint=forward,
             u_norm=self.u_norm,
         )

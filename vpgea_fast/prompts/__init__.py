@@ -176,8 +176,6 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
-        # Its first tokens may differ behind other text; those of digits do not.
-        answers = self._ids([cfg.think_close + q.answer for q in questions], names)
         return [
             PromptedQuestion(
                 question=question,
@@ -186,7 +184,6 @@ class Prompter:
                 cue_ids=cue[i],
                 target_ids=target[i],
                 variant_ids=variants[i],
-                answer_ids=answers[i][1:],
                 fields=values[i],
             )
             for i, question in enumerate(questions)
@@ -212,6 +209,7 @@ class Prompter:
         names, none = [repr(q.question.id) for q, *_ in flat], [""] * len(flat)
         thoughts = self._behind_thought(none, [thought for _, thought, *_ in flat], names)
         answers = self._behind_thought(none, [answer for *_, answer in flat], names)
+        # Trained too, where the tokenizer names one: a policy without an end never stops.
         tail = torch.tensor([end] if isinstance(end, int) else [], dtype=torch.long)
         closing, made = torch.tensor([self.think_close_id]), []
         for (q, _, closes, _), z_ids, own in zip(flat, thoughts, answers, strict=True):

@@ -266,6 +266,7 @@ def collected(
 ) -> list[Path]:
     """Draw a stream of `count` requests to its end; the paths in their order."""
     paths: dict[int, Path] = {}
+    # An error of on_progress must not leave the engine drawing.
     with closing(looks):
         for ended in looks:
             paths.update(ended)
@@ -330,6 +331,13 @@ def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, ind
     # string changes with the process. 63 bits, because engines take a signed 64-bit seed.
     fields = json.dumps([run_seed, step, question_id, stream, index]).encode()
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
+
+
+def prompt_digest(ids: torch.Tensor) -> str:
+    """Hash the ids of a prompt: a record of a path says with it what the path was drawn from."""
+    # 64 bits: against a mix-up of prompts, not against forgery.
+    data = json.dumps(ids.tolist()).encode()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def slot_of(question_id: str, stream: Stream, index: int, *, run_seed: int, step: int) -> Slot:
