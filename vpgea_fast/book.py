@@ -130,6 +130,8 @@ replaced | true or false
     Whether its question made room for another (train.resample_rounds), and trained nothing.
 prompt | text
     Hash of the ids of the prompt that it was drawn from.
+temperature | ratio
+    Temperature at which it was drawn.
 reward | nats
     R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
 eta | ratio

@@ -287,6 +287,7 @@ def path_records(
     *,
     step: int,
     limit: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """Return the first `limit` paths of each stream with their scores, for paths.jsonl; behind
     those of the batch come the paths of questions that it has replaced."""
@@ -299,7 +300,8 @@ def path_records(
             rest = {"limit": limit - len(own), "replaced": True}
             own += _path_lines(batch.replaced, stream, scores, decode, **rest)
         records += own
-    return [{"step": step, **record} for record in records]
+    # `logps` are of this temperature: at another one they are log-probs of another distribution.
+    return [{"step": step, **record, "temperature": temperature} for record in records]
 
 
 def _path_lines(

@@ -168,7 +168,8 @@ def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
         if count and not draws.fields
     }
     texts = {q.question.id: q.question.text for q in intake.questions}
-    records = Records(cfg.replay, Expected(intake.text.decode, texts, prompts))
+    expected = Expected(intake.text.decode, texts, prompts, cfg.rollout.temperature)
+    records = Records(cfg.replay, expected)
     if not draws.given:  # those paths come from the data
         records.require(_wanted(cfg, intake.questions, first))
     return records

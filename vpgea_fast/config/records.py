@@ -369,10 +369,12 @@ class Config:
         """ValueError where what is trained behind the thoughts is not what U measures."""
         draws, who = self.objective.draws(), f"objective {self.objective.name!r}"
         # One pass of the head has one temperature, and a likelihood is one at 1.
-        if draws.targets and self.rollout.temperature != 1:
+        if (draws.targets or draws.given) and self.rollout.temperature != 1:
+            what = "the data's responses" if draws.given else "the reference answer"
             raise ValueError(
-                f"{who} trains the likelihood of the reference answer, at temperature 1, with "
-                f"rollout.temperature {self.rollout.temperature}; set it to 1.0, or train no target"
+                f"{who} trains the likelihood of {what}, at temperature 1, with "
+                f"rollout.temperature {self.rollout.temperature}; set it to 1.0"
+                + ("" if draws.given else ", or train no target")
             )
         if not draws.by_likelihood:
             return

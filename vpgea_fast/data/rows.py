@@ -76,8 +76,9 @@ def make_question(
     except ValueError as error:
         return question(text=text, answer=given.strip()), str(error)
     try:
-        # Equal spellings once: U would count the likelihood of each.
-        variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
+        # Equal spellings once, the answer's own too: U would count the likelihood of each.
+        spelled = dict.fromkeys([answer, *(final_answer(v)[0] for v in others)])
+        variants = tuple(filter(None, [*spelled][1:]))
     except ValueError as error:
         return question(text=text, answer=answer), f"{error} among the variants"
     if where is not None:

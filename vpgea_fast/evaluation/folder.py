@@ -72,8 +72,8 @@ class Folder:
             {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
             for sample, seconds in pairs
         ]
-        # Samples first: an answer is whole without its seconds, and not the other way round. A killed
-        # process loses nothing of what it wrote; a power cut, what `sync` has not put down.
+        # Samples first: an answer is whole without its seconds, and not the other way round. A
+        # killed process loses nothing of what it wrote; a power cut, what `sync` has not put down.
         with self._written():
             _write(self.samples, "".join(line(sample) for sample, _ in pairs))
             _write(self.times, "".join(json.dumps(row) + "\n" for row in rows))

@@ -7,7 +7,6 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -133,7 +132,7 @@ def guard_only(objective: Objective) -> frozenset[Score]:
     """The log-probs that nothing but the leak guard reads: what it costs."""
     if not isinstance(objective, Vpgea):
         return frozenset()
-    return objective.needs() - dataclasses.replace(objective, leak_guard="none").needs()
+    return objective.needs() - objective.unguarded_needs()
 
 
 @functools.cache

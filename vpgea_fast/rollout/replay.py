@@ -59,14 +59,16 @@ class Place(NamedTuple):
 class Expected:
     """What a run asks for, as far as it is known before its first step.
 
-    decode     token ids -> text, without special tokens
-    questions  id -> text
-    prompts    (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    decode       token ids -> text, without special tokens
+    questions    id -> text
+    prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    temperature  that of the log-probs, the run's own; None: not known
     """
 
     decode: Callable[[torch.Tensor], str]
     questions: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    temperature: float | None = None
 
 
 class Records:
@@ -179,7 +181,13 @@ class Records:
                 ) from error
 
     def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
-        """Refuse a line of another run's question, prompt or tokenizer."""
+        """Refuse a line of another run's question, prompt, temperature or tokenizer."""
+        drawn_at, now = record.get("temperature"), self.expected.temperature
+        if None not in (drawn_at, now) and drawn_at != now:
+            raise RecordError(
+                f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
+                f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
+            )
         name, asked = record["question_id"], record.get("question")
         text = self.expected.questions.get(name)
         if isinstance(asked, str) and text is not None and asked != text:
