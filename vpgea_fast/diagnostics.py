@@ -16,7 +16,7 @@ from vpgea_fast.metrics import ModelFlops, eps3, mfu
 from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
 from vpgea_fast.rollout.engine import prompt_digest
-from vpgea_fast.rows import part_row
+from vpgea_fast.rows import part_rows
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
@@ -239,9 +239,10 @@ def work_metrics(
     their coefficient is zero."""
     # What a step would train if nothing were gated off, term by term.
     possible = sum(
-        part_row(question, path, term).tokens
+        row.tokens
         for term in terms.parts
         for question, path in batch.pairs(term.stream)
+        for row, _ in part_rows(question, path, term)
     )
     trained = sum(row.tokens for row in rows)
     # Replaced questions are in no batch, but their paths took as long to draw.

@@ -47,6 +47,7 @@ from vpgea_fast.objectives.policy_gradient import (
 )
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
+from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
 from vpgea_fast.values import STRICT, nearest, one_line
 
 __all__ = [
@@ -78,6 +79,9 @@ __all__ = [
     "Terms",
     "VeriFree",
     "Vpgea",
+    "Vr",
+    "VrPhi",
+    "VrTheta",
     "ask",
     "at_step",
     "check_terms",
@@ -110,6 +114,7 @@ METHODS: dict[str, type] = {
         *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
         *(VeriFree, NormalisedVeriFree, Rlt),
         *(Sft, Rft, BestOfRft, HintRft),
+        *(Vr, VrTheta, VrPhi),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""
