@@ -476,6 +476,17 @@ def test_the_other_checkers(name: str):
     assert verdicts == [right for *_, right in CHECKED[name]]
 
 
+def test_only_math_imports_sympy():
+    """0.3 s of each worker, and a run begins with one."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(CHECKERS.parent)!r}); import checkers\n"
+        "for name in ('number', 'text', 'letter'):\n"
+        "    assert checkers.MAKERS[name]()('C', r'It is \\boxed{C}') is (name != 'number')\n"
+        "assert 'sympy' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
 def test_golds_that_a_checker_cannot_take_refuse_themselves():
     for name, golds in [("number", ["x", "1/0"]), ("text", ["", " . "]), ("letter", ["12", "K"])]:
         with Verifier(name=name, timeout_s=20.0) as verifier:
