@@ -125,8 +125,8 @@ def _guard_note(run_dir: Path) -> str:
 def write_report(run_dir: str | Path, *, figure: bool = True) -> Path:
     """Write report.html and training.png into the run directory; return the path of the former.
 
-    Parts whose files are missing are named in their place, and so is a `figure` not wanted. Raises ReportError for a directory that
-    is no run, and for files that cannot be read.
+    Parts whose files are missing are named in their place, and so is a `figure` not wanted. Raises
+    ReportError for a directory that is no run, and for files that cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
