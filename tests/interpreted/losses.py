@@ -168,6 +168,8 @@ def test_torch_and_triton_train_alike(tmp_path, count):
             "rollout.max_new_tokens": 24,
             "metrics.diag_every": 0,
             "metrics.compare": "null",
+            "metrics.figure": "false",
+            "verify.name": "number",
             "checkpoint.save_every": count,
             "checkpoint.export": "false",
         }
