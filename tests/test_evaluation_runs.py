@@ -7,7 +7,9 @@ are cut at random bytes; one is killed for real.
 import contextlib
 import fcntl
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,7 +20,8 @@ from ranks import Program, run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.evaluation.records import read_header, read_samples
+from vpgea_fast.evaluation.folder import Folder
+from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -130,10 +133,11 @@ def test_killed_at_a_random_moment_and_resumed(seed, tiny_world, whole, cut, cap
 
 
 @pytest.mark.slow
-def test_killed_for_real_it_is_readable_and_goes_on(tiny_world, whole, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.3, 0.8])
+def test_killed_for_real_it_is_readable_and_goes_on(share, tiny_world, whole, tmp_path):
     out = tmp_path / "out"
     program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out))
-    wait_for_bytes(program, out)
+    wait_for_bytes(program, out, share * (whole / "samples.jsonl").stat().st_size)
     program.send_signal(signal.SIGKILL)
     program.communicate()
     assert program.returncode == -9
@@ -153,11 +157,11 @@ def test_two_processes_write_the_records_of_one(tiny_world, whole, tmp_path):
     assert (ours["sampled"], ours["greedy"]) == (theirs["sampled"], theirs["greedy"])
 
 
-def wait_for_bytes(program, folder):
-    """Wait until the first answers of a program stand in a folder."""
+def wait_for_bytes(program, folder, count=0):
+    """Wait until the answers of a program in a folder take more bytes than `count`."""
     while program.poll() is None:
         with contextlib.suppress(OSError):
-            if any(file.stat().st_size for file in folder.glob("samples*.jsonl")):
+            if sum(file.stat().st_size for file in folder.glob("samples*.jsonl")) > count:
                 return
         time.sleep(0.002)
 
@@ -178,6 +182,19 @@ def test_processes_end_with_the_command_that_started_them(number, tiny_world, wh
     while any(map(alive, children)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(alive, children))
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out, "--processes", 2))
+    wait_for_bytes(program, out)
+    os.kill(children_of(program.pid)[1], signal.SIGKILL)
+    _, said = program.communicate()
+    assert program.returncode == 128 + signal.SIGKILL
+    assert "vpgea: process 1 was ended by SIGKILL\n" in said
     assert evaluate(tiny_world, "--out", out, "--resume") == 0
     assert records(out) == records(whole)
 
@@ -271,18 +288,17 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    ("part", "key", "value", "what"),
     [
-        ("question_id", "test-9999", "question, or more answers to it"),
-        ("index", 2, "question, or more answers to it"),
-        ("benchmark", "tost", "question, or more answers to it"),
-        ("seed", 1, "seed or gold"),
-        ("gold", "-1", "seed or gold"),
+        ("samples.jsonl", "question_id", "test-9999", "question, or more answers to it"),
+        ("samples.jsonl", "index", 2, "question, or more answers to it"),
+        ("samples.1.jsonl", "benchmark", "tost", "question, or more answers to it"),
+        ("samples.jsonl", "seed", 1, "seed or gold"),
+        ("samples.1.jsonl", "gold", "-1", "seed or gold"),
     ],
 )
-@pytest.mark.parametrize("part", ["samples.jsonl", "samples.1.jsonl"])
 def test_records_that_the_plan_does_not_have_are_refused_and_stay(
-    key, value, what, part, tiny_world, cut, refused
+    part, key, value, what, tiny_world, cut, refused
 ):
     """Under the right eval.json: the file of another evaluation, of process 0 or another."""
     out = cut(20_000, 0)
@@ -294,6 +310,17 @@ def test_records_that_the_plan_does_not_have_are_refused_and_stay(
     assert f"{part}: the record" in said
     assert f"is of another evaluation: another {what}" in said
     assert contents(out) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("full", ["samples.jsonl", "times.jsonl"])
+def test_a_full_disk_is_one_line(full, whole, tmp_path):
+    sample = next(iter(read_samples(whole)))
+    (tmp_path / full).symlink_to("/dev/full")
+    folder = Folder(tmp_path, 0, {})
+    with pytest.raises(SampleError, match="No space left on device; make room, and go on with"):
+        folder.append([(sample, 1.0)])
+    folder.close()
 
 
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
@@ -342,8 +369,22 @@ def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_
     assert header["settings"]["k"] == {"sampled": 2, "greedy": 1}
 
 
-def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_path):
-    """The same numbers as its eval.json has, and as `vpgea eval` gives of its export."""
+def test_answers_that_nobody_judges_in_time_are_told(tiny_world, tmp_path, capsys):
+    out = tmp_path / "out"
+    keys = {"verify__name": "math", "verify__timeout_s": 0.0001, "eval__greedy": "false"}
+    assert evaluate(tiny_world, "--out", out, eval__limit=1, **keys) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # Both draws give one answer, which is judged once.
+    assert "verdicts that are missing, whose answers count as wrong: 1; judging took more" in said
+    assert {sample.correct for sample in read_samples(out)} == {0}
+
+
+ARROW = re.compile(r"\S+ -> (\S+)")
+
+
+def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_path, capsys):
+    """The same numbers as its eval.json and its closing table have, and as `vpgea eval` gives of
+    its export."""
     words = tiny_words({"train.steps": 1, "train.questions_per_step": 2, "metrics.compare": "null"})
     test = ["--eval.data", f"[{tiny_world.test_path}]", "--eval.records", "true"]
     keys = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
@@ -355,9 +396,17 @@ def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_
         samples = list(read_samples(run / "evals" / f"step_{step}"))
         own = [sample.correct for sample in samples if sample.mode == "sampled"]
         assert known[when]["sampled"]["benchmarks"]["test"]["acc"] == sum(own) / len(own)
+    closing = [row for row in capsys.readouterr().out.splitlines() if "this run:" in row]
     assert main(["eval", str(run / "export"), str(tiny_world.test_path), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    modes = ("sampled", "greedy")
+    for mode, theirs in zip(modes, closing, strict=True):
+        ours = next(row.split() for row in shown if row.split()[:2] == ["test", mode])
+        acc, tokens, ratio, cut = ARROW.findall(theirs)
+        assert mode in theirs.split()
+        assert [ours[4], *ours[8:10], ours[11]] == [acc, tokens, ratio, cut]
+        assert " ".join(ours[5:8]) in theirs
+        assert ours[3] == theirs.split()[-1]
     result = json.loads((out / "result.json").read_text())
-    assert {mode: result[mode] for mode in ("sampled", "greedy")} == {
-        mode: known["after"][mode] for mode in ("sampled", "greedy")
-    }
+    assert {mode: result[mode] for mode in modes} == {mode: known["after"][mode] for mode in modes}
     assert records(out) == records(run / "evals/step_1")

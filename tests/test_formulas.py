@@ -76,7 +76,10 @@ CASES = {
     "grpo, eta": shaped("grpo", "eta", alpha=0.8, clip=[0.8, 1.3]),
     "grpo, kimi": shaped("grpo", "kimi"),
     "rloo, arora": shaped("rloo", "arora", alpha=0.4, norm_constant=C),
-    "reinforce, o1_pruner": shaped("reinforce", "o1_pruner", paths=3, norm_constant=C),
+    "reinforce, o1_pruner": {
+        **shaped("reinforce", "o1_pruner", paths=3, norm_constant=C),
+        "advantage": "batch_zscore",
+    },
     "drgrpo, lc_r1": shaped("drgrpo", "lc_r1", norm_constant=C),
     "grpo, think_prune": shaped("grpo", "think_prune", limits=[60, 40], steps=1),
     "grpo, l1_exact": shaped("grpo", "l1_exact", low=30, high=60, alpha=0.01),
@@ -114,6 +117,7 @@ CASES = {
     "vpgea, joint, answer": {
         "name": "vpgea",
         "prior_pg": 0.6,
+        "gate": "relu",
         "train_answer": "sft",
         "answer_weight": 0.3,
         "norm": "token_mean",
@@ -504,6 +508,13 @@ class Formula:
     def compared(self, rewards):
         """The advantage of every path, against its group or all paths of the step."""
         kept = [group for b, group in enumerate(rewards) if not self.batch.lost_B[b]]
+        if self.keys.advantage == "batch_zscore":
+            found = iter(self.standard([*itertools.chain(*kept)]))
+            lost = self.batch.lost_B.tolist()
+            return [
+                group if lost[b] else [next(found) for _ in group]
+                for b, group in enumerate(rewards)
+            ]
         everyone = sum(map(sum, kept)) / (len(kept) * P)
         return [[self.against(group, i, everyone) for i in range(P)] for group in rewards]
 
@@ -681,7 +692,7 @@ class Formula:
             context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
             target = question.target_ids
             log_y = logps_of(model, context, target).sum()
-            loss = loss - weight * keys.answer_weight * gate * log_y
+            loss = loss - weight * keys.answer_weight * log_y
         return loss
 
     def opened(self, b, i):

@@ -197,7 +197,7 @@ def batch_of(*groups):
 @pytest.mark.parametrize("kind", [kind() for kind in LENGTH_REWARDS.values() if kind is not LcR1])
 @pytest.mark.parametrize("group", [[(20, False)] * 4, [(20, True)] * 4])
 def test_a_group_of_equal_paths_has_no_gradient(kind, group):
-    for advantage in ("zscore", "centred", "leave_one_out"):
+    for advantage in ("zscore", "centred", "leave_one_out", "batch_zscore"):
         objective = Grpo(group_size=4, length_reward=kind, advantage=advantage)
         terms = objective.terms(batch_of(group), {})
         assert not terms.alive.any(), advantage

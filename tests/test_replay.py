@@ -128,7 +128,8 @@ def replay(tmp_path, random_qwen2):
             text = "".join(json.dumps(line) + "\n" for line in record)
         (tmp_path / "r.jsonl").write_text(text)
         needs = more.pop("needs_logps", False)
-        expected = {key: more.pop(key) for key in ("questions", "prompts") if key in more}
+        names = ("questions", "prompts", "temperature")
+        expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
         records = Records(cfg, Expected(spelled, 53, **expected))
         live = HFEngine(random_qwen2(), max_batch=4)
@@ -245,6 +246,14 @@ def test_paths_of_another_question_or_prompt_are_refused(replay):
     engine = replay([{**own, "prompt": "0"}])
     with pytest.raises(RecordError, match="drawn from another prompt than this run's"):
         engine.generate([asked()], SAMPLING)
+
+
+def test_paths_of_another_temperature_are_refused(replay):
+    drawn = {**LINE, "temperature": 0.5}
+    assert replay([drawn], temperature=0.5).generate([asked()], SAMPLING)
+    assert replay([LINE], temperature=1.0).generate([asked()], SAMPLING)
+    with pytest.raises(RecordError, match="line 1: drawn at temperature 0"):
+        replay([drawn], temperature=1.0)
 
 
 def test_a_gap_is_found_before_the_first_step_and_an_early_end_is_told(replay):

@@ -1,5 +1,7 @@
 """Where a text stands in tokens: against the bytes of a real byte-level BPE, and in a run."""
 
+import collections
+import itertools
 import json
 import random
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vpgea_fast import config
 from vpgea_fast.objectives.guards import EARLY
-from vpgea_fast.spans import stated, tokens_before, tokens_holding
+from vpgea_fast.spans import Tag, stated, tokens_before, tokens_holding
 from vpgea_fast.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -115,6 +117,91 @@ def test_inside_others_where_asked_and_in_any_spelling():
     assert stated("A+three47", str, ["7"]) is None
     assert stated("is 0.5, or 1/2", str, ["1/2", "0.5"]) == (3, 6)
     assert stated("is \\frac12", str, ["1/2", "\\frac12"]) == (3, 10)
+
+
+# --- the tag that ends a thought ------------------------------------------------------------------
+
+END = "<|end_of_thought|>"
+MARKED = [
+    f"Then 7 + 5 is 12.{END}\n\n**Final**",
+    f"{END}{END}",
+    "<|end_of",
+    "é🙂<|",
+    "|>\n\\boxed{1}",
+]
+
+
+def first_boundary(tokenizer, ids, tag):
+    """By definition: token by token, all that was decoded so far."""
+    holding = (n for n in range(1, len(ids) + 1) if tag in tokenizer.decode(ids[:n]))
+    return next(holding, 0)
+
+
+def pieces_of(text: str, cuts) -> list[str]:
+    """The bytes of a text between these places, as tokens of a byte-level vocabulary."""
+    letters = [chat_models.BYTE_LETTERS[byte] for byte in text.encode()]
+    return ["".join(letters[a:b]) for a, b in itertools.pairwise([0, *cuts, len(letters)])]
+
+
+def every_cut(text: str, most: int):
+    """Every set of at most `most` places between the bytes of a text."""
+    places = range(1, len(text.encode()))
+    for count in range(most + 1):
+        yield from itertools.combinations(places, count)
+
+
+@pytest.mark.parametrize("vocabulary", [256, 300, 420])
+def test_a_thought_ends_at_the_first_token_with_which_its_text_holds_the_tag(vocabulary):
+    """1,000 texts of random pieces, some of which hold the tag, most of them in pieces."""
+    tokenizer, rng = bpe(vocabulary, [*TEXTS, *MARKED]), random.Random(vocabulary)
+    assert len(tokenizer(END)["input_ids"]) > 1 or vocabulary > 256
+    tag, found = (
+        Tag(END, tuple(tokenizer(END)["input_ids"]), tokenizer.decode),
+        collections.Counter(),
+    )
+    pieces = [END[:i] for i in range(1, len(END))] + [END[i:] for i in range(len(END))]
+    for _ in range(1000):
+        some = rng.choices([*pieces, *MARKED, "a", " and ", "é", "🙂", "\n"], k=rng.randint(1, 9))
+        ids = [token for piece in some for token in tokenizer(piece)["input_ids"]]
+        if rng.random() < 0.3:  # drawn tokens need not be UTF-8
+            ids.insert(rng.randrange(len(ids) + 1), rng.randrange(len(tokenizer)))
+        first = first_boundary(tokenizer, ids, END)
+        assert tag.end(ids) == first
+        # As an engine sees them come, whenever it looks.
+        since = rng.randrange(first) if first else rng.randrange(len(ids) + 1)
+        assert tag.end(ids, since) == first
+        found[bool(first)] += 1
+    assert min(found[True], found[False]) > 200
+
+
+@pytest.mark.parametrize(("text", "most"), [("</t>é", 5), (END, 3)])
+def test_a_tag_is_found_wherever_its_tokens_break(text, most):
+    """Every cut between its bytes, within letters too; the token that ends it may go on behind, and
+    the one that begins it may have begun before."""
+    ways = [
+        pieces_of(before + text + behind, [len(before.encode()) + cut for cut in cuts])
+        for before, behind in [("", ""), ("é", ""), ("<", "\n\n"), ("", "é"), ("", ">")]
+        for cuts in every_cut(text, most)
+    ]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(t for way in ways for t in way))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tag = Tag(text, (), tokenizer.decode)
+    size, boundaries = len(text.encode()), collections.Counter()
+    for way in ways:
+        ids = [vocabulary[token] for token in way]
+        ends = list(itertools.accumulate(map(len, way)))
+        start = (
+            "".join(chr(BYTE_OF[c]) for token in way for c in token)
+            .encode("latin-1")
+            .index(text.encode())
+        )
+        # By bytes: the first token with which all of the tag's are there.
+        first = next(n for n, end in enumerate(ends, 1) if end >= start + size)
+        assert tag.end(ids) == tag.end(ids, first - 1) == first
+        assert tag.end(ids[: first - 1]) == 0
+        boundaries.update(end - start for end in ends)
+    assert {*range(1, size)} <= boundaries.keys()
 
 
 # --- in a run -------------------------------------------------------------------------------------

@@ -54,8 +54,11 @@ def test_a_suite_is_entries_of_eval_data_by_the_protocol():
         "gpqa_diamond": CHOICE.replace("{letters}", "ABCD"),
         "mmlu_pro": CHOICE.replace("{letters}", "ABCDEFGHIJ"),
     }
-    assert all(e.samples is None for e in suite_files("paper", [], samples=False)[0])
+    assert all(e.samples is None for e in suite_files("paper", [], ["eval.samples"])[0])
     assert {e.limit for e in suite_files("quick", [])[0]} == {100}
+    # The words of a command line win.
+    own = suite_files("quick", [], ["eval.limit"])[0]
+    assert [(e.limit, e.samples) for e in own] == [(None, 1), (None, 4), (None, 4)]
     assert "livecodebench is not served yet" in suite_files("vr", [])[1][0]
     assert {name for names in SUITES.values() for name in names} == set(SETS)
 
@@ -297,6 +300,33 @@ def test_keys_of_a_benchmark_are_refused_in_training_files():
     for key, value in (("samples", 4), ("student", "{question}"), ("level_key", "level")):
         with pytest.raises(config.ConfigError, match=f"has {key}, which is for eval.data"):
             config.resolve({"data": {"train": {"path": "x.jsonl", key: value}}})
+
+
+CHOSEN = (
+    "Answer: C",
+    "Answer: (C)",
+    "**Answer: C**",
+    "The answer is (C).",
+    r"\boxed{C}",
+    r"\boxed{\text{(C)}}",
+    r"\boxed{\text{C. none of these}}",
+    r"\boxed{c}",
+    "Answer: C. maintain the population",
+    "Answer: c",
+    "C",
+    "Answer: (B) or (C)",
+    "Answer: D",
+    "I do not know",
+)
+
+
+@pytest.mark.parametrize("checker", ["math", "letter"])
+def test_a_choice_is_right_where_its_letter_is_that_of_the_gold(checker):
+    """However it is written, draws of one choice vote together, and right ones for the gold."""
+    with Verifier(name=checker) as verifier:
+        right = verifier.verify([("C", text) for text in CHOSEN])
+    assert sum(right) >= 9
+    assert right == [prediction(checker, text, "C") == "C" for text in CHOSEN]
 
 
 @pytest.mark.parametrize(

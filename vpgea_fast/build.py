@@ -30,7 +30,7 @@ from vpgea_fast.model import Policy, load_policy, make_replica
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
-from vpgea_fast.prompts import length_report
+from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
@@ -93,15 +93,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
-        # A collective where a thread writes: it opens connections of its own.
-        saver = Saver(
-            Path(cfg.run.dir),
-            world=world,
-            model=policy,
-            optimizer=optimizer,
-            keep_last=cfg.checkpoint.keep_last,
-            background=cfg.checkpoint.background,
-        )
+        saver = _build_saver(cfg, world, policy, optimizer)
         # Before the engine: a vLLM that samples leaves no room to load in.
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
@@ -115,6 +107,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
 
         def hand_over() -> None:
+            # Probed each time: paths of stale weights would be trained on as the policy's own.
             engine.load_weights(full_weights(policy))
             probe()
 
@@ -193,6 +186,20 @@ def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
     )
 
 
+def _build_saver(
+    cfg: Config, world: World, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Saver:
+    """Make what saves checkpoints. A collective where a thread writes: it opens connections."""
+    return Saver(
+        Path(cfg.run.dir),
+        world=world,
+        model=policy,
+        optimizer=optimizer,
+        keep_last=cfg.checkpoint.keep_last,
+        background=cfg.checkpoint.background,
+    )
+
+
 def _build_engine(
     cfg: Config, world: World, policy: Policy, records: Records | None
 ) -> RolloutEngine:
@@ -266,12 +273,17 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     if stages.reference is not None:
         yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
     yield from stages.notes
-    yield from _caveats(cfg)
+    yield from _caveats(cfg, prompter)
 
 
-def _caveats(cfg: Config) -> Iterator[str]:
+def _caveats(cfg: Config, prompter: Prompter) -> Iterator[str]:
     """Say what a user of these settings should know before trusting the curves."""
     yield from cfg.objective.notes()
+    if prompter.tag is not None:
+        yield (
+            f"prompt.think_close {prompter.tag.text!r} is {len(prompter.tag.ids)} tokens of this "
+            "model: a thought ends where its text says so"
+        )
     yield from loose_limits(cfg)
     yield from unread_keys(cfg)
     # Legal settings all: a measurement may want them, so they are said and not refused.

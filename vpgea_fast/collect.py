@@ -49,6 +49,7 @@ from vpgea_fast.scoring import (
 )
 from vpgea_fast.spans import stated
 from vpgea_fast.types import (
+    Attempt,
     Groups,
     Path,
     PathKey,
@@ -209,6 +210,7 @@ class Collector:
                 requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
             )
         paths = _as_asked(requests, drawn)
+        # Requests stand question by question.
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     def _given(
@@ -226,13 +228,16 @@ class Collector:
     @property
     def draws_again(self) -> bool:
         """More than the paths of a step's questions may be sampled."""
-        cfg = self.cfg
-        answers = self.scored_views and cfg.scoring.u_source == "accuracy"
-        return bool(answers) or cfg.train.resample_rounds > 0
+        return self.cfg.answers_behind or self.cfg.train.resample_rounds > 0
 
     @property
     def draws(self) -> Draws:
         return self.cfg.objective.draws()
+
+    @property
+    def u_norm(self) -> str:
+        """How U adds up the tokens of an answer."""
+        return self.draws.u_norm or self.cfg.scoring.u_norm
 
     @property
     def scored_views(self) -> dict[Stream, View]:
@@ -240,6 +245,7 @@ class Collector:
         return {
             stream: view
             for stream, view, part, who in self.cfg.objective.needs()
+            # Not `early`: a guard's score of a cut thought is no U.
             if part == "target" and who == "policy" and view in ("teacher", "student")
         }
 
@@ -383,8 +389,7 @@ class Collector:
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
-            think_close_id=self.sampling.think_close_id,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
 
@@ -406,7 +411,7 @@ class Collector:
         term = Term(
             name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
         )
-        return [part_row(q, path, term, self.sampling.think_close_id) for q, path in pairs]
+        return [part_row(q, path, term) for q, path in pairs]
 
     def _misled(self, questions: Sequence[PromptedQuestion], step: int) -> list[PromptedQuestion]:
         """See `misled`."""
@@ -428,6 +433,9 @@ class Collector:
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered = self._utilities(stream, pairs, step)
+        if self.draws.attempts and stream != "reference":
+            groups, lost = self._with_attempts(groups, pairs, step)
+            unanswered |= lost
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -488,26 +496,38 @@ class Collector:
         if not pairs or view is None:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
         if self.cfg.scoring.u_source == "accuracy":
-            verdicts, lost = self._sampled_answers(view, pairs, step)
+            attempts, lost = self._attempts(view, pairs, step)
+            verdicts = torch.tensor([[a.right for a in own] for own in attempts])
             return accuracy_utility(verdicts), lost
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
-            think_close_id=self.sampling.think_close_id,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
             view=view,
         )
         return utilities, set()
 
-    def _sampled_answers(
+    def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
+        """The paths with the answers sampled behind those that closed, and the questions of which
+        the engine gave up one."""
+        closed = [(question, path) for question, path in pairs if path.closed]
+        # Nobody asks an engine for nothing.
+        found, lost = self._attempts("student", closed, step) if closed else ([], set())
+        known = {path.key: own for (_, path), own in zip(closed, found, strict=True)}
+        return tuple(
+            tuple(replace(path, attempts=known.get(path.key, ())) for path in group)
+            for group in groups
+        ), lost
+
+    def _attempts(
         self, view: View, pairs: Pairs, step: int
-    ) -> tuple[torch.Tensor, set[str]]:
-        """Draw J answers after each thought, under this prompt: their correctness (len(pairs), J),
-        and the questions of which the engine gave up one."""
+    ) -> tuple[list[tuple[Attempt, ...]], set[str]]:
+        """Draw and judge J answers after each thought, under this prompt; and the questions of
+        which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
-            prompt = after_thought(question.context(view), path, self.sampling.think_close_id)
+            prompt = after_thought(question, view, path)
             # A name of its own, and J numbers per path: no answer shares its seed with a thought or
             # with an answer to another path.
             name = f"{path.question_id}/answer"
@@ -536,16 +556,22 @@ class Collector:
         # Judged even where one was lost: the matrix keeps its shape, the question is left out.
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
-        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost
+        made = [
+            Attempt(ids=answer.z_ids, right=bool(right))
+            for answer, right in zip(answers, verdicts, strict=True)
+        ]
+        return [tuple(made[i : i + count]) for i in range(0, len(made), count)], lost
 
     def _correct(self, pairs: Pairs) -> torch.Tensor:
         if not self.sampling.full_answer:
+            # NaN and not 0: nobody has judged.
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
         return answers_correct(
             [path for _, path in pairs],
             [question.question.answer for question, _ in pairs],
             decode=self.decode,
             verify=self.verifier.verify,
+            tag=self.sampling.tag,
         )
 
 
@@ -561,8 +587,10 @@ def check_questions(
     weight is read. A collective where `verify` is one."""
     first = round_questions(cfg, questions, step=0)
     if any(score.view == "counterfactual" for score in cfg.objective.needs()):
+        # For its error: questions that share one answer have no wrong one.
         misled(cfg, first, questions, step=0, prompt=prompt, verify=verify)
     if cfg.objective.draws().given:
+        # Of all questions: a run may come to the last of them after hours.
         given_responses(cfg, questions, responses)
 
 

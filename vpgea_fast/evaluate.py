@@ -60,6 +60,7 @@ class Evaluator:
         verifier: Verifier,
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
+        # Whatever training draws: without an answer there is nothing to judge.
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
         self.benchmarks = benchmarks
         for benchmark in benchmarks.values():
@@ -155,6 +156,7 @@ class Evaluator:
         benchmarks   the same for each, without eps3_mean
         """
         parts = self.parts()
+        # A call of the engine per part: all processes take their share of each.
         one = functools.partial(self._draw, on_progress=on_progress, keep=keep)
         drawn = draw(parts) if draw is not None else [one(part) for part in parts]
         found: dict[str, list[tuple[Part, list[Outcome]]]] = {}
@@ -167,6 +169,7 @@ class Evaluator:
         warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         return {
             "sampled": (self.cfg.samples, warm),
+            # One at most: more of them would be the same answer.
             "greedy": (int(self.cfg.greedy), replace(self.sampling, temperature=0.0)),
         }
 
@@ -192,7 +195,8 @@ class Evaluator:
 
     def judge(self, paths: Sequence[Path], golds: Sequence[str]) -> torch.Tensor:
         """Judge every path against its gold answer: (len(paths),) float64 of 1.0 and 0.0."""
-        return answers_correct(paths, golds, decode=self.decode, verify=self.verifier.verify)
+        asked: Any = {"decode": self.decode, "verify": self.verifier.verify}
+        return answers_correct(paths, golds, **asked, tag=self.sampling.tag)
 
     def answers(
         self,
@@ -221,6 +225,7 @@ def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
         tokens_QK=column((o.tokens for o in outcomes), torch.int64),
         cut_QK=column((o.finish == "length" for o in outcomes), torch.bool),
         error_QK=column((o.finish == "error" for o in outcomes), torch.bool),
+        # Nobody votes: predictions are kept in records, and an outcome has none.
         votes_QK=column((-1 for _ in outcomes), torch.int64),
     )
 
@@ -236,7 +241,7 @@ def make_sampling(
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
     # The largest id decides: the embedding has rows 0 to rows - 1.
-    largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
+    largest = max(*prompter.think_open_ids, *prompter.think_close_ids, *ends)
     if largest >= rows:
         raise ValueError(
             f"the tokenizer's {tokenizer.convert_ids_to_tokens(largest)!r} is token {largest}, but "
@@ -249,7 +254,8 @@ def make_sampling(
         full_answer=cfg.full_answer,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        think_close_id=prompter.think_close_id,
+        think_close_id=-1 if prompter.tag else prompter.think_close_ids[0],
+        tag=prompter.tag,
         eos_ids=ends,
     )
 
@@ -359,6 +365,7 @@ def _evaluated(
     if console is not None:
         for line in evaluator.describe():
             console.message(line)
+    # From here: a reference answer without a verdict has been dropped and told before.
     unjudged = verifier.unjudged
     if record is not None:
         results = _recorded(cfg, evaluator, console, record)
@@ -370,8 +377,8 @@ def _evaluated(
         lost = sum(record.world.gather(lost))
     if console is not None and lost:
         console.message(
-            f"{lost} answers are wrong for want of a verdict: judging them took more than "
-            f"verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+            f"verdicts that are missing, whose answers count as wrong: {lost}; judging took "
+            f"more than verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
         )
     return results
 

@@ -172,6 +172,7 @@ def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
         vocabulary=intake.text.config.vocab_size,
         questions={q.question.id: q.question.text for q in intake.questions},
         prompts=prompts,
+        temperature=cfg.rollout.temperature,
     )
     records = Records(cfg.replay, expected)
     if not draws.given:  # those paths come from the data

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 Decode = Callable[[Any], str]
@@ -46,6 +47,50 @@ def tokens_before(ids: Ids, decode: Decode, text: str, start: int) -> int:
     while not text.startswith(decode(ids[:count])):
         count -= 1
     return count
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A text that ends a thought where no one token of the model does.
+
+    It ends at the first token boundary where the text so far holds `text`, however that is spelled.
+
+    ids     a spelling of it, put behind a thought that was cut
+    decode  ids -> text, special tokens shown: hidden ones would bring parts of the tag together
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    decode: Decode
+    _ends: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def reach(self) -> int:
+        """Tokens before its last one that a tag may lie in, at most, and one more."""
+        # Each token within the tag has a byte of it or more; some decoders strip the first blank.
+        return len(self.text.encode()) + 1
+
+    def end(self, ids: Sequence[int], since: int = 0) -> int:
+        """Count the tokens until their text holds the tag; 0: it does not. Of the first `since`
+        it is known that theirs does not."""
+        if not any(map(self._may_end, ids[since:])):
+            return 0
+        start = max(0, since - self.reach)
+        part = ids[start:]
+        text = self.decode(part)
+        place = text.find(self.text)
+        if place < 0:
+            return 0
+        return start + tokens_holding(part, self.decode, text, place + len(self.text))
+
+    def _may_end(self, token: int) -> bool:
+        """Whether the tag may end within this token: most have not its last letter, and then
+        nothing is decoded."""
+        last = self.text[-1]
+        if token not in self._ends:
+            # A letter of several bytes may be cut over tokens, none of which shows it.
+            self._ends[token] = not last.isascii() or last in self.decode([token])
+        return self._ends[token]
 
 
 def stated(

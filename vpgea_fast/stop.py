@@ -16,6 +16,7 @@ from typing import Any
 from vpgea_fast.distributed import Stopped, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The kernel sends the signal, asked by the child: a parent that is killed can send none.
 BOUND = """
 import os, signal, sys
 if sys.platform == "linux":

@@ -52,6 +52,7 @@ def declare_eval(commands: Commands, common: Parser) -> None:
     )
     evaluate.add_argument("model", type=path, help="Hugging Face directory or Hub name")
     evaluate.add_argument(
+        # None where a suite names its own.
         "data",
         nargs="*",
         help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
@@ -125,9 +126,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 
     # What the command line gives wins, and each key stands once.
     given = {word.partition("=")[0].removeprefix("--") for word in overrides}
-    entries, lacking = suite_files(
-        args.suite, [*map(Path, args.folders)], samples="eval.samples" not in given
-    )
+    entries, lacking = suite_files(args.suite, [*map(Path, args.folders)], given)
     for line in lacking:
         notice(f"--suite {args.suite}: {line}")
     rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
@@ -153,7 +152,9 @@ def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
         results = evaluate_model(cfg, console, record)
     finally:
         console.close()
-    console.table(*result_table(results), notes=EVAL_NOTES)
+    lost = sum(result["errors"] for result in results.values())
+    notes = [f"{lost} answers are wrong because the engine gave them up"] * bool(lost)
+    console.table(*result_table(results), notes=[*EVAL_NOTES, *notes])
     if args.out is not None and world.main:
         details = _details(Path(args.out), console)
         # Only what an evaluation reads: the rest would look like a part of the result.
@@ -173,6 +174,7 @@ def _details(folder: Path, console: Console) -> dict[str, Any]:
     from vpgea_fast.evaluation import compare, tables
 
     evaluation = compare.open_evaluation("", folder, common=False, note=console.message)
+    # One evaluation against nothing: its own intervals, votes and pass@k.
     found = {
         mode: compare.compare([dataclasses.replace(evaluation, name=mode)], mode=mode)
         for mode in evaluation.answers
@@ -203,6 +205,7 @@ def _world(cfg: config.Config) -> World:
 
 def _without_processes(words: Sequence[str]) -> list[str]:
     words = list(words)
+    # Left in, each child would start as many again. `--processes 2` is two words, with `=` one.
     at = next(i for i, word in enumerate(words) if word.startswith("--processes"))
     del words[at : at + (1 if "=" in words[at] else 2)]
     return words
@@ -211,6 +214,7 @@ def _without_processes(words: Sequence[str]) -> list[str]:
 def settings_line(model: str, source: str | Path | None) -> str:
     """Say where the settings come from, and where an export lacks the settings of its run."""
     run = Path(model).parent
+    # Metrics beside it tell that a run made the model.
     lost = source is None and (run / "metrics.jsonl").exists()
     gone = f" ({run / 'config.yaml'} is missing)" if lost else ""
     return f"settings: {source or 'defaults and the command line'}{gone}"

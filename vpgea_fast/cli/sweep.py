@@ -39,6 +39,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
     )
     sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    # Three: the t interval of two seeds is 12.7 standard errors to each side.
     sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
     sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
     sweep.add_argument(
@@ -131,6 +132,7 @@ def _command(args: argparse.Namespace, overrides: list[str]) -> str:
     """Write the command that makes the same results again."""
     words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
     words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
+    # Without --jobs: it moves runs in time, and changes none of them.
     for name in ("metric", "select", "short"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name}", str(value)]

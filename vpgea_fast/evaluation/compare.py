@@ -93,6 +93,7 @@ def _named(word: str) -> tuple[str, Path]:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SampleError(f"{folder} is no folder; give one that vpgea eval wrote")
+    # A run holds one evaluation per evaluated step, in evals/step_N.
     paths = sorted({file.parent for file in folder.rglob(SAMPLES)}, key=_by_number)
     if not paths:
         raise SampleError(f"{folder} holds no {SAMPLES}; give a folder that vpgea eval wrote")
@@ -136,6 +137,7 @@ def _check_finished(
     if unknown is not None:
         raise SampleError(f"a sample is of {unknown!r}, which {HEADER} does not name")
     for name, facts in planned.items():
+        # A benchmark may have a number of draws of its own; greedy answers are the same for all.
         draws = facts.get("k") if mode == "sampled" else None
         draws = header["settings"].get("k", {}).get(mode) if draws is None else draws
         if draws == 0:
@@ -164,6 +166,7 @@ def compare(
     """
     mode = mode or _shared_mode(evaluations)
     notes = _unlike(evaluations, common=common)
+    # Cut before anything is measured: the base's own row is of the common questions too.
     parts = _common(evaluations, mode, common=common)
     rows = [
         {"name": evaluation.name, "model": evaluation.header["model"], **_measured(answers)}
@@ -264,6 +267,7 @@ def _measured(benchmarks: Mapping[str, Answers]) -> dict[str, Any]:
 
 def _against(new: Mapping[str, Answers], base: Mapping[str, Answers]) -> dict[str, Any]:
     """Changes from the base with paired intervals, by benchmark and of the "mean"."""
+    # The difference is that of all questions; resamples give its interval alone.
     points = _changes(statistics(*question_means(new)), statistics(*question_means(base)))
     # Of one name and the same questions: both draw the same resamples.
     drawn = _changes(statistics(*resampled_means(new)), statistics(*resampled_means(base)))
@@ -275,6 +279,7 @@ def _against(new: Mapping[str, Answers], base: Mapping[str, Answers]) -> dict[st
 
 def _changes(new: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
+        # In points, as papers print it; tokens and eps3 differ in size between benchmarks.
         "acc": new["acc"] - base["acc"],
         **{key: new[key] / base[key] - 1 for key in RELATIVE},
         "aes": aes(new["acc"], new["tokens"], base=(base["acc"], base["tokens"])),
@@ -307,8 +312,10 @@ def _short(value: object) -> str:
 
 def plain(value: Any) -> Any:
     """Turn numbers that JSON lacks into None, and tuples into lists."""
+    # Keys as text: a k of pass@k is a number here, and none in JSON.
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    # json would write NaN and Infinity, which other readers refuse.
     return None if isinstance(value, float) and not math.isfinite(value) else value

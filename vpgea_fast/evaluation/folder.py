@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.distributed import World
@@ -60,26 +60,39 @@ class Folder:
 
     def __init__(self, path: Path, rank: int, known: Mapping[Key, Outcome]) -> None:
         self.path, self.known = path, known
-        self.samples = _part(path, SAMPLES, rank).open("ab")
-        self.times = _part(path, TIMES, rank).open("ab")
+        # Without buffers: what has failed to be written is not tried again at the end.
+        self.samples = _part(path, SAMPLES, rank).open("ab", buffering=0)
+        self.times = _part(path, TIMES, rank).open("ab", buffering=0)
 
     def append(self, ended: Iterable[tuple[Sample, float]]) -> None:
         """Write samples with their seconds, so that a reader sees them at once."""
         pairs = list(ended)
-        self.samples.write("".join(line(sample) for sample, _ in pairs).encode())
-        self.samples.flush()
         names = ("benchmark", "mode", "question_id", "index")
         rows = [
             {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
             for sample, seconds in pairs
         ]
-        self.times.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.times.flush()
+        # Samples first: an answer is whole without its seconds, and not the other way round. A
+        # killed process loses nothing of what it wrote; a power cut, what `sync` has not put down.
+        with self._written():
+            _write(self.samples, "".join(line(sample) for sample, _ in pairs))
+            _write(self.times, "".join(json.dumps(row) + "\n" for row in rows))
 
     def sync(self) -> None:
         """Put what was appended on the disk: from here on no power cut costs it."""
-        os.fsync(self.samples.fileno())
-        os.fsync(self.times.fileno())
+        with self._written():
+            os.fsync(self.samples.fileno())
+            os.fsync(self.times.fileno())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SampleError(
+                f"{self.path}: {error.strerror}; make room, and go on with --resume: the answers "
+                "so far are kept"
+            ) from error
 
     def close(self) -> None:
         self.samples.close()
@@ -98,10 +111,12 @@ def open_folder(
     """
     lock: BinaryIO | None = None
     try:
+        # Process 0 alone judges and repairs the folder; its refusal ends the others too.
         with world.together():
             if world.main:
                 lock = _begin(path, header, plan, resume=resume, note=note)
         with world.together():
+            # All parts, by every process: each works out the same shares of what is missing.
             known = _known(path, plan)
         folder = Folder(path, world.rank, known)
         try:
@@ -119,6 +134,7 @@ def open_folder(
 def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Write the folder of an evaluation that has ended, over one of the same name."""
     path.mkdir(parents=True, exist_ok=True)
+    # Before the header, which makes the folder an evaluation to a reader.
     write_text(path / SAMPLES, "".join(lines))
     write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
 
@@ -162,6 +178,7 @@ def _begin(
         if file.exists() and not file.is_file():
             raise SampleError(f"{file} is no file; remove it, or give another folder")
     # Two processes appending would interleave answers, and each believe the file whole.
+    # A flock goes with its process, killed or not: no stale lock file stays behind.
     lock = (path / SAMPLES).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,6 +186,7 @@ def _begin(
         lock.close()
         raise SampleError(f"{path}: another process writes it; wait, or give another") from error
     try:
+        # For its refusal: of another evaluation's folder no line is cut or moved.
         _known(path, plan)
     except SampleError:
         lock.close()
@@ -237,6 +255,7 @@ def _part(path: Path, name: str, rank: int) -> Path:
 
 
 def _parts(path: Path, name: str) -> list[Path]:
+    # samples.1.jsonl and so on, but not samples.jsonl, which they are joined to.
     stem, dot, kind = name.partition(".")
     return sorted(path.glob(f"{stem}.[0-9]*{dot}{kind}"))
 
@@ -260,8 +279,15 @@ def _join(path: Path, note: Note) -> None:
         part.unlink()
 
 
+def _write(file: IO[bytes], text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[file.write(left) :]
+
+
 def _append(file: Path, lines: Iterable[str]) -> None:
     with file.open("ab") as handle:
         handle.writelines(text.encode() for text in lines)
+        # On the disk before the caller removes the part that the lines come from.
         handle.flush()
         os.fsync(handle.fileno())

@@ -74,8 +74,10 @@ def collect(
     facts: dict[str, tuple[Any, ...]] = {}
     for s in samples:
         rows[s.question_id][s.index] = (s.correct, s.tokens, s.finish, s.prediction)
+        # One file says 3 and another "3", and mean the same level.
         level = None if s.level is None else str(s.level)
         facts.setdefault(s.question_id, (s.subject, level, s.gold))
+    # The most that any question has: one with fewer is not finished.
     draws = range(max(map(len, rows.values()), default=0))
     whole = {name for name, row in rows.items() if row.keys() == set(draws)}
     names = [name for name in (sorted(rows) if order is None else order) if name in whole]
@@ -224,6 +226,7 @@ def statistics(accs_BR: Tensor, tokens_BR: Tensor) -> dict[str, Tensor]:
     its `eps3_mean` the ratio of means, as in `eps3_mean`; of a benchmark the two are one number.
     """
     acc, tokens = (torch.cat([x, x.mean(dim=0, keepdim=True)]) for x in (accs_BR, tokens_BR))
+    # Its last row is (mean ACC)^2 / mean tokens, the ratio of means.
     ratios = (100 * acc).square() / tokens
     eps3 = torch.cat([ratios[:-1], ratios[:-1].mean(dim=0, keepdim=True)])
     return {"acc": acc, "tokens": tokens, "eps3": eps3, "eps3_mean": ratios}
@@ -244,6 +247,7 @@ def _resampled(name: str, answers: Answers) -> Tensor:
     """
     correct_QK, tokens_QK = answers.correct_QK, answers.tokens_QK
     means_Q2 = torch.stack([correct_QK.mean(dim=1), tokens_QK.double().mean(dim=1)], dim=1)
+    # Resample r draws the same ids from any file, whatever the order of its rows.
     by_id = sorted(range(len(answers.questions)), key=answers.questions.__getitem__)
     # A file's name may hold bytes that are no text.
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
@@ -315,6 +319,7 @@ def budgets(answers: Answers) -> list[int]:
 
 def budget_curve(answers: Answers, limits: Sequence[int]) -> list[tuple[int, float]]:
     """(limit, accuracy) where an answer counts only if it took at most `limit` tokens."""
+    # Sorted once: each limit is a binary search then.
     right = answers.tokens_QK[answers.correct_QK > 0].sort().values
     within = torch.searchsorted(right, torch.tensor(limits), right=True)
     total = answers.correct_QK.numel()
@@ -349,6 +354,7 @@ def aes(
     """
     saved, change = 1 - tokens / base[1], acc / base[0] - 1
     length, gain, loss = weights
+    # A fall is negative, so gamma times it takes off.
     return length * saved + torch.where(change >= 0, gain, loss) * change
 
 
@@ -360,6 +366,7 @@ def groups(answers: Answers, by: str) -> dict[str, dict[str, float]]:
         if label is not None:
             rows[label].append(row)
     return {
+        # The label seeds its resamples: subjects are drawn independently of each other.
         label: measure({label: answers.select(rows[label])})["benchmarks"][label]
         for label in sorted(rows)
     }
@@ -368,6 +375,7 @@ def groups(answers: Answers, by: str) -> dict[str, dict[str, float]]:
 def details(answers: Answers) -> dict[str, Any]:
     """Measure what one benchmark's records tell beyond `measure`: by k, budget, subject, level."""
     draws = answers.correct_QK.shape[1]
+    # K itself too, where it is no power of two.
     powers = sorted({2**p for p in range(draws.bit_length())} | {draws})
     return {
         "pass_at": {k: pass_at(answers.correct_QK, k).mean().item() for k in powers},

@@ -56,6 +56,7 @@ def caught(cfg: Any, batch: ScoredBatch) -> dict[str, Tensor]:
         rows = [[bool(words.search(text)) for text in group] for group in post.texts]
         found["lexical"] = post.closed_BP.new_tensor(rows)
     if cfg.len_min_frac:
+        # Relative to the student's own paths: questions differ in the length that they need.
         base_B1 = batch.prior.length_BP.mean(dim=1, keepdim=True)
         found["short"] = post.length_BP < cfg.len_min_frac * base_B1
     return found
@@ -74,6 +75,7 @@ def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:
         return _early(cfg, batch)
     if (scores := cfg.guard_scores()) is None:
         return None
+    # The sum compares whole paths; the maximum finds one token that the answer alone explains.
     summed = cfg.leak_guard == "counterfactual"
     # A path that the engine gave up may have no token, and is trained by nobody.
     values = [
@@ -112,4 +114,5 @@ def _gaps(batch: ScoredBatch, own: Score, other: Score) -> list[Tensor]:
 def _column(batch: ScoredBatch, values: list[Tensor]) -> Tensor:
     import torch
 
+    # `flat` goes through a question's paths before the next one's, as the columns do.
     return torch.stack(values).double().view_as(batch.posterior.u_BP)

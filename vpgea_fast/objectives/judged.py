@@ -66,15 +66,18 @@ class LengthKeys:
     def __post_init__(self) -> None:
         refuse_unread(self)
 
+    # L1 tells the model its budget.
     def fields(self) -> Mapping[str, Callable[[Slot], str | int]]:
         """Say what a path's prompt holds of the reward."""
         return {}
 
+    # LC-R1 pays for ending a thought soon after it has stated the answer.
     @property
     def reads_stated(self) -> bool:
         """Whether it reads where each thought states the answer."""
         return False
 
+    # O1-Pruner measures lengths and accuracy against the policy that training began with.
     @property
     def reference_paths(self) -> int:
         """Paths of the reference policy per question that the reward reads."""

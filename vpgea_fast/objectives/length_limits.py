@@ -40,6 +40,7 @@ class ThinkPrune(LengthKeys):
 
     name: Literal["think_prune"] = "think_prune"
     """ThinkPrune."""
+    # The paper's stages.
     limits: Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_falling)] = (
         4000,
         3000,
@@ -65,6 +66,7 @@ class ThinkPrune(LengthKeys):
         length_BN, right_BN = judged.length_BN, judged.right_BN
         limit = self.limits[stage]
         reward_BN = (right_BN & (length_BN <= limit)).double()
+        # Of the stage that paid this step; the next one may begin below.
         metrics = {"length_limit": float(limit)}
         if stage + 1 < len(self.limits):
             fits_BN = right_BN & (length_BN <= self.limits[stage + 1])
@@ -121,9 +123,9 @@ class LaserByDifficulty(LengthKeys):
     """Right paths to be hoped for within the target."""
 
     UNREAD: ClassVar[tuple[Unread, ...]] = tuple(
-        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "grid", "expected")
+        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "lowest", "grid", "expected")
     )
-    TOKENS: ClassVar[tuple[str, ...]] = ("target", "grid")
+    TOKENS: ClassVar[tuple[str, ...]] = ("target", "lowest", "grid")
 
     def _by_level(
         self, judged: Judged, state: Mapping[str, Any]
@@ -145,9 +147,11 @@ class LaserByDifficulty(LengthKeys):
         now_B1 = torch.tensor([[targets[level]] for level in levels], dtype=torch.float64)
         metrics = {"length_limit": now_B1.mean().item()}
         if steps >= self.every:
+            # At least one: a third of two paths is none.
             fewest = {"hard": 1, "medium": max(1, count // 3), "easy": max(1, 2 * count // 3)}
             for level in LEVELS:
                 targets[level] = self._chosen(cells[level], fewest[level]) or targets[level]
+            # Lengths of earlier weights are not counted again.
             steps, cells = 0, {level: {} for level in LEVELS}
         return now_B1, {"targets": targets, "cells": cells, "steps": steps}, metrics
 
@@ -157,6 +161,7 @@ class LaserByDifficulty(LengthKeys):
         total, covered, cell = sum(cells.values()), 0, 0
         for cell in sorted(map(int, cells)):
             covered += cells[str(cell)]
+            # covered / total >= expected / m, in whole numbers.
             if covered * fewest >= total * self.expected:
                 break
         return max(cell, math.ceil(self.lowest / self.grid) * self.grid) if cell else None
@@ -193,6 +198,7 @@ class LaserDe(LaserByDifficulty):
     def shaped(self, judged: Judged, state: Mapping[str, Any], /) -> Shaped:
         target_B1, state, metrics = self._by_level(judged, state)
         right_BN, long_BN = judged.right_BN, judged.length_BN > target_B1
+        # A wrong path may think on, but not in circles and not into the token limit.
         free = [
             not path.truncated and not _loops(path.response_ids.tolist(), self.loop)
             for path in judged.batch.prior.flat

@@ -56,6 +56,7 @@ class Eta(LengthKeys):
         from vpgea_fast.advantage import length_factor
 
         length_BN = judged.batch.prior.length_BP
+        # These paths are the student's own, of which VPG-EA's base length is a mean.
         base_B = length_BN.mean(dim=1)
         eta_BN = length_factor(length_BN, base_B, alpha=self.alpha, eta_clip=self.clip)
         return Shaped(reward_BN=judged.right_BN.double() * eta_BN, scores={"eta": eta_BN})
@@ -96,6 +97,7 @@ class Arora(LengthKeys):
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, c_BN = judged.length_BN, judged.right_BN.double()
+        # In a group without a right path nothing is paid, so any mean will do.
         count_B1 = c_BN.sum(dim=1, keepdim=True).clamp(min=1.0)
         mean_B1 = (c_BN * length_BN).sum(dim=1, keepdim=True) / count_B1
         apart_BN = length_BN - mean_B1
@@ -120,6 +122,7 @@ class ShorterBetter(LengthKeys):
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, right_BN = judged.length_BN, judged.right_BN
+        # Infinite in a group without a right path, where the mean takes its place below.
         shortest_B1 = length_BN.where(right_BN, float("inf")).amin(dim=1, keepdim=True)
         mean_B1 = length_BN.mean(dim=1, keepdim=True)
         best_B1 = shortest_B1.where(right_BN.any(dim=1, keepdim=True), mean_B1)
@@ -131,7 +134,8 @@ class ShorterBetter(LengthKeys):
 class O1Pruner(LengthKeys):
     """R = clip(mean n_ref / n - 1 + weight (c - mean c_ref), low, high), the means over paths of
     the frozen reference policy: O1-Pruner (arXiv 2501.12570). The clip is that of the authors'
-    code, which compares R over all its data; nearest is `objective.name reinforce`."""
+    code, which z-scores R over all its data; nearest is `objective.advantage batch_zscore`, over
+    those of a step."""
 
     name: Literal["o1_pruner"] = "o1_pruner"
     """O1-Pruner."""
@@ -149,6 +153,7 @@ class O1Pruner(LengthKeys):
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         mean_B1 = judged.reference_length_BR.mean(dim=1, keepdim=True)
         right_B1 = judged.reference_right_BR.double().mean(dim=1, keepdim=True)
+        # Lengths are 1 at least, so the ratio is finite.
         reward_BN = mean_B1 / judged.length_BN - 1
         reward_BN = reward_BN + self.weight * (judged.right_BN.double() - right_B1)
         return Shaped(reward_BN=reward_BN.clamp(*self.clip))
@@ -182,6 +187,7 @@ class LcR1(LengthKeys):
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, right_BN = judged.length_BN, judged.right_BN
+        # 1 for the wrong ones: a group of those alone must not divide by zero.
         longest_B1 = length_BN.where(right_BN, 1.0).amax(dim=1, keepdim=True)
         short_BN = (1 - length_BN / longest_B1).where(right_BN, 0.0)
         closed_BN = judged.batch.prior.closed_BP
@@ -189,6 +195,7 @@ class LcR1(LengthKeys):
         stated_BN = judged.batch.prior.stated_BP
         assert stated_BN is not None  # draws() asks for it
         ratio_BN = (1 - stated_BN / judged.batch.prior.length_BP).where(stated_BN > 0, self.absent)
+        # Of the paths that the closing token pays for.
         rate = (stated_BN > 0)[whole_BN].double().mean().item() if whole_BN.any() else None
         return Shaped(
             reward_BN=right_BN.double() + closed_BN.double() + self.weight * short_BN,
@@ -218,10 +225,12 @@ class Budgeted(LengthKeys):
         return {"budget": self._budget}
 
     def _budget(self, slot: Slot) -> int:
+        # Of 63 bits: the remainder prefers no budget by more than 1e-9.
         return self.low + slot.group_seed % (self.high - self.low + 1)
 
     def _asked(self, judged: Judged) -> Tensor:
         """The budget of every path, (B, N) float64."""
+        # From the prompts themselves, where a field is text.
         budgets = [float(q.fields["budget"]) for q, _ in judged.batch.pairs("prior")]
         return judged.length_BN.new_tensor(budgets).view_as(judged.length_BN)
 

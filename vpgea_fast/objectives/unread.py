@@ -31,6 +31,7 @@ def refuse_unread(record: Any) -> None:
     preset = getattr(record, "PRESETS", {}).get(getattr(record, "preset", None), {})
     for rule in rules(type(record)):
         got, default = getattr(record, rule.key), _default(record, rule.key)
+        # A key that the preset has set is nobody's slip, where one that was given switches it off.
         filled = not rule.even_preset and rule.key in preset and got == preset[rule.key]
         if got == default or filled or not rule.holds(record):
             continue
@@ -43,6 +44,7 @@ def refuse_unread(record: Any) -> None:
 
 def rules(kind: type) -> list[Unread]:
     """Those of the record and of all that it builds on."""
+    # vars, since a class's own UNREAD hides that of its base.
     return [rule for base in reversed(kind.__mro__) for rule in vars(base).get("UNREAD", ())]
 
 

@@ -132,6 +132,7 @@ class Vpgea(EtaKeys):
     answer_weight: PositiveFloat = 1.0
     """Weight of that imitation."""
 
+    # DAPO's, arXiv 2503.14476.
     clip_high: PositiveFloat = 0.28
     """That ratio is clipped above 1 + clip_high. What is distilled has no ratio: its paths are a
     fixed sample of a forward KL."""
@@ -139,11 +140,15 @@ class Vpgea(EtaKeys):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "robust": {
+            # One prior path at -60 nats among four pulls a mean down by 15: every path would pass.
             "baseline": "lme",
             "reward": "likelihood_mix",
             "clamp_u": True,
+            # Of 500 tokens on average, a path of 5 that only states the answer has eta 10.
             "eta_clip": (0.25, 4.0),
+            # In nats: differences below are noise of the scores.
             "eps": 1e-3,
+            # A z-score has no scale: it would blow up a group whose paths have become equal.
             "std_gate": 0.05,
             "leak_guard": "counterfactual",
         },
@@ -156,10 +161,14 @@ class Vpgea(EtaKeys):
             for key in ("reward", "r_margin")
             for where in ({"utility": ("elbo",)}, {"cross_view": (False,)})
         ),
-        *(Unread(key, {"cross_view": (False,), **UNGUARDED}) for key in ("baseline", "clamp_u")),
-        Unread(
-            "baseline",
-            {"reward": ("likelihood_gate",), "utility": ("product",), **UNGUARDED},
+        # The gate compares P with 1/2, and a U that is lifted stays far below.
+        *(
+            Unread(key, {**where, **UNGUARDED})
+            for key in ("baseline", "clamp_u")
+            for where in (
+                {"cross_view": (False,)},
+                {"reward": ("likelihood_gate",), "utility": ("product",)},
+            )
         ),
         Unread("leak_limit", {"leak_guard": ("none",)}),
         Unread("lexical_regex", {"lexical": (False,)}),
@@ -185,6 +194,12 @@ class Vpgea(EtaKeys):
             raise ValueError(
                 f"prior_pg: got {self.prior_pg} with prior_samples 1, expected 2 or more: one path "
                 "has nothing to be compared with"
+            )
+        # `likelihood_gate` asks for P > 1/2, and a mean of likelihoods for something below it.
+        if self.clamp_u and self.u_min > -2:
+            raise ValueError(
+                f"u_min: got {self.u_min} with clamp_u, expected at most -2: each U is lifted to "
+                "it, and paths that cannot make the answer would be likely"
             )
         if self.leak_guard != "none" and not self.posterior:
             raise ValueError(
@@ -221,14 +236,15 @@ class Vpgea(EtaKeys):
         )
 
     def needs(self) -> frozenset[Score]:
+        early = {EARLY} if self.leak_guard == "early_answer" else set()
+        return self.unguarded_needs() | early | frozenset(self.guard_scores() or ())
+
+    def unguarded_needs(self) -> frozenset[Score]:
+        """The log-probs that are read whatever the leak guard is."""
         # The student's prompt does not hold the answer, so a path that only leans on it makes the
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
-        if self.leak_guard == "early_answer":
-            scores.add(EARLY)
-        if guard := self.guard_scores():
-            scores |= set(guard)
         return frozenset(scores | (set(VIEWS) if self.kappa else set()))
 
     def guard_scores(self) -> tuple[Score, Score] | None:
@@ -313,7 +329,8 @@ class Vpgea(EtaKeys):
         """The reference answer behind the distilled thoughts."""
         if self.train_answer == "none":
             return []
-        weight_BG = -self.answer_weight * gate_BG
+        # 1 where the gate is open: how far `relu` opens is for the distilled thoughts alone.
+        weight_BG = -self.answer_weight * gate_BG.ne(0).double()
         return [
             Term(
                 name="answer",

@@ -10,6 +10,7 @@ from typing import Any
 from vpgea_fast.report.figure import BLACK, BLUE, GREEN, ORANGE
 from vpgea_fast.report.files import ReportError
 
+# The rest of Okabe and Ito's palette, which stays apart for the colour-blind.
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", BLACK)
 
 
@@ -31,6 +32,7 @@ def plot_comparison(
     figure = Figure(figsize=(12, 4.6))
     figure.set_layout_engine("constrained")
     left, right = figure.subplots(1, 2)
+    # eps3 is on its printed scale: its accuracy is in percent already.
     scale = 100 if key == "acc" else 1
     picked, crossed = {row["method"]: row["lr"] for row in rows}, 0
     for place, (method, by_rate) in enumerate(curves.items()):
@@ -40,14 +42,17 @@ def plot_comparison(
         means = [fmean(values) for values in points.values()]
         left.plot(list(points), means, "o-", color=colour, markerfacecolor="white", label=method)
         for rate, values in points.items():
+            # The whole range: of two or three seeds a standard deviation says little.
             left.plot([rate, rate], [min(values), max(values)], color=colour, alpha=0.4)
             if rate == picked.get(method):
                 left.plot(rate, fmean(values), "o", color=colour)
         for rate, values in halted.get(method, {}).items():
             crossed += len(values)
             left.plot([rate] * len(values), [scale * v for v in values], "x", color=colour)
+    # An empty line: one entry of the legend for the crosses of all methods.
     if crossed:
         left.plot([], [], "x", color=BLACK, label="a run that an alarm halted")
+    # Neighbours of a grid differ by a factor.
     left.set_xscale("log")
     left.set_title("Selection questions: mean and range of the seeds", fontsize=11)
     left.set_xlabel("learning rate (filled: picked)")
@@ -57,6 +62,7 @@ def plot_comparison(
         if row["after"]:
             _end(right, row, mode, colour)
         before = row["before"][mode]
+        # Every method starts from the same model: one entry of the legend for all.
         label = "before training" if not place else None
         right.plot(before["tokens"], 100 * before["acc"], "x", color=BLACK, label=label)
     right.set_title("Test questions: mean and 95 % interval of the seeds", fontsize=11)
@@ -79,6 +85,7 @@ def _end(axes: Any, row: Mapping[str, Any], mode: str, colour: str) -> None:
     for key, scale in (("tokens", 1), ("acc", 100)):
         bounds = row["intervals"][key]
         mean = scale * after[key]
+        # matplotlib takes distances below and above the point, and one seed has no interval.
         bars[key] = (
             None if bounds is None else [[mean - scale * bounds[0]], [scale * bounds[1] - mean]]
         )

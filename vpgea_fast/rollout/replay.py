@@ -59,16 +59,18 @@ class Place(NamedTuple):
 class Expected:
     """What a run asks for, as far as it is known before its first step.
 
-    decode     token ids -> text, without special tokens
-    vocabulary tokens that the model embeds: an id beyond it is refused
-    questions  id -> text
-    prompts    (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    decode       token ids -> text, without special tokens
+    vocabulary   tokens that the model embeds: an id beyond it is refused
+    questions    id -> text
+    prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    temperature  that of the log-probs, the run's own; None: not known
     """
 
     decode: Callable[[torch.Tensor], str]
     vocabulary: int
     questions: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    temperature: float | None = None
 
 
 class Records:
@@ -84,10 +86,12 @@ class Records:
         self.torn: list[Place] = []
         self.notes: list[str] = []
         self.index = self._read()
+        # None where no line has a step: such a record does not end.
         self.last = max((step for step, *_ in self.index if step is not None), default=None)
 
     def find(self, key: Key) -> Place:
         """The line of a path of a step. RecordError where there is none."""
+        # A line without a step stands for every step.
         place = self.index.get(key) or self.index.get((None, *key[1:]))
         if place is None:
             raise RecordError(self._missing(key))
@@ -106,6 +110,7 @@ class Records:
                     f"{self.last}, or give more paths{self._torn()}"
                 )
                 return
+            # For its error: a gap is told before the model is read, and not in its step.
             self.find(key)
 
     def require_text(self, record: Mapping[str, Any], place: Place) -> None:
@@ -136,6 +141,7 @@ class Records:
         counts: Counter[tuple[int | None, str, str]] = Counter()
         for place, (step, number), record in self._lines():
             by_question = self.cfg.match == "question"
+            # By question the steps and numbers of the run that recorded mean nothing.
             group = (None if by_question else step, record["question_id"], record["stream"])
             # Without a number of its own a line is the next of its group.
             key = (*group, counts[group] if number is None or by_question else number)
@@ -159,6 +165,7 @@ class Records:
     ) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
         for file in self.cfg.paths:
             try:
+                # Bytes, so that a line can be sought: a place in decoded text is none in the file.
                 with FilePath(file).open("rb") as lines:
                     offset = 0
                     for number, line in enumerate(lines, 1):
@@ -176,7 +183,14 @@ class Records:
                 ) from error
 
     def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
-        """Refuse a line of another run's question, prompt or tokenizer."""
+        """Refuse a line of another run's question, prompt, temperature or tokenizer."""
+        drawn_at, now = record.get("temperature"), self.expected.temperature
+        if None not in (drawn_at, now) and drawn_at != now:
+            raise RecordError(
+                f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
+                f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
+            )
+        # On a GPU the embedding would end the process without naming the token.
         most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
         if most >= self.expected.vocabulary:
             raise RecordError(
@@ -242,11 +256,14 @@ class Replay:
 
     def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
         """See RolloutEngine. Either all requests are paths of a step, or none is."""
+        # Evaluations, answers that score a path, and probes: nobody records them.
         if any(request.step is None for request in requests):
             return self.live.stream(requests, sampling)
         self.check(requests, sampling)
         return (
-            [Ended(place, self._path(request, sampling))] for place, request in enumerate(requests)
+            # One at a time: a line is read when its path is taken.
+            [Ended(place, self._path(request, sampling))]
+            for place, request in enumerate(requests)
         )
 
     @property
@@ -275,6 +292,7 @@ class Replay:
 
     def _path(self, request: SampleRequest, sampling: Sampling) -> Path:
         assert request.step is not None
+        # A run counts steps from 0, and its records from 1.
         own: Key = (request.step + 1, request.question_id, request.stream, request.index)
         place = self.records.find(own)
         line = _line_at(place)
@@ -303,6 +321,7 @@ class Replay:
         ids, logps = [], []
         for name, of in (("ids", "logps"), ("answer_ids", "answer_logps")):
             own = record.get(name, [])
+            # Unknown log-probs become NaN below: a 0 would pass for a certain token.
             known = record.get(of, [None] * len(own))
             if len(known) != len(own) or (self.needs_logps and None in known):
                 raise RecordError(

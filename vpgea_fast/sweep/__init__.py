@@ -103,6 +103,7 @@ class Sweep:
 
     def _cell(self, method: Method, rate: float, seed: int) -> Cell:
         place = method, rate, seed
+        # Every round asks for all of them, and each is a configuration to read and check.
         if place not in self.resolved:
             of = {"split": self.split, "steps": self.steps[method], "inputs": self.inputs}
             self.resolved[place] = cell(self.order, *place, **of)
@@ -111,9 +112,11 @@ class Sweep:
     def enter(self) -> None:
         """Make the folder this sweep's, or refuse it. Called with its lock held."""
         out, file = self.order.out, self.order.out / "sweep.json"
+        # As the file gives it back: tuples come as lists, and keys as text.
         mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
         if file.is_file():
             _same_sweep(file, mine)
+        # The hidden ones are the locks, which are held by now.
         elif any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise SweepError(f"{out} is not empty and no sweep; give another --out")
         for path, text in self.split.files.items():
@@ -139,6 +142,7 @@ class Sweep:
                 self.console.message(f"{self.total} runs, {self.done} known, {self.jobs} at a time")
             runs = pool.run(cells)
             at_edge = [m.label for m in self.grids if self._edge(m, runs) is not None]
+            # One rate has no factor to go on by.
             if round_ == self.order.extend or not at_edge or len(self.order.rates) == 1:
                 return runs
             self.console.message(
@@ -152,6 +156,7 @@ class Sweep:
     def tell(self, record: Record) -> None:
         """Say what a run has brought, and how long the rest takes."""
         seconds, value = record["wall_s"], score([record], self.metric)
+        # A run that went on was timed in part: it tells nothing of the others.
         self.durations += [] if seconds is None else [seconds]
         self.done += 1
         words = [
@@ -167,6 +172,7 @@ class Sweep:
             words.append(clock_time(seconds))
         if self.durations:
             rest = self.total - self.done
+            # Runs go side by side, so time passes once for as many as there are jobs.
             waves = rest / min(self.jobs, max(1, rest))
             words.append(f"left {clock_time(waves * fmean(self.durations))}")
         self.console.message("  ".join(words))
@@ -194,10 +200,10 @@ def run_sweep(order: Order, console: Console, command: str = "") -> Path:
         console.message(line)
     with claimed(order.out, console.message) as lock, Stop(World(pick_device("cpu"))) as stop:
         sweep.enter()
-        pool = Pool(order.out, sweep.jobs, sweep.split, stop, sweep.tell)
+        pool = Pool(order.out, sweep.jobs, split=sweep.split, stop=stop, tell=sweep.tell)
         pool.lock = lock
         runs = sweep.run(pool)
-        return _write(order, sweep, runs, console, command)
+        return _write(order, sweep, runs, console=console, command=command)
 
 
 def budget_lines(order: Order, sweep: Sweep) -> list[str]:
@@ -251,7 +257,7 @@ def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
 
 
 def _write(
-    order: Order, sweep: Sweep, runs: Sequence[Record], console: Console, command: str
+    order: Order, sweep: Sweep, runs: Sequence[Record], *, console: Console, command: str
 ) -> Path:
     result = evaluate(runs, sweep.metric, order.short)
     notes = [
@@ -277,6 +283,7 @@ def _write(
     # Before the picture: the numbers are there though it cannot be drawn.
     write_text(path, json.dumps(result, indent=1) + "\n")
     mode, _, key = sweep.metric.partition("_")
+    # A halted run is a result and in the curves too; the second holds those to be crossed.
     curves, halted = (
         {m.label: _points(runs, m.label, sweep.metric, ends) for m in order.methods}
         for ends in (("done", "halted"), ("halted",))
@@ -296,6 +303,7 @@ def _points(
     """Rate -> the metric of each of its runs that ended in one of these ways."""
     return {
         rate: [
+            # Run by run: of one run the mean over seeds is its own value.
             score([run], metric)
             for run in group
             if is_result(run) and run.get("ended", "done") in ends

@@ -23,8 +23,10 @@ class Inputs:
     def of(self, cfg: Config) -> dict[str, str]:
         """What a run of `cfg` trains with; what it is evaluated on comes from `questions`."""
         models = [cfg.model.path]
+        # One that no objective reads changes no run.
         if reads_reference(cfg.objective) and cfg.model.reference_path is not None:
             models.append(cfg.model.reference_path)
+        # Classes of the user's, by their files: a name stays while its code changes.
         code = [getattr(cfg.objective, "target", None), cfg.verify.target]
         return {
             **{f"model {path}": self._once(("model", path), path) for path in models},
@@ -45,6 +47,7 @@ class Inputs:
         return self._known[key]
 
     def _once(self, key: tuple[str, str], name: str) -> str:
+        # All runs share the model: its files are read once.
         if key not in self._known:
             self._known[key] = {"model": model_digest, "code": _code, "file": _bytes}[key[0]](name)
         return self._known[key]
@@ -64,11 +67,13 @@ def _bytes(file: str) -> str:
 
 def _code(target: str) -> str:
     """Of the file of `package.module:name`; none where a module has no file."""
+    # Found and not imported, but for the packages above it: a user's module may take seconds.
     spec = importlib.util.find_spec(target.partition(":")[0])
     return "" if spec is None or spec.origin is None else _bytes(spec.origin)
 
 
 def changed(known: dict[str, str], now: dict[str, str]) -> str | None:
     """The first name whose content differs from what is known; None where all is the same."""
+    # Of both sides: what only one of them has read is a change too.
     names = {**now, **known}
     return next((name for name in names if known.get(name) != now.get(name)), None)

@@ -64,6 +64,7 @@ class Pool:
                 while waiting and len(self.active) < self.jobs:
                     self._take(waiting.popleft())
                 self._collect()
+                # A look costs microseconds, and a run takes seconds at least.
                 time.sleep(0.05)
         finally:
             self._end()
@@ -141,11 +142,13 @@ class Pool:
             if process.poll() is None:
                 continue
             del self.active[process]
+            # A run that was interrupted is timed from its resume, which is no time of a run.
             seconds = None if began is None else round(time.monotonic() - began, 1)
             self._finish(cell, process.returncode, seconds)
 
     def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
         run = Path(cell.cfg.run.dir)
+        # Status 2 is a refusal's too; only a run that diverged has written its rows.
         diverged = status == 2 and any(run.glob("nonfinite_step_*.jsonl"))
         if status not in ENDED and not diverged:
             log = self.out / "logs" / f"{cell.name}.txt"
@@ -280,6 +283,7 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
                 f"--out: cannot write the folder {out} ({error.strerror}); give another"
             ) from error
         try:
+            # A lock of this process alone: what it starts inherits a flock, and no lockf.
             fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SweepError(
@@ -295,4 +299,5 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
 
 def cores() -> int:
     """Count the cores that this process may use."""
+    # A container or taskset may give fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

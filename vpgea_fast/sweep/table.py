@@ -32,6 +32,7 @@ def t_975(freedom: int) -> float:
     """
     if freedom <= len(T_975):
         return T_975[freedom - 1]
+    # The series in 1 / n is poor for few degrees of freedom, which the table above holds.
     z, n = Z_975, freedom
     return (
         z
@@ -46,6 +47,7 @@ def interval(values: Sequence[float], most: float = math.inf) -> tuple[float, fl
     """The 95 % t interval of a mean, cut to what can be, 0 to `most`; None of one value."""
     if len(values) < 2:
         return None
+    # stdev divides by n - 1, the degrees of freedom of this t.
     half = t_975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return max(0.0, fmean(values) - half), min(most, fmean(values) + half)
 
@@ -81,6 +83,7 @@ def by_rate(runs: Sequence[Run], method: str) -> dict[float, list[Run]]:
 def best_rate(runs: Sequence[Run], method: str, metric: str) -> float:
     """The rate with the highest score; of equal ones the lowest."""
     groups = by_rate(runs, method)
+    # The groups rise in rate, and max keeps the first of equals.
     return max(groups, key=lambda rate: score(groups[rate], metric))
 
 
@@ -132,10 +135,12 @@ def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> d
         "method": method,
         "lr": best,
         "rates": rates,
+        # At an end of its grid: a better rate may lie beyond.
         "edge": len(rates) > 1 and best in (rates[0], rates[-1]),
         "seeds": len(groups[best]),
         "runs": len(mine),
         "diverged_runs": sum(run["after"] is None for run in mine),
+        # At the best rate alone: what the method costs, and not what the search did.
         "tokens_generated": fmean(run["tokens_generated"] for run in groups[best]),
     }
     # Each kind only where there is one, so that rows of older records stay what they were.
@@ -163,6 +168,7 @@ def row(method: str, runs: Sequence[Run], metric: str, short: float | None) -> d
 
 
 def _mean(runs: Sequence[Run], when: str) -> dict[str, Any]:
+    # All runs have the same modes: no method may set a key of eval.
     modes = [mode for mode in ("sampled", "greedy") if mode in runs[0][when]]
     parts = {mode: [part(run, when, mode, "test") for run in runs] for mode in modes}
     means = {mode: {key: fmean(p[key] for p in parts[mode]) for key in KEYS} for mode in modes}
@@ -181,7 +187,7 @@ def layout(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         halted = found.get("halted_seeds")
         cells.append(f"{found['seeds']}{f' ({halted} halted)' if halted else ''}")
         for key, scale, digits in (("acc", 100, 1), ("tokens", 1, 1), ("eps3", 1, 0)):
-            cells += _cells(found, mode, key, scale, digits)
+            cells += _cells(found, mode, key, scale=scale, digits=digits)
         cells.append(f"{found['tokens_generated']:,.0f}")
         if short:
             cells.append(f"{found['short_runs']} of {found['runs']}")
@@ -189,9 +195,12 @@ def layout(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*headers, *["short runs"] * short], lines
 
 
-def _cells(found: Mapping[str, Any], mode: str, key: str, scale: float, digits: int) -> list[str]:
+def _cells(
+    found: Mapping[str, Any], mode: str, key: str, *, scale: float, digits: int
+) -> list[str]:
     before = f"{scale * found['before'][mode][key]:.{digits}f}"
     if not found["after"]:
+        # The name ends in the reason: diverged, or mismatched.
         return [f"{before} -> {found['name'].rpartition(', ')[2]}", "-"]
     bounds = found["intervals"][key]
     shown = "-" if bounds is None else " to ".join(f"{scale * b:.{digits}f}" for b in bounds)
@@ -226,6 +235,7 @@ def ending_lines(result: Mapping[str, Any]) -> list[str]:
 
 def origin(runs: Sequence[Run]) -> dict[str, Any]:
     """Which commit and versions made the runs, by their records; where they differ, all of them."""
+    # Records of older versions do not tell.
     made = [run.get("made_by", {}) for run in runs]
     facts = {
         key: [*dict.fromkeys(of.get(key) for of in made)]

@@ -316,13 +316,15 @@ class _Worker:
     def _is_late(self) -> bool:
         """Tell whether the time of the job is over; one that had to wait for a processor gets what
         it lacks."""
-        now, spent = time.monotonic(), _processor_seconds(self._process.pid)
+        now, begun, spent = time.monotonic(), self._spent, _processor_seconds(self._process.pid)
         if now < self.deadline:
             return False
-        clock = self._settings["by_clock"] or not self._up or spent is None or self._spent is None
+        clock = self._settings["by_clock"] or not self._up
         if clock or now >= self._began + CLOCK_LIMITS * self._timeout_s:
             return True
-        lacking = self._timeout_s - (spent - self._spent)
+        if begun is None or spent is None:
+            return True
+        lacking = self._timeout_s - (spent - begun)
         self.deadline = now + lacking
         return lacking <= 0
 
