@@ -70,6 +70,9 @@ OBJECTIVES = {
         *("--metrics.diag_every", "1"),
     ],
     "replaced questions": ["--train.resample_rounds", "1"],
+    "answers behind thoughts": [
+        *("--objective", "vr", "--objective.prior_samples", "2", "--train.steps", "2"),
+    ],
     "likelihood": ["--objective.name", "drgrpo", "--objective.reward", "likelihood"],
 }
 QUICK = "state, importance weights, reference policy"

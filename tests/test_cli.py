@@ -47,6 +47,8 @@ def train(tiny_world, tmp_path):
             "checkpoint.save_every": 1,
             "checkpoint.export": "false",
             "metrics.compare": "null",
+            "metrics.figure": "false",
+            "rollout.max_new_tokens": 24,
         }
         more = [*map(str, more)]
         left = {f"--{key}": str(value) for key, value in fixed.items() if f"--{key}" not in more}
@@ -528,8 +530,8 @@ def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):
-    said = refusal(train("--dry-run", "--train.micro_batch_tokens", 100))
-    assert "train.micro_batch_tokens: got 100, but a row may have" in said
+    said = refusal(train("--dry-run", "--train.micro_batch_tokens", 40))
+    assert "train.micro_batch_tokens: got 40, but a row may have" in said
     said = refusal(train("--dry-run", "--parallel.cpu_offload", "true"))
     assert "parallel.cpu_offload: got true without a CUDA device" in said
     said = refusal(train("--dry-run", "--processes", 3, "--parallel.replicas", 2))
@@ -602,7 +604,7 @@ def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch, capsys):
         "    return gold != '3'\n"
     )
     words = ["--verify.name", "custom", "--verify.target", "mine:right"]
-    words += ["--rollout.full_answer", "true"]
+    words += ["--rollout.full_answer", "true", "--rollout.max_new_tokens", 240]
     # It finds no answer wrong, and the leak guard's prompt must hold one that is.
     assert train(*words) == 2
     assert "no other question's answer is a wrong one" in capsys.readouterr().err
@@ -785,8 +787,12 @@ def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
         mean = next(cell for cell in cells if cell[:2] == ["mean", mode])
         means = [f"{result[mode][key]:.3g}" for key in ("eps3", "eps3_mean")]
         assert mean[9:11] == means
+    # With records there is a table of what they tell beside that.
     assert main(command) == 0
-    assert capsys.readouterr().out + f"{out / 'result.json'}\n" == shown
+    more = shown.removeprefix(capsys.readouterr().out)
+    assert more.count("sampled") == more.count("greedy") == 2 < len(more) < len(shown)
+    assert "maj@k %" in more
+    assert more.endswith(f"{out / 'result.json'}\n")
 
 
 def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
@@ -807,12 +813,18 @@ def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
 
 
 def test_report_draws_a_run(train, capsys, tmp_path):
-    assert train() == 0
-    (tmp_path / "run/report.html").unlink()
-    capsys.readouterr()
+    """Whether or not the run itself drew: its page then says how, and lists no figure."""
+    assert train("--metrics.figure", "false") == 0
+    page, figure = (tmp_path / "run" / name for name in ("report.html", "training.png"))
+    assert "metrics.figure is false; `vpgea report`" in page.read_text()
+    assert "<img" not in page.read_text()
+    assert not figure.exists()
+    assert "training.png" not in capsys.readouterr().out
+    page.unlink()
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert str(tmp_path / "run/report.html") in capsys.readouterr().out
-    assert (tmp_path / "run/report.html").stat().st_size > 1000
+    assert str(page) in capsys.readouterr().out
+    assert "<img" in page.read_text()
+    assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_make_tiny_refuses_a_place_that_holds_no_directory_in_one_line(capsys):

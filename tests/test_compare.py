@@ -212,6 +212,7 @@ def test_a_run_gives_every_evaluation_that_it_holds(tmp_path):
         (["base", "nothing"], "there is no sample"),
         (["base", "foreign"], "a sample is of 'b'"),
         (["base", "damaged"], "line 1: not JSON"),
+        (["base", "good", "--out", "base/eval.json"], "--out base/eval.json: File exists; give"),
         (["base", "unplanned"], "gsm8k has greedy answers, of which eval.json plans none"),
     ],
 )

@@ -260,6 +260,15 @@ def test_an_answer_is_trained_by_its_own_likelihood_alone(name, other, got, reme
         config.resolve({"objective": free, **other})
 
 
+@pytest.mark.parametrize("name", ["sft", "verifree"])
+def test_what_nobody_samples_is_trained_at_temperature_1(name):
+    sampled = {"temperature": 0.6, "full_answer": True}
+    said = f"objective '{name}' trains the likelihood of the"
+    with pytest.raises(config.ConfigError, match=said):
+        config.resolve({"objective": {"name": name}, "rollout": sampled})
+    config.resolve({"objective": {"name": "rft"}, "rollout": sampled})
+
+
 def test_null_unsets():
     words = ["--metrics.compare", "null", "--data.limit=~", "--objective.eta_clip", "null"]
     words += ["--engine", "vllm", "--engine.server", "NULL", "--objective.preset", "robust"]

@@ -7,6 +7,7 @@ are cut at random bytes; one is killed for real.
 import contextlib
 import fcntl
 import json
+import os
 import random
 import re
 import shutil
@@ -185,6 +186,19 @@ def test_processes_end_with_the_command_that_started_them(number, tiny_world, wh
     assert records(out) == records(whole)
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out, "--processes", 2))
+    wait_for_bytes(program, out)
+    os.kill(children_of(program.pid)[1], signal.SIGKILL)
+    _, said = program.communicate()
+    assert program.returncode == 128 + signal.SIGKILL
+    assert "vpgea: process 1 was ended by SIGKILL\n" in said
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
 def children_of(process):
     words = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(word) for word in words]
@@ -274,18 +288,17 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    ("part", "key", "value", "what"),
     [
-        ("question_id", "test-9999", "question, or more answers to it"),
-        ("index", 2, "question, or more answers to it"),
-        ("benchmark", "tost", "question, or more answers to it"),
-        ("seed", 1, "seed or gold"),
-        ("gold", "-1", "seed or gold"),
+        ("samples.jsonl", "question_id", "test-9999", "question, or more answers to it"),
+        ("samples.jsonl", "index", 2, "question, or more answers to it"),
+        ("samples.1.jsonl", "benchmark", "tost", "question, or more answers to it"),
+        ("samples.jsonl", "seed", 1, "seed or gold"),
+        ("samples.1.jsonl", "gold", "-1", "seed or gold"),
     ],
 )
-@pytest.mark.parametrize("part", ["samples.jsonl", "samples.1.jsonl"])
 def test_records_that_the_plan_does_not_have_are_refused_and_stay(
-    key, value, what, part, tiny_world, cut, refused
+    part, key, value, what, tiny_world, cut, refused
 ):
     """Under the right eval.json: the file of another evaluation, of process 0 or another."""
     out = cut(20_000, 0)

@@ -183,6 +183,10 @@ STARTS = [
     ("needs = lambda self: {'u'}", "needs() asks for 'u', expected a Score"),
     ("needs = lambda self: {Score('prior', 'student', 'end')}", "expected a Score"),
     (
+        "needs = lambda self: {Score('prior', 'student', 'attempts')}",
+        "asks for the attempts, of which",
+    ),
+    (
         "needs = lambda self: {Score('posterior', 'student', 'target')}",
         "needs() asks for target of the posterior paths, and draws() asks for none",
     ),
@@ -200,6 +204,10 @@ STEPS = [
     (SAID + "shifted(batch, stream='late')", "term 'push': stream: got 'late', expected one of"),
     (SAID + "shifted(batch, part='end')", "term 'push': part: got 'end', expected one of"),
     (SAID + "shifted(batch, part='response')", "draws() does not ask for answers"),
+    (
+        SAID + "shifted(batch, part='attempts')",
+        "trains all right attempts of a path, but draws() asks for 0",
+    ),
     (
         SAID + "shifted(batch, stream='posterior')",
         "term 'push': weight_BP is of the posterior paths, but draws() asks for none",

@@ -182,6 +182,7 @@ def test_what_kappa_reads_too_is_no_cost_of_the_guard():
         ({"leak_guard": "max_kl", "utility": "elbo", "kappa": 0.1}, set()),
         ({"utility": "elbo", "kappa": 0.1}, set()),
         ({"leak_guard": "early_answer"}, {EARLY}),
+        ({"leak_guard": "max_kl", "leak_limit": 4.0}, {*VIEWS}),
     ):
         assert guard_only(Vpgea(**more)) == only
     assert guard_only(Grpo()) == set()
@@ -251,6 +252,7 @@ def test_guards_that_cost_no_forward_and_the_early_answer():
         ({"kappa": 1.0}, "kappa: got 1.0 with utility 'product'"),
         ({"prior_pg": 1.0, "prior_samples": 1}, "prior_pg: got 1.0 with prior_samples 1"),
         ({"lexical_regex": "("}, "lexical_regex: got '\\('"),
+        ({"clamp_u": True, "u_min": -0.3}, "u_min: got -0.3 with clamp_u, expected at most -2"),
     ],
 )
 def test_options_that_nothing_would_read_are_refused(keys, said):
@@ -265,6 +267,7 @@ UNREAD = {
     "baseline": "lme",
     "clamp_u": True,
     "clip_low": 0.7,
+    "ddof": 1,
     "distill_denominator": "gated",
     "eps": 0.5,
     "eta_clip": (0.9, 1.1),

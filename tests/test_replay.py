@@ -20,7 +20,7 @@ TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = {
     "train.questions_per_step": 2,
     "train.steps": 2,
-    "rollout.max_new_tokens": 72,
+    "rollout.max_new_tokens": 24,
     "objective.group_size": 3,
     "metrics.paths_per_step": 8,
     "metrics.diag_every": 0,
@@ -50,7 +50,10 @@ KINDS = {
     ],
     "vpgea": ["--rollout.importance_cap", "2"],
     "answers": ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],
-    "grpo": ["--objective", "grpo", "--train.minibatches", "2", "--objective.group_size", "3"],
+    "grpo": [
+        *("--objective", "grpo", "--train.minibatches", "2", "--objective.group_size", "3"),
+        *("--rollout.max_new_tokens", "72"),
+    ],
 }
 
 
@@ -128,11 +131,12 @@ def replay(tmp_path, random_qwen2):
             text = "".join(json.dumps(line) + "\n" for line in record)
         (tmp_path / "r.jsonl").write_text(text)
         needs = more.pop("needs_logps", False)
-        expected = {key: more.pop(key) for key in ("questions", "prompts") if key in more}
+        names = ("questions", "prompts", "temperature")
+        expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
-        records = Records(cfg, Expected(spelled, **expected))
+        records = Records(cfg, Expected(spelled, 53, **expected))
         live = HFEngine(random_qwen2(), max_batch=4)
-        return Replay(live, records, vocabulary=53, needs_logps=needs)
+        return Replay(live, records, needs_logps=needs)
 
     return make
 
@@ -191,6 +195,10 @@ DAMAGE = [
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
     ([{**LINE, "logps": ["a"]}], "got logps"),
+    (
+        [LINE, {**LINE, "index": 1, "ids": [53]}],
+        "line 2: got the token 53, but the model embeds 53",
+    ),
     ([LINE, LINE], "line 2: path 0 of the prior stream of question 'q' of step 1 stands at"),
 ]
 
@@ -243,6 +251,14 @@ def test_paths_of_another_question_or_prompt_are_refused(replay):
         engine.generate([asked()], SAMPLING)
 
 
+def test_paths_of_another_temperature_are_refused(replay):
+    drawn = {**LINE, "temperature": 0.5}
+    assert replay([drawn], temperature=0.5).generate([asked()], SAMPLING)
+    assert replay([LINE], temperature=1.0).generate([asked()], SAMPLING)
+    with pytest.raises(RecordError, match="line 1: drawn at temperature 0"):
+        replay([drawn], temperature=1.0)
+
+
 def test_a_gap_is_found_before_the_first_step_and_an_early_end_is_told(replay):
     def wanted(*steps):
         return [(step, "q", "prior", index) for step in steps for index in (0, 1)]
@@ -265,7 +281,6 @@ def test_a_gap_is_found_before_the_first_step_and_an_early_end_is_told(replay):
 
 LATE = [
     ({}, {"step": 1}, "no path 0 of the prior stream of question 'q' for step 2, expected a line"),
-    ({"ids": [60, 3], "logps": [0, 0]}, {}, "got the token 60, but the model embeds 53"),
     ({"logps": [0.0]}, {}, "got 1 numbers as logps, expected 3, one per token"),
 ]
 

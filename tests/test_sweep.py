@@ -233,6 +233,10 @@ def test_a_grid_grows_by_its_factor():
         (["--methods", "vpgea:optim.lr=1"], "sets optim.lr, which is the same for all methods"),
         (["--methods", "vpgea", "vpgea"], "'vpgea' stands twice"),
         (["--methods", "a b=vpgea", "a_b=vpgea"], "as names of files,: 'a_b-1-0' stands twice"),
+        (["--methods", "vpgea:beta=x"], "--methods 'vpgea:beta=x': "),
+        (["--methods", "vpgea:beta=x"], "objective.beta: got 'x', expected a number"),
+        (["--seeds", "1", "1"], "--seeds: 1 stands twice; leave one out\n"),
+        (["--model.path", "no/such/folder"], "no model directory at no/such/folder"),
         (["--rates", "fast"], "--rates: got 'fast', expected numbers above 0"),
         (["--rates", "1e-3", "nan"], "--rates: got 'nan'"),
         (["--rates", "1e-3", "0.001"], "--rates: 0.001 stands twice"),
@@ -265,6 +269,14 @@ def test_bad_input_is_one_line_before_anything_runs(order, capsys, more, said):
     assert said in error
     assert len(error.strip().splitlines()) <= 2  # the file, then the key
     assert not asked.out.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(order, tmp_path, capsys):
+    asked = order(out=tmp_path / "held.jsonl")
+    assert main(command(asked)) == 2
+    error = capsys.readouterr().err
+    assert f"--out: cannot write the folder {asked.out} (File exists)" in error
+    assert error.count("\n") == 1
 
 
 def test_questions_that_pick_a_rate_are_others_than_those_reported(order, tmp_path, capsys):
@@ -442,7 +454,8 @@ def test_what_changed_under_the_same_name_is_another_run(order, tmp_path):
     sweep.enter()
     (cell,) = sweep.cells()
     pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
-    record = {"words": list(cell.words), "inputs": cell.inputs}
+    record = run(1e-3, (0.9, 20), (0.9, 20))
+    record |= {"words": list(cell.words), "inputs": cell.inputs}
     path = asked.out / "records" / f"{cell.name}.json"
     path.write_text(json.dumps(record))
     assert pool.known(cell) == record
@@ -458,17 +471,51 @@ def test_what_changed_under_the_same_name_is_another_run(order, tmp_path):
     assert f"{path} is of other inputs: data.train {train} has changed since" in str(error.value)
     assert "\n" not in str(error.value)
     # Of a version that did not say what it read.
-    path.write_text(json.dumps({"words": list(cell.words)}))
+    path.write_text(json.dumps({key: record[key] for key in record if key != "inputs"}))
     assert pool.known(other)
     # A run under way goes on with what it began with alone.
     path.unlink()
-    run = Path(cell.cfg.run.dir)
-    run.mkdir()
-    (run / "config.yaml").write_text(dump(cell.cfg))
+    begun = Path(cell.cfg.run.dir)
+    begun.mkdir()
+    (begun / "config.yaml").write_text(dump(cell.cfg))
     (asked.out / "configs" / f"{cell.name}.inputs.json").write_text(json.dumps(cell.inputs))
     with pytest.raises(SweepError, match=r"runs/vpgea-0\.001-0 is of other inputs: data"):
         pool.run([other])
-    assert run.exists()
+    assert begun.exists()
+
+
+DAMAGED = [
+    ("{", "Expecting property name"),
+    ("[1]", "list indices must be integers"),
+    ({"words": 3}, "'int' object is not iterable"),
+    ({"after": {}}, "got answers [['sampled'], []], expected the same at both ends"),
+    ({"before": None}, "expected the same at both ends"),
+    ({"lr": "fast"}, "got 'fast', expected numbers"),
+    ({"inputs": "x"}, "got inputs 'x', expected names"),
+    ({"after": {"sampled": {}}}, "KeyError: 'benchmarks'"),
+    ({"after": {"sampled": {"benchmarks": {"pick": {}}}}}, "KeyError: 'acc'"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGED, ids=str)
+def test_a_damaged_record_is_named(order, change, said):
+    """Where it is read, with its file: not in the arithmetic of the table."""
+    asked = order()
+    asked.out.mkdir()
+    sweep = Sweep(asked, Console(silent=True))
+    sweep.enter()
+    fill(asked, lambda *_: 100)
+    (cell,) = sweep.cells()
+    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    path = asked.out / "records" / f"{cell.name}.json"
+    good = json.loads(path.read_text())
+    assert pool.known(cell) == good
+    path.write_text(change if isinstance(change, str) else json.dumps(good | change))
+    with pytest.raises(SweepError) as error:
+        pool.known(cell)
+    assert str(error.value).startswith(f"{path} is no record (")
+    assert said in str(error.value)
+    assert str(error.value).endswith("; remove it to run it anew")
 
 
 def test_a_model_and_code_are_told_apart_by_content(tmp_path, monkeypatch):

@@ -130,6 +130,8 @@ replaced | true or false
     Whether its question made room for another (train.resample_rounds), and trained nothing.
 prompt | text
     Hash of the ids of the prompt that it was drawn from.
+temperature | ratio
+    Temperature at which it was drawn.
 reward | nats
     R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
 eta | ratio
@@ -142,6 +144,12 @@ u | nats
     U = log P(answer given question and path) in the student's view.
 log_utility | nats
     U + log eta without clip, what the ELBO averages.
+share | share
+    Weight of the path within its question, adding up to 1 (vr, vr_theta, vr_phi).
+answered | share
+    How likely a right answer is behind the thought, by objective.estimator (vr, vr_theta, vr_phi).
+log_ratio | nats
+    Of a hinted thought, log pi - log q (vr, vr_theta, vr_phi).
 text | text
     The thought, decoded.
 answer | text
@@ -174,7 +182,13 @@ loss_pg | nats
     gradient: its clipped loss, KL included.
 loss_answer | nats
     Sum over reference answers behind thoughts of coefficient times log-prob; with
-    objective.train_answer, or objective.target of verifree.
+    objective.train_answer, objective.target of verifree, vr and vr_theta.
+loss_theta | nats
+    Sum over weighed hinted thoughts, in the student's view, of coefficient times log-prob (vr,
+    vr_theta).
+loss_phi | nats
+    The hinted policy's loss: sum over rows in the teacher's view of coefficient times log-prob, or
+    of its clipped loss (vr, vr_phi).
 loss_prior_pg | nats
     Policy gradient of the student's own paths; with objective.prior_pg.
 loss_distill | nats
@@ -272,7 +286,7 @@ guard_nats | nats
     Mean over the teacher's paths of what the guard compares with objective.leak_limit; with
     objective.leak_guard.
 groups_all_rejected | questions
-    Questions whose paths all have R = 0 (grpo: are all wrong).
+    Questions whose paths all have R = 0 (grpo: are all wrong; vr: have no weight).
 groups_zero_var | questions
     Questions without a gradient: every advantage is exactly 0.
 std_s | nats
@@ -296,6 +310,46 @@ teacher_distance | nats per token
     Mean log q - log p of the teacher's thoughts, p of the reference policy, with kl_max (rlt).
 tokens_replaced | tokens
     Tokens of questions that train.resample_rounds replaced; 0 without resampling.
+"""),
+    ),
+    # From objectives/bounds.py.
+    Chapter(
+        "Variational Reasoning",
+        "Every step of vr, vr_theta and vr_phi. f is how likely a right answer is behind a "
+        "thought, by objective.estimator; 0 where the thought was cut. vr_phi_* are of unhinted "
+        "paths, the others of hinted ones.",
+        _table("""
+vr_elbo | nats
+    Mean of log f + log pi - log q of whole thoughts, over the paths with f above 0. The ELBO where
+    all have; above it else.
+vr_bound | nats
+    The estimate of L_K: log of a question's mean f pi / q, whole thoughts. Mean over the questions
+    with a path of f above 0.
+vr_log_ratio | nats per token
+    Mean over paths of log pi - log q per token: how unlikely the student finds hinted thoughts.
+vr_answered | share
+    Mean f.
+vr_answered_none | share
+    Share of the paths with f = 0.
+vr_answered_all | share
+    Share of the paths with f = 1.
+vr_ess | paths
+    1 / sum of squared weights of a question, mean over questions with weights: 1, one path has all;
+    K, all are equal.
+vr_share_max | share
+    Largest weight of a question, mean over questions with weights.
+vr_phi_answered | share
+    Mean f.
+vr_phi_answered_none | share
+    Share of the paths with f = 0.
+vr_phi_answered_all | share
+    Share of the paths with f = 1.
+vr_phi_ess | paths
+    As vr_ess.
+vr_phi_share_max | share
+    As vr_share_max.
+vr_phi_skipped | questions
+    Questions none of whose paths has a weight.
 """),
     ),
     # From `advantage.posterior_monitors`.
@@ -381,6 +435,10 @@ grad_norm_pg | norm
     Gradient norm of the policy-gradient rows alone; absent without such rows.
 grad_norm_answer | norm
     Gradient norm of the reference answers alone; absent without such rows.
+grad_norm_theta | norm
+    Gradient norm of the weighed hinted thoughts alone; absent without such rows.
+grad_norm_phi | norm
+    Gradient norm of the hinted policy's rows alone; absent without such rows.
 grad_norm_prior_pg | norm
     Gradient norm of the student's own paths alone; absent without such rows.
 grad_norm_distill | norm

@@ -95,6 +95,9 @@ def unread_keys(cfg: Config) -> Iterator[str]:
     likely = scoring.u_source == "likelihood"
     no_reference = not reads_reference(objective) and "the objective reads no reference policy"
     unscored = not scores_answers(objective) and "the objective scores no answer behind a thought"
+    told = objective.draws().u_norm and "the objective says itself how U is summed"
+    # Answers may be sampled behind thoughts whatever U is.
+    not_sampled = not cfg.answers_behind and (unscored or "scoring.u_source is 'likelihood'")
     single = cfg.train.updates == 1 and (
         "train.minibatches and train.epochs make one update of a rollout"
     )
@@ -102,9 +105,9 @@ def unread_keys(cfg: Config) -> Iterator[str]:
         "model.reference": no_reference,
         "model.reference_path": no_reference,
         "scoring.u_source": unscored,
-        "scoring.u_norm": unscored or (not likely and "scoring.u_source is 'accuracy'"),
-        "scoring.answer_samples": unscored or (likely and "scoring.u_source is 'likelihood'"),
-        "scoring.answer_temperature": unscored or (likely and "scoring.u_source is 'likelihood'"),
+        "scoring.u_norm": unscored or told or (not likely and "scoring.u_source is 'accuracy'"),
+        "scoring.answer_samples": not_sampled,
+        "scoring.answer_temperature": not_sampled,
         **{f"objective.{key}": single for key in ("clip_low", "clip_high", "ratio", "surrogate")},
     }.items():
         section, _, name = key.partition(".")
@@ -218,8 +221,8 @@ def draws(
     paths = [(*student, new)]
     if objective.draws().teacher:
         paths.append((*most("teacher"), new))
-    if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
-        what, prompt = max((most(view) for view in _scored_views(objective)), key=lambda m: m[1])
+    if cfg.answers_behind:  # behind </think>
+        what, prompt = max((most(view) for view in _answered_views(cfg)), key=lambda m: m[1])
         close = max([1, *(q.close_ids.numel() for q in questions)])
         paths.append((f"{what}, answers after its thought", prompt + thought + close, answer))
     for name, benchmark in benchmarks.items():
@@ -230,10 +233,15 @@ def draws(
     return paths
 
 
-def _scored_views(objective: Any) -> set[View]:
-    needs = [s for s in objective.needs() if s.part == "target" and s.who == "policy"]
+def _answered_views(cfg: Config) -> set[View]:
+    """Views in which answers are sampled behind thoughts."""
+    attempts: set[View] = {"student"} if cfg.objective.draws().attempts else set()
+    if cfg.scoring.u_source != "accuracy":
+        return attempts
+    needs = [s for s in cfg.objective.needs() if s.part == "target" and s.who == "policy"]
     # A thought cut early has a shorter row than the whole one, and is never answered by sampling.
-    return {s.view for s in needs if s.view in ("teacher", "student")}
+    scored: set[View] = {s.view for s in needs if s.view in ("teacher", "student")}
+    return attempts | scored
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -269,6 +277,8 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
         for q in questions
         for v in views
     ]
+    if cfg.objective.draws().answer_rows:
+        tails += [room(q.student_ids) + cfg.rollout.max_answer_tokens for q in questions]
     thought = cfg.rollout.max_new_tokens
     return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 

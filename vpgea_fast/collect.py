@@ -49,6 +49,7 @@ from vpgea_fast.scoring import (
 )
 from vpgea_fast.spans import stated
 from vpgea_fast.types import (
+    Attempt,
     Groups,
     Path,
     PathKey,
@@ -227,13 +228,16 @@ class Collector:
     @property
     def draws_again(self) -> bool:
         """More than the paths of a step's questions may be sampled."""
-        cfg = self.cfg
-        answers = self.scored_views and cfg.scoring.u_source == "accuracy"
-        return bool(answers) or cfg.train.resample_rounds > 0
+        return self.cfg.answers_behind or self.cfg.train.resample_rounds > 0
 
     @property
     def draws(self) -> Draws:
         return self.cfg.objective.draws()
+
+    @property
+    def u_norm(self) -> str:
+        """How U adds up the tokens of an answer."""
+        return self.draws.u_norm or self.cfg.scoring.u_norm
 
     @property
     def scored_views(self) -> dict[Stream, View]:
@@ -385,7 +389,7 @@ class Collector:
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
 
@@ -429,6 +433,9 @@ class Collector:
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered = self._utilities(stream, pairs, step)
+        if self.draws.attempts and stream != "reference":
+            groups, lost = self._with_attempts(groups, pairs, step)
+            unanswered |= lost
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -489,21 +496,34 @@ class Collector:
         if not pairs or view is None:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
         if self.cfg.scoring.u_source == "accuracy":
-            verdicts, lost = self._sampled_answers(view, pairs, step)
+            attempts, lost = self._attempts(view, pairs, step)
+            verdicts = torch.tensor([[a.right for a in own] for own in attempts])
             return accuracy_utility(verdicts), lost
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
             view=view,
         )
         return utilities, set()
 
-    def _sampled_answers(
+    def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
+        """The paths with the answers sampled behind those that closed, and the questions of which
+        the engine gave up one."""
+        closed = [(question, path) for question, path in pairs if path.closed]
+        # Nobody asks an engine for nothing.
+        found, lost = self._attempts("student", closed, step) if closed else ([], set())
+        known = {path.key: own for (_, path), own in zip(closed, found, strict=True)}
+        return tuple(
+            tuple(replace(path, attempts=known.get(path.key, ())) for path in group)
+            for group in groups
+        ), lost
+
+    def _attempts(
         self, view: View, pairs: Pairs, step: int
-    ) -> tuple[torch.Tensor, set[str]]:
-        """Draw J answers after each thought, under this prompt: their correctness (len(pairs), J),
-        and the questions of which the engine gave up one."""
+    ) -> tuple[list[tuple[Attempt, ...]], set[str]]:
+        """Draw and judge J answers after each thought, under this prompt; and the questions of
+        which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
@@ -536,7 +556,11 @@ class Collector:
         # Judged even where one was lost: the matrix keeps its shape, the question is left out.
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
-        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost
+        made = [
+            Attempt(ids=answer.z_ids, right=bool(right))
+            for answer, right in zip(answers, verdicts, strict=True)
+        ]
+        return [tuple(made[i : i + count]) for i in range(0, len(made), count)], lost
 
     def _correct(self, pairs: Pairs) -> torch.Tensor:
         if not self.sampling.full_answer:

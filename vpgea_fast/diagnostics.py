@@ -16,7 +16,7 @@ from vpgea_fast.metrics import ModelFlops, eps3, mfu
 from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
 from vpgea_fast.rollout.engine import prompt_digest
-from vpgea_fast.rows import part_row
+from vpgea_fast.rows import part_rows
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
@@ -239,9 +239,10 @@ def work_metrics(
     their coefficient is zero."""
     # What a step would train if nothing were gated off, term by term.
     possible = sum(
-        part_row(question, path, term).tokens
+        row.tokens
         for term in terms.parts
         for question, path in batch.pairs(term.stream)
+        for row, _ in part_rows(question, path, term)
     )
     trained = sum(row.tokens for row in rows)
     # Replaced questions are in no batch, but their paths took as long to draw.
@@ -286,6 +287,7 @@ def path_records(
     *,
     step: int,
     limit: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
     """Return the first `limit` paths of each stream with their scores, for paths.jsonl; behind
     those of the batch come the paths of questions that it has replaced."""
@@ -298,7 +300,8 @@ def path_records(
             rest = {"limit": limit - len(own), "replaced": True}
             own += _path_lines(batch.replaced, stream, scores, decode, **rest)
         records += own
-    return [{"step": step, **record} for record in records]
+    # `logps` are of this temperature: at another one they are log-probs of another distribution.
+    return [{"step": step, **record, "temperature": temperature} for record in records]
 
 
 def _path_lines(

@@ -167,8 +167,14 @@ def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
         for stream, view, count in draws.plan
         if count and not draws.fields
     }
-    texts = {q.question.id: q.question.text for q in intake.questions}
-    records = Records(cfg.replay, Expected(intake.text.decode, texts, prompts))
+    expected = Expected(
+        intake.text.decode,
+        vocabulary=intake.text.config.vocab_size,
+        questions={q.question.id: q.question.text for q in intake.questions},
+        prompts=prompts,
+        temperature=cfg.rollout.temperature,
+    )
+    records = Records(cfg.replay, expected)
     if not draws.given:  # those paths come from the data
         records.require(_wanted(cfg, intake.questions, first))
     return records

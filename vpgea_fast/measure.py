@@ -134,8 +134,14 @@ class Measure:
 
     def records(self, batch: ScoredBatch, terms: Terms, step: int) -> list[dict[str, Any]]:
         """The lines for paths.jsonl."""
-        limit = self.cfg.metrics.paths_per_step
-        return diagnostics.path_records(batch, terms, self.decode, step=step, limit=limit)
+        return diagnostics.path_records(
+            batch,
+            terms,
+            self.decode,
+            step=step,
+            limit=self.cfg.metrics.paths_per_step,
+            temperature=self.cfg.rollout.temperature,
+        )
 
     def cost(
         self,

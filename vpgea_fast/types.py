@@ -28,8 +28,9 @@ Finish = Literal["stop", "length", "error"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One line of the data set; `variants` are other spellings of the answer, `responses` solutions
-    or whole responses that the data gives, `subject` and `level` what a benchmark's numbers are
-    broken down by, `file` and `place` tell where it stands.
+    or whole responses that the data gives, `solution` what a teacher's prompt may show, `subject`
+    and `level` what a benchmark's numbers are broken down by, `file` and `place` tell where it
+    stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -40,6 +41,7 @@ class Question:
     answer: str
     variants: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    solution: str = ""
     subject: str | None = field(default=None, compare=False)
     level: str | int | None = field(default=None, compare=False)
     file: str = field(default="", compare=False)
@@ -104,6 +106,19 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """An answer sampled behind a thought to score it, in the student's view: ids (m,) int64, and
+    whether it is right.
+
+    >>> Attempt(ids=torch.tensor([7]), right=True).right
+    True
+    """
+
+    ids: Tensor
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Path:
     """One sampled reasoning path: token ids as the engine drew them, never re-tokenised text.
 
@@ -114,6 +129,7 @@ class Path:
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
     asked      its question with prompts of its own, where the objective gives it fields
+    attempts   answers sampled behind a closed thought, where the objective asks (`Draws.attempts`)
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -132,6 +148,7 @@ class Path:
     finish: Finish
     answer_logps: Tensor | None = None
     asked: PromptedQuestion | None = None
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def key(self) -> PathKey:
@@ -200,6 +217,12 @@ class ScoredPaths:
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
     stated_BP: Tensor | None = None
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of each path's attempts that are right, (B, P) float64; 0 of a path without any."""
+        shares = [sum(a.right for a in p.attempts) / max(1, len(p.attempts)) for p in self.flat]
+        return self.length_BP.new_tensor(shares).view_as(self.length_BP)
 
     @property
     def flat(self) -> list[Path]:

@@ -20,6 +20,7 @@ from vpgea_fast.objectives import Terms
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import checksum
 from vpgea_fast.types import (
+    Attempt,
     Path,
     PathKey,
     PromptedQuestion,
@@ -33,7 +34,8 @@ from vpgea_fast.types import (
 Updates = list[list[TrainRow]]
 """The rows of every update of a rollout; epochs share theirs."""
 RECORDS = {
-    kind.__name__: kind for kind in (ScoredBatch, ScoredPaths, Path, PromptedQuestion, Question)
+    kind.__name__: kind
+    for kind in (ScoredBatch, ScoredPaths, Path, Attempt, PromptedQuestion, Question)
 }
 KIND = "<record>"
 """Key of a record's class in its plain form: no name of a field, of the user's either."""

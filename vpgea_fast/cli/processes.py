@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], said: IO[bytes]) -> int:
         if failed := [code for code in codes if code]:
             break
         time.sleep(POLL_S)
+    for rank, code in enumerate(codes):
+        if code and code < 0:  # it had no time to say anything
+            sys.stderr.write(f"vpgea: process {rank} was ended by {signal.Signals(-code).name}\n")
     # The others learn of it from the broken connection, and say so in lines of their own.
     try:
         children[0].wait(timeout=10)

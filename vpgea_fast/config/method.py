@@ -154,11 +154,12 @@ class VerifyConfig:
 class ScoringConfig:
     # Variants of one answer differ in tokens: a sum is their log-likelihood, a mean is not.
     u_norm: Literal["sum", "mean"] = "sum"
-    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps."""
+    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps. An
+    objective whose estimator says which (vr_theta) does not read it."""
     u_source: Literal["likelihood", "accuracy"] = "likelihood"
     """`likelihood`: U = log P(answer given question and path). `accuracy`: U = log((J acc + 1/2) /
     (J + 1)) of J answers sampled after the thought."""
     answer_samples: PositiveInt = 8
-    """J, the answers sampled after each thought (`accuracy` only)."""
+    """J, the answers sampled after each thought (`accuracy`, and objectives that ask for them)."""
     answer_temperature: Temperature = 0.7
     """Sampling temperature of those answers."""

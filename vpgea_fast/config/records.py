@@ -26,7 +26,7 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
-from vpgea_fast.objectives import DEFAULT, ObjectiveConfig
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, scores_answers
 from vpgea_fast.values import (
     STRICT,
     Minutes,
@@ -185,6 +185,9 @@ class MetricsConfig:
     or `tiny_demo`: the rows that come with the configuration `tiny`."""
     note: str = ""
     """A line printed under the closing table."""
+    figure: bool = True
+    """Draw training.png into the report when the run ends. `false` saves a CPU second of each of
+    many short runs; `vpgea report` draws it at any time."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -233,6 +236,12 @@ class Config:
         """Whether the trained module samples, or a copy beside a sharded one: all that is drawn
         (hf), or all but the paths (replay)."""
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
+
+    @property
+    def answers_behind(self) -> bool:
+        """Whether answers are sampled behind finished thoughts, to score these."""
+        scored = scores_answers(self.objective) and self.scoring.u_source == "accuracy"
+        return scored or self.objective.draws().attempts
 
     @property
     def replay(self) -> ReplayEngineConfig:
@@ -290,6 +299,12 @@ class Config:
                 "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
                 "another leak_guard"
             )
+        if draws.u_norm and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} reads log-likelihoods of the reference answer, "
+                "but scoring.u_source is 'accuracy'; set it to likelihood"
+            )
+        self._check_solution()
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(
@@ -335,14 +350,34 @@ class Config:
                 f"{self.model.dtype!r}"
             )
 
+    def _check_solution(self) -> None:
+        """ValueError for a solution that the teacher is to be shown, and cannot."""
+        if "{solution}" not in self.prompt.teacher:
+            return
+        lacks = [f.label for f in self.data.train if not self.data.filled(f).solution_key]
+        if lacks:
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but {', '.join(lacks)} has no "
+                "data.solution_key; set it, or show {answer} alone"
+            )
+        # A wrong answer beside the right solution would be no wrong hint.
+        if any(score.view == "counterfactual" for score in self.objective.needs()):
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but objective {self.objective.name!r} needs a "
+                "prompt with a wrong answer, beside which no solution is wrong; choose another "
+                "leak_guard, or show {answer} alone"
+            )
+
     def _check_target(self) -> None:
         """ValueError where what is trained behind the thoughts is not what U measures."""
         draws, who = self.objective.draws(), f"objective {self.objective.name!r}"
         # One pass of the head has one temperature, and a likelihood is one at 1.
-        if draws.targets and self.rollout.temperature != 1:
+        if (draws.targets or draws.given) and self.rollout.temperature != 1:
+            what = "the data's responses" if draws.given else "the reference answer"
             raise ValueError(
-                f"{who} trains the likelihood of the reference answer, at temperature 1, with "
-                f"rollout.temperature {self.rollout.temperature}; set it to 1.0, or train no target"
+                f"{who} trains the likelihood of {what}, at temperature 1, with "
+                f"rollout.temperature {self.rollout.temperature}; set it to 1.0"
+                + ("" if draws.given else ", or train no target")
             )
         if not draws.by_likelihood:
             return
@@ -351,7 +386,7 @@ class Config:
         # grad P = P grad log P of one text: of a mean, a share of samples, or a sum over spellings
         # the gradient is another one, and no row has it.
         for key, got, want in (
-            ("scoring.u_norm", self.scoring.u_norm, "sum"),
+            ("scoring.u_norm", draws.u_norm or self.scoring.u_norm, "sum"),
             ("scoring.u_source", self.scoring.u_source, "likelihood"),
             ("data.variants_key", variants, None),
         ):

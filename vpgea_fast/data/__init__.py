@@ -227,7 +227,7 @@ def unfit(
     lost = [question for question in loaded.questions if question.id not in fit]
 
     def reason(q: Question) -> str:
-        steers = has_special(q.text, q.answer, *q.variants)
+        steers = has_special(q.text, q.answer, q.solution, *q.variants)
         # Two reasons are told apart by asking again; one needs no question.
         said = [r for r in reasons if ("special" in r) == steers] if len(reasons) > 1 else reasons
         return " or ".join(said)
@@ -315,8 +315,9 @@ def fingerprint(questions: Sequence[Question]) -> str:
     for question in questions:
         # JSON keeps the three apart: id "a" and text "bc" is not id "ab" and text "c".
         # What few data have only where it is there, so that the number of others stays what it was.
-        whole = [question.id, question.text, question.answer, *question.responses]
+        whole: list[object] = [question.id, question.text, question.answer, *question.responses]
         whole += [[*question.variants]] if question.variants else []
+        whole += [{"solution": question.solution}] if question.solution else []
         digest.update(json.dumps(whole).encode())
     return digest.hexdigest()
 

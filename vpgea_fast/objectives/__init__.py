@@ -7,7 +7,6 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -48,6 +47,7 @@ from vpgea_fast.objectives.policy_gradient import (
 )
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
+from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
 from vpgea_fast.values import STRICT, nearest, one_line
 
 __all__ = [
@@ -79,6 +79,9 @@ __all__ = [
     "Terms",
     "VeriFree",
     "Vpgea",
+    "Vr",
+    "VrPhi",
+    "VrTheta",
     "ask",
     "at_step",
     "check_terms",
@@ -111,6 +114,7 @@ METHODS: dict[str, type] = {
         *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
         *(VeriFree, NormalisedVeriFree, Rlt),
         *(Sft, Rft, BestOfRft, HintRft),
+        *(Vr, VrTheta, VrPhi),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""
@@ -128,7 +132,7 @@ def guard_only(objective: Objective) -> frozenset[Score]:
     """The log-probs that nothing but the leak guard reads: what it costs."""
     if not isinstance(objective, Vpgea):
         return frozenset()
-    return objective.needs() - dataclasses.replace(objective, leak_guard="none").needs()
+    return objective.needs() - objective.unguarded_needs()
 
 
 @functools.cache

@@ -52,6 +52,10 @@ class Draws:
     stated            it reads where each thought states the answer (`ScoredPaths.stated_BP`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
+    attempts          scoring.answer_samples answers are sampled behind every closed thought, in the
+                      student's view, judged and kept (`Path.attempts`)
+    answer_rows       the most of a path's right attempts that are trained; 0: none
+    u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
     by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
@@ -72,6 +76,9 @@ class Draws:
     stated: bool = False
     joint: bool = False
     targets: bool = False
+    attempts: bool = False
+    answer_rows: int = 0
+    u_norm: Literal["sum", "mean"] | None = None
     by_likelihood: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
@@ -91,11 +98,11 @@ class Draws:
                 "Draws.given: the data gives prior paths alone; ask for those, and for no others"
             )
         for name, value in self.fields.items():
-            taken = name in ("question", "answer")
+            taken = name in ("question", "answer", "solution")
             if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
                 raise ValueError(
                     f"Draws.fields: got {name!r}: {value!r}, expected a name in small letters, not "
-                    "question or answer, and a function of a Slot"
+                    "question, answer or solution, and a function of a Slot"
                 )
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
@@ -159,6 +166,7 @@ class Term:
     later       the same where a rollout has several updates; with one, `weight` stands
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
+    first       of part `attempts`: the first right ones of a path alone; None: all of them
     """
 
     name: str
@@ -173,6 +181,7 @@ class Term:
     later: Live | None = None
     held_BP: Tensor | None = None
     close_BP: Tensor | None = None
+    first: int | None = None
 
     @property
     def weighted(self) -> Tensor:

@@ -85,6 +85,11 @@ def check_objective(objective: Any) -> None:
     for score in needs:
         if not (isinstance(score, Score) and all(map(operator.contains, known, score))):
             raise ValueError(f"{who}: needs() asks for {_shown(score)}, expected a Score")
+        if score.part == "attempts":
+            raise ValueError(
+                f"{who}: needs() asks for the attempts, of which a path may have none; ask for "
+                "another part"
+            )
         if score.view == "counterfactual" and score.part == "target":
             raise ValueError(
                 f"{who}: needs() asks for the target behind a wrong answer; U is scored in the "
@@ -152,6 +157,7 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: trains the reference answer, but draws() does not say so; return "
             "Draws(targets=True, ...), or train the thought"
         )
+    _check_attempts(who, term, objective)
     # The longest row is planned before any path is drawn.
     scored = [score.view for score in objective.needs() if score.part == "target"]
     if term.part == "target" and term.view not in ("student", *scored):
@@ -179,6 +185,25 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             "finite number; columns that draws() and needs() do not ask for are NaN"
         )
     _check_live(who, term, objective)
+
+
+def _check_attempts(who: str, term: Term, objective: Objective) -> None:
+    """ValueError for attempts that nobody samples, or that a term could not train."""
+    if term.part != "attempts":
+        return
+    draws = objective.draws()
+    # Each is a row with the whole thought in it: how many there may be is planned for.
+    if not draws.attempts or (term.first or math.inf) > draws.answer_rows:
+        raise ValueError(
+            f"{who}: trains {term.first or 'all'} right attempts of a path, but draws() asks for "
+            f"{draws.answer_rows}; return Draws(attempts=True, answer_rows=N, ...) and give the "
+            "term first=N, or train the thought"
+        )
+    if term.stream == "reference" or term.view != "student" or term.factors is not None:
+        raise ValueError(
+            f"{who}: attempts are sampled behind the policy's thoughts in the student's view, "
+            "several of a path; train them there, without factors"
+        )
 
 
 def _check_live(who: str, term: Term, objective: Objective) -> None:

@@ -83,7 +83,11 @@ class PolicyGradient(EtaKeys):
     UNREAD: ClassVar[tuple[Unread, ...]] = (
         Unread("eta_clip", {"alpha": (0.0,)}),
         Unread("kl", {"kl_coef": (0.0,)}),
-        Unread("eps", {"advantage": ("centred", "leave_one_out", "batch")}),
+        # Without a standard deviation.
+        *(
+            Unread(key, {"advantage": ("centred", "leave_one_out", "batch")})
+            for key in ("eps", "ddof")
+        ),
         Unread("std_gate", {"advantage": ("centred", "leave_one_out", "batch", "batch_zscore")}),
         Unread("clip_low", {"surrogate": ("truncate",)}),
     )

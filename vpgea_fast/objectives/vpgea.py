@@ -161,10 +161,14 @@ class Vpgea(EtaKeys):
             for key in ("reward", "r_margin")
             for where in ({"utility": ("elbo",)}, {"cross_view": (False,)})
         ),
-        *(Unread(key, {"cross_view": (False,), **UNGUARDED}) for key in ("baseline", "clamp_u")),
-        Unread(
-            "baseline",
-            {"reward": ("likelihood_gate",), "utility": ("product",), **UNGUARDED},
+        # The gate compares P with 1/2, and a U that is lifted stays far below.
+        *(
+            Unread(key, {**where, **UNGUARDED})
+            for key in ("baseline", "clamp_u")
+            for where in (
+                {"cross_view": (False,)},
+                {"reward": ("likelihood_gate",), "utility": ("product",)},
+            )
         ),
         Unread("leak_limit", {"leak_guard": ("none",)}),
         Unread("lexical_regex", {"lexical": (False,)}),
@@ -190,6 +194,12 @@ class Vpgea(EtaKeys):
             raise ValueError(
                 f"prior_pg: got {self.prior_pg} with prior_samples 1, expected 2 or more: one path "
                 "has nothing to be compared with"
+            )
+        # `likelihood_gate` asks for P > 1/2, and a mean of likelihoods for something below it.
+        if self.clamp_u and self.u_min > -2:
+            raise ValueError(
+                f"u_min: got {self.u_min} with clamp_u, expected at most -2: each U is lifted to "
+                "it, and paths that cannot make the answer would be likely"
             )
         if self.leak_guard != "none" and not self.posterior:
             raise ValueError(
@@ -226,14 +236,15 @@ class Vpgea(EtaKeys):
         )
 
     def needs(self) -> frozenset[Score]:
+        early = {EARLY} if self.leak_guard == "early_answer" else set()
+        return self.unguarded_needs() | early | frozenset(self.guard_scores() or ())
+
+    def unguarded_needs(self) -> frozenset[Score]:
+        """The log-probs that are read whatever the leak guard is."""
         # The student's prompt does not hold the answer, so a path that only leans on it makes the
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
-        if self.leak_guard == "early_answer":
-            scores.add(EARLY)
-        if guard := self.guard_scores():
-            scores |= set(guard)
         return frozenset(scores | (set(VIEWS) if self.kappa else set()))
 
     def guard_scores(self) -> tuple[Score, Score] | None:

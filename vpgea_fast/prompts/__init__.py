@@ -106,6 +106,8 @@ class Prompter:
     def teacher_text(self, question: Question, values: Values = NOTHING) -> str:
         """The teacher view as text."""
         known = {"question": question.text, "answer": question.answer}
+        if "{solution}" in self._cfg.teacher:
+            known["solution"] = self._solution(question)
         words = fill(self._cfg.teacher, **known, **values)
         # As a user turn the template holds the question itself; as a system turn it goes before it.
         if self._cfg.teacher_role == "user":
@@ -114,6 +116,16 @@ class Prompter:
             {"role": "system", "content": words},
             {"role": "user", "content": self._student_turn(question.text, values)},
         )
+
+    def _solution(self, question: Question) -> str:
+        """The hint of a whole solution. ConfigError where there is none: an empty hint is none."""
+        if not question.solution:
+            where = question.place or f"question {question.id!r}"
+            raise ConfigError(
+                f"{where}: got no solution under data.solution_key, which prompt.teacher shows; "
+                "give one, or take the row out"
+            )
+        return question.solution
 
     def shown(self, ids: torch.Tensor) -> str:
         """Decode ids, special tokens included, to be looked at."""
@@ -228,7 +240,9 @@ class Prompter:
         question is a ConfigError instead. A prompt is never cut.
         """
         # Before any id is made: of such a question `prompt` could not tell data from a turn's end.
-        plain = [q for q in questions if not self.has_special(q.text, q.answer, *q.variants)]
+        plain = [
+            q for q in questions if not self.has_special(q.text, q.answer, q.solution, *q.variants)
+        ]
         spelled = len(questions) - len(plain)
         if spelled and (policy == "error" or not plain):
             first = next(q for q in questions if q not in set(plain))

@@ -15,7 +15,6 @@ from vpgea_fast.rollout.replay import Records, Replay
 from vpgea_fast.rollout.vllm.engine import VllmEngine
 from vpgea_fast.rollout.vllm.remote import ServerEngine
 from vpgea_fast.rollout.vllm.versions import check_dtype, check_installed
-from vpgea_fast.weights import load_config
 
 SYNC_DIR = "sync"
 """Below run.dir: weights on their way to a server, unless engine.sync_dir says otherwise."""
@@ -87,7 +86,6 @@ def open_engine(
         engine = Replay(
             hf(),
             records,
-            vocabulary=load_config(cfg.model.path).vocab_size,
             needs_logps=cfg.rollout.importance_cap is not None,
         )
     elif cfg.samples_itself:

@@ -59,14 +59,18 @@ class Place(NamedTuple):
 class Expected:
     """What a run asks for, as far as it is known before its first step.
 
-    decode     token ids -> text, without special tokens
-    questions  id -> text
-    prompts    (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    decode       token ids -> text, without special tokens
+    vocabulary   tokens that the model embeds: an id beyond it is refused
+    questions    id -> text
+    prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    temperature  that of the log-probs, the run's own; None: not known
     """
 
     decode: Callable[[torch.Tensor], str]
+    vocabulary: int
     questions: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    temperature: float | None = None
 
 
 class Records:
@@ -179,7 +183,20 @@ class Records:
                 ) from error
 
     def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
-        """Refuse a line of another run's question, prompt or tokenizer."""
+        """Refuse a line of another run's question, prompt, temperature or tokenizer."""
+        drawn_at, now = record.get("temperature"), self.expected.temperature
+        if None not in (drawn_at, now) and drawn_at != now:
+            raise RecordError(
+                f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
+                f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
+            )
+        # On a GPU the embedding would end the process without naming the token.
+        most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
+        if most >= self.expected.vocabulary:
+            raise RecordError(
+                f"{place}: got the token {most}, but the model embeds {self.expected.vocabulary}; "
+                "give paths of the same tokenizer"
+            )
         name, asked = record["question_id"], record.get("question")
         text = self.expected.questions.get(name)
         if isinstance(asked, str) and text is not None and asked != text:
@@ -214,7 +231,6 @@ class Records:
 class Replay:
     """A RolloutEngine that answers the paths of training steps from files, and all else by `live`.
 
-    vocabulary   tokens that the model embeds: an id beyond it is refused
     needs_logps  a line without the sampler's log-probs is refused
 
     RecordError for a path that is missing or of something else.
@@ -225,11 +241,9 @@ class Replay:
         live: RolloutEngine,
         records: Records,
         *,
-        vocabulary: int,
         needs_logps: bool = False,
     ) -> None:
-        self.live, self.records = live, records
-        self.vocabulary, self.needs_logps = vocabulary, needs_logps
+        self.live, self.records, self.needs_logps = live, records, needs_logps
 
     def generate(
         self,
@@ -316,12 +330,6 @@ class Replay:
                 )
             ids += own
             logps += [math.nan if value is None else value for value in known]
-        # On a GPU the embedding would end the process without naming the token.
-        if ids and max(ids) >= self.vocabulary:
-            raise RecordError(
-                f"{place}: got the token {max(ids)}, but the model embeds {self.vocabulary}; give "
-                "paths of the same tokenizer"
-            )
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
 
 
@@ -342,7 +350,10 @@ def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Ma
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{place}: not JSON ({error}); take the line out") from error
+        raise RecordError(
+            f"{place}: not JSON ({error}); expected an object of a path per line, as the "
+            "paths.jsonl of a run holds them: give such a file, or take the line out"
+        ) from error
     wrong = _wrong(record) if isinstance(record, dict) else f"a {type(record).__name__}"
     if wrong:
         raise RecordError(

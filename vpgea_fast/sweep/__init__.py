@@ -20,6 +20,7 @@ from typing import Any
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console, environment
 from vpgea_fast.metrics.console import clock_time
 from vpgea_fast.report import plot_comparison
@@ -86,8 +87,9 @@ class Sweep:
         self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
         self.resolved: dict[tuple[Method, float, int], Cell] = {}
         self.jobs = order.jobs or default_jobs(self.base)
-        # For its errors: a key that one method has not is refused before the first run.
-        self.cells()
+        # A cell of each method: its model, tokenizer and prompts, before a folder is made.
+        for each in {one.method: one for one in self.cells()}.values():
+            open_text(each.cfg)
         self.durations: list[float] = []
 
     def cells(self) -> list[Cell]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vpgea_fast.config import Config, DataFile, as_dict, load
+from vpgea_fast.config import Config, ConfigError, DataFile, as_dict, load, one_line
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
 from vpgea_fast.sweep.inputs import Inputs
@@ -182,7 +182,8 @@ def check(order: Order) -> Config:
     }.items():
         twice = next((v for v in values if list(values).count(v) > 1), None)
         if twice is not None:
-            raise SweepError(f"{what}: {twice!r} stands twice; leave one out, or give it a LABEL=")
+            other = ", or give it a LABEL=" if what.startswith("--methods") else ""
+            raise SweepError(f"{what}: {twice!r} stands twice; leave one out{other}")
     cfg = load(order.config, order.words)
     if not cfg.eval.data:
         raise SweepError(f"{order.config}: eval.data is empty; a sweep compares evaluations")
@@ -221,11 +222,11 @@ def cell(
     words += [f"--eval.data={split.data}", "--checkpoint.export=false", "--metrics.compare=null"]
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
-    cfg = load(order.config, words)
+    cfg = _load(order, method, words)
     # What draws no path has no token to count.
     if order.tokens is not None and paths_a_step(cfg):
         words.append(f"--train.max_tokens={order.tokens}")
-        cfg = load(order.config, words)
+        cfg = _load(order, method, words)
     return Cell(
         method=method.label,
         rate=rate,
@@ -236,10 +237,18 @@ def cell(
     )
 
 
+def _load(order: Order, method: Method, words: Sequence[str]) -> Config:
+    try:
+        return load(order.config, words)
+    except ConfigError as error:
+        # The file is right: the method's keys are not, or do not go with it.
+        raise SweepError(f"--methods {method.label!r}: {one_line(error, limit=None)}") from error
+
+
 def steps_of(order: Order, method: Method, base: Config) -> int:
     """Count the steps that the budget allows: all methods draw as many paths, to within a step. Of
     a budget of tokens these are more than it pays for, since a path has a token or more."""
-    cfg = load(order.config, [*order.words, *method.words])
+    cfg = _load(order, method, [*order.words, *method.words])
     each = paths_a_step(cfg)
     # What draws no path (it reads them) makes the configuration's steps.
     if order.budget == "steps" or not each:

@@ -10,19 +10,20 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, changes, dump, load
+from vpgea_fast.config import ConfigError, changes, dump, load, one_line
 from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.stop import Stop, bound_command
 from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
+from vpgea_fast.sweep.table import part
 
 Record = dict[str, Any]
 GUARD = ("guard_caught", "lexical_caught", "short_caught", "time_guard_ratio")
@@ -78,9 +79,10 @@ class Pool:
             record = json.loads(path.read_text(encoding="utf-8"))
             # Where the folder lies and what its files are called may change.
             same = _lasting(record["words"]) == _lasting(cell.words)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _read_through(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SweepError(
-                f"{path} is no record ({error!r}); remove it to run it anew"
+                f"{path} is no record ({one_line(error)}); remove it to run it anew"
             ) from error
         if not same:
             raise SweepError(
@@ -230,6 +232,25 @@ def _lasting(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(("--run.dir=", "--eval.data="))]
 
 
+def _read_through(record: Record) -> None:
+    """Take every number that the table takes, so that a damaged record is found with its file."""
+    # A run that diverged has no `after`.
+    ends = [when for when in ("before", "after") if record[when] is not None]
+    modes = [{*record[when]} - {"step"} for when in ends]
+    if ends[0] != "before" or not modes[0] or modes[0] != modes[-1]:
+        raise TypeError(f"got answers {[*map(sorted, modes)]}, expected the same at both ends")
+    numbers = [record["lr"], record["seed"], record["tokens_generated"]]
+    for when in ends:
+        for mode in modes[0]:
+            for half in ("select", "test"):
+                numbers += part(record, when, mode, half).values()
+    wrong = next((n for n in numbers if type(n) not in (int, float)), None)
+    if wrong is not None:
+        raise TypeError(f"got {wrong!r:.40}, expected numbers")
+    if not isinstance(record.get("inputs", {}), dict):
+        raise TypeError(f"got inputs {record['inputs']!r:.40}, expected names and fingerprints")
+
+
 def _require_inputs(path: Path, known: dict[str, str], cell: Cell) -> None:
     """SweepError where a run has read something else than it would read now."""
     if (name := changed(known, cell.inputs)) is not None:
@@ -253,8 +274,14 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
 
     Yields the lock that runs inherit: a flock, which lasts until the last of them has ended.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".sweep").open("a+") as mine, (out / ".runs").open("a+") as theirs:
+    with ExitStack() as undo:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            mine, theirs = (undo.enter_context((out / f).open("a+")) for f in (".sweep", ".runs"))
+        except OSError as error:
+            raise SweepError(
+                f"--out: cannot write the folder {out} ({error.strerror}); give another"
+            ) from error
         try:
             # A lock of this process alone: what it starts inherits a flock, and no lockf.
             fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
