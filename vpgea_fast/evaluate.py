@@ -351,28 +351,24 @@ def evaluate_model(
         # Before the weights: their errors must not wait for minutes of reading.
         benchmarks = read_benchmarks(cfg, text, judge)
         with open_model(cfg, text, verifier, world) as model:
-            return _evaluated(cfg, model.evaluator(cfg, benchmarks), verifier, console, record)
+            return _evaluated(cfg, model.evaluator(cfg, benchmarks), console, record)
 
 
 def _evaluated(
-    cfg: Config,
-    evaluator: Evaluator,
-    verifier: Verifier,
-    console: Console | None,
-    record: Record | None,
+    cfg: Config, evaluator: Evaluator, console: Console | None, record: Record | None
 ) -> dict[str, dict[str, Any]]:
     """Draw and judge, and say what was not judged. A collective with a record."""
     if console is not None:
         for line in evaluator.describe():
             console.message(line)
     # From here: a reference answer without a verdict has been dropped and told before.
-    unjudged = verifier.unjudged
+    unjudged = evaluator.verifier.unjudged
     if record is not None:
         results = _recorded(cfg, evaluator, console, record)
     else:
         total = evaluator.samples
         results = evaluator.run(None if console is None else console.samples(total))
-    lost = verifier.unjudged - unjudged
+    lost = evaluator.verifier.unjudged - unjudged
     if record is not None:
         lost = sum(record.world.gather(lost))
     if console is not None and lost:
