@@ -132,10 +132,9 @@ def attribute_docstrings(record: type) -> Mapping[str, str]:
     # Python drops a string that stands below a field: only the source still has it.
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
     assert isinstance(node, ast.ClassDef)
-    pairs = zip(node.body, node.body[1:], strict=False)  # each statement with the one below it
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in pairs
+        for field, text in zip(node.body, node.body[1:], strict=False)  # each with the one below
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)
@@ -415,8 +414,7 @@ def _parameters(args: ast.arguments) -> Iterator[str]:
     positional = [*args.posonlyargs, *args.args]
     # `ast` aligns defaults with the last parameters.
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
-    pairs = [*zip(positional, defaults, strict=True)]
-    for arg, default in pairs:
+    for arg, default in zip(positional, defaults, strict=True):
         yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
     # `*args` already makes what follows it keyword-only; without it a bare star does.
     if args.vararg:
