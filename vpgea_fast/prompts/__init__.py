@@ -386,7 +386,8 @@ class Prompter:
             "skip_special_tokens": False,
             "clean_up_tokenization_spaces": False,
         }
-        return [str(self._tokenizer.decode(row.tolist(), **options)) for row in rows]
+        # Tensors: of a list transformers looks at every id, half again the time.
+        return [str(self._tokenizer.decode(row, **options)) for row in rows]
 
     def _steering_tokens(self, spelled: str) -> set[str]:
         """Special tokens, think tags, and the tokens that the template (`spelled`: its source and
