@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from vpgea_fast.cli import main as vpgea
 from vpgea_fast.metrics import environment
-from vpgea_fast.sweep import evaluate
+from vpgea_fast.sweep import evaluate, origin
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -90,7 +90,7 @@ def measure(args: Any) -> dict[str, Any]:
     runs = [run for one in results for run in one["runs"]]
     # The notes are of one sweep's rows alone.
     facts = {key: value for key, value in results[-1].items() if key != "notes"}
-    return facts | {"runs": runs, "base": base}
+    return facts | origin(runs) | {"runs": runs, "base": base}
 
 
 def sweep(args: Any, rates: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:

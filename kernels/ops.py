@@ -77,6 +77,7 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 register(
     "one_pass",
+    # (a!) says that the op writes there: a compiler may neither drop nor reorder the call.
     f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, {SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _one_pass_kernel,

@@ -84,4 +84,5 @@ class GroupOptions:
             )
 
 
+# One object for every default: it is frozen.
 PAPER = GroupOptions()

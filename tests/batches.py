@@ -28,11 +28,13 @@ def prompted(
     cue: Sequence[int] | torch.Tensor,
     target: Sequence[int] | torch.Tensor,
     answer: str = "7",
+    close: int = 9,
 ) -> PromptedQuestion:
     return PromptedQuestion(
         question=Question(id=name, text="?", answer=answer),
         student_ids=torch.as_tensor(student),
         teacher_ids=torch.as_tensor(teacher),
+        close_ids=torch.tensor([close]),
         cue_ids=torch.as_tensor(cue),
         target_ids=torch.as_tensor(target),
     )
@@ -58,7 +60,8 @@ def scored(paths: Groups, u: Any, *, correct: Any = None) -> ScoredPaths:
     """A stream whose lengths and closings are those of its paths; correct NaN where not given."""
     u_BP = torch.as_tensor(u, dtype=torch.float64)
     columns = [[(path.length, path.closed) for path in group] for group in paths]
-    length_BP, closed_BP = ids(columns, dtype=torch.float64).unbind(-1)
+    # By its shape: a stream that is not drawn has no column.
+    length_BP, closed_BP = ids(columns, dtype=torch.float64).view(*u_BP.shape, 2).unbind(-1)
     correct = torch.full_like(u_BP, math.nan) if correct is None else correct
     return ScoredPaths(
         paths=paths,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The split of Qwen2: a letter run takes one mark before it, other marks stay together.
 QWEN2_SPLIT = (
@@ -27,6 +28,8 @@ TEXT = [
     ),
     "Think in the first person; keep every step needed to reach the result, drop dead ends.",
 ]
+BYTE_LETTERS = bytes_to_unicode()
+"""A byte -> the letter that a byte-level vocabulary spells it with."""
 R1_BOS, R1_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 R1_TEMPLATE = """\
 {{- bos_token }}

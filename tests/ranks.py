@@ -135,6 +135,10 @@ class Program:
         """As of `subprocess`: -9 of a killed one, None while it runs."""
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
     def poll(self) -> int | None:
         return self.returncode
 
@@ -142,7 +146,7 @@ class Program:
         self._process.kill()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid or 0, number)
+        os.kill(self.pid, number)
 
     def communicate(self, timeout: float = 120.0) -> tuple[str, str]:
         """Wait for its end; what it wrote to stdout and to stderr. It is killed after `timeout`."""

@@ -70,6 +70,9 @@ OBJECTIVES = {
         *("--metrics.diag_every", "1"),
     ],
     "replaced questions": ["--train.resample_rounds", "1"],
+    "answers behind thoughts": [
+        *("--objective", "vr", "--objective.prior_samples", "2", "--train.steps", "2"),
+    ],
     "likelihood": ["--objective.name", "drgrpo", "--objective.reward", "likelihood"],
 }
 QUICK = "state, importance weights, reference policy"
@@ -306,7 +309,10 @@ def test_a_batch_is_the_same_behind_weights_only(tmp_path):
     long = torch.arange(10_000)
     asked = prompted("q0", student=[1, 2], teacher=[1, 3], cue=[4], target=[5, 6])
     asked = PromptedQuestion(
-        **{name: getattr(asked, name) for name in ("student_ids", "teacher_ids", "cue_ids")},
+        **{
+            name: getattr(asked, name)
+            for name in ("student_ids", "teacher_ids", "close_ids", "cue_ids")
+        },
         question=asked.question,
         target_ids=asked.target_ids,
         variant_ids=(torch.tensor([7]), torch.tensor([8, 9])),

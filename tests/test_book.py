@@ -39,6 +39,8 @@ RUNS = {
         "eval.data": "[]",
     },
     "rlt": {"objective.name": "rlt", "eval.data": "[]"},
+    "vr": {"objective.name": "vr", "eval.data": "[]"},
+    "sft": {"objective.name": "sft", "eval.data": "[]", "objective.group_size": None},
     "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},
 }
@@ -79,7 +81,8 @@ def written(tiny_world, tmp_path_factory):
     }
     files = {}
     for name, more in RUNS.items():
-        words = words_of({**fixed, **more}, tiny_world, tmp_path_factory.mktemp("book") / name)
+        asked = {key: value for key, value in {**fixed, **more}.items() if value is not None}
+        words = words_of(asked, tiny_world, tmp_path_factory.mktemp("book") / name)
         files[name] = (
             run_ranks(write_run, words, size=1)[0] if name == "sharded" else write_run(words)
         )
@@ -90,6 +93,17 @@ def test_the_steps_of_all_runs_and_the_book_have_the_same_keys(written):
     logged = {key for run in written.values() for step in run["steps"] for key in step}
     assert logged - book.METRICS.keys() == set(), "logged, and not in vpgea_fast/book.py"
     assert book.METRICS.keys() - logged == set(), "in vpgea_fast/book.py, and never logged"
+
+
+def test_the_guard_has_its_own_time(written):
+    """Beside kappa's forwards, which every step of `options` makes as well."""
+    for name, beside in (("options", True), ("robust", False)):
+        for step in written[name]["steps"]:
+            phases = {k: v for k, v in step.items() if re.fullmatch(r"time_\w+_s", k)}
+            ratio = step["time_guard_s"] / sum(phases.values())
+            assert step["time_guard_ratio"] == pytest.approx(ratio, rel=1e-12)
+            assert step["time_guard_s"] > 0
+            assert (step["time_logps_s"] > 0.2 * step["time_guard_s"]) == beside
 
 
 def test_evaluations_and_the_book_have_the_same_keys(written):

@@ -313,12 +313,13 @@ UNREACHABLE = """
 import sys, time
 from vpgea_fast.cli import main
 
-yaml, data = sys.argv[1:]
+yaml, data, base = sys.argv[1:]
 for words in (
     ["eval", "some/model", data],
     ["train", yaml, "--model.path", "some/model"],
     ["train", yaml, "--model.path", "some/model", "--dry-run"],
     ["serve", "some/model"],
+    ["eval", base, "--suite", "quick"],
 ):
     start = time.monotonic()
     assert main(words) == 2, words
@@ -326,20 +327,24 @@ for words in (
 """
 
 
-def test_a_hub_that_does_not_answer_is_one_line_in_seconds(tmp_path):
-    """transformers asks for each of its files six times, 200 s in all; the limit is that of a busy
-    machine, imports included."""
+def test_a_hub_that_does_not_answer_is_one_line_in_seconds(tiny_world, tmp_path):
+    """transformers asks for each of its files six times, 200 s in all, and datasets tells each time
+    on a line; the limit is that of a busy machine, imports included."""
     around = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     around |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     data = jsonl(tmp_path / "d.jsonl", '{"question": "1 A+two", "answer": "3"}\n')
-    words = [sys.executable, "-c", UNREACHABLE, str(TINY), str(data)]
+    words = [sys.executable, "-c", UNREACHABLE, *map(str, (TINY, data, tiny_world.base_dir))]
     done = subprocess.run(words, cwd=tmp_path, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 4
-    for line in lines:
+    assert len(lines) == 5
+    for line in lines[:4]:
         assert line.startswith("vpgea: 'some/model' is no directory here, and the Hub does not ans")
         assert line.endswith("or set HF_HUB_OFFLINE=1 if the model lies in the cache of the Hub")
+    assert lines[4] == (
+        "vpgea: hub:openai/gsm8k/main:test: the Hub does not answer; give a copy as a file (of a "
+        "suite: --from FOLDER), or set HF_HUB_OFFLINE=1 if it lies in the cache of the Hub"
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -782,8 +787,12 @@ def test_eval_prints_a_table_and_writes_json(tiny_world, tmp_path, capsys):
         mean = next(cell for cell in cells if cell[:2] == ["mean", mode])
         means = [f"{result[mode][key]:.3g}" for key in ("eps3", "eps3_mean")]
         assert mean[9:11] == means
+    # With records there is a table of what they tell beside that.
     assert main(command) == 0
-    assert capsys.readouterr().out + f"{out / 'result.json'}\n" == shown
+    more = shown.removeprefix(capsys.readouterr().out)
+    assert more.count("sampled") == more.count("greedy") == 2 < len(more) < len(shown)
+    assert "maj@k %" in more
+    assert more.endswith(f"{out / 'result.json'}\n")
 
 
 def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(

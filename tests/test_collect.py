@@ -1,5 +1,6 @@
 """A step's batch, from questions to rows: what it loses, counts, plans and refuses."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from batches import losing, prompted, sampled, scored, whole
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import config, diagnostics
+from vpgea_fast.build import introduction
 from vpgea_fast.check import draws, longest
+from vpgea_fast.distributed import World
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms, at_step
@@ -347,6 +350,8 @@ def test_an_answer_that_the_reference_scores_is_a_part_of_the_longest_row():
     sizes = {"student": 10, "teacher": 12, "cue": 7, "target": 5}
     question = prompted(**{name: torch.arange(n) for name, n in sizes.items()})
     assert longest(cfg, [question]) == (12, 10 + 8 + 1 + 7 + 5)
+    tagged = replace(question, close_ids=torch.arange(4))
+    assert longest(cfg, [tagged]) == (12, 10 + 8 + 4 + 7 + 5)
 
 
 def test_answers_drawn_behind_the_teachers_prompt_are_planned_for():
@@ -356,3 +361,72 @@ def test_answers_drawn_behind_the_teachers_prompt_are_planned_for():
     question = prompted(**{name: torch.arange(n) for name, n in sizes.items()})
     (prompt,) = [p for what, p, _ in draws(cfg, [question], {}) if "answers after" in what]
     assert prompt == 50 + cfg.rollout.max_new_tokens + 1
+    tagged = replace(question, close_ids=torch.arange(4))
+    (prompt,) = [p for what, p, _ in draws(cfg, [tagged], {}) if "answers after" in what]
+    assert prompt == 50 + cfg.rollout.max_new_tokens + 4
+
+
+# --- a thought that a tag of several tokens closes ------------------------------------------------
+
+TAGGED = {
+    "--prompt.think_close": "</think>\\boxed",
+    "--prompt.answer_cue": "",
+}
+BRACES = """\\
+import re
+
+def right(gold, text):
+    return re.findall("{(.*?) ?}", text)[:1] == [gold]
+"""
+
+
+@pytest.mark.parametrize("full", ["true", "false"])
+def test_a_step_with_a_tag_of_two_tokens_is_that_with_one_and_a_cue(
+    full, tiny_words, tmp_path, monkeypatch
+):
+    """The tiny model writes `</think>`, then `\\boxed`: the end of the thought, or the cue."""
+    (tmp_path / "braces.py").write_text(BRACES)
+    monkeypatch.chdir(tmp_path)  # where a checker of the user's is found
+    judge = ["--verify.name", "custom", "--verify.target", "braces:right"]
+    settle, steps = tiny_words(SMALL), []
+    for name, more in (("one", {}), ("two", TAGGED)):
+        more = ["--rollout.full_answer", full, *judge, *itertools.chain(*more.items())]
+        words = settle(name, *more)
+        with Trainer(config.load(TINY, words)) as trainer:
+            batch, _ = trainer.stages.collector.collect(0, PhaseTimer(), {})
+            tag = trainer.stages.collector.sampling.tag
+            stats = trainer.train_step()
+            assert stats.skipped is None
+            said = [*introduction(trainer.cfg, trainer.stages, World(torch.device("cpu")))]
+            assert any("is 2 tokens of this model" in line for line in said) == (tag is not None)
+            steps.append((batch, tag, trainer.stages.evaluator.judge(batch.prior.flat, ["7"] * 12)))
+    (one, none, right), (two, tag, also) = steps
+    assert none is None
+    assert tag.text == "</think>\\boxed"
+    assert len(tag.ids) == 2
+    closed = 0
+    for stream in ("posterior", "prior"):
+        pairs = zip(one.stream(stream).flat, two.stream(stream).flat, strict=True)
+        for a, b in pairs:
+            # A thought of a token less than the limit has no room for the second one.
+            if not a.closed or a.length == 60:
+                assert not b.closed
+                continue
+            closed += 1
+            assert b.closed
+            assert b.finish == a.finish
+            assert b.z_ids[:-1].tolist() == a.z_ids.tolist()
+            assert b.z_ids[-2:].tolist() == [*tag.ids]
+            if full == "true":
+                assert torch.cat([b.z_ids, b.answer_ids]).tolist() == a.response_ids.tolist()
+        same = torch.tensor([[p.length != 60 for p in group] for group in one.stream(stream).paths])
+        torch.testing.assert_close(
+            one.stream(stream).u_BP[same], two.stream(stream).u_BP[same], rtol=0, atol=1e-5
+        )
+        if full == "true":
+            assert torch.equal(
+                one.stream(stream).correct_BP[same], two.stream(stream).correct_BP[same]
+            )
+            assert one.stream(stream).correct_BP.any()
+    assert closed > 10
+    assert right.tolist() == also.tolist()

@@ -204,7 +204,6 @@ def test_a_run_gives_every_evaluation_that_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["base"], "got 1 evaluation"),
         (["base", "base"], "two evaluations are called 'base'"),
         (["base", "nowhere"], "is no folder"),
         (["base", "empty"], "holds no samples.jsonl"),
@@ -213,6 +212,8 @@ def test_a_run_gives_every_evaluation_that_it_holds(tmp_path):
         (["base", "nothing"], "there is no sample"),
         (["base", "foreign"], "a sample is of 'b'"),
         (["base", "damaged"], "line 1: not JSON"),
+        (["base", "good", "--out", "base/eval.json"], "--out base/eval.json: File exists; give"),
+        (["base", "unplanned"], "gsm8k has greedy answers, of which eval.json plans none"),
     ],
 )
 def test_refusals_take_one_line(three, words, why, monkeypatch, capsys):
@@ -222,12 +223,25 @@ def test_refusals_take_one_line(three, words, why, monkeypatch, capsys):
     (write(three / "headless", [], head) / HEADER).unlink()
     write(three / "nothing", [], head)
     write(three / "foreign", drawn({**SIZES, "b": 1}, 4), head)
+    write(three / "unplanned", [*drawn(SIZES, 4), *drawn(SIZES, 1, mode="greedy")], head)
     (write(three / "damaged", [], head) / SAMPLES).write_text("{\n")
     assert main(["compare", *words]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert why in said.err
+
+
+def test_one_evaluation_stands_beside_the_published_figures(three, monkeypatch, capsys):
+    monkeypatch.chdir(three)
+    assert main(["compare", "base"]) == 0
+    text = capsys.readouterr().out
+    assert "### Results" in text
+    assert "### Draws" in text
+    assert "Differences" not in text
+    assert "VPG-EA 7B | 92.0 |" in text
+    whole = compare(opened(three / "base", three / "good")[0])["rows"][0]
+    assert compare(opened(three / "base")[0])["rows"] == [whole]
 
 
 def test_the_command_writes_three_formats(three, monkeypatch, capsys):
@@ -242,7 +256,7 @@ def test_the_command_writes_three_formats(three, monkeypatch, capsys):
     parts = [*row["benchmarks"].values(), row["mean"]]
     cells = [f"{100 * p['acc']:.1f} | {p['tokens']:.0f} | {p['eps3']:.3g}" for p in parts]
     assert f"| base | {' | '.join(cells)} | {row['mean']['eps3_mean']:.3g} |" in text
-    assert "VPG-EA 7B | 56.7 | - | - |" in text
+    assert "VPG-EA 7B | 92.0 | - | - | 56.7 | - | - |" in text
     tables = [part for part in text.split("\n") if part.startswith("|")]
     assert all(line.replace(r"\|", "").count("|") >= 3 for line in tables)
     tex = (three / "out/comparison.tex").read_text()
@@ -260,7 +274,11 @@ def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
     words = list(map(str, [*asked, *keys, "--out", tmp_path / "one"]))
     assert main(words) == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    capsys.readouterr()
+    # What one evaluation tells of its draws stands below its closing table.
+    shown = capsys.readouterr().out
+    headers = "answers benchmark k avg@k % pass@k % maj@k % tokens per right answer eps3 cut %"
+    assert headers in " ".join(shown.split())
+    assert "maj@k: predictions that tie share" in shown
     for mode in ("sampled", "greedy"):
         compared = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--mode", mode]
         assert main([*compared, "--format", "json"]) == 0
@@ -269,6 +287,11 @@ def test_what_eval_wrote_is_read_and_compared(tiny_world, tmp_path, capsys):
         (part,) = told["benchmarks"].values()
         ((name, found),) = row["benchmarks"].items()
         same = ("acc", "tokens", "eps3", "truncated", "errors", "n", "questions")
+        same += ("acc_low", "acc_high")
+        assert found["intervals"]["acc"] == [part["acc_low"], part["acc_high"]]
+        details = json.loads((tmp_path / "one/result.json").read_text())["details"][mode]
+        assert details == {key: row[key] for key in ("benchmarks", "mean")}
+        assert all(row["mean"][key] == told[key] for key in ("acc_low", "acc_high", "eps3_mean"))
         assert {key: found[key] for key in same} == {key: part[key] for key in same}
         changes = row["against"][name]
         assert changes["tokens"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -39,6 +39,19 @@ def test_presets_load_and_survive_a_round_trip(path):
             {"objective": {"name": "grop"}},
             "'custom'; did you mean 'grpo'?",
         ),
+        ({"objective": {"name": "gpro"}}, "'custom'; did you mean 'grpo'?"),
+        (
+            {"objective": {"name": "sft", "group_size": 4}},
+            "it belongs to objective.name 'vpgea', 'grpo', 'drgrpo', ...: set one of these, or",
+        ),
+        (
+            {"objective": {"name": "grpo", "length_reward": {"name": "kimi", "absent": 0}}},
+            "length_reward.absent: unknown key; it belongs to objective.length_reward.name 'lc_r1'",
+        ),
+        (
+            {"objective": {"name": "grpo", "length_reward": {"name": "kimi", "group_size": 4}}},
+            "objective.length_reward.group_size: unknown key; known keys: name, weight",
+        ),
         (
             {"objective": {"group_size": 1}},
             "objective.group_size: got 1, expected 2 or more; the z-score",
@@ -165,9 +178,95 @@ def test_words_mean_the_same_in_a_file_and_on_the_command_line(tmp_path):
         file.write_text("run: {}\n")
         with pytest.raises(config.ConfigError) as as_option:
             config.load(file, ["--run.seed", word])
-        assert str(in_file.value) == str(as_option.value)
+        said = str(in_file.value).removeprefix(f"{file}:\n  ")
+        assert said.startswith("run.seed: ")
+        assert str(as_option.value) == f"command line:\n  --{said}"
     file.write_bytes(b"\xef\xbb\xbfoptim: {lr: 1e-6, betas: [.5, 0]}\n")  # as some editors save it
     assert (config.load(file).optim.lr, config.load(file).optim.betas) == (1e-6, (0.5, 0.0))
+
+
+PLACES = [
+    ("run: {seed: 1}", ["--optm.lr", "1"], "command line:\n  optm: unknown key"),
+    ("run: {seed: 1}", ["--optim.lrr", "1"], "command line:\n  --optim.lrr: unknown key"),
+    ("run: {sede: 1}", ["--optim.lr", "1"], "FILE:\n  run.sede: unknown key"),
+    (
+        "run: {sede: 1}",
+        ["--optim.lr", "0"],
+        "FILE and the command line:\n  run.sede: unknown key; did you mean 'seed'?\n  --optim.lr: ",
+    ),
+    # A rule between two keys is broken by both, by those of the words alone, or of the file.
+    (
+        "rollout: {full_answer: false}",
+        ["--objective.name", "grpo"],
+        "FILE and the command line:\n  configuration: objective 'grpo' verifies",
+    ),
+    ("run: {seed: 1}", ["--objective.kappa", "1"], "command line:\n  objective: kappa: got 1"),
+    (
+        "objective: {utility: elbo}",
+        ["--objective.cross_view", "false"],
+        "FILE and the command line:\n  objective: cross_view: got False",
+    ),
+    ("objective: {kappa: 1}", ["--run.seed", "1"], "FILE:\n  objective: kappa: got 1"),
+    (
+        "objective: {beta: 1}",
+        ["--objective.beta", "x"],
+        "command line:\n  --objective.beta: got 'x'",
+    ),
+    ("run: {seed: 1}", ["--eval.data", "[{path: a, x: 1}]"], "command line:\n  --eval.data[0].x: "),
+    ("run: {seed: 1}", ["--train.norm", "const"], "command line:\n  --train.norm: is now obj"),
+]
+
+
+@pytest.mark.parametrize(("text", "words", "said"), PLACES)
+def test_an_error_names_what_holds_its_key(text, words, said, tmp_path):
+    """Words of the command line stand in no file."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(config.ConfigError) as error:
+        config.load(file, words)
+    assert str(error.value).startswith(said.replace("FILE", str(file)))
+
+
+MEASURED = [
+    ({"scoring": {"u_norm": "mean"}}, "scoring.u_norm 'mean'", "scoring.u_norm sum"),
+    (
+        {"scoring": {"u_source": "accuracy"}},
+        "scoring.u_source 'accuracy'",
+        "scoring.u_source likelihood",
+    ),
+    ({"data": {"variants_key": "others"}}, "data.variants_key 'others'", "data.variants_key null"),
+    (
+        {"data": {"train": [{"path": "a", "variants_key": "own"}]}},
+        "data.variants_key 'own'",
+        "data.variants_key null",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["verifree", "verifree_normalised"])
+@pytest.mark.parametrize(("other", "got", "remedy"), MEASURED)
+def test_an_answer_is_trained_by_its_own_likelihood_alone(name, other, got, remedy):
+    """grad P(y*) = P(y*) grad log P(y*) of the one text that the row trains."""
+    with pytest.raises(config.ConfigError) as error:
+        config.resolve({"objective": {"name": name}, **other})
+    assert f"objective '{name}' weighs the reference answer" in str(error.value)
+    assert f"which {got} makes another number; set {remedy}, or train no target" in str(error.value)
+    # As a reward of thoughts alone, or beside an answer of weight 1, it is a choice.
+    for free in (
+        {"name": "verifree", "target": "none"},
+        {"name": "rloo", "reward": "probability", "trains": "thought"},
+        {"train_answer": "sft"},
+    ):
+        config.resolve({"objective": free, **other})
+
+
+@pytest.mark.parametrize("name", ["sft", "verifree"])
+def test_what_nobody_samples_is_trained_at_temperature_1(name):
+    sampled = {"temperature": 0.6, "full_answer": True}
+    said = f"objective '{name}' trains the likelihood of the"
+    with pytest.raises(config.ConfigError, match=said):
+        config.resolve({"objective": {"name": name}, "rollout": sampled})
+    config.resolve({"objective": {"name": "rft"}, "rollout": sampled})
 
 
 def test_null_unsets():

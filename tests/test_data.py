@@ -494,13 +494,14 @@ def test_a_long_text_takes_a_moment(text: str):
 
 
 def test_variants_are_answers_too(tmp_path: Path):
+    """Each spelling once, and the answer's own not again: U adds up their likelihoods."""
     rows = [
         {**GOOD, "other": ["$4$", "it is 4\n#### 4", 4.0, "2+2", None]},
         {**GOOD, "other": ["4", WORKED]},
         {**GOOD, "other": np.array([]).tolist()},
     ]
     loaded = load_questions(jsonl(tmp_path, *rows), DataConfig(variants_key="other"))
-    assert [q.variants for q in loaded.questions] == [("4", "2+2"), ()]
+    assert [q.variants for q in loaded.questions] == [("2+2",), ()]
     assert loaded.dropped == {"worked solution among the variants": 1}
     with pytest.raises(
         DataError, match="line 1: expected a list of answers under 'other', got '4'"

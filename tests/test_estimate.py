@@ -678,6 +678,7 @@ def question(student=5, teacher=9, target_tokens=4):
         question=Question(id="q", text="x", answer="y"),
         student_ids=ids(student),
         teacher_ids=ids(teacher),
+        close_ids=ids(1),
         cue_ids=ids(3),
         target_ids=ids(target_tokens),
         variant_ids=(),

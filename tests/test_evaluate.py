@@ -24,6 +24,7 @@ from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.types import Path
 from vpgea_fast.verify import Verifier
+from vpgea_fast.weights import model_digest
 
 TINY = FilePath(__file__).parents[1] / "configs/tiny.yaml"
 RIGHT, WRONG, CLOSE = 7, 8, 5
@@ -114,6 +115,23 @@ def build(verifier, tiny_tokenizer):
         )
 
     return make
+
+
+def test_a_models_digest_sees_layers_between_frozen_ends_and_the_tokenizer(tmp_path):
+    """Embedding and norm, at the ends of the file, are those of the base: one layer of 32 moved."""
+    weights = bytearray(16 << 20)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "merges.txt").write_text("a b\n")
+    found = {model_digest(str(tmp_path))}
+    weights[7 << 20 : (7 << 20) + (1 << 19)] = b"\x01" * (1 << 19)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    found.add(model_digest(str(tmp_path)))
+    (tmp_path / "merges.txt").write_text("a c\n")
+    found.add(model_digest(str(tmp_path)))
+    (tmp_path / "README.md").write_text("a model\n")
+    found.add(model_digest(str(tmp_path)))
+    assert len(found) == 3
+    assert model_digest("owner/name") == "owner/name"
 
 
 def test_the_numbers_by_hand(build, files):

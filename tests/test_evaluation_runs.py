@@ -7,7 +7,9 @@ are cut at random bytes; one is killed for real.
 import contextlib
 import fcntl
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -18,7 +20,8 @@ from ranks import Program, run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
-from vpgea_fast.evaluation.records import read_header, read_samples
+from vpgea_fast.evaluation.folder import Folder
+from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -130,15 +133,11 @@ def test_killed_at_a_random_moment_and_resumed(seed, tiny_world, whole, cut, cap
 
 
 @pytest.mark.slow
-def test_killed_for_real_it_is_readable_and_goes_on(tiny_world, whole, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.3, 0.8])
+def test_killed_for_real_it_is_readable_and_goes_on(share, tiny_world, whole, tmp_path):
     out = tmp_path / "out"
     program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out))
-    samples = out / "samples.jsonl"
-    while program.poll() is None:
-        with contextlib.suppress(OSError):
-            if samples.stat().st_size:
-                break
-        time.sleep(0.002)
+    wait_for_bytes(program, out, share * (whole / "samples.jsonl").stat().st_size)
     program.send_signal(signal.SIGKILL)
     program.communicate()
     assert program.returncode == -9
@@ -156,6 +155,60 @@ def test_two_processes_write_the_records_of_one(tiny_world, whole, tmp_path):
     assert sorted(contents(out)) == ["eval.json", "result.json", "samples.jsonl", "times.jsonl"]
     ours, theirs = (json.loads((f / "result.json").read_text()) for f in (out, whole))
     assert (ours["sampled"], ours["greedy"]) == (theirs["sampled"], theirs["greedy"])
+
+
+def wait_for_bytes(program, folder, count=0):
+    """Wait until the answers of a program in a folder take more bytes than `count`."""
+    while program.poll() is None:
+        with contextlib.suppress(OSError):
+            if sum(file.stat().st_size for file in folder.glob("samples*.jsonl")) > count:
+                return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_the_command_that_started_them(number, tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    words = words_of(tiny_world, "--out", out, "--processes", 2)
+    program = Program("-m", "vpgea_fast.cli", *words)
+    wait_for_bytes(program, out)
+    children = children_of(program.pid)
+    assert len(children) == 2
+    program.send_signal(number)
+    program.communicate()
+    assert program.returncode == -number
+    until = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(tiny_world, whole, tmp_path):
+    out = tmp_path / "out"
+    program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out, "--processes", 2))
+    wait_for_bytes(program, out)
+    os.kill(children_of(program.pid)[1], signal.SIGKILL)
+    _, said = program.communicate()
+    assert program.returncode == 128 + signal.SIGKILL
+    assert "vpgea: process 1 was ended by SIGKILL\n" in said
+    assert evaluate(tiny_world, "--out", out, "--resume") == 0
+    assert records(out) == records(whole)
+
+
+def children_of(process):
+    words = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(word) for word in words]
+
+
+def alive(process):
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{process}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+    return False
 
 
 @pytest.mark.slow
@@ -223,10 +276,51 @@ def test_damaged_records_are_refused_and_stay(tiny_world, cut, refused):
     assert file.read_bytes() == before
     file.write_bytes(lines[0] + lines[0])
     assert "line 2: a second sample" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+    held = (out / "eval.json").read_bytes()
     (out / "eval.json").unlink()
     said = refused(evaluate(tiny_world, "--out", out, "--resume"))
     assert "samples.jsonl is there without eval.json" in said
     assert file.read_bytes() == lines[0] + lines[0]
+    (out / "eval.json").write_bytes(held)
+    file.unlink()
+    file.mkdir()
+    assert "samples.jsonl is no file" in refused(evaluate(tiny_world, "--out", out, "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "what"),
+    [
+        ("samples.jsonl", "question_id", "test-9999", "question, or more answers to it"),
+        ("samples.jsonl", "index", 2, "question, or more answers to it"),
+        ("samples.1.jsonl", "benchmark", "tost", "question, or more answers to it"),
+        ("samples.jsonl", "seed", 1, "seed or gold"),
+        ("samples.1.jsonl", "gold", "-1", "seed or gold"),
+    ],
+)
+def test_records_that_the_plan_does_not_have_are_refused_and_stay(
+    part, key, value, what, tiny_world, cut, refused
+):
+    """Under the right eval.json: the file of another evaluation, of process 0 or another."""
+    out = cut(20_000, 0)
+    first = json.loads((out / "samples.jsonl").read_bytes().splitlines()[0])
+    (out / "samples.jsonl").write_bytes(b"")
+    (out / part).write_text(json.dumps({**first, key: value}) + "\n{torn")
+    before = contents(out)
+    said = refused(evaluate(tiny_world, "--out", out, "--resume"))
+    assert f"{part}: the record" in said
+    assert f"is of another evaluation: another {what}" in said
+    assert contents(out) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("full", ["samples.jsonl", "times.jsonl"])
+def test_a_full_disk_is_one_line(full, whole, tmp_path):
+    sample = next(iter(read_samples(whole)))
+    (tmp_path / full).symlink_to("/dev/full")
+    folder = Folder(tmp_path, 0, {})
+    with pytest.raises(SampleError, match="No space left on device; make room, and go on with"):
+        folder.append([(sample, 1.0)])
+    folder.close()
 
 
 def test_one_process_writes_a_folder(tiny_world, cut, refused):
@@ -254,6 +348,8 @@ def test_what_cannot_be_evaluated_leaves_no_folder(tiny_world, tmp_path, refused
     assert "parent is not there" in refused(evaluate(tiny_world, "--out", out / "in" / "it"))
     assert "--resume goes on" in refused(evaluate(tiny_world, "--resume"))
     assert not out.exists()
+    if Path("/proc/self").exists():  # where root cannot write either
+        assert "nothing can be written there" in refused(evaluate(tiny_world, "--out", "/proc/out"))
 
 
 def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_path):
@@ -273,8 +369,22 @@ def test_answers_that_nobody_can_read_and_questions_without_one(tiny_world, tmp_
     assert header["settings"]["k"] == {"sampled": 2, "greedy": 1}
 
 
-def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_path):
-    """The same numbers as its eval.json has, and as `vpgea eval` gives of its export."""
+def test_answers_that_nobody_judges_in_time_are_told(tiny_world, tmp_path, capsys):
+    out = tmp_path / "out"
+    keys = {"verify__name": "math", "verify__timeout_s": 0.0001, "eval__greedy": "false"}
+    assert evaluate(tiny_world, "--out", out, eval__limit=1, **keys) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # Both draws give one answer, which is judged once.
+    assert "verdicts that are missing, whose answers count as wrong: 1; judging took more" in said
+    assert {sample.correct for sample in read_samples(out)} == {0}
+
+
+ARROW = re.compile(r"\S+ -> (\S+)")
+
+
+def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_path, capsys):
+    """The same numbers as its eval.json and its closing table have, and as `vpgea eval` gives of
+    its export."""
     words = tiny_words({"train.steps": 1, "train.questions_per_step": 2, "metrics.compare": "null"})
     test = ["--eval.data", f"[{tiny_world.test_path}]", "--eval.records", "true"]
     keys = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
@@ -286,9 +396,17 @@ def test_a_run_keeps_the_answers_of_its_evaluations(tiny_words, tiny_world, tmp_
         samples = list(read_samples(run / "evals" / f"step_{step}"))
         own = [sample.correct for sample in samples if sample.mode == "sampled"]
         assert known[when]["sampled"]["benchmarks"]["test"]["acc"] == sum(own) / len(own)
+    closing = [row for row in capsys.readouterr().out.splitlines() if "this run:" in row]
     assert main(["eval", str(run / "export"), str(tiny_world.test_path), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    modes = ("sampled", "greedy")
+    for mode, theirs in zip(modes, closing, strict=True):
+        ours = next(row.split() for row in shown if row.split()[:2] == ["test", mode])
+        acc, tokens, ratio, cut = ARROW.findall(theirs)
+        assert mode in theirs.split()
+        assert [ours[4], *ours[8:10], ours[11]] == [acc, tokens, ratio, cut]
+        assert " ".join(ours[5:8]) in theirs
+        assert ours[3] == theirs.split()[-1]
     result = json.loads((out / "result.json").read_text())
-    assert {mode: result[mode] for mode in ("sampled", "greedy")} == {
-        mode: known["after"][mode] for mode in ("sampled", "greedy")
-    }
+    assert {mode: result[mode] for mode in modes} == {mode: known["after"][mode] for mode in modes}
     assert records(out) == records(run / "evals/step_1")

@@ -51,8 +51,8 @@ def double(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-STATED = [999]
-"""Tokens of the answer, which a thought of 0, 1, 2, ... states nowhere."""
+STATED = 999
+"""Token of the answer, which a thought of 0, 1, 2, ... states nowhere."""
 
 
 def stream(name, groups, thought: Callable[[int], Any] = range):
@@ -66,7 +66,11 @@ def stream(name, groups, thought: Callable[[int], Any] = range):
         for b, group in enumerate(groups)
     )
     right = double([[float(right) for _, right in group] for group in groups])
-    return scored(paths, torch.full_like(right, -1.0), correct=right)
+    found = scored(paths, torch.full_like(right, -1.0), correct=right)
+    ends = [
+        [p.z_ids.tolist().index(STATED) + 1 if STATED in p.z_ids else 0 for p in g] for g in paths
+    ]
+    return replace(found, stated_BP=torch.tensor(ends))
 
 
 def judged(
@@ -79,7 +83,6 @@ def judged(
     questions = [
         replace(
             prompted(f"q{b}", student=[3], teacher=[3], cue=[5], target=[6]),
-            answer_ids=torch.tensor(STATED),
             fields={"budget": str(budget)},
         )
         for b in range(len(groups))
@@ -194,10 +197,42 @@ def batch_of(*groups):
 @pytest.mark.parametrize("kind", [kind() for kind in LENGTH_REWARDS.values() if kind is not LcR1])
 @pytest.mark.parametrize("group", [[(20, False)] * 4, [(20, True)] * 4])
 def test_a_group_of_equal_paths_has_no_gradient(kind, group):
-    for advantage in ("zscore", "centred", "leave_one_out"):
+    for advantage in ("zscore", "centred", "leave_one_out", "batch_zscore"):
         objective = Grpo(group_size=4, length_reward=kind, advantage=advantage)
         terms = objective.terms(batch_of(group), {})
         assert not terms.alive.any(), advantage
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside", "key", "value"),
+    [
+        (Eta, {"alpha": 0.0}, "clip", (0.9, 1.1)),
+        (LcR1, {"close": 0.0}, "absent", -0.5),
+        (ThinkPrune, {"limits": (20,)}, "steps", 1),
+        (ThinkPrune, {"limits": (20,)}, "fitting", 0.5),
+        (Laser, {"weight": 0.0}, "target", 20),
+        *(
+            (kind, {"weight": 0.0}, key, 2)
+            for kind in (LaserD, LaserDe)
+            for key in ("target", "every", "grid", "expected")
+        ),
+        (LaserDe, {"weight": 0.0}, "loop", 2),
+    ],
+)
+def test_a_key_that_changes_no_reward_is_refused(kind, beside, key, value, monkeypatch):
+    with pytest.raises(
+        ValueError, match=f"{key}: got .* changes nothing with {next(iter(beside))} "
+    ):
+        kind(**beside, **{key: value})
+    monkeypatch.setattr("vpgea_fast.objectives.judged.refuse_unread", lambda _: None)
+    step = judged(MIXED, ONE, thought=stating)
+    one, other = (
+        reward.shaped(step, {}) for reward in (kind(**beside), kind(**beside, **{key: value}))
+    )
+    assert torch.equal(one.reward_BN, other.reward_BN)
+    if one.close_BN is not None:
+        assert not one.close_BN.any()
+        assert not other.close_BN.any()
 
 
 # --- LC-R1's closing token ------------------------------------------------------------------------
@@ -207,7 +242,7 @@ def stating(length):
     """A thought that states the answer after half of its tokens, if it has more than 20."""
     tokens = [*range(length)]
     if length > 20:
-        tokens[length // 2 - 1] = STATED[0]
+        tokens[length // 2 - 1] = STATED
     return tokens
 
 
@@ -287,6 +322,8 @@ def test_targets_are_measured_by_difficulty():
     shaped = kind.shaped(judged(RIGHT, MIXED), state)
     assert shaped.reward_BN.tolist() == [[1.5, 1.5, 1, 1], [1.5, 0, 1.5, 0]]
     assert shaped.metrics == {"length_limit": 40}
+    bounded = after(replace(kind, lowest=35), RIGHT, MIXED)["targets"]
+    assert bounded == {"hard": 100, "medium": 60, "easy": 40}
     # More than there can be: the longest path of the level.
     many = replace(kind, expected=3)
     assert after(many, RIGHT, RIGHT)["targets"]["easy"] == 60
@@ -362,19 +399,21 @@ SMALL = {
     "checkpoint.export": "false",
     "verify.name": "number",
 }
+STAGES = [100, 50, 20]
 MORE = {
     "o1_pruner": ["--objective.length_reward.paths", "2"],
     "l1_exact": ["--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "32"],
     "laser_d": ["--objective.length_reward.every", "2", "--objective.length_reward.grid", "10"],
     "think_prune": [
-        *("--objective.length_reward.limits", "[100, 50, 20]"),
+        *("--objective.length_reward.limits", str(STAGES)),
         *("--objective.length_reward.steps", "1"),
     ],
 }
 # Few paths are right behind a prompt that the base has never seen.
 MORE["l1_max"] = [*MORE["l1_exact"], "--train.questions_per_step", "8"]
-QUICK = {"o1_pruner", "lc_r1", "l1_exact", "think_prune", "laser_de"}
-"""What draws, weighs or keeps something of its own; the others differ in their formula alone."""
+QUICK = {"o1_pruner", "l1_exact"}
+"""What draws something of its own. What keeps a state is resumed and killed; of the others the
+formulas are in test_formulas.py."""
 
 
 def lines_of(run):
@@ -403,7 +442,7 @@ def test_every_length_reward_trains(name, train):
     assert max(line["grad_norm"] for line in lines) > 0
     limits = [line["length_limit"] for line in lines if "length_limit" in line]
     if name == "think_prune":
-        assert limits == [100, 50, 20]
+        assert limits == STAGES
     if name == "laser_d":
         assert limits[:2] == [4096] * 2
         assert limits[2] <= 110
@@ -414,6 +453,8 @@ def test_every_length_reward_trains(name, train):
 def test_a_resume_has_the_limits_of_its_run(name, train, tmp_path):
     """Cut in the middle of a stage, or between two measurements."""
     straight = train(name)
+    if name == "think_prune":
+        assert [line["length_limit"] for line in straight] == STAGES
     train(name, "--train.steps", "1", run="cut")
     run = str(tmp_path / "cut")
     assert main(["train", "--resume", run, "--train.steps", "3"]) == 0

@@ -15,6 +15,7 @@ from chat_models import SHAPES
 
 from vpgea_fast import config
 from vpgea_fast.build import build, introduction
+from vpgea_fast.check import loose_limits, unread_keys
 from vpgea_fast.cli import main
 from vpgea_fast.config import ConfigError
 from vpgea_fast.distributed import World
@@ -304,7 +305,7 @@ CLAIMS = {
 
 def test_every_shipped_configuration_is_held_to_a_machine():
     names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert names == {recipe for recipe, _, _ in RECIPES} | {"tiny"}
+    assert names == {recipe for recipe, _, _ in RECIPES} | {"tiny", "vr-tiny"}
 
 
 def test_the_7b_recipe_on_one_gpu_of_141_gb(large_r1_model, questions, capsys):
@@ -401,6 +402,89 @@ def test_the_hf_engine_is_warned_of_where_it_is_slow(large_r1_model, questions, 
     assert "engine hf draws" not in capsys.readouterr().out
 
 
+FULL: Any = {"rollout": {"full_answer": True, "max_new_tokens": 240, "max_answer_tokens": 6}}
+CLIPPED = {"clip_high": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"length_reward": "laser"}, ["length_reward.target 4096: a path has at most 246 tokens"]),
+        (
+            {"length_reward": {"name": "laser", "target": 246}},
+            ["length_reward.target 246: a path has at most 246 tokens"],
+        ),
+        ({"length_reward": {"name": "laser", "target": 245}}, []),
+        (
+            {"length_reward": {"name": "laser", "target": 240}, "trains": "thought"},
+            ["length_reward.target 240: a path has at most 240 tokens"],
+        ),
+        (
+            {"length_reward": "think_prune"},
+            ["length_reward.limits 4000, 3000, 2000: a path has at most 246 tokens"],
+        ),
+        (
+            {"length_reward": {"name": "think_prune", "limits": [300, 250, 100]}},
+            ["length_reward.limits 300, 250: a path has at most 246 tokens"],
+        ),
+        (
+            {"length_reward": {"name": "l1_max", "high": 400}},
+            ["length_reward.high 400: a path has at most 246 tokens"],
+        ),
+        (
+            {"length_reward": {"name": "laser_de", "target": 100}},
+            ["length_reward.grid 512: a path has at most 246 tokens"],
+        ),
+        ({"length_reward": "kimi"}, []),
+    ],
+)
+def test_a_limit_that_no_path_can_exceed_is_said(objective, said):
+    cfg = config.resolve({"objective": {"name": "grpo", **objective}, **FULL})
+    found = [*loose_limits(cfg)]
+    assert [line.removeprefix("objective.").partition(" (")[0] for line in found] == said
+
+
+@pytest.mark.parametrize(
+    ("tree", "keys"),
+    [
+        ({}, []),
+        (
+            {"model": {"reference": "disk", "reference_path": "base"}},
+            ["model.reference", "model.reference_path"],
+        ),
+        (
+            {"model": {"reference": "disk"}, "objective": {"name": "grpo", "kl_coef": 0.1}, **FULL},
+            [],
+        ),
+        (
+            {"scoring": {"answer_samples": 4, "answer_temperature": 1.0}},
+            ["scoring.answer_samples", "scoring.answer_temperature"],
+        ),
+        ({"scoring": {"u_source": "accuracy", "answer_samples": 4}}, []),
+        ({"scoring": {"u_source": "accuracy", "u_norm": "mean"}}, ["scoring.u_norm"]),
+        (
+            {"scoring": {"u_norm": "mean"}, "objective": {"name": "grpo"}, **FULL},
+            ["scoring.u_norm"],
+        ),
+        (
+            {"scoring": {"u_source": "accuracy"}, "objective": {"name": "grpo"}, **FULL},
+            ["scoring.u_source"],
+        ),
+        ({"objective": {"clip_low": 0.1}}, ["objective.clip_low"]),
+        ({"objective": {"clip_low": 0.1}, "train": {"epochs": 2}}, []),
+        ({"objective": {"name": "gspo"}, **FULL}, []),
+        (
+            {"objective": {"name": "grpo", "ratio": "sequence", **CLIPPED}, **FULL},
+            ["objective.clip_high", "objective.ratio"],
+        ),
+        ({"objective": {"name": "sft"}, **FULL}, []),
+    ],
+)
+def test_a_key_that_another_section_leaves_unread_is_said(tree, keys):
+    found = [line.split(" ")[0] for line in unread_keys(config.resolve(tree))]
+    assert found == keys
+
+
 def test_a_run_warns_of_the_slow_engine_at_its_start(tiny_words):
     """Of what the device is called: nothing is computed with it here."""
     words = tiny_words({"rollout.max_new_tokens": 64, "data.limit": 64})("run")
@@ -425,5 +509,14 @@ def test_a_run_warns_of_the_slow_engine_at_its_start(tiny_words):
         assert not [line for line in introduction(long, stages, world) if "engine hf" in line]
         short = introduction(cfg, dataclasses.replace(stages, policy=on_cuda), world)
         assert not [line for line in short if "engine hf" in line]
+        assert not [line for line in short if "change" in line or "a path has at most" in line]
+        grpo = config.resolve(
+            {"objective": {"name": "grpo", "length_reward": "laser", **CLIPPED}, **FULL}
+        )
+        said = [*introduction(dataclasses.replace(cfg, objective=grpo.objective), stages, world)]
+        assert [line.partition(":")[0] for line in said[-2:]] == [
+            "objective.length_reward.target 4096",
+            "objective.clip_high 0.3 changes nothing",
+        ]
     finally:
         stages.close()

@@ -183,6 +183,10 @@ STARTS = [
     ("needs = lambda self: {'u'}", "needs() asks for 'u', expected a Score"),
     ("needs = lambda self: {Score('prior', 'student', 'end')}", "expected a Score"),
     (
+        "needs = lambda self: {Score('prior', 'student', 'attempts')}",
+        "asks for the attempts, of which",
+    ),
+    (
         "needs = lambda self: {Score('posterior', 'student', 'target')}",
         "needs() asks for target of the posterior paths, and draws() asks for none",
     ),
@@ -200,6 +204,10 @@ STEPS = [
     (SAID + "shifted(batch, stream='late')", "term 'push': stream: got 'late', expected one of"),
     (SAID + "shifted(batch, part='end')", "term 'push': part: got 'end', expected one of"),
     (SAID + "shifted(batch, part='response')", "draws() does not ask for answers"),
+    (
+        SAID + "shifted(batch, part='attempts')",
+        "trains all right attempts of a path, but draws() asks for 0",
+    ),
     (
         SAID + "shifted(batch, stream='posterior')",
         "term 'push': weight_BP is of the posterior paths, but draws() asks for none",
@@ -437,7 +445,6 @@ def test_every_path_is_asked_scored_and_trained_behind_its_own_prompt(budgets):
         utilities = answer_likelihood(
             collector.row_logprobs,
             batch.pairs("prior"),
-            think_close_id=collector.sampling.think_close_id,
             u_norm=cfg.scoring.u_norm,
         )
     pairs = {path.key: (q, path) for s in ("posterior", "prior") for q, path in batch.pairs(s)}
@@ -553,9 +560,18 @@ def test_given_responses_are_the_thought_and_the_answer_that_they_spell(given):
 @pytest.mark.parametrize(
     ("responses", "more", "said"),
     [
-        ([" A", None], [], "line 2: got 0 responses, expected 1; set data.response_key"),
-        ([" A", " A"], ["--objective.responses", "2"], "line 1: got 1 responses, expected 2"),
-        ([" A" * 90, " A"], [], "a part of its response has 91 tokens, expected at most 80; raise"),
+        ([" A", None], [], "line 2: got 0 responses, expected 1 (1 of 2"),
+        ([" A", " A"], ["--objective.responses", "2"], "got 1 responses, expected 2 (2 of 2 "),
+        (
+            [" A" * 90, " A", " A" * 120],
+            [],
+            "91 tokens, expected at most 80 (2 responses of 3 questions are too long, this part of",
+        ),
+        (
+            [" A", None, None],
+            ["--train.questions_per_step", "3"],
+            "line 2: got 0 responses, expected 1 (2 of 3 questions have too few); set data.resp",
+        ),
         ([" A", 3], [], "expected a response under 'solution', text or a list of texts, got 3"),
         ([" A", "a</think>b</think>"], [], "'q1': its response spells a special token of this"),
         ([" A", " A"], ["--rollout.importance_cap", "2"], "which no engine drew, with rollout.imp"),
@@ -565,3 +581,19 @@ def test_responses_that_cannot_be_imitated_are_refused_at_the_start(
     given, responses, more, said, capsys
 ):
     assert said in refused(capsys, given(responses, *more))
+
+
+def test_sft_says_nothing_of_the_student_and_samples_nothing(given, tmp_path, capsys):
+    """Its paths are the data's: their accuracy is no model's, and no token was sampled."""
+    assert main(given([" A+three47 B-five72"] * 2, "--metrics.compare", "null")) == 0
+    told = capsys.readouterr().out
+    (line,) = [said for said in told.splitlines() if said.startswith("step 1/1")]
+    assert "acc" not in line
+    assert "eps3" not in line
+    assert "sft: 1 steps x 2 questions x 1 responses = 2 of the data" in told
+    (step,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert not {key for key in step if key.endswith(("student", "prior"))}
+    assert (step["acc_data"], step["len_data"], step["tokens_generated"]) == (1.0, 9.0, 0)
+    assert "train.max_tokens 9 is never reached" in refused(
+        capsys, given([" A"], "--train.max_tokens", "9", "--optim.schedule", "constant")
+    )

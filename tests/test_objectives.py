@@ -8,7 +8,9 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, weights_of, whole
 
-from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea
+from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea, guard_only
+from vpgea_fast.objectives.guards import EARLY, VIEWS
+from vpgea_fast.objectives.unread import rules
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.types import Score, ScoredPaths, TrainRow
 
@@ -172,6 +174,20 @@ def test_without_a_guard_nothing_is_scored_or_said_of_it():
         Vpgea(leak_guard="max_kl", posterior=False)
 
 
+def test_what_kappa_reads_too_is_no_cost_of_the_guard():
+    wrong = Score("posterior", "counterfactual", "thought")
+    for more, only in (
+        ({"leak_guard": "counterfactual"}, {VIEWS[0], wrong}),
+        ({"leak_guard": "counterfactual", "utility": "elbo", "kappa": 0.1}, {wrong}),
+        ({"leak_guard": "max_kl", "utility": "elbo", "kappa": 0.1}, set()),
+        ({"utility": "elbo", "kappa": 0.1}, set()),
+        ({"leak_guard": "early_answer"}, {EARLY}),
+        ({"leak_guard": "max_kl", "leak_limit": 4.0}, {*VIEWS}),
+    ):
+        assert guard_only(Vpgea(**more)) == only
+    assert guard_only(Grpo()) == set()
+
+
 def test_the_elbo_ranks_a_rejected_path_below_every_accepted_one():
     """All closings of three paths, U above and below the baseline of -2: eta is 1."""
     keys = {"utility": "elbo", "alpha": 0.0}
@@ -218,6 +234,11 @@ def test_guards_that_cost_no_forward_and_the_early_answer():
         logps = {early: {keys[0]: double([u]), keys[1]: double([])}}
         out = Vpgea(leak_guard="early_answer").terms(replace(one, logps=logps), {})
         assert out.metrics["guard_caught"] == share
+    # The baseline is -2; where every U is lifted to -3.5, that of the cut thought is too.
+    logps = {early: {keys[0]: double([-9.0]), keys[1]: double([])}}
+    lifted = Vpgea(leak_guard="early_answer", clamp_u=True, u_min=-3.5)
+    out = lifted.terms(replace(one, logps=logps), {})
+    assert (out.metrics["guard_caught"], out.metrics["guard_nats"]) == (0.0, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -225,17 +246,90 @@ def test_guards_that_cost_no_forward_and_the_early_answer():
     [
         (
             {"utility": "elbo", "preset": "robust", "reward": "likelihood_mix"},
-            "utility: got 'elbo'",
+            "reward: got 'likelihood_mix', which changes nothing with utility 'elbo'",
         ),
-        ({"utility": "elbo", "cross_view": False}, "utility: got 'elbo' with cross_view False"),
+        ({"utility": "elbo", "cross_view": False}, "cross_view: got False with utility 'elbo'"),
         ({"kappa": 1.0}, "kappa: got 1.0 with utility 'product'"),
         ({"prior_pg": 1.0, "prior_samples": 1}, "prior_pg: got 1.0 with prior_samples 1"),
         ({"lexical_regex": "("}, "lexical_regex: got '\\('"),
+        ({"clamp_u": True, "u_min": -0.3}, "u_min: got -0.3 with clamp_u, expected at most -2"),
     ],
 )
 def test_options_that_nothing_would_read_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
         Vpgea(**keys)
+
+
+# Another value of each key that a record declares to be unread, and what must hold beside it.
+UNREAD = {
+    "alpha_steps": 7,
+    "answer_weight": 3.0,
+    "baseline": "lme",
+    "clamp_u": True,
+    "clip_low": 0.7,
+    "ddof": 1,
+    "distill_denominator": "gated",
+    "eps": 0.5,
+    "eta_clip": (0.9, 1.1),
+    "gate": "none",
+    "kl": "low_variance",
+    "leak_limit": 0.5,
+    "lexical_regex": "0",
+    "norm_constant": 3.0,
+    "r_margin": 0.5,
+    "reward": "likelihood_mix",
+    "std_gate": 9.0,
+}
+RULES = [
+    (kind, rule, combination)
+    for kind in (Vpgea, Grpo)
+    for rule in rules(kind)
+    for combination in itertools.product(*rule.where.values())
+    if not any(map(callable, rule.where.values()))
+]
+
+
+def losses(objective, batch):
+    """All that a step makes of an objective, at two steps of a schedule."""
+    found = []
+    for now, several in itertools.product((objective.at(0), objective.at(1)), (False, True)):
+        terms = now.terms(batch, {})
+        scale = Scale(norm=now.norm, constant=now.norm_constant or 9.0)
+        for row in build_rows(batch, terms, scale, several=several):
+            logps = torch.linspace(-2, -1, row.token_ids.numel()).double()
+            row = replace(row, old=logps.flip(0), reference=logps.roll(1))
+            found.append((row.term, row.path, row.loss(logps), row.at(logps).coef))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "rule", "values"), RULES)
+def test_a_key_that_is_said_to_change_nothing_changes_nothing(kind, rule, values, monkeypatch):
+    one = batch(u_post=((-0.1, -0.6, -5.0),), lengths=((50, 200, 90),), closed=((True,) * 3,))
+    one = replace(one, prior=replace(one.prior, u_BP=double([[-0.4, -30.0]])))
+    logps = {
+        score: {
+            path.key: torch.full((path.length,), -1.0 - k / 1000).double()
+            for _, path in one.pairs("posterior")
+        }
+        for k, score in enumerate([*VIEWS, Score("posterior", "counterfactual", "thought"), EARLY])
+    }
+    one = replace(one, logps=logps)
+    beside = dict(zip(rule.where, values, strict=True))
+    # What only a reference or an answer could show must be on.
+    given = {"reward": "likelihood", "kl_coef": 0.5} if kind is Grpo else {"train_answer": "sft"}
+    plain = kind(**{**given, **beside})
+    with pytest.raises(ValueError, match=f"{rule.key}: got .* changes nothing with"):
+        kind(**{**given, **beside, rule.key: UNREAD[rule.key]})
+    for room in ("base", "judged"):  # a length reward is a record of its own
+        monkeypatch.setattr(f"vpgea_fast.objectives.{room}.refuse_unread", lambda _: None)
+    other = kind(**{**given, **beside, rule.key: UNREAD[rule.key]})
+    assert (other.needs(), other.draws()) == (plain.needs(), plain.draws())
+    pairs = list(zip(losses(plain, one), losses(other, one), strict=True))
+    assert pairs
+    for a, b in pairs:
+        assert a[:2] == b[:2]
+        assert torch.equal(a[2], b[2])
+        assert torch.equal(a[3], b[3])
 
 
 def zscore(rewards):
@@ -326,6 +420,8 @@ def test_select_and_join_keep_every_column_together():
         closed=((True, True), (True, False)),
         correct=[[1.0, 0.0], [0.0, 0.0]],
     )
+    stated_BP = torch.tensor([[9, 0], [0, 7]])
+    two = replace(two, posterior=replace(two.posterior, stated_BP=stated_BP))
     coefs = Vpgea().terms(two, {})
     assert coefs.alive.tolist() == [True, False]
     kept = two.select([0])

@@ -293,7 +293,7 @@ PROMPTS = {"student": [1, 2], "teacher": [1, 2, 3]}
 
 def two_paths():
     """A path with an answer and one that was cut, of a question whose every id is another."""
-    question = prompted(student=[1, 2], teacher=[1, 2, 3], cue=[4], target=[5, 6, 7])
+    question = prompted(student=[1, 2], teacher=[1, 2, 3], cue=[4], target=[5, 6, 7], close=CLOSE)
     known = {
         "logps": torch.tensor([-0.1, -0.2, -0.3]),
         "answer_logps": torch.tensor([-0.4, -0.5]),
@@ -317,9 +317,7 @@ def one_term(part, view, **more):
 @pytest.mark.parametrize("view", ["student", "teacher"])
 @pytest.mark.parametrize("part", PARTS)
 def test_rows_of_a_part_by_hand(part, view):
-    rows = build_rows(
-        two_paths(), one_term(part, view), Scale(norm="seq_sum"), think_close_id=CLOSE
-    )
+    rows = build_rows(two_paths(), one_term(part, view), Scale(norm="seq_sum"))
     wanted = [
         ([*PROMPTS[view], *row[0]], row[1], weight / 2)
         for row, weight in zip(EXPECTED[part], (-2.0, 3.0), strict=True)
@@ -353,9 +351,7 @@ def test_a_part_is_divided_by_its_own_tokens(part, lengths):
     """1 / (B P len) and 1 / sum of len; a part without tokens counts as one, like a thought. The
     reference answer is divided by its thought."""
     rows = {
-        norm: build_rows(
-            two_paths(), one_term(part, "student"), Scale(norm=norm), think_close_id=CLOSE
-        )
+        norm: build_rows(two_paths(), one_term(part, "student"), Scale(norm=norm))
         for norm in ("seq_mean", "token_mean")
     }
     for i, weight in enumerate((-2.0, 3.0)):
@@ -382,7 +378,6 @@ def test_factors_and_ratios_fall_on_the_tokens_that_they_are_of(part, live):
         batch,
         one_term(part, view, factors=factors, live=live),
         Scale(norm="seq_sum"),
-        think_close_id=CLOSE,
         ratios=ratios,
     )
     own = {
@@ -425,7 +420,7 @@ def test_parts_with_factors_equal_autograd(causal_lm, view):
         (term,) = one_term(part, view, factors=factors).parts
         terms.append(replace(term, weight_BP=weight_BP))
     expected = formula_gradient(causal_lm, loss)
-    rows = build_rows(batch, Terms(parts=tuple(terms)), Scale(norm="seq_sum"), think_close_id=CLOSE)
+    rows = build_rows(batch, Terms(parts=tuple(terms)), Scale(norm="seq_sum"))
     assert len(rows) == 7
     for budget in (1, 10_000):
         got = rows_gradient(causal_lm, rows, budget)

@@ -273,13 +273,64 @@ def test_eos_ids(tokenizer: Any):
         ({"teacher": "It is {answer}."}, r"prompt\.teacher lacks the field \{question\}"),
         ({"answer_cue": "It is {answer}:"}, r"prompt\.answer_cue has the field \{answer\}"),
         ({"answer_target": "{4}"}, r"prompt\.answer_target lacks the field \{answer\}"),
-        ({"think_close": "</thought>"}, r"prompt\.think_close: .* '</thought>'.*add_tokens"),
+        ({"think_close": ""}, r"prompt\.think_close: .* \[\] of ''.*add_tokens"),
         ({"think_open": ""}, r"prompt\.think_open: the tokenizer makes \[\] of ''"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(tokenizer: Any, changes: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         Prompter(tokenizer, PromptConfig(**changes))
+
+
+THOUGHT = {
+    "think_open": "<|begin_of_thought|>",
+    "think_close": "<|end_of_thought|>",
+    "think_prefix": "<|begin_of_thought|>\n\n",
+}
+
+
+@pytest.mark.parametrize("cue", ["\n\n**Final Answer**\n\\boxed", "|>|>", ">", ""])
+def test_tags_of_several_tokens_stand_around_a_thought(tokenizer: Any, cue: str):
+    """Whatever the tokenizer would merge the tag's end with, the cue stands behind it as a text."""
+    prompter = Prompter(make_tokenizer(""), PromptConfig(**THOUGHT, answer_cue=cue))
+    assert prompter.tag is not None
+    assert (prompter.tag.text, prompter.tag.ids) == (
+        THOUGHT["think_close"],
+        prompter.think_close_ids,
+    )
+    assert min(len(prompter.think_close_ids), len(prompter.think_open_ids)) > 1
+    [got] = prompter.prompt([QUESTION])
+    for ids in (got.student_ids, got.teacher_ids):
+        assert tokenizer.decode(ids).count("<|begin_of_thought|>") == 1
+        assert tokenizer.decode(ids).endswith(THOUGHT["think_prefix"])
+    assert tokenizer.decode(got.close_ids) == "<|end_of_thought|>"
+    joined = torch.cat([got.close_ids, got.cue_ids, got.target_ids])
+    assert tokenizer.decode(joined) == "<|end_of_thought|>" + cue + "{4{question}}"
+    assert prompter.tag.end(joined.tolist()) == len(got.close_ids)
+    # Data that spells the tag would end a thought.
+    assert prompter.has_special("so<|end_of_thought|>")
+    asking = prompter.asking("{question}!")
+    assert asking.tag is not None
+    assert asking.tag.ids == prompter.tag.ids
+
+
+def test_given_responses_are_cut_at_a_tag_of_several_tokens(tokenizer: Any):
+    prompter = Prompter(make_tokenizer(""), PromptConfig(**THOUGHT))
+    response = "<|begin_of_thought|>\n\n2 + 2 <|end_of_thought|>\n\nIt is \\boxed{4}"
+    question = Question(id="q", text="2+2?", answer="4", responses=(response, "no tag"))
+    [[(thought, answer), (open_, target)]] = prompter.responses(prompter.prompt([question]))
+    assert tokenizer.decode(thought) == "2 + 2 <|end_of_thought|>"
+    assert tokenizer.decode(answer) == "\n\nIt is \\boxed{4}<eos>"
+    assert prompter.tag is not None
+    assert prompter.tag.end(torch.cat([thought, answer]).tolist()) == len(thought)
+    assert tokenizer.decode(open_) == "no tag<|end_of_thought|>"
+    assert tokenizer.decode(target) == "\n\n**Final Answer**\n\\boxed{4}<eos>"
+
+
+def test_a_tag_of_one_token_needs_no_text(tokenizer: Any):
+    prompter = Prompter(tokenizer, PromptConfig())
+    assert prompter.tag is None
+    assert prompter.think_close_ids == (tokenizer.convert_tokens_to_ids("</think>"),)
 
 
 def test_an_unknown_tag_is_not_taken_for_a_token():

@@ -10,9 +10,9 @@ from ranks import run_ranks
 from vpgea_fast import config
 from vpgea_fast.cli import main
 from vpgea_fast.config import ReplayEngineConfig
-from vpgea_fast.rollout.engine import Sampling
+from vpgea_fast.rollout.engine import Sampling, prompt_digest
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.replay import RecordError, Replay
+from vpgea_fast.rollout.replay import Expected, RecordError, Records, Replay
 from vpgea_fast.trainer import fit
 from vpgea_fast.types import SampleRequest
 
@@ -42,8 +42,12 @@ def trained(words):
 
 
 # name -> more of the run: what rests on the sampler's log-probs, on answers that are drawn behind
-# the recorded thoughts, and on several updates of a rollout.
+# the recorded thoughts, on several updates of a rollout, and on questions that others replace.
 KINDS = {
+    "resampled": [
+        *("--objective", "grpo", "--objective.group_size", "3", "--train.resample_rounds", "2"),
+        *("--metrics.paths_per_step", "40"),
+    ],
     "vpgea": ["--rollout.importance_cap", "2"],
     "answers": ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],
     "grpo": [
@@ -66,6 +70,8 @@ def test_a_recorded_run_replayed_makes_the_same_updates(name, tiny_words, tmp_pa
     of = [[[line.get(key) for key in keys] for line in run] for run in runs]
     assert of[0] == of[1]
     assert any(norm for _, norm, *_ in of[0])
+    replaced = [line["replaced"] for line in lines(record)]
+    assert any(replaced) == (name == "resampled")
 
 
 def test_another_run_would_have_other_weights(tiny_words, tmp_path):
@@ -76,6 +82,7 @@ def test_another_run_would_have_other_weights(tiny_words, tmp_path):
     alive = next(i for i, line in enumerate(record) if line["advantage"])
     for number, key in enumerate(("ids", "logps")):
         changed = [json.loads(json.dumps(line)) for line in record]
+        del changed[alive]["text"]  # else the line is refused
         changed[alive][key][0] = 9 if key == "ids" else changed[alive][key][0] - 0.5
         file = tmp_path / f"{key}.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in changed))
@@ -124,10 +131,18 @@ def replay(tmp_path, random_qwen2):
             text = "".join(json.dumps(line) + "\n" for line in record)
         (tmp_path / "r.jsonl").write_text(text)
         needs = more.pop("needs_logps", False)
+        names = ("questions", "prompts", "temperature")
+        expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
-        return Replay(HFEngine(random_qwen2(), max_batch=4), cfg, vocabulary=53, needs_logps=needs)
+        records = Records(cfg, Expected(spelled, 53, **expected))
+        live = HFEngine(random_qwen2(), max_batch=4)
+        return Replay(live, records, needs_logps=needs)
 
     return make
+
+
+def spelled(ids):
+    return " ".join(f"t{n}" for n in ids.tolist())
 
 
 def test_a_path_is_what_its_line_says(replay):
@@ -180,6 +195,10 @@ DAMAGE = [
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
     ([{**LINE, "logps": ["a"]}], "got logps"),
+    (
+        [LINE, {**LINE, "index": 1, "ids": [53]}],
+        "line 2: got the token 53, but the model embeds 53",
+    ),
     ([LINE, LINE], "line 2: path 0 of the prior stream of question 'q' of step 1 stands at"),
 ]
 
@@ -193,12 +212,75 @@ def test_a_damaged_file_is_refused_with_its_line(replay, record, said):
 
 
 def test_a_torn_last_line_is_left_out(replay):
-    assert len(replay(json.dumps(LINE) + '\n{"step": 1, "que').index) == 1
+    """And named, where a step misses that path."""
+    records = replay(json.dumps(LINE) + '\n{"step": 1, "que').records
+    assert len(records.index) == 1
+    with pytest.raises(RecordError, match=r"torn, and left out: .*r\.jsonl, line 2: record with"):
+        records.find((1, "q", "prior", 1))
+    with pytest.raises(RecordError, match=r"without a line.*torn, and left out: .*, line 1$"):
+        replay('{"step": 1, "que')
+
+
+def test_paths_of_another_tokenizer_are_refused_by_their_text(replay):
+    """The first line at once, another when it is asked for; white space does not count."""
+    good = {**LINE, "text": "t7t8  t3", "answer": "t9 t1 "}
+    (path,) = replay([good]).generate([asked()], SAMPLING)
+    assert path.z_ids.tolist() == [7, 8, 3]
+    for change, said in (
+        ({"text": "two plus"}, "line 1: its ids say 't7 t8 t3' with this model's tokenizer, and "),
+        ({"answer": "4"}, "line 1: its answer_ids say 't9 t1'"),
+    ):
+        with pytest.raises(RecordError, match=said):
+            replay([{**good, **change}])
+        engine = replay([good, {**good, **change, "index": 1}])
+        with pytest.raises(RecordError, match=said.replace("line 1", "line 2")):
+            engine.generate([asked(index=1)], SAMPLING)
+
+
+def test_paths_of_another_question_or_prompt_are_refused(replay):
+    """By their text and their prompt's hash: at once where it is known, else when asked for."""
+    own = {**LINE, "question": "2 + 2 = ?", "prompt": prompt_digest(asked().prompt_ids)}
+    texts, prompts = {"q": "2 + 2 = ?"}, {("q", "prior"): own["prompt"]}
+    assert replay([own], questions=texts, prompts=prompts).generate([asked()], SAMPLING)
+    with pytest.raises(RecordError, match=r"line 1: question 'q' is '2 \+ 2 = \?' there and '1'"):
+        replay([own], questions={"q": "1"})
+    with pytest.raises(RecordError, match="line 1: the prior path of question 'q' was drawn from"):
+        replay([own], prompts={("q", "prior"): "0"})
+    engine = replay([{**own, "prompt": "0"}])
+    with pytest.raises(RecordError, match="drawn from another prompt than this run's"):
+        engine.generate([asked()], SAMPLING)
+
+
+def test_paths_of_another_temperature_are_refused(replay):
+    drawn = {**LINE, "temperature": 0.5}
+    assert replay([drawn], temperature=0.5).generate([asked()], SAMPLING)
+    assert replay([LINE], temperature=1.0).generate([asked()], SAMPLING)
+    with pytest.raises(RecordError, match="line 1: drawn at temperature 0"):
+        replay([drawn], temperature=1.0)
+
+
+def test_a_gap_is_found_before_the_first_step_and_an_early_end_is_told(replay):
+    def wanted(*steps):
+        return [(step, "q", "prior", index) for step in steps for index in (0, 1)]
+
+    both = [{**LINE, "step": step, "index": index} for step in (1, 2, 4) for index in (0, 1)]
+    records = replay(both).records
+    records.require(wanted(1, 2))
+    assert records.notes == []
+    with pytest.raises(RecordError, match="no path 0 of the prior stream of question 'q' for step"):
+        records.require(wanted(1, 2, 3, 4))
+    records.require(wanted(4, 5))
+    (note,) = records.notes
+    assert "the record ends with step 4; the run ends there with an error, unless a" in note
+    assert "set train.steps 4, or give more paths" in note
+    # A file whose lines serve every step does not end.
+    bare = [{"question_id": "q", "stream": "prior", "ids": [7, 3]}]
+    with pytest.raises(RecordError, match="no path 1 of the prior stream"):
+        replay(bare).records.require(wanted(9))
 
 
 LATE = [
     ({}, {"step": 1}, "no path 0 of the prior stream of question 'q' for step 2, expected a line"),
-    ({"ids": [60, 3], "logps": [0, 0]}, {}, "got the token 60, but the model embeds 53"),
     ({"logps": [0.0]}, {}, "got 1 numbers as logps, expected 3, one per token"),
 ]
 
@@ -230,7 +312,9 @@ def test_a_missing_path_ends_a_run_in_a_line(tiny_words, tmp_path, capsys):
     file.write_text(json.dumps(LINE) + "\n")
     words = tiny_words(SMALL)("run", "--engine", "replay", "--engine.paths", f"[{file}]")
     assert main(["train", str(TINY), *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert not any("evaluating" in said for said in told.out.splitlines())  # no weight was read
     assert "engine.paths: got no path 0 of the posterior stream of question 'train-" in line
     assert "and 1 in all, of steps 1 to 1: record with metrics.paths_per_step" in line
 
@@ -238,14 +322,6 @@ def test_a_missing_path_ends_a_run_in_a_line(tiny_words, tmp_path, capsys):
 def test_replay_without_a_file_is_refused():
     with pytest.raises(config.ConfigError, match=r"engine\.paths: got no file"):
         config.resolve({"engine": {"name": "replay"}})
-
-
-def test_replaced_questions_are_in_no_record(tmp_path):
-    section = {"name": "replay", "paths": [str(tmp_path / "r.jsonl")]}
-    sections = {"engine": section, "train": {"resample_rounds": 1}}
-    with pytest.raises(config.ConfigError, match=r"train\.resample_rounds is 1 with engine\.name"):
-        config.resolve(sections)
-    assert config.resolve({**sections, "engine": {**section, "match": "question"}})
 
 
 def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):

@@ -112,6 +112,31 @@ def test_the_table_shows_the_run_and_the_committed_rows_alike(tmp_path, compare)
     ]
 
 
+def test_the_note_names_every_guard_and_the_time_of_the_one_that_takes_some(tmp_path):
+    """Means over the steps that say it, by hand; a run without a guard says nothing."""
+    run_dir = write_run(tmp_path / "run", steps=0)
+    assert closing_notes(run_dir) == []
+    section = {"name": "vpgea", "leak_guard": "max_kl", "lexical": True, "len_min_frac": 0.05}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"objective": section}))
+    steps = [
+        {"guard_caught": 0.1, "lexical_caught": 0.5, "short_caught": 0.0, "time_guard_ratio": 0.2},
+        {"guard_caught": 0.2, "lexical_caught": 0.25, "short_caught": 0.0, "time_guard_ratio": 0.4},
+        {"guard_caught": None},
+    ]
+    lines = [json.dumps({"step": number, **step}) for number, step in enumerate(steps, 1)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (note,) = closing_notes(run_dir)
+    assert note == (
+        "of the teacher's paths leak_guard max_kl rejected 15.0%, lexical rejected 37.5%, "
+        "len_min_frac 0.05 rejected 0.0%; leak_guard took 30.0% of the time"
+    )
+    # Without a leak guard the others took nothing that is told.
+    del section["leak_guard"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"objective": section}))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "lexical_caught": 0.5}\n')
+    assert closing_notes(run_dir) == ["of the teacher's paths lexical rejected 50.0%"]
+
+
 def test_several_benchmarks_show_both_aggregations(tmp_path):
     after = {"sampled": result(0.6, 4950, eps3=4.55, eps3_mean=0.727)}
     run_dir = write_run(tmp_path / "run", evaluation={"after": after})

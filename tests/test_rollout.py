@@ -8,14 +8,17 @@ import functools
 import random
 from dataclasses import replace
 
+import chat_models
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vpgea_fast.config import VllmEngineConfig
-from vpgea_fast.rollout.engine import Sampling, in_waves, request_seed, split_path
+from vpgea_fast.rollout.engine import Sampling, answer_only, in_waves, request_seed, split_path
 from vpgea_fast.rollout.hf import HFEngine, draw
+from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, SampleRequest, Stream
 
 CLOSE, EOS = 3, 1
@@ -61,6 +64,47 @@ def random_qwen2(random_qwen2):
 @pytest.fixture
 def model(random_qwen2):
     return random_qwen2()
+
+
+TAG = "/>"
+
+
+@pytest.fixture(scope="session")
+def tag():
+    """A closing tag that several of 53 tokens spell, in many ways: a byte-level BPE of few letters,
+    one of which has two bytes."""
+    letters = "ab/>é"
+    bytes_ = {chat_models.BYTE_LETTERS[b] for b in letters.encode()}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The first four are what a random model is told to be special.
+    special = [f"<{name}>" for name in ("bos", "eos", "pad", "close")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=53, special_tokens=special, initial_alphabet=[*bytes_], show_progress=False
+    )
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=40)) for _ in range(200)]
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == 53
+
+    def decode(ids):
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    return Tag(TAG, tuple(tokenizer.encode(TAG).ids), decode)
+
+
+def cut_by_hand(path, tag, sampling):
+    """Where a path should end, of all tokens that it would draw: (thought, all, closed)."""
+    ids = tokens_of(path)
+    stops = [n for n, token in enumerate(ids, 1) if token in sampling.eos_ids]
+    for n in range(1, min(len(ids), sampling.max_new_tokens) + 1):
+        if tag.text in tag.decode(ids[:n]):
+            end = n + sampling.max_answer_tokens if sampling.full_answer else n
+            return n, min([end, len(ids), *(s for s in stops if s >= n)]), True
+        if n in stops:
+            return n, n, False
+    return sampling.max_new_tokens, sampling.max_new_tokens, False
 
 
 def some_requests(*, questions=4, paths=3, seed=0, vocab=53):
@@ -573,3 +617,73 @@ def test_half_precision_forward_over_float32_weights(random_qwen2):
     gaps = [abs(float(a.logps[0] - b.logps[0])) for a, b in zip(exact, half, strict=True)]
     assert 0 < max(gaps) < 0.2
     assert next(model.parameters()).dtype == torch.float32
+
+
+# --- a closing tag of several tokens --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_tag_of_several_tokens_ends_a_thought_where_its_text_does(make_engine, model, tag, full):
+    """Cut exactly there by both engines, of the tokens that the path has without the tag."""
+    limits = {
+        "max_new_tokens": 24,
+        "eos_ids": (EOS, 20, 30),
+        "full_answer": full,
+        "max_answer_tokens": 7,
+    }
+    free = Sampling(60, think_close_id=1000, eos_ids=())
+    closing = Sampling(think_close_id=-1, tag=tag, **limits)
+    requests = some_requests(paths=32)
+    engine = make_engine(model, max_batch=64)
+    found = collections.Counter()
+    paths, others = engine.generate(requests, closing), engine.generate(requests, free)
+    for path, whole in zip(paths, others, strict=True):
+        thought, end, closed = cut_by_hand(whole, tag, closing)
+        assert path.z_ids.tolist() == whole.z_ids[:thought].tolist()
+        assert path.answer_ids.tolist() == whole.z_ids[thought:end].tolist()
+        assert path.closed == closed
+        stopped = tokens_of(path)[-1] in closing.eos_ids or (closed and not full)
+        assert path.finish == ("stop" if stopped else "length")
+        torch.testing.assert_close(path.response_logps, whole.logps[:end], rtol=0, atol=1e-4)
+        found[closed, path.finish] += 1
+    assert found[True, "stop"] > 5
+    assert found[False, "length"] + found[False, "stop"] > 5
+    if full:
+        assert found[True, "length"] > 5
+    again = engine.generate(requests[::-1], closing)[::-1]
+    assert_same_tokens(again, paths)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 16, 1000])
+@pytest.mark.parametrize("full", [False, True])
+def test_where_a_tag_ends_does_not_hang_on_when_it_is_looked_for(model, tag, full, every):
+    closing = Sampling(
+        20, think_close_id=-1, eos_ids=(EOS, 20), tag=tag, full_answer=full, max_answer_tokens=3
+    )
+    free, requests = Sampling(40, think_close_id=1000, eos_ids=()), some_requests(paths=12)
+    engine = HFEngine(model, max_batch=16, check_every=every)
+    drawn = engine.generate(requests, closing)
+    for path, whole in zip(drawn, engine.generate(requests, free), strict=True):
+        thought, end, closed = cut_by_hand(whole, tag, closing)
+        assert (path.z_ids.numel(), len(tokens_of(path)), path.closed) == (thought, end, closed)
+        assert tokens_of(path) == tuple(whole.z_ids[:end].tolist())
+
+
+def test_a_tag_stops_the_engine_at_its_token(model, tag, monkeypatch):
+    """With a look at every step nothing is drawn behind the thought."""
+    kept, split = [], HFEngine._as_path
+    monkeypatch.setattr(
+        HFEngine, "_as_path", lambda *args: kept.append(len(args[2].ids)) or split(*args)
+    )
+    closing = Sampling(24, think_close_id=-1, eos_ids=(EOS,), tag=tag)
+    paths = HFEngine(model, max_batch=64, check_every=1).generate(some_requests(paths=8), closing)
+    assert sorted(kept) == sorted(path.z_ids.numel() for path in paths)
+    assert any(path.closed for path in paths)
+
+
+def test_a_tag_goes_with_no_closing_token(tag):
+    with pytest.raises(ValueError, match=r"think_close_id: got 3 beside the tag '/>'; give -1"):
+        Sampling(8, think_close_id=3, eos_ids=(), tag=tag)
+    sampling = Sampling(8, think_close_id=-1, eos_ids=(EOS,), tag=tag)
+    assert sampling.stop_ids == (EOS,)
+    assert answer_only(sampling, 1.0).tag is None

@@ -15,9 +15,11 @@ from vpgea_fast.passes import Passes
 from vpgea_fast.scoring import (
     accuracy_utility,
     answer_likelihood,
+    answer_text,
     answers_correct,
     score_row,
 )
+from vpgea_fast.spans import Tag
 
 CLOSE = 9
 ids = torch.tensor
@@ -39,6 +41,30 @@ QUESTION = prompted(student=[3, 4], teacher=[3, 4, 5, 6], cue=[10, 11], target=[
 
 def path(z, closed):
     return sampled(z, answer_ids=ids([]).long(), closed=closed)
+
+
+def test_the_token_in_which_a_tag_ends_may_begin_the_answer():
+    """`/>` closes; the token behind it, or the tag's own last one, begins the answer."""
+    words = ["<s>", "so ", "/", ">", "/>", ">\\bo", "xed{7}", "/>/>", "2"]
+
+    def decode(tokens):
+        return "".join(words[token] for token in tokens.tolist())
+
+    tag = Tag("/>", (2, 3), lambda tokens: decode(ids(tokens)))
+    for thought, answer, text in [
+        ([1, 2, 3], [6], "xed{7}"),
+        ([1, 2, 5], [6], "\\boxed{7}"),
+        ([1, 4], [], ""),
+        ([1, 7], [8], "/>2"),
+    ]:
+        assert tag.end(thought) == len(thought)
+        one = replace(path(thought, True), answer_ids=ids(answer).long())
+        assert answer_text(one, decode, tag) == text
+        asked = []
+        judge = {"verify": lambda pairs, seen=asked: seen.extend(pairs) or [True], "tag": tag}
+        assert answers_correct([one], ["7"], decode=decode, **judge).tolist() == [1.0]
+        assert asked == [("7", text)]
+        assert answer_text(one, decode, None) == decode(one.answer_ids)
 
 
 def test_a_cut_thought_is_wrong_whatever_the_checker_says():
@@ -67,9 +93,7 @@ def full_forward(policy, sequence, target):
 
 def test_utility_is_the_answer_in_the_student_view(policy):
     closed, cut = path([20, 21, CLOSE], True), path([20, 21, 22], False)
-    got = answer_likelihood(
-        rows_of(policy), [(QUESTION, closed), (QUESTION, cut)], think_close_id=CLOSE
-    )
+    got = answer_likelihood(rows_of(policy), [(QUESTION, closed), (QUESTION, cut)])
     student, tail = QUESTION.student_ids, torch.cat([QUESTION.cue_ids, QUESTION.target_ids])
     want_closed = full_forward(
         policy, torch.cat([student, closed.z_ids, tail]), QUESTION.target_ids
@@ -79,9 +103,7 @@ def test_utility_is_the_answer_in_the_student_view(policy):
     )
     assert got.tolist() == pytest.approx([want_closed, want_cut], abs=1e-5)
     assert got.dtype == torch.float64
-    mean = answer_likelihood(
-        rows_of(policy), [(QUESTION, closed)], think_close_id=CLOSE, u_norm="mean"
-    )
+    mean = answer_likelihood(rows_of(policy), [(QUESTION, closed)], u_norm="mean")
     assert mean.item() == pytest.approx(want_closed / 3, abs=1e-5)
 
 
@@ -93,14 +115,14 @@ def test_the_head_runs_on_the_answer_rows_only(policy):
         return policy.logprob(batch)
 
     pairs = [(QUESTION, path([20] * n + [CLOSE], True)) for n in (1, 30)]
-    answer_likelihood(rows_of(policy, 1000, logprob), pairs, think_close_id=CLOSE)
+    answer_likelihood(rows_of(policy, 1000, logprob), pairs)
     assert head_rows == [6]
 
 
 def test_utility_does_not_depend_on_the_teacher_prompt(policy):
     other = replace(QUESTION, teacher_ids=ids([1]))
     a, b = (
-        answer_likelihood(rows_of(policy), [(q, path([20, CLOSE], True))], think_close_id=CLOSE)
+        answer_likelihood(rows_of(policy), [(q, path([20, CLOSE], True))])
         for q in (QUESTION, other)
     )
     assert torch.equal(a, b)
@@ -119,14 +141,14 @@ def test_row_logprobs_keep_the_order_of_the_rows(policy, budget):
 
 
 def test_no_paths_no_utilities(policy):
-    assert answer_likelihood(rows_of(policy), [], think_close_id=CLOSE).shape == (0,)
+    assert answer_likelihood(rows_of(policy), []).shape == (0,)
 
 
 def test_several_spellings_are_added_as_probabilities(policy):
     other = ids([15])
     question = replace(QUESTION, variant_ids=(other,))
     thought = path([20, CLOSE], True)
-    got = answer_likelihood(rows_of(policy), [(question, thought)], think_close_id=CLOSE)
+    got = answer_likelihood(rows_of(policy), [(question, thought)])
     context = torch.cat([QUESTION.student_ids, thought.z_ids, QUESTION.cue_ids])
     both = [
         math.exp(full_forward(policy, torch.cat([context, target]), target))

@@ -1,16 +1,21 @@
 """The papers' benchmarks: their protocol, their files as published, and letters that stay."""
 
 import csv
+import itertools
 import json
 import os
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from test_measures import sample
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
 from vpgea_fast.config import DataConfig
 from vpgea_fast.data import DataError, load_questions
+from vpgea_fast.evaluation.measures import collect, majority, pass_at
 from vpgea_fast.evaluation.records import read_header, read_samples
 from vpgea_fast.evaluation.suites import CHOICE, MISSING, SETS, SUITES, suite_files
 from vpgea_fast.verify import Verifier
@@ -49,8 +54,11 @@ def test_a_suite_is_entries_of_eval_data_by_the_protocol():
         "gpqa_diamond": CHOICE.replace("{letters}", "ABCD"),
         "mmlu_pro": CHOICE.replace("{letters}", "ABCDEFGHIJ"),
     }
-    assert all(e.samples is None for e in suite_files("paper", [], samples=False)[0])
+    assert all(e.samples is None for e in suite_files("paper", [], ["eval.samples"])[0])
     assert {e.limit for e in suite_files("quick", [])[0]} == {100}
+    # The words of a command line win.
+    own = suite_files("quick", [], ["eval.limit"])[0]
+    assert [(e.limit, e.samples) for e in own] == [(None, 1), (None, 4), (None, 4)]
     assert "livecodebench is not served yet" in suite_files("vr", [])[1][0]
     assert {name for names in SUITES.values() for name in names} == set(SETS)
 
@@ -95,6 +103,39 @@ def test_real_questions_are_all_there_with_subject_and_level(real):
         "Geometry",
         "Number Theory",
     }
+
+
+@pytest.mark.slow
+def test_all_real_questions_through_the_whole_path(published, r1_model_dir, tmp_path):
+    """Every question once; the integers are those of the published rows."""
+    out = tmp_path / "out"
+    words = [r1_model_dir, "--suite", ",".join(REAL), "--from", published, "--out", out]
+    words += ["--eval.samples", 1, "--eval.max_new_tokens", 4, "--rollout.max_answer_tokens", 4]
+    # A token of this tokenizer is about a byte, and two prompts have 4,400.
+    file = Path(r1_model_dir) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 8192}))
+    words += ["--data.max_prompt_tokens", 5000, "--model.device", "cpu", "--model.dtype", "float32"]
+    assert main(["eval", *map(str, words)]) == 0
+    found = {name: {} for name in REAL}
+    for s in read_samples(out):
+        assert s.question_id not in found[s.benchmark]
+        found[s.benchmark][s.question_id] = s.gold
+    assert {name: len(golds) for name, golds in found.items()} == REAL
+    header = read_header(out)["benchmarks"]
+    assert {name: (part["questions"], part["dropped"]) for name, part in header.items()} == {
+        name: (count, 0) for name, count in REAL.items()
+    }
+    result = json.loads((out / "result.json").read_text())["sampled"]["benchmarks"]
+    assert {name: part["n"] for name, part in result.items()} == REAL
+    rows = {
+        "gsm8k": ("gsm8k_test", lambda row: row["answer"].rpartition("####")[2].strip()),
+        "aime24": ("aime24", lambda row: row["answer"]),
+        "amc23": ("amc23", lambda row: str(int(row["answer"]))),
+    }
+    for name, (file, gold) in rows.items():
+        lines = (published / f"{file}.jsonl").read_text("utf-8").splitlines()
+        golds = [gold(json.loads(line)).replace(",", "") for line in lines]
+        assert sorted(found[name].values()) == sorted(golds), name
 
 
 def test_real_questions_through_the_whole_path(published, r1_model_dir, tmp_path, capsys):
@@ -163,6 +204,87 @@ def test_choices_have_letters_and_a_shuffle_that_stays(choices):
     assert question.text.endswith("\nJ. o9")
 
 
+CHOICES = {
+    "mmlu_stem_head": ("choices", "answer", lambda row: row["choices"][row["answer"]]),
+    "aqua_head": (
+        "options",
+        "correct",
+        lambda row: row["options"]["ABCDE".index(row["correct"])].partition(")")[2],
+    ),
+}
+"""Of the published files with choices: their keys, and the text of the right choice."""
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_letters_of_published_choices(name, published):
+    """The letter is that of the right text, also after a shuffle, which stays; each is accepted
+    where it is right, and nowhere else."""
+    choices_key, answer_key, right = CHOICES[name]
+    rows = [
+        json.loads(line) for line in (published / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
+
+    def read(limit=None, **more):
+        file = config.DataFile(
+            str(published / f"{name}.jsonl"),
+            choices_key=choices_key,
+            answer_key=answer_key,
+            limit=limit,
+            **more,
+        )
+        return load_questions(file, DataConfig()).questions
+
+    plain, mixed = read(), read(choices_seed=0)
+    assert len(plain) == len(mixed) == len(rows)
+    for row, question in zip(rows * 2, [*plain, *mixed], strict=True):
+        shown = question.text.rpartition(f"\n{question.answer}. ")[2]
+        assert shown.split("\n")[0].split() == right(row).split("\n")[0].split(), question.id
+    letters = [question.answer for question in mixed]
+    assert letters == [question.answer for question in read(choices_seed=0)]
+    assert letters[:30] == [question.answer for question in read(limit=30, choices_seed=0)]
+    assert letters != [question.answer for question in read(choices_seed=1)]
+    assert letters != [question.answer for question in plain]
+    for checker in ("math", "letter"):
+        with Verifier(name=checker) as verifier:
+            asked = [(gold, f"Work.\nAnswer: {said}") for gold in letters[:40] for said in "ABCDE"]
+            assert verifier.verify(asked) == [g == text[-1] for g, text in asked]
+
+
+def test_real_answers_vote(published):
+    """Of published responses to one gold, taken as draws of a question: one spelling has one
+    verdict, the right ones have one spelling, and maj@k and pass@k are those of counting."""
+    lines = (published / "verify_labelled.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    with Verifier() as verifier:
+        verdicts = verifier.verify([(row["gold"], row["response"]) for row in rows])
+    draws = defaultdict(list)
+    for row, verdict in zip(rows, verdicts, strict=True):
+        draws[row["gold"]].append((prediction("math", row["response"]), verdict))
+    assert len({(g, p) for g, row in draws.items() for p, _ in row}) == len(
+        {(g, p, v) for g, row in draws.items() for p, v in row}
+    )
+    assert all(len({p for p, v in row if v}) <= 1 for row in draws.values())
+    many = {gold: row[:5] for gold, row in draws.items() if len(row) >= 5}
+    assert len(many) > 30
+    answers = collect(
+        sample(gold, index, prediction=p, correct=int(v))
+        for gold, row in many.items()
+        for index, (p, v) in enumerate(row)
+    )
+    for k in range(1, 6):
+        shares = []
+        for gold in answers.questions:
+            votes = Counter(p for p, _ in many[gold][:k])
+            first = [p for p in votes if votes[p] == max(votes.values())]
+            shares.append(fmean((p, True) in many[gold] for p in first))
+        assert majority(answers, k).tolist() == pytest.approx(shares)
+        brute = [
+            fmean(any(v for _, v in some) for some in itertools.combinations(many[gold], k))
+            for gold in answers.questions
+        ]
+        assert pass_at(answers.correct_QK, k).tolist() == pytest.approx(brute)
+
+
 def test_a_benchmark_is_asked_by_its_own_template(choices, r1_model_dir, tmp_path, capsys):
     out = tmp_path / "out"
     words = [r1_model_dir, "--suite", "gpqa_diamond", "--from", choices, "--out", out]
@@ -178,6 +300,33 @@ def test_keys_of_a_benchmark_are_refused_in_training_files():
     for key, value in (("samples", 4), ("student", "{question}"), ("level_key", "level")):
         with pytest.raises(config.ConfigError, match=f"has {key}, which is for eval.data"):
             config.resolve({"data": {"train": {"path": "x.jsonl", key: value}}})
+
+
+CHOSEN = (
+    "Answer: C",
+    "Answer: (C)",
+    "**Answer: C**",
+    "The answer is (C).",
+    r"\boxed{C}",
+    r"\boxed{\text{(C)}}",
+    r"\boxed{\text{C. none of these}}",
+    r"\boxed{c}",
+    "Answer: C. maintain the population",
+    "Answer: c",
+    "C",
+    "Answer: (B) or (C)",
+    "Answer: D",
+    "I do not know",
+)
+
+
+@pytest.mark.parametrize("checker", ["math", "letter"])
+def test_a_choice_is_right_where_its_letter_is_that_of_the_gold(checker):
+    """However it is written, draws of one choice vote together, and right ones for the gold."""
+    with Verifier(name=checker) as verifier:
+        right = verifier.verify([("C", text) for text in CHOSEN])
+    assert sum(right) >= 9
+    assert right == [prediction(checker, text, "C") == "C" for text in CHOSEN]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`vpgea sweep`: what is equal, how a rate is picked, and that no kill loses or doubles a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,13 +12,28 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import untimed
+import torch
+from ranks import Program
+from runs import recorded, untimed
 
 from vpgea_fast.cli import main
+from vpgea_fast.config import dump, resolve
+from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console
+from vpgea_fast.stop import Stop
 from vpgea_fast.sweep import Order, Sweep, budget_lines, parse_method, run_sweep
+from vpgea_fast.sweep.inputs import Inputs, changed
 from vpgea_fast.sweep.plan import SweepError, extended, questions
-from vpgea_fast.sweep.table import T_975, evaluate, interval, is_short, t_975
+from vpgea_fast.sweep.runs import Pool, how_halted
+from vpgea_fast.sweep.table import (
+    T_975,
+    ending_lines,
+    evaluate,
+    interval,
+    is_short,
+    layout,
+    t_975,
+)
 
 SMALL = {
     "train.steps": 2,
@@ -128,7 +144,7 @@ def test_the_halves_share_no_question_and_lose_none(order, tmp_path):
     twin = json.loads(lines[0]) | {"id": "twin"}
     (tmp_path / "held.jsonl").write_text("\n".join([*lines, json.dumps(twin)]))
     asked = order()
-    split = questions(asked, Sweep(asked, Console(silent=True)).base)
+    split = questions(asked, Sweep(asked, Console(silent=True)).base, Inputs())
     picked, shown = ([json.loads(line) for line in t.splitlines()] for t in split.files.values())
     assert (split.select, split.test) == (("select_held",), ("held",))
     assert {q["question"] for q in picked}.isdisjoint(q["question"] for q in shown)
@@ -217,6 +233,10 @@ def test_a_grid_grows_by_its_factor():
         (["--methods", "vpgea:optim.lr=1"], "sets optim.lr, which is the same for all methods"),
         (["--methods", "vpgea", "vpgea"], "'vpgea' stands twice"),
         (["--methods", "a b=vpgea", "a_b=vpgea"], "as names of files,: 'a_b-1-0' stands twice"),
+        (["--methods", "vpgea:beta=x"], "--methods 'vpgea:beta=x': "),
+        (["--methods", "vpgea:beta=x"], "objective.beta: got 'x', expected a number"),
+        (["--seeds", "1", "1"], "--seeds: 1 stands twice; leave one out\n"),
+        (["--model.path", "no/such/folder"], "no model directory at no/such/folder"),
         (["--rates", "fast"], "--rates: got 'fast', expected numbers above 0"),
         (["--rates", "1e-3", "nan"], "--rates: got 'nan'"),
         (["--rates", "1e-3", "0.001"], "--rates: 0.001 stands twice"),
@@ -251,11 +271,31 @@ def test_bad_input_is_one_line_before_anything_runs(order, capsys, more, said):
     assert not asked.out.exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(order, tmp_path, capsys):
+    asked = order(out=tmp_path / "held.jsonl")
+    assert main(command(asked)) == 2
+    error = capsys.readouterr().err
+    assert f"--out: cannot write the folder {asked.out} (File exists)" in error
+    assert error.count("\n") == 1
+
+
 def test_questions_that_pick_a_rate_are_others_than_those_reported(order, tmp_path, capsys):
     asked = order()
     assert main(command(asked, "--select", str(tmp_path / "held.jsonl"))) == 2
     assert "10 of its questions are among those of eval.data" in capsys.readouterr().err
     assert not asked.out.exists()
+
+
+def same_as_a_single_run(asked, record, single):
+    """Bit for bit: each step's numbers but its times, each path, and what the run answered."""
+    (cell,) = (word for word in record["words"] if word.startswith("--run.dir="))
+    words = [word for word in record["words"] if word != cell]
+    assert main(["train", asked.config, *words, "--run.dir", str(single)]) == 0
+    run = Path(cell.partition("=")[2])
+    assert recorded(run) == recorded(single)
+    assert (run / "paths.jsonl").read_bytes() == (single / "paths.jsonl").read_bytes()
+    evaluated = json.loads((single / "eval.json").read_text())
+    assert {key: record[key] for key in ("before", "after")} == evaluated
 
 
 def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_path, capsys):
@@ -265,11 +305,11 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     told = capsys.readouterr().out
     assert "1/1  vpgea  lr 0.001  seed 0  sampled_eps3" in told
     assert "vpgea: one rate was tried, so none was picked" in told
-    again = [word for word in record["words"] if not word.startswith("--run.dir")]
-    assert main(["train", asked.config, *again, "--run.dir", str(tmp_path / "single")]) == 0
-    single = json.loads((tmp_path / "single/eval.json").read_text())
-    assert {key: record[key] for key in ("before", "after")} == single
+    same_as_a_single_run(asked, record, tmp_path / "single")
     assert (record["ended"], record["steps"]) == ("done", 2)
+    facts = json.loads((tmp_path / "single/environment.json").read_text())
+    assert record["made_by"] == {key: facts[key] for key in record["made_by"]}
+    assert record["made_by"]["torch"] == torch.__version__
     steps = (tmp_path / "single/metrics.jsonl").read_text().splitlines()
     assert record["tokens_generated"] == sum(json.loads(s)["tokens_generated"] for s in steps)
     assert not list((asked.out / "runs").glob("*/checkpoints"))
@@ -314,10 +354,48 @@ def lasting(folder):
     return [{k: v for k, v in r.items() if k not in changing} for r in untimed(records)]
 
 
-def start(order):
-    words = [sys.executable, "-m", "vpgea_fast.cli", *command(order)]
+def start(order, *more):
+    words = [sys.executable, "-m", "vpgea_fast.cli", *command(order, *more)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def runs_at_once(process, running, enough=None):
+    """The most runs of a sweep that lived at one moment, until it ends or there are enough."""
+    most, deadline = 0, time.monotonic() + 300
+    while process.poll() is None and most != enough:
+        assert time.monotonic() < deadline
+        lines = [Path(f"/proc/{child}/cmdline") for child in running(parent=process.pid)]
+        with contextlib.suppress(OSError):  # one has just ended
+            most = max(most, sum(b"--resume-if-started" in line.read_bytes() for line in lines))
+        time.sleep(0.02)
+    return most
+
+
+def test_a_sweep_uses_every_core(order, running):
+    """As many runs side by side as there are cores, unless --jobs says otherwise."""
+    asked = order(rates=(5e-4, 1e-3, 2e-3))
+    process = Program("-m", "vpgea_fast.cli", *command(asked))
+    cores = len(os.sched_getaffinity(0))
+    assert runs_at_once(process, running, enough=min(cores, 3)) == min(cores, 3)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate()
+    assert process.returncode == 143
+    assert f"3 runs, 0 known, {cores} at a time" in told
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_have_the_numbers_of_single_runs(order, running, tmp_path):
+    asked = order(rates=(5e-4, 1e-3))
+    lone = order(rates=(5e-4, 1e-3), out=tmp_path / "lone")
+    for each, jobs in ((asked, 2), (lone, 1)):
+        process = start(each, "--jobs", str(jobs))
+        assert runs_at_once(process, running) == jobs
+        told, _ = process.communicate()
+        assert process.returncode == 0, told
+    for path in sorted((asked.out / "records").iterdir()):
+        same_as_a_single_run(asked, json.loads(path.read_text()), tmp_path / path.stem)
+    assert lasting(asked.out) == lasting(lone.out)
 
 
 @pytest.mark.slow
@@ -363,3 +441,190 @@ def test_a_sweep_that_is_asked_to_leave_saves_its_runs(order):
     assert "the same command goes on" in told
     assert any((metrics.parent / "checkpoints").iterdir())
     assert list((asked.out / "records").iterdir()) == []
+
+
+def test_what_changed_under_the_same_name_is_another_run(order, tmp_path):
+    """Data, a model's files and the code of a checker: a record, and a run that has begun."""
+    train = tmp_path / "train.jsonl"
+    lines = Path(order().words[1].partition("=")[2]).read_text().splitlines(keepends=True)
+    train.write_text("".join(lines[:8]))
+    asked = order(f"--data.train={train}")
+    asked.out.mkdir()
+    sweep = Sweep(asked, Console(silent=True))
+    sweep.enter()
+    (cell,) = sweep.cells()
+    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    record = run(1e-3, (0.9, 20), (0.9, 20))
+    record |= {"words": list(cell.words), "inputs": cell.inputs}
+    path = asked.out / "records" / f"{cell.name}.json"
+    path.write_text(json.dumps(record))
+    assert pool.known(cell) == record
+    assert set(cell.inputs) == {
+        f"model {cell.cfg.model.path}",
+        f"data.train {train}",
+        f"eval.data {tmp_path / 'held.jsonl'}",
+    }
+    train.write_text("".join(lines[1:9]))
+    (other,) = Sweep(asked, Console(silent=True)).cells()
+    with pytest.raises(SweepError) as error:
+        pool.known(other)
+    assert f"{path} is of other inputs: data.train {train} has changed since" in str(error.value)
+    assert "\n" not in str(error.value)
+    # Of a version that did not say what it read.
+    path.write_text(json.dumps({key: record[key] for key in record if key != "inputs"}))
+    assert pool.known(other)
+    # A run under way goes on with what it began with alone.
+    path.unlink()
+    begun = Path(cell.cfg.run.dir)
+    begun.mkdir()
+    (begun / "config.yaml").write_text(dump(cell.cfg))
+    (asked.out / "configs" / f"{cell.name}.inputs.json").write_text(json.dumps(cell.inputs))
+    with pytest.raises(SweepError, match=r"runs/vpgea-0\.001-0 is of other inputs: data"):
+        pool.run([other])
+    assert begun.exists()
+
+
+DAMAGED = [
+    ("{", "Expecting property name"),
+    ("[1]", "list indices must be integers"),
+    ({"words": 3}, "'int' object is not iterable"),
+    ({"after": {}}, "got answers [['sampled'], []], expected the same at both ends"),
+    ({"before": None}, "expected the same at both ends"),
+    ({"lr": "fast"}, "got 'fast', expected numbers"),
+    ({"inputs": "x"}, "got inputs 'x', expected names"),
+    ({"after": {"sampled": {}}}, "KeyError: 'benchmarks'"),
+    ({"after": {"sampled": {"benchmarks": {"pick": {}}}}}, "KeyError: 'acc'"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGED, ids=str)
+def test_a_damaged_record_is_named(order, change, said):
+    """Where it is read, with its file: not in the arithmetic of the table."""
+    asked = order()
+    asked.out.mkdir()
+    sweep = Sweep(asked, Console(silent=True))
+    sweep.enter()
+    fill(asked, lambda *_: 100)
+    (cell,) = sweep.cells()
+    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    path = asked.out / "records" / f"{cell.name}.json"
+    good = json.loads(path.read_text())
+    assert pool.known(cell) == good
+    path.write_text(change if isinstance(change, str) else json.dumps(good | change))
+    with pytest.raises(SweepError) as error:
+        pool.known(cell)
+    assert str(error.value).startswith(f"{path} is no record (")
+    assert said in str(error.value)
+    assert str(error.value).endswith("; remove it to run it anew")
+
+
+def test_a_model_and_code_are_told_apart_by_content(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    texts = {
+        "model/config.json": "{}",
+        "mine.py": "def same(gold, text): ...",
+        "q.jsonl": '{"question": "1 + 1", "answer": "2"}\n',
+    }
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+    tree = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "q.jsonl")},
+        "verify": {"name": "custom", "target": "mine:same"},
+    }
+    cfg = resolve(tree)
+    known = Inputs().of(cfg)
+    assert changed(known, Inputs().of(cfg)) is None
+    (tmp_path / "mine.py").write_text("def same(gold, text): return True")
+    assert changed(known, Inputs().of(cfg)) == "code mine:same"
+    (tmp_path / "model/config.json").write_text('{"a": 1}')
+    assert changed(known, Inputs().of(cfg)) == f"model {tmp_path / 'model'}"
+
+
+def test_a_halted_run_is_marked_and_one_of_a_lost_engine_is_no_result():
+    """At 2e-3 a run collapsed and was halted: it counts. At 4e-3 the engine was off: not picked."""
+    ends = {1e-3: "done", 2e-3: "halted", 4e-3: "mismatched"}
+    runs = [
+        run(lr, (0.5 + lr * 100, 20), (0.5, 20), seed=seed)
+        | {"ended": ends[lr] if seed else "done", "steps": 30}
+        for lr in ends
+        for seed in (0, 1)
+    ]
+    result = evaluate(runs, short=22)
+    (row,) = result["rows"]
+    assert (row["lr"], row["halted_seeds"], row["edge"]) == (2e-3, 1, False)
+    assert (row["halted_runs"], row["mismatched_runs"]) == ([[2e-3, 1, 30]], [[4e-3, 1, 30]])
+    _, (cells,) = layout(result)
+    assert cells[2] == "2 (1 halted)"
+    halted, off = ending_lines(result)
+    assert halted.startswith("m: 1 of 6 runs halted (lr 0.002 seed 1 at step 30): an alarm ended")
+    assert "no result, so their rate is not picked" in off
+    # Where at every rate an engine was off, nothing is reported and nothing is called diverged.
+    (none,) = evaluate([runs[-1]])["rows"]
+    assert (none["after"], none["name"]) == ({}, "m, lr 0.004, mismatched")
+    assert layout({"rows": [none], "rate_picked_by": "sampled_eps3"})[1][0][3] == (
+        "92.2 -> mismatched"
+    )
+
+
+def test_a_record_says_which_alarm_halted_its_run(order):
+    cell = Sweep(order("--train.idle_stop=2"), Console(silent=True)).cells()[0]
+    idle = [{"step": n, "skipped": 1} for n in (1, 2)]
+    assert how_halted(cell, idle)["ended"] == "halted"
+    assert "no update for 2 steps in a row" in how_halted(cell, idle)["halt"]
+    cell = Sweep(order("--train.mismatch_stop=2"), Console(silent=True)).cells()[0]
+    steps = cell.cfg.train.mismatch_steps
+    off = [{"step": n + 1, "mismatch_mean": 3.0} for n in range(steps)]
+    assert how_halted(cell, off)["ended"] == "mismatched"
+    assert "samples from another policy" in how_halted(cell, off)["halt"]
+
+
+def test_short_runs_are_counted_in_the_mode_that_picks_the_rate():
+    """Records without sampled answers, as --metric greedy_eps3 without eval.samples leaves them."""
+    sampled = run(1e-3, (0.99, 20), (0.99, 20))
+    parts = {when: {"greedy": sampled[when]["sampled"]} for when in ("before", "after")}
+    found = evaluate([sampled | parts], "greedy_eps3", short=22)
+    assert found["rows"][0]["short_runs"] == 1
+    assert found["short"].startswith("greedy: tokens <= 22")
+
+
+def test_drawn_tokens_are_whole_numbers():
+    result = evaluate([run(1e-3, (0.9, 20), (0.9, 20)) | {"tokens_generated": 1_940_321}])
+    assert layout(result)[1][0][-1] == "1,940,321"
+
+
+def test_commit_and_versions_are_those_of_the_runs(order):
+    """Not of who writes the table: a part was made by another commit, and one does not say."""
+    asked = order(rates=(1e-3, 2e-3, 4e-3), extend=0)
+    asked.out.mkdir()
+    Sweep(asked, Console(silent=True)).enter()
+    fill(asked, lambda *_: 100)
+    files = sorted((asked.out / "records").iterdir())
+    for file, commit in zip(files[:2], ("aaa", "bbb"), strict=True):
+        made = {"commit": commit, "torch": "2.13"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"made_by": made}))
+    result = json.loads(run_sweep(asked, Console(silent=True)).read_text())
+    assert result["commit"] == "aaa, bbb, unknown"
+    assert result["environment"]["torch"] == ["2.13", None]
+    assert "the runs are of several commits: 1 of aaa, 1 of bbb, 1 of unknown" in result["notes"]
+    assert "3 of 3 records do not say what they read (older version)" in result["notes"]
+    assert [r.get("made_by", {}).get("commit") for r in result["runs"]] == ["aaa", "bbb", None]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_before_the_first_run_says_how_to_go_on(order, monkeypatch, capsys, number):
+    asked = order()
+
+    def early(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr("vpgea_fast.sweep.parse_rates", early)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(command(asked)) == 128 + number
+    told = capsys.readouterr()
+    assert f"the same command goes on in {asked.out}" in told.out
+    assert (told.out.count("\n"), told.err) == (1, "")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not asked.out.exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vpgea_fast.config import ConfigError, resolve
-from vpgea_fast.verify import Verifier
+from vpgea_fast.verify import Verifier, pool
 from vpgea_fast.verify.pool import CHECKERS, PLAIN
 from vpgea_fast.verify.verdicts import Verdicts
 
@@ -134,6 +134,34 @@ def test_a_hanging_answer_is_wrong_and_its_worker_is_killed():
         assert not running(worker)
         assert verifier.verify([("8", r"\boxed{8}"), ("7", TOWER)]) == [True, False]
         assert verifier.timeouts == 1  # the verdict on the tower was kept
+
+
+def test_a_worker_that_waits_for_a_processor_is_not_late():
+    """Stopped for three time limits, as on a busy machine: the answer is right all the same."""
+    verifier, [worker] = start(workers=1, timeout_s=0.5)
+    with verifier, ThreadPoolExecutor(1) as other:
+        assert verifier.verify([("8", r"\boxed{8}")]) == [True]
+        os.kill(worker, signal.SIGSTOP)
+
+        def go_on() -> None:
+            time.sleep(1.5)
+            os.kill(worker, signal.SIGCONT)
+
+        done = other.submit(go_on)
+        assert verifier.verify([("9", r"\boxed{9}")]) == [True]
+        done.result()
+        assert (verifier.timeouts, verifier.crashes) == (0, 0)
+        assert running(worker)
+
+
+def test_a_worker_that_never_runs_is_late_by_the_clock(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pool, "CLOCK_LIMITS", 2.0)
+    verifier, [worker] = start(workers=1, timeout_s=0.3)
+    with verifier:
+        verifier.verify([("8", r"\boxed{8}")])
+        os.kill(worker, signal.SIGSTOP)
+        assert verifier.verify([("9", r"\boxed{9}"), ("7", r"\boxed{7}")]) == [False, True]
+        assert verifier.timeouts == 1
 
 
 def test_a_hanging_gold_answer_ends_at_the_deadline():

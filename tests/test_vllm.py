@@ -3,10 +3,13 @@ it shares with the other engine is in test_rollout.py."""
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from vpgea_fast.cli import main
 from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.distributed import Stopped, World
 from vpgea_fast.estimate import estimate_memory, model_shape
+from vpgea_fast.evaluation.records import read_samples
 from vpgea_fast.rollout.engine import RolloutError, Sampling
 from vpgea_fast.rollout.vllm.engine import VllmEngine
 from vpgea_fast.rollout.vllm.lifetime import LEAVE
@@ -213,6 +217,38 @@ def test_evaluation(tiny_world, tmp_path, capsys):
     assert out["vllm"]["acc"] == out["hf"]["acc"] > 0.9
     assert out["vllm"]["tokens"] == out["hf"]["tokens"]
     assert out["vllm"]["errors"] == 0
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_same_verdicts(tiny_world, tmp_path, capsys):
+    """At five random bytes: what is there stays, only the rest is drawn, in batches of its own."""
+
+    def evaluate(folder, *more):
+        asked = ("eval", str(tiny_world.base_dir), str(tiny_world.test_path), "--out", str(folder))
+        keys = ("--config", str(TINY), "--eval.limit", "12", "--eval.samples", "2")
+        assert main([*asked, *keys, "--verify.name", "number", *VLLM, *more]) == 0
+        said = capsys.readouterr().out
+        result = json.loads((folder / "result.json").read_text())
+        rights = Counter((s.mode, s.correct) for s in read_samples(folder))
+        return said, rights, {mode: result[mode]["acc"] for mode in ("sampled", "greedy")}
+
+    whole = tmp_path / "whole"
+    _, rights, accs = evaluate(whole)
+    text = (whole / "samples.jsonl").read_bytes()
+    keys = {s.key for s in read_samples(whole)}
+    assert len(keys) == 36
+    assert rights["greedy", 1] > 10
+    for seed in range(5):
+        out = shutil.copytree(whole, tmp_path / f"cut-{seed}")
+        (out / "result.json").unlink()
+        kept = text[: random.Random(seed).randrange(len(text))]
+        (out / "samples.jsonl").write_bytes(kept)
+        kept = kept[: kept.rfind(b"\n") + 1]
+        said, *found = evaluate(out, "--resume")
+        assert found == [rights, accs]
+        assert {s.key for s in read_samples(out)} == keys
+        assert (out / "samples.jsonl").read_bytes().startswith(kept)
+        count = kept.count(b"\n")
+        assert not count or f"goes on behind {count} of 36 answers" in " ".join(said.split())
 
 
 def test_the_estimated_cache_is_the_one_that_vllm_allocates(make_engine):

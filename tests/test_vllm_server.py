@@ -28,6 +28,7 @@ from vpgea_fast.rollout.vllm.client import KEY
 from vpgea_fast.rollout.vllm.remote import ServerEngine
 from vpgea_fast.rollout.vllm.serve import require_key
 from vpgea_fast.rollout.vllm.transfer import write_weights
+from vpgea_fast.spans import Tag
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.types import SampleRequest
 
@@ -216,6 +217,36 @@ def test_log_probs_stops_and_order_of_a_server(engine, tiny_model):
     assert [p.z_ids.tolist() for p in again] == [p.z_ids.tolist() for p in paths]
     with pytest.raises(ValueError, match="max_model_len of the server"):
         engine.generate(asked, Sampling(512, think_close_id=3, eos_ids=()))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_server_draws_on_behind_a_tag_and_is_cut_there(engine, tiny_tokenizer, full):
+    """It knows no text: its paths end elsewhere, and are cut as every engine's."""
+    tag = Tag("</think>\\boxed", (6, 314), tiny_tokenizer.decode)
+    assert tiny_tokenizer(tag.text)["input_ids"] == [*tag.ids]
+    limits = {"eos_ids": (2,), "full_answer": full, "max_answer_tokens": 3, "temperature": 0.8}
+    closing = Sampling(120, think_close_id=-1, tag=tag, **limits)
+    free = Sampling(123, think_close_id=1000, eos_ids=(2,), temperature=0.8)
+    ids = tiny_tokenizer("<s><|user|>4 A+three B-five<|assistant|><think>")["input_ids"]
+    asked = [
+        SampleRequest(
+            question_id="q", stream="prior", index=i, prompt_ids=torch.tensor(ids), seed=i
+        )
+        for i in range(8)
+    ]
+    closed = 0
+    for path, whole in zip(
+        engine.generate(asked, closing), engine.generate(asked, free), strict=True
+    ):
+        drawn = whole.z_ids.tolist()
+        end = next((n for n in range(1, 121) if tag.text in tag.decode(drawn[:n])), 0)
+        assert path.closed == bool(end)
+        assert path.z_ids.tolist() == drawn[: end or 120]
+        assert path.answer_ids.tolist() == (drawn[end : end + 3] if full and end else [])
+        torch.testing.assert_close(path.logps, whole.logps[: end or 120], rtol=0, atol=1e-4)
+        assert path.finish == ("stop" if end and (not full or 2 in path.answer_ids) else "length")
+        closed += path.closed
+    assert closed > 4
 
 
 def test_every_route_wants_the_key(server):

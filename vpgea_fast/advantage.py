@@ -89,6 +89,7 @@ def length_factor(
             f"{tuple(len_base_B.shape)}, expected (B, G) and (B,)"
         )
     len_base_B = _float64(len_base_B)
+    # The mean length of no paths is NaN, and a base of 0 would make every eta 0.
     if not bool((torch.isfinite(len_base_B) & (len_base_B > 0)).all()):
         raise ValueError(
             f"len_base: got {len_base_B.tolist()}, expected positive finite token counts; "
@@ -111,6 +112,7 @@ def group_zscore(
     options = GroupOptions(eps=eps, ddof=ddof, std_gate=std_gate)
     _check_group("utility", utility_BG, options)
     utility_BG = _float64(utility_BG)
+    # One NaN makes the mean of its group NaN, and so every advantage in it.
     _check_finite_utility(utility_BG)
     return reference.group_zscore(utility_BG, options)
 
@@ -144,6 +146,7 @@ def cross_view_utility(
     _check_group("u_post", u_post_BG, options)
     if accept_BG is not None:
         _check_accept(accept_BG, u_post_BG.shape)
+    # Imported late: the kernel's file needs Triton, which a machine without CUDA may lack.
     if u_post_BG.is_cuda:
         from vpgea_fast.kernels.group_advantage import group_advantage
     else:
@@ -158,6 +161,7 @@ def cross_view_utility(
     # (B,) counts; -1 marks a question whose lengths or utility are no numbers.
     replaced = out.replaced_B.tolist()  # the one synchronisation
     if -1 in replaced:
+        # Only now: each check looks at values, which on CUDA waits for the device again.
         _token_counts("len_post", len_post_BG)
         _token_counts("len_prior", len_prior_BN)
         _check_finite_utility(out.utility_BG)
@@ -206,6 +210,7 @@ def posterior_monitors(
     Raises ValueError for wrong shapes, bad lengths, alpha < 0 or a u_min that is not finite.
     """
     _check_shapes(u_post_BG, u_prior_BN, len_post_BG, len_prior_BN)
+    # Clamped whatever the training reward does: exp(-20), the default, is 2e-9, as good as 0 here.
     u_post_BG, _ = _finite_u(u_post_BG, u_min, clamp=True)
     u_prior_BN, _ = _finite_u(u_prior_BN, u_min, clamp=True)
     len_base_B = _token_counts("len_prior", len_prior_BN).mean(dim=1)
@@ -224,8 +229,10 @@ def posterior_monitors(
         "adv_post": float((s_post_BG.mean(dim=1) - s_mean_B).mean()),
         "e_qstar_s": float(e_qstar_B.mean()),
     }
+    # A covariance needs two paths.
     if n_prior == 1:
         return monitors
+    # sum_j w_j S_j - mean S is the covariance over N, divided by mean L; the factor makes it N - 1.
     gap_B = n_prior / (n_prior - 1) * (e_qstar_B - s_mean_B)
     monitors["cov_ls"] = float((gap_B * l_BN.mean(dim=1)).mean())
     monitors["prop1_gap"] = float(gap_B.mean())
@@ -250,6 +257,7 @@ def log_utility(
             "same (B, G) with G >= 1"
         )
     u_BG, _ = _finite_u(u_BG, u_min, clamp=True)
+    # A sum, as in the ELBO; the reward of training multiplies R by eta.
     return u_BG + length_factor(len_BG, len_base_B, alpha).log()
 
 
@@ -269,6 +277,7 @@ def elbo_terms(log_utility_BG: Tensor, log_ratio_BG: Tensor) -> ElboTerms:
             f"{tuple(shape)}; sum log q - log pi over the tokens of each path"
         )
     log_utility_B = _float64(log_utility_BG).mean(dim=1)
+    # A mean of samples: unlike the KL that it estimates, it may be negative.
     kl_B = _float64(log_ratio_BG).mean(dim=1)
     return ElboTerms(log_utility=log_utility_B, kl=kl_B, elbo=log_utility_B - kl_B)
 
@@ -281,6 +290,7 @@ def _finite_u(u: Tensor, u_min: float, *, clamp: bool) -> tuple[Tensor, int]:
     if not math.isfinite(u_min):
         raise ValueError(f"u_min: got {u_min}, expected a finite number of nats such as -20")
     u = _float64(u)
+    # +inf is replaced too: a likelihood above 1 is a fault and no good path.
     finite = torch.isfinite(u)
     cleaned = torch.where(finite, u, u_min)
     return cleaned.clamp(min=u_min) if clamp else cleaned, int((~finite).sum())
@@ -294,6 +304,7 @@ def _token_counts(name: str, lengths: Tensor) -> Tensor:
             f"{name}: got {lengths[bad][0].item()} among the lengths, expected finite token counts "
             ">= 0; count the sampled ids, a truncated path counts max_new_tokens"
         )
+    # A path of no token would have no finite eta.
     return lengths.clamp(min=1)
 
 

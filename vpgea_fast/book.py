@@ -106,7 +106,8 @@ errors | answers
 # Columns that every path has, then those of the objective's `Terms.path_scores`.
 PATHS = Chapter(
     "paths.jsonl",
-    "One line per path, for the first metrics.paths_per_step paths of each stream.",
+    "One line per path, for the first metrics.paths_per_step paths of each stream; those of "
+    "replaced questions come last, without scores.",
     _table("""
 step | step
     The step that drew the path, from 1.
@@ -125,6 +126,12 @@ closed | true or false
     Whether the thought ended with its closing token.
 correct | true or false
     Whether the sampled answer is right; null without rollout.full_answer.
+replaced | true or false
+    Whether its question made room for another (train.resample_rounds), and trained nothing.
+prompt | text
+    Hash of the ids of the prompt that it was drawn from.
+temperature | ratio
+    Temperature at which it was drawn.
 reward | nats
     R of the path, 0 where it was rejected. GRPO: eta where right, else 0.
 eta | ratio
@@ -137,6 +144,12 @@ u | nats
     U = log P(answer given question and path) in the student's view.
 log_utility | nats
     U + log eta without clip, what the ELBO averages.
+share | share
+    Weight of the path within its question, adding up to 1 (vr, vr_theta, vr_phi).
+answered | share
+    How likely a right answer is behind the thought, by objective.estimator (vr, vr_theta, vr_phi).
+log_ratio | nats
+    Of a hinted thought, log pi - log q (vr, vr_theta, vr_phi).
 text | text
     The thought, decoded.
 answer | text
@@ -169,7 +182,13 @@ loss_pg | nats
     gradient: its clipped loss, KL included.
 loss_answer | nats
     Sum over reference answers behind thoughts of coefficient times log-prob; with
-    objective.train_answer, or objective.target of verifree.
+    objective.train_answer, objective.target of verifree, vr and vr_theta.
+loss_theta | nats
+    Sum over weighed hinted thoughts, in the student's view, of coefficient times log-prob (vr,
+    vr_theta).
+loss_phi | nats
+    The hinted policy's loss: sum over rows in the teacher's view of coefficient times log-prob, or
+    of its clipped loss (vr, vr_phi).
 loss_prior_pg | nats
     Policy gradient of the student's own paths; with objective.prior_pg.
 loss_distill | nats
@@ -216,6 +235,11 @@ u_post_p10 | nats
     10th percentile of U over the teacher's paths.
 u_post_p50 | nats
     Median of U over the teacher's paths.
+len_data | tokens
+    Mean thought length of the responses that the data gives, where the objective imitates those
+    (sft): then there is no metric of the student's paths.
+acc_data | share
+    Share of these whose answer is right: what the checker thinks of the data.
 acc_student | share
     Share of the student's paths whose sampled answer is right.
 acc_teacher | share
@@ -262,7 +286,7 @@ guard_nats | nats
     Mean over the teacher's paths of what the guard compares with objective.leak_limit; with
     objective.leak_guard.
 groups_all_rejected | questions
-    Questions whose paths all have R = 0 (grpo: are all wrong).
+    Questions whose paths all have R = 0 (grpo: are all wrong; vr: have no weight).
 groups_zero_var | questions
     Questions without a gradient: every advantage is exactly 0.
 std_s | nats
@@ -277,8 +301,8 @@ length_limit | tokens
     Mean over questions of the limit that a length reward holds their paths to (think_prune,
     laser_d, laser_de).
 answer_stated | share
-    Share of right paths whose thought states the answer, token by token (length reward lc_r1);
-    null where none is right.
+    Share of right paths whose thought states the answer (length reward lc_r1); null where none is
+    right.
 answer_logp | nats per token
     Mean log-prob of the answer's tokens behind the teacher's thoughts under the reference policy,
     with answer_min (rlt).
@@ -286,6 +310,46 @@ teacher_distance | nats per token
     Mean log q - log p of the teacher's thoughts, p of the reference policy, with kl_max (rlt).
 tokens_replaced | tokens
     Tokens of questions that train.resample_rounds replaced; 0 without resampling.
+"""),
+    ),
+    # From objectives/bounds.py.
+    Chapter(
+        "Variational Reasoning",
+        "Every step of vr, vr_theta and vr_phi. f is how likely a right answer is behind a "
+        "thought, by objective.estimator; 0 where the thought was cut. vr_phi_* are of unhinted "
+        "paths, the others of hinted ones.",
+        _table("""
+vr_elbo | nats
+    Mean of log f + log pi - log q of whole thoughts, over the paths with f above 0. The ELBO where
+    all have; above it else.
+vr_bound | nats
+    The estimate of L_K: log of a question's mean f pi / q, whole thoughts. Mean over the questions
+    with a path of f above 0.
+vr_log_ratio | nats per token
+    Mean over paths of log pi - log q per token: how unlikely the student finds hinted thoughts.
+vr_answered | share
+    Mean f.
+vr_answered_none | share
+    Share of the paths with f = 0.
+vr_answered_all | share
+    Share of the paths with f = 1.
+vr_ess | paths
+    1 / sum of squared weights of a question, mean over questions with weights: 1, one path has all;
+    K, all are equal.
+vr_share_max | share
+    Largest weight of a question, mean over questions with weights.
+vr_phi_answered | share
+    Mean f.
+vr_phi_answered_none | share
+    Share of the paths with f = 0.
+vr_phi_answered_all | share
+    Share of the paths with f = 1.
+vr_phi_ess | paths
+    As vr_ess.
+vr_phi_share_max | share
+    As vr_share_max.
+vr_phi_skipped | questions
+    Questions none of whose paths has a weight.
 """),
     ),
     # From `advantage.posterior_monitors`.
@@ -371,6 +435,10 @@ grad_norm_pg | norm
     Gradient norm of the policy-gradient rows alone; absent without such rows.
 grad_norm_answer | norm
     Gradient norm of the reference answers alone; absent without such rows.
+grad_norm_theta | norm
+    Gradient norm of the weighed hinted thoughts alone; absent without such rows.
+grad_norm_phi | norm
+    Gradient norm of the hinted policy's rows alone; absent without such rows.
 grad_norm_prior_pg | norm
     Gradient norm of the student's own paths alone; absent without such rows.
 grad_norm_distill | norm
@@ -383,7 +451,8 @@ grad_norm_distill | norm
         "Every step; plan_* with every update.",
         _table("""
 tokens_generated | tokens
-    Tokens sampled in this step, those of replaced questions included.
+    Tokens sampled in this step, those of replaced questions included; 0 of responses that the data
+    gives.
 tokens_trained | tokens
     Prompt and thought tokens of all rows that have a gradient.
 tokens_gated_off | tokens
@@ -410,10 +479,13 @@ time_rollout_s | s
 time_score_s | s
     Scoring: U of every path, and verification of answers.
 time_logps_s | s
-    Log-probs that the objective needs beside U: its leak guard's, or the reference policy's.
+    Log-probs that the objective needs beside U and its leak guard: kappa's, or the reference
+    policy's.
+time_guard_s | s
+    Log-probs that its leak guard alone reads; with objective.leak_guard.
 time_guard_ratio | share
-    What the leak guard cost: time_logps_s / seconds of all phases of the step; with
-    objective.leak_guard.
+    What the leak guard cost: time_guard_s / seconds of all phases of the step; 0 where kappa reads
+    the same. With objective.leak_guard.
 time_advantage_s | s
     Advantages and coefficients.
 time_importance_s | s

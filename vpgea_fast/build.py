@@ -16,26 +16,27 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.check import check_config, slow_engine
+from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
 from vpgea_fast.checkpoint import Saver
-from vpgea_fast.collect import Collector
+from vpgea_fast.collect import Collector, check_questions
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World, full_weights
 from vpgea_fast.evaluate import Evaluator, make_sampling
-from vpgea_fast.intake import Intake, open_text, read
+from vpgea_fast.intake import Intake, open_text, read, read_records
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
 from vpgea_fast.model import Policy, load_policy, make_replica
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
-from vpgea_fast.prompts import length_report
+from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
+from vpgea_fast.rollout.replay import Records
 from vpgea_fast.scoring import RowsFn
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.verify import Verifier
@@ -60,6 +61,8 @@ class Stages:
     measure: Measure
     verifier: Verifier
     reference: Reference | None
+    notes: tuple[str, ...]
+    """What was odd about the paths that are replayed."""
 
     def close(self) -> None:
         """End what runs beside this process: the engine, and the workers that judge; drop the
@@ -73,8 +76,9 @@ class Stages:
             self.verifier.close()
 
 
-def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
-    """Make every stage of `cfg`, or leave nothing running. A collective.
+def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> Stages:
+    """Make every stage of `cfg`, or leave nothing running; `begin` is the step that it goes on
+    with, from 0. A collective.
 
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
@@ -82,22 +86,17 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         # The workers start in half a second each, beside the reading of the questions.
         verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
         intake = _read(cfg, world, verifier)
+        # Each process reads all files: one that cannot ends the others, too.
+        with world.together():
+            records = read_records(cfg, intake, begin)
         # From here on memory of the device is taken; all that needs none was refused above.
         policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
         passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
-        # A collective where a thread writes: it opens connections of its own.
-        saver = Saver(
-            Path(cfg.run.dir),
-            world=world,
-            model=policy,
-            optimizer=optimizer,
-            keep_last=cfg.checkpoint.keep_last,
-            background=cfg.checkpoint.background,
-        )
+        saver = _build_saver(cfg, world, policy, optimizer)
         # Before the engine: a vLLM that samples leaves no room to load in.
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
-        engine = _build_engine(cfg, world, policy)
+        engine = _build_engine(cfg, world, policy, records)
         undo.callback(engine.close)
 
         # U is a likelihood, at temperature 1 whatever the paths were drawn at. Log-probs of drawn
@@ -108,6 +107,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
 
         def hand_over() -> None:
+            # Probed each time: paths of stale weights would be trained on as the policy's own.
             engine.load_weights(full_weights(policy))
             probe()
 
@@ -159,6 +159,7 @@ def build(cfg: Config, world: World, *, progress: Progress) -> Stages:
         ),
         verifier=verifier,
         reference=reference,
+        notes=() if records is None else (*records.notes,),
     )
 
 
@@ -169,6 +170,8 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     with closing(Console(silent=not world.main, quiet_s=math.inf)) as console:
         judge = console.watched(verifier.accepts_itself, "reference answers")
         intake = read(cfg, text, judge, world)
+    known = {"prompt": text.prompter.prompt, "responses": text.prompter.responses}
+    check_questions(cfg, intake.questions, **known, verify=verifier.verify)
     check_reference(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
@@ -183,7 +186,23 @@ def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
     )
 
 
-def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
+def _build_saver(
+    cfg: Config, world: World, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Saver:
+    """Make what saves checkpoints. A collective where a thread writes: it opens connections."""
+    return Saver(
+        Path(cfg.run.dir),
+        world=world,
+        model=policy,
+        optimizer=optimizer,
+        keep_last=cfg.checkpoint.keep_last,
+        background=cfg.checkpoint.background,
+    )
+
+
+def _build_engine(
+    cfg: Config, world: World, policy: Policy, records: Records | None
+) -> RolloutEngine:
     """Open the engine. With `hf` the trained module samples, or a copy beside a sharded one."""
 
     def hf() -> HFEngine:
@@ -196,7 +215,7 @@ def _build_engine(cfg: Config, world: World, policy: Policy) -> RolloutEngine:
             complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 
-    return open_engine(cfg, world, dtype=policy.dtype, hf=hf)
+    return open_engine(cfg, world, dtype=policy.dtype, hf=hf, records=records)
 
 
 def _build_probe(
@@ -240,10 +259,11 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         shares = step_shares(cfg.data.weights, cfg.train.questions_per_step)
         yield "questions a step: " + ", ".join(f"{count} of {n}" for n, count in shares.items())
     yield f"prompt tokens: {length_report(intake.questions)}"
+    paths, samples = ("responses", "of the data") if draws.given else ("paths", "samples")
     yield (
         f"{cfg.objective.name}: {cfg.train.steps} steps x {cfg.train.questions_per_step} "
-        f"questions x {draws.paths} paths = "
-        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} samples"
+        f"questions x {draws.paths} {paths} = "
+        f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
@@ -252,12 +272,20 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     yield str(policy.attention)
     if stages.reference is not None:
         yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
-    yield from _caveats(cfg)
+    yield from stages.notes
+    yield from _caveats(cfg, prompter)
 
 
-def _caveats(cfg: Config) -> Iterator[str]:
+def _caveats(cfg: Config, prompter: Prompter) -> Iterator[str]:
     """Say what a user of these settings should know before trusting the curves."""
     yield from cfg.objective.notes()
+    if prompter.tag is not None:
+        yield (
+            f"prompt.think_close {prompter.tag.text!r} is {len(prompter.tag.ids)} tokens of this "
+            "model: a thought ends where its text says so"
+        )
+    yield from loose_limits(cfg)
+    yield from unread_keys(cfg)
     # Legal settings all: a measurement may want them, so they are said and not refused.
     if not cfg.rollout.full_answer:
         yield (

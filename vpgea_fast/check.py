@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
 from vpgea_fast.estimate import GIB
-from vpgea_fast.objectives import scores_answers
+from vpgea_fast.objectives import reads_reference, scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
 from vpgea_fast.types import PromptedQuestion, View
@@ -70,6 +70,51 @@ def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
         f"engine hf draws up to {tokens} tokens a path on CUDA, one launch-bound forward a token: "
         "by arithmetic ten times the time of vLLM; set engine vllm (pip install vpgea_fast[vllm])"
     )
+
+
+def loose_limits(cfg: Config) -> Iterator[str]:
+    """Warn of numbers of tokens in the objective that no path can exceed."""
+    rollout = cfg.rollout
+    answers = rollout.full_answer and cfg.objective.draws().answers
+    most, source = rollout.max_new_tokens, f"rollout.max_new_tokens {rollout.max_new_tokens}"
+    if answers:
+        most += rollout.max_answer_tokens
+        source += f" and max_answer_tokens {rollout.max_answer_tokens}"
+    # A class of the user's own may compare lengths with nothing, and not say so.
+    for key, values in getattr(cfg.objective, "bounds", dict)().items():
+        if loose := [value for value in values if value >= most]:
+            yield (
+                f"objective.{key} {', '.join(map(str, loose))}: a path has at most {most} tokens "
+                f"({source}), so this holds none of them back; set it below that"
+            )
+
+
+def unread_keys(cfg: Config) -> Iterator[str]:
+    """Warn of keys that were set and that change nothing, for what another section says."""
+    objective, scoring = cfg.objective, cfg.scoring
+    likely = scoring.u_source == "likelihood"
+    no_reference = not reads_reference(objective) and "the objective reads no reference policy"
+    unscored = not scores_answers(objective) and "the objective scores no answer behind a thought"
+    told = objective.draws().u_norm and "the objective says itself how U is summed"
+    # Answers may be sampled behind thoughts whatever U is.
+    not_sampled = not cfg.answers_behind and (unscored or "scoring.u_source is 'likelihood'")
+    single = cfg.train.updates == 1 and (
+        "train.minibatches and train.epochs make one update of a rollout"
+    )
+    for key, because in {
+        "model.reference": no_reference,
+        "model.reference_path": no_reference,
+        "scoring.u_source": unscored,
+        "scoring.u_norm": unscored or told or (not likely and "scoring.u_source is 'accuracy'"),
+        "scoring.answer_samples": not_sampled,
+        "scoring.answer_temperature": not_sampled,
+        **{f"objective.{key}": single for key in ("clip_low", "clip_high", "ratio", "surrogate")},
+    }.items():
+        section, _, name = key.partition(".")
+        record: Any = getattr(cfg, section)
+        field = type(record).__pydantic_fields__.get(name)
+        if because and field is not None and getattr(record, name) != field.default:
+            yield f"{key} {getattr(record, name)!r} changes nothing: {because}"
 
 
 def check_config(
@@ -176,9 +221,10 @@ def draws(
     paths = [(*student, new)]
     if objective.draws().teacher:
         paths.append((*most("teacher"), new))
-    if scores_answers(objective) and cfg.scoring.u_source == "accuracy":  # behind </think>
-        what, prompt = max((most(view) for view in _scored_views(objective)), key=lambda m: m[1])
-        paths.append((f"{what}, answers after its thought", prompt + thought + 1, answer))
+    if cfg.answers_behind:  # behind </think>
+        what, prompt = max((most(view) for view in _answered_views(cfg)), key=lambda m: m[1])
+        close = max([1, *(q.close_ids.numel() for q in questions)])
+        paths.append((f"{what}, answers after its thought", prompt + thought + close, answer))
     for name, benchmark in benchmarks.items():
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
         what = f"benchmark {name}, question {question.id}"
@@ -187,10 +233,15 @@ def draws(
     return paths
 
 
-def _scored_views(objective: Any) -> set[View]:
-    needs = [s for s in objective.needs() if s.part == "target" and s.who == "policy"]
+def _answered_views(cfg: Config) -> set[View]:
+    """Views in which answers are sampled behind thoughts."""
+    attempts: set[View] = {"student"} if cfg.objective.draws().attempts else set()
+    if cfg.scoring.u_source != "accuracy":
+        return attempts
+    needs = [s for s in cfg.objective.needs() if s.part == "target" and s.who == "policy"]
     # A thought cut early has a shorter row than the whole one, and is never answered by sampling.
-    return {s.view for s in needs if s.view in ("teacher", "student")}
+    scored: set[View] = {s.view for s in needs if s.view in ("teacher", "student")}
+    return attempts | scored
 
 
 def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, int]:
@@ -219,10 +270,15 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
     if cfg.objective.draws().targets:
         views.add("student")
     tails = [0] + [
-        room(q.context(v)) + 1 + len(q.cue_ids) + max(map(len, (q.target_ids, *q.variant_ids)))
+        room(q.context(v))
+        + len(q.close_ids)
+        + len(q.cue_ids)
+        + max(map(len, (q.target_ids, *q.variant_ids)))
         for q in questions
         for v in views
     ]
+    if cfg.objective.draws().answer_rows:
+        tails += [room(q.student_ids) + cfg.rollout.max_answer_tokens for q in questions]
     thought = cfg.rollout.max_new_tokens
     return max(prompts), max(max(prompts) + drawn, max(tails) + thought)
 

@@ -6,8 +6,9 @@ questions of (seed, step) -> both streams in one engine call -> U, correctness, 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,19 @@ import torch
 
 from vpgea_fast.book import merge
 from vpgea_fast.config import Config
-from vpgea_fast.data import step_questions
+from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.names import Slot
-from vpgea_fast.objectives import Draws, Objective, Term, Terms, ask, at_step, check_terms
+from vpgea_fast.objectives import (
+    Draws,
+    Objective,
+    Term,
+    Terms,
+    ask,
+    at_step,
+    check_terms,
+    guard_only,
+)
 from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import (
     RolloutEngine,
@@ -37,7 +47,9 @@ from vpgea_fast.scoring import (
     answers_correct,
     wrong_answers,
 )
+from vpgea_fast.spans import stated
 from vpgea_fast.types import (
+    Attempt,
     Groups,
     Path,
     PathKey,
@@ -57,6 +69,8 @@ from vpgea_fast.verify import Verifier
 Pairs = Sequence[tuple[PromptedQuestion, Path]]
 Responses = Callable[[Sequence[PromptedQuestion]], list[list[tuple[torch.Tensor, torch.Tensor]]]]
 """Questions -> the responses that the data gives, each as ids of thought and answer."""
+Verify = Callable[[list[tuple[str, str]]], list[bool]]
+"""Pairs of reference answer and text -> which are right."""
 Plan = Sequence[tuple[Stream, View, int]]
 Prompt = Callable[[Sequence[Question], Sequence[Mapping[str, str]]], list[PromptedQuestion]]
 """Questions, the values of an objective's fields for each -> both prompts of each."""
@@ -109,7 +123,7 @@ class Collector:
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
-        tokens_replaced = 0
+        replaced: list[ScoredBatch] = []
         for round_ in range(1, self.cfg.train.resample_rounds + 1):
             alive = terms.alive.nonzero()[:, 0].tolist()
             dead = (~terms.alive).nonzero()[:, 0].tolist()
@@ -123,7 +137,8 @@ class Collector:
             drawn_ids |= {q.question.id for q in fresh}
             # A dead question without a replacement stays, so the batch never falls below B.
             kept = batch.select(alive + [i for i in dead if i not in swaps])
-            tokens_replaced += batch.select(list(swaps)).tokens
+            # Of what is replaced only the paths are kept, for the record of them.
+            replaced.append(replace(batch.select(list(swaps)), logps={}))
             drawn = self._draw(fresh, step, timer)
             # A question that lost a path may have been replaced: it is lost all the same.
             batch, lost_B = kept.join(drawn), torch.cat([lost_B, drawn.lost_B])
@@ -131,8 +146,10 @@ class Collector:
         counts = {
             "paths_error": int(lost_B.sum()),
             "groups_dropped": int((lost_B > 0).sum()),
-            "tokens_replaced": tokens_replaced,
+            "tokens_replaced": sum(part.tokens for part in replaced),
         }
+        if replaced:
+            batch = replace(batch, replaced=functools.reduce(ScoredBatch.join, replaced))
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
 
     def weigh(self, batch: ScoredBatch, step: int, state: Mapping[str, Any]) -> Terms:
@@ -156,13 +173,7 @@ class Collector:
         return swaps
 
     def check(self) -> None:
-        """Raise ValueError now for what the first step, or a long prompt in a later one, would
-        refuse."""
-        first = self._questions(step=0, round_=0)
-        if any(score.view == "counterfactual" for score in self.cfg.objective.needs()):
-            self._misled(first, step=0)
-        if self.draws.given:
-            self._given(self.questions, ())
+        """Raise ValueError now for a long prompt that a later step would refuse."""
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -199,34 +210,14 @@ class Collector:
                 requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
             )
         paths = _as_asked(requests, drawn)
+        # Requests stand question by question.
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
 
     def _given(
         self, questions: Sequence[PromptedQuestion], requests: Sequence[SampleRequest]
     ) -> list[Path]:
-        """The responses of the data as paths, of which no sampler knows a log-prob. ValueError for
-        a question with too few, or one that is longer than a drawn path may be."""
-        count, sampling, known = self.draws.prior, self.sampling, {}
-        for q, found in zip(questions, self.responses(questions), strict=True):
-            where = q.question.place or f"question {q.question.id!r}"
-            if len(found) < count:
-                key = self.cfg.data.response_key or "not set"
-                raise ValueError(
-                    f"{where}: got {len(found)} responses, expected {count}; set data.response_key "
-                    f"to what holds them, now {key}, or take the row out"
-                )
-            for z_ids, answer_ids in found[:count]:
-                for ids, most, key in (
-                    (z_ids, sampling.max_new_tokens, "max_new_tokens"),
-                    (answer_ids, sampling.max_answer_tokens, "max_answer_tokens"),
-                ):
-                    # Cut, it would teach never to stop.
-                    if ids.numel() > most and (ids is z_ids or sampling.full_answer):
-                        raise ValueError(
-                            f"{where}: a part of its response has {ids.numel()} tokens, expected "
-                            f"at most {most}; raise rollout.{key}, or take the row out"
-                        )
-            known[q.question.id] = found
+        """The responses of the data as paths, of which no sampler knows a log-prob."""
+        known, sampling = given_responses(self.cfg, questions, self.responses), self.sampling
         paths = []
         for request in requests:
             ids = torch.cat(known[request.question_id][request.index])
@@ -237,13 +228,16 @@ class Collector:
     @property
     def draws_again(self) -> bool:
         """More than the paths of a step's questions may be sampled."""
-        cfg = self.cfg
-        answers = self.scored_views and cfg.scoring.u_source == "accuracy"
-        return bool(answers) or cfg.train.resample_rounds > 0
+        return self.cfg.answers_behind or self.cfg.train.resample_rounds > 0
 
     @property
     def draws(self) -> Draws:
         return self.cfg.objective.draws()
+
+    @property
+    def u_norm(self) -> str:
+        """How U adds up the tokens of an answer."""
+        return self.draws.u_norm or self.cfg.scoring.u_norm
 
     @property
     def scored_views(self) -> dict[Stream, View]:
@@ -251,6 +245,7 @@ class Collector:
         return {
             stream: view
             for stream, view, part, who in self.cfg.objective.needs()
+            # Not `early`: a guard's score of a cut thought is no U.
             if part == "target" and who == "policy" and view in ("teacher", "student")
         }
 
@@ -323,8 +318,13 @@ class Collector:
             drawn["reference"] = reference
         with timer("score"):
             batch = self._columns(questions, drawn, step)
+        guard = guard_only(self.cfg.objective)
         with timer("logps"):
-            return replace(batch, logps=self._logps(batch, step))
+            logps = self._logps(batch, step, self.cfg.objective.needs() - guard)
+        if guard:  # in a pass of its own, so that a run can say what it took
+            with timer("guard"):
+                logps |= self._logps(batch, step, guard)
+        return replace(batch, logps=logps)
 
     def _columns(
         self, questions: Sequence[PromptedQuestion], drawn: Mapping[Stream, Groups], step: int
@@ -349,7 +349,9 @@ class Collector:
             token_limit=self.sampling.limit,
         )
 
-    def _logps(self, batch: ScoredBatch, step: int) -> dict[Score, dict[PathKey, torch.Tensor]]:
+    def _logps(
+        self, batch: ScoredBatch, step: int, needs: Iterable[Score]
+    ) -> dict[Score, dict[PathKey, torch.Tensor]]:
         """What the objective must see of the policy beside U, and of the reference policy: all
         rows of each packed together."""
         logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
@@ -357,7 +359,7 @@ class Collector:
         for who in ("policy", "reference"):
             rows = {
                 score: self._score_rows(batch, score, step)
-                for score in sorted(self.cfg.objective.needs())
+                for score in sorted(needs)
                 if score.who == who and (who, score.part) != ("policy", "target")
             }
             if not rows:
@@ -372,7 +374,7 @@ class Collector:
             scored = dict(zip(map(id, asked), ask(asked), strict=True))
             for score, part in rows.items():
                 logps[score] = {row.path: scored.get(id(row), row.coef) for row in part if row.path}
-        early = (s for s in sorted(self.cfg.objective.needs()) if s.view == "early")
+        early = (s for s in sorted(needs) if s.view == "early")
         return logps | {score: self._early(batch, score.stream) for score in early}
 
     def _early(self, batch: ScoredBatch, stream: Stream) -> dict[PathKey, torch.Tensor]:
@@ -381,16 +383,22 @@ class Collector:
         found, cut = {}, []
         for question, path in batch.pairs(stream):
             found[path.key] = torch.zeros(0, dtype=torch.float64)
-            start = question.answer_end(path.z_ids) - question.answer_ids.numel()
-            if 0 <= 2 * start < path.z_ids.numel():
-                cut.append((question, replace(path, z_ids=path.z_ids[:start], closed=False)))
+            span = self._stated(question, path)
+            if span and 2 * span[0] < path.z_ids.numel():
+                cut.append((question, replace(path, z_ids=path.z_ids[: span[0]], closed=False)))
         utilities = answer_likelihood(
             self.row_logprobs,
             cut,
-            think_close_id=self.sampling.think_close_id,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
+
+    def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
+        """Where a thought first states the answer, in one of its spellings: the tokens before, and
+        those until then."""
+        spellings = (question.question.answer, *question.question.variants)
+        whole = self.cfg.prompt.answer_words
+        return stated(path.z_ids, self.decode, spellings, whole=whole)
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
         """The rows whose log-probs a score is, path by path."""
@@ -403,23 +411,18 @@ class Collector:
         term = Term(
             name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
         )
-        return [part_row(q, path, term, self.sampling.think_close_id) for q, path in pairs]
+        return [part_row(q, path, term) for q, path in pairs]
 
     def _misled(self, questions: Sequence[PromptedQuestion], step: int) -> list[PromptedQuestion]:
-        """The questions with a wrong answer each, in the teacher's prompt: that of another
-        question, a function of (seed, step, question). ValueError where there is none."""
-        # Paths of a question share its prompts, unless an objective gave them fields.
-        keys = [(q.question.id, (*q.fields.items(),)) for q in questions]
-        distinct = dict(zip(keys, questions, strict=True))
-        wrong = wrong_answers(
-            [q.question for q in distinct.values()],
-            sorted({q.question.answer for q in self.questions}),
-            seed=f"{self.cfg.run.seed}/{step}",
+        """See `misled`."""
+        return misled(
+            self.cfg,
+            questions,
+            self.questions,
+            step=step,
+            prompt=self.prompt,
             verify=self.verifier.verify,
         )
-        fields = [dict(q.fields) for q in distinct.values()]
-        misled = dict(zip(distinct, self.prompt(wrong, fields), strict=True))
-        return [misled[key] for key in keys]
 
     def _scored(
         self, stream: Stream, questions: Sequence[PromptedQuestion], groups: Groups, step: int
@@ -430,6 +433,9 @@ class Collector:
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered = self._utilities(stream, pairs, step)
+        if self.draws.attempts and stream != "reference":
+            groups, lost = self._with_attempts(groups, pairs, step)
+            unanswered |= lost
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -442,6 +448,9 @@ class Collector:
             if self.draws.texts
             else None,
         )
+        if self.draws.stated:
+            ends = [span[1] if (span := self._stated(*pair)) else 0 for pair in pairs]
+            columns = replace(columns, stated_BP=torch.tensor(ends, dtype=torch.int64).view(shape))
         return columns, unanswered
 
     def _draw(
@@ -479,13 +488,7 @@ class Collector:
             return terms
 
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
-        return step_questions(
-            self.questions,
-            seed=f"{self.cfg.run.seed}/{round_}",
-            step=step,
-            batch=self.cfg.train.questions_per_step,
-            weights=self.cfg.data.weights,
-        )
+        return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
     def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
         """U of every path; the questions of which the engine gave up a sampled answer."""
@@ -493,26 +496,38 @@ class Collector:
         if not pairs or view is None:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
         if self.cfg.scoring.u_source == "accuracy":
-            verdicts, lost = self._sampled_answers(view, pairs, step)
+            attempts, lost = self._attempts(view, pairs, step)
+            verdicts = torch.tensor([[a.right for a in own] for own in attempts])
             return accuracy_utility(verdicts), lost
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
-            think_close_id=self.sampling.think_close_id,
-            u_norm=self.cfg.scoring.u_norm,
+            u_norm=self.u_norm,
             view=view,
         )
         return utilities, set()
 
-    def _sampled_answers(
+    def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
+        """The paths with the answers sampled behind those that closed, and the questions of which
+        the engine gave up one."""
+        closed = [(question, path) for question, path in pairs if path.closed]
+        # Nobody asks an engine for nothing.
+        found, lost = self._attempts("student", closed, step) if closed else ([], set())
+        known = {path.key: own for (_, path), own in zip(closed, found, strict=True)}
+        return tuple(
+            tuple(replace(path, attempts=known.get(path.key, ())) for path in group)
+            for group in groups
+        ), lost
+
+    def _attempts(
         self, view: View, pairs: Pairs, step: int
-    ) -> tuple[torch.Tensor, set[str]]:
-        """Draw J answers after each thought, under this prompt: their correctness (len(pairs), J),
-        and the questions of which the engine gave up one."""
+    ) -> tuple[list[tuple[Attempt, ...]], set[str]]:
+        """Draw and judge J answers after each thought, under this prompt; and the questions of
+        which the engine gave up one."""
         count = self.cfg.scoring.answer_samples
         requests = []
         for question, path in pairs:
-            prompt = after_thought(question.context(view), path, self.sampling.think_close_id)
+            prompt = after_thought(question, view, path)
             # A name of its own, and J numbers per path: no answer shares its seed with a thought or
             # with an answer to another path.
             name = f"{path.question_id}/answer"
@@ -541,17 +556,104 @@ class Collector:
         # Judged even where one was lost: the matrix keeps its shape, the question is left out.
         golds = [question.question.answer for question, _ in pairs for _ in range(count)]
         verdicts = self.verifier.verify(zip(golds, texts, strict=True))
-        return torch.tensor(verdicts, dtype=torch.float64).view(len(pairs), count), lost
+        made = [
+            Attempt(ids=answer.z_ids, right=bool(right))
+            for answer, right in zip(answers, verdicts, strict=True)
+        ]
+        return [tuple(made[i : i + count]) for i in range(0, len(made), count)], lost
 
     def _correct(self, pairs: Pairs) -> torch.Tensor:
         if not self.sampling.full_answer:
+            # NaN and not 0: nobody has judged.
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
         return answers_correct(
             [path for _, path in pairs],
             [question.question.answer for question, _ in pairs],
             decode=self.decode,
             verify=self.verifier.verify,
+            tag=self.sampling.tag,
         )
+
+
+def check_questions(
+    cfg: Config,
+    questions: Sequence[PromptedQuestion],
+    *,
+    prompt: Prompt,
+    responses: Responses,
+    verify: Verify,
+) -> None:
+    """Raise ValueError for questions that no step, or not the first, could be made of: before any
+    weight is read. A collective where `verify` is one."""
+    first = round_questions(cfg, questions, step=0)
+    if any(score.view == "counterfactual" for score in cfg.objective.needs()):
+        # For its error: questions that share one answer have no wrong one.
+        misled(cfg, first, questions, step=0, prompt=prompt, verify=verify)
+    if cfg.objective.draws().given:
+        # Of all questions: a run may come to the last of them after hours.
+        given_responses(cfg, questions, responses)
+
+
+def given_responses(
+    cfg: Config, questions: Sequence[PromptedQuestion], responses: Responses
+) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The responses that the data gives to each question, by its id, as thought and answer.
+
+    ValueError for questions with too few, or with one that is longer than a drawn path may be.
+    """
+    count, rollout, known = cfg.objective.draws().prior, cfg.rollout, {}
+    few, long = list[str](), list[tuple[str, int, str]]()
+    for q, found in zip(questions, responses(questions), strict=True):
+        where = q.question.place or f"question {q.question.id!r}"
+        if len(found) < count:
+            few.append(f"{where}: got {len(found)} responses, expected {count}")
+        for z_ids, answer_ids in found[:count]:
+            # Cut, it would teach never to stop.
+            if z_ids.numel() > rollout.max_new_tokens:
+                long.append((where, z_ids.numel(), "max_new_tokens"))
+            elif rollout.full_answer and answer_ids.numel() > rollout.max_answer_tokens:
+                long.append((where, answer_ids.numel(), "max_answer_tokens"))
+        known[q.question.id] = found
+    if few:
+        key = cfg.data.response_key or "not set"
+        raise ValueError(
+            f"{few[0]} ({len(few)} of {len(questions)} questions have too few); set "
+            f"data.response_key to what holds them, now {key}, or take these rows out"
+        )
+    if long:
+        where, tokens, key = long[0]
+        most = max(n for _, n, k in long if k == key)
+        raise ValueError(
+            f"{where}: a part of its response has {tokens} tokens, expected at most "
+            f"{getattr(rollout, key)} ({len(long)} responses of {len(questions)} questions are too "
+            f"long, this part of one has {most}); raise rollout.{key}, or take these rows out"
+        )
+    return known
+
+
+def misled(
+    cfg: Config,
+    questions: Sequence[PromptedQuestion],
+    pool: Sequence[PromptedQuestion],
+    *,
+    step: int,
+    prompt: Prompt,
+    verify: Verify,
+) -> list[PromptedQuestion]:
+    """The questions with a wrong answer each, in the teacher's prompt: that of another question of
+    `pool`, a function of (seed, step, question). ValueError where there is none."""
+    # Paths of a question share its prompts, unless an objective gave them fields.
+    keys = [(q.question.id, (*q.fields.items(),)) for q in questions]
+    distinct = dict(zip(keys, questions, strict=True))
+    wrong = wrong_answers(
+        [q.question for q in distinct.values()],
+        sorted({q.question.answer for q in pool}),
+        seed=f"{cfg.run.seed}/{step}",
+        verify=verify,
+    )
+    fields = [dict(q.fields) for q in distinct.values()]
+    found = dict(zip(distinct, prompt(wrong, fields), strict=True))
+    return [found[key] for key in keys]
 
 
 def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:

@@ -15,10 +15,12 @@ from vpgea_fast.book import merge
 from vpgea_fast.metrics import ModelFlops, eps3, mfu
 from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
-from vpgea_fast.rows import part_row
+from vpgea_fast.rollout.engine import prompt_digest
+from vpgea_fast.rows import part_rows
 from vpgea_fast.types import (
     ScoredBatch,
     ScoredPaths,
+    Stream,
     TrainRow,
     View,
 )
@@ -30,9 +32,13 @@ Scored = Sequence[tuple[TrainRow, torch.Tensor]]
 """Rows, each with its log-probs just before an update."""
 
 
-def batch_metrics(batch: ScoredBatch) -> dict[str, float | None]:
+def batch_metrics(batch: ScoredBatch, *, given: bool = False) -> dict[str, float | None]:
     """Compute lengths, truncation and utility quantiles of every stream, and accuracies where
-    answers were verified."""
+    answers were verified. `given`: the prior paths are responses of the data, and say nothing of
+    the student."""
+    if given:
+        found = _stream_metrics(batch.prior, name="data", who="data")
+        return {key: found[key] for key in ("len_data", "acc_data") if key in found}
     drawn = batch.reference
     return merge(
         _stream_metrics(batch.prior, name="prior", who="student"),
@@ -227,17 +233,20 @@ def work_metrics(
     rows: Sequence[TrainRow],
     *,
     seconds: dict[str, float],
+    given: bool = False,
 ) -> dict[str, float | int]:
-    """Count tokens generated, trained, and not trained because their coefficient is zero."""
+    """Count tokens generated (none of responses that are `given`), trained, and not trained because
+    their coefficient is zero."""
     # What a step would train if nothing were gated off, term by term.
     possible = sum(
-        part_row(question, path, term).tokens
+        row.tokens
         for term in terms.parts
         for question, path in batch.pairs(term.stream)
+        for row, _ in part_rows(question, path, term)
     )
     trained = sum(row.tokens for row in rows)
     # Replaced questions are in no batch, but their paths took as long to draw.
-    generated = batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
+    generated = 0 if given else batch.tokens + (terms.metrics.get("tokens_replaced") or 0)
     counts = {
         "tokens_generated": generated,
         "tokens_trained": trained,
@@ -278,35 +287,62 @@ def path_records(
     *,
     step: int,
     limit: int,
+    temperature: float,
 ) -> list[dict[str, Any]]:
-    """Return the first `limit` paths of each stream with their scores, for paths.jsonl."""
+    """Return the first `limit` paths of each stream with their scores, for paths.jsonl; behind
+    those of the batch come the paths of questions that it has replaced."""
     records: list[dict[str, Any]] = []
-    for stream, columns in batch.streams.items():
+    for stream in batch.streams:
         scores = terms.path_scores.get(stream, {})
         # From the first question on: a reader wants whole groups, not a random handful.
-        places = [(b, i, p) for b, group in enumerate(columns.paths) for i, p in enumerate(group)]
-        for b, i, path in places[:limit]:
-            correct = columns.correct_BP[b, i].item()
-            records.append(
-                {
-                    "step": step,
-                    "question_id": path.question_id,
-                    "stream": stream,
-                    "index": path.index,
-                    "length": path.length,
-                    "finish": path.finish,
-                    "closed": path.closed,
-                    "correct": None if math.isnan(correct) else bool(correct),
-                    **{name: matrix[b, i].item() for name, matrix in scores.items()},
-                    "text": decode(path.z_ids),
-                    "answer": decode(path.answer_ids),
-                    "ids": path.z_ids.tolist(),
-                    "logps": _short(path.logps),
-                    "answer_ids": path.answer_ids.tolist(),
-                    "answer_logps": _short(path.response_logps[path.z_ids.numel() :]),
-                }
-            )
-    return records
+        own = _path_lines(batch, stream, scores, decode, limit=limit)
+        if batch.replaced is not None:
+            rest = {"limit": limit - len(own), "replaced": True}
+            own += _path_lines(batch.replaced, stream, scores, decode, **rest)
+        records += own
+    # `logps` are of this temperature: at another one they are log-probs of another distribution.
+    return [{"step": step, **record, "temperature": temperature} for record in records]
+
+
+def _path_lines(
+    batch: ScoredBatch,
+    stream: Stream,
+    scores: Mapping[str, torch.Tensor],
+    decode: Callable[[torch.Tensor], str],
+    *,
+    limit: int,
+    replaced: bool = False,
+) -> list[dict[str, Any]]:
+    """Say of the first `limit` paths of a stream all but the step; `scores` of a replaced question
+    are not known."""
+    columns, view = batch.stream(stream), batch.drawn_in(stream)
+    pairs, count = batch.pairs(stream)[:limit], columns.correct_BP.shape[1]
+    lines = []
+    for place, (question, path) in enumerate(pairs):
+        # (b, i): `pairs` goes through a question's paths before the next one's.
+        at = divmod(place, count)
+        correct = columns.correct_BP[at].item()
+        lines.append(
+            {
+                "question_id": path.question_id,
+                "stream": path.stream,
+                "index": path.index,
+                "length": path.length,
+                "finish": path.finish,
+                "closed": path.closed,
+                "correct": None if math.isnan(correct) else bool(correct),
+                "replaced": replaced,
+                "prompt": prompt_digest(question.context(view)),
+                **{name: None if replaced else of[at].item() for name, of in scores.items()},
+                "text": decode(path.z_ids),
+                "answer": decode(path.answer_ids),
+                "ids": path.z_ids.tolist(),
+                "logps": _short(path.logps),
+                "answer_ids": path.answer_ids.tolist(),
+                "answer_logps": _short(path.response_logps[path.z_ids.numel() :]),
+            }
+        )
+    return lines
 
 
 def _short(logps: torch.Tensor) -> list[float]:

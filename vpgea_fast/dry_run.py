@@ -14,6 +14,7 @@ from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
 from vpgea_fast.check import Target, check_config, slow_engine, target
+from vpgea_fast.collect import check_questions
 from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
@@ -21,9 +22,8 @@ from vpgea_fast.data import (
     Judge,
     LoadedQuestions,
     load_training,
-    step_questions,
 )
-from vpgea_fast.intake import ALONE, open_text, read
+from vpgea_fast.intake import ALONE, Intake, open_text, read, read_records
 from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
@@ -81,6 +81,7 @@ def dry_run(
         judge = console.watched(verifier.accepts_itself, "reference answers")
         training = functools.partial(_questions, say=say)
         intake = read(reachable, text, judge, ALONE, training=training)
+        _check_questions(cfg, intake, verifier)
     # The workers that judged are gone; from here on it is arithmetic.
     questions, benchmarks = intake.questions, intake.benchmarks
     for line in intake.lines():
@@ -97,9 +98,10 @@ def dry_run(
     # Quantiles: one long prompt in a thousand decides the room of every path.
     for view, lengths in length_report(questions).items():
         say(f"{view} prompt tokens: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
-    if questions[0].question not in SAMPLE_QUESTIONS:  # the error that the run would end with
-        batch, weights = cfg.train.questions_per_step, cfg.data.weights
-        step_questions(questions, seed=cfg.run.seed, step=0, batch=batch, weights=weights)
+    if not _stand_in(intake):
+        records = read_records(cfg, intake)
+        for line in () if records is None else records.notes:
+            say(line)
     _say_benchmarks(benchmarks, say)
     # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_reference(cfg, text.config, text.tokenizer)
@@ -125,6 +127,18 @@ def _questions(cfg: DataConfig, *, parseable: Judge, say: Say) -> LoadedQuestion
     names = ", ".join(remote)
     say(f"data: {reason}; {ITEMS} built-in questions stand in, the run itself needs {names}")
     return LoadedQuestions(SAMPLE_QUESTIONS)
+
+
+def _stand_in(intake: Intake) -> bool:
+    return intake.questions[0].question in SAMPLE_QUESTIONS
+
+
+def _check_questions(cfg: Config, intake: Intake, verifier: Verifier) -> None:
+    """Raise the error that the run would end with, if these are its questions."""
+    if not _stand_in(intake):
+        prompter = intake.text.prompter
+        known = {"prompt": prompter.prompt, "responses": prompter.responses}
+        check_questions(cfg, intake.questions, **known, verify=verifier.verify)
 
 
 def _reachable(cfg: Config, say: Say) -> EvalConfig:

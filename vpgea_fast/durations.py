@@ -281,12 +281,13 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     train = flops.row(row, round(drawn)) / (peak * mfu)
     # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
     rows = posterior * (1 + rates.accepted) or prior
-    rows += (posterior * rates.accepted or prior) * draws.targets + (prior if draws.joint else 0)
+    behind = draws.targets + draws.answer_rows  # as if every sampled answer were right
+    rows += (posterior * rates.accepted or prior) * behind + (prior if draws.joint else 0)
 
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    elif scores_answers(objective):  # J short answers behind every thought, which they share
+    if cfg.answers_behind:  # J short answers behind every thought, which they share
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,
@@ -294,7 +295,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
             mean=min(rates.answer, cfg.rollout.max_answer_tokens),
             limit=cfg.rollout.max_answer_tokens,
         )
-        scoring = _drawing(cfg, rates, sizes, answers)
+        scoring += _drawing(cfg, rates, sizes, answers)
     # Importance weights: one forward more of the paths in the view that drew them.
     if cfg.rollout.importance_cap is not None:
         scoring += (posterior or rows) * whole

@@ -60,6 +60,7 @@ class Evaluator:
         verifier: Verifier,
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
+        # Whatever training draws: without an answer there is nothing to judge.
         self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
         self.benchmarks = benchmarks
         for benchmark in benchmarks.values():
@@ -155,6 +156,7 @@ class Evaluator:
         benchmarks   the same for each, without eps3_mean
         """
         parts = self.parts()
+        # A call of the engine per part: all processes take their share of each.
         one = functools.partial(self._draw, on_progress=on_progress, keep=keep)
         drawn = draw(parts) if draw is not None else [one(part) for part in parts]
         found: dict[str, list[tuple[Part, list[Outcome]]]] = {}
@@ -167,12 +169,13 @@ class Evaluator:
         warm = replace(self.sampling, temperature=self.cfg.temperature, top_p=self.cfg.top_p)
         return {
             "sampled": (self.cfg.samples, warm),
+            # One at most: more of them would be the same answer.
             "greedy": (int(self.cfg.greedy), replace(self.sampling, temperature=0.0)),
         }
 
     def _mode(self, found: Sequence[tuple[Part, list[Outcome]]]) -> dict[str, Any]:
         results = {part.benchmark: _answers(part, outcomes) for part, outcomes in found}
-        whole = measure(results, seed=self.cfg.seed)
+        whole = measure(results)
         # What was asked of none of them is known to the benchmarks alone.
         dropped = {name: sum(self.benchmarks[name].dropped.values()) for name in results}
         for name, part in whole["benchmarks"].items():
@@ -192,7 +195,8 @@ class Evaluator:
 
     def judge(self, paths: Sequence[Path], golds: Sequence[str]) -> torch.Tensor:
         """Judge every path against its gold answer: (len(paths),) float64 of 1.0 and 0.0."""
-        return answers_correct(paths, golds, decode=self.decode, verify=self.verifier.verify)
+        asked: Any = {"decode": self.decode, "verify": self.verifier.verify}
+        return answers_correct(paths, golds, **asked, tag=self.sampling.tag)
 
     def answers(
         self,
@@ -221,6 +225,7 @@ def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
         tokens_QK=column((o.tokens for o in outcomes), torch.int64),
         cut_QK=column((o.finish == "length" for o in outcomes), torch.bool),
         error_QK=column((o.finish == "error" for o in outcomes), torch.bool),
+        # Nobody votes: predictions are kept in records, and an outcome has none.
         votes_QK=column((-1 for _ in outcomes), torch.int64),
     )
 
@@ -236,7 +241,7 @@ def make_sampling(
     rows = causal_lm.get_input_embeddings().weight.shape[0]
     ends = eos_ids(tokenizer, causal_lm.generation_config)
     # The largest id decides: the embedding has rows 0 to rows - 1.
-    largest = max(prompter.think_open_id, prompter.think_close_id, *ends)
+    largest = max(*prompter.think_open_ids, *prompter.think_close_ids, *ends)
     if largest >= rows:
         raise ValueError(
             f"the tokenizer's {tokenizer.convert_ids_to_tokens(largest)!r} is token {largest}, but "
@@ -249,7 +254,8 @@ def make_sampling(
         full_answer=cfg.full_answer,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        think_close_id=prompter.think_close_id,
+        think_close_id=-1 if prompter.tag else prompter.think_close_ids[0],
+        tag=prompter.tag,
         eos_ids=ends,
     )
 
@@ -276,21 +282,20 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(cfg: Config, world: World | None = None) -> Iterator[OpenModel]:
-    """Open the model directory `cfg.model.path` with `cfg.engine.name`, after `open_text`; whole in
-    each process of `world`, on its device."""
-    text = open_text(cfg)
+def open_model(
+    cfg: Config, text: ModelText, verifier: Verifier, world: World | None = None
+) -> Iterator[OpenModel]:
+    """Open the model directory `cfg.model.path` with `cfg.engine.name`; whole in each process of
+    `world`, on its device. `text` is what `open_text` says of it."""
     device = pick_device(cfg.model.device) if world is None else world.device
-    # Workers come up in the background while the model loads.
-    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
-        causal_lm, engine, weights = _model_and_engine(cfg, World(device))
-        try:
-            # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
-            if weights is not None:
-                engine.load_weights(weights)
-            yield OpenModel(text, causal_lm, engine, verifier)
-        finally:
-            engine.close()
+    causal_lm, engine, weights = _model_and_engine(cfg, World(device))
+    try:
+        # Inside the `try`: a hand-over that fails must not leave vLLM's processes behind.
+        if weights is not None:
+            engine.load_weights(weights)
+        yield OpenModel(text, causal_lm, engine, verifier)
+    finally:
+        engine.close()
 
 
 def evaluate_step(
@@ -337,17 +342,45 @@ def evaluate_model(
 
     Returns the result of `Evaluator.run`. `console` shows what is drawn and the time left.
     """
-    with open_model(cfg, None if record is None else record.world) as model:
-        judge = model.verifier.accepts_itself
+    text, world = open_text(cfg), None if record is None else record.world
+    # Workers come up in the background while the questions are read.
+    with Verifier.configured(cfg.verify) as verifier:  # refuses a custom target, too
+        judge = verifier.accepts_itself
         if console is not None:
             judge = console.watched(judge, "reference answers")
-        evaluator = model.evaluator(cfg, read_benchmarks(cfg, model.text, judge))
-        if console is not None:
-            for line in evaluator.describe():
-                console.message(line)
-        if record is not None:
-            return _recorded(cfg, evaluator, console, record)
-        return evaluator.run(None if console is None else console.samples(evaluator.samples))
+        # Before the weights: their errors must not wait for minutes of reading.
+        benchmarks = read_benchmarks(cfg, text, judge)
+        with open_model(cfg, text, verifier, world) as model:
+            return _evaluated(cfg, model.evaluator(cfg, benchmarks), verifier, console, record)
+
+
+def _evaluated(
+    cfg: Config,
+    evaluator: Evaluator,
+    verifier: Verifier,
+    console: Console | None,
+    record: Record | None,
+) -> dict[str, dict[str, Any]]:
+    """Draw and judge, and say what was not judged. A collective with a record."""
+    if console is not None:
+        for line in evaluator.describe():
+            console.message(line)
+    # From here: a reference answer without a verdict has been dropped and told before.
+    unjudged = verifier.unjudged
+    if record is not None:
+        results = _recorded(cfg, evaluator, console, record)
+    else:
+        total = evaluator.samples
+        results = evaluator.run(None if console is None else console.samples(total))
+    lost = verifier.unjudged - unjudged
+    if record is not None:
+        lost = sum(record.world.gather(lost))
+    if console is not None and lost:
+        console.message(
+            f"verdicts that are missing, whose answers count as wrong: {lost}; judging took "
+            f"more than verify.timeout_s ({cfg.verify.timeout_s:g} s), or ended its process"
+        )
+    return results
 
 
 def _recorded(
@@ -357,8 +390,9 @@ def _recorded(
     note = console.message if console is not None else lambda _: None
     world, wave = record.world, evaluator.engine.wave
     header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    plan = {key: value for part in evaluator.parts() for key, value in part.plan.items()}
     with open_folder(
-        record.folder, header=header, world=world, resume=record.resume, note=note
+        record.folder, header=header, world=world, plan=plan, resume=record.resume, note=note
     ) as folder:
         recorder = Recorder(
             folder,

@@ -24,14 +24,17 @@ from vpgea_fast.data import (
     load_benchmarks,
     load_training,
     long_targets,
+    round_questions,
     unfit,
     write_dropped,
 )
 from vpgea_fast.distributed import World
 from vpgea_fast.model_dir import check_vocabulary, load_generation_config, load_tokenizer
+from vpgea_fast.objectives import at_step
 from vpgea_fast.prompts import Prompter, eos_ids
-from vpgea_fast.rollout.engine import slot_of
+from vpgea_fast.rollout.engine import prompt_digest, slot_of
 from vpgea_fast.rollout.factory import check_engine
+from vpgea_fast.rollout.replay import Expected, Records
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.weights import load_config
 
@@ -146,6 +149,48 @@ def read_benchmarks(cfg: Config, text: ModelText, judge: Judge) -> dict[str, Ben
     benchmarks = load_benchmarks(cfg.eval, cfg.data, text.prompter, parseable=judge)
     _list_dropped(cfg, ALONE, [benchmark.loaded for benchmark in benchmarks.values()])
     return benchmarks
+
+
+def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
+    """Read the recorded paths of engine `replay` and hold them to what the run will ask for from
+    step `first` on; None for another engine.
+
+    Errors: RecordError for files that are damaged, of other paths, or with a gap.
+    """
+    if cfg.engine.name != "replay":
+        return None
+    draws = cfg.objective.draws()
+    # A path's own values decide its prompt: then it is compared when the path is asked for.
+    prompts = {
+        (q.question.id, stream): prompt_digest(q.context(view))
+        for q in intake.questions
+        for stream, view, count in draws.plan
+        if count and not draws.fields
+    }
+    expected = Expected(
+        intake.text.decode,
+        vocabulary=intake.text.config.vocab_size,
+        questions={q.question.id: q.question.text for q in intake.questions},
+        prompts=prompts,
+        temperature=cfg.rollout.temperature,
+    )
+    records = Records(cfg.replay, expected)
+    if not draws.given:  # those paths come from the data
+        records.require(_wanted(cfg, intake.questions, first))
+    return records
+
+
+def _wanted(
+    cfg: Config, questions: Sequence[PromptedQuestion], first: int
+) -> Iterator[tuple[int, str, str, int]]:
+    """Step from 1, question, stream and index of every path of the steps from `first` on, but for
+    questions that replace others: which those are depends on the weights."""
+    for step in range(first, cfg.train.steps):
+        plan = at_step(cfg.objective, step).draws().plan
+        for question in round_questions(cfg, questions, step=step):
+            for stream, _, count in plan:
+                for index in range(count):
+                    yield step + 1, question.question.id, stream, index
 
 
 def _list_dropped(cfg: Config, world: World, loaded: Sequence[LoadedQuestions]) -> None:

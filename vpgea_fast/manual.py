@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -28,6 +27,7 @@ from pydantic import TypeAdapter
 
 from vpgea_fast import book, config
 from vpgea_fast.config.schema import fields_of, records_at, records_of
+from vpgea_fast.values import nearest
 
 ROOT = Path(__file__).parent
 LONG = 60
@@ -120,7 +120,7 @@ def section(name: str) -> list[Section]:
         # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
         owners = [part.title for part in known for key in part.keys if key.name == name]
         # Sections first: the command asks for one.
-        near = [*difflib.get_close_matches(name, names, n=1), *owners]
+        near = [*filter(None, [nearest(name, names)]), *owners]
         hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
         raise SectionError(f"got section {name!r}; {hint}")
     return found

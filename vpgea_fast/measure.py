@@ -41,6 +41,11 @@ class Measure:
     def on_cuda(self) -> bool:
         return self.policy.device.type == "cuda"
 
+    @property
+    def given(self) -> bool:
+        """Responses of the data stand for drawn paths."""
+        return self.cfg.objective.draws().given
+
     def importance(
         self, batch: ScoredBatch, terms: Terms
     ) -> tuple[dict[PathKey, torch.Tensor] | None, dict[str, float]]:
@@ -102,7 +107,8 @@ class Measure:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
         # A lost path is no short or wrong one, so its question is in no mean.
         whole = batch.whole
-        return merge(diagnostics.batch_metrics(whole) if whole else {}, terms.metrics)
+        found = diagnostics.batch_metrics(whole, given=self.given) if whole else {}
+        return merge(found, terms.metrics)
 
     def view_divergence(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """KL and entropies of the two views on whole posterior paths: two no-grad heads. Questions
@@ -128,8 +134,14 @@ class Measure:
 
     def records(self, batch: ScoredBatch, terms: Terms, step: int) -> list[dict[str, Any]]:
         """The lines for paths.jsonl."""
-        limit = self.cfg.metrics.paths_per_step
-        return diagnostics.path_records(batch, terms, self.decode, step=step, limit=limit)
+        return diagnostics.path_records(
+            batch,
+            terms,
+            self.decode,
+            step=step,
+            limit=self.cfg.metrics.paths_per_step,
+            temperature=self.cfg.rollout.temperature,
+        )
 
     def cost(
         self,
@@ -153,10 +165,11 @@ class Measure:
             device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
-        work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds)
-        # An objective that says what its guard caught is told what that cost.
+        work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds, given=self.given)
+        # An objective that says what its guard caught is told what that cost; nothing where all
+        # that it reads is read by something else, too.
         guard = (
-            {"time_guard_ratio": seconds["time_logps_s"] / sum(seconds.values())}
+            {"time_guard_ratio": seconds.get("time_guard_s", 0.0) / sum(seconds.values())}
             if "guard_caught" in terms.metrics
             else {}
         )

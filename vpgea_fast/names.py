@@ -21,9 +21,13 @@ answer, that of another question, drawn anew at every step; or `early`, of part 
 student's and the thought cut before it first states the answer. Nothing is drawn or trained in the
 last two."""
 
-Part = Literal["thought", "response", "answer", "target"]
+Part = Literal["thought", "response", "answer", "target", "attempts"]
 """Tokens of a path. `thought`: z. `response`: z and the answer sampled after it. `answer`: that
-answer alone. `target`: the reference answer behind the thought and its cue."""
+answer alone. `target`: the reference answer behind the thought and its cue. `attempts`: the right
+ones of the answers sampled behind the thought to score it, which share the path's weight."""
+
+BEHIND: tuple[Part, ...] = ("target", "attempts")
+"""Parts that were not drawn with the path, and stand behind its thought."""
 
 Who = Literal["policy", "reference"]
 """Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
@@ -38,6 +42,7 @@ PathKey = tuple[str, Stream, int]
 class Score(NamedTuple):
     """Log-probs that an objective must see: of a part of every path of a stream, under a prompt."""
 
+    # Their order is kept in checkpoints, which hold a score as a plain tuple.
     stream: Stream
     view: Context
     part: Part

@@ -380,9 +380,7 @@ def _unused(plan: Plan) -> set[str]:
         "offload_mfu": cfg.parallel.cpu_offload,
         "decode": not cfg.samples_itself,
         "hf_decode": cfg.samples_itself,
-        "answer": cfg.rollout.full_answer
-        or plan.answers
-        or (scores_answers(cfg.objective) and cfg.scoring.u_source == "accuracy"),
+        "answer": cfg.rollout.full_answer or plan.answers or cfg.answers_behind,
         "accepted": cfg.objective.draws().posterior,
         "wake": cfg.colocated,
         "write": not cfg.checkpoint.background,
@@ -431,7 +429,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
     draws = objective.draws()
     # At most: every posterior path is trained under both prompts.
     rows = 2 * draws.posterior or draws.prior
-    rows += (draws.posterior or draws.prior) * draws.targets + draws.prior * draws.joint
+    behind = draws.targets + draws.answer_rows
+    rows += (draws.posterior or draws.prior) * behind + draws.prior * draws.joint
     rows *= questions
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))

@@ -47,6 +47,7 @@ class Reference:
 
     def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
+        # That of the draw: the KL compares with the policy's log-probs at the same one.
         passes, temperature = self.passes, self.cfg.rollout.temperature
 
         def score(model: Policy) -> list[torch.Tensor]:
@@ -107,6 +108,7 @@ class Reference:
         how = replace(
             cfg.model,
             path=reference_path(cfg),
+            # Without a backward nothing is kept, and nothing needs computing twice.
             activation_checkpointing="none",
             master_dtype=reference_dtype(cfg.model, sharded=self.world.mesh is not None),
             # What is read anew each time would be compiled anew.
@@ -139,9 +141,11 @@ def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
     if path is None or not reads_reference(cfg.objective):
         return
     where = f"model.reference_path: got {path}"
+    # Modules without storage: config.json alone gives the shapes, and the dtype plays no part.
     outlines = [without_storage(cfg.model.path, torch.float32, model_config)]
     outlines.append(without_storage(path, torch.float32, load_config(path)))
     ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in outlines)
+    # Pairs of one side alone: a name that the other lacks, or has in another shape.
     if other := sorted(dict(ours.items() ^ theirs.items())):
         name = other[0]
         raise ModelError(

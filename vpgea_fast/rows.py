@@ -17,13 +17,14 @@ outside, so no split into micro-batches or ranks can change the gradient.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from vpgea_fast.config import Config
-from vpgea_fast.names import Norm
+from vpgea_fast.names import BEHIND, Norm
 from vpgea_fast.objectives import Term, Terms
 from vpgea_fast.scoring import after_thought
 from vpgea_fast.types import (
@@ -69,13 +70,11 @@ def build_rows(
     terms: Terms,
     scale: Scale,
     *,
-    think_close_id: int = -1,
     ratios: Mapping[PathKey, torch.Tensor] | None = None,
     several: bool = False,
 ) -> list[TrainRow]:
     """One row for every path of a term that acts on it; the others do not exist.
 
-    think_close_id  closes a cut thought before the reference answer (part `target` alone)
     ratios          a factor per token for paths drawn by another sampler than the policy, under
                     every prompt alike: as many numbers as the path has tokens, or more. Of the KL
                     to a reference too, which is a mean over what the policy would draw
@@ -93,10 +92,11 @@ def build_rows(
         for (question, path), acting, weight, close, factor in columns:
             if not acting:
                 continue
-            row = part_row(question, path, term, think_close_id)
-            if row.token_ids.numel():
-                weight = _with_close(row, path, weight, close)
-                row = _weigh(row, term, path, weight=weight, scale=factor, ratios=ratios)
+            for row, share in part_rows(question, path, term):
+                if not row.token_ids.numel():
+                    continue
+                own = _with_close(row, path, share * weight, close)
+                row = _weigh(row, term, path, weight=own, scale=factor, ratios=ratios)
                 live = term.later if several and term.later else term.live
                 row = replace(row, live=live, reference=_reference(batch, term, path))
                 # Under another prompt the sampler's log-probs are no measure of the trainer's.
@@ -158,8 +158,8 @@ def _weigh(
                 f"objective, term {term.name!r}: factors of path {path.key}: got {got}; expected "
                 f"{tokens[0]} finite numbers"
             )
-    # The reference answer was not drawn, so no sampler is corrected on it.
-    if ratios is not None and term.part != "target":
+    # What was not drawn with the path has no ratio of it.
+    if ratios is not None and term.part not in BEHIND:
         # A ratio per drawn token, thought first: an answer's begin behind the thought.
         start = path.z_ids.numel() if term.part == "answer" else 0
         ratio = ratios[path.key][start:][: tokens[0]]
@@ -184,7 +184,7 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
     rows: dict[PathKey, TrainRow] = {}
     for term in terms.parts:
         # Behind a thought the answer is drawn too, so its log-probs are those of the response.
-        part: Part = "thought" if term.part in ("thought", "target") else "response"
+        part: Part = "thought" if term.part in ("thought", *BEHIND) else "response"
         view = batch.drawn_in(term.stream)
         # Under the prompt of the draw: another one's log-probs say nothing about the sampler.
         own = replace(term, part=part, view=view, live=None, later=None, distilled=False)
@@ -199,9 +199,21 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
     return rows
 
 
-def part_row(
-    question: PromptedQuestion, path: Path, term: Term, think_close_id: int = -1
-) -> TrainRow:
+def part_rows(question: PromptedQuestion, path: Path, term: Term) -> list[tuple[TrainRow, float]]:
+    """The rows of a path for a term, each with its share of the path's weight: one row, but for
+    `attempts`. Of those the first right ones have the same share, and equal ones are one row."""
+    if term.part != "attempts":
+        return [(part_row(question, path, term), 1.0)]
+    context = torch.cat([question.context(term.view), path.z_ids])
+    # A row costs the whole thought again, and short answers are mostly the same one.
+    right = Counter([tuple(a.ids.tolist()) for a in path.attempts if a.right][: term.first])
+    return [
+        (_row(path, term, context, torch.tensor(ids, dtype=torch.long)), count / right.total())
+        for ids, count in right.items()
+    ]
+
+
+def part_row(question: PromptedQuestion, path: Path, term: Term) -> TrainRow:
     """The part of a path that a term trains behind its context; coefficients zero."""
     context, logps = question.context(term.view), None
     if term.part == "thought":
@@ -209,11 +221,22 @@ def part_row(
     elif term.part == "response":
         tokens, logps = path.response_ids, path.response_logps
     elif term.part == "answer":
+        # No close is put in: only behind a closed thought an answer is drawn.
         context, tokens = torch.cat([context, path.z_ids]), path.answer_ids
         logps = path.response_logps[path.z_ids.numel() :]
     else:
-        thought = after_thought(context, path, think_close_id)
+        thought = after_thought(question, term.view, path)
         context, tokens = torch.cat([thought, question.cue_ids]), question.target_ids
+    return _row(path, term, context, tokens, logps)
+
+
+def _row(
+    path: Path,
+    term: Term,
+    context: torch.Tensor,
+    tokens: torch.Tensor,
+    logps: torch.Tensor | None = None,
+) -> TrainRow:
     return TrainRow(
         context_ids=context,
         token_ids=tokens,
@@ -260,7 +283,7 @@ def _normaliser(
         constant = scale.constant if scale.norm == "const" else 1.0
         return (per_path / constant).expand_as(weight_BP)
     # The answer behind a thought weighs as much as the thought: they are one path of the formula.
-    part = "thought" if term.part == "target" else term.part
+    part = "thought" if term.part in BEHIND else term.part
     tokens_BP = batch.token_counts(term.stream, part)
     if scale.norm == "seq_mean":
         return per_path / tokens_BP

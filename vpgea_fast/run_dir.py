@@ -90,6 +90,11 @@ class RunDir:
         step = 0 if saved is None else saved.step
         self.world.on_main(lambda: self._cut_logs(step, alarms))
 
+    def newest(self) -> int:
+        """Read the step of the newest checkpoint; 0 without one. A collective."""
+        # Process 0's reading for all: a shared disk may show the others an older folder.
+        return self.world.gather(max(checkpoint.saved_steps(self.path), default=0))[0]
+
     def worth(self, saved: checkpoint.Checkpoint | None) -> dict[int, float]:
         """Read step -> checkpoint.keep_best of the evaluations so far. A collective."""
         best = self.cfg.checkpoint.keep_best

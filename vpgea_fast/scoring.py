@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from vpgea_fast.spans import Tag
 from vpgea_fast.types import Path, PromptedQuestion, Question, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
@@ -26,7 +27,6 @@ def answer_likelihood(
     row_logprobs: RowsFn,
     paths: Sequence[tuple[PromptedQuestion, Path]],
     *,
-    think_close_id: int,
     u_norm: str = "sum",
     view: View = "student",
 ) -> torch.Tensor:
@@ -36,9 +36,7 @@ def answer_likelihood(
     """
     rows = [
         score_row(
-            torch.cat(
-                [after_thought(question.context(view), path, think_close_id), question.cue_ids]
-            ),
+            torch.cat([after_thought(question, view, path), question.cue_ids]),
             ids,
         )
         for question, path in paths
@@ -55,11 +53,11 @@ def answer_likelihood(
     return torch.stack([part.logsumexp(0) for part in torch.stack(scores).split(spellings)])
 
 
-def after_thought(context: torch.Tensor, path: Path, think_close_id: int) -> torch.Tensor:
+def after_thought(question: PromptedQuestion, view: View, path: Path) -> torch.Tensor:
     """Join the context and z, and close a thought that was cut."""
-    # Without the token the cue would read as more thought, and U of a cut path would mean nothing.
-    close = [] if path.closed else [torch.tensor([think_close_id])]
-    return torch.cat([context, path.z_ids, *close])
+    # Still open the cue would read as more thought, and U of a cut path would mean nothing.
+    close = [] if path.closed else [question.close_ids]
+    return torch.cat([question.context(view), path.z_ids, *close])
 
 
 def answers_correct(
@@ -68,17 +66,29 @@ def answers_correct(
     *,
     decode: Callable[[torch.Tensor], str],
     verify: Callable[[list[tuple[str, str]]], list[bool]],
+    tag: Tag | None = None,
 ) -> torch.Tensor:
     """Judge every path, (len(paths),) float64: 1.0 for a right answer, else 0.0.
 
-    Only the text behind a closed thought is an answer.
+    Only the text behind a closed thought is an answer; `tag` as in `answer_text`.
     """
     # A cut thought is not even decoded: a checker must not find an answer inside a thought.
     closed = [number for number, path in enumerate(paths) if path.closed]
-    texts = [(golds[number], decode(paths[number].answer_ids)) for number in closed]
+    texts = [(golds[number], answer_text(paths[number], decode, tag)) for number in closed]
     correct = torch.zeros(len(paths), dtype=torch.float64)
     correct[closed] = torch.tensor(verify(texts), dtype=torch.float64)
     return correct
+
+
+def answer_text(path: Path, decode: Callable[[torch.Tensor], str], tag: Tag | None) -> str:
+    """Decode what follows a closed thought. Where a tag of several tokens closed it, the last of
+    them may hold the answer's first letters."""
+    if tag is not None:
+        text = decode(torch.cat([path.z_ids[-tag.reach :], path.answer_ids]))
+        _, found, rest = text.partition(tag.text)
+        if found:
+            return rest
+    return decode(path.answer_ids)
 
 
 def wrong_answers(

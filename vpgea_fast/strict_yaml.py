@@ -105,6 +105,7 @@ def plain(text: str) -> Any:
         if value in (float("inf"), -float("inf")):
             raise ValueError(f"{text[:MAX_DIGITS]} is beyond float64; write a smaller number")
         return value
+    # Python spells .inf and .nan without the dot.
     return float(text.replace(".", "", 1)) if SPECIAL.fullmatch(text) else text
 
 
@@ -166,6 +167,7 @@ def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = 1 + key_node.start_mark.line
+        # By its meaning: `1:` and `true:` are no names unless they are quoted.
         is_text = isinstance(key_node, yaml.ScalarNode) and isinstance(_value(key_node), str)
         if not is_text:
             got = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
@@ -173,6 +175,7 @@ def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
         key = key_node.value
         if key == "<<":
             raise YamlError("got a merge (<<), which YAML 1.2 has not; write the keys out", line)
+        # PyYAML would keep the last of them without a word.
         if key in values:
             raise YamlError(
                 f"{key!r} stands twice, first in line {lines[key]}; leave one of them out", line
@@ -182,11 +185,13 @@ def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
 
 
 def _line(text: str, position: int) -> int:
+    # YAML counts \r\n as one break, and a lone \r as one too.
     return 1 + len(re.findall(r"\r\n?|\n", text[:position]))
 
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        # What stands twice is written twice: `parse` refuses aliases.
         return True
 
 

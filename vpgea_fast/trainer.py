@@ -76,6 +76,7 @@ def fit(cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()
                 stats = trainer.train_step()
                 trainer.finish_step(stats)
             trainer.evaluate_once("after")
+        # Raised only where the state is whole: between samples, micro-batches, updates or steps.
         except Stopped:
             return trainer.leave()
         return trainer.finish_run()
@@ -131,7 +132,8 @@ class Trainer:
         with ExitStack() as undo:
             undo.callback(self.run.abandon)
             self.run.claim(resume=resume)
-            self.stages = build(cfg, self.world, progress=self.progress)
+            begin = self.run.newest() if resume else 0
+            self.stages = build(cfg, self.world, progress=self.progress, begin=begin)
             undo.callback(self.stages.close)
             self._start(resume)
             undo.pop_all()
@@ -240,9 +242,9 @@ class Trainer:
         self, batch: ScoredBatch, terms: Terms, ratios: Mapping[PathKey, torch.Tensor] | None
     ) -> Updates:
         """The rows of every update of this step, in order."""
-        scale, close = Scale.of(self.cfg), self.stages.collector.sampling.think_close_id
+        scale = Scale.of(self.cfg)
         epochs, several = self.cfg.train.epochs, self.cfg.train.updates > 1
-        rows = build_rows(batch, terms, scale, think_close_id=close, ratios=ratios, several=several)
+        rows = build_rows(batch, terms, scale, ratios=ratios, several=several)
         return minibatches(batch, rows, scale.updates) * epochs
 
     def first_pass(self, updates: Updates) -> list[TrainRow]:
@@ -271,6 +273,7 @@ class Trainer:
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
         self.world.require_same(checksum(rows), "rows of this step and their coefficients")
+        # By step: all updates of one rollout have the same rate.
         lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
         if not rows:
             found = merge(
@@ -320,6 +323,7 @@ class Trainer:
         that it has them. RolloutError otherwise."""
         if self.cfg.samples_itself and not self.stages.policy.sharded:
             return {}
+        # Also after a skipped step: an engine that rested has no weights until it is given them.
         self.stages.engine.load_weights(full_weights(self.stages.policy))
         # The first hand-over is always probed; later ones cost a rollout of a few tokens each.
         every = self.cfg.rollout.probe_every
@@ -348,6 +352,7 @@ class Trainer:
                 f"rows of the last one are in {file}, the last checkpoint is good: lower optim.lr "
                 "and go on with --resume"
             )
+        # Before the callbacks: one of them may raise, and end the run.
         if self.over or self._save_is_due():
             self.save()
         self._tell("on_step", stats.metrics)
@@ -386,6 +391,7 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:
         evaluator = self.stages.evaluator
         progress = self.progress(evaluator.samples)
+        # A collective: the processes share the questions.
         return evaluate_step(self.cfg, evaluator, step, world=self.world, on_progress=progress)
 
     def scheduled_evaluation(self) -> dict[str, float]:
@@ -457,6 +463,7 @@ class Trainer:
             # Each minibatch weighs as much as all questions do: the norm is of their mean.
             norm = gradient_norm(self.stages.optimizer) / self.cfg.train.minibatches
             norms[f"grad_norm_{name}"] = norm
+            # The update adds to what is there: nothing of a measurement may be left.
             self.stages.optimizer.zero_grad(set_to_none=True)
         return norms
 
@@ -555,4 +562,5 @@ class Trainer:
         collective."""
         minutes = self.cfg.checkpoint.save_minutes
         late = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        # `save` is a collective, and clocks differ: one process decides for all.
         return self.world.gather(bool(late))[0]

@@ -28,8 +28,9 @@ Finish = Literal["stop", "length", "error"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """One line of the data set; `variants` are other spellings of the answer, `responses` solutions
-    or whole responses that the data gives, `subject` and `level` what a benchmark's numbers are
-    broken down by, `file` and `place` tell where it stands.
+    or whole responses that the data gives, `solution` what a teacher's prompt may show, `subject`
+    and `level` what a benchmark's numbers are broken down by, `file` and `place` tell where it
+    stands.
 
     >>> Question(id="gsm-17", text="What is 1/2?", answer="0.5", variants=(r"\\frac12",)).answer
     '0.5'
@@ -40,6 +41,7 @@ class Question:
     answer: str
     variants: tuple[str, ...] = ()
     responses: tuple[str, ...] = ()
+    solution: str = ""
     subject: str | None = field(default=None, compare=False)
     level: str | int | None = field(default=None, compare=False)
     file: str = field(default="", compare=False)
@@ -52,15 +54,15 @@ class PromptedQuestion:
 
     `student_ids` is a function of (template, question text, fields) alone; only `teacher_ids` and
     `target_ids` know the answer. `cue_ids` leads from the end of the thought to the answer that
-    `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids. All
-    are 1-D int64 tensors on the CPU. `variant_ids` spell the other accepted answers, `answer_ids`
-    the answer alone, as a thought may. `fields` are the values that an objective put into both
+    `target_ids` spells, for scoring: score sequence = student_ids + z + cue_ids + target_ids,
+    with `close_ids` behind a z that was cut. All are 1-D int64 tensors on the CPU. `variant_ids`
+    spell the other accepted answers. `fields` are the values that an objective put into both
     prompts (`Draws.fields`).
 
     >>> q = Question(id="q0", text="2 + 2 = ?", answer="4")
     >>> ids = torch.tensor
     >>> both = {"student_ids": ids([1, 5]), "teacher_ids": ids([1, 5, 9])}
-    >>> end = {"cue_ids": ids([7]), "target_ids": ids([8])}
+    >>> end = {"close_ids": ids([9]), "cue_ids": ids([7]), "target_ids": ids([8])}
     >>> PromptedQuestion(question=q, **both, **end).context("student").tolist()
     [1, 5]
     """
@@ -68,10 +70,10 @@ class PromptedQuestion:
     question: Question
     student_ids: Tensor
     teacher_ids: Tensor
+    close_ids: Tensor
     cue_ids: Tensor
     target_ids: Tensor
     variant_ids: tuple[Tensor, ...] = ()
-    answer_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,15 +83,6 @@ class PromptedQuestion:
     def context(self, view: View) -> Tensor:
         # Both end in the same opening of the thought, so the ids of z fit behind either.
         return self.student_ids if view == "student" else self.teacher_ids
-
-    def answer_end(self, z_ids: Tensor) -> int:
-        """Where the answer's tokens first end in a thought, counted from 1; 0: they are not
-        there."""
-        part, whole = self.answer_ids.tolist(), z_ids.tolist()
-        if not (size := len(part)):
-            raise ValueError(f"question {self.question.id!r}: got no ids of its answer to look for")
-        starts = (i for i in range(len(whole) - size + 1) if whole[i : i + size] == part)
-        return next((i + size for i in starts), 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +106,19 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """An answer sampled behind a thought to score it, in the student's view: ids (m,) int64, and
+    whether it is right.
+
+    >>> Attempt(ids=torch.tensor([7]), right=True).right
+    True
+    """
+
+    ids: Tensor
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Path:
     """One sampled reasoning path: token ids as the engine drew them, never re-tokenised text.
 
@@ -123,6 +129,7 @@ class Path:
     closed     the thought ends in the think-close token
     finish     "length": the token limit cut the sample; "error": the engine gave it up
     asked      its question with prompts of its own, where the objective gives it fields
+    attempts   answers sampled behind a closed thought, where the objective asks (`Draws.attempts`)
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -141,6 +148,7 @@ class Path:
     finish: Finish
     answer_logps: Tensor | None = None
     asked: PromptedQuestion | None = None
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def key(self) -> PathKey:
@@ -190,6 +198,8 @@ class ScoredPaths:
     closed_BP   (B, P) bool: the thought ended by itself
     correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
     texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
+    stated_BP   (B, P) int64: tokens of the thought until it first states the answer, 0 where it
+                never does; where the objective reads them (`Draws.stated`)
 
     On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
     field here, a value in `Collector.score` and a reader.
@@ -206,6 +216,13 @@ class ScoredPaths:
     closed_BP: Tensor
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
+    stated_BP: Tensor | None = None
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of each path's attempts that are right, (B, P) float64; 0 of a path without any."""
+        shares = [sum(a.right for a in p.attempts) / max(1, len(p.attempts)) for p in self.flat]
+        return self.length_BP.new_tensor(shares).view_as(self.length_BP)
 
     @property
     def flat(self) -> list[Path]:
@@ -232,6 +249,8 @@ class ScoredBatch:
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
     reference       paths that the reference policy drew in the student view; None: it drew none
+    replaced        questions without a gradient that others of this batch came for
+                    (train.resample_rounds), of which nothing is trained or in a mean
 
     >>> none = torch.zeros(0, 2)
     >>> stream = ScoredPaths(
@@ -250,6 +269,7 @@ class ScoredBatch:
     token_limit: int = 0
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
     reference: ScoredPaths | None = None
+    replaced: ScoredBatch | None = None
 
     @property
     def streams(self) -> dict[Stream, ScoredPaths]:
@@ -275,6 +295,7 @@ class ScoredBatch:
 
     def drawn_in(self, stream: Stream) -> View:
         """The prompt that the paths of a stream were drawn from."""
+        # The reference policy too draws from the student's prompt.
         return self.posterior_view if stream == "posterior" else "student"
 
     def token_counts(self, stream: Stream, part: Part) -> Tensor:
@@ -292,7 +313,9 @@ class ScoredBatch:
         else:
             whole = part == "response"
             counts = [
-                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g] for g in columns.paths
+                # `whole` is 0 for an answer alone.
+                [whole * p.z_ids.numel() + p.answer_ids.numel() for p in g]
+                for g in columns.paths
             ]
         return torch.tensor(counts, dtype=torch.float64).view_as(columns.length_BP).clamp(min=1.0)
 
@@ -314,6 +337,7 @@ def with_questions(
 ) -> list[tuple[PromptedQuestion, Path]]:
     """Every path of the groups with its question as the path was asked it, in their order."""
     return [
+        # With fields of an objective a path was asked in a prompt of its own.
         (path.asked or q, path)
         for q, group in zip(questions, groups, strict=True)
         for path in group
@@ -330,6 +354,7 @@ def _select(record: Columns, keep: Sequence[int]) -> Columns:
             return value[list(keep)]
         if isinstance(value, ScoredPaths):
             return _select(value, keep)
+        # Log-probs stay whole: they are found by a path's key, which a cut does not change.
         return tuple(value[i] for i in keep) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: chosen(getattr(record, f.name)) for f in fields(record)})
@@ -343,6 +368,7 @@ def _join(record: Columns, other: Columns) -> Columns:
             return _join(a, b)
         if isinstance(a, Mapping):  # a score -> what each batch has of it
             return {key: {**a[key], **b[key]} for key in a}
+        # A fact of the step (its view, its token limit) is the same in both.
         return (*a, *b) if isinstance(a, tuple) else a
 
     # By field: a new column is selected and joined without a line here.
@@ -387,8 +413,10 @@ class TrainRow:
     4
     """
 
+    # (c,) and (n,) int64, on the CPU until they are packed.
     context_ids: Tensor
     token_ids: Tensor
+    # (n,), float64 where the row is trained.
     coef: Tensor
     stream: Stream
     view: View
@@ -417,6 +445,7 @@ class TrainRow:
         """Each token's part of the loss, (n,) float64, from the log-probs (n,) of the moment."""
         if self.live is None:
             return self.coef * now
+        # Detached: this is for the log, and the coefficients carry the gradient.
         return self._scaled(self._alive(now.detach()))
 
     def at(self, now: Tensor) -> TrainRow:
@@ -448,6 +477,7 @@ class TrainRow:
         return loss
 
     def _scaled(self, values: Tensor) -> Tensor:
+        # Of the whole loss: the hold to a reference has the normaliser of its term too.
         values = values * self.scale
         return values if self.factor is None else values * self.factor
 

@@ -20,6 +20,7 @@ from vpgea_fast.objectives import Terms
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import checksum
 from vpgea_fast.types import (
+    Attempt,
     Path,
     PathKey,
     PromptedQuestion,
@@ -33,7 +34,8 @@ from vpgea_fast.types import (
 Updates = list[list[TrainRow]]
 """The rows of every update of a rollout; epochs share theirs."""
 RECORDS = {
-    kind.__name__: kind for kind in (ScoredBatch, ScoredPaths, Path, PromptedQuestion, Question)
+    kind.__name__: kind
+    for kind in (ScoredBatch, ScoredPaths, Path, Attempt, PromptedQuestion, Question)
 }
 KIND = "<record>"
 """Key of a record's class in its plain form: no name of a field, of the user's either."""
@@ -85,9 +87,12 @@ class Rollout:
         return plain(
             {
                 "batch": self.batch,
+                # With what `collect` counted, which the objective, asked again, does not know.
                 "metrics": self.terms.metrics,
+                # Ratios and old log-probs are of weights that the first update has overwritten.
                 "ratios": self.ratios,
                 "old": [row.old for row in distinct(self.updates)],
+                # By it a resume sees that code or objective gives other coefficients now.
                 "rows": checksum(self.rows),
                 "found": self.found,
                 "usage": [*self.usage],
@@ -99,6 +104,7 @@ class Rollout:
 
 def distinct(updates: Updates) -> list[TrainRow]:
     """Every row once, in the order of the updates."""
+    # By identity: epochs repeat a row, and two equal paths are two rows.
     return [*{id(row): row for part in updates for row in part}.values()]
 
 
@@ -111,6 +117,7 @@ def rescored(updates: Updates, old: Sequence[Tensor | None]) -> Updates:
             f"its paths give {len(rows)} rows, and gave {len(old)} when they were drawn: the "
             "objective has changed"
         )
+    # Replaced once, so that the epochs still share one object.
     known = {id(row): replace(row, old=logps) for row, logps in zip(rows, old, strict=True)}
     return [[known[id(row)] for row in part] for part in updates]
 
@@ -123,13 +130,16 @@ def plain(value: Any) -> Any:
         return value.detach().cpu().clone()
     if is_dataclass(value) and type(value).__name__ in RECORDS:
         columns = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        # By name: weights_only would refuse to unpickle the class.
         return {KIND: type(value).__name__, **columns}
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
+    # A named tuple loses its class here; `revived`, or who reads the key, gives it back.
     if isinstance(value, tuple):
         return tuple(map(plain, value))
     if isinstance(value, list):
         return [plain(item) for item in value]
+    # Before int, of which bool is a subclass.
     if value is None or isinstance(value, bool):
         return value
     # Of the class itself: a subclass (numpy has some) is no value that weights_only reads.
@@ -145,6 +155,7 @@ def revived(value: Any) -> Any:
         columns = {key: revived(item) for key, item in value.items() if key != KIND}
         if KIND not in value:
             return columns
+        # A plain tuple would be found as a key, but has no `part` or `view` to read.
         if value[KIND] == ScoredBatch.__name__:
             columns["logps"] = {Score(*key): logps for key, logps in columns["logps"].items()}
         return RECORDS[value[KIND]](**columns)

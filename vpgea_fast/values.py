@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,32 @@ def one_line(error: BaseException, limit: int | None = 600) -> str:
     # A line that ends in a colon introduces the next; any other break separates two of them.
     text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
     return printable(text if limit is None or len(text) <= limit else f"{text[:limit]} ...")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Find the known word that was probably meant: the fewest slips of the keyboard away.
+
+    >>> nearest("gpro", ["gspo", "grpo", "vpgea"])
+    'grpo'
+    """
+    words = list(known)
+    # Of those that look alike at all; difflib's own order takes no note of exchanged letters.
+    alike = difflib.get_close_matches(word, words, n=max(1, len(words)))
+    return min(alike, key=lambda other: _slips(word, other), default=None)
+
+
+def _slips(a: str, b: str) -> int:
+    """Letters put in, left out, changed, or exchanged with their neighbour between two words."""
+    rows = [[*range(len(b) + 1)]]
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(row[-1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (letter != other))
+            if i > 1 and j > 1 and (a[i - 2], letter) == (other, b[j - 2]):
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def expand_home(path: str) -> str:

@@ -42,7 +42,10 @@ TRAINABLE = ("BF16", "F16", "F32", "F64")
 """Dtypes of safetensors that hold a weight itself, not one that a scale elsewhere belongs to."""
 ROWS_COMPARED = 4096
 EDGE = 1 << 20
-"""Bytes read at both ends of a file of weights to know it again: an update changes all of it."""
+"""Bytes read at both ends of a file of weights to know it again."""
+STRIDES, BLOCK = 512, 4096
+"""Places between them, and the bytes read at each: where only some layers were trained, the ends
+may be those of the base. One place in 10 MB of a file of 5 GB."""
 
 
 class Tensor(NamedTuple):
@@ -343,16 +346,23 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def model_digest(path: str) -> str:
-    """A digest of a model directory's configuration and weights; a name on the Hub as it is."""
+    """A digest of a model directory: configuration, tokenizer, and parts of its weights; a name on
+    the Hub as it is."""
     if not Path(path).is_dir():
         return path
     digest = hashlib.blake2b(digest_size=16)
+    kinds = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
     # Names and sizes too: a renamed or cut file is another model.
     for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".jinja") and file.is_file():
+        if file.suffix in kinds and file.is_file():
             size = file.stat().st_size
+            digest.update(json.dumps([file.name, size]).encode())
             with file.open("rb") as stream:
-                head = stream.read(EDGE)
+                digest.update(stream.read(EDGE))
+                if size > 2 * EDGE:
+                    for stride in range(STRIDES):
+                        stream.seek(size * stride // STRIDES)
+                        digest.update(stream.read(BLOCK))
                 stream.seek(max(0, size - EDGE))
-                digest.update(json.dumps([file.name, size]).encode() + head + stream.read(EDGE))
+                digest.update(stream.read(EDGE))
     return digest.hexdigest()

@@ -87,6 +87,7 @@ WITHOUT_EFFECT = {
 
 def register(backend: str = "sdpa") -> str:
     """Make a backend known to transformers (idempotent); returns its `attn_implementation`."""
+    # sdpa has no kernel: without one `packed_attention` goes document by document.
     make = {"flash": best_flash_kernel, "varlen": varlen_kernel}.get(backend)
     attention = functools.partial(packed_attention, kernel=None if make is None else make())
     AttentionInterface.register(NAMES[backend], attention)

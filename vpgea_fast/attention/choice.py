@@ -254,4 +254,5 @@ def _version(package: str) -> str | None:
 
 
 def _text_config(config: Any) -> Any:
+    # A model of text and images keeps its decoder's keys in a configuration inside.
     return config.get_text_config() if hasattr(config, "get_text_config") else config

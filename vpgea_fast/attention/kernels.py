@@ -47,6 +47,7 @@ def best_flash_kernel() -> Kernel:
     machine = look(torch.device("cuda"))
     if not machine.flash:
         raise ValueError(f"model.attention: got 'flash': {no_flash(machine)}; set 'auto'")
+    # In the order of FLASH_FOR: the first is the fastest.
     return flash_kernel(flash_function(machine.flash[0]))
 
 

@@ -4,7 +4,6 @@ configuration key is an option, `--section.key value`; `vpgea keys` explains the
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import re
 import sys
@@ -18,6 +17,7 @@ from vpgea_fast.cli.questions import declare_data, declare_make_tiny
 from vpgea_fast.cli.sweep import declare_sweep
 from vpgea_fast.cli.train import declare_train
 from vpgea_fast.cli.words import Parser, UsageError
+from vpgea_fast.values import nearest
 
 INTERRUPTED = 130  # 128 + SIGINT
 REPEATABLE = ("--from", "--against")
@@ -68,7 +68,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     options = re.findall(r"--[a-z][a-z-]+", parser.format_help())
     # `--lr` for `--optim.lr` is the usual slip: a key of that name before similar spellings.
     near = [key for key in keys if name.startswith("--") and key.endswith(f".{name[2:]}")]
-    near += difflib.get_close_matches(name, [*options, *keys], n=1)
+    near += filter(None, [nearest(name, [*options, *keys])])
     hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
     return f"unknown argument {name!r}; {hint}"
 

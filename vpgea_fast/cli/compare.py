@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vpgea_fast.cli.words import Commands, Parser, no_more, notice, one_process, path, show
+from vpgea_fast.cli.words import (
+    Commands,
+    Parser,
+    UsageError,
+    no_more,
+    notice,
+    one_process,
+    path,
+    show,
+)
 
 FORMATS = {"markdown": ".md", "latex": ".tex", "json": ".json"}
 
@@ -27,7 +36,10 @@ def declare_compare(commands: Commands, common: Parser) -> None:
         help="what eval wrote, or a run: each evaluation that it holds",
     )
     compare.add_argument(
-        "--mode", choices=("sampled", "greedy"), help="default: sampled where all have it"
+        # No default here: it depends on what the evaluations hold.
+        "--mode",
+        choices=("sampled", "greedy"),
+        help="default: sampled where all have it",
     )
     compare.add_argument(
         "--common",
@@ -55,6 +67,7 @@ def run_compare(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.no_published:
         comparison["published"] = {}
     grids = tables.grids(comparison)
+    # All three before any is written: a fault in one leaves no folder behind.
     texts = {
         "markdown": tables.markdown(grids),
         "latex": tables.latex(grids),
@@ -69,6 +82,9 @@ def run_compare(args: argparse.Namespace, overrides: list[str]) -> int:
 def _write(folder: Path, texts: dict[str, str]) -> None:
     from vpgea_fast.checkpoint import write_text
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, suffix in FORMATS.items():
-        write_text(folder / f"comparison{suffix}", texts[name])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, suffix in FORMATS.items():
+            write_text(folder / f"comparison{suffix}", texts[name])
+    except OSError as error:
+        raise UsageError(f"--out {folder}: {error.strerror}; give another folder") from error

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vpgea_fast import config
 from vpgea_fast.cli.processes import run_processes
@@ -32,6 +32,7 @@ from vpgea_fast.cli.words import (
 
 if TYPE_CHECKING:
     from vpgea_fast.distributed import World
+    from vpgea_fast.metrics import Console
 
 PATIENCE_MINUTES = 7 * 24 * 60.0
 EVAL_NOTES = (
@@ -51,6 +52,7 @@ def declare_eval(commands: Commands, common: Parser) -> None:
     )
     evaluate.add_argument("model", type=path, help="Hugging Face directory or Hub name")
     evaluate.add_argument(
+        # None where a suite names its own.
         "data",
         nargs="*",
         help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
@@ -103,9 +105,12 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     source, cfg = of_model(args, words, overrides)
     if (args.processes or 1) > 1:
         return run_processes(_without_processes(args.words), args.processes)
-    # Printed before the imports: torch and transformers take seconds, a refusal must not.
+    # Before the other imports: transformers takes seconds, a refusal must not.
+    from vpgea_fast.data import check_first_rows
+
     if os.environ.get("RANK", "0") == "0":
         print(settings_line(args.model, source), flush=True)
+        check_first_rows(cfg.eval.data, cfg.data)
     return _evaluate(args, cfg)
 
 
@@ -121,9 +126,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 
     # What the command line gives wins, and each key stands once.
     given = {word.partition("=")[0].removeprefix("--") for word in overrides}
-    entries, lacking = suite_files(
-        args.suite, [*map(Path, args.folders)], samples="eval.samples" not in given
-    )
+    entries, lacking = suite_files(args.suite, [*map(Path, args.folders)], given)
     for line in lacking:
         notice(f"--suite {args.suite}: {line}")
     rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
@@ -134,6 +137,7 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
 def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
     from vpgea_fast.checkpoint import write_text
     from vpgea_fast.evaluate import Record, evaluate_model, result_table
+    from vpgea_fast.evaluation.compare import plain
     from vpgea_fast.evaluation.folder import RESULT
     from vpgea_fast.metrics import Console, environment
 
@@ -148,17 +152,40 @@ def _evaluate(args: argparse.Namespace, cfg: config.Config) -> int:
         results = evaluate_model(cfg, console, record)
     finally:
         console.close()
-    console.table(*result_table(results), notes=EVAL_NOTES)
+    lost = sum(result["errors"] for result in results.values())
+    notes = [f"{lost} answers are wrong because the engine gave them up"] * bool(lost)
+    console.table(*result_table(results), notes=[*EVAL_NOTES, *notes])
     if args.out is not None and world.main:
+        details = _details(Path(args.out), console)
         # Only what an evaluation reads: the rest would look like a part of the result.
         known = config.as_dict(cfg)
         sections = ["model", "data", "prompt", "rollout", "engine", "eval"]
-        settings = {"settings": {name: known[name] for name in sections}}
+        settings = {name: known[name] for name in sections}
+        told = {"details": details, "settings": settings, "environment": environment()}
         out = Path(args.out) / RESULT
-        write_text(out, json.dumps({**results, **settings, "environment": environment()}, indent=1))
+        write_text(out, json.dumps(plain({**results, **told}), indent=1, allow_nan=False))
         console.message(str(out))
     world.close()
     return 0
+
+
+def _details(folder: Path, console: Console) -> dict[str, Any]:
+    """Show what the records of a folder tell beyond the closing table, and return it by mode."""
+    from vpgea_fast.evaluation import compare, tables
+
+    evaluation = compare.open_evaluation("", folder, common=False, note=console.message)
+    # One evaluation against nothing: its own intervals, votes and pass@k.
+    found = {
+        mode: compare.compare([dataclasses.replace(evaluation, name=mode)], mode=mode)
+        for mode in evaluation.answers
+    }
+    grids = [tables.draws(comparison) for comparison in found.values()]
+    rows = [row for grid in grids for row in grid.rows]
+    console.table(["answers", *grids[0].headers[1:]], rows, notes=grids[0].notes)
+    return {
+        mode: {key: comparison["rows"][0][key] for key in ("benchmarks", "mean")}
+        for mode, comparison in found.items()
+    }
 
 
 def _world(cfg: config.Config) -> World:
@@ -178,6 +205,7 @@ def _world(cfg: config.Config) -> World:
 
 def _without_processes(words: Sequence[str]) -> list[str]:
     words = list(words)
+    # Left in, each child would start as many again. `--processes 2` is two words, with `=` one.
     at = next(i for i, word in enumerate(words) if word.startswith("--processes"))
     del words[at : at + (1 if "=" in words[at] else 2)]
     return words
@@ -186,6 +214,7 @@ def _without_processes(words: Sequence[str]) -> list[str]:
 def settings_line(model: str, source: str | Path | None) -> str:
     """Say where the settings come from, and where an export lacks the settings of its run."""
     run = Path(model).parent
+    # Metrics beside it tell that a run made the model.
     lost = source is None and (run / "metrics.jsonl").exists()
     gone = f" ({run / 'config.yaml'} is missing)" if lost else ""
     return f"settings: {source or 'defaults and the command line'}{gone}"

@@ -13,6 +13,9 @@ from vpgea_fast.cli.words import (
     config_file,
     one_process,
     path,
+    show,
+    status_of,
+    termination,
     whole,
     yaml_value,
 )
@@ -36,6 +39,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
     )
     sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    # Three: the t interval of two seeds is 12.7 standard errors to each side.
     sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
     sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
     sweep.add_argument(
@@ -77,6 +81,21 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
 
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     one_process("sweep")
+    try:
+        # Until the sweep listens itself: imports and checks take seconds, on a busy machine more.
+        with termination():
+            return _run(args, overrides)
+    except KeyboardInterrupt as error:
+        return _left(args, status_of(error))
+
+
+def _left(args: argparse.Namespace, status: int) -> int:
+    """Say how a sweep goes on that was asked to leave; return its exit status."""
+    show(f"stopped; what has run is saved: the same command goes on in {args.out}")
+    return status
+
+
+def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     # Imports wait until the options are known to be good: torch takes seconds.
     from vpgea_fast import sweep
     from vpgea_fast.distributed import Stopped
@@ -103,8 +122,7 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     try:
         sweep.run_sweep(order, console, command=_command(args, overrides))
     except Stopped:
-        console.message(f"stopped; the runs have saved: the same command goes on in {args.out}")
-        return STATUS["STOPPED"]
+        return _left(args, STATUS["STOPPED"])
     finally:
         console.close()
     return 0
@@ -114,6 +132,7 @@ def _command(args: argparse.Namespace, overrides: list[str]) -> str:
     """Write the command that makes the same results again."""
     words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
     words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
+    # Without --jobs: it moves runs in time, and changes none of them.
     for name in ("metric", "select", "short"):
         value = getattr(args, name)
         words += [] if value is None else [f"--{name}", str(value)]

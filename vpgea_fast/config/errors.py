@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from vpgea_fast.config.records import Config
-from vpgea_fast.config.schema import VARIANTS, fields_of, item_of, members_of, records_of
+from vpgea_fast.config.schema import (
+    VARIANTS,
+    fields_of,
+    item_of,
+    members_of,
+    records_at,
+    records_of,
+)
+from vpgea_fast.values import nearest
 
 REMEDIES = {
     "objective.group_size": "the z-score compares paths: sample 2 or more a question",
@@ -41,8 +49,54 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says where, what was got and what to do."""
 
 
-def explain(errors: Iterable[Any]) -> list[str]:
-    """Write a line for each key: what was got, what was expected, and the nearest key or value.
+class Origin(NamedTuple):
+    """Where a configuration comes from: a file's name and sections, and what the command line laid
+    over them."""
+
+    source: str
+    tree: Mapping[str, Any] = MappingProxyType({})
+    words: Mapping[str, Any] = MappingProxyType({})
+
+    def error(self, lines: Mapping[str, str]) -> ConfigError:
+        """Make an error of complaints by key. It is headed by what holds the keys: the file, the
+        command line, or both, as where a rule between two keys is broken."""
+        owners = {key: self._owners(key) for key in lines}
+        held = {owner for found in owners.values() for owner in found}
+        names = {
+            "file": self.source,
+            "words": "command line" if len(held) == 1 else "the command line",
+        }
+        head = " and ".join(name for owner, name in names.items() if owner in held)
+        texts = [
+            f"  {'--' * (_holds(self.words, key) == 'whole')}{key or 'configuration'}: {text}"
+            for key, text in lines.items()
+        ]
+        return ConfigError(f"{head}:\n" + "\n".join(texts))
+
+    def _owners(self, key: str) -> set[str]:
+        given = _holds(self.words, key)
+        if not given:
+            return {"file"}
+        # Of a key with others below it, each may have given some.
+        below = _holds(self.tree, key) if given == "in part" else ""
+        return {"": {"words"}, "in part": {"file", "words"}, "whole": {"file"}}[below]
+
+
+def _holds(tree: Any, key: str) -> str:
+    """Whether a tree gives a value at this key: `whole`, `in part` or not ("")."""
+    for name in filter(None, key.split(".")):
+        # Of a list or a mapping that one word gave, every part is the word's.
+        if not isinstance(tree, Mapping):
+            return "whole"
+        name = name.partition("[")[0]
+        if name not in tree:
+            return ""
+        tree = tree[name]
+    return ("in part" if tree else "") if isinstance(tree, Mapping) else "whole"
+
+
+def explain(errors: Iterable[Any]) -> dict[str, str]:
+    """Map each key to a line: what was got, what was expected, and the nearest key or value.
 
     pydantic gives an error per member of a union. Their expectations stand in one line; where one
     member fits but for one of its keys, that key alone counts.
@@ -51,12 +105,12 @@ def explain(errors: Iterable[Any]) -> list[str]:
     for error in errors:
         key, owners = _place(error)
         groups.setdefault(key, []).append((error, owners))
-    return [
-        f"  {key or 'configuration'}: {_complaint(key, group)}"
+    return {
+        key: _complaint(key, group)
         for key, group in groups.items()
         # Where a deeper key is wrong, that this record did not fit says nothing more.
         if not key or not any(other.startswith((f"{key}.", f"{key}[")) for other in groups)
-    ]
+    }
 
 
 def _place(error: Any) -> tuple[str, list[Any]]:
@@ -111,7 +165,7 @@ def _complaint(key: str, group: Sequence[tuple[Any, list[Any]]]) -> str:
         got = "" if told else f", got {show(value)}"
         return f"{own}{got}{remedy}"
     expected = " or ".join(map(str, expectations))
-    if isinstance(value, str) and (near := _near(value, re.findall(r"'([^']+)'", expected))):
+    if isinstance(value, str) and (near := nearest(value, re.findall(r"'([^']+)'", expected))):
         remedy = f"; did you mean {near!r}?{remedy}"
     # YAML's `key:` without a value is the usual cause.
     if value is None:
@@ -139,22 +193,24 @@ def _expectation(error: Any, owners: Sequence[Any]) -> str | None:
 def _nearest_key(key: str, owners: Sequence[Any]) -> str:
     """Suggest a key of the same record, or one of the same name in another section."""
     first, *_, last = [*key.split("."), key.split(".")[-1]]
-    # Most keys that are unknown to a variant belong to the other one.
-    others = [kind.name for kind in records_of(first) if last in fields_of(kind)]
-    if first in VARIANTS and others:
-        return f"it belongs to {first}.name {others[0]!r}: set that too"
+    # Most keys that are unknown to a variant belong to another one, of the section or within it.
+    within = key.split(".")[1:-1]
+    place, kinds = ".".join([first, *within]), records_of(first)
+    if within:
+        kinds = records_at(first, within[0])
+    others = [kind.name for kind in kinds if hasattr(kind, "name") and last in fields_of(kind)]
+    if others and (within or first in VARIANTS):
+        some = ", ".join(map(repr, others[:3])) + ", ..." * (len(others) > 3)
+        choice = "that too" if len(others) == 1 else "one of these, or leave the key out"
+        return f"it belongs to {place}.name {some}: set {choice}"
     known = list(dict.fromkeys(name for owner in owners for name in fields_of(owner)))
-    if near := _near(last, known):
+    if near := nearest(last, known):
         return f"did you mean {near!r}?"
     # Last: the right name in the wrong section.
     for other in fields_of(Config):
         if other != first and any(last in fields_of(record) for record in records_of(other)):
             return f"did you mean '{other}.{last}'?"
     return f"known keys: {', '.join(known)}"
-
-
-def _near(word: str, known: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
 def show(value: Any) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import AfterValidator, Field, PlainSerializer
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.values import (
@@ -31,6 +31,34 @@ TEACHER_TEMPLATE = (
     "repeated checks and restarts; never mention, use or hint that an answer was given. "
     r"Put the final answer within \boxed{}."
 )
+
+# After the two prompts of arXiv 2509.22637, appendix E, in words of our own: PA teaches, PB finds
+# the thoughts that led to a solution. There the solution begins the reply; here the turn holds it.
+TEACHERS = {
+    "explain": (
+        "{question}\n\nA correct solution of this problem:\n\n{solution}\n\n"
+        "Teach how it is found. Think the problem through in full, so that a reader of these "
+        "thoughts alone could reach this solution: say why each step is taken, look at what may "
+        "be doubted, and end where the solution ends. Then state it briefly. "
+        r"Put the final answer within \boxed{}."
+    ),
+    "reconstruct": (
+        "{question}\n\nIts correct solution:\n\n{solution}\n\n"
+        "Reconstruct the reasoning between this question and its solution, as it would go in the "
+        "mind of someone who does not have the solution yet. In the first person: look at the "
+        "question, try, doubt, check, go back where it is needed, and arrive step by step. Never "
+        r"say that a solution was given. Put the final answer within \boxed{}."
+    ),
+}
+"""Templates of a teacher that is shown a whole solution, by name."""
+
+
+def _named(template: str) -> str:
+    return TEACHERS.get(template, template)
+
+
+Teacher = Annotated[str, AfterValidator(_named)]
+"""A template, or the name of one: a run's configuration keeps the text."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,6 +157,8 @@ class DataFile:
     """For this file, instead of data.variants_key."""
     response_key: str | None = None
     """For this file, instead of data.response_key."""
+    solution_key: str | None = None
+    """For this file, instead of data.solution_key."""
     choices_key: str | tuple[str, ...] | None = None
     """For this file, instead of data.choices_key."""
     choices_answer: Literal["auto", "letter", "index", "index_from_1", "text"] | None = None
@@ -194,6 +224,8 @@ class DataConfig:
     """Key of a worked solution or a whole response, or of a list of them, which the objective sft
     imitates. Text up to prompt.think_close is the thought. Without it all is thought, and the
     answer follows as prompt.answer_cue and answer_target spell it."""
+    solution_key: str | None = None
+    """Key of a worked solution, which prompt.teacher shows as `{solution}`."""
     choices_key: str | tuple[str, ...] | None = None
     """Key of a question's choices, shown with letters; the letter is the answer. A list of keys,
     one per choice, puts the right one first where answer_key has none or is the first; they are
@@ -255,16 +287,19 @@ class PromptConfig:
     student: str = STUDENT_TEMPLATE
     """Template of the student's prompt. `{question}` is its field, so the student never sees the
     answer. An objective may give each path more (`Draws.fields`)."""
-    teacher: str = TEACHER_TEMPLATE
-    """Template of the teacher's prompt: `{question}`, `{answer}`, and an objective's fields."""
+    teacher: Teacher = TEACHER_TEMPLATE
+    """Template of the teacher's prompt: `{question}`, `{answer}`, `{solution}` (data.solution_key),
+    and an objective's fields. `explain` and `reconstruct` are names of two templates that show the
+    solution, and become their text."""
     teacher_role: Literal["user", "system"] = "user"
     """Where the teacher's words beyond the student prompt go. R1 models advise against a system
     prompt."""
-    # Where a thought begins and ends; both must be single tokens of the model.
+    # Where a thought begins and ends.
     think_open: str = "<think>"
-    """Token that opens a thought."""
+    """Tag that opens a thought."""
     think_close: str = "</think>"
-    """Token that closes a thought."""
+    """Tag that closes a thought. Where the model spells it with several tokens, a thought ends at
+    the first token with which its text holds the tag."""
     think_prefix: str = "<think>\n"
     """Text that both views must end with; appended where the chat template does not end so."""
     # What U scores behind the thought: log P of the target's tokens, with the cue as context.
@@ -274,5 +309,9 @@ class PromptConfig:
     """Spelling of the reference answer after the cue; by default `{4}` for the answer 4.
     `{question}` and `{answer}` are the only fields. Other braces are themselves, but a name in
     braces that nothing fills is refused."""
+    answer_words: bool = True
+    """Where a thought is searched for the answer (length reward `lc_r1`, leak guard
+    `early_answer`): as whole words and numbers, so 7 is not in 17, 7.5 or -7. False: also inside
+    others, where the data's digits stand side by side."""
     chat_template_kwargs: Switches = Field(default_factory=dict)
     """Switches of the model's chat template, for both views, e.g. {enable_thinking: true}."""

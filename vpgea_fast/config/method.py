@@ -110,7 +110,8 @@ class ReplayEngineConfig:
     """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
     paths: tuple[PathText, ...] = ()
     """JSONL files of recorded paths, such as the paths.jsonl of a run. A line needs question_id,
-    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter."""
+    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter. Where
+    it has text, answer, question or prompt, they must be those of this run."""
     match: Literal["step", "question"] = "step"
     """`step`: a path of the same step, stream and index; a line without a step fits every step.
     `question`: of a question's lines, in their order, whatever their step and index."""
@@ -135,7 +136,8 @@ class VerifyConfig:
     workers: PositiveInt = 1
     """Processes that judge, per process of the run."""
     timeout_s: Seconds = 5.0
-    """End a judgement that takes longer, and count its answer as wrong."""
+    """End a judgement that computes longer (`custom`: takes longer), and count its answer as
+    wrong."""
 
     def __post_init__(self) -> None:
         # A target under another name would be ignored, and the user's function with it.
@@ -152,11 +154,12 @@ class VerifyConfig:
 class ScoringConfig:
     # Variants of one answer differ in tokens: a sum is their log-likelihood, a mean is not.
     u_norm: Literal["sum", "mean"] = "sum"
-    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps."""
+    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps. An
+    objective whose estimator says which (vr_theta) does not read it."""
     u_source: Literal["likelihood", "accuracy"] = "likelihood"
     """`likelihood`: U = log P(answer given question and path). `accuracy`: U = log((J acc + 1/2) /
     (J + 1)) of J answers sampled after the thought."""
     answer_samples: PositiveInt = 8
-    """J, the answers sampled after each thought (`accuracy` only)."""
+    """J, the answers sampled after each thought (`accuracy`, and objectives that ask for them)."""
     answer_temperature: Temperature = 0.7
     """Sampling temperature of those answers."""

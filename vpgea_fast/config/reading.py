@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from vpgea_fast import strict_yaml
-from vpgea_fast.config.errors import ConfigError, explain, show
+from vpgea_fast.config.errors import ConfigError, Origin, explain, show
 from vpgea_fast.config.records import Config
 from vpgea_fast.config.renamed import refuse_old, renewed
 from vpgea_fast.config.schema import (
@@ -52,7 +52,7 @@ def load(
     # Another variant on the command line makes the file's keys of the old one unknown: they
     # are left out, and said.
     merged, lost = _merge(tree, top)
-    cfg = resolve(merged, source=str(path))
+    cfg = _resolve(merged, Origin(str(path), tree, top))
     for place, name, keys in lost:
         left = ", ".join(f"{place}.{key}" for key in keys)
         say(f"{path}: {place}.name {name!r} leaves out the file's {left}")
@@ -140,17 +140,21 @@ def resolve(tree: Mapping[str, Any], source: str = "configuration") -> Config:
     >>> replace(cfg, train=replace(cfg.train, steps=10)).train.steps
     10
     """
+    return _resolve(tree, Origin(source))
+
+
+def _resolve(tree: Mapping[str, Any], origin: Origin) -> Config:
     tree = _by_name(tree)
-    refuse_old(tree, source)
+    refuse_old(tree, origin)
     try:
         # Through JSON: pydantic's strict mode takes lists for tuples there, and from Python not.
         text = json.dumps(_with_preset(_with_lists(tree)))
         return TypeAdapter(Config).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}:\n" + "\n".join(explain(error.errors()))) from error
+        raise origin.error(explain(error.errors())) from error
     # A date, a set or NaN from a caller in Python: no YAML holds them.
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: expected what YAML can hold, got {error}") from error
+        raise ConfigError(f"{origin.source}: expected what YAML can hold, got {error}") from error
 
 
 def dump(config: Config) -> str:

@@ -26,7 +26,7 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
-from vpgea_fast.objectives import DEFAULT, ObjectiveConfig
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, scores_answers
 from vpgea_fast.values import (
     STRICT,
     Minutes,
@@ -159,7 +159,7 @@ class EvalConfig:
     limit: PositiveInt | None = None
     """Read at most this many rows of each file; null: all."""
     seed: Seed = 0
-    """Seed of the sampled answers and of the bootstrap interval."""
+    """Seed of the sampled answers."""
 
     def __post_init__(self) -> None:
         # A benchmark is evaluated whole, so a share of a step means nothing there.
@@ -178,7 +178,8 @@ class MetricsConfig:
     """Steps between the costly diagnostics, such as the KL of the two views on whole paths (0:
     never)."""
     paths_per_step: NonNegativeInt = 16
-    """Sampled paths of each stream that a step writes to paths.jsonl."""
+    """Sampled paths of each stream that a step writes to paths.jsonl, those of replaced questions
+    last."""
     compare: PathText | None = None
     """Committed rows, shown beside the run's own in the closing table and the report. A JSON file,
     or `tiny_demo`: the rows that come with the configuration `tiny`."""
@@ -237,6 +238,12 @@ class Config:
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
 
     @property
+    def answers_behind(self) -> bool:
+        """Whether answers are sampled behind finished thoughts, to score these."""
+        scored = scores_answers(self.objective) and self.scoring.u_source == "accuracy"
+        return scored or self.objective.draws().attempts
+
+    @property
     def replay(self) -> ReplayEngineConfig:
         """The engine where it replays; ValueError for a reader that has not asked."""
         if isinstance(self.engine, ReplayEngineConfig):
@@ -283,13 +290,7 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
-        # One pass of the head has one temperature, and a likelihood is one at 1.
-        if draws.targets and self.rollout.temperature != 1:
-            raise ValueError(
-                f"objective {self.objective.name!r} trains the likelihood of the reference answer, "
-                f"at temperature 1, with rollout.temperature {self.rollout.temperature}; set it to "
-                "1.0, or train no target"
-            )
+        self._check_target()
         # Its likelihood would be compared with a baseline of sampled answers.
         early = any(score.view == "early" for score in self.objective.needs())
         if early and self.scoring.u_source == "accuracy":
@@ -298,11 +299,23 @@ class Config:
                 "answer, but scoring.u_source is 'accuracy'; set it to likelihood, or choose "
                 "another leak_guard"
             )
+        if draws.u_norm and self.scoring.u_source == "accuracy":
+            raise ValueError(
+                f"objective {self.objective.name!r} reads log-likelihoods of the reference answer, "
+                "but scoring.u_source is 'accuracy'; set it to likelihood"
+            )
+        self._check_solution()
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(
                 f"objective {self.objective.name!r} trains responses of the data, which no engine "
                 f"drew, with rollout.importance_cap {self.rollout.importance_cap}; set it to null"
+            )
+        if draws.given and self.train.max_tokens is not None:
+            raise ValueError(
+                f"train.max_tokens {self.train.max_tokens} is never reached: objective "
+                f"{self.objective.name!r} trains responses of the data and samples no token; set "
+                "it to null, and train.steps"
             )
         # The own engine gives log-probs of the whole distribution even then.
         if self.engine.name == "vllm" and self.rollout.top_p < 1:
@@ -315,14 +328,6 @@ class Config:
             raise ValueError(
                 "engine.paths: got no file with engine.name 'replay', expected the paths.jsonl of "
                 "a run; give one or more"
-            )
-        # Paths of the questions that a round has replaced are in no record.
-        resampled = self.train.resample_rounds and self.engine.name == "replay"
-        if resampled and self.replay.match == "step":
-            raise ValueError(
-                f"train.resample_rounds is {self.train.resample_rounds} with engine.name 'replay': "
-                "a run records the questions that a step kept, not those that it replaced; set "
-                "train.resample_rounds 0, or engine.match question where the files hold all"
             )
         self._check_keep_best()
         if self.train.max_tokens is not None and self.optim.schedule != "constant":
@@ -344,6 +349,53 @@ class Config:
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
             )
+
+    def _check_solution(self) -> None:
+        """ValueError for a solution that the teacher is to be shown, and cannot."""
+        if "{solution}" not in self.prompt.teacher:
+            return
+        lacks = [f.label for f in self.data.train if not self.data.filled(f).solution_key]
+        if lacks:
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but {', '.join(lacks)} has no "
+                "data.solution_key; set it, or show {answer} alone"
+            )
+        # A wrong answer beside the right solution would be no wrong hint.
+        if any(score.view == "counterfactual" for score in self.objective.needs()):
+            raise ValueError(
+                f"prompt.teacher shows {{solution}}, but objective {self.objective.name!r} needs a "
+                "prompt with a wrong answer, beside which no solution is wrong; choose another "
+                "leak_guard, or show {answer} alone"
+            )
+
+    def _check_target(self) -> None:
+        """ValueError where what is trained behind the thoughts is not what U measures."""
+        draws, who = self.objective.draws(), f"objective {self.objective.name!r}"
+        # One pass of the head has one temperature, and a likelihood is one at 1.
+        if (draws.targets or draws.given) and self.rollout.temperature != 1:
+            what = "the data's responses" if draws.given else "the reference answer"
+            raise ValueError(
+                f"{who} trains the likelihood of {what}, at temperature 1, with "
+                f"rollout.temperature {self.rollout.temperature}; set it to 1.0"
+                + ("" if draws.given else ", or train no target")
+            )
+        if not draws.by_likelihood:
+            return
+        files = [file.variants_key for file in self.data.train]
+        variants = next((key for key in (self.data.variants_key, *files) if key), None)
+        # grad P = P grad log P of one text: of a mean, a share of samples, or a sum over spellings
+        # the gradient is another one, and no row has it.
+        for key, got, want in (
+            ("scoring.u_norm", draws.u_norm or self.scoring.u_norm, "sum"),
+            ("scoring.u_source", self.scoring.u_source, "likelihood"),
+            ("data.variants_key", variants, None),
+        ):
+            if got != want:
+                raise ValueError(
+                    f"{who} weighs the reference answer that it trains by its likelihood R, which "
+                    f"{key} {got!r} makes another number; set {key} {want or 'null'}, or train "
+                    "no target"
+                )
 
     def _check_keep_best(self) -> None:
         best = self.checkpoint.keep_best

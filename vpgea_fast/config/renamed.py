@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vpgea_fast.config.errors import ConfigError
+from vpgea_fast.config.errors import Origin
 from vpgea_fast.config.schema import VARIANTS, fields_of, records_of
 
 RENAMED = {
@@ -81,8 +81,8 @@ def _new_name(old: str) -> str:
     return RENAMED.get(old) or f"{RENAMED[section]}.{key}"
 
 
-def refuse_old(tree: Mapping[str, Any], source: str) -> None:
+def refuse_old(tree: Mapping[str, Any], origin: Origin) -> None:
     """Raise ConfigError for keys of an older version, with their new names."""
-    lines = [f"  {old}: is now {_new_name(old)}; write that" for old in _old_keys(tree)]
+    lines = {old: f"is now {_new_name(old)}; write that" for old in _old_keys(tree)}
     if lines:
-        raise ConfigError(f"{source}:\n" + "\n".join(lines))
+        raise origin.error(lines)

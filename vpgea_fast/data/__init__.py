@@ -6,19 +6,19 @@ counted and named, and where an answer was found in a longer text the run says s
     files.py    rows of JSONL, JSON, CSV, TSV, parquet, directories, the Hub
     rows.py     keys into a row, choices
     answers.py  the final answer and its plainest spelling; recipes.py: published data sets
+    steps.py    which questions a step works on
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from vpgea_fast.config import DataConfig, DataFile, EvalConfig
 from vpgea_fast.data.answers import WORKED, normalise_answer
 from vpgea_fast.data.files import KINDS, DataError, open_rows
 from vpgea_fast.data.rows import make_question
+from vpgea_fast.data.steps import round_questions, step_questions, step_shares
 from vpgea_fast.types import PromptedQuestion, Question
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Drop",
     "Judge",
     "LoadedQuestions",
+    "check_first_rows",
     "dropped_rows",
     "fingerprint",
     "load_benchmarks",
@@ -41,6 +43,7 @@ __all__ = [
     "load_training",
     "long_targets",
     "normalise_answer",
+    "round_questions",
     "shown_drops",
     "step_questions",
     "step_shares",
@@ -53,16 +56,6 @@ LONG_TARGET = 64
 
 Judge = Callable[[list[str]], list[bool]]
 """A verifier's judgement of many answers: which of them accept themselves."""
-
-
-class Filed(Protocol):
-    """What a mixture asks of a question: the name of its file."""
-
-    @property
-    def file(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=Filed)
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,14 @@ def load_training(cfg: DataConfig, *, parseable: Judge | None = None) -> LoadedQ
     parts = {f.label: load_questions(f, cfg, parseable=parseable) for f in cfg.train}
     # One file alone keeps its ids and notes as they are: no label before them.
     return next(iter(parts.values())) if len(parts) == 1 else _merged(parts)
+
+
+def check_first_rows(files: Iterable[DataFile], cfg: DataConfig) -> None:
+    """Read the first row of each file: a wrong name or key is a DataError at once, before models
+    and their libraries are. What lies on the Hub is left to the run."""
+    for file in files:
+        if not file.path.startswith("hub:"):
+            _read(replace(cfg.filled(file), limit=1))
 
 
 def load_questions(
@@ -226,7 +227,7 @@ def unfit(
     lost = [question for question in loaded.questions if question.id not in fit]
 
     def reason(q: Question) -> str:
-        steers = has_special(q.text, q.answer, *q.variants)
+        steers = has_special(q.text, q.answer, q.solution, *q.variants)
         # Two reasons are told apart by asking again; one needs no question.
         said = [r for r in reasons if ("special" in r) == steers] if len(reasons) > 1 else reasons
         return " or ".join(said)
@@ -308,79 +309,15 @@ def shown_drops(drops: Sequence[Drop], file: str = "data.dropped_file") -> list[
     return lines
 
 
-def step_questions(
-    questions: Sequence[Item],
-    *,
-    seed: int | str,
-    step: int,
-    batch: int,
-    weights: Mapping[str, float] | None = None,
-) -> list[Item]:
-    """The questions of step 0, 1, ...: a pure function of its arguments, so there is no state.
-
-    An epoch is a permutation drawn from (seed, epoch) and cut into floor(n / batch) batches. The
-    n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
-    With `weights` (of files, by name) every file has its share of each step and epochs of its own.
-    """
-    # Each file has a seed and epochs of its own: a changed weight reorders no other file.
-    if weights is not None:
-        shares = step_shares(weights, batch)
-        files = {name: [q for q in questions if q.file == name] for name in shares}
-        for name, count in shares.items():
-            if count > len(files[name]):
-                raise DataError(
-                    f"data.train: by its weight {name!r} gives {count} questions a step and holds "
-                    f"{len(files[name])}; lower its weight, or train.questions_per_step"
-                )
-        return [
-            item
-            for name, count in shares.items()
-            for item in step_questions(files[name], seed=f"{seed}/{name}", step=step, batch=count)
-        ]
-    if not 1 <= batch <= len(questions):
-        raise DataError(
-            f"a step takes {batch} questions and the data set holds {len(questions)}; set "
-            f"train.questions_per_step to 1..{len(questions)}, or give more data"
-        )
-    # Each permutation leaves out others, so no question stays out for good.
-    epoch, index = divmod(step, len(questions) // batch)
-    order = list(range(len(questions)))
-    # Drawn anew at every step: no state to save, and a resumed run needs none.
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # 40,000 questions: 20 ms
-    return [questions[i] for i in order[index * batch : (index + 1) * batch]]
-
-
-def step_shares(weights: Mapping[str, float], batch: int) -> dict[str, int]:
-    """How many of a step's questions come from each file: largest remainders, so the same at every
-    step, and each within one question of its share.
-
-    >>> step_shares({"gsm8k": 3, "math": 1}, 6)
-    {'gsm8k': 5, 'math': 1}
-    """
-    total = sum(weights.values())
-    exact = {name: batch * weight / total for name, weight in weights.items()}
-    shares = {name: int(share) for name, share in exact.items()}
-    # Hamilton's method: the questions that rounding down left go to the largest remainders.
-    rest = sorted(exact, key=lambda name: shares[name] - exact[name])  # stable: ties by order
-    for name in rest[: batch - sum(shares.values())]:
-        shares[name] += 1
-    # A file that gives nothing would be left out of the training in silence.
-    none = next((name for name, count in shares.items() if count == 0), None)
-    if none is not None:
-        raise DataError(
-            f"data.train: of {batch} questions a step {none!r} would give none by its weight "
-            f"({exact[none]:.2g}); raise its weight, or train.questions_per_step"
-        )
-    return shares
-
-
 def fingerprint(questions: Sequence[Question]) -> str:
     """BLAKE2b over questions in their order: a resumed run must see the same ones."""
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
         # JSON keeps the three apart: id "a" and text "bc" is not id "ab" and text "c".
-        # Responses where there are any, so that the number of data without them stays what it was.
-        whole = [question.id, question.text, question.answer, *question.responses]
+        # What few data have only where it is there, so that the number of others stays what it was.
+        whole: list[object] = [question.id, question.text, question.answer, *question.responses]
+        whole += [[*question.variants]] if question.variants else []
+        whole += [{"solution": question.solution}] if question.solution else []
         digest.update(json.dumps(whole).encode())
     return digest.hexdigest()
 

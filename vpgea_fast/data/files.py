@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vpgea_fast import hub
 from vpgea_fast.config import one_line
 
 HUB = re.compile(r"hub:(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?")
@@ -277,6 +278,12 @@ def _hub_rows(source: str) -> Iterator[Row]:
     parts = HUB.fullmatch(source)
     if parts is None:
         raise DataError(f"expected hub:owner/name[/config][:split], got {source!r}")
+    # Its library would try every file six times.
+    if hub.silent():
+        raise DataError(
+            f"{source}: the Hub does not answer; give a copy as a file (of a suite: --from "
+            "FOLDER), or set HF_HUB_OFFLINE=1 if it lies in the cache of the Hub"
+        )
 
     def load() -> Any:
         import datasets

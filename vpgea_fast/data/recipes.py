@@ -13,6 +13,7 @@ from vpgea_fast.data.files import DataError
 
 ChoicesAnswer = Literal["auto", "letter", "index", "index_from_1", "text"]
 
+# The Hub's names of parts: train-00000-of-00003.parquet.
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 SHOWN = 6  # patterns that an error lists
 
@@ -56,6 +57,7 @@ class Source:
 
     @property
     def hub_path(self) -> str:
+        # OWNER/NAME, the configuration where there are several, the split: as data.train reads it.
         return f"hub:{self.hub}" + (f"/{self.config}" if self.config else "") + f":{self.split}"
 
     @property
@@ -127,6 +129,7 @@ MATH_500 = Source(
 DEEPSCALER = Source(
     "agentica-org/DeepScaleR-Preview-Dataset", "train", 40_315, ("deepscaler.json",)
 )
+# Its one split is called train, and is a test all the same.
 AIME_24 = Source("HuggingFaceH4/aime_2024", "train", 30, ("aime24.jsonl", "aime_2024.jsonl"))
 AIME_25 = Source("math-ai/aime25", "test", 30, ("aime25.jsonl", "test.jsonl"))
 AMC_23 = Source("math-ai/amc23", "test", 40, ("amc23.jsonl",), question="question")
@@ -149,6 +152,7 @@ GPQA_DIAMOND = Source(  # gated
     answer="Correct Answer",
     id="Record ID",
     choices=("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3))),
+    # Published with the right choice first: in that order A would always be right.
     choices_seed=0,
     subject="High-level domain",
     level="Writer's Difficulty Estimate",

@@ -54,6 +54,7 @@ def make_question(
     name = f"row-{number}" if name in (MISSING, None, "") else str(name)
     fixed: dict[str, Any] = {"file": keys.label, "place": place}
     fixed |= {"responses": reader.responses(keys.response_key)}
+    fixed |= {"solution": reader.solution(keys.solution_key)}
     subject, level = reader.group(keys.subject_key), reader.group(keys.level_key)
     fixed |= {"subject": None if subject is None else str(subject), "level": level}
     question = partial(Question, id=reader.check(name, "id"), **fixed)
@@ -75,8 +76,9 @@ def make_question(
     except ValueError as error:
         return question(text=text, answer=given.strip()), str(error)
     try:
-        # Equal spellings once: U would count the likelihood of each.
-        variants = tuple(dict.fromkeys(filter(None, (final_answer(v)[0] for v in others))))
+        # Equal spellings once, the answer's own too: U would count the likelihood of each.
+        spelled = dict.fromkeys([answer, *(final_answer(v)[0] for v in others)])
+        variants = tuple(filter(None, [*spelled][1:]))
     except ValueError as error:
         return question(text=text, answer=answer), f"{error} among the variants"
     if where is not None:
@@ -198,6 +200,18 @@ class _Reader:
                     f"got {_short(item)}; repair the row, or set data.response_key to null"
                 )
         return tuple(self.check(item, key or "") for item in found)
+
+    def solution(self, key: str | None) -> str:
+        """A worked solution; "" where the row has none, since only a teacher may be shown it."""
+        value = self.get(key) if key else None
+        if value is None or value is MISSING:
+            return ""
+        if not isinstance(value, str):
+            raise DataError(
+                f"{self.place}: expected a solution under {key!r}, a text, got {_short(value)}; "
+                "repair the row, or set data.solution_key"
+            )
+        return self.check(value.strip(), key or "")
 
     def group(self, key: str | None) -> str | int | None:
         """A level: a number stays one; None where the row has none."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vpgea_fast.config import Config
 from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
-from vpgea_fast.objectives import reads_reference, scores_answers
+from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
 KEYS = {
     "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
@@ -155,7 +155,7 @@ def estimate_memory(
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
     if reads_reference(cfg.objective):
         # Where it may be asked again in a step, vLLM is awake.
-        asleep = not cfg.train.resample_rounds and (scored or not scores_answers(cfg.objective))
+        asleep = not (cfg.train.resample_rounds or cfg.answers_behind)
         around = {**(beside if asleep else awake), **frozen}
         phases["reference"] = {**around, **_reference_pass(lay), **copies}
     # Activations are gone by then, and the optimiser's copies come.
@@ -169,7 +169,9 @@ def estimate_memory(
         return MemoryEstimate(phases, _host(lay), shape.parameters)
     probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
     phases["sampling"] = {**awake, **probe, **own}
-    if engine and scored and cfg.train.resample_rounds:
+    # Log-probs of thoughts are scored beside an engine that has just answered behind them.
+    beside_it = cfg.answers_behind and policy_rows(cfg.objective)
+    if engine and (beside_it or (scored and cfg.train.resample_rounds)):
         phases["scoring"] = {**awake, **_scoring(lay), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}

@@ -57,6 +57,7 @@ def communication(
     # The head's gradient stays whole until the last micro-batch, so it is always reduced once.
     reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
+    # No gather for scoring: what it leaves gathered serves the first micro-batch.
     gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
     scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, 1)]
     shards, replicas = lay.shards, cfg.parallel.replicas
@@ -91,6 +92,7 @@ def _ring(units: Iterable[tuple[int, int]], size: int, *, group: int, node: int)
         moved += elements * size * count
     # Ranks are dealt node by node, so a group of `node` or fewer stays inside one.
     here = min(group, node)
+    # A node fetches the other nodes' shards once, and its devices share the cost.
     outside = moved * (group - here) // here
     return Traffic(calls, moved * (group - 1) - outside, outside)
 

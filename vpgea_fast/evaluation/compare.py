@@ -62,7 +62,7 @@ def open_evaluations(words: Sequence[str], *, common: bool, note: Note) -> list[
     """Read folders, given as FOLDER or NAME=FOLDER; of a run, all that it holds, by their paths.
 
     With `common` an unfinished evaluation gives the questions that have all their answers.
-    SampleError for fewer than two, for a folder without records, and for a name that stands twice.
+    SampleError for a folder without records, and for a name that stands twice.
     """
     found = []
     for word in words:
@@ -70,15 +70,13 @@ def open_evaluations(words: Sequence[str], *, common: bool, note: Note) -> list[
         for path in _folders(folder):
             inner = path.relative_to(folder).as_posix()
             label = name if inner == "." else f"{name}/{inner}"
-            found.append(_open(label, path, common=common, note=note))
+            found.append(open_evaluation(label, path, common=common, note=note))
     names = [evaluation.name for evaluation in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise SampleError(
             f"two evaluations are called {twice!r}; write NAME=FOLDER for one of them"
         )
-    if len(found) < 2:
-        raise SampleError(f"got {len(found)} evaluation, expected two or more to compare")
     return found
 
 
@@ -95,6 +93,7 @@ def _named(word: str) -> tuple[str, Path]:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise SampleError(f"{folder} is no folder; give one that vpgea eval wrote")
+    # A run holds one evaluation per evaluated step, in evals/step_N.
     paths = sorted({file.parent for file in folder.rglob(SAMPLES)}, key=_by_number)
     if not paths:
         raise SampleError(f"{folder} holds no {SAMPLES}; give a folder that vpgea eval wrote")
@@ -107,12 +106,20 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
     return [(len(part) - len(stem), part) for part, stem in words]
 
 
-def _open(name: str, folder: Path, *, common: bool, note: Note) -> Evaluation:
+def open_evaluation(name: str, folder: Path, *, common: bool, note: Note) -> Evaluation:
+    """Read the records of one folder, as `open_evaluations` does."""
     header = read_header(folder)
     try:
-        answers = collect_all(read_samples(folder, note), unfinished=common)
-        if not answers:
+        found = collect_all(read_samples(folder, note), unfinished=common)
+        if not found:
             raise SampleError("there is no sample; go on with --resume")
+        # As they were asked, whichever ended first.
+        rank = {name: place for place, name in enumerate(header["benchmarks"])}
+        last = len(rank)
+        answers = {
+            mode: dict(sorted(parts.items(), key=lambda item: rank.get(item[0], last)))
+            for mode, parts in found.items()
+        }
         for mode in answers:
             _check_finished(header, mode, answers[mode], common=common)
     except SampleError as error:
@@ -130,9 +137,12 @@ def _check_finished(
     if unknown is not None:
         raise SampleError(f"a sample is of {unknown!r}, which {HEADER} does not name")
     for name, facts in planned.items():
+        # A benchmark may have a number of draws of its own; greedy answers are the same for all.
         draws = facts.get("k") if mode == "sampled" else None
         draws = header["settings"].get("k", {}).get(mode) if draws is None else draws
         if draws == 0:
+            if name in answers:
+                raise SampleError(f"{name} has {mode} answers, of which {HEADER} plans none")
             continue
         have = answers[name].correct_QK.shape if name in answers else (0, 0)
         if tuple(have) != (facts.get("questions"), draws) and not common:
@@ -145,7 +155,7 @@ def _check_finished(
 def compare(
     evaluations: Sequence[Evaluation], *, mode: str | None = None, common: bool = False
 ) -> dict[str, Any]:
-    """Measure every evaluation, and all but the first against the first.
+    """Measure every evaluation (one, too), and all but the first against the first.
 
     mode    None: sampled answers where all have them, else greedy ones
     common  take the questions that all have, and say what else is unlike; without it, anything
@@ -156,6 +166,7 @@ def compare(
     """
     mode = mode or _shared_mode(evaluations)
     notes = _unlike(evaluations, common=common)
+    # Cut before anything is measured: the base's own row is of the common questions too.
     parts = _common(evaluations, mode, common=common)
     rows = [
         {"name": evaluation.name, "model": evaluation.header["model"], **_measured(answers)}
@@ -166,7 +177,7 @@ def compare(
     questions = {name: len(answers.questions) for name, answers in parts[0].items()}
     if common:
         notes.append(f"questions common to all: {_listed(questions)}")
-    return _plain(
+    return plain(
         {
             "schema": 1,
             "base": evaluations[0].name,
@@ -256,8 +267,9 @@ def _measured(benchmarks: Mapping[str, Answers]) -> dict[str, Any]:
 
 def _against(new: Mapping[str, Answers], base: Mapping[str, Answers]) -> dict[str, Any]:
     """Changes from the base with paired intervals, by benchmark and of the "mean"."""
+    # The difference is that of all questions; resamples give its interval alone.
     points = _changes(statistics(*question_means(new)), statistics(*question_means(base)))
-    # One seed, the same questions in one order: both draw the same resamples.
+    # Of one name and the same questions: both draw the same resamples.
     drawn = _changes(statistics(*resampled_means(new)), statistics(*resampled_means(base)))
     return {
         name: {key: _change(points[key][row, 0], drawn[key][row]) for key in points}
@@ -267,6 +279,7 @@ def _against(new: Mapping[str, Answers], base: Mapping[str, Answers]) -> dict[st
 
 def _changes(new: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
+        # In points, as papers print it; tokens and eps3 differ in size between benchmarks.
         "acc": new["acc"] - base["acc"],
         **{key: new[key] / base[key] - 1 for key in RELATIVE},
         "aes": aes(new["acc"], new["tokens"], base=(base["acc"], base["tokens"])),
@@ -297,10 +310,12 @@ def _short(value: object) -> str:
     return f"{value!r:.24}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn numbers that JSON lacks into None, and tuples into lists."""
+    # Keys as text: a k of pass@k is a number here, and none in JSON.
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    # json would write NaN and Infinity, which other readers refuse.
     return None if isinstance(value, float) and not math.isfinite(value) else value

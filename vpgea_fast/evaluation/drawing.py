@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from vpgea_fast.distributed import World
-from vpgea_fast.evaluation.folder import Folder, Outcome
+from vpgea_fast.evaluation.folder import Folder, Outcome, Plan
 from vpgea_fast.evaluation.records import Key, Mode, Note, Sample
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, in_waves
+from vpgea_fast.scoring import answer_text
 from vpgea_fast.types import Path, Question, SampleRequest
 from vpgea_fast.verify.predictions import prediction
 
@@ -48,6 +49,12 @@ class Part:
     def keys(self) -> list[Key]:
         return [(self.benchmark, self.mode, r.question_id, r.index) for r in self.requests]
 
+    @property
+    def plan(self) -> Plan:
+        """Give what makes a record one of this part."""
+        asked = zip(self.keys, self.requests, self.questions, strict=True)
+        return {key: (request.seed, question.answer) for key, request, question in asked}
+
 
 class Recorder:
     """Draws parts into `folder`, of which it knows what is there.
@@ -70,8 +77,11 @@ class Recorder:
         self.judge, self.note = judge, note
         self.reading: Any = {"decode": decode, "checker": checker}
         self.outcomes: dict[Key, Outcome] = dict(folder.known)
+        # Of this process, for all to gather at the end.
         self.own: dict[Key, Outcome] = {}
+        # Answers drawn again with another outcome than their record.
         self.moved = 0
+        # Running sums, since the line of progress is written at every look.
         self.right = sum(o.correct for o in self.outcomes.values())
         self.tokens = sum(o.tokens for o in self.outcomes.values())
 
@@ -90,6 +100,7 @@ class Recorder:
         tell = progress(missing) if progress is not None and missing else None
         for part, wave in waves:
             self._draw(part, wave, tell)
+            # A power cut then costs no wave that has ended.
             self.folder.sync()
         if self.moved:
             self.note(
@@ -107,6 +118,7 @@ class Recorder:
         if self.engine.wave is not None:
             # Neighbours differ least in length, so every process gets as much.
             return waves[self.world.rank :: self.world.size]
+        # It batches as it likes, so single answers are shared and no waves.
         shared = [(part, wave[self.world.share(len(wave))]) for part, wave in waves]
         return [(part, wave) for part, wave in shared if wave]
 
@@ -114,6 +126,7 @@ class Recorder:
         for wave in in_waves(part.requests, self.engine.wave):
             lacks = [place for place in wave if part.keys[place] not in self.outcomes]
             if lacks:
+                # All of a wave that lacks one answer: a part of it would have other last bits.
                 yield lacks if self.engine.wave is None else wave
 
     def _draw(self, part: Part, wave: Sequence[int], tell: Progress | None) -> None:
@@ -172,7 +185,7 @@ def sample_of(
     """Make the record of the answer at a place of a part."""
     question, request = part.questions[place], part.requests[place]
     # A cut thought has no answer, and no answer may be found inside a thought.
-    answer = decode(path.answer_ids) if path.closed else ""
+    answer = answer_text(path, decode, part.sampling.tag) if path.closed else ""
     return Sample(
         benchmark=part.benchmark,
         mode=part.mode,
@@ -182,7 +195,7 @@ def sample_of(
         ids=tuple(path.response_ids.tolist()),
         text=decode(path.response_ids),
         answer_text=answer,
-        prediction=prediction(checker, answer) if path.closed else None,
+        prediction=prediction(checker, answer, question.answer) if path.closed else None,
         gold=question.answer,
         tokens=path.generated,
         thought_tokens=path.z_ids.numel(),

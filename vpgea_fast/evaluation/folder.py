@@ -14,10 +14,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.distributed import World
@@ -42,6 +43,10 @@ COMPARED = ("model.fingerprint", "settings", "benchmarks")
 """What decides the answers; a model may have moved, and versions may be newer (which is said)."""
 
 
+Plan = Mapping[Key, tuple[int, str]]
+"""Of every answer of an evaluation its seed and its gold: by these a record is one of it."""
+
+
 class Outcome(NamedTuple):
     """What the numbers of an evaluation need of one answer."""
 
@@ -55,26 +60,39 @@ class Folder:
 
     def __init__(self, path: Path, rank: int, known: Mapping[Key, Outcome]) -> None:
         self.path, self.known = path, known
-        self.samples = _part(path, SAMPLES, rank).open("ab")
-        self.times = _part(path, TIMES, rank).open("ab")
+        # Without buffers: what has failed to be written is not tried again at the end.
+        self.samples = _part(path, SAMPLES, rank).open("ab", buffering=0)
+        self.times = _part(path, TIMES, rank).open("ab", buffering=0)
 
     def append(self, ended: Iterable[tuple[Sample, float]]) -> None:
         """Write samples with their seconds, so that a reader sees them at once."""
         pairs = list(ended)
-        self.samples.write("".join(line(sample) for sample, _ in pairs).encode())
-        self.samples.flush()
         names = ("benchmark", "mode", "question_id", "index")
         rows = [
             {**dict(zip(names, sample.key, strict=True)), "seconds": round(seconds, 3)}
             for sample, seconds in pairs
         ]
-        self.times.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self.times.flush()
+        # Samples first: an answer is whole without its seconds, and not the other way round. A
+        # killed process loses nothing of what it wrote; a power cut, what `sync` has not put down.
+        with self._written():
+            _write(self.samples, "".join(line(sample) for sample, _ in pairs))
+            _write(self.times, "".join(json.dumps(row) + "\n" for row in rows))
 
     def sync(self) -> None:
         """Put what was appended on the disk: from here on no power cut costs it."""
-        os.fsync(self.samples.fileno())
-        os.fsync(self.times.fileno())
+        with self._written():
+            os.fsync(self.samples.fileno())
+            os.fsync(self.times.fileno())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SampleError(
+                f"{self.path}: {error.strerror}; make room, and go on with --resume: the answers "
+                "so far are kept"
+            ) from error
 
     def close(self) -> None:
         self.samples.close()
@@ -83,22 +101,23 @@ class Folder:
 
 @contextmanager
 def open_folder(
-    path: Path, header: Mapping[str, Any], world: World, *, resume: bool, note: Note
+    path: Path, header: Mapping[str, Any], world: World, *, plan: Plan, resume: bool, note: Note
 ) -> Iterator[Folder]:
     """Begin an evaluation in `path`, or go on with it; join all parts at the end. A collective.
 
     SampleError, with nothing touched: records without `resume`, or of another model, question set
-    or settings (the first that differs is named); another process that writes there.
+    or settings (the first that differs is named), or that are not of `plan`; another process that
+    writes there.
     """
     lock: BinaryIO | None = None
     try:
+        # Process 0 alone judges and repairs the folder; its refusal ends the others too.
         with world.together():
             if world.main:
-                lock = _begin(path, header, resume=resume, note=note)
+                lock = _begin(path, header, plan, resume=resume, note=note)
         with world.together():
-            known = {
-                s.key: Outcome(s.tokens, s.finish, s.correct) for s in read_samples(path / SAMPLES)
-            }
+            # All parts, by every process: each works out the same shares of what is missing.
+            known = _known(path, plan)
         folder = Folder(path, world.rank, known)
         try:
             yield folder
@@ -115,6 +134,7 @@ def open_folder(
 def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Write the folder of an evaluation that has ended, over one of the same name."""
     path.mkdir(parents=True, exist_ok=True)
+    # Before the header, which makes the folder an evaluation to a reader.
     write_text(path / SAMPLES, "".join(lines))
     write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
 
@@ -125,6 +145,13 @@ def check_free(path: Path, *, resume: bool) -> None:
         raise SampleError(f"{path} is a file; expected a folder to write records to, or a new one")
     if not path.parent.is_dir():
         raise SampleError(f"{path}: its parent is not there; give a folder in one that exists")
+    try:
+        # A file without a name: what the permissions say does not bind root, and leaves out quotas.
+        tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent).close()
+    except OSError as error:
+        raise SampleError(
+            f"{path}: nothing can be written there ({error.strerror}); give another folder"
+        ) from error
     header = path / HEADER
     if header.exists() and not resume:
         raise SampleError(
@@ -138,26 +165,54 @@ def check_free(path: Path, *, resume: bool) -> None:
             )
 
 
-def _begin(path: Path, header: Mapping[str, Any], *, resume: bool, note: Note) -> BinaryIO:
+def _begin(
+    path: Path, header: Mapping[str, Any], plan: Plan, *, resume: bool, note: Note
+) -> BinaryIO:
     """Check or write the header, join parts, cut torn lines; return the lock."""
     check_free(path, resume=resume)
     old = read_header(path) if (path / HEADER).exists() else None
     if old is not None:
         _refuse_other(path, old, header)
     path.mkdir(exist_ok=True)
+    for file in (path / SAMPLES, path / TIMES):
+        if file.exists() and not file.is_file():
+            raise SampleError(f"{file} is no file; remove it, or give another folder")
     # Two processes appending would interleave answers, and each believe the file whole.
+    # A flock goes with its process, killed or not: no stale lock file stays behind.
     lock = (path / SAMPLES).open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         raise SampleError(f"{path}: another process writes it; wait, or give another") from error
+    try:
+        # For its refusal: of another evaluation's folder no line is cut or moved.
+        _known(path, plan)
+    except SampleError:
+        lock.close()
+        raise
     if old is None:
         write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
     elif old.get("versions") != header.get("versions"):
         note(f"{path}: goes on with other versions than it began with; see {HEADER}")
     _join(path, note)
     return lock
+
+
+def _known(path: Path, plan: Plan) -> dict[Key, Outcome]:
+    """Read what was drawn, by all processes. SampleError for a record that is not of the plan: its
+    header may be right, and its file another's."""
+    known: dict[Key, Outcome] = {}
+    for file in (path / SAMPLES, *_parts(path, SAMPLES)):
+        for s in read_samples(file):
+            if plan.get(s.key) != (s.seed, s.gold):
+                what = "seed or gold" if s.key in plan else "question, or more answers to it"
+                raise SampleError(
+                    f"{file}: the record {s.key} is of another evaluation: another {what}; bring "
+                    "the right file back, or give another folder"
+                )
+            known[s.key] = Outcome(s.tokens, s.finish, s.correct)
+    return known
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -200,6 +255,7 @@ def _part(path: Path, name: str, rank: int) -> Path:
 
 
 def _parts(path: Path, name: str) -> list[Path]:
+    # samples.1.jsonl and so on, but not samples.jsonl, which they are joined to.
     stem, dot, kind = name.partition(".")
     return sorted(path.glob(f"{stem}.[0-9]*{dot}{kind}"))
 
@@ -223,8 +279,15 @@ def _join(path: Path, note: Note) -> None:
         part.unlink()
 
 
+def _write(file: IO[bytes], text: str) -> None:
+    left = memoryview(text.encode())
+    while left:
+        left = left[file.write(left) :]
+
+
 def _append(file: Path, lines: Iterable[str]) -> None:
     with file.open("ab") as handle:
         handle.writelines(text.encode() for text in lines)
+        # On the disk before the caller removes the part that the lines come from.
         handle.flush()
         os.fsync(handle.fileno())

@@ -11,6 +11,7 @@ from vpgea_fast.evaluation.records import SCHEMA
 from vpgea_fast.metrics import environment
 from vpgea_fast.weights import model_digest
 
+# Neither model.path nor eval.data: weights and questions count by content, wherever they lie.
 SETTINGS = {
     "sampling": {
         "eval": ("temperature", "top_p", "max_new_tokens"),
@@ -43,12 +44,14 @@ def make_header(
         "model": {"path": cfg.model.path, "fingerprint": model_digest(cfg.model.path)},
         "settings": settings,
         "benchmarks": {name: _benchmark(cfg, part) for name, part in benchmarks.items()},
+        # Told and not compared: an evaluation may go on under newer ones.
         "versions": environment(),
         "command": list(command),
     }
 
 
 def _benchmark(cfg: Config, benchmark: Benchmark) -> dict[str, Any]:
+    # null in eval.data leaves the number of draws to eval.samples.
     own = benchmark.samples
     return {
         "fingerprint": fingerprint([question for question, _ in benchmark.questions]),

@@ -2,12 +2,14 @@
 
     samples -> Answers (a row per question, a column per draw) -> numbers and 95 % intervals
 
-An interval is the percentile bootstrap over questions: the draws of one are not independent.
+An interval is the percentile bootstrap over questions: the draws of one are not independent. The
+same records have the same intervals everywhere, whatever the order of lines, files or questions.
 Q questions, K draws of each, R resamples.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from vpgea_fast.metrics import eps3, eps3_mean
 BOOTSTRAP = 1000
 """Resamples behind an interval."""
 AES_WEIGHTS = (1.0, 3.0, 5.0)
-"""Of length, of a gain and of a loss in accuracy (O1-Pruner, arXiv 2501.12570)."""
+"""alpha, beta and gamma of AES: of length, of a gain and of a loss in accuracy."""
 CHUNK = 2**22
 """Numbers that a resampling gathers at a time: 32 MB."""
 
@@ -72,8 +74,10 @@ def collect(
     facts: dict[str, tuple[Any, ...]] = {}
     for s in samples:
         rows[s.question_id][s.index] = (s.correct, s.tokens, s.finish, s.prediction)
+        # One file says 3 and another "3", and mean the same level.
         level = None if s.level is None else str(s.level)
         facts.setdefault(s.question_id, (s.subject, level, s.gold))
+    # The most that any question has: one with fewer is not finished.
     draws = range(max(map(len, rows.values()), default=0))
     whole = {name for name, row in rows.items() if row.keys() == set(draws)}
     names = [name for name in (sorted(rows) if order is None else order) if name in whole]
@@ -137,7 +141,7 @@ def _votes(predictions: Sequence[str | None]) -> Iterator[int]:
         yield -1 if prediction is None else seen.setdefault(prediction, len(seen))
 
 
-def measure(benchmarks: Mapping[str, Answers], *, seed: int = 0) -> dict[str, Any]:
+def measure(benchmarks: Mapping[str, Answers]) -> dict[str, Any]:
     """Measure an evaluation in one mode: means over the benchmarks, and each benchmark's.
 
     acc          0..1, avg@K: the mean over K draws; acc_low, acc_high its interval over questions
@@ -148,12 +152,10 @@ def measure(benchmarks: Mapping[str, Answers], *, seed: int = 0) -> dict[str, An
     eps3_mean    (mean ACC)^2 / mean tokens
     benchmarks   the same for each, without eps3_mean
     """
-    # One generator: the benchmarks are resampled independently of each other.
-    generator = torch.Generator().manual_seed(seed)
     parts, resampled = {}, []
     for name, answers in benchmarks.items():
         correct_QK, tokens_QK = answers.correct_QK, answers.tokens_QK
-        means_R = resample(correct_QK.mean(dim=1, keepdim=True), generator)[:, 0]
+        means_R = _resampled(name, answers)[:, 0]
         resampled.append(means_R)
         # Integers: the sum does not depend on the order of the samples.
         acc, tokens = correct_QK.mean().item(), tokens_QK.sum().item() / tokens_QK.numel()
@@ -224,6 +226,7 @@ def statistics(accs_BR: Tensor, tokens_BR: Tensor) -> dict[str, Tensor]:
     its `eps3_mean` the ratio of means, as in `eps3_mean`; of a benchmark the two are one number.
     """
     acc, tokens = (torch.cat([x, x.mean(dim=0, keepdim=True)]) for x in (accs_BR, tokens_BR))
+    # Its last row is (mean ACC)^2 / mean tokens, the ratio of means.
     ratios = (100 * acc).square() / tokens
     eps3 = torch.cat([ratios[:-1], ratios[:-1].mean(dim=0, keepdim=True)])
     return {"acc": acc, "tokens": tokens, "eps3": eps3, "eps3_mean": ratios}
@@ -236,31 +239,34 @@ def question_means(benchmarks: Mapping[str, Answers]) -> tuple[Tensor, Tensor]:
     return torch.stack(accs)[:, None], torch.stack(tokens)[:, None]
 
 
-def resampled_means(benchmarks: Mapping[str, Answers], *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Accuracy and tokens of every resample, two (B, R) float64.
+def _resampled(name: str, answers: Answers) -> Tensor:
+    """Accuracy and tokens of every resample of a benchmark, (R, 2) float64.
 
-    Two evaluations of the same questions in the same order are resampled alike: they are paired.
+    Its name and its question ids alone decide which questions these are. So two evaluations of them
+    are paired, and two benchmarks are resampled independently of each other.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pairs = [
-        resample(
-            torch.stack([a.correct_QK.mean(dim=1), a.tokens_QK.double().mean(dim=1)], dim=1),
-            generator,
-        )
-        for a in benchmarks.values()
-    ]
-    both_BRC = torch.stack(pairs)
+    correct_QK, tokens_QK = answers.correct_QK, answers.tokens_QK
+    means_Q2 = torch.stack([correct_QK.mean(dim=1), tokens_QK.double().mean(dim=1)], dim=1)
+    # Resample r draws the same ids from any file, whatever the order of its rows.
+    by_id = sorted(range(len(answers.questions)), key=answers.questions.__getitem__)
+    # A file's name may hold bytes that are no text.
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return resample(means_Q2[by_id], generator)
+
+
+def resampled_means(benchmarks: Mapping[str, Answers]) -> tuple[Tensor, Tensor]:
+    """Accuracy and tokens of every resample of every benchmark, two (B, R) float64."""
+    both_BRC = torch.stack([_resampled(name, answers) for name, answers in benchmarks.items()])
     return both_BRC[..., 0], both_BRC[..., 1]
 
 
-def intervals(
-    benchmarks: Mapping[str, Answers], *, seed: int = 0
-) -> dict[str, dict[str, tuple[float, float]]]:
+def intervals(benchmarks: Mapping[str, Answers]) -> dict[str, dict[str, tuple[float, float]]]:
     """Intervals of `statistics` by benchmark, and of their mean under "mean".
 
     Accuracy and tokens are of the same resampled questions, so eps3's intervals are paired.
     """
-    found = statistics(*resampled_means(benchmarks, seed=seed))
+    found = statistics(*resampled_means(benchmarks))
     return {
         name: {key: interval(values[row]) for key, values in found.items()}
         for row, name in enumerate([*benchmarks, "mean"])
@@ -313,6 +319,7 @@ def budgets(answers: Answers) -> list[int]:
 
 def budget_curve(answers: Answers, limits: Sequence[int]) -> list[tuple[int, float]]:
     """(limit, accuracy) where an answer counts only if it took at most `limit` tokens."""
+    # Sorted once: each limit is a binary search then.
     right = answers.tokens_QK[answers.correct_QK > 0].sort().values
     within = torch.searchsorted(right, torch.tensor(limits), right=True)
     total = answers.correct_QK.numel()
@@ -332,11 +339,14 @@ def aes(
     base: tuple[Tensor, Tensor],
     weights: tuple[float, float, float] = AES_WEIGHTS,
 ) -> Tensor:
-    """Accuracy-Efficiency Score of O1-Pruner (arXiv 2501.12570) against a base's (acc, tokens).
+    """Accuracy-Efficiency Score of O1-Pruner (arXiv 2501.12570, section 5.1) against a base's
+    (acc, tokens).
 
     alpha dL + beta |dA| where accuracy holds, alpha dL - gamma |dA| where it falls; dL is the
-    relative saving of tokens, dA the relative change of accuracy. Not finite for a base without a
-    right answer.
+    relative saving of tokens, dA the relative change of accuracy; defaults 1, 3 and 5 as there. The
+    gains in its table 2 agree; its falls are printed as alpha dL + beta |dA|, against its formula.
+    Others weigh otherwise, so compare within one table. Not finite for a base without a right
+    answer.
 
     >>> half, few = torch.tensor(0.5), torch.tensor(500.0)
     >>> aes(half, few, base=(half, 2 * few)).item()
@@ -344,6 +354,7 @@ def aes(
     """
     saved, change = 1 - tokens / base[1], acc / base[0] - 1
     length, gain, loss = weights
+    # A fall is negative, so gamma times it takes off.
     return length * saved + torch.where(change >= 0, gain, loss) * change
 
 
@@ -354,8 +365,8 @@ def groups(answers: Answers, by: str) -> dict[str, dict[str, float]]:
     for row, label in enumerate(labels):
         if label is not None:
             rows[label].append(row)
-    # Each group from the same seed: what it holds does not depend on the others.
     return {
+        # The label seeds its resamples: subjects are drawn independently of each other.
         label: measure({label: answers.select(rows[label])})["benchmarks"][label]
         for label in sorted(rows)
     }
@@ -364,6 +375,7 @@ def groups(answers: Answers, by: str) -> dict[str, dict[str, float]]:
 def details(answers: Answers) -> dict[str, Any]:
     """Measure what one benchmark's records tell beyond `measure`: by k, budget, subject, level."""
     draws = answers.correct_QK.shape[1]
+    # K itself too, where it is no power of two.
     powers = sorted({2**p for p in range(draws.bit_length())} | {draws})
     return {
         "pass_at": {k: pass_at(answers.correct_QK, k).mean().item() for k in powers},

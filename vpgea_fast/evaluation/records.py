@@ -64,6 +64,7 @@ class Sample:
         return self.benchmark, self.mode, self.question_id, self.index
 
 
+# In this order on every line, so that equal samples are equal bytes.
 NAMES = tuple(field.name for field in fields(Sample))
 TEXTS = ("benchmark", "question_id", "text", "answer_text", "gold")
 COUNTS = ("index", "tokens", "thought_tokens")
@@ -145,6 +146,7 @@ def _read(text: bytes, where: str) -> Sample:
     if not isinstance(record, dict):
         got = type(record).__name__
         raise SampleError(f"{where}: got a {got}, expected an object of a sample; {REMEDY}")
+    # No key more either: joining parts writes lines anew, and would lose it.
     if record.keys() != set(NAMES):
         amiss = sorted(record.keys() ^ set(NAMES))
         what = "lacks" if amiss[0] in NAMES else "has an unknown"

@@ -1,15 +1,15 @@
 """The benchmarks of the papers, with the protocol in which their tables are made.
 
 Sampled at temperature 0.6 and top_p 0.95 with thoughts of at most 32,768 tokens, as R1's model card
-says; k answers to each question, more where a set is small; mathematics under `prompt.student`,
-choices under CHOICE, shown with letters. Where the published order puts the right choice first, the
-choices are shuffled by a fixed seed.
+says, which limits thought and answer together; here an answer has 4,096 of its own. k answers to
+each question, more where a set is small; mathematics under `prompt.student`, choices under CHOICE,
+shown with letters. Where the published order puts the right choice first, the choices are shuffled
+by a fixed seed.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,14 @@ from vpgea_fast.data.recipes import (
     Source,
     located,
 )
+from vpgea_fast.values import nearest
 
 PROTOCOL = {
     "eval.temperature": "0.6",
     "eval.top_p": "0.95",
     "eval.max_new_tokens": "32768",
+    "rollout.max_answer_tokens": "4096",  # of training's 1,024 a long answer would lack its box
+    # The papers report sampled answers alone; greedy ones would cost a draw of each question.
     "eval.greedy": "false",
     "verify.name": "math",  # which reads letters too
 }
@@ -59,6 +62,7 @@ class Set:
 
 
 [(_GSM8K,)] = RECIPES["gsm8k"]["test"]
+# About 1,000 to 2,700 answers of each set, but for MMLU-Pro: one to each of 12,032 questions.
 SETS = {
     "gsm8k": Set(_GSM8K, samples=1),
     "math500": Set(MATH_500, samples=4),
@@ -82,39 +86,40 @@ LACKS = {"vr": ("livecodebench",)}
 
 
 def suite_files(
-    words: str, folders: Sequence[Path], *, samples: bool = True
+    words: str, folders: Sequence[Path], given: Collection[str] = ()
 ) -> tuple[list[DataFile], list[str]]:
     """Write a suite, or sets with commas between them, as entries of eval.data; and what of it is
     not served.
 
     folders   where the files lie as published; none: the Hub
-    samples   False: each set takes eval.samples, where a command line gives it
+    given     keys of the command line, which win: eval.samples over each set's, eval.limit over
+              that of `quick`
     DataError for a name that is none, and for files that are not there.
     """
     names = SUITES.get(words, tuple(words.split(",")))
     for name in names:
         _check(name)
-    limit = QUICK if words == "quick" else None
+    quick = words == "quick"
     lacking = [f"{name} is not served yet: {MISSING[name]}" for name in LACKS.get(words, ())]
-    return list(_entries(names, folders, limit, samples=samples)), lacking
+    return list(_entries(names, folders, given, quick=quick)), lacking
 
 
 def _entries(
-    names: Sequence[str], folders: Sequence[Path], limit: int | None, *, samples: bool
+    names: Sequence[str], folders: Sequence[Path], given: Collection[str], *, quick: bool
 ) -> Iterable[DataFile]:
     for name in names:
         one = SETS[name]
         source = one.source
         [(_, path)] = located([(source,)], folders, name)
         # A small set is drawn whole, but not 32 times in a quick look.
-        count = one.samples if limit is None else min(one.samples, 4)
+        count = min(one.samples, 4) if quick else one.samples
         yield source.entry(
             path,
             name=name,
-            limit=limit,
+            limit=QUICK if quick and "eval.limit" not in given else None,
             subject_key=source.subject,
             level_key=source.level,
-            samples=count if samples else None,
+            samples=count if "eval.samples" not in given else None,
             student=one.student,
         )
 
@@ -123,8 +128,8 @@ def _check(name: str) -> None:
     if name in MISSING:
         raise DataError(f"--suite: {name} is not served yet: {MISSING[name]}; leave it out")
     if name not in SETS:
-        near = difflib.get_close_matches(name, [*SUITES, *SETS], n=1)
-        hint = f"did you mean {near[0]!r}? known: " if near else "expected one of "
+        near = nearest(name, [*SUITES, *SETS])
+        hint = f"did you mean {near!r}? known: " if near else "expected one of "
         raise DataError(
             f"--suite: got {name!r}; {hint}{', '.join(SUITES)}, or sets with commas between them, "
             f"of {', '.join(SETS)}"

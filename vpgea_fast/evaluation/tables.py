@@ -26,7 +26,9 @@ class Grid(NamedTuple):
 
 def grids(comparison: Record) -> list[Grid]:
     """Lay out what `compare` returns."""
-    found = [_results(comparison), _differences(comparison), _draws(comparison)]
+    several = len(comparison["rows"]) > 1
+    # One evaluation alone has nothing to differ from.
+    found = [_results(comparison), *[_differences(comparison)] * several, draws(comparison)]
     names = list(comparison["questions"])
     return found + [_published(key, t, names) for key, t in comparison["published"].items()]
 
@@ -41,6 +43,7 @@ def _results(comparison: Record) -> Grid:
         mean = row["mean"]
         keys = ("eps3", "eps3_mean")
         means = [_percent(mean["acc"]), _whole(mean["tokens"]), *(_ratio(mean[k]) for k in keys)]
+        # Of one benchmark the mean says the same again.
         rows.append(cells + means * several)
     headers = ["model"] + [
         f"{name} {what}" for name in names for what in ("acc %", "tokens", "eps3")
@@ -50,6 +53,7 @@ def _results(comparison: Record) -> Grid:
 
 
 def _differences(comparison: Record) -> Grid:
+    # Key of the change, and what it is multiplied by to be shown.
     columns: dict[str, tuple[str, float]] = {
         "accuracy, points": ("acc", 100),
         "tokens %": ("tokens", 100),
@@ -58,6 +62,7 @@ def _differences(comparison: Record) -> Grid:
         "AES": ("aes", 1),
     }
     several, rows = len(comparison["questions"]) > 1, []
+    # The first is the base.
     for row in comparison["rows"][1:]:
         for name, changes in row["against"].items():
             if name != "mean" or several:
@@ -72,7 +77,8 @@ def _differences(comparison: Record) -> Grid:
     )
 
 
-def _draws(comparison: Record) -> Grid:
+def draws(comparison: Record) -> Grid:
+    """Lay out what the draws of every evaluation tell, with its own intervals."""
     columns: dict[str, Callable[[Record], str]] = {
         "k": lambda p: str(p["k"]),
         "avg@k %": lambda p: f"{_percent(p['acc'])} {_span(p['intervals']['acc'], 100)}",
@@ -98,6 +104,7 @@ def _published(key: str, table: Record, names: Sequence[str]) -> Grid:
     for row in table["rows"]:
         cells = [" ".join(filter(None, (row["method"], row["size"])))]
         for name in shown:
+            # A row may lack a benchmark that others of its table have.
             part = row["benchmarks"].get(name, {})
             cells += [_percent(part.get("acc")), _whole(part.get("tokens"))]
             cells.append(_ratio(part.get("eps3")))
@@ -146,6 +153,7 @@ def latex(tables: Sequence[Grid]) -> str:
 
 
 def as_json(comparison: Record) -> str:
+    # `compare` has put None for what JSON lacks, so a NaN here is a fault.
     return json.dumps(comparison, indent=1, allow_nan=False) + "\n"
 
 
@@ -170,6 +178,7 @@ def _tex(text: str) -> str:
 
 
 def _bar(text: str) -> str:
+    # A bar would begin the next cell, and a line break the next row.
     return " ".join(text.split()).replace("|", r"\|")
 
 
@@ -196,6 +205,7 @@ def _change(change: Record, scale: float) -> str:
     value, low, high = (change[key] for key in ("value", "low", "high"))
     if value is None:
         return "-"
+    # Shares come times 100, to a tenth; the AES has no unit.
     form = "+.1f" if scale == 100 else "+.2f"
     clear = "*" if low is not None and high is not None and (low > 0 or high < 0) else ""
     return f"{scale * value:{form}} {_span((low, high), scale, form)}{clear}"

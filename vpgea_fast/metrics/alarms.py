@@ -125,6 +125,7 @@ class Alarms:
     def _idle_words(self) -> str:
         counts = Counter(self._idle).most_common()
         told = "; ".join(f"{count} x {reason}: {IDLE[reason]}" for reason, count in counts)
+        # No fault of the run: it has learnt what its questions hold.
         converged = "converged: " if {*self._idle} == {CONVERGED} else ""
         return f"{converged}no update for {len(self._idle)} steps in a row ({told})"
 
@@ -171,6 +172,7 @@ class Alarms:
         if len(self._accuracy) < 2 * self.WINDOW:  # two windows are compared
             return None
         # Both in standard errors of a difference of means: a noisy step must not raise the alarm.
+        # Negated, so that a fall too is a change above a limit.
         fall, fall_errors = _change([-value for value in self._accuracy])
         rise, rise_errors = _change(self._utility)
         # u_post rises in a good run too: it is an alarm only while the accuracy falls.
@@ -199,10 +201,12 @@ def idle_reason(record: Mapping[str, Any]) -> str:
     right = right or [finite(record.get("accept_rate"))]
     # In the order of IDLE's keys.
     converged, infinite, lost, rejected, same, gated = IDLE
+    # The log writes null for a number that is not finite.
     if finite(record.get("grad_norm")) is None:
         return infinite
     if groups is None:
         return lost
+    # std_s is a mean over groups: what is said is what most of them were.
     equal = spread is not None and spread < EQUAL
     if equal and all(share == 1 for share in right):
         return converged

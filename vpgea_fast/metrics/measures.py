@@ -98,6 +98,7 @@ class ModelFlops:
     def forward_row(self, length: int, head_rows: int | None = None) -> int:
         """Operations of a forward whose head runs on `head_rows` of the tokens (None: on all)."""
         head_rows = length if head_rows is None else head_rows
+        # q k and p v are 4 width l^2 operations over all pairs; a causal mask leaves half of them.
         return 2 * (self.decoder * length + self.head * head_rows + self.width * length**2)
 
     def forward_rows(self, lengths: Iterable[int], head_rows: Iterable[int] | None = None) -> int:
@@ -130,6 +131,7 @@ def eps3_mean(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if not pairs:
         raise ValueError("eps3_mean: got no benchmark, expected at least one (acc, tokens)")
     accs, tokens = zip(*pairs, strict=True)
+    # Short benchmarks rule this mean, long ones the ratio of means.
     mean_of_ratios = statistics.fmean(eps3(acc, count) for acc, count in pairs)
     return mean_of_ratios, eps3(statistics.fmean(accs), statistics.fmean(tokens))
 
@@ -152,6 +154,7 @@ def model_flops(config: Any) -> ModelFlops:
         for name, weight in causal_lm.base_model.named_parameters()
         if weight.ndim > 1 and id(weight) not in looked_up
     )
+    # Query heads, though keys may be fewer: each query meets a key, whoever shares it.
     heads = config.num_attention_heads
     # Qwen3 and Gemma have heads of another width than hidden_size / heads.
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

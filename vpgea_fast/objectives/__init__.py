@@ -7,7 +7,6 @@ in tests/test_objectives.py: nothing outside this folder names a method.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import json
@@ -21,6 +20,7 @@ from pydantic import Field, PlainSerializer, TypeAdapter, ValidationError, WrapV
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from vpgea_fast.names import Score
 from vpgea_fast.objectives.base import (
     Draws,
     Keys,
@@ -47,7 +47,8 @@ from vpgea_fast.objectives.policy_gradient import (
 )
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
-from vpgea_fast.values import STRICT, one_line
+from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
+from vpgea_fast.values import STRICT, nearest, one_line
 
 __all__ = [
     "DEFAULT",
@@ -78,9 +79,13 @@ __all__ = [
     "Terms",
     "VeriFree",
     "Vpgea",
+    "Vr",
+    "VrPhi",
+    "VrTheta",
     "ask",
     "at_step",
     "check_terms",
+    "guard_only",
     "policy_rows",
     "reads_reference",
     "reference_rows",
@@ -109,6 +114,7 @@ METHODS: dict[str, type] = {
         *(Vpgea, Grpo, DrGrpo, Dapo, Gspo, Cispo, Rloo, Reinforce),
         *(VeriFree, NormalisedVeriFree, Rlt),
         *(Sft, Rft, BestOfRft, HintRft),
+        *(Vr, VrTheta, VrPhi),
     )
 }
 """Name -> its type, whose fields are the keys of the section."""
@@ -120,6 +126,13 @@ def with_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     # An unknown name or preset passes here: the validation after it has the better words.
     presets = getattr(METHODS.get(str(section.get("name"))), "PRESETS", {})
     return {**presets.get(str(section.get("preset", "paper")), {}), **section}
+
+
+def guard_only(objective: Objective) -> frozenset[Score]:
+    """The log-probs that nothing but the leak guard reads: what it costs."""
+    if not isinstance(objective, Vpgea):
+        return frozenset()
+    return objective.needs() - objective.unguarded_needs()
 
 
 @functools.cache
@@ -160,6 +173,7 @@ def custom_type(target: str) -> type:
     return dataclass(frozen=True, config=STRICT)(whole)
 
 
+# What trainer, check, estimate and rows ask of any objective.
 METHOD_NAMES = ("norm", "norm_constant", "denominator", "draws", "needs", "terms", "at", "notes")
 
 
@@ -195,14 +209,15 @@ def _refuse_unknown(kind: Any, section: Mapping[str, Any]) -> None:
     for key in section:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        near = nearest(key, known)
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
         error = PydanticCustomError("unknown_key", "unknown key; {hint}", {"hint": hint})
         details = InitErrorDetails(type=error, loc=(key,), input=section[key])
         raise ValidationError.from_exception_data(kind.__name__, [details])
 
 
 def _write(objective: Any) -> dict[str, Any]:
+    # By its own type: one of the user's is in no union.
     return TypeAdapter(type(objective)).dump_python(objective, mode="json")
 
 

@@ -19,13 +19,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
 from vpgea_fast.objectives.surrogate import Surrogate
+from vpgea_fast.objectives.unread import Unread, refuse_unread
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from vpgea_fast.types import Live, ScoredBatch
 
 
+# Of a clip: from 1 on the ratio would have no lower bound.
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -47,8 +49,14 @@ class Draws:
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
     texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
+    stated            it reads where each thought states the answer (`ScoredPaths.stated_BP`)
     joint             the prior paths are trained beside the posterior ones
     targets           the reference answer is trained behind the thoughts: a row more of each
+    attempts          scoring.answer_samples answers are sampled behind every closed thought, in the
+                      student's view, judged and kept (`Path.attempts`)
+    answer_rows       the most of a path's right attempts that are trained; 0: none
+    u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
+    by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
@@ -65,8 +73,13 @@ class Draws:
     verified: bool = False
     answers: bool = False
     texts: bool = False
+    stated: bool = False
     joint: bool = False
     targets: bool = False
+    attempts: bool = False
+    answer_rows: int = 0
+    u_norm: Literal["sum", "mean"] | None = None
+    by_likelihood: bool = False
     given: bool = False
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
@@ -85,11 +98,11 @@ class Draws:
                 "Draws.given: the data gives prior paths alone; ask for those, and for no others"
             )
         for name, value in self.fields.items():
-            taken = name in ("question", "answer")
+            taken = name in ("question", "answer", "solution")
             if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
                 raise ValueError(
                     f"Draws.fields: got {name!r}: {value!r}, expected a name in small letters, not "
-                    "question or answer, and a function of a Slot"
+                    "question, answer or solution, and a function of a Slot"
                 )
 
     # Questions of trainer, check, estimate and dry run, so that none of them asks for a type.
@@ -153,6 +166,7 @@ class Term:
     later       the same where a rollout has several updates; with one, `weight` stands
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
+    first       of part `attempts`: the first right ones of a path alone; None: all of them
     """
 
     name: str
@@ -167,6 +181,7 @@ class Term:
     later: Live | None = None
     held_BP: Tensor | None = None
     close_BP: Tensor | None = None
+    first: int | None = None
 
     @property
     def weighted(self) -> Tensor:
@@ -268,6 +283,7 @@ class Terms:
         scores = {stream: dict(found) for stream, found in self.path_scores.items()}
         for stream, found in other.path_scores.items():
             for name, theirs in found.items():
+                # A copy, since `self` must stay as it is.
                 scores[stream][name] = scores[stream][name].clone()
                 scores[stream][name][whole_B] = theirs.to(scores[stream][name].dtype)
         return replace(
@@ -281,6 +297,7 @@ class Objective(Protocol):
     """A method. The keys of its section are the fields of the class, a frozen pydantic dataclass
     (`Keys` below has those that all of them share)."""
 
+    # Properties, here and below: the fields of a frozen record can stand for them.
     @property
     def name(self) -> str: ...
 
@@ -331,8 +348,20 @@ class Keys:
     """Divide by all questions of the update (`nominal`), or by those that have a gradient
     (`effective`)."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("norm_constant", {"norm": ("seq_sum", "seq_mean", "token_mean")}),
+    )
+
+    def __post_init__(self) -> None:
+        refuse_unread(self)
+
     def at(self, _step: int, /) -> Any:
+        # The object itself: by it `at_step` sees that nothing has changed.
         return self
+
+    def bounds(self) -> Mapping[str, tuple[int, ...]]:
+        """Say which keys hold numbers of tokens that a path's are compared with."""
+        return {}
 
     def notes(self) -> Iterator[str]:
         return iter(())
@@ -343,6 +372,7 @@ class ClipKeys(Keys):
     """Keys of an objective whose weights are of the policy that drew the paths: what corrects the
     later updates of a rollout (`Term.later`)."""
 
+    # PPO's range, arXiv 1707.06347.
     clip_low: Share = 0.2
     """The ratio of later updates of a rollout is clipped below 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
@@ -355,17 +385,24 @@ class ClipKeys(Keys):
 
 @dataclass(frozen=True, config=STRICT)
 class GroupKeys(ClipKeys):
-    """Keys of an objective that compares the paths of a question, by z-score or length."""
+    """Keys of an objective that compares the paths of a question by z-score."""
 
-    eta_clip: Clip | None = None
-    """Clip the length factor to (low, high); null: no clip."""
     eps: PositiveFloat = 1e-6
     """Added to the standard deviation of the z-score."""
+    # torch and verl divide by G - 1: their advantages are smaller by sqrt((G - 1) / G).
     ddof: Annotated[int, Field(ge=0, le=1)] = 0
     """0: divide the variance of the group by G; 1: by G - 1."""
     std_gate: NonNegativeFloat = 0.0
     """Give no gradient to groups whose score has a smaller standard deviation than this (0:
     never)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EtaKeys(GroupKeys):
+    """Keys of an objective with a length factor."""
+
+    eta_clip: Clip | None = None
+    """Clip the length factor to (low, high); null: no clip."""
 
 
 def scores_answers(objective: Objective) -> bool:
@@ -386,6 +423,7 @@ def policy_rows(objective: Objective) -> int:
 
 
 def _rows(objective: Objective, scores: Iterable[Score]) -> int:
+    # What a score costs: a row of every path of its stream, so a forward of prompt and path.
     counts = {stream: count for stream, _, count in objective.draws().plan}
     return sum(counts[score.stream] for score in scores)
 

@@ -45,6 +45,7 @@ def at_step(objective: Any, step: int) -> Any:
     """The objective of this step, from 0. ValueError for one that draws, needs or divides otherwise
     than the objective of the run, which planned for that."""
     now = ask(objective, "at", step)
+    # Without a schedule, which is the rule, nothing needs comparing.
     if now is objective:
         return now
     for what, of in {
@@ -84,6 +85,11 @@ def check_objective(objective: Any) -> None:
     for score in needs:
         if not (isinstance(score, Score) and all(map(operator.contains, known, score))):
             raise ValueError(f"{who}: needs() asks for {_shown(score)}, expected a Score")
+        if score.part == "attempts":
+            raise ValueError(
+                f"{who}: needs() asks for the attempts, of which a path may have none; ask for "
+                "another part"
+            )
         if score.view == "counterfactual" and score.part == "target":
             raise ValueError(
                 f"{who}: needs() asks for the target behind a wrong answer; U is scored in the "
@@ -151,6 +157,7 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
             f"{who}: trains the reference answer, but draws() does not say so; return "
             "Draws(targets=True, ...), or train the thought"
         )
+    _check_attempts(who, term, objective)
     # The longest row is planned before any path is drawn.
     scored = [score.view for score in objective.needs() if score.part == "target"]
     if term.part == "target" and term.view not in ("student", *scored):
@@ -180,8 +187,28 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
     _check_live(who, term, objective)
 
 
+def _check_attempts(who: str, term: Term, objective: Objective) -> None:
+    """ValueError for attempts that nobody samples, or that a term could not train."""
+    if term.part != "attempts":
+        return
+    draws = objective.draws()
+    # Each is a row with the whole thought in it: how many there may be is planned for.
+    if not draws.attempts or (term.first or math.inf) > draws.answer_rows:
+        raise ValueError(
+            f"{who}: trains {term.first or 'all'} right attempts of a path, but draws() asks for "
+            f"{draws.answer_rows}; return Draws(attempts=True, answer_rows=N, ...) and give the "
+            "term first=N, or train the thought"
+        )
+    if term.stream == "reference" or term.view != "student" or term.factors is not None:
+        raise ValueError(
+            f"{who}: attempts are sampled behind the policy's thoughts in the student's view, "
+            "several of a path; train them there, without factors"
+        )
+
+
 def _check_live(who: str, term: Term, objective: Objective) -> None:
     """ValueError for a loss of the moment that no row could ask."""
+    # Where a rollout has several updates the rows would take `later`, and drop `live` unsaid.
     if term.live is not None and term.later is not None:
         raise ValueError(f"{who}: got live and later; give the one that is meant")
     key, live = ("later", term.later) if term.live is None else ("live", term.live)
@@ -243,6 +270,7 @@ def _check_state(who: str, state: Any) -> None:
     """ValueError for a state that a checkpoint would give back changed."""
     try:
         same = isinstance(state, Mapping) and json.loads(json.dumps(dict(state))) == dict(state)
+        # NaN is no JSON, and unequal to itself when it comes back.
         json.dumps(dict(state), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{who}: state: {one_line(error)}; expected values of JSON") from error
@@ -254,6 +282,7 @@ def _check_state(who: str, state: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
+    # True is an int to Python, and would be logged as 1.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

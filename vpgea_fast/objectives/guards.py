@@ -56,6 +56,7 @@ def caught(cfg: Any, batch: ScoredBatch) -> dict[str, Tensor]:
         rows = [[bool(words.search(text)) for text in group] for group in post.texts]
         found["lexical"] = post.closed_BP.new_tensor(rows)
     if cfg.len_min_frac:
+        # Relative to the student's own paths: questions differ in the length that they need.
         base_B1 = batch.prior.length_BP.mean(dim=1, keepdim=True)
         found["short"] = post.length_BP < cfg.len_min_frac * base_B1
     return found
@@ -74,6 +75,7 @@ def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:
         return _early(cfg, batch)
     if (scores := cfg.guard_scores()) is None:
         return None
+    # The sum compares whole paths; the maximum finds one token that the answer alone explains.
     summed = cfg.leak_guard == "counterfactual"
     # A path that the engine gave up may have no token, and is trained by nobody.
     values = [
@@ -97,7 +99,10 @@ def _early(cfg: Any, batch: ScoredBatch) -> Tensor:
     found = [batch.logps[EARLY][path.key] for path in post.flat]
     cut_BG = _column(batch, [u.new_tensor(float(u.numel())) for u in found]) > 0
     u_BG = _column(batch, [u.sum() for u in found])
-    return (base_B[:, None] - u_BG.where(u_BG.isfinite(), cfg.u_min)).where(cut_BG, 0.0)
+    u_BG = u_BG.where(u_BG.isfinite(), cfg.u_min)
+    if cfg.clamp_u:  # as every U of the baseline
+        u_BG = u_BG.clamp(min=cfg.u_min)
+    return (base_B[:, None] - u_BG).where(cut_BG, 0.0)
 
 
 def _gaps(batch: ScoredBatch, own: Score, other: Score) -> list[Tensor]:
@@ -109,4 +114,5 @@ def _gaps(batch: ScoredBatch, own: Score, other: Score) -> list[Tensor]:
 def _column(batch: ScoredBatch, values: list[Tensor]) -> Tensor:
     import torch
 
+    # `flat` goes through a question's paths before the next one's, as the columns do.
     return torch.stack(values).double().view_as(batch.posterior.u_BP)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
+from vpgea_fast.objectives.unread import Unread, refuse_unread
 from vpgea_fast.values import STRICT
 
 if TYPE_CHECKING:
@@ -58,10 +59,25 @@ class Shaped:
 class LengthKeys:
     """Answers of a length reward that draws nothing more and keeps no state."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = ()
+    TOKENS: ClassVar[tuple[str, ...]] = ()
+    """Keys that hold numbers of tokens which a path's are compared with."""
+
+    def __post_init__(self) -> None:
+        refuse_unread(self)
+
+    # L1 tells the model its budget.
     def fields(self) -> Mapping[str, Callable[[Slot], str | int]]:
         """Say what a path's prompt holds of the reward."""
         return {}
 
+    # LC-R1 pays for ending a thought soon after it has stated the answer.
+    @property
+    def reads_stated(self) -> bool:
+        """Whether it reads where each thought states the answer."""
+        return False
+
+    # O1-Pruner measures lengths and accuracy against the policy that training began with.
     @property
     def reference_paths(self) -> int:
         """Paths of the reference policy per question that the reward reads."""

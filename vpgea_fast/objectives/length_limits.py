@@ -6,12 +6,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives.judged import Judged, LengthKeys, Shaped
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ThinkPrune(LengthKeys):
 
     name: Literal["think_prune"] = "think_prune"
     """ThinkPrune."""
+    # The paper's stages.
     limits: Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_falling)] = (
         4000,
         3000,
@@ -51,6 +53,12 @@ class ThinkPrune(LengthKeys):
     """A step counts for its stage only if at least this share of its right paths fits the next
     limit; 0: every step counts."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("steps", {"limits": lambda limits: len(limits) == 1}),
+        Unread("fitting", {"limits": lambda limits: len(limits) == 1}),
+    )
+    TOKENS: ClassVar[tuple[str, ...]] = ("limits",)
+
     def shaped(self, judged: Judged, state: Mapping[str, Any], /) -> Shaped:
         # A resume may have fewer stages.
         stage = min(state.get("stage", 0), len(self.limits) - 1)
@@ -58,6 +66,7 @@ class ThinkPrune(LengthKeys):
         length_BN, right_BN = judged.length_BN, judged.right_BN
         limit = self.limits[stage]
         reward_BN = (right_BN & (length_BN <= limit)).double()
+        # Of the stage that paid this step; the next one may begin below.
         metrics = {"length_limit": float(limit)}
         if stage + 1 < len(self.limits):
             fits_BN = right_BN & (length_BN <= self.limits[stage + 1])
@@ -79,6 +88,9 @@ class Laser(LengthKeys):
     """Worth of a right path within the target."""
     target: PositiveInt = 4096
     """Target length, in tokens."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("target", {"weight": (0.0,)}),)
+    TOKENS: ClassVar[tuple[str, ...]] = ("target",)
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         short_BN = judged.right_BN & (judged.length_BN <= self.target)
@@ -102,10 +114,18 @@ class LaserByDifficulty(LengthKeys):
     """Target of every level before the first measurement, in tokens."""
     every: PositiveInt = 20
     """Steps from one measurement to the next."""
+    lowest: PositiveInt = 1
+    """No measured target is lower. The authors' Laser-D of 4096 tokens has 4096 here, and a grid of
+    1024."""
     grid: PositiveInt = 512
     """Targets are multiples of this many tokens."""
     expected: PositiveInt = 1
     """Right paths to be hoped for within the target."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = tuple(
+        Unread(key, {"weight": (0.0,)}) for key in ("target", "every", "lowest", "grid", "expected")
+    )
+    TOKENS: ClassVar[tuple[str, ...]] = ("target", "lowest", "grid")
 
     def _by_level(
         self, judged: Judged, state: Mapping[str, Any]
@@ -127,20 +147,24 @@ class LaserByDifficulty(LengthKeys):
         now_B1 = torch.tensor([[targets[level]] for level in levels], dtype=torch.float64)
         metrics = {"length_limit": now_B1.mean().item()}
         if steps >= self.every:
+            # At least one: a third of two paths is none.
             fewest = {"hard": 1, "medium": max(1, count // 3), "easy": max(1, 2 * count // 3)}
             for level in LEVELS:
                 targets[level] = self._chosen(cells[level], fewest[level]) or targets[level]
+            # Lengths of earlier weights are not counted again.
             steps, cells = 0, {level: {} for level in LEVELS}
         return now_B1, {"targets": targets, "cells": cells, "steps": steps}, metrics
 
     def _chosen(self, cells: Mapping[str, int], fewest: int) -> int | None:
-        """The smallest target that fits; the longest path's where none does; None of no paths."""
+        """The smallest target that fits, and is no lower than it may be; the longest path's where
+        none fits; None of no paths."""
         total, covered, cell = sum(cells.values()), 0, 0
         for cell in sorted(map(int, cells)):
             covered += cells[str(cell)]
+            # covered / total >= expected / m, in whole numbers.
             if covered * fewest >= total * self.expected:
                 break
-        return cell or None
+        return max(cell, math.ceil(self.lowest / self.grid) * self.grid) if cell else None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -169,9 +193,12 @@ class LaserDe(LaserByDifficulty):
     loop: PositiveInt = 16
     """Tokens at the end of a path that tell a loop."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("loop", {"weight": (0.0,)}),)
+
     def shaped(self, judged: Judged, state: Mapping[str, Any], /) -> Shaped:
         target_B1, state, metrics = self._by_level(judged, state)
         right_BN, long_BN = judged.right_BN, judged.length_BN > target_B1
+        # A wrong path may think on, but not in circles and not into the token limit.
         free = [
             not path.truncated and not _loops(path.response_ids.tolist(), self.loop)
             for path in judged.batch.prior.flat

@@ -12,20 +12,20 @@ A new one is a type here, a name in LengthReward, and a row in tests/test_length
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.objectives.judged import Judged, LengthKeys, Shaped
 from vpgea_fast.objectives.length_limits import Laser, LaserD, LaserDe, ThinkPrune
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, Clip, Exponent, NonNegativeFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vpgea_fast.names import Slot
-    from vpgea_fast.types import ScoredBatch
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -50,10 +50,13 @@ class Eta(LengthKeys):
     clip: Clip | None = None
     """Clip the factor to (low, high); null: no clip."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("clip", {"alpha": (0.0,)}),)
+
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         from vpgea_fast.advantage import length_factor
 
         length_BN = judged.batch.prior.length_BP
+        # These paths are the student's own, of which VPG-EA's base length is a mean.
         base_B = length_BN.mean(dim=1)
         eta_BN = length_factor(length_BN, base_B, alpha=self.alpha, eta_clip=self.clip)
         return Shaped(reward_BN=judged.right_BN.double() * eta_BN, scores={"eta": eta_BN})
@@ -94,6 +97,7 @@ class Arora(LengthKeys):
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, c_BN = judged.length_BN, judged.right_BN.double()
+        # In a group without a right path nothing is paid, so any mean will do.
         count_B1 = c_BN.sum(dim=1, keepdim=True).clamp(min=1.0)
         mean_B1 = (c_BN * length_BN).sum(dim=1, keepdim=True) / count_B1
         apart_BN = length_BN - mean_B1
@@ -118,6 +122,7 @@ class ShorterBetter(LengthKeys):
 
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, right_BN = judged.length_BN, judged.right_BN
+        # Infinite in a group without a right path, where the mean takes its place below.
         shortest_B1 = length_BN.where(right_BN, float("inf")).amin(dim=1, keepdim=True)
         mean_B1 = length_BN.mean(dim=1, keepdim=True)
         best_B1 = shortest_B1.where(right_BN.any(dim=1, keepdim=True), mean_B1)
@@ -129,7 +134,8 @@ class ShorterBetter(LengthKeys):
 class O1Pruner(LengthKeys):
     """R = clip(mean n_ref / n - 1 + weight (c - mean c_ref), low, high), the means over paths of
     the frozen reference policy: O1-Pruner (arXiv 2501.12570). The clip is that of the authors'
-    code, which compares R over all its data; nearest is `objective.name reinforce`."""
+    code, which z-scores R over all its data; nearest is `objective.advantage batch_zscore`, over
+    those of a step."""
 
     name: Literal["o1_pruner"] = "o1_pruner"
     """O1-Pruner."""
@@ -147,6 +153,7 @@ class O1Pruner(LengthKeys):
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         mean_B1 = judged.reference_length_BR.mean(dim=1, keepdim=True)
         right_B1 = judged.reference_right_BR.double().mean(dim=1, keepdim=True)
+        # Lengths are 1 at least, so the ratio is finite.
         reward_BN = mean_B1 / judged.length_BN - 1
         reward_BN = reward_BN + self.weight * (judged.right_BN.double() - right_B1)
         return Shaped(reward_BN=reward_BN.clamp(*self.clip))
@@ -160,7 +167,7 @@ class LcR1(LengthKeys):
     up to where it first states the answer. Where it never does, `close` times `absent`. Their
     advantage is that of `objective.name drgrpo`."""
 
-    # Two departures: v is found by the answer's tokens, where the paper asks a model (LC-Extractor)
+    # Two departures: v is found by the answer's text, where the paper asks a model (LC-Extractor)
     # and trains on the thought that it cut. The authors' code pays wrong paths for length too.
 
     name: Literal["lc_r1"] = "lc_r1"
@@ -172,28 +179,29 @@ class LcR1(LengthKeys):
     absent: Annotated[float, Field(ge=-1.0, le=0.0)] = -1.0
     """That reward where the thought never states the answer."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("absent", {"close": (0.0,)}),)
+
+    @property
+    def reads_stated(self) -> bool:
+        return True
+
     def shaped(self, judged: Judged, _state: Mapping[str, Any], /) -> Shaped:
         length_BN, right_BN = judged.length_BN, judged.right_BN
+        # 1 for the wrong ones: a group of those alone must not divide by zero.
         longest_B1 = length_BN.where(right_BN, 1.0).amax(dim=1, keepdim=True)
         short_BN = (1 - length_BN / longest_B1).where(right_BN, 0.0)
         closed_BN = judged.batch.prior.closed_BP
         whole_BN = right_BN & closed_BN
-        stated_BN = _stated(judged.batch)
+        stated_BN = judged.batch.prior.stated_BP
+        assert stated_BN is not None  # draws() asks for it
         ratio_BN = (1 - stated_BN / judged.batch.prior.length_BP).where(stated_BN > 0, self.absent)
+        # Of the paths that the closing token pays for.
         rate = (stated_BN > 0)[whole_BN].double().mean().item() if whole_BN.any() else None
         return Shaped(
             reward_BN=right_BN.double() + closed_BN.double() + self.weight * short_BN,
             close_BN=self.close * ratio_BN.where(whole_BN, 0.0),
             metrics={"answer_stated": rate},
         )
-
-
-def _stated(batch: ScoredBatch) -> Tensor:
-    """Tokens of every thought up to the end of the answer's first occurrence, (B, N) float64; 0
-    where it never occurs."""
-    ends = [q.answer_end(path.z_ids) for q, path in batch.pairs("prior")]
-    length_BN = batch.prior.length_BP
-    return length_BN.new_tensor(ends).view_as(length_BN)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -206,7 +214,10 @@ class Budgeted(LengthKeys):
     high: PositiveInt = 4000
     """Largest budget."""
 
+    TOKENS: ClassVar[tuple[str, ...]] = ("low", "high")
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.low > self.high:
             raise ValueError(f"got low {self.low} above high {self.high}; exchange them")
 
@@ -214,10 +225,12 @@ class Budgeted(LengthKeys):
         return {"budget": self._budget}
 
     def _budget(self, slot: Slot) -> int:
+        # Of 63 bits: the remainder prefers no budget by more than 1e-9.
         return self.low + slot.group_seed % (self.high - self.low + 1)
 
     def _asked(self, judged: Judged) -> Tensor:
         """The budget of every path, (B, N) float64."""
+        # From the prompts themselves, where a field is text.
         budgets = [float(q.fields["budget"]) for q, _ in judged.batch.pairs("prior")]
         return judged.length_BN.new_tensor(budgets).view_as(judged.length_BN)
 

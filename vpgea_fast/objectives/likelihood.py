@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from vpgea_fast.names import Norm, PathKey, Score
 from vpgea_fast.objectives.base import ClipKeys, Draws, GroupKeys, Term, Terms
 from vpgea_fast.objectives.policy_gradient import Advantage, PolicyGradient
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, NonNegativeFloat
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ GroupSize = Annotated[int, Field(ge=2, lt=2**31)]
 @dataclass(frozen=True, config=STRICT)
 class VeriFree(PolicyGradient):
     """VeriFree (arXiv 2505.21493): R_i = P(y* | x, z_i), 0 for a cut thought. The gradient is that
-    of sum_i A_i log p(z_i | x) + R_i log p(y* | x, z_i), with A_i by leave-one-out."""
+    of sum_i A_i log p(z_i | x) + R_i log p(y* | x, z_i), with A_i by leave-one-out. A cut thought
+    stays in the loss, as in the authors' runs; `mask_truncated` leaves it out."""
 
     name: Literal["verifree"] = "verifree"
     """VeriFree."""
@@ -58,13 +60,15 @@ class VeriFree(PolicyGradient):
             )
 
     def draws(self) -> Draws:
-        return replace(super().draws(), targets=self.target != "none")
+        trained = self.target != "none"
+        return replace(super().draws(), targets=trained, by_likelihood=trained)
 
     def terms(self, batch: ScoredBatch, state: Mapping[str, Any], /) -> Terms:
         terms = super().terms(batch, state)
         scores = terms.path_scores["prior"]
         if self.target == "none":
             return terms
+        # R and A are both among the scores that the log keeps.
         weight_BN = -scores[self.target].where(self._kept(batch), 0.0)
         # The answer was not drawn, and no policy holds it: no KL.
         later = replace(self.clipped(), kl_coef=0.0)
@@ -105,7 +109,7 @@ class NormalisedVeriFree(ClipKeys):
     """Paths per question, which share a weight of 1."""
 
     def draws(self) -> Draws:
-        return Draws(prior=self.group_size, targets=True)
+        return Draws(prior=self.group_size, targets=True, by_likelihood=True)
 
     def needs(self) -> frozenset[Score]:
         return frozenset({Score("prior", "student", "target")})
@@ -145,6 +149,7 @@ class Rlt(GroupKeys):
     """Paths of the teacher per question."""
     answer_min: NonNegativeFloat = 0.01
     """Weight of the least likely token of the answer, beside the mean of all."""
+    # With kl_max: 3 mean + 0.03 max of the distance, as the authors run it.
     kl_coef: NonNegativeFloat = 3.0
     """Weight of the thought's distance from the student."""
     kl_max: NonNegativeFloat = 0.01
@@ -152,10 +157,13 @@ class Rlt(GroupKeys):
     cut: NonNegativeFloat = 1.0
     """Taken off the reward of a thought that the token limit cut."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("kl_max", {"kl_coef": (0.0,)}),)
+
     def draws(self) -> Draws:
         return Draws(posterior=self.group_size)
 
     def needs(self) -> frozenset[Score]:
+        # Per path one row of the policy, and two of the reference.
         return frozenset({TEACHER, STUDENT, ANSWER})
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:

@@ -15,16 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score
-from vpgea_fast.objectives.base import Draws, GroupKeys, Share, Term, Terms
+from vpgea_fast.objectives.base import Draws, EtaKeys, Share, Term, Terms
 from vpgea_fast.objectives.judged import Judged, Shaped
 from vpgea_fast.objectives.length_rewards import Eta, LengthReward
 from vpgea_fast.objectives.surrogate import Surrogate
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -38,11 +39,11 @@ if TYPE_CHECKING:
 
     from vpgea_fast.types import ScoredBatch, ScoredPaths
 
-Advantage = Literal["zscore", "centred", "leave_one_out", "batch"]
+Advantage = Literal["zscore", "centred", "leave_one_out", "batch", "batch_zscore"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class PolicyGradient(GroupKeys):
+class PolicyGradient(EtaKeys):
     """Keys of every policy gradient in the student's view."""
 
     group_size: Annotated[int, Field(ge=2, lt=2**31)] = 8
@@ -51,7 +52,8 @@ class PolicyGradient(GroupKeys):
     """Tokens with a gradient: thought and sampled answer, or the thought alone."""
     advantage: Advantage = "zscore"
     """`zscore`: (R - group mean) / (std + eps). `centred`: R - group mean. `leave_one_out`: R -
-    mean of the group's others. `batch`: R - mean of all paths of the step."""
+    mean of the group's others. `batch`: R - mean of all paths of the step. `batch_zscore`: that
+    over their (std + eps)."""
     length_reward: LengthReward | None = None
     """What a short path earns beside being right. `name` chooses it, and with it the other keys;
     null: that of alpha, or none."""
@@ -78,6 +80,18 @@ class PolicyGradient(GroupKeys):
     mask_truncated: bool = False
     """Leave paths that the token limit cut out of the loss, but not out of their group's mean."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("eta_clip", {"alpha": (0.0,)}),
+        Unread("kl", {"kl_coef": (0.0,)}),
+        # Without a standard deviation.
+        *(
+            Unread(key, {"advantage": ("centred", "leave_one_out", "batch")})
+            for key in ("eps", "ddof")
+        ),
+        Unread("std_gate", {"advantage": ("centred", "leave_one_out", "batch", "batch_zscore")}),
+        Unread("clip_low", {"surrogate": ("truncate",)}),
+    )
+
     def clipped(self) -> Surrogate:
         return replace(
             super().clipped(),
@@ -92,9 +106,17 @@ class PolicyGradient(GroupKeys):
             prior=self.group_size,
             verified=self.reward == "verify",
             answers=self.trains == "response",
+            stated=self.shaping.reads_stated,
             reference=self.shaping.reference_paths,
             fields=self.shaping.fields(),
         )
+
+    def bounds(self) -> Mapping[str, tuple[int, ...]]:
+        found = {key: getattr(self.shaping, key) for key in self.shaping.TOKENS}
+        return {
+            f"length_reward.{key}": value if isinstance(value, tuple) else (value,)
+            for key, value in found.items()
+        }
 
     @property
     def shaping(self) -> Eta | Any:
@@ -102,6 +124,7 @@ class PolicyGradient(GroupKeys):
         return self.length_reward or Eta(alpha=self.alpha, clip=self.eta_clip)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Beside another length reward nothing would read it.
         if self.length_reward and self.alpha:
             raise ValueError(
@@ -163,6 +186,7 @@ class PolicyGradient(GroupKeys):
             "groups_all_rejected": int((~correct_BN).all(dim=1).sum()),
             "groups_zero_var": int((advantage_BN == 0).all(dim=1).sum()),
             "std_s": reward_BN.std(dim=1, correction=self.ddof).mean().item(),
+            # Before clips and normaliser: the sign says which lengths the update favours.
             "net_token_push": (advantage_BN * judged.length_BN).sum().item(),
         }
         scores = {
@@ -186,7 +210,7 @@ class PolicyGradient(GroupKeys):
         return (columns.u_BP > math.log(0.5)) & columns.closed_BP
 
     def _advantage(self, reward_BN: Tensor) -> Tensor:
-        """(B, N) float64; a group of equal rewards is exactly 0, but for `batch`."""
+        """(B, N) float64; a group of equal rewards is exactly 0, but for those of the batch."""
         from vpgea_fast.advantage import group_zscore
 
         if self.advantage == "zscore":
@@ -195,6 +219,10 @@ class PolicyGradient(GroupKeys):
         # Groups of equal rewards keep a gradient here, which is what tells this from the others.
         if self.advantage == "batch":
             return reward_BN - reward_BN.mean()
+        if self.advantage == "batch_zscore":
+            # All paths of the step are one group.
+            found_1N = group_zscore(reward_BN.view(1, -1), eps=self.eps, ddof=self.ddof)
+            return found_1N.view_as(reward_BN)
         centred_BN = reward_BN - reward_BN.mean(dim=1, keepdim=True)
         # Rounding of the mean must not wake a group that has nothing to compare.
         equal_B = reward_BN.amax(dim=1) == reward_BN.amin(dim=1)
@@ -256,6 +284,7 @@ class Dapo(PolicyGradient):
 
     name: Literal["dapo"] = "dapo"
     norm: Norm = "token_mean"
+    # The paper's clip-higher: 0.2 below, 0.28 above.
     clip_high: PositiveFloat = 0.28
 
 
@@ -266,6 +295,7 @@ class Gspo(PolicyGradient):
     name: Literal["gspo"] = "gspo"
     norm: Norm = "seq_mean"
     ratio: Literal["token", "sequence"] = "sequence"
+    # The paper's range: a mean over the path's tokens strays far less than one token's ratio.
     clip_low: Share = 3e-4
     clip_high: PositiveFloat = 4e-4
 

@@ -34,6 +34,7 @@ Choice = Literal["all", "shortest", "likeliest"]
 class Supervised(Keys):
     """Keys of every supervised objective."""
 
+    # As fine-tuning usually counts: a long response weighs more than a short one.
     norm: Norm = "token_mean"
     """What a path's weight is divided by. `token_mean`: the tokens of all paths that are imitated.
     `const`, `seq_sum`, `seq_mean`: see the other methods; B P counts the others too."""
@@ -74,6 +75,7 @@ class Sft(Supervised):
         return Draws(prior=self.responses, answers=self.trains == "response", given=True)
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        # Every path: a length is 1 at least.
         return self._imitate(batch.prior.length_BP.gt(0), {})
 
 

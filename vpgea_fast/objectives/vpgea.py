@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
 from vpgea_fast.names import Score, Stream
-from vpgea_fast.objectives.base import Draws, GroupKeys, Term, Terms
+from vpgea_fast.objectives.base import Draws, EtaKeys, Term, Terms
 from vpgea_fast.objectives.guards import (
     EARLY,
     VIEWS,
@@ -34,6 +34,7 @@ from vpgea_fast.objectives.guards import (
     log_ratio,
     passed,
 )
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import (
     STRICT,
     Exponent,
@@ -48,9 +49,12 @@ if TYPE_CHECKING:
     from vpgea_fast.advantage import Utility
     from vpgea_fast.types import ScoredBatch
 
+UNGUARDED = {"leak_guard": ("none", "counterfactual", "max_kl")}
+"""The guards that compare no U with its baseline."""
+
 
 @dataclass(frozen=True, config=STRICT)
-class Vpgea(GroupKeys):
+class Vpgea(EtaKeys):
     """VPG-EA (arXiv 2605.11019). `preset` fills every key that is not given; the paper leaves most
     of them open."""
 
@@ -128,6 +132,7 @@ class Vpgea(GroupKeys):
     answer_weight: PositiveFloat = 1.0
     """Weight of that imitation."""
 
+    # DAPO's, arXiv 2503.14476.
     clip_high: PositiveFloat = 0.28
     """That ratio is clipped above 1 + clip_high. What is distilled has no ratio: its paths are a
     fixed sample of a forward KL."""
@@ -135,19 +140,50 @@ class Vpgea(GroupKeys):
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
         "robust": {
+            # One prior path at -60 nats among four pulls a mean down by 15: every path would pass.
             "baseline": "lme",
             "reward": "likelihood_mix",
             "clamp_u": True,
+            # Of 500 tokens on average, a path of 5 that only states the answer has eta 10.
             "eta_clip": (0.25, 4.0),
+            # In nats: differences below are noise of the scores.
             "eps": 1e-3,
+            # A z-score has no scale: it would blow up a group whose paths have become equal.
             "std_gate": 0.05,
             "leak_guard": "counterfactual",
         },
     }
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        # Of a logarithm, and without another view, no reward and no baseline of it is left.
+        *(
+            Unread(key, where, even_preset=True)
+            for key in ("reward", "r_margin")
+            for where in ({"utility": ("elbo",)}, {"cross_view": (False,)})
+        ),
+        # The gate compares P with 1/2, and a U that is lifted stays far below.
+        *(
+            Unread(key, {**where, **UNGUARDED})
+            for key in ("baseline", "clamp_u")
+            for where in (
+                {"cross_view": (False,)},
+                {"reward": ("likelihood_gate",), "utility": ("product",)},
+            )
+        ),
+        Unread("leak_limit", {"leak_guard": ("none",)}),
+        Unread("lexical_regex", {"lexical": (False,)}),
+        Unread("answer_weight", {"train_answer": ("none",)}),
+        # A schedule may end at 0, where a clip is not read any more.
+        Unread("eta_clip", {"alpha": (0.0,), "alpha_end": (None,)}),
+        Unread("alpha_steps", {"alpha_end": (None,)}),
+        Unread("gate", {"beta": (0.0,), "train_answer": ("none",)}),
+        Unread("distill_denominator", {"beta": (0.0,)}),
+        Unread("distill_denominator", {"norm": ("const", "seq_sum", "seq_mean")}),
+    )
+
     def __post_init__(self) -> None:
-        self.group_options()  # refuses keys that do not go together
-        self._check_utility()
+        super().__post_init__()
+        self.group_options()  # refuses what the scores cannot be made with
         try:
             re.compile(self.lexical_regex)
         except re.error as error:
@@ -159,26 +195,24 @@ class Vpgea(GroupKeys):
                 f"prior_pg: got {self.prior_pg} with prior_samples 1, expected 2 or more: one path "
                 "has nothing to be compared with"
             )
+        # `likelihood_gate` asks for P > 1/2, and a mean of likelihoods for something below it.
+        if self.clamp_u and self.u_min > -2:
+            raise ValueError(
+                f"u_min: got {self.u_min} with clamp_u, expected at most -2: each U is lifted to "
+                "it, and paths that cannot make the answer would be likely"
+            )
         if self.leak_guard != "none" and not self.posterior:
             raise ValueError(
                 f"leak_guard: got {self.leak_guard!r} with posterior: false, expected none: the "
                 "student's own prompt holds no answer that could leak"
             )
-
-    def _check_utility(self) -> None:
-        """ValueError for keys that the utility would not read."""
-        elbo = self.utility == "elbo"
-        for key, got, want in (
-            ("reward", self.reward, "paper"),
-            ("r_margin", self.r_margin, 0.0),
-            ("cross_view", self.cross_view, True),
-        ):
-            if elbo and got != want:
-                raise ValueError(
-                    f"utility: got 'elbo' with {key} {got!r}, which it does not read, expected "
-                    f"{want!r}; set objective.{key}, or utility product"
-                )
-        if self.kappa and not (elbo and self.posterior):
+        # It would be the ELBO of another student, who sees the answer.
+        if self.utility == "elbo" and not self.cross_view:
+            raise ValueError(
+                "cross_view: got False with utility 'elbo', expected true: the ELBO is of the "
+                "answer in the student's view"
+            )
+        if self.kappa and not (self.utility == "elbo" and self.posterior):
             raise ValueError(
                 f"kappa: got {self.kappa} with utility {self.utility!r} and posterior "
                 f"{self.posterior}, expected 0: only the ELBO of a teacher's path has a log-ratio"
@@ -202,14 +236,15 @@ class Vpgea(GroupKeys):
         )
 
     def needs(self) -> frozenset[Score]:
+        early = {EARLY} if self.leak_guard == "early_answer" else set()
+        return self.unguarded_needs() | early | frozenset(self.guard_scores() or ())
+
+    def unguarded_needs(self) -> frozenset[Score]:
+        """The log-probs that are read whatever the leak guard is."""
         # The student's prompt does not hold the answer, so a path that only leans on it makes the
         # answer no likelier there.
         own = "student" if self.cross_view else self.draws().posterior_view
         scores = {Score("posterior", own, "target"), Score("prior", "student", "target")}
-        if self.leak_guard == "early_answer":
-            scores.add(EARLY)
-        if guard := self.guard_scores():
-            scores |= set(guard)
         return frozenset(scores | (set(VIEWS) if self.kappa else set()))
 
     def guard_scores(self) -> tuple[Score, Score] | None:
@@ -294,7 +329,8 @@ class Vpgea(GroupKeys):
         """The reference answer behind the distilled thoughts."""
         if self.train_answer == "none":
             return []
-        weight_BG = -self.answer_weight * gate_BG
+        # 1 where the gate is open: how far `relu` opens is for the distilled thoughts alone.
+        weight_BG = -self.answer_weight * gate_BG.ne(0).double()
         return [
             Term(
                 name="answer",

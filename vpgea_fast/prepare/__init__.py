@@ -6,7 +6,6 @@ pass_rates.py  how often a model answers each question right
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from vpgea_fast.metrics import Console
 from vpgea_fast.prepare.overlap import Match, Overlap
 from vpgea_fast.prepare.pass_rates import histogram, pass_rates
 from vpgea_fast.types import Question
+from vpgea_fast.values import nearest
 from vpgea_fast.verify import Verifier
 
 __all__ = ["Order", "prepare"]
@@ -93,8 +93,8 @@ def prepare(order: Order, cfg: Config, console: Console) -> None:
 
 def _recipe(order: Order) -> Recipe:
     if order.name not in RECIPES:
-        near = difflib.get_close_matches(order.name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}? known: " if near else "expected one of "
+        near = nearest(order.name, RECIPES)
+        hint = f"did you mean {near!r}? known: " if near else "expected one of "
         raise DataError(f"data: got {order.name!r}; {hint}{', '.join(RECIPES)}")
     recipe = RECIPES[order.name]
     if order.measure and "train" not in recipe:

@@ -19,9 +19,12 @@ from typing import Any, BinaryIO
 
 from vpgea_fast.config import RENAMED, Config, DataFile, as_dict
 from vpgea_fast.data import Benchmark, DataError, LoadedQuestions, fingerprint
-from vpgea_fast.evaluate import Evaluator, Item, OpenModel, open_model
+from vpgea_fast.evaluate import Evaluator, Item, open_model
+from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console
+from vpgea_fast.prompts import Prompter
 from vpgea_fast.types import Question
+from vpgea_fast.verify import Verifier
 from vpgea_fast.weights import model_digest
 
 WAVES = 4
@@ -206,11 +209,16 @@ def _sampled(
     drawn = replace(cfg.eval, data=(DataFile(handle.name),), greedy=False, limit=None)
     cfg = replace(cfg, eval=drawn)
     rates: list[Rate] = []
-    with open_model(cfg) as model:
-        asked = _prompted(cfg, model, questions)
-        items = tuple(item for item in asked if not isinstance(item, Rate))
-        loaded = LoadedQuestions(tuple(question for question, _ in items))
-        shown = model.text.prompter.shown(items[0][1]) if items else "none fits"
+    text = open_text(cfg)
+    # Before the weights: a question that cannot be asked must not wait for them.
+    asked = _prompted(cfg, text.prompter, questions)
+    items = tuple(item for item in asked if not isinstance(item, Rate))
+    loaded = LoadedQuestions(tuple(question for question, _ in items))
+    shown = text.prompter.shown(items[0][1]) if items else "none fits"
+    with (
+        Verifier.configured(cfg.verify) as verifier,
+        open_model(cfg, text, verifier) as model,
+    ):
         evaluator = model.evaluator(cfg, {"train": Benchmark(items, loaded, shown)})
         for line in evaluator.describe():
             console.message(line)
@@ -222,11 +230,11 @@ def _sampled(
     return rates
 
 
-def _prompted(cfg: Config, model: OpenModel, questions: Sequence[Question]) -> list[Item | Rate]:
+def _prompted(cfg: Config, prompter: Prompter, questions: Sequence[Question]) -> list[Item | Rate]:
     """Each question with its student prompt; a rate without answers for those that a run drops."""
     # As a training run leaves them out, so that a rate exists for what would be trained on.
-    plain = [q for q in questions if not model.text.prompter.has_special(q.text)]
-    ids = model.text.prompter.student_ids([q.text for q in plain], [q.id for q in plain])
+    plain = [q for q in questions if not prompter.has_special(q.text)]
+    ids = prompter.student_ids([q.text for q in plain], [q.id for q in plain])
     prompts = {q.id: prompt for q, prompt in zip(plain, ids, strict=True)}
     limit = cfg.data.max_prompt_tokens
     asked: list[Item | Rate] = []

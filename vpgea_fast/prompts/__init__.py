@@ -38,6 +38,7 @@ from vpgea_fast.prompts.templates import (
     read_names,
     time_limit,
 )
+from vpgea_fast.spans import Tag
 from vpgea_fast.types import PromptedQuestion, Question
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ RENDER_LIMIT = 1 << 20
 class Prompter:
     """Renders questions through a tokenizer's chat template.
 
-    `think_close_id` is the one token that ends a thought. A ConfigError names what is missing (a
-    chat template that renders, think tags that are single tokens, a field of a template) or wrong:
-    a switch that the template never reads, a thought that it closes itself.
+    A thought ends with the one token of `think_close_ids`; where the tokenizer spells the closing
+    tag with several, `tag` tells its end. A ConfigError names what is missing (a chat template that
+    renders, tokens for the think tags, a field of a template) or wrong: a switch that the template
+    never reads, a thought that it closes itself.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Prompter:
         self._owner = f"the chat template of {model_of(tokenizer)}"
         # Before any rendering: a switch that is never read changes nothing, and nothing shows it.
         self._check_kwargs()
-        self.think_open_id = self._tag_id("think_open", cfg.think_open)
-        self.think_close_id = self._tag_id("think_close", cfg.think_close)
+        self.think_open_ids = self._tag_ids("think_open", cfg.think_open)
+        self.think_close_ids = self._tag_ids("think_close", cfg.think_close)
+        several = len(self.think_close_ids) > 1
+        self.tag = Tag(cfg.think_close, self.think_close_ids, self._text) if several else None
         # What the template puts behind a user turn, learnt from the probe below: a later
         # turn may be so short that it occurs in it.
         self._tail: str | None = None
@@ -102,6 +106,8 @@ class Prompter:
     def teacher_text(self, question: Question, values: Values = NOTHING) -> str:
         """The teacher view as text."""
         known = {"question": question.text, "answer": question.answer}
+        if "{solution}" in self._cfg.teacher:
+            known["solution"] = self._solution(question)
         words = fill(self._cfg.teacher, **known, **values)
         # As a user turn the template holds the question itself; as a system turn it goes before it.
         if self._cfg.teacher_role == "user":
@@ -111,10 +117,19 @@ class Prompter:
             {"role": "user", "content": self._student_turn(question.text, values)},
         )
 
+    def _solution(self, question: Question) -> str:
+        """The hint of a whole solution. ConfigError where there is none: an empty hint is none."""
+        if not question.solution:
+            where = question.place or f"question {question.id!r}"
+            raise ConfigError(
+                f"{where}: got no solution under data.solution_key, which prompt.teacher shows; "
+                "give one, or take the row out"
+            )
+        return question.solution
+
     def shown(self, ids: torch.Tensor) -> str:
         """Decode ids, special tokens included, to be looked at."""
-        [text] = self._decode([ids])
-        return text
+        return self._text(ids.tolist())
 
     def has_special(self, *texts: str) -> bool:
         """Whether data spells a token that steers a chat: tokenised, it would act as one.
@@ -164,17 +179,15 @@ class Prompter:
             )
             for q, cue, name in zip(questions, cues, names, strict=True)
         ]
-        # Its first tokens may differ behind other text; those of digits do not.
-        answers = self._ids([cfg.think_close + q.answer for q in questions], names)
         return [
             PromptedQuestion(
                 question=question,
                 student_ids=student[i],
                 teacher_ids=teacher[i],
+                close_ids=torch.tensor(self.think_close_ids),
                 cue_ids=cue[i],
                 target_ids=target[i],
                 variant_ids=variants[i],
-                answer_ids=answers[i][1:],
                 fields=values[i],
             )
             for i, question in enumerate(questions)
@@ -200,8 +213,9 @@ class Prompter:
         names, none = [repr(q.question.id) for q, *_ in flat], [""] * len(flat)
         thoughts = self._behind_thought(none, [thought for _, thought, *_ in flat], names)
         answers = self._behind_thought(none, [answer for *_, answer in flat], names)
+        # Trained too, where the tokenizer names one: a policy without an end never stops.
         tail = torch.tensor([end] if isinstance(end, int) else [], dtype=torch.long)
-        closing, made = torch.tensor([self.think_close_id]), []
+        closing, made = torch.tensor(self.think_close_ids), []
         for (q, _, closes, _), z_ids, own in zip(flat, thoughts, answers, strict=True):
             spelled = [own] if closes else [q.cue_ids, q.target_ids]
             made.append((torch.cat([z_ids, closing]), torch.cat([*spelled, tail])))
@@ -226,7 +240,9 @@ class Prompter:
         question is a ConfigError instead. A prompt is never cut.
         """
         # Before any id is made: of such a question `prompt` could not tell data from a turn's end.
-        plain = [q for q in questions if not self.has_special(q.text, q.answer, *q.variants)]
+        plain = [
+            q for q in questions if not self.has_special(q.text, q.answer, q.solution, *q.variants)
+        ]
         spelled = len(questions) - len(plain)
         if spelled and (policy == "error" or not plain):
             first = next(q for q in questions if q not in set(plain))
@@ -352,8 +368,18 @@ class Prompter:
         where SentencePiece puts a space. Checked behind the end tag and `before`."""
         tag = self._cfg.think_close
         heads = self._ids([tag + text for text in before], names)
-        # The tag is one token (checked at construction), so the first id is its.
-        rows = [row[1:] for row in self._ids([tag + text for text in texts], names)]
+        rows = self._ids([tag + text for text in texts], names)
+        # A tag of several tokens may end within one that begins the text: that by itself, then.
+        ends, alone = (
+            torch.tensor(self.think_close_ids),
+            self._ids(texts, names) if self.tag else [],
+        )
+        rows = [
+            row[len(ends) :]
+            if self.tag is None or torch.equal(row[: len(ends)], ends)
+            else alone[i]
+            for i, row in enumerate(rows)
+        ]
         joined = [torch.cat([head, row]) for head, row in zip(heads, rows, strict=True)]
         in_place = [tag + a + b for a, b in zip(before, texts, strict=True)]
         self._require_said(in_place, joined, names)
@@ -382,12 +408,14 @@ class Prompter:
         return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _decode(self, rows: Sequence[torch.Tensor]) -> list[str]:
-        options: dict[str, Any] = {
-            "skip_special_tokens": False,
-            "clean_up_tokenization_spaces": False,
-        }
-        # Tensors: of a list transformers looks at every id, half again the time.
-        return [str(self._tokenizer.decode(row, **options)) for row in rows]
+        return [self._text(row) for row in rows]
+
+    def _text(self, ids: torch.Tensor | Sequence[int]) -> str:
+        """All that ids say, special tokens too."""
+        # A tensor as it is: of a list transformers looks at every id, half again the time.
+        given = ids if isinstance(ids, torch.Tensor) else list(ids)
+        options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(given, **options))
 
     def _steering_tokens(self, spelled: str) -> set[str]:
         """Special tokens, think tags, and the tokens that the template (`spelled`: its source and
@@ -444,15 +472,16 @@ class Prompter:
                     "template takes for true; write true or false"
                 )
 
-    def _tag_id(self, key: str, tag: str) -> int:
-        [ids] = self._ids([tag], [tag])
-        if ids.numel() != 1 or ids.item() == self._tokenizer.unk_token_id:
+    def _tag_ids(self, key: str, tag: str) -> tuple[int, ...]:
+        [row] = self._ids([tag], [tag])
+        ids = tuple(row.tolist())
+        if not ids or self._tokenizer.unk_token_id in ids or self._text(ids) != tag:
             raise ConfigError(
-                f"prompt.{key}: the tokenizer makes {ids.tolist()} of {tag!r}, but a thought ends "
-                "where one token says so; set it to a tag that is a token of this model, or add "
-                "the tag to the tokenizer (add_tokens) and to the embedding"
+                f"prompt.{key}: the tokenizer makes {list(ids)} of {tag!r}, which say "
+                f"{self._text(ids)!r}; set it to a tag that this model can spell, or add it to the "
+                "tokenizer (add_tokens) and to the embedding"
             )
-        return int(ids.item())
+        return ids
 
 
 def eos_ids(

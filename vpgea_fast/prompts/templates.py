@@ -123,10 +123,13 @@ def check_templates(cfg: PromptConfig, fields: Collection[str] = ()) -> None:
 
     fields  names that the objective gives to each path's prompt
     """
-    leak = "has the field {answer}, which would show the answer to the student; leave it out"
+    leak = "has the field {}, which would show the answer to the student; leave it out"
     rules = [
-        ("student", cfg.student, "{answer}", False, leak),
-        ("answer_cue", cfg.answer_cue, "{answer}", False, leak),
+        *(
+            (name, template, field, False, leak.format(field))
+            for name, template in (("student", cfg.student), ("answer_cue", cfg.answer_cue))
+            for field in ("{answer}", "{solution}")
+        ),
         ("student", cfg.student, "{question}", True, "lacks the field {question}"),
         ("answer_target", cfg.answer_target, "{answer}", True, "lacks the field {answer}"),
     ]
@@ -154,7 +157,7 @@ def _check_fields(cfg: PromptConfig, fields: Collection[str]) -> None:
             )
     templates = {
         "student": (cfg.student, fields),
-        "teacher": (cfg.teacher, fields),
+        "teacher": (cfg.teacher, (*fields, "solution")),
         "answer_cue": (cfg.answer_cue, ()),
         "answer_target": (cfg.answer_target, ()),
     }

@@ -41,6 +41,7 @@ __all__ = [
     "plot_comparison",
     "plot_training",
     "read_evaluation",
+    "read_json",
     "write_report",
 ]
 
@@ -55,6 +56,14 @@ SETTINGS = {
     "optim": ("lr", "schedule", "warmup_steps", "max_grad_norm"),
 }
 """What the summary shows of each section; of `objective` it shows everything."""
+
+
+GUARDS = {
+    "guard_caught": "leak_guard",
+    "lexical_caught": "lexical",
+    "short_caught": "len_min_frac",
+}
+"""What a guard caught, in the log -> its key of `objective`."""
 
 
 def closing_table(run_dir: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -110,16 +119,23 @@ def closing_notes(run_dir: str | Path) -> list[str]:
 
 
 def _guard_note(run_dir: Path) -> str:
-    """Say what the leak guard caught and cost, over all steps; "" for a run without one."""
+    """Say what each guard caught, and what the leak guard took, over all steps; "" for a run
+    without one."""
+    keys = (*GUARDS, "time_guard_ratio")
     # Of steps, not of paths: every step draws as many.
-    steps = [r for r in read_steps(run_dir) if finite(r.get("guard_caught")) is not None]
-    if not steps:
-        return ""
-    guard = section_of(run_dir, "objective").get("leak_guard", "")
-    caught = fmean(float(r["guard_caught"]) for r in steps)
-    ratios = [ratio for r in steps if (ratio := finite(r.get("time_guard_ratio"))) is not None]
-    took = f" and took {fmean(ratios):.1%} of the time" if ratios else ""
-    return f"leak guard {guard}: rejected {caught:.1%} of the teacher's paths{took}"
+    known = {key: [] for key in keys}
+    for step in read_steps(run_dir):
+        for key in keys:
+            if (value := finite(step.get(key))) is not None:
+                known[key].append(value)
+    section, said = section_of(run_dir, "objective"), []
+    for caught, key in GUARDS.items():
+        if known[caught]:
+            name = key if section.get(key) in (None, True) else f"{key} {section[key]}"
+            said.append(f"{name} rejected {fmean(known[caught]):.1%}")
+    # The others only read texts and lengths.
+    took = f"; leak_guard took {fmean(known[keys[-1]]):.1%} of the time" if known[keys[-1]] else ""
+    return f"of the teacher's paths {', '.join(said)}{took}" if said else ""
 
 
 def write_report(run_dir: str | Path, *, figure: bool = True) -> Path:

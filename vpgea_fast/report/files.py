@@ -97,6 +97,7 @@ def limits(run_dir: Path) -> TrainConfig:
 
 
 def section_of(run_dir: Path, name: str) -> Record:
+    # A section without keys is null in YAML.
     section = run_config(run_dir).get(name) or {}
     if not is_map(section):
         raise ReportError(f"{run_dir / 'config.yaml'}: {name}: got {section!r:.60}, expected keys")

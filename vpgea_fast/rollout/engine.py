@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from vpgea_fast.names import Slot
+from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
 
@@ -29,7 +30,8 @@ class Sampling:
     temperature 0 means greedy. A path ends at the first of: an end-of-sequence token; the first
     think-close token (it is kept), unless `full_answer`; the limits. `max_new_tokens` limits the
     thought, think-close included; `max_answer_tokens` limits what follows it (`full_answer` only).
-    `pad_id` is any valid token id; padding is masked, so its choice changes nothing.
+    With a `tag` its text closes a thought, and no token does (`think_close_id` -1). `pad_id` is any
+    valid token id; padding is masked, so its choice changes nothing.
 
     >>> Sampling(max_new_tokens=8, think_close_id=3, eos_ids=(2,)).limit
     8
@@ -43,6 +45,7 @@ class Sampling:
     full_answer: bool = False
     max_answer_tokens: int = 1024
     pad_id: int = 0
+    tag: Tag | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -53,6 +56,11 @@ class Sampling:
             raise ValueError(
                 f"max_new_tokens, max_answer_tokens: got {self.max_new_tokens}, "
                 f"{self.max_answer_tokens}; both must be at least 1"
+            )
+        if self.tag is not None and self.think_close_id != -1:
+            raise ValueError(
+                f"think_close_id: got {self.think_close_id} beside the tag {self.tag.text!r}; "
+                "give -1, which is no token"
             )
         if self.think_close_id in self.eos_ids:
             raise ValueError(
@@ -68,7 +76,19 @@ class Sampling:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a path wherever they are drawn."""
-        return self.eos_ids if self.full_answer else (*self.eos_ids, self.think_close_id)
+        # Where a tag ends no engine knows: each draws on until it looks.
+        if self.full_answer or self.tag is not None:
+            return self.eos_ids
+        return (*self.eos_ids, self.think_close_id)
+
+    def closed_at(self, ids: Sequence[int], since: int = 0) -> int:
+        """Count the tokens of a thought that has closed, of those drawn; 0: it is open. It is
+        known to be open after the first `since`."""
+        # A think-close beyond the limit of thoughts closes nothing.
+        ids = ids[: self.max_new_tokens]
+        if self.tag is not None:
+            return self.tag.end(ids, since)
+        return ids.index(self.think_close_id, since) + 1 if self.think_close_id in ids else 0
 
 
 def answer_only(sampling: Sampling, temperature: float) -> Sampling:
@@ -78,6 +98,7 @@ def answer_only(sampling: Sampling, temperature: float) -> Sampling:
         # `limit` without `full_answer` is the limit of thoughts alone: the answer's goes there.
         max_new_tokens=sampling.max_answer_tokens,
         think_close_id=-1,  # an id that no token has: nothing is cut off as a thought
+        tag=None,
         temperature=temperature,
         top_p=1.0,
         full_answer=False,
@@ -266,6 +287,7 @@ def collected(
 ) -> list[Path]:
     """Draw a stream of `count` requests to its end; the paths in their order."""
     paths: dict[int, Path] = {}
+    # An error of on_progress must not leave the engine drawing.
     with closing(looks):
         for ended in looks:
             paths.update(ended)
@@ -332,6 +354,13 @@ def request_seed(run_seed: int, step: int, question_id: str, stream: Stream, ind
     return int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "big") >> 1
 
 
+def prompt_digest(ids: torch.Tensor) -> str:
+    """Hash the ids of a prompt: a record of a path says with it what the path was drawn from."""
+    # 64 bits: against a mix-up of prompts, not against forgery.
+    data = json.dumps(ids.tolist()).encode()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def slot_of(question_id: str, stream: Stream, index: int, *, run_seed: int, step: int) -> Slot:
     """Give a path's place its seeds."""
     of = functools.partial(request_seed, run_seed=run_seed, step=step, question_id=question_id)
@@ -354,10 +383,11 @@ def split_path(
     """Cut drawn tokens into thought and answer, and to the limits of both.
 
     ids (n,) int64 and logps (n,) float32 as drawn, the stop token included; CPU. The thought z runs
-    up to and including the FIRST think-close token; later think tokens of either kind are ordinary
-    answer tokens. Without a think-close token all of it is thought, an end-of-sequence token too:
-    it was drawn, so log q(z) must count it. Such a path has closed=False and finish="stop". The
-    answer likewise keeps its end-of-sequence token, because tokens are counted as generated.
+    up to and including the FIRST think-close token, or the token in which the tag ends; later think
+    tokens of either kind are ordinary answer tokens. A thought that is not closed is all of it, an
+    end-of-sequence token too: it was drawn, so log q(z) must count it. Such a path has closed=False
+    and finish="stop". The answer likewise keeps its end-of-sequence token, because tokens are
+    counted as generated.
     An engine with a single limit may draw up to `sampling.limit` tokens for a thought: what is
     beyond a limit is dropped here and finish becomes "length".
 
@@ -369,13 +399,15 @@ def split_path(
     >>> path.z_ids.tolist(), path.answer_ids.tolist(), path.closed
     ([7, 3], [8, 3, 2], True)
     """
-    # A think-close token beyond the limit of thoughts closes nothing.
-    closes = (ids[: sampling.max_new_tokens] == sampling.think_close_id).nonzero()
-    closed = len(closes) > 0
-    thought = int(closes[0]) + 1 if closed else sampling.max_new_tokens
+    closes = sampling.closed_at(ids.tolist())
+    closed = closes > 0
+    thought = closes or sampling.max_new_tokens
     end = thought + (sampling.max_answer_tokens if closed and sampling.full_answer else 0)
     # Behind the think-close of a thought alone nothing was asked for: dropping it is no cut.
     cut_by_limit = len(ids) > end and (sampling.full_answer or not closed)
+    # A whole thought was all: how what was drawn behind it ended says nothing.
+    if closed and not sampling.full_answer and finish == "length":
+        finish = "stop"
     return Path(
         question_id=request.question_id,
         stream=request.stream,

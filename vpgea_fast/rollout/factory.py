@@ -11,11 +11,10 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
-from vpgea_fast.rollout.replay import Replay
+from vpgea_fast.rollout.replay import Records, Replay
 from vpgea_fast.rollout.vllm.engine import VllmEngine
 from vpgea_fast.rollout.vllm.remote import ServerEngine
 from vpgea_fast.rollout.vllm.versions import check_dtype, check_installed
-from vpgea_fast.weights import load_config
 
 SYNC_DIR = "sync"
 """Below run.dir: weights on their way to a server, unless engine.sync_dir says otherwise."""
@@ -70,24 +69,27 @@ def positions(cfg: Config) -> int:
 
 
 def open_engine(
-    cfg: Config, world: World, *, dtype: torch.dtype, hf: Callable[[], RolloutEngine]
+    cfg: Config,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    hf: Callable[[], RolloutEngine],
+    records: Records | None = None,
 ) -> RolloutEngine:
     """Open the engine that `cfg.engine` names. A collective.
 
+    `records` are what `replay` answers from; without them it draws all, as an evaluation does.
     `hf` makes the transformers engine over a module of the caller's. Any other engine must be given
     all weights through `load_weights` before it samples.
     """
-    if cfg.engine.name == "hf":
+    if records is not None:
+        engine = Replay(
+            hf(),
+            records,
+            needs_logps=cfg.rollout.importance_cap is not None,
+        )
+    elif cfg.samples_itself:
         engine = hf()
-    elif cfg.engine.name == "replay":
-        # Each process reads all files: one that cannot ends the others, too.
-        with world.together():
-            engine = Replay(
-                hf(),
-                cfg.replay,
-                vocabulary=load_config(cfg.model.path).vocab_size,
-                needs_logps=cfg.rollout.importance_cap is not None,
-            )
     elif cfg.vllm.server is not None:
         # Each process connects for itself: one that cannot ends the others, too.
         with world.together():

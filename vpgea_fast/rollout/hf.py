@@ -122,6 +122,7 @@ class HFEngine(EngineBase):
             # the last step every row has reached its end_R: nothing runs, and the loop returns.
             if (step + 1) % self.check_every == 0 or step + 1 == sampling.limit:
                 batch.check_finite(step + 1, self.check_every, requests)
+                batch.look(step + 1, sampling)
                 running_R = batch.length_R == 0
                 running = int(running_R.sum())
                 # Leaving copies the keys and values of all rows that stay.
@@ -214,8 +215,9 @@ class _Batch:
     numbers    places of the rows in the wave
     mask_RS    0 at the padding left of a prompt, 1 elsewhere
     end_R      tokens after which a row ends at the latest
-    closed_R   a think-close was drawn (`full_answer` only)
+    closed_R   a think-close was drawn (`full_answer` or a tag only)
     length_R   0 while a row runs, then its number of tokens
+    looked     steps in which a tag was looked for
     """
 
     width: int
@@ -229,6 +231,7 @@ class _Batch:
     closed_R: torch.Tensor
     length_R: torch.Tensor
     stop_ids_K: torch.Tensor
+    looked: int = 0
 
     def record(
         self, step: int, token_R: torch.Tensor, logp_R: torch.Tensor, sampling: Sampling
@@ -243,6 +246,28 @@ class _Batch:
             self.end_R = torch.where(first_R, step + 1 + sampling.max_answer_tokens, self.end_R)
         ends_R = (token_R[:, None] == self.stop_ids_K).any(-1) | (self.end_R == step + 1)
         self.length_R = torch.where(ends_R & (self.length_R == 0), step + 1, self.length_R)
+
+    def look(self, steps: int, sampling: Sampling) -> None:
+        """Find the rows whose thought a tag has closed since the last look, and where they end:
+        text tells, and no token. They have drawn on, or a limit of open thoughts has ended them."""
+        if sampling.tag is None:
+            return
+        since, self.looked = self.looked, steps
+        start = max(0, since - sampling.tag.reach)
+        lengths, closed = self.length_R.tolist(), self.closed_R.tolist()
+        for row, ids in enumerate(self.tokens_LR[start:steps].T.tolist()):
+            # What had ended before waits to leave.
+            if closed[row] or 0 < lengths[row] <= since:
+                continue
+            close = start + sampling.tag.end(ids, since - start)
+            ends = [start + i for i, token in enumerate(ids, 1) if token in sampling.eos_ids]
+            earlier = min((end for end in ends if end > since), default=steps + 1)
+            if close == start or close > sampling.max_new_tokens or earlier < close:
+                continue
+            limit = close + (sampling.max_answer_tokens if sampling.full_answer else 0)
+            last = min(limit, earlier)
+            self.closed_R[row], self.end_R[row] = True, limit
+            self.length_R[row] = last if last <= steps else 0
 
     def check_finite(self, steps: int, last: int, requests: Sequence[SampleRequest]) -> None:
         """Refuse NaN among the log-probs of the `last` steps before `steps`."""
@@ -266,6 +291,7 @@ class _Batch:
         ):
             # Behind its length are tokens that the row drew on while it waited to leave.
             ids, logps = tokens_KL[k, :length], logps_KL[k, :length]
+            # Of a thought that a tag has closed `split_path` knows that it stopped.
             finish: Finish = "stop" if int(ids[-1]) in sampling.stop_ids else "length"
             ended.append(Drawn(self.numbers[row], ids, logps, finish))
         return ended

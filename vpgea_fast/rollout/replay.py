@@ -1,11 +1,14 @@
 """Recorded paths in place of drawn ones: an objective works offline, or a run is made again.
 
-    paths.jsonl -> index: (step, question, stream, index) -> file and byte -> one line per request
+    paths.jsonl -> Records: (step, question, stream, index) -> file and byte -> Replay: one line per
+    request
 
 A line holds what an engine gives: the token ids of the thought and of the answer behind it, and
 their sampling log-probs. It is cut to the limits of `Sampling` as a drawn path is, so a run that is
 replayed with its own configuration makes bitwise the same updates. The index has some hundred bytes
 per line; the lines stay in their files.
+
+`Records` needs no weight: it is read, and held to the questions of the run, before the model is.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, get_args
 
@@ -27,6 +31,7 @@ from vpgea_fast.rollout.engine import (
     Sampling,
     Usage,
     collected,
+    prompt_digest,
     split_path,
 )
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
@@ -50,26 +55,195 @@ class Place(NamedTuple):
         return f"{self.file}, line {self.number}"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a run asks for, as far as it is known before its first step.
+
+    decode       token ids -> text, without special tokens
+    vocabulary   tokens that the model embeds: an id beyond it is refused
+    questions    id -> text
+    prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
+    temperature  that of the log-probs, the run's own; None: not known
+    """
+
+    decode: Callable[[torch.Tensor], str]
+    vocabulary: int
+    questions: Mapping[str, str] = field(default_factory=dict)
+    prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    temperature: float | None = None
+
+
+class Records:
+    """Where each recorded path stands. Every line is read and checked once.
+
+    `torn` are last lines without a line break: their writer lives, or was killed in the middle.
+    `notes` is what the user should hear.
+    RecordError for files that are damaged, or of another model's or run's paths.
+    """
+
+    def __init__(self, cfg: ReplayEngineConfig, expected: Expected) -> None:
+        self.cfg, self.expected = cfg, expected
+        self.torn: list[Place] = []
+        self.notes: list[str] = []
+        self.index = self._read()
+        # None where no line has a step: such a record does not end.
+        self.last = max((step for step, *_ in self.index if step is not None), default=None)
+
+    def find(self, key: Key) -> Place:
+        """The line of a path of a step. RecordError where there is none."""
+        # A line without a step stands for every step.
+        place = self.index.get(key) or self.index.get((None, *key[1:]))
+        if place is None:
+            raise RecordError(self._missing(key))
+        return place
+
+    def require(self, wanted: Iterable[Key]) -> None:
+        """Look for the paths that a run will ask for, step by step. RecordError for a gap. A record
+        that ends before the run is told of in `notes`: the run may end as early itself."""
+        for key in wanted:
+            step = key[0]
+            assert step is not None
+            if self.last is not None and step > self.last and (None, *key[1:]) not in self.index:
+                self.notes.append(
+                    f"engine.paths: the record ends with step {self.last}; the run ends there with "
+                    "an error, unless a limit or an alarm has ended it: set train.steps "
+                    f"{self.last}, or give more paths{self._torn()}"
+                )
+                return
+            # For its error: a gap is told before the model is read, and not in its step.
+            self.find(key)
+
+    def require_text(self, record: Mapping[str, Any], place: Place) -> None:
+        """Refuse a line whose text is not what its ids say: these are of another tokenizer."""
+        for ids, name in (("ids", "text"), ("answer_ids", "answer")):
+            said = record.get(name)
+            if not isinstance(said, str) or ids not in record:
+                continue
+            decoded = self.expected.decode(torch.tensor(record[ids], dtype=torch.int64))
+            # White space may be tidied by another version of the same tokenizer.
+            if "".join(decoded.split()) != "".join(said.split()):
+                raise RecordError(
+                    f"{place}: its {ids} say {decoded!r:.60} with this model's tokenizer, and its "
+                    f"{name} is {said!r:.60}; give paths of a model with the same tokenizer"
+                )
+
+    def require_prompt(self, record: Mapping[str, Any], place: Place, now: str | None) -> None:
+        """Refuse a line that was drawn from another prompt than that of this digest."""
+        if now is not None and record.get("prompt") not in (None, now):
+            raise RecordError(
+                f"{place}: the {record['stream']} path of question {record['question_id']!r} was "
+                "drawn from another prompt than this run's; bring back the question, the prompt "
+                "section and the objective's fields, or record the paths anew"
+            )
+
+    def _read(self) -> dict[Key, Place]:
+        index: dict[Key, Place] = {}
+        counts: Counter[tuple[int | None, str, str]] = Counter()
+        for place, (step, number), record in self._lines():
+            by_question = self.cfg.match == "question"
+            # By question the steps and numbers of the run that recorded mean nothing.
+            group = (None if by_question else step, record["question_id"], record["stream"])
+            # Without a number of its own a line is the next of its group.
+            key = (*group, counts[group] if number is None or by_question else number)
+            counts[group] += 1
+            if key in index:
+                raise RecordError(
+                    f"{place}: path {key[3]} of the {key[2]} stream of question {key[1]!r} of step "
+                    f"{key[0]} stands at {index[key]} already; expected each once: take one out, "
+                    "or set engine.match question"
+                )
+            index[key] = place
+        if not index:
+            raise RecordError(
+                f"engine.paths: got {', '.join(self.cfg.paths)} without a line, expected recorded "
+                f"paths; give the paths.jsonl of a run{self._torn()}"
+            )
+        return index
+
+    def _lines(
+        self,
+    ) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
+        for file in self.cfg.paths:
+            try:
+                # Bytes, so that a line can be sought: a place in decoded text is none in the file.
+                with FilePath(file).open("rb") as lines:
+                    offset = 0
+                    for number, line in enumerate(lines, 1):
+                        place, offset = Place(file, number, offset), offset + len(line)
+                        if not line.endswith(b"\n"):
+                            self.torn.append(place)
+                            continue
+                        found, record = _parse(line, place)
+                        self._require_own(record, place)
+                        yield place, found, record
+            except OSError as error:
+                raise RecordError(
+                    f"engine.paths: cannot read {file} ({error.strerror}); expected a JSONL file "
+                    "of paths"
+                ) from error
+
+    def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
+        """Refuse a line of another run's question, prompt, temperature or tokenizer."""
+        drawn_at, now = record.get("temperature"), self.expected.temperature
+        if None not in (drawn_at, now) and drawn_at != now:
+            raise RecordError(
+                f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
+                f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
+            )
+        # On a GPU the embedding would end the process without naming the token.
+        most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
+        if most >= self.expected.vocabulary:
+            raise RecordError(
+                f"{place}: got the token {most}, but the model embeds {self.expected.vocabulary}; "
+                "give paths of the same tokenizer"
+            )
+        name, asked = record["question_id"], record.get("question")
+        text = self.expected.questions.get(name)
+        if isinstance(asked, str) and text is not None and asked != text:
+            raise RecordError(
+                f"{place}: question {name!r} is {asked!r:.60} there and {text!r:.60} in the data; "
+                "give the data that the paths were drawn with"
+            )
+        self.require_prompt(record, place, self.expected.prompts.get((name, record["stream"])))
+        # The first tells; each other one is decoded when it is asked for.
+        if place.number == 1:
+            self.require_text(record, place)
+
+    def _torn(self) -> str:
+        lines = ", ".join(map(str, self.torn))
+        return f"; torn, and left out: {lines}" if lines else ""
+
+    def _missing(self, key: Key) -> str:
+        step, question, stream, index = key
+        had = sum(1 for _, q, s, _ in self.index if (q, s) == (question, stream))
+        steps = [step for step, *_ in self.index if step is not None]
+        held = f"steps {min(steps)} to {max(steps)}" if steps else "no steps"
+        return (
+            f"engine.paths: got no path {index} of the {stream} stream of question {question!r} "
+            f"for step {step}, expected a line for every path that the objective draws; the files "
+            f"hold {had} of this question and stream, and {len(self.index)} in all, of {held}"
+            f"{self._torn()}: record with metrics.paths_per_step of all paths of a step and replay "
+            "with the same data, run.seed and train.questions_per_step, or set engine.match "
+            "question"
+        )
+
+
 class Replay:
     """A RolloutEngine that answers the paths of training steps from files, and all else by `live`.
 
-    vocabulary   tokens that the model embeds: an id beyond it is refused
     needs_logps  a line without the sampler's log-probs is refused
 
-    RecordError for files that are damaged or lack a path.
+    RecordError for a path that is missing or of something else.
     """
 
     def __init__(
         self,
         live: RolloutEngine,
-        cfg: ReplayEngineConfig,
+        records: Records,
         *,
-        vocabulary: int,
         needs_logps: bool = False,
     ) -> None:
-        self.live, self.cfg = live, cfg
-        self.vocabulary, self.needs_logps = vocabulary, needs_logps
-        self.index = _index(cfg)
+        self.live, self.records, self.needs_logps = live, records, needs_logps
 
     def generate(
         self,
@@ -82,11 +256,14 @@ class Replay:
 
     def stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
         """See RolloutEngine. Either all requests are paths of a step, or none is."""
+        # Evaluations, answers that score a path, and probes: nobody records them.
         if any(request.step is None for request in requests):
             return self.live.stream(requests, sampling)
         self.check(requests, sampling)
         return (
-            [Ended(place, self._path(request, sampling))] for place, request in enumerate(requests)
+            # One at a time: a line is read when its path is taken.
+            [Ended(place, self._path(request, sampling))]
+            for place, request in enumerate(requests)
         )
 
     @property
@@ -115,10 +292,9 @@ class Replay:
 
     def _path(self, request: SampleRequest, sampling: Sampling) -> Path:
         assert request.step is not None
+        # A run counts steps from 0, and its records from 1.
         own: Key = (request.step + 1, request.question_id, request.stream, request.index)
-        place = self.index.get(own) or self.index.get((None, *own[1:]))
-        if place is None:
-            raise RecordError(self._missing(own))
+        place = self.records.find(own)
         line = _line_at(place)
         _, record = _parse(line, place)
         if (record["question_id"], record["stream"]) != own[1:3]:
@@ -127,6 +303,8 @@ class Replay:
                 f"expected {own[2]} of {own[1]!r}; the file has changed since the run began: go on "
                 "with --resume and a file that nobody writes"
             )
+        self.records.require_prompt(record, place, prompt_digest(request.prompt_ids))
+        self.records.require_text(record, place)
         ids, logps = self._tokens(record, place, full_answer=sampling.full_answer)
         finish: Finish = record.get("finish", "stop")
         return split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
@@ -143,6 +321,7 @@ class Replay:
         ids, logps = [], []
         for name, of in (("ids", "logps"), ("answer_ids", "answer_logps")):
             own = record.get(name, [])
+            # Unknown log-probs become NaN below: a 0 would pass for a certain token.
             known = record.get(of, [None] * len(own))
             if len(known) != len(own) or (self.needs_logps and None in known):
                 raise RecordError(
@@ -151,69 +330,7 @@ class Replay:
                 )
             ids += own
             logps += [math.nan if value is None else value for value in known]
-        if ids and max(ids) >= self.vocabulary:
-            raise RecordError(
-                f"{place}: got the token {max(ids)}, but the model embeds {self.vocabulary}; give "
-                "paths of the same tokenizer"
-            )
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
-
-    def _missing(self, key: Key) -> str:
-        step, question, stream, index = key
-        had = sum(1 for _, q, s, _ in self.index if (q, s) == (question, stream))
-        steps = [step for step, *_ in self.index if step is not None]
-        held = f"steps {min(steps)} to {max(steps)}" if steps else "no steps"
-        return (
-            f"engine.paths: got no path {index} of the {stream} stream of question {question!r} "
-            f"for step {step}, expected a line for every path that the objective draws; the files "
-            f"hold {had} of this question and stream, and {len(self.index)} in all, of {held}: "
-            "record with metrics.paths_per_step of all paths of a step and replay with the same "
-            "data, run.seed and train.questions_per_step, or set engine.match question"
-        )
-
-
-def _index(cfg: ReplayEngineConfig) -> dict[Key, Place]:
-    """Where each path stands. Every line is read and checked once."""
-    index: dict[Key, Place] = {}
-    counts: Counter[tuple[int | None, str, str]] = Counter()
-    for place, (step, number), record in _records(cfg.paths):
-        by_question = cfg.match == "question"
-        group = (None if by_question else step, record["question_id"], record["stream"])
-        # Without a number of its own a line is the next of its group.
-        key = (*group, counts[group] if number is None or by_question else number)
-        counts[group] += 1
-        if key in index:
-            raise RecordError(
-                f"{place}: path {key[3]} of the {key[2]} stream of question {key[1]!r} of step "
-                f"{key[0]} stands at {index[key]} already; expected each once: take one out, or "
-                "set engine.match question"
-            )
-        index[key] = place
-    if not index:
-        raise RecordError(
-            f"engine.paths: got {', '.join(cfg.paths)} without a line, expected recorded paths; "
-            "give the paths.jsonl of a run"
-        )
-    return index
-
-
-def _records(
-    files: Sequence[str],
-) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
-    for file in files:
-        try:
-            with FilePath(file).open("rb") as lines:
-                offset = 0
-                for number, line in enumerate(lines, 1):
-                    place, offset = Place(file, number, offset), offset + len(line)
-                    # Its writer lives, or was killed in the middle of it.
-                    if line.endswith(b"\n"):
-                        yield place, *_parse(line, place)
-        except OSError as error:
-            raise RecordError(
-                f"engine.paths: cannot read {file} ({error.strerror}); expected a JSONL file of "
-                "paths"
-            ) from error
 
 
 def _line_at(place: Place) -> bytes:
@@ -233,7 +350,10 @@ def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Ma
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{place}: not JSON ({error}); take the line out") from error
+        raise RecordError(
+            f"{place}: not JSON ({error}); expected an object of a path per line, as the "
+            "paths.jsonl of a run holds them: give such a file, or take the line out"
+        ) from error
     wrong = _wrong(record) if isinstance(record, dict) else f"a {type(record).__name__}"
     if wrong:
         raise RecordError(

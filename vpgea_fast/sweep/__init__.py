@@ -5,7 +5,7 @@
     OUT/runs/, logs/    the run directories, without their checkpoints, and what the runs said
     OUT/results.json    rows and runs, in the form that metrics.compare reads; results.png
 
-plan.py is what to run, runs.py the processes, table.py the numbers.
+plan.py is what to run, inputs.py what it reads, runs.py the processes, table.py the numbers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console, environment
 from vpgea_fast.metrics.console import clock_time
 from vpgea_fast.report import plot_comparison
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.inputs import Inputs
 from vpgea_fast.sweep.plan import (
     METRICS,
     Cell,
@@ -43,7 +45,19 @@ from vpgea_fast.sweep.plan import (
     steps_of,
 )
 from vpgea_fast.sweep.runs import Pool, Record, claimed, cores
-from vpgea_fast.sweep.table import best_rate, by_rate, edge_lines, evaluate, layout, score
+from vpgea_fast.sweep.table import (
+    Run,
+    best_rate,
+    by_rate,
+    edge_lines,
+    ending_lines,
+    evaluate,
+    is_result,
+    layout,
+    origin,
+    origin_lines,
+    score,
+)
 
 __all__ = [
     "METRICS",
@@ -52,6 +66,7 @@ __all__ = [
     "Sweep",
     "SweepError",
     "evaluate",
+    "origin",
     "parse_method",
     "parse_rates",
     "run_sweep",
@@ -66,12 +81,15 @@ class Sweep:
         # All is checked and resolved here, before a file is written or a run begins.
         self.base = check(order)
         self.metric = metric_of(order, self.base)
-        self.split: Questions = questions(order, self.base)
+        self.inputs = Inputs()
+        self.split: Questions = questions(order, self.base, self.inputs)
         self.grids = {method: list(order.rates) for method in order.methods}
         self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
         self.resolved: dict[tuple[Method, float, int], Cell] = {}
         self.jobs = order.jobs or default_jobs(self.base)
-        self.cells()
+        # A cell of each method: its model, tokenizer and prompts, before a folder is made.
+        for each in {one.method: one for one in self.cells()}.values():
+            open_text(each.cfg)
         self.durations: list[float] = []
 
     def cells(self) -> list[Cell]:
@@ -85,17 +103,20 @@ class Sweep:
 
     def _cell(self, method: Method, rate: float, seed: int) -> Cell:
         place = method, rate, seed
+        # Every round asks for all of them, and each is a configuration to read and check.
         if place not in self.resolved:
-            data, steps = self.split.data, self.steps[method]
-            self.resolved[place] = cell(self.order, *place, data=data, steps=steps)
+            of = {"split": self.split, "steps": self.steps[method], "inputs": self.inputs}
+            self.resolved[place] = cell(self.order, *place, **of)
         return self.resolved[place]
 
     def enter(self) -> None:
         """Make the folder this sweep's, or refuse it. Called with its lock held."""
         out, file = self.order.out, self.order.out / "sweep.json"
+        # As the file gives it back: tuples come as lists, and keys as text.
         mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
         if file.is_file():
             _same_sweep(file, mine)
+        # The hidden ones are the locks, which are held by now.
         elif any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise SweepError(f"{out} is not empty and no sweep; give another --out")
         for path, text in self.split.files.items():
@@ -121,6 +142,7 @@ class Sweep:
                 self.console.message(f"{self.total} runs, {self.done} known, {self.jobs} at a time")
             runs = pool.run(cells)
             at_edge = [m.label for m in self.grids if self._edge(m, runs) is not None]
+            # One rate has no factor to go on by.
             if round_ == self.order.extend or not at_edge or len(self.order.rates) == 1:
                 return runs
             self.console.message(
@@ -134,6 +156,7 @@ class Sweep:
     def tell(self, record: Record) -> None:
         """Say what a run has brought, and how long the rest takes."""
         seconds, value = record["wall_s"], score([record], self.metric)
+        # A run that went on was timed in part: it tells nothing of the others.
         self.durations += [] if seconds is None else [seconds]
         self.done += 1
         words = [
@@ -141,12 +164,15 @@ class Sweep:
             record["method"],
             f"lr {record['lr']:g}",
             f"seed {record['seed']}",
-            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else "diverged",
+            f"{self.metric} {value:.4g} (selection)" if value > -math.inf else record["ended"],
         ]
+        if record["ended"] == "halted":
+            words.append(f"halted at step {record['steps']}")
         if seconds is not None:
             words.append(clock_time(seconds))
         if self.durations:
             rest = self.total - self.done
+            # Runs go side by side, so time passes once for as many as there are jobs.
             waves = rest / min(self.jobs, max(1, rest))
             words.append(f"left {clock_time(waves * fmean(self.durations))}")
         self.console.message("  ".join(words))
@@ -174,10 +200,10 @@ def run_sweep(order: Order, console: Console, command: str = "") -> Path:
         console.message(line)
     with claimed(order.out, console.message) as lock, Stop(World(pick_device("cpu"))) as stop:
         sweep.enter()
-        pool = Pool(order.out, sweep.jobs, sweep.split, stop, sweep.tell)
+        pool = Pool(order.out, sweep.jobs, split=sweep.split, stop=stop, tell=sweep.tell)
         pool.lock = lock
         runs = sweep.run(pool)
-        return _write(order, sweep, runs, console, command)
+        return _write(order, sweep, runs, console=console, command=command)
 
 
 def budget_lines(order: Order, sweep: Sweep) -> list[str]:
@@ -231,7 +257,7 @@ def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
 
 
 def _write(
-    order: Order, sweep: Sweep, runs: Sequence[Record], console: Console, command: str
+    order: Order, sweep: Sweep, runs: Sequence[Record], *, console: Console, command: str
 ) -> Path:
     result = evaluate(runs, sweep.metric, order.short)
     notes = [
@@ -240,14 +266,16 @@ def _write(
         f"each rate picked by {sweep.metric} on the questions {', '.join(sweep.split.select)}",
         f"budget: {order.budget}; drawn: tokens sampled in training, per run",
         *edge_lines(result),
+        *ending_lines(result),
+        *origin_lines(runs),
     ]
-    facts = environment()
     result |= {
         "note": sweep.base.metrics.note,
         "budget": order.budget,
         "command": command,
-        "commit": facts["commit"],
-        "environment": facts,
+        # Of the runs; the table itself may be written again by another commit.
+        **origin(runs),
+        "table_commit": environment()["commit"],
         "notes": notes,
         "runs": list(runs),
     }
@@ -255,16 +283,30 @@ def _write(
     # Before the picture: the numbers are there though it cannot be drawn.
     write_text(path, json.dumps(result, indent=1) + "\n")
     mode, _, key = sweep.metric.partition("_")
-    curves = {
-        m.label: {
-            rate: [score([run], sweep.metric) for run in group if run["after"] is not None]
-            for rate, group in by_rate(runs, m.label).items()
-        }
-        for m in order.methods
-    }
-    plot_comparison(curves, result["rows"], mode=mode, key=key, out_png=order.out / "results.png")
+    # A halted run is a result and in the curves too; the second holds those to be crossed.
+    curves, halted = (
+        {m.label: _points(runs, m.label, sweep.metric, ends) for m in order.methods}
+        for ends in (("done", "halted"), ("halted",))
+    )
+    how = {"halted": halted, "mode": mode, "key": key, "out_png": order.out / "results.png"}
+    plot_comparison(curves, result["rows"], **how)
     headers, rows = layout(result)
     console.close()
     console.table(headers, rows, notes=notes)
     console.message(f"{path}, {order.out / 'results.png'}")
     return path
+
+
+def _points(
+    runs: Sequence[Run], method: str, metric: str, ends: Sequence[str]
+) -> dict[float, list[float]]:
+    """Rate -> the metric of each of its runs that ended in one of these ways."""
+    return {
+        rate: [
+            # Run by run: of one run the mean over seeds is its own value.
+            score([run], metric)
+            for run in group
+            if is_result(run) and run.get("ended", "done") in ends
+        ]
+        for rate, group in by_rate(runs, method).items()
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -11,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vpgea_fast.config import Config, DataFile, as_dict, load
+from vpgea_fast.config import Config, ConfigError, DataFile, as_dict, load, one_line
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
+from vpgea_fast.sweep.inputs import Inputs
+from vpgea_fast.values import nearest
 
 OWN_KEYS = {
     "optim.lr": "--rates",
@@ -74,16 +75,20 @@ class Questions(NamedTuple):
     test: tuple[str, ...]
     files: dict[Path, str]
     """The halves: what each file must hold."""
+    inputs: dict[str, str]
+    """Fingerprints of the files that the questions come from."""
 
 
 class Cell(NamedTuple):
-    """One run: its place in the sweep, the words that make it, and their configuration."""
+    """One run: its place in the sweep, the words that make it, their configuration, and the
+    fingerprints of what it reads."""
 
     method: str
     rate: float
     seed: int
     words: tuple[str, ...]
     cfg: Config
+    inputs: dict[str, str]
 
     @property
     def name(self) -> str:
@@ -123,10 +128,10 @@ def parse_method(text: str) -> Method:
     label, equals, name = head.rpartition("=")
     known = [*METHODS, "custom"]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         raise SweepError(
             f"--methods: got {text!r}: there is no objective {name!r}; "
-            + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+            + (f"did you mean {near}?" if near else f"expected one of {', '.join(known)}")
         )
     label = label.strip() if equals else text
     if not re.search(r"[A-Za-z0-9]", label):
@@ -137,6 +142,7 @@ def parse_method(text: str) -> Method:
         if not equals or not re.fullmatch(r"[a-z_]\w*(\.\w+)?", key.strip()):
             raise SweepError(f"--methods: got {pair!r} in {text!r}; expected KEY=VALUE")
         place = key.strip() if "." in key else f"objective.{key.strip()}"
+        # The grid owns the rates and seeds, and all methods answer the same questions.
         if place in COMMON_KEYS or place.startswith("eval."):
             raise SweepError(f"--methods: {text!r} sets {place}, which is the same for all methods")
         words.append(f"--{place}={value}")
@@ -159,6 +165,7 @@ def check(order: Order) -> Config:
     """Return the configuration that all runs share. SweepError or ConfigError for an order that
     cannot run."""
     for word in order.words:
+        # `--key=value`, or `--key` with the value behind it: both begin alike.
         key = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and key in OWN_KEYS:
             raise SweepError(f"got --{key}; a sweep sets it: give {OWN_KEYS[key]}")
@@ -175,7 +182,8 @@ def check(order: Order) -> Config:
     }.items():
         twice = next((v for v in values if list(values).count(v) > 1), None)
         if twice is not None:
-            raise SweepError(f"{what}: {twice!r} stands twice; leave one out, or give it a LABEL=")
+            other = ", or give it a LABEL=" if what.startswith("--methods") else ""
+            raise SweepError(f"{what}: {twice!r} stands twice; leave one out{other}")
     cfg = load(order.config, order.words)
     if not cfg.eval.data:
         raise SweepError(f"{order.config}: eval.data is empty; a sweep compares evaluations")
@@ -197,33 +205,61 @@ def paths_a_step(cfg: Config) -> int:
     return 0 if draws.given else draws.paths * cfg.train.questions_per_step
 
 
-def cell(order: Order, method: Method, rate: float, seed: int, data: str, steps: int) -> Cell:
+def cell(
+    order: Order,
+    method: Method,
+    rate: float,
+    seed: int,
+    *,
+    split: Questions,
+    steps: int,
+    inputs: Inputs,
+) -> Cell:
     """Resolve the configuration of one run. ConfigError for keys that the method has not."""
+    # The last of a key wins: the method's over the user's, and the grid's over both.
     words = [*order.words, *method.words, f"--optim.lr={rate!r}", f"--run.seed={seed}"]
-    words += [f"--eval.data={data}", "--checkpoint.export=false", "--metrics.compare=null"]
+    # Nobody reads a run's exported model, and the sweep itself compares.
+    words += [f"--eval.data={split.data}", "--checkpoint.export=false", "--metrics.compare=null"]
     name = cell_name(method.label, rate, seed)
     words += [f"--train.steps={steps}", f"--run.dir={order.out / 'runs' / name}"]
-    cfg = load(order.config, words)
+    cfg = _load(order, method, words)
     # What draws no path has no token to count.
     if order.tokens is not None and paths_a_step(cfg):
         words.append(f"--train.max_tokens={order.tokens}")
-        cfg = load(order.config, words)
-    return Cell(method.label, rate, seed, tuple(words), cfg)
+        cfg = _load(order, method, words)
+    return Cell(
+        method=method.label,
+        rate=rate,
+        seed=seed,
+        words=tuple(words),
+        cfg=cfg,
+        inputs=inputs.of(cfg) | split.inputs,
+    )
+
+
+def _load(order: Order, method: Method, words: Sequence[str]) -> Config:
+    try:
+        return load(order.config, words)
+    except ConfigError as error:
+        # The file is right: the method's keys are not, or do not go with it.
+        raise SweepError(f"--methods {method.label!r}: {one_line(error, limit=None)}") from error
 
 
 def steps_of(order: Order, method: Method, base: Config) -> int:
     """Count the steps that the budget allows: all methods draw as many paths, to within a step. Of
     a budget of tokens these are more than it pays for, since a path has a token or more."""
-    cfg = load(order.config, [*order.words, *method.words])
+    cfg = _load(order, method, [*order.words, *method.words])
     each = paths_a_step(cfg)
     # What draws no path (it reads them) makes the configuration's steps.
     if order.budget == "steps" or not each:
         return base.train.steps
     if order.tokens is not None:
+        # Rounded up: a path has a token at least, so these steps spend them all.
         return -(-order.tokens // each)
     paths = order.budget
     if not isinstance(paths, int):
         paths = paths_a_step(base) * base.train.steps
+    # Rounded down: no method draws more than the budget.
     steps = paths // each
     if not steps:
         raise SweepError(
@@ -233,33 +269,55 @@ def steps_of(order: Order, method: Method, base: Config) -> int:
     return steps
 
 
-def questions(order: Order, cfg: Config) -> Questions:
+def questions(order: Order, cfg: Config, inputs: Inputs) -> Questions:
     """Split the held-out questions, or take those of `select`; nothing is written. No question
     picks a rate and is reported."""
+    # As an evaluation reads them: within eval.limit, whatever training is limited to.
+    limited = replace(cfg.data, limit=cfg.eval.limit)
     if order.select is not None:
+        picked = [DataFile(order.select)]
         entries = [*map(_entry, cfg.eval.data)]
         chosen = {"path": order.select, "name": SELECT}
         test, files = [str(entry["name"]) for entry in entries], {}
-        _disjoint(cfg, [DataFile(order.select)])
-        return Questions(_flow([chosen, *entries]), (SELECT,), tuple(test), files)
+        _disjoint(cfg, picked)
+        read = inputs.questions([*picked, *cfg.eval.data], limited)
+        return Questions(
+            data=_flow([chosen, *entries]),
+            select=(SELECT,),
+            test=tuple(test),
+            files=files,
+            inputs=read,
+        )
     entries, files = [], dict[Path, str]()
     for file in cfg.eval.data:
         halves = dict(zip((f"{SELECT}_{file.label}", file.label), _halves(file, cfg), strict=True))
         for name, text in halves.items():
             path = order.out / "questions" / f"{file_name(name)}.jsonl"
             files[path] = text
+            # With the file's other keys: a half is read as the whole was.
             entries.append(_entry(file) | {"path": str(path), "name": name})
     names = [str(entry["name"]) for entry in entries]
+    # Names that file systems would confuse are one file: the second half would replace the first.
     if len(files) < len(names):
         raise SweepError("eval.data names two files alike; give one another `name`")
-    return Questions(_flow(entries), tuple(names[::2]), tuple(names[1::2]), files)
+    read = inputs.questions(cfg.eval.data, limited)
+    # Halves alternate: of each file first the one that selects.
+    return Questions(
+        data=_flow(entries),
+        select=tuple(names[::2]),
+        test=tuple(names[1::2]),
+        files=files,
+        inputs=read,
+    )
 
 
 def _entry(file: DataFile) -> dict[str, Any]:
+    # Keys that are not given stay out, so that the section's own still fill them.
     return {k: v for k, v in vars(file).items() if v is not None} | {"name": file.label}
 
 
 def _flow(entries: Sequence[dict[str, Any]]) -> str:
+    # JSON is YAML, so it can stand on a command line.
     return json.dumps(entries, ensure_ascii=False)
 
 
@@ -274,12 +332,14 @@ def _halves(file: DataFile, cfg: Config) -> tuple[str, str]:
     # Refuses what is no question, with its place, before any half is written.
     loaded = load_questions(replace(file, limit=file.limit or cfg.eval.limit), cfg.data)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A place ends in its line number; a row that was dropped has none here.
     places = {q.place.rpartition(" ")[2]: q.text for q in loaded.questions}
     half, halves = dict[str, int](), ([], [])
     for number, line in enumerate(lines, 1):
         text = places.get(str(number))
         if text is not None:
             side = half.setdefault(text, len(half) % 2)
+            # A file's last line may lack its break, and another follows it here.
             halves[side].append(line if line.endswith("\n") else f"{line}\n")
     if len(half) < 2:
         raise SweepError(f"{path}: got {len(half)} questions; a split needs two or more")
@@ -290,6 +350,7 @@ def _disjoint(cfg: Config, picked: Sequence[DataFile]) -> None:
     def texts(files: Sequence[DataFile]) -> dict[str, str]:
         return {q.text: q.place for f in files for q in load_questions(f, cfg.data).questions}
 
+    # By text: ids and places of the same question differ between files.
     select, test = texts(picked), texts(cfg.eval.data)
     shared = [place for text, place in select.items() if text in test]
     if shared:
@@ -301,6 +362,7 @@ def _disjoint(cfg: Config, picked: Sequence[DataFile]) -> None:
 
 def grid_factor(rates: Sequence[float]) -> float:
     """Return the mean factor between neighbours of a grid."""
+    # The geometric mean: a grid need not be even.
     return (max(rates) / min(rates)) ** (1 / (len(rates) - 1))
 
 
@@ -311,6 +373,7 @@ def extended(rates: Sequence[float], *, above: bool) -> list[float]:
     ([0.0005, 0.001, 0.002, 0.004], [0.00025, 0.0005, 0.001])
     """
     factor = grid_factor(rates)
+    # Rounded, since a rate is part of a file's name.
     new = float(f"{rates[-1] * factor if above else rates[0] / factor:.3g}")
     return sorted({*rates, new})
 
@@ -323,6 +386,7 @@ def parse_rates(words: Sequence[str]) -> tuple[float, ...]:
             rate = float(word)
         except ValueError:
             rate = math.nan
+        # NaN fails it too.
         if not 0 < rate < 1e6:
             raise SweepError(f"--rates: got {word!r}, expected numbers above 0, e.g. 5e-4 1e-3")
         rates.append(rate)
@@ -335,5 +399,6 @@ def identity(order: Order, cfg: Config, split: Questions) -> dict[str, Any]:
     tree = as_dict(cfg)
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in ("dir", "seed")}
     budget, select = order.budget, order.select
+    # Their number alone: the text is held against the files themselves.
     texts = {path.name: text.count("\n") for path, text in split.files.items()}
     return {"budget": budget, "select": select, "questions": texts, "config": tree}

@@ -7,39 +7,31 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, changes, dump, load
-from vpgea_fast.metrics import read_steps
-from vpgea_fast.report import read_evaluation
-from vpgea_fast.stop import Stop
-from vpgea_fast.sweep.plan import Cell, Questions, SweepError, paths_a_step
+from vpgea_fast.config import ConfigError, changes, dump, load, one_line
+from vpgea_fast.metrics import Alarms, read_steps
+from vpgea_fast.report import read_evaluation, read_json
+from vpgea_fast.stop import Stop, bound_command
+from vpgea_fast.sweep.inputs import changed
+from vpgea_fast.sweep.plan import Cell, Questions, SweepError
+from vpgea_fast.sweep.table import part
 
 Record = dict[str, Any]
-GUARD = ("guard_caught", "time_guard_ratio")
-"""What a run logs of its leak guard in every step."""
+GUARD = ("guard_caught", "lexical_caught", "short_caught", "time_guard_ratio")
+"""What a run logs of its guards in every step."""
+MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
+"""What a record keeps of the environment of its run."""
 ENDED = (0, 3)
 """Exit statuses of a run that has been evaluated: at its last step, or where it had to halt."""
-CHILD = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-# Of a sweep that was killed before that line.
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit(143)
-from vpgea_fast.cli import main
-sys.exit(main())
-"""
-"""`vpgea`, which the kernel asks to save and end when the sweep is killed."""
 
 
 class Pool:
@@ -63,12 +55,16 @@ class Pool:
         """Return the records of all cells, in their order. SweepError where a run fails, and
         KeyboardInterrupt or Stopped when asked to leave; the runs under way have then saved."""
         waiting = deque(cell for cell in cells if self.known(cell) is None)
+        # All of them before one goes on: none of the work is for nothing.
+        for cell in waiting:
+            self._check_begun(cell)
         try:
             while waiting or self.active:
                 self.stop.alone()
                 while waiting and len(self.active) < self.jobs:
                     self._take(waiting.popleft())
                 self._collect()
+                # A look costs microseconds, and a run takes seconds at least.
                 time.sleep(0.05)
         finally:
             self._end()
@@ -83,16 +79,32 @@ class Pool:
             record = json.loads(path.read_text(encoding="utf-8"))
             # Where the folder lies and what its files are called may change.
             same = _lasting(record["words"]) == _lasting(cell.words)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _read_through(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SweepError(
-                f"{path} is no record ({error!r}); remove it to run it anew"
+                f"{path} is no record ({one_line(error)}); remove it to run it anew"
             ) from error
         if not same:
             raise SweepError(
                 f"{path} is of a run with other words: {' '.join(record['words'])}; give the "
                 "method another label, or the sweep another folder"
             )
+        # Records of earlier versions say nothing of it; the table counts them.
+        if "inputs" in record:
+            _require_inputs(path, record["inputs"], cell)
         return record
+
+    def _check_begun(self, cell: Cell) -> None:
+        """Refuse a run that has begun with other inputs, which `_take` would go on with."""
+        file, run = self._inputs(cell), Path(cell.cfg.run.dir)
+        if file.is_file() and _goes_on(run, cell):
+            try:
+                known = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise SweepError(
+                    f"{file} does not say what {run} has read ({error}); remove both to run it anew"
+                ) from error
+            _require_inputs(run, known, cell)
 
     def _take(self, cell: Cell) -> None:
         run = Path(cell.cfg.run.dir)
@@ -110,10 +122,11 @@ class Pool:
         """Start the process of a cell, with a lock and a parent that it does not outlive long."""
         file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
         write_text(file, dump(cell.cfg))
+        write_text(self._inputs(cell), json.dumps(cell.inputs, indent=1) + "\n")
         words = ["train", str(file), "--resume-if-started"]
         with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(os.getpid()), *words],
+                bound_command(words),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -129,11 +142,13 @@ class Pool:
             if process.poll() is None:
                 continue
             del self.active[process]
+            # A run that was interrupted is timed from its resume, which is no time of a run.
             seconds = None if began is None else round(time.monotonic() - began, 1)
             self._finish(cell, process.returncode, seconds)
 
     def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
         run = Path(cell.cfg.run.dir)
+        # Status 2 is a refusal's too; only a run that diverged has written its rows.
         diverged = status == 2 and any(run.glob("nonfinite_step_*.jsonl"))
         if status not in ENDED and not diverged:
             log = self.out / "logs" / f"{cell.name}.txt"
@@ -160,42 +175,89 @@ class Pool:
     def _record(self, cell: Cell) -> Path:
         return self.out / "records" / f"{cell.name}.json"
 
+    def _inputs(self, cell: Cell) -> Path:
+        return self.out / "configs" / f"{cell.name}.inputs.json"
+
 
 def record_of(cell: Cell, run: Path, split: Questions, *, diverged: bool) -> Record:
     """What a sweep keeps of a run that has ended."""
     evaluation, drawn, steps = read_evaluation(run), 0, 0
-    lines = list(read_steps(run))
+    lines, facts = list(read_steps(run)), read_json(run / "environment.json")
     for line in lines:
         drawn, steps = drawn + int(line.get("tokens_generated", 0)), line["step"]
     limit, last = cell.cfg.train.max_tokens, cell.cfg.train.steps
     spent = steps == last or (limit is not None and drawn >= limit)
     if not diverged and "after" not in evaluation:
         raise SweepError(f"{run}: the run has ended and eval.json has no `after`; remove {run}")
+    halted = {} if diverged or spent else how_halted(cell, lines)
     return {
         "method": cell.method,
         "lr": cell.rate,
         "seed": cell.seed,
         "words": list(cell.words),
-        "ended": "diverged" if diverged else "done" if spent else "halted",
+        "inputs": cell.inputs,
+        "ended": "diverged" if diverged else "done",
+        **halted,
         "steps": steps,
-        # Responses of the data are read, though the run's log counts them.
-        "tokens_generated": drawn if paths_a_step(cell.cfg) else 0,
+        "tokens_generated": drawn,
         **guard_facts(lines),
         "select": list(split.select),
         "test": list(split.test),
         "before": evaluation["before"],
         "after": None if diverged else evaluation["after"],
+        # Not of who writes the table: that may be days and commits later.
+        "made_by": {key: facts.get(key) for key in MADE_BY},
     }
 
 
+def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which alarm ended a run before its last step, and in its words."""
+    train = cell.cfg.train
+    # What would have ended it, were the engine never off.
+    alarms = Alarms(train), Alarms(replace(train, mismatch_stop=None))
+    for line in lines:
+        for alarm in alarms:
+            alarm.update(line)
+    ended = "mismatched" if alarms[1].halt is None and alarms[0].halt is not None else "halted"
+    return {"ended": ended, "halt": alarms[0].halt or "not known"}
+
+
 def guard_facts(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run's leak guard caught and cost, means over its steps; {} without one."""
+    """What a run's guards caught and cost, means over its steps; {} without one."""
     known = {key: [s[key] for s in steps if s.get(key) is not None] for key in GUARD}
     return {key: fmean(values) for key, values in known.items() if values}
 
 
 def _lasting(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(("--run.dir=", "--eval.data="))]
+
+
+def _read_through(record: Record) -> None:
+    """Take every number that the table takes, so that a damaged record is found with its file."""
+    # A run that diverged has no `after`.
+    ends = [when for when in ("before", "after") if record[when] is not None]
+    modes = [{*record[when]} - {"step"} for when in ends]
+    if ends[0] != "before" or not modes[0] or modes[0] != modes[-1]:
+        raise TypeError(f"got answers {[*map(sorted, modes)]}, expected the same at both ends")
+    numbers = [record["lr"], record["seed"], record["tokens_generated"]]
+    for when in ends:
+        for mode in modes[0]:
+            for half in ("select", "test"):
+                numbers += part(record, when, mode, half).values()
+    wrong = next((n for n in numbers if type(n) not in (int, float)), None)
+    if wrong is not None:
+        raise TypeError(f"got {wrong!r:.40}, expected numbers")
+    if not isinstance(record.get("inputs", {}), dict):
+        raise TypeError(f"got inputs {record['inputs']!r:.40}, expected names and fingerprints")
+
+
+def _require_inputs(path: Path, known: dict[str, str], cell: Cell) -> None:
+    """SweepError where a run has read something else than it would read now."""
+    if (name := changed(known, cell.inputs)) is not None:
+        raise SweepError(
+            f"{path} is of other inputs: {name} has changed since; bring it back, remove {path} to "
+            "run it anew, or give the sweep another folder"
+        )
 
 
 def _goes_on(run: Path, cell: Cell) -> bool:
@@ -212,9 +274,16 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
 
     Yields the lock that runs inherit: a flock, which lasts until the last of them has ended.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".sweep").open("a+") as mine, (out / ".runs").open("a+") as theirs:
+    with ExitStack() as undo:
         try:
+            out.mkdir(parents=True, exist_ok=True)
+            mine, theirs = (undo.enter_context((out / f).open("a+")) for f in (".sweep", ".runs"))
+        except OSError as error:
+            raise SweepError(
+                f"--out: cannot write the folder {out} ({error.strerror}); give another"
+            ) from error
+        try:
+            # A lock of this process alone: what it starts inherits a flock, and no lockf.
             fcntl.lockf(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SweepError(
@@ -230,4 +299,5 @@ def claimed(out: Path, say: Callable[[str], None]) -> Iterator[IO[str]]:
 
 def cores() -> int:
     """Count the cores that this process may use."""
+    # A container or taskset may give fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@ r"""The worker: judges whether a text states its gold answer, under one checker.
 
 Run as `python -P checkers.py FD SETTINGS`. It imports no sibling, no torch and no pydantic, so that
 a worker is up in a tenth of a second, with `math` in half a second. SETTINGS is JSON: name, target,
-path, limit_s.
+path, limit_s, by_clock.
 
 Checkers, all as `judge(gold, text) -> bool`; a text is what was decoded after the thought:
 
@@ -462,9 +462,12 @@ def serve(pipe: Connection, settings: dict) -> None:
     """Judge jobs from the pipe until it ends, that is, until the parent is gone."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the parent decides
         signal.signal(signum, signal.SIG_IGN)
-    # The default action of SIGALRM ends the process even inside a C call: for a worker whose parent
-    # was killed while it was busy.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # The default action of an alarm ends the process even inside a C call: for a worker whose
+    # parent was killed while it was busy. SIGPROF rings by processor time.
+    timer, alarm = signal.ITIMER_PROF, signal.SIGPROF
+    if settings["by_clock"]:
+        timer, alarm = signal.ITIMER_REAL, signal.SIGALRM
+    signal.signal(alarm, signal.SIG_DFL)
     custom = settings["name"] == "custom"
     if not custom:
         box_reader()  # where it is missing the worker must end, not call all answers wrong
@@ -482,9 +485,9 @@ def serve(pipe: Connection, settings: dict) -> None:
         while True:
             gold, text = pipe.recv()
             # Its own alarm, a second behind the parent's deadline (pool.ORPHAN_S).
-            signal.setitimer(signal.ITIMER_REAL, settings["limit_s"])
+            signal.setitimer(timer, settings["limit_s"])
             outcome = outcome_of(judge, gold, text, custom=custom)
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.setitimer(timer, 0.0)
             pipe.send(outcome)
 
 

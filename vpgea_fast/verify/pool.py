@@ -3,6 +3,8 @@ r"""Judgements in worker processes that can be killed.
 A short text can keep sympy busy for hours (`9^{9^{9}}`) inside one C call, where math-verify's own
 time limit (SIGALRM, main thread only) does not reach. So a worker judges one answer at a time, and
 one that misses its deadline is killed and replaced; its answer counts as wrong.
+
+A deadline is of processor time: on a busy machine a right answer would else be wrong, by chance.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ Progress = Callable[[int], None]
 
 CHECKERS = Path(__file__).with_name("checkers.py")
 START_S = 120.0  # the import takes 0.7 s from a warm cache; a cold network disk may need a minute
+CLOCK_LIMITS = 20.0  # time limits by the clock after which a worker that hardly runs is late
 ORPHAN_S = 1.0  # how long after its deadline a busy worker ends when no parent is left to kill it
 CACHED_JOBS = 1 << 14
 PLAIN = re.compile(r"0|-?[1-9][0-9]{0,14}")
@@ -81,7 +84,13 @@ class Verifier:
         self._name, self._target, self._world = name, target, world
         self._memory: dict[Job, bool | str] = {}
         self._unsure: set[Job] = set()  # judged by a deadline or a crash: another day may differ
-        settings = {"name": name, "target": target, "limit_s": timeout_s + ORPHAN_S}
+        # A custom function may wait for a server, which takes no processor time.
+        settings: dict[str, Any] = {
+            "name": name,
+            "target": target,
+            "limit_s": timeout_s + ORPHAN_S,
+            "by_clock": name == "custom",
+        }
         if name == "custom":
             # The worker starts with -P and sees no working directory of its own.
             settings["path"] = [*sys.path, str(Path.cwd())]
@@ -93,6 +102,11 @@ class Verifier:
             except BaseException:
                 self.close()
                 raise
+
+    @property
+    def unjudged(self) -> int:
+        """Count the answers that are wrong because nothing judged them in time."""
+        return self.timeouts + self.crashes
 
     @classmethod
     def configured(cls, cfg: VerifyConfig, world: World | None = None) -> Verifier:
@@ -239,6 +253,7 @@ class _Worker:
     job: Job | None
     pipe: Connection
     deadline: float
+    _spent: float | None
 
     def __init__(self, timeout_s: float, settings: dict[str, Any]) -> None:
         self._timeout_s, self._settings = timeout_s, settings
@@ -246,7 +261,7 @@ class _Worker:
 
     def _start(self) -> None:
         self.job = None
-        self._up = False
+        self._up, self._began, self._spent = False, 0.0, None
         self.pipe, theirs = Pipe()
         fd = theirs.fileno()
         # A fresh program and no fork: a forked child would hold torch's memory and threads.
@@ -267,8 +282,7 @@ class _Worker:
 
     def take(self, job: Job) -> None:
         self.job = job
-        # The import does not count against the first answer.
-        self.deadline = time.monotonic() + self._timeout_s + (0.0 if self._up else START_S)
+        self._begin(0.0 if self._up else START_S)  # the import does not count
         with suppress(OSError):  # a worker that died while idle: poll() finds it dead
             self.pipe.send(job)
 
@@ -276,7 +290,7 @@ class _Worker:
         """What became of the job; None while the worker is at it."""
         # A verdict that is there counts even when its deadline has passed meanwhile.
         if not self.pipe.poll():
-            return self._replace("late") if time.monotonic() >= self.deadline else None
+            return self._replace("late") if self._is_late() else None
         try:
             word = self.pipe.recv()
         except (EOFError, OSError):
@@ -284,7 +298,7 @@ class _Worker:
         # Now the clock of the first job starts.
         if word == "up":
             self._up = True
-            self.deadline = time.monotonic() + self._timeout_s
+            self._begin(0.0)
             return None
         if word[0] == "unusable":
             raise ConfigError(
@@ -293,6 +307,26 @@ class _Worker:
             )
         self.job = None
         return word
+
+    def _begin(self, more_s: float) -> None:
+        """Set the clock of a job."""
+        self._began, self._spent = time.monotonic(), _processor_seconds(self._process.pid)
+        self.deadline = self._began + self._timeout_s + more_s
+
+    def _is_late(self) -> bool:
+        """Tell whether the time of the job is over; one that had to wait for a processor gets what
+        it lacks."""
+        now, begun, spent = time.monotonic(), self._spent, _processor_seconds(self._process.pid)
+        if now < self.deadline:
+            return False
+        clock = self._settings["by_clock"] or not self._up
+        if clock or now >= self._began + CLOCK_LIMITS * self._timeout_s:
+            return True
+        if begun is None or spent is None:
+            return True
+        lacking = self._timeout_s - (spent - begun)
+        self.deadline = now + lacking
+        return lacking <= 0
 
     def wait_until_up(self) -> None:
         """Wait until the worker has its checker; ConfigError if it cannot use a custom one."""
@@ -322,3 +356,13 @@ class _Worker:
 
 def _silent(_: int) -> None:
     pass
+
+
+def _processor_seconds(process: int) -> float | None:
+    """Seconds that a process has computed; None where the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    # A process's clock by Linux's numbering, clock_getcpuclockid(3). Gone: its pipe will say so.
+    with suppress(OSError):
+        return time.clock_gettime((~process << 3) | 2)
+    return None

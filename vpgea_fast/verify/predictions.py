@@ -20,11 +20,14 @@ from vpgea_fast.verify.checkers import (
 
 LONGEST = 400
 """Characters of an answer; what is longer is prose, and kept as it is up to here."""
+# With separators of thousands, decimals or a denominator: -1,234.5, 3/4.
 LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def prediction(checker: str, text: str) -> str | None:
+def prediction(checker: str, text: str, gold: str = "") -> str | None:
     r"""Read the answer of a text for `checker` (`verify.name`); None where it gives none.
+
+    Where `gold` is a choice, `C. 12` is the choice C.
 
     >>> [prediction("math", rf"So \boxed{{{a}}}.") for a in (r"\frac12", "0.5", "(B)", "x + 1")]
     ['1/2', '1/2', 'B', 'x+1']
@@ -39,19 +42,23 @@ def prediction(checker: str, text: str) -> str | None:
     answer = answer.strip()[:LONGEST]
     if not answer:
         return None
-    return _canonical(checker, answer)
+    return _canonical(checker, answer, choice=labelled(bare(gold))[0] is not None)
 
 
-def _canonical(checker: str, answer: str) -> str | None:
+def _canonical(checker: str, answer: str, *, choice: bool) -> str | None:
     if checker == "text":
         return plain_text(answer) or None
+    # `(B) 12` is the letter where letters are judged, or the gold is one, and else the number.
     label, rest = labelled(bare(answer))
     if checker == "letter":
         return label
-    if label and not rest:
+    if label and (choice or not rest):
         return label
+    if choice and re.fullmatch("[a-j]", bare(answer)):
+        return bare(answer).upper()
     value = number(answer)
     if value is not None:
+        # An exact fraction: 0.5, \frac12 and 50 % are one text.
         return str(value)
     # Spaces mean nothing in mathematics, but \pi x is no \pix.
     return re.sub(r"(?<!\\)(?<![a-zA-Z])\s+|\s+(?![a-zA-Z])", "", bare(answer)) or None

@@ -322,6 +322,10 @@ class _Drawing:
     request: SampleRequest
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    closed: int = 0
+    """Tokens of the thought once it has closed."""
+    looked: int = 0
+    """Tokens among which its end was looked for."""
     began: float | None = None
     """When the first token came: a path that waits in the queue draws nothing."""
 
@@ -334,12 +338,14 @@ class _Drawing:
 
     def beyond(self, sampling: Sampling) -> bool:
         """Tell whether nothing that is drawn from now on can belong to the path."""
-        # As `split_path` cuts: a think-close beyond the limit of thoughts closes nothing.
-        thought = self.ids[: sampling.max_new_tokens]
-        if sampling.think_close_id not in thought:
+        # As `split_path` cuts.
+        if not self.closed:
+            self.closed = sampling.closed_at(self.ids, self.looked)
+            self.looked = min(len(self.ids), sampling.max_new_tokens)
+        if not self.closed:
             return len(self.ids) >= sampling.max_new_tokens
-        answer = len(self.ids) - thought.index(sampling.think_close_id) - 1
-        return answer >= sampling.max_answer_tokens
+        answer = len(self.ids) - self.closed
+        return not sampling.full_answer or answer >= sampling.max_answer_tokens
 
     def drawn(self, place: int, finish: Finish) -> Drawn:
         ids = torch.tensor(self.ids, dtype=torch.int64)

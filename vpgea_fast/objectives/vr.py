@@ -1,0 +1,316 @@
+"""Variational Reasoning (arXiv 2509.22637): the thought is a latent variable, the answer is seen.
+
+    pi       the policy behind the student's prompt, q the policy behind the teacher's, which holds
+             the hint y'
+    f_k      how likely a right answer is behind the thought z_k
+    rho_k    (pi(z_k|x) / q(z_k|x, y')) f_k, the ratio whole or as its mean per token
+    w_k      rho_k / sum_j rho_j, within a question
+    L_K      E log (1/K) sum_k rho_k <= L_(K+1) <= log P(right answer|x)
+
+Theta ascends L_K: the gradient of sum_k w_k (log pi(z_k|x) + log P(right answer|x, z_k)), over K
+paths of q. Phi goes towards the true posterior: it ascends sum_m v_m log q(z_m|x, y'), over M paths
+of pi with v_m = f_m / sum_j f_j. Weights are made in log space: a ratio of whole thoughts may be
+e^-2000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from vpgea_fast.book import merge
+from vpgea_fast.names import Score, Stream
+from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
+from vpgea_fast.objectives.bounds import (
+    hinted_metrics,
+    log_mean,
+    shares,
+    skipped,
+    unhinted_metrics,
+)
+from vpgea_fast.objectives.guards import VIEWS, log_ratio
+from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vpgea_fast.types import ScoredBatch
+
+Metrics = dict[str, float | None]
+Estimator = Literal["accuracy", "gml", "likelihood"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Latent(Keys):
+    """Keys of every part of Variational Reasoning."""
+
+    estimator: Estimator = "accuracy"
+    """How likely a right answer is behind a thought. `accuracy`: share of scoring.answer_samples
+    sampled answers that are right. `likelihood`: P of the reference answer. `gml`: its geometric
+    mean per token. A thought that was cut has none."""
+
+    @property
+    def u_norm(self) -> Literal["sum", "mean"] | None:
+        """How U adds up the answer's tokens, where it is read."""
+        norms: dict[str, Literal["sum", "mean"]] = {"gml": "mean", "likelihood": "sum"}
+        return norms.get(self.estimator)
+
+    def answer_scores(self, stream: Stream) -> set[Score]:
+        """What the estimator reads of a stream's paths."""
+        return set() if self.u_norm is None else {Score(stream, "student", "target")}
+
+    def log_answer(self, batch: ScoredBatch, stream: Stream) -> Tensor:
+        """log f of every path, (B, P); -inf where it was cut, or no sampled answer is right."""
+        columns = batch.stream(stream)
+        log_BP = columns.accuracy.log() if self.u_norm is None else columns.u_BP
+        return log_BP.where(columns.closed_BP & log_BP.isfinite(), -math.inf)
+
+
+@dataclass(frozen=True, config=STRICT)
+class HintedKeys(Latent):
+    """Keys of what reads paths of q, weighed by what they would be worth under pi."""
+
+    group_size: PositiveInt = 8
+    """K, hinted paths per question."""
+    thought_ratio: Literal["geometric", "exact"] = "geometric"
+    """pi / q of a thought. `exact`: of the whole thought, as in the bound; its variance grows with
+    the length. `geometric`: its mean per token, as the paper trains."""
+
+    def trained_ratio(self, batch: ScoredBatch) -> Tensor:
+        """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
+        whole_BK = -log_ratio(batch)
+        return whole_BK if self.thought_ratio == "exact" else whole_BK / batch.posterior.length_BP
+
+    def log_rho(self, batch: ScoredBatch) -> Tensor:
+        """log rho of every hinted path, (B, K) nats."""
+        return self.log_answer(batch, "posterior") + self.trained_ratio(batch)
+
+    def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """The shares of the hinted paths, (B, K), their scores, and what they show."""
+        share_BK, log_f_BK = shares(self.log_rho(batch)), self.log_answer(batch, "posterior")
+        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": -log_ratio(batch)}
+        return share_BK, scores, hinted_metrics(batch, log_f_BK, share_BK)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ThetaKeys(HintedKeys):
+    """Keys of the reasoning model's step, and its part of the loss."""
+
+    answer: Literal["sampled", "reference"] | None = None
+    """What is trained behind a thought. `sampled`: its right answers, in equal shares. `reference`:
+    the reference answer. null: `sampled` with the estimator accuracy, else `reference`."""
+    answer_rows: PositiveInt = 8
+    """Right answers that are trained behind a thought at most, the first ones (`sampled`). Each
+    that differs is a row with the whole thought in it."""
+
+    @property
+    def trains_sampled(self) -> bool:
+        return (self.answer or {"accuracy": "sampled"}.get(self.estimator)) == "sampled"
+
+    @property
+    def by_likelihood(self) -> bool:
+        """The bound's own gradient is meant, so f must be the likelihood of what is trained."""
+        return self.estimator == "likelihood" and not self.trains_sampled
+
+    def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
+        """Thoughts and answers, in the student's view."""
+        weight_BK = -_summed(share_BK)
+        hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
+        behind: dict[str, Any] = {"part": "target"}
+        if self.trains_sampled:
+            behind = {"part": "attempts", "first": self.answer_rows}
+        return Term(name="theta", **hinted), Term(name="answer", **behind, **hinted)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PhiKeys(HintedKeys, ClipKeys):
+    """Keys of the hinted policy's step, and its part of the loss."""
+
+    phi: Literal["forward_kl", "reverse_kl", "iwae"] = "forward_kl"
+    """What the hinted policy descends. `forward_kl`: KL from the true posterior, on unhinted paths
+    weighed by f. `reverse_kl`: minus the ELBO, a policy gradient on hinted paths. `iwae`: minus
+    L_K, on the same. The last two are the paper's ablations, and find shortcuts to the answer."""
+    u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
+    """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
+    alone."""
+
+    def __post_init__(self) -> None:
+        if self.u_min != PhiKeys.u_min and self.phi != "reverse_kl":
+            raise ValueError(
+                f"u_min: got {self.u_min} with phi {self.phi!r}, which does not read it; leave it "
+                "out, or choose reverse_kl"
+            )
+
+    def phi_scores(self) -> set[Score]:
+        """What phi's part reads."""
+        if self.phi == "forward_kl":
+            return self.answer_scores("prior")
+        return {*VIEWS, *self.answer_scores("posterior")}
+
+    def unhinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """The shares of the unhinted paths, (B, M), their scores, and what they show."""
+        log_f_BM = self.log_answer(batch, "prior")
+        share_BM = shares(log_f_BM)
+        scores = {"share": share_BM, "answered": log_f_BM.exp()}
+        return share_BM, scores, unhinted_metrics(log_f_BM, share_BM)
+
+    def phi_part(self, batch: ScoredBatch) -> Term:
+        """Thoughts in the teacher's view."""
+        stream: Stream = "posterior"
+        if self.phi == "forward_kl":
+            gain_BP, later, stream = _summed(self.unhinted(batch)[0]), None, "prior"
+        elif self.phi == "reverse_kl":
+            # The ELBO's integrand, less the mean of the question's others.
+            worth_BP = self.log_answer(batch, "posterior").clamp(min=self.u_min)
+            worth_BP = worth_BP + self.trained_ratio(batch)
+            others = worth_BP.sum(dim=1, keepdim=True) - worth_BP
+            gain_BP = worth_BP - others / max(1, worth_BP.shape[1] - 1)
+            later = self.clipped()
+        else:
+            log_rho_BK = self.log_rho(batch)
+            worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
+            gain_BP, later = _summed(worth_BP.where(worth_BP.isfinite(), 0.0)), self.clipped()
+        return Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
+
+
+@dataclass(frozen=True, config=STRICT)
+class VrTheta(ThetaKeys):
+    """Variational Reasoning's step of the reasoning model (arXiv 2509.22637, eq. 8): the gradient
+    of the bound L_K for theta, over hinted paths. Their prompt is the teacher's."""
+
+    name: Literal["vr_theta"] = "vr_theta"
+    """Variational Reasoning: the reasoning model alone."""
+
+    def draws(self) -> Draws:
+        return Draws(
+            posterior=self.group_size,
+            attempts=self.trains_sampled or self.estimator == "accuracy",
+            answer_rows=self.answer_rows * self.trains_sampled,
+            targets=not self.trains_sampled,
+            by_likelihood=self.by_likelihood,
+            u_norm=self.u_norm,
+        )
+
+    def needs(self) -> frozenset[Score]:
+        return frozenset({*VIEWS, *self.answer_scores("posterior")})
+
+    def notes(self) -> Iterator[str]:
+        yield from alone("group_size", self.group_size)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        share_BK, scores, found = self.hinted(batch)
+        parts = self.theta_parts(share_BK)
+        metrics = merge(found, counts(parts))
+        return Terms(parts=parts, path_scores={"posterior": scores}, metrics=metrics)
+
+
+@dataclass(frozen=True, config=STRICT)
+class VrPhi(PhiKeys):
+    """Variational Reasoning's step of the hinted policy (arXiv 2509.22637, eq. 9): the teacher's
+    prompt learns what the student's own right thoughts are."""
+
+    name: Literal["vr_phi"] = "vr_phi"
+    """Variational Reasoning: the hinted policy alone."""
+    group_size: PositiveInt = 8
+    """Paths per question: M unhinted ones with forward_kl, K hinted ones with the others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phi == "forward_kl" and self.thought_ratio != VrPhi.thought_ratio:
+            raise ValueError(
+                f"thought_ratio: got {self.thought_ratio!r} with phi forward_kl, whose paths have "
+                "none; leave it out, or choose another phi"
+            )
+
+    def draws(self) -> Draws:
+        forward = self.phi == "forward_kl"
+        return Draws(
+            prior=self.group_size * forward,
+            posterior=self.group_size * (not forward),
+            attempts=self.estimator == "accuracy",
+            u_norm=self.u_norm,
+        )
+
+    def needs(self) -> frozenset[Score]:
+        return frozenset(self.phi_scores())
+
+    def notes(self) -> Iterator[str]:
+        if self.phi != "reverse_kl":
+            yield from alone("group_size", self.group_size)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        part = self.phi_part(batch)
+        _, scores, found = (self.unhinted if part.stream == "prior" else self.hinted)(batch)
+        metrics = merge(found, counts((part,)))
+        return Terms(parts=(part,), path_scores={part.stream: scores}, metrics=metrics)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Vr(ThetaKeys, PhiKeys):
+    """Variational Reasoning (arXiv 2509.22637) with one policy behind two prompts: both steps of
+    its algorithm 1 in each update, on paths of the policy as it is."""
+
+    name: Literal["vr"] = "vr"
+    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts."""
+    prior_samples: PositiveInt = 8
+    """M, unhinted paths per question, which forward_kl alone draws."""
+    phi_weight: PositiveFloat = 1.0
+    """Weight of the hinted policy's part of the loss; the reasoning model's has 1."""
+
+    def draws(self) -> Draws:
+        forward = self.phi == "forward_kl"
+        return Draws(
+            posterior=self.group_size,
+            prior=self.prior_samples * forward,
+            attempts=self.trains_sampled or self.estimator == "accuracy",
+            answer_rows=self.answer_rows * self.trains_sampled,
+            targets=not self.trains_sampled,
+            by_likelihood=self.by_likelihood,
+            joint=forward,
+            u_norm=self.u_norm,
+        )
+
+    def needs(self) -> frozenset[Score]:
+        return frozenset({*VIEWS, *self.answer_scores("posterior"), *self.phi_scores()})
+
+    def notes(self) -> Iterator[str]:
+        yield from alone("group_size", self.group_size)
+        if self.phi == "forward_kl":
+            yield from alone("prior_samples", self.prior_samples)
+
+    def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
+        share_BK, scores, found = self.hinted(batch)
+        part = self.phi_part(batch)
+        part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
+        path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
+        if part.stream == "prior":
+            _, path_scores["prior"], others = self.unhinted(batch)
+            found = merge(found, others)
+        parts = (*self.theta_parts(share_BK), part)
+        metrics = merge(found, counts(parts))
+        return Terms(parts=parts, path_scores=path_scores, metrics=metrics)
+
+
+def alone(key: str, paths: int) -> Iterator[str]:
+    """Say that a single path is worth nothing to a weight that compares paths."""
+    if paths == 1:
+        yield (
+            f"objective.{key} 1: the weight of a single path is 1, whatever it is worth; give 2 or "
+            "more"
+        )
+
+
+def counts(parts: tuple[Term, ...]) -> Metrics:
+    """Count the questions of which the first part has no path with a weight, and no part has."""
+    silent = int((~Terms(parts=parts).alive).sum())
+    return {"groups_all_rejected": skipped(parts[0].weight_BP), "groups_zero_var": silent}
+
+
+def _summed(worth_BP: Tensor) -> Tensor:
+    """Weights of paths whose sum is meant, since rows divide by their number."""
+    return worth_BP.shape[1] * worth_BP

@@ -1,0 +1,79 @@
+"""What a run reads, told apart by content: a file may change while its name stays."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from vpgea_fast.config import Config, DataConfig, DataFile
+from vpgea_fast.data import DataError, fingerprint, load_questions
+from vpgea_fast.objectives import reads_reference
+from vpgea_fast.weights import model_digest
+
+
+class Inputs:
+    """Fingerprints by name of the files of a sweep's runs. Each is read once, when it is first
+    asked for. DataError for what cannot be read."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, str] = {}
+
+    def of(self, cfg: Config) -> dict[str, str]:
+        """What a run of `cfg` trains with; what it is evaluated on comes from `questions`."""
+        models = [cfg.model.path]
+        # One that no objective reads changes no run.
+        if reads_reference(cfg.objective) and cfg.model.reference_path is not None:
+            models.append(cfg.model.reference_path)
+        # Classes of the user's, by their files: a name stays while its code changes.
+        code = [getattr(cfg.objective, "target", None), cfg.verify.target]
+        return {
+            **{f"model {path}": self._once(("model", path), path) for path in models},
+            **{f"data.train {f.path}": self._asked(f, cfg.data) for f in cfg.data.train},
+            **{f"code {name}": self._once(("code", name), name) for name in code if name},
+            **{f"engine.paths {file}": self._once(("file", file), file) for file in _paths(cfg)},
+        }
+
+    def questions(self, files: Sequence[DataFile], data: DataConfig) -> dict[str, str]:
+        """Of the questions that evaluate all runs."""
+        return {f"eval.data {file.path}": self._asked(file, data) for file in files}
+
+    def _asked(self, file: DataFile, data: DataConfig) -> str:
+        # By its questions and not its bytes: the keys that say where they stand count too.
+        key = file, data
+        if key not in self._known:
+            self._known[key] = fingerprint(load_questions(file, data).questions)
+        return self._known[key]
+
+    def _once(self, key: tuple[str, str], name: str) -> str:
+        # All runs share the model: its files are read once.
+        if key not in self._known:
+            self._known[key] = {"model": model_digest, "code": _code, "file": _bytes}[key[0]](name)
+        return self._known[key]
+
+
+def _paths(cfg: Config) -> tuple[str, ...]:
+    return cfg.replay.paths if cfg.engine.name == "replay" else ()
+
+
+def _bytes(file: str) -> str:
+    try:
+        with Path(file).open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; bring it back") from error
+
+
+def _code(target: str) -> str:
+    """Of the file of `package.module:name`; none where a module has no file."""
+    # Found and not imported, but for the packages above it: a user's module may take seconds.
+    spec = importlib.util.find_spec(target.partition(":")[0])
+    return "" if spec is None or spec.origin is None else _bytes(spec.origin)
+
+
+def changed(known: dict[str, str], now: dict[str, str]) -> str | None:
+    """The first name whose content differs from what is known; None where all is the same."""
+    # Of both sides: what only one of them has read is a change too.
+    names = {**now, **known}
+    return next((name for name in names if known.get(name) != now.get(name)), None)
