@@ -83,7 +83,6 @@ def sections() -> list[Section]:
     """List every section in the order of the configuration. A variant is one of its own, and so are
     the keys of a file in `data.train` and `eval.data`."""
     hints = get_type_hints(config.Config, include_extras=True)
-    about = attribute_docstrings(config.Config)
     found = []
     for name, hint in hints.items():
         # A section with variants is a union; any other is one record.
@@ -93,13 +92,12 @@ def sections() -> list[Section]:
             variant = f"name: {record.name}" if len(members) > 1 else ""
             # A variant says in its own docstring what it is; a section alone, in Config.
             text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
-            text = text or about.get(name, "")
+            text = text or attribute_docstrings(config.Config).get(name, "")
             found.append(Section(name, variant, text, tuple(_keys(record))))
         found += _deeper(name)
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
-            file = tuple(_keys(config.DataFile))
-            found.append(Section("data", "a file", text, file))
+            found.append(Section("data", "a file", text, tuple(_keys(config.DataFile))))
     return found
 
 

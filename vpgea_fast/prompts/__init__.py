@@ -408,12 +408,14 @@ class Prompter:
         return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _decode(self, rows: Sequence[torch.Tensor]) -> list[str]:
-        return [self._text(row.tolist()) for row in rows]
+        return [self._text(row) for row in rows]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _text(self, ids: torch.Tensor | Sequence[int]) -> str:
         """All that ids say, special tokens too."""
+        # A tensor as it is: of a list transformers looks at every id, half again the time.
+        given = ids if isinstance(ids, torch.Tensor) else list(ids)
         options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(ids), **options))
+        return str(self._tokenizer.decode(given, **options))
 
     def _steering_tokens(self, spelled: str) -> set[str]:
         """Special tokens, think tags, and the tokens that the template (`spelled`: its source and
