@@ -209,8 +209,7 @@ class Evaluator:
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         # Request order: the samples of a question stand side by side.
         answers = [q.answer for q, _ in questions for _ in range(samples)]
-        correct = self.judge(paths, answers)
-        return paths, correct.view(len(questions), samples)
+        return paths, self.judge(paths, answers).view(len(questions), samples)
 
 
 def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
@@ -254,8 +253,7 @@ def make_sampling(
         full_answer=cfg.full_answer,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        think_close_id=-1 if prompter.tag else prompter.think_close_ids[0],
-        tag=prompter.tag,
+        **prompter.closing,
         eos_ids=ends,
     )
 

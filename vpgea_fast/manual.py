@@ -112,16 +112,14 @@ def _deeper(name: str) -> Iterator[Section]:
 def section(name: str) -> list[Section]:
     """Find the section of this name, with its variants. SectionError with the nearest name."""
     known = sections()
-    found = [part for part in known if part.title == name]
-    if not found:
-        names = list(dict.fromkeys(part.title for part in known))
-        # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
-        owners = [part.title for part in known for key in part.keys if key.name == name]
-        # Sections first: the command asks for one.
-        near = [*filter(None, [nearest(name, names)]), *owners]
-        hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
-        raise SectionError(f"got section {name!r}; {hint}")
-    return found
+    if found := [part for part in known if part.title == name]:
+        return found
+    names = list(dict.fromkeys(part.title for part in known))
+    # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
+    owners = [part.title for part in known for key in part.keys if key.name == name]
+    near = [*filter(None, [nearest(name, names)]), *owners]  # the command asks for a section
+    hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
+    raise SectionError(f"got section {name!r}; {hint}")
 
 
 @functools.cache  # two thirds of a second for all: each record names the classes that it extends

@@ -93,6 +93,11 @@ class Prompter:
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
 
+    @property
+    def closing(self) -> dict[str, Any]:
+        """What of `Sampling` says where a thought ends."""
+        return {"think_close_id": -1 if self.tag else self.think_close_ids[0], "tag": self.tag}
+
     def asking(self, student: str | None) -> Prompter:
         """The same with another template of the student's prompt; itself for None."""
         if student is None:
