@@ -25,6 +25,7 @@ from vpgea_fast.objectives import Grpo
 from vpgea_fast.trainer import Ending
 
 ROOT = Path(__file__).parents[1]
+GSM8K = str(Path(__file__).parent / "cases/gsm8k_raw.jsonl")
 TINY = ROOT / "configs/tiny.yaml"
 
 
@@ -141,8 +142,9 @@ def test_help_names_every_command(capsys):
         (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["eval"], "required: model, data; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x"], "its parent is not there"),
-        (["eval", "./none", "d"], "no model directory at ./none"),
-        (["eval", "none", "d"], "cannot load a tokenizer from 'none'"),
+        (["eval", "./none", "d"], "there is no file d"),
+        (["eval", "./none", GSM8K], "no model directory at ./none"),
+        (["eval", "none", GSM8K], "cannot load a tokenizer from 'none'"),
         (["report", "none"], "none is no run"),
         (["report", "none", "--run.dir", "x"], "--run.dir is an option of train and eval only"),
         (["make-tiny", "x", "--base", "big"], "invalid choice: 'big'"),
@@ -314,10 +316,11 @@ import sys, time
 from vpgea_fast.cli import main
 
 yaml, data, base = sys.argv[1:]
+of = ["--eval.data", "[]", "--data.train"]
 for words in (
     ["eval", "some/model", data],
-    ["train", yaml, "--model.path", "some/model"],
-    ["train", yaml, "--model.path", "some/model", "--dry-run"],
+    ["train", yaml, "--model.path", "some/model", *of, data],
+    ["train", yaml, "--model.path", "some/model", *of, data, "--dry-run"],
     ["serve", "some/model"],
     ["eval", base, "--suite", "quick"],
 ):
@@ -622,12 +625,6 @@ def _no_template(model):
     file.write_text(json.dumps(settings))
 
 
-def _no_think(model):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (model / name).read_text()
-        (model / name).write_text(text.replace("<think>", "<a>").replace("</think>", "</a>"))
-
-
 def _foreign_tokenizer(model):
     text = (model / "tokenizer.json").read_text()
     text = text.replace("<think>", "<a>").replace("</think>", "</a>")
@@ -656,7 +653,6 @@ def _no_norm(model):
     ("spoil", "said"),
     [
         (_no_template, "has no chat template"),
-        (_no_think, "a thought ends where one token says so"),
         (_foreign_tokenizer, "the model embeds 316 tokens"),
         (lambda model: (model / "model.safetensors").unlink(), "model.safetensors missing"),
         (lambda model: (model / "config.json").unlink(), "has no config.json"),

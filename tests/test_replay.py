@@ -46,7 +46,7 @@ def trained(words):
 KINDS = {
     "resampled": [
         *("--objective", "grpo", "--objective.group_size", "3", "--train.resample_rounds", "2"),
-        *("--metrics.paths_per_step", "40"),
+        *("--metrics.paths_per_step", "40", "--rollout.max_new_tokens", "72"),
     ],
     "vpgea": ["--rollout.importance_cap", "2"],
     "answers": ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],

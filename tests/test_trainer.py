@@ -238,7 +238,7 @@ def test_killed_at_random_moments(words, tmp_path, state, kills, steps):
     an objective keeps from step to step is that of a run that nobody killed."""
     more = ["--eval.every", "4", "--eval.greedy", "false", "--eval.limit", "4"]
     if state:
-        more += ["--objective.name", "grpo"]
+        more += ["--objective.name", "grpo", *AS_TRAINED]
         for key, value in {"name": state, **KEEPING[state]}.items():
             more += [f"--objective.length_reward.{key}", value]
     more += ["--checkpoint.save_every", "2", "--train.steps", str(steps)]
@@ -935,9 +935,6 @@ def test_a_step_that_lost_all_goes_by_with_its_cause(words, monkeypatch, tmp_pat
     """No update, no mean, one alarm; what it cost is counted, console and report cope."""
     more = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--train.resample_rounds", "1"]}
     given = words("run", "--eval.data", "[]", *more[objective], "--train.steps", "7")
-    if objective == "grpo":
-        skip = given.index("--objective.prior_samples")
-        del given[skip : skip + 2]
     generate = HFEngine.generate
     monkeypatch.setattr(HFEngine, "generate", lambda *args: [*map(losing, generate(*args))])
     with Trainer(config.load(TINY, given)) as trainer:
