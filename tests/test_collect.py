@@ -426,3 +426,33 @@ def test_a_step_with_a_tag_of_two_tokens_is_that_with_one_and_a_cue(
             assert one.stream(stream).correct_BP.any()
     assert closed > 10
     assert right.tolist() == also.tolist()
+
+
+# --- tokens that a step pays for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "behind"),
+    [
+        (["--scoring.u_source", "accuracy", "--train.resample_rounds", "1"], True),
+        (["--objective", "vr", "--objective.group_size", "2"], True),
+        ([], False),
+    ],
+    ids=["accuracy", "vr", "likelihood"],
+)
+def test_every_token_that_the_engine_drew_is_counted(more, behind, tiny_words, monkeypatch):
+    """Answers behind thoughts too: a budget of tokens must not give them away."""
+    drawn, generate = [], HFEngine.generate
+
+    def listened(*args):
+        paths = generate(*args)
+        drawn.append(sum(path.generated for path in paths))
+        return paths
+
+    monkeypatch.setattr(HFEngine, "generate", listened)
+    words = tiny_words(SMALL)("run", "--scoring.answer_samples", "2", *more)
+    with Trainer(config.load(TINY, words)) as trainer:
+        drawn.clear()  # the engine's own trial is of no step
+        stats = trainer.train_step()
+    assert stats.metrics["tokens_generated"] == sum(drawn)
+    assert (len(drawn) > 1) == behind

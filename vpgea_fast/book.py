@@ -451,8 +451,8 @@ grad_norm_distill | norm
         "Every step; plan_* with every update.",
         _table("""
 tokens_generated | tokens
-    Tokens sampled in this step, those of replaced questions included; 0 of responses that the data
-    gives.
+    Tokens sampled in this step, those of replaced questions and of answers that score a thought
+    included; 0 of responses that the data gives.
 tokens_trained | tokens
     Prompt and thought tokens of all rows that have a gradient.
 tokens_gated_off | tokens

@@ -432,10 +432,11 @@ class Collector:
         # Flat here, one batch for engine and checker; (B, P) again in the columns.
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
-        utilities, unanswered = self._utilities(stream, pairs, step)
+        utilities, unanswered, behind = self._utilities(stream, pairs, step)
         if self.draws.attempts and stream != "reference":
             groups, lost = self._with_attempts(groups, pairs, step)
             unanswered |= lost
+            behind = behind + _tokens(path.attempts for group in groups for path in group)
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -444,6 +445,7 @@ class Collector:
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
             correct_BP=self._correct(pairs).view(shape),
+            behind_BP=behind.view(shape),
             texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
             if self.draws.texts
             else None,
@@ -490,22 +492,25 @@ class Collector:
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
-    def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
-        """U of every path; the questions of which the engine gave up a sampled answer."""
-        view = self.scored_views.get(stream)
+    def _utilities(
+        self, stream: Stream, pairs: Pairs, step: int
+    ) -> tuple[torch.Tensor, set[str], torch.Tensor]:
+        """U of every path; the questions of which the engine gave up a sampled answer; and tokens
+        of the answers that were sampled for it."""
+        view, none = self.scored_views.get(stream), torch.zeros(len(pairs), dtype=torch.int64)
         if not pairs or view is None:
-            return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64), set(), none
         if self.cfg.scoring.u_source == "accuracy":
             attempts, lost = self._attempts(view, pairs, step)
             verdicts = torch.tensor([[a.right for a in own] for own in attempts])
-            return accuracy_utility(verdicts), lost
+            return accuracy_utility(verdicts), lost, _tokens(attempts)
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
             u_norm=self.u_norm,
             view=view,
         )
-        return utilities, set()
+        return utilities, set(), none
 
     def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
         """The paths with the answers sampled behind those that closed, and the questions of which
@@ -654,6 +659,11 @@ def misled(
     fields = [dict(q.fields) for q in distinct.values()]
     found = dict(zip(distinct, prompt(wrong, fields), strict=True))
     return [found[key] for key in keys]
+
+
+def _tokens(attempts: Iterable[Sequence[Attempt]]) -> torch.Tensor:
+    """Tokens of the answers behind each path, (paths,) int64."""
+    return torch.tensor([sum(a.ids.numel() for a in own) for own in attempts], dtype=torch.int64)
 
 
 def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:
