@@ -45,6 +45,7 @@ from vpgea_fast.scoring import (
     after_thought,
     answer_likelihood,
     answers_correct,
+    verify_any,
     wrong_answers,
 )
 from vpgea_fast.spans import stated
@@ -396,8 +397,7 @@ class Collector:
     def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
         """Where a thought first states the answer, in one of its spellings: the tokens before, and
         those until then."""
-        spellings = (question.question.answer, *question.question.variants)
-        whole = self.cfg.prompt.answer_words
+        whole, spellings = self.cfg.prompt.answer_words, question.question.spellings
         return stated(path.z_ids, self.decode, spellings, whole=whole)
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
@@ -559,8 +559,8 @@ class Collector:
         lost = {answer.question_id for answer in answers if answer.finish == "error"}
         texts = [self.decode(answer.z_ids) for answer in answers]
         # Judged even where one was lost: the matrix keeps its shape, the question is left out.
-        golds = [question.question.answer for question, _ in pairs for _ in range(count)]
-        verdicts = self.verifier.verify(zip(golds, texts, strict=True))
+        golds = [question.question.spellings for question, _ in pairs for _ in range(count)]
+        verdicts = verify_any([*zip(golds, texts, strict=True)], self.verifier.verify)
         made = [
             Attempt(ids=answer.z_ids, right=bool(right))
             for answer, right in zip(answers, verdicts, strict=True)
@@ -573,7 +573,7 @@ class Collector:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
         return answers_correct(
             [path for _, path in pairs],
-            [question.question.answer for question, _ in pairs],
+            [question.question.spellings for question, _ in pairs],
             decode=self.decode,
             verify=self.verifier.verify,
             tag=self.sampling.tag,

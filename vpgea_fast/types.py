@@ -47,6 +47,11 @@ class Question:
     file: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All that counts as the answer, the reference answer first."""
+        return self.answer, *self.variants
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptedQuestion:
