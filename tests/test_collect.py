@@ -489,3 +489,27 @@ def test_a_path_that_spells_a_variant_is_right(tiny_world, tiny_words, tmp_path)
     assert torch.equal(plain.correct_BP, spelled.correct_BP)
     assert torch.equal(plain.u_BP, spelled.u_BP)
     assert shares[0] > 0
+
+
+SLOW = """\
+import time
+
+def right(gold, text):
+    time.sleep(0 if text == f"\\\\boxed{{{gold}}}" else 60)  # a reference answer is no sampled one
+    return True
+"""
+
+
+@pytest.mark.filterwarnings("ignore:verify.target")
+def test_an_answer_that_nobody_judged_is_counted(tiny_words, tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.chdir(tmp_path)
+    judge = ["--verify.name", "custom", "--verify.target", "slow:right"]
+    judge += ["--verify.timeout_s", "0.3", "--objective.name", "grpo"]
+    with Trainer(config.load(TINY, tiny_words(SMALL)("run", *judge))) as trainer:
+        collector = trainer.stages.collector
+        batch, terms = collector.collect(0, PhaseTimer(), {})
+    pairs = [(q.question.answer, p) for q, p in batch.pairs("prior") if p.closed]
+    said = {(gold, collector.decode(path.answer_ids)) for gold, path in pairs}
+    assert terms.metrics["verdicts_missing"] == len(said) > 0
+    assert not batch.prior.correct_BP.any()

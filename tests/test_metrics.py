@@ -366,6 +366,13 @@ def test_a_sampler_that_is_far_off_stops_the_run():
     assert "rollout.probe_every 1" in text
 
 
+def test_answers_that_nobody_judged_are_told():
+    none, some = {"verdicts_missing": 0}, {"verdicts_missing": 2}
+    assert raised([none] * 9) == raised([some] * 4) == []
+    (text,) = raised([some, *[none] * 9])
+    assert "0.4 answers per step have no verdict and count as wrong; raise verify.timeout_s" in text
+
+
 def test_a_record_that_is_far_off_stops_the_run_with_a_remedy_of_its_own():
     """No engine draws there, so nothing of it can be at fault."""
     alarms = Alarms(TrainConfig(), replays=True)

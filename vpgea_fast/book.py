@@ -253,6 +253,9 @@ paths_error | paths
 groups_dropped | questions
     Questions left out of update and means, because the engine gave up a path or a scoring
     answer.
+verdicts_missing | answers
+    Distinct sampled answers that nothing judged: it took more than verify.timeout_s, or ended its
+    process. They count as wrong. Absent where no answer is judged.
 paths_written | lines
     Lines that this step wrote to paths.jsonl.
 """),

@@ -120,7 +120,7 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = at_step(self.cfg.objective, step)
+        objective, unjudged = at_step(self.cfg.objective, step), self.verifier.unjudged
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
@@ -149,6 +149,8 @@ class Collector:
             "groups_dropped": int((lost_B > 0).sum()),
             "tokens_replaced": sum(part.tokens for part in replaced),
         }
+        if self.sampling.full_answer or self.cfg.answers_behind:
+            counts["verdicts_missing"] = self.verifier.summed(self.verifier.unjudged - unjudged)
         if replaced:
             batch = replace(batch, replaced=functools.reduce(ScoredBatch.join, replaced))
         return batch, replace(terms, metrics=merge(terms.metrics, counts))

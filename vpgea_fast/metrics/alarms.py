@@ -25,6 +25,13 @@ LIMITS = {
         0.2,
         "{:.0%} of the teacher's paths are cut at the token limit; raise rollout.max_new_tokens",
     ),
+    "verdicts_missing": (
+        0.0,
+        (
+            "{:.3g} answers per step have no verdict and count as wrong; raise verify.timeout_s, "
+            "or choose a checker that is quicker (verify.name)"
+        ),
+    ),
     "mismatch_mean": (
         1.05,
         (
@@ -68,6 +75,7 @@ class Alarms:
                 thoughts learn to state or copy the answer
     covariance  mean share_cov_negative of the last 5 steps > 0.3
     truncation  mean trunc_prior, or trunc_post, of the last 5 steps > 0.2
+    verdicts    mean verdicts_missing of the last 5 steps > 0
     mismatch    mean mismatch_mean of the last 5 steps > 1.05, NeMo-RL's bar
     idle        no update for train.idle_alarm steps in a row, with the reasons counted
 
