@@ -1,6 +1,7 @@
 """A step's batch, from questions to rows: what it loses, counts, plans and refuses."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,7 +400,9 @@ def test_a_step_with_a_tag_of_two_tokens_is_that_with_one_and_a_cue(
             assert stats.skipped is None
             said = [*introduction(trainer.cfg, trainer.stages, World(torch.device("cpu")))]
             assert any("is 2 tokens of this model" in line for line in said) == (tag is not None)
-            steps.append((batch, tag, trainer.stages.evaluator.judge(batch.prior.flat, ["7"] * 12)))
+            steps.append(
+                (batch, tag, trainer.stages.evaluator.judge(batch.prior.flat, [("7",)] * 12))
+            )
     (one, none, right), (two, tag, also) = steps
     assert none is None
     assert tag.text == "</think>\\boxed"
@@ -430,3 +433,87 @@ def test_a_step_with_a_tag_of_two_tokens_is_that_with_one_and_a_cue(
             assert one.stream(stream).correct_BP.any()
     assert closed > 10
     assert right.tolist() == also.tolist()
+
+
+# --- tokens that a step pays for ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "behind"),
+    [
+        (["--scoring.u_source", "accuracy", "--train.resample_rounds", "1"], True),
+        (["--objective", "vr", "--objective.group_size", "2"], True),
+        ([], False),
+    ],
+    ids=["accuracy", "vr", "likelihood"],
+)
+def test_every_token_that_the_engine_drew_is_counted(more, behind, tiny_words, monkeypatch):
+    """Answers behind thoughts too: a budget of tokens must not give them away."""
+    drawn, generate = [], HFEngine.generate
+
+    def listened(*args):
+        paths = generate(*args)
+        drawn.append(sum(path.generated for path in paths))
+        return paths
+
+    monkeypatch.setattr(HFEngine, "generate", listened)
+    words = tiny_words(SMALL)("run", "--scoring.answer_samples", "2", *more)
+    with Trainer(config.load(TINY, words)) as trainer:
+        drawn.clear()  # the engine's own trial is of no step
+        stats = trainer.train_step()
+    assert stats.metrics["tokens_generated"] == sum(drawn)
+    assert (len(drawn) > 1) == behind
+
+
+# --- an answer in several spellings ---------------------------------------------------------------
+
+
+def test_a_path_that_spells_a_variant_is_right(tiny_world, tiny_words, tmp_path):
+    """The student sees no answer, so its paths are the same: so must be every verdict on them."""
+    rows = [json.loads(line) for line in tiny_world.train_path.read_text().splitlines()]
+    other = [row | {"answer": "none", "others": [row["answer"]]} for row in rows]
+    file = tmp_path / tiny_world.train_path.name
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in other))
+    judged = ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"]
+    judged += ["--objective.verify", "gate", "--objective.leak_guard", "none"]
+    judged += ["--verify.name", "text"]
+    spelled = ["--data.train", str(file), "--data.variants_key", "others", "--eval.data", str(file)]
+    streams, shares = [], []
+    for name, more in (("plain", []), ("spelled", [*spelled, "--eval.limit", "4"])):
+        with Trainer(config.load(TINY, tiny_words(SMALL)(name, *judged, *more))) as trainer:
+            batch, _ = trainer.stages.collector.collect(0, PhaseTimer(), {})
+            streams.append(batch.prior)
+            evaluator = trainer.stages.evaluator
+            if more:
+                asked = [q for b in evaluator.benchmarks.values() for q in b.questions]
+                _, right = evaluator.answers(asked, 2, trainer.stages.collector.sampling, None)
+                shares.append(right.mean().item())
+    plain, spelled = streams
+    assert plain.correct_BP.any()
+    assert torch.equal(plain.correct_BP, spelled.correct_BP)
+    assert torch.equal(plain.u_BP, spelled.u_BP)
+    assert shares[0] > 0
+
+
+SLOW = """\
+import time
+
+def right(gold, text):
+    time.sleep(0 if text == f"\\\\boxed{{{gold}}}" else 60)  # a reference answer is no sampled one
+    return True
+"""
+
+
+@pytest.mark.filterwarnings("ignore:verify.target")
+def test_an_answer_that_nobody_judged_is_counted(tiny_words, tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.chdir(tmp_path)
+    judge = ["--verify.name", "custom", "--verify.target", "slow:right"]
+    judge += ["--verify.timeout_s", "0.3", "--objective.name", "grpo"]
+    with Trainer(config.load(TINY, tiny_words(SMALL)("run", *judge))) as trainer:
+        collector = trainer.stages.collector
+        batch, terms = collector.collect(0, PhaseTimer(), {})
+    pairs = [(q.question.answer, p) for q, p in batch.pairs("prior") if p.closed]
+    said = {(gold, collector.decode(path.answer_ids)) for gold, path in pairs}
+    assert terms.metrics["verdicts_missing"] == len(said) > 0
+    assert not batch.prior.correct_BP.any()

@@ -103,10 +103,15 @@ CASES = {
     "hint_rft, shortest": {"name": "hint_rft", "choose": "shortest", "trains": "thought"},
     "vpgea": {"name": "vpgea", "alpha_end": 1.5, "alpha_steps": 1, "norm": "token_mean", **WIDE},
     "vpgea, relu": {"name": "vpgea", "gate": "relu", "norm": "seq_mean"},
-    "vpgea, no cross-view": {"name": "vpgea", "cross_view": False, "norm_constant": C},
+    "vpgea, no cross-view": {
+        "name": "vpgea",
+        "cross_view": False,
+        "norm": "const",
+        "norm_constant": C,
+    },
     "vpgea, no posterior": {"name": "vpgea", "posterior": False, "norm": "seq_sum"},
-    "vpgea, no gate": {"name": "vpgea", "gate": "none", "norm_constant": C},
-    "vpgea, elbo": {"name": "vpgea", "utility": "elbo", "norm_constant": C},
+    "vpgea, no gate": {"name": "vpgea", "gate": "none", "norm": "const", "norm_constant": C},
+    "vpgea, elbo": {"name": "vpgea", "utility": "elbo", "norm": "const", "norm_constant": C},
     "vpgea, elbo, kappa, joint": {
         "name": "vpgea",
         "utility": "elbo",

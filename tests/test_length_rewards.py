@@ -600,3 +600,13 @@ def test_the_dense_reward_of_a_teacher_by_hand():
 def test_verifree_takes_no_other_reward():
     with pytest.raises(ValueError, match="got reward 'verify', expected 'probability'"):
         VeriFree(reward="verify")
+
+
+@pytest.mark.parametrize("name", ["laser_d", "laser_de"])
+def test_more_right_paths_than_any_level_has_are_not_to_be_expected(name):
+    """Of 6 paths an easy question has 4 right ones for sure."""
+    words = ["--objective", "grpo", "--objective.group_size", "6"]
+    words += ["--objective.length_reward.name", name, "--objective.length_reward.expected"]
+    config.load(TINY, [*words, "4"])
+    with pytest.raises(config.ConfigError, match="got 5, expected at most 4, two thirds of 6"):
+        config.load(TINY, [*words, "5"])

@@ -363,6 +363,29 @@ def test_a_sampler_that_is_far_off_stops_the_run():
     assert [*halts([none] * 3)] == [3]  # infinity
     assert halts([off] * 9, mismatch_stop=None) == {}
     assert [*halts([off] * 4, mismatch_steps=2)] == [2, 4]
+    assert "rollout.probe_every 1" in text
+
+
+def test_answers_that_nobody_judged_are_told():
+    none, some = {"verdicts_missing": 0}, {"verdicts_missing": 2}
+    assert raised([none] * 9) == raised([some] * 4) == []
+    (text,) = raised([some, *[none] * 9])
+    assert "0.4 answers per step have no verdict and count as wrong; raise verify.timeout_s" in text
+
+
+def test_a_record_that_is_far_off_stops_the_run_with_a_remedy_of_its_own():
+    """No engine draws there, so nothing of it can be at fault."""
+    alarms = Alarms(TrainConfig(), replays=True)
+    for step in (1, 2, 3):
+        update(alarms, step, {"mismatch_mean": 2.5})
+    assert "moved too far from the one whose paths are recorded" in alarms.halt
+    assert "lower optim.lr, make fewer steps, or set train.mismatch_stop null" in alarms.halt
+    assert "engine" not in alarms.halt
+    alarms = Alarms(replays=True)
+    *_, (text,) = [update(alarms, step, {"mismatch_mean": 1.06}) for step in range(5)]
+    assert "moved too far" in text
+    assert "1.060; lower optim.lr, make fewer steps" in text
+    assert "engine" not in text
 
 
 numbers = st.none() | st.floats(-1, 1) | st.just(math.nan) | st.just(-math.inf)

@@ -10,6 +10,7 @@ from batches import prompted, sampled, scored, weights_of, whole
 
 from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea, guard_only
 from vpgea_fast.objectives.guards import EARLY, VIEWS
+from vpgea_fast.objectives.likelihood import NormalisedVeriFree
 from vpgea_fast.objectives.unread import rules
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
 from vpgea_fast.types import Score, ScoredPaths, TrainRow
@@ -294,7 +295,8 @@ def losses(objective, batch):
     found = []
     for now, several in itertools.product((objective.at(0), objective.at(1)), (False, True)):
         terms = now.terms(batch, {})
-        scale = Scale(norm=now.norm, constant=now.norm_constant or 9.0)
+        effective = now.denominator == "effective"
+        scale = Scale(norm=now.norm, constant=now.norm_constant or 9.0, effective=effective)
         for row in build_rows(batch, terms, scale, several=several):
             logps = torch.linspace(-2, -1, row.token_ids.numel()).double()
             row = replace(row, old=logps.flip(0), reference=logps.roll(1))
@@ -327,6 +329,38 @@ def test_a_key_that_is_said_to_change_nothing_changes_nothing(kind, rule, values
     pairs = list(zip(losses(plain, one), losses(other, one), strict=True))
     assert pairs
     for a, b in pairs:
+        assert a[:2] == b[:2]
+        assert torch.equal(a[2], b[2])
+        assert torch.equal(a[3], b[3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        *((kind, "denominator", "effective") for kind in (Sft, Rft, BestOfRft, HintRft)),
+        (NormalisedVeriFree, "clip_low", 0.7),
+    ],
+)
+def test_what_imitates_or_shares_a_weight_of_1_refuses_keys_that_change_nothing(
+    kind, key, value, monkeypatch
+):
+    """Two questions, the second without a right path."""
+    one = batch(
+        u_post=((-1.0, -5.0),) * 2,
+        lengths=((50, 200),) * 2,
+        closed=((True, True),) * 2,
+        correct=[[1.0, 0.0], [0.0, 0.0]],
+    )
+    one = replace(one, prior=replace(one.prior, correct_BP=double([[1.0, 0.0], [0.0, 0.0]])))
+    size = {} if kind is Sft else {"group_size": 2}
+    with pytest.raises(ValueError, match=f"{key}: got .* changes nothing with"):
+        kind(**size, **{key: value})
+    if kind not in (Sft, NormalisedVeriFree):  # there it is read
+        kind(**size, norm="seq_mean", **{key: value})
+    monkeypatch.setattr("vpgea_fast.objectives.base.refuse_unread", lambda _: None)
+    plain, other = losses(kind(**size), one), losses(kind(**size, **{key: value}), one)
+    assert plain
+    for a, b in zip(plain, other, strict=True):
         assert a[:2] == b[:2]
         assert torch.equal(a[2], b[2])
         assert torch.equal(a[3], b[3])

@@ -90,6 +90,24 @@ def test_another_run_would_have_other_weights(tiny_words, tmp_path):
         assert weights(tmp_path / f"other{number}") != weights(tmp_path / "run")
 
 
+def test_a_policy_far_from_its_record_is_told_so_by_run_and_report(tiny_words, tmp_path, capsys):
+    """By nothing that an engine could mend, as no engine draws here."""
+    words = tiny_words({**SMALL, "train.steps": 1, "train.mismatch_steps": 1})
+    trained(words("run"))
+    far = lines(tmp_path / "run/paths.jsonl")
+    for line in far:
+        line["logps"] = [value - 3.0 for value in line["logps"]]
+    file = tmp_path / "far.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in far))
+    fit(config.load(TINY, words("far", "--engine", "replay", "--engine.paths", f"[{file}]")))
+    remedy = "lower optim.lr, make fewer steps, or set train.mismatch_stop null"
+    page = (tmp_path / "far/report.html").read_text()
+    for text in (capsys.readouterr().out, page):
+        assert "moved too far from the one whose paths are recorded" in text
+        assert remedy in text
+        assert "engine.fp32_head" not in text
+
+
 @pytest.mark.slow
 def test_two_processes_replay_the_run_of_two(tiny_words, tmp_path):
     words = tiny_words(SMALL)

@@ -18,6 +18,7 @@ from vpgea_fast.scoring import (
     answer_text,
     answers_correct,
     score_row,
+    verify_any,
 )
 from vpgea_fast.spans import Tag
 
@@ -62,7 +63,7 @@ def test_the_token_in_which_a_tag_ends_may_begin_the_answer():
         assert answer_text(one, decode, tag) == text
         asked = []
         judge = {"verify": lambda pairs, seen=asked: seen.extend(pairs) or [True], "tag": tag}
-        assert answers_correct([one], ["7"], decode=decode, **judge).tolist() == [1.0]
+        assert answers_correct([one], [("7",)], decode=decode, **judge).tolist() == [1.0]
         assert asked == [("7", text)]
         assert answer_text(one, decode, None) == decode(one.answer_ids)
 
@@ -78,10 +79,10 @@ def test_a_cut_thought_is_wrong_whatever_the_checker_says():
     closed = replace(path([20, CLOSE], True), answer_ids=ids([5, 6]))
     cut = replace(path([20, 21], False), answer_ids=ids([7]))
     said = {"decode": lambda tokens: str(tokens.tolist()), "verify": takes_all}
-    got = answers_correct([cut, closed, cut], ["a", "b", "c"], **said)
+    got = answers_correct([cut, closed, cut], [("a",), ("b",), ("c",)], **said)
     assert got.tolist() == [0.0, 1.0, 0.0]
     assert asked == [("b", "[5, 6]")]
-    assert answers_correct([cut], ["a"], **said).tolist() == [0.0]
+    assert answers_correct([cut], [("a",)], **said).tolist() == [0.0]
 
 
 def full_forward(policy, sequence, target):
@@ -161,3 +162,21 @@ def test_utility_by_sampled_answers():
     correct = ids([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
     want = [math.log(0.5 / 5), math.log(2.5 / 5), math.log(4.5 / 5)]
     assert accuracy_utility(correct).tolist() == pytest.approx(want)
+
+
+def test_an_answer_is_right_in_any_of_its_spellings():
+    """Later spellings are asked of what the earlier ones did not take, and of nothing else."""
+    asked = []
+
+    def verify(pairs):
+        asked.append(pairs)
+        return [gold == text for gold, text in pairs]
+
+    pairs = [(("seven", "7", "VII"), "7"), (("seven",), "7"), (("7", "seven"), "7")]
+    assert verify_any(pairs, verify) == [True, False, True]
+    assert asked == [[("seven", "7"), ("seven", "7"), ("7", "7")], [("7", "7")]]
+    assert verify_any([(("seven", "7", "VII"), "VII"), (("a", "b", "c"), "d")], verify) == [
+        True,
+        False,
+    ]
+    assert verify_any([], verify) == []

@@ -17,7 +17,7 @@ from ranks import Program
 from runs import recorded, untimed
 
 from vpgea_fast.cli import main
-from vpgea_fast.config import dump, resolve
+from vpgea_fast.config import dump, load, resolve
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console
 from vpgea_fast.stop import Stop
@@ -222,6 +222,18 @@ def test_a_folder_of_something_else_is_refused(order):
 def test_a_grid_grows_by_its_factor():
     assert extended([1e-4, 1e-3], above=True) == [1e-4, 1e-3, 1e-2]
     assert extended([1e-4, 3e-4], above=False) == [3.33e-5, 1e-4, 3e-4]
+
+
+def test_a_key_of_a_key_of_the_objective_is_given_with_a_dot():
+    long = parse_method("grpo:length_reward=kimi,objective.length_reward.weight=0.4")
+    short = parse_method("grpo:length_reward=kimi,length_reward.weight=0.4,verify.name=number")
+    words = ("--objective.name=grpo", "--objective.length_reward=kimi")
+    assert long.words == (*words, "--objective.length_reward.weight=0.4")
+    assert short.words == (*long.words, "--verify.name=number")
+    reward = load(
+        Path(__file__).parents[1] / "configs/tiny.yaml", [*short.words]
+    ).objective.length_reward
+    assert (reward.name, reward.weight) == ("kimi", 0.4)
 
 
 @pytest.mark.parametrize(

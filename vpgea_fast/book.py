@@ -253,6 +253,9 @@ paths_error | paths
 groups_dropped | questions
     Questions left out of update and means, because the engine gave up a path or a scoring
     answer.
+verdicts_missing | answers
+    Distinct sampled answers that nothing judged: it took more than verify.timeout_s, or ended its
+    process. They count as wrong. Absent where no answer is judged.
 paths_written | lines
     Lines that this step wrote to paths.jsonl.
 """),
@@ -451,8 +454,8 @@ grad_norm_distill | norm
         "Every step; plan_* with every update.",
         _table("""
 tokens_generated | tokens
-    Tokens sampled in this step, those of replaced questions included; 0 of responses that the data
-    gives.
+    Tokens sampled in this step, those of replaced questions and of answers that score a thought
+    included; 0 of responses that the data gives.
 tokens_trained | tokens
     Prompt and thought tokens of all rows that have a gradient.
 tokens_gated_off | tokens

@@ -45,6 +45,7 @@ from vpgea_fast.scoring import (
     after_thought,
     answer_likelihood,
     answers_correct,
+    verify_any,
     wrong_answers,
 )
 from vpgea_fast.spans import stated
@@ -119,7 +120,7 @@ class Collector:
         function of (seed, step, round) like the first ones.
         """
         # Once per step: schedules reach scores, gate and monitors by this one route.
-        objective = at_step(self.cfg.objective, step)
+        objective, unjudged = at_step(self.cfg.objective, step), self.verifier.unjudged
         batch = self._draw(self._questions(step, round_=0), step, timer)
         terms = self._weigh(objective, batch, state, timer)
         drawn_ids, lost_B = {q.question.id for q in batch.questions}, batch.lost_B
@@ -148,6 +149,8 @@ class Collector:
             "groups_dropped": int((lost_B > 0).sum()),
             "tokens_replaced": sum(part.tokens for part in replaced),
         }
+        if self.sampling.full_answer or self.cfg.answers_behind:
+            counts["verdicts_missing"] = self.verifier.summed(self.verifier.unjudged - unjudged)
         if replaced:
             batch = replace(batch, replaced=functools.reduce(ScoredBatch.join, replaced))
         return batch, replace(terms, metrics=merge(terms.metrics, counts))
@@ -396,8 +399,7 @@ class Collector:
     def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
         """Where a thought first states the answer, in one of its spellings: the tokens before, and
         those until then."""
-        spellings = (question.question.answer, *question.question.variants)
-        whole = self.cfg.prompt.answer_words
+        whole, spellings = self.cfg.prompt.answer_words, question.question.spellings
         return stated(path.z_ids, self.decode, spellings, whole=whole)
 
     def _score_rows(self, batch: ScoredBatch, score: Score, step: int) -> list[TrainRow]:
@@ -432,10 +434,11 @@ class Collector:
         # Flat here, one batch for engine and checker; (B, P) again in the columns.
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
-        utilities, unanswered = self._utilities(stream, pairs, step)
+        utilities, unanswered, behind = self._utilities(stream, pairs, step)
         if self.draws.attempts and stream != "reference":
             groups, lost = self._with_attempts(groups, pairs, step)
             unanswered |= lost
+            behind = behind + _tokens(path.attempts for group in groups for path in group)
         length = torch.tensor([path.length for _, path in pairs], dtype=torch.float64)
         closed = torch.tensor([path.closed for _, path in pairs], dtype=torch.bool)
         columns = ScoredPaths(
@@ -444,6 +447,7 @@ class Collector:
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
             correct_BP=self._correct(pairs).view(shape),
+            behind_BP=behind.view(shape),
             texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
             if self.draws.texts
             else None,
@@ -490,22 +494,25 @@ class Collector:
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
-    def _utilities(self, stream: Stream, pairs: Pairs, step: int) -> tuple[torch.Tensor, set[str]]:
-        """U of every path; the questions of which the engine gave up a sampled answer."""
-        view = self.scored_views.get(stream)
+    def _utilities(
+        self, stream: Stream, pairs: Pairs, step: int
+    ) -> tuple[torch.Tensor, set[str], torch.Tensor]:
+        """U of every path; the questions of which the engine gave up a sampled answer; and tokens
+        of the answers that were sampled for it."""
+        view, none = self.scored_views.get(stream), torch.zeros(len(pairs), dtype=torch.int64)
         if not pairs or view is None:
-            return torch.full((len(pairs),), math.nan, dtype=torch.float64), set()
+            return torch.full((len(pairs),), math.nan, dtype=torch.float64), set(), none
         if self.cfg.scoring.u_source == "accuracy":
             attempts, lost = self._attempts(view, pairs, step)
             verdicts = torch.tensor([[a.right for a in own] for own in attempts])
-            return accuracy_utility(verdicts), lost
+            return accuracy_utility(verdicts), lost, _tokens(attempts)
         utilities = answer_likelihood(
             self.row_logprobs,
             pairs,
             u_norm=self.u_norm,
             view=view,
         )
-        return utilities, set()
+        return utilities, set(), none
 
     def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
         """The paths with the answers sampled behind those that closed, and the questions of which
@@ -554,8 +561,8 @@ class Collector:
         lost = {answer.question_id for answer in answers if answer.finish == "error"}
         texts = [self.decode(answer.z_ids) for answer in answers]
         # Judged even where one was lost: the matrix keeps its shape, the question is left out.
-        golds = [question.question.answer for question, _ in pairs for _ in range(count)]
-        verdicts = self.verifier.verify(zip(golds, texts, strict=True))
+        golds = [question.question.spellings for question, _ in pairs for _ in range(count)]
+        verdicts = verify_any([*zip(golds, texts, strict=True)], self.verifier.verify)
         made = [
             Attempt(ids=answer.z_ids, right=bool(right))
             for answer, right in zip(answers, verdicts, strict=True)
@@ -568,7 +575,7 @@ class Collector:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)
         return answers_correct(
             [path for _, path in pairs],
-            [question.question.answer for question, _ in pairs],
+            [question.question.spellings for question, _ in pairs],
             decode=self.decode,
             verify=self.verifier.verify,
             tag=self.sampling.tag,
@@ -654,6 +661,11 @@ def misled(
     fields = [dict(q.fields) for q in distinct.values()]
     found = dict(zip(distinct, prompt(wrong, fields), strict=True))
     return [found[key] for key in keys]
+
+
+def _tokens(attempts: Iterable[Sequence[Attempt]]) -> torch.Tensor:
+    """Tokens of the answers behind each path, (paths,) int64."""
+    return torch.tensor([sum(a.ids.numel() for a in own) for own in attempts], dtype=torch.int64)
 
 
 def _as_asked(requests: Sequence[SampleRequest], paths: Sequence[Path]) -> list[Path]:

@@ -185,7 +185,7 @@ class Evaluator:
     def _draw(self, part: Part, on_progress: Progress | None, keep: Keep | None) -> list[Outcome]:
         """Draw a part in one call: with several processes a collective."""
         paths = self.engine.generate(part.requests, part.sampling, on_progress)
-        correct = self.judge(paths, [question.answer for question in part.questions])
+        correct = self.judge(paths, [question.spellings for question in part.questions])
         if keep is not None:
             keep(part, paths, correct)
         return [
@@ -193,8 +193,8 @@ class Evaluator:
             for path, right in zip(paths, correct.tolist(), strict=True)
         ]
 
-    def judge(self, paths: Sequence[Path], golds: Sequence[str]) -> torch.Tensor:
-        """Judge every path against its gold answer: (len(paths),) float64 of 1.0 and 0.0."""
+    def judge(self, paths: Sequence[Path], golds: Sequence[tuple[str, ...]]) -> torch.Tensor:
+        """Judge every path by the spellings of its answer: (len(paths),) float64, 1.0 or 0.0."""
         asked: Any = {"decode": self.decode, "verify": self.verifier.verify}
         return answers_correct(paths, golds, **asked, tag=self.sampling.tag)
 
@@ -208,7 +208,7 @@ class Evaluator:
         """Draw `samples` paths per question, and judge each: (Q, N) float64 of 1.0 and 0.0."""
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         # Request order: the samples of a question stand side by side.
-        answers = [q.answer for q, _ in questions for _ in range(samples)]
+        answers = [q.spellings for q, _ in questions for _ in range(samples)]
         return paths, self.judge(paths, answers).view(len(questions), samples)
 
 

@@ -62,7 +62,7 @@ def after_thought(question: PromptedQuestion, view: View, path: Path) -> torch.T
 
 def answers_correct(
     paths: Sequence[Path],
-    golds: Sequence[str],
+    golds: Sequence[tuple[str, ...]],
     *,
     decode: Callable[[torch.Tensor], str],
     verify: Callable[[list[tuple[str, str]]], list[bool]],
@@ -70,14 +70,30 @@ def answers_correct(
 ) -> torch.Tensor:
     """Judge every path, (len(paths),) float64: 1.0 for a right answer, else 0.0.
 
+    `golds` holds the accepted spellings of each path's answer (`Question.spellings`).
     Only the text behind a closed thought is an answer; `tag` as in `answer_text`.
     """
     # A cut thought is not even decoded: a checker must not find an answer inside a thought.
     closed = [number for number, path in enumerate(paths) if path.closed]
     texts = [(golds[number], answer_text(paths[number], decode, tag)) for number in closed]
     correct = torch.zeros(len(paths), dtype=torch.float64)
-    correct[closed] = torch.tensor(verify(texts), dtype=torch.float64)
+    correct[closed] = torch.tensor(verify_any(texts, verify), dtype=torch.float64)
     return correct
+
+
+def verify_any(
+    pairs: Sequence[tuple[tuple[str, ...], str]],
+    verify: Callable[[list[tuple[str, str]]], list[bool]],
+) -> list[bool]:
+    """Tell whether each text states one spelling of its answer; a collective as `verify` is."""
+    right = verify([(gold, text) for (gold, *_), text in pairs])
+    # Others are asked of what the first did not take: most texts need one verdict.
+    rest = [place for place, found in enumerate(right) if not found and len(pairs[place][0]) > 1]
+    if rest:
+        more = verify_any([(pairs[place][0][1:], pairs[place][1]) for place in rest], verify)
+        for place, found in zip(rest, more, strict=True):
+            right[place] = found
+    return right
 
 
 def answer_text(path: Path, decode: Callable[[torch.Tensor], str], tag: Tag | None) -> str:
@@ -103,21 +119,22 @@ def wrong_answers(
     the seed. ValueError where none of those drawn is wrong."""
     drawn = []
     for question in questions:
-        right = {question.answer, *question.variants}
+        right = {*question.spellings}
         rng = random.Random(f"{seed}/{question.id}/counterfactual")
         some = rng.sample(answers, min(len(answers), WRONG_ANSWERS))
         drawn.append([answer for answer in some if answer not in right])
     # Judged, since another spelling of the right answer is not wrong.
     pairs = list(zip(questions, drawn, strict=True))
-    texts = [(q.answer, rf"\boxed{{{answer}}}") for q, some in pairs for answer in some]
-    same = iter(verify(texts))
+    texts = [(q.spellings, rf"\boxed{{{answer}}}") for q, some in pairs for answer in some]
+    same = iter(verify_any(texts, verify))
     wrong = []
     for question, some in pairs:
         found = [answer for answer in some if not next(same)]
         if not found:  # all drawn were other spellings: ask for more of them
-            right = {question.answer, *question.variants, *some}
+            right = {*question.spellings, *some}
             rest = [answer for answer in answers if answer not in right][:MORE_ANSWERS]
-            judged = verify([(question.answer, rf"\boxed{{{answer}}}") for answer in rest])
+            asked = [(question.spellings, rf"\boxed{{{answer}}}") for answer in rest]
+            judged = verify_any(asked, verify)
             found = [answer for answer, right in zip(rest, judged, strict=True) if not right]
         if not found:
             raise ValueError(

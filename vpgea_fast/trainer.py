@@ -128,7 +128,8 @@ class Trainer:
         # Both decide about collectives: processes that differ would wait for each other for ever.
         self.world.require_same(resume, "question whether the run has started already")
         self.world.require_same(len(self.callbacks), "number of callbacks")
-        self.run, self.alarms = RunDir(cfg, self.world), Alarms(cfg.train)
+        self.run = RunDir(cfg, self.world)
+        self.alarms = Alarms(cfg.train, replays=cfg.engine.name == "replay")
         with ExitStack() as undo:
             undo.callback(self.run.abandon)
             self.run.claim(resume=resume)

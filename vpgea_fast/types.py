@@ -47,6 +47,11 @@ class Question:
     file: str = field(default="", compare=False)
     place: str = field(default="", compare=False)
 
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """All that counts as the answer, the reference answer first."""
+        return self.answer, *self.variants
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptedQuestion:
@@ -200,6 +205,8 @@ class ScoredPaths:
     texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
     stated_BP   (B, P) int64: tokens of the thought until it first states the answer, 0 where it
                 never does; where the objective reads them (`Draws.stated`)
+    behind_BP   (B, P) int64: tokens of the answers sampled behind the thought to score it; None:
+                none
 
     On the CPU. A stream that the objective does not sample has (B, 0) matrices. A new column is a
     field here, a value in `Collector.score` and a reader.
@@ -217,6 +224,13 @@ class ScoredPaths:
     correct_BP: Tensor
     texts: tuple[tuple[str, ...], ...] | None = None
     stated_BP: Tensor | None = None
+    behind_BP: Tensor | None = None
+
+    @property
+    def generated(self) -> int:
+        """All tokens that were sampled for these paths."""
+        behind = 0 if self.behind_BP is None else int(self.behind_BP.sum())
+        return sum(path.generated for path in self.flat) + behind
 
     @property
     def accuracy(self) -> Tensor:
@@ -286,8 +300,9 @@ class ScoredBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were sampled for these questions, thoughts and answers."""
-        return sum(p.generated for columns in self.streams.values() for p in columns.flat)
+        """Tokens that were sampled for these questions: thoughts, answers, and the answers that
+        score a thought."""
+        return sum(columns.generated for columns in self.streams.values())
 
     def stream(self, name: Stream) -> ScoredPaths:
         # KeyError for one that was not drawn: an empty stand-in would have a mean of its own.

@@ -219,7 +219,8 @@ class DataConfig:
     id_key: str = "id"
     """Key of the question's id; a row without one is called row-N."""
     variants_key: str | None = None
-    """Key of a list of other spellings of the answer; U is then the logsumexp over all of them."""
+    """Key of a list of other spellings of the answer. U is then the logsumexp over all of them. An
+    answer is right that `verify` takes for one of them, in training and in an evaluation."""
     response_key: str | None = None
     """Key of a worked solution or a whole response, or of a list of them, which the objective sft
     imitates. Text up to prompt.think_close is the thought. Without it all is thought, and the

@@ -154,8 +154,11 @@ class VerifyConfig:
 class ScoringConfig:
     # Variants of one answer differ in tokens: a sum is their log-likelihood, a mean is not.
     u_norm: Literal["sum", "mean"] = "sum"
-    """Sum or mean of the answer's token log-probs. The advantages are the same up to eps. An
-    objective whose estimator says which (vr_theta) does not read it."""
+    """Sum or mean of the answer's token log-probs. exp U is the answer's probability with `sum`,
+    the geometric mean of its tokens' with `mean`: what compares it with a limit, as
+    likelihood_gate does at 1/2, then rejects less. With reward paper and baseline mean the
+    advantages are the same up to eps, for answers of one length. An objective whose estimator says
+    which (vr_theta) does not read it."""
     u_source: Literal["likelihood", "accuracy"] = "likelihood"
     """`likelihood`: U = log P(answer given question and path). `accuracy`: U = log((J acc + 1/2) /
     (J + 1)) of J answers sampled after the thought."""

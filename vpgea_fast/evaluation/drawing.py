@@ -29,7 +29,7 @@ from vpgea_fast.verify.predictions import prediction
 
 SYNC_S = 30.0
 """Seconds of answers that a power cut may cost within a wave, which can take hours."""
-Judge = Callable[[Sequence[Path], Sequence[str]], torch.Tensor]
+Judge = Callable[[Sequence[Path], Sequence[tuple[str, ...]]], torch.Tensor]
 Progress = Callable[..., None]
 """Hears how many answers have newly ended, and (second) a line about all so far."""
 
@@ -153,7 +153,7 @@ class Recorder:
         if not new:
             return 0
         verdicts = self.judge(
-            [path for _, path in new], [part.questions[place].answer for place, _ in new]
+            [path for _, path in new], [part.questions[place].spellings for place, _ in new]
         )
         samples = [
             sample_of(part, place, path, correct=int(verdict), **self.reading)

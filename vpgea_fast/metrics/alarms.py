@@ -25,6 +25,13 @@ LIMITS = {
         0.2,
         "{:.0%} of the teacher's paths are cut at the token limit; raise rollout.max_new_tokens",
     ),
+    "verdicts_missing": (
+        0.0,
+        (
+            "{:.3g} answers per step have no verdict and count as wrong; raise verify.timeout_s, "
+            "or choose a checker that is quicker (verify.name)"
+        ),
+    ),
     "mismatch_mean": (
         1.05,
         (
@@ -34,6 +41,9 @@ LIMITS = {
     ),
 }
 """metric -> (limit of its mean over a few steps, what is said of that mean)."""
+# Of a replay.
+MOVED_AWAY = "the policy has moved too far from the one whose paths are recorded"
+HOLD_STILL = "lower optim.lr, make fewer steps"
 
 CONVERGED = "all paths of each question were equal and right"
 
@@ -65,6 +75,7 @@ class Alarms:
                 thoughts learn to state or copy the answer
     covariance  mean share_cov_negative of the last 5 steps > 0.3
     truncation  mean trunc_prior, or trunc_post, of the last 5 steps > 0.2
+    verdicts    mean verdicts_missing of the last 5 steps > 0
     mismatch    mean mismatch_mean of the last 5 steps > 1.05, NeMo-RL's bar
     idle        no update for train.idle_alarm steps in a row, with the reasons counted
 
@@ -73,14 +84,16 @@ class Alarms:
     train.mismatch_steps measured steps in a row. Having said so it counts anew: a resumed run gets
     another chance.
 
+    `replays`: the paths are recorded ones, which no engine draws: the remedy is another.
+
     The state is a function of the records alone: a resumed run replays metrics.jsonl and goes on as
     if it had not stopped.
     """
 
     FEW, WINDOW = 5, 10
 
-    def __init__(self, cfg: TrainConfig | None = None) -> None:
-        self.cfg, self.halt = cfg or TrainConfig(), None
+    def __init__(self, cfg: TrainConfig | None = None, *, replays: bool = False) -> None:
+        self.cfg, self.halt, self.replays = cfg or TrainConfig(), None, replays
         self._idle: list[str] = []
         self._mismatched = 0
         self._first_advantages: list[float] = []
@@ -140,11 +153,15 @@ class Alarms:
         if self._mismatched < self.cfg.mismatch_steps:
             return None
         self._mismatched = 0
+        cause = "the engine samples from another policy than the one trained"
+        remedy = "see that the engine has the weights (rollout.probe_every 1), "
+        remedy += "try engine.fp32_head true"
+        if self.replays:
+            cause, remedy = MOVED_AWAY, f"{HOLD_STILL}, or set train.mismatch_stop null"
         return (
-            "the engine samples from another policy than the one trained: mismatch_mean was above "
-            f"train.mismatch_stop ({limit:g}) for {self.cfg.mismatch_steps} steps in a row, the "
-            f"last time {'not finite' if mean is None else f'{mean:.3g}'}; see that the engine has "
-            "the weights (rollout.probe_every 1), try engine.fp32_head true"
+            f"{cause}: mismatch_mean was above train.mismatch_stop ({limit:g}) for "
+            f"{self.cfg.mismatch_steps} steps in a row, the last time "
+            f"{'not finite' if mean is None else f'{mean:.3g}'}; {remedy}"
         )
 
     def _preflight(self, record: Mapping[str, Any]) -> str | None:
@@ -191,6 +208,8 @@ class Alarms:
         last.append(value)
         mean = statistics.fmean(last)
         # A full window alone: the first steps of a run are the noisiest.
+        if self.replays and key == "mismatch_mean":
+            text = f"{MOVED_AWAY}: mean exp|log-prob gap| is {{:.3f}}; {HOLD_STILL}"
         return text.format(mean) if len(last) == self.FEW and mean > limit else None
 
 

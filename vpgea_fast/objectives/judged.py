@@ -66,6 +66,9 @@ class LengthKeys:
     def __post_init__(self) -> None:
         refuse_unread(self)
 
+    def check(self, paths: int, /) -> None:
+        """Raise ValueError for keys that do not fit this number of paths per question."""
+
     # L1 tells the model its budget.
     def fields(self) -> Mapping[str, Callable[[Slot], str | int]]:
         """Say what a path's prompt holds of the reward."""

@@ -127,6 +127,15 @@ class LaserByDifficulty(LengthKeys):
     )
     TOKENS: ClassVar[tuple[str, ...]] = ("target", "lowest", "grid")
 
+    def check(self, paths: int, /) -> None:
+        most = _fewest(paths)["easy"]
+        if self.expected > most:
+            raise ValueError(
+                f"length_reward.expected: got {self.expected}, expected at most {most}, two thirds "
+                f"of {paths} paths: no level has more right ones for sure, and every target would "
+                "be the longest path"
+            )
+
     def _by_level(
         self, judged: Judged, state: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Any], dict[str, float]]:
@@ -147,8 +156,7 @@ class LaserByDifficulty(LengthKeys):
         now_B1 = torch.tensor([[targets[level]] for level in levels], dtype=torch.float64)
         metrics = {"length_limit": now_B1.mean().item()}
         if steps >= self.every:
-            # At least one: a third of two paths is none.
-            fewest = {"hard": 1, "medium": max(1, count // 3), "easy": max(1, 2 * count // 3)}
+            fewest = _fewest(count)
             for level in LEVELS:
                 targets[level] = self._chosen(cells[level], fewest[level]) or targets[level]
             # Lengths of earlier weights are not counted again.
@@ -165,6 +173,12 @@ class LaserByDifficulty(LengthKeys):
             if covered * fewest >= total * self.expected:
                 break
         return max(cell, math.ceil(self.lowest / self.grid) * self.grid) if cell else None
+
+
+def _fewest(paths: int) -> dict[str, int]:
+    """Right paths that a question of each level has at least: m."""
+    # At least one: a third of two paths is none.
+    return {"hard": 1, "medium": max(1, paths // 3), "easy": max(1, 2 * paths // 3)}
 
 
 @dataclass(frozen=True, config=STRICT)

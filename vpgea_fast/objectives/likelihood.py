@@ -108,6 +108,9 @@ class NormalisedVeriFree(ClipKeys):
     group_size: GroupSize = 8
     """Paths per question, which share a weight of 1."""
 
+    # No weight is below 0, and the lower bound of a ratio holds those alone.
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("clip_low", {"name": ("verifree_normalised",)}),)
+
     def draws(self) -> Draws:
         return Draws(prior=self.group_size, targets=True, by_likelihood=True)
 

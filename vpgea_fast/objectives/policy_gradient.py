@@ -125,6 +125,7 @@ class PolicyGradient(EtaKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.shaping.check(self.group_size)
         # Beside another length reward nothing would read it.
         if self.length_reward and self.alpha:
             raise ValueError(

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.names import Norm, Score, Stream
 from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, PositiveInt
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class Sft(Supervised):
     responses: PositiveInt = 1
     """Responses of each question that a step trains, the first ones."""
 
+    # Every question has its responses, and with them a gradient.
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("denominator", {"name": ("sft",)}),)
+
     def draws(self) -> Draws:
         return Draws(prior=self.responses, answers=self.trains == "response", given=True)
 
@@ -89,6 +93,9 @@ class Rejection(Supervised):
     choose: Choice = "all"
     """Which of a question's right paths are imitated. `all`; the `shortest` thought; the
     `likeliest`: largest sum of log-probs in the student's view. The first of equals."""
+
+    # `token_mean` counts the imitated paths alone, and a question without one has no gradient.
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("denominator", {"norm": ("token_mean",)}),)
 
     def draws(self) -> Draws:
         answers = self.trains == "response"

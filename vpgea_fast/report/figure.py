@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from vpgea_fast import book
 from vpgea_fast.metrics import METRICS, Alarms, finite, missing_steps, read_steps
-from vpgea_fast.report.files import Record, ReportError, label_of, limits, read_evaluation
+from vpgea_fast.report.files import (
+    Record,
+    ReportError,
+    label_of,
+    limits,
+    read_evaluation,
+    section_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +118,8 @@ class Log:
         self.evaluations = {
             f"{mode}_{key}": Line() for *_, key in PANELS for mode in book.MODES if key
         }
-        alarms, ends = Alarms(limits(run_dir)), read_evaluation(run_dir)
+        replays = section_of(run_dir, "engine").get("name") == "replay"
+        alarms, ends = Alarms(limits(run_dir), replays=replays), read_evaluation(run_dir)
         self.alarms: list[str] = []
         # In the order of the steps: a Line merges neighbours, and takes its points as they come.
         self._evaluated(ends.get("before", {}))

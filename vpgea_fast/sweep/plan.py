@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vpgea_fast.config import Config, ConfigError, DataFile, as_dict, load, one_line
+from vpgea_fast.config.schema import records_at
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
 from vpgea_fast.sweep.inputs import Inputs
@@ -139,9 +140,12 @@ def parse_method(text: str) -> Method:
     words = [f"--objective.name={name}"]
     for pair in _pairs(keys):
         key, equals, value = pair.partition("=")
-        if not equals or not re.fullmatch(r"[a-z_]\w*(\.\w+)?", key.strip()):
+        if not equals or not re.fullmatch(r"[a-z_]\w*(\.\w+)*", key.strip()):
             raise SweepError(f"--methods: got {pair!r} in {text!r}; expected KEY=VALUE")
-        place = key.strip() if "." in key else f"objective.{key.strip()}"
+        place, first = key.strip(), key.strip().partition(".")[0]
+        # A dot leads into a section, or into a key of the objective that holds keys itself.
+        if "." not in key or records_at("objective", first):
+            place = f"objective.{place}"
         # The grid owns the rates and seeds, and all methods answer the same questions.
         if place in COMMON_KEYS or place.startswith("eval."):
             raise SweepError(f"--methods: {text!r} sets {place}, which is the same for all methods")

@@ -214,7 +214,8 @@ def how_halted(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> dict[str, str]
     """Which alarm ended a run before its last step, and in its words."""
     train = cell.cfg.train
     # What would have ended it, were the engine never off.
-    alarms = Alarms(train), Alarms(replace(train, mismatch_stop=None))
+    replays = cell.cfg.engine.name == "replay"
+    alarms = [Alarms(t, replays=replays) for t in (train, replace(train, mismatch_stop=None))]
     for line in lines:
         for alarm in alarms:
             alarm.update(line)

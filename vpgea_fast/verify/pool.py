@@ -108,6 +108,10 @@ class Verifier:
         """Count the answers that are wrong because nothing judged them in time."""
         return self.timeouts + self.crashes
 
+    def summed(self, count: int) -> int:
+        """Add up a count of all processes that judge. A collective where `verify` is one."""
+        return count if self._world is None else sum(self._world.gather(count))
+
     @classmethod
     def configured(cls, cfg: VerifyConfig, world: World | None = None) -> Verifier:
         return cls(world=world, **asdict(cfg))
