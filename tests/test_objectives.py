@@ -455,7 +455,9 @@ def test_select_and_join_keep_every_column_together():
         correct=[[1.0, 0.0], [0.0, 0.0]],
     )
     stated_BP = torch.tensor([[9, 0], [0, 7]])
-    two = replace(two, posterior=replace(two.posterior, stated_BP=stated_BP))
+    behind_BP = torch.tensor([[12, 0], [0, 8]])
+    columns = {"stated_BP": stated_BP, "behind_BP": behind_BP}
+    two = replace(two, posterior=replace(two.posterior, **columns))
     coefs = Vpgea().terms(two, {})
     assert coefs.alive.tolist() == [True, False]
     kept = two.select([0])
