@@ -70,8 +70,8 @@ def written(tiny_world, tmp_path_factory):
     fixed = {
         "eval.data": f"[{tiny_world.test_path}]",
         "eval.limit": 2,
-        "eval.max_new_tokens": 48,
-        "rollout.max_new_tokens": 96,
+        "eval.max_new_tokens": 24,
+        "rollout.max_new_tokens": 48,
         "eval.every": 1,
         "train.questions_per_step": 2,
         "train.steps": 2,

@@ -30,6 +30,7 @@ def words(tiny_words):
             "objective.prior_samples": 2,
             "train.steps": 3,
             "metrics.diag_every": 0,
+            "rollout.max_new_tokens": 24,
             "checkpoint.export": "false",
         }
     )

@@ -25,6 +25,7 @@ from vpgea_fast.objectives import Grpo
 from vpgea_fast.trainer import Ending
 
 ROOT = Path(__file__).parents[1]
+GSM8K = str(Path(__file__).parent / "cases/gsm8k_raw.jsonl")
 TINY = ROOT / "configs/tiny.yaml"
 
 
@@ -47,6 +48,8 @@ def train(tiny_world, tmp_path):
             "checkpoint.save_every": 1,
             "checkpoint.export": "false",
             "metrics.compare": "null",
+            "metrics.figure": "false",
+            "rollout.max_new_tokens": 24,
         }
         more = [*map(str, more)]
         left = {f"--{key}": str(value) for key, value in fixed.items() if f"--{key}" not in more}
@@ -139,8 +142,9 @@ def test_help_names_every_command(capsys):
         (["make-tiny", "x", "--seed", "-1"], "--seed: got '-1', expected a whole number from 0"),
         (["eval"], "required: model, data; see vpgea eval --help"),
         (["eval", "m", "d", "--out", "none/x"], "its parent is not there"),
-        (["eval", "./none", "d"], "no model directory at ./none"),
-        (["eval", "none", "d"], "cannot load a tokenizer from 'none'"),
+        (["eval", "./none", "d"], "there is no file d"),
+        (["eval", "./none", GSM8K], "no model directory at ./none"),
+        (["eval", "none", GSM8K], "cannot load a tokenizer from 'none'"),
         (["report", "none"], "none is no run"),
         (["report", "none", "--run.dir", "x"], "--run.dir is an option of train and eval only"),
         (["make-tiny", "x", "--base", "big"], "invalid choice: 'big'"),
@@ -312,10 +316,11 @@ import sys, time
 from vpgea_fast.cli import main
 
 yaml, data, base = sys.argv[1:]
+of = ["--eval.data", "[]", "--data.train"]
 for words in (
     ["eval", "some/model", data],
-    ["train", yaml, "--model.path", "some/model"],
-    ["train", yaml, "--model.path", "some/model", "--dry-run"],
+    ["train", yaml, "--model.path", "some/model", *of, data],
+    ["train", yaml, "--model.path", "some/model", *of, data, "--dry-run"],
     ["serve", "some/model"],
     ["eval", base, "--suite", "quick"],
 ):
@@ -528,8 +533,8 @@ def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(train, refusal):
-    said = refusal(train("--dry-run", "--train.micro_batch_tokens", 100))
-    assert "train.micro_batch_tokens: got 100, but a row may have" in said
+    said = refusal(train("--dry-run", "--train.micro_batch_tokens", 40))
+    assert "train.micro_batch_tokens: got 40, but a row may have" in said
     said = refusal(train("--dry-run", "--parallel.cpu_offload", "true"))
     assert "parallel.cpu_offload: got true without a CUDA device" in said
     said = refusal(train("--dry-run", "--processes", 3, "--parallel.replicas", 2))
@@ -602,7 +607,7 @@ def test_a_run_with_the_users_own_checker(train, tmp_path, monkeypatch, capsys):
         "    return gold != '3'\n"
     )
     words = ["--verify.name", "custom", "--verify.target", "mine:right"]
-    words += ["--rollout.full_answer", "true"]
+    words += ["--rollout.full_answer", "true", "--rollout.max_new_tokens", 240]
     # It finds no answer wrong, and the leak guard's prompt must hold one that is.
     assert train(*words) == 2
     assert "no other question's answer is a wrong one" in capsys.readouterr().err
@@ -618,12 +623,6 @@ def _no_template(model):
     settings = json.loads(file.read_text())
     del settings["chat_template"]
     file.write_text(json.dumps(settings))
-
-
-def _no_think(model):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (model / name).read_text()
-        (model / name).write_text(text.replace("<think>", "<a>").replace("</think>", "</a>"))
 
 
 def _foreign_tokenizer(model):
@@ -654,7 +653,6 @@ def _no_norm(model):
     ("spoil", "said"),
     [
         (_no_template, "has no chat template"),
-        (_no_think, "a thought ends where one token says so"),
         (_foreign_tokenizer, "the model embeds 316 tokens"),
         (lambda model: (model / "model.safetensors").unlink(), "model.safetensors missing"),
         (lambda model: (model / "config.json").unlink(), "has no config.json"),
@@ -811,12 +809,18 @@ def test_a_configuration_that_keeps_the_best_evaluates_and_measures_too(
 
 
 def test_report_draws_a_run(train, capsys, tmp_path):
-    assert train() == 0
-    (tmp_path / "run/report.html").unlink()
-    capsys.readouterr()
+    """Whether or not the run itself drew: its page then says how, and lists no figure."""
+    assert train("--metrics.figure", "false") == 0
+    page, figure = (tmp_path / "run" / name for name in ("report.html", "training.png"))
+    assert "metrics.figure is false; `vpgea report`" in page.read_text()
+    assert "<img" not in page.read_text()
+    assert not figure.exists()
+    assert "training.png" not in capsys.readouterr().out
+    page.unlink()
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert str(tmp_path / "run/report.html") in capsys.readouterr().out
-    assert (tmp_path / "run/report.html").stat().st_size > 1000
+    assert str(page) in capsys.readouterr().out
+    assert "<img" in page.read_text()
+    assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_make_tiny_refuses_a_place_that_holds_no_directory_in_one_line(capsys):

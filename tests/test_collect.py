@@ -11,7 +11,9 @@ from batches import losing, prompted, sampled, scored, whole
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast import config, diagnostics
+from vpgea_fast.build import introduction
 from vpgea_fast.check import draws, longest
+from vpgea_fast.distributed import World
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import PhaseTimer
 from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms, at_step
@@ -396,6 +398,8 @@ def test_a_step_with_a_tag_of_two_tokens_is_that_with_one_and_a_cue(
             tag = trainer.stages.collector.sampling.tag
             stats = trainer.train_step()
             assert stats.skipped is None
+            said = [*introduction(trainer.cfg, trainer.stages, World(torch.device("cpu")))]
+            assert any("is 2 tokens of this model" in line for line in said) == (tag is not None)
             steps.append(
                 (batch, tag, trainer.stages.evaluator.judge(batch.prior.flat, [("7",)] * 12))
             )

@@ -94,7 +94,10 @@ def test_yaml_is_a_configuration(page, code, tmp_path):
 RUNS = [command for command in commands() if not command.needs]
 WAITS = [command for command in commands() if command.needs]
 STEPS = "--train.steps 1 --train.questions_per_step 4 --objective.group_size 4 --eval.limit 2"
-SMALL = {"train": shlex.split(STEPS), "eval": ["--eval.limit", "2"]}
+LIMITS = (
+    "--data.limit 64 --rollout.max_new_tokens 48 --eval.max_new_tokens 48 --metrics.figure false"
+)
+SMALL = {"train": shlex.split(f"{STEPS} {LIMITS}"), "eval": ["--eval.limit", "2"]}
 """Added to a command of a page: the same run, shorter."""
 
 

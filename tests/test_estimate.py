@@ -540,7 +540,7 @@ def peak_bytes(run, tmp_path):
 
 MEASURED = [
     # (dtype, checkpointing, processes, tied); 0 processes: not sharded
-    ("float32", "none", 0, False),
+    pytest.param("float32", "none", 0, False, marks=pytest.mark.slow),
     ("float32", "full", 0, True),
     ("bfloat16", "none", 0, False),
     ("bfloat16", "selective", 8, False),
@@ -548,7 +548,7 @@ MEASURED = [
     ("bfloat16", "full", 8, False),
     ("bfloat16", "none", 8, True),
     ("float32", "full", 8, False),
-    ("bfloat16", "full", 1, False),
+    pytest.param("bfloat16", "full", 1, False, marks=pytest.mark.slow),
 ]
 
 

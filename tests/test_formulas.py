@@ -797,7 +797,7 @@ def settings_of(name):
     # moved.
     moving = {"kl_coef", "alpha_end"} & keys.keys() or keys.get("length_reward.name") in STATEFUL
     # A likelihood that is trained is one at temperature 1.
-    answered = "verifree" in method or "train_answer" in keys
+    likely = method in ("sft", "verifree", "verifree_normalised") or "train_answer" in keys
     if "capped" in name:
         more["rollout.importance_cap"] = 1.3
     if "resampled" in name:
@@ -818,7 +818,7 @@ def settings_of(name):
         "train.epochs": EPOCHS,
         "train.steps": 2 if moving else 1,
         "train.micro_batch_tokens": 150,
-        "rollout.temperature": 1.0 if answered else TEMPERATURE,
+        "rollout.temperature": 1.0 if likely else TEMPERATURE,
         "rollout.max_new_tokens": LIMIT,
         "rollout.max_answer_tokens": ANSWER,
         "metrics.diag_every": 0,

@@ -1,5 +1,8 @@
 """What is read before any weight: every fault of the data is told before the model is opened."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,24 @@ def refused(capsys, words):
     *notices, line = capsys.readouterr().err.splitlines()
     assert all("leaves out" in notice for notice in notices)
     return line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_first_step_says_how_to_go_on(
+    number, begun, tiny_words, tmp_path, monkeypatch, capsys
+):
+    def early(*_: object, **__: object) -> None:
+        if begun:
+            (tmp_path / "run/config.yaml").write_text("")
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr("vpgea_fast.build.load_policy", early)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["train", str(TINY), *tiny_words(SMALL)("run")]) == 128 + number
+    (line,) = capsys.readouterr().err.splitlines()
+    how = f"go on: --resume {tmp_path / 'run'}" if begun else "the same command starts the run"
+    assert line == f"vpgea: stopped; {how}"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "run").exists() == begun

@@ -500,7 +500,7 @@ def killed_at(words, file, count):
 
 def test_a_killed_filter_goes_on_where_it_was(tiny_order, said, tmp_path):
     """Whatever a kill leaves: the same bytes as undisturbed, and no block is drawn twice."""
-    keep = "--keep", "0:0.9"
+    keep = "--keep", "0:0.9", "--eval.max_new_tokens", "96"
     said(*tiny_order(tmp_path / "whole", *keep))
     whole = (tmp_path / "whole/pass_rates.jsonl").read_bytes()
     file = tmp_path / "cut/pass_rates.jsonl"

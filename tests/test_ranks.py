@@ -38,8 +38,11 @@ def wait_for_nothing():
 
 def is_gone(pid):
     """Also true of a process that has ended and waits for its parent to notice."""
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it may also end between the opening and the reading
+        return True
+    return status.rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_results_come_in_the_order_of_the_ranks():

@@ -34,7 +34,7 @@ def words(tiny_world, tmp_path_factory):
             "train.steps": 2,
             "optim.lr": 0.003,
             "optim.warmup_steps": 0,
-            "rollout.max_new_tokens": 48,
+            "rollout.max_new_tokens": 24,
             "checkpoint.export": "false",
         }
         return [*words_of(settings, tiny_world, root / name), *more]

@@ -20,7 +20,7 @@ TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = {
     "train.questions_per_step": 2,
     "train.steps": 2,
-    "rollout.max_new_tokens": 72,
+    "rollout.max_new_tokens": 24,
     "objective.group_size": 3,
     "metrics.paths_per_step": 8,
     "metrics.diag_every": 0,
@@ -46,11 +46,14 @@ def trained(words):
 KINDS = {
     "resampled": [
         *("--objective", "grpo", "--objective.group_size", "3", "--train.resample_rounds", "2"),
-        *("--metrics.paths_per_step", "40"),
+        *("--metrics.paths_per_step", "40", "--rollout.max_new_tokens", "72"),
     ],
     "vpgea": ["--rollout.importance_cap", "2"],
     "answers": ["--scoring.u_source", "accuracy", "--scoring.answer_samples", "2"],
-    "grpo": ["--objective", "grpo", "--train.minibatches", "2", "--objective.group_size", "3"],
+    "grpo": [
+        *("--objective", "grpo", "--train.minibatches", "2", "--objective.group_size", "3"),
+        *("--rollout.max_new_tokens", "72"),
+    ],
 }
 
 

@@ -82,6 +82,8 @@ def make_runs(world, folder, alien_model):
         "checkpoint.keep_last": 3,
         "optim.schedule": "constant",
         "metrics.compare": "null",
+        "metrics.figure": "false",
+        "verify.name": "number",
     }
     fixed = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     base = ["--model.path", world["base"]]

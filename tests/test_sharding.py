@@ -272,9 +272,10 @@ def many_steps(path, budget, sharded, count):
     return history
 
 
-def test_forty_steps_on_two_processes_are_those_of_one(model_dirs):
-    (one,) = run_ranks(many_steps, model_dirs["untied"], 10_000, False, 40, size=1)
-    for budget, count in ((10_000, 10), (60, 40)):  # one micro-batch, and several
+@pytest.mark.parametrize("steps", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_the_steps_on_two_processes_are_those_of_one(model_dirs, steps):
+    (one,) = run_ranks(many_steps, model_dirs["untied"], 10_000, False, steps, size=1)
+    for budget, count in ((10_000, 10), (60, steps)):  # one micro-batch, and several
         for ranks in run_ranks(many_steps, model_dirs["untied"], budget, True, count):
             for (loss, norm), (want, norm_one) in zip(ranks, one[:count], strict=True):
                 assert loss == pytest.approx(want, abs=1e-5)

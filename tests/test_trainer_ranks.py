@@ -33,7 +33,7 @@ def words(tiny_words):
             "objective.prior_samples": 2,
             "metrics.diag_every": 0,
             "metrics.compare": "null",
-            "rollout.max_new_tokens": 48,
+            "rollout.max_new_tokens": 24,
             "checkpoint.export": "false",
             "optim.schedule": "constant",
         }
@@ -185,7 +185,7 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 1
     assert set(map(str, rows[0]["coef"])) == {"nan"}
-    assert run_ranks(fit, [*given, "--train.steps", "14"], True) == [True, True]
+    assert run_ranks(fit, [*given, "--train.steps", "10"], True) == [True, True]
 
 
 def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):
@@ -195,7 +195,7 @@ def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):
     assert run_ranks(fit, given, False, None, None, 2) == [False, False]
     (first,) = (tmp_path / "stopped/checkpoints").iterdir()
     assert first.name == "step_2"
-    limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.05"]
+    limited = [*given, "--train.steps", "1000", "--run.max_minutes", "0.025"]
     assert run_ranks(fit, limited, True, None, None, None, 1.0) == [False, False]
     steps = sorted(int(p.name.removeprefix("step_")) for p in first.parent.iterdir())
     assert steps[-1] == recorded(tmp_path / "stopped")[-1]["step"]

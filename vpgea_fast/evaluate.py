@@ -209,8 +209,7 @@ class Evaluator:
         paths = self.engine.generate(self._requests(questions, samples), sampling, on_progress)
         # Request order: the samples of a question stand side by side.
         answers = [q.spellings for q, _ in questions for _ in range(samples)]
-        correct = self.judge(paths, answers)
-        return paths, correct.view(len(questions), samples)
+        return paths, self.judge(paths, answers).view(len(questions), samples)
 
 
 def _answers(part: Part, outcomes: Sequence[Outcome]) -> Answers:
@@ -254,8 +253,7 @@ def make_sampling(
         full_answer=cfg.full_answer,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        think_close_id=-1 if prompter.tag else prompter.think_close_ids[0],
-        tag=prompter.tag,
+        **prompter.closing,
         eos_ids=ends,
     )
 
@@ -351,28 +349,24 @@ def evaluate_model(
         # Before the weights: their errors must not wait for minutes of reading.
         benchmarks = read_benchmarks(cfg, text, judge)
         with open_model(cfg, text, verifier, world) as model:
-            return _evaluated(cfg, model.evaluator(cfg, benchmarks), verifier, console, record)
+            return _evaluated(cfg, model.evaluator(cfg, benchmarks), console, record)
 
 
 def _evaluated(
-    cfg: Config,
-    evaluator: Evaluator,
-    verifier: Verifier,
-    console: Console | None,
-    record: Record | None,
+    cfg: Config, evaluator: Evaluator, console: Console | None, record: Record | None
 ) -> dict[str, dict[str, Any]]:
     """Draw and judge, and say what was not judged. A collective with a record."""
     if console is not None:
         for line in evaluator.describe():
             console.message(line)
     # From here: a reference answer without a verdict has been dropped and told before.
-    unjudged = verifier.unjudged
+    unjudged = evaluator.verifier.unjudged
     if record is not None:
         results = _recorded(cfg, evaluator, console, record)
     else:
         total = evaluator.samples
         results = evaluator.run(None if console is None else console.samples(total))
-    lost = verifier.unjudged - unjudged
+    lost = evaluator.verifier.unjudged - unjudged
     if record is not None:
         lost = sum(record.world.gather(lost))
     if console is not None and lost:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -82,7 +83,6 @@ def sections() -> list[Section]:
     """List every section in the order of the configuration. A variant is one of its own, and so are
     the keys of a file in `data.train` and `eval.data`."""
     hints = get_type_hints(config.Config, include_extras=True)
-    about = attribute_docstrings(config.Config)
     found = []
     for name, hint in hints.items():
         # A section with variants is a union; any other is one record.
@@ -92,13 +92,12 @@ def sections() -> list[Section]:
             variant = f"name: {record.name}" if len(members) > 1 else ""
             # A variant says in its own docstring what it is; a section alone, in Config.
             text = " ".join((inspect.getdoc(record) or "").split()) if variant else ""
-            text = text or about.get(name, "")
+            text = text or attribute_docstrings(config.Config).get(name, "")
             found.append(Section(name, variant, text, tuple(_keys(record))))
         found += _deeper(name)
         if name == "data":
             text = "Keys of one file in `data.train` or `eval.data`, where it is not a path alone."
-            file = tuple(_keys(config.DataFile))
-            found.append(Section("data", "a file", text, file))
+            found.append(Section("data", "a file", text, tuple(_keys(config.DataFile))))
     return found
 
 
@@ -113,27 +112,25 @@ def _deeper(name: str) -> Iterator[Section]:
 def section(name: str) -> list[Section]:
     """Find the section of this name, with its variants. SectionError with the nearest name."""
     known = sections()
-    found = [part for part in known if part.title == name]
-    if not found:
-        names = list(dict.fromkeys(part.title for part in known))
-        # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
-        owners = [part.title for part in known for key in part.keys if key.name == name]
-        # Sections first: the command asks for one.
-        near = [*filter(None, [nearest(name, names)]), *owners]
-        hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
-        raise SectionError(f"got section {name!r}; {hint}")
-    return found
+    if found := [part for part in known if part.title == name]:
+        return found
+    names = list(dict.fromkeys(part.title for part in known))
+    # A key's name instead of a section's is the usual slip: `vpgea keys lr`.
+    owners = [part.title for part in known for key in part.keys if key.name == name]
+    near = [*filter(None, [nearest(name, names)]), *owners]  # the command asks for a section
+    hint = f"did you mean {near[0]!r}?" if near else f"sections: {', '.join(names)}"
+    raise SectionError(f"got section {name!r}; {hint}")
 
 
-def attribute_docstrings(record: type) -> dict[str, str]:
+@functools.cache  # two thirds of a second for all: each record names the classes that it extends
+def attribute_docstrings(record: type) -> Mapping[str, str]:
     """Read field -> the string below it in the class's source, in one line."""
     # Python drops a string that stands below a field: only the source still has it.
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(record))).body
     assert isinstance(node, ast.ClassDef)
-    pairs = zip(node.body, node.body[1:], strict=False)  # each statement with the one below it
     return {
         field.target.id: " ".join(text.value.value.split())
-        for field, text in pairs
+        for field, text in zip(node.body, node.body[1:], strict=False)  # each with the one below
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)
@@ -413,8 +410,7 @@ def _parameters(args: ast.arguments) -> Iterator[str]:
     positional = [*args.posonlyargs, *args.args]
     # `ast` aligns defaults with the last parameters.
     defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults
-    pairs = [*zip(positional, defaults, strict=True)]
-    for arg, default in pairs:
+    for arg, default in zip(positional, defaults, strict=True):
         yield ast.unparse(arg) + (f" = {ast.unparse(default)}" if default else "")
     # `*args` already makes what follows it keyword-only; without it a bare star does.
     if args.vararg:

@@ -59,5 +59,6 @@ class Slot:
     stream: Stream
     index: int
     step: int
+    # 63 bits each: engines take a signed 64-bit number.
     seed: int
     group_seed: int

@@ -160,11 +160,11 @@ class RunDir:
         return file
 
     def report(self, console: Console, worth: Mapping[int, float]) -> None:
-        """Write report.html and training.png; print the closing table and which step was best.
+        """Write report.html, with its figure; print the closing table and which step was best.
 
         Only the main process calls it.
         """
-        page = report.write_report(self.path)
+        page = report.write_report(self.path, figure=self.cfg.metrics.figure)
         headers, table = report.closing_table(self.path)
         console.close()  # the bar would be drawn below the table
         if table:
@@ -176,7 +176,7 @@ class RunDir:
                 f"best by {self.cfg.checkpoint.keep_best}: step {best} ({worth[best]:.4g}); "
                 f"vpgea export {self.path} --step best"
             )
-        files = [page, self.path / "training.png"]
+        files = [page] + [self.path / report.FIGURE] * self.cfg.metrics.figure
         files += [self.path / "export"] * self.cfg.checkpoint.export
         console.message(", ".join(map(str, files)))
 
@@ -250,7 +250,9 @@ class RunDir:
         # Steps after the checkpoint are made again, so their lines would stand twice.
         lines = self._cut_log(METRICS, step, once=True)
         paths = self._cut_log(PATHS, step, once=False)
-        (self.path / "report.html").unlink(missing_ok=True)  # it marks a run that has ended
+        # The page marks a run that has ended; the figure may not be drawn again.
+        for name in (report.REPORT, report.FIGURE):
+            (self.path / name).unlink(missing_ok=True)
         written: dict[int, int] = {}
         # Alarms count steps in a row: replayed, they know what the killed process knew.
         for record in read_steps(self.path):

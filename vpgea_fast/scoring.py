@@ -101,6 +101,7 @@ def answer_text(path: Path, decode: Callable[[torch.Tensor], str], tag: Tag | No
     them may hold the answer's first letters."""
     if tag is not None:
         text = decode(torch.cat([path.z_ids[-tag.reach :], path.answer_ids]))
+        # The first: a tag within the answer is the answer's own.
         _, found, rest = text.partition(tag.text)
         if found:
             return rest

@@ -75,6 +75,7 @@ class Tag:
         it is known that theirs does not."""
         if not any(map(self._may_end, ids[since:])):
             return 0
+        # A window: decoding all of a thought at every look would be quadratic in its length.
         start = max(0, since - self.reach)
         part = ids[start:]
         text = self.decode(part)

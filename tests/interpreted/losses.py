@@ -142,7 +142,7 @@ def test_vpgea_loss_is_the_published_formula(beta):
     assert_close((ours.logp_S,), (logp_S * (ADVANTAGE > 0) * (beta > 0),), 1e-12)
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_torch_and_triton_train_alike(tmp_path, count):
     """The trainer itself: the same samples, and numbers of float32. test_trainer.py compares torch
     with the reference.
@@ -168,6 +168,8 @@ def test_torch_and_triton_train_alike(tmp_path, count):
             "rollout.max_new_tokens": 24,
             "metrics.diag_every": 0,
             "metrics.compare": "null",
+            "metrics.figure": "false",
+            "verify.name": "number",
             "checkpoint.save_every": count,
             "checkpoint.export": "false",
         }

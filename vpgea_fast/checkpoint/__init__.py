@@ -12,6 +12,7 @@ from vpgea_fast.checkpoint.files import (
     truncate_jsonl,
     write_text,
 )
+from vpgea_fast.checkpoint.generators import restore_rng, rng_state
 from vpgea_fast.checkpoint.protocol import (
     Saver,
     best_step,
@@ -23,7 +24,7 @@ from vpgea_fast.checkpoint.protocol import (
     save_checkpoint,
     saved_steps,
 )
-from vpgea_fast.checkpoint.state import Checkpoint, put_weights, restore_rng, rng_state
+from vpgea_fast.checkpoint.state import Checkpoint, put_weights
 
 __all__ = [
     "Checkpoint",

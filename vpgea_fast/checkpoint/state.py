@@ -15,9 +15,6 @@ state, and `load_state_dict`, which casts every state to its parameter's dtype.
 from __future__ import annotations
 
 import json
-import random
-import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +39,7 @@ from vpgea_fast.checkpoint.dcp import (
     shard_of,
 )
 from vpgea_fast.checkpoint.files import CheckpointError, together
+from vpgea_fast.checkpoint.generators import resume_rng, rng_state
 from vpgea_fast.distributed import World, named_weights
 
 SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
@@ -236,7 +234,7 @@ def put(
         for states in (_by_name(targets), _by_name(bound), found.optimizer["values"]):
             for name, state in states.items():
                 optimizer.state[trained[name]].update(state)
-        _restore_rng(found, own["rng"], world)
+        resume_rng(own["rng"], world, processes=found.processes, path=found.path)
 
 
 def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
@@ -252,31 +250,6 @@ def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
     with together(world, what, remedy, catch=Exception):
         targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
         fill(targets, reader, metadata)
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """States of the generators of torch (CPU, and this GPU) and random; numpy's is not used."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": random.getstate(),  # tuples of ints, which weights_only loads
-    }
-
-
-def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back; a run that has moved between CPU and GPU gets a warning instead of
-    the GPU's."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if (state["cuda"] is None) == (device.type == "cuda"):
-        was = "a CPU" if state["cuda"] is None else "a GPU"
-        warnings.warn(
-            f"the checkpoint is of a run on {was}, this one is on {device.type}: the random state "
-            "of the GPU is not restored",
-            stacklevel=2,
-        )
-    elif state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
@@ -450,20 +423,3 @@ def _check_weights(
                 f"{weight.dtype}; set model.dtype and model.master_dtype to what the run began with"
             )
     return remedy
-
-
-def _restore_rng(found: Checkpoint, state: Mapping[str, Any], world: World) -> None:
-    """Restore the generators. `state` is this process's, or the last one's that saved."""
-    if world.main and found.processes != world.size:
-        warnings.warn(
-            f"{found.path} is of {found.processes} processes, now there are {world.size}: sums "
-            f"round otherwise, and random numbers begin anew from process {found.processes} on",
-            stacklevel=3,
-        )
-    if world.rank < found.processes:
-        restore_rng(state, world.device)
-    else:
-        # From what was saved, so that two resumes of one checkpoint draw alike.
-        seed = zlib.crc32(state["torch"].numpy().tobytes()) + world.rank
-        torch.manual_seed(seed)  # of the GPUs too
-        random.seed(seed)

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGTERM
-from types import FrameType
 
 from vpgea_fast.cli.train import STATUS
 from vpgea_fast.cli.words import (
@@ -20,11 +14,11 @@ from vpgea_fast.cli.words import (
     one_process,
     path,
     show,
+    status_of,
+    termination,
     whole,
     yaml_value,
 )
-
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 def declare_sweep(commands: Commands, common: Parser) -> None:
@@ -89,35 +83,16 @@ def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     one_process("sweep")
     try:
         # Until the sweep listens itself: imports and checks take seconds, on a busy machine more.
-        with _termination():
+        with termination():
             return _run(args, overrides)
     except KeyboardInterrupt as error:
-        # `_termination` puts the signal into the error; a Ctrl-C's own has no arguments.
-        return _left(args, INTERRUPTED if error.args != (SIGTERM,) else STATUS["STOPPED"])
+        return _left(args, status_of(error))
 
 
 def _left(args: argparse.Namespace, status: int) -> int:
     """Say how a sweep goes on that was asked to leave; return its exit status."""
     show(f"stopped; what has run is saved: the same command goes on in {args.out}")
     return status
-
-
-@contextmanager
-def _termination() -> Iterator[None]:
-    """Raise KeyboardInterrupt(SIGTERM) where SIGTERM would end the process without a word."""
-
-    def hear(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    # Python sets handlers in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(SIGTERM, hear)
-    try:
-        yield
-    finally:
-        signal.signal(SIGTERM, before)
 
 
 def _run(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -18,6 +18,8 @@ from vpgea_fast.cli.words import (
     path,
     plain_logs,
     show,
+    status_of,
+    termination,
     whole,
 )
 
@@ -121,6 +123,17 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         on = target(cfg, processes=args.processes, device_gib=args.device_gib)
         dry_run(cfg, on=on, rates=rates)
         return 0
+    try:
+        with termination():
+            return _train(cfg, resume=run is not None)
+    except KeyboardInterrupt as error:
+        begun = (Path(cfg.run.dir) / "config.yaml").is_file()
+        how = f"go on: --resume {cfg.run.dir}" if begun else "the same command starts the run"
+        notice(f"stopped; {how}")
+        return status_of(error)
+
+
+def _train(cfg: config.Config, *, resume: bool) -> int:
     # Of one process: several would each say it.
     if os.environ.get("WORLD_SIZE", "1") == "1":
         from vpgea_fast.data import check_first_rows
@@ -129,7 +142,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.trainer import fit
 
     plain_logs()
-    return status(fit(cfg, resume=run is not None))
+    return status(fit(cfg, resume=resume))
 
 
 def status(ending: Ending) -> int:

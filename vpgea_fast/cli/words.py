@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, TypeAlias
 
 from vpgea_fast import config, strict_yaml
@@ -115,6 +119,31 @@ def one_process(command: str, advice: str = "") -> None:
     # torchrun sets it also for one process, which changes nothing.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(f"vpgea {command} is one process: start it without torchrun{advice}")
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """Raise KeyboardInterrupt(SIGTERM) where SIGTERM would end this process without a word: until
+    a run listens itself. Processes of torchrun are left to it."""
+
+    def hear(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    # Python sets handlers in the main thread only.
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit status of a process that was asked to leave: 128 + the signal."""
+    # `termination` puts the signal into the error; a Ctrl-C's own has no arguments.
+    return 128 + (signal.SIGTERM if interrupt.args == (signal.SIGTERM,) else signal.SIGINT)
 
 
 def notice(text: str) -> None:

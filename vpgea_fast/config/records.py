@@ -185,6 +185,9 @@ class MetricsConfig:
     or `tiny_demo`: the rows that come with the configuration `tiny`."""
     note: str = ""
     """A line printed under the closing table."""
+    figure: bool = True
+    """Draw training.png into the report when the run ends. `false` saves a CPU second of each of
+    many short runs; `vpgea report` draws it at any time."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -116,6 +116,7 @@ class Draws:
             except Exception as error:  # a function of the user's may fail in any way
                 said = f"{type(error).__name__}: {error}"
                 raise ValueError(f"objective, field {name!r} of {slot}: raised {said}") from error
+            # True is an int to Python, and would stand in the prompt as a word.
             if isinstance(got, bool) or not isinstance(got, (str, int)):
                 raise ValueError(
                     f"objective, field {name!r} of {slot}: got {got!r}, expected text or a whole "

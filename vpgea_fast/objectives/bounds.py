@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def shares(log_BP: Tensor) -> Tensor:
     """Weights that add up to 1 within a question, (B, P); all 0 where no path is worth anything."""
+    # The softmax of nothing but -inf is NaN.
     share_BP = log_BP.softmax(dim=1)
     return share_BP.where(log_BP.isfinite().any(dim=1, keepdim=True), 0.0)
 
@@ -40,6 +41,7 @@ def hinted_metrics(
 ) -> dict[str, float | None]:
     """What the hinted paths show. The bounds are of whole ratios, whatever is trained: vr_elbo over
     the paths that are worth anything, vr_bound over the questions that have one."""
+    # log pi - log q; `log_ratio` is that of q to pi.
     ratio_BK = -log_ratio(batch)
     log_rho_BK = log_f_BK + ratio_BK
     bound_B = log_mean(log_rho_BK)
@@ -72,6 +74,7 @@ def _spread(name: str, share_BP: Tensor) -> dict[str, float | None]:
     """How evenly the weights lie within the questions that have any."""
     share_XP = share_BP[share_BP.ne(0).any(dim=1)]
     return {
+        # Effective sample size, 1 where one path has all the weight, else up to their number.
         f"{name}_ess": _mean(1 / share_XP.square().sum(dim=1)),
         f"{name}_share_max": _mean(share_XP.amax(dim=1)),
     }

@@ -87,6 +87,7 @@ class Sft(Supervised):
 class Rejection(Supervised):
     """Keys of methods that imitate sampled paths which verify (needs rollout.full_answer)."""
 
+    # 1 is enough: no path is compared with another.
     group_size: Annotated[int, Field(ge=1, lt=2**31)] = 8
     """Paths sampled per question."""
     choose: Choice = "all"

@@ -49,6 +49,7 @@ Estimator = Literal["accuracy", "gml", "likelihood"]
 class Latent(Keys):
     """Keys of every part of Variational Reasoning."""
 
+    # With |Y| right answers it varies less in the worst case where P >= 1 / |Y| (theorem 1).
     estimator: Estimator = "accuracy"
     """How likely a right answer is behind a thought. `accuracy`: share of scoring.answer_samples
     sampled answers that are right. `likelihood`: P of the reference answer. `gml`: its geometric
@@ -68,6 +69,7 @@ class Latent(Keys):
         """log f of every path, (B, P); -inf where it was cut, or no sampled answer is right."""
         columns = batch.stream(stream)
         log_BP = columns.accuracy.log() if self.u_norm is None else columns.u_BP
+        # What is not finite: log 0 of an accuracy, and the NaN of a U that nobody scored.
         return log_BP.where(columns.closed_BP & log_BP.isfinite(), -math.inf)
 
 
@@ -75,6 +77,7 @@ class Latent(Keys):
 class HintedKeys(Latent):
     """Keys of what reads paths of q, weighed by what they would be worth under pi."""
 
+    # As many thoughts per question as the paper draws.
     group_size: PositiveInt = 8
     """K, hinted paths per question."""
     thought_ratio: Literal["geometric", "exact"] = "geometric"
@@ -84,6 +87,7 @@ class HintedKeys(Latent):
     def trained_ratio(self, batch: ScoredBatch) -> Tensor:
         """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
         whole_BK = -log_ratio(batch)
+        # The mean per token is biased, but thousands of tokens do not make it 0 or infinite.
         return whole_BK if self.thought_ratio == "exact" else whole_BK / batch.posterior.length_BP
 
     def log_rho(self, batch: ScoredBatch) -> Tensor:
@@ -104,6 +108,7 @@ class ThetaKeys(HintedKeys):
     answer: Literal["sampled", "reference"] | None = None
     """What is trained behind a thought. `sampled`: its right answers, in equal shares. `reference`:
     the reference answer. null: `sampled` with the estimator accuracy, else `reference`."""
+    # All that scoring.answer_samples draws by default.
     answer_rows: PositiveInt = 8
     """Right answers that are trained behind a thought at most, the first ones (`sampled`). Each
     that differs is a row with the whole thought in it."""
@@ -119,6 +124,7 @@ class ThetaKeys(HintedKeys):
 
     def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
         """Thoughts and answers, in the student's view."""
+        # One weight for a thought and for what stands behind it: a path of the bound is both.
         weight_BK = -_summed(share_BK)
         hinted: dict[str, Any] = {"stream": "posterior", "view": "student", "weight_BP": weight_BK}
         behind: dict[str, Any] = {"part": "target"}
@@ -135,6 +141,7 @@ class PhiKeys(HintedKeys, ClipKeys):
     """What the hinted policy descends. `forward_kl`: KL from the true posterior, on unhinted paths
     weighed by f. `reverse_kl`: minus the ELBO, a policy gradient on hinted paths. `iwae`: minus
     L_K, on the same. The last two are the paper's ablations, and find shortcuts to the answer."""
+    # A log f of -inf would make the mean of its question -inf.
     u_min: Annotated[float, Field(lt=0.0, ge=-1e6)] = -20.0
     """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
     alone."""
@@ -163,17 +170,21 @@ class PhiKeys(HintedKeys, ClipKeys):
         """Thoughts in the teacher's view."""
         stream: Stream = "posterior"
         if self.phi == "forward_kl":
+            # Paths of pi, weighed towards the posterior: a fixed sample has no ratio to clip.
             gain_BP, later, stream = _summed(self.unhinted(batch)[0]), None, "prior"
         elif self.phi == "reverse_kl":
             # The ELBO's integrand, less the mean of the question's others.
             worth_BP = self.log_answer(batch, "posterior").clamp(min=self.u_min)
             worth_BP = worth_BP + self.trained_ratio(batch)
+            # Leave-one-out, so unbiased; a single path has no others, and the baseline 0.
             others = worth_BP.sum(dim=1, keepdim=True) - worth_BP
             gain_BP = worth_BP - others / max(1, worth_BP.shape[1] - 1)
             later = self.clipped()
         else:
             log_rho_BK = self.log_rho(batch)
+            # The gradient of L_K for phi: E sum_k (log (1/K) sum_j rho_j - w_k) grad log q(z_k).
             worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
+            # A question without a path that is worth anything has no bound.
             gain_BP, later = _summed(worth_BP.where(worth_BP.isfinite(), 0.0)), self.clipped()
         return Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
 
@@ -189,6 +200,7 @@ class VrTheta(ThetaKeys):
     def draws(self) -> Draws:
         return Draws(
             posterior=self.group_size,
+            # J short requests more for every closed thought, with the thought in their prompts.
             attempts=self.trains_sampled or self.estimator == "accuracy",
             answer_rows=self.answer_rows * self.trains_sampled,
             targets=not self.trains_sampled,
@@ -197,6 +209,7 @@ class VrTheta(ThetaKeys):
         )
 
     def needs(self) -> frozenset[Score]:
+        # Each hinted thought under both prompts: two forwards of it, for the ratio.
         return frozenset({*VIEWS, *self.answer_scores("posterior")})
 
     def notes(self) -> Iterator[str]:
@@ -245,6 +258,7 @@ class VrPhi(PhiKeys):
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         part = self.phi_part(batch)
+        # A few (B, P) operations again: the forwards behind them are done.
         _, scores, found = (self.unhinted if part.stream == "prior" else self.hinted)(batch)
         metrics = merge(found, counts((part,)))
         return Terms(parts=(part,), path_scores={part.stream: scores}, metrics=metrics)
@@ -286,6 +300,7 @@ class Vr(ThetaKeys, PhiKeys):
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
         part = self.phi_part(batch)
+        # One set of parameters for both steps, where the paper has two models.
         part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
         path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
         if part.stream == "prior":

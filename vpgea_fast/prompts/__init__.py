@@ -93,6 +93,11 @@ class Prompter:
         longest_first = sorted(both, key=len, reverse=True)
         self._steers = re.compile("|".join(re.escape(token) for token in longest_first))
 
+    @property
+    def closing(self) -> dict[str, Any]:
+        """What of `Sampling` says where a thought ends."""
+        return {"think_close_id": -1 if self.tag else self.think_close_ids[0], "tag": self.tag}
+
     def asking(self, student: str | None) -> Prompter:
         """The same with another template of the student's prompt; itself for None."""
         if student is None:
@@ -408,12 +413,14 @@ class Prompter:
         return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _decode(self, rows: Sequence[torch.Tensor]) -> list[str]:
-        return [self._text(row.tolist()) for row in rows]
+        return [self._text(row) for row in rows]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _text(self, ids: torch.Tensor | Sequence[int]) -> str:
         """All that ids say, special tokens too."""
+        # A tensor as it is: of a list transformers looks at every id, half again the time.
+        given = ids if isinstance(ids, torch.Tensor) else list(ids)
         options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(ids), **options))
+        return str(self._tokenizer.decode(given, **options))
 
     def _steering_tokens(self, spelled: str) -> set[str]:
         """Special tokens, think tags, and the tokens that the template (`spelled`: its source and

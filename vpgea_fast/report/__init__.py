@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 REPORT, FIGURE = "report.html", "training.png"
+UNDRAWN = "metrics.figure is false; `vpgea report` of this directory draws the figure."
 SETTINGS = {
     "run": ("seed",),
     "model": ("path", "dtype", "device"),
@@ -137,11 +138,11 @@ def _guard_note(run_dir: Path) -> str:
     return f"of the teacher's paths {', '.join(said)}{took}" if said else ""
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, figure: bool = True) -> Path:
     """Write report.html and training.png into the run directory; return the path of the former.
 
-    Parts whose files are missing are named in their place. Raises ReportError for a directory that
-    is no run, and for files that cannot be read.
+    Parts whose files are missing are named in their place, and so is a `figure` not wanted. Raises
+    ReportError for a directory that is no run, and for files that cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -155,7 +156,8 @@ def write_report(run_dir: str | Path) -> Path:
         "Before and after": _table(headers, rows) + _paragraphs(closing_notes(run_dir))
         if rows
         else _paragraphs(["This run was not evaluated (no eval.json); set eval.data."]),
-        "Training": _figure(run_dir, log) + _paragraphs(lost, "alarm")
+        "Training": (_figure(run_dir, log) if figure else _paragraphs([UNDRAWN]))
+        + _paragraphs(lost, "alarm")
         if log.seen
         else _paragraphs(["No step was recorded."]),
         "Alarms": _paragraphs(log.alarms, "alarm")
