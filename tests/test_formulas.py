@@ -91,7 +91,7 @@ CASES = {
     "verifree": {"name": "verifree", "norm_constant": C, **WIDE},
     "verifree, advantage": {"name": "verifree", "target": "advantage", "norm_constant": C, **WIDE},
     "verifree, none": {"name": "verifree", "target": "none", "norm_constant": C, **WIDE},
-    "verifree_normalised": {"name": "verifree_normalised", "norm_constant": C, **WIDE},
+    "verifree_normalised": {"name": "verifree_normalised", "norm_constant": C, "clip_high": 0.15},
     "rlt": {"name": "rlt", "norm_constant": C, **WIDE},
     "sft": {"name": "sft"},
     "sft, const": {"name": "sft", "norm_constant": C, "norm": "const", "trains": "thought"},
