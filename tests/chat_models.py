@@ -51,22 +51,29 @@ QWEN3_TEMPLATE = """\
 {%- endif %}"""
 
 
-def byte_level(
-    template: str, *, special: dict[str, str], plain: list[str], vocab_size: int = 420
-) -> Any:
-    """A byte-level BPE of the Qwen2 kind; `special` names its special tokens (`bos_token`, ...),
-    `plain` are added tokens that tokenizer.json calls not special."""
+def trained_bpe(texts: list[str], vocab_size: int, *splits: Any) -> Tokenizer:
+    """A byte-level BPE trained on `texts`. Without a split its tokens run over words, digits and
+    marks."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT * 5, trainer)
+    tokenizer.train_from_iterator(texts * 5, trainer)
+    return tokenizer
+
+
+def byte_level(
+    template: str, *, special: dict[str, str], plain: list[str], vocab_size: int = 420
+) -> Any:
+    """A byte-level BPE of the Qwen2 kind; `special` names its special tokens (`bos_token`, ...),
+    `plain` are added tokens that tokenizer.json calls not special."""
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+    tokenizer = trained_bpe(TEXT, vocab_size, split)
     options = {"normalized": False}
     names = dict.fromkeys(special.values())
     tokenizer.add_special_tokens([AddedToken(name, special=True, **options) for name in names])

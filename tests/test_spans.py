@@ -10,7 +10,7 @@ from typing import Any
 import chat_models
 import pytest
 from batches import sampled
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from vpgea_fast import config
@@ -26,16 +26,7 @@ TEXTS = [
 
 
 def bpe(vocabulary: int, texts: list[str]) -> Any:
-    """Without a split: tokens run over words, digits and marks."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts * 5, trainer)
+    tokenizer = chat_models.trained_bpe(texts, vocabulary)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 

@@ -535,11 +535,16 @@ def test_attempts_are_kept_between_two_updates_and_refused_where_nobody_trains_t
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"u_min": -3.0}, "u_min: got -3.0 with phi 'forward_kl', which does not read it"),
-        ({"u_min": -3.0, "phi": "iwae"}, "u_min: got -3.0 with phi 'iwae'"),
+        ({"u_min": -3.0}, "u_min: got -3.0, which changes nothing with phi 'forward_kl'"),
+        ({"u_min": -3.0, "phi": "iwae"}, "u_min: got -3.0, which changes nothing with phi 'iwae'"),
+        # A rule of all objectives.
+        (
+            {"norm": "seq_sum", "norm_constant": 3.0},
+            "norm_constant: got 3.0, which changes nothing",
+        ),
         (
             {"thought_ratio": "exact"},
-            "thought_ratio: got 'exact' with phi forward_kl, whose paths have none",
+            "thought_ratio: got 'exact', which changes nothing with phi 'forward_kl'",
         ),
     ],
 )

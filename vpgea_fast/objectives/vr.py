@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -34,6 +34,7 @@ from vpgea_fast.objectives.bounds import (
     unhinted_metrics,
 )
 from vpgea_fast.objectives.guards import VIEWS, log_ratio
+from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -117,10 +118,17 @@ class ThetaKeys(HintedKeys):
     def trains_sampled(self) -> bool:
         return (self.answer or {"accuracy": "sampled"}.get(self.estimator)) == "sampled"
 
-    @property
-    def by_likelihood(self) -> bool:
-        """The bound's own gradient is meant, so f must be the likelihood of what is trained."""
-        return self.estimator == "likelihood" and not self.trains_sampled
+    def behind(self) -> dict[str, Any]:
+        """What is sampled and trained behind the thoughts, as fields of `Draws`."""
+        return {
+            # J short requests more for every closed thought, with the thought in their prompts.
+            "attempts": self.trains_sampled or self.estimator == "accuracy",
+            "answer_rows": self.answer_rows * self.trains_sampled,
+            "targets": not self.trains_sampled,
+            # The bound's own gradient is meant, so f must be the likelihood of what is trained.
+            "by_likelihood": self.estimator == "likelihood" and not self.trains_sampled,
+            "u_norm": self.u_norm,
+        }
 
     def theta_parts(self, share_BK: Tensor) -> tuple[Term, Term]:
         """Thoughts and answers, in the student's view."""
@@ -146,12 +154,7 @@ class PhiKeys(HintedKeys, ClipKeys):
     """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
     alone."""
 
-    def __post_init__(self) -> None:
-        if self.u_min != PhiKeys.u_min and self.phi != "reverse_kl":
-            raise ValueError(
-                f"u_min: got {self.u_min} with phi {self.phi!r}, which does not read it; leave it "
-                "out, or choose reverse_kl"
-            )
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("u_min", {"phi": ("forward_kl", "iwae")}),)
 
     def phi_scores(self) -> set[Score]:
         """What phi's part reads."""
@@ -198,15 +201,7 @@ class VrTheta(ThetaKeys):
     """Variational Reasoning: the reasoning model alone."""
 
     def draws(self) -> Draws:
-        return Draws(
-            posterior=self.group_size,
-            # J short requests more for every closed thought, with the thought in their prompts.
-            attempts=self.trains_sampled or self.estimator == "accuracy",
-            answer_rows=self.answer_rows * self.trains_sampled,
-            targets=not self.trains_sampled,
-            by_likelihood=self.by_likelihood,
-            u_norm=self.u_norm,
-        )
+        return Draws(posterior=self.group_size, **self.behind())
 
     def needs(self) -> frozenset[Score]:
         # Each hinted thought under both prompts: two forwards of it, for the ratio.
@@ -232,13 +227,8 @@ class VrPhi(PhiKeys):
     group_size: PositiveInt = 8
     """Paths per question: M unhinted ones with forward_kl, K hinted ones with the others."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.phi == "forward_kl" and self.thought_ratio != VrPhi.thought_ratio:
-            raise ValueError(
-                f"thought_ratio: got {self.thought_ratio!r} with phi forward_kl, whose paths have "
-                "none; leave it out, or choose another phi"
-            )
+    # Its paths have no ratio; beside theta's part, in `vr`, those of theta have.
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("thought_ratio", {"phi": ("forward_kl",)}),)
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
@@ -281,12 +271,8 @@ class Vr(ThetaKeys, PhiKeys):
         return Draws(
             posterior=self.group_size,
             prior=self.prior_samples * forward,
-            attempts=self.trains_sampled or self.estimator == "accuracy",
-            answer_rows=self.answer_rows * self.trains_sampled,
-            targets=not self.trains_sampled,
-            by_likelihood=self.by_likelihood,
             joint=forward,
-            u_norm=self.u_norm,
+            **self.behind(),
         )
 
     def needs(self) -> frozenset[Score]:
