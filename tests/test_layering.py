@@ -28,6 +28,8 @@ LAYERS = {
     "records of evaluations": {"evaluation"},
     # What a step, a check or an evaluation is made of.
     "preparation": {"check", "collect", "diagnostics", "intake"},
+    # What a run asks of its questions, before a weight is read and again in each step.
+    "questions": {"questions"},
     # A second model beside the policy, for whoever collects.
     "reference": {"reference"},
     # What a step is while its updates are made.

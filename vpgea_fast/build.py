@@ -18,7 +18,7 @@ import torch
 
 from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
 from vpgea_fast.checkpoint import Saver
-from vpgea_fast.collect import Collector, check_questions
+from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World, full_weights
@@ -31,6 +31,7 @@ from vpgea_fast.objectives import reads_reference
 from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
 from vpgea_fast.prompts import Prompter, length_report
+from vpgea_fast.questions import check_questions
 from vpgea_fast.reference import Reference, check_reference, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine

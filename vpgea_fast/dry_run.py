@@ -14,7 +14,6 @@ from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
 from vpgea_fast.check import Target, check_config, slow_engine, target
-from vpgea_fast.collect import check_questions
 from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
@@ -27,6 +26,7 @@ from vpgea_fast.intake import ALONE, Intake, open_text, read, read_records
 from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
+from vpgea_fast.questions import check_questions
 from vpgea_fast.reference import check_reference
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
