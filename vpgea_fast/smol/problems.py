@@ -37,12 +37,12 @@ CONCISE = {"student": 0.1, "teacher": 0.5}
 """Share of concise responses in sft.jsonl, by view."""
 KEPT_APART = 6
 """One of so many draws of numbers is for the test alone."""
-SPOKEN = 0.6
+SPOKEN = 0.5
 """Probability of each part of a verbose solution that can be left out."""
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-ANNOTATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
-LONGEST_QUESTION, LONGEST_LINE, MOST_STEPS = 320, 140, 4
+ANNOTATION = re.compile(r"<<(\d{1,4})([-+*/])(\d{1,4})=(\d{1,4})>>")
+LONGEST_QUESTION, LONGEST_LINE, MOST_STEPS = 240, 80, 3
 """Characters and calculations of a row of GSM8K that fits a small model."""
 
 
