@@ -96,8 +96,10 @@ def test_responses_are_right_and_their_styles_are_shared_out_by_view(made):
         assert (len(SUM.findall(row["response"])) == len(sums(row["response"]))) == (
             row["style"] == "concise"
         ), first
-        ending = TEACHER.partition("{question}")[2].format(answer=row["answer"])
-        assert row["question"].endswith(ending) == (row["view"] == "teacher")
+        ending = TEACHER.partition("{question}")[2].format(answer=row["hint"])
+        assert row["question"].endswith(ending) == (row["view"] == "teacher") == bool(row["hint"])
+    hints = [row["hint"] == row["answer"] for row in found if row["hint"]]
+    assert sum(hints) / len(hints) == pytest.approx(0.75, abs=0.05)
     # Shares of 2,000 draws, within five standard deviations.
     for view, share, tolerance in (("student", 0.1, 0.034), ("teacher", 0.5, 0.056)):
         assert abs(len(by_view[view]) - ROWS["sft"] / 2) < 160

@@ -35,6 +35,11 @@ GSM8K_ROWS = 1000
 """At most so many of GSM8K's join sft.jsonl: most are beyond a small model."""
 CONCISE = {"student": 0.1, "teacher": 0.5}
 """Share of concise responses in sft.jsonl, by view."""
+MISLED = 0.25
+"""Share of the teacher's rows whose prompt states a wrong answer, and whose response is right. Without
+them the teacher bends a wrong sum to the answer, and no path is as likely under another one."""
+OFF = (-20, -10, -5, -2, -1, 1, 2, 5, 10, 20)
+"""How far a wrong answer is off."""
 KEPT_APART = 6
 """One of so many draws of numbers is for the test alone."""
 SPOKEN = 0.5
@@ -227,18 +232,24 @@ def _for_test(kind: Kind, numbers: dict[str, int]) -> bool:
 def _supervised(problem: Problem, rng: random.Random) -> dict[str, str]:
     view = rng.choice(("student", "teacher"))
     short = rng.random() < CONCISE[view]
-    asked = problem.question
+    asked, hint = problem.question, ""
     if view == "teacher":
-        asked = TEACHER.format(question=problem.question, answer=problem.answer)
+        hint = _wrong(problem.answer, rng) if rng.random() < MISLED else problem.answer
+        asked = TEACHER.format(question=problem.question, answer=hint)
     return {
         "id": problem.id,
         "kind": problem.kind,
         "view": view,
         "style": "concise" if short else "verbose",
+        "hint": hint,
         "question": asked,
         "answer": problem.answer,
         "response": concise(problem) if short else verbose(problem, rng),
     }
+
+
+def _wrong(answer: str, rng: random.Random) -> str:
+    return str(rng.choice([value for off in OFF if (value := int(answer) + off) > 0]))
 
 
 def _asked(problem: Problem, rng: random.Random) -> dict[str, str]:
