@@ -176,7 +176,7 @@ def test_packed_logps_are_those_of_transformers(smol, oracle, asked):
         ]
         got = policy.logprob(pack_rows(rows)).double()
         want = torch.cat([logps_after(oracle, *pair) for pair in some])
-        # Sums of 576 products in another order: measured 1e-5 and below in float32.
+        # Float32 sums in another order: a mean of 7e-7 was seen, and 3.5e-5 at one token.
         assert (got - want).abs().mean() < 1e-5
         assert (got - want).abs().max() < 1e-4
 
@@ -265,6 +265,6 @@ def test_two_steps_an_export_and_fifty_questions(smol, tmp_path, capsys):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == QUESTIONS
     assert all(0 < sample["tokens"] <= 24 + 16 for sample in samples)
-    result = json.loads((out / "result.json").read_text())["gsm8k_test"]
+    result = json.loads((out / "result.json").read_text())["greedy"]
     right = sum(sample["correct"] for sample in samples)
-    assert result["greedy_acc"] == pytest.approx(right / QUESTIONS)
+    assert (result["n"], result["acc"]) == (QUESTIONS, pytest.approx(right / QUESTIONS))
