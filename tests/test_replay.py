@@ -353,7 +353,8 @@ def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
     more += ["--engine.paths", str(tmp_path / "bare.jsonl")]
     trained(words("live", "--objective", "hint_rft"))
     trained(words("bare", *more))
-    (line,) = lines(tmp_path / "bare/metrics.jsonl")
+    (line,), (live,) = (lines(tmp_path / f"{run}/metrics.jsonl") for run in ("bare", "live"))
     assert "mismatch_max" not in line
     assert line["grad_norm"] > 0
+    assert line["loss"] == live["loss"] > 0  # - mean log p, whoever drew the paths
     assert weights(tmp_path / "bare") == weights(tmp_path / "live")
