@@ -170,6 +170,7 @@ def test_preset_robust_keeps_its_bars_and_the_pages_say_what_its_guard_took():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_preset_robust_trained_now_keeps_its_bars(tiny_world, tiny_words, tmp_path, seed):
     """The committed runs are of the code of their day; this is of the code as it stands."""
