@@ -344,18 +344,18 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
 
 def test_runs_of_a_budget_of_tokens_end_in_the_step_that_reaches_it(order, capsys):
     asked = order()
-    words = command(asked, "--budget", "tokens:2000")
+    words = command(asked, "--budget", "tokens:900")
     assert main(words) == 2
     assert "optim.schedule 'cosine' falls over train.steps" in capsys.readouterr().err
     assert not asked.out.exists()
     assert main([*words, "--optim.schedule", "constant"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "budget of each run: 2000 sampled tokens (--budget)" in told
-    assert "vpgea: steps of 24 paths up to 2000 tokens" in told
+    assert "budget of each run: 900 sampled tokens (--budget)" in told
+    assert "vpgea: steps of 24 paths up to 900 tokens" in told
     (drawn,) = map(json.loads, map(Path.read_text, (asked.out / "records").iterdir()))
     lines = (asked.out / "runs/vpgea-0.001-0/metrics.jsonl").read_text().splitlines()
     tokens = [json.loads(line)["tokens_generated"] for line in lines]
-    assert sum(tokens[:-1]) < 2000 <= sum(tokens) == drawn["tokens_generated"]
+    assert sum(tokens[:-1]) < 900 <= sum(tokens) == drawn["tokens_generated"]
     assert (drawn["ended"], drawn["steps"]) == ("done", len(tokens))
 
 
