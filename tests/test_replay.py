@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,26 @@ def test_a_path_is_cut_to_the_limits_as_a_drawn_one(replay):
     assert (path.z_ids.tolist(), path.closed, path.finish) == ([7, 8, 9, 9], False, "length")
 
 
+@pytest.mark.parametrize(
+    ("ids", "answer", "finish"),
+    [
+        ([7, 8, 3], [9], "stop"),  # two tokens are the answer's limit
+        ([7, 8, 3], [], "stop"),
+        ([7, 8, 3], [9, 9], "length"),
+        ([7, 8, 3], [9, 1], "stop"),
+        ([7, 8], [], "length"),
+        ([7, 1], [], "stop"),
+        ([], [], "length"),
+    ],
+)
+def test_a_line_that_does_not_say_how_its_path_ended(replay, ids, answer, finish):
+    line = {"question_id": "q", "stream": "prior", "ids": ids, "answer_ids": answer}
+    (path,) = replay([line]).generate([asked()], SAMPLING)
+    assert (path.finish, path.closed) == (finish, 3 in ids)
+    (thought,) = replay([line]).generate([asked()], replace(SAMPLING, full_answer=False))
+    assert thought.finish == ("stop" if 3 in ids or 1 in ids else "length")
+
+
 def test_lines_without_step_and_index_serve_every_step_in_their_order(replay):
     bare = [
         {"question_id": "q", "stream": "prior", "ids": [n, 3], "answer_ids": []} for n in (7, 8)
@@ -393,4 +414,5 @@ def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
     assert "mismatch_max" not in line
     assert line["grad_norm"] > 0
     assert line["loss"] == live["loss"] > 0  # - mean log p, whoever drew the paths
+    assert line["trunc_post"] == live["trunc_post"] > 0  # what a line does not say of its end
     assert weights(tmp_path / "bare") == weights(tmp_path / "live")

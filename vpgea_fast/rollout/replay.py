@@ -306,7 +306,7 @@ class Replay:
         self.records.require_prompt(record, place, prompt_digest(request.prompt_ids))
         self.records.require_text(record, place)
         ids, logps = self._tokens(record, place, full_answer=sampling.full_answer)
-        finish: Finish = record.get("finish", "stop")
+        finish = record.get("finish") or _finish(ids.tolist(), sampling)
         return split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
 
     def _tokens(
@@ -331,6 +331,15 @@ class Replay:
             ids += own
             logps += [math.nan if value is None else value for value in known]
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
+
+
+def _finish(ids: Sequence[int], sampling: Sampling) -> Finish:
+    """How a path ended whose line does not say it: an open thought was cut, and so was an answer
+    that filled its room, unless an end-of-sequence token ends them."""
+    # Other programs write the answer without that token, so its absence alone is no cut.
+    closes = sampling.closed_at(ids)
+    roomy = closes > 0 and len(ids) - closes < sampling.max_answer_tokens
+    return "stop" if roomy or (ids and ids[-1] in sampling.eos_ids) else "length"
 
 
 def _line_at(place: Place) -> bytes:
