@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -18,7 +18,7 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.names import Slot
+from vpgea_fast.names import Slot, Who
 from vpgea_fast.objectives import (
     Draws,
     Objective,
@@ -342,17 +342,18 @@ class Collector:
             reference=found["reference"][0] if "reference" in found else None,
             lost_B=lost_B,
             posterior_view=self.draws.posterior_view,
+            posterior_who=self.draws.posterior_who,
             token_limit=self.sampling.limit,
         )
 
     def _logps(
         self, batch: ScoredBatch, step: int, needs: Iterable[Score]
     ) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U, and of the reference policy: all
-        rows of each packed together."""
+        """What the objective must see of the trained policies beside U, and of the reference
+        policy: all rows of each packed together."""
         logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
         # In one order on every process: a forward is a collective of a sharded policy.
-        for who in ("policy", "reference"):
+        for who in get_args(Who):
             rows = {
                 score: self._score_rows(batch, score, step)
                 for score in sorted(needs)
@@ -404,7 +405,12 @@ class Collector:
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
         weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
         term = Term(
-            name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
+            name="score",
+            stream=score.stream,
+            view=view,
+            part=score.part,
+            weight_BP=weight_BP,
+            who="posterior" if score.who == "posterior" else "policy",
         )
         return [part_row(q, path, term) for q, path in pairs]
 
