@@ -4,8 +4,9 @@ and bounds, weights and variances by enumeration."""
 import itertools
 import json
 import math
+import random
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import oracle
@@ -20,7 +21,7 @@ from vpgea_fast.check import unread_keys
 from vpgea_fast.cli import main
 from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
-from vpgea_fast.objectives import Vr, VrPhi, VrTheta, check_terms
+from vpgea_fast.objectives import Keys, Vr, VrPhi, VrTheta, check_terms
 from vpgea_fast.objectives.bounds import log_mean, shares
 from vpgea_fast.objectives.guards import VIEWS
 from vpgea_fast.rows import Scale, build_rows
@@ -553,6 +554,98 @@ def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
         phi(**keys)
 
 
+OTHERS = {
+    "estimator": ("accuracy", "gml", "likelihood"),
+    "thought_ratio": ("geometric", "exact"),
+    "answer": (None, "sampled", "reference"),
+    "answer_rows": (8, 1),
+    "phi": ("forward_kl", "reverse_kl", "iwae"),
+    "u_min": (-20.0, -0.5),
+    "clip_low": (0.2, 0.6),
+    "clip_high": (0.2, 0.6),
+    "group_size": (1, 2, 3),
+    "prior_samples": (8, 3),
+    "phi_weight": (1.0, 0.5),
+}
+"""Values of every key of Variational Reasoning's own; those of all methods are tested with them."""
+
+
+def made_of(objective, batch):
+    """All that a step makes of an objective: what it draws, and losses of moved log-probs."""
+    found = [objective.draws(), objective.needs()]
+    terms = objective.terms(batch, {})
+    for several in (False, True):
+        for row in build_rows(batch, terms, Scale(norm="seq_sum"), several=several):
+            old = torch.linspace(-2, -1, row.token_ids.numel()).double()
+            row, now = replace(row, old=old), old * torch.tensor([1.3, 0.7]).double()
+            found.append((row.term, row.path, row.loss(now).tolist(), row.at(now).coef.tolist()))
+    return found
+
+
+def both_streams(paths):
+    """Two questions with so many paths of each stream, which differ in all that a weight may read:
+    what is worth little in one is worth much in the other."""
+    gaps = torch.tensor([[-0.3, -0.9], [0.5, 0.4], [0.1, 0.0]])[:paths]
+    right = [(YES, ([7, 1], True)), (YES, NO), (NO, NO)]
+    u = torch.tensor([[-0.4, -1.5, -0.1], [-0.9, -1.5, -0.1]]).double()[:, :paths]
+    ours, theirs = (
+        batch_of(
+            [
+                hinted((gaps + more).tolist(), name=name, right=own[:paths], stream=stream)
+                for name, more, own in (("low", 0.0, right), ("high", 3.0, [*right[1:], right[0]]))
+            ],
+            u,
+        )
+        for stream in reversed(STREAMS)
+    )
+    return replace(theirs, prior=ours.prior)
+
+
+def drawn(kind, rng, default):
+    """Half of a method's keys by chance, this one at its default, of which none is idle."""
+    own = [key for key in OTHERS if key in kind.__dataclass_fields__ and key != default]
+    while True:
+        try:
+            return kind(**{key: rng.choice(OTHERS[key]) for key in own if rng.random() < 0.5})
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("kind", "idle"),
+    [
+        (VrTheta, {"thought_ratio", "answer_rows"}),
+        (VrPhi, {"thought_ratio", "u_min", "clip_low", "clip_high"}),
+        (Vr, {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}),
+    ],
+)
+def test_every_key_changes_what_a_step_makes_or_is_refused(kind, idle, monkeypatch):
+    rng, refused = random.Random(0), set()
+    own = {f.name for f in fields(kind)} - {f.name for f in fields(Keys)}
+    assert own <= {*OTHERS}
+    for key, _ in itertools.product(sorted(own), range(15)):
+        plain = drawn(kind, rng, key)
+        others = [v for v in OTHERS[key] if v != getattr(plain, key)]
+        if key == "answer":  # null stands for one of the two others
+            others = ["reference" if plain.trains_sampled else "sampled"]
+        batch = both_streams(min(3, plain.group_size))
+        before = made_of(plain, batch)
+        for value in others:
+            said = None
+            try:
+                replace(plain, **{key: value})
+            except ValueError as error:
+                said = str(error)
+            if said and f"{key}: got " not in said:  # it makes another key idle
+                continue
+            with monkeypatch.context() as free:
+                free.setattr("vpgea_fast.objectives.base.refuse_unread", lambda _: None)
+                after = made_of(replace(plain, **{key: value}), batch)
+            assert (after == before) == bool(said), (plain, key, value, said)
+            refused |= {key} if said else set()
+    assert refused == idle
+
+
 def test_a_likelihood_is_not_that_of_sampled_answers():
     words = ["--objective", "vr_theta", "--scoring.u_source", "accuracy"]
     config.load(TINY, words)
@@ -574,6 +667,10 @@ def test_keys_of_sampled_answers_are_read_where_thoughts_are_answered():
         *("scoring.u_norm", "scoring.answer_samples", "scoring.answer_temperature")
     ]
     assert "the objective says itself how U is summed" in said[0]
+    # As many are trained as are drawn, unless the key is lower.
+    for rows, said in ((3, []), (4, ["objective.answer_rows 4 changes nothing"])):
+        cfg = config.load(TINY, ["--objective", "vr", *words, f"--objective.answer_rows={rows}"])
+        assert [line.split(":")[0] for line in unread_keys(cfg)] == said
 
 
 def test_thoughts_that_were_all_cut_are_answered_by_nobody(tiny_words):

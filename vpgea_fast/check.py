@@ -101,6 +101,9 @@ def unread_keys(cfg: Config) -> Iterator[str]:
     single = cfg.train.updates == 1 and (
         "train.minibatches and train.epochs make one update of a rollout"
     )
+    enough = getattr(objective, "answer_rows", 0) >= scoring.answer_samples and (
+        f"scoring.answer_samples draws {scoring.answer_samples} behind a thought"
+    )
     for key, because in {
         "model.reference": no_reference,
         "model.reference_path": no_reference,
@@ -108,6 +111,7 @@ def unread_keys(cfg: Config) -> Iterator[str]:
         "scoring.u_norm": unscored or told or (not likely and "scoring.u_source is 'accuracy'"),
         "scoring.answer_samples": not_sampled,
         "scoring.answer_temperature": not_sampled,
+        "objective.answer_rows": enough,
         **{f"objective.{key}": single for key in ("clip_low", "clip_high", "ratio", "surrogate")},
     }.items():
         section, _, name = key.partition(".")

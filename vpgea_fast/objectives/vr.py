@@ -119,6 +119,11 @@ class ThetaKeys(HintedKeys):
     """Right answers that are trained behind a thought at most, the first ones (`sampled`). Each
     that differs is a row with the whole thought in it."""
 
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("answer_rows", {"answer": ("reference",)}),
+        Unread("answer_rows", {"answer": (None,), "estimator": ("gml", "likelihood")}),
+    )
+
     @property
     def trains_sampled(self) -> bool:
         return (self.answer or {"accuracy": "sampled"}.get(self.estimator)) == "sampled"
@@ -159,7 +164,11 @@ class PhiKeys(HintedKeys, ClipKeys):
     """Least log f of a thought, and that of one without a right answer, in nats; `reverse_kl`
     alone."""
 
-    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("u_min", {"phi": ("forward_kl", "iwae")}),)
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("u_min", {"phi": ("forward_kl", "iwae")}),
+        # A fixed sample has no ratio to clip, and theta's part is one too.
+        *(Unread(key, {"phi": ("forward_kl",)}) for key in ("clip_low", "clip_high")),
+    )
 
     def phi_scores(self) -> set[Score]:
         """What phi's part reads."""
@@ -205,6 +214,9 @@ class VrTheta(ThetaKeys):
 
     name: Literal["vr_theta"] = "vr_theta"
     """Variational Reasoning: the reasoning model alone."""
+
+    # A single path has all of the weight, whatever its ratio is.
+    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("thought_ratio", {"group_size": (1,)}),)
 
     def draws(self) -> Draws:
         return Draws(posterior=self.group_size, **self.behind())
@@ -282,6 +294,11 @@ class Vr(ThetaKeys, PhiKeys):
     @property
     def phi_who(self) -> Trained:
         return "policy" if self.share_params else "posterior"
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("prior_samples", {"phi": ("reverse_kl", "iwae")}),
+        Unread("thought_ratio", {"group_size": (1,), "phi": ("forward_kl",)}),
+    )
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
