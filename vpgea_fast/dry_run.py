@@ -14,7 +14,7 @@ from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
 from vpgea_fast.check import Target, check_config, slow_engine, target
-from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
+from vpgea_fast.config import Config, ConfigError, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
     DataError,
@@ -63,6 +63,12 @@ def dry_run(
     that the run would end with. Only data on a Hub that cannot be reached is replaced, and said to
     be, by built-in questions.
     """
+    if cfg.two_policies:
+        # Its memory is that of two models and two optimisers: half of it would be a wrong number.
+        raise ConfigError(
+            "--dry-run: got objective.share_params false, and counts the memory of one policy; "
+            "look at a run with share_params true, and leave room for a second model"
+        )
     on = on or target(cfg)
 
     # Questions come from files of others: what steers a terminal must not reach it.
