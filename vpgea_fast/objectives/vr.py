@@ -289,16 +289,15 @@ class Vr(ThetaKeys, PhiKeys):
     """Weight of the hinted policy's part of the loss; the reasoning model's has 1. A model of its
     own has a learning rate instead."""
 
-    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("phi_weight", {"share_params": (False,)}),)
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        Unread("prior_samples", {"phi": ("reverse_kl", "iwae")}),
+        Unread("thought_ratio", {"group_size": (1,), "phi": ("forward_kl",)}),
+        Unread("phi_weight", {"share_params": (False,)}),
+    )
 
     @property
     def phi_who(self) -> Trained:
         return "policy" if self.share_params else "posterior"
-
-    UNREAD: ClassVar[tuple[Unread, ...]] = (
-        Unread("prior_samples", {"phi": ("reverse_kl", "iwae")}),
-        Unread("thought_ratio", {"group_size": (1,), "phi": ("forward_kl",)}),
-    )
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
