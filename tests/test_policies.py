@@ -357,6 +357,30 @@ def test_a_resumed_run_is_bitwise_the_run_of_both_policies(words, other):
             assert torch.equal(weight, last[f"{prefix}model.{name}"])
 
 
+def trained(words):
+    """The lines of a run on these processes, and its last checkpoint's weights."""
+    where = run_to_the_end(words)
+    return recorded(where), {n: t for n, t in tensors(where, 2).items() if "optimizer" not in n}
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(words, other):
+    """Both models in shards, each gathered for its own passes and its turn at the engine."""
+    how = {**STEPS, **MIXED, "posterior.path": other, "posterior.lr": 2e-3}
+    (lines, weights), *_ = run_ranks(trained, words("one", **how), size=1)
+    (ours, found), *_ = run_ranks(trained, words("two", **how), size=2)
+    for mine, its in zip(ours, lines, strict=True):
+        for key in ("loss", "loss_phi", "loss_theta", "grad_norm", "grad_norm_posterior", "vr_ess"):
+            assert mine[key] == pytest.approx(its[key], rel=1e-9), key
+        assert mine["lr_posterior"] == 2 * mine["lr"]
+        assert mine["grad_norm"] > 0
+        assert mine["grad_norm_posterior"] > 0
+        assert mine["probe_mean"] <= 1e-4
+    assert found.keys() == weights.keys()
+    # Of three updates at rates of 1e-3: Adam's root turns a rounding of a zero gradient into more.
+    assert all(torch.allclose(found[n], weights[n], rtol=0, atol=1e-6) for n in weights)
+
+
 def test_a_checkpoint_of_another_number_of_policies_is_refused(words):
     """In one line, and before any weight has changed; one of a single policy is read as ever."""
     one = words("one", **{"objective.share_params": "true", "rollout.max_new_tokens": 24})

@@ -131,14 +131,15 @@ class Policies:
         A norm of one that is not finite leaves every policy bitwise as it was, and so does a policy
         without rows stay.
         """
-        moved = [share.who for share in shares]
+        moved: list[Trained] = [share.who for share in shares]
         norms = make_steps(
             [
                 Step(it.optimizer, it.rate(step, steps), it.optim.max_grad_norm)
                 for it in (self[who] for who in moved)
             ]
         )
-        return dict.fromkeys(self.learners, 0.0) | dict(zip(moved, norms, strict=True))
+        found: dict[Trained, float] = dict.fromkeys(self.learners, 0.0)
+        return found | dict(zip(moved, norms, strict=True))
 
     def metrics(self, norms: Mapping[Trained, float], step: int, steps: int) -> dict[str, float]:
         """Learning rate and gradient norm of every policy, 0 where it has none; a second one's with

@@ -169,7 +169,9 @@ class SyncProbe:
         looks = []
         for start in range(0, len(paths), each):
             part = slice(start, start + each)
-            known = {name: torch.cat(logps[part]) for name, logps in scored.items()}
+            known: dict[Trained, torch.Tensor] = {
+                name: torch.cat(logps[part]) for name, logps in scored.items()
+            }
             looks.append(
                 _Look(
                     torch.cat([path.z_ids for path in paths[part]]),
