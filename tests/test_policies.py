@@ -357,18 +357,13 @@ def test_a_resumed_run_is_bitwise_the_run_of_both_policies(words, other):
             assert torch.equal(weight, last[f"{prefix}model.{name}"])
 
 
-def trained(words):
-    """The lines of a run on these processes, and its last checkpoint's weights."""
-    where = run_to_the_end(words)
-    return recorded(where), {n: t for n, t in tensors(where, 2).items() if "optimizer" not in n}
-
-
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(words, other):
     """Both models in shards, each gathered for its own passes and its turn at the engine."""
     how = {**STEPS, **MIXED, "posterior.path": other, "posterior.lr": 2e-3}
-    (lines, weights), *_ = run_ranks(trained, words("one", **how), size=1)
-    (ours, found), *_ = run_ranks(trained, words("two", **how), size=2)
+    one = run_to_the_end(words("one", **how))
+    two = run_ranks(run_to_the_end, words("two", **how))[0]
+    lines, ours = recorded(one), recorded(two)
     for mine, its in zip(ours, lines, strict=True):
         for key in ("loss", "loss_phi", "loss_theta", "grad_norm", "grad_norm_posterior", "vr_ess"):
             assert mine[key] == pytest.approx(its[key], rel=1e-9), key
@@ -376,9 +371,11 @@ def test_two_processes_train_what_one_does(words, other):
         assert mine["grad_norm"] > 0
         assert mine["grad_norm_posterior"] > 0
         assert mine["probe_mean"] <= 1e-4
+    weights, found = tensors(one, 2), tensors(two, 2)
     assert found.keys() == weights.keys()
-    # Of three updates at rates of 1e-3: Adam's root turns a rounding of a zero gradient into more.
-    assert all(torch.allclose(found[n], weights[n], rtol=0, atol=1e-6) for n in weights)
+    apart = {n: float((found[n] - weights[n]).abs().max()) for n in weights if "model." in n}
+    # Adam divides a gradient by its own size, so a rounding of a tiny one moves a weight by more.
+    assert max(apart.values()) <= 1e-6, apart
 
 
 def test_a_checkpoint_of_another_number_of_policies_is_refused(words):
