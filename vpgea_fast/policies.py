@@ -8,6 +8,7 @@ rows            -> by `TrainRow.who` -> a pass of each policy -> in the order of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,13 +88,13 @@ class Policies:
         result = [torch.zeros(0, dtype=torch.float64)] * len(rows)
         for share in self.shares(rows) if shares is None else shares:
             policy = self[share.who].policy
-            found = self.passes(
-                lambda batch, last, policy=policy: forward(policy, batch, last),
-                share.rows,
-                share.plan,
-            )
+            own = functools.partial(forward, policy)
+            found = self.passes(own, share.rows, share.plan)
             for place, values in zip(share.places, found, strict=True):
                 result[place] = values
+            if self.posterior is not None:
+                # Else head, embedding and root of both models stay gathered beside each other.
+                reshard(policy)
         return result
 
     def scorer(self, temperature: float) -> RowsFn:
