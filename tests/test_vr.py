@@ -555,6 +555,7 @@ def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
 
 
 OTHERS = {
+    "share_params": (True, False),
     "estimator": ("accuracy", "gml", "likelihood"),
     "thought_ratio": ("geometric", "exact"),
     "answer": (None, "sampled", "reference"),
@@ -566,7 +567,6 @@ OTHERS = {
     "group_size": (1, 2, 3),
     "prior_samples": (8, 3),
     "phi_weight": (1.0, 0.5),
-    "share_params": (True, False),
 }
 """Values of every key of Variational Reasoning's own; those of all methods are tested with them."""
 
