@@ -23,7 +23,7 @@ from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Keys, Vr, VrPhi, VrTheta, check_terms
 from vpgea_fast.objectives.bounds import log_mean, shares
-from vpgea_fast.objectives.guards import VIEWS
+from vpgea_fast.objectives.guards import VIEWS, views
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.tiny import make_tiny
 from vpgea_fast.trainer import Trainer
@@ -555,6 +555,7 @@ def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
 
 
 OTHERS = {
+    "share_params": (True, False),
     "estimator": ("accuracy", "gml", "likelihood"),
     "thought_ratio": ("geometric", "exact"),
     "answer": (None, "sampled", "reference"),
@@ -573,6 +574,9 @@ OTHERS = {
 def made_of(objective, batch):
     """All that a step makes of an objective: what it draws, and losses of moved log-probs."""
     found = [objective.draws(), objective.needs()]
+    who = objective.draws().posterior_who
+    own = {views(who)[0]: batch.logps[VIEWS[0]]}
+    batch = replace(batch, posterior_who=who, logps={**batch.logps, **own})
     terms = objective.terms(batch, {})
     for several in (False, True):
         for row in build_rows(batch, terms, Scale(norm="seq_sum"), several=several):
@@ -616,14 +620,18 @@ def drawn(kind, rng, default):
     [
         (VrTheta, {"thought_ratio", "answer_rows"}),
         (VrPhi, {"thought_ratio", "u_min", "clip_low", "clip_high"}),
-        (Vr, {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}),
+        (
+            Vr,
+            {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}
+            | {"phi_weight"},
+        ),
     ],
 )
 def test_every_key_changes_what_a_step_makes_or_is_refused(kind, idle, monkeypatch):
     rng, refused = random.Random(0), set()
     own = {f.name for f in fields(kind)} - {f.name for f in fields(Keys)}
     assert own <= {*OTHERS}
-    for key, _ in itertools.product(sorted(own), range(15)):
+    for key, _ in itertools.product(sorted(own), range(20)):
         plain = drawn(kind, rng, key)
         others = [v for v in OTHERS[key] if v != getattr(plain, key)]
         if key == "answer":  # null stands for one of the two others
@@ -851,7 +859,8 @@ def test_the_mean_update_of_theta_is_the_gradient_of_the_bound(size):
     world = tabular(1)
     traces, student, teacher, log_f = world
     draw = oracle.tuples(15, size)
-    cfg = theta(estimator="likelihood", thought_ratio="exact", group_size=size)
+    ratio = {} if size == 1 else {"thought_ratio": "exact"}  # of a single path nothing reads it
+    cfg = theta(estimator="likelihood", group_size=size, **ratio)
     (term, _) = cfg.terms(drawn_batch(*world, draw), {}).parts
     log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
     probability = log_q[draw].sum(1, keepdim=True).exp()

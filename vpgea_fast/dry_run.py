@@ -14,7 +14,7 @@ from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
 from vpgea_fast.check import Target, check_config, slow_engine, target
-from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
+from vpgea_fast.config import Config, ConfigError, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
     DataError,
@@ -27,7 +27,7 @@ from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
 from vpgea_fast.questions import check_questions
-from vpgea_fast.reference import check_reference
+from vpgea_fast.reference import check_models
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
 
@@ -63,6 +63,12 @@ def dry_run(
     that the run would end with. Only data on a Hub that cannot be reached is replaced, and said to
     be, by built-in questions.
     """
+    if cfg.two_policies:
+        # Its memory is that of two models and two optimisers: half of it would be a wrong number.
+        raise ConfigError(
+            "--dry-run: got objective.share_params false, and counts the memory of one policy; "
+            "look at a run with share_params true, and leave room for a second model"
+        )
     on = on or target(cfg)
 
     # Questions come from files of others: what steers a terminal must not reach it.
@@ -104,7 +110,7 @@ def dry_run(
             say(line)
     _say_benchmarks(benchmarks, say)
     # After the data: lengths are checked by the prompts that there are, not by their limits.
-    check_reference(cfg, text.config, text.tokenizer)
+    check_models(cfg, text.config, text.tokenizer)
     check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)
     if slow := slow_engine(cfg, cuda=on.cuda):
         say(slow)

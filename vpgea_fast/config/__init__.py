@@ -13,6 +13,7 @@ from vpgea_fast.config.inputs import (
     DataFile,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PositiveInt",
+    "PosteriorConfig",
     "PromptConfig",
     "ReplayEngineConfig",
     "RolloutConfig",

@@ -14,6 +14,7 @@ from vpgea_fast.config.inputs import (
     Files,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -217,6 +218,8 @@ class Config:
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimiser and learning rate."""
+    posterior: PosteriorConfig = Field(default_factory=PosteriorConfig)
+    """The posterior policy, where the objective trains one beside the policy."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """Steps, normalisation, and when a run ends itself."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -236,6 +239,11 @@ class Config:
         """Whether the trained module samples, or a copy beside a sharded one: all that is drawn
         (hf), or all but the paths (replay)."""
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
+
+    @property
+    def two_policies(self) -> bool:
+        """Whether a posterior policy is trained beside the policy, with weights of its own."""
+        return self.objective.draws().posterior_who == "posterior"
 
     @property
     def answers_behind(self) -> bool:
@@ -291,6 +299,7 @@ class Config:
                 f"rollout.full_answer is false; set it to true or {other}"
             )
         self._check_target()
+        self._check_posterior()
         # Its likelihood would be compared with a baseline of sampled answers.
         early = any(score.view == "early" for score in self.objective.needs())
         if early and self.scoring.u_source == "accuracy":
@@ -349,6 +358,22 @@ class Config:
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
+            )
+
+    def _check_posterior(self) -> None:
+        """ValueError for keys of a posterior policy that there is not, and where none can be."""
+        keys = {"path": self.posterior.path, "lr": self.posterior.lr}
+        given = next((key for key, value in keys.items() if value is not None), None)
+        if given is not None and not self.two_policies:
+            raise ValueError(
+                f"posterior.{given}: got {keys[given]!r}, but objective {self.objective.name!r} "
+                "trains one policy; set objective.share_params false (vr), or leave it out"
+            )
+        if self.two_policies and self.engine.name == "replay":
+            raise ValueError(
+                "engine.name: got 'replay' with a posterior policy, which recorded paths were not "
+                "drawn from; train the two models apart (objective vr_phi, then vr_theta), or set "
+                "engine.name hf or vllm"
             )
 
     def _check_solution(self) -> None:
