@@ -292,7 +292,15 @@ def hinted(gaps, *, name="q", right=None, closed=None, length=2, stream="posteri
     right, closed = right or [()] * count, closed or [True] * count
     tokens = [torch.arange(10, 10 + length) for _ in gaps]
     paths = tuple(
-        sampled(z, question_id=name, stream=stream, index=i, closed=c, attempts=attempts(*r))
+        sampled(
+            z,
+            question_id=name,
+            stream=stream,
+            index=i,
+            closed=c,
+            attempts=attempts(*r),
+            share=1 / count,
+        )
         for i, (z, c, r) in enumerate(zip(tokens, closed, right, strict=True))
     )
     teacher, student = (
@@ -566,6 +574,10 @@ OTHERS = {
     "group_size": (1, 2, 3),
     "prior_samples": (8, 3),
     "phi_weight": (1.0, 0.5),
+    "log_q": ("policy", "recorded"),
+    "weights": ("computed", "recorded"),
+    "keep": ("all", "best"),
+    "originals": (0, 1),
 }
 """Values of every key of Variational Reasoning's own; those of all methods are tested with them."""
 
@@ -577,7 +589,7 @@ def made_of(objective, batch):
     for several in (False, True):
         for row in build_rows(batch, terms, Scale(norm="seq_sum"), several=several):
             old = torch.linspace(-2, -1, row.token_ids.numel()).double()
-            row, now = replace(row, old=old), old * torch.tensor([1.3, 0.7]).double()
+            row, now = replace(row, old=old), old * torch.linspace(1.3, 0.7, len(old)).double()
             found.append((row.term, row.path, row.loss(now).tolist(), row.at(now).coef.tolist()))
     return found
 
@@ -585,9 +597,10 @@ def made_of(objective, batch):
 def both_streams(paths):
     """Two questions with so many paths of each stream, which differ in all that a weight may read:
     what is worth little in one is worth much in the other."""
-    gaps = torch.tensor([[-0.3, -0.9], [0.5, 0.4], [0.1, 0.0]])[:paths]
+    # By the ratio per token the first is best in the question `low`, by the whole one the second.
+    gaps = torch.tensor([[0.0, -0.1], [0.5, 0.4], [0.1, 0.0]])[:paths]
     right = [(YES, ([7, 1], True)), (YES, NO), (NO, NO)]
-    u = torch.tensor([[-0.4, -1.5, -0.1], [-0.9, -1.5, -0.1]]).double()[:, :paths]
+    u = torch.tensor([[-0.4, -1.2, -2.5], [-0.9, -1.5, -0.1]]).double()[:, :paths]
     ours, theirs = (
         batch_of(
             [
@@ -614,7 +627,7 @@ def drawn(kind, rng, default):
 @pytest.mark.parametrize(
     ("kind", "idle"),
     [
-        (VrTheta, {"thought_ratio", "answer_rows"}),
+        (VrTheta, {"thought_ratio", "answer_rows", "keep", "log_q", "estimator"}),
         (VrPhi, {"thought_ratio", "u_min", "clip_low", "clip_high"}),
         (Vr, {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}),
     ],

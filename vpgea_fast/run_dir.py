@@ -44,7 +44,7 @@ FIXED_ON_RESUME = (
     *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
-    "rollout.importance_cap",
+    *("rollout.importance_cap", "train.record"),
     *("data.", "verify.", "run.seed", "run.threads", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. The rollout's are those
@@ -177,7 +177,7 @@ class RunDir:
                 f"vpgea export {self.path} --step best"
             )
         files = [page] + [self.path / report.FIGURE] * self.cfg.metrics.figure
-        files += [self.path / "export"] * self.cfg.checkpoint.export
+        files += [self.path / "export"] * self.cfg.asked.checkpoint.export
         console.message(", ".join(map(str, files)))
 
     def _claim(self, resume: bool) -> None:

@@ -148,8 +148,10 @@ def estimate_memory(
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     awake = {**states, **(engine.parts if engine else {})}
-    gradients = _gradients(lay)
+    gradients, asked = _gradients(lay), cfg.objective.draws()
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
+    if not asked.trained:  # a record scores at most, and may do nothing but draw
+        phases = {"scoring": {**beside, **_scoring(lay)}}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
@@ -159,10 +161,14 @@ def estimate_memory(
         around = {**(beside if asleep else awake), **frozen}
         phases["reference"] = {**around, **_reference_pass(lay), **copies}
     # Activations are gone by then, and the optimiser's copies come.
-    phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    if asked.trained:
+        update = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+        phases["update"] = {**beside, **update}
     # The reference policy's weights are there while it draws, or is handed to the engine.
-    own = frozen if cfg.objective.draws().reference else {}
+    own = frozen if asked.reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
+    if cfg.samples_itself and not draws_itself(cfg):
+        return MemoryEstimate(phases, _host(lay), shape.parameters)
     if cfg.samples_itself:
         drawing = _sampling(lay, context=context, prompt=prompt)
         phases["sampling"] = {**states, **drawing, **copies, **own}
@@ -176,6 +182,13 @@ def estimate_memory(
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
     return MemoryEstimate(phases, _host(lay), shape.parameters, engine)
+
+
+def draws_itself(cfg: Config) -> bool:
+    """Whether the trained module, or its copy, samples anything: paths, answers, evaluations."""
+    asked = cfg.objective.draws()
+    paths = not asked.given and cfg.engine.name != "replay"
+    return paths or bool(cfg.eval.data) or (cfg.answers_behind and not asked.recorded)
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -228,7 +241,9 @@ def _reference_pass(lay: Layout) -> dict[str, int]:
 
 
 def optimizer_bytes(lay: Layout) -> int:
-    """Count the bytes of the moments of one process's shards."""
+    """Count the bytes of the moments of one process's shards; 0 where nothing is trained."""
+    if not lay.cfg.objective.draws().trained:
+        return 0
     # Two moments per weight: float32, bfloat16, or bytes in blocks with their scales.
     name, held = lay.cfg.optim.name, lay.held
     if name == "adamw_8bit":
