@@ -181,7 +181,8 @@ def test_preset_robust_trained_now_keeps_its_bars(tiny_world, tiny_words, tmp_pa
     before, after = known["before"], known["after"]
     assert after["sampled"]["tokens"] <= 0.35 * before["sampled"]["tokens"]
     assert after["sampled"]["eps3"] >= 3 * before["sampled"]["eps3"]
-    assert after["greedy"]["acc"] >= 0.98 * before["greedy"]["acc"]
+    assert after["sampled"]["acc"] >= before["sampled"]["acc"]
+    assert after["greedy"]["acc"] >= 0.98
 
 
 def runs_of(result, method, rate):

@@ -1,15 +1,19 @@
 """Recorded paths in place of drawn ones: the same updates, bit for bit, and each fault a line."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
+from runs import untimed
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
 from vpgea_fast.config import ReplayEngineConfig
+from vpgea_fast.objectives import METHODS
+from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS
 from vpgea_fast.rollout.engine import Sampling, prompt_digest
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.replay import Expected, RecordError, Records, Replay
@@ -72,6 +76,38 @@ def test_a_recorded_run_replayed_makes_the_same_updates(name, tiny_words, tmp_pa
     assert any(norm for _, norm, *_ in of[0])
     replaced = [line["replaced"] for line in lines(record)]
     assert any(replaced) == (name == "resampled")
+
+
+# More of what a record must hold: paths of the reference policy, prompts with a field of their own,
+# log-probs of other prompts, and nothing at all.
+MORE = {
+    **{name: ["--objective.name", name] for name in METHODS},
+    **{
+        f"grpo, {name}": ["--objective.name", "grpo", "--objective.length_reward", name]
+        for name in LENGTH_REWARDS
+    },
+    **{
+        f"vpgea, {guard}": ["--objective.leak_guard", guard, "--objective.lexical", "true"]
+        for guard in ("counterfactual", "max_kl", "early_answer")
+    },
+}
+BUDGETED = ["--prompt.student", "{question} ={budget}", "--data.max_prompt_tokens", "32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_every_method_is_replayed(name, tiny_words, tmp_path):
+    small = {key: value for key, value in SMALL.items() if not key.startswith("objective")}
+    words = tiny_words({**small, "rollout.max_new_tokens": 72, "metrics.paths_per_step": 100})
+    more = [*MORE[name], *(BUDGETED if "l1_" in name else [])]
+    trained(words("run", *more))
+    record = tmp_path / "run/paths.jsonl"
+    trained(words("again", *more, "--engine", "replay", "--engine.paths", f"[{record}]"))
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    runs = [untimed(lines(tmp_path / run / "metrics.jsonl")) for run in ("run", "again")]
+    for line in itertools.chain(*runs):
+        del line["prefix_hit_rate"]  # no engine read a prompt again
+    assert runs[0] == runs[1]
 
 
 def test_another_run_would_have_other_weights(tiny_words, tmp_path):
@@ -353,7 +389,8 @@ def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
     more += ["--engine.paths", str(tmp_path / "bare.jsonl")]
     trained(words("live", "--objective", "hint_rft"))
     trained(words("bare", *more))
-    (line,) = lines(tmp_path / "bare/metrics.jsonl")
+    (line,), (live,) = (lines(tmp_path / f"{run}/metrics.jsonl") for run in ("bare", "live"))
     assert "mismatch_max" not in line
     assert line["grad_norm"] > 0
+    assert line["loss"] == live["loss"] > 0  # - mean log p, whoever drew the paths
     assert weights(tmp_path / "bare") == weights(tmp_path / "live")

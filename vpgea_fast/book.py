@@ -193,7 +193,7 @@ loss_prior_pg | nats
     Policy gradient of the student's own paths; with objective.prior_pg.
 loss_distill | nats
     Sum over distilled rows of coefficient times (log p - log q), beta included; 0 where the
-    views agree.
+    views agree, null where a recorded path's log q is not known.
 grad_norm | norm
     Norm of the whole gradient before clipping, over all processes; 0 without a gradient, null
     where not finite.

@@ -138,9 +138,9 @@ def row_metrics(
     kl_gated   mean of log q_t - log p_t over the tokens of the distilled rows
 
     log q is the trainer's, from the row of the same path that is trained beside it: the mismatch
-    with the sampler stays out of the loss. A path without such a row takes the sampler's;
-    ValueError where there is none. `scored` are the rows with `old`, and their log-probs before the
-    update: of a token that is clipped it has none.
+    with the sampler stays out of the loss. A path without such a row takes the sampler's: NaN where
+    a record has none, ValueError where no row has any. `scored` are the rows with `old`, and their
+    log-probs before the update: of a token that is clipped it has none.
     """
     # What is scored comes last: it is whole, and a row that was clipped is not.
     known = [*zip(rows, logps, strict=True), *scored]
@@ -168,8 +168,9 @@ def row_metrics(
                 f"loss: got a {row.stream} path in the {row.view} view alone, expected its own "
                 "log-probs; give the row its path or sample_logps"
             )
-        if reference.isnan().any():  # a record without log-probs: no constant is known
-            losses[f"loss_{row.term}"] += (row.coef * row_logps).sum().item()
+        # A record without log-probs: without its constant the sum is another formula's.
+        if reference.isnan().any():
+            losses[f"loss_{row.term}"] = math.nan
             continue
         distilled.append(reference.double() - row_logps)
         if row.old is None:

@@ -325,6 +325,7 @@ class Config:
                 "but scoring.u_source is 'accuracy'; set it to likelihood"
             )
         self._check_solution()
+        self._check_overlong()
         # NaN as a ratio would be a gradient of NaN.
         if draws.given and self.rollout.importance_cap is not None:
             raise ValueError(
@@ -414,6 +415,17 @@ class Config:
                 f"prompt.teacher shows {{solution}}, but objective {self.objective.name!r} needs a "
                 "prompt with a wrong answer, beside which no solution is wrong; choose another "
                 "leak_guard, or show {answer} alone"
+            )
+
+    def _check_overlong(self) -> None:
+        """ValueError for a soft punishment that begins before the first token."""
+        rollout, cache = self.rollout, getattr(self.objective, "overlong_cache", 0)
+        limit = rollout.max_new_tokens + rollout.full_answer * rollout.max_answer_tokens
+        if cache > limit:
+            raise ValueError(
+                f"objective.overlong_cache: got {cache}, expected at most the {limit} tokens of a "
+                "path (rollout.max_new_tokens, and max_answer_tokens with full_answer): every path "
+                "would be punished; lower it"
             )
 
     def _check_target(self) -> None:

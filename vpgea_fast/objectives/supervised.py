@@ -57,8 +57,6 @@ class Supervised(Keys):
             part=self.trains,
             weight_BP=-kept_BP.double(),
             counted_BP=kept_BP,
-            # Of another prompt: its sg log q is a constant of the logged loss.
-            distilled=self.STREAM == "posterior",
         )
         scores = {"reward": kept_BP.double()}
         return Terms(parts=(part,), path_scores={self.STREAM: scores}, metrics=metrics)
