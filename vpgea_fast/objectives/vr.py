@@ -303,13 +303,16 @@ class VrTheta(ThetaKeys):
 def recorded_shares(batch: ScoredBatch) -> Tensor:
     """The weights that stand beside the hinted paths, (B, K). ValueError where one is missing, or
     those of a question are not a whole."""
-    shares_XK = [[path.share for path in group] for group in batch.posterior.paths]
-    for group, own in zip(batch.posterior.paths, shares_XK, strict=True):
-        if None in own:
+    shares_XK = []
+    for group in batch.posterior.paths:
+        lacks = next((path for path in group if path.share is None), None)
+        if lacks is not None:
             raise ValueError(
-                f"weights recorded: the line of path {group[own.index(None)].key} has no share; "
-                "give the paths.jsonl of a run with train.record weights"
+                f"weights recorded: the line of path {lacks.key} has no share; give the "
+                "paths.jsonl of a run with train.record weights"
             )
+        own = [path.share or 0.0 for path in group]
+        shares_XK.append(own)
         # All are 0 where no path is right.
         if abs(sum(own) - 1) > 1e-6 and any(own):
             raise ValueError(
