@@ -2,7 +2,7 @@
 
     python benchmarks/vr_tiny.py --out benchmarks/results/vr_tiny.json
 
-1. `vpgea sweep` picks method and rate by the sampled accuracy on one half of the held-out questions.
+1. `vpgea sweep` picks method and rate by the sampled accuracy on half of the held-out questions.
 2. Three other seeds train what was picked, and `vpgea compare` holds each to its base on the other
    half, question by question.
 
