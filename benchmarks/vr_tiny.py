@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/vr-tiny-bench"))
     args = parser.parse_args()
     best, tried = select(args.runs)
-    lr = config.load("vr-tiny").optim.lr
+    lr = config.load(config.find("vr-tiny")).optim.lr
     if (best["method"], best["lr"]) != ("as configured", lr):
         raise SystemExit(f"configs/vr-tiny.yaml is not what was picked: {best}; set it so")
     made = {"picked": best, "tried": tried, "seeds": [report(args.runs, seed) for seed in SEEDS]}
