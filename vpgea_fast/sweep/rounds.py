@@ -111,7 +111,8 @@ class Rounds:
         run = self.stage(f"{place}/held_out", replayed(weigh, drawn), read_q, models.theta)
         # Half an answer of J + 1, so that a question without a right one counts too.
         least = 0.5 / (self.cfg.scoring.answer_samples + 1)
-        found = held_out_bound(map(json.loads, (run / "paths.jsonl").open()), least=least)
+        with (run / "paths.jsonl").open(encoding="utf-8") as lines:
+            found = held_out_bound(map(json.loads, lines), least=least)
         say(
             f"round {number}: held-out bound {found['bound']:.6g} over {found['questions']} "
             f"questions, f {found['answered']:.3f}"
