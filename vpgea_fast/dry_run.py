@@ -27,7 +27,7 @@ from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
 from vpgea_fast.questions import check_questions
-from vpgea_fast.reference import check_reference
+from vpgea_fast.reference import check_models
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
 
@@ -107,7 +107,7 @@ def dry_run(
     if cfg.train.record or cfg.objective.draws().given:
         say(whole_pass(cfg, len(questions)))
     # After the data: lengths are checked by the prompts that there are, not by their limits.
-    check_reference(cfg, text.config, text.tokenizer)
+    check_models(cfg, text.config, text.tokenizer)
     check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)
     if slow := slow_engine(cfg, cuda=on.cuda):
         say(slow)

@@ -41,7 +41,7 @@ from vpgea_fast.rollout.factory import SYNC_DIR
 from vpgea_fast.types import TrainRow
 
 FIXED_ON_RESUME = (
-    *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
+    *("model.path", "model.dtype", "model.master_dtype", "optim.name", "posterior.path"),
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
     *("rollout.importance_cap", "train.record"),

@@ -44,6 +44,7 @@ from vpgea_fast.config.records import (
     LossConfig,
     MetricsConfig,
     OptimConfig,
+    PosteriorConfig,
     TrainConfig,
 )
 from vpgea_fast.config.renamed import RENAMED, renewed
@@ -70,6 +71,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PositiveInt",
+    "PosteriorConfig",
     "PromptConfig",
     "ReplayEngineConfig",
     "RolloutConfig",

@@ -77,6 +77,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PosteriorConfig:
+    """The second policy of an objective that has one: `vr` with `share_params false`."""
+
+    path: PathText | None = None
+    """The model that the posterior policy begins from, of the shapes and the vocabulary of
+    model.path. null: that of model.path. Dtype and placement are those of the section model."""
+    lr: PositiveFloat | None = None
+    """Its learning rate after the warm-up; null: optim.lr. The rest is that of the section
+    optim."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     steps: PositiveInt = 200
     """Steps of the run: one rollout batch each, with one update per minibatch and epoch."""
@@ -223,6 +235,8 @@ class Config:
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimiser and learning rate."""
+    posterior: PosteriorConfig = Field(default_factory=PosteriorConfig)
+    """The posterior policy, where the objective trains one beside the policy."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """Steps, normalisation, and when a run ends itself."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -255,6 +269,11 @@ class Config:
             eval=replace(self.eval, data=()),
             checkpoint=replace(self.checkpoint, keep_best=None, export=False),
         )
+
+    @property
+    def two_policies(self) -> bool:
+        """Whether a posterior policy is trained beside the policy, with weights of its own."""
+        return self.objective.draws().posterior_who == "posterior"
 
     @property
     def answers_behind(self) -> bool:
@@ -311,6 +330,7 @@ class Config:
             )
         self._check_target()
         self._check_record()
+        self._check_posterior()
         # Its likelihood would be compared with a baseline of sampled answers.
         early = any(score.view == "early" for score in self.objective.needs())
         if early and self.scoring.u_source == "accuracy":
@@ -397,6 +417,25 @@ class Config:
             raise ValueError(
                 f"{who} imitates paths that another model drew, with rollout.importance_cap "
                 f"{self.rollout.importance_cap}; set it to null"
+            )
+
+    def _check_posterior(self) -> None:
+        """ValueError for keys of a posterior policy that there is not, and for what cannot have
+        one."""
+        own = {"path": self.posterior.path, "lr": self.posterior.lr}
+        given = next((key for key, value in own.items() if value is not None), None)
+        if not self.two_policies:
+            if given is None:
+                return
+            raise ValueError(
+                f"posterior.{given}: got {own[given]!r}, but objective {self.objective.name!r} "
+                "trains one policy; set objective.share_params false (vr), or leave it out"
+            )
+        if self.engine.name == "replay":
+            raise ValueError(
+                "engine.name: got 'replay' with a posterior policy, which recorded paths were not "
+                "drawn from; train the two models apart (objective vr_phi, then vr_theta), or set "
+                "engine.name hf or vllm"
             )
 
     def _check_solution(self) -> None:

@@ -223,7 +223,8 @@ def idle_reason(record: Mapping[str, Any]) -> str:
     # In the order of IDLE's keys.
     converged, infinite, lost, rejected, same, gated = IDLE
     # The log writes null for a number that is not finite.
-    if finite(record.get("grad_norm")) is None:
+    norms = record.get("grad_norm"), record.get("grad_norm_posterior", 0.0)
+    if None in map(finite, norms):
         return infinite
     if groups is None:
         return lost

@@ -1,7 +1,7 @@
 """Variational Reasoning (arXiv 2509.22637): the thought is a latent variable, the answer is seen.
 
     pi       the policy behind the student's prompt, q the policy behind the teacher's, which holds
-             the hint y'
+             the hint y': the same model, or one of its own (`Vr.share_params`)
     f_k      how likely a right answer is behind the thought z_k
     rho_k    (pi(z_k|x) / q(z_k|x, y')) f_k, the ratio whole or as its mean per token
     w_k      rho_k / sum_j rho_j, within a question
@@ -24,7 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.book import merge
-from vpgea_fast.names import Score, Stream
+from vpgea_fast.names import Score, Stream, Trained
 from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
 from vpgea_fast.objectives.bounds import (
     best,
@@ -35,7 +35,7 @@ from vpgea_fast.objectives.bounds import (
     spread,
     unhinted_metrics,
 )
-from vpgea_fast.objectives.guards import VIEWS, log_ratio
+from vpgea_fast.objectives.guards import VIEWS, log_ratio, views
 from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -57,6 +57,11 @@ class Latent(Keys):
     """How likely a right answer is behind a thought. `accuracy`: share of scoring.answer_samples
     sampled answers that are right. `likelihood`: P of the reference answer. `gml`: its geometric
     mean per token. A thought that was cut has none."""
+
+    @property
+    def phi_who(self) -> Trained:
+        """Whose weights are behind the teacher's prompt."""
+        return "policy"
 
     @property
     def u_norm(self) -> Literal["sum", "mean"] | None:
@@ -176,7 +181,7 @@ class PhiKeys(HintedKeys, ClipKeys):
         """What phi's part reads."""
         if self.phi == "forward_kl":
             return self.answer_scores("prior")
-        return {*VIEWS, *self.answer_scores("posterior")}
+        return {*views(self.phi_who), *self.answer_scores("posterior")}
 
     def unhinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
         """The shares of the unhinted paths, (B, M), their scores, and what they show."""
@@ -205,7 +210,8 @@ class PhiKeys(HintedKeys, ClipKeys):
             worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
             # A question without a path that is worth anything has no bound.
             gain_BP, later = _summed(worth_BP.where(worth_BP.isfinite(), 0.0)), self.clipped()
-        return Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
+        own: dict[str, Any] = {"stream": stream, "view": "teacher", "who": self.phi_who}
+        return Term(name="phi", weight_BP=-gain_BP, later=later, **own)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -361,32 +367,44 @@ class VrPhi(PhiKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class Vr(ThetaKeys, PhiKeys):
-    """Variational Reasoning (arXiv 2509.22637) with one policy behind two prompts: both steps of
-    its algorithm 1 in each update, on paths of the policy as it is."""
+    """Variational Reasoning (arXiv 2509.22637): both steps of its algorithm 1 in each update, on
+    paths of the policies as they are. One policy is behind both prompts, or each has its own."""
 
     name: Literal["vr"] = "vr"
-    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts."""
+    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts or two
+    models."""
+    share_params: bool = True
+    """One model is behind both prompts. false: the hinted policy is a second model, with optimiser
+    and learning rate of its own (section posterior), and draws the hinted paths."""
     prior_samples: PositiveInt = 8
     """M, unhinted paths per question, which forward_kl alone draws."""
     phi_weight: PositiveFloat = 1.0
-    """Weight of the hinted policy's part of the loss; the reasoning model's has 1."""
+    """Weight of the hinted policy's part of the loss; the reasoning model's has 1. A model of its
+    own has a learning rate instead."""
 
     UNREAD: ClassVar[tuple[Unread, ...]] = (
         Unread("prior_samples", {"phi": ("reverse_kl", "iwae")}),
         Unread("thought_ratio", {"group_size": (1,), "phi": ("forward_kl",)}),
+        Unread("phi_weight", {"share_params": (False,)}),
     )
+
+    @property
+    def phi_who(self) -> Trained:
+        return "policy" if self.share_params else "posterior"
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
         return Draws(
             posterior=self.group_size,
+            posterior_who=self.phi_who,
             prior=self.prior_samples * forward,
             joint=forward,
             **self.behind(),
         )
 
     def needs(self) -> frozenset[Score]:
-        return frozenset({*VIEWS, *self.answer_scores("posterior"), *self.phi_scores()})
+        own = views(self.phi_who)
+        return frozenset({*own, *self.answer_scores("posterior"), *self.phi_scores()})
 
     def notes(self) -> Iterator[str]:
         yield from alone("group_size", self.group_size)
@@ -396,7 +414,7 @@ class Vr(ThetaKeys, PhiKeys):
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
         part = self.phi_part(batch)
-        # One set of parameters for both steps, where the paper has two models.
+        # Of one set of parameters; two models have a step each, and the weight is 1.
         part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
         path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
         if part.stream == "prior":

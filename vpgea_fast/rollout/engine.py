@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from vpgea_fast.names import Slot
+from vpgea_fast.names import Slot, Who
 from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
@@ -134,6 +134,9 @@ Looks = Generator[Sequence[Ended], None, None]
 class RolloutEngine(Protocol):
     """Samples paths, and takes over new weights between steps."""
 
+    holds: Who
+    """Whose weights came last: set by who hands them over, see turns.py."""
+
     @property
     def wave(self) -> int | None:
         """Requests that are decoded as one batch, on which the last bits of their logits depend:
@@ -206,6 +209,7 @@ class EngineBase:
     """
 
     wave: int | None = None
+    holds: Who = "policy"
     full_softmax = True
     """False: where top_p < 1 the log-probs of `_draw` are those of the cut distribution."""
 

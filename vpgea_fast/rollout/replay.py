@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from vpgea_fast.config import ReplayEngineConfig
+from vpgea_fast.names import Who
 from vpgea_fast.rollout.engine import (
     Ended,
     Looks,
@@ -275,6 +276,15 @@ class Replay:
             [Ended(place, self._path(request, sampling))]
             for place, request in enumerate(requests)
         )
+
+    @property
+    def holds(self) -> Who:
+        """See RolloutEngine."""
+        return self.live.holds
+
+    @holds.setter
+    def holds(self, who: Who) -> None:
+        self.live.holds = who
 
     @property
     def wave(self) -> int | None:
