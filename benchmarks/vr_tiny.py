@@ -4,7 +4,7 @@
 
 1. `vpgea sweep` picks method and rate by the sampled accuracy on half of the held-out questions.
 2. Three other seeds train what was picked, and `vpgea compare` holds each to its base on the other
-   half, question by question.
+   half, question by question: the change of the accuracy, and of the tokens as a share.
 
 Every run is in --runs, and is not made again. About 50 minutes on one core.
 """
@@ -50,7 +50,8 @@ def select(runs: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for run in result["runs"]:
         (name,) = run["select"]
         found = run["after"]["sampled"]["benchmarks"][name]
-        tried.append({"method": run["method"], "lr": run["lr"], **{k: found[k] for k in NUMBERS}})
+        of = {"method": run["method"], "lr": run["lr"], "commit": run["made_by"]["commit"]}
+        tried.append({**of, **{k: found[k] for k in NUMBERS}})
     # The first of equals: the smaller rate.
     best = max(tried, key=lambda each: each["acc"])
     return best, tried
@@ -68,6 +69,7 @@ def report(runs: Path, seed: int) -> dict[str, Any]:
     against = trained["against"]["mean"]
     return {
         "seed": seed,
+        "commit": json.loads((run / "environment.json").read_text())["commit"],
         "questions": trained["mean"]["questions"],
         "base": {k: base["mean"][k] for k in NUMBERS},
         "trained": {k: trained["mean"][k] for k in NUMBERS},

@@ -247,8 +247,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     between = (steps - 1) // every if every and sizes.evaluated else 0
     # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
-    # Where the reference policy draws, the engine is given its weights, and then the policy's.
-    weights *= 3 if cfg.objective.draws().reference else 1
+    # Where another model draws, the engine is given its weights, and then the policy's.
+    weights *= 1 + 2 * bool(cfg.objective.draws().reference) + 2 * cfg.two_policies
     # In the background the write is hidden behind the next steps; its copy is not counted.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(

@@ -117,6 +117,11 @@ def needs(
         f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
         f"{cfg.rollout.max_batch} paths of up to {plan.context} tokens side by side; GiB:"
     )
+    if cfg.two_policies:
+        yield (
+            "  of two models of this size: weights, gradients and moments of both; two hand-overs "
+            "to the engine more in a step"
+        )
     # From what stops a run at its start to what only makes it slow.
     yield from _device(estimate, on)
     yield from _host(plan, estimate)
@@ -321,7 +326,7 @@ def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     return Sizes(
         flops=model_flops(plan.model),
         parameters=plan.shape.parameters,
-        states=lay.held * lay.master + optimizer_bytes(lay),
+        states=lay.models * lay.held * lay.master + optimizer_bytes(lay),
         reference=reads * reference_bytes(lay) if cfg.model.reference == "disk" else 0,
         # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
         token=engine.token * group if engine else token,

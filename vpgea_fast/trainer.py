@@ -418,11 +418,11 @@ class Trainer:
     def finish_run(self) -> Ending:
         """Export the model, draw the figure and the report, print the closing table."""
         self.stages.saver.wait()
-        if self.cfg.asked.checkpoint.export:
+        for who, name in self.run.exports.items():
             checkpoint.export_model(
-                self.stages.policy,
+                self.stages.policies[who].policy,
                 self.stages.intake.text.tokenizer,
-                self.run.path / "export",
+                self.run.path / name,
                 world=self.world,
                 replace=True,
             )

@@ -109,6 +109,11 @@ class Layout:
         return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
 
     @property
+    def models(self) -> int:
+        """Models that are trained side by side, each with gradients and moments of its own."""
+        return 2 if self.cfg.two_policies else 1
+
+    @property
     def shards(self) -> int:
         return self.world // self.cfg.parallel.replicas if self.sharded else 1
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config, ReplayEngineConfig, dump
+from vpgea_fast.config import Config, PosteriorConfig, ReplayEngineConfig, dump
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Vr, VrPhi, VrTheta
@@ -63,7 +63,7 @@ class Rounds:
 
     def go(self, rounds: int, say: Say) -> list[dict[str, Any]]:
         """Make the rounds, or what is missing of them; what is known of each."""
-        kept = Models(self.cfg.model.path, self.cfg.model.path)
+        kept = Models(self.cfg.model.path, self.cfg.posterior.path or self.cfg.model.path)
         known = [self.measure(0, kept, say)]
         for number in range(1, rounds + 1):
             made = self.round(number, kept)
@@ -90,7 +90,9 @@ class Rounds:
         draw, weigh = (recorded(base, kind, once) for kind in ("paths", "weights"))
         phi, theta, place = self.method.phi, self.method.theta, f"round_{number}"
         own = self.stage(f"{place}/unhinted", weigh, phi, models.theta)
-        phi_run = self.stage(f"{place}/phi", replayed(base, own), phi, models.phi)
+        rate = self.cfg.posterior.lr or base.optim.lr
+        of_phi = replace(base, optim=replace(base.optim, lr=rate))
+        phi_run = self.stage(f"{place}/phi", replayed(of_phi, own), phi, models.phi)
         made = str(phi_run / "export")
         hinted = self.stage(f"{place}/hinted", draw, theta, made)
         read_q = replace(theta, log_q="recorded")
@@ -154,6 +156,7 @@ class Rounds:
         """The configuration of a stage, without evaluations: the bound is the measure."""
         return replace(
             cfg,
+            posterior=PosteriorConfig(),  # of two models here each has runs of its own
             eval=replace(cfg.eval, data=(), every=0),
             checkpoint=replace(cfg.checkpoint, keep_best=None, export=True),
             metrics=replace(cfg.metrics, compare=None),
