@@ -185,7 +185,7 @@ def replay(tmp_path, random_qwen2):
             text = "".join(json.dumps(line) + "\n" for line in record)
         (tmp_path / "r.jsonl").write_text(text)
         needs = more.pop("needs_logps", False)
-        names = ("questions", "prompts", "temperature")
+        names = ("questions", "prompts", "temperature", "answer_temperature")
         expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
         records = Records(cfg, Expected(spelled, 53, **expected))
@@ -237,6 +237,36 @@ def test_what_is_no_path_of_a_step_is_drawn(replay):
     assert path.logps.isfinite().all()
 
 
+ANSWERED = {
+    **LINE,
+    "share": 0.25,
+    "attempt_ids": [[9, 1], [8]],
+    "attempt_right": [True, False],
+    "attempts": [1, 0, 0],
+}
+
+
+def test_answers_behind_a_thought_and_its_weight_come_with_it(replay):
+    (path,) = replay([ANSWERED]).generate([asked()], SAMPLING)
+    assert path.share == 0.25
+    found = [(attempt.ids.tolist(), attempt.right) for attempt in path.attempts]
+    assert found == [([8], False), ([9, 1], True), ([9, 1], True)]
+    # Files of earlier versions have neither; a thought that another limit cuts is another one.
+    (plain,) = replay([LINE]).generate([asked()], SAMPLING)
+    assert (plain.share, plain.attempts) == (None, ())
+    (cut,) = replay([{**ANSWERED, "ids": [7, 8, 3, 5], "logps": [-1.0] * 4}]).generate(
+        [asked()], SAMPLING
+    )
+    assert cut.attempts == ()
+
+
+def test_answers_of_another_temperature_are_refused(replay):
+    line = {**ANSWERED, "answer_temperature": 0.7}
+    replay([line], answer_temperature=0.7)
+    with pytest.raises(RecordError, match=r"at temperature 0.7, and scoring.answer_temp.* is 0.9"):
+        replay([line], answer_temperature=0.9)
+
+
 DAMAGE = [
     ("", "without a line, expected recorded paths"),
     ("{\n", "line 1: not JSON"),
@@ -249,6 +279,13 @@ DAMAGE = [
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
     ([{**LINE, "logps": ["a"]}], "got logps"),
+    ([{**LINE, "share": 1.5}], "got share 1.5"),
+    ([{**LINE, "share": True}], "got share True"),
+    ([{**ANSWERED, "attempt_ids": [[7], 8]}], "got attempt_ids '[[7], 8]'"),
+    ([{**ANSWERED, "attempt_right": [1, 0]}], "got attempt_right '[1, 0]'"),
+    ([{**ANSWERED, "attempt_right": [True]}], "got attempt_right '[True]' beside 2 attempt_ids"),
+    ([{**ANSWERED, "attempts": [0, 2]}], "got attempts '[0, 2]'"),
+    ([{**ANSWERED, "attempt_ids": [[7], [53]]}], "got the token 53, but the model embeds 53"),
     (
         [LINE, {**LINE, "index": 1, "ids": [53]}],
         "line 2: got the token 53, but the model embeds 53",

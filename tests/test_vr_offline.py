@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_models import save_hollow_qwen3
 from test_formulas import logps_of
 
 from vpgea_fast import config
@@ -67,6 +68,8 @@ def of_the_page(stage, world, tmp_path, *more):
         words += ["--model.path", str(world.base_dir)]
     if stage == "traces":
         words[words.index("--engine") + 1] = "hf"
+        at = words.index("--engine.gpu_memory")
+        del words[at : at + 2]
     for key in ("student", "teacher", "think_open", "think_close", "think_prefix", "answer_cue"):
         small[f"prompt.{key}"] = getattr(TINY.prompt, key)
     small["prompt.answer_target"] = TINY.prompt.answer_target
@@ -141,9 +144,33 @@ def test_the_dry_run_says_what_a_stage_needs(stage, recipe, capsys):
     # What only records has no optimiser and no gradient; what only reads, no engine's cache.
     assert ({"optimiser", "gradients"} <= table) == (stage not in RECORDS)
     assert ("optimiser" in table) == ("gradients" in table)
+    assert ("activations" in table) == (stage not in ("traces", "originals"))
     assert ("kv cache" in table) == (stage in ("traces", "weights"))
     passes = "one pass over 5 questions takes " + ("3 steps" if stage in RECORDS else "2 steps")
     assert (passes in shown) == (stage not in ("theta-17k", "theta-1k"))
+
+
+def test_the_stages_fit_the_machine_that_the_configuration_names(tiny_tokenizer, tmp_path, capsys):
+    """Eight devices of 80 GB; the paper's data is not at hand, so 200 questions stand in."""
+    model = save_hollow_qwen3(tmp_path / "qwen3", tiny_tokenizer)
+    parts = {"think_content": "so " * 50, "solution_content": "It is \\boxed{5}."}
+    rows = [{"question_content": f"{n} + {5 - n}?", **parts} for n in range(200)]
+    data = tmp_path / "stratos.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    peaks = {}
+    for stage in ("theta0", "phi", "traces", "originals"):
+        words = [*STAGES[stage], "--model.path", str(model), "--data.train", str(data)]
+        machine = ["--dry-run", "--processes", "8", "--device-gib", "79.2"]
+        assert main(["train", str(ROOT / "configs/vr-4b.yaml"), *words, *machine]) == 0
+        shown = capsys.readouterr().out
+        assert "memory estimate for one of 8 devices: 4022.5 M parameters" in shown
+        assert "more than it holds" not in shown
+        assert "set engine vllm" not in shown
+        peaks[stage] = float(re.search(r"peak ([0-9.]+) GiB", shown)[1])
+    head = (ROOT / "configs/vr-4b.yaml").read_text()
+    said = re.search(r"of a training stage on each of\s*# eight GPUs of 80 GB: (\d+) GiB", head)
+    assert said is not None
+    assert int(said[1]) == pytest.approx(max(peaks["theta0"], peaks["phi"]), abs=0.55)
 
 
 def test_recorded_weights_are_those_of_the_formula(recipe):

@@ -314,7 +314,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0
-    if cfg.metrics.diag_every and posterior:
+    if cfg.metrics.diag_every and posterior and draws.trained:
         diagnosing = (2 * posterior * whole + rows * train) / cfg.metrics.diag_every
     return {"scoring": scoring, "training": epochs * rows * train, "diagnostics": diagnosing}
 

@@ -436,7 +436,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
     rows = 2 * draws.posterior or draws.prior
     behind = draws.targets + draws.answer_rows
     rows += (draws.posterior or draws.prior) * behind + draws.prior * draws.joint
-    rows *= questions
+    rows *= questions * draws.trained
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))
     # Rows of the greatest length that one forward of all devices has room for.

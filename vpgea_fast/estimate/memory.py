@@ -151,7 +151,8 @@ def estimate_memory(
     gradients, asked = _gradients(lay), cfg.objective.draws()
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
     if not asked.trained:  # a record scores at most, and may do nothing but draw
-        phases = {"scoring": {**beside, **_scoring(lay)}}
+        scores = policy_rows(cfg.objective) or scores_answers(cfg.objective)
+        phases = {"scoring": {**beside, **_scoring(lay)}} if scores else {"loaded": beside}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
