@@ -145,12 +145,18 @@ def test_a_policy_far_from_its_record_is_told_so_by_run_and_report(tiny_words, t
 
 
 @pytest.mark.slow
-def test_two_processes_replay_the_run_of_two(tiny_words, tmp_path):
-    words = tiny_words(SMALL)
+@pytest.mark.parametrize("name", ["vpgea", "vr"])
+def test_two_processes_replay_the_run_of_two(name, tiny_words, tmp_path):
+    vr = {"objective": "vr", "objective.prior_samples": 3, "scoring.answer_samples": 2}
+    long = {"rollout.max_new_tokens": 72, "metrics.paths_per_step": 12}
+    words = tiny_words({**SMALL, **vr, **long} if name == "vr" else SMALL)
     run_ranks(trained, words("run"), size=2)
     record = f"[{tmp_path / 'run/paths.jsonl'}]"
     run_ranks(trained, words("again", "--engine", "replay", "--engine.paths", record), size=2)
     assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    pair = [tmp_path / run / "paths.jsonl" for run in ("again", "run")]
+    assert pair[0].read_bytes() == pair[1].read_bytes()
+    assert ("attempts" in pair[0].read_text()) == (name == "vr")
 
 
 SAMPLING = Sampling(

@@ -31,13 +31,12 @@ Checked by simulation without a GPU (tests/test_estimate.py): shards and communi
 under a fake process group, the phases against measured peaks on a CPU.
 """
 
-from vpgea_fast.estimate.layout import Layout, ModelShape, model_shape
+from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, model_shape
 from vpgea_fast.estimate.memory import (
     GIB,
     RESERVE,
     EngineMemory,
     MemoryEstimate,
-    draws_itself,
     estimate_memory,
     optimizer_bytes,
     reference_bytes,

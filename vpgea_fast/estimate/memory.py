@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpgea_fast.config import Config
-from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
+from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, numel, rows_of
 from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
 KEYS = {
@@ -183,13 +183,6 @@ def estimate_memory(
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
     return MemoryEstimate(phases, _host(lay), shape.parameters, engine)
-
-
-def draws_itself(cfg: Config) -> bool:
-    """Whether the trained module, or its copy, samples anything: paths, answers, evaluations."""
-    asked = cfg.objective.draws()
-    paths = not asked.given and cfg.engine.name != "replay"
-    return paths or bool(cfg.eval.data) or (cfg.answers_behind and not asked.recorded)
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
