@@ -193,8 +193,9 @@ def test_host_memory_and_traffic_of_two_policies_by_hand(two):
         load(TINY, [*words, "--objective.share_params", shared]) for shared in ("true", "false")
     )
     shape = model_shape(load_config(one.model.path))
-    room = {"world": 2, "context": 100, "prompt": 20}
-    alone, beside = (estimate_memory(shape, cfg, **room).host for cfg in (one, both))
+    alone, beside = (
+        estimate_memory(shape, cfg, world=2, context=100, prompt=20).host for cfg in (one, both)
+    )
     assert {part: 2 * size for part, size in alone.items()} == dict(beside)
     a, b = (communication(shape, cfg, world=2, micro_batches=4) for cfg in (one, both))
     assert b["replica refresh"].total == 3 * a["replica refresh"].total

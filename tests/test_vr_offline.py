@@ -166,7 +166,8 @@ def test_the_stages_fit_the_machine_that_the_configuration_names(tiny_tokenizer,
         assert "memory estimate for one of 8 devices: 4022.5 M parameters" in shown
         assert "more than it holds" not in shown
         assert "set engine vllm" not in shown
-        peaks[stage] = float(re.search(r"peak ([0-9.]+) GiB", shown)[1])
+        (peak,) = re.findall(r"peak ([0-9.]+) GiB", shown)
+        peaks[stage] = float(peak)
     head = (ROOT / "configs/vr-4b.yaml").read_text()
     said = re.search(r"of a training stage on each of\s*# eight GPUs of 80 GB: (\d+) GiB", head)
     assert said is not None
