@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
+from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys, whole_pass
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
@@ -93,6 +93,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
 
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
+    cfg = cfg.asked
     with ExitStack() as undo:
         # The workers start in half a second each, beside the reading of the questions.
         verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
@@ -273,6 +274,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         f"questions x {draws.paths} {paths} = "
         f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
+    if cfg.train.record or draws.given:
+        yield whole_pass(cfg, len(intake.questions))
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""

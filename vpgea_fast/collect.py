@@ -463,7 +463,9 @@ class Collector:
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered, behind = self._utilities(stream, pairs, step)
-        if self.draws.attempts and stream != "reference":
+        # Beside recorded weights the unhinted paths are originals, which nothing weighs.
+        weighed = ("posterior",) if self.draws.recorded else ("posterior", "prior")
+        if self.draws.attempts and stream in weighed:
             groups, lost = self._with_attempts(groups, pairs, step)
             unanswered |= lost
             behind = behind + _tokens(path.attempts for group in groups for path in group)
@@ -546,13 +548,33 @@ class Collector:
         """The paths with the answers sampled behind those that closed, and the questions of which
         the engine gave up one."""
         closed = [(question, path) for question, path in pairs if path.closed]
+        asked = [(question, path) for question, path in closed if not path.attempts]
+        self._check_recorded([path for _, path in closed], drawn=bool(asked))
         # Nobody asks an engine for nothing.
-        found, lost = self._attempts("student", closed, step) if closed else ([], set())
-        known = {path.key: own for (_, path), own in zip(closed, found, strict=True)}
+        found, lost = self._attempts("student", asked, step) if asked else ([], set())
+        known = {path.key: own for (_, path), own in zip(asked, found, strict=True)}
         return tuple(
-            tuple(replace(path, attempts=known.get(path.key, ())) for path in group)
+            tuple(replace(path, attempts=known.get(path.key, path.attempts)) for path in group)
             for group in groups
         ), lost
+
+    def _check_recorded(self, paths: Sequence[Path], *, drawn: bool) -> None:
+        """ValueError for recorded answers that are fewer or more than this run samples, and for
+        missing ones whose model is not this one."""
+        count = self.cfg.scoring.answer_samples
+        other = next((p for p in paths if p.attempts and len(p.attempts) != count), None)
+        if other is not None:
+            got = len(other.attempts)
+            raise ValueError(
+                f"engine.paths: {got} answers are recorded behind path {other.key}, and "
+                f"scoring.answer_samples is {count}; set it to {got}"
+            )
+        if drawn and self.draws.recorded:
+            raise ValueError(
+                "engine.paths: got a path whose weight is recorded without answers behind its "
+                "thought, expected those that it was weighed by; record them with train.record "
+                "weights, or set objective.answer reference"
+            )
 
     def _attempts(
         self, view: View, pairs: Pairs, step: int

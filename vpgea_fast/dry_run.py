@@ -13,8 +13,8 @@ from types import MappingProxyType
 from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
-from vpgea_fast.check import Target, check_config, slow_engine, target
-from vpgea_fast.config import Config, ConfigError, DataConfig, EvalConfig, printable
+from vpgea_fast.check import Target, check_config, slow_engine, target, whole_pass
+from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
     DataError,
@@ -63,12 +63,7 @@ def dry_run(
     that the run would end with. Only data on a Hub that cannot be reached is replaced, and said to
     be, by built-in questions.
     """
-    if cfg.two_policies:
-        # Its memory is that of two models and two optimisers: half of it would be a wrong number.
-        raise ConfigError(
-            "--dry-run: got objective.share_params false, and counts the memory of one policy; "
-            "look at a run with share_params true, and leave room for a second model"
-        )
+    cfg = cfg.asked
     on = on or target(cfg)
 
     # Questions come from files of others: what steers a terminal must not reach it.
@@ -109,6 +104,8 @@ def dry_run(
         for line in () if records is None else records.notes:
             say(line)
     _say_benchmarks(benchmarks, say)
+    if cfg.train.record or cfg.objective.draws().given:
+        say(whole_pass(cfg, len(questions)))
     # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_models(cfg, text.config, text.tokenizer)
     check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)

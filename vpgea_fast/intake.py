@@ -172,7 +172,10 @@ def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
         vocabulary=intake.text.config.vocab_size,
         questions={q.question.id: q.question.text for q in intake.questions},
         prompts=prompts,
-        temperature=cfg.rollout.temperature,
+        temperature=None if draws.recorded else cfg.rollout.temperature,
+        answer_temperature=(
+            cfg.scoring.answer_temperature if draws.attempts and not draws.recorded else None
+        ),
     )
     records = Records(cfg.replay, expected)
     if not draws.given:  # those paths come from the data

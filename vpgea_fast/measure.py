@@ -145,8 +145,10 @@ class Measure:
             terms,
             self.decode,
             step=step,
-            limit=self.cfg.metrics.paths_per_step,
+            # All of a run that only records.
+            limit=None if self.cfg.train.record else self.cfg.metrics.paths_per_step,
             temperature=self.cfg.rollout.temperature,
+            answer_temperature=self.cfg.scoring.answer_temperature,
         )
 
     def cost(

@@ -340,7 +340,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(stats.metrics)
         self.console.step(stats.metrics)
-        if stats.skipped:
+        if stats.skipped and not self.cfg.train.record:
             self.say(f"step {self.step}: no update, {stats.skipped}")
         for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
@@ -418,11 +418,11 @@ class Trainer:
     def finish_run(self) -> Ending:
         """Export the model, draw the figure and the report, print the closing table."""
         self.stages.saver.wait()
-        if self.cfg.checkpoint.export:
+        for who, name in self.run.exports.items():
             checkpoint.export_model(
-                self.stages.policy,
+                self.stages.policies[who].policy,
                 self.stages.intake.text.tokenizer,
-                self.run.path / "export",
+                self.run.path / name,
                 world=self.world,
                 replace=True,
             )

@@ -135,6 +135,7 @@ class Path:
     finish     "length": the token limit cut the sample; "error": the engine gave it up
     asked      its question with prompts of its own, where the objective gives it fields
     attempts   answers sampled behind a closed thought, where the objective asks (`Draws.attempts`)
+    share      its weight within its question as a record has it; None: no record has one
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -154,6 +155,7 @@ class Path:
     answer_logps: Tensor | None = None
     asked: PromptedQuestion | None = None
     attempts: tuple[Attempt, ...] = ()
+    share: float | None = None
 
     @property
     def key(self) -> PathKey:

@@ -236,7 +236,8 @@ class DataConfig:
     response_key: str | None = None
     """Key of a worked solution or a whole response, or of a list of them, which the objective sft
     imitates. Text up to prompt.think_close is the thought. Without it all is thought, and the
-    answer follows as prompt.answer_cue and answer_target spell it."""
+    answer follows as prompt.answer_cue and answer_target spell it. `{think}</think>{solution}`
+    joins two keys."""
     solution_key: str | None = None
     """Key of a worked solution, which prompt.teacher shows as `{solution}`."""
     choices_key: str | tuple[str, ...] | None = None

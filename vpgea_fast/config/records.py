@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +28,7 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
-from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, scores_answers
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, Recording, scores_answers
 from vpgea_fast.values import (
     STRICT,
     Minutes,
@@ -92,6 +93,11 @@ class TrainConfig:
     """Go through the paths of a step this many times. Above 1, and with minibatches, an objective
     with clip_low and clip_high corrects for the policy that moves away from the paths. Supervised
     ones, and what VPG-EA distils, imitate a fixed sample as it is."""
+    # Stages of a recipe with several models: each run is of one.
+    record: Literal["paths", "weights"] | None = None
+    """Train nothing, and write every path to paths.jsonl, for engine.name replay. `paths`: those
+    that the objective draws, unscored. `weights`: also what they score and weigh. The last step of
+    a pass over the questions has those that are left."""
     # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
@@ -241,6 +247,19 @@ class Config:
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
 
     @property
+    def asked(self) -> Config:
+        """The configuration as the stages of a run read it: where it only records, its objective
+        trains nothing, and no weights are evaluated or exported."""
+        if self.train.record is None:
+            return self
+        return replace(
+            self,
+            objective=Recording(self.objective, weighed=self.train.record == "weights"),
+            eval=replace(self.eval, data=()),
+            checkpoint=replace(self.checkpoint, keep_best=None, export=False),
+        )
+
+    @property
     def two_policies(self) -> bool:
         """Whether a posterior policy is trained beside the policy, with weights of its own."""
         return self.objective.draws().posterior_who == "posterior"
@@ -299,6 +318,7 @@ class Config:
                 f"rollout.full_answer is false; set it to true or {other}"
             )
         self._check_target()
+        self._check_record()
         self._check_posterior()
         # Its likelihood would be compared with a baseline of sampled answers.
         early = any(score.view == "early" for score in self.objective.needs())
@@ -358,6 +378,34 @@ class Config:
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
+            )
+
+    def _check_record(self) -> None:
+        """ValueError where paths are to be recorded, or recorded ones read, and cannot be."""
+        draws, who = self.objective.draws(), f"objective {self.objective.name!r}"
+        if self.train.record and self.train.resample_rounds:
+            raise ValueError(
+                f"train.record {self.train.record!r} trains no question, so train.resample_rounds "
+                f"{self.train.resample_rounds} would replace all of them; set it to 0"
+            )
+        # Each file has epochs of its own, so no step ends a pass over all of them.
+        if self.train.record and self.data.weights is not None:
+            raise ValueError(
+                f"train.record {self.train.record!r} records a pass over all questions, and "
+                "data.train has weights; leave them out"
+            )
+        if not draws.recorded:
+            return
+        if self.engine.name != "replay":
+            raise ValueError(
+                f"{who} trains by recorded weights, and engine.name {self.engine.name!r} draws "
+                "paths that have none; set engine.name replay and engine.paths, or weights computed"
+            )
+        # Its factor would be of another model's log-probs.
+        if self.rollout.importance_cap is not None:
+            raise ValueError(
+                f"{who} imitates paths that another model drew, with rollout.importance_cap "
+                f"{self.rollout.importance_cap}; set it to null"
             )
 
     def _check_posterior(self) -> None:

@@ -122,6 +122,8 @@ class Alarms:
         return [text for record in read_steps(run_dir) for text in self.update(record)]
 
     def _stays_idle(self, record: Mapping[str, Any]) -> str | None:
+        if self.cfg.record:  # no step of it makes an update
+            return None
         if record.get("skipped") != 1:
             self._idle.clear()
             return None

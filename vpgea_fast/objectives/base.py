@@ -59,6 +59,9 @@ class Draws:
     u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
     by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
+    recorded          paths are imitated by recorded weights (`Path.share`): which model drew them,
+                      and at which temperature, does not matter
+    trained           False: the paths are for a record alone (train.record)
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
 
@@ -83,6 +86,8 @@ class Draws:
     u_norm: Literal["sum", "mean"] | None = None
     by_likelihood: bool = False
     given: bool = False
+    recorded: bool = False
+    trained: bool = True
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -27,15 +27,17 @@ from vpgea_fast.book import merge
 from vpgea_fast.names import Score, Stream, Trained
 from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
 from vpgea_fast.objectives.bounds import (
+    best,
     hinted_metrics,
     log_mean,
     shares,
     skipped,
+    spread,
     unhinted_metrics,
 )
 from vpgea_fast.objectives.guards import VIEWS, log_ratio, views
 from vpgea_fast.objectives.unread import Unread
-from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
+from vpgea_fast.values import STRICT, NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,9 +92,13 @@ class HintedKeys(Latent):
     """pi / q of a thought. `exact`: of the whole thought, as in the bound; its variance grows with
     the length. `geometric`: its mean per token, as the paper trains."""
 
+    def ratio(self, batch: ScoredBatch) -> Tensor:
+        """log pi - log q of every hinted thought, whole, (B, K) nats."""
+        return -log_ratio(batch)
+
     def trained_ratio(self, batch: ScoredBatch) -> Tensor:
         """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
-        whole_BK = -log_ratio(batch)
+        whole_BK = self.ratio(batch)
         # The mean per token is biased, but thousands of tokens do not make it 0 or infinite.
         return whole_BK if self.thought_ratio == "exact" else whole_BK / batch.posterior.length_BP
 
@@ -103,8 +109,9 @@ class HintedKeys(Latent):
     def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
         """The shares of the hinted paths, (B, K), their scores, and what they show."""
         share_BK, log_f_BK = shares(self.log_rho(batch)), self.log_answer(batch, "posterior")
-        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": -log_ratio(batch)}
-        return share_BK, scores, hinted_metrics(batch, log_f_BK, share_BK)
+        ratio_BK = self.ratio(batch)
+        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": ratio_BK}
+        return share_BK, scores, hinted_metrics(batch, log_f_BK, ratio_BK, share_BK)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -215,24 +222,110 @@ class VrTheta(ThetaKeys):
     name: Literal["vr_theta"] = "vr_theta"
     """Variational Reasoning: the reasoning model alone."""
 
-    # A single path has all of the weight, whatever its ratio is.
-    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("thought_ratio", {"group_size": (1,)}),)
+    # The paper's own runs draw, weigh and train one after the other, with a model each.
+    log_q: Literal["policy", "recorded"] = "policy"
+    """log q of a hinted thought. `policy`: of this model, behind the teacher's prompt. `recorded`:
+    what its sampler said, where another model drew it (engine.name replay)."""
+    weights: Literal["computed", "recorded"] = "computed"
+    """`computed`: w_k of this model. `recorded`: those that stand beside the recorded paths as
+    `share`, of a run with train.record weights; nothing is scored then."""
+    keep: Literal["all", "best"] = "all"
+    """`best`: of a question the path of the largest weight alone, as if its weight were 1."""
+    originals: NonNegativeInt = 0
+    """Recorded unhinted paths of a question that are imitated beside the hinted ones, thought and
+    answer, with the weight 1 each. Needs recorded weights."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        # A single path has all of the weight, whatever its ratio is.
+        *(Unread(key, {"group_size": (1,)}) for key in ("thought_ratio", "keep")),
+        *(Unread(key, {"weights": ("recorded",)}) for key in ("thought_ratio", "log_q")),
+        # Without a word on answers it says which are trained.
+        Unread("estimator", {"weights": ("recorded",), "answer": ("sampled", "reference")}),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.originals and self.weights == "computed":
+            raise ValueError(
+                f"weights: got 'computed' with originals {self.originals}, which would imitate the "
+                "policy's own paths, right or wrong; set weights recorded, or originals 0"
+            )
 
     def draws(self) -> Draws:
-        return Draws(posterior=self.group_size, **self.behind())
+        behind, with_original = self.behind(), self.originals > 0
+        if self.weights == "recorded":
+            scored = {"u_norm": None, "by_likelihood": False, "attempts": self.trains_sampled}
+            behind |= {**scored, "recorded": True}
+        return Draws(
+            posterior=self.group_size,
+            prior=self.originals,
+            answers=with_original,
+            joint=with_original,
+            **behind,
+        )
 
     def needs(self) -> frozenset[Score]:
+        if self.weights == "recorded":
+            return frozenset()
         # Each hinted thought under both prompts: two forwards of it, for the ratio.
-        return frozenset({*VIEWS, *self.answer_scores("posterior")})
+        views = VIEWS if self.log_q == "policy" else VIEWS[1:]
+        return frozenset({*views, *self.answer_scores("posterior")})
 
     def notes(self) -> Iterator[str]:
         yield from alone("group_size", self.group_size)
 
+    def ratio(self, batch: ScoredBatch) -> Tensor:
+        """See HintedKeys."""
+        if self.log_q == "policy":
+            return super().ratio(batch)
+        student, paths = batch.logps[VIEWS[1]], batch.posterior.flat
+        gaps = [(student[p.key].double() - p.logps.double()).sum().item() for p in paths]
+        if lacks := next((p for p, gap in zip(paths, gaps, strict=True) if gap != gap), None):
+            raise ValueError(
+                f"log_q recorded: the line of path {lacks.key} has no log-probs of its sampler; "
+                "record them (logps), or set log_q policy"
+            )
+        return batch.posterior.length_BP.new_tensor(gaps).view_as(batch.posterior.length_BP)
+
+    def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """See HintedKeys."""
+        if self.weights == "computed":
+            return super().hinted(batch)
+        share_BK = recorded_shares(batch)
+        return share_BK, {"share": share_BK}, spread("vr", share_BK)
+
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
-        parts = self.theta_parts(share_BK)
+        kept_BK = share_BK if self.keep == "all" else best(share_BK)
+        parts: tuple[Term, ...] = self.theta_parts(kept_BK)
+        if self.originals:
+            weight_BM = -_summed(batch.prior.length_BP.ne(0).double())
+            how: dict[str, Any] = {"stream": "prior", "view": "student", "part": "response"}
+            parts = (*parts, Term(name="original", weight_BP=weight_BM, **how))
         metrics = merge(found, counts(parts))
         return Terms(parts=parts, path_scores={"posterior": scores}, metrics=metrics)
+
+
+def recorded_shares(batch: ScoredBatch) -> Tensor:
+    """The weights that stand beside the hinted paths, (B, K). ValueError where one is missing, or
+    those of a question are not a whole."""
+    shares_XK = []
+    for group in batch.posterior.paths:
+        lacks = next((path for path in group if path.share is None), None)
+        if lacks is not None:
+            raise ValueError(
+                f"weights recorded: the line of path {lacks.key} has no share; give the "
+                "paths.jsonl of a run with train.record weights"
+            )
+        own = [path.share or 0.0 for path in group]
+        shares_XK.append(own)
+        # All are 0 where no path is right.
+        if abs(sum(own) - 1) > 1e-6 and any(own):
+            raise ValueError(
+                f"weights recorded: those of question {group[0].question_id!r} add up to "
+                f"{sum(own):.6g}, expected 1; set group_size to that of the record, or mend it"
+            )
+    return batch.posterior.length_BP.new_tensor(shares_XK)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -4,9 +4,10 @@
     request
 
 A line holds what an engine gives: the token ids of the thought and of the answer behind it, and
-their sampling log-probs. It is cut to the limits of `Sampling` as a drawn path is, so a run that is
-replayed with its own configuration makes bitwise the same updates. The index has some hundred bytes
-per line; the lines stay in their files.
+their sampling log-probs. Where answers were sampled behind the thought to score it, it has them and
+their verdicts, and none is drawn again. It is cut to the limits of `Sampling` as a drawn path is,
+so a run that is replayed with its own configuration makes bitwise the same updates. The index has
+some hundred bytes per line; the lines stay in their files.
 
 `Records` needs no weight: it is read, and held to the questions of the run, before the model is.
 """
@@ -17,7 +18,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, get_args
 
@@ -35,7 +36,7 @@ from vpgea_fast.rollout.engine import (
     prompt_digest,
     split_path,
 )
-from vpgea_fast.types import Finish, Path, SampleRequest, Stream
+from vpgea_fast.types import Attempt, Finish, Path, SampleRequest, Stream
 
 Key = tuple[int | None, str, str, int]
 """Step from 1 (None: every step), question, stream, index."""
@@ -64,7 +65,8 @@ class Expected:
     vocabulary   tokens that the model embeds: an id beyond it is refused
     questions    id -> text
     prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
-    temperature  that of the log-probs, the run's own; None: not known
+    temperature  that of the log-probs, the run's own; None: not known, or nothing reads them
+    answer_temperature  that of the answers behind a thought; None: nothing reads these
     """
 
     decode: Callable[[torch.Tensor], str]
@@ -72,6 +74,7 @@ class Expected:
     questions: Mapping[str, str] = field(default_factory=dict)
     prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
     temperature: float | None = None
+    answer_temperature: float | None = None
 
 
 class Records:
@@ -191,8 +194,15 @@ class Records:
                 f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
                 f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
             )
+        drawn_at, now = record.get("answer_temperature"), self.expected.answer_temperature
+        if None not in (drawn_at, now) and drawn_at != now:
+            raise RecordError(
+                f"{place}: its answers were sampled at temperature {drawn_at}, and "
+                f"scoring.answer_temperature is {now}; set it to {drawn_at}"
+            )
         # On a GPU the embedding would end the process without naming the token.
-        most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
+        behind = (token for ids in record.get("attempt_ids", ()) for token in ids)
+        most = max([*record["ids"], *record.get("answer_ids", ()), *behind], default=0)
         if most >= self.expected.vocabulary:
             raise RecordError(
                 f"{place}: got the token {most}, but the model embeds {self.expected.vocabulary}; "
@@ -316,8 +326,12 @@ class Replay:
         self.records.require_prompt(record, place, prompt_digest(request.prompt_ids))
         self.records.require_text(record, place)
         ids, logps = self._tokens(record, place, full_answer=sampling.full_answer)
-        finish = record.get("finish") or _finish(ids.tolist(), sampling)
-        return split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
+        finish: Finish = record.get("finish") or _finish(ids.tolist(), sampling)
+        path = split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
+        # Of another thought, cut by another limit, they would say nothing.
+        whole = path.closed and path.z_ids.numel() == len(record["ids"])
+        attempts = _attempts(record) if whole else ()
+        return replace(path, attempts=attempts, share=record.get("share"))
 
     def _tokens(
         self, record: Mapping[str, Any], place: Place, *, full_answer: bool
@@ -382,6 +396,13 @@ def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Ma
     return (record.get("step"), record.get("index")), record
 
 
+def _attempts(record: Mapping[str, Any]) -> tuple[Attempt, ...]:
+    """The answers sampled behind the thought, in their order; equal ones are one record."""
+    texts = zip(record.get("attempt_ids", ()), record.get("attempt_right", ()), strict=True)
+    made = [Attempt(ids=torch.tensor(i, dtype=torch.int64), right=right) for i, right in texts]
+    return tuple(made[place] for place in record.get("attempts", ()))
+
+
 def _wrong(record: Mapping[str, Any]) -> str | None:
     """What of a line is no recorded path."""
     if not isinstance(record.get("question_id"), str):
@@ -398,12 +419,36 @@ def _wrong(record: Mapping[str, Any]) -> str | None:
         if name == "ids" and name not in record:
             return "no ids"
         value = record.get(name, [])
-        # bool is an int to Python, and no token.
-        if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
+        if not _are_ids(value):
             return f"{name} {str(value)[:40]!r}"
     for name in ("logps", "answer_logps"):
         value = record.get(name, [])
         number = (int, float, type(None))
         if not isinstance(value, list) or any(type(v) not in number for v in value):
             return f"{name} {str(value)[:40]!r}"
+    share = record.get("share")
+    if share is not None and (type(share) not in (int, float) or not 0 <= share <= 1):
+        return f"share {share!r}"
+    return _wrong_attempts(record)
+
+
+def _wrong_attempts(record: Mapping[str, Any]) -> str | None:
+    """What of a line is no answers behind a thought."""
+    texts, right, places = (
+        record.get(name, []) for name in ("attempt_ids", "attempt_right", "attempts")
+    )
+    for name, value, fits in (
+        ("attempt_ids", texts, _are_ids),
+        ("attempt_right", right, lambda v: type(v) is bool),
+        ("attempts", places, lambda v: type(v) is int and 0 <= v < len(texts)),
+    ):
+        if not isinstance(value, list) or not all(map(fits, value)):
+            return f"{name} {str(value)[:40]!r}"
+    if len(right) != len(texts):
+        return f"attempt_right {str(right)[:40]!r} beside {len(texts)} attempt_ids"
     return None
+
+
+def _are_ids(value: Any) -> bool:
+    # bool is an int to Python, and no token.
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
