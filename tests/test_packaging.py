@@ -146,8 +146,7 @@ from vpgea_fast import cli, config
 assert config.__file__.startswith(sys.argv[1]), config.__file__
 assert cli.main(["train", "tiny"]) == 2
 assert cli.main(["train", "tinny"]) == 2
-        r"cannot read the configuration tinny: .*7b-multinode, smollm2, tiny, vr-4b, vr-tiny\n",
-        shown,
+for name in ("tiny", "smollm2", "1.5b", "7b", "7b-1gpu", "7b-multinode", "vr-4b", "vr-tiny"):
     assert cli.main(["train", name, "--print-config"]) == 0
 assert cli.main(["make-tiny", "data/tiny"]) == 0
 small = ["--train.steps", "1", "--data.limit", "16", "--eval.limit", "2", "--eval.samples", "0"]

@@ -17,7 +17,8 @@ from vpgea_fast.objectives import METHODS
 from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS
 from vpgea_fast.rollout.engine import Sampling, prompt_digest
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.replay import Expected, RecordError, Records, Replay
+from vpgea_fast.rollout.recorded import Expected, RecordError, Records
+from vpgea_fast.rollout.replay import Replay
 from vpgea_fast.trainer import fit
 from vpgea_fast.types import SampleRequest
 

@@ -37,7 +37,7 @@ from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
-from vpgea_fast.rollout.replay import Records
+from vpgea_fast.rollout.recorded import Records
 from vpgea_fast.rollout.turns import Turns
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.verify import Verifier

@@ -34,7 +34,7 @@ from vpgea_fast.objectives import at_step
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import prompt_digest, slot_of
 from vpgea_fast.rollout.factory import check_engine
-from vpgea_fast.rollout.replay import Expected, Records
+from vpgea_fast.rollout.recorded import Expected, Records
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.weights import load_config
 

@@ -134,8 +134,13 @@ Looks = Generator[Sequence[Ended], None, None]
 class RolloutEngine(Protocol):
     """Samples paths, and takes over new weights between steps."""
 
-    holds: Who
-    """Whose weights came last: set by who hands them over, see turns.py."""
+    @property
+    def holds(self) -> Who:
+        """Whose weights came last: set by who hands them over, see turns.py."""
+        ...
+
+    @holds.setter
+    def holds(self, who: Who) -> None: ...
 
     @property
     def wave(self) -> int | None:
