@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from runs import recorded
 from test_formulas import TINY, B, C, P, Witness, compared, facts_of, two_models, whole, wide_norm
-from test_vr import LIKELY, MIXED, SHORT, J, Variational
+from test_vr import LIKELY, MIXED, SHORT, YES, J, Variational, batch_of, hinted
 
 from vpgea_fast import config
 from vpgea_fast.checkpoint import CheckpointError, load_checkpoint, open_checkpoint, put_weights
@@ -19,8 +19,10 @@ from vpgea_fast.distributed import World, full_weights
 from vpgea_fast.model import load_policy
 from vpgea_fast.model_dir import ModelError
 from vpgea_fast.objectives import Vr
+from vpgea_fast.objectives.guards import VIEWS, views
 from vpgea_fast.policies import posterior_model
 from vpgea_fast.rollout.engine import RolloutError
+from vpgea_fast.rows import Scale, build_rows, checksum, drawn_rows
 from vpgea_fast.trainer import Trainer
 
 WHO = ("policy", "posterior")
@@ -183,6 +185,38 @@ def test_every_update_is_the_gradient_of_the_formula_with_two_models(form, size,
     )
 
 
+def test_rows_say_whose_weights_they_train_and_whose_drew_their_path():
+    """The ratio is of the posterior policy's log-probs. A sampler's log-probs stand beside the rows
+    of the weights and the prompt that drew the path, and in no others."""
+    paths, logps = hinted([[0.0, 0.0], [2.0, 2.0]], right=[(YES,), (YES,)])
+    own, student = views("posterior")
+    batch = batch_of([(paths, logps)])
+    # Those of the policy itself behind the teacher's prompt are there too, and nobody's business.
+    odd = {key: value - 9.0 * (key[2] == 0) for key, value in logps[VIEWS[0]].items()}
+    known = {own: logps[VIEWS[0]], student: logps[VIEWS[1]], VIEWS[0]: odd}
+    batch = replace(batch, posterior_who="posterior", logps=known)
+    keys = Vr(share_params=False, group_size=2, phi="iwae", norm="seq_sum")
+    terms, scale = keys.terms(batch, {}), Scale(norm="seq_sum")
+    rows = build_rows(batch, terms, scale)
+    shares = torch.tensor([0.0, 2.0]).softmax(0)
+    assert [row.coef[0].item() for row in rows if row.term == "theta"] == pytest.approx(
+        (-shares).tolist()
+    )
+    told = {(row.term, row.view, row.who, row.sample_logps is not None) for row in rows}
+    assert told == {
+        ("theta", "student", "policy", False),
+        ("answer", "student", "policy", False),
+        ("phi", "teacher", "posterior", True),
+    }
+    drew = drawn_rows(batch, terms).values()
+    assert {(row.view, row.who) for row in drew} == {("teacher", "posterior")}
+    # Where the policy drew them, the posterior policy's rows are no measure of the sampler.
+    others = build_rows(replace(batch, posterior_who="policy"), terms, scale)
+    assert not any(row.sample_logps is not None for row in others)
+    # Two processes that disagree about it would train other models.
+    assert checksum(rows) != checksum([replace(row, who="policy") for row in rows])
+
+
 def gradients(trainer, rows):
     """The gradient of these rows, by policy and name; zero where none is."""
     trainer.accumulate(rows)
@@ -309,7 +343,7 @@ def turn(words):
             turns.probe("policy")
         turns.give("posterior", policies["posterior"].policy, check=True)
         with pytest.raises(RolloutError, match="holds the weights of the posterior, expected"):
-            turns.require("policy")
+            trainer._evaluate(0)  # a benchmark asks the reasoning model
         turns.give(check=True)
         turns.require("policy")
 
@@ -358,11 +392,13 @@ def test_a_resumed_run_is_bitwise_the_run_of_both_policies(words, other):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(words, other):
+@pytest.mark.parametrize("accumulate", ["sharded", "unsharded"])
+def test_two_processes_train_what_one_does(accumulate, words, other):
     """Both models in shards, each gathered for its own passes and its turn at the engine."""
     how = {**STEPS, **MIXED, "posterior.path": other, "posterior.lr": 2e-3}
     one = run_to_the_end(words("one", **how))
-    two = run_ranks(run_to_the_end, words("two", **how))[0]
+    two = words("two", **how, **{"parallel.accumulate": accumulate})
+    two = run_ranks(run_to_the_end, two)[0]
     lines, ours = recorded(one), recorded(two)
     for mine, its in zip(ours, lines, strict=True):
         for key in ("loss", "loss_phi", "loss_theta", "grad_norm", "grad_norm_posterior", "vr_ess"):

@@ -68,14 +68,15 @@ class Policies:
         return self.learners.get("posterior")
 
     def shares(self, rows: Sequence[TrainRow]) -> list[Share]:
-        """The rows of each policy that has any, planned."""
-        found = []
-        for who in self.learners:
-            places = [i for i, row in enumerate(rows) if row.who == who]
-            own = [rows[i] for i in places]
-            if own:
-                found.append(Share(who, places, own, self.passes.plan(own)))
-        return found
+        """The rows of each policy that has any, planned. KeyError for a row of none of them."""
+        places: dict[Trained, list[int]] = {who: [] for who in self.learners}
+        for place, row in enumerate(rows):
+            places[row.who].append(place)
+        shares = []
+        for who, found in places.items():
+            if own := [rows[place] for place in found]:
+                shares.append(Share(who, found, own, self.passes.plan(own)))
+        return shares
 
     def run(
         self,

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 
 from vpgea_fast.checkpoint.dcp import (
     Planner,
@@ -41,6 +40,14 @@ from vpgea_fast.checkpoint.dcp import (
 )
 from vpgea_fast.checkpoint.files import CheckpointError, together
 from vpgea_fast.checkpoint.generators import resume_rng, rng_state
+from vpgea_fast.checkpoint.optimizers import (
+    MODEL,
+    beside,
+    by_name,
+    optimizer_states,
+    read_targets,
+    trained_by_name,
+)
 from vpgea_fast.distributed import World, named_weights
 from vpgea_fast.names import Trained
 
@@ -50,7 +57,6 @@ STATE = "state.json"
 """What neither of them holds."""
 ROLLOUT = "rollout.pt"
 """Only between two updates of a rollout. One for all: every process has the same rows."""
-MODEL, OPTIMIZER = "model.", "optimizer.state."
 POSTERIOR = "posterior."
 """Before the names of a second policy."""
 States = Mapping[str, Mapping[str, Any]]
@@ -179,7 +185,7 @@ def take(
         about: dict[str, Any] = {}
         for prefix, (model, optimizer) in kept.items():
             weights = named_weights(model)
-            states, blocks, rest = _optimizer_states(optimizer, weights)
+            states, blocks, rest = optimizer_states(optimizer, weights)
             named = {f"{MODEL}{name}": weight.detach() for name, weight in weights.items()}
             tensors |= {f"{prefix}{name}": tensor for name, tensor in (named | states).items()}
             bound |= {f"{prefix}{name}": block for name, block in blocks.items()}
@@ -257,11 +263,11 @@ def put(found: Checkpoint, *, world: World, kept: Mapping[str, Kept]) -> None:
             weights, about = named_weights(one.model), _about(found, prefix)
             saved = _below(saved_tensors(metadata), prefix)
             _check_fit(found, saved, about, world=world, weights=weights, optimizer=one.optimizer)
-            ours = _targets(saved, weights, one.optimizer)
-            bound = _beside(_below(own["states"], prefix), weights)
+            ours = read_targets(saved, weights, one.optimizer)
+            bound = beside(_below(own["states"], prefix), weights)
             targets |= {f"{prefix}{name}": tensor for name, tensor in ours.items()}
-            states = [_by_name(ours), _by_name(bound), about["values"]]
-            restored.append((one, _trained(one.optimizer, weights), states))
+            states = [by_name(ours), by_name(bound), about["values"]]
+            restored.append((one, trained_by_name(one.optimizer, weights), states))
     with together(world, what, remedy, catch=Exception):
         fill(targets, reader, metadata)  # the weights straight into the model's storage
         # All is read and checked by now: from here on nothing of this run's state survives.
@@ -339,107 +345,6 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
         )
 
 
-def _optimizer_states(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """By name in the files: the states that DCP can cut, this process's shards of those that it
-    cannot (torchao's 8-bit blocks, a tensor class of their own); and the rest, as in `Checkpoint`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    bound: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    # Before the first update there are no states, and nothing of the optimiser is saved.
-    trained = _trained(optimizer, weights)
-    for name, parameter in trained.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # Step counts of optimisers that keep them as numbers go into state.json.
-            if not isinstance(value, torch.Tensor):
-                values.setdefault(name, {})[key] = value
-            elif type(shard := shard_of(value)) is torch.Tensor:
-                tensors[f"{OPTIMIZER}{name}.{key}"] = value.detach()
-            else:
-                bound[f"{OPTIMIZER}{name}.{key}"] = shard
-    rest = {
-        "class": type(optimizer).__name__,
-        "parameters": [*trained],
-        "values": values,
-        "bound": bool(bound),
-    }
-    return tensors, bound, rest
-
-
-def _trained(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
-) -> dict[str, nn.Parameter]:
-    """The optimiser's parameters by name."""
-    # By identity: the optimiser holds the very tensors, and they have no names.
-    names = {id(weight): name for name, weight in weights.items()}
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Name of a parameter -> key -> state, of tensors by their name in the files."""
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        if full_name.startswith(OPTIMIZER):
-            name, key = _parts(full_name)
-            states.setdefault(name, {})[key] = tensor
-    return states
-
-
-def _parts(full_name: str) -> tuple[str, str]:
-    name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
-    return name, key
-
-
-def _beside(
-    shards: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Place blocks that cannot be cut anew beside the shards of their parameters."""
-    placed: dict[str, torch.Tensor] = {}
-    for full_name, shard in shards.items():
-        weight = weights[_parts(full_name)[0]]
-        placed[full_name] = shard = shard.to(shard_of(weight).device)
-        if isinstance(weight, DTensor):
-            # run_check would be a collective; who wrote these shards is checked by `_check_fit`.
-            placed[full_name] = DTensor.from_local(
-                shard,
-                weight.device_mesh,
-                weight.placements,
-                run_check=False,
-                shape=weight.shape,
-                stride=weight.stride(),
-            )
-    return placed
-
-
-def _targets(
-    found: Mapping[str, TensorStorageMetadata],
-    weights: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> dict[str, torch.Tensor]:
-    """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
-    targets = {f"{MODEL}{name}": weight.detach() for name, weight in weights.items()}
-    # The options of a parameter's group decide where its step count lives.
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    trained = _trained(optimizer, weights)
-    for full_name, saved in found.items():
-        if not full_name.startswith(OPTIMIZER):
-            continue
-        parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
-        if saved.size == parameter.shape:
-            # A DTensor where the parameter is one: DCP then reads this process's shard alone.
-            targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
-        else:
-            # As AdamW does: a step count on a GPU that no fused kernel reads there would cost a
-            # sync a parameter.
-            group = groups[id(parameter)]
-            beside = saved.size or group.get("fused") or group.get("capturable")
-            device = shard_of(parameter).device if beside else "cpu"
-            targets[full_name] = torch.zeros(saved.size, dtype=dtype, device=device)
-    return targets
-
-
 def _check_fit(
     found: Checkpoint,
     saved: Mapping[str, TensorStorageMetadata],
@@ -458,7 +363,7 @@ def _check_fit(
             f"{found.path} holds states of {about['class']}, this run has {kind}; set "
             "optim.name to what the run began with"
         )
-    if odd := {*about["parameters"]} ^ _trained(optimizer, weights).keys():
+    if odd := {*about["parameters"]} ^ trained_by_name(optimizer, weights).keys():
         raise CheckpointError(
             f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
         )

@@ -13,6 +13,7 @@ from vpgea_fast.config.inputs import (
     DataFile,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -44,7 +45,6 @@ from vpgea_fast.config.records import (
     LossConfig,
     MetricsConfig,
     OptimConfig,
-    PosteriorConfig,
     TrainConfig,
 )
 from vpgea_fast.config.renamed import RENAMED, renewed

@@ -110,6 +110,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PosteriorConfig:
+    """The second policy of an objective that has one: `vr` with `share_params false`."""
+
+    path: PathText | None = None
+    """The model that the posterior policy begins from, of the shapes and the vocabulary of
+    model.path. null: that of model.path. Dtype and placement are those of the section model."""
+    lr: PositiveFloat | None = None
+    """Its learning rate after the warm-up; null: optim.lr. The rest is that of the section
+    optim."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 

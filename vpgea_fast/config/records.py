@@ -15,6 +15,7 @@ from vpgea_fast.config.inputs import (
     Files,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -74,18 +75,6 @@ class OptimConfig:
     """Decoupled weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Clip the norm of the whole gradient to this."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class PosteriorConfig:
-    """The second policy of an objective that has one: `vr` with `share_params false`."""
-
-    path: PathText | None = None
-    """The model that the posterior policy begins from, of the shapes and the vocabulary of
-    model.path. null: that of model.path. Dtype and placement are those of the section model."""
-    lr: PositiveFloat | None = None
-    """Its learning rate after the warm-up; null: optim.lr. The rest is that of the section
-    optim."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -420,18 +409,15 @@ class Config:
             )
 
     def _check_posterior(self) -> None:
-        """ValueError for keys of a posterior policy that there is not, and for what cannot have
-        one."""
-        own = {"path": self.posterior.path, "lr": self.posterior.lr}
-        given = next((key for key, value in own.items() if value is not None), None)
-        if not self.two_policies:
-            if given is None:
-                return
+        """ValueError for keys of a posterior policy that there is not, and where none can be."""
+        keys = {"path": self.posterior.path, "lr": self.posterior.lr}
+        given = next((key for key, value in keys.items() if value is not None), None)
+        if given is not None and not self.two_policies:
             raise ValueError(
-                f"posterior.{given}: got {own[given]!r}, but objective {self.objective.name!r} "
+                f"posterior.{given}: got {keys[given]!r}, but objective {self.objective.name!r} "
                 "trains one policy; set objective.share_params false (vr), or leave it out"
             )
-        if self.engine.name == "replay":
+        if self.two_policies and self.engine.name == "replay":
             raise ValueError(
                 "engine.name: got 'replay' with a posterior policy, which recorded paths were not "
                 "drawn from; train the two models apart (objective vr_phi, then vr_theta), or set "

@@ -414,8 +414,8 @@ class Vr(ThetaKeys, PhiKeys):
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
         part = self.phi_part(batch)
-        # Of one set of parameters; two models have a step each, and the weight is 1.
-        part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
+        if self.share_params:  # two models have a step each, and a learning rate
+            part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
         path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
         if part.stream == "prior":
             _, path_scores["prior"], others = self.unhinted(batch)
