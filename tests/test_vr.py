@@ -589,7 +589,7 @@ def test_recorded_weights_are_taken_as_they_stand():
     assert cfg.needs() == frozenset()
     with pytest.raises(ValueError, match=r"path \('q', 'posterior', 1\) has no share; give the"):
         cfg.terms(with_paths(one, lambda i: {"share": None if i == 1 else 0.5}), {})
-    with pytest.raises(ValueError, match="question 'q' add up to 0.6, expected 1; set group_size"):
+    with pytest.raises(ValueError, match=r"question .q. add up to 0\.6, expected 1; set group"):
         cfg.terms(with_paths(one, lambda _: {"share": 0.2}), {})
 
 
