@@ -137,7 +137,9 @@ def test_what_no_round_can_be_made_of_is_refused(more, said, words, tmp_path, ca
 
 @pytest.mark.slow
 def test_rounds_that_are_killed_at_any_moment_end_as_if_they_had_not_been(words, tmp_path):
-    given = words("--optim.lr", "3e-4")
+    more = {"optim.lr": 6e-4, "train.steps": 6, "train.questions_per_step": 4}
+    more |= {"data.limit": 24, "eval.limit": 24, "rollout.max_new_tokens": 160}
+    given = words(*(word for key, value in more.items() for word in (f"--{key}", str(value))))
     cfg = config.load(VR_TINY, given)
     whole = run_rounds(cfg, tmp_path / "whole", 2, print, launch=here([]))
     command = ["-m", "vpgea_fast.cli", "vr-rounds", str(VR_TINY), "--rounds", "2"]

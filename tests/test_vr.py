@@ -562,6 +562,74 @@ def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
         phi(**keys)
 
 
+def with_paths(batch, change):
+    """The batch with `change(place)` put into every hinted path."""
+    groups = tuple(
+        tuple(replace(path, **change(i)) for i, path in enumerate(group))
+        for group in batch.posterior.paths
+    )
+    return replace(batch, posterior=replace(batch.posterior, paths=groups))
+
+
+def test_recorded_weights_are_taken_as_they_stand():
+    """Of three paths; the best one alone, the first of equals; none right."""
+    one = batch_of([hinted([[0.0, 0.0]] * 3, right=[(YES,)] * 3)])
+    for keep, own, expected in (
+        ("all", (0.2, 0.5, 0.3), [-0.6, -1.5, -0.9]),
+        ("best", (0.4, 0.2, 0.4), [-3, 0, 0]),
+        ("best", (0.0, 0.0, 0.0), [0, 0, 0]),
+    ):
+        recorded = with_paths(one, lambda i, own=own: {"share": own[i]})
+        out = theta(weights="recorded", keep=keep, group_size=3).terms(recorded, {})
+        assert [term.name for term in out.parts] == ["theta", "answer"]
+        for term in out.parts:
+            assert term.weight_BP.tolist() == [pytest.approx(expected, abs=1e-14)]
+        assert out.metrics["groups_all_rejected"] == (not any(own))
+    cfg = theta(weights="recorded", group_size=3)
+    assert cfg.needs() == frozenset()
+    with pytest.raises(ValueError, match=r"path \('q', 'posterior', 1\) has no share; give the"):
+        cfg.terms(with_paths(one, lambda i: {"share": None if i == 1 else 0.5}), {})
+    with pytest.raises(ValueError, match=r"question .q. add up to 0\.6, expected 1; set group"):
+        cfg.terms(with_paths(one, lambda _: {"share": 0.2}), {})
+
+
+def test_the_ratio_may_be_of_recorded_log_probs():
+    """log pi of the model less what the sampler said, summed over two tokens."""
+    one = batch_of([hinted([[1.0, -2.0]] * 2, right=[(YES,)] * 2)])
+    logps = {"logps": torch.tensor([-0.25, -0.5])}
+    cfg = theta(log_q="recorded", group_size=2, thought_ratio="exact")
+    assert cfg.needs() == frozenset(VIEWS[1:])
+    ratio = cfg.ratio(with_paths(one, lambda _: logps))
+    log_pi = one.logps[VIEWS[1]]["q", "posterior", 0].sum().item()
+    assert ratio.tolist() == [[log_pi + 0.75] * 2]
+    lacks = {"logps": torch.tensor([-0.25, math.nan])}
+    with pytest.raises(ValueError, match="has no log-probs of its sampler; record them"):
+        cfg.terms(with_paths(one, lambda _: lacks), {})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objective.weights", "recorded"], "engine.name 'hf' draws paths that have none; set"),
+        (["--objective.originals", "1"], "weights: got 'computed' with originals 1, which would"),
+        (
+            ["--train.record", "paths", "--train.resample_rounds", "1"],
+            "train.resample_rounds 1 would replace all of them; set it to 0",
+        ),
+        (
+            [
+                *("--objective.weights", "recorded", "--rollout.importance_cap", "2"),
+                *("--engine", "replay", "--engine.paths", "[a.jsonl]"),
+            ],
+            "imitates paths that another model drew, with rollout.importance_cap 2",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_or_read_is_refused(more, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config.load(TINY, ["--objective", "vr_theta", *more])
+
+
 OTHERS = {
     "share_params": (True, False),
     "estimator": ("accuracy", "gml", "likelihood"),

@@ -104,7 +104,8 @@ def dry_run(
         for line in () if records is None else records.notes:
             say(line)
     _say_benchmarks(benchmarks, say)
-    if cfg.train.record or cfg.objective.draws().given:
+    draws = cfg.objective.draws()
+    if cfg.train.record or draws.given or draws.recorded:
         say(whole_pass(cfg, len(questions)))
     # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_models(cfg, text.config, text.tokenizer)
