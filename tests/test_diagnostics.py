@@ -284,7 +284,7 @@ def test_speed_of_an_update_by_hand():
 
 def test_path_records_hold_scores_and_ids(batch):
     coefs = Vpgea().terms(batch, {})
-    asked = {"step": 3, "limit": 1, "temperature": 0.5}
+    asked = {"step": 3, "limit": 1, "temperature": 0.5, "answer_temperature": 0.7}
     records = diagnostics.path_records(batch, coefs, lambda z: f"<{z.numel()}>", **asked)
     assert [r["temperature"] for r in records] == [0.5, 0.5]
     assert [(r["stream"], r["length"], r["correct"], r["text"], r["answer"]) for r in records] == [
