@@ -39,7 +39,8 @@ def eta(keys, group, i, _):
 
 def kimi(keys, group, i, _):
     lengths = group.lengths
-    place = 0.5 - (lengths[i] - min(lengths)) / (max(lengths) - min(lengths))
+    span = max(lengths) - min(lengths)
+    place = 0.5 - (lengths[i] - min(lengths)) / span if span else 0.0
     return group.right[i] + keys.weight * (place if group.right[i] else min(0.0, place))
 
 

@@ -354,13 +354,17 @@ def test_a_hub_that_does_not_answer_is_one_line_in_seconds(tiny_world, tmp_path)
 LARGE = [("7b", "7b", 8), ("7b-multinode", "7b", 16), ("7b-1gpu", "7b", 1), ("1.5b", "1.5b", 1)]
 
 
+# What a dry run of sizes needs; sympy's start would be most of its time.
+NUMBERS = ["--verify.name", "number"]
+
+
 @pytest.fixture
 def large_plan(large_model, capsys):
     """The dry run of a large preset without a network: what it shows, and its table of memory,
     part -> GiB of every phase."""
 
     def plan(preset, name, *more):
-        words = ["--model.path", str(large_model(name)), "--device-gib", "79.6", *more]
+        words = ["--model.path", str(large_model(name)), "--device-gib", "79.6", *NUMBERS, *more]
         assert main(["train", str(ROOT / f"configs/{preset}.yaml"), "--dry-run", *words]) == 0
         shown = capsys.readouterr().out
         table = {
@@ -463,7 +467,7 @@ def vllm_plan(large_model, capsys):
     model = large_model("7b")
 
     def plan(*more):
-        words = ["--model.path", str(model), *more]
+        words = ["--model.path", str(model), *NUMBERS, *more]
         machine = ["--processes", "8", "--device-gib", "80"]
         assert main(["train", str(ROOT / "configs/7b.yaml"), "--dry-run", *words, *machine]) == 0
         return capsys.readouterr().out

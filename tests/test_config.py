@@ -269,6 +269,20 @@ def test_what_nobody_samples_is_trained_at_temperature_1(name):
     config.resolve({"objective": {"name": "rft"}, "rollout": sampled})
 
 
+@pytest.mark.parametrize(("answer", "most"), [(False, 90), (True, 120)])
+def test_a_soft_punishment_begins_behind_the_first_token(answer, most):
+    rollout = {"max_new_tokens": 90, "max_answer_tokens": 30, "full_answer": answer}
+    keys = {"name": "dapo", "reward": "likelihood", "trains": "thought"}
+
+    def read(cache):
+        config.resolve({"objective": {**keys, "overlong_cache": cache}, "rollout": rollout})
+
+    read(most)
+    said = f"overlong_cache: got {most + 1}, expected at most the {most} tokens of a path"
+    with pytest.raises(config.ConfigError, match=said):
+        read(most + 1)
+
+
 def test_null_unsets():
     words = ["--metrics.compare", "null", "--data.limit=~", "--objective.eta_clip", "null"]
     words += ["--engine", "vllm", "--engine.server", "NULL", "--objective.preset", "robust"]

@@ -235,6 +235,27 @@ def test_a_distilled_row_without_its_own_log_probs_has_no_loss():
     assert diagnostics.row_metrics([], []) == {"loss": 0.0, "loss_pg": 0.0, "loss_distill": 0.0}
 
 
+def test_the_loss_of_a_distilled_row_whose_sampler_is_not_known_is_no_number():
+    """Without its constant it would be another formula's, under the same name."""
+    rows = [
+        TrainRow(
+            context_ids=ids([1]),
+            token_ids=ids([2, 3]),
+            coef=-torch.ones(2),
+            stream="posterior",
+            view="student",
+            term="distill",
+            distilled=True,
+            sample_logps=torch.tensor([-1.0, last]),
+        )
+        for last in (-1.0, math.nan)
+    ]
+    metrics = diagnostics.row_metrics(rows, [torch.tensor([-2.0, -2.5])] * 2)
+    assert math.isnan(metrics["loss"])
+    assert math.isnan(metrics["loss_distill"])
+    assert (metrics["loss_pg"], metrics["kl_gated"]) == (0.0, 1.25)
+
+
 def test_tokens_trained_and_gated_off_add_up(batch):
     coefs = Vpgea().terms(batch, {})
     rows = build_rows(batch, coefs, Scale())
@@ -263,7 +284,7 @@ def test_speed_of_an_update_by_hand():
 
 def test_path_records_hold_scores_and_ids(batch):
     coefs = Vpgea().terms(batch, {})
-    asked = {"step": 3, "limit": 1, "temperature": 0.5}
+    asked = {"step": 3, "limit": 1, "temperature": 0.5, "answer_temperature": 0.7}
     records = diagnostics.path_records(batch, coefs, lambda z: f"<{z.numel()}>", **asked)
     assert [r["temperature"] for r in records] == [0.5, 0.5]
     assert [(r["stream"], r["length"], r["correct"], r["text"], r["answer"]) for r in records] == [

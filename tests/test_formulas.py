@@ -394,12 +394,7 @@ class Formula:
                 context, tokens = self.imitated_row(b, i)
                 logp = logps_of(model, context, tokens, self.temperature).sum()
                 weight = self.weight(lengths, len(tokens), paths=B * count)
-                constant = 0.0
-                if self.keys.name == "hint_rft":
-                    path = self.paths()[0][b][i]
-                    drawn = [path.logps, path.answer_logps][: 1 + (self.keys.trains == "response")]
-                    constant = torch.cat(drawn).double().sum()
-                losses.append(weight * (constant - logp))
+                losses.append(-weight * logp)
         if len(self.imitated) < B * count:
             found["kinds"].add("left out")
         zeros = [p.sum() * 0 for p in model.parameters()]

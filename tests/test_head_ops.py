@@ -116,6 +116,11 @@ def vpgea_some(x, **options):
 
 CALLS = [weighted, weighted_all, weighted_into_a_sink, logprob, logprob_all, two_streams]
 CALLS += [vpgea, vpgea_some]
+WIDEST = [weighted_into_a_sink, logprob_all, vpgea_some]
+"""One of each op, with the most options: what else compiles is a part of these, and slow."""
+WIDEST_FIRST = [
+    call if call in WIDEST else pytest.param(call, marks=pytest.mark.slow) for call in CALLS
+]
 
 
 def inputs_of(dtype=torch.float32, *, tokens=T, device="cpu"):
@@ -189,8 +194,11 @@ def compiled_equals_eager(call, backend, compiler, dynamic, dtype, *, device="cp
         compare(run(compiled, x, loss, backend=backend), expected, budget=budget)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "dynamic"),
+    [*((call, True) for call in CALLS), *((call, False) for call in WIDEST)]
+    + [pytest.param(c, False, marks=pytest.mark.slow) for c in CALLS if c not in WIDEST],
+)
 def test_compiled_equals_eager(call, dynamic):
     compiled_equals_eager(call, "torch", "aot_eager", dynamic, torch.float32)
 
@@ -508,7 +516,7 @@ def test_autocast_agrees_with_eager(dtype):
         assert (a - b).norm() <= 1.01 * (off * factor + unit * (b.norm() + a.norm()))
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", WIDEST_FIRST)
 def test_compiled_under_autocast(call):
     """One graph with autocast around the compiled call, and inside it: the eager bits."""
     x, inside = inputs_of(), under_autocast(call)

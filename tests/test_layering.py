@@ -30,8 +30,8 @@ LAYERS = {
     "preparation": {"check", "collect", "diagnostics", "intake"},
     # What a run asks of its questions, before a weight is read and again in each step.
     "questions": {"questions"},
-    # A second model beside the policy, for whoever collects.
-    "reference": {"reference"},
+    # Models of a run: those that it trains, and a frozen one beside them, for whoever collects.
+    "models": {"policies", "reference"},
     # What a step is while its updates are made.
     "updates": {"updates"},
     "rows": {"rows"},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from batches import prompted, sampled, scored, whole
+from length_formulas import Group, reward
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
@@ -186,6 +187,49 @@ def test_rewards_by_hand(kind, group, expected):
     assert reward_N.dtype == torch.float64
 
 
+KEYS = {
+    "eta": {"alpha": 0.8, "clip": (0.6, 1.4)},
+    "kimi": {"weight": 0.4},
+    "arora": {"alpha": 0.3},
+    "o1_pruner": {"weight": 1.5, "clip": (-1.2, 2.0)},
+    "lc_r1": {"weight": 0.7},
+    "think_prune": {"limits": (40, 10), "steps": 1},
+    "l1_exact": {"alpha": 0.01},
+    "l1_max": {"alpha": 0.02, "delta": 0.4},
+    "laser": {"weight": 0.4, "target": 20},
+    "laser_d": {"target": 20, "every": 1, "grid": 8, "lowest": 10},
+    "laser_de": {"target": 20, "every": 1, "grid": 8},
+    "shorter_better": {"alpha": 1.5, "beta": 0.02},
+}
+
+
+@pytest.mark.parametrize("name", LENGTH_REWARDS)
+def test_every_group_of_three_paths_pays_what_the_paper_writes(name):
+    """All 216 groups of paths of 10, 20 or 45 tokens, right or wrong, in one step; and in the step
+    after it, whose limits that step has moved."""
+    kind = LENGTH_REWARDS[name](**KEYS[name])
+    groups = [*itertools.product(itertools.product((10, 20, 45), (True, False)), repeat=3)]
+    step = judged(*groups, reference=REFERENCE, budget=30)
+    facts = [
+        Group(
+            responses=[[*range(n)] for n, _ in group],
+            thoughts=[n for n, _ in group],
+            right=[right for _, right in group],
+            closed=[True] * 3,
+            whole=[True] * 3,
+            budget=30,
+            reference=REFERENCE,
+        )
+        for group in groups
+    ]
+    state: Any = {}
+    for history in ([], [facts]):
+        shaped = kind.shaped(step, state)
+        expected = [[reward(kind, group, i, history) for i in range(3)] for group in facts]
+        torch.testing.assert_close(shaped.reward_BN, double(expected), atol=1e-12, rtol=1e-12)
+        state = shaped.state
+
+
 def test_every_length_reward_has_a_case():
     assert {type(kind) for kind, *_ in CASES} == {*LENGTH_REWARDS.values()}
 
@@ -214,7 +258,7 @@ def test_a_group_of_equal_paths_has_no_gradient(kind, group):
         *(
             (kind, {"weight": 0.0}, key, 2)
             for kind in (LaserD, LaserDe)
-            for key in ("target", "every", "grid", "expected")
+            for key in ("target", "every", "lowest", "grid", "expected")
         ),
         (LaserDe, {"weight": 0.0}, "loop", 2),
     ],

@@ -804,10 +804,20 @@ def test_a_broken_tokenizer_is_one_line(
     if command == "train":
         yaml = tmp_path / "a.yaml"
         yaml.write_text("train: {questions_per_step: 1}\nmodel: {device: cpu, dtype: float32}\n")
-        words = ["train", str(yaml), "--data.train", str(data), "--model.path", r1_model_dir]
+        words = [
+            "train",
+            str(yaml),
+            "--verify.name",
+            "number",
+            "--data.train",
+            str(data),
+            "--model.path",
+            r1_model_dir,
+        ]
         words += ["--run.dir", str(tmp_path / "run")]
     else:
         words = ["eval", r1_model_dir, str(data), "--model.device", "cpu"]
+    words += ["--verify.name", "number"]
     capsys.readouterr()
     assert main(words) == 2
     error = capsys.readouterr().err.strip()

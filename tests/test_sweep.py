@@ -344,26 +344,28 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
 
 def test_runs_of_a_budget_of_tokens_end_in_the_step_that_reaches_it(order, capsys):
     asked = order()
-    words = command(asked, "--budget", "tokens:2000")
+    words = command(asked, "--budget", "tokens:900")
     assert main(words) == 2
     assert "optim.schedule 'cosine' falls over train.steps" in capsys.readouterr().err
     assert not asked.out.exists()
     assert main([*words, "--optim.schedule", "constant"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "budget of each run: 2000 sampled tokens (--budget)" in told
-    assert "vpgea: steps of 24 paths up to 2000 tokens" in told
+    assert "budget of each run: 900 sampled tokens (--budget)" in told
+    assert "vpgea: steps of 24 paths up to 900 tokens" in told
     (drawn,) = map(json.loads, map(Path.read_text, (asked.out / "records").iterdir()))
     lines = (asked.out / "runs/vpgea-0.001-0/metrics.jsonl").read_text().splitlines()
     tokens = [json.loads(line)["tokens_generated"] for line in lines]
-    assert sum(tokens[:-1]) < 2000 <= sum(tokens) == drawn["tokens_generated"]
+    assert sum(tokens[:-1]) < 900 <= sum(tokens) == drawn["tokens_generated"]
     assert (drawn["ended"], drawn["steps"]) == ("done", len(tokens))
 
 
 def lasting(folder):
-    """The records without what a kill may change: how long the processes took."""
+    """The records without what may change between: how long the processes took, and the commit,
+    which an edit of the tree marks."""
     records = [json.loads(path.read_text()) for path in sorted((folder / "records").iterdir())]
-    changing = ("wall_s", "words")
-    return [{k: v for k, v in r.items() if k not in changing} for r in untimed(records)]
+    for record in records:
+        del record["wall_s"], record["words"], record["made_by"]["commit"]
+    return untimed(records)
 
 
 def start(order, *more):
@@ -411,22 +413,28 @@ def test_runs_side_by_side_have_the_numbers_of_single_runs(order, running, tmp_p
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_at_any_moment_goes_on(order, tmp_path):
-    """kill -9 at random moments, each later than the last so that the storm ends."""
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_sweep_that_is_killed_at_any_moment_goes_on(order, tmp_path, seed):
+    """kill -9 at random moments of the time that an undisturbed sweep takes, up to six times."""
     keys = {"rates": (5e-4, 1e-3), "seeds": (0,), "jobs": 2}
     whole, storm = order(**keys, out=tmp_path / "whole"), order(**keys, out=tmp_path / "storm")
+    began = time.monotonic()
     told, _ = (first := start(whole)).communicate()
     assert first.returncode == 0, told
-    dice, kills, process = random.Random(0), 0, start(storm)
-    while True:
+    # By the clock of this machine: a busy one takes minutes for what another does in seconds.
+    dice, length, kills = random.Random(seed), time.monotonic() - began, 0
+    for _ in range(6):
+        process = start(storm)
         try:
-            told, _ = process.communicate(timeout=dice.uniform(2, 10) + 2 * kills)
+            process.communicate(timeout=dice.uniform(0, length))
             break
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.communicate()
-            kills, process = kills + 1, start(storm)
-    assert process.returncode == 0, told
+            kills += 1
+    told, _ = (last := start(storm)).communicate()
+    assert last.returncode == 0, told
     assert kills >= 2
     assert lasting(storm.out) == lasting(whole.out)
     rows = [json.loads((f.out / "results.json").read_text())["rows"] for f in (whole, storm)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
 @pytest.mark.parametrize("save_every", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path, save_every):
     """Four saves; killed between the second and the third."""
-    half, death, whole = 2 * save_every, 2 * save_every + save_every // 2, 4 * save_every
+    death, whole = 2 * save_every + save_every // 2, 4 * save_every
 
     def saved(name, steps):
         return words(name, "--train.steps", str(steps), "--checkpoint.save_every", str(save_every))
@@ -84,22 +85,20 @@ def test_a_killed_run_of_two_goes_on_bitwise_and_on_one_closely(words, tmp_path,
     assert ends[1].status == -signal.SIGKILL
     assert ends[0].status == 1  # by itself, soon, with the broken connection as its cause
     assert "Connection" in ends[0].output or "closed" in ends[0].output
+    shutil.copytree(tmp_path / "parts", tmp_path / "fewer")
     assert run_ranks(fit, parts, True) == [True, True]
     assert recorded(tmp_path / "straight") == recorded(tmp_path / "parts")
     paths = [(tmp_path / name / "paths.jsonl").read_bytes() for name in ("straight", "parts")]
     assert paths[0] == paths[1]
 
-    fewer = saved("fewer", half)
-    assert run_ranks(fit, fewer) == [True, True]
-    onward = [*fewer, "--train.steps", str(death)]
-    assert run_ranks(fit, onward, True, size=1) == [True]
+    assert run_ranks(fit, saved("fewer", death), True, size=1) == [True]
+    assert len(recorded(tmp_path / "fewer")) == death
     for ours, want in zip(
         recorded(tmp_path / "fewer"), recorded(tmp_path / "straight"), strict=False
     ):
         assert ours["tokens_generated"] == want["tokens_generated"]
         assert ours["loss"] == pytest.approx(want["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-    assert len(recorded(tmp_path / "fewer")) == death
 
 
 def fit_and_hear(words, resume, number=None):
@@ -174,8 +173,8 @@ def test_what_ends_between_two_updates_of_a_rollout_resumes_bitwise(tiny_words, 
 
 
 def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words, tmp_path):
-    given = words("poisoned", "--train.steps", "12", "--checkpoint.save_every", "2")
-    ends = watch_ranks(fit, given, False, None, 4, grace_s=60)
+    given = words("poisoned", "--train.steps", "9", "--checkpoint.save_every", "2")
+    ends = watch_ranks(fit, given, False, None, 2, grace_s=60)
     assert [rank.status for rank in ends] == [1, 1]
     assert all("5 non-finite gradients in a row at step" in rank.output for rank in ends)
     run = tmp_path / "poisoned"
@@ -185,7 +184,7 @@ def test_five_poisoned_steps_end_all_processes_and_leave_a_good_checkpoint(words
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 1
     assert set(map(str, rows[0]["coef"])) == {"nan"}
-    assert run_ranks(fit, [*given, "--train.steps", "10"], True) == [True, True]
+    assert run_ranks(fit, [*given, "--train.steps", "7"], True) == [True, True]
 
 
 def test_a_stop_of_one_process_is_one_of_all(words, tmp_path):

@@ -20,7 +20,7 @@ from vpgea_fast import attention, families
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
-from vpgea_fast.estimate import GIB
+from vpgea_fast.estimate import GIB, draws_itself
 from vpgea_fast.objectives import reads_reference, scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
@@ -63,6 +63,8 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
 def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
     """Warn where the hf engine is asked for long paths on a GPU; else None."""
     tokens = cfg.rollout.max_new_tokens
+    if not draws_itself(cfg):
+        return None
     # On a CPU both engines are bound by the same memory, and hf starts at once.
     if not cuda or cfg.engine.name != "hf" or tokens < LONG_PATH:
         return None
@@ -89,6 +91,14 @@ def loose_limits(cfg: Config) -> Iterator[str]:
             )
 
 
+def whole_pass(cfg: Config, questions: int) -> str:
+    """Say how many steps go once through all questions, of a run that reads or records each."""
+    each = cfg.train.questions_per_step
+    # A run that trains has no smaller batch at the end.
+    steps = -(-questions // each) if cfg.train.record else questions // each
+    return f"one pass over {questions} questions takes {steps} steps; train.steps {cfg.train.steps}"
+
+
 def unread_keys(cfg: Config) -> Iterator[str]:
     """Warn of keys that were set and that change nothing, for what another section says."""
     objective, scoring = cfg.objective, cfg.scoring
@@ -101,6 +111,9 @@ def unread_keys(cfg: Config) -> Iterator[str]:
     single = cfg.train.updates == 1 and (
         "train.minibatches and train.epochs make one update of a rollout"
     )
+    enough = getattr(objective, "answer_rows", 0) >= scoring.answer_samples and (
+        f"scoring.answer_samples draws {scoring.answer_samples} behind a thought"
+    )
     for key, because in {
         "model.reference": no_reference,
         "model.reference_path": no_reference,
@@ -108,6 +121,7 @@ def unread_keys(cfg: Config) -> Iterator[str]:
         "scoring.u_norm": unscored or told or (not likely and "scoring.u_source is 'accuracy'"),
         "scoring.answer_samples": not_sampled,
         "scoring.answer_temperature": not_sampled,
+        "objective.answer_rows": enough,
         **{f"objective.{key}": single for key in ("clip_low", "clip_high", "ratio", "surrogate")},
     }.items():
         section, _, name = key.partition(".")

@@ -1,6 +1,6 @@
-"""`vpgea`: train, sweep, eval, compare, export, data, serve, report, keys, doctor, make-tiny,
-make-smol, make-problems. Every configuration key is an option, `--section.key value`; `vpgea keys`
-explains them."""
+"""`vpgea`: train, sweep, vr-rounds, eval, compare, export, data, serve, report, keys, doctor,
+make-tiny, make-smol, make-problems. Every configuration key is an option, `--section.key value`;
+`vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vpgea_fast.cli.about import declare_doctor, declare_keys, declare_report
 from vpgea_fast.cli.compare import declare_compare
 from vpgea_fast.cli.models import declare_eval, declare_export, declare_serve, run_serve
 from vpgea_fast.cli.questions import declare_data, declare_make_tiny
+from vpgea_fast.cli.rounds import declare_rounds
 from vpgea_fast.cli.smol import declare_make_problems, declare_make_smol
 from vpgea_fast.cli.sweep import declare_sweep
 from vpgea_fast.cli.train import declare_train
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     declared = (
         declare_train,
         declare_sweep,
+        declare_rounds,
         declare_eval,
         declare_compare,
         declare_data,
