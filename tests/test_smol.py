@@ -209,6 +209,18 @@ def test_the_configuration_reads_them(made):
     assert cfg.verify == VerifyConfig(name="number")
 
 
+def test_a_run_names_the_command_that_makes_what_it_lacks(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "train --dry-run"):
+        said = refused(*command.split(), "smollm2")
+        assert "data/problems is not there; make them: vpgea make-problems data/problems" in said
+    assert main(["make-problems", "data/problems"]) == 0
+    assert "runs/smollm2-sft/export is not there; train it" in refused("train", "smollm2")
+    said = refused("train", "smollm2", "--model.path", "data/smollm2")
+    assert "data/smollm2 is not there; make it: vpgea make-smol data/smollm2" in said
+    assert main(["train", "smollm2", "--print-config"]) == 0
+
+
 # --- make-smol ----------------------------------------------------------------------------------
 
 
