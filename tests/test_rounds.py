@@ -65,13 +65,14 @@ class LeftError(Exception):
 
 
 def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tmp_path):
-    """With a rate that destroys theta; left behind every fourth stage."""
-    cfg = config.load(VR_TINY, words("--optim.lr", "0.3"))
+    """With a rate that destroys theta; left behind every sixth stage."""
+    small = ["--train.steps", "1", "--eval.limit", "3", "--metrics.figure", "false"]
+    cfg = config.load(VR_TINY, words(*small, "--optim.lr", "0.3"))
     launched, told, lefts, known = [], [], 0, []
 
     def leaving(given, log):
         status = here(launched)(given, log)
-        if len(launched) % 4 == 0:
+        if len(launched) % 6 == 0:
             raise LeftError  # the stage has ended, and nothing says so yet
         return status
 
@@ -84,7 +85,7 @@ def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tm
     # What had ended when it was left is gone on with, which makes no step; all else ran once.
     assert [*dict.fromkeys(map(str, launched))] == stages(1)
     assert len(launched) == len(stages(1)) + lefts
-    assert lefts > 1
+    assert lefts
     first, second = known
     assert (first["kept"], second["kept"]) == (True, False)
     assert second["bound"] < first["bound"]
@@ -97,7 +98,7 @@ def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tm
     launched.clear()
     assert run_rounds(cfg, tmp_path / "out", 2, told.append, launch=here(launched)) == known
     assert launched == []
-    other = config.load(VR_TINY, words("--optim.lr", "0.2"))
+    other = config.load(VR_TINY, words(*small, "--optim.lr", "0.2"))
     with pytest.raises(SweepError, match="is of another configuration"):
         run_rounds(other, tmp_path / "out", 2, told.append, launch=here(launched))
 
