@@ -65,13 +65,14 @@ class LeftError(Exception):
 
 
 def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tmp_path):
-    """With a rate that destroys theta; left behind every fourth stage."""
-    cfg = config.load(VR_TINY, words("--optim.lr", "0.3"))
+    """With a rate that destroys theta; left behind every sixth stage."""
+    small = ["--train.steps", "1", "--eval.limit", "3", "--metrics.figure", "false"]
+    cfg = config.load(VR_TINY, words(*small, "--optim.lr", "0.3"))
     launched, told, lefts, known = [], [], 0, []
 
     def leaving(given, log):
         status = here(launched)(given, log)
-        if len(launched) % 4 == 0:
+        if len(launched) % 6 == 0:
             raise LeftError  # the stage has ended, and nothing says so yet
         return status
 
@@ -84,7 +85,7 @@ def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tm
     # What had ended when it was left is gone on with, which makes no step; all else ran once.
     assert [*dict.fromkeys(map(str, launched))] == stages(1)
     assert len(launched) == len(stages(1)) + lefts
-    assert lefts > 1
+    assert lefts
     first, second = known
     assert (first["kept"], second["kept"]) == (True, False)
     assert second["bound"] < first["bound"]
@@ -97,7 +98,7 @@ def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tm
     launched.clear()
     assert run_rounds(cfg, tmp_path / "out", 2, told.append, launch=here(launched)) == known
     assert launched == []
-    other = config.load(VR_TINY, words("--optim.lr", "0.2"))
+    other = config.load(VR_TINY, words(*small, "--optim.lr", "0.2"))
     with pytest.raises(SweepError, match="is of another configuration"):
         run_rounds(other, tmp_path / "out", 2, told.append, launch=here(launched))
 
@@ -136,28 +137,27 @@ def test_what_no_round_can_be_made_of_is_refused(more, said, words, tmp_path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rounds_that_are_killed_at_any_moment_end_as_if_they_had_not_been(words, tmp_path):
     more = {"optim.lr": 6e-4, "train.steps": 6, "train.questions_per_step": 4}
     more |= {"data.limit": 24, "eval.limit": 24, "rollout.max_new_tokens": 160}
     given = words(*(word for key, value in more.items() for word in (f"--{key}", str(value))))
     cfg = config.load(VR_TINY, given)
-    whole = run_rounds(cfg, tmp_path / "whole", 2, print, launch=here([]))
-    command = ["-m", "vpgea_fast.cli", "vr-rounds", str(VR_TINY), "--rounds", "2"]
+    whole = run_rounds(cfg, tmp_path / "whole", 1, print, launch=here([]))
+    command = ["-m", "vpgea_fast.cli", "vr-rounds", str(VR_TINY), "--rounds", "1"]
     command = [sys.executable, *command, "--out", str(tmp_path / "killed"), *given]
     # Each is left a little later than the one before, by turns asked and killed.
-    for number in range(40):
+    for number in range(9):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
-                assert process.wait(timeout=6 + 2.7 * number) == 0
+                # Stages of some seconds: each kill meets another one, the last start goes through.
+                assert process.wait(timeout=5 + 2.7 * number if number < 8 else None) == 0
                 break
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
     found = json.loads((tmp_path / "killed/rounds.json").read_text())["rounds"]
     assert [f["bound"] for f in found] == [f["bound"] for f in whole]
-    assert [f["kept"] for f in found] == [f["kept"] for f in whole]
-    if found[1]["kept"]:
-        names = ("export", "export_posterior")
-        pairs = [
-            [tmp_path / out / n / "model.safetensors" for out in ("whole", "killed")] for n in names
-        ]
-        assert all(a.read_bytes() == b.read_bytes() for a, b in pairs)
+    assert [f["kept"] for f in found] == [True, True]
+    for name in ("export", "export_posterior"):
+        a, b = (tmp_path / out / name / "model.safetensors" for out in ("whole", "killed"))
+        assert a.read_bytes() == b.read_bytes()

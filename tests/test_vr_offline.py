@@ -57,6 +57,7 @@ def of_the_page(stage, world, tmp_path, *more):
         "train.steps": 3 if stage in RECORDS else 2,
         "train.micro_batch_tokens": 4096,
         "metrics.diag_every": 0,
+        "metrics.figure": "false",
     }
     if "sft" not in STAGES[stage]:
         small["objective.group_size"] = K
