@@ -150,6 +150,8 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
     for line in lacking:
         notice(f"--suite {args.suite}: {line}")
     rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
+    # A limit of the answer's own is none that it shares.
+    given |= {"eval.joint_limit"} if "rollout.max_answer_tokens" in given else set()
     protocol = [[f"--{key}", value] for key, value in PROTOCOL.items() if key not in given]
     return [*map(json.dumps, rows), *args.data], [word for pair in protocol for word in pair]
 
