@@ -1,9 +1,9 @@
 """The benchmarks of the papers, with the protocol in which their tables are made.
 
-Sampled at temperature 0.6 and top_p 0.95 with at most 32,768 tokens, thought and answer together, as
-R1's model card says. k answers to each question, more where a set is small; mathematics under
-`prompt.student`, choices under CHOICE, shown with letters. Where the published order puts the right choice first, the choices are shuffled
-by a fixed seed.
+Sampled at temperature 0.6 and top_p 0.95 with at most 32,768 tokens, thought and answer together,
+as R1's model card says. k answers to each question, more where a set is small; mathematics under
+`prompt.student`, choices under CHOICE, shown with letters. Where the published order puts the right
+choice first, the choices are shuffled by a fixed seed.
 """
 
 from __future__ import annotations
