@@ -22,6 +22,7 @@ from vpgea_fast import config
 from vpgea_fast.cli import main
 from vpgea_fast.evaluation.folder import Folder
 from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
+from vpgea_fast.rollout.engine import EngineBase
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -157,6 +158,45 @@ def test_two_processes_write_the_records_of_one(tiny_world, whole, tmp_path):
     assert (ours["sampled"], ours["greedy"]) == (theirs["sampled"], theirs["greedy"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("when", ["before an answer", "between two", "without --out"])
+def test_a_signal_says_what_is_kept_and_how_to_go_on(
+    number, when, tiny_world, whole, tmp_path, monkeypatch, capsys
+):
+    out, looks = tmp_path / "out", []
+    stream = EngineBase.stream
+
+    def interrupted(self, *asked):
+        for look in stream(self, *asked):
+            looks.append(look)
+            if when != "between two" or (out / "samples.jsonl").stat().st_size:
+                os.kill(os.getpid(), number)
+            yield look
+
+    if when == "before an answer":  # of any: while the model is read
+        monkeypatch.setattr(
+            "vpgea_fast.evaluate.load_policy", lambda *_: os.kill(os.getpid(), number)
+        )
+    monkeypatch.setattr(EngineBase, "stream", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    words = [] if when == "without --out" else ["--out", out]
+    assert evaluate(tiny_world, *words) == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = {
+        "before an answer": "no answer was drawn yet: the same command begins again",
+        "between two": f"the answers so far are kept in {out}: the same command goes on with "
+        "--resume",
+        "without --out": "without --out no answer is kept; give it, and --resume goes on",
+    }
+    assert capsys.readouterr().err == f"vpgea: stopped; {said[when]}\n"
+    assert bool(looks) == (when != "before an answer")
+    if when == "between two":
+        monkeypatch.undo()
+        assert 0 < len(list(read_samples(out))) < ANSWERS
+        assert evaluate(tiny_world, *words, "--resume") == 0
+        assert records(out) == records(whole)
+
+
 def wait_for_bytes(program, folder, count=0):
     """Wait until the answers of a program in a folder take more bytes than `count`."""
     while program.poll() is None:
@@ -177,7 +217,7 @@ def test_processes_end_with_the_command_that_started_them(number, tiny_world, wh
     assert len(children) == 2
     program.send_signal(number)
     program.communicate()
-    assert program.returncode == -number
+    assert program.returncode == (-number if number == signal.SIGKILL else 128 + number)
     until = time.monotonic() + 20
     while any(map(alive, children)) and time.monotonic() < until:
         time.sleep(0.05)
@@ -187,14 +227,16 @@ def test_processes_end_with_the_command_that_started_them(number, tiny_world, wh
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_named(tiny_world, whole, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_is_named(rank, tiny_world, whole, tmp_path):
     out = tmp_path / "out"
     program = Program("-m", "vpgea_fast.cli", *words_of(tiny_world, "--out", out, "--processes", 2))
     wait_for_bytes(program, out)
-    os.kill(children_of(program.pid)[1], signal.SIGKILL)
+    os.kill(children_of(program.pid)[rank], signal.SIGKILL)
     _, said = program.communicate()
     assert program.returncode == 128 + signal.SIGKILL
-    assert "vpgea: process 1 was ended by SIGKILL\n" in said
+    kept = f"the answers so far are kept in {out}: the same command goes on with --resume"
+    assert said == f"vpgea: process {rank} was ended by SIGKILL; {kept}\n"
     assert evaluate(tiny_world, "--out", out, "--resume") == 0
     assert records(out) == records(whole)
 

@@ -214,6 +214,34 @@ def test_a_longer_limit_only_continues(make_engine, model):
     assert [tokens_of(p) for p in short] == [tokens_of(p)[:30] for p in long]
 
 
+@pytest.mark.parametrize("check_every", [1, 16])
+def test_thought_and_answer_may_share_one_limit(model, tag, check_every):
+    """Both engines' cuts are `split_path`'s: the paths of a wider draw, cut at the limit."""
+    engine = HFEngine(model, max_batch=64, check_every=check_every)
+    free = Sampling(40, think_close_id=1000, eos_ids=())
+    requests, kinds = some_requests(paths=24), collections.Counter()
+    for closing in ({"think_close_id": CLOSE}, {"think_close_id": -1, "tag": tag}):
+        # The second number is not read.
+        joint = Sampling(14, eos_ids=(EOS,), full_answer=True, joint_limit=True, **closing)
+        joint = replace(joint, max_answer_tokens=1)
+        assert joint.limit == 14
+        pairs = zip(engine.generate(requests, joint), engine.generate(requests, free), strict=True)
+        for path, whole in pairs:
+            ids, drawn = tokens_of(path), whole.z_ids[:14].tolist()
+            ends = drawn.index(EOS) + 1 if EOS in drawn else 14
+            thought = joint.closed_at(drawn[:ends])
+            assert ids == tuple(drawn[:ends])
+            assert path.closed == (thought > 0)
+            assert path.z_ids.numel() == (thought or ends)
+            assert path.finish == ("stop" if ids[-1] == EOS else "length")
+            kinds[path.closed, path.finish] += 1
+    assert len(kinds) == 4, kinds
+    cut = functools.partial(split, max_new_tokens=3, max_answer_tokens=9, joint_limit=True)
+    assert cut([4, CLOSE, 6, 7]) == ([4, CLOSE], [6], True, "length")
+    assert cut([4, CLOSE, EOS]) == ([4, CLOSE], [EOS], True, "stop")
+    assert cut([4, 5, CLOSE], finish="length") == ([4, 5, CLOSE], [], True, "length")
+
+
 @pytest.mark.parametrize("full_answer", [False, True])
 def test_stop_reasons(make_engine, model, full_answer):
     """Every path ends exactly where its tokens say; all kinds of end occur among 96 paths."""

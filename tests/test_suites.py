@@ -146,6 +146,9 @@ def test_real_questions_through_the_whole_path(published, r1_model_dir, tmp_path
     words += ["--rollout.max_answer_tokens", 4, "--model.device", "cpu"]
     words += ["--model.dtype", "float32"]
     assert main(["eval", *map(str, words)]) == 0
+    shown = capsys.readouterr().out
+    assert "a thought of at most 8 tokens, an answer of 4" in shown
+    assert all(f"  {name} " in shown for name in REAL)
     samples = list(read_samples(out))
     assert {name: sum(s.benchmark == name for s in samples) for name in REAL} == dict.fromkeys(
         REAL, 4
@@ -158,8 +161,6 @@ def test_real_questions_through_the_whole_path(published, r1_model_dir, tmp_path
         "max_answer_tokens": 4,
     }
     assert header["settings"]["k"]["greedy"] == 0
-    shown = capsys.readouterr().out
-    assert all(f"  {name} " in shown for name in REAL)
     first = next(s for s in samples if s.benchmark == "math500")
     assert (first.subject, type(first.level)) == ("Precalculus", int)
 
@@ -186,6 +187,23 @@ def choices(tmp_path):
     pro |= {"question_id": 7, "answer_index": 9, "category": "law"}
     (tmp_path / "mmlu_pro.jsonl").write_text(json.dumps(pro) + "\n")
     return tmp_path
+
+
+def test_a_suite_limits_thought_and_answer_together(published, r1_model_dir, tmp_path, capsys):
+    """As the papers do; the configuration's limit of answers is not read."""
+    out = tmp_path / "out"
+    words = [r1_model_dir, "--suite", "aime24", "--from", published, "--out", out]
+    words += ["--eval.limit", 2, "--eval.samples", 8, "--eval.max_new_tokens", 9]
+    assert main(["eval", *map(str, words), "--model.device", "cpu"]) == 0
+    assert "a thought of at most 9 tokens with its answer" in capsys.readouterr().out
+    assert read_header(out)["settings"]["sampling"] == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "max_new_tokens": 9,
+        "max_answer_tokens": None,
+    }
+    samples = list(read_samples(out))
+    assert max(s.tokens for s in samples) <= 9
 
 
 def test_choices_have_letters_and_a_shuffle_that_stays(choices):

@@ -243,7 +243,7 @@ def draws(
         question, ids = max(benchmark.questions, key=lambda item: item[1].numel())
         what = f"benchmark {name}, question {question.id}"
         # An evaluation judges answers, so it draws them also where training does not.
-        paths.append((what, ids.numel(), cfg.eval.max_new_tokens + answer))
+        paths.append((what, ids.numel(), cfg.eval.most(answer)))
     return paths
 
 

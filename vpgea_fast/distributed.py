@@ -52,6 +52,23 @@ class RemoteError(RuntimeError):
     """Another process has failed; the message says which, and why."""
 
 
+class LostError(RemoteError):
+    """The connection to another process broke: it has ended, or is not heard of."""
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raise LostError where gloo's own error is about its place in gloo's source."""
+    try:
+        yield
+    except RuntimeError as error:
+        place, found, said = str(error).partition("] ")
+        if not found or "/gloo/" not in place:
+            raise
+        said = said.partition(". ")[0]
+        raise LostError(f"another process has ended, or does not answer ({said})") from error
+
+
 @dataclass(frozen=True)
 class World:
     """Process `rank` of `size`, its device, and the mesh of a sharded model (None: not sharded).
@@ -84,7 +101,8 @@ class World:
         # A copy: all_reduce adds in place, and the caller's tensor must stay as it is.
         total = values.detach().cpu().clone()
         if self.size > 1:
-            dist.all_reduce(total, group=self.group)
+            with _connected():
+                dist.all_reduce(total, group=self.group)
         return total
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -172,7 +190,8 @@ class World:
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor, group=self.group)
+        with _connected():
+            dist.all_gather(parts, tensor, group=self.group)
         return parts
 
     # cached_property writes into __dict__, which a frozen dataclass allows.

@@ -233,13 +233,16 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     evaluation = 0.0
     if sizes.evaluated:
         # As Evaluator draws: every sample of a question has one prompt, answers behind thoughts.
+        answer = cfg.rollout.max_answer_tokens
+        if cfg.eval.joint_limit:
+            answer = cfg.eval.max_new_tokens
+        limit = cfg.eval.most(answer)
         held_out = Draw(
             paths=sizes.evaluated,
             shared=max(1, cfg.eval.samples),
             prompt=sizes.prompt,
-            mean=min(thought, cfg.eval.max_new_tokens)
-            + min(rates.answer, cfg.rollout.max_answer_tokens),
-            limit=cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens,
+            mean=min(limit, min(thought, cfg.eval.max_new_tokens) + min(rates.answer, answer)),
+            limit=limit,
         )
         evaluation = _drawing(cfg, rates, sizes, held_out)
     every, steps = cfg.eval.every, cfg.train.steps

@@ -61,7 +61,8 @@ class Evaluator:
     ) -> None:
         self.cfg, self.engine, self.decode, self.verifier = cfg.eval, engine, decode, verifier
         # Whatever training draws: without an answer there is nothing to judge.
-        self.sampling = replace(sampling, max_new_tokens=cfg.eval.max_new_tokens, full_answer=True)
+        limits: Any = {name: getattr(cfg.eval, name) for name in ("max_new_tokens", "joint_limit")}
+        self.sampling = replace(sampling, **limits, full_answer=True)
         self.benchmarks = benchmarks
         for benchmark in benchmarks.values():
             # Before any step: a prompt too long for the engine would end the run at its evaluation.
@@ -129,11 +130,12 @@ class Evaluator:
             sampled = f"{cfg.samples}, {sampled}"
         # In the order in which they are drawn.
         ways = [sampled] * bool(cfg.samples or own) + ["1 greedy"] * cfg.greedy
-        lines.append(
-            f"answers a question: {' and '.join(ways)}; a thought of at most "
-            f"{cfg.max_new_tokens} tokens, an answer of {self.sampling.max_answer_tokens}; "
-            "student view only"
-        )
+        limits = f"a thought of at most {cfg.max_new_tokens} tokens"
+        if cfg.joint_limit:
+            limits += " with its answer"
+        else:
+            limits += f", an answer of {self.sampling.max_answer_tokens}"
+        lines.append(f"answers a question: {' and '.join(ways)}; {limits}; student view only")
         return lines
 
     def run(

@@ -150,7 +150,7 @@ def _plan(
     context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
     left_out = tuple(file for file in cfg.eval.data if file.label not in benchmarks)
     if left_out:  # an evaluation refuses longer prompts
-        most = cfg.data.max_prompt_tokens + cfg.eval.max_new_tokens + cfg.rollout.max_answer_tokens
+        most = cfg.data.max_prompt_tokens + cfg.eval.most(cfg.rollout.max_answer_tokens)
         context = max(context, most)
     evaluated = sum(len(b.questions) * cfg.eval.answers(b.samples) for b in benchmarks.values())
     evaluated += sum(

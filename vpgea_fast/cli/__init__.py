@@ -19,10 +19,9 @@ from vpgea_fast.cli.rounds import declare_rounds
 from vpgea_fast.cli.smol import declare_make_problems, declare_make_smol
 from vpgea_fast.cli.sweep import declare_sweep
 from vpgea_fast.cli.train import declare_train
-from vpgea_fast.cli.words import Parser, UsageError
+from vpgea_fast.cli.words import Parser, UsageError, status_of, termination
 from vpgea_fast.values import nearest
 
-INTERRUPTED = 130  # 128 + SIGINT
 REPEATABLE = ("--from", "--against")
 """Options that collect their values."""
 
@@ -44,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if passed and args.run is not run_serve:
             raise UsageError(f"got {passed[0]!r} after --; only serve passes words on, to vLLM")
         args.passed, args.words = passed, list(argv)
-        return args.run(args, overrides)
+        # Until a command listens itself: imports and checks take seconds, an evaluation hours.
+        with termination():
+            return args.run(args, overrides)
     # Every refusal of this program is an exception whose text is meant for the user.
     except Exception as error:
         # In argv, not in args: the error may be that of the parser itself.
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vpgea: {_said(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("vpgea: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return status_of(interrupt)
 
 
 def _said(error: BaseException) -> str:

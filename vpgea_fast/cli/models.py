@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpgea_fast import config
-from vpgea_fast.cli.processes import run_processes
+from vpgea_fast.cli.processes import run_processes, silent_if_lost
 from vpgea_fast.cli.words import (
     Commands,
     Parser,
@@ -25,6 +25,7 @@ from vpgea_fast.cli.words import (
     one_process,
     path,
     plain_logs,
+    status_of,
     step,
     take_folders,
     whole,
@@ -89,6 +90,24 @@ def declare_eval(commands: Commands, common: Parser) -> None:
 
 
 def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    try:
+        return _eval(args, overrides)
+    except KeyboardInterrupt as interrupt:
+        notice(f"stopped; {_how_to_go_on(args)}")
+        return status_of(interrupt)
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """Say what a stopped evaluation keeps, and how it goes on."""
+    if args.out is None:
+        return "without --out no answer is kept; give it, and --resume goes on"
+    # The header is there before the first answer; `records` has its name, and seconds of imports.
+    if not (Path(args.out) / "eval.json").is_file():
+        return "no answer was drawn yet: the same command begins again"
+    return f"the answers so far are kept in {args.out}: the same command goes on with --resume"
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.evaluation.folder import check_free
 
     if args.out is None:
@@ -104,14 +123,15 @@ def run_eval(args: argparse.Namespace, overrides: list[str]) -> int:
     words = [*protocol, *overrides, "--model.path", args.model, "--eval.data", files(data)]
     source, cfg = of_model(args, words, overrides)
     if (args.processes or 1) > 1:
-        return run_processes(_without_processes(args.words), args.processes)
+        words = _without_processes(args.words)
+        return run_processes(words, args.processes, lambda: _how_to_go_on(args))
     # Before the other imports: transformers takes seconds, a refusal must not.
     from vpgea_fast.data import check_first_rows
 
     if os.environ.get("RANK", "0") == "0":
         print(settings_line(args.model, source), flush=True)
         check_first_rows(cfg.eval.data, cfg.data)
-    return _evaluate(args, cfg)
+    return silent_if_lost(lambda: _evaluate(args, cfg))
 
 
 def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -130,6 +150,8 @@ def _asked(args: argparse.Namespace, overrides: list[str]) -> tuple[list[str], l
     for line in lacking:
         notice(f"--suite {args.suite}: {line}")
     rows = [{k: v for k, v in vars(entry).items() if v is not None} for entry in entries]
+    # A limit of the answer's own is none that it shares.
+    given |= {"eval.joint_limit"} if "rollout.max_answer_tokens" in given else set()
     protocol = [[f"--{key}", value] for key, value in PROTOCOL.items() if key not in given]
     return [*map(json.dumps, rows), *args.data], [word for pair in protocol for word in pair]
 

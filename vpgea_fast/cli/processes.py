@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import IO
 
 from vpgea_fast.cli.words import UsageError
 
-POLL_S = 0.1
+POLL_S, PATIENCE_S = 0.1, 10.0
+"""Seconds between two looks, and for what has to end by itself."""
+SHARED = "VPGEA_SHARED_COMMAND"
+"""Set in these processes: what has ended one of them is said by the command that started all."""
+LOST = 4
+"""Exit status of such a process that lost another, and says nothing."""
 
 
-def run_processes(words: Sequence[str], count: int) -> int:
-    """Run `vpgea WORDS` in `count` processes, which end with this one; return the first status that
-    is not 0.
+def run_processes(words: Sequence[str], count: int, advice: Callable[[], str]) -> int:
+    """Run `vpgea WORDS` in `count` processes, which end with this one; return the status of the
+    first that failed.
 
-    Process 0 speaks. What another says is shown when it alone has failed.
+    Process 0 speaks. What another says is shown when it alone has failed. `advice` says how to go
+    on behind one that was killed.
     """
     # torchrun sets it: each of its processes would start as many again.
     if "RANK" in os.environ:
@@ -39,18 +47,21 @@ def run_processes(words: Sequence[str], count: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         # As torchrun does: each would take all cores.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        SHARED: "1",
     }
     command = bound_command(words)
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as said:
         try:
-            for rank in range(count):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                # A file and not a pipe: unread, that would fill up and block its process.
-                out = said if rank else None
-                env = {**os.environ, **shared, **own}
-                children.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
-            return _wait(children, said)
+            with _uninterrupted():
+                for rank in range(count):
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    # A file and not a pipe: unread, that would fill up and block its process.
+                    out = said if rank else None
+                    env = {**os.environ, **shared, **own}
+                    child = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+                    children.append(child)
+            return _wait(children, said, advice)
         finally:
             # Whatever ended the wait, a Ctrl-C too: no child may keep a device.
             for child in children:
@@ -59,25 +70,65 @@ def run_processes(words: Sequence[str], count: int) -> int:
                 child.wait()
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], said: IO[bytes]) -> int:
-    while True:
-        codes = [child.poll() for child in children]
-        if all(code == 0 for code in codes):
-            return 0
-        if failed := [code for code in codes if code]:
-            break
-        time.sleep(POLL_S)
-    for rank, code in enumerate(codes):
-        if code and code < 0:  # it had no time to say anything
-            sys.stderr.write(f"vpgea: process {rank} was ended by {signal.Signals(-code).name}\n")
-    # The others learn of it from the broken connection, and say so in lines of their own.
+def silent_if_lost(work: Callable[[], int]) -> int:
+    """Do the work of one of several processes; where it loses another, `run_processes` names it."""
+    from vpgea_fast.distributed import LostError
+
     try:
-        children[0].wait(timeout=10)
+        return work()
+    except LostError:
+        if SHARED not in os.environ:
+            raise
+        return LOST
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Start processes that a Ctrl-C of the terminal does not reach: each would say that it was
+    interrupted, and this one ends them."""
+    # A mask, which children inherit: a Ctrl-C meanwhile waits here, and is lost nowhere.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(
+    children: Sequence[subprocess.Popen[bytes]], said: IO[bytes], advice: Callable[[], str]
+) -> int:
+    codes = _ended(children)
+    failed = [code for code in codes if code]
+    if not failed:
+        return 0
+    killed = {rank: -code for rank, code in enumerate(codes) if code and code < 0}
+    for rank, number in killed.items():  # it had no time to say anything
+        name = signal.Signals(number).name
+        print(f"vpgea: process {rank} was ended by {name}; {advice()}", file=sys.stderr)
+    # It learns of it from the broken connection, or from this one.
+    try:
+        children[0].wait(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
         children[0].terminate()
-    # Process 0 has not failed, so it has shown no reason: the others' words are all there is.
-    if (codes[0] is None and not children[0].returncode) or codes[0] == 0:
+        children[0].wait()
+    # Process 0 has shown no reason of its own, so the others' words are all there is.
+    if not killed and children[0].returncode in (0, LOST, -signal.SIGTERM):
         said.seek(0)
         sys.stderr.write(said.read().decode(errors="replace"))
+    first = next((code for code in failed if code != LOST), LOST)
     # Popen gives -n for a child that signal n ended; shells call that 128 + n.
-    return failed[0] if failed[0] > 0 else 128 - failed[0]
+    return first if first > 0 else 128 - first
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait until all have ended, or one has failed; behind one that lost another, for that."""
+    until = math.inf
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code]
+        if None not in codes or set(failed) - {LOST} or time.monotonic() > until:
+            return codes
+        # Its connections break before its end is seen.
+        if failed and until == math.inf:
+            until = time.monotonic() + PATIENCE_S
+        time.sleep(POLL_S)

@@ -15,7 +15,6 @@ from vpgea_fast.cli.words import (
     path,
     show,
     status_of,
-    termination,
     whole,
     yaml_value,
 )
@@ -82,9 +81,7 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
 def run_sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     one_process("sweep")
     try:
-        # Until the sweep listens itself: imports and checks take seconds, on a busy machine more.
-        with termination():
-            return _run(args, overrides)
+        return _run(args, overrides)
     except KeyboardInterrupt as error:
         return _left(args, status_of(error))
 

@@ -19,7 +19,6 @@ from vpgea_fast.cli.words import (
     plain_logs,
     show,
     status_of,
-    termination,
     whole,
 )
 
@@ -130,8 +129,7 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
         dry_run(cfg, on=on, rates=rates)
         return 0
     try:
-        with termination():
-            return _train(cfg, resume=run is not None)
+        return _train(cfg, resume=run is not None)
     except KeyboardInterrupt as error:
         begun = (Path(cfg.run.dir) / "config.yaml").is_file()
         how = f"go on: --resume {cfg.run.dir}" if begun else "the same command starts the run"

@@ -142,7 +142,7 @@ def termination() -> Iterator[None]:
 
 def status_of(interrupt: KeyboardInterrupt) -> int:
     """Return the exit status of a process that was asked to leave: 128 + the signal."""
-    # `termination` puts the signal into the error; a Ctrl-C's own has no arguments.
+    # The signal is in the error; a Ctrl-C's own has no arguments.
     return 128 + (signal.SIGTERM if interrupt.args == (signal.SIGTERM,) else signal.SIGINT)
 
 

@@ -56,6 +56,9 @@ class EvalConfig:
     """Nucleus of the sampled answers."""
     max_new_tokens: PositiveInt = 32768
     """Token limit of a thought. A cut thought counts as wrong."""
+    joint_limit: bool = False
+    """`max_new_tokens` limits thought and answer together, as papers have it, and
+    rollout.max_answer_tokens is not read."""
     records: bool = False
     """Keep every answer of a run's evaluations, in RUN/evals/step_N, as `vpgea eval --out` does."""
     # Which questions: the same in every evaluation, so that its numbers can be compared.
@@ -69,6 +72,10 @@ class EvalConfig:
         weighted = next((file.path for file in self.data if file.weight is not None), None)
         if weighted is not None:
             raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
+
+    def most(self, answer: int) -> int:
+        """Count the tokens that a response may have, with the limit of an answer of its own."""
+        return self.max_new_tokens + (0 if self.joint_limit else answer)
 
     def answers(self, samples: int | None) -> int:
         """Count the answers to a question of a benchmark with (or without) `samples` of its own."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.distributed import World
-from vpgea_fast.evaluation.folder import Folder, Outcome, Plan
+from vpgea_fast.evaluation.folder import Folder, Outcome, Plan, everywhere
 from vpgea_fast.evaluation.records import Key, Mode, Note, Sample
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, in_waves
 from vpgea_fast.scoring import answer_text
@@ -107,9 +107,7 @@ class Recorder:
                 f"{self.moved} answers drawn again differ from their records, which stay: another "
                 "machine or other versions began this evaluation"
             )
-        # Keys and outcomes as lists: JSON has no tuples.
-        for rows in self.world.gather([[*key, *o] for key, o in self.own.items()]):
-            self.outcomes |= {(b, m, q, i): Outcome(*rest) for b, m, q, i, *rest in rows}
+        self.outcomes |= everywhere(self.world, self.own)
         return [[self.outcomes[key] for key in part.keys] for part in parts]
 
     def _share(self, parts: Sequence[Part]) -> list[tuple[Part, list[int]]]:

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -53,6 +53,13 @@ class Outcome(NamedTuple):
     tokens: int
     finish: Finish
     correct: int
+
+
+class _Found(NamedTuple):
+    """The answers of a folder, and those that a part and samples.jsonl both hold."""
+
+    known: dict[Key, Outcome]
+    twice: set[Key]
 
 
 class Folder:
@@ -110,25 +117,30 @@ def open_folder(
     writes there.
     """
     lock: BinaryIO | None = None
+    known: dict[Key, Outcome] = {}
     try:
-        # Process 0 alone judges and repairs the folder; its refusal ends the others too.
+        # Process 0 alone reads, judges and repairs the folder; its refusal ends the others too.
         with world.together():
             if world.main:
-                lock = _begin(path, header, plan, resume=resume, note=note)
-        with world.together():
-            # All parts, by every process: each works out the same shares of what is missing.
-            known = _known(path, plan)
-        folder = Folder(path, world.rank, known)
+                lock, known = _begin(path, header, plan, resume=resume, note=note)
+        folder = Folder(path, world.rank, everywhere(world, known))
         try:
             yield folder
             folder.sync()
         finally:
             folder.close()
         # Waits for the slowest process: its part must be whole.
-        world.on_main(lambda: _join(path, note))
+        world.on_main(lambda: _join(path, note, twice=()))
     finally:
         if lock is not None:
             lock.close()
+
+
+def everywhere(world: World, outcomes: Mapping[Key, Outcome]) -> dict[Key, Outcome]:
+    """Join what each process knows, for all of them. A collective."""
+    # Keys and outcomes as lists: JSON has no tuples.
+    rows = [row for rows in world.gather([[*k, *o] for k, o in outcomes.items()]) for row in rows]
+    return {(b, m, q, i): Outcome(*rest) for b, m, q, i, *rest in rows}
 
 
 def write_whole(path: Path, header: Mapping[str, Any], lines: Iterable[str]) -> None:
@@ -167,8 +179,8 @@ def check_free(path: Path, *, resume: bool) -> None:
 
 def _begin(
     path: Path, header: Mapping[str, Any], plan: Plan, *, resume: bool, note: Note
-) -> BinaryIO:
-    """Check or write the header, join parts, cut torn lines; return the lock."""
+) -> tuple[BinaryIO, dict[Key, Outcome]]:
+    """Check or write the header, join parts, cut torn lines; return the lock and the answers."""
     check_free(path, resume=resume)
     old = read_header(path) if (path / HEADER).exists() else None
     if old is not None:
@@ -186,8 +198,8 @@ def _begin(
         lock.close()
         raise SampleError(f"{path}: another process writes it; wait, or give another") from error
     try:
-        # For its refusal: of another evaluation's folder no line is cut or moved.
-        _known(path, plan)
+        # Before the rest, for its refusal: of another evaluation's folder no line is cut or moved.
+        known, twice = _found(path, plan)
     except SampleError:
         lock.close()
         raise
@@ -195,14 +207,15 @@ def _begin(
         write_text(path / HEADER, json.dumps(header, indent=1) + "\n")
     elif old.get("versions") != header.get("versions"):
         note(f"{path}: goes on with other versions than it began with; see {HEADER}")
-    _join(path, note)
-    return lock
+    _join(path, note, twice)
+    return lock, known
 
 
-def _known(path: Path, plan: Plan) -> dict[Key, Outcome]:
+def _found(path: Path, plan: Plan) -> _Found:
     """Read what was drawn, by all processes. SampleError for a record that is not of the plan: its
     header may be right, and its file another's."""
     known: dict[Key, Outcome] = {}
+    twice: set[Key] = set()
     for file in (path / SAMPLES, *_parts(path, SAMPLES)):
         for s in read_samples(file):
             if plan.get(s.key) != (s.seed, s.gold):
@@ -211,8 +224,11 @@ def _known(path: Path, plan: Plan) -> dict[Key, Outcome]:
                     f"{file}: the record {s.key} is of another evaluation: another {what}; bring "
                     "the right file back, or give another folder"
                 )
-            known[s.key] = Outcome(s.tokens, s.finish, s.correct)
-    return known
+            if s.key in known:
+                twice.add(s.key)
+            else:  # the first file that has it keeps it, as `_join` does
+                known[s.key] = Outcome(s.tokens, s.finish, s.correct)
+    return _Found(known, twice)
 
 
 def _refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -260,8 +276,12 @@ def _parts(path: Path, name: str) -> list[Path]:
     return sorted(path.glob(f"{stem}.[0-9]*{dot}{kind}"))
 
 
-def _join(path: Path, note: Note) -> None:
-    """Cut torn last lines, and move the lines of other processes into the files of process 0."""
+def _join(path: Path, note: Note, twice: Collection[Key]) -> None:
+    """Cut torn last lines, and move the lines of other processes into the files of process 0.
+
+    twice   answers of samples.jsonl that stand in a part, too: a kill between copying a part and
+            removing it leaves both
+    """
     for name in (SAMPLES, TIMES):
         whole = path / name
         whole.touch()
@@ -269,14 +289,14 @@ def _join(path: Path, note: Note) -> None:
             if (keep := whole_bytes(file)) < file.stat().st_size:
                 note(f"{file}: a torn last line is cut off; its answer is drawn again")
                 os.truncate(file, keep)
-    # A kill between copying a part and removing it leaves both: what is there already stays.
-    seen = {sample.key for sample in read_samples(path / SAMPLES)} if _parts(path, SAMPLES) else ()
-    for part in _parts(path, SAMPLES):
-        _append(path / SAMPLES, (line(s) for s in read_samples(part) if s.key not in seen))
-        part.unlink()
-    for part in _parts(path, TIMES):
-        _append(path / TIMES, part.read_text().splitlines(keepends=True))
-        part.unlink()
+        for part in _parts(path, name):
+            if name == SAMPLES and twice:
+                lines = (line(s).encode() for s in read_samples(part) if s.key not in twice)
+                _append(whole, lines)
+            else:  # bytes: nobody waits for 12,000 records to be read once more
+                with part.open("rb") as file:
+                    _append(whole, file)
+            part.unlink()
 
 
 def _write(file: IO[bytes], text: str) -> None:
@@ -285,9 +305,9 @@ def _write(file: IO[bytes], text: str) -> None:
         left = left[file.write(left) :]
 
 
-def _append(file: Path, lines: Iterable[str]) -> None:
+def _append(file: Path, lines: Iterable[bytes]) -> None:
     with file.open("ab") as handle:
-        handle.writelines(text.encode() for text in lines)
+        handle.writelines(lines)
         # On the disk before the caller removes the part that the lines come from.
         handle.flush()
         os.fsync(handle.fileno())

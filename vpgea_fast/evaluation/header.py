@@ -33,6 +33,9 @@ def make_header(
         name: {key: known[section].get(key) for section, keys in of.items() for key in keys}
         for name, of in SETTINGS.items()
     }
+    # Null: thought and answer share the limit of the first.
+    if cfg.eval.joint_limit:
+        settings["sampling"]["max_answer_tokens"] = None
     # Batches of other sizes would draw other last bits of the logits.
     settings["engine"]["wave"] = wave
     settings |= {

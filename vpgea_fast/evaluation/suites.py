@@ -1,10 +1,9 @@
 """The benchmarks of the papers, with the protocol in which their tables are made.
 
-Sampled at temperature 0.6 and top_p 0.95 with thoughts of at most 32,768 tokens, as R1's model card
-says, which limits thought and answer together; here an answer has 4,096 of its own. k answers to
-each question, more where a set is small; mathematics under `prompt.student`, choices under CHOICE,
-shown with letters. Where the published order puts the right choice first, the choices are shuffled
-by a fixed seed.
+Sampled at temperature 0.6 and top_p 0.95 with at most 32,768 tokens, thought and answer together,
+as R1's model card says. k answers to each question, more where a set is small; mathematics under
+`prompt.student`, choices under CHOICE, shown with letters. Where the published order puts the right
+choice first, the choices are shuffled by a fixed seed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PROTOCOL = {
     "eval.temperature": "0.6",
     "eval.top_p": "0.95",
     "eval.max_new_tokens": "32768",
-    "rollout.max_answer_tokens": "4096",  # of training's 1,024 a long answer would lack its box
+    "eval.joint_limit": "true",
     # The papers report sampled answers alone; greedy ones would cost a draw of each question.
     "eval.greedy": "false",
     "verify.name": "math",  # which reads letters too

@@ -36,7 +36,7 @@ SETTINGS = {
     "prompt": ("student", "think_open", "think_close", "think_prefix", "chat_template_kwargs"),
     "engine": ("name",),
     "rollout": ("max_answer_tokens",),
-    "eval": ("samples", "temperature", "top_p", "max_new_tokens", "seed"),
+    "eval": ("samples", "temperature", "top_p", "max_new_tokens", "joint_limit", "seed"),
     "verify": ("name", "target", "timeout_s"),
 }
 """What a pass rate depends on."""

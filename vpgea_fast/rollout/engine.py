@@ -30,6 +30,7 @@ class Sampling:
     temperature 0 means greedy. A path ends at the first of: an end-of-sequence token; the first
     think-close token (it is kept), unless `full_answer`; the limits. `max_new_tokens` limits the
     thought, think-close included; `max_answer_tokens` limits what follows it (`full_answer` only).
+    With `joint_limit` the first of them limits both together, and the second is not read.
     With a `tag` its text closes a thought, and no token does (`think_close_id` -1). `pad_id` is any
     valid token id; padding is masked, so its choice changes nothing.
 
@@ -44,6 +45,7 @@ class Sampling:
     top_p: float = 1.0
     full_answer: bool = False
     max_answer_tokens: int = 1024
+    joint_limit: bool = False
     pad_id: int = 0
     tag: Tag | None = None
 
@@ -71,7 +73,13 @@ class Sampling:
     @property
     def limit(self) -> int:
         """The most tokens that one path can have, thought and answer."""
-        return self.max_new_tokens + (self.max_answer_tokens if self.full_answer else 0)
+        return self.most(self.max_new_tokens)
+
+    def most(self, thought: int) -> int:
+        """Count the tokens that a path may have whose thought has closed after `thought`."""
+        if not self.full_answer:
+            return thought
+        return self.max_new_tokens if self.joint_limit else thought + self.max_answer_tokens
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -411,7 +419,7 @@ def split_path(
     closes = sampling.closed_at(ids.tolist())
     closed = closes > 0
     thought = closes or sampling.max_new_tokens
-    end = thought + (sampling.max_answer_tokens if closed and sampling.full_answer else 0)
+    end = sampling.most(thought) if closed else thought
     # Behind the think-close of a thought alone nothing was asked for: dropping it is no cut.
     cut_by_limit = len(ids) > end and (sampling.full_answer or not closed)
     # A whole thought was all: how what was drawn behind it ended says nothing.

@@ -62,11 +62,12 @@ def check_engine(cfg: Config, processes: int, *, here: bool = True) -> None:
 
 def positions(cfg: Config) -> int:
     """Count the positions that a path of this configuration may need, its prompt included."""
-    longest = cfg.rollout.max_new_tokens
+    answer = cfg.rollout.max_answer_tokens
+    longest = cfg.rollout.max_new_tokens + answer
     if cfg.eval.data:
-        longest = max(longest, cfg.eval.max_new_tokens)
+        longest = max(longest, cfg.eval.most(answer))
     # One more for the think-close token that an unclosed thought gets before an answer is drawn.
-    return cfg.data.max_prompt_tokens + longest + cfg.rollout.max_answer_tokens + 1
+    return cfg.data.max_prompt_tokens + longest + 1
 
 
 def open_engine(

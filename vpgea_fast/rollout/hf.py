@@ -248,7 +248,7 @@ class _Batch:
         if sampling.full_answer:
             first_R = (token_R == sampling.think_close_id) & ~self.closed_R
             self.closed_R |= first_R
-            self.end_R = torch.where(first_R, step + 1 + sampling.max_answer_tokens, self.end_R)
+            self.end_R = torch.where(first_R, sampling.most(step + 1), self.end_R)
         ends_R = (token_R[:, None] == self.stop_ids_K).any(-1) | (self.end_R == step + 1)
         self.length_R = torch.where(ends_R & (self.length_R == 0), step + 1, self.length_R)
 
@@ -269,7 +269,7 @@ class _Batch:
             earlier = min((end for end in ends if end > since), default=steps + 1)
             if close == start or close > sampling.max_new_tokens or earlier < close:
                 continue
-            limit = close + (sampling.max_answer_tokens if sampling.full_answer else 0)
+            limit = sampling.most(close)
             last = min(limit, earlier)
             self.closed_R[row], self.end_R[row] = True, limit
             self.length_R[row] = last if last <= steps else 0

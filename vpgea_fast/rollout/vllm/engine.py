@@ -344,8 +344,7 @@ class _Drawing:
             self.looked = min(len(self.ids), sampling.max_new_tokens)
         if not self.closed:
             return len(self.ids) >= sampling.max_new_tokens
-        answer = len(self.ids) - self.closed
-        return not sampling.full_answer or answer >= sampling.max_answer_tokens
+        return len(self.ids) >= sampling.most(self.closed)
 
     def drawn(self, place: int, finish: Finish) -> Drawn:
         ids = torch.tensor(self.ids, dtype=torch.int64)

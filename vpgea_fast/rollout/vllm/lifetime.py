@@ -85,32 +85,35 @@ def _run_bound(parent: int, target: Callable[..., None], *args: Any, **kwargs: A
 
 
 class _Interrupt(BaseException):
-    """Stands for a Ctrl-C where vLLM would drop a KeyboardInterrupt."""
+    """Stands for a Ctrl-C or a SIGTERM where vLLM would drop a KeyboardInterrupt."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let a Ctrl-C end the block.
+    """Let a Ctrl-C end the block, and a SIGTERM that the program hears.
 
     vLLM 0.32 drops a KeyboardInterrupt while it waits for its engine to start, and waits on, for up
     to ten minutes.
     """
 
-    def interrupt(*_: object) -> NoReturn:
-        raise _Interrupt
+    def interrupt(number: int, _: object) -> NoReturn:
+        raise _Interrupt(number)
 
     # Signals reach the main thread alone; a handler that is not Python's own is the trainer's.
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, interrupt)
+    # Of SIGTERM, one that no Python handler hears ends the process by itself.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(n))]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
-    except _Interrupt:
-        raise KeyboardInterrupt from None
+    except _Interrupt as error:
+        raise KeyboardInterrupt(*error.args) from None
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Guard(threading.Thread):
