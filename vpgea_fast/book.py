@@ -162,6 +162,14 @@ answer_ids | token ids
     What was sampled after the thought, as the engine drew it.
 answer_logps | nats
     The sampler's log-prob of each of these.
+attempt_ids | token ids
+    Each text among the answers sampled behind the thought, once (scoring.answer_samples).
+attempt_right | true or false
+    Whether each of these texts is right.
+attempts | numbers
+    Which text each sampled answer is, from 0, in their order.
+answer_temperature | ratio
+    Temperature at which these answers were sampled.
 """),
 )
 
