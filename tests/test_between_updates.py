@@ -73,6 +73,10 @@ OBJECTIVES = {
     "answers behind thoughts": [
         *("--objective", "vr", "--objective.prior_samples", "2", "--train.steps", "2"),
     ],
+    "two policies": [
+        *("--objective", "vr", "--objective.share_params", "false", "--objective.phi", "iwae"),
+        *("--posterior.lr", "0.001", "--train.steps", "2"),
+    ],
     "likelihood": ["--objective.name", "drgrpo", "--objective.reward", "likelihood"],
 }
 QUICK = "state, importance weights, reference policy"

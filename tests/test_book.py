@@ -39,7 +39,7 @@ RUNS = {
         "eval.data": "[]",
     },
     "rlt": {"objective.name": "rlt", "eval.data": "[]"},
-    "vr": {"objective.name": "vr", "eval.data": "[]"},
+    "vr": {"objective.name": "vr", "eval.data": "[]", "objective.share_params": "false"},
     "sft": {"objective.name": "sft", "eval.data": "[]", "objective.group_size": None},
     "held": {"objective.name": "custom", "objective.target": "held:Held", "eval.data": "[]"},
     "sharded": {"parallel.shard": "always", "eval.data": "[]"},

@@ -324,7 +324,7 @@ def test_clipped_tokens_are_counted_under_a_kl_too(kl_coef):
         old=old,
         reference=old - 0.3 if kl_coef else None,
     )
-    unasked = dict.fromkeys(("cfg", "world", "policy", "passes", "decode"))
+    unasked = dict.fromkeys(("cfg", "world", "policies", "passes", "decode"))
     measure = Measure(logprobs=lambda _: [now], **unasked)
     _, share, _ = measure.moment([row], moved=True)
     assert share == {"clipped": pytest.approx(1 / 3)}

@@ -13,7 +13,7 @@ from vpgea_fast.metrics import ModelFlops
 from vpgea_fast.objectives import Vpgea
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.scoring import score_row
-from vpgea_fast.types import TrainRow
+from vpgea_fast.types import Attempt, TrainRow
 
 ids = torch.tensor
 
@@ -282,11 +282,22 @@ def test_speed_of_an_update_by_hand():
     assert plan["plan_flops_imbalance"] == 2.0
 
 
+ANSWERS = [([7], True), ([8, 1], False), ([7], True)]
+
+
 def test_path_records_hold_scores_and_ids(batch):
     coefs = Vpgea().terms(batch, {})
-    asked = {"step": 3, "limit": 1, "temperature": 0.5}
+    # The second has answers behind its thought: three, two of them alike.
+    made = [Attempt(ids=torch.tensor(ids), right=right) for ids, right in ANSWERS]
+    first = replace(batch.prior.paths[0][0], attempts=tuple(made))
+    paths = ((first, *batch.prior.paths[0][1:]), *batch.prior.paths[1:])
+    batch = replace(batch, prior=replace(batch.prior, paths=paths))
+    asked = {"step": 3, "limit": 1, "temperature": 0.5, "answer_temperature": 0.7}
     records = diagnostics.path_records(batch, coefs, lambda z: f"<{z.numel()}>", **asked)
     assert [r["temperature"] for r in records] == [0.5, 0.5]
+    names = ("attempt_ids", "attempt_right", "attempts", "answer_temperature")
+    assert [records[1][name] for name in names] == [[[7], [8, 1]], [True, False], [0, 1, 0], 0.7]
+    assert not {*names} & records[0].keys()
     assert [(r["stream"], r["length"], r["correct"], r["text"], r["answer"]) for r in records] == [
         ("posterior", 4, True, "<4>", "<2>"),
         ("prior", 10, False, "<10>", "<2>"),

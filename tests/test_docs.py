@@ -184,7 +184,7 @@ def check_vpgea(words, capsys):
     words = words[: words.index("--")] if "--" in words else words
     keys = [at for at, word in enumerate(words) if re.match(r"--\w+\.|--engine$", word)]
     settings = [part for at in keys for part in words[at : at + 2]]
-    if any(word.startswith("--engine.") for word in settings):
+    if any(word.startswith("--engine.") for word in settings) and "--engine" not in settings:
         settings += ["--engine", "vllm"]
     source = words[1] if words[0] == "train" and not words[1].startswith("-") else "tiny"
     assert main(["train", source, *settings, "--print-config"]) == 0, capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ from vpgea_fast.checkpoint import (
     CheckpointError,
     export_model,
 )
+from vpgea_fast.cli import main
+from vpgea_fast.config import load
+from vpgea_fast.distributed import full_weights
+from vpgea_fast.estimate import communication, estimate_memory, model_shape
+from vpgea_fast.run_dir import EXPORTS
+from vpgea_fast.trainer import Trainer
+from vpgea_fast.weights import load_config
+
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -92,3 +102,101 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+# --- two policies ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tiny_words):
+    """Words of a small run of two policies, or of one with `share_params true`."""
+    settings = {
+        "objective": "vr",
+        "objective.group_size": 3,
+        "objective.prior_samples": 3,
+        "objective.norm": "seq_mean",
+        "scoring.answer_samples": 2,
+        "rollout.max_new_tokens": 72,
+        "train.questions_per_step": 2,
+        "train.steps": 2,
+        "metrics.diag_every": 0,
+        "metrics.compare": "null",
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 0,
+    }
+    return tiny_words(settings)
+
+
+def tensors_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_both_policies_are_exported_each_with_its_own_weights(two, tmp_path, capsys):
+    run = tmp_path / "run"
+    cfg = load(TINY, two("run", "--objective.share_params", "false"))
+    with Trainer(cfg) as trainer:
+        while not trainer.over:
+            trainer.finish_step(trainer.train_step())
+        trainer.finish_run()
+        expected = {
+            who: {name: weight.clone() for name, weight in full_weights(learner.policy)}
+            for who, learner in trainer.stages.policies.learners.items()
+        }
+    found = {who: tensors_of(run / name) for who, name in EXPORTS.items()}
+    for who, weights in expected.items():
+        assert weights.keys() == found[who].keys()
+        assert all(torch.equal(weights[name], found[who][name]) for name in weights)
+    pairs = [(found["policy"][name], found["posterior"][name]) for name in expected["policy"]]
+    assert not all(torch.equal(a, b) for a, b in pairs)
+    for who, name in EXPORTS.items():
+        assert main(["export", str(run), "--who", who]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(run / f"{name}_step_2")
+        again = tensors_of(run / f"{name}_step_2")
+        assert all(torch.equal(again[key], value) for key, value in found[who].items())
+
+
+def test_a_run_of_one_policy_has_no_other_to_export(two, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(TINY), *two("run", "--train.steps", "1")]) == 0
+    assert not (run / "export_posterior").exists()
+    capsys.readouterr()
+    assert main(["export", str(run), "--who", "posterior"]) == 2
+    assert "holds one policy and no posterior policy" in capsys.readouterr().err
+    assert not list(run.glob("export_posterior*"))
+
+
+def test_the_dry_run_counts_both_policies(two, capsys, tiny_world):
+    """Against the bytes of the weights themselves, and twice those of one policy."""
+    weights = tensors_of(Path(tiny_world.base_dir)).values()
+    bytes_of = sum(weight.nbytes for weight in weights) / 2**30
+    sizes = {}
+    for shared in ("true", "false"):
+        words = two("run", "--objective.share_params", shared, "--parallel.shard", "never")
+        assert main(["train", str(TINY), *words, "--dry-run"]) == 0
+        shown = capsys.readouterr().out
+        assert ("of two models of this size" in shown) == (shared == "false")
+        for line in shown.splitlines():
+            part = line[2:19].strip()
+            if part in ("weights", "gradients", "optimiser"):
+                sizes[shared, part] = max(map(float, line[19:].split()))
+    for part, times in (("weights", 1), ("gradients", 1), ("optimiser", 2)):
+        assert sizes["true", part] == pytest.approx(times * bytes_of, abs=6e-4)
+        assert sizes["false", part] == pytest.approx(2 * times * bytes_of, abs=6e-4)
+
+
+def test_host_memory_and_traffic_of_two_policies_by_hand(two):
+    """Sharded over two processes, with offload, and the hand-overs of a step."""
+    words = two("run", "--model.dtype", "bfloat16", "--parallel.cpu_offload", "true")
+    one, both = (
+        load(TINY, [*words, "--objective.share_params", shared]) for shared in ("true", "false")
+    )
+    shape = model_shape(load_config(one.model.path))
+    alone, beside = (
+        estimate_memory(shape, cfg, world=2, context=100, prompt=20).host for cfg in (one, both)
+    )
+    assert {part: 2 * size for part, size in alone.items()} == dict(beside)
+    a, b = (communication(shape, cfg, world=2, micro_batches=4) for cfg in (one, both))
+    assert b["replica refresh"].total == 3 * a["replica refresh"].total
+    assert b["reduce-scatter"].total >= a["reduce-scatter"].total

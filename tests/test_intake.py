@@ -42,7 +42,7 @@ def unread(monkeypatch):
     def read(*_: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("vpgea_fast.build.load_policy", read)
+    monkeypatch.setattr("vpgea_fast.policies.load_policy", read)
     monkeypatch.setattr("vpgea_fast.evaluate.load_policy", read)
 
 
@@ -86,7 +86,7 @@ def test_a_signal_before_the_first_step_says_how_to_go_on(
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    monkeypatch.setattr("vpgea_fast.build.load_policy", early)
+    monkeypatch.setattr("vpgea_fast.policies.load_policy", early)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["train", str(TINY), *tiny_words(SMALL)("run")]) == 128 + number
     (line,) = capsys.readouterr().err.splitlines()

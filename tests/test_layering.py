@@ -21,7 +21,7 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "sweep": {"sweep"},
-    "trainer": {"prepare", "trainer"},
+    "trainer": {"prepare", "smol", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
     # What an evaluation leaves behind, and what is said of it.
@@ -30,8 +30,8 @@ LAYERS = {
     "preparation": {"check", "collect", "diagnostics", "intake"},
     # What a run asks of its questions, before a weight is read and again in each step.
     "questions": {"questions"},
-    # A second model beside the policy, for whoever collects.
-    "reference": {"reference"},
+    # Models of a run: those that it trains, and a frozen one beside them, for whoever collects.
+    "models": {"policies", "reference"},
     # What a step is while its updates are made.
     "updates": {"updates"},
     "rows": {"rows"},

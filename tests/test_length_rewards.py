@@ -258,7 +258,7 @@ def test_a_group_of_equal_paths_has_no_gradient(kind, group):
         *(
             (kind, {"weight": 0.0}, key, 2)
             for kind in (LaserD, LaserDe)
-            for key in ("target", "every", "grid", "expected")
+            for key in ("target", "every", "lowest", "grid", "expected")
         ),
         (LaserDe, {"weight": 0.0}, "loop", 2),
     ],

@@ -178,6 +178,7 @@ STARTS = [
     (DRAWN + "Draws(prior=-1)", "Draws.prior: got -1, expected a number of paths"),
     (DRAWN + "Draws(prior=2.5)", "Draws.prior: got 2.5, expected a number of paths"),
     (DRAWN + "Draws(posterior=1, posterior_view='pupil')", "got 'pupil', expected teacher or"),
+    (DRAWN + "Draws(prior=1, posterior_who='me')", "got 'me', expected policy or posterior"),
     (DRAWN + "1 / 0", "draws() raised ZeroDivisionError: division by zero"),
     ("needs = lambda self: ['u']", "needs() returned ['u'], expected a frozenset of Score"),
     ("needs = lambda self: {'u'}", "needs() asks for 'u', expected a Score"),
@@ -189,6 +190,10 @@ STARTS = [
     (
         "needs = lambda self: {Score('posterior', 'student', 'target')}",
         "needs() asks for target of the posterior paths, and draws() asks for none",
+    ),
+    (
+        "needs = lambda self: {Score('prior', 'student', 'thought', 'posterior')}",
+        "needs() asks for thought of the posterior policy, and draws() says of none",
     ),
     ("at = lambda self, step: None", "at(0) returned no objective"),
     ("norm: str = 'seqmean'", "norm: got 'seqmean', expected one of seq_sum, const"),
@@ -203,6 +208,11 @@ STEPS = [
     (SAID + "shifted(batch, name='Push up')", "got the part 'Push up', expected a Term"),
     (SAID + "shifted(batch, stream='late')", "term 'push': stream: got 'late', expected one of"),
     (SAID + "shifted(batch, part='end')", "term 'push': part: got 'end', expected one of"),
+    (SAID + "shifted(batch, who='me')", "term 'push': who: got 'me', expected one of"),
+    (
+        SAID + "shifted(batch, who='posterior')",
+        "term 'push': trains the posterior policy, and draws() says of none",
+    ),
     (SAID + "shifted(batch, part='response')", "draws() does not ask for answers"),
     (
         SAID + "shifted(batch, part='attempts')",

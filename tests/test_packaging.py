@@ -146,7 +146,7 @@ from vpgea_fast import cli, config
 assert config.__file__.startswith(sys.argv[1]), config.__file__
 assert cli.main(["train", "tiny"]) == 2
 assert cli.main(["train", "tinny"]) == 2
-for name in ("tiny", "1.5b", "7b", "7b-1gpu", "7b-multinode", "vr-tiny"):
+for name in ("tiny", "smollm2", "1.5b", "7b", "7b-1gpu", "7b-multinode", "vr-4b", "vr-tiny"):
     assert cli.main(["train", name, "--print-config"]) == 0
 assert cli.main(["make-tiny", "data/tiny"]) == 0
 small = ["--train.steps", "1", "--data.limit", "16", "--eval.limit", "2", "--eval.samples", "0"]
@@ -165,7 +165,10 @@ def test_from_an_installed_wheel_the_tiny_run_goes_to_its_end(built, tmp_path):
     run(*pip, built["wheel"], cwd=tmp_path)
     shown = run(sys.executable, "-c", INSTALLED, home, cwd=work, errors=True)
     assert "vpgea: data/tiny/base is not there; make it: vpgea make-tiny data/tiny\n" in shown
-    assert re.search(r"cannot read the configuration tinny: .*7b-multinode, tiny, vr-tiny\n", shown)
+    assert re.search(
+        r"cannot read the configuration tinny: .*7b-multinode, smollm2, tiny, vr-4b, vr-tiny\n",
+        shown,
+    )
     assert "committed rows are missing" not in shown
     assert "GRPO + length factor" in shown
     assert (work / "runs/tiny/report.html").is_file()

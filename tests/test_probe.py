@@ -21,22 +21,29 @@ NONE = torch.zeros(0, dtype=torch.int64)
 class Sides:
     """Both sides of a probe: log-probs (engines, prompts, tokens) that a test moves as it likes."""
 
-    def __init__(self, engines=1, dtype=torch.float32, tolerance=None):
+    def __init__(self, engines=1, dtype=torch.float32, tolerance=None, apart=None):
         shape = (engines, len(PROMPTS), TOKENS)
         generator = torch.Generator().manual_seed(0)
         self.trainer = -0.5 - 0.4 * torch.rand(shape, generator=generator)
         self.drawn = self.trainer + ULP * torch.randint(-4, 5, shape, generator=generator)
         self.ids = torch.zeros(shape, dtype=torch.int64)
+        self.apart = apart  # how far another policy's log-probs are from these; None: there is none
         self.probe = SyncProbe(
             self,  # type: ignore[arg-type]
-            lambda _: [*self.trainer.flatten(0, 1)],
+            self.score,
             PROMPTS,
             engines=engines,
             limit=100,
             dtype=dtype,
             tolerance=tolerance,
+            policies=("policy",) if apart is None else ("policy", "posterior"),
         )
         self.probe()
+
+    def score(self, rows):
+        own = [*self.trainer.flatten(0, 1)]
+        moved = {"policy": 0.0, "posterior": self.apart}
+        return [logps + moved[row.who] for logps, row in zip(own * 2, rows, strict=False)]
 
     def generate(self, requests, _):
         columns = zip(requests, self.ids.flatten(0, 1), self.drawn.flatten(0, 1), strict=True)
@@ -151,6 +158,38 @@ def test_a_gap_above_the_tolerance_is_a_partial_hand_over():
         sides.drawn = sides.trainer + 3e-4
         with pytest.raises(RolloutError, match=f"engine and trainer disagree.*allowed {allowed}"):
             sides.probe()
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
+def test_a_swapped_engine_is_found_below_the_tolerance(dtype, apart):
+    """Of two policies that are hardly apart; whose weights are there is what counts, at each."""
+    sides = Sides(engines=2, dtype=dtype, apart=apart)
+    right = sides.drawn
+    sides.drawn = torch.stack([right[0], right[1] + apart])
+    with pytest.raises(
+        RolloutError, match="process 1 has the weights of the posterior where those"
+    ):
+        sides.probe("policy")
+    sides.drawn = right + apart
+    assert sides.probe("posterior")["probe_mean"] < apart
+    sides.drawn = torch.stack([right[0], right[1] + apart])
+    with pytest.raises(
+        RolloutError, match="process 0 has the weights of the policy where those of"
+    ):
+        sides.probe("posterior")
+
+
+def test_two_policies_within_a_rounding_are_not_told_apart_and_each_has_its_own_baseline():
+    sides = Sides(apart=ULP)
+    for who in ("policy", "posterior", "policy", "posterior"):
+        sides.probe(who)
+    # The policy moves and its engine follows; the posterior's bits are those of its own probe.
+    sides.trainer = sides.trainer - 1e-5
+    sides.drawn = sides.drawn - 1e-5
+    sides.probe("policy")
+    sides.drawn = sides.drawn + 1e-5
+    with pytest.raises(RolloutError, match="same bits"):
+        sides.probe("posterior")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from vpgea_fast.objectives import METHODS
 from vpgea_fast.objectives.length_rewards import LENGTH_REWARDS
 from vpgea_fast.rollout.engine import Sampling, prompt_digest
 from vpgea_fast.rollout.hf import HFEngine
-from vpgea_fast.rollout.replay import Expected, RecordError, Records, Replay
+from vpgea_fast.rollout.recorded import Expected, RecordError, Records
+from vpgea_fast.rollout.replay import Replay
 from vpgea_fast.trainer import fit
 from vpgea_fast.types import SampleRequest
 
@@ -145,12 +147,18 @@ def test_a_policy_far_from_its_record_is_told_so_by_run_and_report(tiny_words, t
 
 
 @pytest.mark.slow
-def test_two_processes_replay_the_run_of_two(tiny_words, tmp_path):
-    words = tiny_words(SMALL)
+@pytest.mark.parametrize("name", ["vpgea", "vr"])
+def test_two_processes_replay_the_run_of_two(name, tiny_words, tmp_path):
+    vr = {"objective": "vr", "objective.prior_samples": 3, "scoring.answer_samples": 2}
+    long = {"rollout.max_new_tokens": 72, "metrics.paths_per_step": 12}
+    words = tiny_words({**SMALL, **vr, **long} if name == "vr" else SMALL)
     run_ranks(trained, words("run"), size=2)
     record = f"[{tmp_path / 'run/paths.jsonl'}]"
     run_ranks(trained, words("again", "--engine", "replay", "--engine.paths", record), size=2)
     assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    pair = [tmp_path / run / "paths.jsonl" for run in ("again", "run")]
+    assert pair[0].read_bytes() == pair[1].read_bytes()
+    assert ("attempts" in pair[0].read_text()) == (name == "vr")
 
 
 SAMPLING = Sampling(
@@ -185,7 +193,7 @@ def replay(tmp_path, random_qwen2):
             text = "".join(json.dumps(line) + "\n" for line in record)
         (tmp_path / "r.jsonl").write_text(text)
         needs = more.pop("needs_logps", False)
-        names = ("questions", "prompts", "temperature")
+        names = ("questions", "prompts", "temperature", "answer_temperature")
         expected = {key: more.pop(key) for key in names if key in more}
         cfg = ReplayEngineConfig(paths=(str(tmp_path / "r.jsonl"),), **more)
         records = Records(cfg, Expected(spelled, 53, **expected))
@@ -214,6 +222,26 @@ def test_a_path_is_cut_to_the_limits_as_a_drawn_one(replay):
     assert (path.z_ids.tolist(), path.closed, path.finish) == ([7, 8, 9, 9], False, "length")
 
 
+@pytest.mark.parametrize(
+    ("ids", "answer", "finish"),
+    [
+        ([7, 8, 3], [9], "stop"),  # two tokens are the answer's limit
+        ([7, 8, 3], [], "stop"),
+        ([7, 8, 3], [9, 9], "length"),
+        ([7, 8, 3], [9, 1], "stop"),
+        ([7, 8], [], "length"),
+        ([7, 1], [], "stop"),
+        ([], [], "length"),
+    ],
+)
+def test_a_line_that_does_not_say_how_its_path_ended(replay, ids, answer, finish):
+    line = {"question_id": "q", "stream": "prior", "ids": ids, "answer_ids": answer}
+    (path,) = replay([line]).generate([asked()], SAMPLING)
+    assert (path.finish, path.closed) == (finish, 3 in ids)
+    (thought,) = replay([line]).generate([asked()], replace(SAMPLING, full_answer=False))
+    assert thought.finish == ("stop" if 3 in ids or 1 in ids else "length")
+
+
 def test_lines_without_step_and_index_serve_every_step_in_their_order(replay):
     bare = [
         {"question_id": "q", "stream": "prior", "ids": [n, 3], "answer_ids": []} for n in (7, 8)
@@ -237,6 +265,36 @@ def test_what_is_no_path_of_a_step_is_drawn(replay):
     assert path.logps.isfinite().all()
 
 
+ANSWERED = {
+    **LINE,
+    "share": 0.25,
+    "attempt_ids": [[9, 1], [8]],
+    "attempt_right": [True, False],
+    "attempts": [1, 0, 0],
+}
+
+
+def test_answers_behind_a_thought_and_its_weight_come_with_it(replay):
+    (path,) = replay([ANSWERED]).generate([asked()], SAMPLING)
+    assert path.share == 0.25
+    found = [(attempt.ids.tolist(), attempt.right) for attempt in path.attempts]
+    assert found == [([8], False), ([9, 1], True), ([9, 1], True)]
+    # Files of earlier versions have neither; a thought that another limit cuts is another one.
+    (plain,) = replay([LINE]).generate([asked()], SAMPLING)
+    assert (plain.share, plain.attempts) == (None, ())
+    (cut,) = replay([{**ANSWERED, "ids": [7, 8, 3, 5], "logps": [-1.0] * 4}]).generate(
+        [asked()], SAMPLING
+    )
+    assert cut.attempts == ()
+
+
+def test_answers_of_another_temperature_are_refused(replay):
+    line = {**ANSWERED, "answer_temperature": 0.7}
+    replay([line], answer_temperature=0.7)
+    with pytest.raises(RecordError, match=r"at temperature 0.7, and scoring.answer_temp.* is 0.9"):
+        replay([line], answer_temperature=0.9)
+
+
 DAMAGE = [
     ("", "without a line, expected recorded paths"),
     ("{\n", "line 1: not JSON"),
@@ -249,6 +307,13 @@ DAMAGE = [
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
     ([{**LINE, "logps": ["a"]}], "got logps"),
+    ([{**LINE, "share": 1.5}], "got share 1.5"),
+    ([{**LINE, "share": True}], "got share True"),
+    ([{**ANSWERED, "attempt_ids": [[7], 8]}], "got attempt_ids '[[7], 8]'"),
+    ([{**ANSWERED, "attempt_right": [1, 0]}], "got attempt_right '[1, 0]'"),
+    ([{**ANSWERED, "attempt_right": [True]}], "got attempt_right '[True]' beside 2 attempt_ids"),
+    ([{**ANSWERED, "attempts": [0, 2]}], "got attempts '[0, 2]'"),
+    ([{**ANSWERED, "attempt_ids": [[7], [53]]}], "got the token 53, but the model embeds 53"),
     (
         [LINE, {**LINE, "index": 1, "ids": [53]}],
         "line 2: got the token 53, but the model embeds 53",
@@ -393,4 +458,5 @@ def test_paths_of_another_program_train_without_log_probs(tiny_words, tmp_path):
     assert "mismatch_max" not in line
     assert line["grad_norm"] > 0
     assert line["loss"] == live["loss"] > 0  # - mean log p, whoever drew the paths
+    assert line["trunc_post"] == live["trunc_post"] > 0  # what a line does not say of its end
     assert weights(tmp_path / "bare") == weights(tmp_path / "live")

@@ -415,6 +415,7 @@ def test_an_interrupted_make_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # trains a base and two runs: three minutes of a quiet core
 def test_the_guard_of_robust_holds_where_a_teacher_states_the_answer(tmp_path):
     """The thoughts that only state it have U near 0 and the shortest length: without the guard the
     student learns to state what it cannot know."""

@@ -374,6 +374,46 @@ def test_the_prefix_cache_is_used_and_forgotten_at_a_sync(make_engine, random_qw
 # --- robustness -----------------------------------------------------------------------------------
 
 
+def test_two_policies_take_turns_and_one_that_does_not_come_is_found(words, monkeypatch):
+    """Each hinted path has the log-probs of the posterior policy, in the second step too, when it
+    has moved; an engine that keeps the policy's weights instead is found before it draws."""
+    more = {
+        "objective": "vr",
+        "objective.share_params": "false",
+        "objective.group_size": 4,
+        "objective.prior_samples": 2,
+        "scoring.answer_samples": 2,
+        "rollout.max_new_tokens": 48,
+        "posterior.lr": "1e-3",
+        "optim.warmup_steps": 0,
+    }
+    cfg = config.load(TINY, words("two", *(w for k, v in more.items() for w in (f"--{k}", str(v)))))
+    load = VllmEngine.load_weights
+    with Trainer(cfg) as trainer:
+        for _ in range(2):
+            rollout = trainer.draw()
+            trainer.rollout = rollout
+            trainer.train_step()
+            trainer.step += 1
+            posterior = rollout.batch.posterior
+            (score,) = (s for s in rollout.batch.logps if s.who == "posterior")
+            found = rollout.batch.logps[score]
+            gaps = [found[path.key] - path.logps for path in posterior.flat]
+            assert torch.cat(gaps).abs().mean() <= 1e-4
+            assert trainer.stages.engine.holds == "policy"
+
+        def keep(_, named):
+            for _ in named:
+                pass
+
+        monkeypatch.setattr(VllmEngine, "load_weights", keep)
+        with pytest.raises(
+            RolloutError, match="has the weights of the policy where those of the po"
+        ):
+            trainer.train_step()
+        monkeypatch.setattr(VllmEngine, "load_weights", load)
+
+
 def test_a_stop_leaves_nothing_in_the_scheduler(make_engine):
     engine, _ = make_engine()
     sampling = Sampling(200, think_close_id=1000, eos_ids=())

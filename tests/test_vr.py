@@ -23,7 +23,7 @@ from vpgea_fast.config.inputs import TEACHERS
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Keys, Vr, VrPhi, VrTheta, check_terms
 from vpgea_fast.objectives.bounds import log_mean, shares
-from vpgea_fast.objectives.guards import VIEWS
+from vpgea_fast.objectives.guards import VIEWS, views
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.tiny import make_tiny
 from vpgea_fast.trainer import Trainer
@@ -292,7 +292,15 @@ def hinted(gaps, *, name="q", right=None, closed=None, length=2, stream="posteri
     right, closed = right or [()] * count, closed or [True] * count
     tokens = [torch.arange(10, 10 + length) for _ in gaps]
     paths = tuple(
-        sampled(z, question_id=name, stream=stream, index=i, closed=c, attempts=attempts(*r))
+        sampled(
+            z,
+            question_id=name,
+            stream=stream,
+            index=i,
+            closed=c,
+            attempts=attempts(*r),
+            share=1 / count,
+        )
         for i, (z, c, r) in enumerate(zip(tokens, closed, right, strict=True))
     )
     teacher, student = (
@@ -554,7 +562,76 @@ def test_keys_of_phi_that_nothing_would_read_are_refused(keys, said):
         phi(**keys)
 
 
+def with_paths(batch, change):
+    """The batch with `change(place)` put into every hinted path."""
+    groups = tuple(
+        tuple(replace(path, **change(i)) for i, path in enumerate(group))
+        for group in batch.posterior.paths
+    )
+    return replace(batch, posterior=replace(batch.posterior, paths=groups))
+
+
+def test_recorded_weights_are_taken_as_they_stand():
+    """Of three paths; the best one alone, the first of equals; none right."""
+    one = batch_of([hinted([[0.0, 0.0]] * 3, right=[(YES,)] * 3)])
+    for keep, own, expected in (
+        ("all", (0.2, 0.5, 0.3), [-0.6, -1.5, -0.9]),
+        ("best", (0.4, 0.2, 0.4), [-3, 0, 0]),
+        ("best", (0.0, 0.0, 0.0), [0, 0, 0]),
+    ):
+        recorded = with_paths(one, lambda i, own=own: {"share": own[i]})
+        out = theta(weights="recorded", keep=keep, group_size=3).terms(recorded, {})
+        assert [term.name for term in out.parts] == ["theta", "answer"]
+        for term in out.parts:
+            assert term.weight_BP.tolist() == [pytest.approx(expected, abs=1e-14)]
+        assert out.metrics["groups_all_rejected"] == (not any(own))
+    cfg = theta(weights="recorded", group_size=3)
+    assert cfg.needs() == frozenset()
+    with pytest.raises(ValueError, match=r"path \('q', 'posterior', 1\) has no share; give the"):
+        cfg.terms(with_paths(one, lambda i: {"share": None if i == 1 else 0.5}), {})
+    with pytest.raises(ValueError, match=r"question .q. add up to 0\.6, expected 1; set group"):
+        cfg.terms(with_paths(one, lambda _: {"share": 0.2}), {})
+
+
+def test_the_ratio_may_be_of_recorded_log_probs():
+    """log pi of the model less what the sampler said, summed over two tokens."""
+    one = batch_of([hinted([[1.0, -2.0]] * 2, right=[(YES,)] * 2)])
+    logps = {"logps": torch.tensor([-0.25, -0.5])}
+    cfg = theta(log_q="recorded", group_size=2, thought_ratio="exact")
+    assert cfg.needs() == frozenset(VIEWS[1:])
+    ratio = cfg.ratio(with_paths(one, lambda _: logps))
+    log_pi = one.logps[VIEWS[1]]["q", "posterior", 0].sum().item()
+    assert ratio.tolist() == [[log_pi + 0.75] * 2]
+    lacks = {"logps": torch.tensor([-0.25, math.nan])}
+    with pytest.raises(ValueError, match="has no log-probs of its sampler; record them"):
+        cfg.terms(with_paths(one, lambda _: lacks), {})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objective.weights", "recorded"], "engine.name 'hf' draws paths that have none; set"),
+        (["--objective.originals", "1"], "weights: got 'computed' with originals 1, which would"),
+        (
+            ["--train.record", "paths", "--train.resample_rounds", "1"],
+            "train.resample_rounds 1 would replace all of them; set it to 0",
+        ),
+        (
+            [
+                *("--objective.weights", "recorded", "--rollout.importance_cap", "2"),
+                *("--engine", "replay", "--engine.paths", "[a.jsonl]"),
+            ],
+            "imitates paths that another model drew, with rollout.importance_cap 2",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_or_read_is_refused(more, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config.load(TINY, ["--objective", "vr_theta", *more])
+
+
 OTHERS = {
+    "share_params": (True, False),
     "estimator": ("accuracy", "gml", "likelihood"),
     "thought_ratio": ("geometric", "exact"),
     "answer": (None, "sampled", "reference"),
@@ -566,6 +643,10 @@ OTHERS = {
     "group_size": (1, 2, 3),
     "prior_samples": (8, 3),
     "phi_weight": (1.0, 0.5),
+    "log_q": ("policy", "recorded"),
+    "weights": ("computed", "recorded"),
+    "keep": ("all", "best"),
+    "originals": (0, 1),
 }
 """Values of every key of Variational Reasoning's own; those of all methods are tested with them."""
 
@@ -573,11 +654,14 @@ OTHERS = {
 def made_of(objective, batch):
     """All that a step makes of an objective: what it draws, and losses of moved log-probs."""
     found = [objective.draws(), objective.needs()]
+    who = objective.draws().posterior_who
+    own = {views(who)[0]: batch.logps[VIEWS[0]]}
+    batch = replace(batch, posterior_who=who, logps={**batch.logps, **own})
     terms = objective.terms(batch, {})
     for several in (False, True):
         for row in build_rows(batch, terms, Scale(norm="seq_sum"), several=several):
             old = torch.linspace(-2, -1, row.token_ids.numel()).double()
-            row, now = replace(row, old=old), old * torch.tensor([1.3, 0.7]).double()
+            row, now = replace(row, old=old), old * torch.linspace(1.3, 0.7, len(old)).double()
             found.append((row.term, row.path, row.loss(now).tolist(), row.at(now).coef.tolist()))
     return found
 
@@ -585,9 +669,10 @@ def made_of(objective, batch):
 def both_streams(paths):
     """Two questions with so many paths of each stream, which differ in all that a weight may read:
     what is worth little in one is worth much in the other."""
-    gaps = torch.tensor([[-0.3, -0.9], [0.5, 0.4], [0.1, 0.0]])[:paths]
+    # By the ratio per token the first is best in the question `low`, by the whole one the second.
+    gaps = torch.tensor([[0.0, -0.1], [0.5, 0.4], [0.1, 0.0]])[:paths]
     right = [(YES, ([7, 1], True)), (YES, NO), (NO, NO)]
-    u = torch.tensor([[-0.4, -1.5, -0.1], [-0.9, -1.5, -0.1]]).double()[:, :paths]
+    u = torch.tensor([[-0.4, -1.2, -2.5], [-0.9, -1.5, -0.1]]).double()[:, :paths]
     ours, theirs = (
         batch_of(
             [
@@ -614,16 +699,20 @@ def drawn(kind, rng, default):
 @pytest.mark.parametrize(
     ("kind", "idle"),
     [
-        (VrTheta, {"thought_ratio", "answer_rows"}),
+        (VrTheta, {"thought_ratio", "answer_rows", "keep", "log_q", "estimator"}),
         (VrPhi, {"thought_ratio", "u_min", "clip_low", "clip_high"}),
-        (Vr, {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}),
+        (
+            Vr,
+            {"thought_ratio", "answer_rows", "u_min", "clip_low", "clip_high", "prior_samples"}
+            | {"phi_weight"},
+        ),
     ],
 )
 def test_every_key_changes_what_a_step_makes_or_is_refused(kind, idle, monkeypatch):
     rng, refused = random.Random(0), set()
     own = {f.name for f in fields(kind)} - {f.name for f in fields(Keys)}
     assert own <= {*OTHERS}
-    for key, _ in itertools.product(sorted(own), range(15)):
+    for key, _ in itertools.product(sorted(own), range(20)):
         plain = drawn(kind, rng, key)
         others = [v for v in OTHERS[key] if v != getattr(plain, key)]
         if key == "answer":  # null stands for one of the two others
@@ -851,7 +940,8 @@ def test_the_mean_update_of_theta_is_the_gradient_of_the_bound(size):
     world = tabular(1)
     traces, student, teacher, log_f = world
     draw = oracle.tuples(15, size)
-    cfg = theta(estimator="likelihood", thought_ratio="exact", group_size=size)
+    ratio = {} if size == 1 else {"thought_ratio": "exact"}  # of a single path nothing reads it
+    cfg = theta(estimator="likelihood", group_size=size, **ratio)
     (term, _) = cfg.terms(drawn_batch(*world, draw), {}).parts
     log_pi, log_q = (oracle.token_logps(table, traces).sum(1) for table in (student, teacher))
     probability = log_q[draw].sum(1, keepdim=True).exp()
@@ -942,8 +1032,12 @@ def test_theorem_1_the_variances_of_both_estimators(spellings):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_vr_tiny_answers_better_than_its_base_at_no_more_tokens(seed, tmp_path, capsys):
-    """By the paired interval of sampled answers to all 800 held-out questions."""
+    """By the paired interval of sampled answers to the 400 held-out questions that picked none of
+    its settings, as in benchmarks/vr_tiny.py."""
     world = make_tiny(tmp_path / "world")
+    # By turns: the first of two picks.
+    lines = world.test_path.read_text().splitlines(keepends=True)
+    world.test_path.write_text("".join(lines[1::2]))
     settings = {
         "run.seed": seed,
         "run.dir": tmp_path / "run",
@@ -963,3 +1057,25 @@ def test_vr_tiny_answers_better_than_its_base_at_no_more_tokens(seed, tmp_path, 
     change = trained["against"]["mean"]
     assert change["acc"]["low"] > 0
     assert change["tokens"]["value"] <= 0
+
+
+def test_the_page_says_what_the_benchmark_found():
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "benchmarks/results/vr_tiny.json").read_text(encoding="utf-8"))
+    page = re.sub(r"\s+", " ", (root / "docs/vr.md").read_text(encoding="utf-8"))
+    changes = [run["change"] for run in found["seeds"]]
+    assert [run["seed"] for run in found["seeds"]] == [0, 1, 2]
+    assert {run["questions"] for run in found["seeds"]} == {400}
+    assert min(change["acc"]["low"] for change in changes) > 0
+    assert max(change["tokens"]["high"] for change in changes) < 0
+    before = {f"{100 * run['base']['acc']:g}" for run in found["seeds"]}
+    first, *rest = (f"{100 * run['trained']['acc']:g}" for run in found["seeds"])
+    said = f"rises from {before.pop()} % to {first}, {' and '.join(rest)} %."
+    assert f"On these 400 questions sampled accuracy {said}" in page
+    assert not before
+    least = min(change["acc"]["low"] for change in changes)
+    assert f"begins at +{100 * least:.3g} points or more" in page
+    assert {round(100 * change["tokens"]["value"]) for change in changes} == {-67}
+    assert "the tokens fall by 67 %" in page
+    picked = config.load(root / "configs/vr-tiny.yaml").optim.lr
+    assert (found["picked"]["method"], found["picked"]["lr"]) == ("as configured", picked)

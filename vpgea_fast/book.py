@@ -197,6 +197,11 @@ loss_distill | nats
 grad_norm | norm
     Norm of the whole gradient before clipping, over all processes; 0 without a gradient, null
     where not finite.
+lr_posterior | rate
+    Learning rate of the posterior policy, where it is a model of its own.
+grad_norm_posterior | norm
+    Norm of its gradient before clipping, as grad_norm is of the policy's; where one of the two is
+    not finite, neither policy is updated.
 skipped | 0 or 1
     1: no update, since no path had a gradient or it was not finite; 0: updated.
 kl_gated | nats per token

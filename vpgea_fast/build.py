@@ -1,6 +1,6 @@
 """The stages of a training run, made once by `build` and handed to the trainer as one record.
 
-    intake (questions, benchmarks) -> check_config -> policy, optimiser -> engine -> probe
+    intake (questions, benchmarks) -> check_config -> policies, optimisers -> engine -> probe
                                                               -> evaluator, collector
 
 Everything that can be refused without a weight is refused before the policy is loaded.
@@ -16,29 +16,29 @@ from pathlib import Path
 
 import torch
 
-from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys
+from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys, whole_pass
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
-from vpgea_fast.distributed import World, full_weights
+from vpgea_fast.distributed import World
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read, read_records
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
-from vpgea_fast.model import Policy, load_policy, make_replica
+from vpgea_fast.model import Policy, make_replica
 from vpgea_fast.objectives import reads_reference
-from vpgea_fast.optim import build_optimizer
 from vpgea_fast.passes import Passes
+from vpgea_fast.policies import Policies, open_policies, posterior_model
 from vpgea_fast.prompts import Prompter, length_report
 from vpgea_fast.questions import check_questions
-from vpgea_fast.reference import Reference, check_reference, reference_path
+from vpgea_fast.reference import Reference, check_models, reference_path
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.factory import open_engine
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
-from vpgea_fast.rollout.replay import Records
-from vpgea_fast.scoring import RowsFn
+from vpgea_fast.rollout.recorded import Records
+from vpgea_fast.rollout.turns import Turns
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.verify import Verifier
 
@@ -51,11 +51,11 @@ class Stages:
     """The parts of a training run. Nothing else holds the model, so dropping them frees it."""
 
     intake: Intake
-    policy: Policy
-    optimizer: torch.optim.Optimizer
+    policies: Policies
     passes: Passes
     saver: Saver
     engine: RolloutEngine
+    turns: Turns
     probe: SyncProbe
     evaluator: Evaluator
     collector: Collector
@@ -64,6 +64,16 @@ class Stages:
     reference: Reference | None
     notes: tuple[str, ...]
     """What was odd about the paths that are replayed."""
+
+    @property
+    def policy(self) -> Policy:
+        """The reasoning model: what is evaluated and exported."""
+        return self.policies["policy"].policy
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The policy's own."""
+        return self.policies["policy"].optimizer
 
     def close(self) -> None:
         """End what runs beside this process: the engine, and the workers that judge; drop the
@@ -83,6 +93,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
 
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
+    cfg = cfg.asked
     with ExitStack() as undo:
         # The workers start in half a second each, beside the reading of the questions.
         verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
@@ -91,10 +102,10 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         with world.together():
             records = read_records(cfg, intake, begin)
         # From here on memory of the device is taken; all that needs none was refused above.
-        policy = load_policy(cfg.model, world, cfg.parallel, backend=cfg.loss.backend)
-        optimizer = build_optimizer(policy.parameters(), cfg.optim, seed=cfg.run.seed)
-        passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
-        saver = _build_saver(cfg, world, policy, optimizer)
+        policies = open_policies(cfg, world, lambda policy: _passes(cfg, world, policy))
+        policy, passes = policies["policy"].policy, policies.passes
+        posterior = None if policies.posterior is None else policies.posterior.policy
+        saver = _build_saver(cfg, world, policies)
         # Before the engine: a vLLM that samples leaves no room to load in.
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
@@ -102,16 +113,17 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
 
         # U is a likelihood, at temperature 1 whatever the paths were drawn at. Log-probs of drawn
         # paths are those of the distribution that drew them.
-        score = _scorer(policy, passes, temperature=1.0)
-        score_paths = _scorer(policy, passes, temperature=cfg.rollout.temperature)
+        score = policies.scorer(1.0)
+        score_paths = policies.scorer(cfg.rollout.temperature)
         text, first = intake.text, intake.questions[0]
-        probe = _build_probe(cfg, world, policy, engine=engine, score=score, first=first)
-
-        def hand_over() -> None:
-            # Probed each time: paths of stale weights would be trained on as the policy's own.
-            engine.load_weights(full_weights(policy))
-            probe()
-
+        probe = _build_probe(cfg, world, policies, engine=engine, score=score, first=first)
+        turns = Turns(
+            engine,
+            policy,
+            whole=cfg.samples_itself and not policy.sharded,
+            probe=probe,
+            every=cfg.rollout.probe_every,
+        )
         sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, policy.causal_lm)
         # Both refuse, before the first step, a path that the engine has no room for.
         evaluator = Evaluator(
@@ -130,8 +142,8 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
             row_logprobs=score,
             path_logprobs=score_paths,
             reference=reference,
-            engine=engine,
-            hand_over=hand_over,
+            posterior=posterior,
+            turns=turns,
             sampling=sampling,
             decode=text.decode,
             verifier=verifier,
@@ -142,18 +154,18 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         undo.pop_all()
     return Stages(
         intake=intake,
-        policy=policy,
-        optimizer=optimizer,
+        policies=policies,
         passes=passes,
         saver=saver,
         engine=engine,
+        turns=turns,
         probe=probe,
         evaluator=evaluator,
         collector=collector,
         measure=Measure(
             cfg=cfg,
             world=world,
-            policy=policy,
+            policies=policies,
             passes=passes,
             logprobs=score_paths,
             decode=text.decode,
@@ -173,29 +185,24 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
         intake = read(cfg, text, judge, world)
     known = {"prompt": text.prompter.prompt, "responses": text.prompter.responses}
     check_questions(cfg, intake.questions, **known, verify=verifier.verify)
-    check_reference(cfg, text.config, text.tokenizer)
+    check_models(cfg, text.config, text.tokenizer)
     check_config(
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
     )
     return intake
 
 
-def _scorer(policy: Policy, passes: Passes, *, temperature: float) -> RowsFn:
-    """The function that gives the log-probs of rows under a policy. It is a collective."""
-    return lambda rows: passes(
-        lambda batch, _: policy.logprob(batch, temperature=temperature), rows
-    )
+def _passes(cfg: Config, world: World, policy: Policy) -> Passes:
+    """What runs rows through models of the shapes of `policy`."""
+    return Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
 
 
-def _build_saver(
-    cfg: Config, world: World, policy: Policy, optimizer: torch.optim.Optimizer
-) -> Saver:
+def _build_saver(cfg: Config, world: World, policies: Policies) -> Saver:
     """Make what saves checkpoints. A collective where a thread writes: it opens connections."""
     return Saver(
         Path(cfg.run.dir),
         world=world,
-        model=policy,
-        optimizer=optimizer,
+        **policies.kept(),
         keep_last=cfg.checkpoint.keep_last,
         background=cfg.checkpoint.background,
     )
@@ -222,7 +229,7 @@ def _build_engine(
 def _build_probe(
     cfg: Config,
     world: World,
-    policy: Policy,
+    policies: Policies,
     *,
     engine: RolloutEngine,
     score: Score,
@@ -235,8 +242,9 @@ def _build_probe(
         [first.student_ids, first.teacher_ids],
         engines=world.size,
         limit=cfg.rollout.max_new_tokens,
-        dtype=policy.dtype,
+        dtype=policies["policy"].policy.dtype,
         tolerance=cfg.rollout.probe_tolerance,
+        policies=tuple(policies.learners),
     )
 
 
@@ -266,11 +274,16 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         f"questions x {draws.paths} {paths} = "
         f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
+    if cfg.train.record or draws.given or draws.recorded:
+        yield whole_pass(cfg, len(intake.questions))
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
     yield str(policy.attention)
+    if stages.policies.posterior is not None:
+        rate = stages.policies.posterior.optim.lr
+        yield f"posterior policy {posterior_model(cfg).path}, weights of its own, lr {rate:.3g}"
     if stages.reference is not None:
         yield f"reference policy {reference_path(cfg)}, on {cfg.model.reference}"
     yield from stages.notes

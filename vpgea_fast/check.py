@@ -20,7 +20,7 @@ from vpgea_fast import attention, families
 from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import check_world, pick_device
-from vpgea_fast.estimate import GIB
+from vpgea_fast.estimate import GIB, draws_itself
 from vpgea_fast.objectives import reads_reference, scores_answers
 from vpgea_fast.optim import check_torchao
 from vpgea_fast.rollout.engine import check_positions
@@ -63,6 +63,8 @@ def target(cfg: Config, *, processes: int | None = None, device_gib: float | Non
 def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
     """Warn where the hf engine is asked for long paths on a GPU; else None."""
     tokens = cfg.rollout.max_new_tokens
+    if not draws_itself(cfg):
+        return None
     # On a CPU both engines are bound by the same memory, and hf starts at once.
     if not cuda or cfg.engine.name != "hf" or tokens < LONG_PATH:
         return None
@@ -87,6 +89,14 @@ def loose_limits(cfg: Config) -> Iterator[str]:
                 f"objective.{key} {', '.join(map(str, loose))}: a path has at most {most} tokens "
                 f"({source}), so this holds none of them back; set it below that"
             )
+
+
+def whole_pass(cfg: Config, questions: int) -> str:
+    """Say how many steps go once through all questions, of a run that reads or records each."""
+    each = cfg.train.questions_per_step
+    # A run that trains has no smaller batch at the end.
+    steps = -(-questions // each) if cfg.train.record else questions // each
+    return f"one pass over {questions} questions takes {steps} steps; train.steps {cfg.train.steps}"
 
 
 def unread_keys(cfg: Config) -> Iterator[str]:

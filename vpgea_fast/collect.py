@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -18,7 +18,8 @@ from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
-from vpgea_fast.names import Slot
+from vpgea_fast.model import Policy
+from vpgea_fast.names import Slot, Who
 from vpgea_fast.objectives import (
     Draws,
     Objective,
@@ -32,13 +33,13 @@ from vpgea_fast.objectives import (
 from vpgea_fast.questions import Prompt, Responses, given_responses, misled
 from vpgea_fast.reference import Reference
 from vpgea_fast.rollout.engine import (
-    RolloutEngine,
     Sampling,
     answer_only,
     request_seed,
     slot_of,
     split_path,
 )
+from vpgea_fast.rollout.turns import Turns
 from vpgea_fast.rows import part_row
 from vpgea_fast.scoring import (
     RowsFn,
@@ -86,17 +87,17 @@ class Collector:
         row_logprobs: RowsFn,
         path_logprobs: RowsFn,
         reference: Reference | None,
-        engine: RolloutEngine,
-        hand_over: Callable[[], object],
+        posterior: Policy | None,
+        turns: Turns,
         sampling: Sampling,
         decode: Callable[[torch.Tensor], str],
         verifier: Verifier,
         progress: Callable[[int], Callable[[int], None]],
     ) -> None:
-        self.cfg, self.questions, self.engine = cfg, questions, engine
+        self.cfg, self.questions, self.engine = cfg, questions, turns.engine
         self.prompt, self.responses = prompt, responses
-        # The frozen model, and what gives the engine the policy's weights after its own.
-        self.reference, self.hand_over = reference, hand_over
+        # The models beside the policy, and what gives the engine their weights, each in its turn.
+        self.reference, self.posterior, self.turns = reference, posterior, turns
         # U is a likelihood, at temperature 1; log-probs of paths are the policy's that drew them.
         self.row_logprobs, self.path_logprobs = row_logprobs, path_logprobs
         self.sampling, self.decode, self.progress = sampling, decode, progress
@@ -183,13 +184,43 @@ class Collector:
         if self.draws.given:
             drawn = self._given(questions, requests)
         else:
-            # One call: vLLM fills its batch from both streams, and shares prefixes within each.
-            drawn = self.engine.generate(requests, self.sampling, self.progress(len(requests)))
+            drawn = self._generate(requests, step)
         paths = iter(_as_asked(requests, drawn))
         counts = [count for _, _, count in plan]
         # Requests stand question by question, posterior before prior: the same order as here.
         groups = [[tuple(next(paths) for _ in range(n)) for n in counts] for _ in questions]
         return tuple(posterior for posterior, _ in groups), tuple(prior for _, prior in groups)
+
+    def _generate(self, requests: Sequence[SampleRequest], step: int) -> list[Path]:
+        """Draw the paths of both streams, each from the policy that it is of."""
+        progress = self.progress(len(requests))
+        # One call: vLLM fills its batch from both streams, and shares prefixes within each.
+        if self.posterior is None:
+            return self.engine.generate(requests, self.sampling, progress)
+        of = {
+            own: [i for i, r in enumerate(requests) if (r.stream == "posterior") == own]
+            for own in (True, False)
+        }
+        paths: dict[int, Path] = {}
+        with self.turns.lent(check=self.turns.due("posterior", step)) as hand_over:
+            hand_over("posterior", self.posterior)
+            paths |= self._some(requests, of[True], progress)
+        # The rest is the policy's.
+        self.turns.require("policy")
+        paths |= self._some(requests, of[False], progress)
+        return [paths[i] for i in range(len(requests))]
+
+    def _some(
+        self,
+        requests: Sequence[SampleRequest],
+        places: Sequence[int],
+        progress: Callable[[int], None],
+    ) -> dict[int, Path]:
+        """The paths of the requests at these places."""
+        if not places:
+            return {}
+        found = self.engine.generate([requests[i] for i in places], self.sampling, progress)
+        return dict(zip(places, found, strict=True))
 
     def sample_reference(self, questions: Sequence[PromptedQuestion], step: int) -> Groups | None:
         """Draw the reference policy's paths of every question; None where the objective asks for
@@ -202,9 +233,7 @@ class Collector:
         if self.cfg.engine.name == "replay":  # recorded with the others
             drawn = self.engine.generate(requests, self.sampling, progress)
         else:
-            drawn = self.reference.generate(
-                requests, self.sampling, progress, engine=self.engine, hand_back=self.hand_over
-            )
+            drawn = self.reference.generate(requests, self.sampling, progress, turns=self.turns)
         paths = _as_asked(requests, drawn)
         # Requests stand question by question.
         return tuple(tuple(paths[i : i + count]) for i in range(0, len(paths), count))
@@ -342,17 +371,18 @@ class Collector:
             reference=found["reference"][0] if "reference" in found else None,
             lost_B=lost_B,
             posterior_view=self.draws.posterior_view,
+            posterior_who=self.draws.posterior_who,
             token_limit=self.sampling.limit,
         )
 
     def _logps(
         self, batch: ScoredBatch, step: int, needs: Iterable[Score]
     ) -> dict[Score, dict[PathKey, torch.Tensor]]:
-        """What the objective must see of the policy beside U, and of the reference policy: all
-        rows of each packed together."""
+        """What the objective must see of the trained policies beside U, and of the reference
+        policy: all rows of each packed together."""
         logps: dict[Score, dict[PathKey, torch.Tensor]] = {}
         # In one order on every process: a forward is a collective of a sharded policy.
-        for who in ("policy", "reference"):
+        for who in get_args(Who):
             rows = {
                 score: self._score_rows(batch, score, step)
                 for score in sorted(needs)
@@ -404,7 +434,12 @@ class Collector:
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
         weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
         term = Term(
-            name="score", stream=score.stream, view=view, part=score.part, weight_BP=weight_BP
+            name="score",
+            stream=score.stream,
+            view=view,
+            part=score.part,
+            weight_BP=weight_BP,
+            who="posterior" if score.who == "posterior" else "policy",
         )
         return [part_row(q, path, term) for q, path in pairs]
 
@@ -428,7 +463,9 @@ class Collector:
         pairs = with_questions(questions, groups)
         shape = (len(groups), len(groups[0]))
         utilities, unanswered, behind = self._utilities(stream, pairs, step)
-        if self.draws.attempts and stream != "reference":
+        # Beside recorded weights the unhinted paths are originals, which nothing weighs.
+        weighed = ("posterior",) if self.draws.recorded else ("posterior", "prior")
+        if self.draws.attempts and stream in weighed:
             groups, lost = self._with_attempts(groups, pairs, step)
             unanswered |= lost
             behind = behind + _tokens(path.attempts for group in groups for path in group)
@@ -511,13 +548,33 @@ class Collector:
         """The paths with the answers sampled behind those that closed, and the questions of which
         the engine gave up one."""
         closed = [(question, path) for question, path in pairs if path.closed]
+        asked = [(question, path) for question, path in closed if not path.attempts]
+        self._check_recorded([path for _, path in closed], drawn=bool(asked))
         # Nobody asks an engine for nothing.
-        found, lost = self._attempts("student", closed, step) if closed else ([], set())
-        known = {path.key: own for (_, path), own in zip(closed, found, strict=True)}
+        found, lost = self._attempts("student", asked, step) if asked else ([], set())
+        known = {path.key: own for (_, path), own in zip(asked, found, strict=True)}
         return tuple(
-            tuple(replace(path, attempts=known.get(path.key, ())) for path in group)
+            tuple(replace(path, attempts=known.get(path.key, path.attempts)) for path in group)
             for group in groups
         ), lost
+
+    def _check_recorded(self, paths: Sequence[Path], *, drawn: bool) -> None:
+        """ValueError for recorded answers that are fewer or more than this run samples, and for
+        missing ones whose model is not this one."""
+        count = self.cfg.scoring.answer_samples
+        other = next((p for p in paths if p.attempts and len(p.attempts) != count), None)
+        if other is not None:
+            got = len(other.attempts)
+            raise ValueError(
+                f"engine.paths: {got} answers are recorded behind path {other.key}, and "
+                f"scoring.answer_samples is {count}; set it to {got}"
+            )
+        if drawn and self.draws.recorded:
+            raise ValueError(
+                "engine.paths: got a path whose weight is recorded without answers behind its "
+                "thought, expected those that it was weighed by; record them with train.record "
+                "weights, or set objective.answer reference"
+            )
 
     def _attempts(
         self, view: View, pairs: Pairs, step: int

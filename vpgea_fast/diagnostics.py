@@ -18,6 +18,7 @@ from vpgea_fast.packing import RankPlan, plan_stats
 from vpgea_fast.rollout.engine import prompt_digest
 from vpgea_fast.rows import part_rows
 from vpgea_fast.types import (
+    Attempt,
     ScoredBatch,
     ScoredPaths,
     Stream,
@@ -287,22 +288,25 @@ def path_records(
     decode: Callable[[torch.Tensor], str],
     *,
     step: int,
-    limit: int,
+    limit: int | None,
     temperature: float,
+    answer_temperature: float,
 ) -> list[dict[str, Any]]:
     """Return the first `limit` paths of each stream with their scores, for paths.jsonl; behind
-    those of the batch come the paths of questions that it has replaced."""
+    those of the batch come the paths of questions that it has replaced. `limit` None: all."""
     records: list[dict[str, Any]] = []
     for stream in batch.streams:
         scores = terms.path_scores.get(stream, {})
         # From the first question on: a reader wants whole groups, not a random handful.
         own = _path_lines(batch, stream, scores, decode, limit=limit)
         if batch.replaced is not None:
-            rest = {"limit": limit - len(own), "replaced": True}
+            rest = {"limit": None if limit is None else limit - len(own), "replaced": True}
             own += _path_lines(batch.replaced, stream, scores, decode, **rest)
         records += own
     # `logps` are of this temperature: at another one they are log-probs of another distribution.
-    return [{"step": step, **record, "temperature": temperature} for record in records]
+    made = [{"step": step, **record, "temperature": temperature} for record in records]
+    of_answers = {"answer_temperature": answer_temperature}
+    return [{**record, **of_answers} if "attempts" in record else record for record in made]
 
 
 def _path_lines(
@@ -311,7 +315,7 @@ def _path_lines(
     scores: Mapping[str, torch.Tensor],
     decode: Callable[[torch.Tensor], str],
     *,
-    limit: int,
+    limit: int | None,
     replaced: bool = False,
 ) -> list[dict[str, Any]]:
     """Say of the first `limit` paths of a stream all but the step; `scores` of a replaced question
@@ -341,9 +345,25 @@ def _path_lines(
                 "logps": _short(path.logps),
                 "answer_ids": path.answer_ids.tolist(),
                 "answer_logps": _short(path.response_logps[path.z_ids.numel() :]),
+                **_attempts(path.attempts),
             }
         )
     return lines
+
+
+def _attempts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Answers sampled behind a thought, each text once: what is right, and in which order. Nothing
+    where none was."""
+    if not attempts:
+        return {}
+    # Of eight most are equal: the whole would be longer than the thought.
+    made = [(tuple(attempt.ids.tolist()), attempt.right) for attempt in attempts]
+    distinct = {answer: place for place, answer in enumerate(dict.fromkeys(made))}
+    return {
+        "attempt_ids": [[*ids] for ids, _ in distinct],
+        "attempt_right": [right for _, right in distinct],
+        "attempts": [distinct[answer] for answer in made],
+    }
 
 
 def _short(logps: torch.Tensor) -> list[float]:

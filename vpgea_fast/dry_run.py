@@ -13,7 +13,7 @@ from types import MappingProxyType
 from huggingface_hub import is_offline_mode
 
 from vpgea_fast import hub
-from vpgea_fast.check import Target, check_config, slow_engine, target
+from vpgea_fast.check import Target, check_config, slow_engine, target, whole_pass
 from vpgea_fast.config import Config, DataConfig, EvalConfig, printable
 from vpgea_fast.data import (
     Benchmark,
@@ -27,7 +27,7 @@ from vpgea_fast.metrics import Console
 from vpgea_fast.needs import needs
 from vpgea_fast.prompts import length_report
 from vpgea_fast.questions import check_questions
-from vpgea_fast.reference import check_reference
+from vpgea_fast.reference import check_models
 from vpgea_fast.types import Question
 from vpgea_fast.verify import Verifier
 
@@ -63,6 +63,7 @@ def dry_run(
     that the run would end with. Only data on a Hub that cannot be reached is replaced, and said to
     be, by built-in questions.
     """
+    cfg = cfg.asked
     on = on or target(cfg)
 
     # Questions come from files of others: what steers a terminal must not reach it.
@@ -103,8 +104,11 @@ def dry_run(
         for line in () if records is None else records.notes:
             say(line)
     _say_benchmarks(benchmarks, say)
+    draws = cfg.objective.draws()
+    if cfg.train.record or draws.given or draws.recorded:
+        say(whole_pass(cfg, len(questions)))
     # After the data: lengths are checked by the prompts that there are, not by their limits.
-    check_reference(cfg, text.config, text.tokenizer)
+    check_models(cfg, text.config, text.tokenizer)
     check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)
     if slow := slow_engine(cfg, cuda=on.cuda):
         say(slow)

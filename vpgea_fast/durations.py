@@ -228,6 +228,8 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     """Compute the seconds of every phase of a mean step, on `sizes.world` devices side by side."""
     thought = _mean_thought(cfg, rates.tokens)
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
+    # Responses of the data and recorded paths are read.
+    drawn = not cfg.objective.draws().given and cfg.engine.name != "replay"
     evaluation = 0.0
     if sizes.evaluated:
         # As Evaluator draws: every sample of a question has one prompt, answers behind thoughts.
@@ -248,13 +250,13 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     between = (steps - 1) // every if every and sizes.evaluated else 0
     # Each hand-over moves every weight once, in the model's dtype.
     weights = sizes.parameters * _width(cfg) / (rates.transfer * 1e9)
-    # Where the reference policy draws, the engine is given its weights, and then the policy's.
-    weights *= 3 if cfg.objective.draws().reference else 1
+    # Where another model draws, the engine is given its weights, and then the policy's.
+    weights *= 1 + 2 * bool(cfg.objective.draws().reference) + 2 * cfg.two_policies
     # In the background the write is hidden behind the next steps; its copy is not counted.
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
-            "rollouts": _drawing(cfg, rates, sizes, rollouts),
+            "rollouts": _drawing(cfg, rates, sizes, rollouts) if drawn else 0.0,
             **_passes(cfg, rates, sizes, thought=thought),
             "evaluation": evaluation * between / steps,
             "weights": weights + (rates.wake if cfg.colocated else 0.0),
@@ -283,14 +285,17 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     whole = flops.forward_row(row, round(drawn)) / forward
     train = flops.row(row, round(drawn)) / (peak * mfu)
     # A posterior path is trained in the teacher's view, and the accepted ones in the student's too.
-    rows = posterior * (1 + rates.accepted) or prior
+    rows = draws.trained * (posterior * (1 + rates.accepted) or prior)
     behind = draws.targets + draws.answer_rows  # as if every sampled answer were right
-    rows += (posterior * rates.accepted or prior) * behind + (prior if draws.joint else 0)
+    if draws.trained:
+        rows += (posterior * rates.accepted or prior) * behind + (prior if draws.joint else 0)
 
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    if cfg.answers_behind:  # J short answers behind every thought, which they share
+    if (
+        cfg.answers_behind and not draws.recorded
+    ):  # J short answers behind every thought, which they share
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,
@@ -312,7 +317,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
 
     # Seldom, but dear: both views with entropies, and every row's gradient again.
     diagnosing = 0.0
-    if cfg.metrics.diag_every and posterior:
+    if cfg.metrics.diag_every and posterior and draws.trained:
         diagnosing = (2 * posterior * whole + rows * train) / cfg.metrics.diag_every
     return {"scoring": scoring, "training": epochs * rows * train, "diagnostics": diagnosing}
 

@@ -34,7 +34,7 @@ from vpgea_fast.objectives import at_step
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import prompt_digest, slot_of
 from vpgea_fast.rollout.factory import check_engine
-from vpgea_fast.rollout.replay import Expected, Records
+from vpgea_fast.rollout.recorded import Expected, Records
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.weights import load_config
 
@@ -172,7 +172,10 @@ def read_records(cfg: Config, intake: Intake, first: int = 0) -> Records | None:
         vocabulary=intake.text.config.vocab_size,
         questions={q.question.id: q.question.text for q in intake.questions},
         prompts=prompts,
-        temperature=cfg.rollout.temperature,
+        temperature=None if draws.recorded else cfg.rollout.temperature,
+        answer_temperature=(
+            cfg.scoring.answer_temperature if draws.attempts and not draws.recorded else None
+        ),
     )
     records = Records(cfg.replay, expected)
     if not draws.given:  # those paths come from the data

@@ -13,10 +13,11 @@ from vpgea_fast import diagnostics
 from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
-from vpgea_fast.model import Policy
+from vpgea_fast.names import Trained, View
 from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.passes import Passes
+from vpgea_fast.policies import Policies
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import drawn_rows, truncated_ratios
 from vpgea_fast.scoring import RowsFn, score_row
@@ -27,19 +28,23 @@ from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
 class Measure:
     """Measures a step and changes nothing. Its forwards are collectives of a sharded policy.
 
-    `logprobs` gives the policy's log-probs of rows at the sampling temperature.
+    `logprobs` gives the policies' log-probs of rows at the sampling temperature.
     """
 
     cfg: Config
     world: World
-    policy: Policy
+    policies: Policies
     passes: Passes
     logprobs: RowsFn
     decode: Callable[[torch.Tensor], str]
 
     @property
     def on_cuda(self) -> bool:
-        return self.policy.device.type == "cuda"
+        return self.device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        return self.policies["policy"].policy.device
 
     @property
     def given(self) -> bool:
@@ -118,13 +123,14 @@ class Measure:
         if log_utility_BG is None or whole is None:
             return {}
         # Two forwards of all these paths, and their heads: hence every metrics.diag_every steps.
-        pairs = whole.pairs("posterior")
+        pairs, drew = whole.pairs("posterior"), whole.drawn_by("posterior")
+        by: dict[View, Trained] = {"teacher": drew, "student": "policy"}
         views = [
-            self.passes(
-                lambda batch, _: self.policy.logprob_entropy(batch, temperature=temperature),
-                [score_row(q.context(v), p.z_ids) for q, p in pairs],
+            self.policies.run(
+                lambda policy, batch, _: policy.logprob_entropy(batch, temperature=temperature),
+                [replace(score_row(q.context(v), p.z_ids), who=who) for q, p in pairs],
             )
-            for v in ("teacher", "student")
+            for v, who in by.items()
         ]
         early = diagnostics.early_answer_rate(whole, self.decode)
         return merge(
@@ -139,8 +145,10 @@ class Measure:
             terms,
             self.decode,
             step=step,
-            limit=self.cfg.metrics.paths_per_step,
+            # All of a run that only records.
+            limit=None if self.cfg.train.record else self.cfg.metrics.paths_per_step,
             temperature=self.cfg.rollout.temperature,
+            answer_temperature=self.cfg.scoring.answer_temperature,
         )
 
     def cost(
@@ -162,7 +170,7 @@ class Measure:
             rows,
             self.passes.flops,
             seconds=seconds["time_train_s"],
-            device=torch.cuda.get_device_name(self.policy.device) if self.on_cuda else "cpu",
+            device=torch.cuda.get_device_name(self.device) if self.on_cuda else "cpu",
             devices=self.world.size,
         )
         work = diagnostics.work_metrics(batch, terms, rows, seconds=seconds, given=self.given)

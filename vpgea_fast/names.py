@@ -29,8 +29,12 @@ ones of the answers sampled behind the thought to score it, which share the path
 BEHIND: tuple[Part, ...] = ("target", "attempts")
 """Parts that were not drawn with the path, and stand behind its thought."""
 
-Who = Literal["policy", "reference"]
-"""Whose log-probs: the policy that is trained, or the frozen model that it is held to."""
+Trained = Literal["policy", "posterior"]
+"""Whose weights a row trains: those of the policy, or those of the posterior policy, which is a
+model of its own where an objective says so (`Draws.posterior_who`)."""
+
+Who = Literal["policy", "posterior", "reference"]
+"""Whose log-probs: a policy that is trained, or the frozen model that it is held to."""
 
 Norm = Literal["seq_sum", "const", "seq_mean", "token_mean"]
 """What the weight of a path is divided by; see rows.py."""

@@ -117,6 +117,11 @@ def needs(
         f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
         f"{cfg.rollout.max_batch} paths of up to {plan.context} tokens side by side; GiB:"
     )
+    if cfg.two_policies:
+        yield (
+            "  of two models of this size: weights, gradients and moments of both; two hand-overs "
+            "to the engine more in a step"
+        )
     # From what stops a run at its start to what only makes it slow.
     yield from _device(estimate, on)
     yield from _host(plan, estimate)
@@ -321,7 +326,7 @@ def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
     return Sizes(
         flops=model_flops(plan.model),
         parameters=plan.shape.parameters,
-        states=lay.held * lay.master + optimizer_bytes(lay),
+        states=lay.models * lay.held * lay.master + optimizer_bytes(lay),
         reference=reads * reference_bytes(lay) if cfg.model.reference == "disk" else 0,
         # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
         token=engine.token * group if engine else token,
@@ -431,7 +436,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
     rows = 2 * draws.posterior or draws.prior
     behind = draws.targets + draws.answer_rows
     rows += (draws.posterior or draws.prior) * behind + draws.prior * draws.joint
-    rows *= questions
+    rows *= questions * draws.trained
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))
     # Rows of the greatest length that one forward of all devices has room for.

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -290,32 +290,51 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     return _norm(_gradients(optimizer)).item()
 
 
-def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
-    """Clip to `max_grad_norm`, step, clear; returns the norm before clipping, over all ranks.
+class Step(NamedTuple):
+    """A step to be made of an optimiser's gradients: its rate, and what they are clipped to."""
 
-    A non-finite norm makes no update: parameters and optimiser state stay bitwise as they were, on
-    every rank, since one NaN on one rank makes the norm NaN on all. Costs one host sync, and one
-    all-reduce of a number when the gradients are sharded.
+    optimizer: torch.optim.Optimizer
+    lr: float
+    max_grad_norm: float
+
+
+def make_steps(steps: Sequence[Step]) -> list[float]:
+    """Clip, step and clear every optimiser; return the norms before clipping, over all ranks.
+
+    A norm that is not finite makes none of the updates: parameters and optimiser states stay
+    bitwise as they were, on every rank, since one NaN on one rank makes the norm NaN on all. Costs
+    one host sync each, and one all-reduce of a number when the gradients are sharded.
     """
-    gradients = _gradients(optimizer)
-    norm = _norm(gradients)
-    value = norm.item()
-    if math.isfinite(value):
-        # 1e-6 as in torch's clip_grad_norm_.
-        scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            local = _local(gradient)
-            local.mul_(scale.to(local.device, torch.promote_types(local.dtype, torch.float32)))
-        for group in optimizer.param_groups:
-            # torchao's compiled step reads the rate from a tensor; a new float would compile again.
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        optimizer.step()
-    # Freed, not zeroed: the next step samples first, and gradients are as large as weights.
-    optimizer.zero_grad(set_to_none=True)
-    return value
+    norms = [_norm(_gradients(step.optimizer)) for step in steps]
+    values = [norm.item() for norm in norms]
+    if all(map(math.isfinite, values)):
+        for step, norm in zip(steps, norms, strict=True):
+            _step(step, norm)
+    for step in steps:
+        # Freed, not zeroed: the next step samples first, and gradients are as large as weights.
+        step.optimizer.zero_grad(set_to_none=True)
+    return values
+
+
+def _step(step: Step, norm: Tensor) -> None:
+    """Clip the gradients, whose norm this is, and step."""
+    # 1e-6 as in torch's clip_grad_norm_.
+    scale = (step.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in _gradients(step.optimizer):
+        local = _local(gradient)
+        local.mul_(scale.to(local.device, torch.promote_types(local.dtype, torch.float32)))
+    for group in step.optimizer.param_groups:
+        # torchao's compiled step reads the rate from a tensor; a new float would compile again.
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(step.lr)
+        else:
+            group["lr"] = step.lr
+    step.optimizer.step()
+
+
+def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: float) -> float:
+    """Make the step of one optimiser; see `make_steps`."""
+    return make_steps([Step(optimizer, lr, max_grad_norm)])[0]
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -22,13 +22,13 @@ from transformers.utils import logging
 
 from vpgea_fast.attention import HALF
 from vpgea_fast.config import Config, ModelConfig
-from vpgea_fast.distributed import World, full_weights, reshard
+from vpgea_fast.distributed import World, reshard
 from vpgea_fast.model import Policy, load_policy
 from vpgea_fast.model_dir import ModelError, load_tokenizer
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.passes import Passes
-from vpgea_fast.rollout.engine import RolloutEngine, Sampling
-from vpgea_fast.rollout.hf import HFEngine
+from vpgea_fast.rollout.engine import Sampling
+from vpgea_fast.rollout.turns import Turns
 from vpgea_fast.types import Path, SampleRequest, TrainRow
 from vpgea_fast.weights import load_config, without_storage
 
@@ -61,27 +61,19 @@ class Reference:
         sampling: Sampling,
         progress: Callable[[int], None],
         *,
-        engine: RolloutEngine,
-        hand_back: Callable[[], object],
+        turns: Turns,
     ) -> list[Path]:
-        """Draw a path of the reference for each request.
+        """Draw a path of the reference for each request: its turn at the engine."""
+        # Probed when it has the policy's again: paths of the reference's weights would be trained
+        # on as the policy's own.
+        with turns.lent(check=True) as hand_over:
 
-        A whole module samples by itself. Otherwise `engine` takes over the reference's weights, and
-        `hand_back` gives it those of the policy again.
-        """
-        whole = self.cfg.samples_itself and self.world.mesh is None
+            def draw(model: Policy) -> list[Path]:
+                hand_over("reference", model)
+                return turns.engine.generate(requests, sampling, progress)
 
-        def draw(model: Policy) -> list[Path]:
-            sampler = _own_engine(self.cfg, model) if whole else engine
-            if not whole:
-                engine.load_weights(full_weights(model))
-            return sampler.generate(requests, sampling, progress)
-
-        paths = self._at_hand(draw)
-        # Not after an error: a run that is left draws no more, and this is a collective.
-        if not whole:
-            hand_back()
-        return paths
+            # The model is gone, where it is read anew, before the policy's weights come.
+            return self._at_hand(draw)
 
     def close(self) -> None:
         """Drop the model."""
@@ -132,15 +124,26 @@ def reference_dtype(model: ModelConfig, *, sharded: bool) -> Any:
     return model.dtype if sharded and half else model.master_dtype
 
 
-def check_reference(cfg: Config, model_config: Any, tokenizer: Any) -> None:
-    """Refuse, before a weight is loaded, a reference of other shapes or another vocabulary.
+def check_models(cfg: Config, model_config: Any, tokenizer: Any) -> None:
+    """Refuse, before a weight is loaded, a reference or posterior policy of other shapes than the
+    policy, or of another vocabulary.
 
-    Nothing is read where the objective asks for none, or for the start weights. Errors: ModelError.
+    Nothing is read of a model that the objective does not ask for, or that begins from the policy's
+    own weights. Errors: ModelError.
     """
-    path = cfg.model.reference_path
-    if path is None or not reads_reference(cfg.objective):
+    if reads_reference(cfg.objective):
+        _require_alike(cfg, "model.reference_path", model_config, tokenizer)
+    if cfg.two_policies:
+        _require_alike(cfg, "posterior.path", model_config, tokenizer)
+
+
+def _require_alike(cfg: Config, key: str, model_config: Any, tokenizer: Any) -> None:
+    """Refuse the model of `key` (`section.name`) where it has other shapes or another vocabulary
+    than that of model.path; nothing is read where it is null. Errors: ModelError."""
+    section, name = key.split(".")
+    if (path := getattr(getattr(cfg, section), name)) is None:
         return
-    where = f"model.reference_path: got {path}"
+    where = f"{key}: got {path}"
     # Modules without storage: config.json alone gives the shapes, and the dtype plays no part.
     outlines = [without_storage(cfg.model.path, torch.float32, model_config)]
     outlines.append(without_storage(path, torch.float32, load_config(path)))
@@ -172,8 +175,3 @@ def _no_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _own_engine(cfg: Config, model: Policy) -> RolloutEngine:
-    """Make an engine of the module itself: whole, so there is one process."""
-    return HFEngine(model.causal_lm, max_batch=cfg.rollout.max_batch, dtype=model.dtype)

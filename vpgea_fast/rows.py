@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -99,8 +100,12 @@ def build_rows(
                 row = _weigh(row, term, path, weight=own, scale=factor, ratios=ratios)
                 live = term.later if several and term.later else term.live
                 row = replace(row, live=live, reference=_reference(batch, term, path))
-                # Under another prompt the sampler's log-probs are no measure of the trainer's.
-                drawn = term.stream != "reference" and term.view == batch.drawn_in(term.stream)
+                # Under another prompt, or of another model, the sampler's log-probs are no measure
+                # of the trainer's.
+                drawn = term.stream != "reference" and (term.view, term.who) == (
+                    batch.drawn_in(term.stream),
+                    batch.drawn_by(term.stream),
+                )
                 same = term.distilled or drawn
                 rows.append(row if same else replace(row, sample_logps=None))
     return rows
@@ -122,6 +127,9 @@ def checksum(rows: Sequence[TrainRow]) -> int:
     for row in rows:
         for part in (row.context_ids, row.token_ids, row.coef.double()):
             crc = zlib.crc32(part.numpy().tobytes(), crc)
+        # Only where there are two policies, so that all other sums are those of older versions.
+        if row.who != "policy":
+            crc = zlib.crc32(row.who.encode(), crc)
     return crc
 
 
@@ -185,9 +193,13 @@ def drawn_rows(batch: ScoredBatch, terms: Terms) -> dict[PathKey, TrainRow]:
     for term in terms.parts:
         # Behind a thought the answer is drawn too, so its log-probs are those of the response.
         part: Part = "thought" if term.part in ("thought", *BEHIND) else "response"
-        view = batch.drawn_in(term.stream)
-        # Under the prompt of the draw: another one's log-probs say nothing about the sampler.
-        own = replace(term, part=part, view=view, live=None, later=None, distilled=False)
+        # Under the prompt of the draw, by the weights that drew: others say nothing about the
+        # sampler.
+        drawn: dict[str, Any] = {
+            "view": batch.drawn_in(term.stream),
+            "who": batch.drawn_by(term.stream),
+        }
+        own = replace(term, part=part, live=None, later=None, distilled=False, **drawn)
         acting = term.acting.flatten().tolist()
         for (question, path), acts in zip(batch.pairs(term.stream), acting, strict=True):
             row = part_row(question, path, own)
@@ -247,6 +259,7 @@ def _row(
         distilled=term.distilled,
         sample_logps=logps,
         path=path.key,
+        who=term.who,
     )
 
 

@@ -36,15 +36,16 @@ from vpgea_fast.metrics import (
 )
 from vpgea_fast.model import Policy, load_policy
 from vpgea_fast.model_dir import load_tokenizer
+from vpgea_fast.names import Trained
 from vpgea_fast.optim import learning_rate
 from vpgea_fast.rollout.factory import SYNC_DIR
 from vpgea_fast.types import TrainRow
 
 FIXED_ON_RESUME = (
-    *("model.path", "model.dtype", "model.master_dtype", "optim.name"),
+    *("model.path", "model.dtype", "model.master_dtype", "optim.name", "posterior.path"),
     *("prompt.", "scoring.", "objective.", "rollout.temperature", "rollout.top_p"),
     *("rollout.max_new_tokens", "rollout.full_answer", "rollout.max_answer_tokens"),
-    "rollout.importance_cap",
+    *("rollout.importance_cap", "train.record"),
     *("data.", "verify.", "run.seed", "run.threads", "train.questions_per_step"),
 )
 """Keys that a resumed run keeps; the rest may change, and the run says so. The rollout's are those
@@ -53,6 +54,10 @@ FREE_ON_RESUME = ("data.dropped_file", "verify.workers", "verify.timeout_s")
 """Exceptions: they do not change what is drawn or how it is judged."""
 FIXED_BETWEEN_UPDATES = ("train.minibatches", "train.epochs")
 """Keys that only a resume between two updates of a rollout keeps: they say which update is next."""
+
+
+EXPORTS: Mapping[Trained, str] = {"policy": "export", "posterior": "export_posterior"}
+"""Whose weights -> the directory that holds them as a model, beside the run's files."""
 
 
 class RunDir:
@@ -67,6 +72,13 @@ class RunDir:
         self.lock: checkpoint.RunLock | None = None
         self.before: Config = cfg
         self.notices: list[str] = []
+
+    @property
+    def exports(self) -> dict[Trained, str]:
+        """The models that the run exports at its end, each with the name of its directory."""
+        if not self.cfg.asked.checkpoint.export:
+            return {}
+        return {who: EXPORTS[who] for who in EXPORTS if who == "policy" or self.cfg.two_policies}
 
     def claim(self, *, resume: bool) -> None:
         """Lock the directory for the main process, or refuse it everywhere. A collective."""
@@ -177,7 +189,7 @@ class RunDir:
                 f"vpgea export {self.path} --step best"
             )
         files = [page] + [self.path / report.FIGURE] * self.cfg.metrics.figure
-        files += [self.path / "export"] * self.cfg.checkpoint.export
+        files += [self.path / name for name in self.exports.values()]
         console.message(", ".join(map(str, files)))
 
     def _claim(self, resume: bool) -> None:
@@ -298,10 +310,15 @@ def _record(saved: checkpoint.Checkpoint | None) -> Config | None:
 
 
 def export_step(
-    run_dir: str | Path, step: int | Literal["best", "last"], out_dir: str | Path | None = None
+    run_dir: str | Path,
+    step: int | Literal["best", "last"],
+    out_dir: str | Path | None = None,
+    *,
+    who: Trained = "policy",
 ) -> Path:
-    """Write the model of a checkpoint as a Hugging Face directory (RUN/export_step_N unless
-    `out_dir` says where), on the CPU; return its path.
+    """Write a model of a checkpoint as a Hugging Face directory (RUN/export_step_N, or of the
+    posterior policy RUN/export_posterior_step_N, unless `out_dir` says where), on the CPU; return
+    its path.
 
     `best` is chosen by the run's checkpoint.keep_best. The run may go on meanwhile. Errors:
     ValueError for what is no run, CheckpointError for a step without a complete checkpoint.
@@ -335,9 +352,9 @@ def export_step(
         activation_checkpointing="none",
         compile=False,
     )
-    out_dir = Path(out_dir or run_dir / f"export_step_{chosen}")
+    out_dir = Path(out_dir or run_dir / f"{EXPORTS[who]}_step_{chosen}")
     policy = load_policy(model, world)
-    checkpoint.put_weights(saved, policy, world=world)
+    checkpoint.put_weights(saved, policy, world=world, who=who)
     return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
 
 

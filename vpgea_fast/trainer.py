@@ -35,13 +35,13 @@ from vpgea_fast.book import merge
 from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
-from vpgea_fast.distributed import Stopped, World, full_weights, open_world, reshard
+from vpgea_fast.distributed import Stopped, World, open_world
 from vpgea_fast.evaluate import evaluate_step
 from vpgea_fast.measure import evaluation_metrics
 from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer
+from vpgea_fast.model import Policy
 from vpgea_fast.objectives import Terms
-from vpgea_fast.optim import apply_update, gradient_norm, learning_rate
-from vpgea_fast.packing import RankPlan
+from vpgea_fast.policies import Share, joined
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import Scale, build_rows, checksum, minibatches
 from vpgea_fast.run_dir import RunDir
@@ -231,11 +231,11 @@ class Trainer:
 
     def collect(self, timer: PhaseTimer) -> tuple[ScoredBatch, Terms, Usage]:
         """Draw and score the paths of this step; what the engine says it took."""
-        engine = self.stages.engine
-        engine.usage()  # what evaluations asked for is not this step's
+        turns = self.stages.turns
+        turns.usage()  # what evaluations asked for is not this step's
         batch, terms = self.stages.collector.collect(self.step, timer, self.method)
-        engine.rest()  # the update has its memory
-        usage = engine.usage()
+        turns.engine.rest()  # the update has its memory
+        usage = turns.usage()
         self.stop.together()
         return batch, terms, usage
 
@@ -274,37 +274,40 @@ class Trainer:
         """
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
         self.world.require_same(checksum(rows), "rows of this step and their coefficients")
-        # By step: all updates of one rollout have the same rate.
-        lr = learning_rate(self.cfg.optim, self.step, self.cfg.train.steps)
+        policies, steps = self.stages.policies, self.cfg.train.steps
         if not rows:
             found = merge(
-                {"lr": lr, "grad_norm": 0.0, "skipped": 1}, diagnostics.row_metrics([], [], scored)
+                policies.metrics({}, self.step, steps),
+                {"skipped": 1},
+                diagnostics.row_metrics([], [], scored),
             )
             return found, "no path has a gradient"
-        plan = self.stages.passes.plan(rows)
-        logps = self.accumulate(rows, plan)
-        reshard(self.stages.policy)
-        optimizer, clip = self.stages.optimizer, self.cfg.optim.max_grad_norm
-        norm = apply_update(optimizer, lr=lr, max_grad_norm=clip)
+        shares = policies.shares(rows)
+        logps = self.accumulate(rows, shares)
+        policies.reshard()
+        norms = policies.update(shares, self.step, steps)
+        odd = [norm for norm in norms.values() if not math.isfinite(norm)]
         found = merge(
-            {"lr": lr, "grad_norm": norm, "skipped": int(not math.isfinite(norm))},
+            policies.metrics(norms, self.step, steps),
+            {"skipped": int(bool(odd))},
             diagnostics.row_metrics(rows, logps, scored),
-            diagnostics.plan_metrics(plan, rows, self.stages.passes.flops),
+            diagnostics.plan_metrics(joined(shares), rows, self.stages.passes.flops),
         )
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        if math.isfinite(norm):
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if odd else 0
+        if not odd:
             return found, None
         numbers = [(row, torch.cat([row.coef, v])) for row, v in zip(rows, logps, strict=True)]
         self.offending = [row for row, n in numbers if not n.isfinite().all()] or list(rows)
-        return found, f"the gradient norm is {norm}"
+        return found, f"the gradient norm is {odd[0]}"
 
     def accumulate(
-        self, rows: Sequence[TrainRow], plan: Sequence[RankPlan] | None = None
+        self, rows: Sequence[TrainRow], plan: Sequence[Share] | None = None
     ) -> list[torch.Tensor]:
-        """Add the gradient of `rows` to the parameters; per-token log-probs of every row."""
-        policy, temperature = self.stages.policy, self.cfg.rollout.temperature
+        """Add the gradient of `rows` to the parameters of their policies; per-token log-probs of
+        every row."""
+        policies, temperature = self.stages.policies, self.cfg.rollout.temperature
 
-        def backward(batch: PackedBatch, last: bool) -> torch.Tensor:
+        def backward(policy: Policy, batch: PackedBatch, last: bool) -> torch.Tensor:
             # What FSDP has accumulated cannot be thrown away.
             if not policy.sharded:
                 self.stop.alone()
@@ -314,23 +317,20 @@ class Trainer:
             return out.logp.cpu()
 
         try:
-            return self.stages.passes(backward, rows, plan)
+            return policies.run(backward, rows, plan)
         except Stopped:  # of a gradient in parts nothing is kept: the update is made again
-            self.stages.optimizer.zero_grad(set_to_none=True)
+            policies.drop_gradients()
             raise
 
     def sync_engine(self, *, updated: bool) -> dict[str, float]:
         """Give the engine the weights, unless it samples with the trained module itself, and see
         that it has them. RolloutError otherwise."""
-        if self.cfg.samples_itself and not self.stages.policy.sharded:
+        turns = self.stages.turns
+        if turns.whole:
             return {}
         # Also after a skipped step: an engine that rested has no weights until it is given them.
-        self.stages.engine.load_weights(full_weights(self.stages.policy))
         # The first hand-over is always probed; later ones cost a rollout of a few tokens each.
-        every = self.cfg.rollout.probe_every
-        if updated and not (every and (self.step + 1) % every == 0):
-            return {}
-        return self.stages.probe()
+        return turns.give(check=not updated or turns.due("policy", self.step))
 
     def finish_step(self, stats: StepStats) -> None:
         """Count the step, log it, raise alarms, save on schedule, tell the callbacks."""
@@ -340,7 +340,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(stats.metrics)
         self.console.step(stats.metrics)
-        if stats.skipped:
+        if stats.skipped and not self.cfg.train.record:
             self.say(f"step {self.step}: no update, {stats.skipped}")
         for alarm in self.alarms.update(stats.metrics):
             self.say(alarm)
@@ -391,6 +391,8 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:
         evaluator = self.stages.evaluator
+        # The reasoning model is what a benchmark asks, whoever has drawn in this step.
+        self.stages.turns.require("policy")
         progress = self.progress(evaluator.samples)
         # A collective: the processes share the questions.
         return evaluate_step(self.cfg, evaluator, step, world=self.world, on_progress=progress)
@@ -416,11 +418,11 @@ class Trainer:
     def finish_run(self) -> Ending:
         """Export the model, draw the figure and the report, print the closing table."""
         self.stages.saver.wait()
-        if self.cfg.checkpoint.export:
+        for who, name in self.run.exports.items():
             checkpoint.export_model(
-                self.stages.policy,
+                self.stages.policies[who].policy,
                 self.stages.intake.text.tokenizer,
-                self.run.path / "export",
+                self.run.path / name,
                 world=self.world,
                 replace=True,
             )
@@ -460,12 +462,12 @@ class Trainer:
         norms = {}
         for name in names:
             self.accumulate([row for row in rows if row.term == name])
-            reshard(self.stages.policy)
+            self.stages.policies.reshard()
             # Each minibatch weighs as much as all questions do: the norm is of their mean.
-            norm = gradient_norm(self.stages.optimizer) / self.cfg.train.minibatches
+            norm = self.stages.policies.gradient_norm() / self.cfg.train.minibatches
             norms[f"grad_norm_{name}"] = norm
             # The update adds to what is there: nothing of a measurement may be left.
-            self.stages.optimizer.zero_grad(set_to_none=True)
+            self.stages.policies.drop_gradients()
         return norms
 
     def decode(self, ids: torch.Tensor) -> str:
@@ -485,10 +487,7 @@ class Trainer:
         """Take the state of the newest checkpoint, hand the weights over, write the run's files."""
         if resume:
             saved = checkpoint.load_checkpoint(
-                self.run.path,
-                world=self.world,
-                model=self.stages.policy,
-                optimizer=self.stages.optimizer,
+                self.run.path, world=self.world, **self.stages.policies.kept()
             )
             self.run.restore(saved, self.stages.intake.fingerprint, self.alarms)
             if saved is not None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from vpgea_fast.names import Part, PathKey, Score, Stream, View
+from vpgea_fast.names import Part, PathKey, Score, Stream, Trained, View
 
 Finish = Literal["stop", "length", "error"]
 """Why sampling ended: a stop token, the token limit, or a failed request."""
@@ -135,6 +135,7 @@ class Path:
     finish     "length": the token limit cut the sample; "error": the engine gave it up
     asked      its question with prompts of its own, where the objective gives it fields
     attempts   answers sampled behind a closed thought, where the objective asks (`Draws.attempts`)
+    share      its weight within its question as a record has it; None: no record has one
 
     >>> who = {"question_id": "q0", "stream": "prior", "index": 0}
     >>> ids = {"z_ids": torch.tensor([4, 9]), "answer_ids": torch.tensor([7])}
@@ -154,6 +155,7 @@ class Path:
     answer_logps: Tensor | None = None
     asked: PromptedQuestion | None = None
     attempts: tuple[Attempt, ...] = ()
+    share: float | None = None
 
     @property
     def key(self) -> PathKey:
@@ -260,6 +262,7 @@ class ScoredBatch:
     lost_B          (B,) int64: paths of each question that the engine gave up, and one more where
                     it gave up an answer sampled to score a path
     posterior_view  the prompt that the posterior paths were drawn from
+    posterior_who   whose weights drew them
     token_limit     tokens that a path may have, thought and answer; 0: not known
     logps           what `Objective.needs` asked for: a score -> path -> (tokens,) float64
     reference       paths that the reference policy drew in the student view; None: it drew none
@@ -284,6 +287,7 @@ class ScoredBatch:
     logps: Mapping[Score, Mapping[PathKey, Tensor]] = field(default_factory=dict)
     reference: ScoredPaths | None = None
     replaced: ScoredBatch | None = None
+    posterior_who: Trained = "policy"
 
     @property
     def streams(self) -> dict[Stream, ScoredPaths]:
@@ -312,6 +316,11 @@ class ScoredBatch:
         """The prompt that the paths of a stream were drawn from."""
         # The reference policy too draws from the student's prompt.
         return self.posterior_view if stream == "posterior" else "student"
+
+    def drawn_by(self, stream: Stream) -> Trained:
+        """Whose weights drew the paths of a stream; those of `reference` nobody's who is trained,
+        and the policy's stand for them."""
+        return self.posterior_who if stream == "posterior" else "policy"
 
     def token_counts(self, stream: Stream, part: Part) -> Tensor:
         """Tokens of a part of every path of a stream, (B, P) float64; at least 1 each, since they
@@ -418,7 +427,8 @@ class TrainRow:
     gradient of the row = that of sum_t coef[t] * log p(token_ids[t] | context_ids, token_ids[:t]).
     That sum is the loss, unless it is `live` or the path `distilled`: drawn under another prompt.
     Its log-prob there is subtracted then, sg log q(token_ids[t]), a constant for the log alone.
-    `path` tells which rows are one path; `sample_logps` are the sampler's log-probs.
+    `path` tells which rows are one path; `sample_logps` are the sampler's log-probs. `who` says
+    whose weights score and train it.
 
     live   the loss of log-probs of the moment, times scale * factor; coef is its derivative
     old    log-probs before the first update of these paths; reference: of the reference policy
@@ -445,6 +455,7 @@ class TrainRow:
     factor: Tensor | None = None
     old: Tensor | None = None
     reference: Tensor | None = None
+    who: Trained = "policy"
 
     @property
     def tokens(self) -> int:

@@ -24,11 +24,12 @@ from vpgea_fast.checkpoint.protocol import (
     save_checkpoint,
     saved_steps,
 )
-from vpgea_fast.checkpoint.state import Checkpoint, put_weights
+from vpgea_fast.checkpoint.state import Checkpoint, Kept, put_weights
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Kept",
     "RunLock",
     "Saver",
     "best_step",

@@ -45,10 +45,12 @@ from vpgea_fast.checkpoint.files import (
 )
 from vpgea_fast.checkpoint.state import (
     OWN,
+    POSTERIOR,
     ROLLOUT,
     SHARD,
     STATE,
     Checkpoint,
+    Kept,
     Planned,
     Snapshot,
     put,
@@ -82,6 +84,7 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any],
     keep_last: int,
     worth: Mapping[int, float] | None = None,
+    posterior: Kept | None = None,
     do: Do = perform,
 ) -> Path:
     """Write checkpoints/step_<step>, random states included; return its path once it is durable.
@@ -89,17 +92,17 @@ def save_checkpoint(
     Older ones are deleted but for the last `keep_last` and the one of the most `worth`, by step.
 
     A collective: every process writes its own shards. `model` is a causal LM, or holds one as
-    `causal_lm`. The optimiser's hyper-parameters belong to the configuration and are not saved. A
-    complete checkpoint of this step is left as it is: a SIGTERM may fall on a step just saved.
+    `causal_lm`; `posterior` is a second one. The optimiser's hyper-parameters belong to the
+    configuration and are not saved. A complete checkpoint of this step is left as it is: a SIGTERM
+    may fall on a step just saved.
 
     Raises CheckpointError, on every process, when a state of any holds NaN or infinity and when any
     cannot write; older checkpoints are then untouched and nothing of this one is left. Costs one
     read of what was written, for the checksums.
     """
     # No thread: who calls this once wants the file, not the overlap.
-    with Saver(
-        run_dir, world=world, model=model, optimizer=optimizer, keep_last=keep_last, do=do
-    ) as saver:
+    made: dict[str, Any] = {"model": model, "optimizer": optimizer, "posterior": posterior}
+    with Saver(run_dir, world=world, keep_last=keep_last, do=do, **made) as saver:
         return saver.save(step, trainer_state, worth)
 
 
@@ -120,6 +123,7 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         keep_last: int,
+        posterior: Kept | None = None,
         background: bool = False,
         do: Do = perform,
     ) -> None:
@@ -128,7 +132,7 @@ class Saver:
                 f"checkpoint.keep_last: got {keep_last}, expected 1 or more; set it to 1"
             )
         self.run_dir, self.world, self.keep_last, self.do = Path(run_dir), world, keep_last, do
-        self.model, self.optimizer = model, optimizer
+        self.kept = _named(Kept(model, optimizer), posterior)
         self.thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         # The thread's collectives have connections of their own: on the main ones they would meet
         # those of the training step in any order.
@@ -163,8 +167,7 @@ class Saver:
             # Named only where there are some: a whole step is one for older versions too.
             {**state, "updates": updates} if updates else state,
             world=self.world,
-            model=self.model,
-            optimizer=self.optimizer,
+            kept=self.kept,
             copied=self.thread is not None,
             known=self.planned,
             rollout=rollout,
@@ -220,9 +223,15 @@ def find_checkpoint(run_dir: str | Path, *, world: World) -> Checkpoint | None:
 
 
 def load_checkpoint(
-    run_dir: str | Path, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer
+    run_dir: str | Path,
+    *,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    posterior: Kept | None = None,
 ) -> Checkpoint | None:
-    """Put the newest complete checkpoint into model, optimiser and random generators, in place.
+    """Put the newest complete checkpoint into model, optimiser and random generators, in place; of
+    a run of two policies into `posterior` too.
 
     None: the run never reached its first save, and nothing has changed. A collective; each process
     reads the shards that it needs, whatever the number of processes that wrote them. On as many as
@@ -245,8 +254,13 @@ def load_checkpoint(
         if world.main:
             _require_kept(run_dir, found)
     if found is not None:
-        put(found, world=world, model=model, optimizer=optimizer)
+        put(found, world=world, kept=_named(Kept(model, optimizer), posterior))
     return found
+
+
+def _named(policy: Kept, posterior: Kept | None) -> dict[str, Kept]:
+    """The models of a run by what stands before their names in the files."""
+    return {"": policy} if posterior is None else {"": policy, POSTERIOR: posterior}
 
 
 def read_rollout(

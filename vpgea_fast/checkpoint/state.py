@@ -1,7 +1,8 @@
 """What a checkpoint holds, as this process's part of it: taken from a model and an optimiser, cut
 by torch.distributed.checkpoint (DCP), and put back.
 
-| DCP's shards        | model.<name>, optimizer.state.<name>.<key>: whole tensors, cut anywhere   |
+| DCP's shards        | model.<name>, optimizer.state.<name>.<key>: whole tensors, cut anywhere;  |
+|                     | of a posterior policy the same behind `posterior.`                        |
 | a process's file    | its random states, optimiser states that cannot be cut anew (8-bit blocks) |
 | state.json          | the trainer's state, optimiser states that are numbers, who wrote          |
 | rollout.pt          | between two updates of a rollout: what those to come need of it            |
@@ -18,15 +19,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 
 from vpgea_fast.checkpoint.dcp import (
     Planner,
@@ -40,7 +40,16 @@ from vpgea_fast.checkpoint.dcp import (
 )
 from vpgea_fast.checkpoint.files import CheckpointError, together
 from vpgea_fast.checkpoint.generators import resume_rng, rng_state
+from vpgea_fast.checkpoint.optimizers import (
+    MODEL,
+    beside,
+    by_name,
+    optimizer_states,
+    read_targets,
+    trained_by_name,
+)
 from vpgea_fast.distributed import World, named_weights
+from vpgea_fast.names import Trained
 
 SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
 """Files of process {}; DCP names the first."""
@@ -48,7 +57,11 @@ STATE = "state.json"
 """What neither of them holds."""
 ROLLOUT = "rollout.pt"
 """Only between two updates of a rollout. One for all: every process has the same rows."""
-OPTIMIZER = "optimizer.state."
+POSTERIOR = "posterior."
+"""Before the names of a second policy."""
+States = Mapping[str, Mapping[str, Any]]
+"""Name of a parameter -> key -> state."""
+Named = TypeVar("Named")
 STATE_KINDS = {
     "step": int,
     "updates": int,
@@ -56,10 +69,19 @@ STATE_KINDS = {
     "trainer_state": dict,
     "optimizer": dict,
 }
+LATER_KINDS = {"posterior": dict}
+"""What stands in state.json only where there is a second policy."""
 OPTIMIZER_KINDS = {"class": str, "parameters": list, "values": dict, "bound": bool}
 """What stands in state.json, and in its `optimizer`."""
 COPY_AHEAD = 10_000_000
 """Bytes that DCP copies from a GPU ahead of those that it writes; its own default."""
+
+
+class Kept(NamedTuple):
+    """A model, or what holds one as `causal_lm`, and its optimiser."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,8 @@ class Checkpoint:
 
     `trainer_state` is the JSON that was saved (tuples have become lists). `optimizer` has the
     `class` of the optimiser, the `parameters` it had, as `values` (name -> key -> value) those of
-    its states that are no tensors, and whether it is `bound` to the number of processes.
+    its states that are no tensors, and whether it is `bound` to the number of processes;
+    `posterior` is the same of a second policy, None where there is none.
     """
 
     path: Path
@@ -78,6 +101,7 @@ class Checkpoint:
     processes: int
     trainer_state: dict[str, Any]
     optimizer: dict[str, Any]
+    posterior: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -85,11 +109,15 @@ class Checkpoint:
         # Its CRC has been compared by now: what is wrong here was written so, or edited.
         tree = json.loads((path / STATE).read_text(encoding="utf-8"))
         tree = {"updates": 0, **tree} if isinstance(tree, dict) else tree
-        if not isinstance(tree, dict) or tree.keys() != STATE_KINDS.keys():
+        if not isinstance(tree, dict) or tree.keys() - LATER_KINDS.keys() != STATE_KINDS.keys():
             raise ValueError(f"{STATE}: expected an object of {', '.join(STATE_KINDS)}")
+        later = {key: kind for key, kind in LATER_KINDS.items() if key in tree}
         # An empty one fails below, on its first key, in words.
-        optimizer = tree["optimizer"] if isinstance(tree["optimizer"], dict) else {}
-        for part, kinds in ((tree, STATE_KINDS), (optimizer, OPTIMIZER_KINDS)):
+        optimizers = [
+            (tree[key] if isinstance(tree[key], dict) else {}, OPTIMIZER_KINDS)
+            for key in ("optimizer", *later)
+        ]
+        for part, kinds in ((tree, STATE_KINDS | later), *optimizers):
             for key, kind in kinds.items():
                 if type(part.get(key)) is not kind:
                     got = f"got {key} {part.get(key)!r:.60}"
@@ -137,14 +165,14 @@ def take(
     state: Mapping[str, Any],
     *,
     world: World,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    kept: Mapping[str, Kept],
     copied: bool,
     known: Planned | None,
     rollout: Mapping[str, Any] | None,
 ) -> Snapshot:
     """Take the state of this moment, to be written into `folder`. A collective.
 
+    `kept` are the models by what stands before their names: "", and `POSTERIOR` of a second one.
     `copied` shards are in host memory and no more the model's; others are read when written.
     CheckpointError, on every process, for NaN or infinity on any.
     """
@@ -152,16 +180,23 @@ def take(
     planner.shards = {}
     copy = copy_to_host if copied else lambda tensor: tensor  # host bytes: this process's shards
     with together(world):
-        weights = named_weights(model)
-        states, bound, about = _optimizer_states(optimizer, weights)
-        tensors = {f"model.{name}": weight.detach() for name, weight in weights.items()} | states
+        tensors: dict[str, torch.Tensor] = {}
+        bound: dict[str, torch.Tensor] = {}
+        about: dict[str, Any] = {}
+        for prefix, (model, optimizer) in kept.items():
+            weights = named_weights(model)
+            states, blocks, rest = optimizer_states(optimizer, weights)
+            named = {f"{MODEL}{name}": weight.detach() for name, weight in weights.items()}
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in (named | states).items()}
+            bound |= {f"{prefix}{name}": block for name, block in blocks.items()}
+            about[prefix.rstrip(".") or "optimizer"] = rest
         shards = {name: shard_of(tensor) for name, tensor in tensors.items()}
         require_finite(shards | bound, what=f"step {state['step']}")
         planner.set_up_planner(tensors, is_coordinator=world.main)
         wish = planner.create_local_plan()
         # The plan is made; live tensors here would keep their memory to the end of the write.
         planner.state_dict = {}  # of live tensors
-        text = json.dumps({**state, "optimizer": about}, allow_nan=False, indent=1)
+        text = json.dumps({**state, **about}, allow_nan=False, indent=1)
         planner.shards = {name: copy(shard) for name, shard in shards.items()}
         bound = {name: copy(shard) for name, shard in bound.items()}
     # A thread must not touch CUDA: its current device would be the first, not this process's.
@@ -207,49 +242,90 @@ def _write_tree(path: Path, tree: Mapping[str, Any] | None) -> None:
         raise OSError(str(error)) from error
 
 
-def put(
-    found: Checkpoint, *, world: World, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Put a checkpoint into model, optimiser and random generators. A collective.
+def put(found: Checkpoint, *, world: World, kept: Mapping[str, Kept]) -> None:
+    """Put a checkpoint into models, optimisers and random generators; `kept` as `take` has them. A
+    collective.
 
     CheckpointError, on every process and before anything has changed, if it does not fit.
     """
     reader = Reader(found.path)
-    weights = named_weights(model)
     what, remedy = f"cannot read {found.path}", "delete it to go on from the one before"
+    targets: dict[str, torch.Tensor] = {}
+    restored: list[tuple[Kept, dict[str, nn.Parameter], list[States]]] = []
     # Files that somebody has edited, manifest and all, may raise anything.
     with together(world, what, remedy, catch=Exception):
         metadata = reader.read_metadata()
-        _check_fit(found, metadata, world=world, weights=weights, optimizer=optimizer)
-        targets = _targets(metadata, weights, optimizer)
+        _check_policies(found, kept)
         # More processes than wrote: the others start from the last one's file, and seed anew.
         file = found.path / OWN.format(min(world.rank, found.processes - 1))
         own = torch.load(file, map_location="cpu", weights_only=True)
-        bound = _beside(own["states"], weights)
+        for prefix, one in kept.items():
+            weights, about = named_weights(one.model), _about(found, prefix)
+            saved = _below(saved_tensors(metadata), prefix)
+            _check_fit(found, saved, about, world=world, weights=weights, optimizer=one.optimizer)
+            ours = read_targets(saved, weights, one.optimizer)
+            bound = beside(_below(own["states"], prefix), weights)
+            targets |= {f"{prefix}{name}": tensor for name, tensor in ours.items()}
+            states = [by_name(ours), by_name(bound), about["values"]]
+            restored.append((one, trained_by_name(one.optimizer, weights), states))
     with together(world, what, remedy, catch=Exception):
         fill(targets, reader, metadata)  # the weights straight into the model's storage
         # All is read and checked by now: from here on nothing of this run's state survives.
-        trained = _trained(optimizer, weights)
-        optimizer.state.clear()
-        for states in (_by_name(targets), _by_name(bound), found.optimizer["values"]):
-            for name, state in states.items():
-                optimizer.state[trained[name]].update(state)
+        for one, trained, parts in restored:
+            one.optimizer.state.clear()
+            for states in parts:
+                for name, state in states.items():
+                    one.optimizer.state[trained[name]].update(state)
         resume_rng(own["rng"], world, processes=found.processes, path=found.path)
 
 
-def put_weights(found: Checkpoint, model: nn.Module, *, world: World) -> None:
-    """Put the weights of a checkpoint into a model, and nothing else of it. A collective.
+def put_weights(
+    found: Checkpoint, model: nn.Module, *, world: World, who: Trained = "policy"
+) -> None:
+    """Put the weights of a policy of a checkpoint into a model, and nothing else of it. A
+    collective.
 
     CheckpointError, on every process and before anything has changed, if they do not fit.
     """
     reader, weights = Reader(found.path), named_weights(model)
+    prefix = POSTERIOR if who == "posterior" else ""
     what, remedy = f"cannot read {found.path}", "take another checkpoint"
     with together(world, what, remedy, catch=Exception):
         metadata = reader.read_metadata()
-        _check_weights(found, metadata, weights)
+        if prefix and found.posterior is None:
+            raise CheckpointError(
+                f"{found.path} holds one policy and no posterior policy; its run had none: take "
+                "the policy's weights"
+            )
+        _check_weights(found, _below(saved_tensors(metadata), prefix), weights)
     with together(world, what, remedy, catch=Exception):
-        targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
+        targets = {f"{prefix}{MODEL}{name}": weight.detach() for name, weight in weights.items()}
         fill(targets, reader, metadata)
+
+
+def _about(found: Checkpoint, prefix: str) -> dict[str, Any]:
+    """What state.json says of the optimiser of a model."""
+    about = found.posterior if prefix == POSTERIOR else found.optimizer
+    assert about is not None  # `_check_policies` has looked
+    return about
+
+
+def _below(named: Mapping[str, Named], prefix: str) -> dict[str, Named]:
+    """What belongs to one model, by its names without the prefix."""
+    if prefix:
+        return {n.removeprefix(prefix): x for n, x in named.items() if n.startswith(prefix)}
+    return {name: value for name, value in named.items() if not name.startswith(POSTERIOR)}
+
+
+def _check_policies(found: Checkpoint, kept: Mapping[str, Kept]) -> None:
+    """Raise CheckpointError for a checkpoint of more policies than this run has, or of fewer."""
+    if (POSTERIOR in kept) == (found.posterior is not None):
+        return
+    has, want = ("no", "has one") if POSTERIOR in kept else ("a", "has none")
+    raise CheckpointError(
+        f"{found.path} holds {has} posterior policy, and this run {want}; set "
+        "objective.share_params to what the run began with, or start another run"
+    )
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
@@ -269,126 +345,29 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
         )
 
 
-def _optimizer_states(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """By name in the files: the states that DCP can cut, this process's shards of those that it
-    cannot (torchao's 8-bit blocks, a tensor class of their own); and the rest, as in `Checkpoint`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    bound: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    # Before the first update there are no states, and nothing of the optimiser is saved.
-    trained = _trained(optimizer, weights)
-    for name, parameter in trained.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # Step counts of optimisers that keep them as numbers go into state.json.
-            if not isinstance(value, torch.Tensor):
-                values.setdefault(name, {})[key] = value
-            elif type(shard := shard_of(value)) is torch.Tensor:
-                tensors[f"{OPTIMIZER}{name}.{key}"] = value.detach()
-            else:
-                bound[f"{OPTIMIZER}{name}.{key}"] = shard
-    rest = {
-        "class": type(optimizer).__name__,
-        "parameters": [*trained],
-        "values": values,
-        "bound": bool(bound),
-    }
-    return tensors, bound, rest
-
-
-def _trained(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
-) -> dict[str, nn.Parameter]:
-    """The optimiser's parameters by name."""
-    # By identity: the optimiser holds the very tensors, and they have no names.
-    names = {id(weight): name for name, weight in weights.items()}
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Name of a parameter -> key -> state, of tensors by their name in the files."""
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        if full_name.startswith(OPTIMIZER):
-            name, key = _parts(full_name)
-            states.setdefault(name, {})[key] = tensor
-    return states
-
-
-def _parts(full_name: str) -> tuple[str, str]:
-    name, _, key = full_name.removeprefix(OPTIMIZER).rpartition(".")
-    return name, key
-
-
-def _beside(
-    shards: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Place blocks that cannot be cut anew beside the shards of their parameters."""
-    placed: dict[str, torch.Tensor] = {}
-    for full_name, shard in shards.items():
-        weight = weights[_parts(full_name)[0]]
-        placed[full_name] = shard = shard.to(shard_of(weight).device)
-        if isinstance(weight, DTensor):
-            # run_check would be a collective; who wrote these shards is checked by `_check_fit`.
-            placed[full_name] = DTensor.from_local(
-                shard,
-                weight.device_mesh,
-                weight.placements,
-                run_check=False,
-                shape=weight.shape,
-                stride=weight.stride(),
-            )
-    return placed
-
-
-def _targets(
-    metadata: Metadata, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
-    targets = {f"model.{name}": weight.detach() for name, weight in weights.items()}
-    # The options of a parameter's group decide where its step count lives.
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    trained = _trained(optimizer, weights)
-    for full_name, saved in saved_tensors(metadata).items():
-        if not full_name.startswith(OPTIMIZER):
-            continue
-        parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
-        if saved.size == parameter.shape:
-            # A DTensor where the parameter is one: DCP then reads this process's shard alone.
-            targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
-        else:
-            # As AdamW does: a step count on a GPU that no fused kernel reads there would cost a
-            # sync a parameter.
-            group = groups[id(parameter)]
-            beside = saved.size or group.get("fused") or group.get("capturable")
-            device = shard_of(parameter).device if beside else "cpu"
-            targets[full_name] = torch.zeros(saved.size, dtype=dtype, device=device)
-    return targets
-
-
 def _check_fit(
     found: Checkpoint,
-    metadata: Metadata,
+    saved: Mapping[str, TensorStorageMetadata],
+    about: Mapping[str, Any],
+    *,
     world: World,
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Raise CheckpointError for a checkpoint of another model or kind of optimiser."""
-    remedy = _check_weights(found, metadata, weights)
+    remedy = _check_weights(found, saved, weights)
     # A moment of another optimiser has the same shape and another meaning.
     kind = type(optimizer).__name__
-    if found.optimizer["class"] != kind:
+    if about["class"] != kind:
         raise CheckpointError(
-            f"{found.path} holds states of {found.optimizer['class']}, this run has {kind}; set "
+            f"{found.path} holds states of {about['class']}, this run has {kind}; set "
             "optim.name to what the run began with"
         )
-    if odd := {*found.optimizer["parameters"]} ^ _trained(optimizer, weights).keys():
+    if odd := {*about["parameters"]} ^ trained_by_name(optimizer, weights).keys():
         raise CheckpointError(
             f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
         )
-    if found.optimizer["bound"] and found.processes != world.size:
+    if about["bound"] and found.processes != world.size:
         raise CheckpointError(
             f"{found.path} is of {found.processes} processes, now there are {world.size}, and the "
             f"blocks of {kind} cannot be cut anew; go on with {found.processes}"
@@ -396,15 +375,13 @@ def _check_fit(
 
 
 def _check_weights(
-    found: Checkpoint, metadata: Metadata, weights: Mapping[str, torch.Tensor]
+    found: Checkpoint,
+    tensors: Mapping[str, TensorStorageMetadata],
+    weights: Mapping[str, torch.Tensor],
 ) -> str:
     """Raise CheckpointError for a checkpoint of another model; return the remedy to name."""
     # Optimiser states have a prefix of their own and are checked elsewhere.
-    saved = {
-        name.removeprefix("model."): tensor
-        for name, tensor in saved_tensors(metadata).items()
-        if name.startswith("model.")
-    }
+    saved = _below(tensors, MODEL)
     where = f"{found.path} is of another model"
     remedy = "set model.path (in the run's config.yaml) to its own model, or start another run"
     if odd := sorted(saved.keys() ^ weights.keys()):

@@ -1,5 +1,6 @@
-"""`vpgea`: train, sweep, eval, compare, export, data, serve, report, keys, doctor, make-tiny. Every
-configuration key is an option, `--section.key value`; `vpgea keys` explains them."""
+"""`vpgea`: train, sweep, vr-rounds, eval, compare, export, data, serve, report, keys, doctor,
+make-tiny, make-smol, make-problems. Every configuration key is an option, `--section.key value`;
+`vpgea keys` explains them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from vpgea_fast.cli.about import declare_doctor, declare_keys, declare_report
 from vpgea_fast.cli.compare import declare_compare
 from vpgea_fast.cli.models import declare_eval, declare_export, declare_serve, run_serve
 from vpgea_fast.cli.questions import declare_data, declare_make_tiny
+from vpgea_fast.cli.rounds import declare_rounds
+from vpgea_fast.cli.smol import declare_make_problems, declare_make_smol
 from vpgea_fast.cli.sweep import declare_sweep
 from vpgea_fast.cli.train import declare_train
 from vpgea_fast.cli.words import Parser, UsageError, status_of, termination
@@ -109,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     declared = (
         declare_train,
         declare_sweep,
+        declare_rounds,
         declare_eval,
         declare_compare,
         declare_data,
@@ -118,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         declare_keys,
         declare_doctor,
         declare_make_tiny,
+        declare_make_smol,
+        declare_make_problems,
     )
     for declare in declared:
         declare(commands, common)

@@ -251,7 +251,7 @@ def of_model(
     # RUN/export and RUN/export_step_N are what a run and `vpgea export` write.
     run = Path(args.model or "").parent / "config.yaml"
     name = Path(args.model or "").name
-    exported = re.fullmatch(r"export(_step_\d+)?", name) and run.exists()
+    exported = re.fullmatch(r"export(_posterior)?(_step_\d+)?", name) and run.exists()
     if exported and not run.is_file():
         raise UsageError(f"{run} is no file; expected the configuration of the run, or nothing")
     source = args.config or (run if exported else None)
@@ -284,6 +284,12 @@ def declare_export(commands: Commands, common: Parser) -> None:
         default="last",
         help="which checkpoint; best is by checkpoint.keep_best; default last",
     )
+    export.add_argument(
+        "--who",
+        choices=["policy", "posterior"],
+        default="policy",
+        help="whose weights, of a run with a posterior policy of its own; default policy",
+    )
     export.add_argument("--out", type=path, help="directory to make; default RUN/export_step_N")
     export.set_defaults(run=run_export, parser=export)
 
@@ -293,7 +299,7 @@ def run_export(args: argparse.Namespace, overrides: list[str]) -> int:
     from vpgea_fast.run_dir import export_step
 
     plain_logs()
-    print(export_step(args.run_dir, args.step, args.out))
+    print(export_step(args.run_dir, args.step, args.out, who=args.who))
     return 0
 
 

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 STATUS = {"DONE": 0, "HALTED": 3, "STOPPED": 143}
 """`trainer.Ending` -> exit status. 143 = 128 + SIGTERM is what a scheduler expects of a preempted
 job that saved."""
-TINY_WORLD = "data/tiny"
-TINY_BASE = f"{TINY_WORLD}/base"
-"""What the configuration `tiny` trains."""
+MADE = {
+    "data/tiny/base": "make it: vpgea make-tiny data/tiny",
+    "data/smollm2": "make it: vpgea make-smol data/smollm2",
+    "data/problems": "make them: vpgea make-problems data/problems",
+    "runs/smollm2-sft/export": "train it: docs/smollm2.md has the command",
+}
+"""What shipped configurations read and no Hub has -> where it comes from."""
 
 
 def declare_train(commands: Commands, common: Parser) -> None:
@@ -109,9 +113,11 @@ def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         show(config.dump(cfg).rstrip("\n"))
         return 0
-    # The one model that no Hub has: its loader would say that there is no such name.
-    if cfg.model.path == TINY_BASE and not Path(TINY_BASE).exists():
-        raise UsageError(f"{TINY_BASE} is not there; make it: vpgea make-tiny {TINY_WORLD}")
+    # Their loaders would say that the Hub has no such name.
+    read = {cfg.model.path, *(str(Path(file.path).parent) for file in cfg.data.train)}
+    for place, remedy in MADE.items():
+        if place in read and not Path(place).exists():
+            raise UsageError(f"{place} is not there; {remedy}")
     if args.dry_run:
         # Imports wait until the options are known to be good: torch takes seconds.
         from vpgea_fast.check import target

@@ -13,6 +13,7 @@ from vpgea_fast.config.inputs import (
     DataFile,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -25,6 +26,7 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
+from vpgea_fast.config.outputs import CheckpointConfig, EvalConfig, MetricsConfig
 from vpgea_fast.config.reading import (
     ROWS,
     SHIPPED,
@@ -37,15 +39,7 @@ from vpgea_fast.config.reading import (
     read_sections,
     resolve,
 )
-from vpgea_fast.config.records import (
-    CheckpointConfig,
-    Config,
-    EvalConfig,
-    LossConfig,
-    MetricsConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from vpgea_fast.config.records import Config, LossConfig, OptimConfig, TrainConfig
 from vpgea_fast.config.renamed import RENAMED, renewed
 from vpgea_fast.config.schema import VARIANTS, known_keys
 from vpgea_fast.values import Exponent, PositiveInt, expand_home, one_line, printable
@@ -70,6 +64,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "PositiveInt",
+    "PosteriorConfig",
     "PromptConfig",
     "ReplayEngineConfig",
     "RolloutConfig",

@@ -110,6 +110,18 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PosteriorConfig:
+    """The second policy of an objective that has one: `vr` with `share_params false`."""
+
+    path: PathText | None = None
+    """The model that the posterior policy begins from, of the shapes and the vocabulary of
+    model.path. null: that of model.path. Dtype and placement are those of the section model."""
+    lr: PositiveFloat | None = None
+    """Its learning rate after the warm-up; null: optim.lr. The rest is that of the section
+    optim."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
@@ -224,7 +236,8 @@ class DataConfig:
     response_key: str | None = None
     """Key of a worked solution or a whole response, or of a list of them, which the objective sft
     imitates. Text up to prompt.think_close is the thought. Without it all is thought, and the
-    answer follows as prompt.answer_cue and answer_target spell it."""
+    answer follows as prompt.answer_cue and answer_target spell it. `{think}</think>{solution}`
+    joins two keys."""
     solution_key: str | None = None
     """Key of a worked solution, which prompt.teacher shows as `{solution}`."""
     choices_key: str | tuple[str, ...] | None = None

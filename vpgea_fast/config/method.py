@@ -110,7 +110,8 @@ class ReplayEngineConfig:
     """Recorded paths stand for drawn ones; evaluations and sampled answers are drawn as by hf."""
     paths: tuple[PathText, ...] = ()
     """JSONL files of recorded paths, such as the paths.jsonl of a run. A line needs question_id,
-    stream and ids; logps, answer_ids, answer_logps, finish, index and step where they matter. Where
+    stream and ids; logps, answer_ids, answer_logps, finish, index, step, and of Variational
+    Reasoning share, attempt_ids, attempt_right and attempts, where they matter. Where
     it has text, answer, question or prompt, they must be those of this run."""
     match: Literal["step", "question"] = "step"
     """`step`: a path of the same step, stream and index; a line without a step fits every step.

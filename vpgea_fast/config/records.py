@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,9 +12,9 @@ from pydantic.dataclasses import dataclass
 
 from vpgea_fast.config.inputs import (
     DataConfig,
-    Files,
     ModelConfig,
     ParallelConfig,
+    PosteriorConfig,
     PromptConfig,
     RunConfig,
 )
@@ -26,17 +27,14 @@ from vpgea_fast.config.method import (
     VerifyConfig,
     VllmEngineConfig,
 )
-from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, scores_answers
+from vpgea_fast.config.outputs import CheckpointConfig, EvalConfig, MetricsConfig
+from vpgea_fast.objectives import DEFAULT, ObjectiveConfig, Recording, scores_answers
 from vpgea_fast.values import (
     STRICT,
-    Minutes,
     NonNegativeFloat,
     NonNegativeInt,
-    PathText,
     PositiveFloat,
     PositiveInt,
-    Seed,
-    Temperature,
 )
 
 
@@ -91,6 +89,11 @@ class TrainConfig:
     """Go through the paths of a step this many times. Above 1, and with minibatches, an objective
     with clip_low and clip_high corrects for the policy that moves away from the paths. Supervised
     ones, and what VPG-EA distils, imitate a fixed sample as it is."""
+    # Stages of a recipe with several models: each run is of one.
+    record: Literal["paths", "weights"] | None = None
+    """Train nothing, and write every path to paths.jsonl, for engine.name replay. `paths`: those
+    that the objective draws, unscored. `weights`: also what they score and weigh. The last step of
+    a pass over the questions has those that are left."""
     # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
@@ -114,87 +117,6 @@ class TrainConfig:
     def updates(self) -> int:
         """Optimiser steps per rollout batch."""
         return self.minibatches * self.epochs
-
-
-@dataclass(frozen=True, config=STRICT)
-class CheckpointConfig:
-    save_every: PositiveInt = 20
-    """Steps between two checkpoints."""
-    save_minutes: Minutes | None = None
-    """Also save when this many minutes have passed since the last save; between two updates of a
-    step too."""
-    # Which of them stay: the newest for a resume, the best for an export.
-    keep_last: PositiveInt = 2
-    """Number of newest checkpoints of whole steps to keep."""
-    keep_best: Literal["sampled_eps3", "sampled_acc", "greedy_eps3", "greedy_acc"] | None = None
-    """Also keep the checkpoint with the best evaluation by this measure. Then every evaluated step
-    is saved; needs eval.data and eval.every."""
-    # Host memory for time: the copy is as large as this process's weights and moments.
-    background: bool = False
-    """Copy the state to host memory, train on, and write from a thread."""
-    export: bool = True
-    """Write export/ (a Hugging Face directory) when the run ends."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class EvalConfig:
-    data: Files = ()
-    """Files as in data.train, one per benchmark; empty: no evaluation."""
-    every: NonNegativeInt = 0
-    """Steps between evaluations during training; 0: only before and after."""
-    samples: NonNegativeInt = 1
-    """Sampled answers per question; 0: greedy only."""
-    greedy: bool = True
-    """Also answer every question once without sampling."""
-    # The sampling that DeepSeek-R1's authors recommend, as benchmarks of its distilled models have.
-    temperature: Temperature = 0.6
-    """Temperature of the sampled answers."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    """Nucleus of the sampled answers."""
-    max_new_tokens: PositiveInt = 32768
-    """Token limit of a thought. A cut thought counts as wrong."""
-    joint_limit: bool = False
-    """`max_new_tokens` limits thought and answer together, as papers have it, and
-    rollout.max_answer_tokens is not read."""
-    records: bool = False
-    """Keep every answer of a run's evaluations, in RUN/evals/step_N, as `vpgea eval --out` does."""
-    # Which questions: the same in every evaluation, so that its numbers can be compared.
-    limit: PositiveInt | None = None
-    """Read at most this many rows of each file; null: all."""
-    seed: Seed = 0
-    """Seed of the sampled answers."""
-
-    def __post_init__(self) -> None:
-        # A benchmark is evaluated whole, so a share of a step means nothing there.
-        weighted = next((file.path for file in self.data if file.weight is not None), None)
-        if weighted is not None:
-            raise ValueError(f"eval.data: {weighted} has a weight, which is for data.train")
-
-    def most(self, answer: int) -> int:
-        """Count the tokens that a response may have, with the limit of an answer of its own."""
-        return self.max_new_tokens + (0 if self.joint_limit else answer)
-
-    def answers(self, samples: int | None) -> int:
-        """Count the answers to a question of a benchmark with (or without) `samples` of its own."""
-        return (self.samples if samples is None else samples) + self.greedy
-
-
-@dataclass(frozen=True, config=STRICT)
-class MetricsConfig:
-    diag_every: NonNegativeInt = 10
-    """Steps between the costly diagnostics, such as the KL of the two views on whole paths (0:
-    never)."""
-    paths_per_step: NonNegativeInt = 16
-    """Sampled paths of each stream that a step writes to paths.jsonl, those of replaced questions
-    last."""
-    compare: PathText | None = None
-    """Committed rows, shown beside the run's own in the closing table and the report. A JSON file,
-    or `tiny_demo`: the rows that come with the configuration `tiny`."""
-    note: str = ""
-    """A line printed under the closing table."""
-    figure: bool = True
-    """Draw training.png into the report when the run ends. `false` saves a CPU second of each of
-    many short runs; `vpgea report` draws it at any time."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -224,6 +146,8 @@ class Config:
     """Backend of the fused losses."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimiser and learning rate."""
+    posterior: PosteriorConfig = Field(default_factory=PosteriorConfig)
+    """The posterior policy, where the objective trains one beside the policy."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """Steps, normalisation, and when a run ends itself."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -243,6 +167,24 @@ class Config:
         """Whether the trained module samples, or a copy beside a sharded one: all that is drawn
         (hf), or all but the paths (replay)."""
         return isinstance(self.engine, (HfEngineConfig, ReplayEngineConfig))
+
+    @property
+    def asked(self) -> Config:
+        """The configuration as the stages of a run read it: where it only records, its objective
+        trains nothing, and no weights are evaluated or exported."""
+        if self.train.record is None:
+            return self
+        return replace(
+            self,
+            objective=Recording(self.objective, weighed=self.train.record == "weights"),
+            eval=replace(self.eval, data=()),
+            checkpoint=replace(self.checkpoint, keep_best=None, export=False),
+        )
+
+    @property
+    def two_policies(self) -> bool:
+        """Whether a posterior policy is trained beside the policy, with weights of its own."""
+        return self.objective.draws().posterior_who == "posterior"
 
     @property
     def answers_behind(self) -> bool:
@@ -298,6 +240,8 @@ class Config:
                 f"rollout.full_answer is false; set it to true or {other}"
             )
         self._check_target()
+        self._check_record()
+        self._check_posterior()
         # Its likelihood would be compared with a baseline of sampled answers.
         early = any(score.view == "early" for score in self.objective.needs())
         if early and self.scoring.u_source == "accuracy":
@@ -356,6 +300,50 @@ class Config:
             raise ValueError(
                 f"model.master_dtype 'bfloat16' needs model.dtype 'bfloat16', got "
                 f"{self.model.dtype!r}"
+            )
+
+    def _check_record(self) -> None:
+        """ValueError where paths are to be recorded, or recorded ones read, and cannot be."""
+        draws, who = self.objective.draws(), f"objective {self.objective.name!r}"
+        if self.train.record and self.train.resample_rounds:
+            raise ValueError(
+                f"train.record {self.train.record!r} trains no question, so train.resample_rounds "
+                f"{self.train.resample_rounds} would replace all of them; set it to 0"
+            )
+        # Each file has epochs of its own, so no step ends a pass over all of them.
+        if self.train.record and self.data.weights is not None:
+            raise ValueError(
+                f"train.record {self.train.record!r} records a pass over all questions, and "
+                "data.train has weights; leave them out"
+            )
+        if not draws.recorded:
+            return
+        if self.engine.name != "replay":
+            raise ValueError(
+                f"{who} trains by recorded weights, and engine.name {self.engine.name!r} draws "
+                "paths that have none; set engine.name replay and engine.paths, or weights computed"
+            )
+        # Its factor would be of another model's log-probs.
+        if self.rollout.importance_cap is not None:
+            raise ValueError(
+                f"{who} imitates paths that another model drew, with rollout.importance_cap "
+                f"{self.rollout.importance_cap}; set it to null"
+            )
+
+    def _check_posterior(self) -> None:
+        """ValueError for keys of a posterior policy that there is not, and where none can be."""
+        keys = {"path": self.posterior.path, "lr": self.posterior.lr}
+        given = next((key for key, value in keys.items() if value is not None), None)
+        if given is not None and not self.two_policies:
+            raise ValueError(
+                f"posterior.{given}: got {keys[given]!r}, but objective {self.objective.name!r} "
+                "trains one policy; set objective.share_params false (vr), or leave it out"
+            )
+        if self.two_policies and self.engine.name == "replay":
+            raise ValueError(
+                "engine.name: got 'replay' with a posterior policy, which recorded paths were not "
+                "drawn from; train the two models apart (objective vr_phi, then vr_theta), or set "
+                "engine.name hf or vllm"
             )
 
     def _check_solution(self) -> None:

@@ -28,6 +28,8 @@ USUAL = {
     ),
 }
 """What public data sets call them, for the advice when a key is missing; none is ever guessed."""
+FIELD = re.compile(r"\{([^{}]+)\}")
+"""A key within a text that joins several."""
 CHOICES = re.compile(r"(answer[ _]?)?(choices|options|candidates)|endings", re.IGNORECASE)
 CHOICE_COLUMN = re.compile(r"[A-E]|(?i:op|opt|option|choice|ending|sol)[ _]?(?i:[a-e]|[0-5])")
 """Of C-Eval and CMMLU (A to D), MedMCQA (opa to opd), WinoGrande, PIQA and others."""
@@ -122,12 +124,12 @@ class _Reader:
 
     def question(self, key: str) -> str:
         # `{Body} {Question}`: checked field by field first, so that an error names one key.
-        fields = re.findall(r"\{([^{}]+)\}", key)
+        fields = FIELD.findall(key)
         if not fields:
             return self.text(key, self.need(key, "question_key"))
         for field in fields:
             self.text(field, self.need(field, "question_key"))
-        return re.sub(r"\{([^{}]+)\}", lambda m: self.text(m[1], self.get(m[1])), key)
+        return FIELD.sub(lambda m: self.text(m[1], self.get(m[1])), key)
 
     def text(self, key: str, value: Any) -> str:
         if _is_chat(value):
@@ -189,17 +191,25 @@ class _Reader:
 
     def responses(self, key: str | None) -> tuple[str, ...]:
         """Given responses; none where the row has none, since only some objectives read them."""
-        value = _plain(self.get(key)) if key else None
-        if value is None or value is MISSING:
+        if not key:
             return ()
-        found = value if isinstance(value, list) else [value]
+        # `{think}</think>{solution}`: a row that lacks one of them has no response.
+        fields = FIELD.findall(key) or [key]
+        values = [_plain(self.get(field)) for field in fields]
+        if any(value is None or value is MISSING for value in values):
+            return ()
+        joined = fields != [key]
+        found = values if joined or not isinstance(values[0], list) else values[0]
         for item in found:
             if not isinstance(item, str) or not item.strip():
                 raise DataError(
                     f"{self.place}: expected a response under {key!r}, text or a list of texts, "
                     f"got {_short(item)}; repair the row, or set data.response_key to null"
                 )
-        return tuple(self.check(item, key or "") for item in found)
+        if joined:
+            texts = iter(found)
+            found = [FIELD.sub(lambda _: next(texts), key)]
+        return tuple(self.check(item, key) for item in found)
 
     def solution(self, key: str | None) -> str:
         """A worked solution; "" where the row has none, since only a teacher may be shown it."""

@@ -28,12 +28,14 @@ def step_questions(
     step: int,
     batch: int,
     weights: Mapping[str, float] | None = None,
+    rest: bool = False,
 ) -> list[Item]:
     """The questions of step 0, 1, ...: a pure function of its arguments, so there is no state.
 
     An epoch is a permutation drawn from (seed, epoch) and cut into floor(n / batch) batches. The
     n mod batch questions at its end sit that epoch out, so that no batch holds a question twice.
-    With `weights` (of files, by name) every file has its share of each step and epochs of its own.
+    With `rest` they are a last, smaller batch. With `weights` (of files, by name) every file has
+    its share of each step and epochs of its own.
     """
     # Each file has a seed and epochs of its own: a changed weight reorders no other file.
     if weights is not None:
@@ -56,7 +58,7 @@ def step_questions(
             f"train.questions_per_step to 1..{len(questions)}, or give more data"
         )
     # Each permutation leaves out others, so no question stays out for good.
-    epoch, index = divmod(step, len(questions) // batch)
+    epoch, index = divmod(step, -(-len(questions) // batch) if rest else len(questions) // batch)
     order = _permutation(f"{seed}/{epoch}", len(questions))
     return [questions[i] for i in order[index * batch : (index + 1) * batch]]
 
@@ -79,6 +81,8 @@ def round_questions(
         step=step,
         batch=cfg.train.questions_per_step,
         weights=cfg.data.weights,
+        # A record that lacks a question would end the run that reads it.
+        rest=cfg.train.record is not None,
     )
 
 

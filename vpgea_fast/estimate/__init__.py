@@ -31,7 +31,7 @@ Checked by simulation without a GPU (tests/test_estimate.py): shards and communi
 under a fake process group, the phases against measured peaks on a CPU.
 """
 
-from vpgea_fast.estimate.layout import Layout, ModelShape, model_shape
+from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, model_shape
 from vpgea_fast.estimate.memory import (
     GIB,
     RESERVE,
@@ -52,6 +52,7 @@ __all__ = [
     "ModelShape",
     "Traffic",
     "communication",
+    "draws_itself",
     "estimate_memory",
     "model_shape",
     "optimizer_bytes",

@@ -109,6 +109,11 @@ class Layout:
         return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
 
     @property
+    def models(self) -> int:
+        """Models that are trained side by side, each with gradients and moments of its own."""
+        return 2 if self.cfg.two_policies else 1
+
+    @property
     def shards(self) -> int:
         return self.world // self.cfg.parallel.replicas if self.sharded else 1
 
@@ -158,3 +163,10 @@ def rows_of(shape: tuple[int, ...], shards: int) -> int:
     # FSDP2 cuts the first dimension and pads the last shard; a scalar is one row.
     rows, *rest = shape or (1,)
     return -(-rows // shards) * math.prod(rest)
+
+
+def draws_itself(cfg: Config) -> bool:
+    """Whether the trained module, or its copy, samples anything: paths, answers, evaluations."""
+    asked = cfg.objective.draws()
+    paths = not asked.given and cfg.engine.name != "replay"
+    return paths or bool(cfg.eval.data) or (cfg.answers_behind and not asked.recorded)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpgea_fast.config import Config
-from vpgea_fast.estimate.layout import Layout, ModelShape, numel, rows_of
+from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, numel, rows_of
 from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
 KEYS = {
@@ -138,7 +138,7 @@ def estimate_memory(
     held = 0 if offload else reference_bytes(lay)
     frozen = {"reference": held} if held else {}
     states = {
-        "weights": 0 if offload else lay.held * lay.master,
+        "weights": 0 if offload else lay.models * lay.held * lay.master,
         "optimiser": 0 if offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.samples_itself else 0,
     }
@@ -148,8 +148,11 @@ def estimate_memory(
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     awake = {**states, **(engine.parts if engine else {})}
-    gradients = _gradients(lay)
+    gradients, asked = _gradients(lay), cfg.objective.draws()
     phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
+    if not asked.trained:  # a record scores at most, and may do nothing but draw
+        scores = policy_rows(cfg.objective) or scores_answers(cfg.objective)
+        phases = {"scoring": {**beside, **_scoring(lay)}} if scores else {"loaded": beside}
     if cfg.model.activation_checkpointing == "none":  # else freed before the head
         phases = {name: {**parts, **copies} for name, parts in phases.items()}
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
@@ -159,10 +162,14 @@ def estimate_memory(
         around = {**(beside if asleep else awake), **frozen}
         phases["reference"] = {**around, **_reference_pass(lay), **copies}
     # Activations are gone by then, and the optimiser's copies come.
-    phases["update"] = {**beside, "gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    if asked.trained:
+        update = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+        phases["update"] = {**beside, **update}
     # The reference policy's weights are there while it draws, or is handed to the engine.
-    own = frozen if cfg.objective.draws().reference else {}
+    own = frozen if asked.reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
+    if cfg.samples_itself and not draws_itself(cfg):
+        return MemoryEstimate(phases, _host(lay), shape.parameters)
     if cfg.samples_itself:
         drawing = _sampling(lay, context=context, prompt=prompt)
         phases["sampling"] = {**states, **drawing, **copies, **own}
@@ -228,16 +235,19 @@ def _reference_pass(lay: Layout) -> dict[str, int]:
 
 
 def optimizer_bytes(lay: Layout) -> int:
-    """Count the bytes of the moments of one process's shards."""
+    """Count the bytes of the moments of one process's shards, of all models; 0 where nothing is
+    trained."""
+    if not lay.cfg.objective.draws().trained:
+        return 0
     # Two moments per weight: float32, bfloat16, or bytes in blocks with their scales.
     name, held = lay.cfg.optim.name, lay.held
     if name == "adamw_8bit":
-        return sum(
+        return lay.models * sum(
             _eight_bit(rows_of(shape, lay.shards), lay.master)
             for shapes in lay.shape.units.values()
             for shape in shapes
         )
-    return 2 * held * (2 if name == "adamw_bf16" else max(4, lay.master))
+    return 2 * lay.models * held * (2 if name == "adamw_bf16" else max(4, lay.master))
 
 
 def _eight_bit(numel: int, master: int) -> int:
@@ -251,17 +261,21 @@ def _eight_bit(numel: int, master: int) -> int:
 def _gradients(lay: Layout) -> dict[str, int]:
     """`reduced`: shards in the masters' dtype. `training`: what is held between micro-batches."""
     reduced = lay.held * lay.master
+    # One model after the other: the gradients of the first wait, reduced, for those of the second.
     if not lay.sharded:
-        return {"training": reduced, "reduced": reduced}
+        return {"training": lay.models * reduced, "reduced": lay.models * reduced}
     vocabulary = numel(lay.shape.head or lay.shape.embedding)
-    offload = lay.cfg.parallel.cpu_offload
+    waiting = 0 if lay.cfg.parallel.cpu_offload else reduced
     if lay.cfg.parallel.accumulate == "unsharded":
         training = (lay.shape.parameters - vocabulary) * lay.reduce  # the head's dW is in its unit
     elif lay.cfg.parallel.replicas > 1 or lay.master < lay.reduce:
         training = lay.held * max(lay.reduce, lay.master)  # summed as it was reduced, cast once
     else:
-        training = 0 if offload else reduced
-    return {"training": training, "reduced": 0 if offload else reduced}
+        training = waiting
+    return {
+        "training": training + (lay.models - 1) * waiting,
+        "reduced": lay.models * waiting,
+    }
 
 
 def _activations(lay: Layout) -> tuple[int, int]:
@@ -419,10 +433,10 @@ def _scratch(lay: Layout) -> int:
 
 def _host(lay: Layout) -> dict[str, int]:
     # A copy of a checkpoint is as large as what it holds: masters and moments of the shards.
-    states = lay.held * lay.master + optimizer_bytes(lay)
+    states = lay.models * lay.held * lay.master + optimizer_bytes(lay)
     host = {}
     if lay.cfg.parallel.cpu_offload:
-        host = {"weights, optimiser": states, "gradients": lay.held * lay.master}
+        host = {"weights, optimiser": states, "gradients": lay.models * lay.held * lay.master}
         if held := reference_bytes(lay):
             host["reference"] = held
     if lay.cfg.checkpoint.background:

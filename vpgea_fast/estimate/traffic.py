@@ -44,7 +44,9 @@ def communication(
     step: it is gathered and reduced once. The reference policy gives up what it gathered after each
     pass, of which there is one. The other gradients are reduced every micro-batch, or
     once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
-    sampling replica is filled, or vLLM's weights are.
+    sampling replica is filled, or vLLM's weights are. Of two models each gives up what it gathered
+    after a pass, of which it has one to score and one to train, and the engine gets three sets of
+    weights a step.
     """
     lay = Layout(shape, cfg, world, cuda)
     if not lay.sharded or world == 1:
@@ -55,11 +57,14 @@ def communication(
     ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
     units = [*blocks, *ends, head]
     # The head's gradient stays whole until the last micro-batch, so it is always reduced once.
-    reductions = 1 if cfg.parallel.accumulate == "unsharded" else micro_batches
+    models, passes = lay.models, 1
+    if models > 1:
+        passes = models * (1 + bool(scoring_batches))
+    reductions = models if cfg.parallel.accumulate == "unsharded" else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
     # No gather for scoring: what it leaves gathered serves the first micro-batch.
-    gathers += [(n, max(1, micro_batches)) for n in ends] + [(head, 1)]
-    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, 1)]
+    gathers += [(n, max(passes, micro_batches)) for n in ends] + [(head, passes)]
+    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, models)]
     shards, replicas = lay.shards, cfg.parallel.replicas
     traffic = {
         "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
@@ -70,12 +75,13 @@ def communication(
         traffic["reference"] = _ring(own, lay.forward, group=shards, node=node)
     # HSDP: gradients are summed over the replicas after each has reduced its own.
     if replicas > 1:
-        sums = [(n, 1) for n in units]
+        sums = [(n, models) for n in units]
         traffic["all-reduce"] = _all_reduce(
             sums, lay.reduce, replicas=replicas, stride=shards, node=node
         )
     refresh = "replica refresh" if cfg.samples_itself else "weight sync"
-    traffic[refresh] = _ring([(n, 1) for n in units], lay.forward, group=shards, node=node)
+    handed = [(n, 2 * models - 1) for n in units]
+    traffic[refresh] = _ring(handed, lay.forward, group=shards, node=node)
     return traffic
 
 

@@ -122,6 +122,8 @@ class Alarms:
         return [text for record in read_steps(run_dir) for text in self.update(record)]
 
     def _stays_idle(self, record: Mapping[str, Any]) -> str | None:
+        if self.cfg.record:  # no step of it makes an update
+            return None
         if record.get("skipped") != 1:
             self._idle.clear()
             return None
@@ -221,7 +223,8 @@ def idle_reason(record: Mapping[str, Any]) -> str:
     # In the order of IDLE's keys.
     converged, infinite, lost, rejected, same, gated = IDLE
     # The log writes null for a number that is not finite.
-    if finite(record.get("grad_norm")) is None:
+    norms = record.get("grad_norm"), record.get("grad_norm_posterior", 0.0)
+    if None in map(finite, norms):
         return infinite
     if groups is None:
         return lost

@@ -45,6 +45,7 @@ from vpgea_fast.objectives.policy_gradient import (
     Reinforce,
     Rloo,
 )
+from vpgea_fast.objectives.recording import Recording
 from vpgea_fast.objectives.supervised import BestOfRft, HintRft, Rft, Sft
 from vpgea_fast.objectives.vpgea import Vpgea
 from vpgea_fast.objectives.vr import Vr, VrPhi, VrTheta
@@ -70,6 +71,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "PolicyGradient",
+    "Recording",
     "Reinforce",
     "Rft",
     "Rloo",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, g
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, View
+from vpgea_fast.names import Norm, Part, PathKey, Score, Slot, Stream, Trained, View
 from vpgea_fast.objectives.surrogate import Surrogate
 from vpgea_fast.objectives.unread import Unread, refuse_unread
 from vpgea_fast.values import STRICT, Clip, NonNegativeFloat, PositiveFloat
@@ -46,6 +46,7 @@ class Draws:
     posterior, prior  paths of each stream
     reference         paths of the frozen reference policy, in the student view
     posterior_view    the prompt that the posterior paths are drawn from
+    posterior_who     whose weights draw them
     verified          the sampled answers must be judged, so full answers are sampled
     answers           sampled answers are trained, so rows are longer than thoughts
     texts             the objective reads the decoded thoughts (`ScoredPaths.texts`)
@@ -58,6 +59,9 @@ class Draws:
     u_norm            how U adds up the answer's tokens; None: as scoring.u_norm says
     by_likelihood     `targets` are weighed by exp U, as its gradient is: U must be their log-prob
     given             the prior paths are the responses of the data, and none is sampled
+    recorded          paths are imitated by recorded weights (`Path.share`): which model drew them,
+                      and at which temperature, does not matter
+    trained           False: the paths are for a record alone (train.record)
     fields            name -> the value that a path's prompt holds for `{name}`, text or a whole
                       number: a pure function of the path's place
 
@@ -70,6 +74,7 @@ class Draws:
     prior: int = 0
     reference: int = 0
     posterior_view: View = "teacher"
+    posterior_who: Trained = "policy"
     verified: bool = False
     answers: bool = False
     texts: bool = False
@@ -81,6 +86,8 @@ class Draws:
     u_norm: Literal["sum", "mean"] | None = None
     by_likelihood: bool = False
     given: bool = False
+    recorded: bool = False
+    trained: bool = True
     fields: Mapping[str, Callable[[Slot], str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,9 +97,10 @@ class Draws:
                 raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")
         if not self.paths:
             raise ValueError("Draws: got no paths; ask for posterior or prior paths")
-        if self.posterior_view not in get_args(View):
-            known = " or ".join(get_args(View))
-            raise ValueError(f"Draws.posterior_view: got {self.posterior_view!r}, expected {known}")
+        for name, kind in (("posterior_view", View), ("posterior_who", Trained)):
+            if (got := getattr(self, name)) not in get_args(kind):
+                known = " or ".join(get_args(kind))
+                raise ValueError(f"Draws.{name}: got {got!r}, expected {known}")
         if self.given and (not self.prior or self.posterior or self.reference):
             raise ValueError(
                 "Draws.given: the data gives prior paths alone; ask for those, and for no others"
@@ -168,6 +176,7 @@ class Term:
     held_BP     (B, P) bool: paths that `live` acts on whatever their weight; None: none
     close_BP    (B, P) float64: added to the weight on the thought's last token alone; None: none
     first       of part `attempts`: the first right ones of a path alone; None: all of them
+    who         whose weights are trained
     """
 
     name: str
@@ -183,6 +192,7 @@ class Term:
     held_BP: Tensor | None = None
     close_BP: Tensor | None = None
     first: int | None = None
+    who: Trained = "policy"
 
     @property
     def weighted(self) -> Tensor:
@@ -417,9 +427,9 @@ def reference_rows(objective: Objective) -> int:
 
 
 def policy_rows(objective: Objective) -> int:
-    """Count the rows of a question that the policy scores beside U, one per path and score."""
+    """Count the rows of a question that trained policies score beside U, one per path and score."""
     # At most: a thought is cut early only where it states the answer.
-    needs = [s for s in objective.needs() if s.who == "policy"]
+    needs = [s for s in objective.needs() if s.who != "reference"]
     return _rows(objective, [s for s in needs if s.part != "target" or s.view == "early"])
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from vpgea_fast.objectives.guards import log_ratio
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,13 +34,19 @@ def skipped(weight_BP: Tensor) -> int:
     return int((weight_BP == 0).all(dim=1).sum())
 
 
+def best(share_BP: Tensor) -> Tensor:
+    """All weight to the largest of a question, the first of equals; none where none has any."""
+    # argmax takes any of equals on some devices; the first of the largest is the same on all.
+    most_BP = share_BP.eq(share_BP.amax(dim=1, keepdim=True)) & share_BP.gt(0)
+    return (most_BP & most_BP.cumsum(dim=1).eq(1)).to(share_BP.dtype)
+
+
 def hinted_metrics(
-    batch: ScoredBatch, log_f_BK: Tensor, share_BK: Tensor
+    batch: ScoredBatch, log_f_BK: Tensor, ratio_BK: Tensor, share_BK: Tensor
 ) -> dict[str, float | None]:
-    """What the hinted paths show. The bounds are of whole ratios, whatever is trained: vr_elbo over
-    the paths that are worth anything, vr_bound over the questions that have one."""
-    # log pi - log q; `log_ratio` is that of q to pi.
-    ratio_BK = -log_ratio(batch)
+    """What the hinted paths show, `ratio_BK` the whole log pi - log q. The bounds are of whole
+    ratios, whatever is trained: vr_elbo over the paths that are worth anything, vr_bound over the
+    questions that have one."""
     log_rho_BK = log_f_BK + ratio_BK
     bound_B = log_mean(log_rho_BK)
     return {
@@ -50,14 +54,14 @@ def hinted_metrics(
         "vr_bound": _mean(bound_B[bound_B.isfinite()]),
         "vr_log_ratio": _mean(ratio_BK / batch.posterior.length_BP),
         **_answered("vr", log_f_BK),
-        **_spread("vr", share_BK),
+        **spread("vr", share_BK),
     }
 
 
 def unhinted_metrics(log_f_BM: Tensor, share_BM: Tensor) -> dict[str, float | None]:
     """What the unhinted paths show."""
     counts = {"vr_phi_skipped": skipped(share_BM)}
-    return {**_answered("vr_phi", log_f_BM), **_spread("vr_phi", share_BM), **counts}
+    return {**_answered("vr_phi", log_f_BM), **spread("vr_phi", share_BM), **counts}
 
 
 def _answered(name: str, log_f_BP: Tensor) -> dict[str, float | None]:
@@ -70,7 +74,7 @@ def _answered(name: str, log_f_BP: Tensor) -> dict[str, float | None]:
     }
 
 
-def _spread(name: str, share_BP: Tensor) -> dict[str, float | None]:
+def spread(name: str, share_BP: Tensor) -> dict[str, float | None]:
     """How evenly the weights lie within the questions that have any."""
     share_XP = share_BP[share_BP.ne(0).any(dim=1)]
     return {

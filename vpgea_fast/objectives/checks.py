@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from vpgea_fast.names import Context, Norm, Part, Score, Stream, View, Who
+from vpgea_fast.names import Context, Norm, Part, Score, Stream, Trained, View, Who
 from vpgea_fast.objectives.base import Draws, Objective, Term, Terms
 from vpgea_fast.values import one_line
 
@@ -100,6 +100,11 @@ def check_objective(objective: Any) -> None:
                 f"{who}: needs() asks for the {score.part} of the {score.who} behind an early cut, "
                 "where the policy's target alone is scored; ask for that, or in another view"
             )
+        if score.who == "posterior" and draws.posterior_who != "posterior":
+            raise ValueError(
+                f"{who}: needs() asks for {score.part} of the posterior policy, and draws() says "
+                "of none; return Draws(posterior_who='posterior', ...), or ask for the policy's"
+            )
         if not getattr(draws, score.stream):
             raise ValueError(
                 f"{who}: needs() asks for {score.part} of the {score.stream} paths, and draws() "
@@ -142,10 +147,15 @@ def _check_term(objective: Objective, term: Any, batch: ScoredBatch) -> None:
         raise ValueError(f"{title(objective)}: got the part {got}, expected a Term, its name a-z")
     of = f"term {term.name!r}: "
     who = f"{title(objective)}, {of[:-2]}"
-    for key, kind in (("stream", Stream), ("view", View), ("part", Part)):
+    for key, kind in (("stream", Stream), ("view", View), ("part", Part), ("who", Trained)):
         if (got := getattr(term, key)) not in get_args(kind):
             known = ", ".join(get_args(kind))
             raise ValueError(f"{who}: {key}: got {got!r}, expected one of {known}")
+    if term.who == "posterior" and objective.draws().posterior_who != "posterior":
+        raise ValueError(
+            f"{who}: trains the posterior policy, and draws() says of none; return "
+            "Draws(posterior_who='posterior', ...), or train the policy"
+        )
     # Their lengths are planned for, and the paths asked for them, by what draws() says.
     if term.part in ("response", "answer") and not objective.draws().answers:
         raise ValueError(

@@ -11,7 +11,7 @@ import operator
 import re
 from typing import TYPE_CHECKING, Any
 
-from vpgea_fast.names import Score, Stream
+from vpgea_fast.names import Score, Stream, Trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +84,16 @@ def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:
     return _column(batch, values)
 
 
+def views(who: Trained) -> tuple[Score, Score]:
+    """The thoughts of the teacher paths as this policy drew them, and in the student's view of the
+    policy."""
+    return VIEWS[0]._replace(who=who), VIEWS[1]
+
+
 def log_ratio(batch: ScoredBatch) -> Tensor:
-    """log q(z|x, y*) - log pi(z|x) of each teacher path, (B, G) nats."""
-    return _column(batch, [gap.sum() for gap in _gaps(batch, *VIEWS)])
+    """log q(z|x, y*) - log pi(z|x) of each teacher path, (B, G) nats; q is of who drew it."""
+    own, student = views(batch.drawn_by("posterior"))
+    return _column(batch, [gap.sum() for gap in _gaps(batch, own, student)])
 
 
 def _early(cfg: Any, batch: ScoredBatch) -> Tensor:

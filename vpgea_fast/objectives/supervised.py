@@ -13,12 +13,13 @@ of N as a target arXiv 2309.06657; paths rationalised from the answer: STaR, arX
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.names import Norm, Score, Stream
+from vpgea_fast.names import Norm, Score, Stream, View
 from vpgea_fast.objectives.base import Draws, Keys, Term, Terms
 from vpgea_fast.objectives.unread import Unread
 from vpgea_fast.values import STRICT, PositiveInt
@@ -69,6 +70,9 @@ class Sft(Supervised):
     """Imitate the responses of the data; nothing is sampled."""
     responses: PositiveInt = 1
     """Responses of each question that a step trains, the first ones."""
+    view: View = "student"
+    """Behind which prompt. `teacher`: the hinted policy of Variational Reasoning, as its authors
+    train it, with `trains` thought."""
 
     # Every question has its responses, and with them a gradient.
     UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("denominator", {"name": ("sft",)}),)
@@ -78,7 +82,8 @@ class Sft(Supervised):
 
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         # Every path: a length is 1 at least.
-        return self._imitate(batch.prior.length_BP.gt(0), {})
+        terms = self._imitate(batch.prior.length_BP.gt(0), {})
+        return replace(terms, parts=tuple(replace(part, view=self.view) for part in terms.parts))
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
 """Variational Reasoning (arXiv 2509.22637): the thought is a latent variable, the answer is seen.
 
     pi       the policy behind the student's prompt, q the policy behind the teacher's, which holds
-             the hint y'
+             the hint y': the same model, or one of its own (`Vr.share_params`)
     f_k      how likely a right answer is behind the thought z_k
     rho_k    (pi(z_k|x) / q(z_k|x, y')) f_k, the ratio whole or as its mean per token
     w_k      rho_k / sum_j rho_j, within a question
@@ -24,18 +24,20 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from vpgea_fast.book import merge
-from vpgea_fast.names import Score, Stream
+from vpgea_fast.names import Score, Stream, Trained
 from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
 from vpgea_fast.objectives.bounds import (
+    best,
     hinted_metrics,
     log_mean,
     shares,
     skipped,
+    spread,
     unhinted_metrics,
 )
-from vpgea_fast.objectives.guards import VIEWS, log_ratio
+from vpgea_fast.objectives.guards import VIEWS, log_ratio, views
 from vpgea_fast.objectives.unread import Unread
-from vpgea_fast.values import STRICT, PositiveFloat, PositiveInt
+from vpgea_fast.values import STRICT, NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +57,11 @@ class Latent(Keys):
     """How likely a right answer is behind a thought. `accuracy`: share of scoring.answer_samples
     sampled answers that are right. `likelihood`: P of the reference answer. `gml`: its geometric
     mean per token. A thought that was cut has none."""
+
+    @property
+    def phi_who(self) -> Trained:
+        """Whose weights are behind the teacher's prompt."""
+        return "policy"
 
     @property
     def u_norm(self) -> Literal["sum", "mean"] | None:
@@ -85,9 +92,13 @@ class HintedKeys(Latent):
     """pi / q of a thought. `exact`: of the whole thought, as in the bound; its variance grows with
     the length. `geometric`: its mean per token, as the paper trains."""
 
+    def ratio(self, batch: ScoredBatch) -> Tensor:
+        """log pi - log q of every hinted thought, whole, (B, K) nats."""
+        return -log_ratio(batch)
+
     def trained_ratio(self, batch: ScoredBatch) -> Tensor:
         """log pi - log q of every hinted thought, (B, K) nats: whole, or per token."""
-        whole_BK = -log_ratio(batch)
+        whole_BK = self.ratio(batch)
         # The mean per token is biased, but thousands of tokens do not make it 0 or infinite.
         return whole_BK if self.thought_ratio == "exact" else whole_BK / batch.posterior.length_BP
 
@@ -98,8 +109,9 @@ class HintedKeys(Latent):
     def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
         """The shares of the hinted paths, (B, K), their scores, and what they show."""
         share_BK, log_f_BK = shares(self.log_rho(batch)), self.log_answer(batch, "posterior")
-        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": -log_ratio(batch)}
-        return share_BK, scores, hinted_metrics(batch, log_f_BK, share_BK)
+        ratio_BK = self.ratio(batch)
+        scores = {"share": share_BK, "answered": log_f_BK.exp(), "log_ratio": ratio_BK}
+        return share_BK, scores, hinted_metrics(batch, log_f_BK, ratio_BK, share_BK)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -169,7 +181,7 @@ class PhiKeys(HintedKeys, ClipKeys):
         """What phi's part reads."""
         if self.phi == "forward_kl":
             return self.answer_scores("prior")
-        return {*VIEWS, *self.answer_scores("posterior")}
+        return {*views(self.phi_who), *self.answer_scores("posterior")}
 
     def unhinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
         """The shares of the unhinted paths, (B, M), their scores, and what they show."""
@@ -198,7 +210,8 @@ class PhiKeys(HintedKeys, ClipKeys):
             worth_BP = log_mean(log_rho_BK)[:, None] - shares(log_rho_BK)
             # A question without a path that is worth anything has no bound.
             gain_BP, later = _summed(worth_BP.where(worth_BP.isfinite(), 0.0)), self.clipped()
-        return Term(name="phi", stream=stream, view="teacher", weight_BP=-gain_BP, later=later)
+        own: dict[str, Any] = {"stream": stream, "view": "teacher", "who": self.phi_who}
+        return Term(name="phi", weight_BP=-gain_BP, later=later, **own)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -209,24 +222,110 @@ class VrTheta(ThetaKeys):
     name: Literal["vr_theta"] = "vr_theta"
     """Variational Reasoning: the reasoning model alone."""
 
-    # A single path has all of the weight, whatever its ratio is.
-    UNREAD: ClassVar[tuple[Unread, ...]] = (Unread("thought_ratio", {"group_size": (1,)}),)
+    # The paper's own runs draw, weigh and train one after the other, with a model each.
+    log_q: Literal["policy", "recorded"] = "policy"
+    """log q of a hinted thought. `policy`: of this model, behind the teacher's prompt. `recorded`:
+    what its sampler said, where another model drew it (engine.name replay)."""
+    weights: Literal["computed", "recorded"] = "computed"
+    """`computed`: w_k of this model. `recorded`: those that stand beside the recorded paths as
+    `share`, of a run with train.record weights; nothing is scored then."""
+    keep: Literal["all", "best"] = "all"
+    """`best`: of a question the path of the largest weight alone, as if its weight were 1."""
+    originals: NonNegativeInt = 0
+    """Recorded unhinted paths of a question that are imitated beside the hinted ones, thought and
+    answer, with the weight 1 each. Needs recorded weights."""
+
+    UNREAD: ClassVar[tuple[Unread, ...]] = (
+        # A single path has all of the weight, whatever its ratio is.
+        *(Unread(key, {"group_size": (1,)}) for key in ("thought_ratio", "keep")),
+        *(Unread(key, {"weights": ("recorded",)}) for key in ("thought_ratio", "log_q")),
+        # Without a word on answers it says which are trained.
+        Unread("estimator", {"weights": ("recorded",), "answer": ("sampled", "reference")}),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.originals and self.weights == "computed":
+            raise ValueError(
+                f"weights: got 'computed' with originals {self.originals}, which would imitate the "
+                "policy's own paths, right or wrong; set weights recorded, or originals 0"
+            )
 
     def draws(self) -> Draws:
-        return Draws(posterior=self.group_size, **self.behind())
+        behind, with_original = self.behind(), self.originals > 0
+        if self.weights == "recorded":
+            scored = {"u_norm": None, "by_likelihood": False, "attempts": self.trains_sampled}
+            behind |= {**scored, "recorded": True}
+        return Draws(
+            posterior=self.group_size,
+            prior=self.originals,
+            answers=with_original,
+            joint=with_original,
+            **behind,
+        )
 
     def needs(self) -> frozenset[Score]:
+        if self.weights == "recorded":
+            return frozenset()
         # Each hinted thought under both prompts: two forwards of it, for the ratio.
-        return frozenset({*VIEWS, *self.answer_scores("posterior")})
+        views = VIEWS if self.log_q == "policy" else VIEWS[1:]
+        return frozenset({*views, *self.answer_scores("posterior")})
 
     def notes(self) -> Iterator[str]:
         yield from alone("group_size", self.group_size)
 
+    def ratio(self, batch: ScoredBatch) -> Tensor:
+        """See HintedKeys."""
+        if self.log_q == "policy":
+            return super().ratio(batch)
+        student, paths = batch.logps[VIEWS[1]], batch.posterior.flat
+        gaps = [(student[p.key].double() - p.logps.double()).sum().item() for p in paths]
+        if lacks := next((p for p, gap in zip(paths, gaps, strict=True) if gap != gap), None):
+            raise ValueError(
+                f"log_q recorded: the line of path {lacks.key} has no log-probs of its sampler; "
+                "record them (logps), or set log_q policy"
+            )
+        return batch.posterior.length_BP.new_tensor(gaps).view_as(batch.posterior.length_BP)
+
+    def hinted(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor], Metrics]:
+        """See HintedKeys."""
+        if self.weights == "computed":
+            return super().hinted(batch)
+        share_BK = recorded_shares(batch)
+        return share_BK, {"share": share_BK}, spread("vr", share_BK)
+
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
-        parts = self.theta_parts(share_BK)
+        kept_BK = share_BK if self.keep == "all" else best(share_BK)
+        parts: tuple[Term, ...] = self.theta_parts(kept_BK)
+        if self.originals:
+            weight_BM = -_summed(batch.prior.length_BP.ne(0).double())
+            how: dict[str, Any] = {"stream": "prior", "view": "student", "part": "response"}
+            parts = (*parts, Term(name="original", weight_BP=weight_BM, **how))
         metrics = merge(found, counts(parts))
         return Terms(parts=parts, path_scores={"posterior": scores}, metrics=metrics)
+
+
+def recorded_shares(batch: ScoredBatch) -> Tensor:
+    """The weights that stand beside the hinted paths, (B, K). ValueError where one is missing, or
+    those of a question are not a whole."""
+    shares_XK = []
+    for group in batch.posterior.paths:
+        lacks = next((path for path in group if path.share is None), None)
+        if lacks is not None:
+            raise ValueError(
+                f"weights recorded: the line of path {lacks.key} has no share; give the "
+                "paths.jsonl of a run with train.record weights"
+            )
+        own = [path.share or 0.0 for path in group]
+        shares_XK.append(own)
+        # All are 0 where no path is right.
+        if abs(sum(own) - 1) > 1e-6 and any(own):
+            raise ValueError(
+                f"weights recorded: those of question {group[0].question_id!r} add up to "
+                f"{sum(own):.6g}, expected 1; set group_size to that of the record, or mend it"
+            )
+    return batch.posterior.length_BP.new_tensor(shares_XK)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -268,32 +367,44 @@ class VrPhi(PhiKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class Vr(ThetaKeys, PhiKeys):
-    """Variational Reasoning (arXiv 2509.22637) with one policy behind two prompts: both steps of
-    its algorithm 1 in each update, on paths of the policy as it is."""
+    """Variational Reasoning (arXiv 2509.22637): both steps of its algorithm 1 in each update, on
+    paths of the policies as they are. One policy is behind both prompts, or each has its own."""
 
     name: Literal["vr"] = "vr"
-    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts."""
+    """Variational Reasoning: reasoning model and hinted policy, one model with two prompts or two
+    models."""
+    share_params: bool = True
+    """One model is behind both prompts. false: the hinted policy is a second model, with optimiser
+    and learning rate of its own (section posterior), and draws the hinted paths."""
     prior_samples: PositiveInt = 8
     """M, unhinted paths per question, which forward_kl alone draws."""
     phi_weight: PositiveFloat = 1.0
-    """Weight of the hinted policy's part of the loss; the reasoning model's has 1."""
+    """Weight of the hinted policy's part of the loss; the reasoning model's has 1. A model of its
+    own has a learning rate instead."""
 
     UNREAD: ClassVar[tuple[Unread, ...]] = (
         Unread("prior_samples", {"phi": ("reverse_kl", "iwae")}),
         Unread("thought_ratio", {"group_size": (1,), "phi": ("forward_kl",)}),
+        Unread("phi_weight", {"share_params": (False,)}),
     )
+
+    @property
+    def phi_who(self) -> Trained:
+        return "policy" if self.share_params else "posterior"
 
     def draws(self) -> Draws:
         forward = self.phi == "forward_kl"
         return Draws(
             posterior=self.group_size,
+            posterior_who=self.phi_who,
             prior=self.prior_samples * forward,
             joint=forward,
             **self.behind(),
         )
 
     def needs(self) -> frozenset[Score]:
-        return frozenset({*VIEWS, *self.answer_scores("posterior"), *self.phi_scores()})
+        own = views(self.phi_who)
+        return frozenset({*own, *self.answer_scores("posterior"), *self.phi_scores()})
 
     def notes(self) -> Iterator[str]:
         yield from alone("group_size", self.group_size)
@@ -303,8 +414,8 @@ class Vr(ThetaKeys, PhiKeys):
     def terms(self, batch: ScoredBatch, _state: Mapping[str, Any], /) -> Terms:
         share_BK, scores, found = self.hinted(batch)
         part = self.phi_part(batch)
-        # One set of parameters for both steps, where the paper has two models.
-        part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
+        if self.share_params:  # two models have a step each, and a learning rate
+            part = replace(part, weight_BP=self.phi_weight * part.weight_BP)
         path_scores: dict[Stream, dict[str, Tensor]] = {"posterior": scores}
         if part.stream == "prior":
             _, path_scores["prior"], others = self.unhinted(batch)

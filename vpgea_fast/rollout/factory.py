@@ -11,7 +11,8 @@ from vpgea_fast.config import Config, ConfigError
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.rollout.engine import RolloutEngine
 from vpgea_fast.rollout.parallel import ParallelEngine, check_group
-from vpgea_fast.rollout.replay import Records, Replay
+from vpgea_fast.rollout.recorded import Records
+from vpgea_fast.rollout.replay import Replay
 from vpgea_fast.rollout.vllm.engine import VllmEngine
 from vpgea_fast.rollout.vllm.remote import ServerEngine
 from vpgea_fast.rollout.vllm.versions import check_dtype, check_installed

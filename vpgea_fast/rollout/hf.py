@@ -105,6 +105,11 @@ class HFEngine(EngineBase):
         weights.check()
         self.complete = True
 
+    def sample_with(self, model: Any) -> None:
+        """Sample with another module of the same shapes from here on, as it lies: no weight is
+        copied, and those of the module before stay what they are."""
+        self.model = model
+
     def rest(self) -> None:
         """Nothing to give back: the cache of a wave lives as long as the wave."""
 

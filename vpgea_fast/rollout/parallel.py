@@ -6,6 +6,7 @@ the drawn tensors travel; the rest of a path is known from its request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
@@ -14,8 +15,9 @@ from safetensors.torch import load, save
 
 from vpgea_fast.config import ConfigError
 from vpgea_fast.distributed import Stopped, World
+from vpgea_fast.names import Who
 from vpgea_fast.rollout.engine import Ended, Looks, RolloutEngine, Sampling, Usage
-from vpgea_fast.types import Finish, Path, SampleRequest
+from vpgea_fast.types import Attempt, Finish, Path, SampleRequest
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "error")
 
@@ -90,6 +92,15 @@ class ParallelEngine:
         yield [Ended(*pair) for pair in enumerate(self.generate(requests, sampling))]
 
     @property
+    def holds(self) -> Who:
+        """See RolloutEngine."""
+        return self.engine.holds
+
+    @holds.setter
+    def holds(self, who: Who) -> None:
+        self.engine.holds = who
+
+    @property
     def wave(self) -> int | None:
         """See RolloutEngine: of the share of each process."""
         return self.engine.wave
@@ -125,13 +136,21 @@ class ParallelEngine:
         self.engine.close()
 
 
-PathTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""z_ids, logps, answer_ids, answer_logps, and (closed, place in FINISHES)."""
+PathTensors = tuple[torch.Tensor, ...]
+"""z_ids, logps, answer_ids, answer_logps, (closed, place in FINISHES), the share or NaN, and of the
+attempts (length, right) and all ids."""
 
 
 def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     flags = [[int(path.closed), FINISHES.index(path.finish)] for path in paths]
-    lengths = [[path.z_ids.numel(), path.answer_ids.numel()] for path in paths]
+    # The last two are of recorded paths alone: what an engine draws has no attempts yet.
+    attempts = [[attempt.ids.numel() for attempt in path.attempts] for path in paths]
+    lengths = [
+        [path.z_ids.numel(), path.answer_ids.numel(), len(own), sum(own)]
+        for path, own in zip(paths, attempts, strict=True)
+    ]
+    judged = [[a.ids.numel(), int(a.right)] for path in paths for a in path.attempts]
+    shares = [math.nan if path.share is None else path.share for path in paths]
     # torch.cat takes no empty list, and a process may have no path.
     none = torch.zeros(0, dtype=torch.int64)
     return {
@@ -143,12 +162,15 @@ def _to_tensors(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
             [none.float(), *(path.response_logps[path.z_ids.numel() :] for path in paths)]
         ),
         "flags": torch.tensor(flags, dtype=torch.int64).view(-1, 2),
-        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 2),
+        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 4),
+        "shares": torch.tensor(shares, dtype=torch.float64),
+        "attempts": torch.tensor(judged, dtype=torch.int64).view(-1, 2),
+        "attempt_ids": torch.cat([none, *(a.ids for path in paths for a in path.attempts)]),
     }
 
 
 def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[PathTensors]:
-    thoughts, answers = tensors["lengths"].T.tolist()
+    thoughts, answers, attempts, behind = tensors["lengths"].T.tolist()
     return list(
         zip(
             tensors["z"].split(thoughts),
@@ -156,6 +178,9 @@ def _from_tensors(tensors: dict[str, torch.Tensor]) -> list[PathTensors]:
             tensors["answers"].split(answers),
             tensors["answer_logps"].split(answers),
             tensors["flags"].unbind(0),
+            tensors["shares"].unbind(0),
+            tensors["attempts"].split(attempts),
+            tensors["attempt_ids"].split(behind),
             strict=True,
         )
     )
@@ -168,8 +193,13 @@ def _path(
     answer_ids: torch.Tensor,
     answer_logps: torch.Tensor,
     flags: torch.Tensor,
+    share: torch.Tensor,
+    attempts: torch.Tensor,
+    attempt_ids: torch.Tensor,
 ) -> Path:
     closed, finish = flags.tolist()
+    counts, right = attempts.T.tolist()
+    judged = zip(attempt_ids.split(counts), right, strict=True)
     # Clones: a view would keep a whole process's part alive as long as one of its paths.
     return Path(
         question_id=request.question_id,
@@ -181,4 +211,6 @@ def _path(
         answer_logps=answer_logps.clone(),
         closed=bool(closed),
         finish=FINISHES[finish],
+        attempts=tuple(Attempt(ids=ids.clone(), right=bool(yes)) for ids, yes in judged),
+        share=None if share.isnan() else share.item(),
     )

@@ -1,11 +1,16 @@
 """Check after a hand-over that an engine samples with the trainer's weights.
 
 A few greedy tokens have log-probs e, as the engine drew them, and t, as the trainer scores them. A
-probe fails in one of two ways:
+probe of one policy fails in one of two ways:
 
     partial   mean |e - t| above the tolerance of the engine's dtype
     skipped   all tokens and log-probs of an engine are the same bits as at an earlier probe, and
               the trainer has moved since: mean |t - t_then| > 4 max(mean |e_then - t_then|, least)
+
+With two policies the trainer scores the tokens under both. The engine has the other's weights
+where it is nearer to those than to its own, by more than rounding explains:
+
+    swapped   mean |e - t| > 4 max(mean |e - t_other|, least)
 
 The same bits alone prove nothing: a small step moves log-probs by less than a rounding, and rounds
 otherwise in the trainer than in the engine. An engine with the right weights was a gap away from
@@ -19,13 +24,14 @@ engine that does not repeat its own bits is watched by the first check alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from vpgea_fast.names import Trained
 from vpgea_fast.rollout.engine import RolloutEngine, RolloutError, Sampling
-from vpgea_fast.types import SampleRequest, TrainRow
+from vpgea_fast.types import Path, SampleRequest, TrainRow
 
 TOKENS = 16
 """Greedy tokens of each probed prompt."""
@@ -44,12 +50,13 @@ Score = Callable[[Sequence[TrainRow]], Sequence[torch.Tensor]]
 class _Look:
     """What one engine drew at a probe, its prompts one after the other, and the trainer's score.
 
-    ids (N,) int64, drawn and scored (N,) float64.
+    ids (N,) int64, drawn and scored (N,) float64; others: scored by the other policies.
     """
 
     ids: torch.Tensor
     drawn: torch.Tensor
     scored: torch.Tensor
+    others: Mapping[Trained, torch.Tensor]
 
     @property
     def gaps(self) -> torch.Tensor:
@@ -62,7 +69,9 @@ class _Look:
 class SyncProbe:
     """Called after each hand-over, in every process; RolloutError for weights that are not there.
 
+    score      each row's log-probs under the policy that it names
     prompts    probed once for each of `engines` processes
+    policies   all that are trained
     dtype      in which the engine computes
     tolerance  of the mean |difference|; None: the dtype's
     """
@@ -77,8 +86,10 @@ class SyncProbe:
         limit: int,
         dtype: torch.dtype,
         tolerance: float | None = None,
+        policies: Sequence[Trained] = ("policy",),
     ) -> None:
         self.engine, self.score, self.engines = engine, score, engines
+        self.policies = tuple(policies)
         self.tolerance = TOLERANCE.get(dtype, 0.05) if tolerance is None else tolerance
         # Some pairs agree to the last bit. 8 eps is the rounding of a logit; log-probs are float32
         # at best. In bfloat16 that is above the tolerance, and the second check would be idle.
@@ -95,12 +106,14 @@ class SyncProbe:
             for engine in range(engines)
             for i, prompt in enumerate(prompts)
         ]
-        self.baselines: list[_Look] = []
-        """Of each engine, the probe at which its bits last changed."""
+        self.baselines: dict[Trained, list[_Look]] = {}
+        """Of each policy and engine, the probe at which the engine's bits last changed."""
 
-    def __call__(self) -> dict[str, float]:
-        """Probe all engines; return the mean and the largest |difference|. A collective."""
-        now = self._look()
+    def __call__(self, who: Trained = "policy") -> dict[str, float]:
+        """Probe all engines for the weights of a policy; return the mean and the largest
+        |difference|. A collective."""
+        now = self._look(who)
+        self._require_own(who, now)
         gaps = torch.cat([look.gaps for look in now])
         mean, largest = gaps.mean().item(), gaps.max().item()
         if not mean <= self.tolerance:  # NaN too
@@ -114,12 +127,11 @@ class SyncProbe:
             )
         # An engine is compared with the probe at which its bits last changed, not with the last
         # one: steps too small to be told from rounding add up.
-        before = self.baselines or now
-        self.baselines = [
-            old if new.same_bits(old) else new for old, new in zip(before, now, strict=True)
-        ]
+        before = self.baselines.get(who, now)
+        kept = [old if new.same_bits(old) else new for old, new in zip(before, now, strict=True)]
+        self.baselines[who] = kept
         # An engine whose bits have just changed is its own baseline: it has moved by 0.
-        for number, (old, new) in enumerate(zip(self.baselines, now, strict=True)):
+        for number, (old, new) in enumerate(zip(kept, now, strict=True)):
             moved = (new.scored - old.scored).abs().mean().item()
             allowed = GAPS * max(old.gaps.mean().item(), self.least_gap)
             if moved > allowed:
@@ -131,14 +143,47 @@ class SyncProbe:
                 )
         return {"probe_mean": mean, "probe_max": largest}
 
-    def _look(self) -> list[_Look]:
-        """Let every engine draw, and the trainer score what it drew."""
+    def _require_own(self, who: Trained, now: Sequence[_Look]) -> None:
+        """RolloutError for an engine that has the weights of another policy."""
+        for number, look in enumerate(now):
+            for other, scored in look.others.items():
+                own, theirs = look.gaps.mean().item(), (look.drawn - scored).abs().mean().item()
+                if own > GAPS * max(theirs, self.least_gap):
+                    raise RolloutError(
+                        f"the engine of process {number} has the weights of the {other} where "
+                        f"those of the {who} were handed over: its log-probs are {theirs:.2g} from "
+                        f"the {other}'s and {own:.2g} from the {who}'s; the last checkpoint is "
+                        "good: go on with --resume"
+                    )
+
+    def _look(self, who: Trained) -> list[_Look]:
+        """Let every engine draw, and the trainer score what it drew: as `who`, and as others."""
         paths = self.engine.generate(self.requests, self.sampling)
         self.engine.usage()  # reset: the tokens of a probe are no part of a step's counts
         if not all(path.z_ids.numel() for path in paths):
             raise RolloutError(
                 "the engine gave up a probe before its first token; raise engine.timeout_s"
             )
+        scored = self._scored(paths)
+        each = len(paths) // self.engines
+        looks = []
+        for start in range(0, len(paths), each):
+            part = slice(start, start + each)
+            known: dict[Trained, torch.Tensor] = {
+                name: torch.cat(logps[part]) for name, logps in scored.items()
+            }
+            looks.append(
+                _Look(
+                    torch.cat([path.z_ids for path in paths[part]]),
+                    torch.cat([path.logps.double() for path in paths[part]]),
+                    known.pop(who),
+                    known,
+                )
+            )
+        return looks
+
+    def _scored(self, paths: Sequence[Path]) -> dict[Trained, list[torch.Tensor]]:
+        """The log-probs of every path under each policy, (tokens,) float64."""
         # Coefficients are zero: the rows are scored and never trained.
         rows = [
             TrainRow(
@@ -147,17 +192,12 @@ class SyncProbe:
                 coef=torch.zeros(p.z_ids.numel()),
                 stream="prior",
                 view="student",
+                who=who,
             )
+            for who in self.policies
             for r, p in zip(self.requests, paths, strict=True)
         ]
         # float64: the difference of two log-probs is what is judged.
-        scored = [logps.cpu().double() for logps in self.score(rows)]
-        each = len(paths) // self.engines
-        return [
-            _Look(
-                torch.cat([path.z_ids for path in paths[start : start + each]]),
-                torch.cat([path.logps.double() for path in paths[start : start + each]]),
-                torch.cat(scored[start : start + each]),
-            )
-            for start in range(0, len(paths), each)
-        ]
+        found = [logps.cpu().double() for logps in self.score(rows)]
+        count = len(paths)
+        return {who: found[i * count : (i + 1) * count] for i, who in enumerate(self.policies)}

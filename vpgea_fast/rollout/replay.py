@@ -4,26 +4,22 @@
     request
 
 A line holds what an engine gives: the token ids of the thought and of the answer behind it, and
-their sampling log-probs. It is cut to the limits of `Sampling` as a drawn path is, so a run that is
-replayed with its own configuration makes bitwise the same updates. The index has some hundred bytes
-per line; the lines stay in their files.
-
-`Records` needs no weight: it is read, and held to the questions of the run, before the model is.
+their sampling log-probs. Where answers were sampled behind the thought to score it, it has them and
+their verdicts, and none is drawn again. It is cut to the limits of `Sampling` as a drawn path is,
+so a run that is replayed with its own configuration makes bitwise the same updates. The index has
+some hundred bytes per line; the lines stay in their files (recorded.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path as FilePath
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from vpgea_fast.config import ReplayEngineConfig
+from vpgea_fast.names import Who
 from vpgea_fast.rollout.engine import (
     Ended,
     Looks,
@@ -34,198 +30,8 @@ from vpgea_fast.rollout.engine import (
     prompt_digest,
     split_path,
 )
-from vpgea_fast.types import Finish, Path, SampleRequest, Stream
-
-Key = tuple[int | None, str, str, int]
-"""Step from 1 (None: every step), question, stream, index."""
-
-
-class RecordError(ValueError):
-    """Recorded paths that cannot be used: the message says where, what was got and what to do."""
-
-
-class Place(NamedTuple):
-    """Where a line stands."""
-
-    file: str
-    number: int
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.number}"
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a run asks for, as far as it is known before its first step.
-
-    decode       token ids -> text, without special tokens
-    vocabulary   tokens that the model embeds: an id beyond it is refused
-    questions    id -> text
-    prompts      (id, stream) -> `prompt_digest` of the prompt; none where paths have their own
-    temperature  that of the log-probs, the run's own; None: not known
-    """
-
-    decode: Callable[[torch.Tensor], str]
-    vocabulary: int
-    questions: Mapping[str, str] = field(default_factory=dict)
-    prompts: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    temperature: float | None = None
-
-
-class Records:
-    """Where each recorded path stands. Every line is read and checked once.
-
-    `torn` are last lines without a line break: their writer lives, or was killed in the middle.
-    `notes` is what the user should hear.
-    RecordError for files that are damaged, or of another model's or run's paths.
-    """
-
-    def __init__(self, cfg: ReplayEngineConfig, expected: Expected) -> None:
-        self.cfg, self.expected = cfg, expected
-        self.torn: list[Place] = []
-        self.notes: list[str] = []
-        self.index = self._read()
-        # None where no line has a step: such a record does not end.
-        self.last = max((step for step, *_ in self.index if step is not None), default=None)
-
-    def find(self, key: Key) -> Place:
-        """The line of a path of a step. RecordError where there is none."""
-        # A line without a step stands for every step.
-        place = self.index.get(key) or self.index.get((None, *key[1:]))
-        if place is None:
-            raise RecordError(self._missing(key))
-        return place
-
-    def require(self, wanted: Iterable[Key]) -> None:
-        """Look for the paths that a run will ask for, step by step. RecordError for a gap. A record
-        that ends before the run is told of in `notes`: the run may end as early itself."""
-        for key in wanted:
-            step = key[0]
-            assert step is not None
-            if self.last is not None and step > self.last and (None, *key[1:]) not in self.index:
-                self.notes.append(
-                    f"engine.paths: the record ends with step {self.last}; the run ends there with "
-                    "an error, unless a limit or an alarm has ended it: set train.steps "
-                    f"{self.last}, or give more paths{self._torn()}"
-                )
-                return
-            # For its error: a gap is told before the model is read, and not in its step.
-            self.find(key)
-
-    def require_text(self, record: Mapping[str, Any], place: Place) -> None:
-        """Refuse a line whose text is not what its ids say: these are of another tokenizer."""
-        for ids, name in (("ids", "text"), ("answer_ids", "answer")):
-            said = record.get(name)
-            if not isinstance(said, str) or ids not in record:
-                continue
-            decoded = self.expected.decode(torch.tensor(record[ids], dtype=torch.int64))
-            # White space may be tidied by another version of the same tokenizer.
-            if "".join(decoded.split()) != "".join(said.split()):
-                raise RecordError(
-                    f"{place}: its {ids} say {decoded!r:.60} with this model's tokenizer, and its "
-                    f"{name} is {said!r:.60}; give paths of a model with the same tokenizer"
-                )
-
-    def require_prompt(self, record: Mapping[str, Any], place: Place, now: str | None) -> None:
-        """Refuse a line that was drawn from another prompt than that of this digest."""
-        if now is not None and record.get("prompt") not in (None, now):
-            raise RecordError(
-                f"{place}: the {record['stream']} path of question {record['question_id']!r} was "
-                "drawn from another prompt than this run's; bring back the question, the prompt "
-                "section and the objective's fields, or record the paths anew"
-            )
-
-    def _read(self) -> dict[Key, Place]:
-        index: dict[Key, Place] = {}
-        counts: Counter[tuple[int | None, str, str]] = Counter()
-        for place, (step, number), record in self._lines():
-            by_question = self.cfg.match == "question"
-            # By question the steps and numbers of the run that recorded mean nothing.
-            group = (None if by_question else step, record["question_id"], record["stream"])
-            # Without a number of its own a line is the next of its group.
-            key = (*group, counts[group] if number is None or by_question else number)
-            counts[group] += 1
-            if key in index:
-                raise RecordError(
-                    f"{place}: path {key[3]} of the {key[2]} stream of question {key[1]!r} of step "
-                    f"{key[0]} stands at {index[key]} already; expected each once: take one out, "
-                    "or set engine.match question"
-                )
-            index[key] = place
-        if not index:
-            raise RecordError(
-                f"engine.paths: got {', '.join(self.cfg.paths)} without a line, expected recorded "
-                f"paths; give the paths.jsonl of a run{self._torn()}"
-            )
-        return index
-
-    def _lines(
-        self,
-    ) -> Iterator[tuple[Place, tuple[int | None, int | None], Mapping[str, Any]]]:
-        for file in self.cfg.paths:
-            try:
-                # Bytes, so that a line can be sought: a place in decoded text is none in the file.
-                with FilePath(file).open("rb") as lines:
-                    offset = 0
-                    for number, line in enumerate(lines, 1):
-                        place, offset = Place(file, number, offset), offset + len(line)
-                        if not line.endswith(b"\n"):
-                            self.torn.append(place)
-                            continue
-                        found, record = _parse(line, place)
-                        self._require_own(record, place)
-                        yield place, found, record
-            except OSError as error:
-                raise RecordError(
-                    f"engine.paths: cannot read {file} ({error.strerror}); expected a JSONL file "
-                    "of paths"
-                ) from error
-
-    def _require_own(self, record: Mapping[str, Any], place: Place) -> None:
-        """Refuse a line of another run's question, prompt, temperature or tokenizer."""
-        drawn_at, now = record.get("temperature"), self.expected.temperature
-        if None not in (drawn_at, now) and drawn_at != now:
-            raise RecordError(
-                f"{place}: drawn at temperature {drawn_at}, and rollout.temperature is {now}; set "
-                f"it to {drawn_at}: log-probs of two temperatures cannot be compared"
-            )
-        # On a GPU the embedding would end the process without naming the token.
-        most = max([*record["ids"], *record.get("answer_ids", ())], default=0)
-        if most >= self.expected.vocabulary:
-            raise RecordError(
-                f"{place}: got the token {most}, but the model embeds {self.expected.vocabulary}; "
-                "give paths of the same tokenizer"
-            )
-        name, asked = record["question_id"], record.get("question")
-        text = self.expected.questions.get(name)
-        if isinstance(asked, str) and text is not None and asked != text:
-            raise RecordError(
-                f"{place}: question {name!r} is {asked!r:.60} there and {text!r:.60} in the data; "
-                "give the data that the paths were drawn with"
-            )
-        self.require_prompt(record, place, self.expected.prompts.get((name, record["stream"])))
-        # The first tells; each other one is decoded when it is asked for.
-        if place.number == 1:
-            self.require_text(record, place)
-
-    def _torn(self) -> str:
-        lines = ", ".join(map(str, self.torn))
-        return f"; torn, and left out: {lines}" if lines else ""
-
-    def _missing(self, key: Key) -> str:
-        step, question, stream, index = key
-        had = sum(1 for _, q, s, _ in self.index if (q, s) == (question, stream))
-        steps = [step for step, *_ in self.index if step is not None]
-        held = f"steps {min(steps)} to {max(steps)}" if steps else "no steps"
-        return (
-            f"engine.paths: got no path {index} of the {stream} stream of question {question!r} "
-            f"for step {step}, expected a line for every path that the objective draws; the files "
-            f"hold {had} of this question and stream, and {len(self.index)} in all, of {held}"
-            f"{self._torn()}: record with metrics.paths_per_step of all paths of a step and replay "
-            "with the same data, run.seed and train.questions_per_step, or set engine.match "
-            "question"
-        )
+from vpgea_fast.rollout.recorded import Key, Place, RecordError, Records
+from vpgea_fast.types import Attempt, Finish, Path, SampleRequest
 
 
 class Replay:
@@ -267,6 +73,15 @@ class Replay:
         )
 
     @property
+    def holds(self) -> Who:
+        """See RolloutEngine."""
+        return self.live.holds
+
+    @holds.setter
+    def holds(self, who: Who) -> None:
+        self.live.holds = who
+
+    @property
     def wave(self) -> int | None:
         """See RolloutEngine: of what `live` draws."""
         return self.live.wave
@@ -295,8 +110,7 @@ class Replay:
         # A run counts steps from 0, and its records from 1.
         own: Key = (request.step + 1, request.question_id, request.stream, request.index)
         place = self.records.find(own)
-        line = _line_at(place)
-        _, record = _parse(line, place)
+        record = self.records.read(place)
         if (record["question_id"], record["stream"]) != own[1:3]:
             raise RecordError(
                 f"{place}: got a {record['stream']} path of question {record['question_id']!r}, "
@@ -306,8 +120,12 @@ class Replay:
         self.records.require_prompt(record, place, prompt_digest(request.prompt_ids))
         self.records.require_text(record, place)
         ids, logps = self._tokens(record, place, full_answer=sampling.full_answer)
-        finish: Finish = record.get("finish", "stop")
-        return split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
+        finish: Finish = record.get("finish") or _finish(ids.tolist(), sampling)
+        path = split_path(request, ids, logps=logps, sampling=sampling, finish=finish)
+        # Of another thought, cut by another limit, they would say nothing.
+        whole = path.closed and path.z_ids.numel() == len(record["ids"])
+        attempts = _attempts(record) if whole else ()
+        return replace(path, attempts=attempts, share=record.get("share"))
 
     def _tokens(
         self, record: Mapping[str, Any], place: Place, *, full_answer: bool
@@ -333,58 +151,17 @@ class Replay:
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logps, dtype=torch.float32)
 
 
-def _line_at(place: Place) -> bytes:
-    try:
-        with FilePath(place.file).open("rb") as file:
-            file.seek(place.offset)
-            return file.readline()
-    except OSError as error:
-        raise RecordError(
-            f"{place}: cannot be read any more ({error.strerror}); put the file back and go on "
-            "with --resume"
-        ) from error
+def _finish(ids: Sequence[int], sampling: Sampling) -> Finish:
+    """How a path ended whose line does not say it: an open thought was cut, and so was an answer
+    that filled its room, unless an end-of-sequence token ends them."""
+    # Other programs write the answer without that token, so its absence alone is no cut.
+    closes = sampling.closed_at(ids)
+    roomy = closes > 0 and len(ids) - closes < sampling.max_answer_tokens
+    return "stop" if roomy or (ids and ids[-1] in sampling.eos_ids) else "length"
 
 
-def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Mapping[str, Any]]:
-    """Step and index of a line, and all of it, checked."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            f"{place}: not JSON ({error}); expected an object of a path per line, as the "
-            "paths.jsonl of a run holds them: give such a file, or take the line out"
-        ) from error
-    wrong = _wrong(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-    if wrong:
-        raise RecordError(
-            f"{place}: got {wrong}; expected an object with question_id, stream and ids, as a run "
-            "writes it: repair the line, or take it out"
-        )
-    return (record.get("step"), record.get("index")), record
-
-
-def _wrong(record: Mapping[str, Any]) -> str | None:
-    """What of a line is no recorded path."""
-    if not isinstance(record.get("question_id"), str):
-        return f"question_id {record.get('question_id')!r}"
-    if record.get("stream") not in get_args(Stream):
-        return f"stream {record.get('stream')!r}"
-    if record.get("finish", "stop") not in get_args(Finish):
-        return f"finish {record['finish']!r}"
-    for name, least in (("step", 1), ("index", 0)):
-        value = record.get(name)
-        if value is not None and (type(value) is not int or value < least):
-            return f"{name} {value!r}"
-    for name in ("ids", "answer_ids"):
-        if name == "ids" and name not in record:
-            return "no ids"
-        value = record.get(name, [])
-        # bool is an int to Python, and no token.
-        if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
-            return f"{name} {str(value)[:40]!r}"
-    for name in ("logps", "answer_logps"):
-        value = record.get(name, [])
-        number = (int, float, type(None))
-        if not isinstance(value, list) or any(type(v) not in number for v in value):
-            return f"{name} {str(value)[:40]!r}"
-    return None
+def _attempts(record: Mapping[str, Any]) -> tuple[Attempt, ...]:
+    """The answers sampled behind the thought, in their order; equal ones are one record."""
+    texts = zip(record.get("attempt_ids", ()), record.get("attempt_right", ()), strict=True)
+    made = [Attempt(ids=torch.tensor(i, dtype=torch.int64), right=right) for i, right in texts]
+    return tuple(made[place] for place in record.get("attempts", ()))

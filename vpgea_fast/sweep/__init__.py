@@ -239,7 +239,9 @@ def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
         theirs, now = dict(_leaves(known)), dict(_leaves(mine))
     except (OSError, ValueError, AttributeError) as error:
         raise SweepError(f"{file} is no record of a sweep ({error}); give another --out") from error
-    changed = [key for key in {**now, **theirs} if now.get(key) != theirs.get(key)]
+    # Every run has a rate of the grid, whatever the configuration's own is.
+    keys = [key for key in {**now, **theirs} if key != "config.optim.lr"]
+    changed = [key for key in keys if now.get(key) != theirs.get(key)]
     if changed:
         key, value = changed[0], now.get(changed[0])
         raise SweepError(

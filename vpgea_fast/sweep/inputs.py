@@ -26,6 +26,8 @@ class Inputs:
         # One that no objective reads changes no run.
         if reads_reference(cfg.objective) and cfg.model.reference_path is not None:
             models.append(cfg.model.reference_path)
+        if cfg.posterior.path is not None:
+            models.append(cfg.posterior.path)
         # Classes of the user's, by their files: a name stays while its code changes.
         code = [getattr(cfg.objective, "target", None), cfg.verify.target]
         return {
