@@ -220,10 +220,9 @@ def test_thought_and_answer_may_share_one_limit(model, tag, check_every):
     engine = HFEngine(model, max_batch=64, check_every=check_every)
     free = Sampling(40, think_close_id=1000, eos_ids=())
     requests, kinds = some_requests(paths=24), collections.Counter()
-    for closing in ({"think_close_id": CLOSE}, {"think_close_id": -1, "tag": tag}):
-        # The second number is not read.
-        joint = Sampling(14, eos_ids=(EOS,), full_answer=True, joint_limit=True, **closing)
-        joint = replace(joint, max_answer_tokens=1)
+    # The second limit is not read.
+    closing = Sampling(14, CLOSE, (EOS,), full_answer=True, max_answer_tokens=1, joint_limit=True)
+    for joint in (closing, replace(closing, think_close_id=-1, tag=tag)):
         assert joint.limit == 14
         pairs = zip(engine.generate(requests, joint), engine.generate(requests, free), strict=True)
         for path, whole in pairs:

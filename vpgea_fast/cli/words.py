@@ -121,18 +121,24 @@ def one_process(command: str, advice: str = "") -> None:
         raise UsageError(f"vpgea {command} is one process: start it without torchrun{advice}")
 
 
+_heard: set[int] = set()
+"""Signals of this command: the import of an extension module may raise an interrupt anew, bare."""
+
+
 @contextmanager
 def termination() -> Iterator[None]:
     """Raise KeyboardInterrupt(SIGTERM) where SIGTERM would end this process without a word: until
     a run listens itself. Processes of torchrun are left to it."""
 
     def hear(number: int, _: FrameType | None) -> None:
+        _heard.add(number)
         raise KeyboardInterrupt(number)
 
     # Python sets handlers in the main thread only.
     if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
+    _heard.clear()
     before = signal.signal(signal.SIGTERM, hear)
     try:
         yield
@@ -142,8 +148,9 @@ def termination() -> Iterator[None]:
 
 def status_of(interrupt: KeyboardInterrupt) -> int:
     """Return the exit status of a process that was asked to leave: 128 + the signal."""
-    # The signal is in the error; a Ctrl-C's own has no arguments.
-    return 128 + (signal.SIGTERM if interrupt.args == (signal.SIGTERM,) else signal.SIGINT)
+    # The signal is in the error where vLLM's start had it; a Ctrl-C's own has no arguments.
+    terminated = signal.SIGTERM in {*_heard, *interrupt.args}
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def notice(text: str) -> None:
