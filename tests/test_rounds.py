@@ -86,9 +86,12 @@ def test_a_round_that_falls_is_refused_and_rounds_that_were_left_go_on(words, tm
     assert [*dict.fromkeys(map(str, launched))] == stages(1)
     assert len(launched) == len(stages(1)) + lefts
     assert lefts
+    assert told[0].startswith("objective.phi_weight and share_params change nothing")
     first, second = known
     assert (first["kept"], second["kept"]) == (True, False)
     assert second["bound"] < first["bound"]
+    assert second["change"] == pytest.approx(second["bound"] - first["bound"], rel=1e-9)
+    assert second["change_error"] > 0
     written = json.loads((tmp_path / "out/rounds.json").read_text())
     assert written == {"kept": first, "rounds": known}
     assert first["theta"] == first["phi"] == cfg.model.path

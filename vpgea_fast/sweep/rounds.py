@@ -4,7 +4,7 @@
     theta  draws of phi, weighed by theta -> theta learns them
 
     OUT/round_T/STAGE/     its run directory, without checkpoints; STAGE.yaml, .txt (what it said)
-    OUT/rounds.json        the held-out bound of every round, and which models are kept
+    OUT/rounds.json        the held-out bound of every round, its change, and which models are kept
     OUT/export[_posterior] theta and phi of the last round that was kept
 
 After each round the bound L_K of held-out questions is taken. Where it falls the round is refused:
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from vpgea_fast.checkpoint import write_text
@@ -64,21 +65,26 @@ class Rounds:
     def go(self, rounds: int, say: Say) -> list[dict[str, Any]]:
         """Make the rounds, or what is missing of them; what is known of each."""
         kept = Models(self.cfg.model.path, self.cfg.posterior.path or self.cfg.model.path)
+        if self.method.joint:
+            say("objective.phi_weight and share_params change nothing: each model has its own runs")
         known = [self.measure(0, kept, say)]
         for number in range(1, rounds + 1):
             made = self.round(number, kept)
             found = self.measure(number, made, say)
+            found |= change(known[-1]["by_question"], found["by_question"])
             found["kept"] = found["bound"] >= known[-1]["bound"]
             known.append(found)
+            # After each: a kill in the next round must not hide what is kept.
+            self._keep(known)
             if not found["kept"]:
                 say(
                     f"round {number} is refused: its held-out bound fell from "
-                    f"{known[-2]['bound']:.6g} to {found['bound']:.6g}; the models of round "
-                    f"{number - 1} are kept"
+                    f"{known[-2]['bound']:.6g} to {found['bound']:.6g} (standard error of the "
+                    f"change {found['change_error']:.2g}); the models of round {number - 1} are "
+                    "kept"
                 )
                 break
             kept = made
-        self._keep(known)
         return known
 
     def round(self, number: int, models: Models) -> Models:
@@ -179,11 +185,13 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Method:
-    """The objectives of both steps; `unread` are keys that recorded weights leave without use."""
+    """The objectives of both steps; `unread` are keys that recorded weights leave without use.
+    `joint`: the objective has a key that only both steps at once read."""
 
     theta: VrTheta
     phi: VrPhi
     unread: Mapping[str, Any]
+    joint: bool
 
 
 def _method(cfg: Config) -> Method:
@@ -210,7 +218,7 @@ def _method(cfg: Config) -> Method:
     unread = {"thought_ratio": "geometric"}
     if own.answer is not None:
         unread["estimator"] = "accuracy"
-    return Method(theta, phi, unread)
+    return Method(theta, phi, unread, own.phi_weight != 1 or not own.share_params)
 
 
 def recorded(cfg: Config, kind: str, steps: int) -> Config:
@@ -232,9 +240,9 @@ def count(cfg: Config) -> int:
         return len(read(cfg, open_text(cfg), verifier.accepts_itself, ALONE).questions)
 
 
-def held_out_bound(lines: Iterable[Mapping[str, Any]], *, least: float) -> dict[str, float]:
+def held_out_bound(lines: Iterable[Mapping[str, Any]], *, least: float) -> dict[str, Any]:
     """Mean over questions of log (1/K) sum_k (pi / q)_k f_k, nats, with f at least `least`, so that
-    every question counts; how many there are; and the mean f.
+    every question counts; how many there are; the mean f; and the bound of each question.
 
     >>> one = {"question_id": "q", "log_ratio": 0.0}
     >>> found = held_out_bound([{**one, "answered": 1.0}, {**one, "answered": 0.0}], least=0.1)
@@ -245,16 +253,29 @@ def held_out_bound(lines: Iterable[Mapping[str, Any]], *, least: float) -> dict[
     for line in lines:
         answered.append(line["answered"])
         logs[line["question_id"]].append(line["log_ratio"] + math.log(max(answered[-1], least)))
-    bounds = []
-    for own in logs.values():
+    bounds = {}
+    for question, own in logs.items():
         # A ratio of whole thoughts may be e^-2000.
         most = max(own)
-        bounds.append(most + math.log(sum(math.exp(log - most) for log in own) / len(own)))
+        bounds[question] = most + math.log(sum(math.exp(log - most) for log in own) / len(own))
     return {
-        "bound": sum(bounds) / len(bounds),
+        "bound": sum(bounds.values()) / len(bounds),
         "questions": len(bounds),
         "answered": sum(answered) / len(answered),
+        "by_question": bounds,
     }
+
+
+def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Mean change of the bound of the same questions, nats, and its standard error: a fall within
+    it may be noise, and refuses a round all the same.
+
+    >>> change({"a": -1.0, "b": -2.0}, {"a": -0.5, "b": -2.5})
+    {'change': 0.0, 'change_error': 0.5}
+    """
+    steps = [after[question] - bound for question, bound in before.items()]
+    error = stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
+    return {"change": fmean(steps), "change_error": error}
 
 
 def run_rounds(
