@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ranks import Program, run_ranks
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
+from vpgea_fast.cli.processes import LOST, run_processes
 from vpgea_fast.evaluation.folder import Folder
 from vpgea_fast.evaluation.records import SampleError, read_header, read_samples
 from vpgea_fast.rollout.engine import EngineBase
@@ -244,6 +246,14 @@ def test_a_process_that_is_killed_is_named(rank, tiny_world, whole, tmp_path):
     assert said == f"vpgea: process {rank} was ended by SIGKILL; {kept}\n"
     assert evaluate(tiny_world, "--out", out, "--resume") == 0
     assert records(out) == records(whole)
+
+
+def test_processes_that_lost_each_other_do_not_end_in_silence(monkeypatch, capfd):
+    """Each leaves the telling to the others: a broken network, or a time-out of gloo."""
+    silent = [sys.executable, "-S", "-c", f"raise SystemExit({LOST})"]
+    monkeypatch.setattr("vpgea_fast.stop.bound_command", lambda _: silent)
+    assert run_processes([], 2, lambda: "do this") == LOST
+    assert capfd.readouterr().err == "vpgea: the processes lost each other; do this\n"
 
 
 def children_of(process):

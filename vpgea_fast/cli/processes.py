@@ -116,6 +116,8 @@ def _wait(
         said.seek(0)
         sys.stderr.write(said.read().decode(errors="replace"))
     first = next((code for code in failed if code != LOST), LOST)
+    if first == LOST:  # each has blamed another, and none has spoken
+        print(f"vpgea: the processes lost each other; {advice()}", file=sys.stderr)
     # Popen gives -n for a child that signal n ended; shells call that 128 + n.
     return first if first > 0 else 128 - first
 
