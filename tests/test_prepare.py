@@ -429,8 +429,10 @@ def test_the_difficulty_filter(tiny_order, tiny_world, said, tmp_path, capsys):
     assert result["tokens"] == pytest.approx(sum(rate["tokens"] for rate in rates) / 16, abs=1e-3)
 
     file = out / "pass_rates.jsonl"  # as an older version wrote it
-    file.write_text(file.read_text().replace('"engine.name"', '"rollout.engine"', 1))
+    old = file.read_text().replace('"engine.name"', '"rollout.engine"', 1)
+    file.write_text(old.replace('"eval.joint_limit": false, ', "", 1))
     assert "rollout.engine" in rows(file)[0]
+    assert "eval.joint_limit" not in rows(file)[0]
     narrow = said(*tiny_order(out, "--keep", "0.6:0.8", *more))  # nothing is drawn again
     assert "student prompt" not in narrow
     assert {row["pass_rate"] for row in rows(out / "train-0.6-0.8.jsonl")} == {0.75}

@@ -40,6 +40,8 @@ SETTINGS = {
     "verify": ("name", "target", "timeout_s"),
 }
 """What a pass rate depends on."""
+SINCE: dict[str, Any] = {"eval.joint_limit": False}
+"""Keys that are younger than some files: what these were drawn with."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def histogram(
 def _settings(cfg: Config) -> dict[str, Any]:
     known = as_dict(cfg)
     flat = {f"{s}.{key}": known[s].get(key) for s, keys in SETTINGS.items() for key in keys}
+    if cfg.eval.joint_limit:  # not read then
+        flat["rollout.max_answer_tokens"] = None
     return {**flat, "weights": model_digest(cfg.model.path)}
 
 
@@ -149,7 +153,7 @@ def _known(
     header = _parsed(lines[0], file, 1) if lines else None
     if header is not None:
         # Written by an older version, the settings still mean the same.
-        header = {RENAMED.get(key, key): value for key, value in header.items()}
+        header = SINCE | {RENAMED.get(key, key): value for key, value in header.items()}
         # The size of a block may differ: what was drawn is still valid, in the old size.
         differ = [k for k in expected if k != "block" and header.get(k) != expected[k]]
         if differ and not new:
