@@ -311,7 +311,7 @@ DAMAGE = [
     *(
         (
             [{**LINE, "logps": [-0.5, value, -1.0]}],
-            f"got logps with {value!r}, which is no log-prob",
+            f"got logps with {value!r}, no log-prob",
         )
         for value in ("a", True, 5.0, math.nan, math.inf, -math.inf)
     ),
