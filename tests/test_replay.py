@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,7 +307,14 @@ DAMAGE = [
     ([{**LINE, "step": 0}], "got step 0"),
     ([{**LINE, "index": "0"}], "got index '0'"),
     ([{**LINE, "question_id": 3}], "got question_id 3"),
-    ([{**LINE, "logps": ["a"]}], "got logps"),
+    ([{**LINE, "logps": "a"}], "got logps 'a'"),
+    *(
+        (
+            [{**LINE, "logps": [-0.5, value, -1.0]}],
+            f"got logps with {value!r}, no log-prob",
+        )
+        for value in ("a", True, 5.0, math.nan, math.inf, -math.inf)
+    ),
     ([{**LINE, "share": 1.5}], "got share 1.5"),
     ([{**LINE, "share": True}], "got share True"),
     ([{**ANSWERED, "attempt_ids": [[7], 8]}], "got attempt_ids '[[7], 8]'"),
@@ -415,6 +423,16 @@ def test_what_a_line_lacks_is_refused_where_it_is_needed(replay):
     del lacking["answer_logps"]
     with pytest.raises(RecordError, match="got no answer_ids"):
         replay([lacking]).generate([asked()], SAMPLING)
+    # As a run without full answers writes it: judged, such a path would be wrong.
+    unjudged = {**lacking, "answer_ids": [], "answer_logps": [], "correct": None}
+    with pytest.raises(RecordError, match="got no answer_ids"):
+        replay([unjudged]).generate([asked()], SAMPLING)
+    bare = replace(SAMPLING, full_answer=False)
+    assert replay([unjudged]).generate([asked()], bare)[0].z_ids.tolist() == [7, 8, 3]
+    for known in ({"correct": False}, {"finish": "error"}):
+        assert (
+            not replay([{**unjudged, **known}]).generate([asked()], SAMPLING)[0].answer_ids.numel()
+        )
     with pytest.raises(RecordError, match="got 1 numbers as answer_logps, expected 2"):
         replay([LINE], needs_logps=True).generate([asked()], SAMPLING)
 

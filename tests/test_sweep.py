@@ -264,6 +264,10 @@ def test_a_key_of_a_key_of_the_objective_is_given_with_a_dot():
         (["--eval.data", "held.csv"], "is no JSONL file that a sweep can split"),
         (["--optim.lr", "1e-3"], "got --optim.lr; a sweep sets it: give --rates"),
         (["--objective.beta", "1"], "write it with its method, e.g. vpgea:beta=0"),
+        (
+            ["--train.record", "paths"],
+            "train.record 'paths' trains nothing, so no run has an evaluation",
+        ),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

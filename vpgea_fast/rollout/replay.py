@@ -131,7 +131,11 @@ class Replay:
         self, record: Mapping[str, Any], place: Place, *, full_answer: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and log-probs of thought and answer as one, NaN where the line has none."""
-        if full_answer and "answer_ids" not in record:
+        # A run that judges nothing writes `correct` null, and cuts its paths at the thought's end:
+        # their answers would count as wrong.
+        unanswered = not record.get("answer_ids") and record.get("correct", False) is None
+        unanswered = unanswered and record.get("finish") != "error"  # given up, in any run
+        if full_answer and ("answer_ids" not in record or unanswered):
             raise RecordError(
                 f"{place}: got no answer_ids, expected those of the answer behind the thought; set "
                 "rollout.full_answer false, or record them"

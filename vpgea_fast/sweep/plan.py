@@ -243,10 +243,16 @@ def cell(
 
 def _load(order: Order, method: Method, words: Sequence[str]) -> Config:
     try:
-        return load(order.config, words)
+        cfg = load(order.config, words)
     except ConfigError as error:
         # The file is right: the method's keys are not, or do not go with it.
         raise SweepError(f"--methods {method.label!r}: {one_line(error, limit=None)}") from error
+    if cfg.train.record:
+        raise SweepError(
+            f"--methods {method.label!r}: train.record {cfg.train.record!r} trains nothing, so no "
+            "run has an evaluation to compare; leave it out"
+        )
+    return cfg
 
 
 def steps_of(order: Order, method: Method, base: Config) -> int:
