@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import random
+import signal
 from pathlib import Path
 
 # Before transformers and tokenizers are imported: both read these at import.
@@ -24,6 +25,11 @@ torch.set_num_threads(1)
 # A first example may import a model library for seconds, so no deadline.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+# A shell that starts the tests in the background has SIGINT ignored, and they send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ("test_kernels_interpret.py", "test_kernels_aot.py")
