@@ -272,7 +272,7 @@ def zscore_kernel(s_ptr, a_ptr, rows, G: tl.constexpr, G_PAD: tl.constexpr, DDOF
 
 
 @runs_kernels
-@pytest.mark.parametrize("size", range(2, 33, 3))
+@pytest.mark.parametrize("size", [2, 5, 8, 16, 32])
 def test_thousands_of_constant_groups_are_exactly_silent(size):
     s_BG = constant_groups(size, 200).double().to(DEVICE)
     assert (s_BG.amax(1) > s_BG.amin(1)).float().mean() > 0.4

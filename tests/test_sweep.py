@@ -346,12 +346,18 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     assert "is of a run with other words" in capsys.readouterr().err
 
 
+def test_a_budget_of_tokens_wants_a_schedule_without_an_end(order, capsys):
+    asked = order()
+    assert main(command(asked, "--budget", "tokens:900")) == 2
+    assert "optim.schedule 'cosine' falls over train.steps" in capsys.readouterr().err
+    assert not asked.out.exists()
+
+
+# Of one run test_callbacks.py sees it.
+@pytest.mark.slow
 def test_runs_of_a_budget_of_tokens_end_in_the_step_that_reaches_it(order, capsys):
     asked = order()
     words = command(asked, "--budget", "tokens:900")
-    assert main(words) == 2
-    assert "optim.schedule 'cosine' falls over train.steps" in capsys.readouterr().err
-    assert not asked.out.exists()
     assert main([*words, "--optim.schedule", "constant"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
     assert "budget of each run: 900 sampled tokens (--budget)" in told

@@ -226,16 +226,13 @@ KEEPING = {
 """Length rewards with a state."""
 
 
-@pytest.mark.parametrize(
-    ("state", "kills", "steps"),
-    [
-        ("laser_de", 1, 10),
-        *(pytest.param(state, 3, 30, marks=pytest.mark.slow) for state in (None, *KEEPING)),
-    ],
-)
-def test_killed_at_random_moments(words, tmp_path, state, kills, steps):
+# Quick ones: test_durability.py kills at every operation, test_between_updates.py within a step.
+@pytest.mark.slow
+@pytest.mark.parametrize("state", [None, *KEEPING])
+def test_killed_at_random_moments(words, tmp_path, state):
     """kill -9 anywhere: the next process goes on by itself and loses at most save_every steps. What
     an objective keeps from step to step is that of a run that nobody killed."""
+    kills, steps = 3, 30
     more = ["--eval.every", "4", "--eval.greedy", "false", "--eval.limit", "4"]
     if state:
         more += ["--objective.name", "grpo", *AS_TRAINED]
