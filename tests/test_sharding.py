@@ -272,7 +272,7 @@ def many_steps(path, budget, sharded, count):
     return history
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [10, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_steps_on_two_processes_are_those_of_one(model_dirs, steps):
     (one,) = run_ranks(many_steps, model_dirs["untied"], 10_000, False, steps, size=1)
     for budget, count in ((10_000, 10), (60, steps)):  # one micro-batch, and several
