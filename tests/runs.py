@@ -10,6 +10,19 @@ from typing import Any
 TIMED = ("time_", "tokens_per_s", "train_tokens_per_s", "mfu", "peak_memory")
 """Keys of metrics.jsonl that a clock or the allocator fills begin so."""
 
+ONE_UPDATE = {
+    "model.dtype": "float64",
+    "run.seed": 1,
+    "train.steps": 1,
+    "train.micro_batch_tokens": 300,
+    "rollout.max_answer_tokens": 6,
+    "metrics.diag_every": 0,
+    "metrics.compare": "null",
+    "checkpoint.export": "false",
+    "optim.lr": 1e-3,
+}
+"""Settings of a run whose update is held to a formula, in several micro-batches."""
+
 
 def words_of(settings: Mapping[str, Any], world: Any, run: Path) -> list[str]:
     """A run in the directory `run`, without an evaluation unless `settings` asks for one: its two

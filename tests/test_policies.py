@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from runs import recorded
+from runs import ONE_UPDATE, recorded
 from test_formulas import TINY, B, C, P, Witness, compared, facts_of, two_models, whole, wide_norm
 from test_vr import LIKELY, MIXED, SHORT, YES, J, Variational, batch_of, hinted
 
@@ -51,6 +51,7 @@ def words(tiny_words):
 
     def make(name, **settings):
         fixed = {
+            **ONE_UPDATE,
             "objective": "vr",
             "objective.share_params": "false",
             "objective.group_size": P,
@@ -58,16 +59,7 @@ def words(tiny_words):
             "objective.norm": "const",
             "objective.norm_constant": C,
             "scoring.answer_samples": J,
-            "model.dtype": "float64",
-            "run.seed": 1,
             "train.questions_per_step": B,
-            "train.steps": 1,
-            "train.micro_batch_tokens": 300,
-            "rollout.max_answer_tokens": 6,
-            "metrics.diag_every": 0,
-            "metrics.compare": "null",
-            "checkpoint.export": "false",
-            "optim.lr": 1e-3,
             "optim.warmup_steps": 0,
         }
         return tiny_words({**fixed, **settings})(name)
@@ -326,7 +318,7 @@ def turn(words):
             [path for group in groups for path in group]
             for groups in collector.sample(questions, 9)
         )
-        assert turns.engine.holds == "policy"
+        assert turns.holds == "policy"
         # What each policy draws alone, of the same requests.
         for who in WHO:
             with turns.lent() as hand_over:

@@ -400,7 +400,7 @@ def test_two_policies_take_turns_and_one_that_does_not_come_is_found(words, monk
             found = rollout.batch.logps[score]
             gaps = [found[path.key] - path.logps for path in posterior.flat]
             assert torch.cat(gaps).abs().mean() <= 1e-4
-            assert trainer.stages.engine.holds == "policy"
+            assert trainer.stages.turns.holds == "policy"
 
         def keep(_, named):
             for _ in named:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from batches import losing, prompted, sampled, scored, whole
 from ranks import run_ranks
+from runs import ONE_UPDATE
 from test_formulas import EPOCHS, PARTS, TINY, B, C, P, gaps, logps_of
 
 from vpgea_fast import config
@@ -217,20 +218,12 @@ QUICK = {"theta, gml", "theta, bound", "phi, reverse", "phi, iwae", "vr, accurac
 
 def words_of(name, keys, settings, tiny_words):
     fixed = {
+        **ONE_UPDATE,
         "objective": name,
         "objective.group_size": P,
         "objective.norm_constant": C,
         "scoring.answer_samples": J,
-        "model.dtype": "float64",
-        "run.seed": 1,
         "train.questions_per_step": B,
-        "train.steps": 1,
-        "train.micro_batch_tokens": 300,
-        "rollout.max_answer_tokens": 6,
-        "metrics.diag_every": 0,
-        "metrics.compare": "null",
-        "checkpoint.export": "false",
-        "optim.lr": 1e-3,
     }
     own = {f"objective.{key}": value for key, value in keys.items()}
     return tiny_words({**fixed, "objective.norm": "const", **own, **settings})("run")

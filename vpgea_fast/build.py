@@ -274,8 +274,7 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
         f"questions x {draws.paths} {paths} = "
         f"{cfg.train.steps * cfg.train.questions_per_step * draws.paths} {samples}"
     )
-    if cfg.train.record or draws.given or draws.recorded:
-        yield whole_pass(cfg, len(intake.questions))
+    yield from whole_pass(cfg, len(intake.questions))
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""

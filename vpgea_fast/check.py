@@ -91,12 +91,14 @@ def loose_limits(cfg: Config) -> Iterator[str]:
             )
 
 
-def whole_pass(cfg: Config, questions: int) -> str:
+def whole_pass(cfg: Config, questions: int) -> Iterator[str]:
     """Say how many steps go once through all questions, of a run that reads or records each."""
-    each = cfg.train.questions_per_step
+    draws, each = cfg.objective.draws(), cfg.train.questions_per_step
+    if not (cfg.train.record or draws.given or draws.recorded):
+        return
     # A run that trains has no smaller batch at the end.
     steps = -(-questions // each) if cfg.train.record else questions // each
-    return f"one pass over {questions} questions takes {steps} steps; train.steps {cfg.train.steps}"
+    yield f"one pass over {questions} questions takes {steps} steps; train.steps {cfg.train.steps}"
 
 
 def unread_keys(cfg: Config) -> Iterator[str]:

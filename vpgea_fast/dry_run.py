@@ -104,9 +104,8 @@ def dry_run(
         for line in () if records is None else records.notes:
             say(line)
     _say_benchmarks(benchmarks, say)
-    draws = cfg.objective.draws()
-    if cfg.train.record or draws.given or draws.recorded:
-        say(whole_pass(cfg, len(questions)))
+    for line in whole_pass(cfg, len(questions)):
+        say(line)
     # After the data: lengths are checked by the prompts that there are, not by their limits.
     check_models(cfg, text.config, text.tokenizer)
     check_config(cfg, text.config, on.processes, questions=questions, benchmarks=benchmarks, on=on)

@@ -228,8 +228,6 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     """Compute the seconds of every phase of a mean step, on `sizes.world` devices side by side."""
     thought = _mean_thought(cfg, rates.tokens)
     rollouts = rollouts_of(cfg, prompt=sizes.prompt, tokens=rates.tokens, answer=rates.answer)
-    # Responses of the data and recorded paths are read.
-    drawn = not cfg.objective.draws().given and cfg.engine.name != "replay"
     evaluation = 0.0
     if sizes.evaluated:
         # As Evaluator draws: every sample of a question has one prompt, answers behind thoughts.
@@ -256,7 +254,7 @@ def durations(cfg: Config, rates: Rates, sizes: Sizes) -> Durations:
     saving = 0.0 if cfg.checkpoint.background else sizes.states / (rates.write * 1e9)
     return Durations(
         step={
-            "rollouts": _drawing(cfg, rates, sizes, rollouts) if drawn else 0.0,
+            "rollouts": _drawing(cfg, rates, sizes, rollouts) if cfg.draws_paths else 0.0,
             **_passes(cfg, rates, sizes, thought=thought),
             "evaluation": evaluation * between / steps,
             "weights": weights + (rates.wake if cfg.colocated else 0.0),
@@ -293,9 +291,8 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     scoring = 0.0
     if scores_answers(objective) and cfg.scoring.u_source == "likelihood":
         scoring = (posterior + prior) * flops.forward_row(row, ANSWER_ROWS) / forward
-    if (
-        cfg.answers_behind and not draws.recorded
-    ):  # J short answers behind every thought, which they share
+    # J short answers behind every thought, which they share.
+    if cfg.answers_behind and not draws.recorded:
         answers = Draw(
             paths=(posterior + prior) * cfg.scoring.answer_samples,
             shared=cfg.scoring.answer_samples,

@@ -16,7 +16,6 @@ from vpgea_fast.cli.words import (
     path,
     show,
     status_of,
-    termination,
     whole,
 )
 
@@ -42,9 +41,7 @@ def run_rounds(args: argparse.Namespace, overrides: list[str]) -> int:
     one_process("vr-rounds")
     cfg = config.load(args.config, overrides, notice)
     try:
-        # Until the rounds listen themselves: imports and checks take seconds.
-        with termination():
-            return _run(args, cfg)
+        return _run(args, cfg)
     except KeyboardInterrupt as error:
         return _left(args, status_of(error))
 

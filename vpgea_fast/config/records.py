@@ -187,6 +187,11 @@ class Config:
         return self.objective.draws().posterior_who == "posterior"
 
     @property
+    def draws_paths(self) -> bool:
+        """Whether a step samples its paths; responses of the data and recorded paths are read."""
+        return not self.objective.draws().given and self.engine.name != "replay"
+
+    @property
     def answers_behind(self) -> bool:
         """Whether answers are sampled behind finished thoughts, to score these."""
         scored = scores_answers(self.objective) and self.scoring.u_source == "accuracy"

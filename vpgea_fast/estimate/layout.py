@@ -167,6 +167,5 @@ def rows_of(shape: tuple[int, ...], shards: int) -> int:
 
 def draws_itself(cfg: Config) -> bool:
     """Whether the trained module, or its copy, samples anything: paths, answers, evaluations."""
-    asked = cfg.objective.draws()
-    paths = not asked.given and cfg.engine.name != "replay"
-    return paths or bool(cfg.eval.data) or (cfg.answers_behind and not asked.recorded)
+    answers = cfg.answers_behind and not cfg.objective.draws().recorded
+    return cfg.draws_paths or bool(cfg.eval.data) or answers

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from vpgea_fast.names import Slot, Who
+from vpgea_fast.names import Slot
 from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, Path, SampleRequest, Stream
 
@@ -143,14 +143,6 @@ class RolloutEngine(Protocol):
     """Samples paths, and takes over new weights between steps."""
 
     @property
-    def holds(self) -> Who:
-        """Whose weights came last: set by who hands them over, see turns.py."""
-        ...
-
-    @holds.setter
-    def holds(self, who: Who) -> None: ...
-
-    @property
     def wave(self) -> int | None:
         """Requests that are decoded as one batch, on which the last bits of their logits depend:
         what `in_waves` puts together draws the same tokens again. None: batches as they come."""
@@ -222,7 +214,6 @@ class EngineBase:
     """
 
     wave: int | None = None
-    holds: Who = "policy"
     full_softmax = True
     """False: where top_p < 1 the log-probs of `_draw` are those of the cut distribution."""
 

@@ -15,7 +15,6 @@ from safetensors.torch import load, save
 
 from vpgea_fast.config import ConfigError
 from vpgea_fast.distributed import Stopped, World
-from vpgea_fast.names import Who
 from vpgea_fast.rollout.engine import Ended, Looks, RolloutEngine, Sampling, Usage
 from vpgea_fast.types import Attempt, Finish, Path, SampleRequest
 
@@ -90,15 +89,6 @@ class ParallelEngine:
 
     def _stream(self, requests: Sequence[SampleRequest], sampling: Sampling) -> Looks:
         yield [Ended(*pair) for pair in enumerate(self.generate(requests, sampling))]
-
-    @property
-    def holds(self) -> Who:
-        """See RolloutEngine."""
-        return self.engine.holds
-
-    @holds.setter
-    def holds(self, who: Who) -> None:
-        self.engine.holds = who
 
     @property
     def wave(self) -> int | None:

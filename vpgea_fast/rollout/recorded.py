@@ -263,6 +263,7 @@ def _wrong(record: Mapping[str, Any]) -> str | None:
         return f"finish {record['finish']!r}"
     for name, least in (("step", 1), ("index", 0)):
         value = record.get(name)
+        # Not isinstance: true is an int to Python, and would be step 1.
         if value is not None and (type(value) is not int or value < least):
             return f"{name} {value!r}"
     for name in ("ids", "answer_ids"):

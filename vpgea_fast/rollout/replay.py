@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from vpgea_fast.names import Who
 from vpgea_fast.rollout.engine import (
     Ended,
     Looks,
@@ -71,15 +70,6 @@ class Replay:
             [Ended(place, self._path(request, sampling))]
             for place, request in enumerate(requests)
         )
-
-    @property
-    def holds(self) -> Who:
-        """See RolloutEngine."""
-        return self.live.holds
-
-    @holds.setter
-    def holds(self, who: Who) -> None:
-        self.live.holds = who
 
     @property
     def wave(self) -> int | None:

@@ -31,6 +31,7 @@ class Turns:
     whole    the engine is an `HFEngine` of the trained module itself
     probe    checks that the engine samples with the weights of a trained policy
     every    steps between two probes of a policy after its first; 0: no more
+    holds    whose weights the engine was given last
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Turns:
     ) -> None:
         self.engine, self.policy, self.whole = engine, policy, whole
         self.probe, self.every = probe, every
+        self.holds: Who = "policy"
         self.probed: set[Who] = set()
         self.used = Usage()
 
@@ -60,7 +62,7 @@ class Turns:
             self.engine.sample_with(model.causal_lm)
         else:
             self.engine.load_weights(full_weights(model))
-        self.engine.holds = who
+        self.holds = who
         if not check:
             return {}
         # A probe starts the counts anew, also in the middle of a step.
@@ -88,9 +90,9 @@ class Turns:
 
     def require(self, who: Who = "policy") -> None:
         """RolloutError where the engine does not hold the weights of `who`."""
-        if self.engine.holds != who:
+        if self.holds != who:
             raise RolloutError(
-                f"the engine holds the weights of the {self.engine.holds}, expected those of the "
+                f"the engine holds the weights of the {self.holds}, expected those of the "
                 f"{who}; the last checkpoint is good: go on with --resume"
             )
 

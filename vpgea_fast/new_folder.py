@@ -9,24 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class SmolError(ValueError):
-    """A model or problems that cannot be made; the message says what was got and what to do."""
-
-
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Make a directory beside `out` and give it that name when the block ends without an error."""
+def appearing(out: Path, *, what: str = "", error: type[ValueError] = ValueError) -> Iterator[Path]:
+    """Make a directory beside `out` and give it that name when the block ends without an error.
+
+    `error` for one that cannot be written; `what` it is, for the message.
+    """
     # Beside, and renamed when complete: a kill never leaves half of it under its name.
     aside = out.parent / f".{out.name}.{os.getpid()}"
     try:
         aside.mkdir(parents=True)
         yield aside
         aside.rename(out)  # also onto an empty directory; POSIX refuses one that has filled
-    except OSError as error:
-        raise SmolError(
-            f"cannot write {out}: {error.strerror or error}; give a directory that can be "
+    except OSError as fault:
+        raise error(
+            f"cannot write {what}{out}: {fault.strerror or fault}; give a directory that can be "
             "written, on a disk with room"
-        ) from error
+        ) from fault
     finally:
         # Nothing is there after the rename: this is for a try that failed.
         shutil.rmtree(aside, ignore_errors=True)
