@@ -124,7 +124,10 @@ SHAPES = {
 def save_hollow(path: Path, tokenizer: Any, name: str) -> Path:
     """A directory with one of SHAPES around a smaller tokenizer, and a hole for the weights."""
     hidden, heads, kv_heads, mlp, vocabulary, _ = SHAPES[name]
-    Qwen2Config(
+    return _save_hollow(
+        path,
+        tokenizer,
+        Qwen2Config,
         architectures=["Qwen2ForCausalLM"],
         hidden_size=hidden,
         num_hidden_layers=28,
@@ -134,16 +137,15 @@ def save_hollow(path: Path, tokenizer: Any, name: str) -> Path:
         vocab_size=vocabulary,
         tie_word_embeddings=False,
         max_position_embeddings=131072,
-        **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")},
-    ).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    _hollow_weights(path)
-    return path
+    )
 
 
 def save_hollow_qwen3(path: Path, tokenizer: Any) -> Path:
     """The same with the shape of Qwen3-4B: 4,022,468,096 parameters, its head tied."""
-    Qwen3Config(
+    return _save_hollow(
+        path,
+        tokenizer,
+        Qwen3Config,
         architectures=["Qwen3ForCausalLM"],
         hidden_size=2560,
         num_hidden_layers=36,
@@ -154,8 +156,12 @@ def save_hollow_qwen3(path: Path, tokenizer: Any) -> Path:
         vocab_size=151936,
         tie_word_embeddings=True,
         max_position_embeddings=32768,
-        **{f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")},
-    ).save_pretrained(path)
+    )
+
+
+def _save_hollow(path: Path, tokenizer: Any, kind: Any, **shape: Any) -> Path:
+    ends = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos")}
+    kind(**shape, **ends).save_pretrained(path)
     tokenizer.save_pretrained(path)
     _hollow_weights(path)
     return path
