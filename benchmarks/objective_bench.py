@@ -12,6 +12,7 @@ not the paper's result.
 
 makes the rows of a file again from its runs by these rules. Runs of before the split have one
 benchmark: their rate is picked on the questions that are reported, and the file says so.
+`--table FILE` prints the rows as they stand, as the table of the pages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any, NoReturn
 
 from vpgea_fast.cli import main as vpgea
 from vpgea_fast.metrics import environment
-from vpgea_fast.sweep import evaluate, origin
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -37,6 +37,12 @@ METHODS = {
     "eta_clip=[0.25, 4.0],std_gate=0.05,eps=1e-3",
     # As many paths, from the teacher's view alone; sums as well, so that no length is favoured.
     "hint-RFT": "hint_rft:group_size=12,trains=thought,norm=seq_sum",
+}
+LABELS = {
+    "demo (robust, beta 1)": "VPG-EA, preset `robust`, beta 1",
+    "paper preset": "VPG-EA, the literal preset `paper`",
+    "GRPO + length factor": "GRPO with the same length factor",
+    "hint-RFT": "Hint-RFT, the teacher's verified paths",
 }
 RATES = {"hint-RFT": ("6.25e-5", "1.25e-4", "2.5e-4", "5e-4")}
 """Grids to begin with. hint-RFT forgets how to answer at the rates of the others."""
@@ -49,28 +55,59 @@ NOTE = "constructed task: it shows the mechanism, not the paper's result"
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = _arguments(words)
+    if args.table:
+        print("\n".join(table(known(args.table, "--table")["rows"])))
+        return
     command = shlex.join(["python", "benchmarks/objective_bench.py", *words])
     file = args.reevaluate or args.out
     result: dict[str, Any]
     if args.reevaluate:
         facts = {"command": command, "commit": environment()["commit"]}
-        result = known(file) | {"reevaluated": facts}
+        result = known(file, "--reevaluate") | {"reevaluated": facts}
     else:
         result = measure(args) | {"command": command}
-    result |= evaluate(result["runs"], short=SHORT)
+    result |= evaluated(result["runs"])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in result["rows"]:
         print(json.dumps(row))
 
 
-def known(file: Path) -> dict[str, Any]:
+def table(rows: Sequence[Any]) -> list[str]:
+    """The rows as Markdown: means over seeds before and after, in % and in tokens."""
+    (runs,) = {row["runs"] for row in rows}
+    heads = ["run", "sampled accuracy", "sampled tokens", "sampled eps3", "greedy accuracy"]
+    cells = [[*heads, f"short runs, of {runs}"]]
+    for row in rows:
+        greedy = _arrow(row, "greedy", "acc", 1, scale=100).replace("100.0", "100")
+        accuracy = _arrow(row, "sampled", "acc", 1, scale=100)
+        counts = [_arrow(row, "sampled", "tokens", 1), _arrow(row, "sampled", "eps3", 0)]
+        label, short = str(LABELS.get(row["method"], row["method"])), str(row["short_runs"])
+        cells.append([label, f"{accuracy} %", *counts, f"{greedy} %", short])
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return [head, "|---" * len(cells[0]) + "|", *lines]
+
+
+def _arrow(row: Any, mode: str, key: str, digits: int, scale: int = 1) -> str:
+    return " → ".join(f"{scale * row[when][mode][key]:.{digits}f}" for when in ("before", "after"))
+
+
+def evaluated(runs: Sequence[Any]) -> dict[str, Any]:
+    from vpgea_fast.sweep import evaluate  # imports transformers, 3 s that --table need not wait
+
+    return evaluate(runs, short=SHORT)
+
+
+def known(file: Path, option: str) -> dict[str, Any]:
     """An earlier result; one line and status 2 for a file that is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        evaluate(found["runs"], short=SHORT)
+        if option == "--table":
+            table(found["rows"])
+        else:
+            evaluated(found["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        stop(f"--reevaluate {file}: {error!r}; expected a file that --out wrote, with its runs")
+        stop(f"{option} {file}: {error!r}; expected a file that --out wrote, with its runs")
     return found
 
 
@@ -81,6 +118,8 @@ def stop(why: str) -> NoReturn:
 
 def measure(args: Any) -> dict[str, Any]:
     """Run a sweep per grid, in one folder; return all runs and the base that they began from."""
+    from vpgea_fast.sweep import origin
+
     grids: dict[tuple[str, ...], list[str]] = {}
     for name in args.methods:
         rates = tuple(args.rates or RATES.get(name, COMMON_RATES))
@@ -119,10 +158,12 @@ def _arguments(argv: Sequence[str]) -> Any:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="where the measured runs and rows are written")
     target.add_argument("--reevaluate", type=Path, metavar="FILE", help="rows anew from its runs")
+    target.add_argument("--table", type=Path, metavar="FILE", help="print its rows as Markdown")
     args = parser.parse_args(argv)
-    idle = [word for word in argv if word.startswith("--") and "--reevaluate" not in word]
-    if args.reevaluate and idle:
-        stop(f"got {idle[0]} with --reevaluate, which measures nothing; leave it out")
+    reads = "--table" if args.table else "--reevaluate"
+    idle = [word for word in argv if word.startswith("--") and reads not in word]
+    if not args.out and idle:
+        stop(f"got {idle[0]} with {reads}, which measures nothing; leave it out")
     return args
 
 

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,9 @@ def main(words: list[str] | None = None) -> None:
     console.table(headers, cells, notes=[f"GiB a GPU of {args.device_gib} GiB; see --help"])
     if args.out is not None:
         settings = {k: v for k, v in vars(args).items() if k != "out"}
-        done = {"settings": settings, "environment": environment(), "rows": rows}
+        command = shlex.join(["python", "benchmarks/scale_table.py", *(words or sys.argv[1:])])
+        done = {"command": command, "environment": environment(), "settings": settings}
+        done["rows"] = rows
         args.out.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,6 @@ their sentences are short; and the examples in docstrings do what they show."""
 
 import doctest
 import importlib
-import json
 import re
 import shlex
 import shutil
@@ -136,8 +135,9 @@ def test_the_commands_of_a_page_run(page, workspace, capsys):
             assert status == 0, f"{command.text}\n{capsys.readouterr().err}"
 
 
-def test_the_output_in_the_readme_is_what_make_train_prints(workspace, monkeypatch, capsys):
-    """Line by line but for the numbers; its seconds are those of the committed runs."""
+@pytest.mark.usefixtures("workspace")
+def test_the_output_in_the_readme_is_what_make_train_prints(monkeypatch, capsys):
+    """Line by line but for the numbers, which benchmarks/page_numbers.yaml holds."""
     done = subprocess.run(["make", "-C", ROOT, "-n", "train"], capture_output=True, text=True)
     for command in ("vpgea make-tiny data/tiny", "vpgea train configs/tiny.yaml"):
         assert command in done.stdout
@@ -148,13 +148,6 @@ def test_the_output_in_the_readme_is_what_make_train_prints(workspace, monkeypat
     (shown,) = [code for name, code in blocks("text") if name == "README.md" and "/60" in code]
     assert [line for line in shown.splitlines() if form(line) not in printed] == []
     assert len(shown.splitlines()) == 4
-
-    runs = json.loads((workspace / "benchmarks/results/tiny_demo.json").read_text("utf-8"))["runs"]
-    # At the rate of the configuration.
-    mine = [run for run in runs if (run["method"], run["lr"]) == ("demo (robust, beta 1)", 5e-4)]
-    seconds = [run["wall_s"] for run in mine]
-    assert f"Three such runs took {min(seconds):.0f} to {max(seconds):.0f} s" in PAGES["README.md"]
-    assert len(seconds) == 3
 
 
 def form(line):
