@@ -234,27 +234,13 @@ THINGS = (
     "oranges beads toys"
 ).split()
 
-OPENINGS = (
-    "Okay, let me think about this problem step by step.",
-    "Let me read the question again and think about it carefully.",
-    "Hmm, let me see. I need to find the right way to do this.",
-    "Alright, so I have to work this out slowly.",
-)
+OPENINGS = ("Let me think.", "Okay, step by step.", "Hmm, let me see.")
 AIMS = (
-    ("First I need to find {what}.", "Let me begin with {what}."),
-    ("Now I have to work out {what}.", "The next thing that I need is {what}."),
+    ("First I need {what}.", "I begin with {what}."),
+    ("Now I need {what}.", "Next I look for {what}."),
 )
 """Of the first step, and of a later one."""
-CHECKS = (
-    "Wait, let me check that again. {sum}. Yes, that is right.",
-    "Hmm, is that correct? {sum}. Okay, it is correct.",
-    "Let me make sure. I calculate {sum}. Good.",
-)
-CLOSINGS = (
-    (
-        "So the answer should be {answer}. Let me go over everything once more: {sums}. It all "
-        "fits, so I am sure."
-    ),
-    "Let me verify the whole solution: {sums}. That gives {answer}, so I am done.",
-)
-"""What a verbose solution says beside its sums; all of it can be left out."""
+CHECKS = ("Wait, again: {sum}. Yes.", "Let me check: {sum}. Good.", "Is it {sum}? It is.")
+CLOSINGS = ("So the answer should be {answer}.", "That gives {answer}, and I am done.")
+"""What a verbose solution says beside its sums; all of it can be left out. It is short, since two
+cores draw and train each of its tokens."""

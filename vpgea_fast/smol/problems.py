@@ -4,7 +4,7 @@
     concise    3 * 4 = 12
                12 + 5 = 17
                #### 17
-    verbose    the same sums among openings, aims, checks and a second pass: five times as long
+    verbose    the same sums among openings, aims and checks: three times as many tokens
 
 `sft.jsonl` makes a base that is verbose in the student's view and often concise in the teacher's,
 where the answer is known. `train.jsonl` and `test.jsonl` are the student's questions. No name, and
@@ -32,7 +32,7 @@ from vpgea_fast.smol.kinds import AIMS, CHECKS, CLOSINGS, KINDS, NAMES, OPENINGS
 TEACHER = "{question}\nThe answer is {answer}. Solve it with as few words as you can."
 """The teacher's prompt of sft.jsonl; prompt.teacher of a run should say the same."""
 ROWS = {"sft": 4000, "train": 2000, "test": 200}
-GSM8K_ROWS = 1000
+GSM8K_ROWS = 400
 """At most so many of GSM8K's join sft.jsonl: most are beyond a small model."""
 CONCISE = {"student": 0.1, "teacher": 0.5}
 """Share of concise responses in sft.jsonl, by view."""
@@ -117,8 +117,7 @@ def verbose(problem: Problem, rng: random.Random) -> str:
         if number == 0 or rng.random() < SPOKEN:
             parts.append(rng.choice(CHECKS).format(sum=total))
     if rng.random() < SPOKEN:
-        sums = ", then ".join(total for _, total in problem.steps)
-        parts.append(rng.choice(CLOSINGS).format(sums=sums, answer=problem.answer))
+        parts.append(rng.choice(CLOSINGS).format(answer=problem.answer))
     return "\n".join([*parts, f"#### {problem.answer}\n"])
 
 
