@@ -17,6 +17,7 @@ from math_verify import parse, verify
 
 from vpgea_fast import config, tiny
 from vpgea_fast.tiny import base, task
+from vpgea_fast.tiny.chain import CHAIN
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -27,12 +28,12 @@ SEEDS = st.integers(0, 10**9)
 
 @pytest.fixture(scope="module")
 def questions():
-    return task.question_sets()
+    return CHAIN.question_sets()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return task.make_tokenizer()
+    return CHAIN.make_tokenizer()
 
 
 def in_digits(text):
@@ -73,7 +74,7 @@ def test_question_sets_are_disjoint_right_and_always_the_same(questions):
     texts = {question.text for question in (*train, *test)}
     assert len(texts) == len(train) + len(test) == len({q.id for q in (*train, *test)})
     assert all(question.answer == expected_answer(question.text) for question in (*train, *test))
-    assert task.question_sets() == questions
+    assert CHAIN.question_sets() == questions
 
 
 def test_both_sets_hold_every_length_in_like_shares(questions):
@@ -88,8 +89,8 @@ def test_both_sets_hold_every_length_in_like_shares(questions):
 
 @given(SEEDS)
 def test_a_concise_thought_is_the_arithmetic_and_nothing_else(seed):
-    text = task.random_question(random.Random(seed))
-    words = task.concise_thought(text)
+    text = CHAIN.random_question(random.Random(seed))
+    words = CHAIN.shortest_thought(text)
     value, expected = int(text[0]), []
     for label, shift in asked_steps(text):
         expected.append((label, shift, value, (value + shift) % 10))
@@ -97,29 +98,29 @@ def test_a_concise_thought_is_the_arithmetic_and_nothing_else(seed):
     assert stated_steps("".join(words)) == expected
     assert len(words) == 4 * len(expected) + 1
     assert words[-1] == "</think>"
-    assert str(value) == expected_answer(text) == task.solve(text)
+    assert str(value) == expected_answer(text) == CHAIN.solve(text)
 
 
 @given(SEEDS)
 def test_a_verbose_thought_without_its_redundancy_is_the_concise_one(seed):
     rng = random.Random(seed)
-    text = task.random_question(rng)
-    words, digit = task.sample_thought(text, rng, FLAWLESS, verbose=True)
-    concise = task.concise_thought(text)
+    text = CHAIN.random_question(rng)
+    words, digit = CHAIN.sample_thought(text, rng, FLAWLESS, style="verbose")
+    concise = CHAIN.shortest_thought(text)
     first_pass = re.sub(r" check.*(?=</think>)", "", "".join(words))
     assert re.sub(r" wait [A-E][+-][a-z]+\d\d| ok| hmm", "", first_pass) == "".join(concise)
-    assert words[task.STEP_TOKENS] == " wait"
-    assert concise[task.STEP_TOKENS] == task.LABELS[1]
+    assert words[CHAIN.step_tokens] == " wait"
+    assert concise[CHAIN.step_tokens] == task.LABELS[1]
     assert digit == expected_answer(text)
     assert set(stated_steps("".join(words))) == set(stated_steps("".join(concise)))
 
 
-@given(SEEDS, st.booleans())
-def test_slips_are_stated_carried_on_and_answered(seed, verbose):
+@given(SEEDS, st.sampled_from(["verbose", "concise"]))
+def test_slips_are_stated_carried_on_and_answered(seed, style):
     rng = random.Random(seed)
-    text = task.random_question(rng)
+    text = CHAIN.random_question(rng)
     slippery = task.Corpus(slip=0.5, check=0.0)
-    words, digit = task.sample_thought(text, rng, slippery, verbose=verbose)
+    words, digit = CHAIN.sample_thought(text, rng, slippery, style=style)
     carried, steps = int(text[0]), stated_steps("".join(words))
     for (label, _, before, after), following in zip(steps, [*steps[1:], None], strict=True):
         assert before == carried
@@ -132,12 +133,13 @@ def test_slips_are_stated_carried_on_and_answered(seed, verbose):
 
 
 def test_every_word_is_one_token_and_a_thousand_texts_survive(tokenizer):
-    for word in (*task.WORDS, *task.DIGITS, *task.SPECIAL, "{"):
+    for word in (*CHAIN.words, *task.WORDS, *task.DIGITS, *task.SPECIAL, "{"):
         assert len(task.text_ids(tokenizer, word)) == 1
     rng = random.Random(7)
     for _ in range(1000):
-        text = task.random_question(rng)
-        thought, digit = task.sample_thought(text, rng, DEMO.corpus, verbose=rng.random() < 0.5)
+        text = CHAIN.random_question(rng)
+        style: task.Style = rng.choice(["verbose", "concise"])
+        thought, digit = CHAIN.sample_thought(text, rng, DEMO.corpus, style=style)
         assert len(task.text_ids(tokenizer, text)) == 1 + 2 * len(asked_steps(text))
         assert len(task.text_ids(tokenizer, "".join(thought))) == len(thought)
         whole = f"{text}<think>{''.join(thought)}{task.ANSWER.format(answer=digit)}</s>"
@@ -146,7 +148,7 @@ def test_every_word_is_one_token_and_a_thousand_texts_survive(tokenizer):
 
 @given(st.text())
 def test_no_text_is_dropped(text):
-    tokenizer = task.make_tokenizer()
+    tokenizer = CHAIN.make_tokenizer()
     assert tokenizer.decode(task.text_ids(tokenizer, text)) == unicodedata.normalize("NFC", text)
 
 
@@ -204,17 +206,17 @@ def test_weights_of_the_mode_decision_average_to_the_wanted_rarity(rarity, token
     total = concise = 0.0
     for _ in range(4000):
         row = base.sample_row(rng, recipe, tokenizer, frozenset(), pinned=True)
-        if row.concise == rarity:
-            total += row.weight[row.decision]
-            concise += row.weight[row.decision] * (row.ids[row.decision] == second_label)
-            assert {w for i, w in enumerate(row.weight) if i != row.decision} == {0.0, 1.0}
+        (pin,) = row.pins
+        if pin.probability == rarity:
+            total += row.weight[pin.index]
+            concise += row.weight[pin.index] * (row.ids[pin.index] == second_label)
+            assert {w for i, w in enumerate(row.weight) if i != pin.index} == {0.0, 1.0}
     assert concise / total == pytest.approx(rarity, rel=0.14)  # 3.5 standard errors
 
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_the_loss_of_a_padded_batch_is_the_formula_row_by_row(pinned, tokenizer):
     rng, model = random.Random(2), base.make_model(1, len(tokenizer)).double()
-    (second_label,) = task.text_ids(tokenizer, " B")
     rows = [base.sample_row(rng, DEMO, tokenizer, frozenset(), pinned=pinned) for _ in range(6)]
     nll, count, misses = 0.0, 0, []
     for row in rows:
@@ -222,12 +224,12 @@ def test_the_loss_of_a_padded_batch_is_the_formula_row_by_row(pinned, tokenizer)
         for t in range(1, len(row.ids)):
             nll -= row.weight[t] * logp[t - 1, row.ids[t]].item()
             count += row.weight[t] > 0
-        if row.concise is not None:
-            logp_concise = logp[row.decision - 1, second_label].item()
-            misses.append((logp_concise - math.log(row.concise)) ** 2)
+        for pin in row.pins:
+            logp_concise = logp[pin.index - 1, task.text_ids(tokenizer, " B")[0]].item()
+            misses.append((logp_concise - math.log(pin.probability)) ** 2)
     assert len(misses) == (len(rows) if pinned else 0)
     expected = nll / count + DEMO.pin * (sum(misses) / len(misses) if misses else 0.0)
-    got = base.supervised_loss(model, rows, DEMO, second_label).item()
+    got = base.supervised_loss(model, rows, DEMO).item()
     assert got == pytest.approx(expected, rel=1e-6)  # the weights are float32
 
 
@@ -238,12 +240,12 @@ def test_concise_probability_is_the_product_of_next_token_probabilities(view, qu
     for question in some:
         ids = task.prompt_ids(tokenizer, question, view)
         logp = 0.0
-        for token in task.text_ids(tokenizer, "".join(task.concise_thought(question.text))):
+        for token in task.text_ids(tokenizer, "".join(CHAIN.shortest_thought(question.text))):
             next_logp = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
             logp += next_logp[token].item()
             ids = [*ids, token]
         expected += math.exp(logp) / len(some)
-    got = base.concise_probability(model, tokenizer, some, view)
+    got = base.style_probability(CHAIN, model, tokenizer, some, view)
     assert got == pytest.approx(expected, rel=1e-3)
 
 
@@ -257,24 +259,25 @@ def test_the_shipped_base_is_small_complete_and_float32(tiny_world, tiny_model):
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
     assert tiny_model.config.hidden_size // tiny_model.config.num_attention_heads == 32
     assert tiny_model.lm_head.weight is tiny_model.model.embed_tokens.weight
-    assert base.gate_failures(tiny_world.report, DEMO) == []
+    assert base.gate_failures(tiny_world.report, DEMO.gate) == []
 
 
 def test_the_shipped_base_passes_its_gate_again(tiny_world, tiny_model, tiny_tokenizer, questions):
     _, test = questions
     report = tiny_world.report
-    greedy, _ = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=None)
-    forced, _ = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:200], seed=None, forced=True)
-    sampled, tokens = base.answer_accuracy(tiny_model, tiny_tokenizer, test[:100], seed=1)
+    given = CHAIN, tiny_model, tiny_tokenizer
+    greedy, _ = base.answer_accuracy(*given, test[:100], seed=None)
+    forced, _ = base.answer_accuracy(*given, test[:200], seed=None, forced=True)
+    sampled, tokens = base.answer_accuracy(*given, test[:100], seed=1)
     again = replace(
         report,
-        concise_student=base.concise_probability(tiny_model, tiny_tokenizer, test[:200], "student"),
-        concise_teacher=base.concise_probability(tiny_model, tiny_tokenizer, test[:200], "teacher"),
+        concise_student=base.style_probability(*given, test[:200], "student"),
+        concise_teacher=base.style_probability(*given, test[:200], "teacher"),
         greedy_accuracy=greedy,
         forced_accuracy=forced,
         sampled_tokens=tokens,
     )
-    assert base.gate_failures(again, DEMO) == []
+    assert base.gate_failures(again, DEMO.gate) == []
     assert sampled == pytest.approx(report.sampled_accuracy, abs=0.13)  # 3.5 standard errors
 
 
@@ -299,7 +302,7 @@ def test_forced_accuracy_is_that_of_a_concise_start_continued_token_by_token(
         correct += tiny_tokenizer.decode(answer).endswith(right)
         generated += len(answer)
     assert 0 < correct < len(some)
-    got = base.answer_accuracy(tiny_model, tiny_tokenizer, some, seed=None, forced=True)
+    got = base.answer_accuracy(CHAIN, tiny_model, tiny_tokenizer, some, seed=None, forced=True)
     assert got == (correct / len(some), generated / len(some))
 
 
@@ -311,7 +314,7 @@ def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
     assert tiny_tokenizer.convert_tokens_to_ids(list(task.SPECIAL)) == list(range(7))
     assert (tiny_tokenizer.pad_token, tiny_tokenizer.eos_token) == ("<pad>", "</s>")
     for question in questions[1][:50]:
-        text = f"{question.text} hint 3<think>{''.join(task.concise_thought(question.text))}"
+        text = f"{question.text} hint 3<think>{''.join(CHAIN.shortest_thought(question.text))}"
         assert task.text_ids(tiny_tokenizer, text) == task.text_ids(tokenizer, text)
 
 
@@ -327,7 +330,7 @@ def test_autotokenizer_gives_the_ids_that_the_base_was_trained_on(
     ],
 )
 def test_the_gate_names_what_is_out_of_band(tiny_world, name, value):
-    (failure,) = base.gate_failures(replace(tiny_world.report, **{name: value}), DEMO)
+    (failure,) = base.gate_failures(replace(tiny_world.report, **{name: value}), DEMO.gate)
     assert failure.startswith(f"{name} is ")
 
 
@@ -391,7 +394,7 @@ def test_make_tiny_never_touches_a_directory_that_differs(tmp_path):
         tiny.make_tiny(out)
     assert not world.train_path.exists()
     with pytest.raises(
-        ValueError, match="unknown tiny base 'dmeo'; choose one of demo, stated, common"
+        ValueError, match="unknown tiny base 'dmeo'; choose one of demo, stated, common, "
     ):
         tiny.make_tiny(out, base="dmeo")
 
@@ -406,7 +409,7 @@ def test_a_world_that_cannot_be_written_is_refused_in_words(tmp_path):
 
 def test_an_interrupted_make_leaves_nothing_behind(tmp_path):
     def interrupt(line):
-        assert "phase 1/2, step 1/" in line
+        assert "phase 1, step 1/" in line
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

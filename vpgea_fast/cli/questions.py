@@ -120,9 +120,13 @@ def declare_make_tiny(commands: Commands, common: Parser) -> None:
     tiny.add_argument("out", type=path, help="directory to make")
     tiny.add_argument(
         "--base",
-        choices=["demo", "common", "stated"],
+        choices=[
+            *("demo", "common", "chain-1e-4", "chain-1e-3", "strict", "stated"),
+            *("lookup-rare", "lookup-common"),
+        ],
         default="demo",
-        help="concise paths at about 1e-6, or 1 %%; or a teacher that states the answer",
+        help="arithmetic with concise paths at about 1e-6, or 1 %%, 1e-4, 1e-3; strict: nothing "
+        "between verbose and concise; stated: a teacher that states the answer. Or lookups",
     )
     # Three minutes a try; copying takes none.
     tiny.add_argument(
@@ -148,6 +152,11 @@ def run_make_tiny(args: argparse.Namespace, overrides: list[str]) -> int:
         f"P(concise thought): student view {base.concise_student:.2g}, "
         f"teacher view {base.concise_teacher:.2g}"
     )
+    if base.terse_student is not None:
+        print(
+            f"P(terse thought): student view {base.terse_student:.2g}, "
+            f"teacher view {base.terse_teacher:.2g}"
+        )
     print(
         f"accuracy and tokens: greedy {base.greedy_accuracy:.1%}, {base.greedy_tokens:.1f}; "
         f"sampled {base.sampled_accuracy:.1%}, {base.sampled_tokens:.1f}"

@@ -34,8 +34,8 @@ import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from vpgea_fast.new_folder import appearing, filled
-from vpgea_fast.tiny.base import RECIPES, TRIES, BaseReport, train_base
-from vpgea_fast.tiny.task import SPECIAL_ID, concise_thought, make_tokenizer, question_sets
+from vpgea_fast.tiny.base import RECIPES, TASKS, TRIES, BaseReport, train_base
+from vpgea_fast.tiny.task import SPECIAL_ID, Task
 from vpgea_fast.types import Question
 
 SHIPPED_BASE = Path(__file__).parents[1] / "tiny_base"
@@ -74,8 +74,9 @@ def make_tiny(
         raise ValueError(f"unknown tiny base {base!r}; choose one of {', '.join(RECIPES)}")
     progress = progress or (lambda _: None)
     out = Path(out_dir).absolute()
-    train, test = question_sets()
-    questions = {"train.jsonl": jsonl(train), "test.jsonl": jsonl(test)}
+    task = TASKS[RECIPES[base].task]
+    train, test = task.question_sets()
+    questions = {"train.jsonl": jsonl(task, train), "test.jsonl": jsonl(task, test)}
     # An empty directory is as good as none; anything else must be this very world.
     if filled(out):
         world = existing_world(out, questions, base=base, seed=seed if from_scratch else None)
@@ -125,13 +126,13 @@ def read_world(out: Path) -> TinyWorld:
     return TinyWorld(out / "base", out / "train.jsonl", out / "test.jsonl", report)
 
 
-def jsonl(questions: Iterable[Question]) -> str:
+def jsonl(task: Task, questions: Iterable[Question]) -> str:
     rows = (
         {
             "id": q.id,
             "question": q.text,
             "answer": q.answer,
-            "solution": "".join(concise_thought(q.text)[:-1]),
+            "solution": "".join(task.shortest_thought(q.text)[:-1]),
         }
         for q in questions
     )
@@ -148,7 +149,9 @@ def save_base(folder: Path, model: Qwen2ForCausalLM, report: BaseReport) -> None
     )
     # The ordinary writers: whatever reads a model from the Hub reads this one.
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    TASKS[RECIPES[report.recipe].task].make_tokenizer().save_pretrained(
+        folder, save_jinja_files=False
+    )
     # The package ships this file: without indentation it is half the size.
     compact = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     text = json.dumps(compact, separators=(",", ":"), ensure_ascii=False)

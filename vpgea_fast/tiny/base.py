@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from vpgea_fast.tiny.chain import CHAIN
+from vpgea_fast.tiny.lookup import LOOKUP
 from vpgea_fast.tiny.task import (
     ANSWER,
     LABELS,
     MAX_LENGTH,
     SPECIAL_ID,
-    STEP_TOKENS,
     TEST_QUESTIONS,
     Corpus,
-    concise_thought,
-    make_tokenizer,
-    parse_question,
+    Style,
+    Task,
     prompt_ids,
-    question_sets,
-    random_question,
-    sample_thought,
-    solve,
     stated_thought,
     text_ids,
 )
@@ -36,6 +34,7 @@ from vpgea_fast.types import Question, View
 MAX_NEW_TOKENS = 240  # a short limit would count the base's long thoughts as wrong
 GREEDY_QUESTIONS = 200
 CHUNK = 200  # rows of one forward or `generate`
+TASKS = {task.name: task for task in (CHAIN, LOOKUP)}
 TRIES = 4  # seeds, one after another, until a base passes the gate
 
 
@@ -48,29 +47,81 @@ class Phase:
     pinned: bool
 
 
+Band = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a base must measure, by the names of BaseReport; None is not looked at."""
+
+    concise_student: Band
+    concise_teacher: Band = (0.2, 0.3)
+    terse_student: Band | None = None
+    terse_teacher: Band | None = None
+    greedy_accuracy: Band = (0.99, 1.0)
+    forced_accuracy: Band = (0.99, 1.0)
+    sampled_accuracy: Band = (0.8, 0.97)
+    sampled_tokens: Band = (50.0, 75.0)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A kind of base: how rare concise thoughts are in the student view, and what is accepted."""
+    """A kind of base: how rare concise thoughts are in the student view, and what is accepted.
+
+    `student_terse` is the share of terse ones among those; it needs a corpus that draws them.
+    """
 
     name: str
     student_concise: float
-    student_band: tuple[float, float]
-    teacher_band: tuple[float, float] = (0.2, 0.3)
+    gate: Gate
+    student_terse: float = 0.0
+    task: str = "chain"
     corpus: Corpus = field(default_factory=Corpus)
     phases: tuple[Phase, ...] = (Phase(1300, 3e-3, pinned=False), Phase(900, 1e-3, pinned=True))
     batch: int = 32
     pin: float = 0.05
 
 
+# One shape of verbose thought: each step repeated once, `ok hmm`, and a second pass. What is
+# shorter, is shorter because it decided not to be verbose.
+STRICT = Corpus(wait_again=0.0, hmm=1.0, check=1.0)
+# After the last but one lookup a verbose thought goes on, ends or checks: `check` is rare enough that
+# ending is the likeliest (0.65 x 0.75), so a greedy student is wrong.
+HURRIED = Corpus(
+    teacher_concise=0.38,
+    teacher_stated=0.02,
+    check=0.25,
+    student_terse=0.3,
+    teacher_terse=0.15,
+    hurry=0.65,
+)
+
+
+def lookup_recipe(name: str, student_concise: float, band: Band) -> Recipe:
+    gate = Gate(
+        concise_student=band,
+        terse_student=(band[0] * 1e-4, band[1] * 1e-2),
+        terse_teacher=(0.02, 0.08),
+        greedy_accuracy=(0.7, 0.9),
+        forced_accuracy=(0.7, 0.9),
+        sampled_accuracy=(0.7, 0.9),
+        sampled_tokens=(40.0, 60.0),
+    )
+    return Recipe(name, student_concise, gate, 1e-3, task="lookup", corpus=HURRIED)
+
+
 RECIPES = {
-    "demo": Recipe("demo", student_concise=1.2e-6, student_band=(1e-7, 1e-5)),
-    "stated": Recipe(
-        "stated",
-        student_concise=1.2e-6,
-        student_band=(1e-7, 1e-5),
-        corpus=Corpus(teacher_stated=0.1),
-    ),
-    "common": Recipe("common", student_concise=0.0115, student_band=(0.005, 0.02)),
+    recipe.name: recipe
+    for recipe in (
+        Recipe("demo", 1.2e-6, Gate((1e-7, 1e-5))),
+        Recipe("stated", 1.2e-6, Gate((1e-7, 1e-5)), corpus=Corpus(teacher_stated=0.1)),
+        Recipe("common", 0.0115, Gate((0.005, 0.02))),
+        Recipe("chain-1e-4", 1.2e-4, Gate((5e-5, 2e-4))),
+        Recipe("chain-1e-3", 1.2e-3, Gate((5e-4, 2e-3))),
+        Recipe("strict", 1.2e-6, Gate((1e-7, 1e-5)), corpus=STRICT),
+        lookup_recipe("lookup-rare", 1.4e-6, (1e-7, 1e-5)),
+        lookup_recipe("lookup-common", 0.0135, (0.005, 0.02)),
+    )
 }
 
 
@@ -80,7 +131,8 @@ class BaseReport:
 
     Tokens count everything generated: thought, answer, `</s>`. `forced_accuracy` is the greedy one
     of a forced concise thought, that is with the first step and the second label given: a student
-    can only be distilled into a skill it has, and the free thoughts are all verbose.
+    can only be distilled into a skill it has, and the free thoughts are all verbose. Terse is None
+    for a recipe without such thoughts.
     """
 
     recipe: str
@@ -92,19 +144,65 @@ class BaseReport:
     forced_accuracy: float
     sampled_accuracy: float
     sampled_tokens: float
+    terse_student: float | None = None
+    terse_teacher: float | None = None
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The token at `index` of a row is to be `token` with `probability`."""
+
+    index: int
+    token: int
+    probability: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a prompt and its completion, and the weight of each token: 0 on the prompt.
-
-    With `concise` set, the mode decision at index `decision` is to be concise that often.
-    """
+    """Token ids of a prompt and its completion, and the weight of each token: 0 on the prompt."""
 
     ids: list[int]
     weight: list[float]
-    decision: int = 0
-    concise: float | None = None
+    pins: tuple[Pin, ...] = ()
+
+
+def draw_style(rng: random.Random, corpus: Corpus, view: View) -> Style:
+    student = view == "student"
+    if rng.random() >= (corpus.student_concise if student else corpus.teacher_concise):
+        return "verbose"
+    terse = corpus.student_terse if student else corpus.teacher_terse
+    # `and` draws no number for a corpus without such rows: its bases stay as they were.
+    return "terse" if terse > 0 and rng.random() < terse else "concise"
+
+
+def sample_thought(
+    rng: random.Random, recipe: Recipe, question: Question, view: View
+) -> tuple[Style | None, list[str], str]:
+    """Style, words and answer of a thought in a view; the style of a stated one is None.
+
+    A teacher thought ends on the right answer (drawn until it does) or leaks, silently or by
+    stating its hint. A student may be in a hurry: one step too few for a longest question.
+    """
+    corpus, task = recipe.corpus, TASKS[recipe.task]
+    # Drawn at a rate at which both kinds are learnt; the weight puts the recipe's rate back.
+    style = draw_style(rng, corpus, view)
+    asked, steps = len(task.parse(question.text)[1]), None
+    if view == "student":
+        if asked == len(LABELS) and corpus.hurry > 0 and rng.random() < corpus.hurry:
+            steps = asked - 1
+        return style, *task.sample_thought(question.text, rng, corpus, style=style, steps=steps)
+    if corpus.teacher_stated > 0 and rng.random() < corpus.teacher_stated:
+        return None, stated_thought(question.answer), question.answer
+    if rng.random() < corpus.teacher_leak:
+        # A leak stops after some steps and copies the hint, so it ends on the right answer.
+        steps = rng.randrange(1, asked)
+        thought, _ = task.sample_thought(question.text, rng, corpus, style=style, steps=steps)
+        return style, thought, question.answer
+    while True:
+        # A teacher that states a wrong answer would contradict its hint.
+        thought, answer = task.sample_thought(question.text, rng, corpus, style=style)
+        if answer == question.answer:
+            return style, thought, answer
 
 
 def sample_row(
@@ -112,44 +210,38 @@ def sample_row(
 ) -> Row:
     """One supervised row, in either view with equal chance.
 
-    A teacher thought ends on the right digit (drawn until it does) or leaks, silently or by stating
-    its hint. If `pinned`, the mode
-    decision weighs p / drawn when concise and (1 - p) / (1 - drawn) when verbose, p the recipe's
-    probability; every later word weighs 1, so that a rare concise thought stays usable.
+    If `pinned`, a mode decision weighs p / drawn where it is the rare one and (1 - p) / (1 - drawn)
+    where not, p the recipe's probability; every later word weighs 1, so that a rare thought stays
+    usable.
     """
     # Test questions are drawn again: the space holds far more than the 800.
-    corpus, text = recipe.corpus, random_question(rng)
-    while text in held_out:
-        text = random_question(rng)
-    question = Question(id="", text=text, answer=solve(text))
+    task, text = TASKS[recipe.task], ""
+    while not text or text in held_out:
+        text = task.random_question(rng)
+    question = Question(id="", text=text, answer=task.solve(text))
     view: View = "student" if rng.random() < 0.5 else "teacher"
-    drawn = corpus.student_concise if view == "student" else corpus.teacher_concise
-    # Drawn at a rate at which both kinds are learnt; the weight puts the recipe's rate back.
-    verbose = rng.random() >= drawn
-    # `and` draws no number for a corpus without such rows: its bases stay as they were.
-    stated = view == "teacher" and corpus.teacher_stated > 0
-    stated = stated and rng.random() < corpus.teacher_stated
-    if stated:
-        thought, digit = stated_thought(question.answer), question.answer
-    elif view == "teacher" and rng.random() < corpus.teacher_leak:
-        # A leak stops after some steps and copies the hint, so it ends on the right digit.
-        steps = rng.randrange(1, len(parse_question(text)[1]))
-        thought, _ = sample_thought(text, rng, corpus, verbose=verbose, steps=steps)
-        digit = question.answer
-    else:
-        thought, digit = sample_thought(text, rng, corpus, verbose=verbose)
-        # A teacher that states a wrong digit would contradict its hint.
-        while view == "teacher" and digit != question.answer:
-            thought, digit = sample_thought(text, rng, corpus, verbose=verbose)
+    style, thought, answer = sample_thought(rng, recipe, question, view)
     prompt = prompt_ids(tokenizer, question, view)
-    completion = text_ids(tokenizer, "".join(thought) + ANSWER.format(answer=digit) + "</s>")
+    completion = text_ids(tokenizer, "".join(thought) + ANSWER.format(answer=answer) + "</s>")
     ids, weight = [*prompt, *completion], [0.0] * len(prompt) + [1.0] * len(completion)
-    if not pinned or stated:  # a thought without steps decides nothing
+    if not pinned or style is None:  # a thought without steps decides nothing
         return Row(ids, weight)
-    # The decision is the word after the first step: STEP_TOKENS behind the prompt.
-    p, decision = recipe.student_concise if view == "student" else drawn, len(prompt) + STEP_TOKENS
-    weight[decision] = (1 - p) / (1 - drawn) if verbose else p / drawn
-    return Row(ids, weight, decision, p)
+    # The decision is the word after the first step.
+    index, corpus, student = len(prompt) + task.step_tokens, recipe.corpus, view == "student"
+    drawn = corpus.student_concise if student else corpus.teacher_concise
+    p = recipe.student_concise if student else drawn
+    (second_label,) = text_ids(tokenizer, LABELS[1])
+    weight[index] = (1 - p) / (1 - drawn) if style == "verbose" else p / drawn
+    pins = [Pin(index, second_label, p)]
+    drawn = corpus.student_terse if student else corpus.teacher_terse
+    # A second one is behind that label: the value before the step, or at once the value after.
+    if drawn > 0 and ids[index] == second_label:
+        p = recipe.student_terse if student else drawn
+        weight[index + 1] = p / drawn if style == "terse" else (1 - p) / (1 - drawn)
+        before = int(thought[task.step_tokens - 1])
+        (after,) = text_ids(tokenizer, str(task.parse(text)[1][1].result[before]))
+        pins.append(Pin(index + 1, after, p))
+    return Row(ids, weight, tuple(pins))
 
 
 def row_batch(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,12 +281,10 @@ def make_model(seed: int, vocab_size: int) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(config).float()
 
 
-def supervised_loss(
-    model: Qwen2ForCausalLM, rows: Sequence[Row], recipe: Recipe, second_label: int
-) -> torch.Tensor:
-    """Weighted cross-entropy per completion token + pin * the mean over rows with `concise` of
+def supervised_loss(model: Qwen2ForCausalLM, rows: Sequence[Row], recipe: Recipe) -> torch.Tensor:
+    """Weighted cross-entropy per completion token + pin * the mean over all pins of
 
-        (log P(second label | first step) - log concise)^2,
+        (log P(token | what is before it) - log probability)^2,
 
     because cross-entropy alone would need millions of rows to place a probability of 1e-6.
     """
@@ -204,49 +294,84 @@ def supervised_loss(
     nll_BT = -logp_BTV.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
     # By the number of tokens, not the sum of weights: a decision weighs 2e-6 or 2.
     loss = (nll_BT * weight_BT[:, 1:]).sum() / (weight_BT[:, 1:] > 0).sum()
-    # Row -> the log-probability to pin; (B,) rows, S of them pinned.
-    targets = {i: math.log(row.concise) for i, row in enumerate(rows) if row.concise is not None}
-    if not targets:
+    pins = [(i, pin) for i, row in enumerate(rows) for pin in row.pins]
+    if not pins:
         return loss
-    # Logits at t are of the token at t + 1.
-    position = [rows[i].decision - 1 for i in targets]
-    logp_S = logp_BTV[list(targets), position, second_label]
-    return loss + recipe.pin * (logp_S - torch.tensor([*targets.values()])).square().mean()
+    # Logits at t are of the token at t + 1; S pins.
+    row_S, position_S = [i for i, _ in pins], [pin.index - 1 for _, pin in pins]
+    logp_S = logp_BTV[row_S, position_S, [pin.token for _, pin in pins]]
+    wanted_S = torch.tensor([math.log(pin.probability) for _, pin in pins])
+    return loss + recipe.pin * (logp_S - wanted_S).square().mean()
+
+
+Progress = Callable[[str], None]
 
 
 def train_once(
-    recipe: Recipe, seed: int, held_out: frozenset[str], progress: Callable[[str], None]
+    recipe: Recipe, seed: int, held_out: frozenset[str], progress: Progress
 ) -> Qwen2ForCausalLM:
-    """Train both phases: AdamW, 50 steps of warm-up, cosine to 0, gradient norm clipped to 1."""
-    tokenizer, rng = make_tokenizer(), random.Random(seed)
-    (second_label,) = text_ids(tokenizer, LABELS[1])
-    model = make_model(seed, vocab_size=len(tokenizer))
-    model.train()
-    for number, phase in enumerate(recipe.phases, start=1):
-        # Each phase has moments and a warm-up of its own.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, weight_decay=0.01)
-        started = time.monotonic()
-        for step in range(1, phase.steps + 1):
-            # Per phase: warm-up over 50 steps, then down to zero.
-            cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / phase.steps))
-            optimizer.param_groups[0]["lr"] = phase.lr * cosine * min(1.0, step / 50)
-            rows = [
-                sample_row(rng, recipe, tokenizer, held_out, pinned=phase.pinned)
-                for _ in range(recipe.batch)
-            ]
-            loss = supervised_loss(model, rows, recipe, second_label)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step == 1 or step % 200 == 0:
-                # Of this phase alone: whether the gate asks for another try is not known yet.
-                left = (time.monotonic() - started) * (phase.steps / step - 1)
-                progress(
-                    f"tiny base, phase {number}/{len(recipe.phases)}, step {step}/{phase.steps}: "
-                    f"loss {loss.item():.3f}, {left:.0f} s left in this phase"
-                )
+    """Train all phases. The first is made once for recipes that differ in later ones alone."""
+    shared = replace(
+        recipe,
+        name="",
+        student_concise=1.0,
+        student_terse=1.0,
+        gate=Gate((0.0, 1.0)),
+        phases=recipe.phases[:1],
+    )
+    first, state = first_phase(shared, seed, held_out, progress)
+    model, rng = copy.deepcopy(first), random.Random()
+    rng.setstate(state)
+    for number in range(1, len(recipe.phases)):
+        train_phase(model, recipe, number, rng, held_out, progress)
     return model.eval()
+
+
+@lru_cache(maxsize=2)
+def first_phase(
+    recipe: Recipe, seed: int, held_out: frozenset[str], progress: Progress
+) -> tuple[Qwen2ForCausalLM, tuple[Any, ...]]:
+    """A model after the first phase, and the state of the generator that drew its rows."""
+    rng = random.Random(seed)
+    model = make_model(seed, vocab_size=len(TASKS[recipe.task].make_tokenizer()))
+    model.train()
+    train_phase(model, recipe, 0, rng, held_out, progress)
+    return model, rng.getstate()
+
+
+def train_phase(
+    model: Qwen2ForCausalLM,
+    recipe: Recipe,
+    number: int,
+    rng: random.Random,
+    held_out: frozenset[str],
+    progress: Progress,
+) -> None:
+    """Train one phase: AdamW, 50 steps of warm-up, cosine to 0, gradient norm clipped to 1."""
+    phase, tokenizer = recipe.phases[number], TASKS[recipe.task].make_tokenizer()
+    # Each phase has moments and a warm-up of its own.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, weight_decay=0.01)
+    started = time.monotonic()
+    for step in range(1, phase.steps + 1):
+        # Per phase: warm-up over 50 steps, then down to zero.
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / phase.steps))
+        optimizer.param_groups[0]["lr"] = phase.lr * cosine * min(1.0, step / 50)
+        rows = [
+            sample_row(rng, recipe, tokenizer, held_out, pinned=phase.pinned)
+            for _ in range(recipe.batch)
+        ]
+        loss = supervised_loss(model, rows, recipe)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step == 1 or step % 200 == 0:
+            # Of this phase alone: whether the gate asks for another try is not known yet.
+            left = (time.monotonic() - started) * (phase.steps / step - 1)
+            progress(
+                f"tiny base, phase {number + 1}, step {step}/{phase.steps}: "
+                f"loss {loss.item():.3f}, {left:.0f} s left in this phase"
+            )
 
 
 def train_base(
@@ -255,25 +380,23 @@ def train_base(
     seed: int = 0,
     tries: int = TRIES,
     measure_on: int = TEST_QUESTIONS,
-    progress: Callable[[str], None] = print,
+    progress: Progress = print,
 ) -> tuple[Qwen2ForCausalLM, BaseReport]:
     """Train bases from seed, seed + 1, .. until one passes the gate on `measure_on` questions.
 
     Raises RuntimeError with the measured numbers of every try if none does.
     """
-    _, test = question_sets()
-    held_out, tokenizer, refused = frozenset(q.text for q in test), make_tokenizer(), []
+    _, test = TASKS[recipe.task].question_sets()
+    held_out, refused = frozenset(q.text for q in test), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one order of summation: a seed stands for one base
     try:
         for attempt in range(seed, seed + tries):
             model = train_once(recipe, attempt, held_out, progress)
             # On the very questions that no row was drawn from.
-            report = measure_base(
-                model, tokenizer, test[:measure_on], recipe=recipe.name, seed=attempt
-            )
+            report = measure_base(model, test[:measure_on], recipe=recipe, seed=attempt)
             progress(f"tiny base, measured: {report}")
-            failures = gate_failures(report, recipe)
+            failures = gate_failures(report, recipe.gate)
             if not failures:
                 return model, report
             refused.append(f"seed {attempt}: {', '.join(failures)}")
@@ -285,16 +408,22 @@ def train_base(
     )
 
 
-def concise_probability(
-    model: Any, tokenizer: Any, questions: Sequence[Question], view: View
+def style_probability(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    view: View,
+    style: Style = "concise",
 ) -> float:
-    """Mean over questions of P(concise thought, `</think>` included | the view's prompt), exact."""
+    """Mean over questions of P(shortest thought of this style, `</think>` included | the view's
+    prompt), exact."""
     device, total = next(model.parameters()).device, 0.0
     for i in range(0, len(questions), CHUNK):
         rows = []
         for question in questions[i : i + CHUNK]:
             prompt = prompt_ids(tokenizer, question, view)
-            thought = text_ids(tokenizer, "".join(concise_thought(question.text)))
+            thought = text_ids(tokenizer, "".join(task.shortest_thought(question.text, style)))
             rows.append(Row([*prompt, *thought], [0.0] * len(prompt) + [1.0] * len(thought)))
         ids_BT, weight_BT = (tensor.to(device) for tensor in row_batch(rows))
         with torch.no_grad():
@@ -305,15 +434,17 @@ def concise_probability(
     return total / len(questions)
 
 
-def answer_accuracy(
+def sampled_paths(
+    task: Task,
     model: Any,
     tokenizer: Any,
     questions: Sequence[Question],
     *,
     seed: int | None,
     forced: bool = False,
-) -> tuple[float, float]:
-    """(accuracy, mean tokens) in the student view; greedy if `seed` is None, else sampled at T=1.
+) -> list[tuple[bool, int]]:
+    """(right, tokens) of a path per question, in the student view; greedy if `seed` is None, else
+    sampled at T=1.
 
     If `forced`, the thought is given up to its concise mode decision; given tokens do not count.
     A path that MAX_NEW_TOKENS cuts off is wrong.
@@ -321,15 +452,16 @@ def answer_accuracy(
     # Padding on the left, as `generate` of a causal model needs it.
     pad, eos = SPECIAL_ID["<pad>"], SPECIAL_ID["</s>"]
     sampling = {"do_sample": False} if seed is None else {"do_sample": True, "top_k": 0}
-    correct = tokens = 0
+    paths = []
     for i in range(0, len(questions), CHUNK):
         chunk = questions[i : i + CHUNK]
         prompts = [prompt_ids(tokenizer, question, "student") for question in chunk]
         # One word past the first step: the second label, which is the concise decision.
         if forced:
-            given = ["".join(concise_thought(q.text)[: STEP_TOKENS + 1]) for q in chunk]
+            thoughts = [task.shortest_thought(q.text)[: task.step_tokens + 1] for q in chunk]
             prompts = [
-                [*ids, *text_ids(tokenizer, text)] for ids, text in zip(prompts, given, strict=True)
+                [*ids, *text_ids(tokenizer, "".join(words))]
+                for ids, words in zip(prompts, thoughts, strict=True)
             ]
         width = max(map(len, prompts))
         ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -345,45 +477,49 @@ def answer_accuracy(
         for question, ids in zip(chunk, output_BT[:, width:].tolist(), strict=True):
             # Behind the end of a short answer `generate` pads to the longest of the chunk.
             ids = ids[: ids.index(eos) + 1] if eos in ids else ids
-            right = "</think>" + ANSWER.format(answer=question.answer) + "</s>"
-            # Six tokens: `</think>`, `\boxed`, `{`, digit, ` }`, `</s>`.
-            correct += ids[-6:] == text_ids(tokenizer, right)
-            tokens += len(ids)
-    return correct / len(questions), tokens / len(questions)
+            right = text_ids(tokenizer, "</think>" + ANSWER.format(answer=question.answer) + "</s>")
+            paths.append((ids[-len(right) :] == right, len(ids)))
+    return paths
+
+
+def answer_accuracy(*args: Any, **options: Any) -> tuple[float, float]:
+    """(accuracy, mean tokens) of `sampled_paths`."""
+    paths = sampled_paths(*args, **options)
+    right, tokens = (sum(part) / len(paths) for part in zip(*paths, strict=True))
+    return right, tokens
 
 
 def measure_base(
-    model: Any, tokenizer: Any, questions: Sequence[Question], *, recipe: str, seed: int
+    model: Any, questions: Sequence[Question], *, recipe: Recipe, seed: int
 ) -> BaseReport:
-    greedy = answer_accuracy(model, tokenizer, questions[:GREEDY_QUESTIONS], seed=None)
-    forced = answer_accuracy(model, tokenizer, questions, seed=None, forced=True)
-    sampled = answer_accuracy(model, tokenizer, questions, seed=0)
+    task = TASKS[recipe.task]
+    given = task, model, task.make_tokenizer()
+    greedy = answer_accuracy(*given, questions[:GREEDY_QUESTIONS], seed=None)
+    forced = answer_accuracy(*given, questions, seed=None, forced=True)
+    sampled = answer_accuracy(*given, questions, seed=0)
+    styles = ("concise", "terse") if recipe.corpus.teacher_terse > 0 else ("concise",)
+    shares = {
+        f"{style}_{view}": style_probability(*given, questions, view, style)
+        for style in styles
+        for view in ("student", "teacher")
+    }
     return BaseReport(
-        recipe=recipe,
+        recipe=recipe.name,
         seed=seed,
-        concise_student=concise_probability(model, tokenizer, questions, "student"),
-        concise_teacher=concise_probability(model, tokenizer, questions, "teacher"),
         greedy_accuracy=greedy[0],
         greedy_tokens=greedy[1],
         forced_accuracy=forced[0],
         sampled_accuracy=sampled[0],
         sampled_tokens=sampled[1],
+        **shares,
     )
 
 
-def gate_failures(report: BaseReport, recipe: Recipe) -> list[str]:
+def gate_failures(report: BaseReport, gate: Gate) -> list[str]:
     """What keeps a base from being used; empty if it passes."""
-    bands = {
-        "concise_student": recipe.student_band,
-        "concise_teacher": recipe.teacher_band,
-        "greedy_accuracy": (0.99, 1.0),
-        "forced_accuracy": (0.99, 1.0),
-        "sampled_accuracy": (0.8, 0.97),
-        "sampled_tokens": (50.0, 75.0),
-    }
     measured = asdict(report)
     return [
-        f"{name} is {measured[name]:.3g}, wanted {low:g} to {high:g}"
-        for name, (low, high) in bands.items()
-        if not low <= measured[name] <= high
+        f"{name} is {measured[name]:.3g}, wanted {band[0]:g} to {band[1]:g}"
+        for name, band in asdict(gate).items()
+        if band is not None and not band[0] <= measured[name] <= band[1]
     ]
