@@ -251,7 +251,7 @@ def test_a_process_that_is_killed_is_named(rank, tiny_world, whole, tmp_path):
 def test_processes_that_lost_each_other_do_not_end_in_silence(monkeypatch, capfd):
     """Each leaves the telling to the others: a broken network, or a time-out of gloo."""
     silent = [sys.executable, "-S", "-c", f"raise SystemExit({LOST})"]
-    monkeypatch.setattr("vpgea_fast.stop.bound_command", lambda _: silent)
+    monkeypatch.setattr("vpgea_fast.bound.bound_command", lambda _: silent)
     assert run_processes([], 2, lambda: "do this") == LOST
     assert capfd.readouterr().err == "vpgea: the processes lost each other; do this\n"
 

@@ -25,6 +25,7 @@ from vpgea_fast.sweep import Order, Sweep, budget_lines, parse_method, run_sweep
 from vpgea_fast.sweep.inputs import Inputs, changed
 from vpgea_fast.sweep.plan import SweepError, extended, questions
 from vpgea_fast.sweep.runs import Pool, how_halted
+from vpgea_fast.sweep.server import Starter
 from vpgea_fast.sweep.table import (
     T_975,
     ending_lines,
@@ -72,6 +73,11 @@ def command(order, *more):
     words = ["sweep", order.config, "--out", str(order.out), "--seeds", *map(str, order.seeds)]
     words += ["--rates", *map(str, order.rates), "--extend", "0", "--methods", "vpgea"]
     return [*words, *more, *order.words]
+
+
+def alone():
+    """Whether a process without others was asked to leave."""
+    return Stop(World(pick_device("cpu")))
 
 
 def half(acc, tokens):
@@ -384,14 +390,23 @@ def start(order, *more):
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def servers(sweep, running):
+    """The processes that fork the runs of a sweep: one, or none yet."""
+    found = []
+    for child in running(parent=sweep):
+        with contextlib.suppress(OSError):  # it has just ended
+            line = Path(f"/proc/{child}/cmdline").read_bytes()
+            found += [child] if b"vpgea_fast.sweep.server" in line else []
+    return found
+
+
 def runs_at_once(process, running, enough=None):
     """The most runs of a sweep that lived at one moment, until it ends or there are enough."""
     most, deadline = 0, time.monotonic() + 300
     while process.poll() is None and most != enough:
         assert time.monotonic() < deadline
-        lines = [Path(f"/proc/{child}/cmdline") for child in running(parent=process.pid)]
-        with contextlib.suppress(OSError):  # one has just ended
-            most = max(most, sum(b"--resume-if-started" in line.read_bytes() for line in lines))
+        for server in servers(process.pid, running):
+            most = max(most, len(running(parent=server)))
         time.sleep(0.02)
     return most
 
@@ -483,7 +498,7 @@ def test_what_changed_under_the_same_name_is_another_run(order, tmp_path):
     sweep = Sweep(asked, Console(silent=True))
     sweep.enter()
     (cell,) = sweep.cells()
-    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    pool = Pool(asked.out, 1, sweep.split, Starter(alone()), print)
     record = run(1e-3, (0.9, 20), (0.9, 20))
     record |= {"words": list(cell.words), "inputs": cell.inputs}
     path = asked.out / "records" / f"{cell.name}.json"
@@ -536,7 +551,7 @@ def test_a_damaged_record_is_named(order, change, said):
     sweep.enter()
     fill(asked, lambda *_: 100)
     (cell,) = sweep.cells()
-    pool = Pool(asked.out, 1, sweep.split, Stop(World(pick_device("cpu"))), print)
+    pool = Pool(asked.out, 1, sweep.split, Starter(alone()), print)
     path = asked.out / "records" / f"{cell.name}.json"
     good = json.loads(path.read_text())
     assert pool.known(cell) == good

@@ -1,33 +1,16 @@
-"""When a run has to leave before its last step: a signal, its clock, or a callback asks for it.
-What is started for it ends with it.
-"""
+"""When a run has to leave before its last step: a signal, its clock, or a callback asks for it."""
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from vpgea_fast.distributed import Stopped, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# The kernel sends the signal, asked by the child: a parent that is killed can send none.
-BOUND = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-# Of a parent that was killed before that line.
-if os.getppid() != int(sys.argv.pop(1)):
-    sys.exit(143)
-from vpgea_fast.cli import main
-sys.exit(main())
-"""
 
 
 class Stop:
@@ -77,11 +60,3 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-
-
-def bound_command(words: Sequence[str]) -> list[str]:
-    """Give the command of `vpgea WORDS` in a process that gets SIGTERM when this one ends.
-
-    However it ends: a killed parent would leave processes that hold its devices and its locks.
-    """
-    return [sys.executable, "-c", BOUND, str(os.getpid()), *words]

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import IO
 
@@ -36,7 +35,7 @@ def run_processes(words: Sequence[str], count: int, advice: Callable[[], str]) -
         raise UsageError("--processes inside torchrun; give one of the two")
     from torch._C._distributed_c10d import TCPStore
 
-    from vpgea_fast.stop import bound_command
+    from vpgea_fast.bound import blocked, bound_command
 
     # The store is this process's, as torchrun keeps it: no free port is guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(hours=1))
@@ -53,7 +52,8 @@ def run_processes(words: Sequence[str], count: int, advice: Callable[[], str]) -
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as said:
         try:
-            with _uninterrupted():
+            # Each would say that a Ctrl-C has interrupted it, and this one ends them.
+            with blocked(signal.SIGINT):
                 for rank in range(count):
                     own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                     # A file and not a pipe: unread, that would fill up and block its process.
@@ -80,18 +80,6 @@ def silent_if_lost(work: Callable[[], int]) -> int:
         if SHARED not in os.environ:
             raise
         return LOST
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Start processes that a Ctrl-C of the terminal does not reach: each would say that it was
-    interrupted, and this one ends them."""
-    # A mask, which children inherit: a Ctrl-C meanwhile waits here, and is lost nowhere.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(

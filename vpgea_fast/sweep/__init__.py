@@ -5,7 +5,8 @@
     OUT/runs/, logs/    the run directories, without their checkpoints, and what the runs said
     OUT/results.json    rows and runs, in the form that metrics.compare reads; results.png
 
-plan.py is what to run, inputs.py what it reads, runs.py the processes, table.py the numbers.
+plan.py is what to run, inputs.py what it reads, runs.py the runs, server.py their processes,
+table.py the numbers.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from vpgea_fast.sweep.plan import (
     steps_of,
 )
 from vpgea_fast.sweep.runs import Pool, Record, claimed, cores
+from vpgea_fast.sweep.server import Starter
 from vpgea_fast.sweep.table import (
     Run,
     best_rate,
@@ -198,10 +200,13 @@ def run_sweep(order: Order, console: Console, command: str = "") -> Path:
     sweep = Sweep(order, console)
     for line in budget_lines(order, sweep):
         console.message(line)
-    with claimed(order.out, console.message) as lock, Stop(World(pick_device("cpu"))) as stop:
+    with (
+        claimed(order.out, console.message) as lock,
+        Stop(World(pick_device("cpu"))) as stop,
+        Starter(stop, lock) as starter,
+    ):
         sweep.enter()
-        pool = Pool(order.out, sweep.jobs, split=sweep.split, stop=stop, tell=sweep.tell)
-        pool.lock = lock
+        pool = Pool(order.out, sweep.jobs, split=sweep.split, starter=starter, tell=sweep.tell)
         runs = sweep.run(pool)
         return _write(order, sweep, runs, console=console, command=command)
 

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -33,9 +32,10 @@ from vpgea_fast.config import Config, PosteriorConfig, ReplayEngineConfig, dump
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Vr, VrPhi, VrTheta
-from vpgea_fast.stop import Stop, bound_command
+from vpgea_fast.stop import Stop
 from vpgea_fast.sweep.plan import SweepError
 from vpgea_fast.sweep.runs import claimed
+from vpgea_fast.sweep.server import Starter
 from vpgea_fast.verify import Verifier
 
 Say = Callable[[str], None]
@@ -286,26 +286,21 @@ def run_rounds(
     Errors: SweepError or ConfigError before anything runs; SweepError for a stage that fails.
     `distributed.Stopped` when SIGTERM or Ctrl-C asked to leave: the stage under way has saved.
     """
-    with claimed(out, say) as lock, Stop(World(pick_device("cpu"))) as stop:
+    with (
+        claimed(out, say) as lock,
+        Stop(World(pick_device("cpu"))) as stop,
+        Starter(stop, lock) as starter,
+    ):
 
         def child(words: list[str], log: Path) -> int:
-            with log.open("ab") as file:
-                process = subprocess.Popen(
-                    bound_command(words),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    # Of its own, so that a Ctrl-C reaches it once, from here.
-                    start_new_session=True,
-                    pass_fds=[lock.fileno()],
-                )
+            process = starter.start(words, log, cfg.model.device)
             try:
                 while process.poll() is None:
                     stop.alone()
                     time.sleep(0.05)
             finally:
                 process.terminate()  # it saves first
-                process.wait()
-            return process.returncode
+                status = process.wait()
+            return status
 
         return Rounds(cfg, out, launch=launch or child).go(rounds, say)

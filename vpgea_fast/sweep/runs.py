@@ -20,9 +20,9 @@ from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load, one_line
 from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.report import read_evaluation, read_json
-from vpgea_fast.stop import Stop, bound_command
 from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
+from vpgea_fast.sweep.server import Forked, Starter
 from vpgea_fast.sweep.table import part
 
 Record = dict[str, Any]
@@ -43,13 +43,12 @@ class Pool:
         out: Path,
         jobs: int,
         split: Questions,
-        stop: Stop,
+        starter: Starter,
         tell: Callable[[Record], None],
     ) -> None:
-        self.out, self.jobs, self.split, self.stop, self.tell = out, jobs, split, stop, tell
-        self.lock: IO[str] | None = None
+        self.out, self.jobs, self.split, self.starter, self.tell = out, jobs, split, starter, tell
         # The cell of a process, and when it began; None for one that was interrupted before.
-        self.active: dict[subprocess.Popen[bytes], tuple[Cell, float | None]] = {}
+        self.active: dict[subprocess.Popen[bytes] | Forked, tuple[Cell, float | None]] = {}
 
     def run(self, cells: Sequence[Cell]) -> list[Record]:
         """Return the records of all cells, in their order. SweepError where a run fails, and
@@ -60,7 +59,7 @@ class Pool:
             self._check_begun(cell)
         try:
             while waiting or self.active:
-                self.stop.alone()
+                self.starter.stop.alone()
                 while waiting and len(self.active) < self.jobs:
                     self._take(waiting.popleft())
                 self._collect()
@@ -119,32 +118,23 @@ class Pool:
             self._start(cell)
 
     def _start(self, cell: Cell) -> None:
-        """Start the process of a cell, with a lock and a parent that it does not outlive long."""
+        """Start the process of a cell."""
         file, begun = self.out / "configs" / f"{cell.name}.yaml", Path(cell.cfg.run.dir).exists()
         write_text(file, dump(cell.cfg))
         write_text(self._inputs(cell), json.dumps(cell.inputs, indent=1) + "\n")
         words = ["train", str(file), "--resume-if-started"]
-        with (self.out / "logs" / f"{cell.name}.txt").open("ab") as log:
-            process = subprocess.Popen(
-                bound_command(words),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # Of its own, so that a Ctrl-C reaches it once, from here.
-                start_new_session=True,
-                # The lock of the runs: held until the last of them has ended.
-                pass_fds=[] if self.lock is None else [self.lock.fileno()],
-            )
+        log = self.out / "logs" / f"{cell.name}.txt"
+        process = self.starter.start(words, log, cell.cfg.model.device)
         self.active[process] = cell, None if begun else time.monotonic()
 
     def _collect(self) -> None:
         for process, (cell, began) in list(self.active.items()):
-            if process.poll() is None:
+            if (status := process.poll()) is None:
                 continue
             del self.active[process]
             # A run that was interrupted is timed from its resume, which is no time of a run.
             seconds = None if began is None else round(time.monotonic() - began, 1)
-            self._finish(cell, process.returncode, seconds)
+            self._finish(cell, status, seconds)
 
     def _finish(self, cell: Cell, status: int, seconds: float | None) -> None:
         run = Path(cell.cfg.run.dir)
