@@ -38,6 +38,13 @@ def declare_sweep(commands: Commands, common: Parser) -> None:
         help="NAME, NAME:KEY=VALUE,... or LABEL=NAME:...; a key of the objective, or section.key",
     )
     sweep.add_argument("--rates", nargs="+", required=True, metavar="LR", help="grid of optim.lr")
+    sweep.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="LABEL=LR,LR,...",
+        help="as many other rates of one method, where those of all are none for it",
+    )
     # Three: the t interval of two seeds is 12.7 standard errors to each side.
     sweep.add_argument("--seeds", nargs="+", type=whole(0, 2**31 - 1), default=[0, 1, 2])
     sweep.add_argument("--out", type=path, required=True, help="folder of the sweep")
@@ -101,6 +108,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.metric not in (None, *sweep.METRICS):
         known = ", ".join(sweep.METRICS)
         raise sweep.SweepError(f"--metric: got {args.metric!r}, expected one of {known}")
+    grids = dict(map(sweep.parse_grid, args.grid))
     order = sweep.Order(
         config=args.config,
         words=tuple(overrides),
@@ -114,6 +122,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         extend=args.extend,
         jobs=args.jobs,
         short=args.short,
+        grids=grids,
     )
     console = Console()
     try:
@@ -128,6 +137,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
 def _command(args: argparse.Namespace, overrides: list[str]) -> str:
     """Write the command that makes the same results again."""
     words = ["vpgea", "sweep", args.config, "--methods", *args.methods, "--rates", *args.rates]
+    words += ["--grid", *args.grid] if args.grid else []
     words += ["--seeds", *map(str, args.seeds), "--out", args.out, "--budget", str(args.budget)]
     # Without --jobs: it moves runs in time, and changes none of them.
     for name in ("metric", "select", "short"):

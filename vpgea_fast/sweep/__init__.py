@@ -39,6 +39,7 @@ from vpgea_fast.sweep.plan import (
     extended,
     identity,
     metric_of,
+    parse_grid,
     parse_method,
     parse_rates,
     paths_a_step,
@@ -69,6 +70,7 @@ __all__ = [
     "SweepError",
     "evaluate",
     "origin",
+    "parse_grid",
     "parse_method",
     "parse_rates",
     "run_sweep",
@@ -85,7 +87,7 @@ class Sweep:
         self.metric = metric_of(order, self.base)
         self.inputs = Inputs()
         self.split: Questions = questions(order, self.base, self.inputs)
-        self.grids = {method: list(order.rates) for method in order.methods}
+        self.grids = {m: sorted(order.grids.get(m.label, order.rates)) for m in order.methods}
         self.steps = {method: steps_of(order, method, self.base) for method in order.methods}
         self.resolved: dict[tuple[Method, float, int], Cell] = {}
         self.jobs = order.jobs or default_jobs(self.base)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class Method(NamedTuple):
 class Order:
     """What the user asked for. `config` is a file, `words` are laid over it in every run; `budget`
     is "paths", "steps", a number of paths, or "tokens:N"; `select` is a file of questions that pick
-    the rates, null: half of those of eval.data."""
+    the rates, null: half of those of eval.data; `grids` are rates of their own, by label."""
 
     config: str
     words: tuple[str, ...]
@@ -60,6 +60,7 @@ class Order:
     extend: int = 3
     jobs: int | None = None
     short: float | None = None
+    grids: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int | None:
@@ -188,6 +189,7 @@ def check(order: Order) -> Config:
         if twice is not None:
             other = ", or give it a LABEL=" if what.startswith("--methods") else ""
             raise SweepError(f"{what}: {twice!r} stands twice; leave one out{other}")
+    _check_grids(order)
     cfg = load(order.config, order.words)
     if not cfg.eval.data:
         raise SweepError(f"{order.config}: eval.data is empty; a sweep compares evaluations")
@@ -196,6 +198,36 @@ def check(order: Order) -> Config:
         key = "eval.samples is 0" if mode == "sampled" else "eval.greedy is false"
         raise SweepError(f"--metric {metric_of(order, cfg)}: {key}, so no run measures it")
     return cfg
+
+
+def _check_grids(order: Order) -> None:
+    labels = [method.label for method in order.methods]
+    for label, rates in order.grids.items():
+        if label not in labels:
+            near = nearest(label, labels)
+            raise SweepError(
+                f"--grid: got the method {label!r}; "
+                + (f"did you mean {near}?" if near else f"expected one of {', '.join(labels)}")
+            )
+        # A longer grid would be a longer search.
+        if len(set(rates)) != len(order.rates) or len(rates) != len(order.rates):
+            raise SweepError(
+                f"--grid {label}: got {len(rates)} rates, expected {len(order.rates)} different "
+                "ones, as many as --rates: all methods are searched equally"
+            )
+
+
+def parse_grid(text: str) -> tuple[str, tuple[float, ...]]:
+    """Read `LABEL=LR,LR,...`: the rates that a method has in place of --rates.
+
+    >>> parse_grid("hint-RFT=2.5e-4,1.25e-4")
+    ('hint-RFT', (0.000125, 0.00025))
+    """
+    # A label may be a method's own text, which has signs of its own.
+    label, equals, rates = text.rpartition("=")
+    if not equals or not label.strip():
+        raise SweepError(f"--grid: got {text!r}, expected LABEL=LR,LR,...")
+    return label.strip(), parse_rates(rates.split(","), "--grid")
 
 
 def metric_of(order: Order, cfg: Config) -> str:
@@ -388,7 +420,7 @@ def extended(rates: Sequence[float], *, above: bool) -> list[float]:
     return sorted({*rates, new})
 
 
-def parse_rates(words: Sequence[str]) -> tuple[float, ...]:
+def parse_rates(words: Sequence[str], option: str = "--rates") -> tuple[float, ...]:
     """Read learning rates, sorted. SweepError for what is none."""
     rates = []
     for word in words:
@@ -398,7 +430,7 @@ def parse_rates(words: Sequence[str]) -> tuple[float, ...]:
             rate = math.nan
         # NaN fails it too.
         if not 0 < rate < 1e6:
-            raise SweepError(f"--rates: got {word!r}, expected numbers above 0, e.g. 5e-4 1e-3")
+            raise SweepError(f"{option}: got {word!r}, expected numbers above 0, e.g. 5e-4 1e-3")
         rates.append(rate)
     return tuple(sorted(rates))
 

@@ -1,0 +1,312 @@
+"""What is kept of the replication's runs: one file, from which their records can be made again.
+
+    folders.FOLDER  a sweep: what its runs have in common (`sweep`, `words` by method, `inputs`, the
+                    answers `before`), and a line for each run
+    worlds.WORLD    what the base measured, and fingerprints of it and its questions
+    tables          the numbers of the pages, at paths that stay
+
+A run keeps the digest of the plan that it was made by: another than the file's is exploratory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from replication_plan import Plan, PlanError
+
+from vpgea_fast import config
+from vpgea_fast.checkpoint import write_text
+from vpgea_fast.sweep.plan import cell_name
+from vpgea_fast.sweep.table import best_rate, by_rate, score
+from vpgea_fast.weights import model_digest
+
+Result = dict[str, Any]
+SLOTS = {"--optim.lr=": "lr", "--run.seed=": "seed"}
+"""Words that differ between the runs of a method."""
+PLACES = ("--run.dir=", "--eval.data=")
+"""Words that say where files lie; a sweep does not compare them."""
+NUMBERS = ("acc", "acc_low", "acc_high", "tokens", "eps3", "truncated", "n")
+DIGITS = 6
+"""Decimals that are kept of them: shares of 400 questions are exact."""
+KEPT = ("ended", "halt", "steps", "tokens_generated", "guard_caught", "wall_s")
+FILES = ("train", "test")
+
+
+def read(path: Path, plan: Plan) -> Result:
+    """What is known, or nothing yet. PlanError for a file that is no result."""
+    fresh = {"plan": plan.digest, "tables": {}, "worlds": {}, "made_by": [], "folders": {}}
+    if not path.is_file():
+        return fresh
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        missing = next((key for key in fresh if key not in found), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise PlanError(f"{path} cannot be read ({error}); bring it back, or remove it") from error
+    if missing is not None:
+        raise PlanError(f"{path} is no result of the replication: it has no {missing}")
+    return found
+
+
+def write(path: Path, result: Result) -> None:
+    """Write the result, with a line for each run and for each of the long parts."""
+    folders = {}
+    for name, folder in result["folders"].items():
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(value)}"
+            for key, value in folder.items()
+            if key != "runs"
+        ]
+        runs = ",\n".join(f"   {json.dumps(run)}" for run in folder["runs"])
+        folders[name] = "{\n" + ",\n".join([*lines, f'  "runs": [\n{runs}\n  ]']) + "\n }"
+    parts = []
+    for key, value in result.items():
+        if key == "folders":
+            text = ",\n".join(f" {json.dumps(name)}: {folders[name]}" for name in folders)
+            parts.append(f'"folders": {{\n{text}\n}}')
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value, indent=1)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def collect(result: Result, name: str, out: Path, plan: Plan) -> None:
+    """Put the records of a sweep's folder into the result."""
+    place = next(((s, w) for folder, s, w, _ in plan.folders() if folder == name), None)
+    records = [json.loads(p.read_text("utf-8")) for p in sorted((out / "records").glob("*.json"))]
+    if place is None or not records:
+        return
+    first, known = records[0], result["folders"].get(name, {})
+    runs = {(run["method"], run["lr"], run["seed"]): run for run in known.get("runs", [])}
+    folder = {
+        "world": place[1],
+        "sweep": differing(json.loads((out / "sweep.json").read_text("utf-8")), result),
+        "inputs": first["inputs"],
+        "select": first["select"],
+        "test": first["test"],
+        "draws": dict(known.get("draws", {})),
+        "before": known.get("before") or numbers(first["before"]),
+    }
+    words = {method: words_of(known, method) for method in known.get("words", {})}
+    for record in records:
+        method, rate, seed = key = record["method"], record["lr"], record["seed"]
+        words[method] = template(record["words"])
+        if method not in folder["draws"]:
+            folder["draws"][method] = paths_a_step(plan, record["words"])
+        old = runs.get(key, {})
+        run: dict[str, Any] = {"method": method, "lr": rate, "seed": seed}
+        run |= {k: record[k] for k in KEPT if record.get(k) is not None}
+        run["made_by"] = place_of(result["made_by"], record["made_by"])
+        if (own := numbers(record["before"])) != folder["before"]:
+            run["before"] = own
+        run["after"] = record["after"] and numbers(record["after"])
+        spent = old.get("to_short")
+        if spent is None:
+            spent = tokens_to_short(out / "runs" / cell_name(*key), plan.worlds[place[1]])
+        runs[key] = run | {"to_short": spent, "plan": old.get("plan", plan.digest)}
+    # Most words are those of all: they stand once.
+    alike = takewhile(lambda each: len({*each}) == 1, zip(*words.values(), strict=False))
+    folder["shared"] = shared = [first for first, *_ in alike]
+    folder["words"] = {method: own[len(shared) :] for method, own in words.items()}
+    folder["runs"] = [runs[key] for key in sorted(runs, key=str)]
+    result["folders"][name] = folder
+
+
+def restore(result: Result, name: str, out: Path) -> None:
+    """Put back the records of a folder that the result holds and the machine has not."""
+    folder = result["folders"].get(name)
+    if folder is None:
+        return
+    (out / "records").mkdir(parents=True, exist_ok=True)
+    if not (out / "sweep.json").is_file():
+        write_text(out / "sweep.json", json.dumps(whole(folder["sweep"], result), indent=1) + "\n")
+    for run in expand(result, name):
+        path = out / "records" / f"{cell_name(run['method'], run['lr'], run['seed'])}.json"
+        if not path.exists():
+            write_text(path, json.dumps(run, indent=1) + "\n")
+
+
+def expand(result: Result, name: str, methods: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The runs of a folder as records of its sweep; of these methods, or all."""
+    folder = result["folders"].get(name)
+    if folder is None:
+        return []
+    wanted = set(folder["words"] if methods is None else methods)
+    return [_record(result, folder, run) for run in folder["runs"] if run["method"] in wanted]
+
+
+def _record(result: Result, folder: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    slots = {"lr": repr(run["lr"]), "seed": str(run["seed"])}
+    words = [
+        next((f"{w}{slots[slot]}" for w, slot in SLOTS.items() if w == word), word)
+        for word in words_of(folder, run["method"])
+    ]
+    return {
+        **run,
+        "words": words,
+        "wall_s": run.get("wall_s"),
+        "inputs": folder["inputs"],
+        "select": folder["select"],
+        "test": folder["test"],
+        "before": run.get("before", folder["before"]),
+        "made_by": result["made_by"][run["made_by"]],
+    }
+
+
+def words_of(folder: Mapping[str, Any], method: str) -> list[str]:
+    return [*folder["shared"], *folder["words"][method]]
+
+
+def differing(sweep: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """What a sweep's identity has otherwise than the first one; its keys joined by "/"."""
+    known, mine = leaves(result.setdefault("first_sweep", sweep)), leaves(sweep)
+    if known.keys() != mine.keys():
+        return {"": sweep}
+    return {key: value for key, value in mine.items() if known[key] != value}
+
+
+def whole(own: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """The identity of a sweep again, from what `differing` left of it."""
+    if "" in own:
+        return own[""]
+    tree: dict[str, Any] = {}
+    for key, value in (leaves(result["first_sweep"]) | dict(own)).items():
+        *above, last = key.split("/")
+        at = tree
+        for name in above:
+            at = at.setdefault(name, {})
+        at[last] = value
+    return tree
+
+
+def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by their joined keys; a mapping without keys is a value.
+
+    >>> leaves({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a/b': 1, 'a/c': {}, 'd': [2]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= leaves(value, f"{above}{key}/") if inner else {f"{above}{key}": value}
+    return found
+
+
+def template(words: Iterable[str]) -> list[str]:
+    """The words of a run without what differs between those of a method.
+
+    >>> template(["--a=1", "--optim.lr=0.1", "--run.seed=3", "--run.dir=x"])
+    ['--a=1', '--optim.lr=', '--run.seed=']
+    """
+    kept = [word for word in words if not word.startswith(PLACES)]
+    return [next((slot for slot in SLOTS if word.startswith(slot)), word) for word in kept]
+
+
+def numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation keeps: of each mode and benchmark the numbers of the tables."""
+    return {
+        mode: {
+            "benchmarks": {
+                name: {key: round(found[key], DIGITS) for key in NUMBERS if key in found}
+                for name, found in evaluation[mode]["benchmarks"].items()
+            }
+        }
+        for mode in ("sampled", "greedy")
+        if mode in evaluation
+    }
+
+
+def place_of(known: list[Any], facts: Any) -> int:
+    """Where facts stand in a list, which they join."""
+    if facts not in known:
+        known.append(facts)
+    return known.index(facts)
+
+
+def paths_a_step(plan: Plan, words: Iterable[str]) -> list[int]:
+    """[in the student's view, in the teacher's]: the paths that a step draws."""
+    cfg = config.load(config.find(plan.config), list(words))
+    draws, each = cfg.objective.draws(), cfg.train.questions_per_step
+    hinted = draws.posterior if draws.posterior_view == "teacher" else 0
+    return [each * (draws.posterior + draws.prior - hinted), each * hinted]
+
+
+def tokens_to_short(run: Path, world: Mapping[str, Any]) -> int | None:
+    """Tokens drawn until a step's student thoughts are short in the mean; None where never, or
+    where the method draws none."""
+    path, drawn = run / "metrics.jsonl", 0
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        step = json.loads(line)
+        drawn += int(step.get("tokens_generated") or 0)
+        length = step.get("len_prior")
+        if length is not None and length <= world["short"] - world.get("answer", 4):
+            return drawn
+    return None
+
+
+def cut_questions(folder: Path, count: Mapping[str, int]) -> None:
+    """Write the held-out questions in parts: pick, report, and a few of each."""
+    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    pick, report, few = count["pick"], count["report"], count["few"]
+    if len(lines) < pick + report:
+        raise PlanError(f"{folder}: got {len(lines)} held-out questions, expected {pick + report}")
+    parts = {
+        "pick": lines[:pick],
+        "report": lines[pick : pick + report],
+        "few_report": lines[pick : pick + few],
+        "few": lines[:few],  # the last: the world is complete
+    }
+    for name, part in parts.items():
+        write_text(folder / f"{name}.jsonl", "".join(part))
+
+
+def hold_world(result: Result, world: str, folder: Path) -> str | None:
+    """Keep what a world is; the name of what has changed since the runs that are known."""
+    record = json.loads((folder / "base/tiny_base.json").read_text(encoding="utf-8"))
+    marks = {
+        f: hashlib.blake2b((folder / f"{f}.jsonl").read_bytes()).hexdigest()[:32] for f in FILES
+    }
+    now = {
+        "measured": record["measured"],
+        "marks": {"base": model_digest(str(folder / "base")), **marks},
+    }
+    known = result["worlds"].get(world)
+    if known is not None and any(f["world"] == world for f in result["folders"].values()):
+        before = known["marks"]
+        changed = next((key for key in now["marks"] if before.get(key) != now["marks"][key]), None)
+        if changed is not None:
+            return changed
+    result["worlds"][world] = now
+    return None
+
+
+def drop(result: Result, world: str, runs: Path) -> None:
+    """Forget a world's runs, its probes and its sweeps on this machine."""
+    names = [name for name, folder in result["folders"].items() if folder["world"] == world]
+    for name in names:
+        del result["folders"][name]
+        shutil.rmtree(runs / "sweeps" / name, ignore_errors=True)
+    result["worlds"].pop(world, None)
+
+
+def best(runs: list[dict[str, Any]], method: str, metric: str) -> tuple[float, float]:
+    """(rate, score) of a method's best rate."""
+    rate = best_rate(runs, method, metric)
+    return rate, score(by_rate(runs, method)[rate], metric)
+
+
+def seconds(result: Result) -> dict[str, float]:
+    """Mean seconds of a run of each method."""
+    known = defaultdict[str, list[float]](list)
+    for folder in result["folders"].values():
+        for run in folder["runs"]:
+            if run.get("wall_s"):
+                known[run["method"]].append(run["wall_s"])
+    return {method: fmean(values) for method, values in known.items()}

@@ -1,0 +1,267 @@
+"""benchmarks/replication.py: a fair plan, runs that come back from the file, tables and bars."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vpgea_fast import config
+from vpgea_fast.checkpoint import write_text
+from vpgea_fast.sweep import parse_method
+from vpgea_fast.sweep.runs import Pool
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import replication
+import replication_plan
+import replication_store as store
+import replication_tables as tables
+
+ROBUST, GRPO = "VPG-EA robust", "GRPO"
+PLAN = replication_plan.read_plan()
+
+
+@pytest.fixture
+def plan():
+    """One world, three methods, and little to answer."""
+    stage = {"kind": "search", "worlds": ["chain-rare"], "methods": [ROBUST, GRPO, "hint-RFT"]}
+    rows = {"no distillation": {"beta": 0.0}}
+    ablations = {"kind": "rows", "world": "chain-rare", "method": ROBUST, "rows": rows}
+    parts = {"questions": {"pick": 8, "report": 8, "few": 2}, "report_seeds": [0, 1]}
+    return replace(PLAN, **parts, stages={"main": stage, "ablations": ablations}, claims=[])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the runs that are trained: each ends at once, as well as its rate is near 1e-3."""
+    names = []
+
+    def take(self, cell):
+        names.append(cell.name)
+        record = record_of(cell, self.split)
+        write_text(self._record(cell), json.dumps(record))
+        self.tell(record)
+
+    monkeypatch.setattr(Pool, "_take", take)
+    return names
+
+
+def record_of(cell, split):
+    distance = max(cell.rate / 1e-3, 1e-3 / cell.rate)
+    beta = next((w for w in cell.words if w.startswith("--objective.beta=")), "=1.0")
+    # The second value of the knob wins, and distillation is what makes an answer short.
+    tokens = {"0.5": 19, "0.0": 60}.get(beta.partition("=")[2], 20) + distance
+    modes = ["sampled", "greedy"] if cell.cfg.eval.greedy else ["sampled"]
+    ends = {
+        when: {
+            mode: {"benchmarks": dict.fromkeys([*split.select, *split.test], n)} for mode in modes
+        }
+        for when, n in (("before", half(0.9, 60)), ("after", half(0.9, tokens)))
+    }
+    made = {"commit": "c", "torch": "2"}
+    place = {"method": cell.method, "lr": cell.rate, "seed": cell.seed, "words": [*cell.words]}
+    place |= {"inputs": cell.inputs, "ended": "done", "steps": 9, "tokens_generated": 1000}
+    place |= {"select": [*split.select], "test": [*split.test], "made_by": made, "wall_s": 10.0}
+    return place | ends
+
+
+def half(acc, tokens):
+    eps3 = (100 * acc) ** 2 / tokens
+    ends = {"acc_low": acc - 0.05, "acc_high": acc + 0.05}
+    return {"acc": acc, "tokens": tokens, "eps3": eps3, "truncated": 0.0, "n": 8, **ends}
+
+
+def bench_of(plan, folder, monkeypatch):
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    return replication.Bench(plan, Path("result.json"), Path("runs"), 2)
+
+
+def test_every_setting_of_the_plan_is_one_that_its_method_has():
+    assert PLAN.stages["main"]["methods"] == [*PLAN.methods]
+    place = Path("world")
+    common = PLAN.words_of("chain-rare", place, "pick", greedy=False)
+    variants = {PLAN.label(m, i): PLAN.variant(m, i) for m in PLAN.methods for i in range(3)}
+    for of in PLAN.stages.values():
+        if of["kind"] == "rows":
+            base = PLAN.variant(of["method"], 0)
+            variants |= {label: base | keys for label, keys in of["rows"].items()}
+    for label, keys in variants.items():
+        method = parse_method(replication_plan.method_text(label, keys))
+        assert method.label == label
+        cfg = config.load(config.find(PLAN.config), [*common, *method.words])
+        assert (cfg.objective.name, cfg.eval.greedy) == (keys["objective"], False)
+        paths = cfg.objective.draws().paths
+        assert paths in ((16, 8) if keys["objective"] == "vr" else (12,))
+        if "prompt.teacher" in keys:
+            assert cfg.prompt.teacher == "{question}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t["methods"]["GRPO"]["rates"].pop(), "expected four at a factor of two"),
+        (lambda t: t["methods"]["VR"]["rates"].__setitem__(0, 1e-4), "a factor of two"),
+        (lambda t: t["methods"]["RFT"]["knob"].pop(), "got 2 values of its knob"),
+        (lambda t: t["report_seeds"].append(100), "search_seed 100 is also reported"),
+        (lambda t: t["stages"]["main"]["methods"].append("PPO"), "'PPO' is no method"),
+        (lambda t: t["stages"]["main"]["worlds"].append("moon"), "'moon' is no method and no"),
+        (lambda t: t.pop("quick"), "is no plan: KeyError('quick')"),
+        (lambda t: t.update(more=1), "is no plan: TypeError"),
+    ],
+)
+def test_a_plan_that_is_not_fair_is_one_line(tmp_path, capsys, change, said):
+    tree = replication_plan.yaml.safe_load(replication_plan.PLAN.read_text())
+    change(tree)
+    file = tmp_path / "plan.yaml"
+    file.write_text(replication_plan.yaml.safe_dump(tree))
+    out = tmp_path / "result.json"
+    with pytest.raises(SystemExit) as stopped:
+        replication.main(["--plan", str(file), "--out", str(out), "--forecast"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
+    plan, trained, tmp_path, monkeypatch, capsys
+):
+    bench_of(plan, tmp_path / "one", monkeypatch).go()
+    found = json.loads(Path("result.json").read_text())
+    search = found["tables"]["search"]["main"]["chain-rare"]
+    # hint-RFT's grid ends at 5e-4, and the best is at 1e-3: so every grid grows by two.
+    assert {len(of["rates"]) for of in search.values()} == {6}
+    assert {of["runs"] for of in search.values()} == {8}
+    assert [of["lr"] for of in search.values()] == [1e-3, 1e-3, 1e-3]
+    assert search[ROBUST]["knob"] == {"beta": 0.5}
+    assert not any(of["edge"] for of in search.values())
+    main = found["tables"]["main"]["chain-rare"]
+    assert [*main] == [ROBUST, GRPO, "hint-RFT", "base"]
+    assert main[ROBUST]["tokens"] == 20
+    assert (main[ROBUST]["short_seeds"], main["base"]["tokens"]) == (2, 60)
+    ablated = found["tables"]["ablations"]["chain-rare"]["no distillation"]
+    assert (ablated["short_seeds"], ablated["lr"], ablated["exploratory"]) == (0, 1e-3, False)
+    # 9 steps of 16 questions, 4 paths of the student and 8 of the teacher.
+    student = found["worlds"]["chain-rare"]["measured"]["concise_student"]
+    assert main[ROBUST]["paths"] == [576, 1152]
+    assert main[ROBUST]["concise_draws"][0] == 576 * student
+    assert len(trained) == 3 * 8 + 3 * 2 + 2
+    text = Path("result.json").read_text()
+    assert sum('"method": ' in line for line in text.splitlines()) == len(trained)
+
+    other = tmp_path / "two"
+    other.mkdir()
+    shutil.copy("result.json", other)
+    trained.clear()
+    again = bench_of(plan, other, monkeypatch)
+    again.go()
+    assert trained == []
+    kept = ("tables", "folders", "worlds")
+    assert all(again.result[key] == found[key] for key in kept)
+    capsys.readouterr()
+    # A run that the file has not is trained, and no other one; under a new plan it is marked.
+    more = replace(plan, report_seeds=[0, 1, 2])
+    third = bench_of(more, other, monkeypatch)
+    third.go()
+    assert {name.rpartition("-")[2] for name in trained} == {"2"}
+    assert len(trained) == 4
+    assert third.result["tables"]["main"]["chain-rare"][ROBUST]["exploratory"]
+    assert f"| {ROBUST}* |" in tables.markdown(third.result, more)
+
+
+def test_runs_of_a_world_that_comes_out_otherwise_are_not_mixed(
+    plan, trained, tmp_path, monkeypatch, capsys
+):
+    del plan.stages["ablations"]
+    plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
+    bench_of(plan, tmp_path / "one", monkeypatch).go()
+    before = Path("result.json").read_text()
+    train = Path("runs/worlds/chain-rare/train.jsonl")
+    train.write_text(train.read_text().replace("train-0001", "train-9999"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        bench_of(plan, tmp_path / "one", monkeypatch).go()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "chain-rare: train is another than that of the runs in result.json" in error
+    assert error.count("\n") == 1
+    assert Path("result.json").read_text() == before
+    bench = bench_of(plan, tmp_path / "one", monkeypatch)
+    store.drop(bench.result, "chain-rare", bench.runs)
+    trained.clear()
+    bench.go()
+    assert len(trained) == 2
+
+
+def test_the_forecast_counts_runs_that_are_missing(plan, trained, tmp_path, monkeypatch):
+    plan = replace(plan, seconds={"run": 30, "base": 100, "pass_at_k": 20})
+    bench = bench_of(plan, tmp_path / "one", monkeypatch)
+    # Methods x (rates and extensions, two values of a knob, seeds).
+    main, rows = 3 * (4 + 2 + 2 + 2), 2
+    assert replication.forecast(bench) == [
+        f"main: {main} runs, {main * 30 / 60 / 2:.0f} minutes",
+        f"ablations: {rows} runs, {rows * 30 / 60 / 2:.0f} minutes",
+        "in all 8 minutes at 2 runs a time, 160,000 tokens a run; longest, with every extension",
+    ]
+    bench.go()
+    assert [line.partition(",")[0] for line in replication.forecast(bench)] == [
+        "main: 0 runs",
+        "ablations: 0 runs",
+        "in all 0 minutes at 2 runs a time",
+    ]
+    third = replication.Bench(replace(plan, report_seeds=[0, 1, 2]), bench.out, bench.runs, 2)
+    # 10 seconds each, as they were measured.
+    assert replication.forecast(third)[0] == "main: 3 runs, 0 minutes"
+    assert len(trained) == main + rows
+
+
+def test_a_claim_holds_is_refuted_or_is_not_measured():
+    found = {"a": {"x": 2.0, "y": 1.9}}
+    assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/x", "<=", 4, 0.5]]) == "holds"
+    assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/y", ">", "a/x"]]) == "refuted"
+    assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/z", ">", "a/x"]]) == "not measured"
+    assert tables.verdict(found, [["a/z", ">", 1], ["a/y", ">", "a/x"]]) == "refuted"
+    assert tables.holds(found, ["a/y", ">=", "a/x", 1.0, -0.1])
+    assert not tables.holds(found, ["a/y", ">=", "a/x", 1.0, -0.09])
+    paths = [check[0] for claim in PLAN.claims for check in claim["check"]]
+    stages = {**PLAN.stages, "search": {}}
+    assert all(path.split("/")[0] in stages for path in paths)
+
+
+def test_side_tables_are_means_of_what_was_measured():
+    known = {"base": {"pass_at": {"1": [0.5, 0.1], "2": [0.75, 0.1]}}}
+    assert tables.answered(known, {}) == {
+        "base": {"1": 0.5, "2": 0.75, "errors": {"1": 0.1, "2": 0.1}}
+    }
+    questions = [[0.2, 3.0], [0.5, 1.0], [1.0, 1.0], [0.9, 1.0], [0.4, 4.0]]
+    found = tables.weighed({"VR": {"questions": questions}}, {"bins": [0.0, 0.5, 1.0]})
+    assert found["hardest"] == {"questions": 2, "VR": 1.75}
+    assert found["easiest"] == {"questions": 3, "VR": 0.5}
+    assert "0.5 to 1 | 3 | 0.50" in tables._weighed("w", found)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{", "cannot be read"), ("{}", "has no plan"), ("[]", "has no plan")]
+)
+def test_a_file_that_is_no_result_is_one_line(tmp_path, capsys, content, said):
+    out = tmp_path / "result.json"
+    out.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        replication.main(["--out", str(out), "--table"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert out.read_text() == content
+
+
+@pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")
+def test_the_committed_tables_are_those_of_the_committed_runs():
+    found = store.read(replication.RESULT, PLAN)
+    assert json.loads(json.dumps(tables.make(found, PLAN))) == found["tables"]
+    assert tables.markdown(found, PLAN)
