@@ -1,10 +1,12 @@
 """The second tiny task and the other bases: right thoughts in every style, rows as the docs say."""
 
+import json
 import math
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vpgea_fast.tiny import base, task
 from vpgea_fast.tiny.lookup import LOOKUP
 from vpgea_fast.types import Question
 
+ROOT = Path(__file__).parents[1]
 RARE = base.RECIPES["lookup-rare"]
 FLAWLESS = replace(RARE.corpus, slip=0.0)
 SEEDS = st.integers(0, 10**9)
@@ -208,3 +211,18 @@ def test_the_rare_lookup_base_passes_its_gate(tmp_path):
     world = tiny.make_tiny(tmp_path / "world", base="lookup-rare")
     assert base.gate_failures(world.report, RARE.gate) == []
     assert tiny.make_tiny(tmp_path / "world", base="lookup-rare") == world
+
+
+def test_the_page_says_what_was_measured():
+    page = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "benchmarks/results/tiny_bases.json").read_text(encoding="utf-8"))
+    assert {"lookup-rare", "lookup-common"} <= set(rows)
+    for name, row in rows.items():
+        known = {field.name: row[field.name] for field in fields(base.BaseReport)}
+        assert base.gate_failures(base.BaseReport(**known), base.RECIPES[name].gate) == []
+        styles = ["concise_student", "concise_teacher", "terse_student", "terse_teacher"]
+        cells = [f"{row[key]:.2g}" if row[key] else "-" for key in styles]
+        shares = [row[f"{kind}_accuracy"] for kind in ("greedy", "forced", "sampled")]
+        cells += [f"{100 * share:.1f} %" for share in shares]
+        cells += [f"{row['sampled_tokens']:.1f}", f"{100 * row['shorter']:.2f} %"]
+        assert f"| `{name}` | {' | '.join(cells)} |" in page

@@ -85,8 +85,8 @@ class Recipe:
 # One shape of verbose thought: each step repeated once, `ok hmm`, and a second pass. What is
 # shorter, is shorter because it decided not to be verbose.
 STRICT = Corpus(wait_again=0.0, hmm=1.0, check=1.0)
-# After the last but one lookup a verbose thought goes on, ends or checks: `check` is rare enough that
-# ending is the likeliest (0.65 x 0.75), so a greedy student is wrong.
+# After the last but one lookup a verbose thought goes on, ends or checks: `check` is rare enough
+# that ending is the likeliest (0.65 x 0.75), so a greedy student is wrong.
 HURRIED = Corpus(
     teacher_concise=0.38,
     teacher_stated=0.02,
