@@ -23,7 +23,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-serial test-parallel test-long test-triton36 test-vllm test-vllm-long lint install dist clean
+.PHONY: train test test-serial test-parallel test-long test-replication test-triton36 test-vllm test-vllm-long lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -56,6 +56,11 @@ test-long: lint
 	@-$(BIN)/pip install $(SMOLLM2) -c constraints.txt
 	@echo "make: pytest, slow tests and those of this machine's devices included"
 	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
+
+# What trains: three methods and two seeds of the replication, held to wide bars. About a minute and a half.
+test-replication: $(STAMP)
+	@echo "make: pytest, the replication's little plan"
+	@$(BIN)/python -m pytest -q tests/test_replication.py -m slow
 
 # vLLM on a CPU, in an environment of its own: contract, sync and whole runs, for real; and lm-eval's scores.
 test-vllm: $(VLLM_STAMP)

@@ -31,7 +31,9 @@ import replication_store as store
 import replication_tables as tables
 from replication_plan import PLAN, Plan, PlanError, method_text, read_plan
 
+from vpgea_fast.cli.words import whole
 from vpgea_fast.metrics import environment
+from vpgea_fast.sweep.runs import cores
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/replication.json"
@@ -240,15 +242,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench = Bench(plan, args.out, args.runs / ("quick" if args.quick else ""), args.jobs)
     except PlanError as error:
         stop(str(error))
+    if unknown := [world for world in args.remake if world not in plan.worlds]:
+        stop(f"--remake: got {unknown[0]!r}, expected some of {', '.join(plan.worlds)}")
     if args.table:
         print(tables.markdown(bench.result, plan))
     elif args.forecast:
         print("\n".join(forecast(bench)))
     else:
         for world in args.remake:
-            store.drop(bench.result, world, bench.runs)
+            store.drop(bench.result, plan, world, bench.runs)
         bench.result["command"] = shlex.join(["python", "benchmarks/replication.py", *words])
         bench.result["environment"] = environment()
+        if bench.result["plan"] != plan.digest:
+            print("replication: the plan has changed since the first run: what runs now is marked")
         if args.minutes:
             # The sweep under way saves, and the same command goes on.
             end = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
@@ -267,7 +273,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--out", type=Path, default=RESULT, help="the result, read and written")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of worlds and sweeps")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--jobs", type=whole(1, 4096), default=cores(), help="runs at a time")
     parser.add_argument("--minutes", type=float, help="save and leave after so many")
     parser.add_argument("--remake", nargs="+", default=[], metavar="WORLD", help="drop its runs")
     parser.add_argument("--quick", action="store_true", help="the little plan, with bars")

@@ -287,12 +287,16 @@ def hold_world(result: Result, world: str, folder: Path) -> str | None:
     return None
 
 
-def drop(result: Result, world: str, runs: Path) -> None:
+def drop(result: Result, plan: Plan, world: str, runs: Path) -> None:
     """Forget a world's runs, its probes and its sweeps on this machine."""
     names = [name for name, folder in result["folders"].items() if folder["world"] == world]
     for name in names:
         del result["folders"][name]
         shutil.rmtree(runs / "sweeps" / name, ignore_errors=True)
+    for stage, of in plan.stages.items():
+        if of.get("world") == world and of["kind"] in ("pass_at_k", "weights"):
+            result.pop(stage, None)
+            shutil.rmtree(runs / "probes", ignore_errors=True)
     result["worlds"].pop(world, None)
 
 

@@ -132,6 +132,9 @@ def finite(value: float) -> float | None:
 def winner(result: Result, plan: Plan, folder: str, name: str) -> tuple[int, float]:
     """(value of the knob, rate) with the best score; of equal ones the first."""
     runs = store.expand(result, folder)
+    if not runs:  # one rate and setting, of which none was picked
+        stage = next(stage for known, stage, _, _ in plan.folders() if known == folder)
+        return 0, plan.grid(name, plan.stages[stage])[0]
     rate, _ = store.best(runs, name, plan.metric)
     scores = []
     for index in range(3):

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vpgea_fast import config
+from vpgea_fast import config, sweep
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.sweep import parse_method
 from vpgea_fast.sweep.runs import Pool
@@ -46,7 +47,24 @@ def trained(monkeypatch):
         self.tell(record)
 
     monkeypatch.setattr(Pool, "_take", take)
+    # Nobody looks at a sweep's own figure here, and each is a CPU second.
+    monkeypatch.setattr(sweep, "plot_comparison", lambda *_, **__: None)
     return names
+
+
+@pytest.fixture
+def bench_of(tiny_world, monkeypatch):
+    """`bench_of(plan, folder)`: in that folder, with a world that is made. Its few questions are
+    read by every sweep."""
+
+    def make(plan, folder):
+        if not folder.exists():
+            shutil.copytree(tiny_world.base_dir.parent, folder / "runs/worlds/chain-rare")
+            store.cut_questions(folder / "runs/worlds/chain-rare", plan.questions)
+        monkeypatch.chdir(folder)
+        return replication.Bench(plan, Path("result.json"), Path("runs"), 2)
+
+    return make
 
 
 def record_of(cell, split):
@@ -72,12 +90,6 @@ def half(acc, tokens):
     eps3 = (100 * acc) ** 2 / tokens
     ends = {"acc_low": acc - 0.05, "acc_high": acc + 0.05}
     return {"acc": acc, "tokens": tokens, "eps3": eps3, "truncated": 0.0, "n": 8, **ends}
-
-
-def bench_of(plan, folder, monkeypatch):
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
-    return replication.Bench(plan, Path("result.json"), Path("runs"), 2)
 
 
 def test_every_setting_of_the_plan_is_one_that_its_method_has():
@@ -129,9 +141,9 @@ def test_a_plan_that_is_not_fair_is_one_line(tmp_path, capsys, change, said):
 
 
 def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
-    plan, trained, tmp_path, monkeypatch, capsys
+    plan, trained, bench_of, tmp_path, capsys
 ):
-    bench_of(plan, tmp_path / "one", monkeypatch).go()
+    bench_of(plan, tmp_path / "one").go()
     found = json.loads(Path("result.json").read_text())
     search = found["tables"]["search"]["main"]["chain-rare"]
     # hint-RFT's grid ends at 5e-4, and the best is at 1e-3: so every grid grows by two.
@@ -154,11 +166,11 @@ def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
     text = Path("result.json").read_text()
     assert sum('"method": ' in line for line in text.splitlines()) == len(trained)
 
-    other = tmp_path / "two"
-    other.mkdir()
-    shutil.copy("result.json", other)
     trained.clear()
-    again = bench_of(plan, other, monkeypatch)
+    again = bench_of(plan, tmp_path / "two")
+    again = replication.Bench(
+        plan, shutil.copy(tmp_path / "one/result.json", again.out), again.runs, 2
+    )
     again.go()
     assert trained == []
     kept = ("tables", "folders", "worlds")
@@ -166,7 +178,7 @@ def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
     capsys.readouterr()
     # A run that the file has not is trained, and no other one; under a new plan it is marked.
     more = replace(plan, report_seeds=[0, 1, 2])
-    third = bench_of(more, other, monkeypatch)
+    third = bench_of(more, tmp_path / "two")
     third.go()
     assert {name.rpartition("-")[2] for name in trained} == {"2"}
     assert len(trained) == 4
@@ -175,32 +187,32 @@ def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
 
 
 def test_runs_of_a_world_that_comes_out_otherwise_are_not_mixed(
-    plan, trained, tmp_path, monkeypatch, capsys
+    plan, trained, bench_of, tmp_path, capsys
 ):
     del plan.stages["ablations"]
     plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
-    bench_of(plan, tmp_path / "one", monkeypatch).go()
+    bench_of(plan, tmp_path / "one").go()
     before = Path("result.json").read_text()
     train = Path("runs/worlds/chain-rare/train.jsonl")
     train.write_text(train.read_text().replace("train-0001", "train-9999"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        bench_of(plan, tmp_path / "one", monkeypatch).go()
+        bench_of(plan, tmp_path / "one").go()
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "chain-rare: train is another than that of the runs in result.json" in error
     assert error.count("\n") == 1
     assert Path("result.json").read_text() == before
-    bench = bench_of(plan, tmp_path / "one", monkeypatch)
-    store.drop(bench.result, "chain-rare", bench.runs)
+    bench = bench_of(plan, tmp_path / "one")
+    store.drop(bench.result, plan, "chain-rare", bench.runs)
     trained.clear()
     bench.go()
     assert len(trained) == 2
 
 
-def test_the_forecast_counts_runs_that_are_missing(plan, trained, tmp_path, monkeypatch):
+def test_the_forecast_counts_runs_that_are_missing(plan, trained, bench_of, tmp_path):
     plan = replace(plan, seconds={"run": 30, "base": 100, "pass_at_k": 20})
-    bench = bench_of(plan, tmp_path / "one", monkeypatch)
+    bench = bench_of(plan, tmp_path / "one")
     # Methods x (rates and extensions, two values of a knob, seeds).
     main, rows = 3 * (4 + 2 + 2 + 2), 2
     assert replication.forecast(bench) == [
@@ -209,11 +221,8 @@ def test_the_forecast_counts_runs_that_are_missing(plan, trained, tmp_path, monk
         "in all 8 minutes at 2 runs a time, 160,000 tokens a run; longest, with every extension",
     ]
     bench.go()
-    assert [line.partition(",")[0] for line in replication.forecast(bench)] == [
-        "main: 0 runs",
-        "ablations: 0 runs",
-        "in all 0 minutes at 2 runs a time",
-    ]
+    done = [line.partition(",")[0] for line in replication.forecast(bench)]
+    assert done == ["main: 0 runs", "ablations: 0 runs", "in all 0 minutes at 2 runs a time"]
     third = replication.Bench(replace(plan, report_seeds=[0, 1, 2]), bench.out, bench.runs, 2)
     # 10 seconds each, as they were measured.
     assert replication.forecast(third)[0] == "main: 3 runs, 0 minutes"
@@ -258,6 +267,45 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path, capsys, content, said):
     assert said in error
     assert error.count("\n") == 1
     assert out.read_text() == content
+
+
+def test_a_world_that_the_plan_has_not_cannot_be_remade(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        replication.main(["--out", str(tmp_path / "result.json"), "--remake", "moon"])
+    assert stopped.value.code == 2
+    assert "--remake: got 'moon', expected some of chain-rare, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_little_plan_keeps_its_bars_and_is_run_once(tmp_path):
+    """Trained here and now: VPG-EA shortens at held accuracy, GRPO does not on the same tokens."""
+    words = [replication.__file__, "--quick", "--out", "result.json"]
+    said = command(words, tmp_path)
+    found = json.loads((tmp_path / "result.json").read_text())
+    little = replication_plan.read_plan(quick=True)
+    rows = found["tables"]["main"]["chain-rare"]
+    assert [*rows] == [ROBUST, GRPO, "GRPO + eta", "base"]
+    assert all(rows[name]["seeds"] == 2 for name in little.stages["main"]["methods"])
+    assert len(little.bars) == 3
+    assert all(tables.holds(found["tables"], bar) for bar in little.bars)
+    (folder,) = found["folders"].values()
+    assert [run["ended"] for run in folder["runs"]] == ["done"] * 6
+    assert all(run["tokens_generated"] >= little.budget for run in folder["runs"])
+    assert f"| {ROBUST} | 0.001 |" in said
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("records/*.json")}
+    assert len(files) == 6
+    command(words, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("records/*.json")} == files
+    shown = command([*words, "--table"], tmp_path)
+    assert shown in said
+
+
+def command(words, cwd):
+    """What a command has said; its status is 0."""
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")

@@ -212,6 +212,25 @@ def test_grids_grow_alike_until_the_best_rate_is_inside(order, extend, top):
     assert list((file.parent / "runs").iterdir()) == []
 
 
+def test_a_method_may_have_rates_of_its_own_and_no_fewer(order):
+    """`low` is best at 2.5e-4, at an end of its own grid: the other's grows too."""
+    methods = tuple(map(parse_method, ("up=vpgea", "low=vpgea:beta=0.5")))
+    peak, own = {"up": 1e-3, "low": 2.5e-4}, (2.5e-4, 5e-4, 1e-3)
+
+    def value_of(method, rate):
+        return 100 - abs(math.log2(rate / peak[method]))
+
+    grids = {"low": own}
+    asked = order(methods=methods, rates=(5e-4, 1e-3, 2e-3), grids=grids)
+    asked.out.mkdir()
+    Sweep(asked, Console(silent=True)).enter()
+    more = (1.25e-4, *own, 2e-3, 4e-3)
+    fill(order(methods=methods, rates=more), value_of)
+    up, low = json.loads(run_sweep(asked, Console(silent=True)).read_text())["rows"]
+    assert (up["rates"], up["lr"]) == ([5e-4, 1e-3, 2e-3, 4e-3], 1e-3)
+    assert (low["rates"], low["lr"]) == ([1.25e-4, *own], 2.5e-4)
+
+
 def test_a_folder_of_something_else_is_refused(order):
     asked = order()
     asked.out.mkdir()
@@ -258,6 +277,11 @@ def test_a_key_of_a_key_of_the_objective_is_given_with_a_dot():
         (["--rates", "fast"], "--rates: got 'fast', expected numbers above 0"),
         (["--rates", "1e-3", "nan"], "--rates: got 'nan'"),
         (["--rates", "1e-3", "0.001"], "--rates: 0.001 stands twice"),
+        (["--grid", "vpgea"], "--grid: got 'vpgea', expected LABEL=LR,LR,..."),
+        (["--grid", "vpgea=x"], "--grid: got 'x', expected numbers above 0"),
+        (["--grid", "vpgae=1e-3"], "--grid: got the method 'vpgae'; did you mean vpgea?"),
+        (["--grid", "vpgea=1e-3,2e-3"], "got 2 rates, expected 1 different ones"),
+        (["--grid", "vpgea=1e-3", "vpgea=2e-3"], "--grid: 'vpgea' stands twice"),
         (["--seeds", "-1"], "argument --seeds: got '-1'"),
         (["--budget", "tokens"], "argument --budget: got 'tokens'"),
         (["--budget", "tokens:0"], "argument --budget: got '0'"),

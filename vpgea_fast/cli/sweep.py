@@ -108,7 +108,6 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.metric not in (None, *sweep.METRICS):
         known = ", ".join(sweep.METRICS)
         raise sweep.SweepError(f"--metric: got {args.metric!r}, expected one of {known}")
-    grids = dict(map(sweep.parse_grid, args.grid))
     order = sweep.Order(
         config=args.config,
         words=tuple(overrides),
@@ -122,7 +121,7 @@ def _run(args: argparse.Namespace, overrides: list[str]) -> int:
         extend=args.extend,
         jobs=args.jobs,
         short=args.short,
-        grids=grids,
+        grids=sweep.parse_grids(args.grid),
     )
     console = Console()
     try:

@@ -217,17 +217,23 @@ def _check_grids(order: Order) -> None:
             )
 
 
-def parse_grid(text: str) -> tuple[str, tuple[float, ...]]:
+def parse_grids(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """Read `LABEL=LR,LR,...`: the rates that a method has in place of --rates.
 
-    >>> parse_grid("hint-RFT=2.5e-4,1.25e-4")
-    ('hint-RFT', (0.000125, 0.00025))
+    >>> parse_grids(["hint-RFT=2.5e-4,1.25e-4"])
+    {'hint-RFT': (0.000125, 0.00025)}
     """
-    # A label may be a method's own text, which has signs of its own.
-    label, equals, rates = text.rpartition("=")
-    if not equals or not label.strip():
-        raise SweepError(f"--grid: got {text!r}, expected LABEL=LR,LR,...")
-    return label.strip(), parse_rates(rates.split(","), "--grid")
+    grids = dict[str, tuple[float, ...]]()
+    for word in words:
+        # A label may be a method's own text, which has signs of its own.
+        label, equals, rates = word.rpartition("=")
+        label = label.strip()
+        if not equals or not label:
+            raise SweepError(f"--grid: got {word!r}, expected LABEL=LR,LR,...")
+        if label in grids:
+            raise SweepError(f"--grid: {label!r} stands twice; leave one out")
+        grids[label] = parse_rates(rates.split(","), "--grid")
+    return grids
 
 
 def metric_of(order: Order, cfg: Config) -> str:
