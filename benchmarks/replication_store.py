@@ -37,6 +37,7 @@ NUMBERS = ("acc", "acc_low", "acc_high", "tokens", "eps3", "truncated", "n")
 DIGITS = 6
 """Decimals that are kept of them: shares of 400 questions are exact."""
 KEPT = ("ended", "halt", "steps", "tokens_generated", "guard_caught", "wall_s")
+COURSE = ("to_short", "late")
 FILES = ("train", "test")
 
 
@@ -107,10 +108,10 @@ def collect(result: Result, name: str, out: Path, plan: Plan) -> None:
         if (own := numbers(record["before"])) != folder["before"]:
             run["before"] = own
         run["after"] = record["after"] and numbers(record["after"])
-        spent = old.get("to_short")
-        if spent is None:
-            spent = tokens_to_short(out / "runs" / cell_name(*key), plan.worlds[place[1]])
-        runs[key] = run | {"to_short": spent, "plan": old.get("plan", plan.digest)}
+        # The run directory is of the machine that ran it; the file knows what it said.
+        said = {key: old[key] for key in COURSE if key in old}
+        said = said or course(out / "runs" / cell_name(*key), plan.worlds[place[1]])
+        runs[key] = run | said | {"plan": old.get("plan", plan.digest)}
     # Most words are those of all: they stand once.
     alike = takewhile(lambda each: len({*each}) == 1, zip(*words.values(), strict=False))
     folder["shared"] = shared = [first for first, *_ in alike]
@@ -238,17 +239,26 @@ def paths_a_step(plan: Plan, words: Iterable[str]) -> list[int]:
     return [each * (draws.posterior + draws.prior - hinted), each * hinted]
 
 
-def tokens_to_short(run: Path, world: Mapping[str, Any]) -> int | None:
-    """Tokens drawn until a step's student thoughts are short in the mean; None where never, or
-    where the method draws none."""
-    path, drawn = run / "metrics.jsonl", 0
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        step = json.loads(line)
+def course(run: Path, world: Mapping[str, Any]) -> dict[str, Any]:
+    """How the lengths of a run went, of the mean thoughts of its steps.
+
+    to_short  tokens drawn until those of the student are short; None where never
+    late      [student's, teacher's] length over the last quarter of the steps, tokens; None for a
+              method that draws one of both alone
+    """
+    path, drawn, spent, both = run / "metrics.jsonl", 0, None, list[tuple[float, float]]()
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    for step in map(json.loads, lines):
         drawn += int(step.get("tokens_generated") or 0)
-        length = step.get("len_prior")
-        if length is not None and length <= world["short"] - world.get("answer", 4):
-            return drawn
-    return None
+        prior, posterior = step.get("len_prior"), step.get("len_post")
+        short = world["short"] - world.get("answer", 4)
+        if spent is None and prior is not None and prior <= short:
+            spent = drawn
+        if prior is not None and posterior is not None:
+            both.append((prior, posterior))
+    late = both[-max(1, len(both) // 4) :]
+    means = [round(fmean(side), 3) for side in zip(*late, strict=True)] if late else None
+    return {"to_short": spent, "late": means}
 
 
 def cut_questions(folder: Path, count: Mapping[str, int]) -> None:

@@ -94,6 +94,8 @@ def numbers(
     ]
     spent = [run.get("to_short") for run in runs]
     found["tokens_to_short"] = spent
+    found["late"] = late = [run.get("late") for run in runs]
+    found["prior_below"] = sum(bool(pair) and pair[0] < pair[1] for pair in late)
     found["exploratory"] = any(run["plan"] != result["plan"] for run in runs)
     return found
 
