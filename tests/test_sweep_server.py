@@ -1,12 +1,12 @@
 """Runs that are forked: they are what new processes are, and nothing of them outlives its use."""
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,12 @@ from vpgea_fast.bound import bound_command
 from vpgea_fast.distributed import Stopped, World, pick_device
 from vpgea_fast.stop import Stop
 from vpgea_fast.sweep.plan import SweepError
-from vpgea_fast.sweep.server import Starter
+from vpgea_fast.sweep.server import Forked, Starter
 
 TINY = str(Path(__file__).parents[1] / "configs/tiny.yaml")
 PROBE = """
 import gc, json, locale, logging, multiprocessing, os, resource, signal, sys, threading, warnings
-import matplotlib, torch, transformers, vpgea_fast.trainer
+import matplotlib, numpy, random, torch, transformers, vpgea_fast.trainer
 ids = os.getpid(), os.getsid(0), os.getpgrp()
 found = {
     "ids": [len({*ids}), os.getppid() == ids[0]],
@@ -44,7 +44,7 @@ found = {
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
     "limits": [resource.getrlimit(n) for n in range(16)],
     "threads": [threading.active_count(), torch.get_num_threads(), torch.get_num_interop_threads()],
-    "generator": [torch.initial_seed(), torch.get_rng_state().sum().item()],
+    "drawn": [torch.initial_seed(), torch.rand(1).item(), random.random(), numpy.random.rand()],
     "modes": [torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()],
     "precision": [str(torch.get_default_dtype()), torch.get_float32_matmul_precision()],
     "cuda": torch.cuda.is_initialized(),
@@ -74,7 +74,7 @@ def words(tiny_words):
     return lambda name, steps, *more: ["train", TINY, *words(name, f"--train.steps={steps}", *more)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def ending(process):
     """A process that does not outlive a test that fails."""
     try:
@@ -101,6 +101,12 @@ def is_free(file):
     return True
 
 
+def is_server(pid):
+    with contextlib.suppress(OSError):  # it has just ended
+        return b"vpgea_fast.sweep.server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
 def steps_of(run):
     file = Path(run) / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
@@ -123,7 +129,7 @@ def test_forked_runs_end_as_processes_do_and_all_with_the_server(words, tmp_path
         assert told.startswith("before\n")
         assert "optim.lr" in told
         assert "vpgea: " in told.splitlines()[-1]
-        server = starter._server.pid
+        (server,) = (pid for pid in running(parent=os.getpid()) if is_server(pid))
         first, second, third = (
             starter.start(words(name, 500), tmp_path / f"{name}.txt", "cpu") for name in "abc"
         )
@@ -164,7 +170,7 @@ def test_one_that_is_asked_to_leave_while_the_server_imports_leaves_at_once(tmp_
         starter.start(["keys"], tmp_path / "log.txt", "cpu")
     assert starter._server is None
     assert (tmp_path / "log.txt").read_text() == ""
-    assert not [line for line in running(parent=os.getpid()).values() if "sweep.server" in line]
+    assert not any(map(is_server, running(parent=os.getpid())))
 
 
 def test_a_server_that_cannot_start_is_one_line(tmp_path, monkeypatch):
@@ -217,12 +223,23 @@ def test_a_forked_run_is_what_a_new_process_is(words, tmp_path, monkeypatch, thr
             )
             assert plain.wait() == 2
         (tmp_path / "log.txt").rename(tmp_path / "plain")
-        assert starter.start(given, log, "cpu").wait() == 2
-        for text in ((tmp_path / "plain").read_text(), log.read_text()):
+        logs = [tmp_path / name for name in ("plain", "first/log.txt", "second/log.txt")]
+        for log in logs[1:]:
+            log.parent.mkdir()
+            process = starter.start(given, log, "cpu")
+            assert isinstance(process, Forked)
+            assert process.wait() == 2
+        for text in map(Path.read_text, logs):
             (line,) = (x for x in text.splitlines() if x.startswith("PROBED "))
             found.append(json.loads(line.removeprefix("PROBED ")))
             assert "probed" in text.splitlines()[-1]
-    assert found[0] == found[1]
+    # No state is shared: each begins with generators of its own.
+    assert len({number for one in found for number in one.pop("drawn")}) == 12
+    streams = [(one.pop("streams"), one.pop("files")) for one in found]
+    for (names, kept), log in zip(streams, [tmp_path / "log.txt", *logs[1:]], strict=True):
+        assert names == ["/dev/null", str(log), str(log)]
+        assert {*kept} == {str(file), str(log)}
+    assert found[0] == found[1] == found[2]
     assert found[0]["ids"] == [1, False]
     assert not found[0]["cuda"]
 
@@ -239,7 +256,7 @@ def test_a_sweep_that_is_killed_leaves_nothing_and_frees_its_lock(words, tmp_pat
     with ending(Program("-m", "vpgea_fast.cli", *given)) as sweep:
         runs = [out / "runs" / f"vpgea-{rate}-0" for rate in ("0.001", "0.002")]
         until(lambda: all(map(steps_of, runs)), "a step of both")
-        (server,) = running(parent=sweep.pid)
+        (server,) = filter(is_server, running(parent=sweep.pid))
         forked = running(parent=server)
         assert len(forked) == 2
         sweep.kill()

@@ -2,7 +2,7 @@
 and forks them: imports take 4 to 6 seconds of a core, a fork hundredths.
 
 A forked run has the numbers of `vpgea train` in a process of its own. The server computes nothing,
-so no generator has moved and no pool of threads stands; and it has one thread, or forks none.
+so no pool of threads stands; it has one thread, or forks none; and generators begin anew in a fork.
 Where that does not hold, off Linux and on a GPU each run is a new process: a driver that anything
 has touched, a library's import too, does not survive a fork.
 
@@ -31,6 +31,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+import numpy
+import torch
 
 from vpgea_fast.bound import bind, blocked, bound_command
 from vpgea_fast.config.schema import known_keys
@@ -263,6 +266,9 @@ def _begin(words: list[str], files: Sequence[int], parent: int) -> list[str]:
         os.dup2(files[0], stream)
     os.close(files[0])
     sys.argv[1:] = words
+    # At random in every process, but by the import; Python sees to its own generator.
+    torch.default_generator.seed()
+    numpy.random.seed()  # noqa: NPY002 - libraries may draw from it
     # A SIGTERM that came before ends it here, as it ends a process that imports.
     bind(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
