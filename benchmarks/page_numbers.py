@@ -3,8 +3,8 @@
     python benchmarks/page_numbers.py            one line for each number that is not held
     python benchmarks/page_numbers.py --write    write the tables of the pages again, then the same
 
-A table below `<!-- table: COMMAND -->` is what the command prints. All else stands in
-benchmarks/page_numbers.yaml:
+A table below `<!-- table: COMMAND -->` is what the command prints, or with `COMMAND # TITLE` the
+table that it prints under this heading. All else stands in benchmarks/page_numbers.yaml:
 
 names           name -> expression, for what several texts read
 pages           page -> `bound` and `allowed`
@@ -121,12 +121,17 @@ def taken(page: str, text: str) -> str:
 
 
 def printed(root: Path, command: str) -> str:
-    """What a command of benchmarks/ prints."""
-    _, script, *words = shlex.split(command)
+    """The table that a command of benchmarks/ prints; SystemExit where there is none."""
+    _, script, *words = shlex.split(command, comments=True)
     output = io.StringIO()
     with contextlib.chdir(root), contextlib.redirect_stdout(output):
         importlib.import_module(Path(script).stem).main(words)
-    return output.getvalue()
+    title = command.partition(" # ")[2]
+    head = rf"^#+ {re.escape(title)}\n\s*" if title else r"\A"
+    found = re.search(head + r"((?:\|.*\n)+)", output.getvalue(), re.M)
+    if found is None:
+        raise SystemExit(f"{command}: it prints no such table; mend the page")
+    return found[1]
 
 
 def page_problems(

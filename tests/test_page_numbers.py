@@ -133,6 +133,20 @@ def test_a_table_is_written_again(bench, tree):
     assert (tree / README).read_text(encoding="utf-8") == before
 
 
+def test_one_table_of_several_is_taken_by_its_heading(bench, tree, monkeypatch):
+    (tree / "printing").mkdir()
+    (tree / "printing/two_tables.py").write_text(
+        'def main(words):\n    print("### a\\n\\n| 1 |\\n|---|\\n| 2 |\\n\\n### b, c\\n\\n| 3 |")\n'
+    )
+    monkeypatch.syspath_prepend(str(tree / "printing"))
+    command = "python benchmarks/two_tables.py"
+    assert bench.printed(tree, f"{command} # a") == "| 1 |\n|---|\n| 2 |\n"
+    assert bench.printed(tree, f"{command} # b, c") == "| 3 |\n"
+    for title in ("", " # b"):
+        with pytest.raises(SystemExit, match=r"two_tables.py.*: it prints no such table"):
+            bench.printed(tree, command + title)
+
+
 def test_a_page_that_comes_needs_all_its_sources(bench, tree):
     (tree / "docs").mkdir()
     (tree / "docs/replication.md").write_text("It takes 5 hours.\n", encoding="utf-8")
