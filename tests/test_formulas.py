@@ -20,6 +20,7 @@ from batches import losing
 from length_formulas import FORMULAS, Group, reward
 from ranks import run_ranks
 from runs import words_of
+from torch.nn.utils.rnn import pad_sequence
 
 from vpgea_fast import config, trainer
 from vpgea_fast.distributed import full_weights, reshard
@@ -293,6 +294,24 @@ def logps_of(model, context, tokens, temperature=1.0):
     return (logits_TV / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
+def key_of(context, tokens):
+    return (len(context), *context.tolist(), *tokens.tolist())
+
+
+def logits_of(model, documents):
+    """Key -> full logits of the tokens of each document, from one forward: a call for each costs
+    as much as all. Padded behind, where no token of a causal model looks."""
+    documents = {key_of(*document): document for document in documents}
+    if not documents:
+        return {}
+    ids = [torch.cat(document) for document in documents.values()]
+    logits_BTV = model(pad_sequence(ids, batch_first=True)).logits
+    return {
+        key: logits_TV[len(context) - 1 :][: len(tokens)]
+        for (key, (context, tokens)), logits_TV in zip(documents.items(), logits_BTV, strict=True)
+    }
+
+
 def group_of(decode, batch, b):
     """One question's paths, as the length rewards are of them."""
     question, columns, reference = batch.questions[b], batch.prior, batch.reference
@@ -327,11 +346,12 @@ class Formula:
             return
         self.old, self.far, self.old_answer, self.old_own = {}, {}, {}, {}
         with torch.no_grad():
+            self.look(model, [*self.documents(range(B)), *self.scored()])
             if self.keys.name == "vpgea":
                 self.advantage = self.cross_view(model, step)
                 if self.keys.prior_pg:
                     self.own_advantage = self.cross_view(model, step, stream="prior")
-                    self.own_paths(model)
+                    self.own_paths()
             elif self.keys.name == "rlt":
                 self.advantage = self.dense(model, reference)
             elif self.keys.name == "verifree_normalised":
@@ -341,18 +361,61 @@ class Formula:
                 self.advantage = self.group_advantage(model)
             for b, i in itertools.product(range(B), range(P)):
                 row = self.row(b, i)
-                self.old[b, i] = logps_of(model, *row, self.temperature)
+                self.old[b, i] = self.logps(*row, self.temperature)
                 if getattr(self.keys, "kl_coef", 0) and self.keys.name != "rlt":
                     self.far[b, i] = logps_of(reference, *row, self.temperature)
                 if "verifree" in self.keys.name:
-                    self.old_answer[b, i] = logps_of(model, *self.answer_row(b, i))
+                    self.old_answer[b, i] = self.logps(*self.answer_row(b, i))
 
-    def own_paths(self, model):
+    def look(self, model, documents):
+        """Keep what a model says of documents, which `logps` is then asked for."""
+        self.said = logits_of(model, documents)
+
+    def logps(self, context, tokens, temperature=1.0):
+        """`logps_of` of a document that was looked at."""
+        logits_TV = self.said[key_of(context, tokens)] / temperature
+        return logits_TV.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+    def documents(self, mine):
+        """What the loss of these questions looks at."""
+        name, batch = self.keys.name, self.batch
+        if name in SUPERVISED:
+            return [self.imitated_row(b, i) for b, i in self.imitated if b in mine]
+        found = [self.row(b, i) for b, i in itertools.product(mine, range(P))]
+        if "verifree" in name:
+            found += [self.answer_row(b, i) for b, i in itertools.product(mine, range(P))]
+        if name == "vpgea":
+            for b in mine:
+                student = batch.questions[b].student_ids
+                groups = batch.posterior.paths[b], batch.prior.paths[b]
+                found += [(student, path.z_ids) for path in itertools.chain(*groups)]
+                if self.keys.train_answer == "sft":
+                    found += [self.answer_of(b, path) for path in groups[0]]
+        return found
+
+    def scored(self):
+        """The answers behind thoughts that a reward made of U looks at."""
+        keys, batch = self.keys, self.batch
+        if keys.name != "vpgea" and getattr(keys, "reward", "") not in (
+            "likelihood",
+            "probability",
+        ):
+            return []
+        streams = (batch.prior, batch.posterior) if keys.name == "vpgea" else (batch.prior,)
+        views = ("student",) if getattr(keys, "cross_view", True) else ("student", "teacher")
+        return [
+            self.answer_of(b, path, view)
+            for stream in streams
+            for b, group in enumerate(stream.paths)
+            for path, view in itertools.product(group, views)
+        ]
+
+    def own_paths(self):
         """The student's paths of a joint policy gradient, with their log-probs."""
         for b, group in enumerate(self.batch.prior.paths):
             for j, path in enumerate(group):
                 row = self.batch.questions[b].student_ids, path.z_ids
-                self.old_own[b, j] = logps_of(model, *row, self.temperature)
+                self.old_own[b, j] = self.logps(*row, self.temperature)
 
     def paths(self):
         """Of the stream that is imitated, with what verifies in it; all of what is given."""
@@ -392,7 +455,7 @@ class Formula:
             if b in mine:
                 found["kinds"].add("imitated")
                 context, tokens = self.imitated_row(b, i)
-                logp = logps_of(model, context, tokens, self.temperature).sum()
+                logp = self.logps(context, tokens, self.temperature).sum()
                 weight = self.weight(lengths, len(tokens), paths=B * count)
                 losses.append(-weight * logp)
         if len(self.imitated) < B * count:
@@ -413,10 +476,14 @@ class Formula:
 
     def answer_row(self, b, i):
         """The reference answer behind a thought of the student."""
-        question, path = self.batch.questions[b], self.batch.prior.paths[b][i]
+        return self.answer_of(b, self.batch.prior.paths[b][i])
+
+    def answer_of(self, b, path, view="student"):
+        """The reference answer behind any thought."""
+        question = self.batch.questions[b]
         end = [] if path.closed else [torch.tensor([self.close])]
-        context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
-        return context, question.target_ids
+        prompt = question.student_ids if view == "student" else question.teacher_ids
+        return torch.cat([prompt, path.z_ids, *end, question.cue_ids]), question.target_ids
 
     def clipped(self, now, old, a, found):
         """-min(r A, clip(r) A) of each token, and what GSPO and CISPO make of it."""
@@ -626,11 +693,9 @@ class Formula:
         return [floor if s is None else s for s in scores]
 
     def utility(self, model, b, path, view="student"):
-        question = self.batch.questions[b]
-        end = [] if path.closed else [torch.tensor([self.close])]
-        prompt = question.student_ids if view == "student" else question.teacher_ids
-        context = torch.cat([prompt, path.z_ids, *end, question.cue_ids])
-        logps = logps_of(model, context, question.target_ids)
+        document = self.answer_of(b, path, view)
+        known = key_of(*document) in self.said  # not of a thought that is cut for this alone
+        logps = self.logps(*document) if known else logps_of(model, *document)
         u = float(logps.sum() if self.cfg.scoring.u_norm == "sum" else logps.mean())
         return max(u, self.keys.u_min) if getattr(self.keys, "clamp_u", False) else u
 
@@ -659,25 +724,26 @@ class Formula:
     def loss(self, model, part, found):
         mine = range(part * B // self.updates, (part + 1) * B // self.updates)
         mine = [b for b in mine if not self.batch.lost_B[b]]
+        self.look(model, self.documents(mine))
         if self.keys.name in SUPERVISED:
             return self.imitation(model, mine, found)
         ours = {"vpgea": self.two_views, "rlt": self.teacher, "verifree_normalised": self.shares}
         parts = [
-            ours.get(self.keys.name, self.surrogate)(model, b, i, found)
+            ours.get(self.keys.name, self.surrogate)(b, i, found)
             for b, i in itertools.product(mine, range(P))
         ]
         if getattr(self.keys, "prior_pg", 0):
             own = itertools.product(mine, range(self.keys.prior_samples))
-            parts += [self.joint(model, b, j, found) for b, j in own]
+            parts += [self.joint(b, j, found) for b, j in own]
         return torch.stack([loss for loss in parts if loss is not None]).sum()
 
-    def two_views(self, model, b, i, found):
+    def two_views(self, b, i, found):
         keys, question = self.keys, self.batch.questions[b]
         lengths = [len(p.z_ids) for group in self.batch.posterior.paths for p in group]
         path, a = self.batch.posterior.paths[b][i], self.advantage[b][i]
         drawn = question.teacher_ids if keys.posterior else question.student_ids
-        log_q = logps_of(model, drawn, path.z_ids, self.temperature)
-        log_pi = logps_of(model, question.student_ids, path.z_ids, self.temperature).sum()
+        log_q = self.logps(drawn, path.z_ids, self.temperature)
+        log_pi = self.logps(question.student_ids, path.z_ids, self.temperature).sum()
         gate = self.opened(b, i)
         found["kinds"].add("gated" if a > 0 else "pushed down" if a < 0 else "dead")
         pulled = self.clipped(log_q, self.old[b, i], torch.full_like(log_q, a), found).sum()
@@ -688,10 +754,7 @@ class Formula:
         kept = self.weight(imitated, len(path.z_ids)) * (log_q.sum().detach() - log_pi)
         loss = weight * pulled + keys.beta * gate * kept
         if keys.train_answer == "sft" and gate:
-            end = [] if path.closed else [torch.tensor([self.close])]
-            context = torch.cat([question.student_ids, path.z_ids, *end, question.cue_ids])
-            target = question.target_ids
-            log_y = logps_of(model, context, target).sum()
+            log_y = self.logps(*self.answer_of(b, path)).sum()
             loss = loss - weight * keys.answer_weight * log_y
         return loss
 
@@ -699,25 +762,25 @@ class Formula:
         a = self.advantage[b][i]
         return {"indicator": float(a > 0), "relu": max(0.0, a), "none": 1.0}[self.keys.gate]
 
-    def joint(self, model, b, j, found):
+    def joint(self, b, j, found):
         """The policy gradient of the student's own paths."""
         groups, a = self.batch.prior.paths, self.own_advantage[b][j]
         lengths, tokens = [len(p.z_ids) for group in groups for p in group], groups[b][j].z_ids
         found["kinds"].add("own")
-        log_pi = logps_of(model, self.batch.questions[b].student_ids, tokens, self.temperature)
+        log_pi = self.logps(self.batch.questions[b].student_ids, tokens, self.temperature)
         weight = self.weight(lengths, len(tokens), paths=B * len(groups[b]))
         own = self.clipped(log_pi, self.old_own[b, j], torch.full_like(log_pi, a), found)
         return weight * self.keys.prior_pg * own.sum()
 
-    def teacher(self, model, b, i, found):
+    def teacher(self, b, i, found):
         path, a = self.batch.posterior.paths[b][i], self.advantage[b][i]
         found["kinds"].add("gated" if a > 0 else "pushed down")
         context = self.batch.questions[b].teacher_ids
-        log_q = logps_of(model, context, path.z_ids, self.temperature)
+        log_q = self.logps(context, path.z_ids, self.temperature)
         loss = self.clipped(log_q, self.old[b, i], torch.full_like(log_q, a), found)
         return self.weight([1], len(path.z_ids)) * loss.sum()
 
-    def shares(self, model, b, i, found):
+    def shares(self, b, i, found):
         """Normalised VeriFree: a question's thoughts and answers share a weight of 1."""
         context, tokens = self.row(b, i)
         # A question of cut thoughts alone has no weight.
@@ -728,12 +791,12 @@ class Formula:
             ((context, tokens), self.old[b, i]),
             (self.answer_row(b, i), self.old_answer[b, i]),
         ):
-            now = logps_of(model, *row, self.temperature)
+            now = self.logps(*row, self.temperature)
             loss = loss + self.clipped(now, old, share.expand(now.shape), found).sum()
         found["kinds"].add("truncated" if not share else "whole")
         return self.weight([1], len(tokens)) * loss
 
-    def surrogate(self, model, b, i, found):
+    def surrogate(self, b, i, found):
         keys, paths = self.keys, self.batch.prior.paths
         cut = [[keys.mask_truncated and p.finish == "length" for p in group] for group in paths]
         if cut[b][i]:
@@ -745,7 +808,7 @@ class Formula:
             if not cut[c][j] and (c in self.counted)
         ]
         context, tokens = self.row(b, i)
-        now, old = logps_of(model, context, tokens, self.temperature), self.old[b, i]
+        now, old = self.logps(context, tokens, self.temperature), self.old[b, i]
         a = torch.full_like(now, self.advantage[b][i])
         if keys.length_reward and keys.length_reward.name == "lc_r1":
             extra = self.closing(b, i)
@@ -770,7 +833,7 @@ class Formula:
         target = getattr(keys, "target", "none")
         worths = {"none": 0.0, "reward": self.rewards[b][i], "advantage": self.advantage[b][i]}
         if worths[target]:
-            answer = logps_of(model, *self.answer_row(b, i))
+            answer = self.logps(*self.answer_row(b, i))
             worth = torch.full_like(answer, worths[target])
             loss = loss + self.clipped(answer, self.old_answer[b, i], worth, found).sum()
         return self.weight(lengths, len(tokens)) * loss
@@ -817,7 +880,7 @@ def settings_of(name):
         "train.minibatches": PARTS,
         "train.epochs": EPOCHS,
         "train.steps": 2 if moving else 1,
-        "train.micro_batch_tokens": 150,
+        "train.micro_batch_tokens": 300,
         "rollout.temperature": 1.0 if likely else TEMPERATURE,
         "rollout.max_new_tokens": LIMIT,
         "rollout.max_answer_tokens": ANSWER,
