@@ -226,3 +226,5 @@ def test_the_page_says_what_was_measured():
         cells += [f"{100 * share:.1f} %" for share in shares]
         cells += [f"{row['sampled_tokens']:.1f}", f"{100 * row['shorter']:.2f} %"]
         assert f"| `{name}` | {' | '.join(cells)} |" in page
+    for name in ("demo", "strict"):
+        assert f"* `{name}`: {100 * rows[name]['tenth']:.1f} % of 4,000" in page
