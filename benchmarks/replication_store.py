@@ -246,7 +246,7 @@ def tokens_to_short(run: Path, world: Mapping[str, Any]) -> int | None:
         step = json.loads(line)
         drawn += int(step.get("tokens_generated") or 0)
         length = step.get("len_prior")
-        if length is not None and length <= world["short"] - world.get("answer", 4):
+        if length is not None and length <= world["short"] - world["answer"]:
             return drawn
     return None
 
