@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import replication_store as store
 import replication_tables as tables
-from replication_plan import PLAN, Plan, PlanError, method_text, read_plan
+from replication_plan import PLAN, Plan, PlanError, method_text, read_plan, worlds_of
 
 from vpgea_fast.cli.words import whole
 from vpgea_fast.metrics import environment
@@ -40,6 +40,10 @@ RESULT = ROOT / "benchmarks/results/replication.json"
 RUNS = Path("runs/replication")
 """Beside the working directory: its name is in the words of every run."""
 Result = dict[str, Any]
+
+
+class MissingRunsError(Exception):
+    """A stage that builds on runs that are not there."""
 
 
 class Bench:
@@ -57,10 +61,25 @@ class Bench:
         store.write(self.out, self.result)
 
     def go(self) -> None:
-        make_worlds(self)
-        for stage, of in self.plan.stages.items():
-            KINDS[of["kind"]](self, stage, of)
+        """Run every stage in every world. What fails is told at once and at the end, with status 2;
+        the rest goes on, and the same command tries it again."""
+        failed = make_worlds(self)
+        places = [(s, of, w) for s, of in self.plan.stages.items() for w in worlds_of(of)]
+        for stage, of, world in places:
+            try:
+                if world in failed:
+                    continue
+                KINDS[of["kind"]](self, stage, of, world)
+            except SystemExit as left:
+                # Any other status: it was asked to leave.
+                if left.code not in (1, 2):
+                    raise
+                failed.append(f"{stage} in {world}")
+            except MissingRunsError as missing:
+                failed.append(f"{stage} in {world} ({missing})")
             self.save()
+        if failed:
+            stop(f"not done: {', '.join(failed)}; the same command tries it again")
 
     def sweep(
         self,
@@ -102,17 +121,16 @@ class Bench:
         return store.expand(self.result, folder, methods)
 
 
-def search(bench: Bench, stage: str, of: Mapping[str, Any]) -> None:
-    """For each world: grids, knobs at the best rate, and the winners with the report seeds."""
+def search(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
+    """Grids, knobs at the best rate, and the winners with the report seeds."""
     plan, names = bench.plan, of["methods"]
-    for world in of["worlds"]:
-        won = {name: (0, plan.grid(name, of)[0]) for name in names}
-        # Of one rate and one setting there is nothing to pick.
-        if any(len(plan.grid(name, of)) > 1 for name in names):
-            won = searched(bench, f"{stage}-{world}-search", world, of)
-        chosen = {name: plan.variant(name, index) for name, (index, _) in won.items()}
-        rates = {name: [rate] for name, (_, rate) in won.items()}
-        bench.sweep(f"{stage}-{world}-report", world, chosen, rates, report=True)
+    won = {name: (0, plan.grid(name, of)[0]) for name in names}
+    # Of one rate and one setting there is nothing to pick.
+    if any(len(plan.grid(name, of)) > 1 for name in names):
+        won = searched(bench, f"{stage}-{world}-search", world, of)
+    chosen = {name: plan.variant(name, index) for name, (index, _) in won.items()}
+    rates = {name: [rate] for name, (_, rate) in won.items()}
+    bench.sweep(f"{stage}-{world}-report", world, chosen, rates, report=True)
 
 
 def searched(
@@ -135,9 +153,10 @@ def searched(
     return {name: tables.winner(bench.result, plan, folder, name) for name in names}
 
 
-def rows(bench: Bench, stage: str, of: Mapping[str, Any]) -> None:
-    """The winner of a method in a world with other keys, row by row."""
-    world, method = of["world"], of["method"]
+def rows(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
+    """The winner of a method with other keys, row by row."""
+    method = of["method"]
+    need(bench, world, [method])
     index, rate = tables.winner(bench.result, bench.plan, f"main-{world}-search", method)
     base = bench.plan.variant(method, index)
     variants = {label: {**base, **keys} for label, keys in of["rows"].items()}
@@ -145,39 +164,49 @@ def rows(bench: Bench, stage: str, of: Mapping[str, Any]) -> None:
     bench.sweep(f"{stage}-{world}", world, variants, rates, report=True)
 
 
-def pass_at_k(bench: Bench, stage: str, of: Mapping[str, Any]) -> None:
+def pass_at_k(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
     """Train the winners again, with their models kept, and ask each many times."""
     from replication_probes import answers
 
-    world, found = of["world"], bench.result.setdefault(stage, {})
+    need(bench, world, of["methods"])
+    found = bench.result.setdefault(stage, {})
     for name in ("base", *of["methods"]):
         if name not in found:
             found[name] = answers(bench, name, of, bench.runs / "worlds" / world)
             bench.save()
 
 
-def weights(bench: Bench, stage: str, of: Mapping[str, Any]) -> None:
+def weights(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
     """What each method weighs a question, on paths of the base."""
     from replication_probes import question_weights
 
+    if "base" not in bench.result.get("pass_at_k", {}):
+        raise MissingRunsError("it needs the base's answers, of pass_at_k")
     found = bench.result.setdefault(stage, {})
     for name in of["methods"]:
         if name not in found:
-            found[name] = question_weights(bench, name, of, bench.runs / "worlds" / of["world"])
+            found[name] = question_weights(bench, name, of, bench.runs / "worlds" / world)
             bench.save()
+
+
+def need(bench: Bench, world: str, methods: Sequence[str]) -> None:
+    """MissingRunsError where the main table of a world has not these methods."""
+    runs = store.expand(bench.result, f"main-{world}-report")
+    missing = [name for name in methods if not any(run["method"] == name for run in runs)]
+    if missing:
+        raise MissingRunsError(f"it needs {missing[0]} of the main table")
 
 
 KINDS = {"search": search, "rows": rows, "pass_at_k": pass_at_k, "weights": weights}
 
 
-def make_worlds(bench: Bench) -> None:
-    """Make what is missing, `jobs` bases at a time, and hold each to what the file knows of it."""
+def make_worlds(bench: Bench) -> list[str]:
+    """Make what is missing, `jobs` bases at a time, and hold each to what the file knows of it;
+    those that no base was found for."""
     plan, folder = bench.plan, bench.runs / "worlds"
     folder.mkdir(parents=True, exist_ok=True)
-    waiting, active = (
-        [w for w in plan.used_worlds() if not (folder / w / "few.jsonl").is_file()],
-        [],
-    )
+    waiting = [w for w in plan.used_worlds() if not (folder / w / "few.jsonl").is_file()]
+    active, failed = list[tuple[str, subprocess.Popen[bytes]]](), list[str]()
     while waiting or active:
         while waiting and len(active) < bench.jobs:
             world = waiting.pop(0)
@@ -187,14 +216,17 @@ def make_worlds(bench: Bench) -> None:
             active.append((world, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
         world, process = active.pop(0)
         if process.wait():
-            stop(f"make-tiny of {world} ended with status {process.returncode}")
-        store.cut_questions(folder / world, plan.questions)
-    for world in plan.used_worlds():
+            print(f"replication: make-tiny of {world} ended with status {process.returncode}")
+            failed.append(world)
+        else:
+            store.cut_questions(folder / world, plan.questions)
+    for world in (world for world in plan.used_worlds() if world not in failed):
         if (changed := store.hold_world(bench.result, world, folder / world)) is not None:
             stop(
                 f"{world}: {changed} is another than that of the runs in {bench.out}, so they do "
                 f"not mix; bring it back, or give --remake {world} to drop them"
             )
+    return failed
 
 
 def forecast(bench: Bench) -> list[str]:

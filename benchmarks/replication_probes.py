@@ -26,6 +26,7 @@ def answers(bench: Any, name: str, of: Of, place: Path) -> dict[str, Any]:
     """
     model = place / "base" if name == "base" else train_again(bench, name, of)
     out = bench.runs / "probes" / f"answers-{name}-{of['world']}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     words = ["eval", str(model), str(place / "report.jsonl"), "--config", str(bench.plan.config)]
     words += ["--eval.samples", str(of["samples"]), "--eval.limit", str(of["questions"])]
     words += ["--eval.greedy", "false", "--rollout.max_batch", "512"]

@@ -251,7 +251,7 @@ def course(run: Path, world: Mapping[str, Any]) -> dict[str, Any]:
     for step in map(json.loads, lines):
         drawn += int(step.get("tokens_generated") or 0)
         prior, posterior = step.get("len_prior"), step.get("len_post")
-        short = world["short"] - world.get("answer", 4)
+        short = world["short"] - world["answer"]
         if spent is None and prior is not None and prior <= short:
             spent = drawn
         if prior is not None and posterior is not None:

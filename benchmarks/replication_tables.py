@@ -264,7 +264,7 @@ def missing(
 
 def markdown(result: Result, plan: Plan) -> str:
     """All tables, from the result's tables alone."""
-    found, parts = result["tables"], []
+    found, parts = result["tables"], [_planned(plan)]
     for stage, of in plan.stages.items():
         if of["kind"] in ("search", "rows"):
             parts += [_reported(stage, w, mine, plan) for w, mine in found.get(stage, {}).items()]
@@ -277,6 +277,24 @@ def markdown(result: Result, plan: Plan) -> str:
     claims = [[c["says"], c["refuted"], c["verdict"]] for c in found.get("claims", [])]
     parts += [grid("claims", ["claim", "refuted", "verdict"], claims)] if claims else []
     return "\n\n".join(parts)
+
+
+def _planned(plan: Plan) -> str:
+    """What each method is given, beside what all have alike."""
+    lines = []
+    for name in dict.fromkeys(m for of in plan.stages.values() for m in of.get("methods", [])):
+        of = plan.methods[name]
+        keys = ", ".join(f"{key} {value}" for key, value in of["keys"].items())
+        knobs = [", ".join(f"{k} {v}" for k, v in value.items()) for value in of["knob"]]
+        rates = ", ".join(f"{rate:g}" for rate in of["rates"])
+        lines.append([name, f"{of['objective']}: {keys}", rates, " / ".join(knobs)])
+    note = (
+        f"Alike: {plan.budget:,} sampled tokens a run, constant rate; search seed "
+        f"{plan.search_seed}, report seeds {', '.join(map(str, plan.report_seeds))}; at most "
+        f"{plan.extend} rates more for every grid; picked by {plan.metric} on "
+        f"{plan.questions['pick']} questions, reported on {plan.questions['report']} others."
+    )
+    return grid("plan", ["method", "keys", "first grid", "knob"], lines) + f"\n\n{note}"
 
 
 def grid(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

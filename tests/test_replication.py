@@ -11,7 +11,7 @@ import pytest
 
 from vpgea_fast import config, sweep
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.sweep import parse_method
+from vpgea_fast.sweep import SweepError, parse_method
 from vpgea_fast.sweep.runs import Pool
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -207,6 +207,42 @@ def test_runs_of_a_world_that_comes_out_otherwise_are_not_mixed(
     store.drop(bench.result, plan, "chain-rare", bench.runs)
     trained.clear()
     bench.go()
+    assert len(trained) == 2
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(
+    plan, trained, bench_of, tmp_path, monkeypatch, capsys
+):
+    plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [ROBUST]}
+    bench, takes = bench_of(plan, tmp_path / "one"), Pool._take
+
+    def fail(self, cell):
+        if cell.seed == 1:
+            raise SweepError("no room")
+        takes(self, cell)
+
+    monkeypatch.setattr(Pool, "_take", fail)
+    with pytest.raises(SystemExit) as stopped:
+        bench.go()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "replication: not done: main in chain-rare, ablations in chain-rare; the same command "
+        "tries it again"
+    )
+    # Seed 0 of both stages has been kept, and is not run again.
+    assert len(trained) == 2
+    monkeypatch.setattr(Pool, "_take", takes)
+    bench_of(plan, tmp_path / "one").go()
+    assert len(trained) == 4
+
+
+def test_rows_wait_for_their_method(plan, trained, bench_of, tmp_path, capsys):
+    plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
+    with pytest.raises(SystemExit):
+        bench_of(plan, tmp_path / "one").go()
+    said = capsys.readouterr().err
+    assert "not done: ablations in chain-rare (it needs VPG-EA robust of the main table)" in said
     assert len(trained) == 2
 
 
