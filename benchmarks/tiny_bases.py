@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from vpgea_fast.metrics import environment
 from vpgea_fast.tiny import TinyWorld, make_tiny
-from vpgea_fast.tiny.base import RECIPES, TASKS, sampled_paths
+from vpgea_fast.tiny.base import sampled_paths
+from vpgea_fast.tiny.recipes import RECIPES, TASKS
 from vpgea_fast.tiny.task import ANSWER, text_ids
 
 SEEDS = (1, 2, 3, 4, 5)  # 4,000 paths; seed 0 is that of the gate

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from math_verify import parse, verify
 
 from vpgea_fast import config, tiny
-from vpgea_fast.tiny import base, task
+from vpgea_fast.tiny import base, recipes, task
 from vpgea_fast.tiny.chain import CHAIN
 from vpgea_fast.trainer import fit
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
-DEMO = base.RECIPES["demo"]
+DEMO = recipes.RECIPES["demo"]
 FLAWLESS = task.Corpus(slip=0.0, teacher_leak=0.0)
 SEEDS = st.integers(0, 10**9)
 
@@ -335,7 +335,7 @@ def test_the_gate_names_what_is_out_of_band(tiny_world, name, value):
 
 
 def short_recipe():
-    phases = (base.Phase(2, 1e-3, pinned=False), base.Phase(2, 1e-3, pinned=True))
+    phases = (recipes.Phase(2, 1e-3, pinned=False), recipes.Phase(2, 1e-3, pinned=True))
     return replace(DEMO, phases=phases, batch=4)
 
 

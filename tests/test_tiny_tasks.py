@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from math_verify import parse, verify
 
 from vpgea_fast import tiny
-from vpgea_fast.tiny import base, task
+from vpgea_fast.tiny import base, recipes, task
 from vpgea_fast.tiny.lookup import LOOKUP
 from vpgea_fast.types import Question
 
 ROOT = Path(__file__).parents[1]
-RARE = base.RECIPES["lookup-rare"]
+RARE = recipes.RECIPES["lookup-rare"]
 FLAWLESS = replace(RARE.corpus, slip=0.0)
 SEEDS = st.integers(0, 10**9)
 
@@ -175,8 +175,8 @@ def test_the_probability_of_a_style_is_the_product_of_its_tokens(style, tokenize
 
 def test_a_strict_corpus_has_one_verbose_length_and_nothing_between():
     """All thoughts over a question are as long, unless they are concise."""
-    strict, rng = base.RECIPES["strict"], random.Random(1)
-    chain = base.TASKS[strict.task]
+    strict, rng = recipes.RECIPES["strict"], random.Random(1)
+    chain = recipes.TASKS[strict.task]
     for _ in range(100):
         text = chain.random_question(rng)
         steps = len(chain.parse(text)[1])
@@ -188,9 +188,9 @@ def test_a_strict_corpus_has_one_verbose_length_and_nothing_between():
 
 def test_the_first_phase_is_shared_and_changes_nothing():
     """A base is the same whether another recipe with the same first phase went before or not."""
-    phases = (base.Phase(2, 1e-3, pinned=False), base.Phase(2, 1e-3, pinned=True))
+    phases = (recipes.Phase(2, 1e-3, pinned=False), recipes.Phase(2, 1e-3, pinned=True))
     one, two = (
-        replace(base.RECIPES[name], phases=phases, batch=4) for name in ("demo", "chain-1e-3")
+        replace(recipes.RECIPES[name], phases=phases, batch=4) for name in ("demo", "chain-1e-3")
     )
     lines = []
     base.first_phase.cache_clear()
@@ -219,7 +219,7 @@ def test_the_page_says_what_was_measured():
     assert {"lookup-rare", "lookup-common"} <= set(rows)
     for name, row in rows.items():
         known = {field.name: row[field.name] for field in fields(base.BaseReport)}
-        assert base.gate_failures(base.BaseReport(**known), base.RECIPES[name].gate) == []
+        assert base.gate_failures(base.BaseReport(**known), recipes.RECIPES[name].gate) == []
         styles = ["concise_student", "concise_teacher", "terse_student", "terse_teacher"]
         cells = [f"{row[key]:.2g}" if row[key] else "-" for key in styles]
         shares = [row[f"{kind}_accuracy"] for kind in ("greedy", "forced", "sampled")]

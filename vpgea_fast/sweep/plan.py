@@ -130,10 +130,8 @@ def parse_method(text: str) -> Method:
     label, equals, name = head.rpartition("=")
     known = [*METHODS, "custom"]
     if name not in known:
-        near = nearest(name, known)
         raise SweepError(
-            f"--methods: got {text!r}: there is no objective {name!r}; "
-            + (f"did you mean {near}?" if near else f"expected one of {', '.join(known)}")
+            f"--methods: got {text!r}: there is no objective {name!r}; {_meant(name, known)}"
         )
     label = label.strip() if equals else text
     if not re.search(r"[A-Za-z0-9]", label):
@@ -152,6 +150,11 @@ def parse_method(text: str) -> Method:
             raise SweepError(f"--methods: {text!r} sets {place}, which is the same for all methods")
         words.append(f"--{place}={value}")
     return Method(label, tuple(words))
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else f"expected one of {', '.join(known)}"
 
 
 def _pairs(text: str) -> list[str]:
@@ -204,11 +207,7 @@ def _check_grids(order: Order) -> None:
     labels = [method.label for method in order.methods]
     for label, rates in order.grids.items():
         if label not in labels:
-            near = nearest(label, labels)
-            raise SweepError(
-                f"--grid: got the method {label!r}; "
-                + (f"did you mean {near}?" if near else f"expected one of {', '.join(labels)}")
-            )
+            raise SweepError(f"--grid: got the method {label!r}; {_meant(label, labels)}")
         # A longer grid would be a longer search.
         if len(set(rates)) != len(order.rates) or len(rates) != len(order.rates):
             raise SweepError(
@@ -446,7 +445,6 @@ def identity(order: Order, cfg: Config, split: Questions) -> dict[str, Any]:
     # Where the folder lies is no part of it: a moved one goes on.
     tree = as_dict(cfg)
     tree["run"] = {k: v for k, v in tree["run"].items() if k not in ("dir", "seed")}
-    budget, select = order.budget, order.select
     # Their number alone: the text is held against the files themselves.
     texts = {path.name: text.count("\n") for path, text in split.files.items()}
-    return {"budget": budget, "select": select, "questions": texts, "config": tree}
+    return {"budget": order.budget, "select": order.select, "questions": texts, "config": tree}

@@ -34,7 +34,8 @@ import torch
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from vpgea_fast.new_folder import appearing, filled
-from vpgea_fast.tiny.base import RECIPES, TASKS, TRIES, BaseReport, train_base
+from vpgea_fast.tiny.base import TRIES, BaseReport, train_base
+from vpgea_fast.tiny.recipes import RECIPES, TASKS
 from vpgea_fast.tiny.task import SPECIAL_ID, Task
 from vpgea_fast.types import Question
 
