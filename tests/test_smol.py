@@ -6,6 +6,7 @@ What the converted model does is seen in test_smol_model.py, which needs the pac
 import json
 import re
 import sys
+from bisect import bisect_right
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vpgea_fast.cli import main
 from vpgea_fast.config import DataConfig, DataFile, VerifyConfig
 from vpgea_fast.data import load_questions
 from vpgea_fast.model_dir import load_tokenizer
+from vpgea_fast.scoring import wrong_answers
 from vpgea_fast.smol.kinds import KINDS, NAMES
 from vpgea_fast.smol.problems import ROWS, TEACHER
 from vpgea_fast.verify import Verifier
@@ -98,12 +100,39 @@ def test_responses_are_right_and_their_styles_are_shared_out_by_view(made):
         assert bare == (row["style"] == "concise"), row
         ending = TEACHER.partition("{question}")[2].format(answer=row["hint"])
         assert row["question"].endswith(ending) == (row["view"] == "teacher") == bool(row["hint"])
-    hints = [row["hint"] == row["answer"] for row in found if row["hint"]]
-    assert sum(hints) / len(hints) == pytest.approx(0.75, abs=0.05)
     # Shares of 2,000 draws, within five standard deviations.
+    hints = [row["hint"] == row["answer"] for row in found if row["hint"]]
+    assert sum(hints) / len(hints) == pytest.approx(0.5, abs=0.056)
     for view, share, tolerance in (("student", 0.1, 0.034), ("teacher", 0.5, 0.056)):
         assert abs(len(by_view[view]) - ROWS["sft"] / 2) < 160
         assert sum(by_view[view]) / len(by_view[view]) == pytest.approx(share, abs=tolerance)
+
+
+def test_wrong_hints_are_drawn_as_the_leak_guard_draws_them(made):
+    """Both are answers of training questions, and as far off: the largest difference of the two
+    distributions of gaps is below its 0.1 % point (Kolmogorov-Smirnov)."""
+    train = load_questions(DataFile(str(made / "train.jsonl")), DataConfig()).questions
+    answers = sorted({question.answer for question in train})
+    guards = wrong_answers(
+        train, answers, seed="0/0", verify=lambda pairs: [f"\\boxed{{{g}}}" == t for g, t in pairs]
+    )
+    misled = [row for row in rows(made / "sft.jsonl") if row["hint"] not in ("", row["answer"])]
+    assert {row["hint"] for row in misled} <= {*answers}
+    # About a thousand draws of some hundred answers: nearly each was drawn.
+    assert len({row["hint"] for row in misled}) > 0.9 * len(answers)
+    gaps = (
+        sorted(abs(int(row["hint"]) - int(row["answer"])) for row in misled),
+        sorted(
+            abs(int(other.answer) - int(own.answer))
+            for own, other in zip(train, guards, strict=True)
+        ),
+    )
+    shares = [
+        [bisect_right(found, at) / len(found) for at in range(max(map(max, gaps)) + 1)]
+        for found in gaps
+    ]
+    apart = max(abs(a - b) for a, b in zip(*shares, strict=True))
+    assert apart < 1.95 * sum(1 / len(found) for found in gaps) ** 0.5
 
 
 def test_training_and_test_share_no_name_no_question_and_no_numbers(made):

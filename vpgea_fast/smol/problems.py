@@ -18,7 +18,7 @@ import operator
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,19 @@ GSM8K_ROWS = 400
 """At most so many of GSM8K's join sft.jsonl: most are beyond a small model."""
 CONCISE = {"student": 0.1, "teacher": 0.5}
 """Share of concise responses in sft.jsonl, by view."""
-MISLED = 0.25
-"""Share of the teacher's rows whose prompt states a wrong answer, and whose response is right.
-Without them the teacher bends its sums to the answer, and no path is as likely under another."""
-OFF = (-20, -10, -5, -2, -1, 1, 2, 5, 10, 20)
-"""How far a wrong answer is off."""
+MISLED = 0.5
+"""Share m of the teacher's rows whose prompt states a wrong answer, and whose response is right.
+
+Without them the teacher bends its sums to the answer, and no path is as likely under another. Let p
+be the probability of the right sums without a hint. A teacher that trusts the hint as often as it
+was right, and calculates else, gives them 1 - m + m p under the right answer and m p under another.
+The leak guard then finds ln((1 - m + m p) / (m p)) nats in an honest path. Its limit is 2:
+
+    p              0.16   0.3    0.5    0.7    0.9
+    m = 0.25       2.98   2.40   1.95   1.67   1.47
+    m = 0.5        1.98   1.47   1.10   0.89   0.75
+
+So at 0.25 a teacher with p < 0.47 is beyond it, and at 0.5 one with p < 0.16."""
 KEPT_APART = 6
 """One of so many draws of numbers is for the test alone."""
 SPOKEN = 0.5
@@ -94,7 +102,11 @@ def problem_files(*, seed: int, gsm8k: str | None) -> dict[str, str]:
     rng = random.Random(f"{seed} views")
     basis = [*made["sft"], *(fitting(gsm8k) if gsm8k else ())]
     rng.shuffle(basis)
-    files = {"sft.jsonl": [_supervised(problem, rng) for problem in basis]}
+    # As the leak guard draws them (`scoring.wrong_answers`): each answer of the training questions
+    # once. A hint that is off by a little says where the answer lies, which the guard's does not:
+    # half of those are off by 87 or more.
+    hints = sorted({problem.answer for problem in made["train"]})
+    files = {"sft.jsonl": [_supervised(problem, rng, hints) for problem in basis]}
     for split in ("train", "test"):
         rng = random.Random(f"{seed} {split} words")
         files[f"{split}.jsonl"] = [_asked(problem, rng) for problem in made[split]]
@@ -229,12 +241,13 @@ def _for_test(kind: Kind, numbers: dict[str, int]) -> bool:
     return zlib.crc32(text.encode()) % KEPT_APART == 0
 
 
-def _supervised(problem: Problem, rng: random.Random) -> dict[str, str]:
+def _supervised(problem: Problem, rng: random.Random, hints: Sequence[str]) -> dict[str, str]:
     view = rng.choice(("student", "teacher"))
     short = rng.random() < CONCISE[view]
     asked, hint = problem.question, ""
     if view == "teacher":
-        hint = _wrong(problem.answer, rng) if rng.random() < MISLED else problem.answer
+        wrong = [other for other in hints if other != problem.answer]
+        hint = rng.choice(wrong) if rng.random() < MISLED else problem.answer
         asked = TEACHER.format(question=problem.question, answer=hint)
     return {
         "id": problem.id,
@@ -246,10 +259,6 @@ def _supervised(problem: Problem, rng: random.Random) -> dict[str, str]:
         "answer": problem.answer,
         "response": concise(problem) if short else verbose(problem, rng),
     }
-
-
-def _wrong(answer: str, rng: random.Random) -> str:
-    return str(rng.choice([value for off in OFF if (value := int(answer) + off) > 0]))
 
 
 def _asked(problem: Problem, rng: random.Random) -> dict[str, str]:
