@@ -1,14 +1,26 @@
 """benchmarks/smollm2.py: what is made, what is not made again, and what its file says."""
 
 import json
+import math
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import smollm2
+import smollm2_rules as rules
+import smollm2_store as store
+
+from vpgea_fast import config
+from vpgea_fast.data import load_training
+from vpgea_fast.intake import open_text
+from vpgea_fast.questions import misled
+from vpgea_fast.verify import Verifier
 
 ALL = [*smollm2.STAGES]
 
@@ -25,6 +37,8 @@ ALL = [*smollm2.STAGES]
         (ALL[:-1], ["grpo"], ["grpo", "grpo_eval"]),
         (ALL[:-1], ["model", "vpgea"], ["grpo_eval"]),
         (ALL[:-2], ALL, ["model", "problems", "sft", "base", "grpo", "grpo_eval"]),
+        # A base that was taken out of the record, see `check`.
+        (ALL[:2], ["sft"], ALL[2:]),
     ],
 )
 def test_a_stage_is_made_that_is_lacking_or_whose_folder_a_later_one_needs(ended, gone, wanted):
@@ -56,7 +70,252 @@ SMALL = {
 def small_bench(folder):
     words = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
     record = smollm2.opened(folder / "made.json")
-    return smollm2.Bench(folder / "made.json", folder / "runs", record, config="tiny", words=words)
+    return smollm2.Bench(
+        folder / "made.json",
+        folder / "runs",
+        record,
+        config="tiny",
+        words=words,
+        styles=("solution",),
+    )
+
+
+def refusal(made, *given):
+    """The one line with which it refuses."""
+    with pytest.raises(SystemExit) as refused:
+        made(*given)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_record_has_one_folder_and_a_folder_one_record(tmp_path):
+    first = small_bench(tmp_path)
+    first.runs.mkdir()
+    (first.runs / "sft-200").mkdir()
+    assert "holds files and no record.id" in refusal(store.begin, first, {})
+    assert not first.out.exists()
+    (first.runs / "sft-200").rmdir()
+    store.begin(first, {"a": 1})
+    store.begin(small_bench(tmp_path), {"a": 1})  # the next start
+    other = small_bench(tmp_path / "no")
+    other = smollm2.Bench(tmp_path / "other.json", first.runs, other.record)
+    assert "belongs to another record than" in refusal(store.begin, other, {"a": 1})
+    assert not other.out.exists()
+    # The record goes on in a folder of its own, as a checkout does.
+    moved = smollm2.Bench(first.out, tmp_path / "runs2", first.record)
+    store.begin(moved, {"a": 1})
+    assert (moved.runs / "record.id").read_text() == (first.runs / "record.id").read_text()
+
+
+def test_another_setting_is_refused_by_its_name(tmp_path):
+    bench = small_bench(tmp_path)
+    store.begin(bench, {"sft": ("x", 1), "config": {"optim": {"lr": 1.0}}})
+    store.begin(small_bench(tmp_path), {"sft": ("x", 1), "config": {"optim": {"lr": 1.0}}})
+    said = refusal(
+        store.begin, small_bench(tmp_path), {"sft": ("x", 1), "config": {"optim": {"lr": 2.0}}}
+    )
+    assert "was begun with config.optim.lr 1.0, and this start has 2.0; go on with commit" in said
+    said = refusal(store.begin, small_bench(tmp_path), {"sft": ("x", 2), "rules": {}})
+    assert "begun with sft ['x', 1], and this start has ['x', 2] (2 more differ)" in said
+    # Written into the file by hand.
+    bench.record["settings"]["config"]["optim"]["lr"] = 2.0
+    bench.save()
+    assert "settings_sha256" in refusal(store.begin, small_bench(tmp_path), {})
+
+
+def test_the_settings_hold_what_a_result_hangs_on(tmp_path):
+    found = smollm2.settings(small_bench(tmp_path))
+    assert found["config"]["rollout"]["max_new_tokens"] == 40
+    assert found["config"]["objective"]["leak_limit"] == 2.0
+    assert (found["rules"]["ladder"], found["gsm8k"]) == ((200, 400), None)
+    bench = smollm2.Bench(tmp_path / "a.json", tmp_path, {}, gsm8k=tmp_path)
+    assert "expected gsm8k_train.jsonl and gsm8k_test.jsonl there" in refusal(
+        smollm2.settings, bench
+    )
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(split)
+    one = smollm2.settings(bench)["gsm8k"]
+    (tmp_path / "gsm8k_test.jsonl").write_text("else")
+    assert smollm2.settings(bench)["gsm8k"] != one
+
+
+def test_seconds_add_up_over_starts_and_a_kill_takes_the_last_ones_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "BEAT", 0.01)
+    file = tmp_path / "clock.json"
+    killed = store.Clock(file, "sft", {})
+    killed.__enter__()
+    while not file.is_file() or json.loads(file.read_text())["sft"]["wall_s"] < 0.2:
+        time.sleep(0.01)
+    killed.ended.set()  # as a kill does: nothing is noted behind its last beat
+    killed.thread.join()
+    noted = json.loads(file.read_text())["sft"]
+    with store.Clock(file, "base", {}), store.Clock(file, "sft", {}) as clock:
+        assert clock.before == noted
+        assert clock.took()["wall_s"] >= noted["wall_s"]
+    # Of a folder that is new the record knows more, and stages do not mix.
+    assert store.Clock(file, "sft", {"wall_s": 90.0, "cpu_s": 60.0}).before["wall_s"] == 90.0
+    assert store.Clock(file, "grpo", {}).before == {"wall_s": 0.0, "cpu_s": 0.0}
+
+
+@pytest.mark.slow
+def test_a_folder_with_other_content_is_renamed_and_made_again(tmp_path):
+    bench = small_bench(tmp_path)
+    store.begin(bench, {})
+    smollm2.make(bench, "problems")
+    made = bench.record["stages"]["problems"]
+    assert smollm2.sound(bench, "problems", {})
+    (bench.runs / "problems/test.jsonl").write_text("{}\n")
+    assert not smollm2.sound(bench, "problems", {})
+    assert (bench.runs / "problems.refused-1/test.jsonl").read_text() == "{}\n"
+    smollm2.make(bench, "problems")
+    again = bench.record["stages"]["problems"]
+    assert (again["starts"], again["weights"]) == (2, made["weights"])
+    assert again["wall_s"] >= made["wall_s"]
+    # The record says that another machine made others: what this one makes is never used.
+    again["weights"] = "0" * 64
+    assert not smollm2.sound(bench, "problems", {})
+    said = refusal(smollm2.make, bench, "problems")
+    assert "problems was made again and has other weights than" in said
+    assert not (bench.runs / "problems").exists()
+    assert (bench.runs / "problems.refused-3").is_dir()
+
+
+def ended_run(run, steps, limit):
+    """A training of the tiny configuration that has exported after so many idle steps."""
+    (run / "export").mkdir(parents=True)
+    cfg = config.load(config.find("tiny"), ["--train.steps", str(limit), "--train.idle_stop", "2"])
+    (run / "config.yaml").write_text(config.dump(cfg))
+    lines = [{"step": n, "skipped": 1, "tokens_generated": 9} for n in range(1, steps + 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_halted_training_is_a_result_with_its_reason_and_a_halted_base_is_none(tmp_path):
+    bench = small_bench(tmp_path)
+    for name, steps in (("grpo", 2), ("vpgea", 3), ("sft-200", 2)):
+        ended_run(bench.runs / name, steps, limit=3)
+    assert smollm2.train(bench, "vpgea", "", "")["ended"] == "done"
+    found = smollm2.train(bench, "grpo", "", "")
+    assert (found["ended"], found["steps"]) == ("halted", 2)
+    assert "2 steps" in found["halt"]
+    said = refusal(smollm2.train_base, bench)
+    assert f"the base's training was halted after step 2: {found['halt']}" in said
+
+
+@pytest.mark.parametrize(
+    ("acc", "cut", "found", "after_200"),
+    [
+        (0.5, 0.05, [], None),
+        (0.9, 0.0, [], None),
+        (0.495, 0.0, ["weak"], 400),
+        (0.7, 0.055, ["cut"], 400),
+        (0.905, 0.0, ["strong"], None),
+        (0.905, 0.1, ["cut", "strong"], 400),
+    ],
+)
+def test_a_weak_base_is_trained_again_once(acc, cut, found, after_200, tmp_path):
+    assert rules.outside({"acc": acc, "truncated": cut}) == found
+    assert rules.next_steps(found, 200) == after_200
+    assert rules.next_steps(found, 400) is None
+    base = {"problems, sampled": {"acc": acc, "truncated": cut}}
+    stages = {"model": {}, "sft": {"steps": 200}, "base": base}
+    record = {"sft_steps": 200, "starts": {"base": 2}, "stages": stages}
+    bench = smollm2.Bench(tmp_path / "a.json", tmp_path, record)
+    if after_200:
+        assert smollm2.check(bench) is None
+        assert [*bench.record["stages"]] == ["model"]
+        (first,) = bench.record["earlier_bases"]
+        assert first == {"outside": found, "sft": {"steps": 200}, "base": base}
+        # As bad again: it stays.
+        bench.record["stages"] |= {"sft": {"steps": 400}, "base": base}
+    want = {"sft_steps": after_200 or 200, "outside": found}
+    assert smollm2.check(bench) == want
+    assert bench.named("sft-{steps}") == f"sft-{after_200 or 200}"
+
+
+def test_what_the_guard_would_catch_decides_whether_to_go_on(tmp_path):
+    short = torch.tensor([0.0, 1.0, 2.0, 3.0, math.inf], dtype=torch.float64)
+    calm = torch.zeros(5, dtype=torch.float64)
+    found = rules.preflight({"concise": short, "verbose": calm}, 2.0)
+    assert (found["concise"]["caught"], found["verbose"]["caught"]) == (0.4, 0.0)
+    assert (found["caught"], found["go_on"]) == (0.2, True)
+    assert found["concise"]["nats"]["0.5"] == 2.0
+    # A gap that is none is caught, as the guard does.
+    none = torch.full((5,), math.nan, dtype=torch.float64)
+    bad = rules.preflight({"concise": short, "verbose": none}, 2.0)
+    assert (bad["caught"], bad["go_on"]) == (0.7, False)
+
+    bench = small_bench(tmp_path)
+    base = {"problems, sampled": {"acc": 0.625, "truncated": 0.01}}
+    stages = {"base": base, "check": {"sft_steps": 200, "outside": []}, "preflight": found}
+    said = "Base of 200 steps: accuracy 62.5%, cut 1.0%. The leak guard would catch"
+    assert rules.told(stages) == f"go on: yes. {said} 20.0% of honest solutions, and may 30%"
+    times = {"wall_s": 1.0, "cpu_s": 1.0}
+    done = dict.fromkeys(ALL[:3], times)
+    bench.record["stages"] = done | {k: times | v for k, v in stages.items()}
+    bench.record["stages"]["preflight"] |= bad
+    for leaf in ("problems", "sft-200/export", "evals"):
+        (bench.runs / leaf).mkdir(parents=True)
+    for file, content in (("record.id", bench.record["id"]), ("evals/base-200.ended", "")):
+        (bench.runs / file).write_text(content)
+    said = refusal(smollm2.go_on, bench)
+    assert said.startswith("go on: no. ")
+    assert "mend the teacher's rows" in said
+    assert "vpgea" not in bench.record["stages"]
+
+
+def changed(acc, tokens):
+    parts = {"acc": acc, "tokens": tokens}
+    keys = ("value", "low", "high")
+    return {"change": {k: dict(zip(keys, part, strict=True)) for k, part in parts.items()}}
+
+
+@pytest.mark.parametrize(
+    ("acc", "tokens", "holds", "clear"),
+    [
+        ((0.02, 0.0, 0.05), (-0.5, -0.6, -0.35), True, True),
+        ((0.02, -0.01, 0.05), (-0.5, -0.6, -0.35), True, False),
+        ((0.02, 0.0, 0.05), (-0.4, -0.5, -0.2), True, False),
+        ((-0.005, -0.05, 0.04), (-0.5, -0.6, -0.35), False, False),
+        ((0.02, 0.0, 0.05), (-0.25, -0.6, -0.1), False, False),
+        ((0.0, None, None), (-0.5, None, None), True, False),
+        ((0.0, 0.0, 0.0), (None, None, None), False, False),
+    ],
+)
+def test_the_verdict_is_of_accuracy_and_tokens_together(acc, tokens, holds, clear):
+    stages = {"vpgea_eval": {"problems, greedy": changed(acc, tokens)}, "grpo_eval": {}}
+    found = rules.verdicts(stages, ["vpgea", "grpo"])
+    own = found["vpgea"]["greedy"]
+    assert (own["holds"], own["clear"]) == (holds, clear)
+    if tokens[0] is not None:
+        assert own["token_ratio"]["value"] == 1 + tokens[0]
+    (line,) = rules.verdict_lines(found)
+    assert ("does not hold" in line, "intervals too" in line) == (not holds, clear)
+
+
+def test_gaps_of_honest_solutions_are_those_of_transformers(tiny_world):
+    words = ["--model.path", str(tiny_world.base_dir), "--eval.data", "[]"]
+    words += ["--data.train", str(tiny_world.base_dir.parent / "train.jsonl")]
+    cfg = config.load(config.find("tiny"), [*words, "--verify.name", "number"])
+    gaps = rules.honest_gaps(cfg, 3)
+    text, model = open_text(cfg), AutoModelForCausalLM.from_pretrained(tiny_world.base_dir)
+    pool = text.prompter.prompt(load_training(cfg.data).questions)
+    with Verifier.configured(cfg.verify) as verifier:
+        wrong = misled(
+            cfg, pool[:3], pool, step=0, prompt=text.prompter.prompt, verify=verifier.verify
+        )
+    assert gaps.shape == (3,)
+    for gap, own, other in zip(gaps, pool, wrong, strict=False):
+        z_ids = text.prompter.responses([own])[0][0][0]
+        assert own.question.answer != other.question.answer
+
+        def logp(question, z_ids=z_ids):
+            ids = torch.cat([question.teacher_ids, z_ids])[None]
+            with torch.no_grad():
+                logits_TV = model(ids).logits[0, question.teacher_ids.numel() - 1 : -1]
+            return logits_TV.double().log_softmax(-1).gather(1, z_ids[:, None]).sum()
+
+        # Sums of some hundred float32 log-probs.
+        assert gap.item() == pytest.approx((logp(own) - logp(other)).item(), abs=1e-3)
 
 
 def test_the_file_alone_says_what_is_known_and_makes_nothing(tmp_path, capsys):
@@ -86,11 +345,16 @@ def test_all_stages_in_small_and_a_second_start_makes_nothing(tiny_world, tmp_pa
         shutil.copy(tiny_world.base_dir.parent / f"{file}.jsonl", problems / f"{name}.jsonl")
     for name in ("model", "problems"):
         bench.record["stages"][name] = {"wall_s": 0.0, "cpu_s": 0.0}
+    (bench.runs / "record.id").write_text(bench.record["id"])
     smollm2.go_on(bench)
+    assert capsys.readouterr().out.count("go on: yes. Base of 400 steps") == 1
 
     text = bench.out.read_text()
     stages = json.loads(text)["stages"]
     assert [*stages] == ALL
+    # Of one step: it was trained again, as a base that is weak.
+    assert stages["check"]["sft_steps"] == 400
+    assert [*json.loads(text)["verdict"]] == ["vpgea", "grpo"]
     assert bench.out.with_suffix(".png").stat().st_size > 10_000
     for name in ("sft", "vpgea", "grpo"):
         assert (stages[name]["steps"], len(stages[name]["curve"])) == (1, 1)
