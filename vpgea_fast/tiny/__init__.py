@@ -1,7 +1,8 @@
 r"""The tiny worlds: constructed tasks on which the whole method can be watched on one CPU core.
 
-chain.py: chained arithmetic modulo 10, below. lookup.py: lookups in a table, one behind the other. The question `4 A+three B-five` means: start from 4, step A adds
-3, step B takes 5 away; the answer is one digit, 2. A thought states a step in four tokens, label,
+lookup.py: lookups in a table, one behind the other. chain.py: chained arithmetic modulo 10.
+The question `4 A+three B-five` means: start from 4, step A adds 3, step B takes 5 away; the
+answer is one digit, 2. A thought states a step in four tokens, label,
 operation, value before, value after, and closes with `</think>`; the answer follows:
 
     concise   A+three47 B-five72</think>\boxed{2 }</s>
