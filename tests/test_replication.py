@@ -21,6 +21,8 @@ import replication_plan
 import replication_store as store
 import replication_tables as tables
 
+pytestmark = pytest.mark.around
+
 ROBUST, GRPO = "VPG-EA robust", "GRPO"
 PLAN = replication_plan.read_plan()
 

@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import smollm2
 
+pytestmark = pytest.mark.around
+
 ALL = [*smollm2.STAGES]
 
 
