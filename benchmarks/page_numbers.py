@@ -10,7 +10,8 @@ names           name -> expression, for what several texts read
 pages           page -> `bound` and `allowed`
     bound       texts of the page as f-strings; results/NAME.json is NAME, with dots for its keys
     allowed     text with numbers that are no results -> the reason. With it a page is complete:
-                any other number is a problem. Code, links and names as Qwen-7B hold none.
+                any other number is a problem. Code, links and NAMES hold none; a block of
+                ```text does. Numbers that are spelled as words are not looked for.
 with_changes    result that was made with uncommitted changes -> what is known of them
 """
 
@@ -35,14 +36,16 @@ ROOT = Path(__file__).parents[1]
 BOOK = "benchmarks/page_numbers.yaml"
 COMPLETE = ("README.md", "docs/demo.md", "docs/replication.md")
 """Pages, where they exist, of which each number needs a source."""
-NUMBER = re.compile(r"(?<!\w)(?<![A-Za-z]-)\d(?:[.,-]?\w)*")
-"""Not the digits of a name: eps3, sm_90, Qwen-7B."""
+NUMBER = re.compile(r"(?<!\w)\d(?:[.,-]?\w)*")
+"""Not the digits of a name: eps3, sm_90. Those of top-5 are a number."""
+NAMES = ("Qwen-7B",)
+"""Names with digits that would be a number."""
 TABLE = re.compile(r"^(<!-- table: (.+) -->\n)((?:\|.*\n)*)", re.M)
-CODE = r"`[^`\n]*`"
-SILENT = re.compile(
-    rf"^```.*?^```$|<!--.*?-->|\]\([^)]*\)|{CODE}|arXiv \d{{4}}\.\d{{5}}|^ *\d+\. ", re.M | re.S
-)
-"""What holds no results: code, comments, targets of links, papers, the numbers of a list."""
+CODE = rf"`[^`\n]*`|\b(?:{'|'.join(NAMES)})\b"
+FENCE = r"^```.*?^```$"
+SILENT = re.compile(rf"{FENCE}|<!--.*?-->|\]\([^)]*\)|{CODE}|arXiv \d{{4}}\.\d{{5}}", re.M | re.S)
+"""What holds no results: code, names, comments, targets of links, papers."""
+ITEM = re.compile(r"( *)(\d+)\. ")
 WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -111,6 +114,24 @@ def blanked(found: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", found[0])
 
 
+def looked_at(page: str) -> str:
+    """The page without what holds no results; a block of ```text shows some."""
+    page = SILENT.sub(lambda found: found[0] if found[0][:7] == "```text" else blanked(found), page)
+    lines, last, above = page.split("\n"), dict[int, int](), ""
+    for place, line in enumerate(lines):
+        begins = not above.strip() or above.startswith("#")
+        if found := ITEM.match(line):
+            depth, number = len(found[1]), int(found[2])
+            # Else the line goes on with a sentence, whose last number this is.
+            if number == last.get(depth, 0) + 1 and (begins or depth in last):
+                last = {d: n for d, n in last.items() if d < depth} | {depth: number}
+                lines[place] = ITEM.sub(blanked, line, count=1)
+        elif begins and line[:1].strip():
+            last = {}  # a paragraph after the list
+        above = line
+    return "\n".join(lines)
+
+
 def taken(page: str, text: str) -> str:
     """The page without a text that is once in it. ValueError where it is not, or more often."""
     words = r"\s+".join(map(re.escape, text.split()))
@@ -154,7 +175,7 @@ def page_problems(
             yield f"{name}: {said!r}: {type(error).__name__}: {error}"
     if "allowed" not in entry:
         return
-    page = SILENT.sub(blanked, page)
+    page = looked_at(page)
     for text, reason in entry["allowed"].items():
         try:
             page = taken(page, text)
@@ -224,6 +245,8 @@ def main(words: Sequence[str] | None = None) -> None:
         write()
     lines = problems()
     print("\n".join(lines) or "every number is that of its result")
+    if not history_of(ROOT):
+        print("the commits of the results were not looked up: this tree has not its whole history")
     raise SystemExit(bool(lines))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/replication.py --forecast   what is missing of the plan: runs and minutes
     python benchmarks/replication.py              runs it, or goes on; nothing is run twice
     python benchmarks/replication.py --table      the tables of the committed file, as markdown
-    python benchmarks/replication.py --quick --out runs/quick.json    a little plan, with bars
+    python benchmarks/replication.py --quick      a little plan, with bars; into runs/quick.json
 
 `replication.yaml` is the plan, and says what would refute each claim. The result is one file, which
 is written after every sweep: what it holds of runs is put back where the sweeps look for them, so
@@ -14,13 +14,17 @@ that another machine goes on from it. Worlds are made anew there; where one come
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,36 +33,45 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import replication_store as store
 import replication_tables as tables
-from replication_plan import PLAN, Plan, PlanError, method_text, read_plan, worlds_of
+from replication_pages import markdown
+from replication_plan import PLAN, Plan, PlanError, StageError, method_text, read_plan, worlds_of
 
-from vpgea_fast.cli.words import whole
+from vpgea_fast.bound import bound_command
+from vpgea_fast.cli.words import status_of, termination, whole
 from vpgea_fast.metrics import environment
-from vpgea_fast.sweep.runs import cores
+from vpgea_fast.sweep.runs import MADE_BY, cores
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/replication.json"
+QUICK = Path("runs/quick.json")
 RUNS = Path("runs/replication")
 """Beside the working directory: its name is in the words of every run."""
 Result = dict[str, Any]
 
 
-class MissingRunsError(Exception):
-    """A stage that builds on runs that are not there."""
-
-
 class Bench:
-    """A plan under way in a folder of runs, and the file that holds what is known."""
+    """A plan under way in a folder of runs, and the file that holds what is known. New runs must be
+    of `commit`, if it is given."""
 
     def __init__(self, plan: Plan, out: Path, runs: Path, jobs: int) -> None:
         self.plan, self.out, self.runs, self.jobs = plan, out, runs, jobs
         self.result = store.read(out, plan)
+        self.commit: str | None = None
 
     def save(self) -> None:
         """Write all records that are there, and the tables of them."""
         for name in sorted(p.parent.name for p in self.runs.glob("sweeps/*/sweep.json")):
-            store.collect(self.result, name, self.runs / "sweeps" / name, self.plan)
+            folder = self.runs / "sweeps" / name
+            store.collect(self.result, name, folder, self.plan, commit=self.commit)
         self.result["tables"] = tables.make(self.result, self.plan)
         store.write(self.out, self.result)
+
+    def origin(self) -> dict[str, Any]:
+        """What a probe keeps of how it was made, as runs do."""
+        facts = environment()
+        made_by = {key: facts.get(key) for key in MADE_BY}
+        place = store.place_of(self.result["made_by"], made_by)
+        return {"plan": self.plan.digest, "made_by": place, "command": self.result.get("command")}
 
     def go(self) -> None:
         """Run every stage in every world. What fails is told at once and at the end, with status 2;
@@ -75,8 +88,8 @@ class Bench:
                 if left.code not in (1, 2):
                     raise
                 failed.append(f"{stage} in {world}")
-            except MissingRunsError as missing:
-                failed.append(f"{stage} in {world} ({missing})")
+            except StageError as why:
+                failed.append(f"{stage} in {world} ({why})")
             self.save()
         if failed:
             stop(f"not done: {', '.join(failed)}; the same command tries it again")
@@ -100,7 +113,7 @@ class Bench:
 
         plan, place = self.plan, self.runs / "worlds" / world
         out = self.runs / "sweeps" / folder
-        store.restore(self.result, folder, out)
+        store.restore(self.result, folder, out, methods)
         first = next(iter(grids.values()))
         pick, shown = ("few", "report") if report else ("pick", "few_report")
         words = ["sweep", str(plan.config), "--out", str(out)]
@@ -123,56 +136,53 @@ class Bench:
 
 def search(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
     """Grids, knobs at the best rate, and the winners with the report seeds."""
-    plan, names = bench.plan, of["methods"]
-    won = {name: (0, plan.grid(name, of)[0]) for name in names}
-    # Of one rate and one setting there is nothing to pick.
-    if any(len(plan.grid(name, of)) > 1 for name in names):
-        won = searched(bench, f"{stage}-{world}-search", world, of)
-    chosen = {name: plan.variant(name, index) for name, (index, _) in won.items()}
-    rates = {name: [rate] for name, (_, rate) in won.items()}
-    bench.sweep(f"{stage}-{world}-report", world, chosen, rates, report=True)
-
-
-def searched(
-    bench: Bench, folder: str, world: str, of: Mapping[str, Any]
-) -> dict[str, tuple[int, float]]:
-    """(value of the knob, rate) that won of each method."""
-    plan, names = bench.plan, of["methods"]
-    default = {name: plan.variant(name, 0) for name in names}
+    plan, names, folder = bench.plan, of["methods"], f"{stage}-{world}-search"
     grids = {name: plan.grid(name, of) for name in names}
-    extend = of.get("extend", plan.extend)
-    runs = bench.sweep(folder, world, default, grids, report=False, extend=extend)
-    if of.get("knobs", True):
-        knobs, at = {}, {}
-        for name in names:
-            rate, _ = store.best(runs, name, plan.metric)
-            for index in (1, 2):
-                label = plan.label(name, index)
-                knobs[label], at[label] = plan.variant(name, index), [rate]
-        bench.sweep(folder, world, knobs, at, report=False)
-    return {name: tables.winner(bench.result, plan, folder, name) for name in names}
+    # Of one rate and one setting there is nothing to pick.
+    if any(len(rates) > 1 for rates in grids.values()):
+        default = {name: plan.variant(name, 0) for name in names}
+        extend = of.get("extend", plan.extend)
+        runs = bench.sweep(folder, world, default, grids, report=False, extend=extend)
+        if of.get("knobs", True):
+            best = {name: [store.best(runs, name, plan.metric)[0]] for name in names}
+            each = [(name, index) for name in names for index in (1, 2)]
+            knobs = {plan.label(*one): plan.variant(*one) for one in each}
+            at = {plan.label(*one): best[one[0]] for one in each}
+            bench.sweep(folder, world, knobs, at, report=False)
+    report(bench, f"{stage}-{world}-report", world)
 
 
 def rows(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
     """The winner of a method with other keys, row by row."""
-    method = of["method"]
-    need(bench, world, [method])
-    index, rate = tables.winner(bench.result, bench.plan, f"main-{world}-search", method)
-    base = bench.plan.variant(method, index)
-    variants = {label: {**base, **keys} for label, keys in of["rows"].items()}
-    rates = {label: [rate] for label in variants}
-    bench.sweep(f"{stage}-{world}", world, variants, rates, report=True)
+    need(bench, world, [of["method"]])
+    report(bench, f"{stage}-{world}", world)
+
+
+def report(bench: Bench, folder: str, world: str) -> None:
+    """Run what a folder reports: the winners of its search, with the report seeds."""
+    won = tables.chosen(bench.result, bench.plan, folder)
+    variants = {label: keys for label, (keys, _) in won.items()}
+    rates = {label: [rate] for label, (_, rate) in won.items()}
+    bench.sweep(folder, world, variants, rates, report=True)
 
 
 def pass_at_k(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None:
     """Train the winners again, with their models kept, and ask each many times."""
-    from replication_probes import answers
+    from replication_probes import answers, winner_of
 
     need(bench, world, of["methods"])
     found = bench.result.setdefault(stage, {})
     for name in ("base", *of["methods"]):
-        if name not in found:
-            found[name] = answers(bench, name, of, bench.runs / "worlds" / world)
+        record = None if name == "base" else winner_of(bench, name, of)
+        asked = record and [record["lr"], *store.own_words(record["words"])]
+        known = found.get(name)
+        if known is not None and known.get("run", asked) != asked:
+            # Of a winner that has since lost.
+            shutil.rmtree(bench.runs / "probes", ignore_errors=True)
+            known = None
+        if known is None:
+            own = answers(bench, name, of, place=bench.runs / "worlds" / world, record=record)
+            found[name] = own | {"run": asked} | bench.origin()
             bench.save()
 
 
@@ -181,20 +191,21 @@ def weights(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None
     from replication_probes import question_weights
 
     if "base" not in bench.result.get("pass_at_k", {}):
-        raise MissingRunsError("it needs the base's answers, of pass_at_k")
+        raise StageError("it needs the base's answers, of pass_at_k")
     found = bench.result.setdefault(stage, {})
     for name in of["methods"]:
         if name not in found:
-            found[name] = question_weights(bench, name, of, bench.runs / "worlds" / world)
+            own = question_weights(bench, name, of, bench.runs / "worlds" / world)
+            found[name] = own | bench.origin()
             bench.save()
 
 
 def need(bench: Bench, world: str, methods: Sequence[str]) -> None:
-    """MissingRunsError where the main table of a world has not these methods."""
-    runs = store.expand(bench.result, f"main-{world}-report")
-    missing = [name for name in methods if not any(run["method"] == name for run in runs)]
+    """StageError where the main table of a world has not these methods."""
+    known = tables.winners(bench.result, bench.plan, f"main-{world}-report")
+    missing = [name for name in methods if name not in known]
     if missing:
-        raise MissingRunsError(f"it needs {missing[0]} of the main table")
+        raise StageError(f"it needs {missing[0]} of the main table")
 
 
 KINDS = {"search": search, "rows": rows, "pass_at_k": pass_at_k, "weights": weights}
@@ -205,47 +216,66 @@ def make_worlds(bench: Bench) -> list[str]:
     those that no base was found for."""
     plan, folder = bench.plan, bench.runs / "worlds"
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = [w for w in plan.used_worlds() if not (folder / w / "few.jsonl").is_file()]
-    active, failed = list[tuple[str, subprocess.Popen[bytes]]](), list[str]()
-    while waiting or active:
-        while waiting and len(active) < bench.jobs:
-            world = waiting.pop(0)
-            words = ["make-tiny", str(folder / world), *map(str, plan.worlds[world]["make"])]
-            command = [sys.executable, "-m", "vpgea_fast.cli", *words]
-            print(f"replication: vpgea {shlex.join(words)}", flush=True)
-            active.append((world, subprocess.Popen(command, stdout=subprocess.DEVNULL)))
-        world, process = active.pop(0)
-        if process.wait():
-            print(f"replication: make-tiny of {world} ended with status {process.returncode}")
-            failed.append(world)
-        else:
-            store.cut_questions(folder / world, plan.questions)
+    failed = _make([w for w in plan.used_worlds() if not _is_made(folder / w)], bench)
     for world in (world for world in plan.used_worlds() if world not in failed):
+        store.cut_questions(folder / world, plan.questions)
         if (changed := store.hold_world(bench.result, world, folder / world)) is not None:
-            stop(
+            raise PlanError(
                 f"{world}: {changed} is another than that of the runs in {bench.out}, so they do "
                 f"not mix; bring it back, or give --remake {world} to drop them"
             )
     return failed
 
 
+def _is_made(world: Path) -> bool:
+    # make-tiny gives all or nothing.
+    return (world / "test.jsonl").is_file()
+
+
+def _make(worlds: Sequence[str], bench: Bench) -> list[str]:
+    """Run make-tiny, `jobs` at a time; the worlds at which it failed."""
+    waiting, failed = deque(worlds), list[str]()
+    active = deque[tuple[str, subprocess.Popen[bytes]]]()
+    try:
+        while waiting or active:
+            while waiting and len(active) < bench.jobs:
+                world = waiting.popleft()
+                place = bench.runs / "worlds" / world
+                words = ["make-tiny", str(place), *map(str, bench.plan.worlds[world]["make"])]
+                print(f"replication: vpgea {shlex.join(words)}", flush=True)
+                child = subprocess.Popen(bound_command(words), stdout=subprocess.DEVNULL)
+                active.append((world, child))
+            world, process = active[0]
+            status = process.wait()
+            active.popleft()
+            if status:
+                print(f"replication: make-tiny of {world} ended with status {status}")
+                failed.append(world)
+    finally:
+        for _, process in active:
+            process.terminate()
+        for _, process in active:
+            process.wait()
+    return failed
+
+
 def forecast(bench: Bench) -> list[str]:
     """Lines: what is missing of each stage, and the minutes that it takes."""
-    plan, total, lines = bench.plan, 0.0, []
-    known = store.seconds(bench.result)
-    made = bench.runs / "worlds"
-    missing = [w for w in plan.used_worlds() if not (made / w / "few.jsonl").is_file()]
-    bases = [w for w in missing if "demo" not in plan.worlds[w]["make"]]
-    if bases:
-        total += plan.seconds["base"] * len(bases)
-        lines.append(f"worlds: {len(bases)} bases to train, {total / 60 / bench.jobs:.0f} minutes")
+    plan = bench.plan
+    a_run = store.seconds(bench.result, plan.seconds["run"])
+    missing = [w for w in plan.used_worlds() if not _is_made(bench.runs / "worlds" / w)]
+    bases = sum("demo" not in plan.worlds[w]["make"] for w in missing)
+    # (what, how many, seconds of one core)
+    parts = [("worlds", f"{bases} bases to train", bases * plan.seconds["base"])] * bool(bases)
     for stage, of in plan.stages.items():
-        count, seconds = tables.missing(plan, stage, of, bench.result, known)
-        total += seconds
-        lines.append(f"{stage}: {count} runs, {seconds / 60 / bench.jobs:.0f} minutes")
+        count = tables.missing(plan, stage, of, bench.result)
+        asked = plan.seconds["pass_at_k"] if of["kind"] in tables.KNOWN else 0
+        parts.append((stage, f"{count} runs", count * (a_run + asked)))
+    total = sum(seconds for *_, seconds in parts) / 60 / bench.jobs
+    lines = [f"{what}: {n}, {seconds / 60 / bench.jobs:.0f} minutes" for what, n, seconds in parts]
     lines.append(
-        f"in all {total / 60 / bench.jobs:.0f} minutes at {bench.jobs} runs a time, "
-        f"{plan.budget:,} tokens a run; longest, with every extension"
+        f"in all {total:.0f} minutes at {bench.jobs} runs a time, {plan.budget:,} tokens a run; "
+        "longest, with every extension"
     )
     return lines
 
@@ -253,7 +283,7 @@ def forecast(bench: Bench) -> list[str]:
 def quick(bench: Bench) -> None:
     """Run the little plan, print its tables, and end with status 1 where a bar is missed."""
     bench.go()
-    print(tables.markdown(bench.result, bench.plan))
+    print(markdown(bench.result, bench.plan))
     missed = [c for c in bench.plan.bars if not tables.holds(bench.result["tables"], c)]
     for check in missed:
         print(f"replication: missed {tables.shown(bench.result['tables'], check)}", flush=True)
@@ -270,40 +300,82 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = _arguments(words)
     try:
-        plan = read_plan(args.plan, quick=args.quick)
-        bench = Bench(plan, args.out, args.runs / ("quick" if args.quick else ""), args.jobs)
+        with termination():
+            _main(args, words)
     except PlanError as error:
         stop(str(error))
+    except KeyboardInterrupt as interrupt:
+        print("replication: stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(status_of(interrupt)) from None
+
+
+def _main(args: argparse.Namespace, words: Sequence[str]) -> None:
+    plan = read_plan(args.plan, quick=args.quick)
+    out = args.out or (QUICK if args.quick else RESULT)
     if unknown := [world for world in args.remake if world not in plan.worlds]:
-        stop(f"--remake: got {unknown[0]!r}, expected some of {', '.join(plan.worlds)}")
-    if args.table:
-        print(tables.markdown(bench.result, plan))
-    elif args.forecast:
-        print("\n".join(forecast(bench)))
-    else:
-        for world in args.remake:
-            store.drop(bench.result, plan, world, bench.runs)
-        bench.result["command"] = shlex.join(["python", "benchmarks/replication.py", *words])
-        bench.result["environment"] = environment()
-        if bench.result["plan"] != plan.digest:
-            print("replication: the plan has changed since the first run: what runs now is marked")
-        if args.minutes:
-            # The sweep under way saves, and the same command goes on.
-            end = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-            end.daemon = True
-            end.start()
-        if args.worlds:
-            make_worlds(bench)
+        raise PlanError(f"--remake: got {unknown[0]!r}, expected some of {', '.join(plan.worlds)}")
+    # Nothing is written by what only shows.
+    with nullcontext() if args.table or args.forecast else alone(out):
+        bench = Bench(plan, out, args.runs / ("quick" if args.quick else ""), args.jobs)
+        if args.table:
+            # Made anew: the file may be of an earlier version of the tables.
+            bench.result["tables"] = tables.make(bench.result, plan)
+            print(markdown(bench.result, plan))
+        elif args.forecast:
+            print("\n".join(forecast(bench)))
         elif args.collect:
             bench.save()
         else:
-            (quick if args.quick else Bench.go)(bench)
+            _run(bench, args, words)
+
+
+def _run(bench: Bench, args: argparse.Namespace, words: Sequence[str]) -> None:
+    plan, result = bench.plan, bench.result
+    # Runs are of this tree, wherever the command is given and whatever is installed.
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+    for world in args.remake:
+        store.drop(result, plan, world, bench.runs)
+    result["command"] = shlex.join(["python", "benchmarks/replication.py", *words])
+    result["environment"] = environment()
+    bench.commit = result["environment"]["commit"]
+    if result["plan"] != plan.digest:
+        print("replication: the plan has changed since the first run: what runs now is marked")
+    if args.minutes:
+        # The sweep under way saves, and the same command goes on.
+        end = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        end.daemon = True
+        end.start()
+    if args.worlds:
+        make_worlds(bench)
+    else:
+        (quick if args.quick else Bench.go)(bench)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep the result from other benches, which would lose what this one writes. PlanError where
+    one is at work."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The folder: the file is another one after every write.
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlanError(
+                f"another bench writes into {out.parent}, after each of its sweeps; wait for it, "
+                "or give an --out elsewhere"
+            ) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--plan", type=Path, default=PLAN)
-    parser.add_argument("--out", type=Path, default=RESULT, help="the result, read and written")
+    parser.add_argument("--out", type=Path, help=f"the result; of --quick {QUICK}")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of worlds and sweeps")
     parser.add_argument("--jobs", type=whole(1, 4096), default=cores(), help="runs at a time")
     parser.add_argument("--minutes", type=float, help="save and leave after so many")

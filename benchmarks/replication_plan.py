@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from vpgea_fast.sweep import parse_method
+
 PLAN = Path(__file__).with_suffix("").with_name("replication.yaml")
 Keys = Mapping[str, Any]
 KINDS = ("search", "rows", "pass_at_k", "weights")
@@ -19,6 +21,10 @@ KINDS = ("search", "rows", "pass_at_k", "weights")
 
 class PlanError(ValueError):
     """A plan, or a result, that cannot be used; the message has cause and remedy."""
+
+
+class StageError(Exception):
+    """A stage that cannot be done in a world; the others can."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class Plan:
         named = [w for of in self.stages.values() for w in worlds_of(of)]
         return list(dict.fromkeys(named))
 
+    @property
+    def quick(self) -> bool:
+        """Whether this is the little plan."""
+        return bool(self.bars)
+
     def folders(self) -> Iterator[tuple[str, str, str, str]]:
         """(folder, stage, world, part) of every sweep: part is search, report or rows."""
         for stage, of in self.stages.items():
@@ -84,6 +95,13 @@ class Plan:
         of = self.stages[stage]
         return list(of["rows"]) if of["kind"] == "rows" else of["methods"]
 
+    def source(self, folder: str, label: str) -> tuple[str, str]:
+        """(folder, method) of the search whose winner a label of a folder is."""
+        stage, world = next((s, w) for name, s, w, _ in self.folders() if name == folder)
+        of = self.stages[stage]
+        searched = ("main", of["method"]) if of["kind"] == "rows" else (stage, label)
+        return f"{searched[0]}-{world}-search", searched[1]
+
     def words_of(self, world: str, place: Path, shown: str, *, greedy: bool) -> list[str]:
         """Options that all runs of a sweep have."""
         keys = self.words | {
@@ -98,6 +116,11 @@ class Plan:
 
 def worlds_of(stage: Keys) -> Sequence[str]:
     return stage["worlds"] if "worlds" in stage else [stage["world"]]
+
+
+def method_words(label: str, keys: Keys) -> list[str]:
+    """The words of a run that are its method's."""
+    return [*parse_method(method_text(label, keys)).words]
 
 
 def text_of(value: Any) -> str:

@@ -4,92 +4,117 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import replication_store as store
+import replication_tables as tables
 import torch
+from replication_plan import StageError, method_words
 
 from vpgea_fast.cli import main as vpgea
 from vpgea_fast.evaluation.measures import pass_at
 from vpgea_fast.evaluation.records import SAMPLES, read_samples
+from vpgea_fast.metrics import read_steps
+from vpgea_fast.sweep.runs import ENDED
+from vpgea_fast.sweep.table import is_result
 
 Of = Mapping[str, Any]
 
 
-def answers(bench: Any, name: str, of: Of, place: Path) -> dict[str, Any]:
-    """Ask the base, or a winner that is trained again with its model kept, `samples` times.
+def answers(bench: Any, name: str, of: Of, *, place: Path, record: Of | None) -> dict[str, Any]:
+    """Ask the base, or the winner of a record, trained again with its model kept, `samples` times.
 
-    `pass_at`: k -> (mean, standard error over questions); `right`: answers of each question that
-    are right, of the base alone.
+    `pass_at`: k -> (mean, standard error over questions), of each power of two and of all answers;
+    `right`: answers of each question that are right, of the base alone.
     """
-    model = place / "base" if name == "base" else train_again(bench, name, of)
-    out = bench.runs / "probes" / f"answers-{name}-{of['world']}"
+    model = place / "base" if record is None else train_again(bench, name, of, record)
+    out, many = bench.runs / "probes" / f"answers-{name}-{of['world']}", of["samples"]
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["eval", str(model), str(place / "report.jsonl"), "--config", str(bench.plan.config)]
-    words += ["--eval.samples", str(of["samples"]), "--eval.limit", str(of["questions"])]
+    words += ["--eval.samples", str(many), "--eval.limit", str(of["questions"])]
     words += ["--eval.greedy", "false", "--rollout.max_batch", "512"]
     call([*words, "--out", str(out), "--resume"])
     right = defaultdict[str, list[int]](list)
     for sample in read_samples(out / SAMPLES):
         right[sample.question_id].append(sample.correct)
     correct_QK = torch.tensor([*right.values()], dtype=torch.float64)
-    found, k = dict[str, Any](), 1
-    while k <= of["samples"]:
+    found = dict[str, Any]()
+    for k in counts(many):
         each_Q = pass_at(correct_QK, k)
         error = each_Q.std() / len(each_Q) ** 0.5
         found[str(k)] = [each_Q.mean().item(), error.item()]
-        k *= 2
-    counts = {question: sum(own) for question, own in right.items()}
-    return {"pass_at": found} | ({"samples": k // 2, "right": counts} if name == "base" else {})
+    known = {question: sum(own) for question, own in right.items()}
+    return {"pass_at": found} | ({"samples": many, "right": known} if record is None else {})
 
 
-def train_again(bench: Any, name: str, of: Of) -> Path:
-    """The model of a reported run, which the sweep did not keep: the same words, bit for bit."""
-    records = store.expand(bench.result, f"main-{of['world']}-report", [name])
-    record = next(one for one in records if one["seed"] == of["seed"])
+def counts(samples: int) -> list[int]:
+    """The powers of two below a number of answers, and the number.
+
+    >>> counts(1), counts(8), counts(12)
+    ([1], [1, 2, 4, 8], [1, 2, 4, 8, 12])
+    """
+    return [*(1 << i for i in range((samples - 1).bit_length())), samples]
+
+
+def winner_of(bench: Any, name: str, of: Of) -> Of:
+    """The record of a reported run. StageError where there is none of this seed."""
+    runs = tables.winners(bench.result, bench.plan, f"main-{of['world']}-report")[name]
+    record = next((one for one in runs if one["seed"] == of["seed"]), None)
+    if record is None or not is_result(record):
+        raise StageError(f"it needs seed {of['seed']} of {name} of the main table")
+    return record
+
+
+def train_again(bench: Any, name: str, of: Of, record: Of) -> Path:
+    """The model of a reported run, which the sweep did not keep: the same words, bit for bit.
+    StageError where the run comes out otherwise."""
     run = bench.runs / "probes" / f"run-{name}-{of['world']}"
     words = [word for word in record["words"] if not word.startswith("--checkpoint.export=")]
-    call(
-        [
-            "train",
-            str(bench.plan.config),
-            *words,
-            "--eval.data=[]",
-            f"--run.dir={run}",
-            "--resume-if-started",
-        ]
-    )
+    words += ["--eval.data=[]", f"--run.dir={run}", "--resume-if-started"]
+    # A run that has ended writes its report last; one that was halted would train on.
+    if not (run / "report.html").is_file():
+        call(["train", str(bench.plan.config), *words], ends=ENDED)
+    check_same(run, record)
     return run / "export"
+
+
+def check_same(run: Path, record: Of) -> None:
+    """StageError unless a run has the steps and tokens of a record."""
+    lines = [*read_steps(run)]
+    drawn = sum(int(line.get("tokens_generated") or 0) for line in lines)
+    now = lines[-1]["step"] if lines else 0, drawn
+    then = record["steps"], record["tokens_generated"]
+    if now != then:
+        raise StageError(
+            f"{run} came out otherwise: got {now} steps and tokens, expected {then} of the record; "
+            "remove it to train it anew"
+        )
 
 
 def question_weights(bench: Any, name: str, of: Of, place: Path) -> dict[str, Any]:
     """`questions`: [the base's accuracy on a question, the weight of its paths] of each that was
-    drawn. VR: sum of w_k; a policy gradient: mean of abs(A); RFT: share of right paths."""
+    drawn, of those that the base was asked. VR: sum of w_k; a policy gradient: mean of abs(A); RFT:
+    share of right paths."""
     run, plan = bench.runs / "probes" / f"weights-{name}-{of['world']}", bench.plan
-    variant = plan.variant(name, 0)
-    objective = variant.pop("objective")
-    words = [f"--objective.name={objective}"]
-    for key, value in variant.items():
-        at = key if key.startswith("scoring.") else f"objective.{key}"
-        words.append(f"--{at}={value if isinstance(value, str) else json.dumps(value)}")
+    variant, base = plan.variant(name, 0), bench.result["pass_at_k"]["base"]
+    right, many = base["right"], base["samples"]
+    words = method_words(name, variant)
+    # pass@k asks the first ones of the file, as data.limit takes them.
+    words.append(f"--data.limit={len(right)}")
     words += [f"--model.path={place / 'base'}", f"--data.train={place / 'report.jsonl'}"]
     words += ["--eval.data=[]", "--train.record=weights", f"--train.steps={of['steps']}"]
     words += [f"--run.dir={run}", "--rollout.max_batch=512", "--metrics.figure=false"]
     call(["train", str(plan.config), *words, "--resume-if-started"])
-    stream = "posterior" if objective == "vr" else "prior"
+    stream = "posterior" if variant["objective"] == "vr" else "prior"
     weights = defaultdict[str, list[float]](list)
     for line in (run / "paths.jsonl").read_text(encoding="utf-8").splitlines():
         path = json.loads(line)
         if path["stream"] == stream:
             weights[path["question_id"]].append(weight_of(path))
-    base = bench.result["pass_at_k"]["base"]
-    right, many = base["right"], base["samples"]
     pairs = [
         [right[question] / many, sum(own) / (1 if stream == "posterior" else len(own))]
         for question, own in weights.items()
-        if question in right
     ]
     return {"questions": pairs}
 
@@ -102,7 +127,7 @@ def weight_of(path: Of) -> float:
     return float(bool(path["correct"]))
 
 
-def call(words: list[str]) -> None:
-    """Run a command of vpgea; SystemExit where it ends with another status than 0."""
-    if status := vpgea(words):
+def call(words: list[str], ends: Sequence[int] = (0,)) -> None:
+    """Run a command of vpgea; SystemExit where it ends with another status."""
+    if (status := vpgea(words)) not in ends:
         raise SystemExit(status)

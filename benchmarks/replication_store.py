@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from replication_plan import Plan, PlanError
+from replication_plan import Keys, Plan, PlanError, method_words
 
 from vpgea_fast import config
 from vpgea_fast.checkpoint import write_text
@@ -38,14 +37,14 @@ DIGITS = 6
 """Decimals that are kept of them: shares of 400 questions are exact."""
 KEPT = ("ended", "halt", "steps", "tokens_generated", "guard_caught", "wall_s")
 COURSE = ("to_short", "late")
-FILES = ("train", "test")
+FILES = ("train", "test", "pick", "report", "few_report", "few")
 
 
 def read(path: Path, plan: Plan) -> Result:
-    """What is known, or nothing yet. PlanError for a file that is no result."""
+    """What is known, or nothing yet. PlanError for a file that is no result of such a plan."""
     fresh = {"plan": plan.digest, "tables": {}, "worlds": {}, "made_by": [], "folders": {}}
     if not path.is_file():
-        return fresh
+        return fresh | {"quick": True} if plan.quick else fresh
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         missing = next((key for key in fresh if key not in found), None)
@@ -53,6 +52,12 @@ def read(path: Path, plan: Plan) -> Result:
         raise PlanError(f"{path} cannot be read ({error}); bring it back, or remove it") from error
     if missing is not None:
         raise PlanError(f"{path} is no result of the replication: it has no {missing}")
+    if found.get("quick", False) != plan.quick:
+        kinds = {True: "the little plan (--quick)", False: "the whole plan"}
+        raise PlanError(
+            f"{path} is of {kinds[not plan.quick]}, expected one of {kinds[plan.quick]}; give "
+            "another --out"
+        )
     return found
 
 
@@ -78,27 +83,38 @@ def write(path: Path, result: Result) -> None:
     write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def collect(result: Result, name: str, out: Path, plan: Plan) -> None:
-    """Put the records of a sweep's folder into the result."""
+def collect(result: Result, name: str, out: Path, plan: Plan, *, commit: str | None = None) -> None:
+    """Put the records of a sweep's folder into the result. PlanError for a new one that is of
+    another commit than this one; None takes any."""
     place = next(((s, w) for folder, s, w, _ in plan.folders() if folder == name), None)
     records = [json.loads(p.read_text("utf-8")) for p in sorted((out / "records").glob("*.json"))]
     if place is None or not records:
         return
     first, known = records[0], result["folders"].get(name, {})
-    runs = {(run["method"], run["lr"], run["seed"]): run for run in known.get("runs", [])}
+    words = {method: words_of(known, method) for method in known.get("words", {})}
+    now = {record["method"]: template(record["words"]) for record in records}
+    # Of other words under the same label: a search that went on has another winner.
+    other = {method for method, own in words.items() if now.get(method, own) != own}
+    words |= now
+    kept = (run for run in known.get("runs", []) if run["method"] not in other)
+    runs = {(run["method"], run["lr"], run["seed"]): run for run in kept}
     folder = {
         "world": place[1],
         "sweep": differing(json.loads((out / "sweep.json").read_text("utf-8")), result),
         "inputs": first["inputs"],
         "select": first["select"],
         "test": first["test"],
-        "draws": dict(known.get("draws", {})),
+        "draws": {m: many for m, many in known.get("draws", {}).items() if m not in other},
         "before": known.get("before") or numbers(first["before"]),
     }
-    words = {method: words_of(known, method) for method in known.get("words", {})}
     for record in records:
         method, rate, seed = key = record["method"], record["lr"], record["seed"]
-        words[method] = template(record["words"])
+        made = record["made_by"].get("commit")
+        if key not in runs and commit is not None and _bare(made) != _bare(commit):
+            raise PlanError(
+                f"{out}: {cell_name(*key)} was made at commit {made}, and this is {commit}; "
+                "--collect takes it as it is, and without its record it is run anew"
+            )
         if method not in folder["draws"]:
             folder["draws"][method] = paths_a_step(plan, record["words"])
         old = runs.get(key, {})
@@ -120,21 +136,32 @@ def collect(result: Result, name: str, out: Path, plan: Plan) -> None:
     result["folders"][name] = folder
 
 
-def restore(result: Result, name: str, out: Path) -> None:
-    """Put back the records of a folder that the result holds and the machine has not."""
+def _bare(commit: str | None) -> str:
+    # The result is a file of the tree: once it is written, the tree has changes.
+    return str(commit).removesuffix("+changes")
+
+
+def restore(result: Result, name: str, out: Path, methods: Mapping[str, Keys]) -> None:
+    """Put back the records of these methods that the result holds and the machine has not, and
+    remove those of other words: a sweep refuses them."""
+    for path in (out / "records").glob("*.json"):
+        if not is_of(json.loads(path.read_text("utf-8")), methods):
+            path.unlink()
     folder = result["folders"].get(name)
     if folder is None:
         return
     (out / "records").mkdir(parents=True, exist_ok=True)
     if not (out / "sweep.json").is_file():
         write_text(out / "sweep.json", json.dumps(whole(folder["sweep"], result), indent=1) + "\n")
-    for run in expand(result, name):
+    for run in (run for run in expand(result, name, methods) if is_of(run, methods)):
         path = out / "records" / f"{cell_name(run['method'], run['lr'], run['seed'])}.json"
         if not path.exists():
             write_text(path, json.dumps(run, indent=1) + "\n")
 
 
-def expand(result: Result, name: str, methods: Iterable[str] | None = None) -> list[dict[str, Any]]:
+def expand(
+    result: Mapping[str, Any], name: str, methods: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
     """The runs of a folder as records of its sweep; of these methods, or all."""
     folder = result["folders"].get(name)
     if folder is None:
@@ -143,7 +170,9 @@ def expand(result: Result, name: str, methods: Iterable[str] | None = None) -> l
     return [_record(result, folder, run) for run in folder["runs"] if run["method"] in wanted]
 
 
-def _record(result: Result, folder: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+def _record(
+    result: Mapping[str, Any], folder: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, Any]:
     slots = {"lr": repr(run["lr"]), "seed": str(run["seed"])}
     words = [
         next((f"{w}{slots[slot]}" for w, slot in SLOTS.items() if w == word), word)
@@ -159,6 +188,23 @@ def _record(result: Result, folder: Mapping[str, Any], run: Mapping[str, Any]) -
         "before": run.get("before", folder["before"]),
         "made_by": result["made_by"][run["made_by"]],
     }
+
+
+def is_of(run: Mapping[str, Any], methods: Mapping[str, Keys]) -> bool:
+    """Whether a run has the words of its label; that of another label has."""
+    label, words = run["method"], run["words"]
+    return label not in methods or own_words(words) == method_words(label, methods[label])
+
+
+def own_words(words: list[str]) -> list[str]:
+    """Those of a run that are its method's: a sweep sets the rate behind them.
+
+    >>> own_words(["--a=1", "--objective.name=vr", "--objective.norm=x", "--optim.lr=0.1"])
+    ['--objective.name=vr', '--objective.norm=x']
+    """
+    ends = ("--objective.name=", "--optim.lr=")
+    start, stop = (next(i for i, w in enumerate(words) if w.startswith(end)) for end in ends)
+    return words[start:stop]
 
 
 def words_of(folder: Mapping[str, Any], method: str) -> list[str]:
@@ -290,7 +336,8 @@ def hold_world(result: Result, world: str, folder: Path) -> str | None:
     known = result["worlds"].get(world)
     if known is not None and any(f["world"] == world for f in result["folders"].values()):
         before = known["marks"]
-        changed = next((key for key in now["marks"] if before.get(key) != now["marks"][key]), None)
+        # A file of an earlier version knows no marks of the parts.
+        changed = next((k for k, mark in now["marks"].items() if before.get(k, mark) != mark), None)
         if changed is not None:
             return changed
     result["worlds"][world] = now
@@ -316,11 +363,7 @@ def best(runs: list[dict[str, Any]], method: str, metric: str) -> tuple[float, f
     return rate, score(by_rate(runs, method)[rate], metric)
 
 
-def seconds(result: Result) -> dict[str, float]:
-    """Mean seconds of a run of each method."""
-    known = defaultdict[str, list[float]](list)
-    for folder in result["folders"].values():
-        for run in folder["runs"]:
-            if run.get("wall_s"):
-                known[run["method"]].append(run["wall_s"])
-    return {method: fmean(values) for method, values in known.items()}
+def seconds(result: Result, otherwise: float) -> float:
+    """Mean seconds of a run, as far as they are known."""
+    runs = [run for folder in result["folders"].values() for run in folder["runs"]]
+    return fmean([run["wall_s"] for run in runs if run.get("wall_s")] or [otherwise])

@@ -1,4 +1,4 @@
-"""The tables of the replication: numbers at paths that stay, and markdown of them alone.
+"""The tables of the replication: numbers at paths that stay, and what they say of its claims.
 
 main.WORLD.METHOD        acc, tokens, eps3 (means over seeds on the report questions), their t
                          intervals over seeds (`acc_seeds`, ...), the bootstrap interval over the
@@ -7,39 +7,46 @@ main.WORLD.base          the same of the base
 search.STAGE.WORLD.METHOD   what was tried, with its score on the pick questions, and what won
 ROWS.WORLD.ROW           ablations and rows of VR, as in main
 pass_at_k, weights, claims
+exploratory              whether the plan has changed since the first run
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 import replication_store as store
-from replication_plan import Plan, worlds_of
+from replication_plan import Plan
 
-from vpgea_fast.sweep.table import INTERVAL, by_rate, row, score
+from vpgea_fast import config
+from vpgea_fast.sweep.table import Run, by_rate, is_result, part, row, score
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+FORGOT = 0.5
+"""A run has forgotten how to answer below this share of the base's accuracy."""
 Result = Mapping[str, Any]
 
 
 def make(result: Result, plan: Plan) -> dict[str, Any]:
     """All tables of what is known."""
     found: dict[str, Any] = {"search": {}}
-    for folder, stage, world, part in plan.folders():
+    for folder, stage, world, kind in plan.folders():
         if folder not in result["folders"]:
             continue
-        if part == "search":
+        if kind == "search":
             found["search"].setdefault(stage, {})[world] = searched(result, plan, folder, stage)
         else:
             found.setdefault(stage, {})[world] = reported(result, plan, folder)
     for stage, of in plan.stages.items():
-        if stage in result and of["kind"] in ("pass_at_k", "weights"):
-            found[stage] = {of["world"]: KNOWN[of["kind"]](result[stage], of)}
+        if result.get(stage) and of["kind"] in KNOWN:
+            known = KNOWN[of["kind"]](result[stage], of)
+            known["exploratory"] = exploratory(result, result[stage].values())
+            found[stage] = {of["world"]: known}
     found["rarity"] = rarity(result, plan, found)
+    found["exploratory"] = plan.digest != result["plan"]
     found["claims"] = [
         {"says": c["says"], "refuted": c["refuted"], "verdict": verdict(found, c["check"])}
         for c in plan.claims
@@ -47,12 +54,39 @@ def make(result: Result, plan: Plan) -> dict[str, Any]:
     return found
 
 
+def exploratory(result: Result, made: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether anything was made after the plan had changed; a probe without a digest is of the
+    first plan."""
+    return any(each.get("plan", result["plan"]) != result["plan"] for each in made)
+
+
+def chosen(result: Result, plan: Plan, folder: str) -> dict[str, tuple[dict[str, Any], float]]:
+    """(keys, rate) of each label that a folder reports, where its search has a winner."""
+    stage = next(stage for name, stage, _, _ in plan.folders() if name == folder)
+    rows, found = plan.stages[stage].get("rows", {}), {}
+    for label in plan.labels(folder):
+        search, name = plan.source(folder, label)
+        if (won := winner(result, plan, search, name)) is not None:
+            index, rate = won
+            found[label] = plan.variant(name, index) | rows.get(label, {}), rate
+    return found
+
+
+def winners(result: Result, plan: Plan, folder: str) -> dict[str, list[Run]]:
+    """Runs of each label that a folder reports: of the report seeds, with the rate and the words of
+    the winner alone. There may be others, where the search went on after them."""
+    runs, found = store.expand(result, folder), {}
+    for label, (keys, rate) in chosen(result, plan, folder).items():
+        mine = [r for r in runs if (r["method"], r["lr"]) == (label, rate)]
+        mine = [r for r in mine if r["seed"] in plan.report_seeds and store.is_of(r, {label: keys})]
+        found |= {label: mine} if mine else {}
+    return found
+
+
 def reported(result: Result, plan: Plan, folder: str) -> dict[str, Any]:
     runs, found = store.expand(result, folder), {}
-    for method in plan.labels(folder):
-        mine = [run for run in runs if run["method"] == method]
-        if mine:
-            found[method] = numbers(result, plan, folder, method, mine)
+    for method, mine in winners(result, plan, folder).items():
+        found[method] = numbers(result, plan, folder, method, mine)
     (name,) = runs[0]["test"]
     found["base"] = {
         "greedy_" * (mode == "greedy") + key: runs[0]["before"][mode]["benchmarks"][name][key]
@@ -71,6 +105,11 @@ def numbers(
     ended = [run for run in runs if run["after"]]
     found: dict[str, Any] = {"lr": of["lr"], "seeds": of["seeds"], "short_seeds": of["short_seeds"]}
     found |= {"diverged": of["diverged_runs"], "halted": len(of.get("halted_runs", []))}
+    results = [run for run in runs if is_result(run)]
+    found["complete"] = {run["seed"] for run in results} == {*plan.report_seeds}
+    found["forgot"] = sum(map(has_forgotten, results))
+    search, searched_as = plan.source(folder, method)
+    found["edge"] = at_edge(store.expand(result, search), searched_as, of["lr"])
     for key, value in of["after"].get("sampled", {}).items():
         if key in ("acc", "tokens", "eps3"):
             found[key] = value
@@ -88,16 +127,36 @@ def numbers(
     student, teacher = result["folders"][folder]["draws"][method]
     measured = result["worlds"][result["folders"][folder]["world"]]["measured"]
     found["paths"] = [found["steps"] * student, found["steps"] * teacher]
-    found["concise_draws"] = [
-        found["paths"][0] * measured["concise_student"],
-        found["paths"][1] * measured["concise_teacher"],
-    ]
+    views = ("student", "student" if one_prompt(plan, runs[0]["words"]) else "teacher")
+    concise = [measured[f"concise_{view}"] for view in views]
+    found["concise_draws"] = [n * p for n, p in zip(found["paths"], concise, strict=True)]
     spent = [run.get("to_short") for run in runs]
     found["tokens_to_short"] = spent
     found["late"] = late = [run.get("late") for run in runs]
     found["prior_below"] = sum(bool(pair) and pair[0] < pair[1] for pair in late)
-    found["exploratory"] = any(run["plan"] != result["plan"] for run in runs)
+    found["late_difference"] = [pair and round(pair[0] - pair[1], 3) for pair in late]
+    found["exploratory"] = exploratory(result, runs)
     return found
+
+
+def one_prompt(plan: Plan, words: Sequence[str]) -> bool:
+    """Whether the teacher of a run sees what its student sees."""
+    # A configuration takes milliseconds to read, and few runs have a prompt of their own.
+    if not any(word.startswith("--prompt.") for word in words):
+        return False
+    prompt = config.load(config.find(plan.config), list(words)).prompt
+    return prompt.teacher == prompt.student
+
+
+def has_forgotten(run: Run) -> bool:
+    before, after = (part(run, when, "sampled", "test")["acc"] for when in ("before", "after"))
+    return after < FORGOT * before
+
+
+def at_edge(runs: Sequence[Run], method: str, rate: float) -> bool:
+    """Whether a rate is the first or the last of several that were tried."""
+    rates = [*by_rate(runs, method)]
+    return len(rates) > 1 and rate in (rates[0], rates[-1])
 
 
 def searched(result: Result, plan: Plan, folder: str, stage: str) -> dict[str, Any]:
@@ -114,14 +173,16 @@ def searched(result: Result, plan: Plan, folder: str, stage: str) -> dict[str, A
             own = [run for run in runs if run["method"] == plan.label(name, index)]
             if own:
                 knobs[plan.label(name, index)] = score(own, plan.metric)
-        index, _ = winner(result, plan, folder, name)
+        index, _ = winner(result, plan, folder, name) or (0, rate)
+        tried = [run for run in runs if run["method"] in knobs]
         found[name] = {
             "rates": {key: finite(value) for key, value in rates.items()},
             "lr": rate,
-            "edge": len(rates) > 1 and f"{rate:g}" in (next(iter(rates)), [*rates][-1]),
+            "edge": at_edge(runs, name, rate),
             "knobs": {key: finite(value) for key, value in knobs.items()},
             "knob": plan.methods[name]["knob"][index],
             "runs": len(rates) + len(knobs) - 1,
+            "exploratory": exploratory(result, tried),
         }
     return found
 
@@ -131,12 +192,16 @@ def finite(value: float) -> float | None:
     return None if value == float("-inf") else value
 
 
-def winner(result: Result, plan: Plan, folder: str, name: str) -> tuple[int, float]:
-    """(value of the knob, rate) with the best score; of equal ones the first."""
+def winner(result: Result, plan: Plan, folder: str, name: str) -> tuple[int, float] | None:
+    """(value of the knob, rate) with the best score, of equal ones the first; None where nothing
+    was searched."""
+    stage = next(stage for known, stage, _, _ in plan.folders() if known == folder)
+    # Of one rate none is picked.
+    if len(grid := plan.grid(name, plan.stages[stage])) == 1:
+        return 0, grid[0]
     runs = store.expand(result, folder)
-    if not runs:  # one rate and setting, of which none was picked
-        stage = next(stage for known, stage, _, _ in plan.folders() if known == folder)
-        return 0, plan.grid(name, plan.stages[stage])[0]
+    if not any(run["method"] == name for run in runs):
+        return None
     rate, _ = store.best(runs, name, plan.metric)
     scores = []
     for index in range(3):
@@ -206,7 +271,7 @@ def lookup(tree: Any, path: Any) -> float | None:
 
 def holds(found: Mapping[str, Any], check: Sequence[Any]) -> bool | None:
     """[left, operator, right, factor 1, offset 0]: left against factor * right + offset; None where
-    one of both is not measured.
+    one of both is not measured, or is of a row that lacks a seed.
 
     >>> holds({"a": {"b": 2.0}}, ["a/b", "<=", 4, 0.5]), holds({}, ["a", ">", 1])
     (True, None)
@@ -214,7 +279,10 @@ def holds(found: Mapping[str, Any], check: Sequence[Any]) -> bool | None:
     left, sign, right, *more = check
     factor, offset = [*more, *(1.0, 0.0)[len(more) :]]
     a, b = lookup(found, left), lookup(found, right)
-    return None if a is None or b is None else OPERATORS[sign](a, factor * b + offset + TIE[sign])
+    whole = all(row_of(found, side).get("complete", True) for side in (left, right))
+    if a is None or b is None or not whole:
+        return None
+    return OPERATORS[sign](a, factor * b + offset + TIE[sign])
 
 
 TIE = {">=": -1e-12, "<=": 1e-12, ">": 0.0, "<": 0.0}
@@ -228,180 +296,46 @@ def shown(found: Mapping[str, Any], check: Sequence[Any]) -> str:
     )
 
 
+def row_of(found: Mapping[str, Any], path: Any) -> Mapping[str, Any]:
+    """The reported row that a number is of; none for the base's, or for one that is no path."""
+    stage, *rest = str(path).split("/")[:3]
+    # A probe asks a winner of the main table.
+    rows = (lookup(found, "/".join([at, *rest])) for at in (stage, "main"))
+    return next((row for row in rows if isinstance(row, Mapping) and "seeds" in row), {})
+
+
 def verdict(found: Mapping[str, Any], checks: Sequence[Sequence[Any]]) -> str:
+    """What the checks say together, and what is to be known of the rows that they compare."""
     held = [holds(found, check) for check in checks]
-    return "refuted" if False in held else "not measured" if None in held else "holds"
+    said = "not measured" if None in held else "refuted" if False in held else "holds"
+    sides = [side for check in checks for side in (check[0], check[2])]
+    return "; ".join([said, *dict.fromkeys(mark for side in sides for mark in marks(found, side))])
 
 
-def missing(
-    plan: Plan, stage: str, of: Mapping[str, Any], result: Result, known: Mapping[str, float]
-) -> tuple[int, float]:
-    """(runs, seconds of one core) that a stage lacks, with every extension of its grids."""
-    mean, runs = plan.seconds["run"], []
-    count = len(plan.report_seeds)
-    if of["kind"] == "search":
-        tried = len(of.get("rates", [0] * 4)) + of.get("extend", plan.extend)
-        tried += 2 * of.get("knobs", True)
-        for world in worlds_of(of):
-            here = len(store.expand(result, f"{stage}-{world}-report"))
-            done = len(store.expand(result, f"{stage}-{world}-search"))
-            left = 0 if here else max(0, tried * len(of["methods"]) - done)
-            runs += [(name, left / len(of["methods"])) for name in of["methods"]]
-            rest = max(0, count * len(of["methods"]) - here) / len(of["methods"])
-            runs += [(name, rest) for name in of["methods"]]
-    elif of["kind"] == "rows":
-        here = len(store.expand(result, f"{stage}-{of['world']}"))
-        runs = [(of["method"], max(0, len(of["rows"]) * count - here))]
-    else:
-        left = [name for name in of["methods"] if name not in result.get(stage, {})]
-        extra = plan.seconds["pass_at_k"] * (len(left) + 1 if left else 0)
-        if of["kind"] == "weights":
-            return len(left), mean / 2 * len(left)
-        return len(left), extra + sum(known.get(name, mean) for name in left)
-    total = round(sum(many for _, many in runs))
-    return total, sum(many * known.get(name, mean) for name, many in runs)
+def marks(found: Mapping[str, Any], path: Any) -> list[str]:
+    """What a verdict says of a row beside its numbers."""
+    if not (row := row_of(found, path)):
+        return []
+    _, world, label, *_ = path.split("/")
+    said = ["at an edge of its grid"] * row["edge"]
+    said += ["without a result of every seed"] * (not row["complete"])
+    for key in ("diverged", "halted", "forgot"):
+        said += [f"{key} with {row[key]} of {row['seeds']} seeds"] * bool(row[key])
+    return [f"{label} in {world} {each}" for each in said]
 
 
-def markdown(result: Result, plan: Plan) -> str:
-    """All tables, from the result's tables alone."""
-    found, parts = result["tables"], [_planned(plan)]
-    for stage, of in plan.stages.items():
-        if of["kind"] in ("search", "rows"):
-            parts += [_reported(stage, w, mine, plan) for w, mine in found.get(stage, {}).items()]
-    for stage, worlds in found.get("search", {}).items():
-        parts += [_searched(f"search of {stage}, {w}", mine) for w, mine in worlds.items()]
-    parts += [_rarity(found["rarity"])] if found.get("rarity") else []
-    for stage, of in plan.stages.items():
-        if of["kind"] in SIDES:
-            parts += [SIDES[of["kind"]](w, mine) for w, mine in found.get(stage, {}).items()]
-    claims = [[c["says"], c["refuted"], c["verdict"]] for c in found.get("claims", [])]
-    parts += [grid("claims", ["claim", "refuted", "verdict"], claims)] if claims else []
-    return "\n\n".join(parts)
-
-
-def _planned(plan: Plan) -> str:
-    """What each method is given, beside what all have alike."""
-    lines = []
-    for name in dict.fromkeys(m for of in plan.stages.values() for m in of.get("methods", [])):
-        of = plan.methods[name]
-        keys = ", ".join(f"{key} {value}" for key, value in of["keys"].items())
-        knobs = [", ".join(f"{k} {v}" for k, v in value.items()) for value in of["knob"]]
-        rates = ", ".join(f"{rate:g}" for rate in of["rates"])
-        lines.append([name, f"{of['objective']}: {keys}", rates, " / ".join(knobs)])
-    note = (
-        f"Alike: {plan.budget:,} sampled tokens a run, constant rate; search seed "
-        f"{plan.search_seed}, report seeds {', '.join(map(str, plan.report_seeds))}; at most "
-        f"{plan.extend} rates more for every grid; picked by {plan.metric} on "
-        f"{plan.questions['pick']} questions, reported on {plan.questions['report']} others."
-    )
-    return grid("plan", ["method", "keys", "first grid", "knob"], lines) + f"\n\n{note}"
-
-
-def grid(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    table = [headers, ["---"] * len(headers), *lines]
-    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> str:
-    headers = [
-        "method",
-        "lr",
-        "accuracy %",
-        "seeds",
-        "questions",
-        "tokens",
-        "seeds",
-        "eps3",
-        "seeds",
-    ]
-    headers += ["greedy %", "short", "drawn", "concise draws, student + teacher"]
-    base, lines = mine["base"], []
-    greedy = f"{100 * base['greedy_acc']:.1f}" if "greedy_acc" in base else "-"
-    cells = ["base", "-", f"{100 * base['acc']:.1f}", "-", "-", f"{base['tokens']:.1f}", "-"]
-    lines.append([*cells, f"{base['eps3']:.0f}", "-", greedy, "-", "-", "-"])
-    for name, of in mine.items():
-        if name == "base":
-            continue
-        marks = "*" * of["exploratory"] + f" ({of['halted']} halted)" * bool(of["halted"])
-        cells = [name + marks, f"{of['lr']:g}"]
-        if "acc" not in of:
-            lines.append([*cells, "diverged", *["-"] * 10])
-            continue
-        asked = of.get("acc_questions")
-        cells += [f"{100 * of['acc']:.1f}", _range(of, "acc", 100, 1)]
-        cells.append(f"{100 * asked[0]:.1f} to {100 * asked[1]:.1f}" if asked else "-")
-        cells += [f"{of['tokens']:.1f}", _range(of, "tokens", 1, 1)]
-        cells += [f"{of['eps3']:.0f}", _range(of, "eps3", 1, 0)]
-        cells.append(f"{100 * of['greedy_acc']:.1f}" if "greedy_acc" in of else "-")
-        student, teacher = of["concise_draws"]
-        cells += [f"{of['short_seeds']} of {of['seeds']}", f"{of['drawn']:,.0f}"]
-        lines.append([*cells, f"{student:.3g} + {teacher:.3g}"])
-    notes = f"\n\nseeds: {INTERVAL}. questions: 95 % bootstrap of one run's, mean over seeds."
-    notes += " *: exploratory, made after the plan had changed." * any(
-        of.get("exploratory") for of in mine.values()
-    )
-    short = f"short: at most {plan.short(world):g} tokens at the base's accuracy less one point."
-    return grid(f"{stage}, {world}", headers, lines) + f"{notes} {short}"
-
-
-def _range(of: Mapping[str, Any], key: str, scale: float, digits: int) -> str:
-    if f"{key}_low" not in of:
-        return "-"
-    return " to ".join(f"{scale * of[f'{key}_{end}']:.{digits}f}" for end in ("low", "high"))
-
-
-def _searched(title: str, mine: Mapping[str, Any]) -> str:
-    lines = []
-    for name, of in mine.items():
-        rates = ", ".join(f"{key}: {_score(value)}" for key, value in of["rates"].items())
-        knobs = ", ".join(f"{key}: {_score(value)}" for key, value in of["knobs"].items())
-        won = ", ".join(f"{key} {value}" for key, value in of["knob"].items())
-        edge = " (edge)" * of["edge"]
-        lines.append([name, rates, f"{of['lr']:g}{edge}", knobs, won, str(of["runs"])])
-    headers = ["method", "rates: score", "best", "knob: score", "won", "runs"]
-    return grid(title, headers, lines)
-
-
-def _score(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.0f}"
-
-
-def _rarity(worlds: Mapping[str, Any]) -> str:
-    headers, lines = ["world", "P(concise), student", "teacher"], []
-    for name in CONTRAST:
-        headers += [f"{name}: eps3", "short", "k tokens to short, by seed"]
-    for world, of in worlds.items():
-        cells = [world, f"{of['student']:.2g}", f"{of['teacher']:.2g}"]
-        for name in CONTRAST:
-            if name not in of or "eps3" not in of[name]:
-                cells += ["-"] * 3
-                continue
-            mine = of[name]
-            spent = [f"{n / 1000:.0f}" if n else "never" for n in mine["tokens_to_short"]]
-            cells += [f"{mine['eps3']:.0f}", f"{mine['short_seeds']} of {mine['seeds']}"]
-            cells.append(", ".join(spent))
-        lines.append(cells)
-    return grid("by rarity", headers, lines)
-
-
-def _answered(world: str, mine: Mapping[str, Any]) -> str:
-    ks = [key for key in next(iter(mine.values())) if key != "errors"]
-    lines = [
-        [name, *(f"{100 * of[k]:.1f} ± {100 * of['errors'][k]:.1f}" for k in ks)]
-        for name, of in mine.items()
-    ]
-    return grid(f"pass@k %, {world}", ["method", *(f"k = {k}" for k in ks)], lines)
-
-
-def _weighed(world: str, mine: Mapping[str, Any]) -> str:
-    bins = {key: of for key, of in mine.items() if key not in ("hardest", "easiest")}
-    names = [key for key in next(iter(bins.values())) if key != "questions"]
-    lines = [
-        [key, str(of["questions"]), *("-" if of[n] is None else f"{of[n]:.2f}" for n in names)]
-        for key, of in bins.items()
-    ]
-    title = f"weight of a question over the mean, by the base's accuracy on it, {world}"
-    return grid(title, ["accuracy", "questions", *names], lines)
-
-
-SIDES = {"pass_at_k": _answered, "weights": _weighed}
+def missing(plan: Plan, stage: str, of: Mapping[str, Any], result: Result) -> int:
+    """Count the runs that a stage lacks, with every extension of its grids, or models to ask."""
+    if of["kind"] in KNOWN:
+        return sum(name not in result.get(stage, {}) for name in of["methods"])
+    total = 0
+    for folder, _, world, kind in (each for each in plan.folders() if each[1] == stage):
+        if kind != "search":
+            done = sum(map(len, winners(result, plan, folder).values()))
+            total += len(plan.report_seeds) * len(plan.labels(folder)) - done
+        # What is reported has been searched.
+        elif f"{stage}-{world}-report" not in result["folders"]:
+            rates = len(of.get("rates", [0] * 4)) + of.get("extend", plan.extend)
+            each = rates + 2 * of.get("knobs", True)
+            total += max(0, each * len(of["methods"]) - len(store.expand(result, folder)))
+    return total

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import digest
 import step_time
 
+pytestmark = pytest.mark.around
+
 RUN = {
     "weights": {"embed": "aa", "norm": "bb"},
     "eval": {"after": {"acc": 0.5}},

@@ -15,6 +15,8 @@ import matplotlib.image
 import pytest
 import torch
 
+pytestmark = pytest.mark.around
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = "64,16,101"
 FAST = ("--repeats", "2", "--warmup", "0", "--providers", "torch", "reference", "eager torch")

@@ -12,6 +12,8 @@ from vpgea_fast import config
 from vpgea_fast.tiny import make_tiny
 from vpgea_fast.trainer import fit
 
+pytestmark = pytest.mark.around
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 ROBUST = "demo (robust, beta 1)"

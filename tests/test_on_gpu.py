@@ -21,6 +21,8 @@ from vpgea_fast import config
 from vpgea_fast.check import Target, check_config
 from vpgea_fast.estimate import RESERVE, estimate_memory, model_shape
 
+pytestmark = pytest.mark.around
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 

@@ -30,6 +30,8 @@ from test_layering import imported_names
 from vpgea_fast import __version__
 from vpgea_fast.attention import FLASH_MODULES
 
+pytestmark = pytest.mark.around
+
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".venv*", ".*cache", ".hypothesis", "*.egg-info", "build", "dist", "runs"
@@ -332,11 +334,11 @@ def test_the_script_of_a_clean_clone_runs_every_target_and_finds_the_data_beside
         done = subprocess.run([clone / ".ci" / "run"], env=around | more, cwd="/", check=False)
         return done.returncode, noted.read_text().splitlines()
 
-    targets = ["test", "test-triton36", "test-replication", "test-vllm"]
+    targets = ["test", "test-around", "test-triton36", "test-replication", "test-vllm"]
     assert run() == (0, [f"{target} unset" for target in targets])
     (tmp_path / "shared" / "data").mkdir(parents=True)
     assert run() == (0, [f"{target} {tmp_path}/shared/data" for target in targets])
     assert run(VPGEA_DATA="/mine")[1] == [f"{target} /mine" for target in targets]
     code, lines = run(BAD="test-triton36")
     assert code != 0
-    assert len(lines) == 2
+    assert len(lines) == 3

@@ -18,6 +18,8 @@ from vpgea_fast.config import ConfigError
 from vpgea_fast.data.files import DataError, open_rows
 from vpgea_fast.losses import resolve_backend
 
+pytestmark = pytest.mark.around
+
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "tests/recipes"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")

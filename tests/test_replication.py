@@ -1,6 +1,8 @@
 """benchmarks/replication.py: a fair plan, runs that come back from the file, tables and bars."""
 
+import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,13 @@ from vpgea_fast.sweep.runs import Pool
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import replication
+import replication_pages as pages
 import replication_plan
+import replication_probes as probes
 import replication_store as store
 import replication_tables as tables
+
+pytestmark = pytest.mark.around
 
 ROBUST, GRPO = "VPG-EA robust", "GRPO"
 PLAN = replication_plan.read_plan()
@@ -183,31 +189,153 @@ def test_methods_are_searched_alike_and_another_machine_goes_on_from_the_file(
     assert {name.rpartition("-")[2] for name in trained} == {"2"}
     assert len(trained) == 4
     assert third.result["tables"]["main"]["chain-rare"][ROBUST]["exploratory"]
-    assert f"| {ROBUST}* |" in tables.markdown(third.result, more)
+    assert f"| {ROBUST}* |" in pages.markdown(third.result, more)
 
 
-def test_runs_of_a_world_that_comes_out_otherwise_are_not_mixed(
-    plan, trained, bench_of, tmp_path, capsys
-):
+def test_runs_of_a_world_that_comes_out_otherwise_are_not_mixed(plan, trained, bench_of, tmp_path):
     del plan.stages["ablations"]
     plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
     bench_of(plan, tmp_path / "one").go()
     before = Path("result.json").read_text()
     train = Path("runs/worlds/chain-rare/train.jsonl")
     train.write_text(train.read_text().replace("train-0001", "train-9999"))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
+    said = "chain-rare: train is another than that of the runs in result.json"
+    with pytest.raises(replication_plan.PlanError, match=said):
         bench_of(plan, tmp_path / "one").go()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert "chain-rare: train is another than that of the runs in result.json" in error
-    assert error.count("\n") == 1
     assert Path("result.json").read_text() == before
     bench = bench_of(plan, tmp_path / "one")
     store.drop(bench.result, plan, "chain-rare", bench.runs)
     trained.clear()
     bench.go()
     assert len(trained) == 2
+    # The parts are cut again, and those of other counts are others; an older file knows none.
+    Path("runs/worlds/chain-rare/report.jsonl").write_text("")
+    assert replication.make_worlds(bench) == []
+    fewer = replace(plan, questions=plan.questions | {"few": 1})
+    with pytest.raises(replication_plan.PlanError, match="few_report is another"):
+        replication.make_worlds(bench_of(fewer, tmp_path / "one"))
+    marks = bench.result["worlds"]["chain-rare"]["marks"]
+    for name in ("few_report", "few"):
+        del marks[name]
+    assert replication.make_worlds(bench) == []
+    assert marks.keys() < bench.result["worlds"]["chain-rare"]["marks"].keys()
+
+
+def test_a_search_that_goes_on_may_have_another_winner(plan, trained, bench_of, tmp_path):
+    rows = {"one prompt": {"prompt.teacher": "{question}"}}
+    plan.stages["main"] |= {"methods": [ROBUST]}
+    plan.stages["ablations"] |= {"rows": rows}
+    bench = bench_of(plan, tmp_path / "one")
+    bench.go()
+    row = bench.result["tables"]["ablations"]["chain-rare"]["one prompt"]
+    # The teacher sees no hint: its thoughts are as rarely concise as the student's.
+    student = bench.result["worlds"]["chain-rare"]["measured"]["concise_student"]
+    assert row["concise_draws"] == [many * student for many in row["paths"]]
+    records = Path("runs/sweeps/main-chain-rare-search/records")
+
+    def improve(name, tokens):
+        path = records / f"{name}-100.json"
+        record = json.loads(path.read_text())
+        for end in record["after"]["sampled"]["benchmarks"].values():
+            end |= half(0.9, tokens)
+        path.write_text(json.dumps(record))
+        trained.clear()
+        bench = bench_of(plan, tmp_path / "one")
+        bench.go()
+        folder = bench.result["folders"]["main-chain-rare-report"]
+        return bench.result["tables"]["main"]["chain-rare"][ROBUST], folder
+
+    # Another value of the knob, at the same rate: nothing of the old one is left, or put back.
+    row, folder = improve("VPG_EA_robust_beta_2.0-0.001", 15)
+    assert len(trained) == 4
+    assert len(folder["runs"]) == 2
+    assert "--objective.beta=2.0" in store.words_of(folder, ROBUST)
+    assert (row["lr"], row["seeds"], row["complete"]) == (1e-3, 2, True)
+    # Another rate with the words that were left before.
+    row, folder = improve("VPG_EA_robust-0.0005", 10)
+    assert "--objective.beta=1.0" in store.words_of(folder, ROBUST)
+    assert (row["lr"], row["seeds"]) == (5e-4, 2)
+    assert bench_of(plan, tmp_path / "one").result["tables"]["main"]["chain-rare"][ROBUST] == row
+    # Two rates of the same words do not mix.
+    row, folder = improve("VPG_EA_robust-0.00025", 5)
+    assert len(folder["runs"]) == 4
+    assert (row["lr"], row["seeds"], row["drawn"]) == (2.5e-4, 2, 1000)
+
+
+def drop_seed(report, _):
+    report.pop()
+
+
+def diverge(report, _):
+    report[0] |= {"ended": "diverged", "after": None}
+
+
+def halt(report, _):
+    report[0] |= {"ended": "halted"}
+
+
+def forget(report, _):
+    report[0]["after"]["sampled"]["benchmarks"]["report"]["acc"] = 0.44
+
+
+def take_the_last(_, search):
+    search[:] = [run for run in search if run["lr"] <= 1e-3]
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_verdict_is_of_whole_rows_and_tells_what_happened_to_them(plan, bench_of, tmp_path):
+    row = f"main/chain-rare/{GRPO}"
+    check = [[f"{row}/acc", ">=", "main/chain-rare/base/acc", 1.0, -0.5]]
+    plan = replace(plan, claims=[{"says": "s", "refuted": "r", "check": check}])
+    plan.stages["main"] |= {"methods": [GRPO], "knobs": False}
+    del plan.stages["ablations"]
+    bench = bench_of(plan, tmp_path / "one")
+    bench.go()
+    assert bench.result["tables"]["claims"][0]["verdict"] == "holds"
+    place, none = f"{GRPO} in chain-rare", "not measured"
+    lacks = f"{place} without a result of every seed"
+    for change, said in (
+        (drop_seed, f"{none}; {lacks}"),
+        (diverge, f"{none}; {lacks}; {place} diverged with 1 of 2 seeds"),
+        (halt, f"holds; {place} halted with 1 of 2 seeds"),
+        (forget, f"holds; {place} forgot with 1 of 2 seeds"),
+        (take_the_last, f"holds; {place} at an edge of its grid"),
+    ):
+        result = copy.deepcopy(bench.result)
+        folders = result["folders"]
+        change(*(folders[f"main-chain-rare-{part}"]["runs"] for part in ("report", "search")))
+        assert tables.make(result, plan)["claims"][0]["verdict"] == said
+    # Of a plan that has changed since, the claims say so; so does a search that ran after it.
+    result["folders"]["main-chain-rare-search"]["runs"][0]["plan"] = "later"
+    result["tables"] = tables.make(result, replace(plan, budget=1))
+    assert result["tables"]["search"]["main"]["chain-rare"][GRPO]["exploratory"]
+    shown = pages.markdown(result, plan)
+    assert f"### claims\n\n{pages.CHANGED}\n\n| claim" in shown
+    assert not tables.exploratory(result, [{}])
+    assert tables.exploratory(result, [{}, {"plan": "later"}])
+
+
+def test_late_differences_are_shown_by_seed():
+    of = {"late_difference": [-0.25, None, 1.5], "prior_below": 1, "seeds": 3}
+    assert pages._late(of) == "1 of 3 (-0.25, +1.50)"
+    assert pages._late(of | {"late_difference": [None]}) == "-"
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_of_another_commit_is_refused(plan, bench_of, tmp_path):
+    plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
+    del plan.stages["ablations"]
+    bench = bench_of(plan, tmp_path / "one")
+    bench.commit = "d"
+    with pytest.raises(replication_plan.PlanError, match=r"GRPO-0.001-0 was made at commit c, and"):
+        bench.go()
+    assert not bench.out.exists()
+    bench = bench_of(plan, tmp_path / "one")
+    bench.commit = "c"
+    bench.go()
+    # What the file knows may be of any.
+    bench.commit = "d"
+    bench.save()
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(
@@ -270,7 +398,7 @@ def test_a_claim_holds_is_refuted_or_is_not_measured():
     assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/x", "<=", 4, 0.5]]) == "holds"
     assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/y", ">", "a/x"]]) == "refuted"
     assert tables.verdict(found, [["a/x", ">", "a/y"], ["a/z", ">", "a/x"]]) == "not measured"
-    assert tables.verdict(found, [["a/z", ">", 1], ["a/y", ">", "a/x"]]) == "refuted"
+    assert tables.verdict(found, [["a/z", ">", 1], ["a/y", ">", "a/x"]]) == "not measured"
     assert tables.holds(found, ["a/y", ">=", "a/x", 1.0, -0.1])
     assert not tables.holds(found, ["a/y", ">=", "a/x", 1.0, -0.09])
     paths = [check[0] for claim in PLAN.claims for check in claim["check"]]
@@ -287,7 +415,20 @@ def test_side_tables_are_means_of_what_was_measured():
     found = tables.weighed({"VR": {"questions": questions}}, {"bins": [0.0, 0.5, 1.0]})
     assert found["hardest"] == {"questions": 2, "VR": 1.75}
     assert found["easiest"] == {"questions": 3, "VR": 0.5}
-    assert "0.5 to 1 | 3 | 0.50" in tables._weighed("w", found)
+    shown = pages._weighed("w", found | {"exploratory": False})
+    assert "0.5 to 1 | 3 | 0.50" in shown
+    assert shown.endswith(pages.WEIGHTS)
+
+
+def test_a_winner_that_comes_out_otherwise_is_not_asked(tmp_path):
+    lines = ['{"step": 1, "tokens_generated": 40}', '{"step": 2, "tokens_generated": 50}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    record = {"steps": 2, "tokens_generated": 90}
+    probes.check_same(tmp_path, record)
+    for other in ({"steps": 3}, {"tokens_generated": 91}):
+        with pytest.raises(replication_plan.StageError, match=r"got \(2, 90\) steps and tokens"):
+            probes.check_same(tmp_path, record | other)
+    assert [probes.counts(n) for n in (1, 2, 12)] == [[1], [1, 2], [1, 2, 4, 8, 12]]
 
 
 @pytest.mark.parametrize(
@@ -303,6 +444,45 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path, capsys, content, said):
     assert said in error
     assert error.count("\n") == 1
     assert out.read_text() == content
+
+
+def test_a_result_is_of_one_kind_of_plan_and_of_one_bench(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    known = store.read(out, PLAN) | {"command": "as before"}
+    store.write(out, known)
+    words = ["--out", str(out), "--runs", str(tmp_path / "runs"), "--collect"]
+    with pytest.raises(SystemExit) as stopped:
+        replication.main([*words, "--quick"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "is of the whole plan, expected one of the little plan (--quick)" in error
+    assert error.count("\n") == 1
+    assert store.read(out, PLAN) == known
+    with replication.alone(out), pytest.raises(SystemExit) as stopped:
+        replication.main(words)
+    assert stopped.value.code == 2
+    assert "another bench writes into" in capsys.readouterr().err
+    replication.main(words)
+    found = store.read(out, PLAN)
+    assert found["command"] == "as before"
+    assert "environment" not in found
+    assert len(found["tables"]["claims"]) == len(PLAN.claims)
+
+
+def test_a_signal_while_worlds_are_made_ends_what_makes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    child = ["sh", "-c", f"echo $$ > {tmp_path}/pid; sleep 1; kill -TERM $PPID; exec sleep 600"]
+    monkeypatch.setattr(replication, "bound_command", lambda _: child)
+    words = ["--worlds", "--out", str(tmp_path / "result.json"), "--runs", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stopped:
+        replication.main([*words, "--jobs", "1"])
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == "replication: stopped; the same command goes on\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    # Runs are of the bench's own tree.
+    assert os.environ["PYTHONPATH"] == f"{replication.ROOT}{os.pathsep}elsewhere"
 
 
 def test_a_world_that_the_plan_has_not_cannot_be_remade(tmp_path, capsys):
@@ -348,4 +528,4 @@ def command(words, cwd):
 def test_the_committed_tables_are_those_of_the_committed_runs():
     found = store.read(replication.RESULT, PLAN)
     assert json.loads(json.dumps(tables.make(found, PLAN))) == found["tables"]
-    assert tables.markdown(found, PLAN)
+    assert pages.markdown(found, PLAN)

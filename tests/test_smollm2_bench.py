@@ -22,6 +22,8 @@ from vpgea_fast.intake import open_text
 from vpgea_fast.questions import misled
 from vpgea_fast.verify import Verifier
 
+pytestmark = pytest.mark.around
+
 ALL = [*smollm2.STAGES]
 
 

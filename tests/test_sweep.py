@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Program
 from runs import recorded, untimed
 
 from vpgea_fast.cli import main
@@ -43,6 +44,8 @@ SMALL = {
     "checkpoint.save_every": 1,
     "rollout.max_new_tokens": 80,
     "eval.max_new_tokens": 80,
+    "verify.name": "number",  # a worker of `math` imports sympy for 0.3 s
+    "metrics.figure": "false",  # a quarter of a second
 }
 
 
@@ -212,6 +215,13 @@ def test_grids_grow_alike_until_the_best_rate_is_inside(order, extend, top):
     assert list((file.parent / "runs").iterdir()) == []
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Half a second of a sweep's end."""
+    monkeypatch.setattr("vpgea_fast.sweep.plot_comparison", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_a_method_may_have_rates_of_its_own_and_no_fewer(order):
     """`low` is best at 2.5e-4, at an end of its own grid: the other's grows too."""
     methods = tuple(map(parse_method, ("up=vpgea", "low=vpgea:beta=0.5")))
@@ -332,6 +342,10 @@ def test_questions_that_pick_a_rate_are_others_than_those_reported(order, tmp_pa
     assert not asked.out.exists()
 
 
+def logs(asked):
+    return (asked.out / "logs").iterdir()
+
+
 def same_as_a_single_run(asked, record, single):
     """Bit for bit: each step's numbers but its times, each path, and what the run answered."""
     (cell,) = (word for word in record["words"] if word.startswith("--run.dir="))
@@ -344,9 +358,24 @@ def same_as_a_single_run(asked, record, single):
     assert {key: record[key] for key in ("before", "after")} == evaluated
 
 
-def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_path, capsys):
-    asked = order()
-    assert main(command(asked)) == 0, capsys.readouterr().err
+def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(
+    order, tmp_path, monkeypatch, capsys
+):
+    asked, callers = order(), tmp_path / "git/callers"
+    # Who asks git, and what each process imports.
+    callers.parent.mkdir()
+    script = f'#!/bin/sh\necho $PPID >> "{callers}"\nexec "{shutil.which("git")}" "$@"\n'
+    (tmp_path / "git/git").write_text(script)
+    (tmp_path / "git/git").chmod(0o755)
+    with monkeypatch.context() as during:
+        during.setenv("PATH", str(callers.parent), prepend=os.pathsep)
+        during.setenv("PYTHONPROFILEIMPORTTIME", "1")
+        assert main(command(asked)) == 0, capsys.readouterr().err
+    # The server alone, before it forked; and this process, for the table.
+    assert len({*callers.read_text().split()} - {str(os.getpid())}) == 1
+    imported = re.findall(r"^import time:.*\| +(\S+)$", next(logs(asked)).read_text(), re.M)
+    assert imported
+    assert [name for name in imported if name.startswith("vpgea_fast")] == []
     (record,) = map(json.loads, map(Path.read_text, (asked.out / "records").iterdir()))
     told = capsys.readouterr().out
     assert "1/1  vpgea  lr 0.001  seed 0  sampled_eps3" in told
@@ -359,7 +388,7 @@ def test_a_cell_has_the_numbers_of_a_single_run_and_is_not_run_again(order, tmp_
     steps = (tmp_path / "single/metrics.jsonl").read_text().splitlines()
     assert record["tokens_generated"] == sum(json.loads(s)["tokens_generated"] for s in steps)
     assert not list((asked.out / "runs").glob("*/checkpoints"))
-    log = next((asked.out / "logs").iterdir())
+    log = next(logs(asked))
     before = log.read_bytes()
     # Killed between the end of the run and its record: nothing is run again.
     path = next((asked.out / "records").iterdir())
@@ -424,10 +453,10 @@ def servers(sweep, running):
     return found
 
 
-def runs_at_once(process, running, enough=None):
-    """The most runs of a sweep that lived at one moment, until it ends or there are enough."""
+def runs_at_once(process, running):
+    """The most runs of a sweep that lived at one moment, until it ends."""
     most, deadline = 0, time.monotonic() + 300
-    while process.poll() is None and most != enough:
+    while process.poll() is None:
         assert time.monotonic() < deadline
         for server in servers(process.pid, running):
             most = max(most, len(running(parent=server)))
@@ -435,16 +464,33 @@ def runs_at_once(process, running, enough=None):
     return most
 
 
-def test_a_sweep_uses_every_core(order, running):
-    """As many runs side by side as there are cores, unless --jobs says otherwise."""
+def test_a_sweep_uses_every_core(order, monkeypatch, capsys):
+    """As many runs at a time as there are cores, unless --jobs says otherwise."""
+    started = []
+
+    class Failed:
+        """A run that has failed by the first look at it."""
+
+        def poll(self):
+            return 1
+
+        wait = terminate = poll
+
+    def start(_, words, log, *more):
+        log.write_text("no")
+        started.append((words, *more))
+        return Failed()
+
+    monkeypatch.setattr(Starter, "start", start)
     asked = order(rates=(5e-4, 1e-3, 2e-3))
-    process = Program("-m", "vpgea_fast.cli", *command(asked))
     cores = len(os.sched_getaffinity(0))
-    assert runs_at_once(process, running, enough=min(cores, 3)) == min(cores, 3)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate()
-    assert process.returncode == 143
-    assert f"3 runs, 0 known, {cores} at a time" in told
+    for more, jobs in (((), cores), (("--jobs", "1"), 1)):
+        started.clear()
+        assert main(command(asked, *more)) == 2
+        told = capsys.readouterr()
+        assert "ended with status 1: no (all of it: " in told.err
+        assert f"3 runs, 0 known, {jobs} at a time" in told.out
+        assert len(started) == min(jobs, 3)
 
 
 @pytest.mark.slow
@@ -566,8 +612,7 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), DAMAGED, ids=str)
-def test_a_damaged_record_is_named(order, change, said):
+def test_a_damaged_record_is_named(order):
     """Where it is read, with its file: not in the arithmetic of the table."""
     asked = order()
     asked.out.mkdir()
@@ -579,12 +624,13 @@ def test_a_damaged_record_is_named(order, change, said):
     path = asked.out / "records" / f"{cell.name}.json"
     good = json.loads(path.read_text())
     assert pool.known(cell) == good
-    path.write_text(change if isinstance(change, str) else json.dumps(good | change))
-    with pytest.raises(SweepError) as error:
-        pool.known(cell)
-    assert str(error.value).startswith(f"{path} is no record (")
-    assert said in str(error.value)
-    assert str(error.value).endswith("; remove it to run it anew")
+    for change, said in DAMAGED:
+        path.write_text(change if isinstance(change, str) else json.dumps(good | change))
+        with pytest.raises(SweepError) as error:
+            pool.known(cell)
+        assert str(error.value).startswith(f"{path} is no record ("), change
+        assert said in str(error.value)
+        assert str(error.value).endswith("; remove it to run it anew")
 
 
 def test_a_model_and_code_are_told_apart_by_content(tmp_path, monkeypatch):
@@ -663,6 +709,7 @@ def test_drawn_tokens_are_whole_numbers():
     assert layout(result)[1][0][-1] == "1,940,321"
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_commit_and_versions_are_those_of_the_runs(order):
     """Not of who writes the table: a part was made by another commit, and one does not say."""
     asked = order(rates=(1e-3, 2e-3, 4e-3), extend=0)

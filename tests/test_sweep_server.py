@@ -1,11 +1,15 @@
 """Runs that are forked: they are what new processes are, and nothing of them outlives its use."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +18,9 @@ from ranks import Program
 
 from vpgea_fast.bound import bound_command
 from vpgea_fast.distributed import Stopped, World, pick_device
+from vpgea_fast.metrics import machine
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep import server
 from vpgea_fast.sweep.plan import SweepError
 from vpgea_fast.sweep.server import Forked, Starter
 
@@ -129,26 +135,26 @@ def test_forked_runs_end_as_processes_do_and_all_with_the_server(words, tmp_path
         assert told.startswith("before\n")
         assert "optim.lr" in told
         assert "vpgea: " in told.splitlines()[-1]
-        (server,) = (pid for pid in running(parent=os.getpid()) if is_server(pid))
+        (parent,) = (pid for pid in running(parent=os.getpid()) if is_server(pid))
         first, second, third = (
             starter.start(words(name, 500), tmp_path / f"{name}.txt", "cpu") for name in "abc"
         )
-        assert running(parent=server).keys() == {first.pid, second.pid, third.pid}
+        assert running(parent=parent).keys() == {first.pid, second.pid, third.pid}
         # A session of its own: Ctrl-C in a terminal reaches none of them.
         assert all(process.pid in running(session=process.pid) for process in (first, second))
-        until(lambda: all(steps_of(tmp_path / name) for name in "abc"), "a step of each")
         os.kill(first.pid, signal.SIGKILL)
         assert first.wait() == -signal.SIGKILL
+        until(lambda: all(steps_of(tmp_path / name) for name in "bc"), "a step of both")
         second.terminate()
         assert second.wait() == 143
         assert saved(tmp_path / "b")
         second.terminate()  # of one that has ended: nothing
-        assert running(parent=server).keys() == {third.pid}
+        assert running(parent=parent).keys() == {third.pid}
         assert not Path(f"/proc/{first.pid}").exists()  # no zombie
         # A scheduler's signal to all leaves the server where it is.
-        os.kill(server, signal.SIGTERM)
+        os.kill(parent, signal.SIGTERM)
         assert third.poll() is None
-        os.kill(server, signal.SIGKILL)
+        os.kill(parent, signal.SIGKILL)
         with pytest.raises(
             SweepError, match=r"ended with status -9: -; they save and end, and"
         ) as e:
@@ -160,7 +166,7 @@ def test_forked_runs_end_as_processes_do_and_all_with_the_server(words, tmp_path
         assert not running(session=third.pid)
         assert saved(tmp_path / "c")
     assert starter._server is None
-    assert not Path(f"/proc/{server}").exists()
+    assert not Path(f"/proc/{parent}").exists()
 
 
 def test_one_that_is_asked_to_leave_while_the_server_imports_leaves_at_once(tmp_path, running):
@@ -174,12 +180,112 @@ def test_one_that_is_asked_to_leave_while_the_server_imports_leaves_at_once(tmp_
 
 
 def test_a_server_that_cannot_start_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('no figures here')")
+    (tmp_path / "torch.py").write_text("raise ImportError('no tensors here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(SweepError) as error, Starter(alone()) as starter:
         starter.start(["keys"], tmp_path / "log.txt", "cpu")
-    assert "ended with status 1: ImportError: no figures here; " in str(error.value)
+    assert "ended with status 1: ImportError: no tensors here; " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def mute():
+    """A starter whose server is this test, and a process that ends when it is killed alone."""
+    starter = Starter(alone())
+    starter._line, mine = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    starter._said, starter._forks = tempfile.TemporaryFile(), True  # noqa: SIM115
+    starter._server = subprocess.Popen(["sleep", "600"])
+    with mine, ending(starter._server):
+        yield starter, lambda **told: mine.send(json.dumps(told).encode())
+    starter.__exit__()
+
+
+def test_a_server_that_says_nothing_keeps_nobody(mute, monkeypatch):
+    starter, say = mute
+    monkeypatch.setattr(server, "ANSWER_S", 0.05)
+    starter.stop.requested = True
+    with pytest.raises(Stopped):
+        starter.ask(pid=7, signal=0)
+    # Its answer comes late, and is not taken for that to the next question.
+    say(n=0, pid=7, status=None)
+    say(n=1, pid=7, status=-15)
+    assert starter.ask(pid=7, signal=0)["status"] == -15
+    process = starter._server
+    monkeypatch.setattr(server, "ENDS_S", 0.05)
+    starter.__exit__()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_fork_that_the_system_refuses_is_one_line_and_no_end(mute, monkeypatch):
+    def refuse():
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(os, "fork", refuse)
+    with mine, theirs, tempfile.TemporaryFile() as log:
+        for number in range(2):
+            words = json.dumps({"n": number, "words": ["keys"]}).encode()
+            socket.send_fds(mine, [words], [log.fileno()])
+        mine.shutdown(socket.SHUT_WR)
+        files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        assert server._answer(theirs) is None
+        assert len(os.listdir("/proc/self/fd")) == files  # noqa: PTH208
+        said = [json.loads(mine.recv(999)) for _ in range(2)]
+    assert said == [{"n": n, "error": os.strerror(errno.EAGAIN)} for n in range(2)]
+    starter, say = mute
+    say(**said[0])
+    with pytest.raises(SweepError, match=r"^no process for a run \(Resource temp.*, and the same"):
+        starter.ask(words=["keys"])
+    assert server._threads() == 0  # not known: none is forked
+
+
+def test_where_no_proc_says_the_threads_none_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: os.posix_spawn("/bin/true", ["true"], os.environ))
+    assert server._threads() >= 1
+    monkeypatch.setattr(server, "TASKS", tmp_path / "proc/self/task")
+    assert server._threads() == 0
+
+
+def test_code_that_has_changed_is_forked_no_more(mute, tmp_path, monkeypatch):
+    """Any module of the package: written again, new, gone."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("vpgea_fast.")]
+    loaded = {getattr(module, "__file__", None) for module in modules} - {None}
+    assert loaded <= server.written().keys()
+    assert any("kernels" in name for name in server.written())
+    package = tmp_path / "vpgea_fast"
+    (package / "sweep/__pycache__").mkdir(parents=True)
+    monkeypatch.setattr(server, "__file__", str(package / "sweep/server.py"))
+    file, new, other = (package / name for name in ("trainer.py", "sweep/new.py", "sweep/x.pyc"))
+    file.touch()
+    starter, _ = mute
+    starter._code = server.written()
+    assert starter._code.keys() == {str(file)}
+    other.touch()
+    (package / ".#trainer.py").symlink_to("someone@host")  # the lock of an editor
+    assert server.written() == starter._code
+    for change, said in (
+        (lambda: os.utime(file, ns=(0, 0)), file),
+        (new.touch, new),
+        (file.unlink, file),
+    ):
+        change()
+        with pytest.raises(SweepError) as error:
+            starter.start(["keys"], tmp_path / "log.txt", "cpu")
+        assert str(error.value) == (
+            f"vpgea_fast has changed since the sweep began ({said}); run the same command again"
+        )
+        starter._code = server.written()
+
+
+def test_a_commit_is_that_of_the_first_time(tmp_path, monkeypatch):
+    """A forked run's is its server's, which asks before it forks."""
+    monkeypatch.setattr(machine, "commit", machine.cache(machine.commit.__wrapped__))
+    asked = []
+    monkeypatch.setattr(machine, "_git", lambda _, *words: asked.append(words) or f"c{len(asked)}")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "vpgea_fast/metrics/machine.py"))
+    (tmp_path / ".git").touch()
+    assert [machine.environment()["commit"] for _ in range(2)] == ["c1+changes"] * 2
+    assert len(asked) == 2
 
 
 @pytest.mark.slow

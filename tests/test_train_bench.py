@@ -19,6 +19,8 @@ from vpgea_fast.metrics import model_flops
 from vpgea_fast.packing import drop_zero_rows
 from vpgea_fast.types import TrainRow
 
+pytestmark = pytest.mark.around
+
 ROOT = Path(__file__).parents[1]
 FAST = ("--rows", "16", "--check-rows", "8", "--mean-length", "12", "--budget", "96")
 ONCE = ("--repeats", "1", "--warmup", "0", "--layers", "1")

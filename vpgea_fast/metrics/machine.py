@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     libraries = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in libraries},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -28,8 +29,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Commit of the checkout that this package runs from, `+changes` if files differ from it."""
+@cache
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from, `+changes` if files differ from it.
+
+    As it was when a process first asked: what is imported stays, while the files may change.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: what encloses site-packages is another project
         return None

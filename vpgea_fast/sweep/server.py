@@ -6,11 +6,17 @@ so no pool of threads stands; it has one thread, or forks none; and generators b
 Where that does not hold, off Linux and on a GPU each run is a new process: a driver that anything
 has touched, a library's import too, does not survive a fork.
 
+The code of a forked run is that of the server's start, and so is the commit that it records. Once a
+module of the package has changed on disk, none is forked.
+
 Sweep and server talk over a pair of sockets, a JSON packet each way:
 
-    {"n": 7, "words": ["train", ...]}, with log and lock   ->  {"n": 7, "is": 4711}   a process
-    {"n": 8, "pid": 4711, "signal": 0}                     ->  {"n": 8, "is": null}   it runs
-    {"n": 9, "pid": 4711, "signal": 15}                    ->  {"n": 9, "is": -15}    as it ended
+    {"n": 7, "words": ["train", ...]}, with log and lock  ->  {"n": 7, "pid": 4711, "status": null}
+    {"n": 8, "pid": 4711, "signal": 15}                   ->  {"n": 8, "pid": 4711, "status": -15}
+    a fork that the system refuses                        ->  {"n": 9, "error": "why"}
+
+Signal 0 asks alone; the status is null while the run lives. A sweep that was interrupted before it
+heard its answer passes over that, by its number.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import importlib
 import itertools
 import json
 import os
+import pkgutil
 import select
 import signal
 import socket
@@ -38,6 +45,7 @@ import torch
 from vpgea_fast.bound import bind, blocked, bound_command
 from vpgea_fast.config.schema import known_keys
 from vpgea_fast.distributed import pick_device
+from vpgea_fast.metrics.machine import commit
 from vpgea_fast.stop import SIGNALS, Stop
 from vpgea_fast.sweep.plan import SweepError
 
@@ -51,15 +59,20 @@ try:
 finally:
     gc.unfreeze()  # or nanobind, at exit, takes what was frozen for leaks
 """
-IMPORTED = (
-    "vpgea_fast.data",
-    "vpgea_fast.trainer",
+PACKAGES = ("vpgea_fast", "vpgea_fast.kernels")
+"""The second is no regular package, which a walk through the first would find."""
+LIBRARIES = (
     "transformers.models.qwen2.modeling_qwen2",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 )
-"""What a run imports, down to some ten files."""
+"""What a run imports beside the package, down to some ten files."""
+TASKS = Path("/proc/self/task")
 LOOK_S = 0.05
+ANSWER_S = 5.0
+"""How long one who is asked to leave waits for an answer, which takes milliseconds."""
+ENDS_S = 60.0
+"""How long a server may take to end. Its runs then end by themselves, still with the lock."""
 PACKET = 1 << 17
 """Bytes: words of a run are paths and numbers."""
 
@@ -67,13 +80,13 @@ PACKET = 1 << 17
 class Starter:
     """Starts runs, which inherit `lock` and get SIGTERM when this process ends, however it does.
 
-    At the end of its `with` block all that it has forked is stopped and waited for.
+    At the end of its `with` block all that it has forked is stopped and waited for, up to a minute.
     """
 
     def __init__(self, stop: Stop, lock: IO[str] | None = None) -> None:
         self.stop, self.lock = stop, lock
         self._server: subprocess.Popen[bytes] | None = None
-        self._numbers, self._forks = itertools.count(), False
+        self._numbers, self._forks, self._code = itertools.count(), False, written()
 
     def __enter__(self) -> Starter:
         return self
@@ -81,9 +94,12 @@ class Starter:
     def __exit__(self, *_: object) -> None:
         if self._server is not None:
             self._line.close()  # it ends its runs then
-            if not self._forks:
-                self._server.kill()  # of one that still imports: it has none
-            self._server.wait()
+            try:
+                # One that still imports has none.
+                self._server.wait(ENDS_S if self._forks else 0)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.wait()
             self._said.close()
             self._server, self._forks = None, False
 
@@ -92,12 +108,18 @@ class Starter:
     ) -> subprocess.Popen[bytes] | Forked:
         """Run `vpgea WORDS` on a device, as model.device names it, with its output behind `log`.
 
-        Errors: SweepError where the server has ended; Stopped when asked to leave meanwhile.
+        Errors: SweepError where the server has ended, cannot fork or is of other code than the
+        disk has now; Stopped when asked to leave meanwhile.
         """
         kept = [] if self.lock is None else [self.lock.fileno()]
         with log.open("ab") as file:
             if sys.platform == "linux" and pick_device(device).type == "cpu" and self._open():
-                return Forked(self, self.ask([file.fileno(), *kept], words=[*words]))
+                if changed := dict(self._code.items() ^ written().items()):
+                    raise SweepError(
+                        f"vpgea_fast has changed since the sweep began ({min(changed)}); run the "
+                        "same command again"
+                    )
+                return Forked(self, self.ask([file.fileno(), *kept], words=[*words])["pid"])
             return subprocess.Popen(
                 bound_command(words),
                 stdin=subprocess.DEVNULL,
@@ -109,17 +131,25 @@ class Starter:
                 pass_fds=kept,
             )
 
-    def ask(self, files: Sequence[int] = (), **asked: Any) -> Any:
-        """Ask the server, and return what it says. SweepError where it has ended."""
+    def ask(self, files: Sequence[int] = (), **asked: Any) -> dict[str, Any]:
+        """Ask the server, and return what it says of a run: `pid`, and `status` as `poll` has it.
+
+        Errors: SweepError where it has ended or cannot fork; Stopped when asked to leave while it
+        says nothing.
+        """
         number = next(self._numbers)
         try:
             socket.send_fds(self._line, [json.dumps({"n": number, **asked}).encode()], files)
-            # Of a question whose answer a Ctrl-C cut off, that is still to be read.
-            while (told := self._hear())["n"] != number:
+            while (told := self._hear(ANSWER_S))["n"] != number:
                 pass
         except ConnectionError:
             raise self._lost() from None
-        return told["is"]
+        if "error" in told:
+            raise SweepError(
+                f"no process for a run ({told['error']}); take fewer --jobs or wait for memory, "
+                "and the same command goes on"
+            )
+        return told
 
     def _open(self) -> bool:
         """Start the server, once; whether it may fork."""
@@ -137,15 +167,15 @@ class Starter:
                     start_new_session=True,
                     pass_fds=[theirs.fileno()],
                 )
-            while not select.select([self._line], [], [], LOOK_S)[0]:
-                self.stop.alone()
             try:
-                self._forks = self._hear()["threads"] == 1
+                self._forks = self._hear(LOOK_S)["threads"] == 1
             except ConnectionError:
                 raise self._lost() from None
         return self._forks
 
-    def _hear(self) -> dict[str, Any]:
+    def _hear(self, seconds: float) -> dict[str, Any]:
+        while not select.select([self._line], [], [], seconds)[0]:
+            self.stop.alone()
         packet = self._line.recv(PACKET)
         if not packet:
             raise ConnectionResetError
@@ -187,7 +217,7 @@ class Forked:
 
     def _send(self, number: int) -> int | None:
         if self.returncode is None:
-            self.returncode = self._starter.ask(pid=self.pid, signal=number)
+            self.returncode = self._starter.ask(pid=self.pid, signal=number)["status"]
         return self.returncode
 
 
@@ -198,41 +228,87 @@ def serve(control: int, parent: int) -> list[str]:
     them; where its parent was killed, it is too, and they get SIGTERM.
     """
     bind(parent, signal.SIGKILL)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    import_all()
+    commit()  # as the code is: an hour later the disk may have another
     known_keys()  # resolves the types of every section: 0.1 s
     gc.freeze()  # a collection in a run would touch, and so copy, all that was imported
-    line, own = socket.socket(fileno=control), os.getpid()
+    line = socket.socket(fileno=control)
     _say(line, threads=_threads())
+    words = _answer(line)
+    if words is None:
+        os._exit(0)
+    return words
+
+
+def import_all() -> None:
+    """Import what a run may import: a forked one reads no module of the package from the disk."""
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(path, f"{package}."):
+            # Without Triton, say, some cannot be; a run that needs one says so itself.
+            with suppress(ImportError):
+                if not module.name.endswith("__main__"):
+                    importlib.import_module(module.name)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+
+def written() -> dict[str, int]:
+    """When each module of the package was last written: its file -> ns since 1970."""
+    found: dict[str, int] = {}
+    # kernels/ is a link in a checkout.
+    for folder, _, files in os.walk(Path(__file__).parents[1], followlinks=True):
+        for file in files:
+            # One that an editor is replacing: it is there at the next look.
+            with suppress(OSError):
+                if file.endswith(".py"):
+                    path = os.path.join(folder, file)  # noqa: PTH118 - a Path takes twice as long
+                    found[path] = os.stat(path).st_mtime_ns  # noqa: PTH116
+    return found
+
+
+def _threads() -> int:
+    """Count the threads that a fork finds; 0 where nothing says it."""
+    try:
+        # The BLAS of NumPy ends its own before a fork, and starts them when it needs some.
+        if not (pid := os.fork()):
+            os._exit(0)
+        os.waitpid(pid, 0)
+        return len([*TASKS.iterdir()])
+    except OSError:
+        return 0
+
+
+def _answer(line: socket.socket) -> list[str] | None:
+    """Answer until the other end closes, then end the runs; in each of them return its words."""
+    server = os.getpid()
     statuses: dict[int, int | None] = {}
     for asked, files in _packets(line):
+        told = {"n": asked["n"]}
         if "words" in asked:
-            pid = os.fork()
-            if not pid:
-                line.close()
-                return _begin(asked["words"], files, own)
+            try:
+                pid = os.fork()
+            except OSError as error:
+                told["error"] = error.strerror
+            else:
+                if not pid:
+                    line.close()
+                    return _begin(asked["words"], files, server)
+                statuses[pid] = None
+                told |= {"pid": pid, "status": None}
             for file in files:
                 os.close(file)
-            statuses[pid] = None
         else:
             pid = asked["pid"]
             _look(statuses, pid, asked["signal"])
-        _say(line, n=asked["n"], **{"is": pid if "words" in asked else statuses[pid]})
+            told |= {"pid": pid, "status": statuses[pid]}
+        _say(line, **told)
     for pid in statuses:
         _look(statuses, pid, signal.SIGTERM)
     for pid, status in statuses.items():
         if status is None:
             os.waitpid(pid, 0)
-    os._exit(0)
-
-
-def _threads() -> int:
-    """Count the threads that a fork finds."""
-    # The BLAS of NumPy ends its own before a fork, and starts them when it needs some.
-    if not (pid := os.fork()):
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return len([*Path("/proc/self/task").iterdir()])
+    return None
 
 
 def _packets(line: socket.socket) -> Iterator[tuple[dict[str, Any], list[int]]]:

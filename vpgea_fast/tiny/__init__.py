@@ -1,7 +1,8 @@
-r"""The tiny world: a constructed task on which the whole method can be watched on one CPU core.
+r"""The tiny worlds: constructed tasks on which the whole method can be watched on one CPU core.
 
-Task: chained arithmetic modulo 10. The question `4 A+three B-five` means: start from 4, step A adds
-3, step B takes 5 away; the answer is one digit, 2. A thought states a step in four tokens, label,
+lookup.py: lookups in a table, one behind the other. chain.py: chained arithmetic modulo 10.
+The question `4 A+three B-five` means: start from 4, step A adds 3, step B takes 5 away; the
+answer is one digit, 2. A thought states a step in four tokens, label,
 operation, value before, value after, and closes with `</think>`; the answer follows:
 
     concise   A+three47 B-five72</think>\boxed{2 }</s>
@@ -12,7 +13,7 @@ The verbosity is constructed: all of it can be left out. The first word where th
 the one after step A (` B` or ` wait`), is the mode decision. A base makes it rarely in the student
 view (question alone) and often in the teacher view (question and answer): the situation that
 VPG-EA (arXiv 2605.11019) is about. How rarely is set by training and measured without sampling
-by `concise_probability`.
+by `style_probability`.
 
 The model is a Qwen2 of 114k parameters in an ordinary Hugging Face directory, so the rest of the
 project treats it like any other. Training from scratch depends on the seed: a base counts only
