@@ -1,7 +1,8 @@
 """The head's losses against the other libraries': correctness, then time, memory and rate.
 
-    python benchmarks/kernel_bench.py                              # sized for the device at hand
+    python benchmarks/kernel_bench.py                  # what the device at hand can do in minutes
     python benchmarks/kernel_bench.py --op weighted --shape qwen2.5-7b --compare FILE.json
+    python benchmarks/kernel_bench.py --op two_stream --profile runs/trace.json
 
 Protocol. Every provider first meets float64, on the same inputs; one that misses its budget is
 reported and not timed. Our backends have absolute budgets; any other may lose twice what eager
@@ -11,6 +12,7 @@ backwards; unrecorded warm-up rounds first; on CUDA the L2 cache is flushed befo
 torch.mm of one logits GEMM is sampled in the same rounds, repeated until it lasts as long as the
 median of the others (alone it is a burst of 12 ms at boost clock): rates are per cent of it. The
 device's clock and power while a mode is sampled stand in its rows, where nvidia-smi tells them.
+Without a GPU the default is one op, `weighted`, and its whole pass; --op and --modes take others.
 
 forward   values with the graph kept (a one-pass provider makes its gradients here)
 backward  the rest; for a one-pass provider a scaling, so it has no rate
@@ -33,6 +35,7 @@ import functools
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -57,6 +60,7 @@ from kernel_providers import (
     PROVIDERS,
     SEQUENCES,
     Case,
+    GroupCase,
     Provider,
     Truth,
     group_case,
@@ -65,6 +69,18 @@ from kernel_providers import (
     head_truth,
     unavailable,
 )
+from kernel_report import (
+    ERRORS,
+    HEAD_MODES,
+    closing_words,
+    compare,
+    gate_words,
+    main_mode,
+    plot,
+    show_correctness,
+    show_times,
+    skipped_words,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpgea_fast.metrics import Console, environment
@@ -72,9 +88,9 @@ from vpgea_fast.metrics import Console, environment
 Tensor = torch.Tensor
 
 SHAPES = {"qwen2.5-7b": (16384, 3584, 152064), "qwen2.5-1.5b": (16384, 1536, 151936)}
-CPU_SHAPE = (256, 128, 4096)
+CPU_SHAPE = (2048, 512, 32768)
+"""A small model's head and rows enough: below about 64 rows every provider is overhead."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEAD_MODES = ("forward", "backward", "full", "scoring")
 MODES = {
     "linear_logprob": HEAD_MODES,
     "weighted": HEAD_MODES,
@@ -96,7 +112,6 @@ CEILING = {
     torch.bfloat16: (0.5, 0.05, 0.1, 0.1),
     torch.float16: (0.1, 0.01, 0.02, 0.02),
 }
-ERRORS = ("error_max", "error_mean", "error_dx", "error_dw")
 FIELDS = [
     *("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype", "status"),
     *("reason", *ERRORS, "p20_ms", "p50_ms", "p80_ms", "tflops", "percent_of_mm"),
@@ -304,14 +319,12 @@ def peak_bytes(job: Job, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         job()
         return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # Not torch.profiler.profile: it imports Inductor (seconds), and its events want a JSON of them.
+    with torch.autograd.profiler.profile(profile_memory=True) as taken:
         job()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    assert taken.kineto_results is not None
+    events = [e for e in taken.kineto_results.events() if e.name() == "[memory]"]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events)
     alive = peak = 0
     for _, change in changes:
         alive += change
@@ -356,16 +369,27 @@ def useful_flop(provider: Provider, case: Any, mode: str) -> float | None:
     return 2.0 * count * case.kept.sum().item() * case.weight.numel() or None
 
 
-def mm(case: Case, times: int = 1) -> tuple[None, Tensor]:
+def mm(case: Case, times: int = 1, out: Tensor | None = None) -> tuple[None, Tensor]:
     """Of one logits GEMM, `times` over; the results before the last are freed as they are made."""
     for _ in range(times - 1):
-        torch.mm(case.hiddens[0][:MM_ROWS], case.weight.T)
-    return None, case.hiddens[0][:MM_ROWS] @ case.weight.T
+        torch.mm(case.hiddens[0][:MM_ROWS], case.weight.T, out=out)
+    return None, torch.mm(case.hiddens[0][:MM_ROWS], case.weight.T, out=out)
+
+
+def logits_buffer(case: Case) -> Tensor | None:
+    """Where torch.mm writes on a CPU, whose fresh pages would count as the GEMM's time. None on
+    CUDA: its allocator hands the same memory out again."""
+    if case.weight.is_cuda:
+        return None
+    return case.weight.new_empty(min(MM_ROWS, case.hiddens[0].shape[0]), case.weight.shape[0])
 
 
 def mm_times(jobs: dict[str, Job], args: Any) -> int:
-    """How often torch.mm must run to last as long as the median job: by one more round."""
-    once = argparse.Namespace(device=args.device, warmup=min(1, args.warmup), repeats=1)
+    """How often torch.mm must run to last as long as the median job, by the last warm-up round.
+
+    With `args.warmup` 0 or 1 it is one more round.
+    """
+    once = argparse.Namespace(device=args.device, warmup=max(0, args.warmup - 1), repeats=1)
     spent = {k: v[0] for k, v in interleaved(jobs, once).items() if isinstance(v, list)}
     single = spent.pop("torch.mm", None)
     if single is None or not spent:
@@ -377,13 +401,15 @@ def measure(providers: Sequence[Provider], case: Any, mode: str, args: Any) -> l
     """Rows of one table: quantiles, rate, share of the GEMM rate, memory."""
     cases = {p.name: case.uniform() if p.mean_only else case for p in providers}
     jobs = {p.name: Job(p.call, cases[p.name], mode) for p in providers}
-    times = 1
+    times, rounds = 1, argparse.Namespace(**vars(args))
     if isinstance(case, Case):
-        jobs["torch.mm"] = Job(mm, case, "scoring")
-        times = mm_times(jobs, args)
-        jobs["torch.mm"] = Job(functools.partial(mm, times=times), case, "scoring")
+        single = functools.partial(mm, out=logits_buffer(case))
+        jobs["torch.mm"] = Job(single, case, "scoring")
+        # These rounds are the warm-up: on a CPU each takes ten seconds.
+        times, rounds.warmup = mm_times(jobs, args), 0
+        jobs["torch.mm"] = Job(functools.partial(single, times=times), case, "scoring")
     with watched(args.device) as seen:
-        samples = interleaved(jobs, args)
+        samples = interleaved(jobs, rounds)
     mm_rate = None
     if isinstance(gemm := samples.pop("torch.mm", None), list):
         flop = 2.0 * min(MM_ROWS, case.hiddens[0].shape[0]) * case.weight.numel()
@@ -423,6 +449,12 @@ def quantiles(samples: Sequence[float]) -> list[float]:
 # --- the run ------------------------------------------------------------------------------------
 
 
+def case_of(op: str, gate: float | None, shape: Sequence[int], args: Any) -> Case | GroupCase:
+    if op in PER_TOKEN:
+        return head_case(op, shape, gate, args)
+    return group_case(op, shape, args)
+
+
 def run_op(
     op: str, args: Any, console: Console, keep: Callable[[Sequence[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
@@ -442,9 +474,7 @@ def run_op(
             row = {"provider": provider.name, "status": "skipped", "reason": reason}
             records.append(record(op, args, row))
     for gate in args.gates if op == "two_stream" else (None,):
-        build = functools.partial(group_case, op, args=args)
-        if op in PER_TOKEN:
-            build = functools.partial(head_case, op, gate=gate, args=args)
+        build = functools.partial(case_of, op, gate, args=args)
         tried = check(fitting, build((min(args.check_rows, args.shape[0]), *args.shape[1:])), args)
         for name, (status, reason, gaps) in tried.items():
             extra = dict(zip(ERRORS, gaps, strict=True))
@@ -455,18 +485,43 @@ def run_op(
         good = [p for p in fitting if tried[p.name][0] == "ok"]
         for rows in args.sweep if gate in (None, 0.5) else args.shape[:1]:
             case = build((rows, *args.shape[1:]))
-            main_mode = "full" if "full" in MODES[op] else "forward"
-            for mode in MODES[op] if rows == args.shape[0] else (main_mode,):
-                if mode not in args.modes:
+            for mode in MODES[op] if rows == args.shape[0] else (main_mode(op),):
+                if mode not in (args.modes or (main_mode(op),)):
                     continue
+                console.message(f"timing {op}{gate_words(gate)}, {mode}, N = {rows}")
                 for row in measure(good, case, mode, args):
                     extra = {"mode": mode, "gate": gate, "rows": rows}
                     records.append(record(op, args, row | extra))
                 keep(records)
-    for row in records:
-        if row["status"] == "skipped":
-            console.message(f"skipped  {op}  {row['provider']}: {row['reason']}")
+    for line in skipped_words(records):
+        console.message(line)
     return records
+
+
+def profile(records: Sequence[dict[str, Any]], args: Any) -> str:
+    """A Chrome trace of one run of each timed provider: its op's main mode, at the largest N.
+
+    Each run is a range with its name, all in `args.profile`; says where it is.
+    """
+    cuda = args.device.type == "cuda"
+    with torch.autograd.profiler.profile(use_device="cuda" if cuda else None) as taken:
+        for op, gate in dict.fromkeys((r["op"], r["gate"]) for r in records if r["p50_ms"]):
+            table = (op, gate, main_mode(op), args.shape[0])
+            keys = ("op", "gate", "mode", "rows")
+            timed = [r for r in records if r["p50_ms"] and tuple(r[k] for k in keys) == table]
+            case = case_of(op, gate, args.shape, args)
+            names = {r["provider"] for r in timed}
+            for provider in (p for p in PROVIDERS if p.name in names and op in p.ops):
+                mine = case.uniform() if provider.mean_only else case
+                job = Job(provider.call, mine, main_mode(op))
+                job.prepare()
+                with torch.profiler.record_function(f"{op}{gate_words(gate)}: {provider.name}"):
+                    job()
+                    if cuda:  # the range ends with its kernels
+                        torch.cuda.synchronize(args.device)
+    args.profile.parent.mkdir(parents=True, exist_ok=True)
+    taken.export_chrome_trace(str(args.profile))
+    return f"wrote {args.profile}, a trace for https://ui.perfetto.dev or chrome://tracing"
 
 
 def record(op: str, args: Any, row: dict[str, Any]) -> dict[str, Any]:
@@ -477,115 +532,17 @@ def record(op: str, args: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(FIELDS), "op": op, **size, **row}
 
 
-def show_correctness(
-    op: str, gate: float | None, records: Sequence[dict[str, Any]], args: Any, console: Console
-) -> None:
-    rows = min(args.check_rows, args.shape[0])
-    console.table(
-        ("provider", "verdict", "max |value|", "mean |value|", "dX", "dW", "why"),
-        [
-            [r["provider"], r["status"], *(_number(r[key]) for key in ERRORS), r["reason"]]
-            for r in records
-        ],
-        title=f"{op}{_gate(gate)}: errors against float64 at {rows} rows, {args.dtype_name}",
-    )
-
-
-def show_times(records: Sequence[dict[str, Any]], args: Any, console: Console) -> None:
-    timed = [r for r in records if r["mode"] in HEAD_MODES and r["rows"] == args.shape[0]]
-    for op in dict.fromkeys(r["op"] for r in timed):
-        keys = ["p50_ms", "p20_ms", "p80_ms", "time_of_eager"]
-        heads = ["provider", "mode", "p50 ms", "p20", "p80", "x eager"]
-        if op in GROUP:
-            keys, heads = [*keys, "launches"], [*heads, "launches"]
-        else:
-            keys += ["tflops", "percent_of_mm", "peak_mib", "peak_of_eager", "transient_mib"]
-            heads += ["TF/s(6)", "% of mm", "peak MiB", "x eager", "transient"]
-        lines = [
-            [
-                *(r["provider"], r["mode"] + _gate(r["gate"])),
-                *(
-                    _number(r[key]) if r["status"] == "ok" else (r["status"] if i == 0 else "-")
-                    for i, key in enumerate(keys)
-                ),
-                *([_number(r["ratio"])] if args.compare else []),
-            ]
-            for r in timed
-            if r["op"] == op
-        ]
-        title = f"{op}: N, D, V = {', '.join(map(str, args.shape))}, {args.dtype_name}"
-        console.table((*heads, *(["x before"] if args.compare else [])), lines, title=title)
-        for line in against_eager([r for r in timed if r["op"] == op]):
-            console.message(line)
-
-
-def against_eager(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each of our backends and gate: its whole pass as shares of eager torch's."""
-    whole = {(r["provider"], r["gate"]): r for r in records if r["mode"] == "full" and r["p50_ms"]}
-    ours = {p.name for p in PROVIDERS if p.ours}
-    lines = []
-    for (name, gate), row in whole.items():
-        eager = whole.get((EAGER, gate))
-        if name in ours and eager and eager["peak_mib"] and row["peak_mib"]:
-            time, peak = (row[key] / eager[key] for key in ("p50_ms", "peak_mib"))
-            shares = f"{time:.2f}x the time, {peak:.3f}x the peak of {EAGER}"
-            lines.append(f"{name}{_gate(gate)}: {shares}")
-    return lines
-
-
-def _gate(gate: float | None) -> str:
-    return "" if gate is None else f", gate {gate:g}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def compare(records: Sequence[dict[str, Any]], path: Path) -> str:
-    """Writes p50 / (p50 of the earlier result) into `ratio`; says what it was compared with."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    key = ("op", "gate", "mode", "provider", "rows", "hidden", "vocabulary", "dtype")
-    before = {tuple(r[k] for k in key): r["p50_ms"] for r in earlier["records"]}
-    matched = 0
-    for row in records:
-        old = before.get(tuple(row[k] for k in key))
-        if old and row["p50_ms"]:
-            row["ratio"], matched = row["p50_ms"] / old, matched + 1
-    place = earlier["environment"]
-    return f"x before: {matched} rows of {path} ({place['device']}, commit {place['commit']})"
-
-
-def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """A row of panels an op: time and peak memory of its main mode against N."""
-    from matplotlib.figure import Figure
-
-    timed = [r for r in records if r["p50_ms"] and r["mode"] in ("full", "forward")]
-    timed = [r for r in timed if r["gate"] in (None, 0.5)]
-    ops = list(dict.fromkeys(r["op"] for r in timed))
-    figure = Figure(figsize=(11, 3.6 * max(1, len(ops))), layout="constrained")
-    panels = figure.subplots(max(1, len(ops)), 2, squeeze=False)
-    for op, (left, right) in zip(ops, panels, strict=False):
-        mode = "full" if "full" in MODES[op] else "forward"
-        mine = [r for r in timed if r["op"] == op and r["mode"] == mode]
-        for name in dict.fromkeys(r["provider"] for r in mine):
-            line = sorted((r for r in mine if r["provider"] == name), key=lambda r: r["rows"])
-            rows = [r["rows"] for r in line]
-            left.loglog(rows, [r["p50_ms"] for r in line], marker="o", label=name)
-            right.loglog(rows, [r["peak_mib"] or None for r in line], marker="o", label=name)
-        for axes, what in ((left, "ms, median"), (right, "peak MiB")):
-            axes.set(title=f"{op}, {mode}", xlabel="N", ylabel=what)
-        left.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-
-
 def arguments(argv: Sequence[str] | None) -> Any:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=list(MODES), default=list(MODES))
+    every = list(MODES) if cuda else ["weighted"]
+    parser.add_argument("--op", nargs="+", choices=list(MODES), default=every)
     parser.add_argument("--shape", help=f"N,D,V or {', '.join(SHAPES)}; by default, by device")
-    parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/4, N/2 and N")
+    parser.add_argument("--sweep", nargs="+", type=int, help="values of N; N/16, N/4 and N")
     parser.add_argument("--gates", nargs="+", type=float, default=list(GATES), help="two_stream")
-    parser.add_argument("--modes", nargs="+", choices=HEAD_MODES, default=list(HEAD_MODES))
+    parser.add_argument(
+        "--modes", nargs="+", choices=HEAD_MODES, help="CUDA: all; CPU: the whole pass alone"
+    )
     parser.add_argument("--providers", nargs="+", help="names; all by default")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if cuda else "fp32")
     parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
@@ -593,7 +550,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--check-rows", type=int, help="rows of the correctness run; CPU: 256")
     parser.add_argument("--chunk-mib", type=int, help="chunk_bytes of backend torch")
     parser.add_argument("--memory-gib", type=float, help="most for full logits; CPU: half of free")
-    parser.add_argument("--no-static", action="store_true", help="no static report without a GPU")
+    parser.add_argument("--profile", type=Path, help="a Chrome trace of one run of each provider")
     parser.add_argument("--compare", type=Path, help="an earlier JSON: adds p50 / its p50")
     parser.add_argument("--out", type=Path, default=Path("runs/kernel_bench.json"))
     args = parser.parse_args(argv)
@@ -602,9 +559,13 @@ def arguments(argv: Sequence[str] | None) -> Any:
         parser.error(f"--providers: got {', '.join(sorted(unknown))}, expected some of {names}")
     args.device = torch.device("cuda" if cuda else "cpu")
     args.dtype_name, args.dtype = args.dtype, DTYPES[args.dtype]
+    for option, path in (("--out", args.out), ("--profile", args.profile)):
+        if path is not None and path.is_dir():
+            parser.error(f"{option}: got the folder {path}, expected a file in it")
+    args.modes = args.modes or (list(HEAD_MODES) if cuda else None)
     args.note, args.shape = shape_of(args.shape, cuda)
     rows = args.shape[0]
-    smaller = [max(SEQUENCES, n - n % SEQUENCES) for n in (rows // 4, rows // 2)]
+    smaller = [max(SEQUENCES, n - n % SEQUENCES) for n in (rows // 16, rows // 4)]
     args.sweep = sorted({*(args.sweep or smaller), rows})
     if any(n < SEQUENCES or n % SEQUENCES for n in args.sweep):
         parser.error(f"N: got {args.sweep}, expected multiples of 8: the rows are 8 paths")
@@ -618,7 +579,8 @@ def arguments(argv: Sequence[str] | None) -> Any:
 def shape_of(text: str | None, cuda: bool) -> tuple[str, tuple[int, ...]]:
     """(what was changed, if anything; N, D, V). A CPU takes a model's shape at an eighth."""
     if text is None:
-        return "", SHAPES["qwen2.5-7b"] if cuda else CPU_SHAPE
+        sized = "no GPU: about two minutes at N, D, V = {}, {}, {}; --op and --modes take more"
+        return ("", SHAPES["qwen2.5-7b"]) if cuda else (sized.format(*CPU_SHAPE), CPU_SHAPE)
     if text in SHAPES and not cuda:
         return f"no GPU: every dimension of {text} / 8", tuple(n // 8 for n in SHAPES[text])
     if text in SHAPES:
@@ -629,20 +591,15 @@ def shape_of(text: str | None, cuda: bool) -> tuple[str, tuple[int, ...]]:
     return "", tuple(map(int, parts))
 
 
-def static_report() -> str:
-    """What benchmarks/static_report.py prints, in a process whose Triton compiles."""
-    script = Path(__file__).with_name("static_report.py")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the package that runs here
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
-    )
-    return done.stdout if done.returncode == 0 else f"no static report: {done.stderr[-300:]}"
+@functools.cache
+def distributions() -> Any:
+    """Module -> its distributions. Reads every installed package: 0.15 s of processor time."""
+    return metadata.packages_distributions()
 
 
 def version(module: str) -> str | None:
     """Of the distribution that a peer's module comes from; None if it is not installed."""
-    found = metadata.packages_distributions().get(module.partition(".")[0])
+    found = distributions().get(module.partition(".")[0])
     return metadata.version(found[0]) if found else None
 
 
@@ -662,6 +619,11 @@ def plotted_if_possible(draw: Callable[[Any, Path], None], records: Any, path: P
     return ", .png"
 
 
+def device_words(place: dict[str, Any]) -> str:
+    cpu = f"a CPU, {place['threads']} threads" if place["device"] == "cpu" else place["device"]
+    return f"{cpu}, torch {place['torch']}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 when one of our own backends failed or missed its budget."""
     args = arguments(argv)
@@ -671,9 +633,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.note:
         console.message(args.note)
     place["peers"] = {p.needs: version(p.needs) for p in PROVIDERS if p.needs and not p.ours}
-    words = ["python benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
+    words = ["python", "benchmarks/kernel_bench.py", *(sys.argv[1:] if argv is None else argv)]
     protocol = {"warmup": args.warmup, "repeats": args.repeats, "check_rows": args.check_rows}
-    result = {"command": " ".join(words), "environment": place, "protocol": protocol}
+    result = {"command": shlex.join(words), "environment": place, "protocol": protocol}
     records: list[dict[str, Any]] = []
     for op in args.op:
         before = tuple(records)
@@ -683,15 +645,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_times(records, args, console)
     if told:
         console.message(told)
-    if args.device.type != "cuda" and not args.no_static:
-        print(static_report())
     write_json(args.out, {**result, "records": records})
     with args.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(records)
-    plotted = plotted_if_possible(plot, records, args.out.with_suffix(".png"))
+    plotted = "; no picture: nothing was timed"
+    if any(r["p50_ms"] for r in records):
+        draw = functools.partial(plot, device=device_words(place))
+        plotted = plotted_if_possible(draw, records, args.out.with_suffix(".png"))
+    if args.profile is not None:
+        console.message(profile(records, args))
     console.message(f"wrote {args.out}, .csv{plotted}")
+    for line in closing_words(records, PROVIDERS, args.shape[0]):
+        console.message(line)
     console.close()
     our_names = {p.name for p in PROVIDERS if p.ours}
     bad = [r for r in records if r["status"] in ("refused", "failed")]

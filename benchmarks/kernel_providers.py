@@ -282,9 +282,13 @@ def quack(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
+    """TRL's fused head, `trl.trainer.utils._ChunkedLogProbFunction` of all its trainers."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise ImportError("no trl.kernels.ChunkedLogProbFunction; TRL 1.16.0 has it") from error
 
-    # 32768 columns a tile is what TRL's trainers pass.
+    # 32768 columns per tile are what TRL's trainers pass.
     return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ())[0]
 
 
