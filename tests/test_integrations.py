@@ -441,7 +441,7 @@ ADAPTERS = {
     "copied head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "tokens": {
         "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 7]},
+        "trainable_token_indices": {"embed_tokens": [*range(30)], "lm_head": [5, 7]},
     },
 }
 
