@@ -57,6 +57,8 @@ LAYERS = {
     "weights": {"weights"},
     # The rest of a model directory: configuration, tokenizer, sampling settings.
     "model directory": {"model_dir"},
+    # The losses inside models that other trainers hold: no stage of a run needs them.
+    "other trainers": {"integrations"},
     # What a family of models computes, measured on a tiny clone.
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.

@@ -89,6 +89,11 @@ class HeadOptions(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    def logits(self, raw: torch.Tensor) -> torch.Tensor:
+        """The formula, of `raw` = W h + b."""
+        scaled = self.logit_scale * raw
+        return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
+
 
 def without_randomness(config: Any) -> Any:
     """Set every rate of dropout, of dropped layers and of router noise to 0, in parts too.
@@ -239,11 +244,18 @@ class FamilyError(ValueError):
     """A measurement that came out wrong; its text is whole."""
 
 
-def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) -> HeadOptions:
+def fit_head(
+    raw: torch.Tensor,
+    logits: torch.Tensor,
+    config: Any,
+    name: str,
+    *,
+    tolerance: float = TOLERANCE,
+) -> HeadOptions:
     """The HeadOptions with which `raw` = W h + b gives the model's own `logits`, both (T, V).
 
     The scale is measured, and must be 1, or a number of the configuration or its inverse: then it
-    is the same for any width. Errors: FamilyError.
+    is the same for any width. `tolerance` is of the largest logit. Errors: FamilyError.
     """
     numbers = {
         key: float(value)
@@ -253,7 +265,7 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
     # Granite divides by logits_scaling, Cohere multiplies by logit_scale.
     known = {1.0, *numbers.values(), *(1.0 / value for value in numbers.values())}
     raw, logits = raw.double(), logits.double()
-    allowed = TOLERANCE * float(logits.abs().max())
+    allowed = tolerance * float(logits.abs().max())
     error = math.inf
     for cap in (None, *(value for key, value in numbers.items() if "softcap" in key)):
         x, y = raw, logits
@@ -262,13 +274,11 @@ def fit_head(raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str) ->
             x, y = raw[inside], cap * (logits[inside] / cap).atanh()
         scale = float((x * y).sum() / (x * x).sum())  # least squares through 0
         nearest = min(known, key=lambda value: abs(value - scale))
-        predicted = raw * nearest
-        if cap is not None:
-            predicted = cap * (predicted / cap).tanh()
+        options = HeadOptions(nearest, cap)
         # Judged on all logits, also those that were too near the cap to measure by.
-        error = min(error, float((predicted - logits).abs().max()))
+        error = min(error, float((options.logits(raw) - logits).abs().max()))
         if error <= allowed:
-            return HeadOptions(nearest, cap)
+            return options
     raise FamilyError(
         f"model.path: the logits of {name!r} are not those of its head, with any scale or softcap "
         f"of its config.json: {error:.2g} off at best; take another model"

@@ -38,6 +38,10 @@ GENERIC = {2**31, 1e12}
 """Upper bounds that only catch slips; the page's head tells of them, not every line."""
 API = {
     "losses": None,
+    "integrations": (
+        *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
+        *("CausalLoss", "CausalLogprobs"),
+    ),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),

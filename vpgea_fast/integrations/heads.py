@@ -1,0 +1,269 @@
+"""The head of a Hugging Face causal LM: its weight as the forward uses it, what becomes of its
+product, and a forward in which it computes something else than logits.
+
+B rows, T tokens each, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_utils import PreTrainedModel
+
+from vpgea_fast import families
+from vpgea_fast.kernels.checks import FLOATS
+
+Tensor = torch.Tensor
+
+PROBED = 8
+"""Tokens of the forward that measures a head: half of them keep its product, half get numbers."""
+
+REACH = 5.0
+"""The numbers go to +-REACH^3: 125, which a softcap of 30 or 50 bends; a new model's logits are
+below 1, where it does not show."""
+
+
+class Weights(NamedTuple):
+    """A head's weight (V, D), plain and differentiable, and its bias (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Found(NamedTuple):
+    """The causal LM inside its wrappers, its head and its name."""
+
+    causal_lm: Any
+    head: nn.Module
+    name: str
+
+
+Compute = Callable[[Tensor, Weights], Sequence[Tensor]]
+"""hidden as the head gets it, and the head -> float tensors."""
+
+
+def head_options(model: nn.Module, input_ids: Tensor | None = None) -> families.HeadOptions:
+    """What the model makes of its head's product: softcap tanh(logit_scale (W h + b) / softcap).
+
+    model: a causal LM of transformers, in any wrapper. input_ids: any ids that it takes; None for
+    random ones. Measured once per head, in a forward of 8 tokens without gradients or dropout.
+    Half of them get known numbers in place of the head's product; the logits show what becomes of
+    those. Scale and softcap must be numbers of the text configuration. The logits of the other half
+    must be those of the weight that the losses will read, adapters included.
+
+    `losses.linear_logprob(hidden, weight, targets, **head_options(model)._asdict())`; a bias goes
+    beside it as `logit_scale * bias`, since the losses add it after the scale.
+
+    ValueError: a model without a head, or with logits that this formula does not give. So is a head
+    that is quantised, offloaded, tensor-parallel, or adapted in a way that no plain weight shows.
+    """
+    found = find_head(model)
+    if found.head not in _MEASURED:
+        if input_ids is None:
+            vocabulary = found.causal_lm.config.get_text_config().vocab_size
+            made = torch.Generator().manual_seed(0)  # a run draws as it would without
+            device = found.causal_lm.get_input_embeddings().weight.device
+            input_ids = torch.randint(vocabulary, (PROBED,), generator=made).to(device)
+        # Of any batch: repeated where it is shorter.
+        ids = input_ids.flatten()[:PROBED].repeat(PROBED)[None, :PROBED]
+        _MEASURED[found.head] = _measured(model, found, ids)
+    return _MEASURED[found.head]
+
+
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, families.HeadOptions] = weakref.WeakKeyDictionary()
+
+
+def find_head(model: nn.Module) -> Found:
+    """The causal LM in DDP, PEFT and whatever else is around it. ValueError: there is none."""
+    wrappers = []
+    for module in model.modules():
+        wrappers.append(module)
+        if isinstance(module, PreTrainedModel):
+            break
+    causal_lm, name = wrappers[-1], type(model).__name__
+    if not isinstance(causal_lm, PreTrainedModel):
+        raise ValueError(f"model: {name} holds no model of transformers; call the losses yourself")
+    head: Any = causal_lm.get_output_embeddings()
+    name = type(causal_lm).__name__
+    if head is None or causal_lm.config.is_encoder_decoder:
+        raise ValueError(f"model: {name} has no head of a causal LM; pass the causal LM itself")
+    # A compiled forward does not see new hooks: it would go on with those of its first call.
+    if any(getattr(m, "_compiled_call_impl", None) for m in (*wrappers, head)) or any(
+        hasattr(m, "_orig_mod") for m in wrappers
+    ):
+        raise ValueError(
+            f"model: the forward of {name} is compiled as a whole; compile its layers, "
+            "`for layer in decoder.layers: layer.compile()`"
+        )
+    return Found(causal_lm, head, name)
+
+
+def run_at_head(model: nn.Module, inputs: dict[str, Any], compute: Compute) -> tuple[Any, Tensor]:
+    """Run the model's own forward, its head replaced by `compute`, once.
+
+    Returns its outputs, whose logits have no rows, and `link`: a 0 that must be added to what is
+    made of `compute`'s results. FSDP2 and DDP hang the beginning of the backward on the outputs.
+    """
+    found = find_head(model)
+    calls: list[Tensor] = []
+
+    def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():  # the results would be those of the first call
+            raise RuntimeError("this forward is compiled as a whole; compile the decoder's layers")
+        (hidden,) = arguments
+        calls.append(hidden)
+        # No rows: the head and all that a family does to logits cost nothing.
+        return (hidden.narrow(-2, 0, 0),)
+
+    def leave(_: nn.Module, __: tuple[Any, ...], empty: Tensor) -> Tensor:
+        values = compute(calls[-1], head_weights(found.head))
+        # Not a view, which FSDP2 warns of. Its gradient is that of no elements: 0.
+        return empty.detach().to(values[0].dtype) + torch.stack([x.sum() for x in values]).sum()
+
+    # Before FSDP2's own hook, which takes the weight away.
+    handles = (
+        found.head.register_forward_pre_hook(enter),
+        found.head.register_forward_hook(leave, prepend=True),
+    )
+    with handles[0], handles[1]:
+        outputs = model(**inputs, use_cache=False, return_dict=True)
+    if len(calls) != 1:
+        raise ValueError(f"model: {found.name} called its head {len(calls)} times, expected once")
+    return outputs, outputs.logits.sum()
+
+
+def head_weights(head: Any) -> Weights:
+    """The weight and bias with which this head multiplies. ValueError: no plain weight does."""
+    # PEFT: trainable tokens give `weight` alone, the rest has that of the module below.
+    tokens = hasattr(head, "token_adapter")
+    weight, bias = head.weight, getattr(head.original_module if tokens else head, "bias", None)
+    if hasattr(head, "base_layer") and not (head.disable_adapters or head.merged):
+        weight = weight + sum(head.get_delta_weight(name) for name in _lora_names(head))
+    if weight.dtype not in FLOATS or weight.dim() != 2:
+        raise ValueError(
+            f"model: the head has weights {weight.dtype} {tuple(weight.shape)}, expected a float "
+            "matrix; leave lm_head out of the quantisation"
+        )
+    if weight.device.type == "meta":
+        raise ValueError("model: the head is offloaded to disk or memory; keep it on the device")
+    return Weights(_whole(weight), None if bias is None else _whole(bias))
+
+
+def _lora_names(head: Any) -> list[str]:
+    """The active adapters of PEFT's plain LoRA: W + scale B A. ValueError: another kind."""
+    kind = type(head).__name__
+    if not hasattr(head, "lora_A"):
+        raise ValueError(f"model: the head has an adapter {kind}; train it with LoRA, or without")
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    for name in names:
+        # DoRA and its like begin as W does: no measurement tells them from it.
+        if name in getattr(head, "lora_variant", ()) or head.lora_B[name].bias is not None:
+            raise ValueError(
+                f"model: adapter {name!r} of the head is no plain LoRA; take plain LoRA"
+            )
+        if head.training and getattr(head.lora_dropout[name], "p", 0.0):
+            raise ValueError(
+                f"model: adapter {name!r} of the head has lora_dropout, which acts on hidden "
+                "states and on no weight; set it to 0, or leave lm_head out of target_modules"
+            )
+    return names
+
+
+def _whole(x: Tensor) -> Tensor:
+    """All of a tensor that is cut over ranks with tokens of their own; its gradient is their mean.
+
+    As DDP and FSDP make it of every other gradient. ValueError: a tensor-parallel one."""
+    mesh = getattr(x, "device_mesh", None)
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(x, DTensor)
+    if "tp" in (mesh.mesh_dim_names or ()):
+        raise ValueError("model: the head is tensor-parallel; leave lm_head out of the plan")
+    # Without `Partial` each rank's gradient would pass for the whole one.
+    whole = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, found: Found, ids: Tensor) -> families.HeadOptions:
+    """The options with which known numbers, and the head's own product, give the model's logits."""
+    ours: list[Tensor] = []
+    raws: list[Tensor] = []
+    half = PROBED // 2
+
+    def leave(_: nn.Module, arguments: tuple[Any, ...], raw: Tensor) -> Tensor:
+        hidden, (weight, bias) = arguments[0][..., :half, :], head_weights(found.head)
+        hidden, weight = alike(hidden, weight.to(hidden.device))
+        ours.append(functional.linear(hidden, weight, bias).reshape(half, -1))
+        wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        numbers = torch.linspace(-REACH, REACH, half * raw.shape[-1], device=raw.device) ** 3
+        wide[..., half:, :] = numbers.view(half, -1)
+        raws.append(wide.reshape(PROBED, -1))
+        return wide
+
+    with evaluating(model), found.head.register_forward_hook(leave, prepend=True):
+        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    if len(raws) != 1:
+        raise ValueError(f"model: {found.name} called its head {len(raws)} times, expected once")
+    raw, logits = raws[0], logits.reshape(PROBED, -1)
+    _check_same(ours[0], raw[:half], found, "does not multiply with its weight and bias")
+    if logits.shape != raw.shape:
+        raise ValueError(
+            f"model: {found.name} makes logits {tuple(logits.shape)} of its head's "
+            f"{tuple(raw.shape)}; call the losses yourself"
+        )
+    # Of the dtype that they were rounded to on the way, if to any.
+    tolerance = max(families.TOLERANCE, torch.finfo(logits.dtype).eps)
+    config = found.causal_lm.config.get_text_config()
+    try:
+        options = families.fit_head(raw, logits, config, found.name, tolerance=tolerance)
+    except families.FamilyError as error:
+        raise ValueError(str(error).replace("model.path", "model")) from error
+    # The largest of the numbers hides what is small beside it: the real logits are judged alone.
+    _check_same(
+        options.logits(raw[:half]), logits[:half], found, f"has logits other than {options}"
+    )
+    return options
+
+
+def _check_same(got: Tensor, expected: Tensor, found: Found, complaint: str) -> None:
+    """Refuse a head that is not what it was taken for. Errors: ValueError."""
+    place = f"model: {type(found.head).__name__}, the head of {found.name}, {complaint}"
+    remedy = "call the losses yourself"
+    if got.shape != expected.shape:
+        raise ValueError(f"{place}: {tuple(got.shape)} for {tuple(expected.shape)}; {remedy}")
+    tolerance = max(families.TOLERANCE, *(torch.finfo(x.dtype).eps for x in (got, expected)))
+    error = float((got - expected).abs().max())
+    if not error <= tolerance * float(expected.abs().max()):  # `not`: NaN is refused
+        raise ValueError(f"{place}: {error:.2g} off; {remedy}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and after it each as it was."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def alike(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: float32 adapters stay that beside a half-precision base."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return hidden.to(dtype), weight.to(dtype)
