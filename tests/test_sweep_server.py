@@ -240,7 +240,7 @@ def test_a_fork_that_the_system_refuses_is_one_line_and_no_end(mute, monkeypatch
 
 
 def test_where_no_proc_says_the_threads_none_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fork", lambda: os.posix_spawn("/bin/true", ["true"], os.environ))
+    monkeypatch.setattr(os, "fork", lambda: os.posix_spawnp("true", ["true"], {}))
     assert server._threads() >= 1
     monkeypatch.setattr(server, "TASKS", tmp_path / "proc/self/task")
     assert server._threads() == 0

@@ -50,15 +50,23 @@ from vpgea_fast.stop import SIGNALS, Stop
 from vpgea_fast.sweep.plan import SweepError
 
 PROGRAM = """
-import gc, sys
+import atexit, os, sys
+status = 1
+def leave():
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+atexit.register(leave)  # the first, so the last that is called
 from vpgea_fast.cli import main
 from vpgea_fast.sweep.server import serve
 words = serve(*map(int, sys.argv[1:]))
 try:
-    sys.exit(main(words))
-finally:
-    gc.unfreeze()  # or nanobind, at exit, takes what was frozen for leaks
+    status = main(words)
+except SystemExit as end:
+    status = end.code or 0
 """
+"""At its end a run calls what libraries have registered, and tears nothing down: that would touch,
+and so copy, all that it shares with the server."""
 PACKAGES = ("vpgea_fast", "vpgea_fast.kernels")
 """The second is no regular package, which a walk through the first would find."""
 LIBRARIES = (
