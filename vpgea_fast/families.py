@@ -245,12 +245,7 @@ class FamilyError(ValueError):
 
 
 def fit_head(
-    raw: torch.Tensor,
-    logits: torch.Tensor,
-    config: Any,
-    name: str,
-    *,
-    tolerance: float = TOLERANCE,
+    raw: torch.Tensor, logits: torch.Tensor, config: Any, name: str, *, tolerance: float = TOLERANCE
 ) -> HeadOptions:
     """The HeadOptions with which `raw` = W h + b gives the model's own `logits`, both (T, V).
 
@@ -265,7 +260,6 @@ def fit_head(
     # Granite divides by logits_scaling, Cohere multiplies by logit_scale.
     known = {1.0, *numbers.values(), *(1.0 / value for value in numbers.values())}
     raw, logits = raw.double(), logits.double()
-    allowed = tolerance * float(logits.abs().max())
     error = math.inf
     for cap in (None, *(value for key, value in numbers.items() if "softcap" in key)):
         x, y = raw, logits
@@ -277,7 +271,7 @@ def fit_head(
         options = HeadOptions(nearest, cap)
         # Judged on all logits, also those that were too near the cap to measure by.
         error = min(error, float((options.logits(raw) - logits).abs().max()))
-        if error <= allowed:
+        if error <= tolerance * float(logits.abs().max()):
             return options
     raise FamilyError(
         f"model.path: the logits of {name!r} are not those of its head, with any scale or softcap "
