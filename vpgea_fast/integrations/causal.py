@@ -95,7 +95,8 @@ def causal_lm_loss(
     ValueError: shapes, num_items, unknown inputs (label smoothing among them), and what
     `head_options` refuses; the model is measured in the first call.
     """
-    call = _prepared(model, input_ids, labels, attention_mask, position_ids, inputs)
+    places = {"attention_mask": attention_mask, "position_ids": position_ids}
+    call = _prepared(model, input_ids, labels, places=places, inputs=inputs)
     coef = _coefficient(call.targets_BT, num_items, world_size)
     made: list[losses.WeightedLoss] = []
 
@@ -135,7 +136,8 @@ def causal_lm_logprobs(
     backward makes the logits again. Model, ids, labels, masks, inputs and errors as in
     `causal_lm_loss`; no auxiliary loss is added.
     """
-    call = _prepared(model, input_ids, labels, attention_mask, position_ids, inputs)
+    places = {"attention_mask": attention_mask, "position_ids": position_ids}
+    call = _prepared(model, input_ids, labels, places=places, inputs=inputs)
     made: list[losses.LogprobOutput] = []
 
     def compute(hidden: Tensor, head: Weights) -> list[Tensor]:
@@ -150,6 +152,7 @@ def causal_lm_logprobs(
             **options,
         )
         made.append(out)
+        # All that a gradient may come from: a wrapper hangs its backward on what the head returns.
         return [out.logp] if out.entropy is None else [out.logp, out.entropy]
 
     _, link = run_at_head(model, call.inputs, compute)
@@ -194,8 +197,8 @@ def _prepared(
     model: nn.Module,
     input_ids: Tensor,
     labels: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
+    *,
+    places: dict[str, Tensor | None],
     inputs: dict[str, Any],
 ) -> _Call:
     labels = input_ids if labels is None else labels
@@ -207,12 +210,11 @@ def _prepared(
     if isinstance(getattr(model, "module", model), LossModule):  # DDP's is `module`
         raise ValueError("model: got a LossModule, which is called itself; pass its .model")
     _check_names(model, inputs)
-    places = {"attention_mask": attention_mask, "position_ids": position_ids}
-    _check_packed(attention_mask, position_ids)
+    _check_packed(**places)
     given = {name: x for name, x in places.items() if x is not None}
     return _Call(
         inputs={"input_ids": input_ids, **given, **inputs},
-        targets_BT=_targets(labels, attention_mask, position_ids),
+        targets_BT=_targets(labels, **places),
         options=head_options(model, input_ids),
     )
 

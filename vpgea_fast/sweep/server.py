@@ -311,6 +311,7 @@ def _answer(line: socket.socket) -> list[str] | None:
             _look(statuses, pid, asked["signal"])
             told |= {"pid": pid, "status": statuses[pid]}
         _say(line, **told)
+    # All hear it before one is waited for: a save takes seconds.
     for pid in statuses:
         _look(statuses, pid, signal.SIGTERM)
     for pid, status in statuses.items():
