@@ -249,11 +249,11 @@ def test_a_search_that_goes_on_may_have_another_winner(plan, trained, bench_of, 
     row, folder = improve("VPG_EA_robust_beta_2.0-0.001", 15)
     assert len(trained) == 4
     assert len(folder["runs"]) == 2
-    assert "--objective.beta=2.0" in store.words_of(folder, ROBUST)
+    assert "--objective.beta=2.0" in folder["words"][ROBUST]
     assert (row["lr"], row["seeds"], row["complete"]) == (1e-3, 2, True)
     # Another rate with the words that were left before.
     row, folder = improve("VPG_EA_robust-0.0005", 10)
-    assert "--objective.beta=1.0" in store.words_of(folder, ROBUST)
+    assert "--objective.beta=1.0" in folder["words"][ROBUST]
     assert (row["lr"], row["seeds"]) == (5e-4, 2)
     assert bench_of(plan, tmp_path / "one").result["tables"]["main"]["chain-rare"][ROBUST] == row
     # Two rates of the same words do not mix.
