@@ -30,6 +30,7 @@ def markdown(result: Result, plan: Plan) -> str:
     for stage, of in plan.stages.items():
         if of["kind"] in SIDES:
             parts += [SIDES[of["kind"]](w, mine) for w, mine in found.get(stage, {}).items()]
+    parts += [_thought(world, mine) for world, mine in found.get("styles", {}).items()]
     claims = [[c["says"], c["refuted"], c["verdict"]] for c in found.get("claims", [])]
     if claims:
         note = f"{CHANGED}\n\n" * found["exploratory"]
@@ -179,6 +180,16 @@ def _weighed(world: str, mine: Mapping[str, Any]) -> str:
     title = f"weight of a question over the mean, by the base's accuracy on it, {world}"
     table = grid(title, ["accuracy", "questions", *names], lines)
     return table + f"\n\n{WEIGHTS}" + f"\n\n{LATER.capitalize()}" * mine["exploratory"]
+
+
+def _thought(world: str, mine: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    names = sorted({style for of in mine.values() for style in of})
+    lines = [
+        [run, *(f"{100 * of[n][0]:.1f} ({100 * of[n][1]:.0f})" if n in of else "-" for n in names)]
+        for run, of in mine.items()
+    ]
+    table = grid(f"styles of thoughts, {world}", ["winner, seed", *names], lines)
+    return f"{table}\n\nPer cent of the answers, and of those the right ones. Asked afterwards."
 
 
 SIDES = {"pass_at_k": _answered, "weights": _weighed}

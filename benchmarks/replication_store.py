@@ -309,6 +309,7 @@ def drop(result: Result, plan: Plan, world: str, runs: Path) -> None:
         if of.get("world") == world and of["kind"] in ("pass_at_k", "weights"):
             result.pop(stage, None)
             shutil.rmtree(runs / "probes", ignore_errors=True)
+    result.get("styles", {}).pop(world, None)
     result["worlds"].pop(world, None)
 
 

@@ -45,6 +45,7 @@ def make(result: Result, plan: Plan) -> dict[str, Any]:
             known = KNOWN[of["kind"]](result[stage], of)
             known["exploratory"] = exploratory(result, result[stage].values())
             found[stage] = {of["world"]: known}
+    found["styles"] = {world: thought(mine) for world, mine in result.get("styles", {}).items()}
     found["rarity"] = rarity(result, plan, found)
     found["exploratory"] = plan.digest != result["plan"]
     found["claims"] = [
@@ -253,6 +254,13 @@ def weighed(known: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
         bins = [*found]
         found["hardest"], found["easiest"] = found[bins[0]], found[bins[-1]]
     return found
+
+
+def thought(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, seed -> style -> [share of the answers, share of those that are right]."""
+    return {
+        f"{name}, {seed}": of["styles"] for name, mine in known.items() for seed, of in mine.items()
+    }
 
 
 KNOWN = {"pass_at_k": answered, "weights": weighed}
