@@ -20,7 +20,8 @@ WEIGHTS = (
 
 def markdown(result: Result, plan: Plan) -> str:
     """All tables, from the result's tables alone."""
-    found, parts = result["tables"], [_planned(plan)]
+    found = result["tables"]
+    parts = [_planned(plan), *([_summary(found["main"])] if found.get("main") else [])]
     for stage, of in plan.stages.items():
         if of["kind"] in ("search", "rows"):
             parts += [_reported(stage, w, mine, plan) for w, mine in found.get(stage, {}).items()]
@@ -55,6 +56,23 @@ def _planned(plan: Plan) -> str:
         f"{plan.questions['pick']} questions, reported on {plan.questions['report']} others."
     )
     return grid("plan", ["method", "keys", "first grid", "knob"], lines) + f"\n\n{note}"
+
+
+def _summary(worlds: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main table in one: accuracy and tokens of every method in every world."""
+    names = dict.fromkeys(name for mine in worlds.values() for name in mine)
+    lines = [
+        [name, *(_cell(mine.get(name)) for mine in worlds.values())]
+        for name in sorted(names, key=lambda name: name != "base")
+    ]
+    return grid("summary", ["sampled accuracy, tokens, short runs", *worlds], lines)
+
+
+def _cell(of: Mapping[str, Any] | None) -> str:
+    if of is None or "acc" not in of:
+        return "-"
+    short = f", {of['short_seeds']} of {of['seeds']}" if "seeds" in of else ""
+    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}"
 
 
 def grid(
