@@ -21,7 +21,8 @@ WEIGHTS = (
 def markdown(result: Result, plan: Plan) -> str:
     """All tables, from the result's tables alone."""
     found = result["tables"]
-    parts = [_planned(plan), *([_summary(found["main"])] if found.get("main") else [])]
+    parts = [_planned(plan), _spent(found["spent"])]
+    parts += [_summary(found["main"])] if found.get("main") else []
     for stage, of in plan.stages.items():
         if of["kind"] in ("search", "rows"):
             parts += [_reported(stage, w, mine, plan) for w, mine in found.get(stage, {}).items()]
@@ -56,6 +57,13 @@ def _planned(plan: Plan) -> str:
         f"{plan.questions['pick']} questions, reported on {plan.questions['report']} others."
     )
     return grid("plan", ["method", "keys", "first grid", "knob"], lines) + f"\n\n{note}"
+
+
+def _spent(stages: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        [stage, f"{of['runs']:.0f}", f"{of['core_hours']:.2f}"] for stage, of in stages.items()
+    ]
+    return grid("spent", ["stage", "runs", "hours of one core"], lines)
 
 
 def _summary(worlds: Mapping[str, Mapping[str, Any]]) -> str:
