@@ -66,6 +66,23 @@ def gradients_of(engine: Any) -> dict[str, Tensor]:
     return {n: local(p.grad).clone() for n, p in engine.parameters() if p.grad is not None}
 
 
+def exact(path: str, rows: Sequence[TrainRow], device: torch.device) -> Made:
+    """Log-probs and gradient in float64: transformers' own forward of every row alone."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model, logps = loaded.to(device).eval(), {}
+    for n, row in enumerate(rows):
+        ids = torch.cat([row.context_ids, row.token_ids]).to(device)
+        z_LV = model(input_ids=ids[None], use_cache=False).logits[0]
+        z_LV = z_LV[row.context_ids.numel() - 1 : -1]
+        logp_L = z_LV.log_softmax(-1).gather(-1, row.token_ids.to(device)[:, None])[:, 0]
+        (row.coef.to(logp_L) @ logp_L).backward()
+        logps[n] = logp_L.detach().cpu()
+    made = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return Made(made, logps, sum(row.tokens - 1 for row in rows))
+
+
 class Ours:
     """The project's Trainer, as it is: `train_step` draws, scores, weighs, trains and syncs.
 
@@ -190,6 +207,7 @@ class Trl(TrlTrainer):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(cfg, world)
+        self.path = path
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=self.attention
         )
