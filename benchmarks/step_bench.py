@@ -178,7 +178,8 @@ def closing_words(result: dict[str, Any], model: str) -> list[str]:
     who, times = ("ours", factor) if factor >= 1 else ("TRL", 1 / factor)
     rates = f"ours {ours['tokens_per_s']:.0f} tok/s, TRL {trl['tokens_per_s']:.0f}"
     spread = f"by round {min(rounds):.2f} to {max(rounds):.2f}"
-    added = f"{ours['added_mib']:.0f} MiB, {result['added_of_trl']:.2f} of TRL's"
+    alone = f"gradients alone are {4 * result['parameters'] / 2**20:.0f}"
+    added = f"{ours['added_mib']:.0f} MiB, {result['added_of_trl']:.2f} of TRL's ({alone})"
     whole = f"{ours['peak_mib']:.0f} beside {trl['peak_mib']:.0f}"
     lines = [
         f"{model}: {who} is {times:.2f}x as fast: {rates} ({spread})",

@@ -135,8 +135,13 @@ def record(name, seconds, **more):
 def test_it_ends_in_words(bench):
     ours = record("ours", 1.0, tokens_per_s=3000.0, added_mib=30.0, peak_mib=130.0)
     trl = record("TRL", 3.5, tokens_per_s=857.1, added_mib=100.0, peak_mib=200.0)
+    memory = (
+        "tiny: our step adds 30 MiB, 0.30 of TRL's (gradients alone are 10); with parameters and "
+        "optimiser 130 beside 200"
+    )
     result = {
         "records": [ours, trl],
+        "parameters": 10 * 2**18,
         "environment": {"device": "cpu"},
         "faster": 3.5,
         "faster_by_round": [3.2, 3.5, 3.6],
@@ -144,7 +149,7 @@ def test_it_ends_in_words(bench):
     }
     assert bench.closing_words(result, "tiny") == [
         "tiny: ours is 3.50x as fast: ours 3000 tok/s, TRL 857 (by round 3.20 to 3.60)",
-        "tiny: our step adds 30 MiB, 0.30 of TRL's; with parameters and optimiser 130 beside 200",
+        memory,
         "ours: rollout 60%, train 40% of 1.000 s",
         "  rollout: Python and dispatch 60%, matrix products 20%, other operations 20%",
         "  beside the rollout: Python and dispatch 60%, matrix products 20%, other operations 20%",
