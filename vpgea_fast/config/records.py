@@ -244,6 +244,11 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
+        if self.parallel.tensor == "head" and self.loss.backend not in ("auto", "torch"):
+            raise ValueError(
+                f"parallel.tensor is 'head', but loss.backend is {self.loss.backend!r}, which "
+                "takes whole heads; set it to auto or torch"
+            )
         self._check_target()
         self._check_record()
         self._check_posterior()
