@@ -35,6 +35,7 @@ class Situation:
     lse_gradient: bool = False
     entropy_gradient: bool = False
     batch_invariant: bool = False
+    sharded: bool = False  # each process has some of the classes
 
     def __str__(self) -> str:
         version = "" if self.capability is None else " sm_{}{}".format(*self.capability)
@@ -62,6 +63,13 @@ class Backend:
     missing: Callable[[], str | None] = _nothing  # on this machine
     lacks: Callable[[Situation], str | None] = _nothing  # what this call wants, and the remedy
     objection: Callable[[Situation], str | None] = _nothing  # it can, but "auto" should not
+    sharded: bool = False  # whether it looks at Head.shards
+
+    def refuses(self, call: Situation) -> str | None:
+        """What it lacks of what the call wants. A backend that says nothing takes whole heads."""
+        if call.sharded and not self.sharded:
+            return "it takes no head whose classes are cut over processes; use 'torch'"
+        return self.lacks(call)
 
 
 def _run_triton(*args: Any, **options: Any) -> Any:
@@ -153,7 +161,10 @@ BACKENDS = {
         objection=lambda _: "no measurement has preferred it to 'triton' yet",
     ),
     "torch": Backend(
-        run=chunked.head_pass, virtue="chunked, on any device", lacks=_depends_on_neighbours
+        run=chunked.head_pass,
+        virtue="chunked, on any device",
+        lacks=_depends_on_neighbours,
+        sharded=True,
     ),
     "reference": Backend(
         run=reference.head_pass,
@@ -175,14 +186,14 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         raise ValueError(f"backend {backend!r} is not available ({why}); available: {names}")
     # Objections are not heard here: whoever names a backend has made up his mind.
     if backend != "auto":
-        if (why := BACKENDS[backend].lacks(call)) is not None:
+        if (why := BACKENDS[backend].refuses(call)) is not None:
             raise ValueError(f"backend {backend!r} cannot run this call: {why}")
         return BackendChoice(backend, "asked for")
     # What was passed over, in words, and what could run but should not: the last resort.
     against: dict[str, str] = {}
     disliked: list[str] = []
     for name, candidate in BACKENDS.items():
-        if (why := missing.get(name) or candidate.lacks(call)) is not None:
+        if (why := missing.get(name) or candidate.refuses(call)) is not None:
             against[name] = why
         elif (why := candidate.objection(call)) is not None:
             against[name] = why
@@ -213,6 +224,7 @@ def resolve(
     lse_gradient: bool = False,
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
+    sharded: bool = False,
 ) -> BackendChoice:
     """`choose` for tensors on a device of this machine; what "auto" takes is logged once, at INFO.
 
@@ -228,6 +240,7 @@ def resolve(
         lse_gradient=lse_gradient,
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
+        sharded=sharded,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":
@@ -251,7 +264,7 @@ bytes a logit, for a 152064-token vocabulary in bfloat16."""
 _budgets: dict[tuple[torch.device, tuple[int, ...], torch.dtype], int] = {}
 
 
-def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool) -> int | None:
+def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool, sharded: bool = False) -> int | None:
     """Bytes for the logits of one chunk; None leaves it to the backend (all devices but CUDA).
 
     On CUDA the backend's default, halved until it is at most 1/8 of what is free, 64 MiB at least.
@@ -259,11 +272,15 @@ def chunk_budget(weight_VD: torch.Tensor, *, gradients: bool) -> int | None:
     which should not follow every byte that another process holds. The driver is asked what is free
     once per device, head and dtype, by the first call with `gradients`, outside graph capture. A
     call without may come while another engine holds the device, and must not decide for the
-    training; it takes the budget that is known, or 512 MiB. Pass chunk_bytes for another.
+    training; it takes the budget that is known, or 512 MiB. A `sharded` head always takes 512 MiB:
+    its processes must make the same chunks, and may have unequal room. Pass chunk_bytes for
+    another.
     """
     device = weight_VD.device
     if device.type != "cuda":
         return None
+    if sharded:
+        return UNASKED_CHUNK
     # A teacher's head of another shape on the same device has a budget of its own.
     key = (device, tuple(weight_VD.shape), weight_VD.dtype)
     if key not in _budgets:

@@ -13,11 +13,12 @@ import torch
 from vpgea_fast.kernels.contract import FLOAT32, INT64, NUMBERS, Bounds, Inputs, Settings
 from vpgea_fast.kernels.head import refuse_transforms
 from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.shards import Shards, part
 
 Tensor = torch.Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-OPTIONS = Settings._fields[:-1]  # operands follow from the tensors
+OPTIONS = Settings._fields[:-3]  # operands, group and classes follow from the tensors
 
 
 # --- a call of the head ---------------------------------------------------------------------------
@@ -38,6 +39,10 @@ def checked_call(
         if name not in OPTIONS:
             known = ", ".join(("bias", "rows", *OPTIONS))
             raise TypeError(f"got an unexpected keyword argument {name!r}; options are {known}")
+    whole_VD, shards = weight_VD, shards_of(weight_VD)
+    if shards is not None:
+        weight_VD = own_part("weight_VD", weight_VD, whole_VD)
+        bias = None if bias is None else own_part("bias", bias, whole_VD)
     # A temperature per row is an input of the op, one for all a setting.
     per_row = isinstance(temperature, Tensor)
     inputs = Inputs(
@@ -49,12 +54,59 @@ def checked_call(
         rows=rows,
     )
     _check_tensors(inputs)
+    # With one class there are no others, whose log-sum-exp every backend needs.
+    if whole_VD.shape[0] < 2:
+        raise ValueError(f"weight_VD: got V = {whole_VD.shape[0]}, expected at least 2 classes")
     # Decided here: inside the autograd function autocast is already off.
     operands = autocast_dtype(hidden_TD, weight_VD) or hidden_TD.dtype
     scalar = 1.0 if per_row else temperature
-    settings = Settings(temperature=scalar, operands=operands, **options)
+    group, classes = shards or (None, None)
+    settings = Settings(
+        temperature=scalar, operands=operands, group=group, classes=classes, **options
+    )
     _check_settings(settings)
     return inputs, settings
+
+
+def shards_of(weight_VD: Any) -> Shards | None:
+    """The cut of a DTensor `Shard(0)` over a mesh of one dimension; None for anything else.
+
+    ValueError: a mesh with more processes than torch's cut has parts with a class.
+    """
+    mesh = getattr(weight_VD, "device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or weight_VD.dim() != 2:
+        return None
+    if not weight_VD.placements[0].is_shard(0):
+        return None
+    classes = weight_VD.shape[0]
+    if not part(classes, mesh.size(), mesh.size() - 1):
+        raise ValueError(
+            f"weight_VD: got V = {classes} cut over {mesh.size()} ranks, of which the last has no "
+            "class; expected one or more on each: use a smaller mesh"
+        )
+    return Shards(mesh.get_group().group_name, classes)
+
+
+def own_part(name: str, x: Any, weight_VD: Any) -> Tensor:
+    """The part of this process, differentiable, of what is cut as the weight is: a gradient comes
+    back with the same placement."""
+    mesh = weight_VD.device_mesh
+    if getattr(x, "device_mesh", None) != mesh or x.placements != weight_VD.placements:
+        got = "no DTensor"
+        if hasattr(x, "device_mesh"):
+            got = f"a DTensor placed {tuple(x.placements)} on {x.device_mesh}"
+        raise ValueError(
+            f"{name}: got {got}, expected one placed as weight_VD, Shard(0) on the same mesh: "
+            f"distribute_tensor({name}, mesh, [Shard(0)])"
+        )
+    _check_shape(name, x, weight_VD.shape[: x.dim()])
+    own = x.to_local()
+    if own.shape[0] != len(part(x.shape[0], mesh.size(), mesh.get_local_rank())):
+        raise ValueError(
+            f"{name}: this rank has {own.shape[0]} of {x.shape[0]} classes, expected "
+            "ceil(V / ranks) on all but the last ones: cut it by distribute_tensor"
+        )
+    return own
 
 
 def autocast_dtype(*operands: Tensor) -> torch.dtype | None:
@@ -98,9 +150,6 @@ def _check_tensors(inputs: Inputs) -> None:
             f"weight_VD is {weight_VD.dtype}, hidden_TD is {hidden_TD.dtype}: cast one of "
             "them to the other's dtype (.to() is differentiable)"
         )
-    # With one class there are no others, whose log-sum-exp every backend needs.
-    if weight_VD.shape[0] < 2:
-        raise ValueError(f"weight_VD: got V = {weight_VD.shape[0]}, expected at least 2 classes")
     check_targets("targets_T", targets_T, "hidden_TD", hidden_TD)
     if bias is not None:
         _check_shape("bias", bias, (weight_VD.shape[0],))
@@ -245,9 +294,13 @@ def check_constant(name: str, x: Tensor, like: Tensor) -> None:
         )
 
 
-def check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
+def checked_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> Tensor | None:
+    """What dW is added to; the own part of one that is cut as the weight is."""
     if dweight_out is None:
-        return
+        return None
+    if shards_of(weight_VD) is not None:
+        dweight_out = own_part("dweight_out", dweight_out, weight_VD)
+        weight_VD = own_part("weight_VD", weight_VD, weight_VD)
     # full_tensor() is a copy: what is added to it would be lost.
     check_plain("dweight_out", dweight_out, instead="a plain buffer of the whole weight")
     _check_shape("dweight_out", dweight_out, weight_VD.shape)
@@ -264,6 +317,7 @@ def check_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> None:
         raise ValueError("dweight_out: its entries share memory (stride 0), pass a dense buffer")
     if dweight_out.requires_grad:
         raise ValueError("dweight_out requires grad: pass a plain buffer, such as weight.grad")
+    return dweight_out
 
 
 # --- packed sequences of two streams --------------------------------------------------------------
@@ -276,7 +330,8 @@ def check_streams(
     coef: tuple[Tensor, Tensor],
 ) -> None:
     """The two streams of a call, each (posterior, prior), before they are laid end to end."""
-    check_matrix("weight_VD", weight_VD, "(V, D): gather a sharded one")
+    if shards_of(weight_VD) is None:
+        check_matrix("weight_VD", weight_VD, "(V, D): gather a sharded one")
     for name, *tensors in zip(("post", "prior"), hidden, targets, coef, strict=True):
         for kind, x in zip(("hidden", "targets", "coef"), tensors, strict=True):
             label = f"{kind}_{name}"

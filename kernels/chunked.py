@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+from vpgea_fast.kernels.shards import RowSums
 
 Tensor = torch.Tensor
 
@@ -76,7 +77,8 @@ def head_pass(
     """
     dtype, device = hidden_TD.dtype, hidden_TD.device
     accumulator = torch.promote_types(dtype, torch.float32)
-    vocabulary, n_rows = head.weight.shape[0], targets_K.shape[0]
+    vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
+    own_K: Tensor | None = None  # whose target is among these classes; None: all
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
     if n_rows == 0:
         none_K = torch.empty(0, dtype=accumulator, device=device)
@@ -86,22 +88,26 @@ def head_pass(
     operand = dtype if device.type == "cuda" else accumulator
     # The logits themselves, tanh's slope, -e log e; dz's copy where the GEMMs take halves.
     buffers = 1 + head.capped + needs_entropy
+    widest = classes = vocabulary
+    if shards is not None:
+        widest, classes = shards.widest, shards.classes
+        targets_K, own_K = shards.place(targets_K)
+    # By the widest part of a head that is cut: every process must make the same chunks.
     copied = dtype.itemsize if operand in HALF else 0
-    row_bytes = vocabulary * (accumulator.itemsize * buffers + copied)
+    row_bytes = widest * (accumulator.itemsize * buffers + copied)
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
-    # Equal chunks: a short last one would run its GEMMs at fewer rows than the budget allows.
-    chunks = math.ceil(n_rows / max(1, budget // row_bytes))
-    step = math.ceil(n_rows / chunks)
+    step = _equal_chunks(n_rows, budget // row_bytes)
     buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
     temperature_K = head.temperature
     upstream_K3 = None if upstream is None else upstream.by_logits(temperature_K, accumulator)
-    unit = storage_unit(upstream_K3, vocabulary) if dtype is torch.float16 else 1.0
+    unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
     upcast_BD = _upcast_block(head.weight, operand)
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
         targets_C1 = targets_K[chunk].unsqueeze(1)
+        own_C1 = None if own_K is None else own_K[chunk].unsqueeze(1)
         divisor = temperature_K[chunk, None] if isinstance(temperature_K, Tensor) else temperature_K
         # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
@@ -111,10 +117,11 @@ def head_pass(
         for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
         head.logits_(z_CV, slope_CV, divisor)
-        z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
-        if plogp_CV is not None:
-            torch.special.entr(z_CV, out=plogp_CV)  # -e log e, 0 at e = 0
-        values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
+        sums = _row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
+        peak_C1 = sums.peak
+        if shards is not None and own_C1 is not None:
+            sums = shards.whole(sums, own_C1)
+        values_C3 = _statistics(sums)
         if upstream_K3 is None:
             return values_C3
         _dlogits_(
@@ -122,32 +129,32 @@ def head_pass(
             plogp_CV=plogp_CV,
             slope_CV=slope_CV,
             targets_C1=targets_C1,
+            own_C1=own_C1,
             peak_C1=peak_C1,
             values_C3=values_C3,
             upstream_C3=upstream_K3[chunk],
         )
-        if sinks.bias is not None:
-            # From the float32 dz, which is rounded for the GEMMs only.
-            sinks.bias.add_(z_CV.sum(0))
-        if isinstance(unit, Tensor):
-            z_CV.div_(unit)
-        # Rounded on a CPU all the same, so that it gives a GPU's gradients.
-        dz_CV = z_CV.to(dtype) if operand == dtype else _rounded_(z_CV, dtype)
-        if sinks.hidden is not None:
-            # Added up over the blocks of classes, so in the accumulator's dtype, rounded once.
-            dhidden_CD = torch.zeros_like(hidden_CD, dtype=accumulator)
-            for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
-                add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
-            dhidden_CD.mul_(unit)
-            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
-        if sink_VD is not None:
-            add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale)
+        _add_gradients_(
+            z_CV,
+            hidden_CD,
+            rows_K[chunk],
+            head=head,
+            sinks=sinks,
+            sink_VD=sink_VD,
+            unit=unit,
+            upcast_BD=upcast_BD,
+        )
         return values_C3
 
     values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
     logp_K, lse_K, entropy_K = values_K3.unbind(1)
     return Values(logp_K, lse_K, entropy_K if entropy else None)
+
+
+def _equal_chunks(rows: int, most: int) -> int:
+    """Rows of a chunk: a short last one would run its GEMMs at fewer than the budget allows."""
+    return math.ceil(rows / math.ceil(rows / max(1, most)))
 
 
 def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
@@ -211,6 +218,49 @@ def _rounded_(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
     return z_CV
 
 
+def _add_gradients_(
+    z_CV: Tensor,
+    hidden_CD: Tensor,
+    rows_C: Tensor,
+    *,
+    head: Head,
+    sinks: Sinks,
+    sink_VD: Tensor | None,
+    unit: Tensor | float,
+    upcast_BD: Tensor | None,
+) -> None:
+    """Puts the gradients of one chunk into the sinks; rewrites z_CV, which holds dz."""
+    dtype, operand, accumulator = head.weight.dtype, hidden_CD.dtype, z_CV.dtype
+    if sinks.bias is not None:
+        # From the float32 dz, which is rounded for the GEMMs only.
+        sinks.bias.add_(z_CV.sum(0))
+    if isinstance(unit, Tensor):
+        z_CV.div_(unit)
+    # Rounded on a CPU all the same, so that it gives a GPU's gradients.
+    dz_CV = z_CV.to(dtype) if operand == dtype else _rounded_(z_CV, dtype)
+    work = dhidden_CD = None
+    if sinks.hidden is not None:
+        dhidden_CD = _dhidden(dz_CV, head, upcast_BD, accumulator).mul_(unit)
+        work = None if head.shards is None else head.shards.begin_sum(dhidden_CD)
+    if sink_VD is not None:
+        add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale)
+    if sinks.hidden is not None and dhidden_CD is not None:
+        if work is not None:
+            work.wait()  # the sum over processes ran beside the product for dW
+        sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
+
+
+def _dhidden(
+    dz_CV: Tensor, head: Head, upcast_BD: Tensor | None, accumulator: torch.dtype
+) -> Tensor:
+    """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
+    shape = (dz_CV.shape[0], head.weight.shape[1])
+    dhidden_CD = torch.zeros(shape, dtype=accumulator, device=dz_CV.device)
+    for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
+        add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
+    return dhidden_CD
+
+
 def matmul(
     left: Tensor, right: Tensor, accumulator: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
@@ -229,35 +279,47 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
 
 
-def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrites z as exp(z - peak), 0 at the target; gives z_target and the others' peak, (C, 1).
+def _row_sums_(
+    z_CV: Tensor, plogp_CV: Tensor | None, *, targets_C1: Tensor, own_C1: Tensor | None
+) -> RowSums:
+    """Rewrites z as e = exp(z - peak), 0 at the target, and plogp_CV as -e log e; sums them up.
 
-    The clamp keeps rows whose other logits are all -inf free of inf - inf.
+    The clamp keeps rows whose other logits are all -inf free of inf - inf. own_C1: whose target is
+    among these classes; None: all.
     """
     z_target_C1 = z_CV.gather(1, targets_C1)
     # Out of the sum, and not subtracted from it later: 1 - p keeps its digits.
-    z_CV.scatter_(1, targets_C1, -torch.inf)
+    _put_(z_CV, targets_C1, torch.full_like(z_target_C1, -torch.inf), own_C1)
     peak_C1 = z_CV.amax(1, keepdim=True).clamp_min(torch.finfo(z_CV.dtype).min)
     z_CV.sub_(peak_C1).exp_()
-    return z_target_C1, peak_C1
+    plogp_C1 = None
+    if plogp_CV is not None:
+        torch.special.entr(z_CV, out=plogp_CV)  # 0 at e = 0
+        plogp_C1 = plogp_CV.sum(1, keepdim=True)
+    return RowSums(z_target_C1, peak_C1, z_CV.sum(1, keepdim=True), plogp_C1)
 
 
-def _statistics(
-    exp_CV: Tensor, plogp_CV: Tensor | None, z_target_C1: Tensor, peak_C1: Tensor
-) -> Tensor:
+def _put_(x_CV: Tensor, targets_C1: Tensor, values_C1: Tensor, own_C1: Tensor | None) -> None:
+    """x at the target becomes the value; a row whose target is another process's stays as it is."""
+    if own_C1 is not None:
+        values_C1 = torch.where(own_C1, values_C1, x_CV.gather(1, targets_C1))
+    x_CV.scatter_(1, targets_C1, values_C1)
+
+
+def _statistics(sums: RowSums) -> Tensor:
     """(C, 3): logp, lse, entropy (0 without plogp).
 
     logp = log sigmoid(z_target - lse of the others) is never above 0 and keeps the digits of 1 - p;
     no term of the entropy is negative, so nothing cancels.
     """
-    others_C1 = exp_CV.sum(1, keepdim=True)
+    z_target_C1, peak_C1, others_C1, plogp_C1 = sums
     lse_others_C1 = peak_C1 + others_C1.log()
     logp_C1 = F.logsigmoid(z_target_C1 - lse_others_C1)
     lse_C1 = torch.logaddexp(z_target_C1, lse_others_C1)
     entropy_C1 = torch.zeros_like(logp_C1)
-    if plogp_CV is not None:
+    if plogp_C1 is not None:
         scale_C1 = (peak_C1 - lse_C1).exp()
-        entropy_C1 = scale_C1 * ((lse_C1 - peak_C1) * others_C1 + plogp_CV.sum(1, keepdim=True))
+        entropy_C1 = scale_C1 * ((lse_C1 - peak_C1) * others_C1 + plogp_C1)
         # The target's own term, which e = 0 left out; the clamp keeps 0 x -inf from being NaN.
         entropy_C1 -= logp_C1.exp() * logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
     return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
@@ -269,6 +331,7 @@ def _dlogits_(
     plogp_CV: Tensor | None,
     slope_CV: Tensor | None,
     targets_C1: Tensor,
+    own_C1: Tensor | None,
     peak_C1: Tensor,
     values_C3: Tensor,
     upstream_C3: Tensor,
@@ -279,6 +342,8 @@ def _dlogits_(
     """
     logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
     g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
+    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN.
+    peak_C1 = torch.maximum(peak_C1, lse_C1 - 1e4)
     scale_C1 = (peak_C1 - lse_C1).exp()  # p_v = scale e_v
     row_C1 = g_lse_C1 - g_logp_C1
     # expm1 keeps the digits of 1 - p where p is close to 1.
@@ -292,6 +357,6 @@ def _dlogits_(
     exp_CV.mul_(row_C1 * scale_C1)
     if plogp_CV is not None:
         exp_CV.add_(plogp_CV)
-    exp_CV.scatter_(1, targets_C1, target_C1)
+    _put_(exp_CV, targets_C1, target_C1, own_C1)
     if slope_CV is not None:
         exp_CV.mul_(slope_CV)

@@ -18,6 +18,8 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
+from vpgea_fast.kernels.shards import Shards
+
 Tensor = torch.Tensor
 
 
@@ -40,6 +42,7 @@ class Head:
     temperature: float | Tensor = 1.0  # (K,) where it is a tensor
     softcap: float | None = None
     logit_scale: float = 1.0
+    shards: Shards | None = None  # weight and bias are the own classes of a head that is cut
 
     @property
     def capped(self) -> bool:
@@ -136,7 +139,8 @@ INPUTS = (
 class Settings(NamedTuple):
     """The options of a call that are no tensors: the last arguments of every op, in this order.
 
-    operands: what hidden and weight are cast to, once per pass; autocast's dtype, or their own.
+    The last three follow from the tensors. operands: what hidden and weight are cast to, once per
+    pass; autocast's dtype, or their own. group, classes: the `Shards` of a head that is cut.
     """
 
     temperature: float = 1.0
@@ -148,6 +152,14 @@ class Settings(NamedTuple):
     batch_invariant: bool = False
     validate: bool = False
     operands: torch.dtype = torch.float32
+    group: str | None = None
+    classes: int | None = None
+
+    @property
+    def shards(self) -> Shards | None:
+        if self.group is None or self.classes is None:
+            return None
+        return Shards(self.group, self.classes)
 
     def head(self, weight_VD: Tensor, bias_V: Tensor | None, temperature: float | Tensor) -> Head:
         return Head(
@@ -156,6 +168,7 @@ class Settings(NamedTuple):
             temperature=temperature,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            shards=self.shards,
         )
 
 

@@ -53,13 +53,15 @@ def _run(
         lse_gradient=upstream is not None and upstream.lse is not None,
         entropy_gradient=upstream is not None and upstream.entropy is not None,
         batch_invariant=settings.batch_invariant,
+        sharded=settings.shards is not None,
     )
     if selection.masked:
         # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
         hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
-        chunk_bytes = chunk_budget(weight_VD, gradients=upstream is not None)
+        sharded = settings.shards is not None
+        chunk_bytes = chunk_budget(weight_VD, gradients=upstream is not None, sharded=sharded)
     # The backends cast by themselves: autocast would cast their float32 products too.
     with torch.autocast(hidden_TD.device.type, enabled=False):
         return BACKENDS[choice.name].run(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.kernels.contract import Inputs, Settings
+from vpgea_fast.kernels.shards import Shards
 
 Tensor = torch.Tensor
 
@@ -44,7 +45,8 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
     rows that take no part stay, masked.
     """
     targets_T, rows, validate = inputs.targets_T, inputs.rows, settings.validate
-    tokens, vocabulary = targets_T.shape[0], inputs.weight_VD.shape[0]
+    tokens, shards = targets_T.shape[0], settings.shards
+    vocabulary = inputs.weight_VD.shape[0] if shards is None else shards.classes
     kept_T = targets_T != settings.ignore_index
     if coef_T is not None:
         kept_T = kept_T & (coef_T != 0)
@@ -78,13 +80,54 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
         temperature = inputs.temperature_T.index_select(0, rows_K)
         temperature = temperature.to(accumulator(inputs.hidden_TD))
     # Masked rows get class 0, which exists: their own target may be out of range.
-    return Selection(
+    selection = Selection(
         rows_K=rows_K,
         targets_K=_gather(targets_T.long(), rows_K, kept_T if masked else None),
         temperature=temperature,
         kept_T=kept_T,
         masked=masked,
     )
+    if shards is not None:
+        _check_alike(shards, inputs.hidden_TD, selection, coef_T, validate)
+    return selection
+
+
+SAMPLED = 64
+"""Hidden rows that processes compare: N x D would cost a copy, other tokens show in any few."""
+
+
+def _check_alike(
+    shards: Shards, hidden_TD: Tensor, selection: Selection, coef_T: Tensor | None, validate: bool
+) -> None:
+    """Refuses a head that is cut over processes with rows of their own, such as FSDP's.
+
+    One maximum of eight numbers, before any whose size depends on the rows: ranks with unequal
+    counts would wait for each other without end. Replicas may differ by random roundings.
+    """
+    rows_K, kept_T = selection.rows_K, selection.kept_T
+    # Weighted by place: the same rows in another order are other rows.
+    place_K = torch.arange(1.0, rows_K.shape[0] + 1, dtype=torch.float64, device=rows_K.device)
+    few_F = rows_K[:: max(1, rows_K.shape[0] // SAMPLED)]
+    hidden_FD = hidden_TD.detach().index_select(0, few_F).double()
+    hidden_FD = hidden_FD.masked_fill(~kept_T.index_select(0, few_F).unsqueeze(1), 0.0)
+    hidden_FD *= place_K[: few_F.shape[0], None]
+    coef_K = torch.zeros_like(place_K) if coef_T is None else selection.gather(coef_T) * place_K
+    counts = (place_K.sum(), (place_K * selection.targets_K).sum())  # whole numbers: exact
+    numbers = torch.stack([*counts, coef_K.sum(), hidden_FD.sum()])
+    slack = 8 * torch.finfo(hidden_TD.dtype).eps
+    norms = (slack * coef_K.norm(), slack * hidden_FD.norm())
+    bounds = torch.stack([*(0.0 * x for x in counts), *norms])
+    most, least = shards.spread(torch.stack((numbers, bounds)))
+    # Where all hold NaN nothing is larger: the loss says it, as that of a whole head does.
+    check(~(most[0] - least[0] > most[1]).any(), OTHER_ROWS, validate)
+
+
+OTHER_ROWS = (
+    "weight_VD is a DTensor cut by classes, and the ranks of its mesh hold other rows (hidden "
+    "states, targets or coefficients): give each rank the same. Ranks with tokens of their own "
+    "pass weight_VD.full_tensor(grad_placements=[Partial()]), and under FSDP2 call the loss inside "
+    "the forward of the module that owns the weight"
+)
 
 
 def _gather(values_T: Tensor, rows_K: Tensor, kept_T: Tensor | None) -> Tensor:

@@ -121,7 +121,8 @@ def test_an_option_has_one_default_and_one_name():
     """HeadOptions, which a user sees, against the records that become an op's arguments."""
     own = {"bias", "rows"}  # tensors: they are inputs of the op
     assert set(HeadOptions.__annotations__) == own | set(checks.OPTIONS)
-    assert tuple(name for name in Settings._fields if name != "operands") == checks.OPTIONS
+    derived = ("operands", "group", "classes")  # of the tensors
+    assert Settings._fields == checks.OPTIONS + derived
     assert set(NUMBERS) <= set(checks.OPTIONS)
     assert HeadOptions.__doc__ is not None
     for name in checks.OPTIONS:
@@ -129,7 +130,8 @@ def test_an_option_has_one_default_and_one_name():
         assert f"    {name} ({default}): " in HeadOptions.__doc__, name
     assert SETTINGS == (
         "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-        "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands"
+        "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands, "
+        "str? group, int? classes"
     )
 
 
@@ -223,9 +225,9 @@ def test_only_calls_with_gradients_ask(monkeypatch):
     """The losses say which they are: scoring, a value whose gradient comes later, one pass."""
     asked, real = [], head.chunk_budget
 
-    def spy(weight_VD, *, gradients):
+    def spy(weight_VD, *, gradients, sharded):
         asked.append(gradients)
-        return real(weight_VD, gradients=gradients)
+        return real(weight_VD, gradients=gradients, sharded=sharded)
 
     monkeypatch.setattr(head, "chunk_budget", spy)
     hidden_TD, weight_VD = torch.randn(5, 4), torch.randn(9, 4, requires_grad=True)

@@ -91,6 +91,10 @@ def test_presets_load_and_survive_a_round_trip(path):
             {"train": {"questions_per_step": 4, "minibatches": 5}},
             "train.minibatches is 5, but a step has 4 questions",
         ),
+        (
+            {"parallel": {"tensor": "head"}, "loss": {"backend": "triton"}},
+            "parallel.tensor is 'head', but loss.backend is 'triton', which takes whole heads",
+        ),
         ({"train": {"steps": "many"}}, "train.steps: got 'many', expected a whole number"),
         ({"optim": 3}, "optim: got 3, expected keys (name, "),
         ({"optim": {"lr": "1e-6"}}, "optim.lr: got '1e-6', expected a number"),

@@ -117,6 +117,30 @@ def test_states_of_every_optimiser_by_hand():
     assert alone["weights"] == 4 * shape.parameters
 
 
+def test_a_head_cut_by_classes_by_hand():
+    """No whole head and no whole dW; the hidden states of all rows, and an eighth of each logit."""
+    shape = model_shape(qwen(SMALL))
+    cut = settings(parallel={"tensor": "head"}, loss={"backend": "torch"})
+    plain = settings(loss={"backend": "torch"})
+    head, own = 2051 * 256, 257 * 256
+    phases = {name: (parts(shape, plain, name, world=8), parts(shape, cut, name, world=8))
+              for name in ("head", "embedding", "reduction")}  # fmt: skip
+    before, after = phases["embedding"]
+    assert before["units"] - after["units"] == head * (2 + 4)
+    before, after = phases["head"]
+    chunks = 6144 * (257 * 6 + 8 * 256) - 768 * (2051 * 6 + 8 * 256)
+    joined = 2 * (6144 - 768) * 256 * 2 + 2 * 768 * 256 * 2
+    assert after["head"] - before["head"] == chunks + joined + own * 2
+    for name, (before, after) in phases.items():
+        assert before["gradients"] == after["gradients"], name
+    given = {"world": 8, "micro_batches": 3, "scoring_batches": 1}
+    before, after = (communication(shape, cfg, **given) for cfg in (plain, cut))
+    assert before["all-gather"].calls - after["all-gather"].calls == 1
+    assert before["reduce-scatter"].total - after["reduce-scatter"].total == 7 * own * 4
+    assert after["head rows"].total == 7 * 768 * 256 * 2 * 4
+    assert after["head gradients"].total == 7 * 768 * 256 * 4 * 2 * 3
+
+
 def test_the_host_holds_what_is_offloaded():
     shape, plain = model_shape(qwen(SMALL)), settings()
     cfg = settings(parallel={"cpu_offload": True}, checkpoint={"background": True})
@@ -698,6 +722,25 @@ def question(student=5, teacher=9, target_tokens=4):
             r"parallel\.replicas: got 3, expected a divisor of the 8",
         ),
         ({"parallel": {"shard": "never"}}, {}, GPUS, r"parallel\.shard: got 'never' with 8"),
+        (
+            {"parallel": {"tensor": "head"}},
+            {},
+            LAPTOP,
+            r"parallel\.tensor: got 'head' with 1 processes",
+        ),
+        (
+            {"parallel": {"tensor": "head"}},
+            {"tie_word_embeddings": True},
+            GPUS,
+            r"parallel\.tensor: got 'head' for a model that ties its head",
+        ),
+        (
+            {"parallel": {"tensor": "head"}, "model": {"master_dtype": "bfloat16"}}
+            | {"optim": {"stochastic_rounding": True}},
+            {},
+            GPUS,
+            r"parallel\.tensor: got 'head' with model\.master_dtype 'bfloat16'",
+        ),
         (
             {},
             {"num_key_value_heads": 3},

@@ -1130,9 +1130,10 @@ def test_a_dtensor_names_the_remedy(tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         for placement in (Replicate(), Shard(0)):
-            hidden, weight = (
-                distribute_tensor(x.detach(), mesh, [placement]) for x in (hidden_TD, weight_VD)
-            )
+            # By classes the losses take it: test_shards.py.
+            other = Shard(1) if placement.is_shard() else placement
+            hidden = distribute_tensor(hidden_TD.detach(), mesh, [placement])
+            weight = distribute_tensor(weight_VD.detach(), mesh, [other])
             with pytest.raises(ValueError, match=r"weight_VD is a DTensor.*grad_placements=\[Part"):
                 weighted_logprob_loss(hidden_TD, weight, targets_T, coef_T)
             with pytest.raises(ValueError, match=r"hidden_TD is a DTensor.*hidden_TD.to_local\(\)"):

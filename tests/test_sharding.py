@@ -9,6 +9,7 @@ import re
 import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vpgea_fast.checkpoint import load_checkpoint, save_checkpoint
 from vpgea_fast.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig
 from vpgea_fast.distributed import World, full_weights, open_world, reshard
 from vpgea_fast.losses import weighted_logprob_loss
@@ -65,11 +67,11 @@ def make_rows(count, seed=0, gated=0):
     return rows
 
 
-def load(path, world, *, dtype="float32", accumulate="sharded", **model):
+def load(path, world, *, dtype="float32", accumulate="sharded", tensor="none", **model):
     cfg = ModelConfig(
         path=path, dtype=dtype, device="cpu", **{"activation_checkpointing": "none"} | model
     )
-    return load_policy(cfg, world, ParallelConfig(accumulate=accumulate))
+    return load_policy(cfg, world, ParallelConfig(accumulate=accumulate, tensor=tensor))
 
 
 def passes_of(policy, world, budget):
@@ -238,6 +240,89 @@ def test_two_processes_make_the_gradient_of_one(model_dirs, tied):
             assert fact["reduces"] == layers + layers // SHAPE["layers"] + 1, case  # root, head
         if tied == "untied" and "budget" in case:
             assert fact["first_reduce"] == HEAD, case  # before the backward of any layer
+
+
+BY_CLASSES = [
+    {"tensor": "head"},
+    {"tensor": "head", "accumulate": "unsharded"},
+    {"tensor": "head", "budget": 10_000},  # one micro-batch
+]
+
+
+def test_a_head_cut_by_classes_makes_the_gradient_of_one(model_dirs):
+    """Uneven rows on the processes, and a vocabulary that two do not divide."""
+    facts, other = run_ranks(step_facts, model_dirs["untied"], BY_CLASSES)
+    assert facts == other
+    for case, fact in zip(BY_CLASSES, facts, strict=True):
+        assert fact["sharded"]
+        assert fact["loss"][0] == pytest.approx(fact["loss"][1], abs=1e-6)
+        assert fact["norm"][0] == pytest.approx(fact["norm"][1], rel=2e-6)
+        assert fact["error"] < 2e-6
+        assert fact["head_gathers"] == 0
+        # The embedding has the head's size, and is reduced with the layers.
+        assert fact["head_reduces"] == (1 if "accumulate" in case else fact["rounds"])
+
+
+def handed_on(policy):
+    """Whole weights by name; clones, since a unit's are valid only until the next."""
+    return {name: weight.clone() for name, weight in full_weights(policy)}
+
+
+def cut_head_facts(paths, folder):
+    """Of a policy whose head is cut: its whole weights, its steps beside one process's, its
+    checkpoint in a head that is cut and in one that is not, a refusal."""
+    world, facts = open_world(ParallelConfig(), "cpu"), {}
+    for dtype in ("float32", "bfloat16"):
+        policy = load(paths["untied"], world, dtype=dtype, tensor="head")
+        own = load(paths["untied"], ALONE).causal_lm.state_dict()
+        found = handed_on(policy)
+        assert found.keys() == own.keys()
+        facts[dtype] = all(torch.equal(w, own[n].to(w.dtype)) for n, w in found.items())
+        facts[f"{dtype} given"] = sorted({str(w.dtype) for w in found.values()})
+    single, policy = load(paths["untied"], ALONE), load(paths["untied"], world, tensor="head")
+    histories = []
+    for each, where in ((single, ALONE), (policy, world)):
+        optimizer, history = build_optimizer(each.parameters(), OptimConfig(lr=1e-4)), []
+        for step in range(5):
+            rows = drop_zero_rows(make_rows(5, seed=step, gated=1))
+            loss = train_pass(each, where, rows, 60)
+            history += [loss, apply_update(optimizer, lr=1e-4, max_grad_norm=1.0)]
+        histories.append([*history, *torch.cat(score(each, where, rows)).tolist()])
+    facts["steps"] = histories
+    save_checkpoint(
+        Path(folder), 5, trainer_state={}, keep_last=1, world=world, model=each, optimizer=optimizer
+    )
+    for tensor in ("head", "none"):
+        other = load(paths["untied"], world, tensor=tensor)
+        fresh = build_optimizer(other.parameters(), OptimConfig(lr=1e-4))
+        load_checkpoint(Path(folder), world=world, model=other, optimizer=fresh)
+        kept = handed_on(each)
+        read = handed_on(other)
+        facts[f"loaded {tensor}"] = all(torch.equal(read[name], kept[name]) for name in kept)
+        train_pass(other, world, make_rows(5), 60)
+        apply_update(fresh, lr=1e-4, max_grad_norm=1.0)
+        stepped = handed_on(other)
+        facts[f"step {tensor}"] = [w.double().norm().item() for _, w in sorted(stepped.items())]
+    try:
+        load(paths["tied"], world, tensor="head")
+    except ModelError as refused:
+        facts["tied"] = str(refused)
+    del policy, single, optimizer, each, other, fresh
+    leave(world)
+    return facts
+
+
+def test_a_head_cut_by_classes_is_handed_on_whole_and_steps_as_one(model_dirs, tmp_path):
+    for facts in run_ranks(cut_head_facts, model_dirs, str(tmp_path)):
+        assert facts["loaded head"]
+        assert facts["loaded none"]
+        assert facts["step head"] == pytest.approx(facts["step none"], rel=1e-6, abs=1e-5)
+        for dtype in ("float32", "bfloat16"):
+            assert facts[dtype]
+            assert facts[f"{dtype} given"] == [f"torch.{dtype}"]
+        one, two = facts["steps"]
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+        assert facts["tied"].startswith("parallel.tensor: got 'head' for a model that ties")
 
 
 def test_bfloat16_is_reduced_in_float32(model_dirs):
@@ -495,6 +580,8 @@ def test_what_cannot_be_sharded_is_refused(random_qwen2, tmp_path, monkeypatch):
         ConfigError, match=r"parallel\.replicas: got 2, expected a divisor of the 3"
     ):
         open_world(ParallelConfig(replicas=2), "cpu")
+    with pytest.raises(ConfigError, match=r"parallel\.tensor: got 'head' with 3 processes, 3 rep"):
+        open_world(ParallelConfig(tensor="head", replicas=3), "cpu")
     with pytest.raises(ConfigError, match=r"parallel\.shard: got 'never' with 3 processes"):
         open_world(ParallelConfig(shard="never"), "cpu")
 

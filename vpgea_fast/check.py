@@ -164,6 +164,12 @@ def check_config(
 
 def _check_model(cfg: Config, model: Any) -> None:
     families.measure(model)
+    # The embedding is gathered, so a weight that is both cannot stay where its rows are.
+    if cfg.parallel.tensor == "head" and getattr(model, "tie_word_embeddings", False):
+        raise ConfigError(
+            "parallel.tensor: got 'head' for a model that ties its head to the embedding; set "
+            "'none'"
+        )
     group = cfg.processes_per_engine
     heads = model.num_attention_heads
     keys = getattr(model, "num_key_value_heads", None) or heads
@@ -315,6 +321,12 @@ def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
         raise ConfigError(
             "model.activation_checkpointing: got 'selective' with model.compile, whose kernels "
             "write into what it keeps; set 'full' or 'none'"
+        )
+    # The gradient of a head that is cut stays in float32; no optimiser here takes two dtypes.
+    if cfg.model.master_dtype == "bfloat16" and parallel.tensor == "head":
+        raise ConfigError(
+            "parallel.tensor: got 'head' with model.master_dtype 'bfloat16', which it does not go "
+            "with yet: set 'none', or master_dtype float32"
         )
     # Unsharded gradients, and those of replicas, are summed in float32 and cast once.
     summed = sharded and parallel.accumulate == "sharded" and parallel.replicas == 1

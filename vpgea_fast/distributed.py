@@ -253,6 +253,7 @@ def full_weights(
     # A cast starts from the master weights, but a unit holds the forward's dtype already.
     by_unit = dtype is None and any(isinstance(m, FSDPModule) for m in model.modules())
     shards: set[str] = set()
+    forward: torch.dtype | None = None  # of the units
     for name, weight in named_weights(model).items():
         weight = weight.detach()
         if by_unit and isinstance(weight, DTensor):
@@ -270,8 +271,14 @@ def full_weights(
             # Those of the units below are still DTensors; their turn comes.
             if not isinstance(weight, DTensor) and _public(name) in shards:
                 shards.remove(_public(name))
+                forward = weight.dtype
                 yield _public(name), weight.detach()
         unit.reshard()
+    # In no unit: a head that is cut by classes.
+    named = named_weights(model)
+    for name in sorted(shards):
+        weight = named[name].detach()
+        yield name, _whole(weight if forward is None else weight.to(forward))
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
@@ -365,6 +372,12 @@ def check_world(cfg: ParallelConfig, size: int) -> None:
         raise ConfigError(
             f"parallel.replicas: got {cfg.replicas}, expected a divisor of the {size} processes; "
             "take the number of nodes, or 1"
+        )
+    if cfg.tensor == "head" and (size == 1 or cfg.replicas > 1 or cfg.cpu_offload):
+        raise ConfigError(
+            f"parallel.tensor: got 'head' with {size} processes, {cfg.replicas} replicas and "
+            f"cpu_offload {str(cfg.cpu_offload).lower()}; it wants several processes, one replica "
+            "and no offload: set 'none'"
         )
     if cfg.shard == "never" and (size > 1 or cfg.replicas > 1):
         raise ConfigError(

@@ -25,6 +25,10 @@ Rules that hold for all four functions:
   over all ranks and micro-batches. Frameworks that average gradients over ranks (DDP, FSDP) divide
   the sum by the number of ranks: multiply the coefficients, or 1 / denominator, by the world size
   there.
+* weight_VD may be cut by classes over processes that hold the same tokens: a DTensor placed
+  [Shard(0)] on a mesh of one dimension, with bias and dweight_out placed alike. Every process gets
+  the loss, the values and dX of the whole head, and dW of its own classes. All make the same calls;
+  other rows on one of them are a ValueError. The backend is "torch".
 * torch.compile(fullgraph=True), torch.export, fake and meta tensors see one op a call
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
@@ -66,7 +70,8 @@ class HeadOptions(TypedDict, total=False):
         into [posterior; prior], prior ones + T.
     chunk_bytes (None): memory for the logits of one chunk (all backends but "reference"). None:
         48 MiB or 256 rows, whichever is more; on CUDA up to 4 GiB and at most 1/8 of what is free
-        at the first call of this head on this device, the only time the driver is asked.
+        at the first call of this head on this device, the only time the driver is asked. On CUDA
+        512 MiB for a head that is cut over processes.
     batch_invariant (False): a row's logp, lse and entropy depend, bit for bit, neither on its
         neighbours nor on its place in a chunk. Always so in "triton", which needs CUDA; a
         ValueError in the others.
@@ -175,6 +180,7 @@ def choose_backend(
     dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     entropy_gradient: bool = False,
+    sharded: bool = False,
 ) -> BackendChoice:
     """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
@@ -182,8 +188,8 @@ def choose_backend(
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
     backward with a gradient of the entropy runs on "torch". Shape and free memory decide the size
-    of a chunk, not the backend. Each distinct decision of "auto" is logged once, at INFO, on the
-    logger "vpgea_fast.losses".
+    of a chunk, not the backend. sharded: the head's classes are cut over processes. Each distinct
+    decision of "auto" is logged once, at INFO, on the logger "vpgea_fast.losses".
 
     ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
@@ -196,6 +202,7 @@ def choose_backend(
         dtype,
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
+        sharded=sharded,
     )
 
 
@@ -224,7 +231,8 @@ def linear_logprob(
     confident tokens. Nothing but the inputs is saved; the backward makes the logits again.
 
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
-    (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
+    (on CUDA a device-side assertion, without synchronisation, unless `validate`); a weight that is
+    sharded otherwise than by classes.
     """
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
@@ -263,7 +271,7 @@ def weighted_logprob_loss(
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
-    checks.check_sink(dweight_out, weight_VD)
+    sink_VD = checks.checked_sink(dweight_out, weight_VD)
     # Asked for here: inside an autograd function grad mode is off and requires_grad is lost.
     grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
     needs = Needs(
@@ -271,7 +279,7 @@ def weighted_logprob_loss(
         weight=grad and (weight_VD.requires_grad or dweight_out is not None),
         bias=grad and bias_V is not None and bias_V.requires_grad,
     )
-    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, dweight_out, needs, settings)
+    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, settings)
     return WeightedLoss(loss, logp_T, kept_T)
 
 

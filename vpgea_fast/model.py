@@ -28,13 +28,23 @@ from torch import nn
 from torch.distributed.fsdp import (
     FSDPModule,
 )
+from torch.distributed.tensor import DTensor
 
 from vpgea_fast import attention, families, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.model_dir import ModelError, decoder_layers, empty_model
-from vpgea_fast.shard import allocate, cut, draw, read_parts, units, weights_in_parts
+from vpgea_fast.shard import (
+    AllRows,
+    JoinedRows,
+    allocate,
+    cut,
+    draw,
+    read_parts,
+    units,
+    weights_in_parts,
+)
 from vpgea_fast.types import PackedBatch
 from vpgea_fast.weights import load_causal_lm, without_storage
 
@@ -89,15 +99,26 @@ class LossHead(nn.Linear):
         }
         # A copy of V x D only where autocast is in use: a sharded head is gathered in this dtype.
         weight_VD = self.weight.to(hidden.dtype)
+        rows = None
+        if isinstance(self.weight, DTensor):  # cut by classes: a unit of FSDP is plain in here
+            rows = AllRows(self.weight.device_mesh, hidden.shape[0], hidden.device)
+            hidden = JoinedRows.apply(hidden, rows)
+            targets = rows.join(targets, fill=-100)  # the losses' ignore_index
         if coef is None:
             out = losses.linear_logprob(
                 hidden, weight_VD, targets, return_entropy=entropy, **options
             )
-            return Output(None, out.logp, out.entropy)
+            own = slice(None) if rows is None else rows.own
+            return Output(None, out.logp[own], None if out.entropy is None else out.entropy[own])
+        coef_all = coef if rows is None else rows.join(coef)
         out = losses.weighted_logprob_loss(
-            hidden, weight_VD, targets, coef, dweight_out=self._sink(), **options
+            hidden, weight_VD, targets, coef_all, dweight_out=self._sink(), **options
         )
-        return Output(out.loss, out.logp)
+        if rows is None:
+            return Output(out.loss, out.logp)
+        logp = out.logp[rows.own]
+        # The value of the own rows, with the gradient of the sum over all processes.
+        return Output((coef * logp).sum() + (out.loss - out.loss.detach()), logp)
 
     def _sink(self) -> torch.Tensor | None:
         """Return the weight's own gradient, in float32 at least; None for a scoring pass."""
@@ -131,6 +152,7 @@ class Policy(nn.Module):
         self.dtype = dtype
         self.run_device = device
         # Chosen and measured before the model is changed: what is refused here leaves it as it was.
+        self.asked = backend
         self.backend = losses.choose_backend(backend, device=self.device, dtype=dtype)
         options = families.measure(causal_lm.config)
         families.remove_randomness(causal_lm)
@@ -203,6 +225,11 @@ class Policy(nn.Module):
 
     def shard(self, world: World, parallel: ParallelConfig) -> Self:
         """Cut the policy over the mesh of `world`, in place; parameters become DTensors."""
+        if parallel.tensor == "head":
+            self.backend = losses.choose_backend(
+                self.asked, device=self.device, dtype=self.dtype, sharded=True
+            )
+            self.head.backend = self.backend.name
         cut(self, self.causal_lm, self.dtype, world=world, parallel=parallel)
         self.whole_gradients = parallel.accumulate == "unsharded"
         self.offloaded = parallel.cpu_offload

@@ -3,7 +3,8 @@
     model without storage -> cut: units -> allocate -> read_parts, or draw
 
 Units: every decoder layer, the embedding, the head (with the embedding when tied), and the root,
-which holds the final norm. No process ever holds all of the model.
+which holds the final norm. No process ever holds all of the model. With `parallel.tensor: head` the
+head is no unit: each process keeps its classes, and takes the rows of all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -19,7 +21,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from vpgea_fast import attention
@@ -47,23 +49,84 @@ def cut(
     if parallel.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     options: dict[str, Any] = {"mesh": world.mesh, "mp_policy": mixed, "offload_policy": offload}
+    by_classes = parallel.tensor == "head"
+    if by_classes:
+        _cut_by_classes(head, tied=tied, world=world)
     # From the inside out: each call takes only what no unit has yet.
     for layer in decoder_layers(causal_lm):
         fully_shard(layer, **options)
     # FSDP does not share a parameter between two units, so a tied weight is in one.
-    ends = [[embedding, head]] if tied else [[embedding], [head]]
+    ends = [[embedding, head]] if tied else [[embedding], [head]][: 2 - by_classes]
     for modules in ends:
         # One all-gather of the head serves all micro-batches of a step, scoring included.
         fully_shard(modules, reshard_after_forward=False, **options)
-    fully_shard(policy, **options)
+    fully_shard(policy, ignored_params=set(head.parameters()) if by_classes else None, **options)
     for unit in units(policy):
         # Sums: FSDP would divide by the number of processes. Neither call recurses.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-    head.set_unshard_in_backward(False)  # its gradient is made by then
+    if not by_classes:
+        head.set_unshard_in_backward(False)  # its gradient is made by then
     embedding.set_unshard_in_backward(False)  # needs no weight
     if tied and head.weight is not embedding.weight:
         raise ModelError("sharding untied the embeddings; update torch to 2.13 or newer")
+
+
+def _cut_by_classes(head: Any, *, tied: bool, world: World) -> None:
+    """Leave each process its classes of the head, as `Shard(0)` of the mesh. Errors: ModelError."""
+    mesh = world.mesh
+    assert mesh is not None
+    if tied:
+        raise ModelError(
+            "parallel.tensor: got 'head' for a model that ties its head to the embedding, which is "
+            "gathered; set 'none'"
+        )
+    for name, whole in list(head.named_parameters(recurse=False)):
+        shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, [Shard(0)])
+        own = whole.detach()[offset[0] : offset[0] + shape[0]].clone()
+        part = DTensor.from_local(
+            own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        setattr(head, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+class AllRows:
+    """The rows of all processes of a mesh, one after the other, where each brings its own R.
+
+    Padded to the largest R, which takes one exchange of counts.
+    """
+
+    def __init__(self, mesh: Any, rows: int, device: torch.device) -> None:
+        self.group = mesh.get_group()
+        counts = self._gathered(torch.tensor([rows], device=device)).tolist()
+        self.room = max(counts)
+        first = self.room * mesh.get_local_rank()
+        self.own = slice(first, first + rows)
+
+    def join(self, rows_R: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """(R, ...) of each -> (n room, ...) of all. No gradient."""
+        padded = rows_R.new_full((self.room, *rows_R.shape[1:]), fill)
+        padded[: rows_R.shape[0]] = rows_R
+        return self._gathered(padded)
+
+    def _gathered(self, x: torch.Tensor) -> torch.Tensor:
+        whole = x.new_empty((dist.get_world_size(self.group), *x.shape))
+        dist.all_gather(list(whole.unbind()), x, group=self.group)
+        return whole.flatten(0, 1)
+
+
+class JoinedRows(torch.autograd.Function):
+    """`AllRows.join` of hidden states (R, D). Its gradient is whole on every process, each of which
+    takes that of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: torch.Tensor, rows: AllRows) -> torch.Tensor:
+        ctx.own = rows.own
+        return rows.join(hidden_RD)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return upstream[0][ctx.own], None
 
 
 def units(model: nn.Module) -> list[Any]:

@@ -135,6 +135,10 @@ class ParallelConfig:
     """Gradients between micro-batches. `sharded`: reduced into shards each time. `unsharded`: kept
     whole on every process and reduced once, at 4 bytes per parameter. The head is always
     unsharded."""
+    tensor: Literal["none", "head"] = "none"
+    """Cut over the processes instead of gathered. `head`: each process keeps its share of the
+    vocabulary and its gradient, and computes them for the rows of all processes. It saves memory,
+    not time."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimiser states in host memory between uses."""
     timeout_minutes: Minutes = 30.0

@@ -244,6 +244,11 @@ class Config:
                 f"objective {self.objective.name!r} {does} sampled answers, but "
                 f"rollout.full_answer is false; set it to true or {other}"
             )
+        if self.parallel.tensor == "head" and self.loss.backend not in ("auto", "torch"):
+            raise ValueError(
+                f"parallel.tensor is 'head', but loss.backend is {self.loss.backend!r}, which "
+                "takes whole heads; set it to auto or torch"
+            )
         self._check_target()
         self._check_record()
         self._check_posterior()
@@ -292,6 +297,9 @@ class Config:
                 f"optim.schedule {self.optim.schedule!r} falls over train.steps, and "
                 "train.max_tokens ends the run anywhere on that way; set optim.schedule constant"
             )
+        self._check_dtypes()
+
+    def _check_dtypes(self) -> None:
         # Either one alone is a mistake that shows only as a model that does not learn.
         rounded = self.model.master_dtype == "bfloat16"
         if rounded != self.optim.stochastic_rounding:

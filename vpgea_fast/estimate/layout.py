@@ -118,6 +118,18 @@ class Layout:
         return self.world // self.cfg.parallel.replicas if self.sharded else 1
 
     @property
+    def by_classes(self) -> bool:
+        """Whether the head is no unit: each process has its classes, for the rows of all."""
+        return self.sharded and self.cfg.parallel.tensor == "head"
+
+    @property
+    def gathered_head(self) -> int:
+        """Elements of the head that its forward finds whole, in a unit."""
+        if not self.sharded or self.by_classes:
+            return 0
+        return numel(self.shape.head or self.shape.embedding)
+
+    @property
     def forward(self) -> int:
         return getattr(torch, self.cfg.model.dtype).itemsize
 

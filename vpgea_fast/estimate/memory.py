@@ -32,6 +32,8 @@ KEYS = {
 
 HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
 """Bytes of the logits of one chunk of the head, at most, and rows of one of the Triton head."""
+HEAD_BYTES_CUT = 512 << 20
+"""The same of a head that is cut by classes."""
 
 UPCAST_BYTES = 2 << 20
 """Of a half-precision head on a CPU: the part of its weight that is in float32 at a time."""
@@ -196,8 +198,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     held = {"gradients": gradients["training"], "activations": layers * kept * tokens}
     # Units exist when the model is sharded; a gather has a flat copy when there is a peer.
     block = max(map(numel, shape.blocks)) * lay.sharded
-    head = numel(shape.head or shape.embedding) * lay.sharded
-    embedding = numel(shape.embedding)
+    head, embedding = lay.gathered_head, numel(shape.embedding)
     sharded_sum = lay.sharded and lay.cfg.parallel.accumulate == "sharded"
     flat = lay.shards > 1
     pair = block * s * (1 + flat)
@@ -233,7 +234,8 @@ def reference_bytes(lay: Layout) -> int:
 def _reference_pass(lay: Layout) -> dict[str, int]:
     """Size a forward of the reference policy: what scoring takes, and the ends of the policy, which
     may still be gathered from a pass of its own."""
-    parts, ends = _scoring(lay), numel(lay.shape.head) + numel(lay.shape.embedding)
+    parts, ends = _scoring(lay), numel(lay.shape.embedding)
+    ends += 0 if lay.by_classes else numel(lay.shape.head)
     return {**parts, "units": parts["units"] + lay.forward * ends * lay.sharded}
 
 
@@ -271,6 +273,8 @@ def _gradients(lay: Layout) -> dict[str, int]:
     waiting = 0 if lay.cfg.parallel.cpu_offload else reduced
     if lay.cfg.parallel.accumulate == "unsharded":
         training = (lay.shape.parameters - vocabulary) * lay.reduce  # the head's dW is in its unit
+        if lay.by_classes:
+            training += lay.local(lay.shape.head) * lay.reduce
     elif lay.cfg.parallel.replicas > 1 or lay.master < lay.reduce:
         training = lay.held * max(lay.reduce, lay.master)  # summed as it was reduced, cast once
     else:
@@ -322,22 +326,30 @@ def _activations(lay: Layout) -> tuple[int, int]:
 
 def _head(lay: Layout) -> int:
     """Size the head: hidden states of the target rows and their gradient, the final norm, and a
-    chunk of logits with its operands; under autocast also the head's cast weight."""
+    chunk of logits with its operands; under autocast also the head's cast weight.
+
+    Of a head that is cut by classes: the rows of all processes, and its own classes, cast."""
     shape, tokens, s = lay.shape, lay.cfg.train.micro_batch_tokens, lay.forward
+    processes = lay.shards if lay.by_classes else 1
+    own, norm = tokens, tokens * shape.hidden * (4 + 2 * lay.residual)
+    tokens *= processes
     wide, half = max(4, s), s < 4
     copied = s * (half and lay.cuda)  # dz's; a CPU rounds in place
     logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + copied)
-    row = shape.vocabulary * logit
-    rows = min(tokens, HEAD_BYTES // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
+    row = -(-shape.vocabulary // processes) * logit
+    limit = HEAD_BYTES_CUT if lay.by_classes else HEAD_BYTES
+    rows = min(tokens, limit // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
     if lay.cfg.loss.backend == "triton":
         rows = min(rows, TRITON_ROWS)
     if lay.cfg.loss.backend == "reference":  # all logits, their log-softmax, two gradients
         rows = tokens
     rows = -(-tokens // -(-tokens // rows))  # chunks of equal size
     chunk = rows * (row + 2 * shape.hidden * wide)
-    norm = tokens * shape.hidden * (4 + 2 * lay.residual)
     weight = shape.vocabulary * shape.hidden
     cast = weight * s * lay.autocast
+    if lay.by_classes:
+        # Joined once more than it is used: the own rows, and their gradient of all.
+        cast = lay.local(shape.head) * s * (s != lay.master) + 2 * own * shape.hidden * s
     if half and not lay.cuda:
         cast += min(UPCAST_BYTES, 4 * weight)
     return norm + 2 * tokens * shape.hidden * s + chunk + cast
@@ -397,7 +409,7 @@ def _scoring(lay: Layout) -> dict[str, int]:
     training, the units that are whole for it."""
     shape, s = lay.shape, lay.forward
     block = max(map(numel, shape.blocks)) * lay.sharded
-    head = numel(shape.head or shape.embedding) * lay.sharded
+    head = lay.gathered_head
     embedding = 0 if shape.tied else numel(shape.embedding) * lay.sharded
     flat = lay.shards > 1
     return {

@@ -43,7 +43,8 @@ def communication(
     root stay gathered from a scoring batch to the next backward, the head to the last one of the
     step: it is gathered and reduced once. The reference policy gives up what it gathered after each
     pass, of which there is one. The other gradients are reduced every micro-batch, or
-    once when they accumulate unsharded. Replicas sum their shards once a step. At its end the
+    once when they accumulate unsharded. A head that is cut by classes sends rows, not weights.
+    Replicas sum their shards once a step. At its end the
     sampling replica is filled, or vLLM's weights are. Of two models each gives up what it gathered
     after a pass, of which it has one to score and one to train, and the engine gets three sets of
     weights a step.
@@ -56,6 +57,8 @@ def communication(
     head = lay.local(shape.head or shape.embedding)
     ends = [lay.local(shape.root), *([] if shape.tied else [lay.local(shape.embedding)])]
     units = [*blocks, *ends, head]
+    # No unit: its rows travel instead, counted below.
+    whole_head = [] if lay.by_classes else [head]
     # The head's gradient stays whole until the last micro-batch, so it is always reduced once.
     models, passes = lay.models, 1
     if models > 1:
@@ -63,16 +66,23 @@ def communication(
     reductions = models if cfg.parallel.accumulate == "unsharded" else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
     # No gather for scoring: what it leaves gathered serves the first micro-batch.
-    gathers += [(n, max(passes, micro_batches)) for n in ends] + [(head, passes)]
-    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(head, models)]
+    gathers += [(n, max(passes, micro_batches)) for n in ends] + [(n, passes) for n in whole_head]
+    scatters = [(n, reductions) for n in (*blocks, *ends)] + [(n, models) for n in whole_head]
     shards, replicas = lay.shards, cfg.parallel.replicas
     traffic = {
         "all-gather": _ring(gathers, lay.forward, group=shards, node=node),
         "reduce-scatter": _ring(scatters, lay.reduce, group=shards, node=node),
     }
     if reference_batches:
-        own = [(n, reference_batches) for n in blocks] + [(n, 1) for n in (*ends, head)]
+        own = [(n, reference_batches) for n in blocks] + [(n, 1) for n in (*ends, *whole_head)]
         traffic["reference"] = _ring(own, lay.forward, group=shards, node=node)
+    if lay.by_classes:
+        # Hidden states of all rows to all; their gradient in float32, summed and spread again.
+        rows = cfg.train.micro_batch_tokens * shape.hidden
+        batches = micro_batches + scoring_batches
+        traffic["head rows"] = _ring([(rows, batches)], lay.forward, group=shards, node=node)
+        back = _ring([(rows, 2 * micro_batches)], lay.reduce, group=shards, node=node)
+        traffic["head gradients"] = back
     # HSDP: gradients are summed over the replicas after each has reduced its own.
     if replicas > 1:
         sums = [(n, models) for n in units]
