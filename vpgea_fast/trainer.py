@@ -314,7 +314,7 @@ class Trainer:
             policy.expect_backward(last=last)
             out = policy(batch, temperature=temperature)
             out.loss.backward()
-            return out.logp.cpu()
+            return out.logp.detach()
 
         try:
             return policies.run(backward, rows, plan)

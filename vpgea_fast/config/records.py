@@ -100,7 +100,12 @@ class TrainConfig:
     sampling of DAPO, arXiv 2503.14476."""
     # Memory of a forward, and with it the number of gathers of a sharded model.
     micro_batch_tokens: PositiveInt = 16384
-    """Packed tokens per forward; at least the longest row that may come."""
+    """Packed tokens per forward that trains; at least the longest row that may come."""
+    # Without a backward nothing is kept but one layer's tensors.
+    score_tokens: PositiveInt | None = None
+    """Packed tokens per forward without gradients; at least the longest row that may come. null:
+    1, 2, 4 or 8 times train.micro_batch_tokens, the most that needs no more memory than training
+    does (the run says how many)."""
     # When a run that learns nothing, or something wrong, ends itself.
     idle_alarm: PositiveInt = 5
     """Raise an alarm after this many steps in a row without an update."""
