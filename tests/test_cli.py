@@ -532,7 +532,7 @@ def test_dry_run_says_how_much_vllm_may_take_and_that_fits(vllm_plan):
     cache = re.search(r"too many; set engine\.kv_cache_gib to ([0-9.]+)", shown)
     assert cache is not None
     assert "more than it holds" not in plan("--engine.kv_cache_gib", cache[1])
-    wide = ["--engine.gpu_memory", "0.5", "--train.micro_batch_tokens", "200000"]
+    wide = ["--engine.gpu_memory", "0.5", "--train.micro_batch_tokens", "400000"]
     assert "raise engine.tensor_parallel, take more processes, or let a server" in plan(*wide)
 
 

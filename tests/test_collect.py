@@ -86,6 +86,38 @@ def test_a_lost_path_counts_though_its_question_is_replaced(tiny_words, monkeypa
     assert counted == {"paths_error": 1, "groups_dropped": 1}
 
 
+def test_both_streams_are_scored_in_one_pass_of_few_batches(tiny_words):
+    """Forwards of train.score_tokens, and the same numbers as in small ones of each stream."""
+    more = ["--train.micro_batch_tokens", "200", "--model.dtype", "float64"]
+    more += ["--objective.group_size", "2", "--train.score_tokens"]
+    found, passes, forwards = [], [], []
+    for tokens in (200, 10_000):
+        words = tiny_words(SMALL)(f"run{tokens}", *more, str(tokens))
+        cfg = config.load(TINY, words)
+        with Trainer(cfg) as trainer:
+            collector, seen = trainer.stages.collector, []
+            score = collector.row_logprobs
+            collector.row_logprobs = lambda rows, seen=seen, score=score: (
+                seen.append(rows) or score(rows)
+            )
+            counts: list[int] = []
+            trainer.stages.policy.register_forward_pre_hook(
+                lambda *given, counts=counts: counts.append(given[1][0].targets.numel())
+            )
+            said = [*introduction(cfg, trainer.stages, trainer.world)]
+            found.append(collector.collect(0, PhaseTimer(), {})[0])
+            passes.append(seen)
+            forwards.append(counts)
+        line = "tokens of a forward: 200 that trains, 10000 without gradients"
+        assert (line in said) == (tokens != 200)
+    assert [len(seen) for seen in passes] == [1, 1]
+    assert len(passes[0][0]) == 3 * (2 + cfg.objective.draws().prior)
+    assert len(forwards[1]) < len(forwards[0]) / 3
+    for name in ("posterior", "prior"):
+        few, many = (batch.stream(name).u_BP for batch in found)
+        torch.testing.assert_close(few, many, atol=1e-9, rtol=0)
+
+
 def test_a_wrong_answer_is_looked_for_beyond_other_spellings():
     spellings = [f"yes{i}" for i in range(20)]
     right = prompted("q", student=[3], teacher=[3], cue=[4], target=[5]).question

@@ -21,7 +21,13 @@ from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.check import Target, check_config, target
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
-from vpgea_fast.estimate import RESERVE, communication, estimate_memory, model_shape
+from vpgea_fast.estimate import (
+    RESERVE,
+    communication,
+    estimate_memory,
+    model_shape,
+    score_tokens,
+)
 from vpgea_fast.intake import check_text
 from vpgea_fast.model import Policy
 from vpgea_fast.model_dir import ModelError
@@ -333,8 +339,10 @@ def test_answers_are_scored_beside_a_vllm_that_may_be_asked_again():
     shape, found = with_vllm(train=RESAMPLED)
     scoring = found.phases["scoring"]
     backward, head = found.phases["backward"], found.phases["head"]
-    assert scoring["head"] == head["head"]
+    # One after the other: a layer's tensors, then the head's.
+    assert scoring["activations"] + scoring["head"] == max(scoring["activations"], head["head"])
     assert 0 < scoring["activations"] <= backward["activations"]
+    assert found.score_tokens == 768  # beside vLLM no room is known
     block = sum(math.prod(p) for p in shape.blocks[0])
     assert scoring["units"] == 2 * (2 * 2051 * 256 + max(2 * block, 2051 * 256))
     for given in (
@@ -395,6 +403,62 @@ def test_on_a_cpu_vllm_never_sleeps_and_unties_the_head(tied):
     everywhere = [*TRAINING, "sampling", "sync"]
     assert in_phases(found, "vllm weights") == dict.fromkeys(everywhere, engine.weights)
     assert in_phases(found, "vllm kv cache") == dict.fromkeys(everywhere, GIB)
+
+
+# --- tokens of a forward without gradients --------------------------------------------------------
+
+
+def scored_at(shape, tokens, *, world=1, **given):
+    """(bytes of the scoring phase at so many tokens, bytes of the highest phase of training)."""
+    cfg = settings(**given, train={"micro_batch_tokens": 768, "score_tokens": tokens})
+    phases = estimate_memory(shape, cfg, world=world, context=100, prompt=10).phases
+    totals = {name: sum(sizes.values()) for name, sizes in phases.items()}
+    no_gradients = max(totals[name] for name in ("scoring", "reference") if name in totals)
+    return no_gradients, max(totals[name] for name in TRAINING)
+
+
+@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"model": {"activation_checkpointing": "none"}},
+        {"parallel": {"shard": "never"}},
+        {"objective": HELD, "rollout": {"full_answer": True}},
+        {"objective": HELD, "rollout": {"full_answer": True}, "model": {"reference": "disk"}},
+    ],
+    ids=["full", "none", "whole", "reference", "read"],
+)
+def test_scoring_takes_the_most_tokens_that_training_has_room_for(world, given):
+    """Twice as many would need more, unless they are the eight micro-batches that are enough."""
+    shape = model_shape(qwen((512, 12, 1024, 8, 2, 515)))
+    tokens = score_tokens(shape, settings(**given), world=world)
+    assert tokens in (768, 2 * 768, 4 * 768, 8 * 768)
+    if tokens > 768:
+        needed, room = scored_at(shape, tokens, world=world, **given)
+        assert needed <= room
+    if tokens < 8 * 768:
+        needed, room = scored_at(shape, 2 * tokens, world=world, **given)
+        assert needed > room
+
+
+def test_scoring_takes_a_multiple_where_training_keeps_every_layer():
+    """12 layers' tensors are room for the one that scoring holds; without any training none is."""
+    shape = model_shape(qwen((512, 12, 1024, 8, 2, 515)))
+    keeps = {"model": {"activation_checkpointing": "none"}}
+    assert score_tokens(shape, settings(**keeps)) == 8 * 768
+    assert score_tokens(shape, settings(**keeps, train={"record": "weights"}).asked) == 768
+    assert score_tokens(shape, settings(**keeps, train={"score_tokens": 1000})) == 1000
+
+
+def test_a_budget_that_is_given_is_planned_for_and_is_what_to_lower():
+    shape = model_shape(qwen(SMALL))
+    cfg = settings(train={"score_tokens": 2**20})
+    found = estimate_memory(shape, cfg, context=100, prompt=10)
+    assert found.phase == "scoring"
+    assert found.lower() == ("activations", "train.score_tokens")
+    assert found.score_tokens == 2**20
+    assert "scoring" not in estimate_memory(shape, settings(), context=100, prompt=10).phases
 
 
 # --- simulation: many processes in one, the others' messages left out ----------------------------
@@ -621,6 +685,36 @@ def test_estimated_peaks_are_the_measured_ones(dtype, grade, world, tied, tmp_pa
         if phase != "sampling"
     )
     assert peak == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "world"),
+    [("float32", 0), ("float32", 8), pytest.param("bfloat16", 0, marks=pytest.mark.slow)],
+)
+def test_a_forward_without_gradients_takes_at_most_what_is_planned(dtype, world, tmp_path):
+    """And at least half of it: the plan adds up what lies beside each other for a moment only."""
+    tokens = TOKENS[dtype]
+    cfg = settings(
+        model={"dtype": dtype},
+        parallel={"shard": "always" if world else "never"},
+        train={"score_tokens": tokens},
+    )
+    model, batch = causal_lm(SMALL, cfg, False), full_batch(tokens)
+    if world:
+        with fake_world(world) as mesh:
+            policy = sharded(model, mesh, cfg)
+            peak = peak_bytes(lambda: policy.logprob(batch), tmp_path)
+            del policy, model
+    else:
+        policy = Policy(model, dtype=getattr(torch, dtype))
+        policy.logprob(batch)
+        peak = peak_bytes(lambda: policy.logprob(batch), tmp_path)
+    shape = model_shape(qwen(SMALL))
+    found = estimate_memory(shape, cfg, world=max(1, world), cuda=False, context=1, prompt=1)
+    there = ("weights", "optimiser", "sampling replica")
+    sizes = found.phases["scoring"].items()
+    planned = sum(size for part, size in sizes if part not in there)
+    assert planned / 2 <= peak <= planned
 
 
 @pytest.mark.gpu
@@ -881,6 +975,10 @@ def test_the_longest_row_is_that_of_the_questions_that_are_there():
         check(97, question(), scoring={"u_source": "accuracy"})
     with pytest.raises(config.ConfigError, match="a row may have 139 tokens"):
         check(102)
+    # Each budget for itself: a row is never cut where it is scored either.
+    check(102, question(), train={"micro_batch_tokens": 102, "score_tokens": 102})
+    with pytest.raises(config.ConfigError, match=r"train\.score_tokens: got 101.*102 tokens"):
+        check(102, question(), train={"micro_batch_tokens": 102, "score_tokens": 101})
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_tokenizer):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vpgea_fast import attention
 from vpgea_fast.distributed import World
 from vpgea_fast.metrics import model_flops
 from vpgea_fast.model import Policy
+from vpgea_fast.packing import pack_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.scoring import (
     accuracy_utility,
@@ -139,6 +141,63 @@ def test_row_logprobs_keep_the_order_of_the_rows(policy, budget):
         want = full_forward(policy, torch.cat([row.context_ids, row.token_ids]), row.token_ids)
         assert logps.shape == row.token_ids.shape
         assert logps.sum().item() == pytest.approx(want, abs=2e-4)
+
+
+class OnADevice(torch.Tensor):
+    """Numbers that say when they are copied to the host."""
+
+    copies: ClassVar[list[int]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        if func is not torch.Tensor.cpu:
+            return found
+        cls.copies.append(found.numel())
+        return found.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("step", ["logprob", "logprob_entropy"])
+def test_a_pass_copies_to_the_host_once(policy, step):
+    """Else the host would wait for the device once a batch, and the device for the host."""
+    rows = [score_row(ids([3, 4]), ids([5] * n)) for n in (2, 3, 4)]
+    passes = Passes(World(policy.device), 5, model_flops(policy.causal_lm.config))
+    assert len(passes.plan(rows)[0]) == 3
+    OnADevice.copies.clear()
+    run = getattr(policy, step)
+    got = passes(lambda batch, _: run(batch).as_subclass(OnADevice), rows)
+    assert OnADevice.copies == [9 * (2 if step == "logprob_entropy" else 1)]
+    for row, values in zip(rows, got, strict=True):
+        alone = run(pack_rows([row])).double()
+        torch.testing.assert_close(values, alone, atol=1e-6, rtol=0)
+
+
+def test_forwards_without_gradients_have_a_budget_of_their_own(policy):
+    flops, counts = model_flops(policy.causal_lm.config), []
+
+    def logprob(batch, _):
+        counts.append(batch.targets.numel())
+        return policy.logprob(batch)
+
+    rows = [score_row(ids([3, 4]), ids([5] * n)) for n in (2, 3, 4)]
+    passes = Passes(World(policy.device), 5, flops, score_budget=100)
+    found = [one(logprob, rows) for one in (passes, passes.scoring)]
+    assert counts == [4, 3, 2, 9]
+    for few, many in zip(*found, strict=True):
+        torch.testing.assert_close(few, many, atol=1e-6, rtol=0)
+    assert Passes(World(policy.device), 5, flops).scoring.budget == 5
+
+
+def test_every_path_is_scored_under_the_view_that_it_is_given(policy):
+    """Two views in one pass, each path's as in a pass of its own."""
+    thought, scored = path([20, CLOSE], True), rows_of(policy)
+    both = answer_likelihood(scored, [(QUESTION, thought)] * 2, view=("teacher", "student"))
+    each = [
+        answer_likelihood(scored, [(QUESTION, thought)], view=view)
+        for view in ("teacher", "student")
+    ]
+    torch.testing.assert_close(both, torch.cat(each), atol=1e-6, rtol=0)
+    assert abs(both[0] - both[1]) > 1e-3
 
 
 def test_no_paths_no_utilities(policy):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
+from vpgea_fast.estimate import model_shape, score_tokens
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read, read_records
 from vpgea_fast.measure import Measure
@@ -102,7 +104,9 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         with world.together():
             records = read_records(cfg, intake, begin)
         # From here on memory of the device is taken; all that needs none was refused above.
-        policies = open_policies(cfg, world, lambda policy: _passes(cfg, world, policy))
+        policies = open_policies(
+            cfg, world, lambda policy: _passes(cfg, world, policy, intake.text.config)
+        )
         policy, passes = policies["policy"].policy, policies.passes
         posterior = None if policies.posterior is None else policies.posterior.policy
         saver = _build_saver(cfg, world, policies)
@@ -192,9 +196,16 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
     return intake
 
 
-def _passes(cfg: Config, world: World, policy: Policy) -> Passes:
-    """What runs rows through models of the shapes of `policy`."""
-    return Passes(world, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
+def _passes(cfg: Config, world: World, policy: Policy, model_config: Any) -> Passes:
+    """What runs rows through models of the shapes of `policy`. A collective."""
+    on_cuda = world.device.type == "cuda"
+    # A model without storage is made only where its shapes are asked for.
+    tokens = cfg.train.score_tokens or score_tokens(
+        model_shape(model_config), cfg, world=world.size, cuda=on_cuda
+    )
+    # Process 0's word: with plans of another budget processes would wait for each other.
+    tokens, flops = world.gather(tokens)[0], model_flops(policy.causal_lm.config)
+    return Passes(world, cfg.train.micro_batch_tokens, flops, tokens)
 
 
 def _build_saver(cfg: Config, world: World, policies: Policies) -> Saver:
@@ -280,6 +291,9 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
     yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
     yield str(policy.attention)
+    trained, scored = stages.passes.budget, stages.passes.scoring.budget
+    if scored != trained:
+        yield f"tokens of a forward: {trained} that trains, {scored} without gradients"
     if stages.policies.posterior is not None:
         rate = stages.policies.posterior.optim.lr
         yield f"posterior policy {posterior_model(cfg).path}, weights of its own, lr {rate:.3g}"

@@ -196,6 +196,11 @@ def _check_lengths(cfg: Config, model: Any, questions: Sequence[PromptedQuestion
             f"{packed} tokens (rollout.max_new_tokens {thought}, {row - thought} around it); set "
             f"it to {packed} or more, or lower rollout.max_new_tokens or data.max_prompt_tokens"
         )
+    if cfg.train.score_tokens is not None and packed > cfg.train.score_tokens:
+        raise ConfigError(
+            f"train.score_tokens: got {cfg.train.score_tokens}, but a row may have {packed} "
+            "tokens; set it to that or more, or to null"
+        )
     room, source = attention.positions(model)
     if room is not None and row > room:
         raise ConfigError(

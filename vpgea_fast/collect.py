@@ -355,7 +355,15 @@ class Collector:
         self, questions: Sequence[PromptedQuestion], drawn: Mapping[Stream, Groups], step: int
     ) -> ScoredBatch:
         """All streams with their columns, and the paths that each question lost."""
-        found = {name: self._scored(name, questions, drawn[name], step) for name in drawn}
+        # Flat: one batch for engine and checker, and one pass for U; (B, P) again in the columns.
+        pairs: dict[Stream, Pairs] = {
+            name: with_questions(questions, groups) for name, groups in drawn.items()
+        }
+        likely = self._likelihoods(pairs)
+        found = {
+            name: self._scored(name, drawn[name], pairs[name], step, likely.get(name))
+            for name in drawn
+        }
         unanswered = {lost for _, names in found.values() for lost in names}
         # By question: a group that lacks a path has another mean, so none of it is trained.
         lost = [
@@ -455,14 +463,17 @@ class Collector:
         )
 
     def _scored(
-        self, stream: Stream, questions: Sequence[PromptedQuestion], groups: Groups, step: int
+        self,
+        stream: Stream,
+        groups: Groups,
+        pairs: Pairs,
+        step: int,
+        likely: torch.Tensor | None,
     ) -> tuple[ScoredPaths, set[str]]:
         """One stream with every column; the questions of which the engine gave up a sampled
-        answer."""
-        # Flat here, one batch for engine and checker; (B, P) again in the columns.
-        pairs = with_questions(questions, groups)
+        answer. `likely`: U of every path, where it is a likelihood."""
         shape = (len(groups), len(groups[0]))
-        utilities, unanswered, behind = self._utilities(stream, pairs, step)
+        utilities, unanswered, behind = self._utilities(stream, pairs, step, likely)
         # Beside recorded weights the unhinted paths are originals, which nothing weighs.
         weighed = ("posterior",) if self.draws.recorded else ("posterior", "prior")
         if self.draws.attempts and stream in weighed:
@@ -524,25 +535,39 @@ class Collector:
     def _questions(self, step: int, round_: int) -> list[PromptedQuestion]:
         return round_questions(self.cfg, self.questions, step=step, round_=round_)
 
+    def _likelihoods(self, pairs: Mapping[Stream, Pairs]) -> dict[Stream, torch.Tensor]:
+        """U of every path of the streams that are scored by a likelihood, in one pass of the
+        policy: a pass of each stream would have a part-filled batch of its own."""
+        scored = self.scored_views
+        # In one order on every process, which a set of needs has not.
+        views: dict[Stream, View] = {
+            stream: scored[stream] for stream in pairs if stream in scored and pairs[stream]
+        }
+        if self.cfg.scoring.u_source == "accuracy" or not views:
+            return {}
+        shown: tuple[View, ...] = tuple(views[stream] for stream in views for _ in pairs[stream])
+        utilities = answer_likelihood(
+            self.row_logprobs,
+            [pair for stream in views for pair in pairs[stream]],
+            u_norm=self.u_norm,
+            view=shown,
+        )
+        counts = [len(pairs[stream]) for stream in views]
+        return dict(zip(views, utilities.split(counts), strict=True))
+
     def _utilities(
-        self, stream: Stream, pairs: Pairs, step: int
+        self, stream: Stream, pairs: Pairs, step: int, likely: torch.Tensor | None
     ) -> tuple[torch.Tensor, set[str], torch.Tensor]:
         """U of every path; the questions of which the engine gave up a sampled answer; and tokens
         of the answers that were sampled for it."""
         view, none = self.scored_views.get(stream), torch.zeros(len(pairs), dtype=torch.int64)
+        if likely is not None:
+            return likely, set(), none
         if not pairs or view is None:
             return torch.full((len(pairs),), math.nan, dtype=torch.float64), set(), none
-        if self.cfg.scoring.u_source == "accuracy":
-            attempts, lost = self._attempts(view, pairs, step)
-            verdicts = torch.tensor([[a.right for a in own] for own in attempts])
-            return accuracy_utility(verdicts), lost, _tokens(attempts)
-        utilities = answer_likelihood(
-            self.row_logprobs,
-            pairs,
-            u_norm=self.u_norm,
-            view=view,
-        )
-        return utilities, set(), none
+        attempts, lost = self._attempts(view, pairs, step)
+        verdicts = torch.tensor([[a.right for a in own] for own in attempts])
+        return accuracy_utility(verdicts), lost, _tokens(attempts)
 
     def _with_attempts(self, groups: Groups, pairs: Pairs, step: int) -> tuple[Groups, set[str]]:
         """The paths with the answers sampled behind those that closed, and the questions of which

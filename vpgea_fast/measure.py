@@ -125,16 +125,18 @@ class Measure:
         # Two forwards of all these paths, and their heads: hence every metrics.diag_every steps.
         pairs, drew = whole.pairs("posterior"), whole.drawn_by("posterior")
         by: dict[View, Trained] = {"teacher": drew, "student": "policy"}
-        views = [
-            self.policies.run(
-                lambda policy, batch, _: policy.logprob_entropy(batch, temperature=temperature),
-                [replace(score_row(q.context(v), p.z_ids), who=who) for q, p in pairs],
-            )
+        rows = [
+            replace(score_row(q.context(v), p.z_ids), who=who)
             for v, who in by.items()
+            for q, p in pairs
         ]
+        found = self.policies.score(
+            lambda policy, batch, _: policy.logprob_entropy(batch, temperature=temperature), rows
+        )
+        teacher, student = found[: len(pairs)], found[len(pairs) :]
         early = diagnostics.early_answer_rate(whole, self.decode)
         return merge(
-            diagnostics.view_divergence(views[0], views[1], log_utility_BG[batch.lost_B == 0]),
+            diagnostics.view_divergence(teacher, student, log_utility_BG[batch.lost_B == 0]),
             {"early_answer_rate": early},
         )
 

@@ -198,14 +198,15 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logprob(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
-        """(R,) log p of every target, on the CPU; the head runs on the target rows only."""
-        return self(batch, temperature=temperature, train=False).logp.cpu()
+        """(R,) log p of every target, on the policy's device; the head runs on the target rows
+        only."""
+        return self(batch, temperature=temperature, train=False).logp
 
     @torch.no_grad()
     def logprob_entropy(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """(2, R): `logprob`, and the entropy in nats of the distribution each target came from."""
         output = self(batch, temperature=temperature, train=False, entropy=True)
-        return torch.stack([output.logp, output.entropy]).cpu()
+        return torch.stack([output.logp, output.entropy])
 
     def expect_backward(self, *, last: bool) -> None:
         """Say before each micro-batch whether it is the last of its update: the head's gradient is

@@ -114,7 +114,8 @@ def needs(
     )
     yield (
         f"memory estimate for one of {on.processes} devices: {plan.shape.parameters / 1e6:.1f} M "
-        f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward, "
+        f"parameters, {cfg.train.micro_batch_tokens} packed tokens a forward "
+        f"({estimate.score_tokens} without gradients), "
         f"{cfg.rollout.max_batch} paths of up to {plan.context} tokens side by side; GiB:"
     )
     if cfg.two_policies:
@@ -134,7 +135,7 @@ def needs(
     times = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
     yield from _hours(plan, rates, times) if rates and times else _unknown(on)
     yield from _accuracy(plan, times)
-    yield from _traffic(plan)
+    yield from _traffic(plan, estimate.score_tokens)
 
 
 def _plan(
@@ -427,7 +428,7 @@ def _accuracy(plan: Plan, times: Durations | None) -> Iterator[str]:
         )
 
 
-def _traffic(plan: Plan) -> Iterator[str]:
+def _traffic(plan: Plan, score_tokens: int) -> Iterator[str]:
     """Say the bytes that one device receives in a step whose paths are all as long as can be."""
     cfg, on = plan.cfg, plan.on
     objective, questions = cfg.objective, cfg.train.questions_per_step
@@ -440,7 +441,10 @@ def _traffic(plan: Plan) -> Iterator[str]:
     scored = questions * draws.paths if scores_answers(objective) else 0
     beside, held = (questions * rows(objective) for rows in (policy_rows, reference_rows))
     # Rows of the greatest length that one forward of all devices has room for.
-    fit = max(1, cfg.train.micro_batch_tokens // (plan.row - 1)) * on.processes
+    fit, fit_scored = (
+        max(1, budget // (plan.row - 1)) * on.processes
+        for budget in (cfg.train.micro_batch_tokens, score_tokens)
+    )
     batches = -(-rows // fit)
     moved = communication(
         plan.shape,
@@ -449,8 +453,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
         node=on.node,
         micro_batches=batches,
         # Before the update the policy scores the rows that are held to the reference, too.
-        scoring_batches=-(-scored // fit) + -(-beside // fit) + -(-held // fit),
-        reference_batches=-(-held // fit),
+        scoring_batches=sum(-(-count // fit_scored) for count in (scored, beside, held)),
+        reference_batches=-(-held // fit_scored),
         cuda=on.cuda,
     )
     # One process, or one that is not sharded, exchanges nothing.

@@ -3,6 +3,9 @@
     rows -> one plan, the same everywhere -> each process runs its batches -> every process gets the
     log-probs of every row
 
+Log-probs stay on the device until all batches of a pass are queued: a copy per batch would make the
+host wait for each, and a GPU for the host.
+
 All processes make the same number of forwards (and backwards), those without rows with dummies of
 one token, because each of them is a collective of a sharded model.
 """
@@ -10,7 +13,7 @@ one token, because each of them is a collective of a sharded model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,12 +30,19 @@ Step = Callable[[PackedBatch, bool], torch.Tensor]
 class Passes:
     """Plans, packs and runs rows over all processes.
 
-    `budget`: tokens that one forward may have; `flops`: what a row costs.
+    `budget`: tokens that one forward may have; `score_budget`: those of one without gradients
+    (None: the same); `flops`: what a row costs.
     """
 
     world: World
     budget: int
     flops: ModelFlops
+    score_budget: int | None = None
+
+    @property
+    def scoring(self) -> Passes:
+        """The same for forwards without gradients."""
+        return replace(self, budget=self.score_budget or self.budget)
 
     def plan(self, rows: Sequence[TrainRow]) -> list[RankPlan]:
         """Plan every process's batches of `rows`, the same everywhere."""
@@ -51,7 +61,7 @@ class Passes:
         plan = self.plan(rows) if plan is None else plan
         own = plan[self.world.rank]
         outputs = [
-            step(batch, number + 1 == len(own)).double()
+            step(batch, number + 1 == len(own))
             for number, (batch, _) in enumerate(pack_plan(rows, own))
         ]
         # (2,) for a step that gives log-prob and entropy, () for log-probs alone.
@@ -59,7 +69,9 @@ class Passes:
         # One collective for all batches of all processes; a dummy's output is left out. Every
         # process gets every row: 8 bytes per target and number.
         flat = [batch.reshape(-1) for batch, members in zip(outputs, own, strict=True) if members]
-        parts = self.world.gather_tensor(torch.cat([torch.empty(0, dtype=torch.float64), *flat]))
+        # The one place where the host waits for the device.
+        mine = torch.cat(flat).cpu().double() if flat else torch.empty(0, dtype=torch.float64)
+        parts = self.world.gather_tensor(mine)
         result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         for batches, values in zip(plan, parts, strict=True):
             start = 0  # the sender's batches lie end to end, each (..., its targets) row by row

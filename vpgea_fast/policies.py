@@ -67,15 +67,17 @@ class Policies:
         """The second policy, where there is one."""
         return self.learners.get("posterior")
 
-    def shares(self, rows: Sequence[TrainRow]) -> list[Share]:
-        """The rows of each policy that has any, planned. KeyError for a row of none of them."""
+    def shares(self, rows: Sequence[TrainRow], *, train: bool = True) -> list[Share]:
+        """The rows of each policy that has any, planned for forwards that `train`, or for such
+        without gradients. KeyError for a row of none of them."""
+        passes = self.passes if train else self.passes.scoring
         places: dict[Trained, list[int]] = {who: [] for who in self.learners}
         for place, row in enumerate(rows):
             places[row.who].append(place)
         shares = []
         for who, found in places.items():
             if own := [rows[place] for place in found]:
-                shares.append(Share(who, found, own, self.passes.plan(own)))
+                shares.append(Share(who, found, own, passes.plan(own)))
         return shares
 
     def run(
@@ -98,6 +100,10 @@ class Policies:
                 reshard(policy)
         return result
 
+    def score(self, forward: Forward, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+        """`run` of a forward without gradients, in batches of train.score_tokens."""
+        return self.run(forward, rows, self.shares(rows, train=False))
+
     def scorer(self, temperature: float) -> RowsFn:
         """The function that gives the log-probs of rows, each under its own policy. It is a
         collective."""
@@ -105,7 +111,7 @@ class Policies:
         def score(policy: Policy, batch: PackedBatch, _: bool) -> torch.Tensor:
             return policy.logprob(batch, temperature=temperature)
 
-        return lambda rows: self.run(score, rows)
+        return lambda rows: self.score(score, rows)
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint holds of them, as its functions take it."""

@@ -48,7 +48,7 @@ class Reference:
     def logprobs(self, rows: Sequence[TrainRow]) -> list[torch.Tensor]:
         """Log-probs of every row's tokens under the reference, as `Passes` gives them."""
         # That of the draw: the KL compares with the policy's log-probs at the same one.
-        passes, temperature = self.passes, self.cfg.rollout.temperature
+        passes, temperature = self.passes.scoring, self.cfg.rollout.temperature
 
         def score(model: Policy) -> list[torch.Tensor]:
             return passes(lambda batch, _: model.logprob(batch, temperature=temperature), rows)

@@ -5,6 +5,7 @@
     checkpoints/                        see checkpoint/
     config.until_step_N.yaml            the configuration of the steps before a changed one
     nonfinite_step_N.jsonl              rows whose gradient was not finite
+    trace_N_M.json.gz                   a profile of steps N to M (train.profile_steps)
 
 A resumed run is the same run: what its numbers rest on must not have changed.
 """

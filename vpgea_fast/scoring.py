@@ -28,18 +28,20 @@ def answer_likelihood(
     paths: Sequence[tuple[PromptedQuestion, Path]],
     *,
     u_norm: str = "sum",
-    view: View = "student",
+    view: View | tuple[View, ...] = "student",
 ) -> torch.Tensor:
-    """Score U = log P(y*|x, z) of every path, (len(paths),) float64 in nats.
+    """Score U = log P(y*|x, z) of every path, (len(paths),) float64 in nats, under one view or each
+    under its own.
 
     Sums (or averages) over the target tokens, then takes logsumexp over the accepted spellings.
     """
+    views = view if isinstance(view, tuple) else (view,) * len(paths)
     rows = [
         score_row(
-            torch.cat([after_thought(question, view, path), question.cue_ids]),
+            torch.cat([after_thought(question, own, path), question.cue_ids]),
             ids,
         )
-        for question, path in paths
+        for own, (question, path) in zip(views, paths, strict=True)
         # Spellings lie side by side; `split` below takes them apart again.
         for ids in (question.target_ids, *question.variant_ids)
     ]

@@ -42,12 +42,14 @@ from vpgea_fast.metrics import Alarms, Console, MetricsWriter, PhaseTimer
 from vpgea_fast.model import Policy
 from vpgea_fast.objectives import Terms
 from vpgea_fast.policies import Share, joined
+from vpgea_fast.profiling import StepTrace
 from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import Scale, build_rows, checksum, minibatches
 from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
 from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 from vpgea_fast.updates import Rollout, Updates, rescored, revived
+from vpgea_fast.watch import Watch
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
 
@@ -93,6 +95,7 @@ class Trainer:
     world: World
     run: RunDir
     stop: Stop
+    watch: Watch
 
     # What it works with: model, optimiser, engine, questions. See build.py.
     stages: Stages
@@ -102,6 +105,7 @@ class Trainer:
     console: Console
     say: Callable[[str], object]
     alarms: Alarms
+    trace: StepTrace
 
     # All that changes in a run, beside parameters, optimiser state and random generators.
     step: int
@@ -130,7 +134,14 @@ class Trainer:
         self.world.require_same(len(self.callbacks), "number of callbacks")
         self.run = RunDir(cfg, self.world)
         self.alarms = Alarms(cfg.train, replays=cfg.engine.name == "replay")
+        self.trace = StepTrace(
+            cfg.train.profile_steps if self.world.main else None,
+            self.run.path,
+            cuda=self.world.device.type == "cuda",
+        )
         with ExitStack() as undo:
+            self.watch = Watch(self.world)
+            undo.callback(self.watch.close)
             undo.callback(self.run.abandon)
             self.run.claim(resume=resume)
             begin = self.run.newest() if resume else 0
@@ -148,6 +159,7 @@ class Trainer:
 
     def __exit__(self, error: object, *_: object) -> None:
         self.stop.__exit__()
+        self.trace.close()
         try:
             self.stages.saver.close()
         finally:
@@ -155,6 +167,7 @@ class Trainer:
                 if part is not None:
                     part.close()
             self.run.release()
+            self.watch.close()
         if error is None:
             del self.stages  # FSDP's state must not outlive the group that the world closes
             self.world.close()
@@ -172,6 +185,7 @@ class Trainer:
         No state changes until the first update has every gradient: a step that is left before is
         made again, with the same paths. Later it can be left between two updates.
         """
+        self.trace.before(self.step + 1)
         rollout = self.rollout or self.draw()
         for rows in rollout.rest:
             with rollout.timer("train"):
@@ -183,7 +197,10 @@ class Trainer:
                 self.stop.together()
                 if self._late():
                     self.save()
-        return self.close_step(rollout)
+        stats = self.close_step(rollout)
+        for line in self.trace.after(self.step + 1):
+            self.say(line)
+        return stats
 
     def draw(self) -> Rollout:
         """Collect the paths of a step, weigh them, make rows, diagnose."""
@@ -314,7 +331,7 @@ class Trainer:
             policy.expect_backward(last=last)
             out = policy(batch, temperature=temperature)
             out.loss.backward()
-            return out.logp.cpu()
+            return out.logp.detach()
 
         try:
             return policies.run(backward, rows, plan)

@@ -142,7 +142,8 @@ class ParallelConfig:
     cpu_offload: bool = False
     """Keep weights, gradients and optimiser states in host memory between uses."""
     timeout_minutes: Minutes = 30.0
-    """End the job when a collective waits longer than this."""
+    """End the job when a collective waits longer than this. At 80 % of it every process writes its
+    stacks to stderr."""
 
 
 BENCHMARK_KEYS = ("subject_key", "level_key", "samples", "student")

@@ -100,7 +100,16 @@ class TrainConfig:
     sampling of DAPO, arXiv 2503.14476."""
     # Memory of a forward, and with it the number of gathers of a sharded model.
     micro_batch_tokens: PositiveInt = 16384
-    """Packed tokens per forward; at least the longest row that may come."""
+    """Packed tokens per forward that trains; at least the longest row that may come."""
+    # Without a backward nothing is kept but one layer's tensors.
+    score_tokens: PositiveInt | None = None
+    """Packed tokens per forward without gradients; at least the longest row that may come. null:
+    1, 2, 4 or 8 times train.micro_batch_tokens, the most that needs no more memory than training
+    does (the run says how many)."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step to profile, e.g. [2, 4]. Their trace, of the main process, goes into the
+    run's directory; its longest kernels and gaps are printed. Host memory holds every operation of
+    these steps meanwhile. null: none."""
     # When a run that learns nothing, or something wrong, ends itself.
     idle_alarm: PositiveInt = 5
     """Raise an alarm after this many steps in a row without an update."""
@@ -112,6 +121,14 @@ class TrainConfig:
     agree) exceeds this; null: never."""
     mismatch_steps: PositiveInt = 3
     """Measured steps in a row above train.mismatch_stop that end the run."""
+
+    def __post_init__(self) -> None:
+        first, last = self.profile_steps or (1, 1)
+        if not first <= last <= self.steps:
+            raise ValueError(
+                f"profile_steps: got [{first}, {last}], expected the first and the last of some of "
+                f"the {self.steps} steps (train.steps)"
+            )
 
     @property
     def updates(self) -> int:

@@ -18,7 +18,8 @@ ceil(rows / S) rows of every parameter.
 | update    | reduced gradients, scratch of the optimiser                                         |
 | sampling  | KV cache, prefill, logits (no gradients); or vLLM, awake                            |
 | scoring   | vLLM in the training processes, awake for train.resample_rounds beside a forward    |
-|           | without gradients                                                                   |
+|           | without gradients; or such a forward of train.score_tokens, where that is given:    |
+|           | null takes what training needs at most                                              |
 | reference | a forward of the reference policy, beside the ends of the policy; its weights are   |
 |           | there in every phase, or with model.reference disk in this one                      |
 | sync      | vLLM only: a gathered unit, its tensors on their way, vLLM's weights if it is here  |
@@ -40,6 +41,7 @@ from vpgea_fast.estimate.memory import (
     estimate_memory,
     optimizer_bytes,
     reference_bytes,
+    score_tokens,
 )
 from vpgea_fast.estimate.traffic import Traffic, communication
 
@@ -57,4 +59,5 @@ __all__ = [
     "model_shape",
     "optimizer_bytes",
     "reference_bytes",
+    "score_tokens",
 ]

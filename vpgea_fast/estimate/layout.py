@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def model_shape(config: Any) -> ModelShape:
 
     # On the meta device no bytes are allocated, however large the model is.
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        # A copy: a model writes the name of its attention into its configuration.
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     tied = bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     units: dict[str, Any] = {"embedding": model.get_input_embeddings()}
     if not tied:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vpgea_fast.config import Config
+from vpgea_fast.estimate import forward
 from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, numel, rows_of
 from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
@@ -30,13 +30,11 @@ KEYS = {
 }
 """Part -> what to lower, or to set, when it does not fit."""
 
-HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
-"""Bytes of the logits of one chunk of the head, at most, and rows of one of the Triton head."""
-HEAD_BYTES_CUT = 512 << 20
-"""The same of a head that is cut by classes."""
+NO_GRADIENTS = ("scoring", "reference")
+"""Phases of forwards without gradients, whose tokens are those of train.score_tokens."""
 
-UPCAST_BYTES = 2 << 20
-"""Of a half-precision head on a CPU: the part of its weight that is in float32 at a time."""
+MICRO_BATCHES = (2, 4, 8)
+"""Micro-batches that one forward without gradients may be as large as, where they fit."""
 
 RESERVE = 0.08
 """Share of a device left to the CUDA context, NCCL's buffers and the allocator's gaps: a choice,
@@ -95,11 +93,13 @@ class MemoryEstimate:
     `engine` the vLLM on the device.
 
     `parts` has the largest of every purpose over the phases, `peak` is the largest phase.
+    `score_tokens` are those of one forward without gradients.
     """
 
     phases: Mapping[str, Mapping[str, int]]
     host: Mapping[str, int]
     parameters: int
+    score_tokens: int
     engine: EngineMemory | None = None
 
     @property
@@ -119,6 +119,8 @@ class MemoryEstimate:
         """The largest part of the peak that a key changes, and what to lower or set."""
         parts = {name: size for name, size in self.phases[self.phase].items() if name in KEYS}
         largest = max(parts, key=lambda name: parts[name])
+        if self.phase in NO_GRADIENTS and largest in ("activations", "head"):
+            return largest, "train.score_tokens"
         return largest, KEYS[largest]
 
 
@@ -149,52 +151,99 @@ def estimate_memory(
     }
     if cfg.model.reference == "device":
         states |= frozen
-    copies = {"forward copy": replica if lay.autocast else 0}
+    copies = _copies(lay)
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     awake = {**states, **(engine.parts if engine else {})}
-    gradients, asked = _gradients(lay), cfg.objective.draws()
-    phases = {name: {**beside, **parts} for name, parts in _training(lay, gradients).items()}
+    asked, tokens = cfg.objective.draws(), _score_tokens(lay)
+    phases = {name: {**beside, **parts} for name, parts in _trained(lay).items()}
     if not asked.trained:  # a record scores at most, and may do nothing but draw
         scores = policy_rows(cfg.objective) or scores_answers(cfg.objective)
-        phases = {"scoring": {**beside, **_scoring(lay)}} if scores else {"loaded": beside}
-    if cfg.model.activation_checkpointing == "none":  # else freed before the head
-        phases = {name: {**parts, **copies} for name, parts in phases.items()}
+        phases = {"loaded": beside}
+        if scores:
+            phases = {"scoring": {**beside, **forward.scoring(lay, tokens)}}
+        if cfg.model.activation_checkpointing == "none":  # else freed before the head
+            phases = {name: {**parts, **copies} for name, parts in phases.items()}
+    elif cfg.train.score_tokens is not None:  # else it takes no more than training does
+        phases["scoring"] = {**beside, **forward.scoring(lay, tokens), **copies}
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
     if reads_reference(cfg.objective):
         # Where it may be asked again in a step, vLLM is awake.
         asleep = not (cfg.train.resample_rounds or cfg.answers_behind)
         around = {**(beside if asleep else awake), **frozen}
-        phases["reference"] = {**around, **_reference_pass(lay), **copies}
-    # Activations are gone by then, and the optimiser's copies come.
-    if asked.trained:
-        update = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
-        phases["update"] = {**beside, **update}
+        phases["reference"] = {**around, **forward.reference_pass(lay, tokens), **copies}
     # The reference policy's weights are there while it draws, or is handed to the engine.
     own = frozen if asked.reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
     if cfg.samples_itself and not draws_itself(cfg):
-        return MemoryEstimate(phases, _host(lay), shape.parameters)
+        return MemoryEstimate(phases, _host(lay), shape.parameters, tokens)
     if cfg.samples_itself:
         drawing = _sampling(lay, context=context, prompt=prompt)
         phases["sampling"] = {**states, **drawing, **copies, **own}
-        return MemoryEstimate(phases, _host(lay), shape.parameters)
-    probe = {"units": _scoring(lay)["units"]} if engine else {}  # a few tokens are scored then
+        return MemoryEstimate(phases, _host(lay), shape.parameters, tokens)
+    # A few tokens are scored then.
+    probe = {"units": forward.scoring(lay, 1)["units"]} if engine else {}
     phases["sampling"] = {**awake, **probe, **own}
     # Log-probs of thoughts are scored beside an engine that has just answered behind them.
     beside_it = cfg.answers_behind and policy_rows(cfg.objective)
     if engine and (beside_it or (scored and cfg.train.resample_rounds)):
-        phases["scoring"] = {**awake, **_scoring(lay), **copies}
+        phases["scoring"] = {**awake, **forward.scoring(lay, tokens), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
-    return MemoryEstimate(phases, _host(lay), shape.parameters, engine)
+    return MemoryEstimate(phases, _host(lay), shape.parameters, tokens, engine)
+
+
+def score_tokens(shape: ModelShape, cfg: Config, *, world: int = 1, cuda: bool = True) -> int:
+    """Tokens of one forward without gradients: `train.score_tokens`, or where that is null the most
+    micro-batches (1, 2, 4, 8) that need no more memory together than training does anyway.
+
+    One micro-batch where nothing is trained, or where a vLLM may be awake beside such a forward:
+    of the room that these leave nothing is known.
+    """
+    return _score_tokens(Layout(shape, cfg, world, cuda))
+
+
+def _score_tokens(lay: Layout) -> int:
+    cfg, own = lay.cfg, lay.cfg.train.micro_batch_tokens
+    if cfg.train.score_tokens is not None:
+        return cfg.train.score_tokens
+    awake = cfg.colocated and (cfg.train.resample_rounds or cfg.answers_behind)
+    if awake or not cfg.objective.draws().trained:
+        return own
+    # What lies on the device in every phase is left out on both sides.
+    room = max(sum(parts.values()) for parts in _trained(lay).values())
+    asked = reads_reference(cfg.objective)
+    read = asked and cfg.model.reference == "disk" and not cfg.parallel.cpu_offload
+    beside = sum(_copies(lay).values()) + (reference_bytes(lay) if read else 0)
+    one_pass = forward.reference_pass if asked else forward.scoring
+    fit = [
+        count * own
+        for count in MICRO_BATCHES
+        if beside + sum(one_pass(lay, count * own).values()) <= room
+    ]
+    return max(fit, default=own)
+
+
+def _copies(lay: Layout) -> dict[str, int]:
+    return {"forward copy": lay.shape.parameters * lay.forward if lay.autocast else 0}
+
+
+def _trained(lay: Layout) -> dict[str, dict[str, int]]:
+    """Size the phases of an update, beside what lies on the device in every phase."""
+    gradients = _gradients(lay)
+    phases = _training(lay, gradients)
+    if lay.cfg.model.activation_checkpointing == "none":  # else freed before the head
+        phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
+    # Activations are gone by then, and the optimiser's copies come.
+    phases["update"] = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    return phases
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Size the four moments of a micro-batch, not the first of its step, that can be highest."""
     shape, s, r = lay.shape, lay.forward, lay.reduce
     tokens, layers = lay.cfg.train.micro_batch_tokens, len(shape.blocks)
-    kept, inner = _activations(lay)
+    kept, inner = forward.activations(lay)
     held = {"gradients": gradients["training"], "activations": layers * kept * tokens}
     # Units exist when the model is sharded; a gather has a flat copy when there is a peer.
     block = max(map(numel, shape.blocks)) * lay.sharded
@@ -212,7 +261,11 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     reduction = max(pair + block * (s + r) + waiting, 2 * head * r)
     dense = embedding * s + (embedding * r + 2 * embedding * r // lay.shards) * lay.sharded
     return {
-        "head": {**held, "head": _head(lay), "units": waiting + max(buffer, head * s * flat)},
+        "head": {
+            **held,
+            "head": forward.head(lay, tokens),
+            "units": waiting + max(buffer, head * s * flat),
+        },
         "backward": {
             **held,
             "activations": (layers * kept + inner) * tokens,
@@ -229,14 +282,6 @@ def reference_bytes(lay: Layout) -> int:
         return 0
     # Shards are gathered in the forward's dtype, and need no wider one to be updated in.
     return lay.held * (lay.forward if lay.sharded else lay.master)
-
-
-def _reference_pass(lay: Layout) -> dict[str, int]:
-    """Size a forward of the reference policy: what scoring takes, and the ends of the policy, which
-    may still be gathered from a pass of its own."""
-    parts, ends = _scoring(lay), numel(lay.shape.embedding)
-    ends += 0 if lay.by_classes else numel(lay.shape.head)
-    return {**parts, "units": parts["units"] + lay.forward * ends * lay.sharded}
 
 
 def optimizer_bytes(lay: Layout) -> int:
@@ -283,76 +328,6 @@ def _gradients(lay: Layout) -> dict[str, int]:
         "training": training + (lay.models - 1) * waiting,
         "reduced": lay.models * waiting,
     }
-
-
-def _activations(lay: Layout) -> tuple[int, int]:
-    """Size a layer: (bytes per token that it keeps to the backward, bytes that its backward adds).
-
-    In Hugging Face's modules autograd keeps:
-
-    * of each norm a float32 copy of its input (the residual itself when it is float32), the
-      normalised input and the output
-    * q, k, v after the rotation, the attention's output and, when documents are attended one by
-      one, their concatenation
-    * of the MLP gate, its activation, up and the product
-
-    Liger, and a compiled layer, keep of a norm its input and output, of the MLP gate, up and the
-    product. The backward of the MLP's product holds more gradients of width F: two, or one.
-    """
-    shape, model, s, x = lay.shape, lay.cfg.model, lay.forward, lay.residual
-    d, q, k, f = shape.hidden, shape.query, shape.key, shape.mlp
-    liger = model.liger == "always" or (model.liger == "auto" and lay.cuda and _has_liger())
-    copies = 2 if model.attention == "sdpa" or not lay.cuda else 1
-    # q, k, v and the output; 4 bytes per head for the float32 log-sum-exp of attention.
-    attended = s * (copies * q + q + 2 * k) + 4 * shape.heads
-    if model.compile or liger:
-        saved, extra = 4 * x * d + attended + 3 * s * f, s * f
-    else:
-        inputs = 5 * s if lay.autocast and x != s else 2 * s  # autocast casts for each projection
-        norms = 2 * (4 + x) * d + inputs * d
-        saved, extra = norms + attended + 4 * s * f, 2 * s * f
-    if shape.qk_norm:
-        saved += (2 * x if model.compile or liger else 4 + x) * (q + k)
-    if model.activation_checkpointing == "none":
-        return saved, extra + 2 * s * d
-    # The repetition makes neither what is kept nor, of a float32 input, a copy for the norm.
-    kept, shared = x * d, x * d if x == 4 else 0
-    if model.activation_checkpointing == "selective":
-        kept += s * (q + shape.kept) + 4 * shape.heads
-        rotated = min(shape.kept, q + k)  # autograd holds them after the rotation, beside these
-        shared += s * (q + shape.kept - rotated) + 4 * shape.heads
-    return kept, saved + extra + 2 * s * d - shared
-
-
-def _head(lay: Layout) -> int:
-    """Size the head: hidden states of the target rows and their gradient, the final norm, and a
-    chunk of logits with its operands; under autocast also the head's cast weight.
-
-    Of a head that is cut by classes: the rows of all processes, and its own classes, cast."""
-    shape, tokens, s = lay.shape, lay.cfg.train.micro_batch_tokens, lay.forward
-    processes = lay.shards if lay.by_classes else 1
-    own, norm = tokens, tokens * shape.hidden * (4 + 2 * lay.residual)
-    tokens *= processes
-    wide, half = max(4, s), s < 4
-    copied = s * (half and lay.cuda)  # dz's; a CPU rounds in place
-    logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + copied)
-    row = -(-shape.vocabulary // processes) * logit
-    limit = HEAD_BYTES_CUT if lay.by_classes else HEAD_BYTES
-    rows = min(tokens, limit // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
-    if lay.cfg.loss.backend == "triton":
-        rows = min(rows, TRITON_ROWS)
-    if lay.cfg.loss.backend == "reference":  # all logits, their log-softmax, two gradients
-        rows = tokens
-    rows = -(-tokens // -(-tokens // rows))  # chunks of equal size
-    chunk = rows * (row + 2 * shape.hidden * wide)
-    weight = shape.vocabulary * shape.hidden
-    cast = weight * s * lay.autocast
-    if lay.by_classes:
-        # Joined once more than it is used: the own rows, and their gradient of all.
-        cast = lay.local(shape.head) * s * (s != lay.master) + 2 * own * shape.hidden * s
-    if half and not lay.cuda:
-        cast += min(UPCAST_BYTES, 4 * weight)
-    return norm + 2 * tokens * shape.hidden * s + chunk + cast
 
 
 def _sampling(lay: Layout, *, context: int, prompt: int) -> dict[str, int]:
@@ -404,21 +379,6 @@ def _engine(lay: Layout, *, context: int, device_bytes: int | None) -> EngineMem
     return EngineMemory(weights, work, cache, kept, token=2 * len(shape.blocks) * width * s)
 
 
-def _scoring(lay: Layout) -> dict[str, int]:
-    """Size a forward without gradients: at most what one layer keeps and adds, the head as in
-    training, the units that are whole for it."""
-    shape, s = lay.shape, lay.forward
-    block = max(map(numel, shape.blocks)) * lay.sharded
-    head = lay.gathered_head
-    embedding = 0 if shape.tied else numel(shape.embedding) * lay.sharded
-    flat = lay.shards > 1
-    return {
-        "activations": sum(_activations(lay)) * lay.cfg.train.micro_batch_tokens,
-        "head": _head(lay),
-        "units": s * (head + embedding + max(block * (1 + flat), head * flat)),
-    }
-
-
 def _hand_over(lay: Layout) -> dict[str, int]:
     """Size weights on their way to vLLM. A sharded model gathers its largest unit.
 
@@ -461,7 +421,3 @@ def _host(lay: Layout) -> dict[str, int]:
     if lay.cfg.checkpoint.background:
         host["checkpoint copy"] = states
     return host
-
-
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None

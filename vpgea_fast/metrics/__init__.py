@@ -17,6 +17,7 @@ from vpgea_fast.metrics.log import (
 )
 from vpgea_fast.metrics.machine import environment
 from vpgea_fast.metrics.measures import (
+    PHASE,
     ModelFlops,
     PhaseTimer,
     eps3,
@@ -29,6 +30,7 @@ from vpgea_fast.metrics.measures import (
 __all__ = [
     "METRICS",
     "PATHS",
+    "PHASE",
     "Alarms",
     "Console",
     "MetricsWriter",

@@ -28,8 +28,12 @@ PEAK_FLOPS = (
 match counts. From NVIDIA's data sheets, which print twice the rate, that of sparse matrices."""
 
 
+PHASE = "phase: "
+"""What the name of a phase begins with in a profiler's trace."""
+
+
 class PhaseTimer:
-    """Wall seconds of the named phases of a step.
+    """Wall seconds of the named phases of a step; in a profiler's trace they have their names.
 
     `synchronize` (torch.cuda.synchronize) makes a phase wait for the work it has queued; without it
     a GPU's time lands in the phase that first asks for a result.
@@ -54,10 +58,12 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
-            # Not in `finally`: after an error the device may never answer.
-            if self._synchronize is not None:
-                self._synchronize()
+            # Microseconds where nothing is profiled.
+            with torch.profiler.record_function(PHASE + phase):
+                yield
+                # Not in `finally`: after an error the device may never answer.
+                if self._synchronize is not None:
+                    self._synchronize()
         finally:
             spent = time.perf_counter() - start
             # Added: a step may enter a phase several times (rounds of resampling).
