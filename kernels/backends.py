@@ -35,6 +35,7 @@ class Situation:
     lse_gradient: bool = False
     entropy_gradient: bool = False
     batch_invariant: bool = False
+    statistics: bool = False
 
     def __str__(self) -> str:
         version = "" if self.capability is None else " sm_{}{}".format(*self.capability)
@@ -99,6 +100,9 @@ def _kernels_lack(call: Situation) -> str | None:
     # The kernels' accumulators and statistics are float32.
     if call.dtype is torch.float64:
         return "it takes float16, bfloat16 and float32, not float64; use 'torch'"
+    # Its passes keep neither the largest logit nor a sum of the logits.
+    if call.statistics:
+        return "it has no row statistics; leave return_statistics out, or use 'torch'"
     return None
 
 
@@ -213,6 +217,7 @@ def resolve(
     lse_gradient: bool = False,
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
+    statistics: bool = False,
 ) -> BackendChoice:
     """`choose` for tensors on a device of this machine; what "auto" takes is logged once, at INFO.
 
@@ -228,6 +233,7 @@ def resolve(
         lse_gradient=lse_gradient,
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
+        statistics=statistics,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":

@@ -59,11 +59,13 @@ def head_pass(
     *,
     rows_K: Tensor,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
 ) -> Values:
-    """Runs one pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None).
+    """Runs one pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None), and
+    with `statistics` the rest of `Values`, three more reads of the logits.
 
     Every backend has this signature. targets_K, the head's temperatures and the upstream gradients,
     each (K,), belong to the selected rows. With `upstream` the gradients are made in the same pass
@@ -76,7 +78,8 @@ def head_pass(
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
     if n_rows == 0:
         none_K = torch.empty(0, dtype=accumulator, device=device)
-        return Values(none_K, none_K, none_K if entropy else None)
+        more = (none_K.bool(), none_K, none_K) if statistics else ()
+        return Values(none_K, none_K, none_K if entropy else None, *more)
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
@@ -105,12 +108,17 @@ def head_pass(
         for columns, weight_BD in _weight_blocks(head.weight, operand):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
         head.logits_(z_CV, slope_CV, divisor)
+        # Of the logits themselves, before they become exponentials.
+        columns = _top1_and_mean(z_CV, targets_C1) if statistics else []
         z_target_C1, peak_C1 = _exponentials_(z_CV, targets_C1)
         if plogp_CV is not None:
             torch.special.entr(z_CV, out=plogp_CV)  # -e log e, 0 at e = 0
         values_C3 = _statistics(z_CV, plogp_CV, z_target_C1, peak_C1)
+        if statistics:
+            columns.append(_log_sum_p2(z_CV, peak_C1, values_C3))
+        made = torch.cat((values_C3, *columns), dim=1)
         if upstream_K3 is None:
-            return values_C3
+            return made
         _dlogits_(
             z_CV,
             plogp_CV=plogp_CV,
@@ -136,12 +144,14 @@ def head_pass(
             sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
         if sink_VD is not None:
             add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale)
-        return values_C3
+        return made
 
-    values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+    columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
-    logp_K, lse_K, entropy_K = values_K3.unbind(1)
-    return Values(logp_K, lse_K, entropy_K if entropy else None)
+    logp_K, lse_K, entropy_K, *more = columns_K.unbind(1)
+    if statistics:
+        more[0] = more[0].bool()
+    return Values(logp_K, lse_K, entropy_K if entropy else None, *more)
 
 
 def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
@@ -235,6 +245,20 @@ def _statistics(
         # The target's own term, which e = 0 left out; the clamp keeps 0 x -inf from being NaN.
         entropy_C1 -= logp_C1.exp() * logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
     return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
+
+
+def _top1_and_mean(z_CV: Tensor, targets_C1: Tensor) -> list[Tensor]:
+    """(C, 1) each: 1 where the target is the first of the largest logits, and their mean."""
+    top1_C1 = z_CV.argmax(1, keepdim=True) == targets_C1
+    return [top1_C1.to(z_CV.dtype), z_CV.mean(1, keepdim=True)]
+
+
+def _log_sum_p2(exp_CV: Tensor, peak_C1: Tensor, values_C3: Tensor) -> Tensor:
+    """(C, 1): log sum_v p_v^2, of the others' exponentials and the target's own logp."""
+    logp_C1, lse_C1, _ = values_C3.split(1, dim=1)
+    # A norm, which squares without a (C, V) tensor of squares.
+    norm_C1 = torch.linalg.vector_norm(exp_CV, dim=1, keepdim=True)
+    return torch.logaddexp(2.0 * (norm_C1.log() + peak_C1 - lse_C1), 2.0 * logp_C1)
 
 
 def _dlogits_(

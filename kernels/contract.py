@@ -5,7 +5,7 @@ of a torch op, flat; the other records are those of `head_pass`, which every bac
 with one signature:
 
     head_pass(
-        hidden_TD, head, targets_K, *, rows_K, entropy, upstream, sinks, chunk_bytes
+        hidden_TD, head, targets_K, *, rows_K, entropy, statistics, upstream, sinks, chunk_bytes
     ) -> Values
 
 An option of the head has its line in `Settings` (with its default), its bounds in NUMBERS, and its
@@ -115,6 +115,10 @@ class Values(NamedTuple):
     logp: Tensor
     lse: Tensor
     entropy: Tensor | None  # None unless the call asked for it
+    # The statistics, without gradients; None unless the call asked for them.
+    top1: Tensor | None = None  # bool: the target is the first of the largest logits
+    mean_logit: Tensor | None = None  # mean_v z_v
+    log_sum_p2: Tensor | None = None  # log sum_v p_v^2
 
 
 class Inputs(NamedTuple):

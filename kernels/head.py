@@ -37,6 +37,7 @@ def _run(
     settings: Settings,
     *,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
 ) -> Values:
@@ -53,6 +54,7 @@ def _run(
         lse_gradient=upstream is not None and upstream.lse is not None,
         entropy_gradient=upstream is not None and upstream.entropy is not None,
         batch_invariant=settings.batch_invariant,
+        statistics=statistics,
     )
     if selection.masked:
         # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
@@ -68,6 +70,7 @@ def _run(
             selection.targets_K,
             rows_K=selection.rows_K,
             entropy=entropy,
+            statistics=statistics,
             upstream=upstream,
             sinks=sinks,
             chunk_bytes=chunk_bytes,
@@ -218,10 +221,10 @@ def _probes() -> list[Any] | None:
 
 
 def logprob(
-    inputs: Inputs, selection: Selection, settings: Settings, entropy: bool
+    inputs: Inputs, selection: Selection, settings: Settings, *, entropy: bool, statistics: bool
 ) -> list[Tensor | None]:
-    """logp, lse, entropy (None unless asked for), each (T,)."""
-    values = _run(inputs, selection, settings, entropy=entropy)
+    """The fields of `Values`, each (T,); None where not asked for."""
+    values = _run(inputs, selection, settings, entropy=entropy, statistics=statistics)
     return [None if x is None else selection.scatter(x) for x in values]
 
 
@@ -253,30 +256,38 @@ def logprob_backward(
 class Recompute(torch.autograd.Function):
     """logp, lse and entropy in the forward; the backward makes the logits again.
 
-    apply(*Inputs, entropy, settings) -> logp_T, lse_T, entropy_T or None.
+    apply(*Inputs, entropy, statistics, settings) -> the fields of `Values`, each (T,); None where
+    not asked for. The statistics have no gradient.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, entropy, settings = arguments
+        *tensors, entropy, statistics, settings = arguments
         inputs = Inputs(*tensors)
         if without_values(inputs.hidden_TD):
-            values = torch.ops.vpgea_fast.logprob(*inputs, entropy, *settings)
-            values = [*values[:2], values[2] if entropy else None]
+            values = torch.ops.vpgea_fast.logprob(*inputs, entropy, statistics, *settings)
+            # An op cannot give None: its empty stand-ins become None again.
+            asked = (True, True, entropy, statistics, statistics, statistics)
+            values = [x if wanted else None for x, wanted in zip(values, asked, strict=True)]
         else:
             ctx.selection = select(inputs, settings)
             # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
-            values = logprob(inputs, ctx.selection, settings, entropy)
+            values = logprob(
+                inputs, ctx.selection, settings, entropy=entropy, statistics=statistics
+            )
+        if statistics:
+            ctx.mark_non_differentiable(*values[3:])
         ctx.save_for_backward(*inputs)
         ctx.settings = settings
         return tuple(values)
 
     @staticmethod
-    def backward(ctx, *upstream_T):
+    def backward(ctx, *upstream):
         _refuse_double_backward()
+        upstream_T = upstream[:3]  # of logp, lse and entropy
         inputs, needs = Inputs(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
-        nothing = [None] * (len(Inputs._fields) - 1)
+        nothing = [None] * len(Inputs._fields)
         # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing

@@ -4,7 +4,7 @@ All that depends on values, the selection of rows and the checks, happens inside
 have static shapes. A fake gives their shapes, dtypes and strides.
 
     vpgea_fast::one_pass           loss, logp, kept, dX, dW, db     may add to dweight_out
-    vpgea_fast::logprob            logp, lse, entropy
+    vpgea_fast::logprob            logp, lse, entropy, top1, mean logit, log sum p^2
     vpgea_fast::logprob_backward   dX, dW, db
 """
 
@@ -87,23 +87,27 @@ register(
 
 @torch.no_grad()
 def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), settings = _split(arguments)
+    inputs, (entropy, statistics), settings = _split(arguments)
     # Selected here and in the backward: an op cannot keep rows for another one.
-    values = logprob(inputs, select(inputs, settings), settings, entropy)
+    selection = select(inputs, settings)
+    values = logprob(inputs, selection, settings, entropy=entropy, statistics=statistics)
     return _present(values, inputs.hidden_TD)
 
 
 def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), _ = _split(arguments)
+    inputs, (entropy, statistics), _ = _split(arguments)
     dtype = accumulator(inputs.hidden_TD)
-    # The schema has three outputs: without an entropy the third is the empty stand-in.
-    values = [torch.empty_like(inputs.targets_T, dtype=dtype) for _ in range(2 + entropy)]
-    return _present([*values, None][:3], inputs.hidden_TD)
+    # The schema has six outputs: what was not asked for is the empty stand-in.
+    made = [(True, dtype), (True, dtype), (entropy, dtype), (statistics, torch.bool)]
+    made += [(statistics, dtype)] * 2
+    values = [torch.empty_like(inputs.targets_T, dtype=x) if asked else None for asked, x in made]
+    return _present(values, inputs.hidden_TD)
 
 
 register(
     "logprob",
-    f"({INPUTS}, bool entropy, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"({INPUTS}, bool entropy, bool statistics, {SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _logprob_kernel,
     _logprob_fake,
 )

@@ -47,8 +47,8 @@ def head_case(dtype=torch.float64, *, tokens=T, vocabulary=V, device="cpu", spre
     return hidden_TD, weight_VD, bias_V, targets_T, torch.randn(tokens).to(device)
 
 
-def oracle(hidden_TD, weight_VD, targets_T, **head):
-    """logp, lse, entropy by log_softmax of the full float64 logits; independent of reference.py."""
+def full_logits(hidden_TD, weight_VD, **head):
+    """z_TV in float64, independent of reference.py."""
     a_TV = head.get("logit_scale", 1.0) * (hidden_TD.double() @ weight_VD.double().T)
     if head.get("bias") is not None:
         a_TV = a_TV + head["bias"].double()
@@ -57,7 +57,12 @@ def oracle(hidden_TD, weight_VD, targets_T, **head):
     temperature = head.get("temperature", 1.0)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double().unsqueeze(1)
-    z_TV = a_TV / temperature
+    return a_TV / temperature
+
+
+def oracle(hidden_TD, weight_VD, targets_T, **head):
+    """logp, lse, entropy by log_softmax of the full float64 logits."""
+    z_TV = full_logits(hidden_TD, weight_VD, **head)
     kept_T = targets_T != head.get("ignore_index", -100)
     index_T1 = targets_T.long().masked_fill(~kept_T, 0).unsqueeze(1)
     logp_T = z_TV.log_softmax(1).gather(1, index_T1).squeeze(1)
@@ -151,6 +156,68 @@ def test_weighted_loss_matches_autograd(backend, name, dtype):
     got = gradients(ours.loss, *leaves)
     assert_close(got, gradients(truth, *leaves), 2 * BUDGET[dtype])
     assert torch.equal(got[0][[3, 5]], torch.zeros(2, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics_are_those_of_the_full_logits(backend, name, dtype):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    options = options_of(name, bias_V)
+    z_TV = full_logits(hidden_TD, weight_VD, **options).detach()
+    targets_T[::2] = z_TV[::2].argmax(1)
+    targets_T[4] = options.get("ignore_index", -100)
+    kept_T = targets_T != targets_T[4]
+
+    def call(**more):
+        arguments = (hidden_TD, weight_VD, targets_T)
+        return linear_logprob(*arguments, backend=backend, chunk_bytes=CHUNK, **options, **more)
+
+    with Recorder() as plain:
+        bare = call()
+    assert bare.statistics is None
+    ours = call(return_statistics=True)
+    found = ours.statistics
+    assert found is not None
+    top_T = torch.tensor([int(z.argmax()) == t for z, t in zip(z_TV, targets_T, strict=True)])
+    assert torch.equal(found.top1, top_T & kept_T)
+    assert 0 < found.top1.sum() < kept_T.sum()
+    p2_T = z_TV.softmax(1).square().sum(1).log()
+    for got, truth in ((found.mean_logit, z_TV.mean(1)), (found.log_sum_p2, p2_T)):
+        assert got.dtype == dtype
+        assert_close((got,), (truth * kept_T,), BUDGET[dtype])
+    # They cost nothing where they are not asked for, and change nothing where they are.
+    assert not [x for x in plain.names if "argmax" in x or "norm" in x]
+    assert torch.equal(ours.logp, bare.logp)
+    assert torch.equal(ours.lse, bare.lse)
+    assert not any(x.requires_grad for x in (found.top1, found.mean_logit, found.log_sum_p2))
+    upstream = [(coef_T * x.logp).sum() + x.lse.sum() for x in (ours, bare)]
+    mine, theirs = (gradients(x, hidden_TD, weight_VD) for x in upstream)
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics_at_the_edges(backend):
+    """Equal largest logits: the first is on top. 152064 equal classes; one that is certain."""
+
+    def statistics(weight_VD, *targets):
+        targets_T = torch.tensor(targets, dtype=torch.int64)
+        hidden_TD = torch.ones(len(targets), weight_VD.shape[1])
+        return linear_logprob(
+            hidden_TD, weight_VD, targets_T, return_statistics=True, backend=backend
+        ).statistics
+
+    tied = statistics(torch.tensor([[0.0], [2.0], [1.0], [2.0]]), 0, 1, 2, 3)
+    assert tied.top1.tolist() == [False, True, False, False]
+    flat = statistics(torch.full((152064, 2), 0.25), 5)
+    assert flat.mean_logit.item() == pytest.approx(0.5, rel=1e-6)
+    assert flat.log_sum_p2.item() == pytest.approx(-math.log(152064), rel=1e-6)
+    sure = statistics(torch.tensor([[90.0], [-80.0], [-80.0]]), 0, 1)
+    assert sure.top1.tolist() == [True, False]
+    assert sure.log_sum_p2.tolist() == [0.0, 0.0]
+    none = statistics(torch.ones(3, 1))
+    assert [x.shape for x in (none.top1, none.mean_logit)] == [(0,), (0,)]
+    assert none.top1.dtype == torch.bool
 
 
 def test_gradcheck_reference():
@@ -747,14 +814,16 @@ def test_a_strided_sink(backend):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts GEMMs, and the bytes alive at once among the tensors made while it is active."""
+    """Counts GEMMs, and the bytes alive at once among the tensors made while it is active; names
+    the ops."""
 
     def __init__(self):
         super().__init__()
         self.gemms = self.alive = self.peak = self.largest = 0
-        self.owners = {}
+        self.owners, self.names = {}, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
         out = func(*args, **(kwargs or {}))
         self.gemms += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         self.gemms += func.overloadpacket is torch.ops.aten.addmm_

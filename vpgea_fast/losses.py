@@ -107,6 +107,20 @@ def _spelled_out(function: _Function) -> _Function:
 
 
 @dataclass(frozen=True)
+class RowStatistics:
+    """What metrics ask of each row, (T,), without gradients; False and 0 where ignored.
+
+    `top1`: the target is the first of the largest logits. `mean_logit` = mean_v z_v. `log_sum_p2` =
+    log sum_v p_v^2. Two classes, logits [0, log 3], target 1: top1 = [True], mean_logit = [0.5493],
+    log_sum_p2 = [-0.4700].
+    """
+
+    top1: Tensor  # (T,) bool
+    mean_logit: Tensor  # (T,) float32, float64 for float64 inputs, as the next
+    log_sum_p2: Tensor  # (T,)
+
+
+@dataclass(frozen=True)
 class LogprobOutput:
     """`logp`, `lse`, `entropy` (None unless asked for), each (T,), differentiable; 0 where ignored.
 
@@ -116,6 +130,7 @@ class LogprobOutput:
     logp: Tensor  # (T,) float32, float64 for float64 inputs, as all that follows
     lse: Tensor  # (T,)
     entropy: Tensor | None  # (T,)
+    statistics: RowStatistics | None = None  # None unless asked for
 
 
 @dataclass(frozen=True)
@@ -175,15 +190,16 @@ def choose_backend(
     dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     entropy_gradient: bool = False,
+    statistics: bool = False,
 ) -> BackendChoice:
     """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
     "reference" (full logits), "torch" (chunked), "cublas" and "triton" (CUDA). "auto" chooses by
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
-    backward with a gradient of the entropy runs on "torch". Shape and free memory decide the size
-    of a chunk, not the backend. Each distinct decision of "auto" is logged once, at INFO, on the
-    logger "vpgea_fast.losses".
+    backward with a gradient of the entropy, and a forward with row statistics, run on "torch".
+    Shape and free memory decide the size of a chunk, not the backend. Each distinct decision of
+    "auto" is logged once, at INFO, on the logger "vpgea_fast.losses".
 
     ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
@@ -196,6 +212,7 @@ def choose_backend(
         dtype,
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
+        statistics=statistics,
     )
 
 
@@ -211,6 +228,7 @@ def linear_logprob(
     targets_T: Tensor,
     *,
     return_entropy: bool = False,
+    return_statistics: bool = False,
     **options: Unpack[HeadOptions],
 ) -> LogprobOutput:
     """Log-probability of each target under the head, differentiable per token.
@@ -223,14 +241,21 @@ def linear_logprob(
     and bias from any mix of logp, lse and entropy. logp <= 0 always and 1 - p is exact for
     confident tokens. Nothing but the inputs is saved; the backward makes the logits again.
 
+    return_statistics: `RowStatistics` too, three more reads of a chunk's logits; not in the
+    backends "triton" and "cublas".
+
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
     """
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
-    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, return_entropy, settings)
-    return LogprobOutput(logp_T, lse_T, entropy_T)
+    checks.check_flag("return_statistics", return_statistics)
+    logp_T, lse_T, entropy_T, *more = Recompute.apply(
+        *inputs, return_entropy, return_statistics, settings
+    )
+    statistics = RowStatistics(*more) if return_statistics else None
+    return LogprobOutput(logp_T, lse_T, entropy_T, statistics)
 
 
 @_spelled_out
