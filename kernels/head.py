@@ -106,15 +106,23 @@ def one_pass(
     return loss, logp_T, selection.kept_T, [sinks.hidden, dweight_VD, sinks.bias]
 
 
-def _new_sinks(inputs: Inputs, needs: Needs, dweight_out: Tensor | None = None) -> Sinks:
-    """Zeros for what is needed: rows that take no part keep them."""
+def _new_sinks(
+    inputs: Inputs,
+    needs: Needs,
+    dweight_out: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Sinks:
+    """Zeros for what is needed: rows that take no part keep them. dtype: of dX, if not its own."""
     hidden_TD, weight_VD, bias_V = inputs[:3]
     total = accumulator(hidden_TD)
     dweight_VD = dweight_out if needs.weight else None
     if needs.weight and dweight_out is None:
         dweight_VD = torch.zeros_like(weight_VD, dtype=total)
     return Sinks(
-        hidden=torch.zeros_like(hidden_TD, dtype=stored(hidden_TD)) if needs.hidden else None,
+        hidden=torch.zeros_like(hidden_TD, dtype=dtype or stored(hidden_TD))
+        if needs.hidden
+        else None,
         weight=dweight_VD,
         bias=torch.zeros_like(bias_V, dtype=total) if needs.bias and bias_V is not None else None,
     )
@@ -286,24 +294,97 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, *upstream):
         _refuse_double_backward()
         upstream_T = upstream[:3]  # of logp, lse and entropy
-        inputs, needs = Inputs(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
         nothing = [None] * len(Inputs._fields)
         # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
-        # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
-        if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
-            made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
-            grads = [x if need else None for x, need in zip(made, needs, strict=True)]
-        else:
-            grads = logprob_backward(
-                inputs=inputs,
-                selection=ctx.selection,
-                upstream_T=upstream_T,
-                needs=needs,
-                settings=ctx.settings,
-            )
+        return *_recomputed(ctx, Inputs(*ctx.saved_tensors), upstream_T), *nothing
+
+
+def _recomputed(ctx: Any, inputs: Inputs, upstream_T: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The gradients of hidden, weight and bias of a node, by a second pass."""
+    needs = Needs(*ctx.needs_input_grad[:3])
+    # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
+    if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
+        made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
+        return [x if need else None for x, need in zip(made, needs, strict=True)]
+    return logprob_backward(
+        inputs=inputs,
+        selection=ctx.selection,
+        upstream_T=upstream_T,
+        needs=needs,
+        settings=ctx.settings,
+    )
+
+
+# --- value and the gradients that are expected ----------------------------------------------------
+
+EXPECTED = 2e-6
+"""How far, relatively, a gradient of logp may be from a multiple of the expected one: a dozen
+roundings of float32."""
+
+
+class Expected(torch.autograd.Function):
+    """`Recompute` that makes the gradients with the values, for the expected gradient of logp.
+
+    apply(*Inputs, expected_T, entropy, statistics, needs, settings) -> as `Recompute`. Where logp's
+    gradient is a multiple of expected_T and is all that comes, backward scales what was made; else
+    it makes the logits again. To compare costs CUDA a synchronisation.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, expected_T, entropy, statistics, needs, settings = arguments
+        inputs = Inputs(*tensors)
+        ctx.selection, ctx.settings = select(inputs, settings), settings
+        ctx.set_materialize_grads(False)
+        total = accumulator(inputs.hidden_TD)
+        # Not rounded before the factor is known: then once, as the second pass does.
+        sinks = _new_sinks(inputs, needs, dtype=total)
+        values = _run(
+            inputs,
+            ctx.selection,
+            settings,
+            entropy=entropy,
+            statistics=statistics,
+            upstream=Upstream(logp=ctx.selection.gather(expected_T).to(total)),
+            sinks=sinks,
+        )
+        values = [None if x is None else ctx.selection.scatter(x) for x in values]
+        if statistics:
+            ctx.mark_non_differentiable(*values[3:])
+        ctx.save_for_backward(*inputs, expected_T, sinks.hidden, sinks.weight, sinks.bias)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        _refuse_double_backward()
+        *tensors, expected_T, dhidden_TD, dweight_VD, dbias_V = ctx.saved_tensors
+        inputs, upstream_T = Inputs(*tensors), upstream[:3]
+        nothing = [None] * (len(Inputs._fields) + 2)
+        if all(x is None for x in upstream_T):
+            return None, None, None, *nothing
+        factor = None
+        if upstream_T[1] is None and upstream_T[2] is None and not _is_batched(upstream_T[0]):
+            kept_T = ctx.selection.kept_T
+            factor = _factor(*(x.masked_fill(~kept_T, 0.0) for x in (upstream_T[0], expected_T)))
+        if factor is None:
+            del dhidden_TD, dweight_VD, dbias_V
+            return *_recomputed(ctx, inputs, upstream_T), *nothing
+        made = zip((dhidden_TD, dweight_VD, dbias_V), inputs[:3], strict=True)
+        grads = [
+            None if x is None or like is None else (x * factor).to(like.dtype) for x, like in made
+        ]
         return *grads, *nothing
+
+
+def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
+    """f with found = f expected, entry by entry; None: there is none."""
+    found_T, expected_T = (x.to(wide(x.device)) for x in (found_T, expected_T))
+    square = expected_T.square().sum()
+    factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
+    fits = (found_T - factor * expected_T).abs() <= EXPECTED * (factor * expected_T).abs()
+    return factor if bool(fits.all()) else None
 
 
 # --- shared -------------------------------------------------------------------------------------

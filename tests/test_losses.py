@@ -196,6 +196,72 @@ def test_row_statistics_are_those_of_the_full_logits(backend, name, dtype):
     assert all(map(torch.equal, mine, theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expected_gradients_are_those_of_a_second_pass(backend, dtype):
+    """Where the expectation holds they are made once; where it does not, again, and never wrong."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    leaves = (hidden_TD, weight_VD, bias_V)
+    targets_T[3], coef_T[5] = -100, 0.0
+    uneven_T = coef_T.clone()
+    uneven_T[7] *= 1 + 1e-5
+
+    def run(loss_of, expected_T=None):
+        with Recorder() as recorder:
+            out = linear_logprob(
+                *leaves[:2],
+                targets_T,
+                bias=bias_V,
+                softcap=9.0,
+                return_entropy=True,
+                return_statistics=True,
+                expected_T=expected_T,
+                backend=backend,
+            )
+            grads = gradients(loss_of(out), *leaves)
+        return (out.logp, out.lse, out.entropy, out.statistics.mean_logit, *grads), recorder.gemms
+
+    def weighted(out):
+        return -2.5 * (coef_T * out.logp).sum()
+
+    plain, twice = run(weighted)
+    foreseen, once = run(weighted, coef_T)
+    assert all(map(torch.equal, foreseen[:4], plain[:4]))
+    logp_T = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V, softcap=9.0)[0]
+    truth = gradients(-2.5 * (coef_T * logp_T).sum(), *leaves)
+    for grads in (foreseen[4:], plain[4:]):
+        assert_close(grads, truth, 4e-3 if dtype == torch.bfloat16 else 2 * BUDGET[dtype])
+    assert all(got.dtype == like.dtype for got, like in zip(foreseen, plain, strict=True))
+    if backend == "torch" and dtype != torch.bfloat16:  # a CPU's has a GEMM for each block there
+        assert (once, twice) == (3, 4)
+    for loss_of, expected_T in (
+        (weighted, uneven_T),
+        (weighted, torch.zeros(T)),
+        (lambda out: weighted(out) + 0.1 * out.entropy.sum(), coef_T),
+        (lambda out: weighted(out) + 0.1 * out.lse.sum(), coef_T),
+    ):
+        missed, more = run(loss_of, expected_T)
+        assert all(map(torch.equal, missed, run(loss_of)[0]))
+        assert more > twice or backend == "reference"
+    nothing = torch.zeros(T)
+    assert not any(x.any() for x in run(lambda out: (nothing * out.logp).sum(), nothing)[0][4:])
+
+
+def test_an_expected_gradient_is_a_constant():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    with pytest.raises(ValueError, match="expected_T requires grad, but is a constant"):
+        linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=coef_T.requires_grad_())
+    with torch.no_grad():
+        out = linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=torch.ones(T))
+    assert not out.logp.requires_grad
+    out = linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=torch.ones(T)).logp
+    every = torch.eye(T, dtype=torch.float64)
+    (grads,) = torch.autograd.grad(out, hidden_TD, every, retain_graph=True, is_grads_batched=True)
+    for row, each in enumerate(grads):
+        (alone,) = torch.autograd.grad(out[row], hidden_TD, retain_graph=True)
+        assert_close((each,), (alone,), 1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_statistics_at_the_edges(backend):
     """Equal largest logits: the first is on top. 152064 equal classes; one that is certain."""

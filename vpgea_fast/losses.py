@@ -43,8 +43,8 @@ import torch
 
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Needs, Settings
-from vpgea_fast.kernels.head import OnePass, Recompute, dot
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings
+from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot, without_values
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
@@ -229,6 +229,7 @@ def linear_logprob(
     *,
     return_entropy: bool = False,
     return_statistics: bool = False,
+    expected_T: Tensor | None = None,
     **options: Unpack[HeadOptions],
 ) -> LogprobOutput:
     """Log-probability of each target under the head, differentiable per token.
@@ -243,6 +244,10 @@ def linear_logprob(
 
     return_statistics: `RowStatistics` too, three more reads of a chunk's logits; not in the
     backends "triton" and "cublas".
+    expected_T: (T,), what the gradient of logp is expected to be, up to one factor for all rows.
+    The gradients are then made with the values: three GEMMs where the expectation holds within
+    2e-6. Where it does not, or lse or the entropy has a gradient too, they are made again: six
+    GEMMs, the same numbers. dX and dW are kept until the backward. Compiled calls ignore it.
 
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a sharded weight.
@@ -251,9 +256,15 @@ def linear_logprob(
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
     checks.check_flag("return_statistics", return_statistics)
-    logp_T, lse_T, entropy_T, *more = Recompute.apply(
-        *inputs, return_entropy, return_statistics, settings
-    )
+    asked = (return_entropy, return_statistics)
+    needs = _needs(inputs) if expected_T is not None else None
+    if expected_T is not None and needs is not None:
+        checks.check_constant("expected_T", expected_T, targets_T)
+    if needs is not None and any(needs) and not without_values(hidden_TD):
+        made = Expected.apply(*inputs, expected_T, *asked, needs, settings)
+    else:
+        made = Recompute.apply(*inputs, *asked, settings)
+    logp_T, lse_T, entropy_T, *more = made
     statistics = RowStatistics(*more) if return_statistics else None
     return LogprobOutput(logp_T, lse_T, entropy_T, statistics)
 
@@ -289,15 +300,19 @@ def weighted_logprob_loss(
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     checks.check_sink(dweight_out, weight_VD)
-    # Asked for here: inside an autograd function grad mode is off and requires_grad is lost.
-    grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
-    needs = Needs(
-        hidden=grad and hidden_TD.requires_grad,
-        weight=grad and (weight_VD.requires_grad or dweight_out is not None),
-        bias=grad and bias_V is not None and bias_V.requires_grad,
-    )
+    needs = _needs(inputs, dweight_out)
     loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, dweight_out, needs, settings)
     return WeightedLoss(loss, logp_T, kept_T)
+
+
+def _needs(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
+    """Asked for here: inside an autograd function grad mode is off and requires_grad is lost."""
+    grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
+    return Needs(
+        hidden=grad and inputs.hidden_TD.requires_grad,
+        weight=grad and (inputs.weight_VD.requires_grad or dweight_out is not None),
+        bias=grad and bias_V is not None and bias_V.requires_grad,
+    )
 
 
 @_spelled_out

@@ -42,6 +42,7 @@ API = {
         *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
         *("CausalLoss", "CausalLogprobs"),
     ),
+    "integrations.trl": ("enable", "Enabled"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
@@ -355,7 +356,7 @@ def api_page() -> str:
 def _sources(module: str) -> list[str]:
     """Read a module's file. Of a folder `__init__` comes first, whose docstring is the module's,
     then the others, which define what it passes on."""
-    folder = ROOT / module
+    folder = ROOT.joinpath(*module.split("."))
     files = [folder / "__init__.py", *sorted(folder.glob("[!_]*.py"))]
     files = files if folder.is_dir() else [folder.with_suffix(".py")]
     return [file.read_text(encoding="utf-8") for file in files]
