@@ -36,6 +36,7 @@ class Situation:
     entropy_gradient: bool = False
     batch_invariant: bool = False
     statistics: bool = False
+    smoothing: bool = False  # gradients of the mean logit and of lse^2
 
     def __str__(self) -> str:
         version = "" if self.capability is None else " sm_{}{}".format(*self.capability)
@@ -101,8 +102,8 @@ def _kernels_lack(call: Situation) -> str | None:
     if call.dtype is torch.float64:
         return "it takes float16, bfloat16 and float32, not float64; use 'torch'"
     # Its passes keep neither the largest logit nor a sum of the logits.
-    if call.statistics:
-        return "it has no row statistics; leave return_statistics out, or use 'torch'"
+    if call.statistics or call.smoothing:
+        return "it has no row statistics, label smoothing or z-loss; leave them out, or use 'torch'"
     return None
 
 
@@ -126,6 +127,13 @@ def _triton_objection(call: Situation) -> str | None:
     if call.dtype is torch.float32:
         return "float32 without TF32 has no tensor cores, and cuBLAS is the better GEMM there"
     return None
+
+
+def _torch_lacks(call: Situation) -> str | None:
+    # Its fp16 gradients are kept in units of a bound, which lse^2 has only after the pass.
+    if call.smoothing and call.dtype is torch.float16:
+        return "it has no label smoothing or z-loss in float16; use bfloat16"
+    return _depends_on_neighbours(call)
 
 
 def _depends_on_neighbours(call: Situation) -> str | None:
@@ -157,7 +165,9 @@ BACKENDS = {
         objection=lambda _: "no measurement has preferred it to 'triton' yet",
     ),
     "torch": Backend(
-        run=chunked.head_pass, virtue="chunked, on any device", lacks=_depends_on_neighbours
+        run=chunked.head_pass,
+        virtue="chunked, on any device",
+        lacks=_torch_lacks,
     ),
     "reference": Backend(
         run=reference.head_pass,
@@ -218,6 +228,7 @@ def resolve(
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
     statistics: bool = False,
+    smoothing: bool = False,
 ) -> BackendChoice:
     """`choose` for tensors on a device of this machine; what "auto" takes is logged once, at INFO.
 
@@ -234,6 +245,7 @@ def resolve(
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
         statistics=statistics,
+        smoothing=smoothing,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":

@@ -23,6 +23,7 @@ from vpgea_fast.kernels.contract import (
     Needs,
     Settings,
     Sinks,
+    Smoothing,
     Upstream,
     Values,
 )
@@ -55,6 +56,7 @@ def _run(
         entropy_gradient=upstream is not None and upstream.entropy is not None,
         batch_invariant=settings.batch_invariant,
         statistics=statistics,
+        smoothing=upstream is not None and upstream.mean_logit is not None,
     )
     if selection.masked:
         # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
@@ -81,7 +83,12 @@ def _run(
 
 
 def one_pass(
-    inputs: Inputs, coef_T: Tensor, dweight_out: Tensor | None, needs: Needs, settings: Settings
+    inputs: Inputs,
+    coef_T: Tensor,
+    dweight_out: Tensor | None,
+    needs: Needs,
+    smoothing: Smoothing,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
     # fp16 ends at 6e-8, where normalised coefficients begin.
@@ -93,12 +100,13 @@ def one_pass(
         inputs,
         selection,
         settings,
-        upstream=Upstream(logp=coef_K) if any(needs) else None,
+        statistics=smoothing.on,
+        upstream=smoothing.upstream(coef_K) if any(needs) else None,
         sinks=sinks,
     )
-    logp_T = selection.scatter(values.logp)
-    # Gathered again: masked rows are 0 in logp_T, where values.logp has what zeros gave.
-    loss = dot(coef_K, selection.gather(logp_T))
+    logp_T, row_T = (selection.scatter(x) for x in (values.logp, smoothing.of(values)))
+    # Gathered again: masked rows are 0 in row_T, where the values have what zeros gave.
+    loss = dot(coef_K, selection.gather(row_T))
     dweight_VD = sinks.weight
     if dweight_VD is not None:
         # A sink of the caller's is no result: autograd must not see it as dW once more.
@@ -131,17 +139,17 @@ def _new_sinks(
 class OnePass(torch.autograd.Function):
     """Value and gradients of sum_t coef_t logp_t in the forward; the backward only scales.
 
-    apply(*Inputs, coef_T, dweight_out, needs, settings) -> loss, logp_T, kept_T; needs: which of
-    hidden, weight (or its sink) and bias want a gradient.
+    apply(*Inputs, coef_T, dweight_out, needs, smoothing, settings) -> loss, logp_T, kept_T; needs:
+    which of hidden, weight (or its sink) and bias want a gradient.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, coef_T, dweight_out, needs, settings = arguments
+        *tensors, coef_T, dweight_out, needs, smoothing, settings = arguments
         inputs = Inputs(*tensors)
         if without_values(inputs.hidden_TD):
             loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
-                *inputs, coef_T, dweight_out, needs, *settings
+                *inputs, coef_T, dweight_out, needs, *smoothing, *settings
             )
             # An op cannot give None: its empty stand-ins become None again.
             outputs = needs._replace(weight=needs.weight and dweight_out is None)
@@ -152,6 +160,7 @@ class OnePass(torch.autograd.Function):
                 coef_T=coef_T,
                 dweight_out=dweight_out,
                 needs=needs,
+                smoothing=smoothing,
                 settings=settings,
             )
         ctx.direct = dweight_out is not None  # dW is final already, see _check_one
@@ -177,7 +186,7 @@ class OnePass(torch.autograd.Function):
         grads = [
             None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
         ]
-        return *grads, *[None] * (len(Inputs._fields) + 1)
+        return *grads, *[None] * (len(Inputs._fields) + 2)
 
 
 def _check_one(grad_loss: Tensor) -> None:

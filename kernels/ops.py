@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.kernels.backends import resolve
-from vpgea_fast.kernels.contract import INPUTS, SETTINGS, Inputs, Needs, Settings
+from vpgea_fast.kernels.contract import INPUTS, SETTINGS, Inputs, Needs, Settings, Smoothing
 from vpgea_fast.kernels.head import logprob, logprob_backward, one_pass, stored
 from vpgea_fast.kernels.selection import accumulator, check, select
 
@@ -48,20 +48,21 @@ def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]
 
 @torch.no_grad()
 def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (coef_T, dweight_out, needs), settings = _split(arguments)
+    inputs, (coef_T, dweight_out, needs, *smoothing), settings = _split(arguments)
     # needs is a list of bool in the schema.
     loss, logp_T, kept_T, grads = one_pass(
         inputs=inputs,
         coef_T=coef_T,
         dweight_out=dweight_out,
         needs=Needs(*needs),
+        smoothing=Smoothing(*smoothing),
         settings=settings,
     )
     return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
 
 
 def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (_, dweight_out, flags), _ = _split(arguments)
+    inputs, (_, dweight_out, flags, *_), _ = _split(arguments)
     needs, (hidden_TD, weight_VD, bias_V) = Needs(*flags), inputs[:3]
     grads: list[Tensor | None] = [None, None, None]  # of hidden, weight, bias, as in one_pass
     if needs.hidden:
@@ -78,8 +79,8 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
 register(
     "one_pass",
     # (a!) says that the op writes there: a compiler may neither drop nor reorder the call.
-    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, {SETTINGS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, float label_smoothing, "
+    f"float z_loss, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _one_pass_kernel,
     _one_pass_fake,
 )

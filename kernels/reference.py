@@ -118,13 +118,20 @@ def weighted_logprob_loss(
     coef_T: Tensor,
     *,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     **head,
 ) -> Tensor:
-    """sum_t c_t log p_t (0-dim) over the rows with c_t != 0 and a target that is not ignored."""
+    """sum_t c_t [(1 - s) log p_t + s mean_v log p_tv - z lse_t^2] (0-dim), s = label_smoothing, z =
+    z_loss, over the rows with c_t != 0 and a target that is not ignored."""
     live_T = targets_T.masked_fill(coef_T == 0, ignore_index)
-    logp_T, _, _ = linear_logprob(hidden_TD, weight_VD, live_T, ignore_index=ignore_index, **head)
+    rows, head = (hidden_TD, weight_VD, live_T), {**head, "ignore_index": ignore_index}
+    logp_T, lse_T, _ = linear_logprob(*rows, **head)
     coef_T = coef_T.to(logp_T.dtype).masked_fill(live_T == ignore_index, 0.0)
-    return (coef_T * logp_T).sum()
+    if label_smoothing:
+        # mean_v log p_v = mean_v z_v - lse
+        logp_T = logp_T.lerp(row_statistics(*rows, **head)[1] - lse_T, label_smoothing)
+    return (coef_T * (logp_T - z_loss * lse_T.square())).sum()
 
 
 def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -353,7 +360,10 @@ def head_pass(
         }
         logp_K, lse_K, entropy_K = linear_logprob(*rows, **options)
         if upstream is not None:
-            pairs = ((logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy))
+            pairs = [(logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
+            if upstream.mean_logit is not None:
+                pairs.append((row_statistics(*rows, **options)[1], upstream.mean_logit))
+            pairs.append((lse_K.square(), upstream.lse_square))
             parts = [(value * g.to(dtype)).sum() for value, g in pairs if g is not None]
             leaves = [hidden_KD, weight_VD] + ([] if bias_V is None else [bias_V])
             grads = torch.autograd.grad(torch.stack(parts).sum(), leaves)

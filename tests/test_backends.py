@@ -36,6 +36,7 @@ NOWHERE = dict.fromkeys(("triton", "cublas"), "triton is not installed")
         (Situation("cuda", torch.bfloat16, H200, entropy_gradient=True), "torch", "the entropy"),
         (Situation("cuda", torch.float16, H200, lse_gradient=True), "torch", "lse in float16"),
         (Situation("cuda", torch.bfloat16, H200, statistics=True), "torch", "no row statistics"),
+        (Situation("cuda", torch.bfloat16, H200, smoothing=True), "torch", "label smoothing"),
         (Situation("cuda", torch.float32, H200), "torch", "float32 without TF32"),
         (Situation("cuda", torch.float64, H200), "torch", "not float64"),
         (Situation("cuda", torch.float16, (7, 5)), "torch", "sm_80 or newer"),
@@ -85,7 +86,13 @@ def test_auto_says_what_is_not_here():
             "cublas",
             Situation("cuda", torch.bfloat16, H200, statistics=True),
             {},
-            "no row statistics; leave return_statistics out, or use 'torch'",
+            "no row statistics, label smoothing or z-loss; leave them out, or use 'torch'",
+        ),
+        (
+            "torch",
+            Situation("cpu", torch.float16, smoothing=True),
+            {},
+            "no label smoothing or z-loss in float16; use bfloat16",
         ),
         (
             "torch",

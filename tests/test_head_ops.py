@@ -287,9 +287,9 @@ def op_arguments(name, x):
     scores = ADVANTAGE.to(x["sink"].dtype), torch.full((6,), 0.25, dtype=x["sink"].dtype)
     return {
         "one_pass": [
-            (*few, x["coef"], None, [True, True, False], *settings()),
-            (*many, x["coef"], x["sink"], [True, True, True], *settings()),
-            (*few, x["coef"], None, [False, False, False], *settings(softcap=None)),
+            (*few, x["coef"], None, [True, True, False], 0.0, 0.0, *settings()),
+            (*many, x["coef"], x["sink"], [True, True, True], 0.1, 0.01, *settings()),
+            (*few, x["coef"], None, [False, False, False], 0.0, 0.0, *settings(softcap=None)),
         ],
         "logprob": [(*few, False, False, *settings()), (*many, True, True, *settings())],
         "logprob_backward": [

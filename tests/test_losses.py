@@ -286,6 +286,66 @@ def test_row_statistics_at_the_edges(backend):
     assert none.top1.dtype == torch.bool
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_smoothing_and_z_loss_in_one_pass(backend, name, dtype):
+    """Against torch's own label smoothing of the full float64 logits, and lse^2 beside it."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    options = options_of(name, bias_V)
+    targets_T[3], coef_T[5] = options.get("ignore_index", -100), 0.0
+    leaves = (hidden_TD, weight_VD) + ((bias_V,) if "bias" in options else ())
+    kept_T = (coef_T != 0) & (targets_T != targets_T[3])
+    z_TV = full_logits(hidden_TD, weight_VD, **options)
+    safe_T = targets_T.masked_fill(~kept_T, 0)
+    for label, z_loss in ((0.1, 0.0), (0.0, 0.02), (0.3, 0.01), (1.0, 0.0)):
+        nll_T = torch.nn.functional.cross_entropy(
+            z_TV, safe_T, reduction="none", label_smoothing=label
+        )
+        truth = (coef_T * kept_T * (-nll_T - z_loss * z_TV.logsumexp(1).square())).sum()
+        smoothing = {"label_smoothing": label, "z_loss": z_loss}
+        ours = weighted_logprob_loss(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            coef_T,
+            backend=backend,
+            chunk_bytes=CHUNK,
+            **smoothing,
+            **options,
+        )
+        values = 1e-12 if dtype is torch.float64 else 2e-5
+        logp_T = oracle(hidden_TD, weight_VD, targets_T, **options)[0] * kept_T
+        assert_close((ours.loss, ours.logp), (truth, logp_T), values)
+        got, expected = gradients(ours.loss, *leaves), gradients(truth, *leaves)
+        assert_close(got, expected, 2 * BUDGET[dtype])
+        if backend == "reference" and dtype is torch.float64:
+            head = {"bias_V" if k == "bias" else k: x for k, x in options.items()}
+            spec = reference.weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T.double(), **smoothing, **head
+            )
+            assert_close((spec,), (truth,), values)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "words"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing: .*a number from 0 to 1"),
+        ({"label_smoothing": torch.tensor(0.1)}, "label_smoothing: got a Tensor"),
+        ({"z_loss": -1e-4}, "z_loss: .*a finite number >= 0"),
+        ({"z_loss": 1e-4, "backend": "triton"}, "backend 'triton'"),
+    ],
+)
+def test_smoothing_out_of_its_bounds_is_refused(smoothing, words):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    with pytest.raises(ValueError, match=words):
+        weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, **smoothing)
+    half = [x.detach().half() for x in (hidden_TD, weight_VD)]
+    half[0].requires_grad_()
+    with pytest.raises(ValueError, match="in float16; use bfloat16"):
+        weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend="torch")
+
+
 def test_gradcheck_reference():
     """Finite differences agree with every reference op, the entropy and second derivatives too."""
     hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(tokens=4, vocabulary=7)

@@ -43,7 +43,7 @@ import torch
 
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings, Smoothing
 from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot, without_values
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
@@ -277,6 +277,9 @@ def weighted_logprob_loss(
     coef_T: Tensor,
     *,
     dweight_out: Tensor | None = None,
+    # Not 0.0: torch.compile(dynamic=True) makes a symbol of a float, and traces once more for it.
+    label_smoothing: float = 0,
+    z_loss: float = 0,
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """sum_t coef_t logp_t with its gradients made in the same pass; only dX and dW are kept.
@@ -293,6 +296,11 @@ def weighted_logprob_loss(
     gradient must be 1 (asserted on the device): scale the coefficients instead. Not for use inside
     activation checkpointing, which runs the forward twice.
 
+    label_smoothing s and z_loss z: coef_t times (1 - s) logp_t + s mean_v log p_tv - z lse_t^2, in
+    the same pass; `logp` stays the target's own. With coef_t = -1 / tokens that is the label
+    smoothing of torch and transformers, and PaLM's z-loss. Not in the backends "triton" and
+    "cublas", nor in float16.
+
     Under no_grad only values are computed. Options as in `HeadOptions`; errors as `linear_logprob`,
     and coef_T with requires_grad.
     """
@@ -300,9 +308,19 @@ def weighted_logprob_loss(
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     checks.check_sink(dweight_out, weight_VD)
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
+        if type(value) is not int or value != 0:  # the default: bounds are floats too
+            checks.check_number(name, value, _SMOOTHING[name])
+    smoothing = Smoothing(label_smoothing, z_loss)
     needs = _needs(inputs, dweight_out)
-    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, dweight_out, needs, settings)
+    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, dweight_out, needs, smoothing, settings)
     return WeightedLoss(loss, logp_T, kept_T)
+
+
+_SMOOTHING = {
+    "label_smoothing": Bounds("a number from 0 to 1", 0, 1),
+    "z_loss": Bounds("a finite number >= 0", 0, FLOAT32.max),
+}
 
 
 def _needs(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
