@@ -200,6 +200,24 @@ def weights(bench: Bench, stage: str, of: Mapping[str, Any], world: str) -> None
             bench.save()
 
 
+def after(bench: Bench) -> None:
+    """Ask what was asked when results were known: in which styles the reported winners think."""
+    from replication_probes import styles
+
+    if failed := make_worlds(bench):
+        stop(f"no base was found for {failed[0]}; the same command tries it again")
+    for of in bench.plan.after:
+        world, found = of["world"], bench.result.setdefault("styles", {})
+        known = tables.winners(bench.result, bench.plan, f"main-{world}-report")
+        for name, record in ((m, run) for m in of["methods"] for run in known.get(m, [])):
+            mine = found.setdefault(world, {}).setdefault(name, {})
+            asked = [record["lr"], *store.own_words(record["words"])]
+            if mine.get(seed := str(record["seed"]), {}).get("run") != asked:
+                own = {"styles": styles(bench, name, world, record)}
+                mine[seed] = own | {"run": asked} | bench.origin()
+                bench.save()
+
+
 def need(bench: Bench, world: str, methods: Sequence[str]) -> None:
     """StageError where the main table of a world has not these methods."""
     known = tables.winners(bench.result, bench.plan, f"main-{world}-report")
@@ -348,6 +366,8 @@ def _run(bench: Bench, args: argparse.Namespace, words: Sequence[str]) -> None:
         end.start()
     if args.worlds:
         make_worlds(bench)
+    elif args.after:
+        after(bench)
     else:
         (quick if args.quick else Bench.go)(bench)
 
@@ -384,6 +404,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--forecast", action="store_true", help="runs and minutes, and end")
     what.add_argument("--worlds", action="store_true", help="make the worlds, and end")
+    what.add_argument("--after", action="store_true", help="ask how winners think, and end")
     what.add_argument("--collect", action="store_true", help="write what has run, and end")
     what.add_argument("--table", action="store_true", help="print the tables of --out, and end")
     return parser.parse_args(argv)

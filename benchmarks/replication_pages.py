@@ -20,7 +20,9 @@ WEIGHTS = (
 
 def markdown(result: Result, plan: Plan) -> str:
     """All tables, from the result's tables alone."""
-    found, parts = result["tables"], [_planned(plan)]
+    found = result["tables"]
+    parts = [_planned(plan), _spent(found["spent"])]
+    parts += [_summary(found["main"])] if found.get("main") else []
     for stage, of in plan.stages.items():
         if of["kind"] in ("search", "rows"):
             parts += [_reported(stage, w, mine, plan) for w, mine in found.get(stage, {}).items()]
@@ -30,6 +32,7 @@ def markdown(result: Result, plan: Plan) -> str:
     for stage, of in plan.stages.items():
         if of["kind"] in SIDES:
             parts += [SIDES[of["kind"]](w, mine) for w, mine in found.get(stage, {}).items()]
+    parts += [_thought(world, mine) for world, mine in found.get("styles", {}).items()]
     claims = [[c["says"], c["refuted"], c["verdict"]] for c in found.get("claims", [])]
     if claims:
         note = f"{CHANGED}\n\n" * found["exploratory"]
@@ -54,6 +57,30 @@ def _planned(plan: Plan) -> str:
         f"{plan.questions['pick']} questions, reported on {plan.questions['report']} others."
     )
     return grid("plan", ["method", "keys", "first grid", "knob"], lines) + f"\n\n{note}"
+
+
+def _spent(stages: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        [stage, f"{of['runs']:.0f}", f"{of['core_hours']:.2f}"] for stage, of in stages.items()
+    ]
+    return grid("spent", ["stage", "runs", "hours of one core"], lines)
+
+
+def _summary(worlds: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main table in one: accuracy and tokens of every method in every world."""
+    names = dict.fromkeys(name for mine in worlds.values() for name in mine)
+    lines = [
+        [name, *(_cell(mine.get(name)) for mine in worlds.values())]
+        for name in sorted(names, key=lambda name: name != "base")
+    ]
+    return grid("summary", ["sampled accuracy, tokens, short runs", *worlds], lines)
+
+
+def _cell(of: Mapping[str, Any] | None) -> str:
+    if of is None or "acc" not in of:
+        return "-"
+    short = f", {of['short_seeds']} of {of['seeds']}" if "seeds" in of else ""
+    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}"
 
 
 def grid(
@@ -179,6 +206,16 @@ def _weighed(world: str, mine: Mapping[str, Any]) -> str:
     title = f"weight of a question over the mean, by the base's accuracy on it, {world}"
     table = grid(title, ["accuracy", "questions", *names], lines)
     return table + f"\n\n{WEIGHTS}" + f"\n\n{LATER.capitalize()}" * mine["exploratory"]
+
+
+def _thought(world: str, mine: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    names = sorted({style for of in mine.values() for style in of})
+    lines = [
+        [run, *(f"{100 * of[n][0]:.1f} ({100 * of[n][1]:.0f})" if n in of else "-" for n in names)]
+        for run, of in mine.items()
+    ]
+    table = grid(f"styles of thoughts, {world}", ["winner, seed", *names], lines)
+    return f"{table}\n\nPer cent of the answers, and of those the right ones. Asked afterwards."
 
 
 SIDES = {"pass_at_k": _answered, "weights": _weighed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from vpgea_fast.sweep import parse_method
 
 PLAN = Path(__file__).with_suffix("").with_name("replication.yaml")
 Keys = Mapping[str, Any]
+BESIDE = ("seconds", "after")
 KINDS = ("search", "rows", "pass_at_k", "weights")
 
 
@@ -45,11 +46,13 @@ class Plan:
     stages: dict[str, dict[str, Any]]
     claims: list[dict[str, Any]]
     bars: list[list[Any]]
+    after: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked when results were known. It makes no run and judges none."""
 
     @property
     def digest(self) -> str:
         """Of all that makes a run or judges it; what the forecast assumes is no part."""
-        parts = {key: value for key, value in vars(self).items() if key != "seconds"}
+        parts = {key: value for key, value in vars(self).items() if key not in BESIDE}
         text = json.dumps(parts, sort_keys=True)
         return hashlib.blake2b(text.encode()).hexdigest()[:12]
 
@@ -181,4 +184,4 @@ def little_plan(plan: Plan, of: Keys) -> Plan:
         "knobs": False,
     }
     parts = {key: of[key] for key in ("budget", "questions", "report_seeds", "bars")}
-    return Plan(**(vars(plan) | parts | {"stages": {"main": stage}, "claims": []}))
+    return Plan(**(vars(plan) | parts | {"stages": {"main": stage}, "claims": [], "after": []}))

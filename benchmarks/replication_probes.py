@@ -1,11 +1,13 @@
-"""What the replication asks beside its sweeps: pass@k of the winners, and weights of questions."""
+"""What the replication asks beside its sweeps: pass@k, weights of questions, styles of thoughts."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import replication_tables as tables
@@ -14,7 +16,7 @@ from replication_plan import StageError, method_words
 
 from vpgea_fast.cli import main as vpgea
 from vpgea_fast.evaluation.measures import pass_at
-from vpgea_fast.evaluation.records import SAMPLES, read_samples
+from vpgea_fast.evaluation.records import SAMPLES, Sample, read_samples
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.sweep.runs import ENDED
 from vpgea_fast.sweep.table import is_result
@@ -28,15 +30,10 @@ def answers(bench: Any, name: str, of: Of, *, place: Path, record: Of | None) ->
     `pass_at`: k -> (mean, standard error over questions), of each power of two and of all answers;
     `right`: answers of each question that are right, of the base alone.
     """
-    model = place / "base" if record is None else train_again(bench, name, of, record)
+    model = place / "base" if record is None else train_again(bench, name, of["world"], record)
     out, many = bench.runs / "probes" / f"answers-{name}-{of['world']}", of["samples"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    words = ["eval", str(model), str(place / "report.jsonl"), "--config", str(bench.plan.config)]
-    words += ["--eval.samples", str(many), "--eval.limit", str(of["questions"])]
-    words += ["--eval.greedy", "false", "--rollout.max_batch", "512"]
-    call([*words, "--out", str(out), "--resume"])
     right = defaultdict[str, list[int]](list)
-    for sample in read_samples(out / SAMPLES):
+    for sample in ask(bench, model, out, place=place, samples=many, questions=of["questions"]):
         right[sample.question_id].append(sample.correct)
     correct_QK = torch.tensor([*right.values()], dtype=torch.float64)
     found = dict[str, Any]()
@@ -46,6 +43,52 @@ def answers(bench: Any, name: str, of: Of, *, place: Path, record: Of | None) ->
         found[str(k)] = [each_Q.mean().item(), error.item()]
     known = {question: sum(own) for question, own in right.items()}
     return {"pass_at": found} | ({"samples": many, "right": known} if record is None else {})
+
+
+def ask(
+    bench: Any, model: Path, out: Path, *, place: Path, samples: int, questions: int
+) -> Iterator[Sample]:
+    """Answers to the first report questions, sampled, so many of each."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = ["eval", str(model), str(place / "report.jsonl"), "--config", str(bench.plan.config)]
+    words += ["--eval.samples", str(samples), "--eval.limit", str(questions)]
+    words += ["--eval.greedy", "false", "--rollout.max_batch", "512"]
+    call([*words, "--out", str(out), "--resume"])
+    return read_samples(out / SAMPLES)
+
+
+def styles(bench: Any, name: str, world: str, record: Of) -> dict[str, Any]:
+    """How the winner of a record thinks, trained again: style -> [share of its answers to the
+    report questions, share of those that are right]."""
+    place = bench.runs / "worlds" / world
+    model = train_again(bench, name, world, record)
+    lines = (place / "report.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = {line["id"]: line["question"] for line in map(json.loads, lines)}
+    out = bench.runs / "probes" / f"styles-{name}-{world}-{record['seed']}"
+    right = defaultdict[str, list[int]](list)
+    for sample in ask(bench, model, out, place=place, samples=1, questions=len(asked)):
+        # Of one that was cut nobody knows how it would have gone on.
+        thought = sample.text.removesuffix(sample.answer_text)
+        style = style_of(asked[sample.question_id], thought) if sample.answer_text else "cut"
+        right[style].append(sample.correct)
+    return {style: [len(own) / len(asked), fmean(own)] for style, own in sorted(right.items())}
+
+
+def style_of(question: str, thought: str) -> str:
+    """Name the style of a thought by its words, as docs/tasks.md has them.
+
+    >>> q = "73 41 17 32 29 94 at4 A B C"
+    >>> style_of(q, " A41 B17 C73"), style_of(q, " A41 B7 C3"), style_of(q, " A41 B17")
+    ('concise', 'terse', 'hurried')
+    >>> style_of(q, " A41 wait A41 ok B17 C73")
+    'verbose'
+    """
+    labels, values = re.findall(" [A-E]", thought), re.findall(r" [A-E]\D*(\d+)", thought)
+    if len({*labels}) < len({*re.findall(" [A-E]", question)}):
+        return "hurried" if labels else "no step"
+    if len(labels) > len({*labels}):
+        return "verbose"
+    return "terse" if any(len(value) == 1 for value in values) else "concise"
 
 
 def counts(samples: int) -> list[int]:
@@ -66,10 +109,10 @@ def winner_of(bench: Any, name: str, of: Of) -> Of:
     return record
 
 
-def train_again(bench: Any, name: str, of: Of, record: Of) -> Path:
+def train_again(bench: Any, name: str, world: str, record: Of) -> Path:
     """The model of a reported run, which the sweep did not keep: the same words, bit for bit.
     StageError where the run comes out otherwise."""
-    run = bench.runs / "probes" / f"run-{name}-{of['world']}"
+    run = bench.runs / "probes" / f"run-{name}-{world}-{record['seed']}"
     words = [word for word in record["words"] if not word.startswith("--checkpoint.export=")]
     words += ["--eval.data=[]", f"--run.dir={run}", "--resume-if-started"]
     # A run that has ended writes its report last; one that was halted would train on.

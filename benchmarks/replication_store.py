@@ -10,11 +10,9 @@ A run keeps the digest of the plan that it was made by: another than the file's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +21,7 @@ from replication_plan import Keys, Plan, PlanError, method_words
 
 from vpgea_fast import config
 from vpgea_fast.checkpoint import write_text
+from vpgea_fast.sweep.inputs import file_digest
 from vpgea_fast.sweep.plan import cell_name
 from vpgea_fast.sweep.table import best_rate, by_rate, score
 from vpgea_fast.weights import model_digest
@@ -91,7 +90,7 @@ def collect(result: Result, name: str, out: Path, plan: Plan, *, commit: str | N
     if place is None or not records:
         return
     first, known = records[0], result["folders"].get(name, {})
-    words = {method: words_of(known, method) for method in known.get("words", {})}
+    words = known.get("words", {})
     now = {record["method"]: template(record["words"]) for record in records}
     # Of other words under the same label: a search that went on has another winner.
     other = {method for method, own in words.items() if now.get(method, own) != own}
@@ -100,7 +99,7 @@ def collect(result: Result, name: str, out: Path, plan: Plan, *, commit: str | N
     runs = {(run["method"], run["lr"], run["seed"]): run for run in kept}
     folder = {
         "world": place[1],
-        "sweep": differing(json.loads((out / "sweep.json").read_text("utf-8")), result),
+        "sweep": json.loads((out / "sweep.json").read_text("utf-8")),
         "inputs": first["inputs"],
         "select": first["select"],
         "test": first["test"],
@@ -128,10 +127,7 @@ def collect(result: Result, name: str, out: Path, plan: Plan, *, commit: str | N
         said = {key: old[key] for key in COURSE if key in old}
         said = said or course(out / "runs" / cell_name(*key), plan.worlds[place[1]])
         runs[key] = run | said | {"plan": old.get("plan", plan.digest)}
-    # Most words are those of all: they stand once.
-    alike = takewhile(lambda each: len({*each}) == 1, zip(*words.values(), strict=False))
-    folder["shared"] = shared = [first for first, *_ in alike]
-    folder["words"] = {method: own[len(shared) :] for method, own in words.items()}
+    folder["words"] = words
     folder["runs"] = [runs[key] for key in sorted(runs, key=str)]
     result["folders"][name] = folder
 
@@ -152,7 +148,7 @@ def restore(result: Result, name: str, out: Path, methods: Mapping[str, Keys]) -
         return
     (out / "records").mkdir(parents=True, exist_ok=True)
     if not (out / "sweep.json").is_file():
-        write_text(out / "sweep.json", json.dumps(whole(folder["sweep"], result), indent=1) + "\n")
+        write_text(out / "sweep.json", json.dumps(folder["sweep"], indent=1) + "\n")
     for run in (run for run in expand(result, name, methods) if is_of(run, methods)):
         path = out / "records" / f"{cell_name(run['method'], run['lr'], run['seed'])}.json"
         if not path.exists():
@@ -176,7 +172,7 @@ def _record(
     slots = {"lr": repr(run["lr"]), "seed": str(run["seed"])}
     words = [
         next((f"{w}{slots[slot]}" for w, slot in SLOTS.items() if w == word), word)
-        for word in words_of(folder, run["method"])
+        for word in folder["words"][run["method"]]
     ]
     return {
         **run,
@@ -205,45 +201,6 @@ def own_words(words: list[str]) -> list[str]:
     ends = ("--objective.name=", "--optim.lr=")
     start, stop = (next(i for i, w in enumerate(words) if w.startswith(end)) for end in ends)
     return words[start:stop]
-
-
-def words_of(folder: Mapping[str, Any], method: str) -> list[str]:
-    return [*folder["shared"], *folder["words"][method]]
-
-
-def differing(sweep: Mapping[str, Any], result: Result) -> dict[str, Any]:
-    """What a sweep's identity has otherwise than the first one; its keys joined by "/"."""
-    known, mine = leaves(result.setdefault("first_sweep", sweep)), leaves(sweep)
-    if known.keys() != mine.keys():
-        return {"": sweep}
-    return {key: value for key, value in mine.items() if known[key] != value}
-
-
-def whole(own: Mapping[str, Any], result: Result) -> dict[str, Any]:
-    """The identity of a sweep again, from what `differing` left of it."""
-    if "" in own:
-        return own[""]
-    tree: dict[str, Any] = {}
-    for key, value in (leaves(result["first_sweep"]) | dict(own)).items():
-        *above, last = key.split("/")
-        at = tree
-        for name in above:
-            at = at.setdefault(name, {})
-        at[last] = value
-    return tree
-
-
-def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by their joined keys; a mapping without keys is a value.
-
-    >>> leaves({"a": {"b": 1, "c": {}}, "d": [2]})
-    {'a/b': 1, 'a/c': {}, 'd': [2]}
-    """
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping) and value
-        found |= leaves(value, f"{above}{key}/") if inner else {f"{above}{key}": value}
-    return found
 
 
 def template(words: Iterable[str]) -> list[str]:
@@ -326,9 +283,7 @@ def cut_questions(folder: Path, count: Mapping[str, int]) -> None:
 def hold_world(result: Result, world: str, folder: Path) -> str | None:
     """Keep what a world is; the name of what has changed since the runs that are known."""
     record = json.loads((folder / "base/tiny_base.json").read_text(encoding="utf-8"))
-    marks = {
-        f: hashlib.blake2b((folder / f"{f}.jsonl").read_bytes()).hexdigest()[:32] for f in FILES
-    }
+    marks = {file: file_digest(folder / f"{file}.jsonl") for file in FILES}
     now = {
         "measured": record["measured"],
         "marks": {"base": model_digest(str(folder / "base")), **marks},
@@ -354,6 +309,7 @@ def drop(result: Result, plan: Plan, world: str, runs: Path) -> None:
         if of.get("world") == world and of["kind"] in ("pass_at_k", "weights"):
             result.pop(stage, None)
             shutil.rmtree(runs / "probes", ignore_errors=True)
+    result.get("styles", {}).pop(world, None)
     result["worlds"].pop(world, None)
 
 

@@ -6,6 +6,8 @@ main.WORLD.METHOD        acc, tokens, eps3 (means over seeds on the report quest
 main.WORLD.base          the same of the base
 search.STAGE.WORLD.METHOD   what was tried, with its score on the pick questions, and what won
 ROWS.WORLD.ROW           ablations and rows of VR, as in main
+styles.WORLD.METHOD, SEED  how a reported winner thinks
+spent.STAGE              its runs, and their hours of one core
 pass_at_k, weights, claims
 exploratory              whether the plan has changed since the first run
 """
@@ -45,6 +47,8 @@ def make(result: Result, plan: Plan) -> dict[str, Any]:
             known = KNOWN[of["kind"]](result[stage], of)
             known["exploratory"] = exploratory(result, result[stage].values())
             found[stage] = {of["world"]: known}
+    found["spent"] = spent(result, plan)
+    found["styles"] = {world: thought(mine) for world, mine in result.get("styles", {}).items()}
     found["rarity"] = rarity(result, plan, found)
     found["exploratory"] = plan.digest != result["plan"]
     found["claims"] = [
@@ -253,6 +257,24 @@ def weighed(known: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
         bins = [*found]
         found["hardest"], found["easiest"] = found[bins[0]], found[bins[-1]]
     return found
+
+
+def spent(result: Result, plan: Plan) -> dict[str, Any]:
+    """Runs of each stage, and their hours of one core."""
+    found: dict[str, Any] = {}
+    for folder, stage, *_ in plan.folders():
+        runs = result["folders"].get(folder, {}).get("runs", [])
+        mine = found.setdefault(stage, {"runs": 0, "core_hours": 0.0})
+        mine["runs"] += len(runs)
+        mine["core_hours"] += sum(run.get("wall_s") or 0.0 for run in runs) / 3600
+    return found
+
+
+def thought(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, seed -> style -> [share of the answers, share of those that are right]."""
+    return {
+        f"{name}, {seed}": of["styles"] for name, mine in known.items() for seed, of in mine.items()
+    }
 
 
 KNOWN = {"pass_at_k": answered, "weights": weighed}

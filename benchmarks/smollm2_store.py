@@ -13,12 +13,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from vpgea_fast.checkpoint import write_text
+from vpgea_fast.values import dotted
 
 BEAT = 10.0
 """Seconds between two notes of the clock: what a kill takes from it."""
@@ -80,7 +81,7 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
     if digest(settings) == digest(known):
         return
-    old, new = dict(_flat(known)), dict(_flat(settings))
+    old, new = dotted(known), dotted(settings)
     other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     key, *more = other
     raise SystemExit(
@@ -88,14 +89,6 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
         f"{f' ({len(more)} more differ)' if more else ''}; go on with commit "
         f"{bench.record['environment']['commit']} and its options, or give a new --out and --runs"
     )
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
 
 
 def digest(value: Any) -> str:

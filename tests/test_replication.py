@@ -1,6 +1,7 @@
 """benchmarks/replication.py: a fair plan, runs that come back from the file, tables and bars."""
 
 import copy
+import doctest
 import json
 import os
 import shutil
@@ -96,6 +97,13 @@ def half(acc, tokens):
     eps3 = (100 * acc) ** 2 / tokens
     ends = {"acc_low": acc - 0.05, "acc_high": acc + 0.05}
     return {"acc": acc, "tokens": tokens, "eps3": eps3, "truncated": 0.0, "n": 8, **ends}
+
+
+@pytest.mark.parametrize("module", [replication_plan, probes, store, tables])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 def test_every_setting_of_the_plan_is_one_that_its_method_has():
@@ -249,11 +257,11 @@ def test_a_search_that_goes_on_may_have_another_winner(plan, trained, bench_of, 
     row, folder = improve("VPG_EA_robust_beta_2.0-0.001", 15)
     assert len(trained) == 4
     assert len(folder["runs"]) == 2
-    assert "--objective.beta=2.0" in store.words_of(folder, ROBUST)
+    assert "--objective.beta=2.0" in folder["words"][ROBUST]
     assert (row["lr"], row["seeds"], row["complete"]) == (1e-3, 2, True)
     # Another rate with the words that were left before.
     row, folder = improve("VPG_EA_robust-0.0005", 10)
-    assert "--objective.beta=1.0" in store.words_of(folder, ROBUST)
+    assert "--objective.beta=1.0" in folder["words"][ROBUST]
     assert (row["lr"], row["seeds"]) == (5e-4, 2)
     assert bench_of(plan, tmp_path / "one").result["tables"]["main"]["chain-rare"][ROBUST] == row
     # Two rates of the same words do not mix.
@@ -429,6 +437,29 @@ def test_a_winner_that_comes_out_otherwise_is_not_asked(tmp_path):
         with pytest.raises(replication_plan.StageError, match=r"got \(2, 90\) steps and tokens"):
             probes.check_same(tmp_path, record | other)
     assert [probes.counts(n) for n in (1, 2, 12)] == [[1], [1, 2], [1, 2, 4, 8, 12]]
+
+
+@pytest.mark.usefixtures("trained")
+def test_how_winners_think_is_asked_once_of_each_seed(plan, bench_of, tmp_path, monkeypatch):
+    asked = []
+
+    def train_again(bench, name, world, record):
+        asked.append((name, record["seed"]))
+        return bench.runs / "worlds" / world / "base"
+
+    monkeypatch.setattr(probes, "train_again", train_again)
+    of = {"world": "chain-rare", "methods": [ROBUST]}
+    bench = bench_of(replace(plan, after=[of]), tmp_path / "one")
+    bench.go()
+    for _ in range(2):
+        replication.after(bench)
+        assert asked == [(ROBUST, 0), (ROBUST, 1)]
+    table = bench_of(bench.plan, tmp_path / "one").result["tables"]["styles"]["chain-rare"]
+    for seed in (0, 1):  # both are the base here, which thinks at length
+        styles = table[f"{ROBUST}, {seed}"]
+        assert sum(share for share, _ in styles.values()) == pytest.approx(1.0)
+        assert max(styles, key=styles.get) == "verbose"
+    assert "### styles of thoughts, chain-rare" in replication.markdown(bench.result, bench.plan)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
@@ -43,6 +43,20 @@ def one_line(error: BaseException, limit: int | None = 600) -> str:
     # A line that ends in a colon introduces the next; any other break separates two of them.
     text = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", text))
     return printable(text if limit is None or len(text) <= limit else f"{text[:limit]} ...")
+
+
+def dotted(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Name every value of nested mappings by its keys, joined with dots; an empty mapping is a
+    value.
+
+    >>> dotted({"a": {"b": 1, "c": {}}, "d": [2]})
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, Mapping) and value
+        found |= dotted(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
+    return found
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

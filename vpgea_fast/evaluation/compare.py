@@ -7,7 +7,7 @@ questions' own differences, not that of two unrelated numbers. The base is the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from vpgea_fast.evaluation.records import (
     read_header,
     read_samples,
 )
+from vpgea_fast.values import dotted
 
 RELATIVE = ("tokens", "eps3", "eps3_mean")
 """What is compared as new / base - 1; accuracy is compared as new - base."""
@@ -55,7 +56,7 @@ class Evaluation:
     def protocol(self) -> dict[str, Any]:
         """Settings and question sets as dotted keys: what two evaluations must have alike."""
         parts = {"settings": self.header["settings"], "benchmarks": self.header["benchmarks"]}
-        return dict(_flat(parts, ""))
+        return dotted(parts)
 
 
 def open_evaluations(words: Sequence[str], *, common: bool, note: Note) -> list[Evaluation]:
@@ -292,14 +293,6 @@ def _change(value: Tensor, values_R: Tensor) -> dict[str, float]:
     sound = bool(values_R.isfinite().all())
     low, high = values_R.quantile(edges).tolist() if sound else (math.nan, math.nan)
     return {"value": value.item(), "low": low, "high": high}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _listed(pairs: Mapping[str, object]) -> str:

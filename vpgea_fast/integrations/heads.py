@@ -25,7 +25,7 @@ PROBED = 8
 """Tokens of the forward that measures a head: half of them keep its product, half get numbers."""
 
 REACH = 5.0
-"""The numbers go to +-REACH^3: 125, which a softcap of 30 or 50 bends; a new model's logits are
+"""The numbers go to +-REACH^3: 125, which a cap of 30 or 50 bends; a new model's logits are
 below 1, where it does not show."""
 
 
@@ -49,12 +49,12 @@ Compute = Callable[[Tensor, Weights], Sequence[Tensor]]
 
 
 def head_options(model: nn.Module, input_ids: Tensor | None = None) -> families.HeadOptions:
-    """What the model makes of its head's product: softcap tanh(logit_scale (W h + b) / softcap).
+    """What the model makes of its head's product W h + b: `families.HeadOptions` has the formula.
 
     model: a causal LM of transformers, in any wrapper. input_ids: any ids that it takes; None for
     random ones. Measured once per head, in a forward of 8 tokens without gradients or dropout.
     Half of them get known numbers in place of the head's product; the logits show what becomes of
-    those. Scale and softcap must be numbers of the text configuration. The logits of the other half
+    those. Scale and cap must be numbers of the text configuration. The logits of the other half
     must be those of the weight that the losses will read, adapters included.
 
     `losses.linear_logprob(hidden, weight, targets, **head_options(model)._asdict())`; a bias goes

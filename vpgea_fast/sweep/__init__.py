@@ -61,6 +61,7 @@ from vpgea_fast.sweep.table import (
     origin_lines,
     score,
 )
+from vpgea_fast.values import dotted
 
 __all__ = [
     "METRICS",
@@ -243,7 +244,7 @@ def default_jobs(cfg: Config) -> int:
 def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        theirs, now = dict(_leaves(known)), dict(_leaves(mine))
+        theirs, now = dotted(known), dotted(mine)
     except (OSError, ValueError, AttributeError) as error:
         raise SweepError(f"{file} is no record of a sweep ({error}); give another --out") from error
     # Every run has a rate of the grid, whatever the configuration's own is.
@@ -255,14 +256,6 @@ def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
             f"{file.parent} holds another sweep: {key} is now {value!r:.60}; bring it back, or "
             "give another --out"
         )
-
-
-def _leaves(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in tree.items():
-        name = f"{above}{key}"
-        pairs += _leaves(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return pairs
 
 
 def _write(

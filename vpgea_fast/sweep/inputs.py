@@ -51,7 +51,8 @@ class Inputs:
     def _once(self, key: tuple[str, str], name: str) -> str:
         # All runs share the model: its files are read once.
         if key not in self._known:
-            self._known[key] = {"model": model_digest, "code": _code, "file": _bytes}[key[0]](name)
+            digests = {"model": model_digest, "code": _code, "file": file_digest}
+            self._known[key] = digests[key[0]](name)
         return self._known[key]
 
 
@@ -59,7 +60,8 @@ def _paths(cfg: Config) -> tuple[str, ...]:
     return cfg.replay.paths if cfg.engine.name == "replay" else ()
 
 
-def _bytes(file: str) -> str:
+def file_digest(file: str | Path) -> str:
+    """128 bits of BLAKE2b over the bytes of a file, in hex. DataError where it cannot be read."""
     try:
         with Path(file).open("rb") as opened:
             return hashlib.file_digest(opened, "blake2b").hexdigest()[:32]
@@ -71,7 +73,7 @@ def _code(target: str) -> str:
     """Of the file of `package.module:name`; none where a module has no file."""
     # Found and not imported, but for the packages above it: a user's module may take seconds.
     spec = importlib.util.find_spec(target.partition(":")[0])
-    return "" if spec is None or spec.origin is None else _bytes(spec.origin)
+    return "" if spec is None or spec.origin is None else file_digest(spec.origin)
 
 
 def changed(known: dict[str, str], now: dict[str, str]) -> str | None:
