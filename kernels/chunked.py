@@ -219,7 +219,8 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     if left.dtype != total.dtype and left.is_cuda:
         torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
         return
-    total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
+    # In place by `out`: torch's FLOP counter knows addmm and not addmm_.
+    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), alpha=alpha, out=total)
 
 
 def _exponentials_(z_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:

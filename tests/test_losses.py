@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpgea_fast.kernels import head, reference, streams
 from vpgea_fast.losses import (
@@ -245,6 +246,19 @@ def test_expected_gradients_are_those_of_a_second_pass(backend, dtype):
         assert more > twice or backend == "reference"
     nothing = torch.zeros(T)
     assert not any(x.any() for x in run(lambda out: (nothing * out.logp).sum(), nothing)[0][4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flop_counters_see_every_product(dtype):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
+    arguments = (hidden_TD, weight_VD, targets_T)
+    for products, loss_of in (
+        (3, lambda: weighted_logprob_loss(*arguments, coef_T, backend="torch").loss),
+        (4, lambda: linear_logprob(*arguments, backend="torch").logp.sum()),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            loss_of().backward()
+        assert counter.get_total_flops() == 2 * products * T * V * D
 
 
 def test_an_expected_gradient_is_a_constant():
