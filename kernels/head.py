@@ -389,6 +389,9 @@ class Expected(torch.autograd.Function):
 
 def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
     """f with found = f expected, entry by entry; None: there is none."""
+    # The answer is read on the host, which cannot be while a graph is captured.
+    if found_T.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
     found_T, expected_T = (x.to(wide(x.device)) for x in (found_T, expected_T))
     square = expected_T.square().sum()
     factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
