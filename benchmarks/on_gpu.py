@@ -3,10 +3,11 @@
     python benchmarks/on_gpu.py --out benchmarks/results/on_gpu.json [--minutes 13] [--only dense]
     python benchmarks/on_gpu.py wheels DIR     # where there is a network: what a bare machine lacks
 
-The parts train* are of the training engine, about 18 minutes; `vllm`, 7 minutes, needs vLLM; the
-others, 15 minutes, are of the kernels. What trains a 7B model takes another shape on a card below
-100 GB. It runs from any directory, with or without .git: beside the commit stands a digest of the
-source files, which is the same in a checkout of that commit.
+The parts train* are of the training engine, about 18 minutes; `step` and `scale`, 8 minutes, are of
+whole steps; `vllm`, 7 minutes, needs vLLM; the others, 19 minutes, are of the kernels. What trains
+a 7B model takes another shape on a card below 100 GB. It runs from any directory, with or without
+.git: beside the commit stands a digest of the source files, which is the same in a checkout of that
+commit.
 
 A part is a few commands; their exit status, time, last lines and JSON go into the file after every
 part, with device, commit and versions, so that a run that is cut short loses the part it was in. A
@@ -16,7 +17,8 @@ fails, when it is stopped for time (what it had stays in the file), or when a JS
 have written is missing or empty. It does not stop the others; the exit status tells. `--list`
 prints the parts, their commands, what they are expected to take and when they are stopped.
 
-At the end the aims of the project on an H200 are compared with what was measured.
+At the end it prints a table: what was expected, with its interval, what was measured, and the aims
+of the project (gpu_aims.py).
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bare_machine
 import torch
+from gpu_aims import aims, table
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 570
@@ -60,6 +63,12 @@ SMALL_CARD = 100e9
 """Bytes below which a 7B model does not train in float32 with moments in bfloat16 (98 GiB)."""
 SMALLER = "--layers 18 --master-dtype bfloat16 --accumulate unsharded"
 DEVICE = "tests/test_kernels_interpret.py"
+TRL = ("trl", "accelerate", "datasets")
+ABSENT = {
+    "sanitizer": "no compute-sanitizer on PATH, in CUDA or a wheel",
+    "trl": f"needs {', '.join(TRL)}",
+}
+"""Placeholder -> why a part without any other command is skipped."""
 SHARDS = ("float32", "bfloat16", "float16", "others", "cublas")
 """Of tests/test_kernels_interpret.py: a kernel compiles in seconds, and there are hundreds."""
 SMALL = (
@@ -80,9 +89,9 @@ class Part:
 
     {python}: this interpreter; {scratch}: a folder, from which every JSON named here is read;
     {fits}: of `fits` the words for a card below 100 GB, or for a larger one. A command with
-    {sanitizer}, {tests}, {heads} or {flash} is left out where there is no compute-sanitizer, no
-    test file that can run, or no flash-attn. together: the commands run side by side (compiling is
-    what takes their time, not the device).
+    {sanitizer}, {tests}, {heads}, {flash} or {trl} is left out where there is no compute-sanitizer,
+    no test file that can run, no flash-attn, or no TRL. together: the commands run side by side
+    (compiling is what takes their time, not the device).
     """
 
     name: str
@@ -119,7 +128,6 @@ RUN = (
 )
 ATTENTION = {"flash": "{flash}", "varlen": "varlen", "sdpa": "sdpa"}
 SEVEN = "--model qwen2.5-7b --optimizer adamw_bf16 {fits}"
-TRAINED = {"train": "train_7b", "train_long": "train_7b_32k"}
 PARTS = (
     Part(
         "sweep",
@@ -135,6 +143,18 @@ PARTS = (
             bench("logprob", f"--op linear_logprob --modes forward --repeats 8 {FORWARD}"),
         ),
         ("weighted", "logprob"),
+    ),
+    Part(
+        "train",
+        200,
+        (
+            train_bench(
+                "train_7b",
+                f"{SEVEN} --variants gated padded --profile {{scratch}}/train_7b_trace.json",
+            ),
+        ),
+        ("train_7b",),
+        fits=(SMALLER, ""),
     ),
     Part(
         "tests",
@@ -158,6 +178,34 @@ PARTS = (
         ("group",),
     ),
     Part(
+        "kernels",
+        280,
+        (
+            (
+                "{python} benchmarks/kernel_bench.py --repeats 5 --warmup 1 "
+                "--profile {scratch}/kernel_trace.json --out {scratch}/kernel_bench.json"
+            ),
+        ),
+        ("kernel_bench",),
+    ),
+    Part(
+        "step",
+        280,
+        (
+            (
+                "{trl}{python} benchmarks/step_bench.py --model qwen2.5-1.5b --mean 128 "
+                "--repeats 3 --out {scratch}/step_1.5b.json"
+            ),
+        ),
+        ("step_1.5b",),
+    ),
+    Part(
+        "scale",
+        200,
+        ("{python} benchmarks/scale_bench.py --out {scratch}/scale.json -- --model.device cuda",),
+        ("scale",),
+    ),
+    Part(
         "sanitizer",
         120,
         tuple(
@@ -174,18 +222,6 @@ PARTS = (
             "{python} -m vpgea_fast.cli make-tiny {scratch}/world",
             f"{TRAIN} --loss.backend triton {WORLD} --run.dir {{scratch}}/tiny",
         ),
-    ),
-    Part(
-        "train",
-        200,
-        (
-            train_bench(
-                "train_7b",
-                f"{SEVEN} --variants gated padded --profile {{scratch}}/train_7b_trace.json",
-            ),
-        ),
-        ("train_7b",),
-        fits=(SMALLER, ""),
     ),
     Part(
         "train_rest",
@@ -245,7 +281,7 @@ PARTS = (
             "{python} benchmarks/random_model.py qwen2.5-1.5b {scratch}/model",
             (
                 "{python} benchmarks/rollout_bench.py --model {scratch}/model --dtype bfloat16 "
-                "--questions 32 --tokens 1024 --out {scratch}/rollout.json"
+                "--questions 32 --tokens 1024 --engines hf vllm --out {scratch}/rollout.json"
             ),
         ),
         ("rollout",),
@@ -281,8 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if done.get(part.name, {}).get("status") in open_ones:
             done[part.name] = {**run(part, scratch, end - time.monotonic()), "tree": sources}
             write(out, done, args.commit, sources)
-    for aim in aims(done):
-        print("{holds!s:5}  {value}  (aim {aim})  {name}".format(**aim))
+    print(*table(aims(done, place()["device"])), sep="\n")
     for name, result in done.items():
         print(f"on_gpu: {name}: {result['status']}  {result.get('reason', '')}".rstrip())
     left = [part.name for part in chosen if done[part.name]["status"] == "no time"]
@@ -324,14 +359,18 @@ def show(parts: Sequence[Part]) -> None:
 
 
 def write(path: Path, done: dict[str, Any], commit: str | None, sources: str) -> None:
-    from vpgea_fast.metrics import environment
-
-    place = environment()
-    place["commit"] = place["commit"] or commit or "unknown"
-    place["tree"] = sources
+    here = place()
+    here["commit"] = here["commit"] or commit or "unknown"
+    here["tree"] = sources
     states = {name: result["status"] for name, result in done.items()}
-    result = {**place, "status": states, "aims": aims(done), "parts": done}
+    result = {**here, "status": states, "aims": aims(done, here["device"]), "parts": done}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def place() -> dict[str, Any]:
+    from vpgea_fast.metrics import environment  # not before what is missing was told
+
+    return environment()
 
 
 def tree() -> str:
@@ -355,8 +394,9 @@ def run(part: Part, scratch: Path, left: float) -> dict[str, Any]:
     lines = [command.format(**places) for command in part.commands if possible(command, places)]
     if not lines:
         status = "failed" if told else "skipped"
-        why = "no compute-sanitizer on PATH, in CUDA or a wheel"
-        return {"status": status, "reason": "no test file can run" if told else why, **told}
+        absent = {field for command in part.commands for field in fields_of(command)}
+        why = [reason for field, reason in ABSENT.items() if field in absent]
+        return {"status": status, "reason": "no test file can run" if told else why[0], **told}
     print(f"on_gpu: {part.name}\n" + "\n".join(f"  {line}" for line in lines), flush=True)
     for file, why in told.get("left_out", {}).items():
         print(f"  left out: {file} {why}", flush=True)
@@ -402,6 +442,7 @@ def places_of(part: Part, scratch: Path) -> tuple[dict[str, str | None], dict[st
         "sanitizer": sanitizer(),
         "fits": part.fits[not small_card()],
         "flash": "flash" if flash else None,
+        "trl": "" if all(map(importlib.util.find_spec, TRL)) else None,
     }
     if not any("{tests}" in command for command in part.commands):
         return found, {}
@@ -415,8 +456,11 @@ def places_of(part: Part, scratch: Path) -> tuple[dict[str, str | None], dict[st
 
 
 def possible(command: str, places: Mapping[str, str | None]) -> bool:
-    fields = {field for _, field, _, _ in string.Formatter().parse(command) if field}
-    return all(places[field] is not None for field in fields)
+    return all(places[field] is not None for field in fields_of(command))
+
+
+def fields_of(command: str) -> set[str]:
+    return {field for _, field, _, _ in string.Formatter().parse(command) if field}
 
 
 def small_card() -> bool:
@@ -471,98 +515,6 @@ def sanitizer() -> str | None:
         for path in sorted(place.glob(pattern)):
             return str(path)
     return None
-
-
-# --- aims ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What is wanted on an H200 at N = 16384 (a stream), D = 3584, V = 152064, bf16.
-
-    Aim("forward, ms", 24.1, "<= 28", True)
-    """
-
-    name: str
-    value: float | None
-    aim: str
-    holds: bool | None
-
-
-def aims(done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of both of our CUDA heads, and of the train phase; None where nothing was measured."""
-    heads = [aim for ours in ("triton", "cublas") for aim in _aims(ours, done)]
-    return [asdict(aim) for aim in (*heads, *_train_aims(done))]
-
-
-def _most(name: str, value: float | None, limit: float) -> Aim:
-    return Aim(name, value, f"<= {limit}", value and value <= limit)
-
-
-def _least(name: str, value: float | None, limit: float) -> Aim:
-    return Aim(name, value, f">= {limit}", value and value >= limit)
-
-
-def _train_aims(done: dict[str, Any]) -> Iterator[Aim]:
-    """Of Qwen2.5-7B at 16k and 32k tokens a forward."""
-    results = {n: done.get(p, {}).get("results", {}).get(n) or {} for p, n in TRAINED.items()}
-    for name, result in results.items():
-        rows = {row["variant"]: row for row in result.get("records", [])}
-        ours = rows.get("gated", {})
-        yield _least(f"{name}: MFU", ours.get("mfu"), 0.35)
-        padded = rows.get("padded", {}).get("times_gated")
-        yield _least(f"{name}: times as fast as the padded loop", padded, 1.3)
-        if name == "train_7b":
-            rest = done.get("train_rest", {}).get("results", {}).get("train_7b_rest") or {}
-            rates = {r["variant"]: r.get("paths_per_s") for r in rest.get("records", [])}
-            dense = ratio(rates.get("gated"), rates.get("ungated"))
-            yield _least(f"{name}: paths per second, gate 0.5 / dense", dense, 1.25)
-            yield _most(f"{name}: share of head and loss", ours.get("head_share"), 0.08)
-        memory = result.get("estimate", {})
-        off = ratio(memory.get("mib"), memory.get("measured_mib"))
-        yield _most(f"{name}: estimate beside measured peak", off and abs(off - 1), 0.1)
-
-
-def _aims(ours: str, done: dict[str, Any]) -> Iterator[Aim]:
-    def find(part: str, result: str, key: str = "p50_ms", **wanted: Any) -> float | None:
-        found = done.get(part, {}).get("results", {}).get(result) or {"records": []}
-        rows = [r for r in found["records"] if all(r[k] == v for k, v in wanted.items())]
-        return rows[0][key] if rows else None
-
-    def full(provider: str) -> float | None:
-        return find("dense", "weighted", mode="full", provider=provider, rows=16384)
-
-    def gated(gate: float) -> float | None:
-        return find("two_stream", "two_stream", mode="full", provider=ours, gate=gate, rows=16384)
-
-    def most(name: str, value: float | None, limit: float) -> Aim:
-        return _most(f"{ours}: {name}", value, limit)
-
-    def least(name: str, value: float | None, limit: float) -> Aim:
-        return _least(f"{ours}: {name}", value, limit)
-
-    forward = find("dense", "logprob", mode="forward", provider=ours, rows=16384)
-    yield most("forward, ms", forward, 28)
-    # A trainer's: dW is added to a float32 tensor that is there before. The other makes it, casts
-    # it and scales it, 1.5 ms, as the peers do: it is what they are compared with.
-    yield most("forward + backward, dW into float32, ms", full(f"{ours}, dW out"), 78)
-    yield most("forward + backward, dW made, cast and scaled, ms", full(ours), 79.5)
-    yield most("two streams, gate 0.5 / dense", ratio(gated(0.5), gated(1.0)), 0.78)
-    for peer, limit in (
-        ("Liger FLSCE", 1.15),
-        ("Liger FLCE", 2.0),
-        ("TRL chunked", 3.0),
-        ("Liger GRPO", 3.0),
-        ("QuACK", 0.97),
-    ):
-        yield least(f"times as fast as {peer}", ratio(full(peer), full(ours)), limit)
-    added = f"{ours}, dW out"
-    memory = find("dense", "weighted", "transient_mib", mode="full", provider=added, rows=4096)
-    yield most("transient memory at 4096 rows, MiB", memory, 1.3 * 1024)
-
-
-def ratio(left: float | None, right: float | None) -> float | None:
-    return left / right if left and right else None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from train_variants import MODELS
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-TOKENIZER = Path(__file__).parents[1] / "vpgea_fast/tiny_base"
+TINY_BASE = Path(__file__).parents[1] / "vpgea_fast/tiny_base"
 
 
 def main() -> None:
@@ -25,10 +25,24 @@ def main() -> None:
     parser.add_argument("model", choices=list(MODELS))
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    write_model(args.model, args.out)
+
+
+def model_folder(name: str, out: Path) -> Path:
+    """The base that the package ships for `tiny`; else `out`, with random weights of the shape."""
+    if name == "tiny":
+        return TINY_BASE
+    write_model(name, out)
+    return out
+
+
+def write_model(name: str, out: Path) -> None:
+    """The directory of the shape `name` of MODELS; the same weights on every call and machine of a
+    kind. Sets torch's seed."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
     torch.manual_seed(0)
     config = Qwen2Config(
-        **MODELS[args.model],
+        **MODELS[name],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -37,8 +51,8 @@ def main() -> None:
         model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.convert_tokens_to_ids("</think>")] *= 4
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

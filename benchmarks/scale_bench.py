@@ -106,8 +106,7 @@ def show(axis: str, points: Sequence[Mapping[str, Any]], console: Console) -> No
     console.table(heads, rows, title=f"one step by {axis}, medians")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """0, or 1 where a sentence does not hold."""
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--steps", type=int, default=8, help="of each run, two of them to warm up")
@@ -116,6 +115,12 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     if given.steps <= WARM_UP:
         parser.error(f"--steps: got {given.steps}, expected more than the {WARM_UP} to warm up")
+    return given
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0, or 1 where a sentence does not hold."""
+    given = arguments(words)
     console, measured, bad = Console(), {}, []
     with tempfile.TemporaryDirectory() as folder:
         make_tiny(Path(folder, "data", "tiny"))

@@ -316,17 +316,20 @@ def median_laps(job: Job, args: Any) -> dict[str, float]:
 def peak_mib(job: Any, world: World) -> float | None:
     """The largest of all processes."""
     job.prepare()
-    if world.device.type == "cuda":
-        held = torch.cuda.memory_allocated(world.device)
-    else:
-        tensors = [local(p) for _, p in job.engine.parameters()]
-        states = job.engine.optimizer.state
-        tensors += [local(v) for s in states.values() for v in s.values() if torch.is_tensor(v)]
-        held = sum(t.nbytes for t in tensors)
+    cuda = world.device.type == "cuda"
+    held = torch.cuda.memory_allocated(world.device) if cuda else held_bytes(job.engine)
     added = attempt(lambda: peak_bytes(job, world.device), world.device)
     if world.any(isinstance(added, Failure)):
         return None
     return max(world.gather((held + added) / 2**20))
+
+
+def held_bytes(engine: Any) -> int:
+    """Parameters and optimiser states of this process."""
+    tensors = [local(p) for _, p in engine.parameters()]
+    states = engine.optimizer.state
+    tensors += [local(v) for s in states.values() for v in s.values() if torch.is_tensor(v)]
+    return sum(t.nbytes for t in tensors)
 
 
 def fits_twice(config: Any, world: World) -> bool:

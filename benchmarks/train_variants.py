@@ -61,6 +61,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    # 39M parameters, of them 17M in the tied embedding: the least that still looks like a model.
+    "40m": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1408,
+        "vocab_size": 32768,
+        "tie_word_embeddings": True,
+    },
     # Five times the usual scale of weights: logits that differ, so a wrong mask or shift shows.
     "tiny": {
         "hidden_size": 128,
@@ -222,14 +232,14 @@ def padded_plan(lengths: Sequence[int], budget: int, layout: str) -> list[list[i
 
 
 class Laps:
-    """Seconds between marks, by the phase that each mark ends.
+    """Seconds between marks, by the phase of `phases` that each mark ends.
 
     On CUDA by the device's own clock: queued work counts where it runs, an idle device in the phase
     that makes it wait.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, phases: Sequence[str] = PHASES) -> None:
+        self.device, self.phases = device, phases
         self.marks: list[tuple[str, Any]] = [("", self._now())]
 
     def __call__(self, phase: str) -> None:
@@ -243,7 +253,7 @@ class Laps:
         return event
 
     def seconds(self) -> dict[str, float]:
-        found = dict.fromkeys(PHASES, 0.0)
+        found = dict.fromkeys(self.phases, 0.0)
         for (_, start), (phase, end) in zip(self.marks, self.marks[1:], strict=False):
             if self.device.type == "cuda":
                 end.synchronize()
@@ -366,55 +376,43 @@ def trl_missing(world: World) -> str | None:
     return None
 
 
-class Trl:
-    """TRL's GRPO training step: `GRPOTrainer.training_step` per micro-batch, then its clip and
-    AdamW. Only generation is left out: `_prepare_inputs` hands over the rows.
+class TrlTrainer:
+    """One of TRL's GRPOTrainers, with its model and AdamW, as `cfg` trains.
 
-    Its `dr_grpo` loss is -sum(A log p) / (rows a batch x max_completion_length x micro-batches), so
-    advantages of -coef times that make its gradient ours, which the correctness run tests. Prompts
-    are padded on the left and completions on the right, both to the longest of the step, as its
-    `_generate_and_score_completions` does. Its step also makes entropies and metrics; that is part
-    of it. Attention: FlashAttention 2 where installed on CUDA, else sdpa, its default.
+    Attention: FlashAttention 2 where installed on CUDA, else sdpa, its default.
     """
 
-    def __init__(
-        self, config: Any, cfg: Config, world: World, *, batch: int, completion: int
+    trainer: Any
+    model: Any
+    optimizer: Any
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        self.cfg, self.device = cfg, world.device
+        flash = world.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        self.attention = "flash_attention_2" if flash else "sdpa"
+
+    def open(
+        self,
+        kind: Callable[..., Any],
+        model: Any,
+        tokenizer: Any,
+        *,
+        prompts: Sequence[str],
+        reward: Callable[..., list[float]],
+        **words: Any,
     ) -> None:
+        """Make a trainer of class `kind`; `words` go to its GRPOConfig."""
         import trl  # pyright: ignore[reportMissingImports]
         from datasets import Dataset
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-        cuda = world.device.type == "cuda"
-        flash = cuda and importlib.util.find_spec("flash_attn") is not None
-        self.batch, self.completion, self.cfg, self.device = batch, completion, cfg, world.device
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config),
-            dtype=torch.float32,
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        ).to(world.device)
-        words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        )
-
-        class ReadyRows(trl.GRPOTrainer):
-            def _prepare_inputs(self, generation_batch: Any) -> Any:
-                return generation_batch
-
-        folder = tempfile.mkdtemp(prefix="train_bench_")
+        cfg, cuda = self.cfg, self.device.type == "cuda"
+        folder = tempfile.mkdtemp(prefix="trl_bench_")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self.trainer = ReadyRows(
-            model=model,
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        self.trainer = kind(
+            model=model.to(self.device),
+            reward_funcs=reward,
             args=trl.GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=2,
-                num_generations=2,
-                gradient_accumulation_steps=1,
-                max_completion_length=completion,
-                loss_type="dr_grpo",
                 beta=0.0,
                 learning_rate=cfg.optim.lr,
                 bf16=cfg.model.dtype == "bfloat16",
@@ -423,23 +421,13 @@ class Trl:
                 report_to=[],
                 disable_tqdm=True,
                 torch_compile=cfg.model.compile,
+                **words,
             ),
-            train_dataset=Dataset.from_dict({"prompt": ["?"]}),
+            train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
             processing_class=tokenizer,
         )
         self.trainer.create_optimizer()
-        accelerator = self.trainer.accelerator
-        self.model, self.optimizer = accelerator.prepare(model, self.trainer.optimizer)
-        self.laps, self.ran, self.batches = Laps(world.device), 0, 0
-        model.base_model.register_forward_hook(lambda *_: self.laps("decoder_forward"))
-        backward = accelerator.backward
-
-        def timed_backward(loss: Tensor, **kwargs: Any) -> None:
-            self.laps("head_loss")
-            backward(loss, **kwargs)
-            self.laps("decoder_backward")
-
-        accelerator.backward = timed_backward
+        self.model, self.optimizer = self.trainer.accelerator.prepare(model, self.trainer.optimizer)
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return self.trainer.model.named_parameters()
@@ -452,6 +440,71 @@ class Trl:
 
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Clip, step, drop the gradients."""
+        accelerator = self.trainer.accelerator
+        accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.optim.max_grad_norm)
+        self.optimizer.step()
+        self.clear()
+
+
+class Trl(TrlTrainer):
+    """TRL's GRPO training step: `GRPOTrainer.training_step` per micro-batch, then its clip and
+    AdamW. Only generation is left out: `_prepare_inputs` hands over the rows.
+
+    Its `dr_grpo` loss is -sum(A log p) / (rows a batch x max_completion_length x micro-batches), so
+    advantages of -coef times that make its gradient ours, which the correctness run tests. Prompts
+    are padded on the left and completions on the right, both to the longest of the step, as its
+    `_generate_and_score_completions` does. Its step also makes entropies and metrics; that is part
+    of it.
+    """
+
+    def __init__(
+        self, config: Any, cfg: Config, world: World, *, batch: int, completion: int
+    ) -> None:
+        import trl  # pyright: ignore[reportMissingImports]
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+        super().__init__(cfg, world)
+        self.batch, self.completion = batch, completion
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=self.attention
+        )
+        words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+        )
+
+        class ReadyRows(trl.GRPOTrainer):
+            def _prepare_inputs(self, generation_batch: Any) -> Any:
+                return generation_batch
+
+        self.open(
+            ReadyRows,
+            model,
+            tokenizer,
+            prompts=["?"],
+            reward=lambda completions, **_: [0.0] * len(completions),
+            per_device_train_batch_size=2,
+            num_generations=2,
+            gradient_accumulation_steps=1,
+            max_completion_length=completion,
+            loss_type="dr_grpo",
+        )
+        self.laps, self.ran, self.batches = Laps(world.device), 0, 0
+        model.base_model.register_forward_hook(lambda *_: self.laps("decoder_forward"))
+        accelerator = self.trainer.accelerator
+        backward = accelerator.backward
+
+        def timed_backward(loss: Tensor, **kwargs: Any) -> None:
+            self.laps("head_loss")
+            backward(loss, **kwargs)
+            self.laps("decoder_backward")
+
+        accelerator.backward = timed_backward
 
     def gradient(self, rows: Sequence[TrainRow], layout: str) -> dict[int, Tensor]:  # noqa: ARG002
         self.laps, self.ran, self.batches = Laps(self.device), 0, 0
@@ -490,10 +543,7 @@ class Trl:
 
     def train(self, rows: Sequence[TrainRow], layout: str) -> None:
         self.gradient(rows, layout)
-        accelerator = self.trainer.accelerator
-        accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.optim.max_grad_norm)
-        self.optimizer.step()
-        self.clear()
+        self.update()
         self.laps("optimizer")
 
 

@@ -13,13 +13,17 @@ happens right after the logits are made: three GEMMs (6 K V D FLOP) instead of f
 
 Chunks have equal size and share one (C, V) buffer, rewritten in place:
 
-    logits -> exp(z - peak), 0 at the target -> dz -> in half precision, a copy for the two GEMMs
+    logits -> exp(z - peak), 0 at the target -> dz -> on CUDA a half-precision copy for two GEMMs
 
 with one more (C, V) buffer for a capped head (tanh's slope) and one for an entropy (-e log e). They
 are allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
 GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V
-except dW (fp32). A CPU has no half-precision GEMM with fp32 out: it upcasts the weight 2 MiB at a
-time and rounds dz in place.
+except dW (fp32).
+
+A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those of torch are slow:
+one thread with AVX2 takes 3.9 s for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products
+there are fp32 ones of upcast operands, which lose nothing: the product of two bf16 or fp16 numbers
+fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place.
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -84,9 +88,10 @@ def head_pass(
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
-    # The logits themselves, tanh's slope, -e log e.
+    # The logits themselves, tanh's slope, -e log e; dz's copy where the GEMMs take halves.
     buffers = 1 + head.capped + needs_entropy
-    row_bytes = vocabulary * (accumulator.itemsize * buffers + dtype.itemsize * (dtype in HALF))
+    copied = dtype.itemsize if operand in HALF else 0
+    row_bytes = vocabulary * (accumulator.itemsize * buffers + copied)
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
     # Equal chunks: a short last one would run its GEMMs at fewer rows than the budget allows.
     chunks = math.ceil(n_rows / max(1, budget // row_bytes))
@@ -97,6 +102,7 @@ def head_pass(
     smooth_K2 = None if upstream is None else upstream.smoothed(temperature_K, accumulator)
     unit = storage_unit(upstream_K3, vocabulary) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
+    upcast_BD = _upcast_block(head.weight, operand)
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
@@ -107,7 +113,7 @@ def head_pass(
         plogp_CV = spare.pop() if needs_entropy else None
         slope_CV = spare.pop() if head.capped else None
         # Block after block of classes, each into its columns of the one buffer.
-        for columns, weight_BD in _weight_blocks(head.weight, operand):
+        for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
         head.logits_(z_CV, slope_CV, divisor)
         # Of the logits themselves, before they become exponentials.
@@ -140,14 +146,14 @@ def head_pass(
         if sinks.bias is not None:
             # From the float32 dz, which is rounded for the GEMMs only.
             sinks.bias.add_(z_CV.sum(0))
-        dz_CV = (z_CV.div_(unit) if isinstance(unit, Tensor) else z_CV).to(dtype)
-        if operand != dtype:
-            # Rounded all the same, so that a CPU gives a GPU's gradients.
-            dz_CV = z_CV.copy_(dz_CV)
+        if isinstance(unit, Tensor):
+            z_CV.div_(unit)
+        # Rounded on a CPU all the same, so that it gives a GPU's gradients.
+        dz_CV = z_CV.to(dtype) if operand == dtype else _rounded_(z_CV, dtype)
         if sinks.hidden is not None:
             # Added up over the blocks of classes, so in the accumulator's dtype, rounded once.
             dhidden_CD = torch.zeros_like(hidden_CD, dtype=accumulator)
-            for columns, weight_BD in _weight_blocks(head.weight, operand):
+            for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
                 add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
             dhidden_CD.mul_(unit)
             sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
@@ -189,19 +195,39 @@ def settle_weight(dweight_VD: Tensor | None, sink_VD: Tensor | None, unit: Tenso
         dweight_VD.add_(sink_VD.mul_(unit))
 
 
-def _weight_blocks(weight_VD: Tensor, operand: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(columns of z, their rows of the weight in the operands' dtype): all at once, or upcast 2 MiB
-    at a time, which stay in the cache: the time of a whole float32 copy, without its memory.
-    """
+def _upcast_block(weight_VD: Tensor, operand: torch.dtype) -> Tensor | None:
+    """Memory for 2 MiB of the weight in the operands' dtype, one class at least; None where it has
+    that dtype."""
     if weight_VD.dtype == operand:
+        return None
+    vocabulary, hidden = weight_VD.shape
+    classes = max(1, (2 << 20) // max(1, hidden * operand.itemsize))
+    return weight_VD.new_empty(min(vocabulary, classes), hidden, dtype=operand)
+
+
+def _weight_blocks(weight_VD: Tensor, upcast_BD: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(columns of z, their rows of the weight in the operands' dtype): all at once, or upcast into
+    the one block, which stays in the cache: the time of a whole float32 copy, without its memory.
+    """
+    if upcast_BD is None:
         yield slice(None), weight_VD
         return
-    vocabulary, hidden = weight_VD.shape
-    # Classes of 2 MiB in the operands' dtype, one at least.
-    block = max(1, (2 << 20) // max(1, hidden * operand.itemsize))
-    for start in range(0, vocabulary, block):
-        columns = slice(start, start + block)
-        yield columns, weight_VD[columns].to(operand)
+    # One block for all: the next one would be made while the caller still holds the last.
+    for start in range(0, weight_VD.shape[0], upcast_BD.shape[0]):
+        columns = slice(start, start + upcast_BD.shape[0])
+        part_BD = weight_VD[columns]
+        yield columns, upcast_BD[: part_BD.shape[0]].copy_(part_BD)
+
+
+def _rounded_(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rewrites z_CV, contiguous, with the nearest values of `dtype`.
+
+    64 KiB of them at a time, which stay in the cache: a copy of the chunk would be half as much
+    memory again, and new pages.
+    """
+    for part in z_CV.view(-1).split((64 << 10) // dtype.itemsize):
+        part.copy_(part.to(dtype))
+    return z_CV
 
 
 def matmul(

@@ -523,6 +523,53 @@ def test_precision_budget(backend, op, dtype, device):
             assert (mine - truth).norm() <= factor * (theirs - truth).norm()
 
 
+class Products(TorchDispatchMode):
+    """Dtypes of the operands of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"):
+            self.dtypes |= {x.dtype for x in tree_leaves(args) if torch.is_tensor(x)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", ["one pass", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_of_a_cpu_are_float32_ones(dtype, op):
+    """Of upcast operands, so exact but for the order of sums; of the weight three blocks."""
+    width, vocabulary = 64, 2 * (2**21 // (4 * 64)) + 5
+    hidden_TD = torch.randn(8, width, dtype=dtype, requires_grad=True)
+    weight_VD = (torch.randn(vocabulary, width) / 4).to(dtype).requires_grad_()
+    targets_T = torch.randint(vocabulary, (8,))
+    targets_T[:3] = torch.tensor([0, vocabulary - 1, 2**13])  # in the blocks' first and last rows
+    coef_T = torch.randn(8)
+    with Products() as seen:
+        if op == "one pass":
+            ours = weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T, backend="torch", chunk_bytes=1
+            )
+            loss, logp_T = ours.loss, ours.logp
+        else:
+            logp_T = linear_logprob(hidden_TD, weight_VD, targets_T, backend="torch").logp
+            loss = (coef_T * logp_T).sum()
+        made = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    assert seen.dtypes == {torch.float32}
+
+    full_hidden_TD, full_weight_VD = float64_leaves(hidden_TD, weight_VD)
+    truth_T, _, _ = oracle(full_hidden_TD, full_weight_VD, targets_T)
+    assert_close((logp_T,), (truth_T,), 1e-6)
+    assert (logp_T - truth_T).abs().max() <= 1e-5
+    # Logits in half precision, which a product of halves gives, are not within a thousandth.
+    rounded_TV = (full_hidden_TD @ full_weight_VD.T).to(dtype).double()
+    rounded_T = rounded_TV.log_softmax(1).gather(1, targets_T[:, None])[:, 0]
+    assert (rounded_T - truth_T).abs().max() > (1e-3 if dtype is torch.bfloat16 else 1e-4)
+    expected = gradients((coef_T * truth_T).sum(), full_hidden_TD, full_weight_VD)
+    assert_close(made, expected, BUDGET[dtype])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_peaked_logits(backend):
     """|z| to 60 and beyond in bf16: max |logp - float64| <= 1e-3, mean <= 5e-5, never above 0."""
@@ -967,14 +1014,15 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.gemms += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         self.gemms += func.overloadpacket is torch.ops.aten.addmm_
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
         for x in tree_leaves(out):
             if torch.is_tensor(x) and x.untyped_storage().nbytes():
-                self.follow(x, made=x.untyped_storage().data_ptr() not in given)
+                self.follow(x, made=x.untyped_storage()._cdata not in given)
         return out
 
     def follow(self, x, *, made):
-        pointer, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        # Of the storage, not of its bytes: on the meta device there are none.
+        pointer, size = x.untyped_storage()._cdata, x.untyped_storage().nbytes()
         if pointer not in self.owners:
             if not made:
                 return
@@ -1017,6 +1065,21 @@ def test_memory_stays_under_the_budget(options, dtype):
     assert recorder.peak <= budget + 2 * weights + rows < 4 * tokens * vocabulary
 
 
+def test_a_half_precision_chunk_of_a_cpu_has_as_many_rows_as_a_float32_one():
+    """Its logits are float32 ones, and dz is rounded in their place: 4 bytes a logit, not 6."""
+    gemms = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden_TD = torch.randn(64, D, dtype=dtype, requires_grad=True)
+        weight_VD = torch.randn(1001, D, dtype=dtype, requires_grad=True)
+        targets_T, coef_T = torch.randint(0, 1001, (64,)), torch.randn(64)
+        with Recorder() as recorder:
+            weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T, backend="torch", chunk_bytes=16 * 1001 * 4
+            )
+        gemms[dtype] = recorder.gemms
+    assert gemms == dict.fromkeys(gemms, 3 * 64 // 16)
+
+
 @pytest.mark.slow
 def test_default_chunks_take_a_sixth_of_the_memory():
     """Of what torch holds for the full logits, gradients counted; our backward only scales."""
@@ -1031,6 +1094,27 @@ def test_default_chunks_take_a_sixth_of_the_memory():
         )
         nll_T.backward(-coef_T)
     assert ours.peak <= eager.peak / 6
+
+
+@pytest.mark.slow
+def test_bfloat16_takes_half_of_eagers_memory():
+    """At (1024, 512, 32768). Eager torch runs on the meta device: its products would take minutes
+    on a CPU without bfloat16 units, and allocate the same."""
+    hidden_TD = torch.randn(1024, 512, dtype=torch.bfloat16, requires_grad=True)
+    weight_VD = torch.randn(32768, 512, dtype=torch.bfloat16, requires_grad=True)
+    targets_T, coef_T = torch.randint(0, 32768, (1024,)), torch.randn(1024)
+    with Recorder() as ours:
+        weighted_logprob_loss(
+            hidden_TD, weight_VD, targets_T, coef_T, backend="torch"
+        ).loss.backward()
+    far = [x.detach().to("meta").requires_grad_() for x in (hidden_TD, weight_VD)]
+    with Recorder() as eager:
+        z_TV = torch.nn.functional.linear(*far).float()
+        nll_T = torch.nn.functional.cross_entropy(z_TV, targets_T.to("meta"), reduction="none")
+        nll_T.backward(-coef_T.to("meta"))
+    # Logits in bfloat16 and float32, log-softmax and its gradient at least.
+    assert eager.peak > 1024 * 32768 * (2 + 4 + 4)
+    assert ours.peak <= eager.peak / 2
 
 
 class NoFloat64(TorchDispatchMode):

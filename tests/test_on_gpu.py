@@ -38,15 +38,17 @@ def test_without_a_gpu_it_lists_and_measures_nothing(on_gpu, capsys):
     assert on_gpu.main(["--list"]) == 0
     text = capsys.readouterr().out
     assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "] == [
-        *("sweep", "dense", "tests", "two_stream", "group", "sanitizer", "tiny"),
-        *("train", "train_rest", "train_run", "train_long", "train_attention", "vllm"),
+        *("sweep", "dense", "train", "tests", "two_stream", "group", "kernels", "step", "scale"),
+        *("sanitizer", "tiny", "train_rest", "train_run", "train_long", "train_attention", "vllm"),
     ]
     assert on_gpu.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
     seconds = collections.Counter()  # a borrowed device's time, three times
     for part in on_gpu.PARTS:
         kind = part.name.split("_")[0]
-        seconds[kind if kind in ("train", "vllm") else "kernels"] += part.seconds
+        steps = kind in ("step", "scale")
+        known = kind if kind in ("train", "vllm") else "steps" if steps else "kernels"
+        seconds[known] += part.seconds
     assert max(seconds.values()) <= 19 * 60
     assert all(part.seconds < part.limit_s < 600 for part in on_gpu.PARTS)
     assert text.count("stopped at") == len(on_gpu.PARTS)
@@ -75,9 +77,11 @@ def words_of(on_gpu, *, small):
 def test_every_benchmark_of_a_part_takes_its_words(on_gpu, monkeypatch, small):
     """Names of providers, options and files: a typing error here would cost device time."""
     pytest.importorskip("triton")
-    benches = ("kernel_bench", "tile_sweep", "train_bench", "rollout_bench")
+    benches = ("kernel_bench", "tile_sweep", "train_bench", "rollout_bench", "step_bench")
+    benches = (*benches, "scale_bench")
     scripts = {name: importlib.import_module(name) for name in benches}
-    monkeypatch.setattr(scripts["train_bench"], "free_memory", lambda: 2**40)
+    for name in ("train_bench", "step_bench"):
+        monkeypatch.setattr(scripts[name], "free_memory", lambda: 2**40)
     seen = []
     for _, (_, script, *words) in words_of(on_gpu, small=small):
         if (name := Path(script).stem) in scripts:
@@ -91,7 +95,8 @@ def test_every_benchmark_of_a_part_takes_its_words(on_gpu, monkeypatch, small):
 
 
 PLACES = dict.fromkeys(("python", "scratch", "sanitizer", "tests", "heads"), "x") | {
-    "flash": "flash"
+    "flash": "flash",
+    "trl": "",
 }
 CARDS = {True: 80e9, False: 141e9}
 GIB = 2**30
@@ -166,7 +171,11 @@ def test_a_part_tells_how_it_ended(on_gpu, tmp_path, monkeypatch):
     assert on_gpu.run(replace(slow, seconds=90), tmp_path, 2)["status"] == "no time"
     monkeypatch.setattr(on_gpu, "sanitizer", lambda: None)
     check = on_gpu.Part("check", 1, ("{sanitizer} {python}",))
-    assert on_gpu.run(check, tmp_path, 60)["status"] == "skipped"
+    skipped = on_gpu.run(check, tmp_path, 60)
+    assert skipped == {"status": "skipped", "reason": on_gpu.ABSENT["sanitizer"]}
+    monkeypatch.setattr(on_gpu, "TRL", ("trl", "no_such_package"))
+    check = on_gpu.Part("step", 1, ("{trl}{python} -c 1",))
+    assert on_gpu.run(check, tmp_path, 60)["reason"].startswith("needs trl, accelerate")
 
 
 SLEEPER = """
@@ -285,6 +294,57 @@ def test_aims_of_the_train_phase(on_gpu):
     assert found["train_7b: share of head and loss"] == (0.05, True)
     assert found["train_7b: estimate beside measured peak"] == (pytest.approx(0.2), False)
     assert found["train_7b_32k: MFU"] == (None, None)
+
+
+def test_aims_of_the_benches_that_run_as_their_pages_say(on_gpu):
+    aims = importlib.import_module("gpu_aims")
+    kernel = importlib.import_module("kernel_providers")
+    assert {*aims.OURS} == {p.name for p in kernel.PROVIDERS if p.backend}
+    row = {"op": "weighted", "mode": "full", "rows": 16384, "status": "ok"}
+    rows = [
+        row | {"provider": "triton", "p50_ms": 80.0},
+        row | {"provider": "cublas", "p50_ms": 70.0},
+        row | {"provider": "QuACK", "p50_ms": 88.0},
+        row | {"provider": "wrong", "p50_ms": 8.0, "status": "refused"},
+        row | {"provider": "small", "p50_ms": 5.0, "rows": 1024},
+    ]
+    done = {
+        "sweep": {"results": {"tile_sweep": {"gemm_exp": {"tflops": 700.0}}}},
+        "kernels": {"results": {"kernel_bench": {"records": rows}}},
+        "step": {"results": {"step_1.5b": {"faster": 1.4, "added_of_trl": 0.7}}},
+        "scale": {"results": {"scale": {"slopes": {"length": {"train": 0.9}, "x": {}}}}},
+    }
+    found = {aim["name"]: aim for aim in on_gpu.aims(done, "NVIDIA H200")}
+    assert found["gemm_exp, TF/s"]["verdict"] == "as expected, aim >= 690 holds"
+    assert found[aims.PEER]["value"] == pytest.approx(1.1)
+    assert found["step_1.5b: TRL's seconds / ours"]["value"] == 1.4
+    added = found["step_1.5b: added memory / TRL's"]
+    assert added["verdict"] == "as expected, aim <= 0.5 missed"
+    assert found[aims.SLOPE]["value"] == 0.9
+    assert on_gpu.aims({}, "NVIDIA H200")[0]["verdict"] == "not measured"
+
+
+def test_the_table_holds_what_was_expected_beside_what_was_measured(on_gpu, monkeypatch):
+    """By the card: 77 ms of an H200 are its own expectation, not an A100's."""
+    aims = importlib.import_module("gpu_aims")
+    row = {"provider": "triton, dW out", "p50_ms": 75.0, "rows": 16384, "mode": "full"}
+    done = {"dense": {"results": {"weighted": {"records": [row | {"transient_mib": None}]}}}}
+    name = f"triton: {aims.INTO}"
+    lines = {card: on_gpu.table(on_gpu.aims(done, card)) for card in ("H200", "H100 SXM", "A100")}
+    of = {card: next(x for x in found if x.startswith(name)) for card, found in lines.items()}
+    columns = of["H200"].removeprefix(name).split()
+    assert columns == "77 72 to 84 75 as expected, aim <= 78 holds".split()
+    assert of["H100 SXM"].removeprefix(name).split()[:4] == ["79", "73", "to", "87"]
+    assert of["A100"].removeprefix(name).split() == "- - 75 aim <= 78 holds".split()
+    assert len(lines["A100"]) == 1 + len(on_gpu.aims({}))
+    for value, words in ((71.9, "below expected"), (84.1, "above expected")):
+        records = [row | {"p50_ms": value, "transient_mib": None}]
+        done["dense"]["results"]["weighted"]["records"] = records
+        (aim,) = (aim for aim in on_gpu.aims(done, "H200") if aim["name"] == name)
+        assert aim["verdict"].split(", ")[0] == words
+    monkeypatch.setattr(aims.importlib.util, "find_spec", lambda _: object())
+    mfu = next(a for a in on_gpu.aims({}, "NVIDIA H200") if a["name"] == "train_7b: MFU")
+    assert mfu["expected"] == (0.48, 0.44, 0.52)
 
 
 def test_the_waiting_list_names_every_part(on_gpu):

@@ -33,6 +33,9 @@ KEYS = {
 HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
 """Bytes of the logits of one chunk of the head, at most, and rows of one of the Triton head."""
 
+UPCAST_BYTES = 2 << 20
+"""Of a half-precision head on a CPU: the part of its weight that is in float32 at a time."""
+
 RESERVE = 0.08
 """Share of a device left to the CUDA context, NCCL's buffers and the allocator's gaps: a choice,
 not a measurement."""
@@ -322,7 +325,8 @@ def _head(lay: Layout) -> int:
     chunk of logits with its operands; under autocast also the head's cast weight."""
     shape, tokens, s = lay.shape, lay.cfg.train.micro_batch_tokens, lay.forward
     wide, half = max(4, s), s < 4
-    logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + s * half)
+    copied = s * (half and lay.cuda)  # dz's; a CPU rounds in place
+    logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + copied)
     row = shape.vocabulary * logit
     rows = min(tokens, HEAD_BYTES // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
     if lay.cfg.loss.backend == "triton":
@@ -332,7 +336,10 @@ def _head(lay: Layout) -> int:
     rows = -(-tokens // -(-tokens // rows))  # chunks of equal size
     chunk = rows * (row + 2 * shape.hidden * wide)
     norm = tokens * shape.hidden * (4 + 2 * lay.residual)
-    cast = shape.vocabulary * shape.hidden * s * lay.autocast
+    weight = shape.vocabulary * shape.hidden
+    cast = weight * s * lay.autocast
+    if half and not lay.cuda:
+        cast += min(UPCAST_BYTES, 4 * weight)
     return norm + 2 * tokens * shape.hidden * s + chunk + cast
 
 
