@@ -36,6 +36,8 @@ class Situation:
     entropy_gradient: bool = False
     batch_invariant: bool = False
     sharded: bool = False  # each process has some of the classes
+    statistics: bool = False
+    smoothing: bool = False  # gradients of the mean logit and of lse^2
 
     def __str__(self) -> str:
         version = "" if self.capability is None else " sm_{}{}".format(*self.capability)
@@ -69,6 +71,12 @@ class Backend:
         """What it lacks of what the call wants. A backend that says nothing takes whole heads."""
         if call.sharded and not self.sharded:
             return "it takes no head whose classes are cut over processes; use 'torch'"
+        # Of a process's own classes alone they would be wrong numbers.
+        if call.sharded and (call.statistics or call.smoothing):
+            return (
+                "a head that is cut has no row statistics, label smoothing or z-loss; gather the "
+                "weight, or leave them out"
+            )
         return self.lacks(call)
 
 
@@ -107,6 +115,9 @@ def _kernels_lack(call: Situation) -> str | None:
     # The kernels' accumulators and statistics are float32.
     if call.dtype is torch.float64:
         return "it takes float16, bfloat16 and float32, not float64; use 'torch'"
+    # Its passes keep neither the largest logit nor a sum of the logits.
+    if call.statistics or call.smoothing:
+        return "it has no row statistics, label smoothing or z-loss; leave them out, or use 'torch'"
     return None
 
 
@@ -130,6 +141,13 @@ def _triton_objection(call: Situation) -> str | None:
     if call.dtype is torch.float32:
         return "float32 without TF32 has no tensor cores, and cuBLAS is the better GEMM there"
     return None
+
+
+def _torch_lacks(call: Situation) -> str | None:
+    # Its fp16 gradients are kept in units of a bound, which lse^2 has only after the pass.
+    if call.smoothing and call.dtype is torch.float16:
+        return "it has no label smoothing or z-loss in float16; use bfloat16"
+    return _depends_on_neighbours(call)
 
 
 def _depends_on_neighbours(call: Situation) -> str | None:
@@ -163,7 +181,7 @@ BACKENDS = {
     "torch": Backend(
         run=chunked.head_pass,
         virtue="chunked, on any device",
-        lacks=_depends_on_neighbours,
+        lacks=_torch_lacks,
         sharded=True,
     ),
     "reference": Backend(
@@ -225,6 +243,8 @@ def resolve(
     entropy_gradient: bool = False,
     batch_invariant: bool = False,
     sharded: bool = False,
+    statistics: bool = False,
+    smoothing: bool = False,
 ) -> BackendChoice:
     """`choose` for tensors on a device of this machine; what "auto" takes is logged once, at INFO.
 
@@ -241,6 +261,8 @@ def resolve(
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
         sharded=sharded,
+        statistics=statistics,
+        smoothing=smoothing,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":

@@ -6,7 +6,8 @@ gradients (a, b, c) of (logp, lse, entropy H) of a row, its logit gradient is
     dz_v = p_v (b - a - c (log p_v + H))                 v other than the target
     dz_t = a (1 - p_t) + p_t (b - c (log p_t + H))       the target; 1 - p_t = -expm1(log p_t)
 
-and dX = logit_scale da W, dW = logit_scale da' X, db = sum da with da = dz (1 - tanh^2) /
+With a gradient m of the mean logit m / V is added to each, and one q of lse^2 adds 2 q lse to b.
+Then dX = logit_scale da W, dW = logit_scale da' X, db = sum da with da = dz (1 - tanh^2) /
 temperature. When a is known before the forward (the weighted loss: a = coefficient, b = c = 0) this
 happens right after the logits are made: three GEMMs (6 K V D FLOP) instead of four.
 
@@ -33,6 +34,7 @@ fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +66,12 @@ def head_pass(
     *,
     rows_K: Tensor,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
 ) -> Values:
-    """Runs one pass over the rows `rows_K` of hidden_TD: logp_K, lse_K, entropy_K (or None).
+    """Runs one pass over the rows `rows_K` of hidden_TD. `statistics`: three reads of z more.
 
     Every backend has this signature. targets_K, the head's temperatures and the upstream gradients,
     each (K,), belong to the selected rows. With `upstream` the gradients are made in the same pass
@@ -78,31 +81,31 @@ def head_pass(
     dtype, device = hidden_TD.dtype, hidden_TD.device
     accumulator = torch.promote_types(dtype, torch.float32)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
-    own_K: Tensor | None = None  # whose target is among these classes; None: all
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
     if n_rows == 0:
-        none_K = torch.empty(0, dtype=accumulator, device=device)
-        return Values(none_K, none_K, none_K if entropy else None)
+        return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
     # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
     operand = dtype if device.type == "cuda" else accumulator
     # The logits themselves, tanh's slope, -e log e; dz's copy where the GEMMs take halves.
     buffers = 1 + head.capped + needs_entropy
-    widest = classes = vocabulary
+    widest, classes, own_K = vocabulary, vocabulary, None  # own_K: whose target is here; None: all
     if shards is not None:
         widest, classes = shards.widest, shards.classes
         targets_K, own_K = shards.place(targets_K)
     # By the widest part of a head that is cut: every process must make the same chunks.
-    copied = dtype.itemsize if operand in HALF else 0
-    row_bytes = widest * (accumulator.itemsize * buffers + copied)
+    row_bytes = widest * (accumulator.itemsize * buffers + dtype.itemsize * (operand in HALF))
     budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
     step = _equal_chunks(n_rows, budget // row_bytes)
     buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
     temperature_K = head.temperature
     upstream_K3 = None if upstream is None else upstream.by_logits(temperature_K, accumulator)
+    smooth_K2 = None if upstream is None else upstream.smoothed(temperature_K, accumulator)
     unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
     upcast_BD = _upcast_block(head.weight, operand)
+    places = {"sinks": sinks, "sink_VD": sink_VD, "unit": unit, "upcast_BD": upcast_BD}
+    add_gradients_ = partial(_add_gradients_, head=head, **places)
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
@@ -117,13 +120,18 @@ def head_pass(
         for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
             matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
         head.logits_(z_CV, slope_CV, divisor)
+        # Of the logits themselves, before they become exponentials.
+        columns = _top1_and_mean(z_CV, targets_C1) if statistics else []
         sums = _row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
         peak_C1 = sums.peak
         if shards is not None and own_C1 is not None:
             sums = shards.whole(sums, own_C1)
         values_C3 = _statistics(sums)
+        if statistics:
+            columns.append(_log_sum_p2(z_CV, peak_C1, values_C3))
+        made = torch.cat((values_C3, *columns), dim=1)
         if upstream_K3 is None:
-            return values_C3
+            return made
         _dlogits_(
             z_CV,
             plogp_CV=plogp_CV,
@@ -133,23 +141,22 @@ def head_pass(
             peak_C1=peak_C1,
             values_C3=values_C3,
             upstream_C3=upstream_K3[chunk],
+            smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
         )
-        _add_gradients_(
-            z_CV,
-            hidden_CD,
-            rows_K[chunk],
-            head=head,
-            sinks=sinks,
-            sink_VD=sink_VD,
-            unit=unit,
-            upcast_BD=upcast_BD,
-        )
-        return values_C3
+        add_gradients_(z_CV, hidden_CD, rows_K[chunk])
+        return made
 
-    values_K3 = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+    columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
-    logp_K, lse_K, entropy_K = values_K3.unbind(1)
-    return Values(logp_K, lse_K, entropy_K if entropy else None)
+    return _values(columns_K, entropy)
+
+
+def _values(columns_K: Tensor, entropy: bool) -> Values:
+    """Of (K, 3) logp, lse, entropy, or of (K, 6): top-1 flag, mean logit, log sum p^2 too."""
+    logp_K, lse_K, entropy_K, *more = columns_K.unbind(1)
+    if more:
+        more[0] = more[0].bool()
+    return Values(logp_K, lse_K, entropy_K if entropy else None, *more)
 
 
 def _equal_chunks(rows: int, most: int) -> int:
@@ -276,7 +283,8 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     if left.dtype != total.dtype and left.is_cuda:
         torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
         return
-    total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=alpha)
+    # In place by `out`: torch's FLOP counter knows addmm and not addmm_.
+    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), alpha=alpha, out=total)
 
 
 def _row_sums_(
@@ -325,6 +333,20 @@ def _statistics(sums: RowSums) -> Tensor:
     return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
 
 
+def _top1_and_mean(z_CV: Tensor, targets_C1: Tensor) -> list[Tensor]:
+    """(C, 1) each: 1 where the target is the first of the largest logits, and their mean."""
+    top1_C1 = z_CV.argmax(1, keepdim=True) == targets_C1
+    return [top1_C1.to(z_CV.dtype), z_CV.mean(1, keepdim=True)]
+
+
+def _log_sum_p2(exp_CV: Tensor, peak_C1: Tensor, values_C3: Tensor) -> Tensor:
+    """(C, 1): log sum_v p_v^2, of the others' exponentials and the target's own logp."""
+    logp_C1, lse_C1, _ = values_C3.split(1, dim=1)
+    # A norm, which squares without a (C, V) tensor of squares.
+    norm_C1 = torch.linalg.vector_norm(exp_CV, dim=1, keepdim=True)
+    return torch.logaddexp(2.0 * (norm_C1.log() + peak_C1 - lse_C1), 2.0 * logp_C1)
+
+
 def _dlogits_(
     exp_CV: Tensor,
     *,
@@ -335,13 +357,19 @@ def _dlogits_(
     peak_C1: Tensor,
     values_C3: Tensor,
     upstream_C3: Tensor,
+    smooth_C2: Tensor | None = None,
 ) -> None:
-    """Rewrites exp(z - peak) as d loss / d a; upstream_C3 is already divided by the temperature.
+    """Rewrites exp(z - peak) as d loss / d a; both upstreams are divided by the temperature.
 
-    In three passes over (C, V), each in place: the row's factor, -e log e for an entropy, slopes.
+    In passes over (C, V), each in place: the row's factor, -e log e for an entropy, the mean
+    logit's share, slopes.
     """
     logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
     g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
+    mean_C1 = None
+    if smooth_C2 is not None:
+        mean_C1, square_C1 = smooth_C2.split(1, dim=1)
+        g_lse_C1 = g_lse_C1 + 2.0 * square_C1 * lse_C1  # lse is known by now, and so lse^2's slope
     # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN.
     peak_C1 = torch.maximum(peak_C1, lse_C1 - 1e4)
     scale_C1 = (peak_C1 - lse_C1).exp()  # p_v = scale e_v
@@ -358,5 +386,7 @@ def _dlogits_(
     if plogp_CV is not None:
         exp_CV.add_(plogp_CV)
     _put_(exp_CV, targets_C1, target_C1, own_C1)
+    if mean_C1 is not None:
+        exp_CV.add_(mean_C1 / exp_CV.shape[1])
     if slope_CV is not None:
         exp_CV.mul_(slope_CV)

@@ -5,7 +5,7 @@ of a torch op, flat; the other records are those of `head_pass`, which every bac
 with one signature:
 
     head_pass(
-        hidden_TD, head, targets_K, *, rows_K, entropy, upstream, sinks, chunk_bytes
+        hidden_TD, head, targets_K, *, rows_K, entropy, statistics, upstream, sinks, chunk_bytes
     ) -> Values
 
 An option of the head has its line in `Settings` (with its default), its bounds in NUMBERS, and its
@@ -81,19 +81,34 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """Gradients of the loss by each row's values, each (K,); None: nobody used that value."""
+    """Gradients of the loss by each row's values, each (K,); None: nobody used that value.
+
+    lse_square: the gradient by lse^2; that by lse, 2 lse times it, a pass makes itself.
+    """
 
     logp: Tensor
     lse: Tensor | None = None
     entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    lse_square: Tensor | None = None
 
     def by_logits(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """(K, 3), 0 for None, divided by the temperature: what reaches a row's logits."""
+        """(K, 3) of logp, lse and entropy, 0 for None, divided by the temperature: what reaches a
+        row's logits."""
         zero_K = torch.zeros_like(self.logp, dtype=dtype)
         columns = (self.logp, self.lse, self.entropy)
         columns_K3 = torch.stack([zero_K if x is None else x.to(dtype) for x in columns], dim=1)
         divisor = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
         return columns_K3 / divisor
+
+    def smoothed(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(K, 2) of mean_logit and lse_square, as `by_logits`; None where both are."""
+        if self.mean_logit is None or self.lse_square is None:
+            return None
+        columns_K2 = torch.stack([self.mean_logit, self.lse_square], dim=1).to(dtype)
+        return columns_K2 / (
+            temperature[:, None] if isinstance(temperature, Tensor) else temperature
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +127,48 @@ class Sinks:
 NO_SINKS = Sinks()
 
 
+class Smoothing(NamedTuple):
+    """What the weighted loss adds up of a row, coefficient aside:
+
+    (1 - label) logp + label mean_v log p_v - z lse^2         mean_v log p_v = mean_v z_v - lse
+    """
+
+    label: float = 0.0
+    z: float = 0.0
+
+    @property
+    def on(self) -> bool:
+        return self != Smoothing()
+
+    def upstream(self, coef_K: Tensor) -> Upstream:
+        """The gradient of sum_k coef_k times that."""
+        if not self.on:
+            return Upstream(logp=coef_K)
+        smooth_K = self.label * coef_K
+        return Upstream(
+            logp=coef_K - smooth_K, lse=-smooth_K, mean_logit=smooth_K, lse_square=-self.z * coef_K
+        )
+
+    def of(self, values: "Values") -> Tensor:
+        """(K,): that."""
+        if not self.on or values.mean_logit is None:
+            return values.logp
+        row_K = values.logp - self.z * values.lse.square()
+        if self.label:  # 0 x -inf, of a class that cannot be, is NaN
+            row_K = row_K + self.label * (values.mean_logit - values.lse - values.logp)
+        return row_K
+
+
 class Values(NamedTuple):
     """What a pass knows of each row, (K,) float32, float64 for float64 inputs."""
 
     logp: Tensor
     lse: Tensor
     entropy: Tensor | None  # None unless the call asked for it
+    # The statistics, without gradients; None unless the call asked for them.
+    top1: Tensor | None = None  # bool: the target is the first of the largest logits
+    mean_logit: Tensor | None = None  # mean_v z_v
+    log_sum_p2: Tensor | None = None  # log sum_v p_v^2
 
 
 class Inputs(NamedTuple):

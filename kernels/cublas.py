@@ -270,6 +270,7 @@ def head_pass(
     *,
     rows_K: Tensor,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
@@ -280,9 +281,10 @@ def head_pass(
     chunk_bytes bounds the logits of a chunk, at least one row. No host synchronisation.
     logits_dtype: for the benchmark alone, see above.
 
-    Not for float64 inputs or other devices than CUDA (the interpreter takes any): backends.py
-    refuses these.
+    Not for statistics, float64 inputs or other devices than CUDA (the interpreter takes any):
+    backends.py refuses these.
     """
+    del statistics
     dtype = hidden_TD.dtype
     entropy_gradient = upstream is not None and upstream.entropy is not None
     plan = Plan.of(head, entropy=entropy or entropy_gradient)
@@ -321,8 +323,8 @@ def head_pass(
             run(chunk)
     settle_weight(sinks.weight, sink_VD, unit)
     # Made for its gradient alone, an entropy is no result.
-    logp_K, lse_K, entropy_K = values(stats_K, entropy=plan.entropy)
-    return Values(logp_K, lse_K, entropy_K if entropy else None)
+    made = values(stats_K, entropy=plan.entropy)
+    return made if entropy else made._replace(entropy=None)
 
 
 def _chunks(

@@ -23,6 +23,7 @@ from vpgea_fast.kernels.contract import (
     Needs,
     Settings,
     Sinks,
+    Smoothing,
     Upstream,
     Values,
 )
@@ -37,6 +38,7 @@ def _run(
     settings: Settings,
     *,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
 ) -> Values:
@@ -54,6 +56,8 @@ def _run(
         entropy_gradient=upstream is not None and upstream.entropy is not None,
         batch_invariant=settings.batch_invariant,
         sharded=settings.shards is not None,
+        statistics=statistics,
+        smoothing=upstream is not None and upstream.mean_logit is not None,
     )
     if selection.masked:
         # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
@@ -70,6 +74,7 @@ def _run(
             selection.targets_K,
             rows_K=selection.rows_K,
             entropy=entropy,
+            statistics=statistics,
             upstream=upstream,
             sinks=sinks,
             chunk_bytes=chunk_bytes,
@@ -80,7 +85,12 @@ def _run(
 
 
 def one_pass(
-    inputs: Inputs, coef_T: Tensor, dweight_out: Tensor | None, needs: Needs, settings: Settings
+    inputs: Inputs,
+    coef_T: Tensor,
+    dweight_out: Tensor | None,
+    needs: Needs,
+    smoothing: Smoothing,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
     # fp16 ends at 6e-8, where normalised coefficients begin.
@@ -92,12 +102,13 @@ def one_pass(
         inputs,
         selection,
         settings,
-        upstream=Upstream(logp=coef_K) if any(needs) else None,
+        statistics=smoothing.on,
+        upstream=smoothing.upstream(coef_K) if any(needs) else None,
         sinks=sinks,
     )
-    logp_T = selection.scatter(values.logp)
-    # Gathered again: masked rows are 0 in logp_T, where values.logp has what zeros gave.
-    loss = dot(coef_K, selection.gather(logp_T))
+    logp_T, row_T = (selection.scatter(x) for x in (values.logp, smoothing.of(values)))
+    # Gathered again: masked rows are 0 in row_T, where the values have what zeros gave.
+    loss = dot(coef_K, selection.gather(row_T))
     dweight_VD = sinks.weight
     if dweight_VD is not None:
         # A sink of the caller's is no result: autograd must not see it as dW once more.
@@ -105,15 +116,23 @@ def one_pass(
     return loss, logp_T, selection.kept_T, [sinks.hidden, dweight_VD, sinks.bias]
 
 
-def _new_sinks(inputs: Inputs, needs: Needs, dweight_out: Tensor | None = None) -> Sinks:
-    """Zeros for what is needed: rows that take no part keep them."""
+def _new_sinks(
+    inputs: Inputs,
+    needs: Needs,
+    dweight_out: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Sinks:
+    """Zeros for what is needed: rows that take no part keep them. dtype: of dX, if not its own."""
     hidden_TD, weight_VD, bias_V = inputs[:3]
     total = accumulator(hidden_TD)
     dweight_VD = dweight_out if needs.weight else None
     if needs.weight and dweight_out is None:
         dweight_VD = torch.zeros_like(weight_VD, dtype=total)
     return Sinks(
-        hidden=torch.zeros_like(hidden_TD, dtype=stored(hidden_TD)) if needs.hidden else None,
+        hidden=torch.zeros_like(hidden_TD, dtype=dtype or stored(hidden_TD))
+        if needs.hidden
+        else None,
         weight=dweight_VD,
         bias=torch.zeros_like(bias_V, dtype=total) if needs.bias and bias_V is not None else None,
     )
@@ -122,17 +141,17 @@ def _new_sinks(inputs: Inputs, needs: Needs, dweight_out: Tensor | None = None) 
 class OnePass(torch.autograd.Function):
     """Value and gradients of sum_t coef_t logp_t in the forward; the backward only scales.
 
-    apply(*Inputs, coef_T, dweight_out, needs, settings) -> loss, logp_T, kept_T; needs: which of
-    hidden, weight (or its sink) and bias want a gradient.
+    apply(*Inputs, coef_T, dweight_out, needs, smoothing, settings) -> loss, logp_T, kept_T; needs:
+    which of hidden, weight (or its sink) and bias want a gradient.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, coef_T, dweight_out, needs, settings = arguments
+        *tensors, coef_T, dweight_out, needs, smoothing, settings = arguments
         inputs = Inputs(*tensors)
         if without_values(inputs.hidden_TD):
             loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
-                *inputs, coef_T, dweight_out, needs, *settings
+                *inputs, coef_T, dweight_out, needs, *smoothing, *settings
             )
             # An op cannot give None: its empty stand-ins become None again.
             outputs = needs._replace(weight=needs.weight and dweight_out is None)
@@ -143,6 +162,7 @@ class OnePass(torch.autograd.Function):
                 coef_T=coef_T,
                 dweight_out=dweight_out,
                 needs=needs,
+                smoothing=smoothing,
                 settings=settings,
             )
         ctx.direct = dweight_out is not None  # dW is final already, see _check_one
@@ -168,7 +188,7 @@ class OnePass(torch.autograd.Function):
         grads = [
             None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
         ]
-        return *grads, *[None] * (len(Inputs._fields) + 1)
+        return *grads, *[None] * (len(Inputs._fields) + 2)
 
 
 def _check_one(grad_loss: Tensor) -> None:
@@ -220,10 +240,10 @@ def _probes() -> list[Any] | None:
 
 
 def logprob(
-    inputs: Inputs, selection: Selection, settings: Settings, entropy: bool
+    inputs: Inputs, selection: Selection, settings: Settings, *, entropy: bool, statistics: bool
 ) -> list[Tensor | None]:
-    """logp, lse, entropy (None unless asked for), each (T,)."""
-    values = _run(inputs, selection, settings, entropy=entropy)
+    """The fields of `Values`, each (T,); None where not asked for."""
+    values = _run(inputs, selection, settings, entropy=entropy, statistics=statistics)
     return [None if x is None else selection.scatter(x) for x in values]
 
 
@@ -255,46 +275,130 @@ def logprob_backward(
 class Recompute(torch.autograd.Function):
     """logp, lse and entropy in the forward; the backward makes the logits again.
 
-    apply(*Inputs, entropy, settings) -> logp_T, lse_T, entropy_T or None.
+    apply(*Inputs, entropy, statistics, settings) -> the fields of `Values`, each (T,); None where
+    not asked for. The statistics have no gradient.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, entropy, settings = arguments
+        *tensors, entropy, statistics, settings = arguments
         inputs = Inputs(*tensors)
         if without_values(inputs.hidden_TD):
-            values = torch.ops.vpgea_fast.logprob(*inputs, entropy, *settings)
-            values = [*values[:2], values[2] if entropy else None]
+            values = torch.ops.vpgea_fast.logprob(*inputs, entropy, statistics, *settings)
+            # An op cannot give None: its empty stand-ins become None again.
+            asked = (True, True, entropy, statistics, statistics, statistics)
+            values = [x if wanted else None for x, wanted in zip(values, asked, strict=True)]
         else:
             ctx.selection = select(inputs, settings)
             # None for an output that nobody used: zeros would cost the entropy's gradient.
             ctx.set_materialize_grads(False)
-            values = logprob(inputs, ctx.selection, settings, entropy)
+            values = logprob(
+                inputs, ctx.selection, settings, entropy=entropy, statistics=statistics
+            )
+        if statistics:
+            ctx.mark_non_differentiable(*values[3:])
         ctx.save_for_backward(*inputs)
         ctx.settings = settings
         return tuple(values)
 
     @staticmethod
-    def backward(ctx, *upstream_T):
+    def backward(ctx, *upstream):
         _refuse_double_backward()
-        inputs, needs = Inputs(*ctx.saved_tensors), Needs(*ctx.needs_input_grad[:3])
-        nothing = [None] * (len(Inputs._fields) - 1)
+        upstream_T = upstream[:3]  # of logp, lse and entropy
+        nothing = [None] * len(Inputs._fields)
         # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
-        # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
-        if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
-            made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
-            grads = [x if need else None for x, need in zip(made, needs, strict=True)]
-        else:
-            grads = logprob_backward(
-                inputs=inputs,
-                selection=ctx.selection,
-                upstream_T=upstream_T,
-                needs=needs,
-                settings=ctx.settings,
-            )
+        return *_recomputed(ctx, Inputs(*ctx.saved_tensors), upstream_T), *nothing
+
+
+def _recomputed(ctx: Any, inputs: Inputs, upstream_T: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The gradients of hidden, weight and bias of a node, by a second pass."""
+    needs = Needs(*ctx.needs_input_grad[:3])
+    # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
+    if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
+        made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
+        return [x if need else None for x, need in zip(made, needs, strict=True)]
+    return logprob_backward(
+        inputs=inputs,
+        selection=ctx.selection,
+        upstream_T=upstream_T,
+        needs=needs,
+        settings=ctx.settings,
+    )
+
+
+# --- value and the gradients that are expected ----------------------------------------------------
+
+EXPECTED = 2e-6
+"""How far, relatively, a gradient of logp may be from a multiple of the expected one: a dozen
+roundings of float32."""
+
+
+class Expected(torch.autograd.Function):
+    """`Recompute` that makes the gradients with the values, for the expected gradient of logp.
+
+    apply(*Inputs, expected_T, entropy, statistics, needs, settings) -> as `Recompute`. Where logp's
+    gradient is a multiple of expected_T and is all that comes, backward scales what was made; else
+    it makes the logits again. To compare costs CUDA a synchronisation.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, expected_T, entropy, statistics, needs, settings = arguments
+        inputs = Inputs(*tensors)
+        ctx.selection, ctx.settings = select(inputs, settings), settings
+        ctx.set_materialize_grads(False)
+        total = accumulator(inputs.hidden_TD)
+        # Not rounded before the factor is known: then once, as the second pass does.
+        sinks = _new_sinks(inputs, needs, dtype=total)
+        values = _run(
+            inputs,
+            ctx.selection,
+            settings,
+            entropy=entropy,
+            statistics=statistics,
+            upstream=Upstream(logp=ctx.selection.gather(expected_T).to(total)),
+            sinks=sinks,
+        )
+        values = [None if x is None else ctx.selection.scatter(x) for x in values]
+        if statistics:
+            ctx.mark_non_differentiable(*values[3:])
+        ctx.save_for_backward(*inputs, expected_T, sinks.hidden, sinks.weight, sinks.bias)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        _refuse_double_backward()
+        *tensors, expected_T, dhidden_TD, dweight_VD, dbias_V = ctx.saved_tensors
+        inputs, upstream_T = Inputs(*tensors), upstream[:3]
+        nothing = [None] * (len(Inputs._fields) + 2)
+        if all(x is None for x in upstream_T):
+            return None, None, None, *nothing
+        factor = None
+        if upstream_T[1] is None and upstream_T[2] is None and not _is_batched(upstream_T[0]):
+            kept_T = ctx.selection.kept_T
+            factor = _factor(*(x.masked_fill(~kept_T, 0.0) for x in (upstream_T[0], expected_T)))
+        if factor is None:
+            del dhidden_TD, dweight_VD, dbias_V
+            return *_recomputed(ctx, inputs, upstream_T), *nothing
+        made = zip((dhidden_TD, dweight_VD, dbias_V), inputs[:3], strict=True)
+        grads = [
+            None if x is None or like is None else (x * factor).to(like.dtype) for x, like in made
+        ]
         return *grads, *nothing
+
+
+def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
+    """f with found = f expected, entry by entry; None: there is none."""
+    # The answer is read on the host, which cannot be while a graph is captured.
+    if found_T.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    found_T, expected_T = (x.to(wide(x.device)) for x in (found_T, expected_T))
+    square = expected_T.square().sum()
+    factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
+    fits = (found_T - factor * expected_T).abs() <= EXPECTED * (factor * expected_T).abs()
+    return factor if bool(fits.all()) else None
 
 
 # --- shared -------------------------------------------------------------------------------------

@@ -597,6 +597,7 @@ def head_pass(
     *,
     rows_K: Tensor,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
@@ -605,9 +606,10 @@ def head_pass(
 
     chunk_bytes bounds E, at least one row tile of it. No host synchronisation.
 
-    Not for float64 inputs, a gradient of the entropy, fp16 with a gradient of lse, or other devices
-    than CUDA (the interpreter takes any): backends.py refuses these.
+    Not for statistics, float64 inputs, a gradient of the entropy, fp16 with a gradient of lse, or
+    other devices than CUDA (the interpreter takes any): backends.py refuses these.
     """
+    del statistics
     plan = Plan.of(head, entropy=entropy)
     stats_K = new_stats(targets_K, head)
     pull_K, lift_K = _pull_and_lift(upstream, head.temperature)

@@ -4,7 +4,7 @@ All that depends on values, the selection of rows and the checks, happens inside
 have static shapes. A fake gives their shapes, dtypes and strides.
 
     vpgea_fast::one_pass           loss, logp, kept, dX, dW, db     may add to dweight_out
-    vpgea_fast::logprob            logp, lse, entropy
+    vpgea_fast::logprob            logp, lse, entropy, top1, mean logit, log sum p^2
     vpgea_fast::logprob_backward   dX, dW, db
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vpgea_fast.kernels.backends import resolve
-from vpgea_fast.kernels.contract import INPUTS, SETTINGS, Inputs, Needs, Settings
+from vpgea_fast.kernels.contract import INPUTS, SETTINGS, Inputs, Needs, Settings, Smoothing
 from vpgea_fast.kernels.head import logprob, logprob_backward, one_pass, stored
 from vpgea_fast.kernels.selection import accumulator, check, select
 
@@ -48,20 +48,21 @@ def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]
 
 @torch.no_grad()
 def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (coef_T, dweight_out, needs), settings = _split(arguments)
+    inputs, (coef_T, dweight_out, needs, *smoothing), settings = _split(arguments)
     # needs is a list of bool in the schema.
     loss, logp_T, kept_T, grads = one_pass(
         inputs=inputs,
         coef_T=coef_T,
         dweight_out=dweight_out,
         needs=Needs(*needs),
+        smoothing=Smoothing(*smoothing),
         settings=settings,
     )
     return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
 
 
 def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (_, dweight_out, flags), _ = _split(arguments)
+    inputs, (_, dweight_out, flags, *_), _ = _split(arguments)
     needs, (hidden_TD, weight_VD, bias_V) = Needs(*flags), inputs[:3]
     grads: list[Tensor | None] = [None, None, None]  # of hidden, weight, bias, as in one_pass
     if needs.hidden:
@@ -78,8 +79,8 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
 register(
     "one_pass",
     # (a!) says that the op writes there: a compiler may neither drop nor reorder the call.
-    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, {SETTINGS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({INPUTS}, Tensor coef, Tensor(a!)? dweight_out, bool[] needs, float label_smoothing, "
+    f"float z_loss, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _one_pass_kernel,
     _one_pass_fake,
 )
@@ -87,23 +88,27 @@ register(
 
 @torch.no_grad()
 def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), settings = _split(arguments)
+    inputs, (entropy, statistics), settings = _split(arguments)
     # Selected here and in the backward: an op cannot keep rows for another one.
-    values = logprob(inputs, select(inputs, settings), settings, entropy)
+    selection = select(inputs, settings)
+    values = logprob(inputs, selection, settings, entropy=entropy, statistics=statistics)
     return _present(values, inputs.hidden_TD)
 
 
 def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy,), _ = _split(arguments)
+    inputs, (entropy, statistics), _ = _split(arguments)
     dtype = accumulator(inputs.hidden_TD)
-    # The schema has three outputs: without an entropy the third is the empty stand-in.
-    values = [torch.empty_like(inputs.targets_T, dtype=dtype) for _ in range(2 + entropy)]
-    return _present([*values, None][:3], inputs.hidden_TD)
+    # The schema has six outputs: what was not asked for is the empty stand-in.
+    made = [(True, dtype), (True, dtype), (entropy, dtype), (statistics, torch.bool)]
+    made += [(statistics, dtype)] * 2
+    values = [torch.empty_like(inputs.targets_T, dtype=x) if asked else None for asked, x in made]
+    return _present(values, inputs.hidden_TD)
 
 
 register(
     "logprob",
-    f"({INPUTS}, bool entropy, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"({INPUTS}, bool entropy, bool statistics, {SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _logprob_kernel,
     _logprob_fake,
 )

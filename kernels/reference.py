@@ -13,6 +13,7 @@ prior paths each. All logits are held at once, so memory is O(T V): small shapes
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,45 @@ def linear_logprob(
     where p is close to 1, never above 0, and its autograd gradient at the target is 1 - p without
     the cancellation. Ignored rows are never read and give 0 three times.
     """
-    # Selected before anything is computed: a row that is ignored may hold NaN.
     kept_T = targets_T != ignore_index
     targets_K1 = targets_T[kept_T].unsqueeze(1)
+    z_KV = _logits(
+        hidden_TD,
+        weight_VD,
+        kept_T,
+        bias_V=bias_V,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    z_target_K = z_KV.gather(1, targets_K1).squeeze(1)
+    # The lowest finite number and not -inf: where all others are -inf, -inf - -inf is NaN.
+    others_KV = z_KV.scatter(1, targets_K1, torch.finfo(z_KV.dtype).min)
+    logp_K = F.logsigmoid(z_target_K - others_KV.logsumexp(1))
+    lse_K = z_KV.logsumexp(1)
+    log_p_KV = z_KV - lse_K.unsqueeze(1)
+    p_KV = log_p_KV.exp()
+    # p log p is 0 at p = 0, where log p is -inf; the mask keeps its gradient finite too.
+    entropy_K = -(p_KV * log_p_KV.masked_fill(p_KV == 0, 0.0)).sum(1)
+
+    zero_T = hidden_TD.new_zeros(targets_T.shape, dtype=z_KV.dtype)
+    logp_T, lse_T, entropy_T = (
+        zero_T.masked_scatter(kept_T, row_K) for row_K in (logp_K, lse_K, entropy_K)
+    )
+    return logp_T, lse_T, entropy_T
+
+
+def _logits(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    kept_T: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """z of the kept rows, (K, V): a row that is ignored may hold NaN, and is not read."""
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     a_KV = logit_scale * (hidden_TD[kept_T].to(dtype) @ weight_VD.to(dtype).T)
     if bias_V is not None:
@@ -54,23 +91,24 @@ def linear_logprob(
         a_KV = softcap * torch.tanh(a_KV / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype)[kept_T].unsqueeze(1)
-    z_KV = a_KV / temperature
+    return a_KV / temperature
 
-    z_target_K = z_KV.gather(1, targets_K1).squeeze(1)
-    # The lowest finite number and not -inf: where all others are -inf, -inf - -inf is NaN.
-    others_KV = z_KV.scatter(1, targets_K1, torch.finfo(dtype).min)
-    logp_K = F.logsigmoid(z_target_K - others_KV.logsumexp(1))
-    lse_K = z_KV.logsumexp(1)
-    log_p_KV = z_KV - lse_K.unsqueeze(1)
-    p_KV = log_p_KV.exp()
-    # p log p is 0 at p = 0, where log p is -inf; the mask keeps its gradient finite too.
-    entropy_K = -(p_KV * log_p_KV.masked_fill(p_KV == 0, 0.0)).sum(1)
 
-    zero_T = hidden_TD.new_zeros(targets_T.shape, dtype=dtype)
-    logp_T, lse_T, entropy_T = (
-        zero_T.masked_scatter(kept_T, row_K) for row_K in (logp_K, lse_K, entropy_K)
+def row_statistics(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, ignore_index: int = -100, **head
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three (T,): whether the target is the first of the largest logits, mean_v z_v and
+    log sum_v p_v^2. Ignored rows give False, 0 and 0. `head`: as in `linear_logprob`.
+    """
+    kept_T = targets_T != ignore_index
+    z_KV = _logits(hidden_TD, weight_VD, kept_T, **head)
+    top1_K = z_KV.argmax(1) == targets_T[kept_T]
+    log_sum_p2_K = (2.0 * z_KV.log_softmax(1)).logsumexp(1)
+    top1_T, mean_T, log_sum_p2_T = (
+        row_K.new_zeros(targets_T.shape).masked_scatter(kept_T, row_K)
+        for row_K in (top1_K, z_KV.mean(1), log_sum_p2_K)
     )
-    return logp_T, lse_T, entropy_T
+    return top1_T, mean_T, log_sum_p2_T
 
 
 def weighted_logprob_loss(
@@ -80,13 +118,20 @@ def weighted_logprob_loss(
     coef_T: Tensor,
     *,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     **head,
 ) -> Tensor:
-    """sum_t c_t log p_t (0-dim) over the rows with c_t != 0 and a target that is not ignored."""
+    """sum_t c_t [(1 - s) log p_t + s mean_v log p_tv - z lse_t^2] (0-dim), s = label_smoothing, z =
+    z_loss, over the rows with c_t != 0 and a target that is not ignored."""
     live_T = targets_T.masked_fill(coef_T == 0, ignore_index)
-    logp_T, _, _ = linear_logprob(hidden_TD, weight_VD, live_T, ignore_index=ignore_index, **head)
+    rows, head = (hidden_TD, weight_VD, live_T), {**head, "ignore_index": ignore_index}
+    logp_T, lse_T, _ = linear_logprob(*rows, **head)
     coef_T = coef_T.to(logp_T.dtype).masked_fill(live_T == ignore_index, 0.0)
-    return (coef_T * logp_T).sum()
+    if label_smoothing:
+        # mean_v log p_v = mean_v z_v - lse
+        logp_T = logp_T.lerp(row_statistics(*rows, **head)[1] - lse_T, label_smoothing)
+    return (coef_T * (logp_T - z_loss * lse_T.square())).sum()
 
 
 def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -292,6 +337,7 @@ def head_pass(
     *,
     rows_K: Tensor,
     entropy: bool = False,
+    statistics: bool = False,
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
     chunk_bytes: int | None = None,
@@ -304,18 +350,20 @@ def head_pass(
         hidden_KD = hidden_TD.index_select(0, rows_K).to(dtype).detach().requires_grad_()
         weight_VD = head.weight.detach().to(dtype).requires_grad_()
         bias_V = None if head.bias is None else head.bias.detach().to(dtype).requires_grad_()
-        logp_K, lse_K, entropy_K = linear_logprob(
-            hidden_KD,
-            weight_VD,
-            targets_K,
-            bias_V=bias_V,
-            temperature=head.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            ignore_index=-1,  # no target: the rows were selected before
-        )
+        rows = (hidden_KD, weight_VD, targets_K)
+        options: dict[str, Any] = {
+            "bias_V": bias_V,
+            "temperature": head.temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+            "ignore_index": -1,  # no target: the rows were selected before
+        }
+        logp_K, lse_K, entropy_K = linear_logprob(*rows, **options)
         if upstream is not None:
-            pairs = ((logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy))
+            pairs = [(logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
+            if upstream.mean_logit is not None:
+                pairs.append((row_statistics(*rows, **options)[1], upstream.mean_logit))
+            pairs.append((lse_K.square(), upstream.lse_square))
             parts = [(value * g.to(dtype)).sum() for value, g in pairs if g is not None]
             leaves = [hidden_KD, weight_VD] + ([] if bias_V is None else [bias_V])
             grads = torch.autograd.grad(torch.stack(parts).sum(), leaves)
@@ -325,4 +373,5 @@ def head_pass(
                 sinks.weight.add_(grads[1])
             if sinks.bias is not None:
                 sinks.bias.add_(grads[2])
-    return Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None)
+    more = [x.detach() for x in row_statistics(*rows, **options)] if statistics else []
+    return Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None, *more)

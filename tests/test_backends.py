@@ -35,6 +35,8 @@ NOWHERE = dict.fromkeys(("triton", "cublas"), "triton is not installed")
         (Situation("cuda", torch.bfloat16, H200, lse_gradient=True), "triton", "tensor cores"),
         (Situation("cuda", torch.bfloat16, H200, entropy_gradient=True), "torch", "the entropy"),
         (Situation("cuda", torch.float16, H200, lse_gradient=True), "torch", "lse in float16"),
+        (Situation("cuda", torch.bfloat16, H200, statistics=True), "torch", "no row statistics"),
+        (Situation("cuda", torch.bfloat16, H200, smoothing=True), "torch", "label smoothing"),
         (Situation("cuda", torch.float32, H200), "torch", "float32 without TF32"),
         (Situation("cuda", torch.float64, H200), "torch", "not float64"),
         (Situation("cuda", torch.float16, (7, 5)), "torch", "sm_80 or newer"),
@@ -81,6 +83,18 @@ def test_auto_says_what_is_not_here():
             "no gradient of lse in float16; detach lse",
         ),
         (
+            "cublas",
+            Situation("cuda", torch.bfloat16, H200, statistics=True),
+            {},
+            "no row statistics, label smoothing or z-loss; leave them out, or use 'torch'",
+        ),
+        (
+            "torch",
+            Situation("cpu", torch.float16, smoothing=True),
+            {},
+            "no label smoothing or z-loss in float16; use bfloat16",
+        ),
+        (
             "torch",
             Situation("cuda", torch.bfloat16, H200, batch_invariant=True),
             {},
@@ -114,7 +128,7 @@ def test_every_backend_has_one_signature():
     signatures = [dict(inspect.signature(module.head_pass).parameters) for module in modules]
     assert signatures[-1].pop("logits_dtype").default is torch.float32
     assert all(list(x.items()) == list(signatures[0].items()) for x in signatures)
-    assert len(signatures[0]) == 8
+    assert len(signatures[0]) == 9
 
 
 def test_an_option_has_one_default_and_one_name():

@@ -73,9 +73,12 @@ def logprob_all(x, **options):
         softcap=3.0,
         rows=x["rows"],
         return_entropy=True,
+        return_statistics=x["statistics"],
         **options,
     )
-    return (x["coef"] * out.logp + out.lse + 0.3 * out.entropy).sum(), out.logp, out.entropy
+    loss, found = (x["coef"] * out.logp + out.lse + 0.3 * out.entropy).sum(), out.statistics
+    more = (found.top1, found.mean_logit, found.log_sum_p2) if x["statistics"] else ()
+    return loss, out.logp, out.entropy, *more
 
 
 def two_streams(x, **options):
@@ -148,6 +151,8 @@ def inputs_of(dtype=torch.float32, *, tokens=T, device="cpu"):
         "classes": classes_T,
         "coef": coef_T,
         "scalar": 0.7,
+        # Triton's kernels, which "auto" takes on CUDA, have none.
+        "statistics": device == "cpu",
         **{name: x.to(device) for name, x in more.items()},
     }
 
@@ -282,11 +287,11 @@ def op_arguments(name, x):
     scores = ADVANTAGE.to(x["sink"].dtype), torch.full((6,), 0.25, dtype=x["sink"].dtype)
     return {
         "one_pass": [
-            (*few, x["coef"], None, [True, True, False], *settings()),
-            (*many, x["coef"], x["sink"], [True, True, True], *settings()),
-            (*few, x["coef"], None, [False, False, False], *settings(softcap=None)),
+            (*few, x["coef"], None, [True, True, False], 0.0, 0.0, *settings()),
+            (*many, x["coef"], x["sink"], [True, True, True], 0.1, 0.01, *settings()),
+            (*few, x["coef"], None, [False, False, False], 0.0, 0.0, *settings(softcap=None)),
         ],
-        "logprob": [(*few, False, *settings()), (*many, True, *settings())],
+        "logprob": [(*few, False, False, *settings()), (*many, True, True, *settings())],
         "logprob_backward": [
             (*few, up_T, None, None, [True, False, False], *settings()),
             (*many, up_T, up_T, up_T, [True, True, True], *settings()),

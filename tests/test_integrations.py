@@ -147,6 +147,21 @@ def assert_exact(model, batch):
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "phi"])
+def test_label_smoothing_is_that_of_torch(kind):
+    model, (batch,) = make(kind, torch.float64), padded(1)
+    labels = batch.pop("labels")[:, 1:].flatten()
+    z = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+    square = z.logsumexp(-1).square()[labels != -100].sum()
+    smoothed = cross_entropy(z, labels, label_smoothing=0.1, reduction="sum")
+    truth = total(model, [(smoothed + 0.01 * square) / 14])
+    (again,) = padded(1)
+    ours = causal_lm_loss(model, **again, num_items=14, label_smoothing=0.1, z_loss=0.01).loss
+    got = total(model, [ours])
+    assert error(got[0], truth[0]) < 1e-12
+    assert max(error(*pair) for pair in zip(got[1], truth[1], strict=True)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "phi"])
 def test_logprobs_are_those_of_the_models_logits(kind):
     model, (batch,) = make(kind), packed(1)
     labels = batch.pop("labels")
@@ -293,7 +308,8 @@ def compiled():
 IDS = torch.arange(3, 11)[None]
 AGAIN = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
 REFUSED = [
-    ("label_smoothing: no input of Llama", make, {"label_smoothing": 0.1}),
+    ("label_smoothing_factor: no input of Llama", make, {"label_smoothing_factor": 0.1}),
+    ("label_smoothing: got 2.0, expected a number from 0 to 1", make, {"label_smoothing": 2.0}),
     ("num_items_in_batch: no input", make, {"num_items_in_batch": 8}),
     ("shift_labels: no input", make, {"shift_labels": IDS}),
     ("labels (1, 7): expected (B, T)", make, {"labels": IDS[:, 1:]}),

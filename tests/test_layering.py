@@ -85,6 +85,7 @@ WALLS = {
     "flash_attn_interface": "vpgea_fast.attention",
     "liger_kernel": "vpgea_fast.model",
     "torchao": "vpgea_fast.optim",
+    "trl": "vpgea_fast.integrations.trl",
 }
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpgea_fast.kernels import head, reference, streams
 from vpgea_fast.losses import (
@@ -47,8 +48,8 @@ def head_case(dtype=torch.float64, *, tokens=T, vocabulary=V, device="cpu", spre
     return hidden_TD, weight_VD, bias_V, targets_T, torch.randn(tokens).to(device)
 
 
-def oracle(hidden_TD, weight_VD, targets_T, **head):
-    """logp, lse, entropy by log_softmax of the full float64 logits; independent of reference.py."""
+def full_logits(hidden_TD, weight_VD, **head):
+    """z_TV in float64, independent of reference.py."""
     a_TV = head.get("logit_scale", 1.0) * (hidden_TD.double() @ weight_VD.double().T)
     if head.get("bias") is not None:
         a_TV = a_TV + head["bias"].double()
@@ -57,7 +58,12 @@ def oracle(hidden_TD, weight_VD, targets_T, **head):
     temperature = head.get("temperature", 1.0)
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.double().unsqueeze(1)
-    z_TV = a_TV / temperature
+    return a_TV / temperature
+
+
+def oracle(hidden_TD, weight_VD, targets_T, **head):
+    """logp, lse, entropy by log_softmax of the full float64 logits."""
+    z_TV = full_logits(hidden_TD, weight_VD, **head)
     kept_T = targets_T != head.get("ignore_index", -100)
     index_T1 = targets_T.long().masked_fill(~kept_T, 0).unsqueeze(1)
     logp_T = z_TV.log_softmax(1).gather(1, index_T1).squeeze(1)
@@ -151,6 +157,207 @@ def test_weighted_loss_matches_autograd(backend, name, dtype):
     got = gradients(ours.loss, *leaves)
     assert_close(got, gradients(truth, *leaves), 2 * BUDGET[dtype])
     assert torch.equal(got[0][[3, 5]], torch.zeros(2, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics_are_those_of_the_full_logits(backend, name, dtype):
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    options = options_of(name, bias_V)
+    z_TV = full_logits(hidden_TD, weight_VD, **options).detach()
+    targets_T[::2] = z_TV[::2].argmax(1)
+    targets_T[4] = options.get("ignore_index", -100)
+    kept_T = targets_T != targets_T[4]
+
+    def call(**more):
+        arguments = (hidden_TD, weight_VD, targets_T)
+        return linear_logprob(*arguments, backend=backend, chunk_bytes=CHUNK, **options, **more)
+
+    with Recorder() as plain:
+        bare = call()
+    assert bare.statistics is None
+    ours = call(return_statistics=True)
+    found = ours.statistics
+    assert found is not None
+    top_T = torch.tensor([int(z.argmax()) == t for z, t in zip(z_TV, targets_T, strict=True)])
+    assert torch.equal(found.top1, top_T & kept_T)
+    assert 0 < found.top1.sum() < kept_T.sum()
+    p2_T = z_TV.softmax(1).square().sum(1).log()
+    for got, truth in ((found.mean_logit, z_TV.mean(1)), (found.log_sum_p2, p2_T)):
+        assert got.dtype == dtype
+        assert_close((got,), (truth * kept_T,), BUDGET[dtype])
+    # They cost nothing where they are not asked for, and change nothing where they are.
+    assert not [x for x in plain.names if "argmax" in x or "norm" in x]
+    assert torch.equal(ours.logp, bare.logp)
+    assert torch.equal(ours.lse, bare.lse)
+    assert not any(x.requires_grad for x in (found.top1, found.mean_logit, found.log_sum_p2))
+    upstream = [(coef_T * x.logp).sum() + x.lse.sum() for x in (ours, bare)]
+    mine, theirs = (gradients(x, hidden_TD, weight_VD) for x in upstream)
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expected_gradients_are_those_of_a_second_pass(backend, dtype):
+    """Where the expectation holds they are made once; where it does not, again, and never wrong."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    leaves = (hidden_TD, weight_VD, bias_V)
+    targets_T[3], coef_T[5] = -100, 0.0
+    uneven_T = coef_T.clone()
+    uneven_T[7] *= 1 + 1e-5
+
+    def run(loss_of, expected_T=None):
+        with Recorder() as recorder:
+            out = linear_logprob(
+                *leaves[:2],
+                targets_T,
+                bias=bias_V,
+                softcap=9.0,
+                return_entropy=True,
+                return_statistics=True,
+                expected_T=expected_T,
+                backend=backend,
+            )
+            grads = gradients(loss_of(out), *leaves)
+        return (out.logp, out.lse, out.entropy, out.statistics.mean_logit, *grads), recorder.gemms
+
+    def weighted(out):
+        return -2.5 * (coef_T * out.logp).sum()
+
+    plain, twice = run(weighted)
+    foreseen, once = run(weighted, coef_T)
+    assert all(map(torch.equal, foreseen[:4], plain[:4]))
+    logp_T = oracle(hidden_TD, weight_VD, targets_T, bias=bias_V, softcap=9.0)[0]
+    truth = gradients(-2.5 * (coef_T * logp_T).sum(), *leaves)
+    for grads in (foreseen[4:], plain[4:]):
+        assert_close(grads, truth, 4e-3 if dtype == torch.bfloat16 else 2 * BUDGET[dtype])
+    assert all(got.dtype == like.dtype for got, like in zip(foreseen, plain, strict=True))
+    if backend == "torch" and dtype != torch.bfloat16:  # a CPU's has a GEMM for each block there
+        assert (once, twice) == (3, 4)
+    for loss_of, expected_T in (
+        (weighted, uneven_T),
+        (weighted, torch.zeros(T)),
+        (lambda out: weighted(out) + 0.1 * out.entropy.sum(), coef_T),
+        (lambda out: weighted(out) + 0.1 * out.lse.sum(), coef_T),
+    ):
+        missed, more = run(loss_of, expected_T)
+        assert all(map(torch.equal, missed, run(loss_of)[0]))
+        assert more > twice or backend == "reference"
+    nothing = torch.zeros(T)
+    assert not any(x.any() for x in run(lambda out: (nothing * out.logp).sum(), nothing)[0][4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flop_counters_see_every_product(dtype):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
+    arguments = (hidden_TD, weight_VD, targets_T)
+    for products, loss_of in (
+        (3, lambda: weighted_logprob_loss(*arguments, coef_T, backend="torch").loss),
+        (4, lambda: linear_logprob(*arguments, backend="torch").logp.sum()),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            loss_of().backward()
+        assert counter.get_total_flops() == 2 * products * T * V * D
+
+
+def test_an_expected_gradient_is_a_constant():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    with pytest.raises(ValueError, match="expected_T requires grad, but is a constant"):
+        linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=coef_T.requires_grad_())
+    with torch.no_grad():
+        out = linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=torch.ones(T))
+    assert not out.logp.requires_grad
+    out = linear_logprob(hidden_TD, weight_VD, targets_T, expected_T=torch.ones(T)).logp
+    every = torch.eye(T, dtype=torch.float64)
+    (grads,) = torch.autograd.grad(out, hidden_TD, every, retain_graph=True, is_grads_batched=True)
+    for row, each in enumerate(grads):
+        (alone,) = torch.autograd.grad(out[row], hidden_TD, retain_graph=True)
+        assert_close((each,), (alone,), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics_at_the_edges(backend):
+    """Equal largest logits: the first is on top. 152064 equal classes; one that is certain."""
+
+    def statistics(weight_VD, *targets):
+        targets_T = torch.tensor(targets, dtype=torch.int64)
+        hidden_TD = torch.ones(len(targets), weight_VD.shape[1])
+        return linear_logprob(
+            hidden_TD, weight_VD, targets_T, return_statistics=True, backend=backend
+        ).statistics
+
+    tied = statistics(torch.tensor([[0.0], [2.0], [1.0], [2.0]]), 0, 1, 2, 3)
+    assert tied.top1.tolist() == [False, True, False, False]
+    flat = statistics(torch.full((152064, 2), 0.25), 5)
+    assert flat.mean_logit.item() == pytest.approx(0.5, rel=1e-6)
+    assert flat.log_sum_p2.item() == pytest.approx(-math.log(152064), rel=1e-6)
+    sure = statistics(torch.tensor([[90.0], [-80.0], [-80.0]]), 0, 1)
+    assert sure.top1.tolist() == [True, False]
+    assert sure.log_sum_p2.tolist() == [0.0, 0.0]
+    none = statistics(torch.ones(3, 1))
+    assert [x.shape for x in (none.top1, none.mean_logit)] == [(0,), (0,)]
+    assert none.top1.dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_smoothing_and_z_loss_in_one_pass(backend, name, dtype):
+    """Against torch's own label smoothing of the full float64 logits, and lse^2 beside it."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case(dtype)
+    options = options_of(name, bias_V)
+    targets_T[3], coef_T[5] = options.get("ignore_index", -100), 0.0
+    leaves = (hidden_TD, weight_VD) + ((bias_V,) if "bias" in options else ())
+    kept_T = (coef_T != 0) & (targets_T != targets_T[3])
+    z_TV = full_logits(hidden_TD, weight_VD, **options)
+    safe_T = targets_T.masked_fill(~kept_T, 0)
+    for label, z_loss in ((0.1, 0.0), (0.0, 0.02), (0.3, 0.01), (1.0, 0.0)):
+        nll_T = torch.nn.functional.cross_entropy(
+            z_TV, safe_T, reduction="none", label_smoothing=label
+        )
+        truth = (coef_T * kept_T * (-nll_T - z_loss * z_TV.logsumexp(1).square())).sum()
+        smoothing = {"label_smoothing": label, "z_loss": z_loss}
+        ours = weighted_logprob_loss(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            coef_T,
+            backend=backend,
+            chunk_bytes=CHUNK,
+            **smoothing,
+            **options,
+        )
+        values = 1e-12 if dtype is torch.float64 else 2e-5
+        logp_T = oracle(hidden_TD, weight_VD, targets_T, **options)[0] * kept_T
+        assert_close((ours.loss, ours.logp), (truth, logp_T), values)
+        got, expected = gradients(ours.loss, *leaves), gradients(truth, *leaves)
+        assert_close(got, expected, 2 * BUDGET[dtype])
+        if backend == "reference" and dtype is torch.float64:
+            head = {"bias_V" if k == "bias" else k: x for k, x in options.items()}
+            spec = reference.weighted_logprob_loss(
+                hidden_TD, weight_VD, targets_T, coef_T.double(), **smoothing, **head
+            )
+            assert_close((spec,), (truth,), values)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "words"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing: .*a number from 0 to 1"),
+        ({"label_smoothing": torch.tensor(0.1)}, "label_smoothing: got a Tensor"),
+        ({"z_loss": -1e-4}, "z_loss: .*a finite number >= 0"),
+        ({"z_loss": 1e-4, "backend": "triton"}, "backend 'triton'"),
+    ],
+)
+def test_smoothing_out_of_its_bounds_is_refused(smoothing, words):
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(torch.float32)
+    with pytest.raises(ValueError, match=words):
+        weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, **smoothing)
+    half = [x.detach().half() for x in (hidden_TD, weight_VD)]
+    half[0].requires_grad_()
+    with pytest.raises(ValueError, match="in float16; use bfloat16"):
+        weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend="torch")
 
 
 def test_gradcheck_reference():
@@ -794,14 +1001,16 @@ def test_a_strided_sink(backend):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts GEMMs, and the bytes alive at once among the tensors made while it is active."""
+    """Counts GEMMs, and the bytes alive at once among the tensors made while it is active; names
+    the ops."""
 
     def __init__(self):
         super().__init__()
         self.gemms = self.alive = self.peak = self.largest = 0
-        self.owners = {}
+        self.owners, self.names = {}, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
         out = func(*args, **(kwargs or {}))
         self.gemms += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         self.gemms += func.overloadpacket is torch.ops.aten.addmm_

@@ -361,7 +361,7 @@ class Collector:
         }
         likely = self._likelihoods(pairs)
         found = {
-            name: self._scored(name, drawn[name], pairs[name], step, likely.get(name))
+            name: self._scored(name, drawn[name], pairs[name], step=step, likely=likely.get(name))
             for name in drawn
         }
         unanswered = {lost for _, names in found.values() for lost in names}
@@ -467,6 +467,7 @@ class Collector:
         stream: Stream,
         groups: Groups,
         pairs: Pairs,
+        *,
         step: int,
         likely: torch.Tensor | None,
     ) -> tuple[ScoredPaths, set[str]]:

@@ -47,8 +47,8 @@ import torch
 
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Needs, Settings
-from vpgea_fast.kernels.head import OnePass, Recompute, dot
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings, Smoothing
+from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot, without_values
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
@@ -112,6 +112,20 @@ def _spelled_out(function: _Function) -> _Function:
 
 
 @dataclass(frozen=True)
+class RowStatistics:
+    """What metrics ask of each row, (T,), without gradients; False and 0 where ignored.
+
+    `top1`: the target is the first of the largest logits. `mean_logit` = mean_v z_v. `log_sum_p2` =
+    log sum_v p_v^2. Two classes, logits [0, log 3], target 1: top1 = [True], mean_logit = [0.5493],
+    log_sum_p2 = [-0.4700].
+    """
+
+    top1: Tensor  # (T,) bool
+    mean_logit: Tensor  # (T,) float32, float64 for float64 inputs, as the next
+    log_sum_p2: Tensor  # (T,)
+
+
+@dataclass(frozen=True)
 class LogprobOutput:
     """`logp`, `lse`, `entropy` (None unless asked for), each (T,), differentiable; 0 where ignored.
 
@@ -121,6 +135,7 @@ class LogprobOutput:
     logp: Tensor  # (T,) float32, float64 for float64 inputs, as all that follows
     lse: Tensor  # (T,)
     entropy: Tensor | None  # (T,)
+    statistics: RowStatistics | None = None  # None unless asked for
 
 
 @dataclass(frozen=True)
@@ -181,15 +196,17 @@ def choose_backend(
     batch_invariant: bool = False,
     entropy_gradient: bool = False,
     sharded: bool = False,
+    statistics: bool = False,
 ) -> BackendChoice:
     """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
     "reference" (full logits), "torch" (chunked), "cublas" and "triton" (CUDA). "auto" chooses by
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
-    backward with a gradient of the entropy runs on "torch". Shape and free memory decide the size
-    of a chunk, not the backend. sharded: the head's classes are cut over processes. Each distinct
-    decision of "auto" is logged once, at INFO, on the logger "vpgea_fast.losses".
+    backward with a gradient of the entropy, and a forward with row statistics, run on "torch".
+    Shape and free memory decide the size of a chunk, not the backend. sharded: the head's classes
+    are cut over processes. Each distinct decision of "auto" is logged once, at INFO, on the logger
+    "vpgea_fast.losses".
 
     ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
@@ -203,6 +220,7 @@ def choose_backend(
         entropy_gradient=entropy_gradient,
         batch_invariant=batch_invariant,
         sharded=sharded,
+        statistics=statistics,
     )
 
 
@@ -218,6 +236,8 @@ def linear_logprob(
     targets_T: Tensor,
     *,
     return_entropy: bool = False,
+    return_statistics: bool = False,
+    expected_T: Tensor | None = None,
     **options: Unpack[HeadOptions],
 ) -> LogprobOutput:
     """Log-probability of each target under the head, differentiable per token.
@@ -230,6 +250,13 @@ def linear_logprob(
     and bias from any mix of logp, lse and entropy. logp <= 0 always and 1 - p is exact for
     confident tokens. Nothing but the inputs is saved; the backward makes the logits again.
 
+    return_statistics: `RowStatistics` too, three more reads of a chunk's logits; not in the
+    backends "triton" and "cublas".
+    expected_T: (T,), what the gradient of logp is expected to be, up to one factor for all rows.
+    The gradients are then made with the values: three GEMMs where the expectation holds within
+    2e-6. Where it does not, or lse or the entropy has a gradient too, they are made again: six
+    GEMMs, the same numbers. dX and dW are kept until the backward. Compiled calls ignore it.
+
     ValueError: shapes, dtypes, devices, options; a target outside [0, V) that is not ignore_index
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a weight that is
     sharded otherwise than by classes.
@@ -237,8 +264,20 @@ def linear_logprob(
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
-    logp_T, lse_T, entropy_T = Recompute.apply(*inputs, return_entropy, settings)
-    return LogprobOutput(logp_T, lse_T, entropy_T)
+    checks.check_flag("return_statistics", return_statistics)
+    asked = (return_entropy, return_statistics)
+    needs = _needs(inputs) if expected_T is not None else None
+    if expected_T is not None and needs is not None:
+        checks.check_constant("expected_T", expected_T, targets_T)
+    # Each process of a cut head would decide alone whether to make them again.
+    expects = settings.shards is None and not without_values(hidden_TD)
+    if needs is not None and any(needs) and expects:
+        made = Expected.apply(*inputs, expected_T, *asked, needs, settings)
+    else:
+        made = Recompute.apply(*inputs, *asked, settings)
+    logp_T, lse_T, entropy_T, *more = made
+    statistics = RowStatistics(*more) if return_statistics else None
+    return LogprobOutput(logp_T, lse_T, entropy_T, statistics)
 
 
 @_spelled_out
@@ -249,6 +288,9 @@ def weighted_logprob_loss(
     coef_T: Tensor,
     *,
     dweight_out: Tensor | None = None,
+    # Not 0.0: torch.compile(dynamic=True) makes a symbol of a float, and traces once more for it.
+    label_smoothing: float = 0,
+    z_loss: float = 0,
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """sum_t coef_t logp_t with its gradients made in the same pass; only dX and dW are kept.
@@ -265,6 +307,11 @@ def weighted_logprob_loss(
     gradient must be 1 (asserted on the device): scale the coefficients instead. Not for use inside
     activation checkpointing, which runs the forward twice.
 
+    label_smoothing s and z_loss z: coef_t times (1 - s) logp_t + s mean_v log p_tv - z lse_t^2, in
+    the same pass; `logp` stays the target's own. With coef_t = -1 / tokens that is the label
+    smoothing of torch and transformers, and PaLM's z-loss. Not in the backends "triton" and
+    "cublas", nor in float16.
+
     Under no_grad only values are computed. Options as in `HeadOptions`; errors as `linear_logprob`,
     and coef_T with requires_grad.
     """
@@ -272,15 +319,29 @@ def weighted_logprob_loss(
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     sink_VD = checks.checked_sink(dweight_out, weight_VD)
-    # Asked for here: inside an autograd function grad mode is off and requires_grad is lost.
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
+        if type(value) is not int or value != 0:  # the default: bounds are floats too
+            checks.check_number(name, value, _SMOOTHING[name])
+    smoothing = Smoothing(label_smoothing, z_loss)
+    needs = _needs(inputs, sink_VD)
+    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
+    return WeightedLoss(loss, logp_T, kept_T)
+
+
+_SMOOTHING = {
+    "label_smoothing": Bounds("a number from 0 to 1", 0, 1),
+    "z_loss": Bounds("a finite number >= 0", 0, FLOAT32.max),
+}
+
+
+def _needs(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
+    """Asked for here: inside an autograd function grad mode is off and requires_grad is lost."""
     grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
-    needs = Needs(
-        hidden=grad and hidden_TD.requires_grad,
-        weight=grad and (weight_VD.requires_grad or dweight_out is not None),
+    return Needs(
+        hidden=grad and inputs.hidden_TD.requires_grad,
+        weight=grad and (inputs.weight_VD.requires_grad or dweight_out is not None),
         bias=grad and bias_V is not None and bias_V.requires_grad,
     )
-    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, settings)
-    return WeightedLoss(loss, logp_T, kept_T)
 
 
 @_spelled_out

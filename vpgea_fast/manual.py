@@ -3,9 +3,8 @@
     vpgea keys [SECTION]              the configuration keys on a terminal
     python -m vpgea_fast.manual DIR   write configuration.md, metrics.md and api.md into DIR
 
-Texts are the docstrings under the keys of config/, the tables of book.py, and the docstrings of
-the public functions. Defaults and ranges are asked of the configuration's records themselves. All
-else is read from source by `ast`: no module is imported to be described.
+Texts are docstrings under the keys of config/, the tables of book.py, and docstrings of the public
+functions. Defaults and ranges are asked of the records. All else is read from source by `ast`.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ API = {
         *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
         *("CausalLoss", "CausalLogprobs"),
     ),
+    "integrations.trl": ("enable", "Enabled"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
@@ -355,7 +355,7 @@ def api_page() -> str:
 def _sources(module: str) -> list[str]:
     """Read a module's file. Of a folder `__init__` comes first, whose docstring is the module's,
     then the others, which define what it passes on."""
-    folder = ROOT / module
+    folder = ROOT.joinpath(*module.split("."))
     files = [folder / "__init__.py", *sorted(folder.glob("[!_]*.py"))]
     files = files if folder.is_dir() else [folder.with_suffix(".py")]
     return [file.read_text(encoding="utf-8") for file in files]

@@ -399,7 +399,7 @@ def test_cublas_bf16_logits_are_as_wrong_as_their_last_bit():
     errors, dhiddens = [], []
     for logits_dtype in (torch.float32, torch.bfloat16):
         dhiddens.append(torch.zeros_like(hidden_TD))
-        logp, _, _ = cublas.head_pass(
+        logp, *_ = cublas.head_pass(
             hidden_TD,
             Head(weight=weight_VD),
             targets_T,

@@ -1,5 +1,4 @@
-"""Sections of the training, and `Config`, the record of all sections with the rules between
-them."""
+"""Sections of the training, and `Config`: the record of all sections, with rules between them."""
 
 from __future__ import annotations
 

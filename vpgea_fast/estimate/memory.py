@@ -190,7 +190,9 @@ def estimate_memory(
         phases["scoring"] = {**awake, **forward.scoring(lay, tokens), **copies}
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
-    return MemoryEstimate(phases, _host(lay), shape.parameters, tokens, engine)
+    return MemoryEstimate(
+        phases, _host(lay), parameters=shape.parameters, score_tokens=tokens, engine=engine
+    )
 
 
 def score_tokens(shape: ModelShape, cfg: Config, *, world: int = 1, cuda: bool = True) -> int:

@@ -68,6 +68,8 @@ def causal_lm_loss(
     position_ids: Tensor | None = None,
     num_items: int | Tensor | None = None,
     world_size: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     backend: str = "auto",
     **inputs: Any,
 ) -> CausalLoss:
@@ -85,6 +87,8 @@ def causal_lm_loss(
         gives it: an int, or a tensor of one element. None: those of this call, and 0 of none.
     world_size: factor where gradients are averaged over ranks and num_items counts all of them;
         not of the auxiliary loss, which is a mean.
+    label_smoothing, z_loss: of `losses.weighted_logprob_loss`; the first is the Trainer's
+        label_smoothing_factor.
     inputs: any other input of the model. With output_router_logits=True, or a configuration that
         says it, the load-balancing loss is added as the model does, whatever num_items.
 
@@ -92,8 +96,8 @@ def causal_lm_loss(
     to trainable tokens. With LoRA on the head W + scale B A is made, V x D, in each call. Under
     autocast the operands follow it, the weight's gradient stays float32.
 
-    ValueError: shapes, num_items, unknown inputs (label smoothing among them), and what
-    `head_options` refuses; the model is measured in the first call.
+    ValueError: shapes, num_items, smoothing, unknown inputs, and what `head_options` refuses; the
+    model is measured in the first call.
     """
     places = {"attention_mask": attention_mask, "position_ids": position_ids}
     call = _prepared(model, input_ids, labels, places=places, inputs=inputs)
@@ -105,7 +109,14 @@ def causal_lm_loss(
         # One for all: ignored rows take no part whatever their coefficient.
         coef_N = coef.to(targets_N.device, accumulator(hidden_ND)).repeat(targets_N.numel())
         out = losses.weighted_logprob_loss(
-            hidden_ND, weight_VD, targets_N, coef_N, backend=backend, **options
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            coef_N,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            backend=backend,
+            **options,
         )
         made.append(out)
         return [out.loss]
