@@ -204,9 +204,10 @@ def choose_backend(
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
     backward with a gradient of the entropy, and a forward with row statistics, run on "torch".
-    Shape and free memory decide the size of a chunk, not the backend. sharded: the head's classes
-    are cut over processes. Each distinct decision of "auto" is logged once, at INFO, on the logger
-    "vpgea_fast.losses".
+    Shape and free memory decide the size of a chunk, not the backend.
+
+    sharded: the head's classes are cut over processes. Each distinct decision of "auto" is logged
+    once, at INFO, on the logger "vpgea_fast.losses".
 
     ValueError: an unknown name, a backend that is not available, or one that cannot do this.
     """
