@@ -4,7 +4,7 @@ T tokens, K rows that take part, D hidden, V vocabulary, S sequences. What only 
 checked where they are read: selection.py and streams.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +24,16 @@ OPTIONS = Settings._fields[:-3]  # operands, group and classes follow from the t
 # --- a call of the head ---------------------------------------------------------------------------
 
 
+def check_options(options: Iterable[str]) -> None:
+    """TypeError for an option of the head that there is not."""
+    known = ("bias", "rows", *OPTIONS)
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"got an unexpected keyword argument {name!r}; options are {', '.join(known)}"
+            )
+
+
 def checked_call(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -35,10 +45,7 @@ def checked_call(
     **options: Any,
 ) -> tuple[Inputs, Settings]:
     """The arguments of a call, checked: ValueError; TypeError for an option that there is not."""
-    for name in options:
-        if name not in OPTIONS:
-            known = ", ".join(("bias", "rows", *OPTIONS))
-            raise TypeError(f"got an unexpected keyword argument {name!r}; options are {known}")
+    check_options(options)
     whole_VD, shards = weight_VD, shards_of(weight_VD)
     if shards is not None:
         weight_VD = own_part("weight_VD", weight_VD, whole_VD)

@@ -173,7 +173,8 @@ def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
         return 1.0
     g_logp_K, g_lse_K, g_entropy_K = upstream_K3.abs().unbind(1)
     bound_K = g_logp_K + g_lse_K + (math.log(vocabulary) + 1.0) * g_entropy_K
-    return bound_K.amax().clamp_min(torch.finfo(bound_K.dtype).tiny) / 2.0**14
+    # Clamped last: a subnormal unit is 0 where they are flushed, and 0 / 0 a NaN.
+    return (bound_K.amax() / 2.0**14).clamp_min(torch.finfo(bound_K.dtype).tiny)
 
 
 def weight_sink(dweight_VD: Tensor | None, unit: Tensor | float) -> Tensor | None:

@@ -356,7 +356,7 @@ def test_smoothing_out_of_its_bounds_is_refused(smoothing, words):
         weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, **smoothing)
     half = [x.detach().half() for x in (hidden_TD, weight_VD)]
     half[0].requires_grad_()
-    with pytest.raises(ValueError, match="in float16; use bfloat16"):
+    with pytest.raises(ValueError, match="got float16, whose passes have neither"):
         weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend="torch")
 
 
@@ -1904,3 +1904,14 @@ def test_the_import_is_quick():
     assert float(seconds) < 0.3
     heavy = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton", "numpy", "sympy")
     assert not [name for name in modules if name.startswith(heavy)]
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
+def test_losses_of_two_streams_refuse_what_their_own_values_would_not_know(option):
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    targets, cu, advantage = torch.arange(4), torch.tensor([0, 2, 4]), torch.tensor([1.0, -1.0])
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        vpgea_loss(hidden, hidden, weight, targets, cu, advantage, denominator=1.0, **{option: 0.1})
+    coef, both = torch.ones(4), (hidden, hidden, weight, targets, targets)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        two_stream_loss(*both, coef, coef, **{option: 0.1})

@@ -197,13 +197,15 @@ def choose_backend(
     entropy_gradient: bool = False,
     sharded: bool = False,
     statistics: bool = False,
+    smoothing: bool = False,
 ) -> BackendChoice:
     """What runs for tensors of this dtype on this device (None: CUDA where there is one), and why.
 
     "reference" (full logits), "torch" (chunked), "cublas" and "triton" (CUDA). "auto" chooses by
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
-    backward with a gradient of the entropy, and a forward with row statistics, run on "torch".
+    backward with a gradient of the entropy, and passes with row statistics, label smoothing or
+    z-loss, run on "torch".
     Shape and free memory decide the size of a chunk, not the backend.
 
     sharded: the head's classes are cut over processes. Each distinct decision of "auto" is logged
@@ -222,6 +224,7 @@ def choose_backend(
         batch_invariant=batch_invariant,
         sharded=sharded,
         statistics=statistics,
+        smoothing=smoothing,
     )
 
 
@@ -324,6 +327,12 @@ def weighted_logprob_loss(
         if type(value) is not int or value != 0:  # the default: bounds are floats too
             checks.check_number(name, value, _SMOOTHING[name])
     smoothing = Smoothing(label_smoothing, z_loss)
+    if smoothing.on and settings.operands is torch.float16 and settings.backend != "reference":
+        # Here, and not left to "auto", which would fall back on all logits at once.
+        raise ValueError(
+            "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
+            "float32, or backend='reference'"
+        )
     needs = _needs(inputs, sink_VD)
     loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
     return WeightedLoss(loss, logp_T, kept_T)
@@ -495,6 +504,8 @@ def _weighted_streams(
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """`weighted_logprob_loss` of [posterior; prior]: one pass reads the weight once for both."""
+    # The loss below has more, of which the streams' own values would know nothing.
+    checks.check_options(options)
     checks.check_streams(hidden, weight_VD, targets, coef)
     with checks.without_autocast(weight_VD):  # a CPU's takes no float16 and no float64 in cat
         hidden_RD, targets_R, coef_R = (torch.cat(pair) for pair in (hidden, targets, coef))
