@@ -204,8 +204,8 @@ def choose_backend(
     "reference" (full logits), "torch" (chunked), "cublas" and "triton" (CUDA). "auto" chooses by
     device, dtype and what the call wants: "triton" for half precision on sm_80 or newer, for values
     and gradients of logp and lse, and "torch" for the rest; each pass is decided alone, so only a
-    backward with a gradient of the entropy, and passes with row statistics, label smoothing or
-    z-loss, run on "torch".
+    backward with a gradient of the entropy runs on "torch". So do passes with row statistics, label
+    smoothing or z-loss.
     Shape and free memory decide the size of a chunk, not the backend.
 
     sharded: the head's classes are cut over processes. Each distinct decision of "auto" is logged
