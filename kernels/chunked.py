@@ -104,8 +104,9 @@ def head_pass(
     unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
     upcast_BD = _upcast_block(head.weight, operand)
-    places = {"sinks": sinks, "sink_VD": sink_VD, "unit": unit, "upcast_BD": upcast_BD}
-    add_gradients_ = partial(_add_gradients_, head=head, **places)
+    add_gradients_ = partial(
+        _add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
+    )
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
