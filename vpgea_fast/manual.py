@@ -42,6 +42,7 @@ API = {
         *("CausalLoss", "CausalLogprobs"),
     ),
     "integrations.trl": ("enable", "Enabled"),
+    "integrations.verl": ("enable", "Enabled", "FusedLinearForPPO", "linear_cross_entropy"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
