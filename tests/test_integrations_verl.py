@@ -129,9 +129,14 @@ def test_autocast_is_followed():
 
 # --- refusals -------------------------------------------------------------------------------------
 
+
+def per_token() -> Any:
+    return torch.ones(2)
+
+
 REFUSED: dict[str, Any] = {
     "impl_backend: got 'triton'": lambda *_: FusedLinearForPPO(impl_backend="triton"),
-    "temperature: got a tensor (2,)": lambda h, w, y: fused()(h, w, y, *[torch.ones(2)]),
+    "temperature: got a tensor (2,)": lambda h, w, y: fused()(h, w, y, per_token()),
     "temperature: got 0.0": lambda h, w, y: linear_cross_entropy(h, w, y, 0.0),
     "reduction: got 'mean'": lambda h, w, y: linear_cross_entropy(h, w, y, 1.0, "mean"),
     "input_ids (10,)": lambda h, w, y: fused()(h, w, y.flatten()),

@@ -43,6 +43,7 @@ API = {
     ),
     "integrations.trl": ("enable", "Enabled"),
     "integrations.verl": ("enable", "Enabled", "FusedLinearForPPO", "linear_cross_entropy"),
+    "integrations.torchtitan": ("FusedLoss", "fused_loss"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
