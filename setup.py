@@ -112,6 +112,7 @@ setup(
         "vpgea_fast.integrations",
         "vpgea_fast.metrics",
         "vpgea_fast.objectives",
+        "vpgea_fast.optim",
         "vpgea_fast.prepare",
         "vpgea_fast.prompts",
         "vpgea_fast.report",

@@ -161,6 +161,48 @@ def test_the_host_holds_what_is_offloaded():
     assert estimate_memory(shape, plain, world=4, context=100, prompt=10).host == {}
 
 
+def test_one_gpu_keeps_the_weights_and_the_host_the_rest():
+    """Weights in the forward's dtype, gradients in float32, no unit to gather and no replica; of a
+    step three blocks of 2^24 elements at most. Masters only where they are other tensors."""
+    shape, whole = model_shape(qwen(SMALL)), {"shard": "auto", "cpu_offload": True}
+    p, embedding, mlp = shape.parameters, 2051 * 256, 1024 * 256
+    rounded = {"stochastic_rounding": True, "name": "adamw_bf16"}
+    half = {"model": {"master_dtype": "bfloat16"}, "optim": rounded}
+    for given, moments, master, scratch in (
+        ({}, 8, 4, 0),
+        (half, 4, 0, 32),
+        ({"model": {"dtype": "float32"}}, 8, 0, 0),
+        ({"optim": {"name": "adamw_bf16"}}, 4, 4, 32),
+    ):
+        cfg = settings(parallel=whole, **given)
+        s = 4 if cfg.model.dtype == "float32" else 2
+        found = estimate_memory(shape, cfg, context=100, prompt=10)
+        assert in_phases(found, "weights") == dict.fromkeys(found.phases, s * p)
+        assert found.parts["optimiser"] == found.parts["sampling replica"] == 0
+        assert "forward copy" not in found.parts or not found.parts["forward copy"]
+        for phase in ("head", "backward", "reduction", "embedding", "update"):
+            assert found.phases[phase]["gradients"] == 4 * p, phase
+        assert found.phases["head"]["units"] == found.phases["reduction"]["units"] == 0
+        assert found.phases["backward"]["units"] == mlp * (s + 4)
+        assert found.phases["embedding"]["units"] == embedding * (s + 4)
+        assert found.phases["update"]["scratch"] == embedding * (3 * (moments + master) + scratch)
+        want = {"moments": moments * p} | ({"masters": master * p} if master else {})
+        assert found.host == want
+    copied = settings(parallel=whole, checkpoint={"background": True})
+    host = estimate_memory(shape, copied, context=100, prompt=10).host
+    assert host["checkpoint copy"] == 12 * p
+    assert communication(shape, copied, world=1) == {}
+    kl = {"objective": {"name": "grpo", "kl_coef": 0.1}, "rollout": {"full_answer": True}}
+    held = estimate_memory(shape, settings(parallel=whole, **kl), context=100, prompt=10)
+    assert held.phases["update"]["reference"] == 2 * p
+    # Several processes have shards in host memory, as with `always`.
+    for world, shard in ((2, "auto"), (1, "always")):
+        cfg = settings(parallel={"shard": shard, "cpu_offload": True})
+        assert estimate_memory(shape, cfg, world=world, context=9, prompt=1).parts["weights"] == 0
+    never = settings(parallel={"shard": "never", "cpu_offload": True})
+    assert estimate_memory(shape, never, context=100, prompt=10).parts["weights"] == 2 * p
+
+
 def test_a_reference_policy_lies_where_its_shards_do():
     shape = model_shape(qwen(SMALL))
     kl = {"objective": {"name": "grpo", "kl_coef": 0.1}, "rollout": {"full_answer": True}}
@@ -872,10 +914,10 @@ def question(student=5, teacher=9, target_tokens=4):
             r"parallel\.cpu_offload: got true without a CUDA device.*set it to false",
         ),
         (
-            {"parallel": {"cpu_offload": True, "shard": "never"}},
+            {"parallel": {"cpu_offload": True}, "optim": {"name": "adamw_8bit"}},
             {},
             Target(1, GIB, cuda=True, here=False),
-            r"parallel\.cpu_offload: got true with parallel\.shard 'never'",
+            r"optim\.name: got 'adamw_8bit' with parallel\.cpu_offload on one device.*adamw_bf16",
         ),
         (
             {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}},

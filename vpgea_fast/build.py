@@ -229,8 +229,8 @@ def _build_engine(
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,
-            # The trained module's weights are the masters; the replica has the forward's dtype.
-            dtype=None if policy.sharded else policy.dtype,
+            # Unless the trained module's weights are the masters they have the forward's dtype.
+            dtype=policy.dtype if policy.casts else None,
             complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 
@@ -289,7 +289,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
-    yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
+    states = ", states of the optimiser in host memory" if policy.masters is not None else ""
+    yield f"device {policy.device}{shards}{states}, loss backend {policy.backend.name}"
     yield str(policy.attention)
     trained, scored = stages.passes.budget, stages.passes.scoring.budget
     if scored != trained:

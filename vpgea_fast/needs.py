@@ -236,9 +236,9 @@ def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
     cfg, on = plan.cfg, plan.on
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     count = min(on.processes, on.node)
-    # A sharded model is read tensor by tensor; a whole one is made in host memory first. Process 0
-    # collects what it exports, when there are no gradients.
-    loading = 0 if lay.sharded else count * plan.shape.parameters * lay.master
+    # A model is read tensor by tensor, but a whole one without offload, which is made in host
+    # memory first. Process 0 collects what it exports, when there are no gradients.
+    loading = 0 if lay.sharded or lay.hosted else count * plan.shape.parameters * lay.master
     export = plan.shape.parameters * lay.forward if cfg.checkpoint.export else 0
     export = max(0, export - count * host.get("gradients", 0))
     return max((loading, "while it loads"), (export, "for the export"))
@@ -380,10 +380,11 @@ def _hours(plan: Plan, rates: Rates, times: Durations) -> Iterator[str]:
 def _unused(plan: Plan) -> set[str]:
     """List the rates that no phase of this run depends on."""
     cfg = plan.cfg
+    streams = Layout(plan.shape, cfg, plan.on.processes, plan.on.cuda).offloaded
     # Rate -> whether a phase of this run depends on it; what is not here always counts.
     needed = {
-        "train_mfu": not cfg.parallel.cpu_offload,
-        "offload_mfu": cfg.parallel.cpu_offload,
+        "train_mfu": not streams,
+        "offload_mfu": streams,
         "decode": not cfg.samples_itself,
         "hf_decode": cfg.samples_itself,
         "answer": cfg.rollout.full_answer or plan.answers or cfg.answers_behind,
