@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
 from vpgea_fast.activations import checkpoint_activations
-from vpgea_fast.check import Target, check_config, target
+from vpgea_fast.check import Target, check_config, slow_layers, target
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.estimate import (
     RESERVE,
+    Choice,
+    choose,
     communication,
     estimate_memory,
     model_shape,
@@ -786,7 +789,87 @@ def test_estimated_peaks_hold_on_a_gpu(grade):
     assert peak == pytest.approx(want, rel=0.1)
 
 
+# --- what memory decides --------------------------------------------------------------------------
+
+
+def chosen(cfg, device_bytes, *, world=4, cuda=True):
+    shape = model_shape(qwen(SMALL))
+    given = {"world": world, "context": 100, "prompt": 10}
+    return choose(lambda: shape, cfg, cuda=cuda, device_bytes=device_bytes, **given)
+
+
+def test_a_null_key_becomes_the_fastest_that_fits_to_the_byte():
+    """In this order: what a layer keeps, then whole gradients; the smallest where nothing fits."""
+    cfg, shape = settings(), model_shape(qwen(SMALL))
+    order = [(g, a) for g in ("selective", "full") for a in ("unsharded", "sharded")]
+    peaks = []
+    for grade, accumulate in order:
+        given = settings(
+            model={"activation_checkpointing": grade}, parallel={"accumulate": accumulate}
+        )
+        peaks.append(estimate_memory(shape, given, world=4, context=100, prompt=10).peak)
+    assert peaks == sorted(peaks, reverse=True)
+    assert len({*peaks}) == 4
+    for number, peak in enumerate(peaks):
+        room = math.ceil(peak / (1 - RESERVE))
+        found = chosen(cfg, room)
+        assert (found.grade, found.accumulate) == order[number]
+        assert f"(estimated peak {peak / GIB:.1f} of {peak / GIB:.1f} GiB)" in found.reason
+        less = chosen(cfg, room - 2)
+        assert (less.grade, less.accumulate) == order[min(number + 1, 3)]
+    assert found.reason.startswith(
+        "model.activation_checkpointing null: full; parallel.accumulate null: sharded (est"
+    )
+    made = found.made(cfg)
+    assert made.model.activation_checkpointing == "full"
+    assert replace(made, model=cfg.model, parallel=cfg.parallel) == cfg
+
+
+def test_a_key_that_is_set_stays_and_a_cpu_keeps_the_least():
+    both = {"model": {"activation_checkpointing": "none"}, "parallel": {"accumulate": "sharded"}}
+    assert chosen(settings(**both), 1) == Choice("none", "sharded")
+    one = chosen(settings(model={"activation_checkpointing": "full"}), 2**50)
+    assert (one.grade, one.accumulate) == ("full", "unsharded")
+    assert one.reason.startswith("parallel.accumulate null: unsharded (estimated")
+    half = {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}}
+    assert chosen(settings(**half), 1) == replace(
+        chosen(settings(**half), 1), grade="full", accumulate="unsharded"
+    )
+    assert chosen(settings(model={"compile": True}), 2**50).grade == "full"
+    here = settings(parallel={"shard": "auto", "cpu_offload": True})
+    alone = chosen(here, 2**50, world=1)
+    assert (alone.grade, alone.accumulate) == ("selective", "sharded")
+    assert "accumulate" not in alone.reason
+    for cfg, sums in ((settings(), "sharded"), (settings(**half), "unsharded")):
+        assert chosen(cfg, 2**50, cuda=False) == Choice("full", sums)
+    recorded = settings(train={"record": "paths"}).asked
+    assert chosen(recorded, 2**50) == Choice("full", "sharded")
+
+
+def test_what_trains_slowly_on_cuda_is_said_with_its_price(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    cfg = settings(model={"attention": "auto"})
+    liger, flash = slow_layers(cfg, attention="varlen", cuda=True)
+    assert liger.startswith("liger-kernel is not installed: norms, rotations and SwiGLU run op")
+    assert "about 10 % faster, by arithmetic" in liger
+    assert flash.startswith("attention varlen, not flash: with FlashAttention training is about 7")
+    assert all(line.endswith("pip install 'vpgea_fast[gpu]'") for line in (liger, flash))
+    assert [*slow_layers(cfg, attention="flash", cuda=True)] == [liger]
+    never = settings(model={"attention": "sdpa", "liger": "never"})
+    assert [*slow_layers(never, attention="sdpa", cuda=True)] == []
+    assert [*slow_layers(cfg, attention="sdpa", cuda=False)] == []
+
+
 # --- presets --------------------------------------------------------------------------------------
+
+
+CHOSEN = {
+    "1.5b": ("selective", "unsharded"),
+    "7b": ("selective", "sharded"),
+    "7b-multinode": ("selective", "sharded"),
+    "7b-1gpu": ("full", "sharded"),
+}
+"""On cards of 80 GB, of what memory decides."""
 
 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
@@ -801,14 +884,16 @@ def test_a_preset_fits_80_gb_at_its_limits(name, model, processes, engine):
     cfg = config.load(file, words)
     on = target(cfg, processes=processes, device_gib=79.2)
     check_config(cfg, hf, processes, on=on)
-    found = estimate_memory(
-        model_shape(hf),
-        cfg,
-        world=processes,
-        context=positions(cfg),
-        prompt=cfg.data.max_prompt_tokens,
-        device_bytes=on.device_bytes,
-    )
+    shape = model_shape(hf)
+    asked = {
+        "world": processes,
+        "context": positions(cfg),
+        "prompt": cfg.data.max_prompt_tokens,
+        "device_bytes": on.device_bytes,
+    }
+    choice = choose(lambda: shape, cfg, cuda=True, **asked)
+    assert (choice.grade, choice.accumulate) == CHOSEN[name]
+    found = estimate_memory(shape, choice.made(cfg), **asked)
     assert found.peak <= (1 - RESERVE) * on.device_bytes
 
 
@@ -920,7 +1005,8 @@ def question(student=5, teacher=9, target_tokens=4):
             r"optim\.name: got 'adamw_8bit' with parallel\.cpu_offload on one device.*adamw_bf16",
         ),
         (
-            {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}},
+            {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}}
+            | {"parallel": {"accumulate": "sharded"}},
             {},
             GPUS,
             r"parallel\.accumulate: got 'sharded' with model\.master_dtype 'bfloat16'",

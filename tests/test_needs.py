@@ -270,6 +270,8 @@ def test_every_recipe_measures_accuracy_fits_its_card_and_says_its_hours(
     assert main(["train", recipe, "--dry-run", *map(str, [*words, *machine])]) == 0
     shown = capsys.readouterr().out
     assert "accuracy: at every step answers are drawn and judged" in shown
+    grade = "full" if recipe == "7b-1gpu" else "selective"
+    assert f"model.activation_checkpointing null: {grade}" in shown
     held = re.search(
         r"held out: (\d+) answers every 20 steps, \d+ s each, ([0-9.]+)% of a mean step's time, "
         "theirs included\n",

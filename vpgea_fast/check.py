@@ -74,6 +74,23 @@ def slow_engine(cfg: Config, *, cuda: bool) -> str | None:
     )
 
 
+def slow_layers(cfg: Config, *, attention: str, cuda: bool) -> Iterator[str]:
+    """Say what a model on CUDA would train faster by and lacks; `attention` is the kind it has."""
+    if not cuda or cfg.model.dtype != "bfloat16":
+        return
+    gain = "by arithmetic of 7B on an H200; pip install 'vpgea_fast[gpu]'"
+    if cfg.model.liger == "auto" and not importlib.util.find_spec("liger_kernel"):
+        yield (
+            "liger-kernel is not installed: norms, rotations and SwiGLU run operation by "
+            f"operation; with it training is about 10 % faster, {gain}"
+        )
+    if cfg.model.attention == "auto" and attention != "flash":
+        yield (
+            f"attention {attention}, not flash: with FlashAttention training is about 7 % faster, "
+            f"{gain}"
+        )
+
+
 def loose_limits(cfg: Config) -> Iterator[str]:
     """Warn of numbers of tokens in the objective that no path can exceed."""
     rollout = cfg.rollout

@@ -319,11 +319,11 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     here = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     check_world(cfg, size)
+    if here.type == "cuda":
+        # Before NCCL starts, and for kernels of ours: they would otherwise use device 0.
+        torch.cuda.set_device(here)
     if not cfg.sharded(size, cuda=here.type == "cuda"):
         return World(here)
-    if here.type == "cuda":
-        # Before NCCL starts: every process would otherwise use device 0.
-        torch.cuda.set_device(here)
     timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(
         # Both on CUDA: the records and small sums of a step are CPU tensors, which NCCL refuses.

@@ -379,7 +379,7 @@ def _make_policy(
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg, world.device)
-    checkpoint_activations(causal_lm, cfg.activation_checkpointing)
+    checkpoint_activations(causal_lm, cfg.activation_checkpointing or "full")
     # Train mode for gradient checkpointing, which transformers skips in eval; no dropout is left.
     causal_lm.train()
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)

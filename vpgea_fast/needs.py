@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vpgea_fast import attention
@@ -33,6 +33,7 @@ from vpgea_fast.estimate import (
     Layout,
     MemoryEstimate,
     ModelShape,
+    choose,
     communication,
     estimate_memory,
     model_shape,
@@ -103,6 +104,19 @@ def needs(
     """Say the memory of a device and of a node, hours and traffic, and what to set where a number
     is too large. `stated` rates replace those of the card (see `durations.Rates`)."""
     plan = _plan(cfg, model_config, questions, benchmarks=benchmarks, on=on)
+    choice = choose(
+        lambda: plan.shape,
+        cfg,
+        world=on.processes,
+        cuda=on.cuda,
+        context=plan.context,
+        prompt=plan.prompt,
+        device_bytes=on.device_bytes,
+    )
+    if choice.reason:
+        yield choice.reason
+    cfg = choice.made(cfg)
+    plan = replace(plan, cfg=cfg)
     estimate = estimate_memory(
         plan.shape,
         cfg,

@@ -90,10 +90,11 @@ class ModelConfig:
     halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
     lost."""
     # Memory against time: `full` runs nearly all of a layer's forward twice.
-    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
     """What a layer keeps for its backward. `full`: its input, and the layer runs again.
     `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
-    everything."""
+    everything. null: on CUDA `selective` where the estimated memory has room for it, else `full`
+    (the run says which)."""
     compile: bool = False
     """Compile all decoder layers with torch.compile, as one graph."""
     liger: Literal["auto", "always", "never"] = "auto"
@@ -132,10 +133,11 @@ class ParallelConfig:
     replicas: PositiveInt = 1
     """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
     node keeps the gathers inside it."""
-    accumulate: Literal["sharded", "unsharded"] = "sharded"
+    accumulate: Literal["sharded", "unsharded"] | None = None
     """Gradients between micro-batches. `sharded`: reduced into shards each time. `unsharded`: kept
-    whole on every process and reduced once, at 4 bytes per parameter. The head is always
-    unsharded."""
+    whole on every process and reduced once, at 4 bytes per parameter. The head is always unsharded.
+    null: on CUDA `unsharded` where the estimated memory has room for it, and with bfloat16 masters,
+    else `sharded` (the run says which)."""
     tensor: Literal["none", "head"] = "none"
     """Cut over the processes instead of gathered. `head`: each process keeps its share of the
     vocabulary and its gradient, and computes them for the rows of all processes. It saves memory,

@@ -36,6 +36,7 @@ Checked by simulation without a GPU (tests/test_estimate.py): shards and communi
 under a fake process group, the phases against measured peaks on a CPU.
 """
 
+from vpgea_fast.estimate.choice import Choice, choose
 from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, model_shape
 from vpgea_fast.estimate.memory import (
     GIB,
@@ -52,11 +53,13 @@ from vpgea_fast.estimate.traffic import Traffic, communication
 __all__ = [
     "GIB",
     "RESERVE",
+    "Choice",
     "EngineMemory",
     "Layout",
     "MemoryEstimate",
     "ModelShape",
     "Traffic",
+    "choose",
     "communication",
     "draws_itself",
     "estimate_memory",

@@ -156,6 +156,16 @@ class Layout:
         return max(4, self.forward)
 
     @property
+    def grade(self) -> str:
+        """What a layer keeps for its backward; the least where it is not chosen yet."""
+        return self.cfg.model.activation_checkpointing or "full"
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether gradients are reduced once; not where it is not chosen yet."""
+        return self.cfg.parallel.accumulate == "unsharded"
+
+    @property
     def autocast(self) -> bool:
         # FSDP casts its units itself; without it the weights stay as the optimiser has them, unless
         # it has its own in host memory.

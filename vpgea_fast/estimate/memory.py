@@ -164,7 +164,7 @@ def estimate_memory(
         phases = {"loaded": beside}
         if scores:
             phases = {"scoring": {**beside, **forward.scoring(lay, tokens)}}
-        if cfg.model.activation_checkpointing == "none":  # else freed before the head
+        if lay.grade == "none":  # else freed before the head
             phases = {name: {**parts, **copies} for name, parts in phases.items()}
     elif cfg.train.score_tokens is not None:  # else it takes no more than training does
         phases["scoring"] = {**beside, **forward.scoring(lay, tokens), **copies}
@@ -236,7 +236,7 @@ def _trained(lay: Layout) -> dict[str, dict[str, int]]:
     """Size the phases of an update, beside what lies on the device in every phase."""
     gradients = _gradients(lay)
     phases = _training(lay, gradients)
-    if lay.cfg.model.activation_checkpointing == "none":  # else freed before the head
+    if lay.grade == "none":  # else freed before the head
         phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
     # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
@@ -252,7 +252,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     # Units exist when the model is sharded; a gather has a flat copy when there is a peer.
     block = max(map(numel, shape.blocks)) * lay.sharded
     head, embedding = lay.gathered_head, numel(shape.embedding)
-    sharded_sum = lay.sharded and lay.cfg.parallel.accumulate == "sharded"
+    sharded_sum = lay.sharded and not lay.whole_gradients
     flat = lay.shards > 1
     pair = block * s * (1 + flat)
     # From its forward on the head stays whole, with its dW, to the end of the step; the embedding
@@ -327,7 +327,7 @@ def _gradients(lay: Layout) -> dict[str, int]:
         return {"training": lay.models * reduced, "reduced": lay.models * reduced}
     vocabulary = numel(lay.shape.head or lay.shape.embedding)
     waiting = 0 if lay.offloaded else reduced
-    if lay.cfg.parallel.accumulate == "unsharded":
+    if lay.whole_gradients:
         training = (lay.shape.parameters - vocabulary) * lay.reduce  # the head's dW is in its unit
         if lay.by_classes:
             training += lay.local(lay.shape.head) * lay.reduce
