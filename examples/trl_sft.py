@@ -33,7 +33,7 @@ def main() -> None:
     with trl.enable(trainer):
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    print(f"loss {float(losses[0]):.3f}, then {float(losses[-1]):.3f}")
+    print(f"first loss {float(losses[0]):.3f}, last loss {float(losses[-1]):.3f}")
 
 
 if __name__ == "__main__":

@@ -336,31 +336,19 @@ def test_refusals_take_one_line_and_leave_nothing(words, build, inputs):
 # torch._dynamo asks for it where a graph is broken, and hides the warning but from `error`.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_model_has_its_own_numbers_in_each_call():
+    """Also where its own forward was compiled before, and after it."""
     model, batches = make(num_hidden_layers=1), list(padded(2))
     expected = [total(model, [causal_lm_loss(model, **x).loss]) for x in batches]
+    logits = model(batches[0]["input_ids"]).logits
     model = make(num_hidden_layers=1)
     model.compile(backend="eager")
     model(batches[0]["input_ids"])
-    with pytest.raises(ValueError, match=r"its head 0 times.*compiled before.*compiler\.reset"):
-        causal_lm_loss(model, **batches[0])
-    torch.compiler.reset()
     for batch, (loss, gradients) in zip(batches, expected, strict=True):
         found = total(model, [causal_lm_loss(model, **batch).loss])
         assert error(found[0], loss) < 1e-6
         assert error(flat(found[1]), flat(gradients)) < 1e-6
-    # Nothing of it is left in the model's own forward.
-    assert model(batches[0]["input_ids"]).logits.shape == (2, 11, V)
+    assert error(model(batches[0]["input_ids"]).logits.detach(), logits.detach()) < 1e-6
     torch.compiler.reset()
-
-
-def test_a_compiled_function_around_the_loss_is_refused():
-    step = torch.compile(lambda: causal_lm_loss(model, IDS).loss, backend="eager")
-    model = make(num_hidden_layers=1)
-    head_options(model)
-    with pytest.raises(RuntimeError, match="a function around this loss is compiled"):
-        step()
-    torch.compiler.reset()
-    assert not model.lm_head._forward_hooks
 
 
 def test_a_weight_that_is_none_is_refused():
@@ -555,7 +543,7 @@ def with_lightning():
             accumulate_grad_batches=len(mine),
             use_distributed_sampler=False,
             **dict.fromkeys(quiet, False),
-        ).fit(Module(), mine)
+        ).fit(Module(), torch.utils.data.DataLoader(mine, batch_size=None))
     total(alone, (causal_lm_loss(alone, **x, num_items=items).loss for x in batches))
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     expected = [p.grad for p in alone.parameters()]
