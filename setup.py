@@ -111,6 +111,7 @@ setup(
         "vpgea_fast.evaluation",
         "vpgea_fast.integrations",
         "vpgea_fast.metrics",
+        "vpgea_fast.needs",
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",
         "vpgea_fast.prompts",
