@@ -52,9 +52,9 @@ class FusedLossMixin(_Trainer):
 
     fused_backend: as in `losses.HeadOptions`.
 
-    ValueError: `compute_loss_func`, a subclass of the Trainer with a `compute_loss` of its own,
-    DataParallel, sequence or context parallelism, label smoothing beside a load-balancing loss, and
-    what `causal_lm_loss` refuses. In the first step, a model with another loss than cross-entropy.
+    ValueError: `compute_loss_func`, or a `compute_loss` of another class behind the mixin. So are
+    DataParallel, sequence and context parallelism, and label smoothing beside a load-balancing
+    loss. In the first step, what `causal_lm_loss` refuses, and a loss other than cross-entropy.
     RuntimeError: a Trainer whose replaced methods have changed. UserWarning: a version of
     transformers out of the tested range.
     """
