@@ -41,6 +41,8 @@ API = {
         *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
         *("CausalLoss", "CausalLogprobs"),
     ),
+    "integrations.hf": ("FusedLossMixin", "enable"),
+    "integrations.hosts": ("Switch",),
     "integrations.trl": ("enable", "Enabled"),
     "advantage": None,
     "trainer": ("fit",),
