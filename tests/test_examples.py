@@ -66,10 +66,19 @@ def test_one_loss_in_a_plain_loop(tmp_path):
     assert float(rewards["200"]) > 0.9
 
 
+def test_trl_vpgea(tmp_path):
+    printed = run("trl_vpgea.py", "here", cwd=tmp_path)
+    losses = re.findall(r"'loss': '([^']+)'.*?'epoch': '([^']+)'", printed)
+    assert [float(epoch) for _, epoch in losses] == [0.5, 1.0, 1.5]
+    assert all(-10 < float(loss) < 10 for loss, _ in losses)
+    assert re.search(r"^[01]\.\d\d right, \d+\.\d tokens$", printed, re.M)
+    assert (tmp_path / "here/out/checkpoint-3/model.safetensors").is_file()
+
+
 def test_every_example_is_short_and_named_in_the_readme():
     scripts = sorted(FOLDER.glob("*.py"))
     readme = (FOLDER.parent / "README.md").read_text("utf-8")
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         assert 20 <= len(script.read_text("utf-8").splitlines()) <= 50, script.name
         assert f"examples/{script.name}" in readme
