@@ -31,6 +31,7 @@ def main(folder: Path) -> None:
         num_generations=4,
         num_prior_generations=2,
         max_completion_length=48,
+        max_answer_length=6,
         learning_rate=5e-4,
         sections={"prompt": PROMPT, "objective": {"preset": "robust"}},
         use_cpu=True,

@@ -273,15 +273,18 @@ def test_an_evaluation_says_accuracy_and_tokens(make, rows):
             assert 1 < heard[f"eval_{name}_{mode}_tokens"] <= 106
     found = trainer.evaluate(Dataset.from_list(rows[:1]))
     assert found["eval_greedy_tokens"] == trainer.evaluate(data.select([0]))["eval_greedy_tokens"]
-    # The greedy answer by hand: the model's own generate, judged by its text.
-    ids = trainer.method.text.prompter.student_ids([rows[0]["prompt"]])[0]
-    drawn = trainer.model.generate(
-        ids[None], attention_mask=torch.ones_like(ids)[None], do_sample=False, max_new_tokens=100
-    )[0, len(ids) :]
-    text = trainer.method.text.decode(drawn)
+    # The greedy answer by hand: token by token, judged by its text.
+    prompter, decode = trainer.method.text.prompter, trainer.method.text.decode
+    ids = prompter.student_ids([rows[0]["prompt"]])[0].tolist()
+    drawn = []
+    while len(drawn) < 100 and trainer.processing_class.eos_token_id not in drawn:
+        logits = trainer.model(torch.tensor([ids + drawn])).logits[0, -1]
+        drawn.append(int(logits.argmax()))
     assert found["eval_greedy_tokens"] == len(drawn)
-    boxed = f"\\boxed{{{rows[0]['answer']} }}"
-    assert found["eval_greedy_acc"] == float(text.rpartition("</think>")[2].strip() == boxed)
+    close = prompter.think_close_ids[0]
+    answer = decode(torch.tensor(drawn[drawn.index(close) + 1 :])) if close in drawn else ""
+    right = answer == f"\\boxed{{{rows[0]['answer']} }}"
+    assert found["eval_greedy_acc"] == float(right)
 
 
 def test_a_conversation_is_its_text(make, rows):
@@ -359,7 +362,7 @@ ARGUMENTS = [
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: got 5.0"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size: got True"),
     ({"train_sampling_strategy": "group_by_length"}, "expected 'random' or 'sequential'"),
-    ({"num_generations": 1}, "objective.group_size: got 1, expected 2 or more"),
+    ({"num_generations": 1}, "num_generations: got 1, expected 2 or more"),
     ({"sections": {"optim": {}}}, "sections: got 'optim', expected some of rollout, objective"),
     ({"sections": {"objective": {"beta": 1.0}}}, "objective.beta, which is an argument; set beta"),
     ({"sections": {"objective": {"name": "grpo"}}}, "got objective.name 'grpo', expected 'vpgea'"),
@@ -413,12 +416,14 @@ def test_rows_that_cannot_be_used_are_refused(make, data, words, tmp_path):
 
 def test_what_cannot_be_trained_is_refused(tiny_model, tiny_tokenizer, rows, tmp_path):
     data, args = Dataset.from_list(rows), VPGEAConfig(str(tmp_path), **SMALL, sections=SECTIONS)
+    long = VPGEAConfig(str(tmp_path), **{**SMALL, "max_answer_length": 500}, sections=SECTIONS)
     bare = copy.deepcopy(tiny_tokenizer)
     bare.chat_template = None
     given = {"model": tiny_model, "args": args, "train_dataset": data}
     for changed, words in (
         ({"processing_class": bare}, "has no chat template"),
         ({"args": None, "train_dataset": None}, "train_dataset: got none, and no eval_dataset"),
+        ({"eval_dataset": data, "args": long}, "positions, but the model has 512"),
         ({"args": object()}, "args: got object, expected a VPGEAConfig"),
         ({"reward_func": [len]}, "reward_func: got list, expected one function"),
         ({"model": tiny_model.model}, "has no head"),

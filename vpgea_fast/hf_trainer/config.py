@@ -6,7 +6,8 @@ that this project can set, in its own sections.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -190,7 +191,24 @@ def as_config(args: VPGEAConfig) -> Config:
     tree["run"] = {"seed": args.seed}
     # Which questions a step has is the Trainer's to say.
     tree["train"] = {"micro_batch_tokens": args.micro_batch_tokens, "questions_per_step": 1}
-    return resolve(tree, "VPGEAConfig")
+    with in_arguments():
+        return resolve(tree, "VPGEAConfig")
+
+
+@contextmanager
+def in_arguments() -> Iterator[None]:
+    """Errors of the stages below with the names that their keys have here."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for section, keys in OWN.items():
+            for key, argument in keys.items():
+                text = text.replace(f"{section}.{key}", argument)
+        # A record of several complaints stays one, each with its line.
+        head, _, rest = text.partition(":\n  ")
+        text = f"{head}: {rest}" if rest and "\n" not in rest else text
+        raise (error if text == str(error) else type(error)(text)) from error
 
 
 def _free(args: VPGEAConfig) -> Mapping[str, Mapping[str, Any]]:

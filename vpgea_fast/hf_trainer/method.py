@@ -77,8 +77,10 @@ class Method:
         self.collector: Collector | None = None
         self.asked: Asked | None = None
 
-    def train_on(self, asked: Asked) -> None:
+    def train_on(self, asked: Asked | None) -> None:
         """Take the questions that steps will be of. ValueError for some that no step can take."""
+        if asked is None:
+            return
         questions, prompter = [*asked.prompted.values()], self.text.prompter
         known: Any = {"prompt": prompter.prompt, "responses": prompter.responses}
         check_questions(self.cfg, questions, **known, verify=self.verifier.verify)
@@ -129,10 +131,15 @@ class Method:
 
     def evaluate(self, asked: Asked) -> dict[str, float]:
         """Accuracy, tokens, eps3 and share of cut answers of each mode, as the book has them."""
-        assert asked.benchmark is not None
         if self.judge is not None:
             self.judge.asked = asked
-        evaluator = _Evaluator(
+        results = self.evaluator(asked).run()
+        return {f"{mode}_{key}": found[key] for mode, found in results.items() for key in LOGGED}
+
+    def evaluator(self, asked: Asked) -> Evaluator:
+        """What answers these questions. ValueError: one with no room for its answer."""
+        assert asked.benchmark is not None
+        return _Evaluator(
             self.cfg,
             engine=self.engine,
             benchmarks={asked.name: asked.benchmark},
@@ -141,8 +148,6 @@ class Method:
             verifier=self.verifier,
             judge=self.judge,
         )
-        results = evaluator.run()
-        return {f"{mode}_{key}": found[key] for mode, found in results.items() for key in LOGGED}
 
     def _rewards(self, batch: ScoredBatch) -> dict[str, float]:
         if self.judge is None or not self.sampling.full_answer:
@@ -162,11 +167,16 @@ class Method:
         return score
 
 
-def prepare(model: nn.Module, autocast: torch.dtype | None = None) -> None:
-    """Measure a model, take its randomness out, let its attention take packed rows. ValueError for
-    a family or a head that is not understood, before anything is changed."""
+def check_model(model: nn.Module) -> None:
+    """ValueError for what is no causal LM, or of a family that does not score a packed document as
+    it does alone; before anything is changed."""
     config: Any = find_head(model).causal_lm.config
-    families.measure(config)  # a packed document is scored as it is alone
+    families.measure(config)
+
+
+def prepare(model: nn.Module, autocast: torch.dtype | None = None) -> None:
+    """Measure a model's head, take its randomness out, let its attention take packed rows.
+    ValueError for a head that is not understood."""
     head_options(model)
     packed.ready(model, autocast)
     families.remove_randomness(model)

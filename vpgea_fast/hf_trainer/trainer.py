@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_utils import EvalLoopOutput
 
 from vpgea_fast.distributed import World
-from vpgea_fast.hf_trainer.config import VPGEAConfig, as_config
-from vpgea_fast.hf_trainer.method import Method
+from vpgea_fast.hf_trainer.config import VPGEAConfig, as_config, in_arguments
+from vpgea_fast.hf_trainer.method import Method, check_model
 from vpgea_fast.hf_trainer.questions import (
     Asked,
     RewardFunc,
@@ -73,15 +73,13 @@ class VPGEATrainer(Trainer):
         set_seed(args.seed)  # before an adapter is drawn
         model, name = _open(model, args, peft_config)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
-        with ExitStack() as undo:
+        with in_arguments(), ExitStack() as undo:
+            check_model(model)
+            check_vocabulary(tokenizer, model.config, name or type(model).__name__)
             verifier = undo.enter_context(Verifier.configured(cfg.verify, world))
             text = ModelText(tokenizer, Prompter(tokenizer, cfg.prompt), model.config)
-            check_vocabulary(tokenizer, model.config, name or type(model).__name__)
             self._reading = cfg, text.prompter, verifier.accepts_itself
-            trained = None
-            if train_dataset is not None:
-                trained = training_questions(train_dataset, "train_dataset", *self._reading)
-            evaluated = self._benchmarks(eval_dataset)
+            trained, evaluated = self._questions(train_dataset), self._benchmarks(eval_dataset)
             super().__init__(
                 model=model,
                 args=args,
@@ -93,20 +91,15 @@ class VPGEATrainer(Trainer):
                 optimizers=optimizers,
             )
             self._check_placement()
-            column = cfg.data.question_key
-            self.method = Method(
-                cfg,
-                model=model,
-                world=world,
-                text=text,
-                verifier=verifier,
-                judge=None
-                if reward_func is None
-                else RewardJudge(reward_func, text.decode, world, column),
-                autocast=_half(args),
-            )
-            if trained is not None:
-                self.method.train_on(trained)
+            judge = None
+            if reward_func is not None:
+                judge = RewardJudge(reward_func, text.decode, world, cfg.data.question_key)
+            given: dict[str, Any] = {"world": world, "text": text, "verifier": verifier}
+            self.method = Method(cfg, model=model, **given, judge=judge, autocast=_half(args))
+            self.method.train_on(trained)
+            for asked in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+                if asked is not None:
+                    self.method.evaluator(asked)  # for its errors: now, and not after an hour
             undo.pop_all()
         weakref.finalize(self, verifier.close)
         self._pending: list[Mapping[str, Any]] = []  # metrics of the steps since the last log
@@ -213,6 +206,11 @@ class VPGEATrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         return EvalLoopOutput(None, None, metrics, len(asked))  # pyright: ignore
 
+    def _questions(self, dataset: Any) -> Asked | None:
+        if dataset is None:
+            return None
+        return training_questions(dataset, "train_dataset", *self._reading)
+
     def _benchmarks(self, dataset: Any) -> Any:
         """The Trainer's eval_dataset as questions: one, several by name, or None."""
         if dataset is None:
@@ -242,18 +240,16 @@ class VPGEATrainer(Trainer):
 
 
 def _checked(args: Any, train_dataset: Any, eval_dataset: Any, reward_func: Any) -> VPGEAConfig:
-    if args is None:
-        args = VPGEAConfig("vpgea_output")
-    if not isinstance(args, VPGEAConfig):
-        raise ValueError(f"args: got {type(args).__name__}, expected a VPGEAConfig")
     if train_dataset is None and eval_dataset is None:
         raise ValueError("train_dataset: got none, and no eval_dataset; give one of them")
+    if args is not None and not isinstance(args, VPGEAConfig):
+        raise ValueError(f"args: got {type(args).__name__}, expected a VPGEAConfig")
     if reward_func is not None and not callable(reward_func):
         raise ValueError(
             f"reward_func: got {type(reward_func).__name__}, expected one function that judges "
             "answers, 1 right and 0 wrong"
         )
-    return args
+    return args or VPGEAConfig("vpgea_output")
 
 
 def _world(args: VPGEAConfig) -> World:
