@@ -112,6 +112,7 @@ setup(
         "vpgea_fast.hf_trainer",
         "vpgea_fast.integrations",
         "vpgea_fast.metrics",
+        "vpgea_fast.needs",
         "vpgea_fast.objectives",
         "vpgea_fast.prepare",
         "vpgea_fast.prompts",

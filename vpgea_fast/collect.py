@@ -171,6 +171,7 @@ class Collector:
 
     def check(self) -> None:
         """Raise ValueError now for a long prompt that a later step would refuse."""
+        # Of both views: either prompt may be the longer one.
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -246,6 +247,7 @@ class Collector:
         paths = []
         for request in requests:
             ids = torch.cat(known[request.question_id][request.index])
+            # NaN, so that whoever reads a ratio of them sees it.
             unknown = torch.full(ids.shape, math.nan)
             paths.append(split_path(request, ids, logps=unknown, sampling=sampling, finish="stop"))
         return paths
@@ -440,6 +442,7 @@ class Collector:
         if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
+        # A row wants weights of its term; of a score they mean nothing.
         weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
         term = Term(
             name="score",

@@ -83,6 +83,7 @@ def _cut_by_classes(head: Any, *, tied: bool, world: World) -> None:
         )
     for name, whole in list(head.named_parameters(recurse=False)):
         shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, [Shard(0)])
+        # A copy: a view would keep the whole head in memory.
         own = whole.detach()[offset[0] : offset[0] + shape[0]].clone()
         part = DTensor.from_local(
             own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()

@@ -219,6 +219,7 @@ def _prepared(
     places: dict[str, Tensor | None],
     inputs: dict[str, Any],
 ) -> _Call:
+    # Every token a label, as in pretraining.
     labels = input_ids if labels is None else labels
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
         raise ValueError(
@@ -326,6 +327,7 @@ def _aux_loss(model: nn.Module, outputs: Any) -> Tensor | None:
     if not isinstance(aux_loss, Tensor):
         return None
     found = find_head(model)
+    # Mixtral keeps it on the model too, others in their configuration alone.
     for place in (found.causal_lm, found.causal_lm.config.get_text_config()):
         coef = getattr(place, "router_aux_loss_coef", None)
         if coef is not None:

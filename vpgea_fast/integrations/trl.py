@@ -232,6 +232,7 @@ def _score(
         logit_scale=logit_scale,
         backend=switch.backend,
     )
+    # Float32 whatever the head's dtype, as TRL's own.
     found = {"log_probs": out.logp.float()}
     if out.entropy is not None:
         found["entropy"] = out.entropy.float()
