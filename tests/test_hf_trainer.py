@@ -180,7 +180,6 @@ def on_two_ranks(base, out, rows):
     return {"losses": losses, "tokens": found["eval_sampled_tokens"]}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_are_one(make, tiny_world, tmp_path):
     rows = rows_of(tiny_world, 8)
     data = Dataset.from_list(rows)
