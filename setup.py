@@ -109,6 +109,7 @@ setup(
         "vpgea_fast.data",
         "vpgea_fast.estimate",
         "vpgea_fast.evaluation",
+        "vpgea_fast.hf_trainer",
         "vpgea_fast.integrations",
         "vpgea_fast.metrics",
         "vpgea_fast.needs",

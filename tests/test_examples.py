@@ -71,6 +71,15 @@ def test_one_loss_in_a_plain_loop(tmp_path):
     assert float(rewards["200"]) > 0.9
 
 
+def test_trl_vpgea(tmp_path):
+    printed = run("trl_vpgea.py", "here", cwd=tmp_path)
+    losses = re.findall(r"'loss': '([^']+)'.*?'epoch': '([^']+)'", printed)
+    assert [float(epoch) for _, epoch in losses] == [0.5, 1.0, 1.5]
+    assert all(-10 < float(loss) < 10 for loss, _ in losses)
+    assert re.search(r"^[01]\.\d\d right, \d+\.\d tokens$", printed, re.M)
+    assert (tmp_path / "here/out/checkpoint-3/model.safetensors").is_file()
+
+
 # --- other trainers -------------------------------------------------------------------------------
 
 CHANCE = math.log(64)  # of the vocabulary of these scripts; a token follows from the one before it
@@ -117,7 +126,7 @@ def test_every_example_is_short_and_named_on_a_page():
     scripts = sorted(FOLDER.glob("*.py"))
     pages = [FOLDER.parent / name for name in ("README.md", "docs/hosts.md")]
     text = "".join(page.read_text("utf-8") for page in pages)
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     for script in scripts:
         assert 20 <= len(script.read_text("utf-8").splitlines()) <= 50, script.name
         assert f"examples/{script.name}" in text

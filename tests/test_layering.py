@@ -21,7 +21,7 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "sweep": {"sweep"},
-    "trainer": {"prepare", "smol", "trainer"},
+    "trainer": {"hf_trainer", "prepare", "smol", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
     # What an evaluation leaves behind, and what is said of it.

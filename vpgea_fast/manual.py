@@ -44,12 +44,12 @@ API = {
     "integrations.hf": ("FusedLossMixin", "enable"),
     "integrations.hosts": ("Switch",),
     "integrations.trl": ("enable", "Enabled"),
+    "hf_trainer": ("VPGEATrainer", "VPGEAConfig"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
     "config": (
-        *("load", "resolve", "dump", "as_dict", "changes", "parse_overrides", "read_sections"),
-        "ConfigError",
+        *"load resolve dump as_dict changes parse_overrides read_sections ConfigError".split(),
     ),
 }
 """Module -> its public names, in this order; None: every name without a leading underscore."""

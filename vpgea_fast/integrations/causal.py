@@ -15,7 +15,14 @@ from transformers.utils.generic import TransformersKwargs
 
 from vpgea_fast import losses
 from vpgea_fast.families import HeadOptions
-from vpgea_fast.integrations.heads import Weights, alike, find_head, head_options, run_at_head
+from vpgea_fast.integrations.heads import (
+    Weights,
+    alike,
+    find_head,
+    head_options,
+    loss_options,
+    run_at_head,
+)
 from vpgea_fast.kernels.head import wide
 from vpgea_fast.kernels.selection import accumulator
 
@@ -306,9 +313,7 @@ def _operands(
         )
     # Where layers are spread over devices the head's is the last.
     hidden, weight_VD = alike(hidden.to(head.weight.device), head.weight)
-    options: dict[str, Any] = {**call.options._asdict(), "ignore_index": IGNORED}
-    if head.bias is not None:  # a model scales it with the rest, the losses add it after the scale
-        options["bias"] = call.options.logit_scale * head.bias
+    options = loss_options({**call.options._asdict(), "ignore_index": IGNORED}, head)
     targets_N = call.targets_BT.reshape(-1).to(hidden.device)
     return hidden.reshape(-1, hidden.shape[-1]), weight_VD, targets_N, options
 

@@ -332,3 +332,11 @@ def alike(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype: float32 adapters stay that beside a half-precision base."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return hidden.to(dtype), weight.to(dtype)
+
+
+def loss_options(options: dict[str, Any], head: Weights) -> dict[str, Any]:
+    """The options of a loss with this head's bias among them."""
+    if head.bias is None:
+        return options
+    # A model scales it with the rest, the losses add it after the scale.
+    return {**options, "bias": options["logit_scale"] * head.bias}
