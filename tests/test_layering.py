@@ -86,6 +86,8 @@ WALLS = {
     "liger_kernel": "vpgea_fast.model",
     "torchao": "vpgea_fast.optim",
     "trl": "vpgea_fast.integrations.trl",
+    "verl": "vpgea_fast.integrations.verl",
+    "torchtitan": "vpgea_fast.integrations.torchtitan",
 }
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 

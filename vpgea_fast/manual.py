@@ -45,6 +45,8 @@ API = {
     "integrations.hosts": ("Switch",),
     "integrations.trl": ("enable", "Enabled"),
     "hf_trainer": ("VPGEATrainer", "VPGEAConfig"),
+    "integrations.verl": ("enable", "Enabled", "FusedLinearForPPO", "linear_cross_entropy"),
+    "integrations.torchtitan": ("FusedLoss", "fused_loss"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
