@@ -7,6 +7,11 @@ Every launch of `kernels/` is compiled ahead of time as it would be on a large h
 UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions, and the loads and stores of 16 bytes a thread
 (LDG, STG, LDGSTS .128). The Triton code says how wide addresses are: offset64 counts 64-bit offsets
 of pointers, stride32 32-bit products with a stride or a number of rows, which end at 2^31 elements.
+
+On sm_90 machine_code.py follows the way of a thread from tile to tile of a GEMM: `epilogue` counts
+the instructions per element of E where no target is, `masks` the compares and selects among them,
+`all_masks` those of the tiles with targets too, and `step` the instructions of one step of the
+product. Other kernels and devices have 0 there.
 """
 
 import argparse
@@ -21,6 +26,7 @@ from typing import Any
 
 import torch
 import triton
+from machine_code import epilogue_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -190,6 +196,10 @@ class Compiled:
     wide_stores: int
     offset64: int
     stride32: int
+    epilogue: float
+    masks: int
+    all_masks: int
+    step: int
 
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
@@ -230,6 +240,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         dtype,
         tile.stages,
         tile.warps,
+        elements=m * n // (32 * tile.warps),
     )
 
 
@@ -284,10 +295,11 @@ def _compile(
     dtype: str,
     stages: int,
     warps: int,
+    elements: int = 0,
 ) -> Compiled:
     types, constants = _shaped(kernel, types, constants)
     built = build(kernel, types, constants, arch, stages=stages, warps=warps, fusion=True)
-    return read(name, built, arch, dtype)
+    return read(name, built, arch, dtype, elements)
 
 
 def _shaped(
@@ -333,8 +345,11 @@ def build(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
-    """What the compiler made, from its machine code and its Triton code."""
+def read(name: str, built: Any, arch: int, dtype: str, elements: int = 0) -> Compiled:
+    """What the compiler made, from its machine code and its Triton code.
+
+    elements: of a GEMM's tile that one thread has; 0 of other kernels.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -353,6 +368,7 @@ def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
+    path = epilogue_of(code) if elements else None
     return Compiled(
         kernel=name,
         arch=arch,
@@ -370,6 +386,10 @@ def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
         wide_stores=count(r"\bSTG\S*\.128\b"),
         offset64=len(re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+)?i64", ttir)),
         stride32=len(re.findall(rf"arith\.muli {_STRIDED} : (?:tensor<[\dx]+)?i32", ttir)),
+        epilogue=round(path.fast / elements, 2) if path else 0.0,
+        masks=path.masks if path else 0,
+        all_masks=path.all_masks if path else 0,
+        step=path.step if path else 0,
     )
 
 

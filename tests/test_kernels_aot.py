@@ -4,6 +4,7 @@ In a process of its own: triton must be imported without TRITON_INTERPRET.
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -76,6 +77,38 @@ def test_sm90_uses_tensor_cores_and_tma_without_spilling(report):
         assert row["tma_loads"] > 0, name
         assert (row["tma_stores"] > 0) == ("train" in name or "store" in name), name
         assert row["shared"] <= SHARED_LIMIT, name
+
+
+LISTING = """
+        /*0000*/                   MOV R0, RZ ;
+.L_x_0:
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   ISETP.NE.AND P0, PT, R1, RZ, PT ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0050*/                   FFMA R24, R24, R6.reuse, -R7.reuse ;
+        /*0060*/              {skip} BRA `(.L_x_2) ;
+        /*0070*/                   ISETP.NE.U32.AND P1, PT, R69, R62, PT ;
+        /*0080*/                   FSEL R24, R24, -INF , P1 ;
+.L_x_2:
+        /*0090*/                   MUFU.EX2 R24, R24 ;
+.L_x_1:
+        /*00a0*/              @!P2 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_masks_are_counted_on_the_way_that_meets_them(monkeypatch):
+    """With a branch around them they are on the longer way; without one on every way."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    machine_code = importlib.import_module("machine_code")
+    branched = machine_code.epilogue_of(LISTING.replace("{skip}", "@!P3"))
+    assert branched == machine_code.Epilogue(fast=3, masks=0, all_masks=2, step=4)
+    straight = LISTING.replace("              {skip} BRA `(.L_x_2)", "                   NOP")
+    assert machine_code.epilogue_of(straight) == machine_code.Epilogue(5, 2, 2, 4)
+    assert machine_code.epilogue_of("        /*0000*/    MOV R0, RZ ;") is None
+    with pytest.raises(ValueError, match="got 0 waits"):
+        machine_code.epilogue_of(LISTING.replace("gsb0, 0x0", "gsb0, 0x1"))
 
 
 @pytest.mark.slow
