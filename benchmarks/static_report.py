@@ -42,6 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GEMMS = {
     "train": {"STORE": True},
+    "train, tail": {"STORE": True, "TAIL": True},
     "train, bias": {"STORE": True, "BIAS": True},
     "train, softcap and bias": {"STORE": True, "CAP": True, "BIAS": True},
     "score": {},
@@ -54,7 +55,7 @@ GEMMS = {
 
 _STRIDED = r"[^:]*%(?:\w*stride|n_rows)\b[^:]*"
 _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
-_TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
+_TARGET = {"BLOCK_M": 16, "BLOCK_D": 128, "TILE_M": 128, "HALF_N": 128}
 _OPERANDS = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
 SMALL = {
     "target_logit": (head._target_logit, {"BIAS": False, "CAP": False, **_TARGET}),
@@ -205,7 +206,7 @@ class Compiled:
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
     """`_gemm_exp` in one of the variants of GEMMS."""
     flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "CAP": False}
-    flags |= {"ENTROPY": False, **GEMMS[variant]}
+    flags |= {"ENTROPY": False, "TAIL": False, **GEMMS[variant]}
     tile = tile_for(DTYPES[dtype], divmod(arch, 10), capped=flags["CAP"])
     tma = arch >= 90
     m, n, k = tile.block_m, tile.block_n, tile.block_k
@@ -226,6 +227,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "bias_ptr": pointer,
         "target_ptr": "*i32",
         "flag_ptr": "*i32",
+        "holds_ptr": "*i8",
     }
     for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
@@ -247,10 +249,11 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
 def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
     """One of the kernels around the GEMM, in one of the variants of SMALL."""
     kernel, flags = SMALL[variant]
-    types = {"target_ptr": "*i32", "flag_ptr": "*i32"}
+    types = {"target_ptr": "*i32", "flag_ptr": "*i32", "holds_ptr": "*i8"}
     for name in "hidden_ptr weight_ptr bias_ptr exps_ptr scaled_ptr".split():
         types[name] = f"*{dtype}"
-    for name in "n_rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
+    sizes = "n_rows width halves vocabulary tiles_n hidden_stride weight_stride exps_stride"
+    for name in sizes.split():
         types[name] = "i32"
     constants = dict(flags)
     if "DTYPE" in kernel.arg_names:
