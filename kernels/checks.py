@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from vpgea_fast.kernels.autograd_state import refuse_transforms
 from vpgea_fast.kernels.contract import FLOAT32, INT64, NUMBERS, Bounds, Inputs, Settings
-from vpgea_fast.kernels.head import refuse_transforms
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.shards import Shards, part
 
@@ -81,6 +81,7 @@ def shards_of(weight_VD: Any) -> Shards | None:
     ValueError: a mesh with more processes than torch's cut has parts with a class.
     """
     mesh = getattr(weight_VD, "device_mesh", None)
+    # Other placements are refused where tensors are checked, with what to pass instead.
     if mesh is None or mesh.ndim != 1 or weight_VD.dim() != 2:
         return None
     if not weight_VD.placements[0].is_shard(0):
@@ -107,6 +108,7 @@ def own_part(name: str, x: Any, weight_VD: Any) -> Tensor:
             f"distribute_tensor({name}, mesh, [Shard(0)])"
         )
     _check_shape(name, x, weight_VD.shape[: x.dim()])
+    # Which classes are here the losses compute from V and the number of ranks, and ask nobody.
     own = x.to_local()
     if own.shape[0] != len(part(x.shape[0], mesh.size(), mesh.get_local_rank())):
         raise ValueError(
@@ -119,6 +121,7 @@ def own_part(name: str, x: Any, weight_VD: Any) -> Tensor:
 def autocast_dtype(*operands: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives the operands of a GEMM; None where it leaves them alone."""
     kind = operands[0].device.type
+    # Autocast never touches float64.
     if not _autocast_on(kind) or any(x.dtype is torch.float64 for x in operands):
         return None
     return torch.get_autocast_dtype(kind)

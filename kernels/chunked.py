@@ -124,12 +124,11 @@ def head_pass(
         # Of the logits themselves, before they become exponentials.
         columns = _top1_and_mean(z_CV, targets_C1) if statistics else []
         sums = _row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
-        peak_C1 = sums.peak
-        if shards is not None and own_C1 is not None:
-            sums = shards.whole(sums, own_C1)
-        values_C3 = _statistics(sums)
+        # Apart from `sums`: the exponentials in the buffer hang on this part's own peak.
+        whole = sums if shards is None or own_C1 is None else shards.whole(sums, own_C1)
+        values_C3 = _statistics(whole)
         if statistics:
-            columns.append(_log_sum_p2(z_CV, peak_C1, values_C3))
+            columns.append(_log_sum_p2(z_CV, sums.peak, values_C3))
         made = torch.cat((values_C3, *columns), dim=1)
         if upstream_K3 is None:
             return made
@@ -139,7 +138,7 @@ def head_pass(
             slope_CV=slope_CV,
             targets_C1=targets_C1,
             own_C1=own_C1,
-            peak_C1=peak_C1,
+            peak_C1=sums.peak,
             values_C3=values_C3,
             upstream_C3=upstream_K3[chunk],
             smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],

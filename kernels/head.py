@@ -9,13 +9,18 @@ Eager tensors go straight to the backend, so that profilers and modes see its GE
 without values (torch.compile, fake, meta) goes through one opaque op of ops.py instead.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
+from vpgea_fast.kernels.autograd_state import (
+    check_one,
+    is_batched,
+    may_overwrite,
+    refuse_double_backward,
+    without_values,
+)
 from vpgea_fast.kernels.backends import BACKENDS, chunk_budget, resolve
 from vpgea_fast.kernels.contract import (
     NO_SINKS,
@@ -27,7 +32,7 @@ from vpgea_fast.kernels.contract import (
     Upstream,
     Values,
 )
-from vpgea_fast.kernels.selection import Selection, accumulator, check, select
+from vpgea_fast.kernels.selection import Selection, accumulator, select
 
 Tensor = torch.Tensor
 
@@ -165,7 +170,7 @@ class OnePass(torch.autograd.Function):
                 smoothing=smoothing,
                 settings=settings,
             )
-        ctx.direct = dweight_out is not None  # dW is final already, see _check_one
+        ctx.direct = dweight_out is not None  # dW is final already, see check_one
         # Stored as `stored` says; backward gives each its tensor's own dtype.
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.save_for_backward(*grads)
@@ -175,12 +180,12 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        _refuse_double_backward()
+        refuse_double_backward()
         grad_loss = upstream[0]
         if ctx.direct:
-            _check_one(grad_loss)
+            check_one(grad_loss)
         stored = ctx.saved_tensors
-        if _may_overwrite(grad_loss):
+        if may_overwrite(grad_loss):
             # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
             scaled = [None if x is None else x.mul_(grad_loss) for x in stored]
         else:
@@ -189,51 +194,6 @@ class OnePass(torch.autograd.Function):
             None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
         ]
         return *grads, *[None] * (len(Inputs._fields) + 2)
-
-
-def _check_one(grad_loss: Tensor) -> None:
-    message = (
-        "dweight_out already holds dW, so the gradient that reaches the loss must be 1: put every "
-        "factor (loss scale, 1 / micro-batches) into the coefficients"
-    )
-    if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
-        torch.ops.aten._assert_async.msg(grad_loss == 1, message)
-    elif _is_batched(grad_loss):
-        # An assertion has one value to look at, a batch of gradients many.
-        raise ValueError(message)
-    else:
-        check(grad_loss == 1, message)
-
-
-def _may_overwrite(grad_loss: Tensor) -> bool:
-    """Whether this backward is the last one, so that the stored gradients may be scaled in place:
-    no second dX and dW, and AccumulateGrad takes them over without a copy.
-
-    Torch answers by private names; where one is missing the answer is no. A batched grad_loss
-    (is_grads_batched) has no place to be written to.
-    """
-    if without_values(grad_loss) or (probes := _probes()) is None:
-        return False
-    return not probes[0]() and not _is_batched(grad_loss)
-
-
-def _is_batched(x: Tensor | None) -> bool:
-    """Whether x stands for many tensors (is_grads_batched, vmap); no where torch cannot tell."""
-    return x is not None and any(probe(x) for probe in (_probes() or ())[1:])
-
-
-@functools.cache
-def _probes() -> list[Any] | None:
-    """Torch's answers to: is the running backward's graph kept, and is a tensor batched?"""
-    found: list[Any] = [
-        getattr(getattr(torch._C, module, None), name, None)
-        for module, name in (
-            ("_autograd", "_get_current_graph_task_keep_graph"),
-            ("_functorch", "is_batchedtensor"),
-            ("_functorch", "is_legacy_batchedtensor"),
-        )
-    ]
-    return None if None in found else found
 
 
 # --- value now, gradients by a second pass ------------------------------------------------------
@@ -303,7 +263,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        _refuse_double_backward()
+        refuse_double_backward()
         upstream_T = upstream[:3]  # of logp, lse and entropy
         nothing = [None] * len(Inputs._fields)
         # Autograd may call a node whose outputs nobody used.
@@ -316,7 +276,7 @@ def _recomputed(ctx: Any, inputs: Inputs, upstream_T: Sequence[Tensor | None]) -
     """The gradients of hidden, weight and bias of a node, by a second pass."""
     needs = Needs(*ctx.needs_input_grad[:3])
     # The op has a rule for batches: one pass for each (is_grads_batched, vmap).
-    if without_values(inputs.hidden_TD) or any(map(_is_batched, upstream_T)):
+    if without_values(inputs.hidden_TD) or any(map(is_batched, upstream_T)):
         made = torch.ops.vpgea_fast.logprob_backward(*inputs, *upstream_T, needs, *ctx.settings)
         return [x if need else None for x, need in zip(made, needs, strict=True)]
     return logprob_backward(
@@ -369,14 +329,14 @@ class Expected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        _refuse_double_backward()
+        refuse_double_backward()
         *tensors, expected_T, dhidden_TD, dweight_VD, dbias_V = ctx.saved_tensors
         inputs, upstream_T = Inputs(*tensors), upstream[:3]
         nothing = [None] * (len(Inputs._fields) + 2)
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
         factor = None
-        if upstream_T[1] is None and upstream_T[2] is None and not _is_batched(upstream_T[0]):
+        if upstream_T[1] is None and upstream_T[2] is None and not is_batched(upstream_T[0]):
             kept_T = ctx.selection.kept_T
             factor = _factor(*(x.masked_fill(~kept_T, 0.0) for x in (upstream_T[0], expected_T)))
         if factor is None:
@@ -402,44 +362,6 @@ def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
 
 
 # --- shared -------------------------------------------------------------------------------------
-
-
-def without_values(x: Tensor) -> bool:
-    """Compiling, or a tensor that only has a shape (fake, meta) or a meaning of its own."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.device.type == "meta"
-    )
-
-
-NO_TRANSFORMS = (
-    "this loss has reverse-mode gradients only, made by hand: no torch.func transform (grad, vmap, "
-    "jvp) and no forward-mode AD goes through it. Use backward() or torch.autograd.grad, or "
-    "vpgea_fast.kernels.reference"
-)
-
-
-def refuse_transforms(x: Tensor) -> None:
-    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
-
-    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
-    """
-    if torch.compiler.is_compiling():
-        return
-    functorch = getattr(torch._C, "_functorch", None)
-    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
-    dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
-        raise RuntimeError(NO_TRANSFORMS)
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "this loss can be differentiated once only: its gradients are made by hand. Drop "
-            "create_graph=True, or use vpgea_fast.kernels.reference"
-        )
 
 
 def stored(x: Tensor) -> torch.dtype:

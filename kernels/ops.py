@@ -67,6 +67,7 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
     grads: list[Tensor | None] = [None, None, None]  # of hidden, weight, bias, as in one_pass
     if needs.hidden:
         grads[0] = torch.empty_like(hidden_TD, dtype=stored(hidden_TD))
+    # What goes into the caller's sink is no output.
     if needs.weight and dweight_out is None:
         grads[1] = torch.empty_like(weight_VD, dtype=stored(weight_VD))
     if needs.bias and bias_V is not None:
@@ -155,6 +156,7 @@ def _without_unused(
 
 def _logprob_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (*_, needs), _ = _split(arguments)
+    # In the tensors' own dtypes: this pass rounds its sums, one_pass waits for the loss scale.
     grads = [
         torch.empty_like(x) if need and x is not None else None
         for x, need in zip(inputs[:3], needs, strict=True)

@@ -88,7 +88,7 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
         masked=masked,
     )
     if shards is not None:
-        _check_alike(shards, inputs.hidden_TD, selection, coef_T, validate)
+        _check_alike(shards, inputs.hidden_TD, selection, coef_T=coef_T, validate=validate)
     return selection
 
 
@@ -97,7 +97,12 @@ SAMPLED = 64
 
 
 def _check_alike(
-    shards: Shards, hidden_TD: Tensor, selection: Selection, coef_T: Tensor | None, validate: bool
+    shards: Shards,
+    hidden_TD: Tensor,
+    selection: Selection,
+    *,
+    coef_T: Tensor | None,
+    validate: bool,
 ) -> None:
     """Refuses a head that is cut over processes with rows of their own, such as FSDP's.
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vpgea_fast.kernels import backends
-from vpgea_fast.kernels.head import wide, without_values
+from vpgea_fast.kernels.autograd_state import without_values
+from vpgea_fast.kernels.head import wide
 from vpgea_fast.kernels.ops import register
 from vpgea_fast.kernels.selection import check
 

@@ -571,7 +571,7 @@ OLD = Machine((7, 5), varlen=True)
         (HOPPER, torch.bfloat16, 128, False, "flash", "flash-attn-3 .* on CUDA 9.0"),
         (HOPPER, torch.float16, 256, True, "flash", "flash-attn-3"),
         (BARE, torch.bfloat16, 128, False, "varlen", "varlen_attn on CUDA 9.0; flash-attn is not"),
-        (BARE, torch.bfloat16, 128, True, "sdpa", "flash-attn is not .*; varlen_attn has no soft"),
+        (BARE, torch.bfloat16, 128, True, "sdpa", "flash-attn is not .*; varlen_attn does not cap"),
         (HOPPER, torch.float32, 128, False, "sdpa", "float32 is not for flash kernels"),
         (HOPPER, torch.float64, 128, False, "sdpa", "float64 is not for flash kernels"),
         (HOPPER, torch.bfloat16, 20, False, "sdpa", "head_dim 20 is no multiple of 8"),
@@ -589,7 +589,7 @@ OLD = Machine((7, 5), varlen=True)
     ],
 )
 def test_the_choice_is_the_first_that_runs(machine, dtype, head_dim, softcap, name, reason):
-    choice = choose("auto", CUDA, dtype, head_dim, softcap=softcap, machine=machine)
+    choice = choose("auto", CUDA, dtype, head_dim, capped=softcap, machine=machine)
     assert choice.name == name
 
     assert re.search(reason, choice.reason), choice.reason
@@ -601,8 +601,10 @@ def test_an_explicit_choice_runs_or_is_refused():
     assert take("sdpa", machine=HOPPER).reason.startswith("asked for; one sdpa call")
     with pytest.raises(ValueError, match=r"'flash', which cannot run here: flash-attn is not inst"):
         take("flash", machine=BARE)
-    with pytest.raises(ValueError, match=r"model\.attention: got 'varlen'.*no softcap; set 'auto'"):
-        take("varlen", machine=HOPPER, softcap=True)
+    with pytest.raises(
+        ValueError, match=r"model\.attention: got 'varlen'.*does not cap scores; set 'auto'"
+    ):
+        take("varlen", machine=HOPPER, capped=True)
     with pytest.raises(ValueError, match="got 'varlen', which cannot run here: no CUDA device"):
         choose("varlen", torch.device("cpu"), torch.bfloat16, 64)
     with pytest.raises(ValueError, match="got 'fast', expected 'auto', 'flash', 'varlen', 'sdpa'"):
@@ -696,7 +698,7 @@ def test_gpu_kernels_against_float64(backend, dtype, form, seqlens):
     in the same dtype, and a rounding of the largest entry."""
     kernel = gpu_kernel(backend)
     if backend == "varlen" and form.softcap is not None:
-        pytest.skip("varlen_attn has no softcap")
+        pytest.skip("varlen_attn does not cap scores")
     shape = {"heads": 14, "kv_heads": 2, "size": 128, "device": "cuda"}
     tensors, documents = packed_qkv(seqlens, dtype=dtype, **shape)
     exact = [x.detach().double().requires_grad_() for x in tensors]

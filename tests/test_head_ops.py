@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from vpgea_fast.kernels import head
+from vpgea_fast.kernels import autograd_state
 from vpgea_fast.kernels.contract import Inputs, LogitShape, Settings
 from vpgea_fast.losses import (
     linear_logprob,
@@ -393,10 +393,10 @@ def test_backward_makes_no_second_dweight(dtype):
 @pytest.mark.parametrize("private", ["_get_current_graph_task_keep_graph", None])
 def test_a_graph_that_is_kept_keeps_its_gradients(private, monkeypatch):
     """Twice through one graph, then no more; and the same where torch cannot tell."""
-    head._probes.cache_clear()
+    autograd_state._probes.cache_clear()
     if private:
         monkeypatch.delattr(torch._C._autograd, private)
-        assert head._probes() is None
+        assert autograd_state._probes() is None
     hidden_TD, weight_VD, targets_T, coef_T = big_case(torch.float64)
     loss = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T).loss
     once = gradients(loss, hidden_TD, weight_VD)
@@ -405,7 +405,7 @@ def test_a_graph_that_is_kept_keeps_its_gradients(private, monkeypatch):
     assert_close((hidden_TD.grad, weight_VD.grad), [0.87 * g for g in once], 1e-12)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    head._probes.cache_clear()
+    autograd_state._probes.cache_clear()
 
 
 # --- autocast: the operands in its dtype, the gradients in their tensor's -----------------------

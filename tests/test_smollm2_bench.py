@@ -216,7 +216,8 @@ def test_a_halted_training_is_a_result_with_its_reason_and_a_halted_base_is_none
         (0.905, 0.1, ["cut", "strong"], 400),
     ],
 )
-def test_a_weak_base_is_trained_again_once(acc, cut, found, after_200, tmp_path):
+def test_a_weak_base_is_trained_again_once(acc, cut, found, after_200, tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "LADDER", (200, 400))
     assert rules.outside({"acc": acc, "truncated": cut}) == found
     assert rules.next_steps(found, 200) == after_200
     assert rules.next_steps(found, 400) is None
@@ -340,7 +341,11 @@ def test_the_file_alone_says_what_is_known_and_makes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_stages_in_small_and_a_second_start_makes_nothing(tiny_world, tmp_path, capsys):
+def test_all_stages_in_small_and_a_second_start_makes_nothing(
+    tiny_world, tmp_path, capsys, monkeypatch
+):
+    for module in (rules, smollm2):
+        monkeypatch.setattr(module, "LADDER", (200, 400))
     bench = small_bench(tmp_path)
     problems = bench.runs / "problems"
     problems.mkdir(parents=True)

@@ -171,6 +171,7 @@ class Collector:
 
     def check(self) -> None:
         """Raise ValueError now for a long prompt that a later step would refuse."""
+        # Of both views: either prompt may be the longer one.
         longest = max(
             self.questions, key=lambda q: max(q.student_ids.numel(), q.teacher_ids.numel())
         )
@@ -246,6 +247,7 @@ class Collector:
         paths = []
         for request in requests:
             ids = torch.cat(known[request.question_id][request.index])
+            # NaN, so that whoever reads a ratio of them sees it.
             unknown = torch.full(ids.shape, math.nan)
             paths.append(split_path(request, ids, logps=unknown, sampling=sampling, finish="stop"))
         return paths
@@ -440,6 +442,7 @@ class Collector:
         if score.view == "counterfactual":
             misled = self._misled([question for question, _ in pairs], step)
             pairs = [(q, path) for q, (_, path) in zip(misled, pairs, strict=True)]
+        # A row wants weights of its term; of a score they mean nothing.
         weight_BP = torch.ones(batch.stream(score.stream).length_BP.shape)
         term = Term(
             name="score",
@@ -488,7 +491,7 @@ class Collector:
             u_BP=utilities.view(shape),
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
-            correct_BP=self._correct(pairs).view(shape),
+            correct_BP=self.correct(pairs).view(shape),
             behind_BP=behind.view(shape),
             texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
             if self.draws.texts
@@ -645,7 +648,9 @@ class Collector:
         ]
         return [tuple(made[i : i + count]) for i in range(0, len(made), count)], lost
 
-    def _correct(self, pairs: Pairs) -> torch.Tensor:
+    def correct(self, pairs: Pairs) -> torch.Tensor:
+        """1.0 for every path with a right answer, else 0.0; NaN where none was sampled. (n,)
+        float64."""
         if not self.sampling.full_answer:
             # NaN and not 0: nobody has judged.
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)

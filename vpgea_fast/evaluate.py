@@ -103,6 +103,7 @@ class Evaluator:
 
     @staticmethod
     def _count(mode: Mode, benchmark: Benchmark, usual: int) -> int:
+        # A set's own number is of sampled answers: greedy ones would all be the same.
         own = benchmark.samples if mode == "sampled" else None
         return usual if own is None else own
 

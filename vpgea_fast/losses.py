@@ -46,9 +46,10 @@ from typing import Any, TypedDict, TypeVar, Unpack
 import torch
 
 from vpgea_fast.kernels import backends, checks
+from vpgea_fast.kernels.autograd_state import without_values
 from vpgea_fast.kernels.backends import BackendChoice
 from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings, Smoothing
-from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot, without_values
+from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 

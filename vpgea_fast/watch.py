@@ -114,6 +114,7 @@ class Watch:
         )
 
     def _frames(self) -> list[FrameType]:
+        # A thread that has ended has no frame: the process is on its way out.
         frame, frames = sys._current_frames().get(self._ident), []
         while frame is not None:
             frames.append(frame)
@@ -137,6 +138,7 @@ class Watch:
     def _place(self) -> str:
         """Name the innermost functions of this package on the stack, or the innermost of all."""
         frames = self._frames()
+        # The reader knows this package; what torch calls inside itself says little.
         inner = [f for f in frames if Path(f.f_code.co_filename).is_relative_to(PACKAGE)]
         return " < ".join(
             f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -64,8 +64,8 @@ def choose_for(config: Any, wanted: str, device: torch.device, dtype: torch.dtyp
     # Qwen3 and Gemma say how wide a head is; hidden_size / heads may be another number.
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Gemma 2 sets it; Gemma 3 has the key and leaves it None.
-    softcap = getattr(text, "attn_logit_softcapping", None) is not None
-    return choose(wanted, device, dtype, head_dim, softcap=softcap)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return choose(wanted, device, dtype, head_dim, capped=capped)
 
 
 def choose(
@@ -74,7 +74,7 @@ def choose(
     dtype: torch.dtype,
     head_dim: int,
     *,
-    softcap: bool = False,
+    capped: bool = False,
     machine: Machine | None = None,
 ) -> Choice:
     """The backend for `auto`: the first of flash, varlen and sdpa that runs `dtype` on `device`;
@@ -92,7 +92,7 @@ def choose(
     # In the order of preference. sdpa has no obstacle, so the loop below always returns.
     obstacles = {
         "flash": _obstacle(machine, dtype, head_dim) or no_flash(machine),
-        "varlen": _obstacle(machine, dtype, head_dim) or _no_varlen(machine, softcap=softcap),
+        "varlen": _obstacle(machine, dtype, head_dim) or _no_varlen(machine, capped=capped),
         "sdpa": None,
     }
     if wanted != "auto":
@@ -231,10 +231,10 @@ def no_flash(machine: Machine) -> str | None:
     return machine.broken or "flash-attn is not installed"
 
 
-def _no_varlen(machine: Machine, *, softcap: bool) -> str | None:
+def _no_varlen(machine: Machine, *, capped: bool) -> str | None:
     if not machine.varlen:
         return "this torch has no varlen_attn"
-    return "varlen_attn has no softcap" if softcap else None
+    return "varlen_attn does not cap scores" if capped else None
 
 
 def _described(name: str, machine: Machine) -> str:

@@ -98,6 +98,7 @@ def draws(comparison: Record) -> Grid:
 
 
 def _published(key: str, table: Record, names: Sequence[str]) -> Grid:
+    # No empty columns for a benchmark that this paper leaves out.
     shown = [n for n in names if any(n in row["benchmarks"] for row in table["rows"])]
     headers = [f"{name} {what}" for name in shown for what in TRIPLE]
     rows = []

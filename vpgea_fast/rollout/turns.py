@@ -59,6 +59,7 @@ class Turns:
         model = self.policy if model is None else model
         if self.whole:
             assert isinstance(self.engine, HFEngine)
+            # Nothing is copied: it samples with the module that is trained.
             self.engine.sample_with(model.causal_lm)
         else:
             self.engine.load_weights(full_weights(model))

@@ -54,6 +54,7 @@ def make_smol(out: Path, *, source: str = PACKAGE, dtype: Dtype = "float32") -> 
 def _gguf_file(source: str) -> Path | None:
     """The GGUF file that is meant; None for a directory and a name on the Hub."""
     path = Path(source)
+    # Paths have slashes as names on the Hub do: only the ending tells a file from a name.
     if path.is_dir() or ("/" in source and path.suffix != ".gguf"):
         return None
     if path.suffix == ".gguf":
@@ -121,6 +122,7 @@ def _model(file: Path) -> Any:
         file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
     )
     settings = quantised.config.to_dict()
+    # Of the file, not of the model: a saved copy would be taken for a quantised one.
     for key in ("quantization_config", "unk_token_id", "_model_name_or_path"):
         settings.pop(key, None)
     # The file has it as a float32, 9.99999974e-06: every float32 is its own at 7 digits.
@@ -141,6 +143,7 @@ def _tokenizer(file: Path, longest: int) -> Any:
 
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     backend = read.backend_tokenizer
+    # transformers has GPT-2's rule for every GGUF file: it keeps "2024" whole.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

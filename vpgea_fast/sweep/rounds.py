@@ -90,6 +90,7 @@ class Rounds:
     def round(self, number: int, models: Models) -> Models:
         """Train phi and theta of a round on fresh draws of the models before it."""
         batch, steps = self.cfg.train.questions_per_step, self.cfg.train.steps
+        # A question is weighed once, however often the steps that train come back to it.
         once = min(steps, -(-self.questions // batch))
         # Another seed for every round: other questions, where one pass is more than its steps.
         base = replace(self._plain(self.cfg), run=replace(self.cfg.run, seed=self._seed(number)))
@@ -169,6 +170,7 @@ class Rounds:
         )
 
     def _seed(self, number: int) -> int:
+        # A prime step: seeds side by side, as people choose them, must not meet in another round.
         return (self.cfg.run.seed + 7919 * number) % 2**31
 
     def _keep(self, known: list[dict[str, Any]]) -> None:

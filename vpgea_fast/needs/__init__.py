@@ -1,47 +1,33 @@
 """What a run needs of its devices and of its time, as lines: memory, vLLM's share, hours, traffic.
 
-The numbers come from `estimate` and `durations.py`. Here they are put into words, with what to
-change where they do not fit.
+The numbers come from `estimate` and `durations.py`. Here, and in hours.py, they are put into words,
+with what to change where they do not fit.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from vpgea_fast import attention
-from vpgea_fast.check import Target, draws, host_memory, longest
-from vpgea_fast.config import Config, DataFile
+from vpgea_fast.check import Target, host_memory
+from vpgea_fast.config import Config
 from vpgea_fast.data import Benchmark
-from vpgea_fast.durations import (
-    HOUR,
-    Durations,
-    Rates,
-    Sizes,
-    card_of,
-    durations,
-    rates_of,
-    rollouts_of,
-)
+from vpgea_fast.durations import rollouts_of
 from vpgea_fast.estimate import (
     GIB,
     RESERVE,
     EngineMemory,
     Layout,
     MemoryEstimate,
-    ModelShape,
+    choose,
     communication,
     estimate_memory,
-    model_shape,
-    optimizer_bytes,
-    reference_bytes,
 )
-from vpgea_fast.metrics import model_flops
-from vpgea_fast.objectives import policy_rows, reads_reference, reference_rows, scores_answers
-from vpgea_fast.rollout.factory import positions
+from vpgea_fast.needs.hours import hours
+from vpgea_fast.needs.plan import Plan, plan_of
+from vpgea_fast.objectives import policy_rows, reference_rows, scores_answers
 from vpgea_fast.types import PromptedQuestion
 
 AWAKE = ("sampling", "scoring")
@@ -49,46 +35,6 @@ AWAKE = ("sampling", "scoring")
 HOST_PROCESS = 4 * GIB
 """Host memory of a process by itself: Python, CUDA context, pinned buffers. A choice, not a
 measurement."""
-EVALUATION_SHARE = 0.10
-"""Share of a step's time above which evaluations are said to be too dear."""
-OF_CARD = ("tflops", "bandwidth", "train_mfu", "offload_mfu", "forward_mfu", "decode", "hf_decode")
-"""Rates that stand in a line of their own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A configuration on the machines that it is planned for, and what is known of its data.
-
-    prompt, row  tokens of the longest prompt, and of the longest row that is trained or scored
-    context      tokens of the longest path that may be drawn
-    mean_prompt  of the training questions, both views
-    answers      that one evaluation draws
-    left_out     files of eval.data that could not be asked for; `answers` counts them by their
-                 limit, a file without one as nothing
-    """
-
-    cfg: Config
-    model: Any
-    on: Target
-    shape: ModelShape
-    prompt: int
-    row: int
-    context: int
-    mean_prompt: float
-    answers: int
-    left_out: tuple[DataFile, ...]
-
-    @property
-    def room(self) -> int:
-        """Tokens that one path in vLLM's cache may have."""
-        # vLLM plans its cache for the longest path that it might be asked for, drawn or not.
-        most = self.cfg.vllm.context or positions(self.cfg)
-        return min(most, attention.positions(self.model)[0] or sys.maxsize)
-
-    @property
-    def is_share(self) -> bool:
-        """Whether vLLM gets a share of the device, and what its weights leave of it is cache."""
-        return self.on.cuda and self.cfg.vllm.kv_cache_gib is None
 
 
 def needs(
@@ -102,7 +48,20 @@ def needs(
 ) -> Iterator[str]:
     """Say the memory of a device and of a node, hours and traffic, and what to set where a number
     is too large. `stated` rates replace those of the card (see `durations.Rates`)."""
-    plan = _plan(cfg, model_config, questions, benchmarks=benchmarks, on=on)
+    plan = plan_of(cfg, model_config, questions, benchmarks=benchmarks, on=on)
+    choice = choose(
+        lambda: plan.shape,
+        cfg,
+        world=on.processes,
+        cuda=on.cuda,
+        context=plan.context,
+        prompt=plan.prompt,
+        device_bytes=on.device_bytes,
+    )
+    if choice.reason:
+        yield choice.reason
+    cfg = choice.made(cfg)
+    plan = replace(plan, cfg=cfg)
     estimate = estimate_memory(
         plan.shape,
         cfg,
@@ -130,47 +89,8 @@ def needs(
         yield from _cache(plan, estimate.engine, stated)
         if on.cuda:
             yield from _share(plan, estimate, estimate.engine)
-    # A card without a data sheet here gets no hours: a guess would look like a promise.
-    rates = rates_of(_card(on), stated=stated)
-    times = durations(cfg, rates, _sizes(plan, estimate)) if rates else None
-    yield from _hours(plan, rates, times) if rates and times else _unknown(on)
-    yield from _accuracy(plan, times)
+    yield from hours(plan, estimate, stated)
     yield from _traffic(plan, estimate.score_tokens)
-
-
-def _plan(
-    cfg: Config,
-    model_config: Any,
-    questions: Sequence[PromptedQuestion],
-    *,
-    benchmarks: Mapping[str, Benchmark],
-    on: Target,
-) -> Plan:
-    prompt, row = longest(cfg, questions)
-    # The engine's room is planned for the longest, the hours for the mean.
-    context = max(asked + new for _, asked, new in draws(cfg, questions, benchmarks))
-    left_out = tuple(file for file in cfg.eval.data if file.label not in benchmarks)
-    if left_out:  # an evaluation refuses longer prompts
-        most = cfg.data.max_prompt_tokens + cfg.eval.most(cfg.rollout.max_answer_tokens)
-        context = max(context, most)
-    evaluated = sum(len(b.questions) * cfg.eval.answers(b.samples) for b in benchmarks.values())
-    evaluated += sum(
-        (file.limit or cfg.eval.limit or 0) * cfg.eval.answers(file.samples) for file in left_out
-    )
-    # Half of the paths have the longer teacher's prompt; close enough where they have not.
-    lengths = [(q.student_ids.numel() + q.teacher_ids.numel()) / 2 for q in questions]
-    return Plan(
-        cfg=cfg,
-        model=model_config,
-        on=on,
-        shape=model_shape(model_config),
-        prompt=prompt,
-        row=row,
-        context=context,
-        mean_prompt=sum(lengths) / len(lengths) if lengths else cfg.data.max_prompt_tokens,
-        answers=evaluated,
-        left_out=left_out,
-    )
 
 
 def _device(estimate: MemoryEstimate, on: Target) -> Iterator[str]:
@@ -236,9 +156,9 @@ def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
     cfg, on = plan.cfg, plan.on
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     count = min(on.processes, on.node)
-    # A sharded model is read tensor by tensor; a whole one is made in host memory first. Process 0
-    # collects what it exports, when there are no gradients.
-    loading = 0 if lay.sharded else count * plan.shape.parameters * lay.master
+    # A model is read tensor by tensor, but a whole one without offload, which is made in host
+    # memory first. Process 0 collects what it exports, when there are no gradients.
+    loading = 0 if lay.sharded or lay.hosted else count * plan.shape.parameters * lay.master
     export = plan.shape.parameters * lay.forward if cfg.checkpoint.export else 0
     export = max(0, export - count * host.get("gradients", 0))
     return max((loading, "while it loads"), (export, "for the export"))
@@ -313,119 +233,6 @@ def _smaller(plan: Plan, engine: EngineMemory, over: float) -> str:
 def _floor(value: float) -> float:
     # Down: what is printed is set, and must fit.
     return math.floor(100 * value) / 100
-
-
-def _sizes(plan: Plan, estimate: MemoryEstimate) -> Sizes:
-    cfg, on, engine = plan.cfg, plan.on, estimate.engine
-    lay = Layout(plan.shape, cfg, on.processes, on.cuda)
-    group = cfg.processes_per_engine
-    # From disk the reference policy is read for each score, and to draw.
-    reads = sum(score.who == "reference" for score in cfg.objective.needs())
-    reads += cfg.objective.draws().reference > 0
-    # Keys and values of one token over all layers, in the dtype of the forward.
-    token = 2 * len(plan.shape.blocks) * plan.shape.key * lay.forward
-    return Sizes(
-        flops=model_flops(plan.model),
-        parameters=plan.shape.parameters,
-        states=lay.models * lay.held * lay.master + optimizer_bytes(lay),
-        reference=reads * reference_bytes(lay) if cfg.model.reference == "disk" else 0,
-        # On one device of an engine; the hf engine's own cache is sized by rollout.max_batch.
-        token=engine.token * group if engine else token,
-        cache=engine.tokens if engine else sys.maxsize,
-        prompt=plan.mean_prompt,
-        evaluated=plan.answers,
-        world=on.processes,
-    )
-
-
-def _card(on: Target) -> str:
-    # No card has this name, so a CPU has hours only by stated rates.
-    if not on.cuda:
-        return "CPU"
-    return on.name or card_of(on.device_bytes / GIB)
-
-
-def _unknown(on: Target) -> Iterator[str]:
-    card = _card(on)
-    what = f"a {card}" if card else f"devices of {on.device_bytes / GIB:.0f} GiB"
-    yield (
-        f"hours: the rates of {what} are not known; state them, e.g. --rates "
-        "tflops=312,bandwidth=2.04 (1e12 operations and bytes per second)"
-    )
-
-
-def _hours(plan: Plan, rates: Rates, times: Durations) -> Iterator[str]:
-    """Say the phases of a mean step and of the run in a table, and the rates behind them."""
-    cfg, on = plan.cfg, plan.on
-    card = _card(on)
-    device = card if on.name or not on.cuda else f"taken for {card or 'unknown'} by their size"
-    yield f"time of a run by stated rates, none measured here (--rates KEY=NUMBER,...); {device}:"
-    # What a zero stands for is shown as the number that was reckoned with.
-    shown = vars(rates) | {"tokens": rates.tokens or cfg.rollout.max_new_tokens / 2}
-    shown["answer"] = min(rates.answer, cfg.rollout.max_answer_tokens)
-    names = [key for key in shown if key not in _unused(plan)]
-    for keys in ([key for key in names if key in OF_CARD], [k for k in names if k not in OF_CARD]):
-        yield "  " + ", ".join(f"{key} {shown[key]:g}" for key in keys)
-    whole, run = sum(times.step.values()), times.run
-    yield f"  {'':<17}{'s per step':>11}{'share':>8}{'hours':>9}{'GPU-hours':>11}"
-    # By the run's seconds: a phase may be zero in a mean step and not in the run.
-    rows = [(phase, seconds, run[phase]) for phase, seconds in times.step.items() if run[phase]]
-    for name, seconds, spent in [*rows, ("total", whole, sum(run.values()))]:
-        hours, share = spent / HOUR, seconds / whole
-        yield f"  {name:<17}{seconds:11.1f}{share:8.1%}{hours:9.1f}{hours * on.processes:11.1f}"
-    if cfg.engine.name == "vllm" and not cfg.colocated:
-        yield "  engine.server: its devices are taken for as many and such as train"
-
-
-def _unused(plan: Plan) -> set[str]:
-    """List the rates that no phase of this run depends on."""
-    cfg = plan.cfg
-    # Rate -> whether a phase of this run depends on it; what is not here always counts.
-    needed = {
-        "train_mfu": not cfg.parallel.cpu_offload,
-        "offload_mfu": cfg.parallel.cpu_offload,
-        "decode": not cfg.samples_itself,
-        "hf_decode": cfg.samples_itself,
-        "answer": cfg.rollout.full_answer or plan.answers or cfg.answers_behind,
-        "accepted": cfg.objective.draws().posterior,
-        "wake": cfg.colocated,
-        "write": not cfg.checkpoint.background,
-        "read": cfg.model.reference == "disk" and reads_reference(cfg.objective),
-    }
-    return {rate for rate, is_needed in needed.items() if not is_needed}
-
-
-def _accuracy(plan: Plan, times: Durations | None) -> Iterator[str]:
-    """Say where the run sees whether answers are right, and how much time evaluations take."""
-    cfg = plan.cfg
-    training = (
-        "answers are drawn and judged"
-        if cfg.rollout.full_answer
-        else "not seen (rollout.full_answer false): a collapse looks like success"
-    )
-    yield f"accuracy: at every step {training}"
-    if not cfg.eval.data:
-        yield "  held out: none (eval.data is empty)"
-        return
-    # A run that sees its accuracy only at the end has spent its hours by then.
-    when = f"every {cfg.eval.every} steps" if cfg.eval.every else "before and after, not between"
-    share = ""
-    # Without a share where all evaluations are outside the steps, or their files are not at hand.
-    if times is not None and plan.answers:
-        share = f", {times.evaluation:.0f} s each"
-        if times.step["evaluation"]:
-            share += f", {times.evaluation_share:.1%} of a mean step's time, theirs included"
-    yield f"  held out: {plan.answers} answers {when}{share}"
-    if plan.left_out:
-        names = ", ".join(file.path for file in plan.left_out)
-        yield f"  planned, its files could not be asked for here: {names}, by their limit"
-        if not all(file.limit or cfg.eval.limit for file in plan.left_out):
-            yield "  without a limit (eval.limit) a file is not counted: its size is not known"
-    if times is not None and times.evaluation_share > EVALUATION_SHARE:
-        yield (
-            f"  above {EVALUATION_SHARE:.0%}: raise eval.every, or lower eval.limit, eval.samples "
-            "or eval.max_new_tokens"
-        )
 
 
 def _traffic(plan: Plan, score_tokens: int) -> Iterator[str]:

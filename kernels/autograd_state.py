@@ -1,0 +1,99 @@
+"""What torch is doing with a tensor: compiling it, batching it, transforming it, or passing back
+through its node for the last time.
+
+The answers hang on private names of torch, which stand here alone; where one is missing the answer
+is the slower, safe one.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from vpgea_fast.kernels.selection import check
+
+Tensor = torch.Tensor
+
+
+def without_values(x: Tensor) -> bool:
+    """Compiling, or a tensor that only has a shape (fake, meta) or a meaning of its own."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.device.type == "meta"
+    )
+
+
+NO_TRANSFORMS = (
+    "this loss has reverse-mode gradients only, made by hand: no torch.func transform (grad, vmap, "
+    "jvp) and no forward-mode AD goes through it. Use backward() or torch.autograd.grad, or "
+    "vpgea_fast.kernels.reference"
+)
+
+
+def refuse_transforms(x: Tensor) -> None:
+    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
+
+    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = getattr(torch._C, "_functorch", None)
+    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    dual = getattr(forward_ad, "_current_level", -1) >= 0
+    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
+        raise RuntimeError(NO_TRANSFORMS)
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "this loss can be differentiated once only: its gradients are made by hand. Drop "
+            "create_graph=True, or use vpgea_fast.kernels.reference"
+        )
+
+
+def check_one(grad_loss: Tensor) -> None:
+    message = (
+        "dweight_out already holds dW, so the gradient that reaches the loss must be 1: put every "
+        "factor (loss scale, 1 / micro-batches) into the coefficients"
+    )
+    if without_values(grad_loss):  # no op of ours: one without outputs would be dropped
+        torch.ops.aten._assert_async.msg(grad_loss == 1, message)
+    elif is_batched(grad_loss):
+        # An assertion has one value to look at, a batch of gradients many.
+        raise ValueError(message)
+    else:
+        check(grad_loss == 1, message)
+
+
+def may_overwrite(grad_loss: Tensor) -> bool:
+    """Whether this backward is the last one, so that the stored gradients may be scaled in place:
+    no second dX and dW, and AccumulateGrad takes them over without a copy.
+
+    Torch answers by private names; where one is missing the answer is no. A batched grad_loss
+    (is_grads_batched) has no place to be written to.
+    """
+    if without_values(grad_loss) or (probes := _probes()) is None:
+        return False
+    return not probes[0]() and not is_batched(grad_loss)
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """Whether x stands for many tensors (is_grads_batched, vmap); no where torch cannot tell."""
+    return x is not None and any(probe(x) for probe in (_probes() or ())[1:])
+
+
+@functools.cache
+def _probes() -> list[Any] | None:
+    """Torch's answers to: is the running backward's graph kept, and is a tensor batched?"""
+    found: list[Any] = [
+        getattr(getattr(torch._C, module, None), name, None)
+        for module, name in (
+            ("_autograd", "_get_current_graph_task_keep_graph"),
+            ("_functorch", "is_batchedtensor"),
+            ("_functorch", "is_legacy_batchedtensor"),
+        )
+    ]
+    return None if None in found else found
