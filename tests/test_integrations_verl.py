@@ -39,12 +39,6 @@ from vpgea_fast.integrations.verl import (
 
 TEMPERATURE, V = 0.7, TINY["vocab_size"]
 PACKAGES = ("", ".utils", ".utils.experimental", ".utils.kernel", ".models", ".models.transformers")
-needs_verl = [
-    pytest.mark.hosts,
-    pytest.mark.skipif(
-        importlib.util.find_spec("verl") is None, reason=f"needs verl: pip install '{TESTED}'"
-    ),
-]
 
 
 def case(shape=(2, 5), dtype=torch.float32, width=16):
@@ -208,7 +202,7 @@ def own(monkeypatch):
 
 
 class TestVerl:
-    pytestmark = needs_verl
+    pytestmark = pytest.mark.hosts("verl")
 
     def test_signatures_are_those_of_verl(self, own):
         for ours, theirs in (

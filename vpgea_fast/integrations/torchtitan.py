@@ -205,9 +205,17 @@ class _Part(torch.autograd.Function):
 
 
 def _classes_mesh(weight: Tensor) -> Any:
-    """The mesh over which a plain weight is cut by classes; None: it is whole, or a DTensor."""
-    if isinstance(weight, DTensor) or _meshes.spmd_mesh_size("tp") == 1:
+    """The mesh over which a plain weight is cut by classes; None: it is whole, or a DTensor.
+
+    ValueError: a DTensor under spmd_types, where nobody would know whose part a gradient is.
+    """
+    if _meshes.spmd_mesh_size("tp") == 1:
         return None
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "lm_head: its weight is a DTensor under spmd_types, expected the plain classes of this "
+            "process; set parallelism.spmd_backend to partial_dtensor"
+        )
     return _meshes.current_spmd_mesh()["tp"]
 
 
