@@ -48,7 +48,7 @@ import torch
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.autograd_state import without_values
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings, Smoothing
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Settings, Smoothing, needs_of
 from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
@@ -271,7 +271,7 @@ def linear_logprob(
     checks.check_flag("return_entropy", return_entropy)
     checks.check_flag("return_statistics", return_statistics)
     asked = (return_entropy, return_statistics)
-    needs = _needs(inputs) if expected_T is not None else None
+    needs = needs_of(inputs) if expected_T is not None else None
     if expected_T is not None and needs is not None:
         checks.check_constant("expected_T", expected_T, targets_T)
     # Each process of a cut head would decide alone whether to make them again.
@@ -334,7 +334,7 @@ def weighted_logprob_loss(
             "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
             "float32, or backend='reference'"
         )
-    needs = _needs(inputs, sink_VD)
+    needs = needs_of(inputs, sink_VD)
     loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
     return WeightedLoss(loss, logp_T, kept_T)
 
@@ -343,16 +343,6 @@ _SMOOTHING = {
     "label_smoothing": Bounds("a number from 0 to 1", 0, 1),
     "z_loss": Bounds("a finite number >= 0", 0, FLOAT32.max),
 }
-
-
-def _needs(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
-    """Asked for here: inside an autograd function grad mode is off and requires_grad is lost."""
-    grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
-    return Needs(
-        hidden=grad and inputs.hidden_TD.requires_grad,
-        weight=grad and (inputs.weight_VD.requires_grad or dweight_out is not None),
-        bias=grad and bias_V is not None and bias_V.requires_grad,
-    )
 
 
 @_spelled_out
