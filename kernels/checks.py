@@ -150,7 +150,7 @@ def _check_tensors(inputs: Inputs) -> None:
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)}: expected "
-            "(T, D) and (V, D); flatten batch and time first (hidden.reshape(-1, D), and "
+            "(T, D) and (V, D); flatten other dimensions first (hidden.reshape(-1, D), and "
             "reshape(-1) what is per token), and gather a sharded weight"
         )
     check_float("hidden_TD", hidden_TD)

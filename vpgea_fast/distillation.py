@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vpgea_fast.kernels import checks
+from vpgea_fast.kernels.batches import Batch, batch_of
 from vpgea_fast.kernels.contract import NUMBERS, Bounds, Inputs, needs_of
 from vpgea_fast.kernels.divergence import DIVERGENCES, Distil, Measure, Teacher
 from vpgea_fast.kernels.selection import accumulator
@@ -49,6 +50,7 @@ def distillation_loss(
     teacher_softcap: float | None = None,
     teacher_logit_scale: float = 1.0,
     dweight_out: Tensor | None = None,
+    shift: bool = False,
     rows: Tensor | None = None,
     chunk_bytes: int | None = None,
     validate: bool = False,
@@ -76,6 +78,8 @@ def distillation_loss(
     temperature: of both heads; positive float or (T,). Gradients go as 1 / temperature^2 at high
         temperatures. Hinton's factor temperature^2 is not included, as in TRL and Liger: put it
         into coef_T.
+    shift: hidden states may be (B, T, D) and (B, T, E), coefficients and temperatures then (B, T),
+        as in `losses`. shift=True: coef of token t weighs the distributions of place t - 1.
     dweight_out, rows, chunk_bytes, validate: as in `losses.weighted_logprob_loss`. chunk_bytes
         holds two logits a class here, three under a softcap of the student.
 
@@ -88,6 +92,10 @@ def distillation_loss(
     checks.check_plain("hidden_TD", hidden_TD)
     checks.check_plain("teacher_hidden_TE", teacher_hidden_TE)
     checks.check_plain("weight_VD", weight_VD)  # cut by classes too: a part knows no mixture
+    batch = _layout(hidden_TD, teacher_hidden_TE, shift)
+    hidden_TD, teacher_hidden_TE = (batch.hidden(x) for x in (hidden_TD, teacher_hidden_TE))
+    coef_T = batch.rows("coef_T", coef_T, 0.0)
+    temperature = batch.rows("temperature", temperature, 1.0)
     # No targets: class 0 of every row, which the pass never looks at.
     targets_T = torch.zeros(hidden_TD.shape[:1], dtype=torch.int64, device=hidden_TD.device)
     inputs, settings = checks.checked_call(
@@ -112,11 +120,22 @@ def distillation_loss(
     teacher_head = (teacher_softcap, teacher_logit_scale, operands)
     measure = _checked_measure(Measure(*_divergence(divergence, beta), *teacher_head))
     needs = needs_of(inputs, sink_VD)
-    made = Distil.apply(*inputs, *teacher, coef_T, sink_VD, needs, measure, settings)
-    return DistillationLoss(*made)
+    loss, *values = Distil.apply(*inputs, *teacher, coef_T, sink_VD, needs, measure, settings)
+    return DistillationLoss(loss, *map(batch.back, values))
 
 
 _BETA = Bounds("a number from 0 to 1", 0, 1)
+
+
+def _layout(hidden_TD: Tensor, teacher_hidden_TE: Tensor, shift: bool) -> Batch:
+    """How the rows of both lie. ValueError: one has sequences, the other rows."""
+    batch = batch_of(hidden_TD, shift)
+    if batch_of(teacher_hidden_TE, shift).shape != batch.shape:
+        raise ValueError(
+            f"teacher_hidden_TE: got {tuple(teacher_hidden_TE.shape)}, expected the rows of "
+            f"hidden_TD {tuple(hidden_TD.shape)}: flatten batch and time of both, or of neither"
+        )
+    return batch
 
 
 def _checked_measure(measure: Measure) -> Measure:
