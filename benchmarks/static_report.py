@@ -7,6 +7,11 @@ Every launch of `kernels/` is compiled ahead of time as it would be on a large h
 UTCxMMA) and TMA (UTMALDG, UTMASTG) instructions, and the loads and stores of 16 bytes a thread
 (LDG, STG, LDGSTS .128). The Triton code says how wide addresses are: offset64 counts 64-bit offsets
 of pointers, stride32 32-bit products with a stride or a number of rows, which end at 2^31 elements.
+
+On sm_90 machine_code.py follows the way of a thread from tile to tile of a GEMM: `epilogue` counts
+the instructions per element of E where no target is, `masks` the compares and selects among them,
+`all_masks` those of the tiles with targets too, and `step` the instructions of one step of the
+product. Other kernels and devices have 0 there.
 """
 
 import argparse
@@ -21,6 +26,7 @@ from typing import Any
 
 import torch
 import triton
+from machine_code import epilogue_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,6 +42,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GEMMS = {
     "train": {"STORE": True},
+    "train, tail": {"STORE": True, "TAIL": True},
     "train, bias": {"STORE": True, "BIAS": True},
     "train, softcap and bias": {"STORE": True, "CAP": True, "BIAS": True},
     "score": {},
@@ -48,7 +55,7 @@ GEMMS = {
 
 _STRIDED = r"[^:]*%(?:\w*stride|n_rows)\b[^:]*"
 _REDUCE = {"BLOCK_M": 128, "BLOCK_N": 32, "ENTROPY": True}
-_TARGET = {"BLOCK_M": 16, "BLOCK_D": 128}
+_TARGET = {"BLOCK_M": 16, "BLOCK_D": 128, "TILE_M": 128, "HALF_N": 128}
 _OPERANDS = {"SCALED": True, "BLOCK_M": 8, "BLOCK_D": 512}
 SMALL = {
     "target_logit": (head._target_logit, {"BIAS": False, "CAP": False, **_TARGET}),
@@ -190,12 +197,16 @@ class Compiled:
     wide_stores: int
     offset64: int
     stride32: int
+    epilogue: float
+    masks: int
+    all_masks: int
+    step: int
 
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
     """`_gemm_exp` in one of the variants of GEMMS."""
     flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "CAP": False}
-    flags |= {"ENTROPY": False, **GEMMS[variant]}
+    flags |= {"ENTROPY": False, "TAIL": False, **GEMMS[variant]}
     tile = tile_for(DTYPES[dtype], divmod(arch, 10), capped=flags["CAP"])
     tma = arch >= 90
     m, n, k = tile.block_m, tile.block_n, tile.block_k
@@ -216,6 +227,7 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "bias_ptr": pointer,
         "target_ptr": "*i32",
         "flag_ptr": "*i32",
+        "holds_ptr": "*i8",
     }
     for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
@@ -230,16 +242,18 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         dtype,
         tile.stages,
         tile.warps,
+        elements=m * n // (32 * tile.warps),
     )
 
 
 def compile_small(variant: str, arch: int, dtype: str) -> Compiled:
     """One of the kernels around the GEMM, in one of the variants of SMALL."""
     kernel, flags = SMALL[variant]
-    types = {"target_ptr": "*i32", "flag_ptr": "*i32"}
+    types = {"target_ptr": "*i32", "flag_ptr": "*i32", "holds_ptr": "*i8"}
     for name in "hidden_ptr weight_ptr bias_ptr exps_ptr scaled_ptr".split():
         types[name] = f"*{dtype}"
-    for name in "n_rows width vocabulary tiles_n hidden_stride weight_stride exps_stride".split():
+    sizes = "n_rows width halves vocabulary tiles_n hidden_stride weight_stride exps_stride"
+    for name in sizes.split():
         types[name] = "i32"
     constants = dict(flags)
     if "DTYPE" in kernel.arg_names:
@@ -284,10 +298,11 @@ def _compile(
     dtype: str,
     stages: int,
     warps: int,
+    elements: int = 0,
 ) -> Compiled:
     types, constants = _shaped(kernel, types, constants)
     built = build(kernel, types, constants, arch, stages=stages, warps=warps, fusion=True)
-    return read(name, built, arch, dtype)
+    return read(name, built, arch, dtype, elements)
 
 
 def _shaped(
@@ -333,8 +348,11 @@ def build(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
-    """What the compiler made, from its machine code and its Triton code."""
+def read(name: str, built: Any, arch: int, dtype: str, elements: int = 0) -> Compiled:
+    """What the compiler made, from its machine code and its Triton code.
+
+    elements: of a GEMM's tile that one thread has; 0 of other kernels.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -353,6 +371,7 @@ def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
+    path = epilogue_of(code) if elements else None
     return Compiled(
         kernel=name,
         arch=arch,
@@ -370,6 +389,10 @@ def read(name: str, built: Any, arch: int, dtype: str) -> Compiled:
         wide_stores=count(r"\bSTG\S*\.128\b"),
         offset64=len(re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+)?i64", ttir)),
         stride32=len(re.findall(rf"arith\.muli {_STRIDED} : (?:tensor<[\dx]+)?i32", ttir)),
+        epilogue=round(path.fast / elements, 2) if path else 0.0,
+        masks=path.masks if path else 0,
+        all_masks=path.all_masks if path else 0,
+        step=path.step if path else 0,
     )
 
 

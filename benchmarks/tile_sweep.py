@@ -45,7 +45,7 @@ TILES = (
     Tile(128, 256, 64, stages=4, warps=8),
     Tile(128, 256, 64, stages=3, warps=8),
     Tile(128, 256, 64, stages=4, warps=8, group_m=4),
-    Tile(128, 256, 64, stages=4, warps=8, group_m=16),
+    Tile(128, 256, 64, stages=4, warps=8, group_m=8),
     Tile(256, 128, 64, stages=3, warps=8),
     Tile(256, 128, 64, stages=4, warps=8),
     Tile(128, 128, 64, stages=4, warps=4),
@@ -136,8 +136,8 @@ def gemm_exp(problem: Problem, tile: Tile, *, store: bool) -> tuple[Callable[[],
     """The launch, and the (halves of tiles, rows) sums that it fills."""
     plan = replace(problem.plan, tile=tile)
     stats = exps.new_stats(problem.case.targets, plan.head)
-    exps._launch_target_logit(problem.hidden, stats, plan.head)
     tiles = exps.TileSums.new(problem.rows, plan)
+    exps._launch_target_logit(problem.hidden, stats, tiles, plan)
     launch = functools.partial(
         exps._launch_gemm,
         problem.hidden,

@@ -288,7 +288,9 @@ class Ours:
             backend=cfg.loss.backend,
             kind=PaddingPolicy,
         )
-        self.optimizer = build_optimizer(self.policy.parameters(), cfg.optim)
+        self.optimizer = build_optimizer(
+            self.policy.parameters(), cfg.optim, masters=self.policy.masters
+        )
         self.passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(config))
         self.laps, self.ran, self.batches = Laps(world.device), 0, 0
         self.policy.causal_lm.base_model.register_forward_hook(

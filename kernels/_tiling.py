@@ -40,7 +40,7 @@ class Tile:
     block_k: int
     stages: int
     warps: int
-    group_m: int = 8  # row tiles that share a column tile in L2
+    group_m: int = 16  # most row tiles that share a column tile in L2
 
 
 def tile_for(dtype: torch.dtype, capability: tuple[int, int], *, capped: bool) -> Tile:

@@ -103,16 +103,20 @@ def _target_logit(
     bias_ptr,  # (V,)
     target2_ptr,  # out, (n_rows,) fp32: z2 of the target
     slope_ptr,  # out with a cap, (n_rows,) fp32: 1 - tanh^2 there
+    holds_ptr,  # out, (row tiles, N) int8 of zeros: 1 where a half column tile holds a target
     n_rows,
     width,
+    halves,  # N
     hidden_stride,
     weight_stride,
     shape,  # LogitShape: scale, and cap or None
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,  # rows of _gemm_exp's tile
+    HALF_N: tl.constexpr,  # columns of half of it
 ):
-    """z2 of every row's target, and with a cap the slope there."""
+    """z2 of every row's target, with a cap the slope there, and the half tiles that hold one."""
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_r = offs_r < n_rows
     # Rows beyond the last read class 0, which exists: their addresses stay inside the weight.
@@ -136,6 +140,9 @@ def _target_logit(
         tl.store(slope_ptr + offs_r, slope, mask=mask_r)
     gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
     tl.store(target2_ptr + offs_r, logit * gain, mask=mask_r)
+    # Rows with targets in the same half tile write the same 1.
+    place = (offs_r // TILE_M).to(tl.int64) * halves + target_r // HALF_N
+    tl.store(holds_ptr + place, tl.full([BLOCK_M], 1, tl.int8), mask=mask_r)
 
 
 @triton.jit
@@ -148,10 +155,11 @@ def _halves(x):
 @triton.jit
 def _epilogue(
     logit,  # (BLOCK_M, BLOCK_N) fp32: products h . w
+    gain,  # (BLOCK_M,) fp32: z2 = gain x the logit before the temperature
+    reference,  # (BLOCK_M,) fp32: z2_ref; 0 with PEAK
+    masked,  # whether one of these columns is a target, or may be beyond the last class
     exps,  # out with STORE, (n_rows, vocabulary): E; descriptor or pointer
     target_ptr,  # (n_rows,) int32
-    reference_ptr,  # (n_rows,) fp32: z2_ref; not read with PEAK
-    gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
     bias_ptr,  # (vocabulary,)
     sum_ptr,  # out, (N, n_rows) fp32: sum of E over this half's columns but the target
     peak_ptr,  # out with PEAK, (N, n_rows) fp32: the z2_ref of that sum
@@ -165,6 +173,7 @@ def _epilogue(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    TAIL: tl.constexpr,
     STORE: tl.constexpr,
     PEAK: tl.constexpr,
     BIAS: tl.constexpr,
@@ -176,30 +185,30 @@ def _epilogue(
     offs_r = row + tl.arange(0, BLOCK_M)
     offs_c = column + tl.arange(0, BLOCK_N)
     mask_r = offs_r < n_rows
-    mask_c = offs_c < vocabulary
-    target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
-    gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
-    others = (offs_c[None, :] != target[:, None]) & mask_c[None, :]
     bias = 0.0
     if BIAS:
-        bias = as_float32(tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0))[None, :]
+        bias = as_float32(tl.load(bias_ptr + offs_c, mask=offs_c < vocabulary, other=0.0))[None, :]
     logit, slope = logit_of(logit, bias=bias, shape=shape, BIAS=BIAS)
-    if PEAK:
-        z2 = tl.where(others, logit * gain[:, None], LOWEST)
-        # A finite peak also where every logit is -inf: no -inf - -inf in the exponent.
-        reference = tl.maximum(tl.max(z2, axis=1), LOWEST)
-    else:
-        reference = tl.load(reference_ptr + offs_r, mask=mask_r, other=0.0)
     x = logit * gain[:, None] - reference[:, None]
-    e = tl.exp2(x)
-    counted = tl.where(others, e, 0.0)
+    # One of ten half tiles; the others skip a compare and a select for each element.
+    if masked:
+        target = tl.load(target_ptr + offs_r, mask=mask_r, other=0)
+        others = offs_c[None, :] != target[:, None]
+        if TAIL:
+            others = others & (offs_c < vocabulary)[None, :]
+        x = tl.where(others, x, -float("inf"))
+    if PEAK:
+        # A finite peak also where every logit is -inf: no -inf - -inf in the exponent.
+        reference = tl.maximum(tl.max(x, axis=1), LOWEST)
+        x -= reference[:, None]
+    counted = tl.exp2(x)
     partial = half_tile.to(tl.int64) * n_rows + offs_r
     tl.store(sum_ptr + partial, tl.sum(counted, axis=1), mask=mask_r)
     if PEAK:
         tl.store(peak_ptr + partial, reference, mask=mask_r)
     if ENTROPY:
-        # E = 0 where x may be -inf: 0, and not 0 x -inf.
-        moment = tl.sum(tl.where(counted > 0, counted * x, 0.0), axis=1)
+        # E = 0 where x is -inf: 0, and not 0 x -inf.
+        moment = tl.sum(counted * tl.maximum(x, LOWEST), axis=1)
         tl.store(moment_ptr + partial, moment, mask=mask_r)
     if STORE:
         # 0 at the target, which _gradient_operands writes, and beyond V, which nobody reads.
@@ -268,16 +277,16 @@ def _product_tile(
 
 
 @triton.jit
-def _tile_at(position, listed, tiles_n, GROUP_M: tl.constexpr):
+def _tile_at(position, listed, tiles_n, group_m):
     """Row tile and column tile at a position of the order in which programs take them.
 
-    Row tiles change fastest within groups of GROUP_M, so that a tile of the weight is read from L2.
+    Row tiles change fastest within groups of group_m, so that a tile of the weight is read from L2.
     """
-    # The last group may have fewer than GROUP_M row tiles.
-    group = position // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    size_m = min(listed - first_m, GROUP_M)
-    within = position - group * GROUP_M * tiles_n
+    # The last group may have fewer row tiles.
+    group = position // (group_m * tiles_n)
+    first_m = group * group_m
+    size_m = min(listed - first_m, group_m)
+    within = position - group * group_m * tiles_n
     return first_m + within % size_m, within // size_m
 
 
@@ -294,18 +303,20 @@ def _gemm_exp(
     sum_ptr,  # out, (N, n_rows) fp32: S of half a column tile
     peak_ptr,  # out with PEAK, (N, n_rows) fp32: the reference of that S
     moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
+    holds_ptr,  # (row tiles, N) int8: 1 where a half column tile holds a target
     n_rows, vocabulary, width,
     hidden_stride, weight_stride, exps_stride,
     shape,  # LogitShape: scale, and cap or None
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    TMA: tl.constexpr, STORE: tl.constexpr, PEAK: tl.constexpr, FLAGGED: tl.constexpr,
-    BIAS: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
+    TMA: tl.constexpr, TAIL: tl.constexpr, STORE: tl.constexpr, PEAK: tl.constexpr,
+    FLAGGED: tl.constexpr, BIAS: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """E of every (row tile, column tile) and its row sums over the columns that are not the target.
 
     Persistent: program i takes tiles i, i + programs, ... FLAGGED: only the row tiles whose flag is
     1, a number that the device knows and the host does not.
     """
+    tl.assume(width > 0)
     tiles_m = tl.cdiv(n_rows, BLOCK_M)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
     if FLAGGED:
@@ -316,8 +327,13 @@ def _gemm_exp(
         listed = tl.max(rank, 0)
     else:
         listed = tiles_m
-    for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0)):
-        tile_m, tile_n = _tile_at(tile, listed, tiles_n, GROUP_M)
+    # As few groups as GROUP_M allows, evened: one of 2 row tiles would read the weight 8 times as
+    # often as one of 16, which an H100's memory cannot give.
+    group_m = tl.cdiv(listed, tl.maximum(tl.cdiv(listed, GROUP_M), 1))
+    # One loop over tiles and D: the next tile's operands are loaded under this one's epilogue.
+    # Not with a bias, whose columns would take 254 of 255 registers (Triton 3.6).
+    for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=not BIAS):
+        tile_m, tile_n = _tile_at(tile, listed, tiles_n, group_m)
         if FLAGGED:
             tile_m = tl.sum((rank <= tile_m).to(tl.int32), 0)
         row = tile_m * BLOCK_M
@@ -336,15 +352,26 @@ def _gemm_exp(
             BLOCK_K=BLOCK_K,
             TMA=TMA,
         )
+        # The compiler asks for these before it waits for the product's last step.
+        offs_r = row + tl.arange(0, BLOCK_M)
+        gain = tl.load(gain_ptr + offs_r, mask=offs_r < n_rows, other=1.0)
+        if PEAK:
+            reference = tl.zeros([BLOCK_M], tl.float32)
+        else:
+            reference = tl.load(reference_ptr + offs_r, mask=offs_r < n_rows, other=0.0)
+        holds = holds_ptr + (tile_m.to(tl.int64) * tiles_n + tile_n) * 2
+        masked = (tl.load(holds) != 0, tl.load(holds + 1) != 0)
         # One half after the other: the epilogue's registers come on top of 128 for the accumulator.
         halves = _halves(total)
+        last = (tile_n + 1) * BLOCK_N > vocabulary
         for half in tl.static_range(2):
             _epilogue(
                 halves[half],
+                gain=gain,
+                reference=reference,
+                masked=masked[half] | last if TAIL else masked[half],
                 exps=exps,
                 target_ptr=target_ptr,
-                reference_ptr=reference_ptr,
-                gain_ptr=gain_ptr,
                 bias_ptr=bias_ptr,
                 sum_ptr=sum_ptr,
                 peak_ptr=peak_ptr,
@@ -358,6 +385,7 @@ def _gemm_exp(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N // 2,
                 TMA=TMA,
+                TAIL=TAIL,
                 STORE=STORE,
                 PEAK=PEAK,
                 BIAS=BIAS,
@@ -573,12 +601,16 @@ class RowStats:
 
 
 class TileSums(NamedTuple):
-    """What the GEMM leaves of each row in every half column tile, (N, C) float32, and the flags."""
+    """What the GEMM leaves of each row in every half column tile, (N, C) float32, and two tables.
+
+    17 rows, 4 classes, a tile of 16 x 2, all targets class 3: holds = [[0, 0, 0, 1], [0, 0, 0, 1]].
+    """
 
     sums: Tensor
     peaks: Tensor
     moments: Tensor
     flags: Tensor  # (row tiles,) int32: 1 where a sum of the tile is out of range
+    holds: Tensor  # (row tiles, N) int8: 1 where a half column tile holds a target of these rows
 
     @staticmethod
     def new(n_rows: int, plan: Plan) -> "TileSums":
@@ -586,8 +618,10 @@ class TileSums(NamedTuple):
         device = plan.head.weight.device
         halves = 2 * triton.cdiv(vocabulary, tile.block_n)
         partial = torch.empty(3, halves, n_rows, dtype=torch.float32, device=device)
-        flags = torch.empty(triton.cdiv(n_rows, tile.block_m), dtype=torch.int32, device=device)
-        return TileSums(partial[0], partial[1], partial[2], flags)
+        tiles_m = triton.cdiv(n_rows, tile.block_m)
+        flags = torch.empty(tiles_m, dtype=torch.int32, device=device)
+        holds = torch.zeros(tiles_m, halves, dtype=torch.int8, device=device)
+        return TileSums(partial[0], partial[1], partial[2], flags, holds)
 
 
 def head_pass(
@@ -709,8 +743,8 @@ def _forward(hidden_CD: Tensor, stats: RowStats, plan: Plan, *, store: bool) -> 
     exps_CV = None
     if store:
         exps_CV = hidden_CD.new_empty(n_rows, _padded(vocabulary))[:, :vocabulary]
-    _launch_target_logit(hidden_CD, stats, plan.head)
     tiles = TileSums.new(n_rows, plan)
+    _launch_target_logit(hidden_CD, stats, tiles, plan)
     if plan.bits:
         # fp16: E would overflow at logp = -11. One more GEMM finds the log-sum-exp first.
         _launch_gemm(hidden_CD, stats, tiles, plan, peak=True)
@@ -728,8 +762,9 @@ def _forward(hidden_CD: Tensor, stats: RowStats, plan: Plan, *, store: bool) -> 
     return exps_CV
 
 
-def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, head: Head) -> None:
-    n_rows, width = hidden_CD.shape
+def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, tiles: TileSums, plan: Plan) -> None:
+    """Fills target2, with a cap slope, and the half tiles that hold a target."""
+    (n_rows, width), head = hidden_CD.shape, plan.head
     launch(
         _target_logit,
         triton.cdiv(n_rows, 16),
@@ -742,12 +777,16 @@ def _launch_target_logit(hidden_CD: Tensor, stats: RowStats, head: Head) -> None
         BIAS=head.bias is not None,
         target2_ptr=stats.target2,
         slope_ptr=stats.slope,
+        holds_ptr=tiles.holds,
         n_rows=n_rows,
         width=width,
+        halves=tiles.holds.shape[1],
         hidden_stride=hidden_CD.stride(0),
         weight_stride=head.weight.stride(0),
         BLOCK_M=16,
         BLOCK_D=128,
+        TILE_M=plan.tile.block_m,
+        HALF_N=plan.tile.block_n // 2,
     )
 
 
@@ -787,6 +826,7 @@ def _launch_gemm(
         sum_ptr=tiles.sums,
         peak_ptr=tiles.peaks,
         moment_ptr=tiles.moments,
+        holds_ptr=tiles.holds,
         n_rows=n_rows,
         vocabulary=vocabulary,
         width=width,
@@ -798,6 +838,7 @@ def _launch_gemm(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         TMA=tma,
+        TAIL=vocabulary % tile.block_n != 0,
         STORE=exps_CV is not None,
         PEAK=peak,
         FLAGGED=flagged,

@@ -68,6 +68,10 @@ def pytest_collection_modifyitems(items):
         if with_vllm and not vllm:
             reason = "needs vLLM: pip install vpgea_fast[vllm]"
             item.add_marker(pytest.mark.skip(reason=reason))
+        for mark in item.iter_markers("hosts"):
+            if missing := [name for name in mark.args if importlib.util.find_spec(name) is None]:
+                reason = f"needs {', '.join(missing)}: make test-hosts"
+                item.add_marker(pytest.mark.skip(reason=reason))
         if with_vllm and vllm and cuda and not on_gpu:
             reason = "for vLLM's CPU build; on a GPU: -m 'vllm and gpu'"
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -601,7 +601,9 @@ def test_an_explicit_choice_runs_or_is_refused():
     assert take("sdpa", machine=HOPPER).reason.startswith("asked for; one sdpa call")
     with pytest.raises(ValueError, match=r"'flash', which cannot run here: flash-attn is not inst"):
         take("flash", machine=BARE)
-    with pytest.raises(ValueError, match=r"model\.attention: got 'varlen'.*does not cap scores; set 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"model\.attention: got 'varlen'.*does not cap scores; set 'auto'"
+    ):
         take("varlen", machine=HOPPER, capped=True)
     with pytest.raises(ValueError, match="got 'varlen', which cannot run here: no CUDA device"):
         choose("varlen", torch.device("cpu"), torch.bfloat16, 64)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vpgea_fast import attention, config
 from vpgea_fast.activations import checkpoint_activations
-from vpgea_fast.check import Target, check_config, target
+from vpgea_fast.check import Target, check_config, slow_layers, target
 from vpgea_fast.data import Benchmark
 from vpgea_fast.distributed import World, open_world, reshard
 from vpgea_fast.estimate import (
     RESERVE,
+    Choice,
+    choose,
     communication,
     estimate_memory,
     model_shape,
@@ -159,6 +162,48 @@ def test_the_host_holds_what_is_offloaded():
         "checkpoint copy": kept["weights"] + kept["optimiser"],
     }
     assert estimate_memory(shape, plain, world=4, context=100, prompt=10).host == {}
+
+
+def test_one_gpu_keeps_the_weights_and_the_host_the_rest():
+    """Weights in the forward's dtype, gradients in float32, no unit to gather and no replica; of a
+    step three blocks of 2^24 elements at most. Masters only where they are other tensors."""
+    shape, whole = model_shape(qwen(SMALL)), {"shard": "auto", "cpu_offload": True}
+    p, embedding, mlp = shape.parameters, 2051 * 256, 1024 * 256
+    rounded = {"stochastic_rounding": True, "name": "adamw_bf16"}
+    half = {"model": {"master_dtype": "bfloat16"}, "optim": rounded}
+    for given, moments, master, scratch in (
+        ({}, 8, 4, 0),
+        (half, 4, 0, 32),
+        ({"model": {"dtype": "float32"}}, 8, 0, 0),
+        ({"optim": {"name": "adamw_bf16"}}, 4, 4, 32),
+    ):
+        cfg = settings(parallel=whole, **given)
+        s = 4 if cfg.model.dtype == "float32" else 2
+        found = estimate_memory(shape, cfg, context=100, prompt=10)
+        assert in_phases(found, "weights") == dict.fromkeys(found.phases, s * p)
+        assert found.parts["optimiser"] == found.parts["sampling replica"] == 0
+        assert "forward copy" not in found.parts or not found.parts["forward copy"]
+        for phase in ("head", "backward", "reduction", "embedding", "update"):
+            assert found.phases[phase]["gradients"] == 4 * p, phase
+        assert found.phases["head"]["units"] == found.phases["reduction"]["units"] == 0
+        assert found.phases["backward"]["units"] == mlp * (s + 4)
+        assert found.phases["embedding"]["units"] == embedding * (s + 4)
+        assert found.phases["update"]["scratch"] == embedding * (3 * (moments + master) + scratch)
+        want = {"moments": moments * p} | ({"masters": master * p} if master else {})
+        assert found.host == want
+    copied = settings(parallel=whole, checkpoint={"background": True})
+    host = estimate_memory(shape, copied, context=100, prompt=10).host
+    assert host["checkpoint copy"] == 12 * p
+    assert communication(shape, copied, world=1) == {}
+    kl = {"objective": {"name": "grpo", "kl_coef": 0.1}, "rollout": {"full_answer": True}}
+    held = estimate_memory(shape, settings(parallel=whole, **kl), context=100, prompt=10)
+    assert held.phases["update"]["reference"] == 2 * p
+    # Several processes have shards in host memory, as with `always`.
+    for world, shard in ((2, "auto"), (1, "always")):
+        cfg = settings(parallel={"shard": shard, "cpu_offload": True})
+        assert estimate_memory(shape, cfg, world=world, context=9, prompt=1).parts["weights"] == 0
+    never = settings(parallel={"shard": "never", "cpu_offload": True})
+    assert estimate_memory(shape, never, context=100, prompt=10).parts["weights"] == 2 * p
 
 
 def test_a_reference_policy_lies_where_its_shards_do():
@@ -744,7 +789,91 @@ def test_estimated_peaks_hold_on_a_gpu(grade):
     assert peak == pytest.approx(want, rel=0.1)
 
 
+# --- what memory decides --------------------------------------------------------------------------
+
+
+def chosen(cfg, device_bytes, *, world=4, cuda=True):
+    shape = model_shape(qwen(SMALL))
+    given = {"world": world, "context": 100, "prompt": 10}
+    return choose(lambda: shape, cfg, cuda=cuda, device_bytes=device_bytes, **given)
+
+
+def test_a_null_key_becomes_the_fastest_that_fits_to_the_byte():
+    """In this order: what a layer keeps, then whole gradients; the smallest where nothing fits."""
+    cfg, shape = settings(), model_shape(qwen(SMALL))
+    order = [(g, a) for g in ("selective", "full") for a in ("unsharded", "sharded")]
+    peaks = []
+    for grade, accumulate in order:
+        given = settings(
+            model={"activation_checkpointing": grade}, parallel={"accumulate": accumulate}
+        )
+        peaks.append(estimate_memory(shape, given, world=4, context=100, prompt=10).peak)
+    # Here whole gradients take more than what `selective` keeps of three small layers.
+    assert peaks[0] > peaks[2] > peaks[1] >= peaks[3]
+
+    def at(cfg, peak, less=0):
+        found = chosen(cfg, math.ceil(peak / (1 - RESERVE)) - less)
+        return order.index((found.grade, found.accumulate)), found
+
+    assert [at(cfg, peaks[n], less)[0] for n in (0, 1) for less in (0, 2)] == [0, 1, 1, 3]
+    full = settings(model={"activation_checkpointing": "full"})
+    assert [at(full, peaks[n], less)[0] for n in (2, 3) for less in (0, 2)] == [2, 3, 3, 3]
+    room = peaks[0] / GIB
+    assert f"(estimated peak {room:.1f} of {room:.1f} GiB)" in at(cfg, peaks[0])[1].reason
+    found = at(cfg, peaks[3], 2)[1]
+    assert found.reason.startswith(
+        "model.activation_checkpointing null: full; parallel.accumulate null: sharded (est"
+    )
+    made = found.made(cfg)
+    assert made.model.activation_checkpointing == "full"
+    assert replace(made, model=cfg.model, parallel=cfg.parallel) == cfg
+
+
+def test_a_key_that_is_set_stays_and_a_cpu_keeps_the_least():
+    both = {"model": {"activation_checkpointing": "none"}, "parallel": {"accumulate": "sharded"}}
+    assert chosen(settings(**both), 1) == Choice("none", "sharded")
+    one = chosen(settings(model={"activation_checkpointing": "full"}), 2**50)
+    assert (one.grade, one.accumulate) == ("full", "unsharded")
+    assert one.reason.startswith("parallel.accumulate null: unsharded (estimated")
+    half = {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}}
+    assert chosen(settings(**half), 1) == replace(
+        chosen(settings(**half), 1), grade="full", accumulate="unsharded"
+    )
+    assert chosen(settings(model={"compile": True}), 2**50).grade == "full"
+    here = settings(parallel={"shard": "auto", "cpu_offload": True})
+    alone = chosen(here, 2**50, world=1)
+    assert (alone.grade, alone.accumulate) == ("selective", "sharded")
+    assert "accumulate" not in alone.reason
+    for cfg, sums in ((settings(), "sharded"), (settings(**half), "unsharded")):
+        assert chosen(cfg, 2**50, cuda=False) == Choice("full", sums)
+    recorded = settings(train={"record": "paths"}).asked
+    assert chosen(recorded, 2**50) == Choice("full", "sharded")
+
+
+def test_what_trains_slowly_on_cuda_is_said_with_its_price(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    cfg = settings(model={"attention": "auto"})
+    liger, flash = slow_layers(cfg, attention="varlen", cuda=True)
+    assert liger.startswith("liger-kernel is not installed: norms, rotations and SwiGLU run op")
+    assert "about 10 % faster, by arithmetic" in liger
+    assert flash.startswith("attention varlen, not flash: with FlashAttention training is about 7")
+    assert all(line.endswith("pip install 'vpgea_fast[gpu]'") for line in (liger, flash))
+    assert [*slow_layers(cfg, attention="flash", cuda=True)] == [liger]
+    never = settings(model={"attention": "sdpa", "liger": "never"})
+    assert [*slow_layers(never, attention="sdpa", cuda=True)] == []
+    assert [*slow_layers(cfg, attention="sdpa", cuda=False)] == []
+
+
 # --- presets --------------------------------------------------------------------------------------
+
+
+CHOSEN = {
+    "1.5b": ("selective", "unsharded"),
+    "7b": ("selective", "sharded"),
+    "7b-multinode": ("selective", "sharded"),
+    "7b-1gpu": ("full", "sharded"),
+}
+"""On cards of 80 GB, of what memory decides."""
 
 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
@@ -759,14 +888,16 @@ def test_a_preset_fits_80_gb_at_its_limits(name, model, processes, engine):
     cfg = config.load(file, words)
     on = target(cfg, processes=processes, device_gib=79.2)
     check_config(cfg, hf, processes, on=on)
-    found = estimate_memory(
-        model_shape(hf),
-        cfg,
-        world=processes,
-        context=positions(cfg),
-        prompt=cfg.data.max_prompt_tokens,
-        device_bytes=on.device_bytes,
-    )
+    shape = model_shape(hf)
+    asked = {
+        "world": processes,
+        "context": positions(cfg),
+        "prompt": cfg.data.max_prompt_tokens,
+        "device_bytes": on.device_bytes,
+    }
+    choice = choose(lambda: shape, cfg, cuda=True, **asked)
+    assert (choice.grade, choice.accumulate) == CHOSEN[name]
+    found = estimate_memory(shape, choice.made(cfg), **asked)
     assert found.peak <= (1 - RESERVE) * on.device_bytes
 
 
@@ -872,13 +1003,14 @@ def question(student=5, teacher=9, target_tokens=4):
             r"parallel\.cpu_offload: got true without a CUDA device.*set it to false",
         ),
         (
-            {"parallel": {"cpu_offload": True, "shard": "never"}},
+            {"parallel": {"cpu_offload": True}, "optim": {"name": "adamw_8bit"}},
             {},
             Target(1, GIB, cuda=True, here=False),
-            r"parallel\.cpu_offload: got true with parallel\.shard 'never'",
+            r"optim\.name: got 'adamw_8bit' with parallel\.cpu_offload on one device.*adamw_bf16",
         ),
         (
-            {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}},
+            {"model": {"master_dtype": "bfloat16"}, "optim": {"stochastic_rounding": True}}
+            | {"parallel": {"accumulate": "sharded"}},
             {},
             GPUS,
             r"parallel\.accumulate: got 'sharded' with model\.master_dtype 'bfloat16'",

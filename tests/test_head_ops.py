@@ -800,14 +800,14 @@ def test_more_than_2_to_the_31_elements(rows, width, backend):
 
 ADDRESSING = {
     "_gemm_exp": {
-        **dict.fromkeys("STORE PEAK FLAGGED BIAS ENTROPY".split(), True),
+        **dict.fromkeys("TAIL STORE PEAK FLAGGED BIAS ENTROPY".split(), True),
         "TMA": False,
         "BLOCK_M": 64,
         "BLOCK_N": 64,
         "BLOCK_K": 32,
         "GROUP_M": 8,
     },
-    "_target_logit": {"BIAS": True, "BLOCK_M": 16, "BLOCK_D": 128},
+    "_target_logit": {"BIAS": True, "BLOCK_M": 16, "BLOCK_D": 128, "TILE_M": 64, "HALF_N": 32},
     "_gradient_operands": {
         "LIFT": True,
         "SLOPE": True,
@@ -821,6 +821,7 @@ NOT_POINTERS = {
     "shape": LogitShape("fp32", "fp32"),
     "target_ptr": "*i32",
     "flag_ptr": "*i32",
+    "holds_ptr": "*i8",
 }
 
 

@@ -6,6 +6,9 @@ logits; in float32 1e-6 for the loss and for the gradient as one vector, against
 
 import copy
 import functools
+import importlib
+import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -299,12 +302,6 @@ def scaled_llama():
     return ScaledLlama(make().config)
 
 
-def compiled():
-    model = make()
-    model.compile(backend="eager")
-    return model
-
-
 IDS = torch.arange(3, 11)[None]
 AGAIN = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
 REFUSED = [
@@ -319,7 +316,6 @@ REFUSED = [
     ("pass its .model", lambda: LossModule(make()), {}),
     ("holds no model of transformers", lambda: nn.Linear(2, 2), {}),
     ("has no head", lambda: make().model, {}),
-    ("is compiled as a whole", compiled, {}),
     ("does not multiply with its weight", scaled_head, {}),
     ("with any scale or softcap of its config", scaled_llama, {}),
 ]
@@ -337,8 +333,30 @@ def test_refusals_take_one_line_and_leave_nothing(words, build, inputs):
     assert all(p.grad is None for p in model.parameters())
 
 
+# torch._dynamo asks for it where a graph is broken, and hides the warning but from `error`.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_model_has_its_own_numbers_in_each_call():
+    """Also where its own forward was compiled before, and after it."""
+    model, batches = make(num_hidden_layers=1), list(padded(2))
+    expected = [total(model, [causal_lm_loss(model, **x).loss]) for x in batches]
+    logits = model(batches[0]["input_ids"]).logits
+    model = make(num_hidden_layers=1)
+    model.compile(backend="eager")
+    model(batches[0]["input_ids"])
+    for batch, (loss, gradients) in zip(batches, expected, strict=True):
+        found = total(model, [causal_lm_loss(model, **batch).loss])
+        assert error(found[0], loss) < 1e-6
+        assert error(flat(found[1]), flat(gradients)) < 1e-6
+    assert error(model(batches[0]["input_ids"]).logits.detach(), logits.detach()) < 1e-6
+    torch.compiler.reset()
+
+
 def test_a_weight_that_is_none_is_refused():
     head = nn.Linear(4, 8)
+    head.weight.ds_id = 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        head_weights(head)
+    del head.weight.ds_id
     head.weight = nn.Parameter(torch.zeros(8, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="leave lm_head out of the quantisation"):
         head_weights(head)
@@ -462,24 +480,26 @@ ADAPTERS = {
 }
 
 
-def adapted(kind="granite", **settings):
+def adapted(kind="granite", dtype=torch.float64, **settings):
     """A model with PEFT's adapters, all of them moved off their start, where they do nothing."""
-    peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
+    peft = importlib.import_module("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(make(kind), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.double().train()
+    return model.to(dtype).train()
 
 
+@pytest.mark.hosts("peft")
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_train_as_with_the_models_logits(settings):
     model, (batch,) = adapted(**settings), padded(1)
     assert_exact(model, batch)
 
 
+@pytest.mark.hosts("peft")
 @pytest.mark.parametrize(
     ("words", "settings"),
     [("no plain LoRA", {"use_dora": True}), ("lora_dropout", {"lora_dropout": 0.1})],
@@ -489,3 +509,48 @@ def test_adapters_of_the_head_that_no_weight_shows_are_refused(words, settings):
     model = adapted(target_modules=["lm_head"], **settings)
     with pytest.raises(ValueError, match=words):
         causal_lm_loss(model, **batch)
+
+
+def with_lightning():
+    """How far one step of Lightning's own loop, over two micro-batches of each rank, is from the
+    gradient of one process."""
+    lightning = importlib.import_module("lightning")
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    model, batches = make(dtype=torch.float64), [*padded()][: 2 * size]
+    alone, items, mine = copy.deepcopy(model), count(batches), batches[rank::size]
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch):
+            # Lightning divides by the accumulation.
+            loss = causal_lm_loss(self.model, **batch, num_items=items, world_size=size).loss
+            return len(mine) * loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on workers and intervals
+        lightning.Trainer(
+            accelerator="cpu",
+            devices=size,
+            strategy="ddp" if size > 1 else "auto",
+            max_epochs=1,
+            accumulate_grad_batches=len(mine),
+            use_distributed_sampler=False,
+            **dict.fromkeys(quiet, False),
+        ).fit(Module(), torch.utils.data.DataLoader(mine, batch_size=None))
+    total(alone, (causal_lm_loss(alone, **x, num_items=items).loss for x in batches))
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    expected = [p.grad for p in alone.parameters()]
+    return error(flat([(was - now).detach() for now, was in pairs]), flat(expected))
+
+
+@pytest.mark.hosts("lightning")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_of_lightning_is_that_of_one_process(size):
+    assert max(run_ranks(with_lightning, size=size)) < 1e-10

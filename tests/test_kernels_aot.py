@@ -4,6 +4,7 @@ In a process of its own: triton must be imported without TRITON_INTERPRET.
 """
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90."""
+REGISTERS = 240
+"""Of a thread, for 255: what a patch of the compiler may add before it spills."""
+STEP = 128
+"""Instructions around four HGMMA: two warps of a scheduler issue them in a quarter of the 1024
+cycles that the tensor cores need."""
+EPILOGUE = {"train": 6, "train, tail": 6, "score": 6, "train, bias": 8, "score, bias": 8}
+"""Instructions per element where no target is. A scaling, an exponential, a sum and half a packing
+are 3.5, the next tile's zeros 1, a bias 1. The 2048 cycles of a tile's exponentials hide 8."""
 OFFSETS64 = {
     "gemm_exp": 2,
     "target_logit": 2,
@@ -69,13 +78,53 @@ def assert_wide(others):
 def test_sm90_uses_tensor_cores_and_tma_without_spilling(report):
     gemms, others = report("--arch", "90")
     assert_wide(others)
-    assert len(gemms) == 9
+    assert len(gemms) == 10
     for name, row in gemms.items():
         assert row["hgmma"] > 0, name
         assert row["hmma"] == 0, name
         assert row["tma_loads"] > 0, name
         assert (row["tma_stores"] > 0) == ("train" in name or "store" in name), name
         assert row["shared"] <= SHARED_LIMIT, name
+        assert row["registers"] <= REGISTERS, name
+        assert 0 < row["step"] <= STEP, name
+    for variant, most in EPILOGUE.items():
+        row = gemms[f"gemm_exp: {variant}"]
+        assert 3.5 < row["epilogue"] <= most, (variant, row)
+        # A thread has 128 elements: a mask of each is two instructions, and shows on the other way.
+        assert row["masks"] < 16, (variant, row)
+        assert row["all_masks"] >= 256, (variant, row)
+
+
+LISTING = """
+        /*0000*/                   MOV R0, RZ ;
+.L_x_0:
+        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   ISETP.NE.AND P0, PT, R1, RZ, PT ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0050*/                   FFMA R24, R24, R6.reuse, -R7.reuse ;
+        /*0060*/              {skip} BRA `(.L_x_2) ;
+        /*0070*/                   ISETP.NE.U32.AND P1, PT, R69, R62, PT ;
+        /*0080*/                   FSEL R24, R24, -INF , P1 ;
+.L_x_2:
+        /*0090*/                   MUFU.EX2 R24, R24 ;
+.L_x_1:
+        /*00a0*/              @!P2 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_masks_are_counted_on_the_way_that_meets_them(monkeypatch):
+    """With a branch around them they are on the longer way; without one on every way."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    machine_code = importlib.import_module("machine_code")
+    branched = machine_code.epilogue_of(LISTING.replace("{skip}", "@!P3"))
+    assert branched == machine_code.Epilogue(fast=3, masks=0, all_masks=2, step=4)
+    straight = LISTING.replace("              {skip} BRA `(.L_x_2)", "                   NOP")
+    assert machine_code.epilogue_of(straight) == machine_code.Epilogue(5, 2, 2, 4)
+    assert machine_code.epilogue_of("        /*0000*/    MOV R0, RZ ;") is None
+    with pytest.raises(ValueError, match="got 0 waits"):
+        machine_code.epilogue_of(LISTING.replace("gsb0, 0x0", "gsb0, 0x1"))
 
 
 @pytest.mark.slow

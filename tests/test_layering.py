@@ -21,7 +21,7 @@ PACKAGE = "vpgea_fast"
 LAYERS = {
     "command line": {"cli"},
     "sweep": {"sweep"},
-    "trainer": {"prepare", "smol", "trainer"},
+    "trainer": {"hf_trainer", "prepare", "smol", "trainer"},
     "composition": {"build", "dry_run", "run_dir"},
     "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
     # What an evaluation leaves behind, and what is said of it.
@@ -65,7 +65,7 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "attention", "distillation", "losses", "packing"},
-    "services": {"bound", "distributed", "hub", "manual", "metrics", "new_folder"},
+    "services": {"bound", "distributed", "hosted", "hub", "manual", "metrics", "new_folder"},
     # Every section, with that of the objective as its registry has it.
     "configuration": {"config"},
     "methods": {"objectives"},
@@ -86,6 +86,8 @@ WALLS = {
     "liger_kernel": "vpgea_fast.model",
     "torchao": "vpgea_fast.optim",
     "trl": "vpgea_fast.integrations.trl",
+    "verl": "vpgea_fast.integrations.verl",
+    "torchtitan": "vpgea_fast.integrations.torchtitan",
 }
 KERNEL_IMPORTS = {"torch", "triton", *sys.stdlib_module_names}
 

@@ -39,14 +39,15 @@ def test_without_a_gpu_it_lists_and_measures_nothing(on_gpu, capsys):
     text = capsys.readouterr().out
     assert [line.split(":")[0] for line in text.splitlines() if line[0] != " "] == [
         *("sweep", "dense", "train", "tests", "two_stream", "group", "kernels", "step", "scale"),
-        *("sanitizer", "tiny", "train_rest", "train_run", "train_long", "train_attention", "vllm"),
+        *("sanitizer", "tiny", "one_gpu", "train_rest", "train_run", "train_long"),
+        *("train_attention", "vllm"),
     ]
     assert on_gpu.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().out
     seconds = collections.Counter()  # a borrowed device's time, three times
     for part in on_gpu.PARTS:
         kind = part.name.split("_")[0]
-        steps = kind in ("step", "scale")
+        steps = kind in ("step", "scale", "one")
         known = kind if kind in ("train", "vllm") else "steps" if steps else "kernels"
         seconds[known] += part.seconds
     assert max(seconds.values()) <= 19 * 60
@@ -127,11 +128,13 @@ def test_every_part_that_trains_fits_its_card(on_gpu, monkeypatch, small):
         else:
             continue
         peaks.setdefault(part.name, []).append(peak)
-    assert [*peaks] == ["train", "train_rest", "train_run", "train_long", "train_attention"]
+    trained = ("train", "one_gpu", "train_rest", "train_run", "train_long", "train_attention")
+    assert tuple(peaks) == trained
     assert {name: len(found) for name, found in peaks.items()} == {
         **dict.fromkeys(("train", "train_rest", "train_long"), 1),
         "train_run": 2,
         "train_attention": 3,
+        "one_gpu": 3,
     }
     limit = (1 - RESERVE) * CARDS[small] / GIB
     assert all(peak <= limit for found in peaks.values() for peak in found), (limit, peaks)
@@ -313,6 +316,13 @@ def test_aims_of_the_benches_that_run_as_their_pages_say(on_gpu):
         "kernels": {"results": {"kernel_bench": {"records": rows}}},
         "step": {"results": {"step_1.5b": {"faster": 1.4, "added_of_trl": 0.7}}},
         "scale": {"results": {"scale": {"slopes": {"length": {"train": 0.9}, "x": {}}}}},
+        "one_gpu": {
+            "results": {
+                "one_gpu_resident": {"records": [{"p50_s": 9.5, "mfu": 0.4}]},
+                "one_gpu_offload": {"records": [{"p50_s": 10.0, "mfu": 0.38}]},
+                "one_gpu_selective": {"records": [{"p50_s": 9.0, "mfu": 0.43}]},
+            }
+        },
     }
     found = {aim["name"]: aim for aim in on_gpu.aims(done, "NVIDIA H200")}
     assert found["gemm_exp, TF/s"]["verdict"] == "as expected, aim >= 690 holds"
@@ -321,6 +331,10 @@ def test_aims_of_the_benches_that_run_as_their_pages_say(on_gpu):
     added = found["step_1.5b: added memory / TRL's"]
     assert added["verdict"] == "as expected, aim <= 0.5 missed"
     assert found[aims.SLOPE]["value"] == 0.9
+    assert found[aims.OFFLOADED]["value"] == pytest.approx(0.95)
+    assert found[aims.OFFLOADED]["verdict"] == "as expected, aim >= 0.9 holds"
+    assert found[aims.SELECTIVE]["value"] == pytest.approx(0.43 / 0.4)
+    assert found[aims.SELECTIVE_MFU]["value"] == 0.43
     assert on_gpu.aims({}, "NVIDIA H200")[0]["verdict"] == "not measured"
 
 
@@ -345,6 +359,8 @@ def test_the_table_holds_what_was_expected_beside_what_was_measured(on_gpu, monk
     monkeypatch.setattr(aims.importlib.util, "find_spec", lambda _: object())
     mfu = next(a for a in on_gpu.aims({}, "NVIDIA H200") if a["name"] == "train_7b: MFU")
     assert mfu["expected"] == (0.48, 0.44, 0.52)
+    more = next(a for a in on_gpu.aims({}, "NVIDIA H200") if a["name"] == aims.SELECTIVE_MFU)
+    assert more["expected"] == (0.528, 0.484, 0.572)
 
 
 def test_the_waiting_list_names_every_part(on_gpu):

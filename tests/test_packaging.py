@@ -334,7 +334,10 @@ def test_the_script_of_a_clean_clone_runs_every_target_and_finds_the_data_beside
         done = subprocess.run([clone / ".ci" / "run"], env=around | more, cwd="/", check=False)
         return done.returncode, noted.read_text().splitlines()
 
-    targets = ["test", "test-around", "test-triton36", "test-replication", "test-vllm"]
+    targets = [
+        *("test", "test-around", "test-triton36", "test-hosts"),
+        *("test-replication", "test-vllm"),
+    ]
     assert run() == (0, [f"{target} unset" for target in targets])
     (tmp_path / "shared" / "data").mkdir(parents=True)
     assert run() == (0, [f"{target} {tmp_path}/shared/data" for target in targets])

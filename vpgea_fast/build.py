@@ -17,13 +17,23 @@ from typing import Any
 
 import torch
 
-from vpgea_fast.check import check_config, loose_limits, slow_engine, unread_keys, whole_pass
+from vpgea_fast.check import (
+    check_config,
+    draws,
+    longest,
+    loose_limits,
+    slow_engine,
+    slow_layers,
+    target,
+    unread_keys,
+    whole_pass,
+)
 from vpgea_fast.checkpoint import Saver
 from vpgea_fast.collect import Collector
 from vpgea_fast.config import Config
 from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
-from vpgea_fast.estimate import model_shape, score_tokens
+from vpgea_fast.estimate import Choice, choose, model_shape, score_tokens
 from vpgea_fast.evaluate import Evaluator, make_sampling
 from vpgea_fast.intake import Intake, open_text, read, read_records
 from vpgea_fast.measure import Measure
@@ -65,7 +75,7 @@ class Stages:
     verifier: Verifier
     reference: Reference | None
     notes: tuple[str, ...]
-    """What was odd about the paths that are replayed."""
+    """What memory has decided, and what was odd about the paths that are replayed."""
 
     @property
     def policy(self) -> Policy:
@@ -103,6 +113,8 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         # Each process reads all files: one that cannot ends the others, too.
         with world.together():
             records = read_records(cfg, intake, begin)
+        choice = _choose(cfg, world, intake)
+        cfg = choice.made(cfg)
         # From here on memory of the device is taken; all that needs none was refused above.
         policies = open_policies(
             cfg, world, lambda policy: _passes(cfg, world, policy, intake.text.config)
@@ -176,7 +188,7 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         ),
         verifier=verifier,
         reference=reference,
-        notes=() if records is None else (*records.notes,),
+        notes=(*filter(None, [choice.reason]), *(() if records is None else records.notes)),
     )
 
 
@@ -194,6 +206,23 @@ def _read(cfg: Config, world: World, verifier: Verifier) -> Intake:
         cfg, text.config, world.size, questions=intake.questions, benchmarks=intake.benchmarks
     )
     return intake
+
+
+def _choose(cfg: Config, world: World, intake: Intake) -> Choice:
+    """Choose what memory decides. A collective."""
+    prompt, _ = longest(cfg, intake.questions)
+    context = max(asked + new for _, asked, new in draws(cfg, intake.questions, intake.benchmarks))
+    found = choose(
+        lambda: model_shape(intake.text.config),
+        cfg,
+        world=world.size,
+        cuda=world.device.type == "cuda",
+        context=context,
+        prompt=prompt,
+        device_bytes=target(cfg).device_bytes,
+    )
+    # Process 0's word: with gradients of other units processes would wait for each other.
+    return Choice(*world.gather([found.grade, found.accumulate, found.reason])[0])
 
 
 def _passes(cfg: Config, world: World, policy: Policy, model_config: Any) -> Passes:
@@ -229,8 +258,8 @@ def _build_engine(
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,
-            # The trained module's weights are the masters; the replica has the forward's dtype.
-            dtype=None if policy.sharded else policy.dtype,
+            # Unless the trained module's weights are the masters they have the forward's dtype.
+            dtype=policy.dtype if policy.casts else None,
             complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 
@@ -264,6 +293,7 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     intake, policy = stages.intake, stages.policy
     if slow := slow_engine(cfg, cuda=policy.device.type == "cuda"):
         yield slow
+    yield from slow_layers(cfg, attention=policy.attention.name, cuda=policy.device.type == "cuda")
     first, prompter = intake.questions[0], intake.text.prompter
     # Most runs that learn nothing show it here: a template that lost its tag, a prompt cut short.
     yield f"student prompt: {prompter.shown(first.student_ids)}"
@@ -289,7 +319,8 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
-    yield f"device {policy.device}{shards}, loss backend {policy.backend.name}"
+    states = ", states of the optimiser in host memory" if policy.masters is not None else ""
+    yield f"device {policy.device}{shards}{states}, loss backend {policy.backend.name}"
     yield str(policy.attention)
     trained, scored = stages.passes.budget, stages.passes.scoring.budget
     if scored != trained:

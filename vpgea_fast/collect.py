@@ -491,7 +491,7 @@ class Collector:
             u_BP=utilities.view(shape),
             length_BP=length.view(shape),
             closed_BP=closed.view(shape),
-            correct_BP=self._correct(pairs).view(shape),
+            correct_BP=self.correct(pairs).view(shape),
             behind_BP=behind.view(shape),
             texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
             if self.draws.texts
@@ -648,7 +648,9 @@ class Collector:
         ]
         return [tuple(made[i : i + count]) for i in range(0, len(made), count)], lost
 
-    def _correct(self, pairs: Pairs) -> torch.Tensor:
+    def correct(self, pairs: Pairs) -> torch.Tensor:
+        """1.0 for every path with a right answer, else 0.0; NaN where none was sampled. (n,)
+        float64."""
         if not self.sampling.full_answer:
             # NaN and not 0: nobody has judged.
             return torch.full((len(pairs),), math.nan, dtype=torch.float64)

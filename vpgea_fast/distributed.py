@@ -239,6 +239,20 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def master_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`named_weights`, with the optimiser's own in place of what the forward has in another dtype:
+    what a checkpoint holds (`Policy.masters`)."""
+    masters = getattr(model, "masters", None) or {}
+    return {name: masters.get(weight, weight) for name, weight in named_weights(model).items()}
+
+
+@torch.no_grad()
+def take_masters(model: nn.Module) -> None:
+    """Give the forward the values of the masters, where it has other tensors."""
+    for weight, master in (getattr(model, "masters", None) or {}).items():
+        weight.copy_(master)
+
+
 def full_weights(
     model: nn.Module, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -254,7 +268,8 @@ def full_weights(
     by_unit = dtype is None and any(isinstance(m, FSDPModule) for m in model.modules())
     shards: set[str] = set()
     forward: torch.dtype | None = None  # of the units
-    for name, weight in named_weights(model).items():
+    weights = named_weights(model) if dtype is None else master_weights(model)
+    for name, weight in weights.items():
         weight = weight.detach()
         if by_unit and isinstance(weight, DTensor):
             shards.add(name)
@@ -304,12 +319,11 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     here = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     check_world(cfg, size)
-    sharded = cfg.shard == "always" or (cfg.shard == "auto" and (size > 1 or here.type == "cuda"))
-    if not sharded:
-        return World(here)
     if here.type == "cuda":
-        # Before NCCL starts: every process would otherwise use device 0.
+        # Before NCCL starts, and for kernels of ours: they would otherwise use device 0.
         torch.cuda.set_device(here)
+    if not cfg.sharded(size, cuda=here.type == "cuda"):
+        return World(here)
     timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(
         # Both on CUDA: the records and small sums of a step are CPU tensors, which NCCL refuses.

@@ -60,7 +60,7 @@ class Rates:
     bandwidth     bytes per second of device memory, 1e12; the data sheet
     train_mfu     share of tflops in forward + backward; 0.36 of 8 H100 with full checkpointing is
                   arithmetic, fms-fsdp publishes 0.42 for 7B
-    offload_mfu   the same with parallel.cpu_offload on one device
+    offload_mfu   the same where parallel.cpu_offload brings weights for every micro-batch
     forward_mfu   share of tflops in passes without gradients
     decode        share of the bandwidth while vLLM decodes
     hf_decode     the same for the hf engine, which is launch-bound: a tenth, by arithmetic
@@ -277,7 +277,9 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     row, flops = round(sizes.prompt + drawn), sizes.flops
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
-    mfu = rates.offload_mfu if cfg.parallel.cpu_offload else rates.train_mfu
+    # An offload that brings no weights costs a second per update at most.
+    streams = cfg.parallel.cpu_offload and not cfg.parallel.hosted(sizes.world, cuda=True)
+    mfu = rates.offload_mfu if streams else rates.train_mfu
     # At the mean length attention costs about 3/4 of its mean over all lengths.
     # The head runs where a loss reads it: on what was drawn, not on the prompt.
     whole = flops.forward_row(row, round(drawn)) / forward

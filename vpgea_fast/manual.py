@@ -41,13 +41,17 @@ API = {
         *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
         *("CausalLoss", "CausalLogprobs"),
     ),
+    "integrations.hf": ("FusedLossMixin", "enable"),
+    "integrations.hosts": ("Switch",),
     "integrations.trl": ("enable", "Enabled"),
+    "hf_trainer": ("VPGEATrainer", "VPGEAConfig"),
+    "integrations.verl": ("enable", "Enabled", "FusedLinearForPPO", "linear_cross_entropy"),
+    "integrations.torchtitan": ("FusedLoss", "fused_loss"),
     "advantage": None,
     "trainer": ("fit",),
     "callbacks": ("Callback", "Run", "StopTraining", "Ending"),
     "config": (
-        *("load", "resolve", "dump", "as_dict", "changes", "parse_overrides", "read_sections"),
-        "ConfigError",
+        *"load resolve dump as_dict changes parse_overrides read_sections ConfigError".split(),
     ),
 }
 """Module -> its public names, in this order; None: every name without a leading underscore."""

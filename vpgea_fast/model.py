@@ -4,12 +4,15 @@ with logits; on one device, or sharded over many.
     PackedBatch -> decoder -> hidden states at the target rows -> LossHead (T rows, never a (T, V)
     tensor)
 
-| tensor                | one device, not sharded        | sharded (FSDP2)                       |
+| tensor                | one device, not sharded *      | sharded (FSDP2)                       |
 | parameters            | float32 (float64)              | shards in model.master_dtype          |
 | forward               | model.dtype, by autocast       | model.dtype: gathered in it           |
 | gradients             | float32 (float64)              | reduced in float32, shards            |
 | dW of the head        | float32 across micro-batches   | the same, then one reduce-scatter     |
 | log-probs, losses     | float32 (float64)              | float32 (float64)                     |
+
+* With parallel.cpu_offload the parameters are in model.dtype, the masters in host memory, and the
+forward computes what a sharded one does.
 
 Units of a sharded policy: every decoder layer, the embedding, the head, the root (the final norm).
 The head makes its gradient in the forward, inside its own unit, so its reduce-scatter starts before
@@ -34,6 +37,7 @@ from vpgea_fast import attention, families, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
+from vpgea_fast.hosted import host_tensors
 from vpgea_fast.model_dir import ModelError, decoder_layers, empty_model
 from vpgea_fast.shard import (
     AllRows,
@@ -162,11 +166,12 @@ class Policy(nn.Module):
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
         self.room = attention.positions(causal_lm.config)  # (positions or None, where it says so)
         self.whole_gradients = self.offloaded = False
+        self.masters: dict[torch.Tensor, torch.Tensor] | None = None
         self.attention = attention.Choice("sdpa", "not chosen: as the model was given")
 
     @property
     def device(self) -> torch.device:
-        """Where the forward runs; with CPU offload the parameters are elsewhere."""
+        """Where the forward runs; offloaded shards are elsewhere."""
         return self.run_device or next(self.causal_lm.parameters()).device
 
     @property
@@ -176,6 +181,12 @@ class Policy(nn.Module):
     @property
     def sharded(self) -> bool:
         return isinstance(self, FSDPModule)
+
+    @property
+    def casts(self) -> bool:
+        """Whether the weights are masters, which the forward casts by autocast."""
+        # FSDP gathers in the forward's dtype; beside masters elsewhere the weights have it.
+        return self.dtype in attention.HALF and not self.sharded and self.masters is None
 
     def forward(
         self,
@@ -223,6 +234,9 @@ class Policy(nn.Module):
                 unit.set_reshard_after_backward(last, recurse=False)
             if unit is self:
                 unit.set_is_last_backward(last)
+        if self.masters is not None:
+            for parameter in self.parameters():
+                _sum_in_float32(parameter)
 
     def shard(self, world: World, parallel: ParallelConfig) -> Self:
         """Cut the policy over the mesh of `world`, in place; parameters become DTensors."""
@@ -238,9 +252,7 @@ class Policy(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The forward's dtype, for a decoder whose weights FSDP does not cast."""
-        # FSDP gathers in the forward's dtype: autocast has nothing to cast.
-        casts = self.dtype in attention.HALF and not self.sharded
-        return torch.autocast(self.device.type, self.dtype, enabled=casts)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.casts)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         room, source = self.room
@@ -266,18 +278,22 @@ def load_policy(
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
-    storage, cut, and each process reads its own part of the files. Errors: ModelError; ValueError
-    for a family that `families.measure` refuses.
+    storage, cut, and each process reads its own part of the files. With parallel.cpu_offload and no
+    mesh the weights are in the forward's dtype, and their masters in host memory. Errors:
+    ModelError; ValueError for a family that `families.measure` refuses.
     """
     world = world or World(pick_device(cfg.device))
-    if world.mesh is None:
+    hosted = _hosted(world, parallel)
+    if world.mesh is None and not hosted:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
         return _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     # Headers are checked before the cut: a wrong model is refused before it takes memory.
-    causal_lm = without_storage(cfg.path, _master_dtype(cfg))
+    causal_lm = without_storage(cfg.path, _weight_dtype(cfg, hosted))
     weights = weights_in_parts(causal_lm, cfg.path)
+    if hosted:
+        _allocate_whole(causal_lm, world.device)
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
-    read_parts(causal_lm, weights)
+    read_parts(causal_lm, weights, policy.masters)
     return policy
 
 
@@ -299,18 +315,53 @@ def random_policy(
     """
     world = world or World(pick_device(cfg.device))
     # A copy: the model reads the name of its attention from it, and another model may write there.
-    causal_lm = empty_model(copy.deepcopy(config), _master_dtype(cfg))
+    hosted = _hosted(world, parallel)
+    causal_lm = empty_model(copy.deepcopy(config), _weight_dtype(cfg, hosted))
     if world.mesh is None:
-        allocate(causal_lm, world.device)
-        causal_lm.tie_weights()
+        _allocate_whole(causal_lm, world.device)
     policy = _make_policy(kind, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     part = 0 if world.mesh is None else world.mesh.get_local_rank("shard")  # copies are alike
     draw(causal_lm, config.initializer_range, seed + part)
+    for weight, master in (policy.masters or {}).items():
+        master.copy_(weight.detach())
     return policy
 
 
 def _master_dtype(cfg: ModelConfig) -> torch.dtype:
     return torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.master_dtype)
+
+
+def _weight_dtype(cfg: ModelConfig, hosted: bool) -> torch.dtype:
+    """Choose the dtype of the module's own parameters."""
+    return getattr(torch, cfg.dtype) if hosted else _master_dtype(cfg)
+
+
+def _hosted(world: World, parallel: ParallelConfig | None) -> bool:
+    return parallel is not None and parallel.cpu_offload and world.mesh is None
+
+
+def _allocate_whole(causal_lm: Any, device: torch.device) -> None:
+    allocate(causal_lm, device)
+    causal_lm.tie_weights()  # storage of its own for each name has untied them
+
+
+def _masters(causal_lm: Any, cfg: ModelConfig) -> dict[torch.Tensor, torch.Tensor]:
+    """Make the tensors in host memory that an optimiser updates, by the parameters; none where
+    those have the masters' dtype."""
+    dtype, parameters = _master_dtype(cfg), list(causal_lm.parameters())
+    if parameters[0].dtype is dtype:
+        return {}
+    made = host_tensors((p.shape for p in parameters), dtype, parameters[0].device)
+    return dict(zip(parameters, made, strict=True))
+
+
+def _sum_in_float32(parameter: nn.Parameter) -> None:
+    """Let autograd add what it makes in the weight's dtype to a gradient in float32 at least."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    if parameter.requires_grad and parameter.grad_dtype is not wide:
+        before, parameter.grad = parameter.grad, None
+        parameter.grad_dtype = wide
+        parameter.grad = None if before is None else before.to(wide)
 
 
 def _make_policy(
@@ -323,12 +374,12 @@ def _make_policy(
     backend: str,
 ) -> P:
     """Put a policy around a causal LM as `cfg` has it; in a world with a mesh sharded, and then its
-    storage, which it comes without, is allocated and not yet filled."""
+    storage, which it comes without, is allocated and not yet filled. Nor are masters elsewhere."""
     dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg, world.device)
-    checkpoint_activations(causal_lm, cfg.activation_checkpointing)
+    checkpoint_activations(causal_lm, cfg.activation_checkpointing or "full")
     # Train mode for gradient checkpointing, which transformers skips in eval; no dropout is left.
     causal_lm.train()
     policy = kind(causal_lm, dtype=dtype, backend=backend, device=world.device)
@@ -340,6 +391,8 @@ def _make_policy(
     if world.mesh is not None:
         policy.shard(world, parallel or ParallelConfig())
         allocate(causal_lm, world.device if not policy.offloaded else torch.device("cpu"))
+    elif _hosted(world, parallel):
+        policy.masters = _masters(causal_lm, cfg)
     return policy
 
 
@@ -347,8 +400,7 @@ def make_replica(policy: Policy, path: str) -> Any:
     """An unsharded causal LM of the same shape in the forward's dtype, its weights not yet filled:
     for an engine that receives `full_weights` before it samples."""
     replica = without_storage(path, policy.dtype)
-    allocate(replica, policy.device)
-    replica.tie_weights()  # storage of its own for each name has untied them
+    _allocate_whole(replica, policy.device)
     return replica.eval()
 
 

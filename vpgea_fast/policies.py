@@ -176,7 +176,8 @@ def open_policies(cfg: Config, world: World, passes: Callable[[Policy], Passes])
 
     def learner(model: ModelConfig, optim: OptimConfig, seed: int) -> Learner:
         policy = load_policy(model, world, cfg.parallel, backend=cfg.loss.backend)
-        return Learner(policy, build_optimizer(policy.parameters(), optim, seed=seed), optim)
+        optimizer = build_optimizer(policy.parameters(), optim, seed=seed, masters=policy.masters)
+        return Learner(policy, optimizer, optim)
 
     learners: dict[Trained, Learner] = {"policy": learner(cfg.model, cfg.optim, cfg.run.seed)}
     if cfg.two_policies:

@@ -9,6 +9,7 @@ head is no unit: each process keeps its classes, and takes the rows of all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -176,19 +177,25 @@ def weights_in_parts(causal_lm: Any, path: str) -> Weights:
         raise ModelError(
             f"{path}: transformers makes weights of {type(causal_lm).__name__} out of several "
             f"tensors ({next(iter(weights.converted))}, ...), which no process can read in parts; "
-            "set parallel.shard: never"
+            "set parallel.shard: never and parallel.cpu_offload: false"
         )
     return weights
 
 
 @torch.no_grad()
-def read_parts(causal_lm: Any, weights: Weights) -> None:
-    """Fill this process's part of every parameter from the safetensors files."""
+def read_parts(
+    causal_lm: Any, weights: Weights, masters: Mapping[torch.Tensor, torch.Tensor] | None = None
+) -> None:
+    """Fill this process's part of every parameter from the safetensors files, by way of its master
+    where it has one."""
     for name, parameter in causal_lm.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         # With more processes than rows some hold none.
         if local.numel():
-            local.copy_(read(weights.of[name], _rows_of(parameter)))
+            value = read(weights.of[name], _rows_of(parameter))
+            if masters and parameter in masters:
+                value = masters[parameter].copy_(value)
+            local.copy_(value)
 
 
 def _rows_of(parameter: torch.Tensor) -> slice:

@@ -54,6 +54,7 @@ RAGGED = {
     "pointers": (5, 37, 61),
     "tail tiles": (130, 72, 700),
     "whole tiles": (128, 64, 512),
+    "whole columns": (130, 24, 512),
     "one more": (129, 8, 257),
 }
 
@@ -521,6 +522,21 @@ def test_what_they_do_not_do_is_an_error(backend):
         gradients(out.entropy.sum(), hidden_TD)
     with pytest.raises(ValueError, match=r"'triton' cannot run .* no gradient of lse in float16"):
         gradients(out.lse.sum(), hidden_TD)
+
+
+@pytest.mark.parametrize("vocabulary", [700, 512])
+def test_half_tiles_that_hold_a_target(vocabulary):
+    """Only these are masked: a target elsewhere would be counted as one of the others."""
+    hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 130, 16, vocabulary)
+    targets_T[1:100] = 3
+    plan = head.Plan.of(Head(weight=weight_VD.detach()))
+    stats, tiles = head.new_stats(targets_T, plan.head), head.TileSums.new(130, plan)
+    head._launch_target_logit(hidden_TD.detach(), stats, tiles, plan)
+    rows_T = torch.arange(130, device=targets_T.device)
+    expected = torch.zeros_like(tiles.holds)
+    expected[rows_T // plan.tile.block_m, targets_T // (plan.tile.block_n // 2)] = 1
+    assert torch.equal(tiles.holds, expected)
+    assert 0 < expected.sum() < expected.numel()
 
 
 def test_chunks_fill_whole_tiles():

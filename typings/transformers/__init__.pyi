@@ -15,3 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase as PreT
 from transformers.tokenization_utils_tokenizers import (
     PreTrainedTokenizerFast as PreTrainedTokenizerFast,
 )
+from transformers.trainer import Trainer as Trainer
+from transformers.trainer_callback import TrainerCallback as TrainerCallback
+from transformers.trainer_utils import set_seed as set_seed
+from transformers.training_args import TrainingArguments as TrainingArguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from vpgea_fast.checkpoint.dcp import shard_of
+from vpgea_fast.checkpoint.files import CheckpointError
 
 MODEL, OPTIMIZER = "model.", "optimizer.state."
 """Before the names of weights, and of an optimiser's states."""
@@ -37,12 +39,17 @@ def optimizer_states(
             else:
                 bound[f"{OPTIMIZER}{name}.{key}"] = shard
     rest = {
-        "class": type(optimizer).__name__,
+        "class": kind_of(optimizer),
         "parameters": [*trained],
         "values": values,
         "bound": bool(bound),
     }
     return tensors, bound, rest
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """The class whose states these are: one that only keeps them elsewhere says whose."""
+    return getattr(optimizer, "saved_as", type(optimizer).__name__)
 
 
 def trained_by_name(
@@ -90,21 +97,33 @@ def beside(
     return placed
 
 
-def read_targets(
+def state_targets(
     found: Mapping[str, TensorStorageMetadata],
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
+    *,
+    path: Path,
 ) -> dict[str, torch.Tensor]:
-    """Where to read to: the model's own tensors, and new ones for the optimiser's states."""
-    targets = {f"{MODEL}{name}": weight.detach() for name, weight in weights.items()}
+    """Where to read an optimiser's states to: new tensors, or its own room for them.
+    CheckpointError for states of another dtype than that."""
+    targets: dict[str, torch.Tensor] = {}
+    room = getattr(optimizer, "room", None)
     # The options of a parameter's group decide where its step count lives.
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = trained_by_name(optimizer, weights)
     for full_name, saved in found.items():
         if not full_name.startswith(OPTIMIZER):
             continue
-        parameter, dtype = trained[_parts(full_name)[0]], saved.properties.dtype
-        if saved.size == parameter.shape:
+        name, key = _parts(full_name)
+        parameter, dtype = trained[name], saved.properties.dtype
+        if saved.size == parameter.shape and room is not None and key != "step":
+            targets[full_name] = own = room(parameter, key)
+            if own.dtype != dtype:
+                raise CheckpointError(
+                    f"{path} holds {key} of {name} in {dtype}, this run in {own.dtype}; set "
+                    "optim.name to what the run began with"
+                )
+        elif saved.size == parameter.shape:
             # A DTensor where the parameter is one: DCP then reads this process's shard alone.
             targets[full_name] = torch.zeros_like(parameter.detach(), dtype=dtype)
         else:

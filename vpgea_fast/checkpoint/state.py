@@ -44,11 +44,12 @@ from vpgea_fast.checkpoint.optimizers import (
     MODEL,
     beside,
     by_name,
+    kind_of,
     optimizer_states,
-    read_targets,
+    state_targets,
     trained_by_name,
 )
-from vpgea_fast.distributed import World, named_weights
+from vpgea_fast.distributed import World, master_weights, named_weights, take_masters
 from vpgea_fast.names import Trained
 
 SHARD, OWN = "__{}_0.distcp", "process_{}.pt"
@@ -73,6 +74,8 @@ LATER_KINDS = {"posterior": dict}
 """What stands in state.json only where there is a second policy."""
 OPTIMIZER_KINDS = {"class": str, "parameters": list, "values": dict, "bound": bool}
 """What stands in state.json, and in its `optimizer`."""
+REMEDY = "set model.path (in the run's config.yaml) to its own model, or start another run"
+"""For a checkpoint of another model."""
 COPY_AHEAD = 10_000_000
 """Bytes that DCP copies from a GPU ahead of those that it writes; its own default."""
 
@@ -184,9 +187,8 @@ def take(
         bound: dict[str, torch.Tensor] = {}
         about: dict[str, Any] = {}
         for prefix, (model, optimizer) in kept.items():
-            weights = named_weights(model)
-            states, blocks, rest = optimizer_states(optimizer, weights)
-            named = {f"{MODEL}{name}": weight.detach() for name, weight in weights.items()}
+            states, blocks, rest = optimizer_states(optimizer, named_weights(model))
+            named = {f"{MODEL}{name}": w.detach() for name, w in master_weights(model).items()}
             tensors |= {f"{prefix}{name}": tensor for name, tensor in (named | states).items()}
             bound |= {f"{prefix}{name}": block for name, block in blocks.items()}
             about[prefix.rstrip(".") or "optimizer"] = rest
@@ -262,8 +264,11 @@ def put(found: Checkpoint, *, world: World, kept: Mapping[str, Kept]) -> None:
         for prefix, one in kept.items():
             weights, about = named_weights(one.model), _about(found, prefix)
             saved = _below(saved_tensors(metadata), prefix)
-            _check_fit(found, saved, about, world=world, weights=weights, optimizer=one.optimizer)
-            ours = read_targets(saved, weights, one.optimizer)
+            masters = master_weights(one.model)
+            _check_weights(found, saved, masters)
+            _check_fit(found, about, world=world, weights=weights, optimizer=one.optimizer)
+            ours = {f"{MODEL}{name}": master.detach() for name, master in masters.items()}
+            ours |= state_targets(saved, weights, one.optimizer, path=found.path)
             bound = beside(_below(own["states"], prefix), weights)
             targets |= {f"{prefix}{name}": tensor for name, tensor in ours.items()}
             states = [by_name(ours), by_name(bound), about["values"]]
@@ -272,6 +277,7 @@ def put(found: Checkpoint, *, world: World, kept: Mapping[str, Kept]) -> None:
         fill(targets, reader, metadata)  # the weights straight into the model's storage
         # All is read and checked by now: from here on nothing of this run's state survives.
         for one, trained, parts in restored:
+            take_masters(one.model)
             one.optimizer.state.clear()
             for states in parts:
                 for name, state in states.items():
@@ -287,7 +293,7 @@ def put_weights(
 
     CheckpointError, on every process and before anything has changed, if they do not fit.
     """
-    reader, weights = Reader(found.path), named_weights(model)
+    reader, weights = Reader(found.path), master_weights(model)
     prefix = POSTERIOR if who == "posterior" else ""
     what, remedy = f"cannot read {found.path}", "take another checkpoint"
     with together(world, what, remedy, catch=Exception):
@@ -301,6 +307,7 @@ def put_weights(
     with together(world, what, remedy, catch=Exception):
         targets = {f"{prefix}{MODEL}{name}": weight.detach() for name, weight in weights.items()}
         fill(targets, reader, metadata)
+        take_masters(model)
 
 
 def _about(found: Checkpoint, prefix: str) -> dict[str, Any]:
@@ -347,17 +354,15 @@ def require_finite(tensors: Mapping[str, torch.Tensor], *, what: str) -> None:
 
 def _check_fit(
     found: Checkpoint,
-    saved: Mapping[str, TensorStorageMetadata],
     about: Mapping[str, Any],
     *,
     world: World,
     weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Raise CheckpointError for a checkpoint of another model or kind of optimiser."""
-    remedy = _check_weights(found, saved, weights)
+    """Raise CheckpointError for a checkpoint of another kind of optimiser, or of other weights."""
     # A moment of another optimiser has the same shape and another meaning.
-    kind = type(optimizer).__name__
+    kind = kind_of(optimizer)
     if about["class"] != kind:
         raise CheckpointError(
             f"{found.path} holds states of {about['class']}, this run has {kind}; set "
@@ -365,7 +370,7 @@ def _check_fit(
         )
     if odd := {*about["parameters"]} ^ trained_by_name(optimizer, weights).keys():
         raise CheckpointError(
-            f"{found.path} is of a run that trained other weights ({min(odd)} among them); {remedy}"
+            f"{found.path} is of a run that trained other weights ({min(odd)} among them); {REMEDY}"
         )
     if about["bound"] and found.processes != world.size:
         raise CheckpointError(
@@ -378,25 +383,23 @@ def _check_weights(
     found: Checkpoint,
     tensors: Mapping[str, TensorStorageMetadata],
     weights: Mapping[str, torch.Tensor],
-) -> str:
-    """Raise CheckpointError for a checkpoint of another model; return the remedy to name."""
+) -> None:
+    """Raise CheckpointError for a checkpoint of another model."""
     # Optimiser states have a prefix of their own and are checked elsewhere.
     saved = _below(tensors, MODEL)
     where = f"{found.path} is of another model"
-    remedy = "set model.path (in the run's config.yaml) to its own model, or start another run"
     if odd := sorted(saved.keys() ^ weights.keys()):
         has, lacks = ("it", "this one") if odd[0] in saved else ("this one", "it")
-        raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {remedy}")
+        raise CheckpointError(f"{where}: {has} has {odd[0]}, {lacks} has not; {REMEDY}")
     for name, weight in weights.items():
         # A grown vocabulary is the usual cause, so the message names it.
         if saved[name].size != weight.shape:
             raise CheckpointError(
                 f"{where} or vocabulary: {name} is {tuple(saved[name].size)} there, "
-                f"{tuple(weight.shape)} here; {remedy}"
+                f"{tuple(weight.shape)} here; {REMEDY}"
             )
         if saved[name].properties.dtype != weight.dtype:
             raise CheckpointError(
                 f"{found.path} holds {name} in {saved[name].properties.dtype}, this run in "
                 f"{weight.dtype}; set model.dtype and model.master_dtype to what the run began with"
             )
-    return remedy

@@ -90,10 +90,11 @@ class ModelConfig:
     halves their memory and needs optim.stochastic_rounding: at a rate of 1e-6 a rounded update is
     lost."""
     # Memory against time: `full` runs nearly all of a layer's forward twice.
-    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    activation_checkpointing: Literal["none", "selective", "full"] | None = None
     """What a layer keeps for its backward. `full`: its input, and the layer runs again.
     `selective`: also attention's output, queries, keys and values, and the gate of the MLP. `none`:
-    everything."""
+    everything. null: on CUDA `selective` where the estimated memory has room for it, else `full`
+    (the run says which)."""
     compile: bool = False
     """Compile all decoder layers with torch.compile, as one graph."""
     liger: Literal["auto", "always", "never"] = "auto"
@@ -126,24 +127,40 @@ class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
     shard: Literal["auto", "always", "never"] = "auto"
-    """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA."""
+    """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA without
+    parallel.cpu_offload."""
     # Between nodes a gather of every layer is slow; replicas exchange gradients alone, once a step.
     replicas: PositiveInt = 1
     """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
     node keeps the gathers inside it."""
-    accumulate: Literal["sharded", "unsharded"] = "sharded"
+    accumulate: Literal["sharded", "unsharded"] | None = None
     """Gradients between micro-batches. `sharded`: reduced into shards each time. `unsharded`: kept
-    whole on every process and reduced once, at 4 bytes per parameter. The head is always
-    unsharded."""
+    whole on every process and reduced once, at 4 bytes per parameter. The head is always unsharded.
+    null: on CUDA `unsharded` where the estimated memory has room for it, and with bfloat16 masters,
+    else `sharded` (the run says which)."""
     tensor: Literal["none", "head"] = "none"
     """Cut over the processes instead of gathered. `head`: each process keeps its share of the
     vocabulary and its gradient, and computes them for the rows of all processes. It saves memory,
     not time."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimiser states in host memory between uses."""
+    """Keep in host memory what the forward does not read. On one GPU: moments and float32 masters,
+    updated in blocks; the weights stay on the GPU in model.dtype, and gradients in float32. On
+    several, or with parallel.shard `always`: weights, gradients and optimiser states, between
+    uses."""
     timeout_minutes: Minutes = 30.0
     """End the job when a collective waits longer than this. At 80 % of it every process writes its
     stacks to stderr."""
+
+    def sharded(self, processes: int, *, cuda: bool) -> bool:
+        """Say whether FSDP2 cuts the model."""
+        if self.shard != "auto":
+            return self.shard == "always"
+        # FSDP2 on one GPU would bring offloaded weights there for every micro-batch, twice.
+        return processes > 1 or (cuda and not self.cpu_offload)
+
+    def hosted(self, processes: int, *, cuda: bool) -> bool:
+        """Say whether one device has the whole weights, and host memory the optimiser's states."""
+        return self.cpu_offload and not self.sharded(processes, cuda=cuda)
 
 
 BENCHMARK_KEYS = ("subject_key", "level_key", "samples", "student")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vpgea_fast.config import DataConfig, DataFile, EvalConfig
 from vpgea_fast.data.answers import WORKED, normalise_answer
-from vpgea_fast.data.files import KINDS, DataError, open_rows
+from vpgea_fast.data.files import KINDS, DataError, Row, open_rows
 from vpgea_fast.data.rows import make_question
 from vpgea_fast.data.steps import round_questions, step_questions, step_shares
 from vpgea_fast.types import PromptedQuestion, Question
@@ -40,8 +40,10 @@ __all__ = [
     "fingerprint",
     "load_benchmarks",
     "load_questions",
+    "load_rows",
     "load_training",
     "long_targets",
+    "make_benchmark",
     "normalise_answer",
     "round_questions",
     "shown_drops",
@@ -54,6 +56,8 @@ SHOWN = 5  # dropped rows per reason that a run prints
 LONG_TARGET = 64
 """Tokens of a scored answer above which it is probably no final answer."""
 
+Source = tuple[str, Iterator[tuple[int, Row]]]
+"""What a row is called, and the rows with their numbers, from 1."""
 Judge = Callable[[list[str]], list[bool]]
 """A verifier's judgement of many answers: which of them accept themselves."""
 
@@ -107,7 +111,7 @@ def check_first_rows(files: Iterable[DataFile], cfg: DataConfig) -> None:
     and their libraries are. What lies on the Hub is left to the run."""
     for file in files:
         if not file.path.startswith("hub:"):
-            _read(replace(cfg.filled(file), limit=1))
+            _read(replace(cfg.filled(file), limit=1), open_rows(file.path))
 
 
 def load_questions(
@@ -122,8 +126,21 @@ def load_questions(
     its place.
     """
     file = cfg.filled(DataFile(source) if isinstance(source, str) else source)
+    return _checked(file, open_rows(file.path), cfg, parseable)
+
+
+def load_rows(
+    rows: Iterable[Row], name: str, cfg: DataConfig, *, parseable: Judge | None = None
+) -> LoadedQuestions:
+    """`load_questions` of rows that a program holds; `name` says where they are from."""
+    return _checked(cfg.filled(DataFile(name)), ("row", enumerate(rows, 1)), cfg, parseable)
+
+
+def _checked(
+    file: DataFile, source: Source, cfg: DataConfig, parseable: Judge | None
+) -> LoadedQuestions:
     # The whole file before the verifier: one call of many answers costs less than many of one.
-    questions, bad, notes = _read(file)
+    questions, bad, notes = _read(file, source)
     bad |= _refused(questions, bad, parseable)
     # Unusable answers are one decision of the user's, so both kinds are counted together.
     drops = tuple(Drop(q, bad[q.id]) for q in questions if q.id in bad)
@@ -198,21 +215,29 @@ def load_benchmarks(
             )
         # eval.limit in the place of data.limit; a limit of the file's own still wins.
         loaded = load_questions(file, replace(data, limit=cfg.limit), parseable=parseable)
-        texts, names = ([getattr(q, key) for q in loaded.questions] for key in ("text", "id"))
-        ids = prompter.asking(file.student).student_ids(texts, names)
-        questions = tuple(zip(loaded.questions, ids, strict=True))
-        # An accuracy over the shorter questions alone would look like the benchmark's.
-        long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
-        if long:
-            raise ValueError(
-                f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
-                f"tokens (the first is question {long[0]!r}), and an evaluation leaves none out, "
-                f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
-                "benchmark; raise data.max_prompt_tokens, or take them out of the file"
-            )
-        fixed = file.samples, file.student
-        benchmarks[name] = Benchmark(questions, loaded, prompter.shown(ids[0]), *fixed)
+        made = make_benchmark(name, loaded, data, prompter.asking(file.student))
+        benchmarks[name] = replace(made, samples=file.samples, student=file.student)
     return benchmarks
+
+
+def make_benchmark(
+    name: str, loaded: LoadedQuestions, data: DataConfig, prompter: StudentPrompts
+) -> Benchmark:
+    """The student's prompts of an evaluation's questions. ValueError for a prompt above
+    data.max_prompt_tokens."""
+    texts, names = ([getattr(q, key) for q in loaded.questions] for key in ("text", "id"))
+    ids = prompter.student_ids(texts, names)
+    questions = tuple(zip(loaded.questions, ids, strict=True))
+    # An accuracy over the shorter questions alone would look like the benchmark's.
+    long = [q.id for q, ids in questions if ids.numel() > data.max_prompt_tokens]
+    if long:
+        raise ValueError(
+            f"benchmark {name}: {len(long)} prompts are longer than {data.max_prompt_tokens} "
+            f"tokens (the first is question {long[0]!r}), and an evaluation leaves none out, "
+            f"whatever data.overlong says (now {data.overlong!r}): the rest would be another "
+            "benchmark; raise data.max_prompt_tokens, or take them out of the file"
+        )
+    return Benchmark(questions, loaded, prompter.shown(ids[0]))
 
 
 def unfit(
@@ -343,9 +368,9 @@ def _merged(parts: Mapping[str, LoadedQuestions]) -> LoadedQuestions:
     )
 
 
-def _read(file: DataFile) -> tuple[list[Question], dict[str, str], list[str]]:
+def _read(file: DataFile, source: Source) -> tuple[list[Question], dict[str, str], list[str]]:
     """Every question of a file, why the answer of some (by id) cannot be used, and the notes."""
-    unit, rows = open_rows(file.path)
+    unit, rows = source
     questions: list[Question] = []
     bad: dict[str, str] = {}
     places: dict[str, str] = {}

@@ -10,6 +10,10 @@ A sharded model lies in units that are gathered whole, used, and freed: every bl
 the head (with the embedding when tied), and the root, which holds the final norm. A process holds
 ceil(rows / S) rows of every parameter.
 
+On one device with parallel.cpu_offload nothing is cut: the whole weights lie there in the forward's
+dtype, gradients in float32 (8 bytes for float64), and the optimiser's states in host memory. An
+update has three blocks of them on the device.
+
 | phase     | beyond weights, optimiser, sampling replica                                         |
 | head      | block inputs (or all activations), gathered head, its dW (r V D), chunks of logits  |
 | backward  | the same inputs, one block's inner tensors, its unit and the next, its gradients,   |
@@ -32,6 +36,7 @@ Checked by simulation without a GPU (tests/test_estimate.py): shards and communi
 under a fake process group, the phases against measured peaks on a CPU.
 """
 
+from vpgea_fast.estimate.choice import Choice, choose
 from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, model_shape
 from vpgea_fast.estimate.memory import (
     GIB,
@@ -48,11 +53,13 @@ from vpgea_fast.estimate.traffic import Traffic, communication
 __all__ = [
     "GIB",
     "RESERVE",
+    "Choice",
     "EngineMemory",
     "Layout",
     "MemoryEstimate",
     "ModelShape",
     "Traffic",
+    "choose",
     "communication",
     "draws_itself",
     "estimate_memory",

@@ -43,11 +43,11 @@ def activations(lay: Layout) -> tuple[int, int]:
         saved, extra = norms + attended + 4 * s * f, 2 * s * f
     if shape.qk_norm:
         saved += (2 * x if model.compile or liger else 4 + x) * (q + k)
-    if model.activation_checkpointing == "none":
+    if lay.grade == "none":
         return saved, extra + 2 * s * d
     # The repetition makes neither what is kept nor, of a float32 input, a copy for the norm.
     kept, shared = x * d, x * d if x == 4 else 0
-    if model.activation_checkpointing == "selective":
+    if lay.grade == "selective":
         kept += s * (q + shape.kept) + 4 * shape.heads
         rotated = min(shape.kept, q + k)  # autograd holds them after the rotation, beside these
         shared += s * (q + shape.kept - rotated) + 4 * shape.heads

@@ -106,9 +106,18 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        # As distributed.py decides it, where the processes are there to be asked.
-        wish = self.cfg.parallel.shard
-        return wish == "always" or (wish == "auto" and (self.world > 1 or self.cuda))
+        return self.cfg.parallel.sharded(self.world, cuda=self.cuda)
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the whole weights lie on the device in the forward's dtype, and the optimiser's
+        states in host memory."""
+        return self.cfg.parallel.hosted(self.world, cuda=self.cuda)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether host memory has the shards themselves."""
+        return self.sharded and self.cfg.parallel.cpu_offload
 
     @property
     def models(self) -> int:
@@ -147,9 +156,20 @@ class Layout:
         return max(4, self.forward)
 
     @property
+    def grade(self) -> str:
+        """What a layer keeps for its backward; the least where it is not chosen yet."""
+        return self.cfg.model.activation_checkpointing or "full"
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether gradients are reduced once; not where it is not chosen yet."""
+        return self.cfg.parallel.accumulate == "unsharded"
+
+    @property
     def autocast(self) -> bool:
-        # FSDP casts its units itself; without it the weights stay as the optimiser has them.
-        return not self.sharded and self.forward != self.master
+        # FSDP casts its units itself; without it the weights stay as the optimiser has them, unless
+        # it has its own in host memory.
+        return not (self.sharded or self.hosted) and self.forward != self.master
 
     @property
     def residual(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vpgea_fast.config import Config
 from vpgea_fast.estimate import forward
 from vpgea_fast.estimate.layout import Layout, ModelShape, draws_itself, numel, rows_of
+from vpgea_fast.hosted import BLOCK, DEPTH
 from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
 KEYS = {
@@ -141,12 +142,13 @@ def estimate_memory(
     the longest length together. Not counted: what torch does not allocate (see RESERVE).
     """
     lay = Layout(shape, cfg, world, cuda)
-    offload, replica = cfg.parallel.cpu_offload, shape.parameters * lay.forward
-    held = 0 if offload else reference_bytes(lay)
+    replica = shape.parameters * lay.forward
+    held = 0 if lay.offloaded else reference_bytes(lay)
     frozen = {"reference": held} if held else {}
+    own = lay.forward if lay.hosted else lay.master
     states = {
-        "weights": 0 if offload else lay.models * lay.held * lay.master,
-        "optimiser": 0 if offload else optimizer_bytes(lay),
+        "weights": 0 if lay.offloaded else lay.models * lay.held * own,
+        "optimiser": 0 if cfg.parallel.cpu_offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.samples_itself else 0,
     }
     if cfg.model.reference == "device":
@@ -162,7 +164,7 @@ def estimate_memory(
         phases = {"loaded": beside}
         if scores:
             phases = {"scoring": {**beside, **forward.scoring(lay, tokens)}}
-        if cfg.model.activation_checkpointing == "none":  # else freed before the head
+        if lay.grade == "none":  # else freed before the head
             phases = {name: {**parts, **copies} for name, parts in phases.items()}
     elif cfg.train.score_tokens is not None:  # else it takes no more than training does
         phases["scoring"] = {**beside, **forward.scoring(lay, tokens), **copies}
@@ -215,7 +217,7 @@ def _score_tokens(lay: Layout) -> int:
     # What lies on the device in every phase is left out on both sides.
     room = max(sum(parts.values()) for parts in _trained(lay).values())
     asked = reads_reference(cfg.objective)
-    read = asked and cfg.model.reference == "disk" and not cfg.parallel.cpu_offload
+    read = asked and cfg.model.reference == "disk" and not lay.offloaded
     beside = sum(_copies(lay).values()) + (reference_bytes(lay) if read else 0)
     one_pass = forward.reference_pass if asked else forward.scoring
     fit = [
@@ -234,7 +236,7 @@ def _trained(lay: Layout) -> dict[str, dict[str, int]]:
     """Size the phases of an update, beside what lies on the device in every phase."""
     gradients = _gradients(lay)
     phases = _training(lay, gradients)
-    if lay.cfg.model.activation_checkpointing == "none":  # else freed before the head
+    if lay.grade == "none":  # else freed before the head
         phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
     # Activations are gone by then, and the optimiser's copies come.
     phases["update"] = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
@@ -250,7 +252,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     # Units exist when the model is sharded; a gather has a flat copy when there is a peer.
     block = max(map(numel, shape.blocks)) * lay.sharded
     head, embedding = lay.gathered_head, numel(shape.embedding)
-    sharded_sum = lay.sharded and lay.cfg.parallel.accumulate == "sharded"
+    sharded_sum = lay.sharded and not lay.whole_gradients
     flat = lay.shards > 1
     pair = block * s * (1 + flat)
     # From its forward on the head stays whole, with its dW, to the end of the step; the embedding
@@ -259,9 +261,12 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     waiting = head_stays + (0 if shape.tied else embedding * s * lay.sharded)
     # FSDP2 keeps the last reduction's buffer, the embedding's, until the next backward reduces.
     buffer = embedding * r if sharded_sum and flat and not shape.tied else 0
-    down = shape.mlp * shape.hidden * s * lay.sharded
+    down = shape.mlp * shape.hidden * s * (lay.sharded or lay.hosted)
+    # A gradient in the forward's dtype, and in float32 to be added to the sum.
+    down += shape.mlp * shape.hidden * r * lay.hosted
     reduction = max(pair + block * (s + r) + waiting, 2 * head * r)
     dense = embedding * s + (embedding * r + 2 * embedding * r // lay.shards) * lay.sharded
+    dense += embedding * r * lay.hosted
     return {
         "head": {
             **held,
@@ -282,8 +287,9 @@ def reference_bytes(lay: Layout) -> int:
     """Count the bytes of the frozen reference policy on one process; 0 where none is asked for."""
     if not reads_reference(lay.cfg.objective):
         return 0
-    # Shards are gathered in the forward's dtype, and need no wider one to be updated in.
-    return lay.held * (lay.forward if lay.sharded else lay.master)
+    # Shards are gathered in the forward's dtype, and need no wider one to be updated in; whole
+    # weights beside masters elsewhere have it anyway.
+    return lay.held * (lay.forward if lay.sharded or lay.hosted else lay.master)
 
 
 def optimizer_bytes(lay: Layout) -> int:
@@ -299,7 +305,7 @@ def optimizer_bytes(lay: Layout) -> int:
             for shapes in lay.shape.units.values()
             for shape in shapes
         )
-    return 2 * lay.models * held * (2 if name == "adamw_bf16" else max(4, lay.master))
+    return lay.models * held * _moment(lay)
 
 
 def _eight_bit(numel: int, master: int) -> int:
@@ -313,12 +319,15 @@ def _eight_bit(numel: int, master: int) -> int:
 def _gradients(lay: Layout) -> dict[str, int]:
     """`reduced`: shards in the masters' dtype. `training`: what is held between micro-batches."""
     reduced = lay.held * lay.master
+    if lay.hosted:  # summed in float32, and rounded to the masters' dtype one by one
+        summed = lay.models * lay.held * lay.reduce
+        return {"training": summed, "reduced": summed}
     # One model after the other: the gradients of the first wait, reduced, for those of the second.
     if not lay.sharded:
         return {"training": lay.models * reduced, "reduced": lay.models * reduced}
     vocabulary = numel(lay.shape.head or lay.shape.embedding)
-    waiting = 0 if lay.cfg.parallel.cpu_offload else reduced
-    if lay.cfg.parallel.accumulate == "unsharded":
+    waiting = 0 if lay.offloaded else reduced
+    if lay.whole_gradients:
         training = (lay.shape.parameters - vocabulary) * lay.reduce  # the head's dW is in its unit
         if lay.by_classes:
             training += lay.local(lay.shape.head) * lay.reduce
@@ -402,21 +411,35 @@ def _hand_over(lay: Layout) -> dict[str, int]:
 
 
 def _scratch(lay: Layout) -> int:
-    """Size the scratch of `optim.RoundedAdamW` on CUDA; torch's fused step has none."""
+    """Size the scratch of `optim.RoundedAdamW` on CUDA, and the blocks of states that come from
+    host memory; torch's fused step has none of its own."""
     rounds = lay.cfg.optim.name == "adamw_bf16" or lay.master == 2
-    if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.cfg.parallel.cpu_offload:
-        return 0
+    largest = max(rows_of(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
+    block = min(BLOCK, largest)
+    # Two moments of each, and the master where the forward has another weight.
+    states = block * (_moment(lay) + lay.master * (lay.master != lay.forward))
+    travelling = DEPTH * states * lay.hosted
+    if not rounds or lay.cfg.optim.name == "adamw_8bit" or lay.offloaded:
+        return travelling
     # Of a chunk: gradient, two moments, weight and a root in float32; int32 bits and what mixes
     # them. Chunks bound it, whatever the size of a shard.
-    largest = max(rows_of(shape, lay.shards) for u in lay.shape.units.values() for shape in u)
-    return 8 * 4 * min(2**24, largest)
+    return travelling + 8 * 4 * block
+
+
+def _moment(lay: Layout) -> int:
+    """Count the bytes of the two moments of one weight, where they are not in blocks."""
+    return 2 * (2 if lay.cfg.optim.name == "adamw_bf16" else max(4, lay.master))
 
 
 def _host(lay: Layout) -> dict[str, int]:
     # A copy of a checkpoint is as large as what it holds: masters and moments of the shards.
-    states = lay.models * lay.held * lay.master + optimizer_bytes(lay)
+    masters = lay.models * lay.held * lay.master
+    states = masters + optimizer_bytes(lay)
     host = {}
-    if lay.cfg.parallel.cpu_offload:
+    if lay.hosted:
+        elsewhere = lay.master != lay.forward
+        host = {"moments": optimizer_bytes(lay)} | ({"masters": masters} if elsewhere else {})
+    elif lay.offloaded:
         host = {"weights, optimiser": states, "gradients": lay.models * lay.held * lay.master}
         if held := reference_bytes(lay):
             host["reference"] = held

@@ -63,7 +63,7 @@ def communication(
     models, passes = lay.models, 1
     if models > 1:
         passes = models * (1 + bool(scoring_batches))
-    reductions = models if cfg.parallel.accumulate == "unsharded" else micro_batches
+    reductions = models if lay.whole_gradients else micro_batches
     gathers = [(n, 2 * micro_batches + scoring_batches) for n in blocks]
     # No gather for scoring: what it leaves gathered serves the first micro-batch.
     gathers += [(n, max(passes, micro_batches)) for n in ends] + [(n, passes) for n in whole_head]

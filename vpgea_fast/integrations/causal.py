@@ -15,7 +15,14 @@ from transformers.utils.generic import TransformersKwargs
 
 from vpgea_fast import losses
 from vpgea_fast.families import HeadOptions
-from vpgea_fast.integrations.heads import Weights, alike, find_head, head_options, run_at_head
+from vpgea_fast.integrations.heads import (
+    Weights,
+    alike,
+    find_head,
+    head_options,
+    loss_options,
+    run_at_head,
+)
 from vpgea_fast.kernels.head import wide
 from vpgea_fast.kernels.selection import accumulator
 
@@ -70,6 +77,7 @@ def causal_lm_loss(
     world_size: int = 1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    all_labels: bool = False,
     backend: str = "auto",
     **inputs: Any,
 ) -> CausalLoss:
@@ -89,6 +97,7 @@ def causal_lm_loss(
         not of the auxiliary loss, which is a mean.
     label_smoothing, z_loss: of `losses.weighted_logprob_loss`; the first is the Trainer's
         label_smoothing_factor.
+    all_labels: count every label but -100, as transformers' own loss does, of padding or not.
     inputs: any other input of the model. With output_router_logits=True, or a configuration that
         says it, the load-balancing loss is added as the model does, whatever num_items.
 
@@ -100,7 +109,7 @@ def causal_lm_loss(
     model is measured in the first call.
     """
     places = {"attention_mask": attention_mask, "position_ids": position_ids}
-    call = _prepared(model, input_ids, labels, places=places, inputs=inputs)
+    call = _prepared(model, input_ids, labels, places=places, inputs=inputs, all_labels=all_labels)
     coef = _coefficient(call.targets_BT, num_items, world_size)
     made: list[losses.WeightedLoss] = []
 
@@ -211,6 +220,7 @@ def _prepared(
     *,
     places: dict[str, Tensor | None],
     inputs: dict[str, Any],
+    all_labels: bool = False,
 ) -> _Call:
     # Every token a label, as in pretraining.
     labels = input_ids if labels is None else labels
@@ -226,7 +236,7 @@ def _prepared(
     given = {name: x for name, x in places.items() if x is not None}
     return _Call(
         inputs={"input_ids": input_ids, **given, **inputs},
-        targets_BT=_targets(labels, **places),
+        targets_BT=_targets(labels, **({} if all_labels else places)),
         options=head_options(model, input_ids),
     )
 
@@ -262,7 +272,7 @@ def _by_token(x: Tensor | None) -> Tensor | None:
 
 
 def _targets(
-    labels_BT: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    labels_BT: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
     """labels [5, 6, -100, 8] -> [6, -100, 8, -100]: what each place predicts."""
     targets_BT = labels_BT[:, 1:]
@@ -303,9 +313,7 @@ def _operands(
         )
     # Where layers are spread over devices the head's is the last.
     hidden, weight_VD = alike(hidden.to(head.weight.device), head.weight)
-    options: dict[str, Any] = {**call.options._asdict(), "ignore_index": IGNORED}
-    if head.bias is not None:  # a model scales it with the rest, the losses add it after the scale
-        options["bias"] = call.options.logit_scale * head.bias
+    options = loss_options({**call.options._asdict(), "ignore_index": IGNORED}, head)
     targets_N = call.targets_BT.reshape(-1).to(hidden.device)
     return hidden.reshape(-1, hidden.shape[-1]), weight_VD, targets_N, options
 

@@ -6,9 +6,9 @@ B rows, T tokens each, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,10 @@ Tensor = torch.Tensor
 PROBED = 8
 """Tokens of the forward that measures a head: half of them keep its product, half get numbers."""
 
+COMPILED_BEFORE = (
+    "; a forward that was compiled before does not see it: torch.compiler.reset(), then this loss"
+)
+
 REACH = 5.0
 """The numbers go to +-REACH^3: 125, which a cap of 30 or 50 bends; a new model's logits are
 below 1, where it does not show."""
@@ -37,11 +41,12 @@ class Weights(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The causal LM inside its wrappers, its head and its name."""
+    """The causal LM inside its wrappers, its head and its name; whether its head is compiled."""
 
     causal_lm: Any
     head: nn.Module
     name: str
+    compiled: bool
 
 
 Compute = Callable[[Tensor, Weights], Sequence[Tensor]]
@@ -70,10 +75,13 @@ def head_options(model: nn.Module, input_ids: Tensor | None = None) -> families.
             made = torch.Generator().manual_seed(0)  # a run draws as it would without
             device = found.causal_lm.get_input_embeddings().weight.device
             input_ids = torch.randint(vocabulary, (PROBED,), generator=made).to(device)
-        # Of any batch: repeated where it is shorter.
-        ids = input_ids.flatten()[:PROBED].repeat(PROBED)[None, :PROBED]
-        _MEASURED[found.head] = _measured(model, found, ids)
+        _MEASURED[found.head] = _measured(model, found, probe(input_ids))
     return _MEASURED[found.head]
+
+
+def probe(input_ids: Tensor) -> Tensor:
+    """(1, PROBED) ids of any batch, repeated where it is shorter."""
+    return input_ids.flatten()[:PROBED].repeat(PROBED)[None, :PROBED]
 
 
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, families.HeadOptions] = weakref.WeakKeyDictionary()
@@ -93,15 +101,71 @@ def find_head(model: nn.Module) -> Found:
     name = type(causal_lm).__name__
     if head is None or causal_lm.config.is_encoder_decoder:
         raise ValueError(f"model: {name} has no head of a causal LM; pass the causal LM itself")
-    # A compiled forward does not see new hooks: it would go on with those of its first call.
-    if any(getattr(m, "_compiled_call_impl", None) for m in (*wrappers, head)) or any(
-        hasattr(m, "_orig_mod") for m in wrappers
-    ):
-        raise ValueError(
-            f"model: the forward of {name} is compiled as a whole; compile its layers, "
-            "`for layer in decoder.layers: layer.compile()`"
-        )
-    return Found(causal_lm, head, name)
+    modules = (*wrappers, head)
+    compiled = any(hasattr(m, "_orig_mod") or _compiled_in_place(m) for m in modules)
+    # What torch.compile puts around a head calls none of its own hooks.
+    return Found(causal_lm, getattr(head, "_orig_mod", head), name, compiled)
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+class _Run:
+    """One forward in which a head computes something else."""
+
+    def __init__(self, head: nn.Module, compute: Compute) -> None:
+        self.head, self.compute = head, compute
+        self.hidden: list[Tensor] = []  # of each call
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.hidden.append(hidden)
+        # No rows: the head and all that a family does to logits cost nothing.
+        return hidden.narrow(-2, 0, 0)
+
+    def leave(self, empty: Tensor) -> Tensor:
+        values = self.compute(self.hidden[-1], head_weights(self.head))
+        # Not a view, which FSDP2 warns of. Its gradient is that of no elements: 0.
+        return empty.detach().to(values[0].dtype) + torch.stack([x.sum() for x in values]).sum()
+
+
+_RUNS: weakref.WeakKeyDictionary[nn.Module, _Run] = weakref.WeakKeyDictionary()
+"""Of each head the forward that is running."""
+_STANDING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Compiled heads, whose hooks stay: a compiled forward has those of its first call for good."""
+
+
+def _enter(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if torch.compiler.is_compiling():  # the results would be those of the first call
+        raise RuntimeError("a function around this loss is compiled; compile the model itself")
+    run = _RUNS.get(head)
+    return None if run is None else (run.enter(*arguments),)
+
+
+def _leave(head: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    run = _RUNS.get(head)
+    return None if run is None else run.leave(output)
+
+
+def _hooked(found: Found) -> contextlib.ExitStack:
+    """Register both hooks on a head, for a `with`, or for good where it is compiled."""
+    stack = contextlib.ExitStack()
+    hooks: list[Any] = [_enter, _leave]
+    if found.head in _STANDING:
+        return stack
+    if found.compiled:  # a graph would hold the first call's numbers: torch.compile breaks it here
+        hooks = [torch.compiler.disable(hook) for hook in hooks]
+    # Before FSDP2's own hook, which takes the weight away.
+    handles = (
+        found.head.register_forward_pre_hook(hooks[0]),
+        found.head.register_forward_hook(hooks[1], prepend=True),
+    )
+    if found.compiled:
+        _STANDING.add(found.head)
+        return stack
+    for handle in handles:
+        stack.callback(handle.remove)
+    return stack
 
 
 def run_at_head(model: nn.Module, inputs: dict[str, Any], compute: Compute) -> tuple[Any, Tensor]:
@@ -111,30 +175,17 @@ def run_at_head(model: nn.Module, inputs: dict[str, Any], compute: Compute) -> t
     made of `compute`'s results. FSDP2 and DDP hang the beginning of the backward on the outputs.
     """
     found = find_head(model)
-    calls: list[Tensor] = []
-
-    def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():  # the results would be those of the first call
-            raise RuntimeError("this forward is compiled as a whole; compile the decoder's layers")
-        (hidden,) = arguments
-        calls.append(hidden)
-        # No rows: the head and all that a family does to logits cost nothing.
-        return (hidden.narrow(-2, 0, 0),)
-
-    def leave(_: nn.Module, __: tuple[Any, ...], empty: Tensor) -> Tensor:
-        values = compute(calls[-1], head_weights(found.head))
-        # Not a view, which FSDP2 warns of. Its gradient is that of no elements: 0.
-        return empty.detach().to(values[0].dtype) + torch.stack([x.sum() for x in values]).sum()
-
-    # Before FSDP2's own hook, which takes the weight away.
-    handles = (
-        found.head.register_forward_pre_hook(enter),
-        found.head.register_forward_hook(leave, prepend=True),
-    )
-    with handles[0], handles[1]:
-        outputs = model(**inputs, use_cache=False, return_dict=True)
-    if len(calls) != 1:
-        raise ValueError(f"model: {found.name} called its head {len(calls)} times, expected once")
+    run = _RUNS[found.head] = _Run(found.head, compute)
+    try:
+        with _hooked(found):
+            outputs = model(**inputs, use_cache=False, return_dict=True)
+    finally:
+        del _RUNS[found.head]
+    if len(run.hidden) != 1:
+        raise ValueError(
+            f"model: {found.name} called its head {len(run.hidden)} times, expected once"
+            + COMPILED_BEFORE * (found.compiled and not run.hidden)
+        )
     return outputs, outputs.logits.sum()
 
 
@@ -145,6 +196,17 @@ def head_weights(head: Any) -> Weights:
     weight, bias = head.weight, getattr(head.original_module if tokens else head, "bias", None)
     if hasattr(head, "base_layer") and not (head.disable_adapters or head.merged):
         weight = weight + sum(head.get_delta_weight(name) for name in _lora_names(head))
+    check_weight(weight)
+    return Weights(_whole(weight), None if bias is None else _whole(bias))
+
+
+def check_weight(weight: Tensor) -> None:
+    """ValueError: a head's weight with which no loss can multiply, then or in its backward."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "DeepSpeed ZeRO-3: the head's weight is gone when the backward reads it; use ZeRO-2 or "
+            "FSDP2, or train without vpgea_fast"
+        )
     if weight.dtype not in FLOATS or weight.dim() != 2:
         raise ValueError(
             f"model: the head has weights {weight.dtype} {tuple(weight.shape)}, expected a float "
@@ -152,7 +214,6 @@ def head_weights(head: Any) -> Weights:
         )
     if weight.device.type == "meta":
         raise ValueError("model: the head is offloaded to disk or memory; keep it on the device")
-    return Weights(_whole(weight), None if bias is None else _whole(bias))
 
 
 def _lora_names(head: Any) -> list[str]:
@@ -214,7 +275,8 @@ def _measured(model: nn.Module, found: Found, ids: Tensor) -> families.HeadOptio
         raws.append(wide.reshape(PROBED, -1))
         return wide
 
-    with evaluating(model), found.head.register_forward_hook(leave, prepend=True):
+    hook = found.head.register_forward_hook(leave, prepend=True)
+    with evaluating(model), hook:
         logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
     if len(raws) != 1:
         raise ValueError(f"model: {found.name} called its head {len(raws)} times, expected once")
@@ -251,13 +313,16 @@ def _check_same(got: Tensor, expected: Tensor, found: Found, complaint: str) -> 
         raise ValueError(f"{place}: {error:.2g} off; {remedy}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and after it each as it was."""
+    """Every module in eval mode, and after it each as it was; nothing is compiled meanwhile."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    # Asked first: torch.compiler's own import is most of a second.
+    eager = torch.compiler.set_stance("force_eager") if find_head(model).compiled else None
     try:
-        yield
+        with eager or contextlib.nullcontext():
+            yield
     finally:
         for module in trained:
             module.training = True
@@ -267,3 +332,11 @@ def alike(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider dtype: float32 adapters stay that beside a half-precision base."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return hidden.to(dtype), weight.to(dtype)
+
+
+def loss_options(options: dict[str, Any], head: Weights) -> dict[str, Any]:
+    """The options of a loss with this head's bias among them."""
+    if head.bias is None:
+        return options
+    # A model scales it with the rest, the losses add it after the scale.
+    return {**options, "bias": options["logit_scale"] * head.bias}

@@ -16,15 +16,15 @@ import functools
 import importlib
 import inspect
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from vpgea_fast import losses
+from vpgea_fast.integrations.heads import check_weight
+from vpgea_fast.integrations.hosts import Switch, changed, check_version
 from vpgea_fast.kernels import checks
 
 Tensor = torch.Tensor
@@ -61,15 +61,16 @@ COMPACT = ("cpu", "cuda", "mps", "xpu")
 """Devices without static shapes: a number of tokens that changes compiles nothing again."""
 
 
-class Enabled:
+class Enabled(Switch):
     """A switch that is on. `disable()`, or the end of a `with`, turns it off; off twice is off."""
 
     def __init__(self, models: Sequence[nn.Module] | None, backend: str) -> None:
+        super().__init__()
         self.backend = backend
         self.coefficients: Coefficients | None = None  # of the step that runs, in one pass
         self._everywhere = models is None
         self._inside = 0  # forwards of its models that are running
-        self._undo = [handle.remove for model in models or () for handle in self._watch(model)]
+        self._undo += [handle.remove for model in models or () for handle in self._watch(model)]
         _install(self)
 
     def _watch(self, model: nn.Module) -> Iterator[Any]:
@@ -107,15 +108,8 @@ class Enabled:
 
     def disable(self) -> None:
         """Give TRL its own functions back, the shared one where no other switch is on."""
-        while self._undo:
-            self._undo.pop()()
+        super().disable()
         _uninstall(self)
-
-    def __enter__(self) -> Enabled:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.disable()
 
 
 def enable(where: Any = None, *, backend: str = "auto") -> Enabled:
@@ -274,16 +268,7 @@ def _check_call(weight: Tensor, outputs: Sequence[str]) -> None:
                 f"outputs: TRL asks for {name!r}, expected some of {', '.join(OUTPUTS)}; train "
                 f"without vpgea_fast, or with {TESTED}"
             )
-    if hasattr(weight, "ds_id"):
-        raise ValueError(
-            "DeepSpeed ZeRO-3: the head's weight is gone when the backward reads it; use ZeRO-2 or "
-            "FSDP2, or train without vpgea_fast"
-        )
-    if weight.dtype not in checks.FLOATS:
-        raise ValueError(
-            f"lm_head: its weight is {weight.dtype}, expected a float matrix; leave lm_head out of "
-            "the quantisation"
-        )
+    check_weight(weight)
 
 
 # --- what is served -------------------------------------------------------------------------------
@@ -345,26 +330,16 @@ def _check_hooks(utils: types.ModuleType) -> None:
     version = importlib.import_module("trl").__version__
     for name in (HOOK, SWITCH, MAKER):
         if not hasattr(utils, name):
-            raise _changed(version, f"trl.trainer.utils has no {name}")
+            raise changed(TESTED, version, f"trl.trainer.utils has no {name}")
     own = _OWN[HOOK] if getattr(utils, HOOK) is _Served else getattr(utils, HOOK)
     takes = tuple(inspect.signature(own.forward).parameters)[1:]  # without ctx
     if takes != ARGUMENTS:
-        raise _changed(version, f"{HOOK} takes ({', '.join(takes)}), not ({', '.join(ARGUMENTS)})")
+        words = f"{HOOK} takes ({', '.join(takes)}), not ({', '.join(ARGUMENTS)})"
+        raise changed(TESTED, version, words)
     for name in (HOOK, SWITCH):
         if not any(name in code.co_names for code in _codes()):
-            raise _changed(version, f"{MAKER} does not call {name}")
-    if version not in SpecifierSet(TESTED.removeprefix("trl"), prereleases=True):
-        warnings.warn(
-            f"trl {version} is not tested with vpgea_fast: {TESTED} is. Compare a step with and "
-            "without it, or install that",
-            stacklevel=3,
-        )
-
-
-def _changed(version: str, what: str) -> RuntimeError:
-    return RuntimeError(
-        f"trl {version}: {what}, so its head cannot be replaced; install '{TESTED}'"
-    )
+            raise changed(TESTED, version, f"{MAKER} does not call {name}")
+    check_version(TESTED, version)
 
 
 def _codes() -> tuple[types.CodeType, ...]:

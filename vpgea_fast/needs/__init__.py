@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vpgea_fast.check import Target, host_memory
@@ -20,6 +21,7 @@ from vpgea_fast.estimate import (
     EngineMemory,
     Layout,
     MemoryEstimate,
+    choose,
     communication,
     estimate_memory,
 )
@@ -47,6 +49,19 @@ def needs(
     """Say the memory of a device and of a node, hours and traffic, and what to set where a number
     is too large. `stated` rates replace those of the card (see `durations.Rates`)."""
     plan = plan_of(cfg, model_config, questions, benchmarks=benchmarks, on=on)
+    choice = choose(
+        lambda: plan.shape,
+        cfg,
+        world=on.processes,
+        cuda=on.cuda,
+        context=plan.context,
+        prompt=plan.prompt,
+        device_bytes=on.device_bytes,
+    )
+    if choice.reason:
+        yield choice.reason
+    cfg = choice.made(cfg)
+    plan = replace(plan, cfg=cfg)
     estimate = estimate_memory(
         plan.shape,
         cfg,
@@ -141,9 +156,9 @@ def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
     cfg, on = plan.cfg, plan.on
     lay = Layout(plan.shape, cfg, on.processes, on.cuda)
     count = min(on.processes, on.node)
-    # A sharded model is read tensor by tensor; a whole one is made in host memory first. Process 0
-    # collects what it exports, when there are no gradients.
-    loading = 0 if lay.sharded else count * plan.shape.parameters * lay.master
+    # A model is read tensor by tensor, but a whole one without offload, which is made in host
+    # memory first. Process 0 collects what it exports, when there are no gradients.
+    loading = 0 if lay.sharded or lay.hosted else count * plan.shape.parameters * lay.master
     export = plan.shape.parameters * lay.forward if cfg.checkpoint.export else 0
     export = max(0, export - count * host.get("gradients", 0))
     return max((loading, "while it loads"), (export, "for the export"))

@@ -55,10 +55,11 @@ def _table(plan: Plan, rates: Rates, times: Durations) -> Iterator[str]:
 def _unused(plan: Plan) -> set[str]:
     """List the rates that no phase of this run depends on."""
     cfg = plan.cfg
+    streams = Layout(plan.shape, cfg, plan.on.processes, plan.on.cuda).offloaded
     # Rate -> whether a phase of this run depends on it; what is not here always counts.
     needed = {
-        "train_mfu": not cfg.parallel.cpu_offload,
-        "offload_mfu": cfg.parallel.cpu_offload,
+        "train_mfu": not streams,
+        "offload_mfu": streams,
         "decode": not cfg.samples_itself,
         "hf_decode": cfg.samples_itself,
         "answer": cfg.rollout.full_answer or plan.answers or cfg.answers_behind,
