@@ -107,7 +107,7 @@ def own_part(name: str, x: Any, weight_VD: Any) -> Tensor:
             f"{name}: got {got}, expected one placed as weight_VD, Shard(0) on the same mesh: "
             f"distribute_tensor({name}, mesh, [Shard(0)])"
         )
-    _check_shape(name, x, weight_VD.shape[: x.dim()])
+    check_shape(name, x, weight_VD.shape[: x.dim()])
     # Which classes are here the losses compute from V and the number of ranks, and ask nobody.
     own = x.to_local()
     if own.shape[0] != len(part(x.shape[0], mesh.size(), mesh.get_local_rank())):
@@ -150,7 +150,7 @@ def _check_tensors(inputs: Inputs) -> None:
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden_TD {tuple(hidden_TD.shape)} and weight_VD {tuple(weight_VD.shape)}: expected "
-            "(T, D) and (V, D); flatten batch and time first (hidden.reshape(-1, D), and "
+            "(T, D) and (V, D); flatten other dimensions first (hidden.reshape(-1, D), and "
             "reshape(-1) what is per token), and gather a sharded weight"
         )
     check_float("hidden_TD", hidden_TD)
@@ -162,7 +162,7 @@ def _check_tensors(inputs: Inputs) -> None:
         )
     check_targets("targets_T", targets_T, "hidden_TD", hidden_TD)
     if bias is not None:
-        _check_shape("bias", bias, (weight_VD.shape[0],))
+        check_shape("bias", bias, (weight_VD.shape[0],))
         check_float("bias", bias)
     if temperature_T is not None:
         check_constant("temperature", temperature_T, targets_T)
@@ -177,7 +177,7 @@ def _check_settings(settings: Settings) -> None:
         if value is not None or Settings._field_defaults[name] is not None:
             check_number(name, value, bounds)
     if not isinstance(settings.backend, str):
-        raise ValueError(f"backend: got {_told(settings.backend)}, expected a name such as 'auto'")
+        raise ValueError(f"backend: got {told(settings.backend)}, expected a name such as 'auto'")
     check_flag("batch_invariant", settings.batch_invariant)
     check_flag("validate", settings.validate)
 
@@ -188,7 +188,7 @@ def check_number(name: str, x: Any, bounds: Bounds) -> None:
     # SymInt and SymFloat: what torch.compile makes of a number that changed between calls.
     kinds = (int, torch.SymInt) if bounds.whole else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(x, kinds) or isinstance(x, bool):
-        got, remedy = _told(x), "convert it, or leave it out for the default"
+        got, remedy = told(x), "convert it, or leave it out for the default"
         if isinstance(x, Tensor):
             convert = "int" if bounds.whole else "float"
             got, remedy = "a Tensor", f"pass {convert}({name}), on CUDA made outside the step"
@@ -204,7 +204,7 @@ def check_number(name: str, x: Any, bounds: Bounds) -> None:
 
 def check_flag(name: str, x: Any) -> None:
     if not isinstance(x, bool):
-        raise ValueError(f"{name}: got {_told(x)}, expected True or False: pass bool(...) of it")
+        raise ValueError(f"{name}: got {told(x)}, expected True or False: pass bool(...) of it")
 
 
 def check_matrix(name: str, x: Any, expected: str) -> None:
@@ -241,7 +241,7 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
         elif isinstance(x, torch.nn.Module):
             remedy = "the module's weight"
         kind = type(x).__name__
-        raise ValueError(f"{name}: got {_told(x)} ({kind}), expected a tensor; pass {remedy}")
+        raise ValueError(f"{name}: got {told(x)} ({kind}), expected a tensor; pass {remedy}")
     if hasattr(x, "device_mesh"):
         raise ValueError(_dtensor_advice(name, x, instead))
     if x.layout is not torch.strided:
@@ -252,7 +252,7 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
     refuse_transforms(x)
 
 
-def _told(x: Any) -> str:
+def told(x: Any) -> str:
     """A value that may be long, in a message of one line."""
     text = " ".join(repr(x).split())  # a module's repr has many lines
     return text if len(text) <= 40 else text[:37] + "..."
@@ -284,14 +284,14 @@ def _dtensor_advice(name: str, x: Any, instead: str) -> str:
     )
 
 
-def _check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
+def check_shape(name: str, x: Tensor, expected: Sequence[int]) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(expected)}")
 
 
 def check_constant(name: str, x: Tensor, like: Tensor) -> None:
     check_plain(name, x)
-    _check_shape(name, x, like.shape)
+    check_shape(name, x, like.shape)
     if x.dtype not in FLOATS or x.device != like.device:
         raise ValueError(
             f"{name}: got {x.dtype} on {x.device}, expected a float tensor on {like.device}: "
@@ -313,7 +313,7 @@ def checked_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> Tensor | None
         weight_VD = own_part("weight_VD", weight_VD, weight_VD)
     # full_tensor() is a copy: what is added to it would be lost.
     check_plain("dweight_out", dweight_out, instead="a plain buffer of the whole weight")
-    _check_shape("dweight_out", dweight_out, weight_VD.shape)
+    check_shape("dweight_out", dweight_out, weight_VD.shape)
     # Micro-batches add up in it: half precision would lose the small ones.
     expected = accumulator(weight_VD)
     if dweight_out.dtype != expected or dweight_out.device != weight_VD.device:
@@ -380,7 +380,7 @@ def sequence_weight(
     # A tensor's value is not looked at here: on CUDA that would wait for the device.
     if isinstance(denominator, Tensor):
         check_plain("denominator", denominator)
-        _check_shape("denominator", denominator, ())
+        check_shape("denominator", denominator, ())
         if denominator.device != advantage_S.device:
             raise ValueError(
                 f"denominator is on {denominator.device}, advantage_S on {advantage_S.device}: "
@@ -434,7 +434,7 @@ def check_sequences(cu_seqlens: Tensor, advantage_S: Tensor, targets_T: Tensor) 
     # Indices and boundaries: searchsorted takes these two dtypes.
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64")
-    _check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
+    check_shape("cu_seqlens", cu_seqlens, (advantage_S.shape[0] + 1,))
 
 
 def check_prior_index(prior_index: Tensor, cu_seqlens: Tensor) -> None:

@@ -79,48 +79,39 @@ def head_pass(
     vpgea_fast.losses do.
     """
     dtype, device = hidden_TD.dtype, hidden_TD.device
-    accumulator = torch.promote_types(dtype, torch.float32)
+    accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
     if n_rows == 0:
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
-    # Only CUDA has half-precision GEMMs with fp32 out; elsewhere the operands are upcast.
-    operand = dtype if device.type == "cuda" else accumulator
-    # The logits themselves, tanh's slope, -e log e; dz's copy where the GEMMs take halves.
+    # The logits themselves, tanh's slope, -e log e.
     buffers = 1 + head.capped + needs_entropy
     widest, classes, own_K = vocabulary, vocabulary, None  # own_K: whose target is here; None: all
     if shards is not None:
         widest, classes = shards.widest, shards.classes
         targets_K, own_K = shards.place(targets_K)
     # By the widest part of a head that is cut: every process must make the same chunks.
-    row_bytes = widest * (accumulator.itemsize * buffers + dtype.itemsize * (operand in HALF))
-    budget = default_chunk_bytes(device, row_bytes) if chunk_bytes is None else chunk_bytes
-    step = _equal_chunks(n_rows, budget // row_bytes)
+    step = chunk_rows(n_rows, widest, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
     buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
-    temperature_K = head.temperature
-    upstream_K3 = None if upstream is None else upstream.by_logits(temperature_K, accumulator)
-    smooth_K2 = None if upstream is None else upstream.smoothed(temperature_K, accumulator)
+    upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, accumulator)
+    smooth_K2 = None if upstream is None else upstream.smoothed(head.temperature, accumulator)
     unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
-    upcast_BD = _upcast_block(head.weight, operand)
-    add_gradients_ = partial(
-        _add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
+    upcast_BD = upcast_block(head.weight, operand)
+    add_ = partial(
+        add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
     )
 
     def run(chunk: slice) -> Tensor:
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
         targets_C1 = targets_K[chunk].unsqueeze(1)
         own_C1 = None if own_K is None else own_K[chunk].unsqueeze(1)
-        divisor = temperature_K[chunk, None] if isinstance(temperature_K, Tensor) else temperature_K
         # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
         plogp_CV = spare.pop() if needs_entropy else None
         slope_CV = spare.pop() if head.capped else None
-        # Block after block of classes, each into its columns of the one buffer.
-        for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
-            matmul(hidden_CD, weight_BD.T, accumulator, out=z_CV[:, columns])
-        head.logits_(z_CV, slope_CV, divisor)
+        put_logits_(z_CV, slope_CV, hidden_CD, head=head, upcast_BD=upcast_BD, chunk=chunk)
         # Of the logits themselves, before they become exponentials.
         columns = _top1_and_mean(z_CV, targets_C1) if statistics else []
         sums = _row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
@@ -143,7 +134,7 @@ def head_pass(
             upstream_C3=upstream_K3[chunk],
             smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
         )
-        add_gradients_(z_CV, hidden_CD, rows_K[chunk])
+        add_(z_CV, hidden_CD, rows_K[chunk])
         return made
 
     columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
@@ -159,9 +150,43 @@ def _values(columns_K: Tensor, entropy: bool) -> Values:
     return Values(logp_K, lse_K, entropy_K if entropy else None, *more)
 
 
-def _equal_chunks(rows: int, most: int) -> int:
-    """Rows of a chunk: a short last one would run its GEMMs at fewer than the budget allows."""
-    return math.ceil(rows / math.ceil(rows / max(1, most)))
+def operand_of(hidden_TD: Tensor) -> torch.dtype:
+    """Of the GEMMs: only CUDA has half-precision ones with fp32 out; elsewhere they are upcast."""
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    return hidden_TD.dtype if hidden_TD.device.type == "cuda" else wide
+
+
+def chunk_rows(
+    rows: int, classes: int, buffers: int, *, hidden_TD: Tensor, chunk_bytes: int | None
+) -> int:
+    """Rows of a chunk whose buffers, and dz's copy where the GEMMs take halves, fit the budget.
+
+    All chunks are equal: a short last one would run its GEMMs at fewer than the budget allows.
+    """
+    dtype, wide = hidden_TD.dtype, torch.promote_types(hidden_TD.dtype, torch.float32)
+    halves = operand_of(hidden_TD) in HALF
+    row_bytes = classes * (wide.itemsize * buffers + dtype.itemsize * halves)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes)
+    most = max(1, chunk_bytes // row_bytes)
+    return math.ceil(rows / math.ceil(rows / most))
+
+
+def put_logits_(
+    z_CV: Tensor,
+    slope_CV: Tensor | None,
+    hidden_CD: Tensor,
+    *,
+    head: Head,
+    upcast_BD: Tensor | None,
+    chunk: slice,
+) -> None:
+    """Rewrites z_CV as the logits of `chunk` of the rows that take part; tanh's slope beside it."""
+    # Block after block of classes, each into its columns of the one buffer.
+    for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
+        matmul(hidden_CD, weight_BD.T, z_CV.dtype, out=z_CV[:, columns])
+    divisor = head.temperature
+    head.logits_(z_CV, slope_CV, divisor[chunk, None] if isinstance(divisor, Tensor) else divisor)
 
 
 def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
@@ -191,7 +216,7 @@ def settle_weight(dweight_VD: Tensor | None, sink_VD: Tensor | None, unit: Tenso
         dweight_VD.add_(sink_VD.mul_(unit))
 
 
-def _upcast_block(weight_VD: Tensor, operand: torch.dtype) -> Tensor | None:
+def upcast_block(weight_VD: Tensor, operand: torch.dtype) -> Tensor | None:
     """Memory for 2 MiB of the weight in the operands' dtype, one class at least; None where it has
     that dtype."""
     if weight_VD.dtype == operand:
@@ -226,7 +251,7 @@ def _rounded_(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
     return z_CV
 
 
-def _add_gradients_(
+def add_gradients_(
     z_CV: Tensor,
     hidden_CD: Tensor,
     rows_C: Tensor,

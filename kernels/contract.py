@@ -182,6 +182,16 @@ class Inputs(NamedTuple):
     rows: Tensor | None  # (R,) int64
 
 
+def needs_of(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
+    """Asked outside an autograd function: inside one grad mode is off and requires_grad is lost."""
+    grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
+    return Needs(
+        hidden=grad and inputs.hidden_TD.requires_grad,
+        weight=grad and (inputs.weight_VD.requires_grad or dweight_out is not None),
+        bias=grad and bias_V is not None and bias_V.requires_grad,
+    )
+
+
 INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperatures, Tensor? rows"
 )
@@ -233,10 +243,13 @@ def _schema_type(hint: object) -> str:
     return _SCHEMA_TYPES[hint]  # pyright: ignore[reportArgumentType]
 
 
-SETTINGS = ", ".join(
-    f"{_schema_type(hint)} {name}" for name, hint in get_type_hints(Settings).items()
-)
-"""The schema of `Settings`: "float temperature, float? softcap, ..."."""
+def schema_of(record: type) -> str:
+    """The schema of a record of numbers: "float temperature, float? softcap, ..."."""
+    hints = get_type_hints(record).items()
+    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in hints)
+
+
+SETTINGS = schema_of(Settings)
 
 
 class Bounds(NamedTuple):

@@ -47,11 +47,11 @@ def _run(
     upstream: Upstream | None = None,
     sinks: Sinks = NO_SINKS,
 ) -> Values:
-    """Runs the backend's head_pass on these rows. Masked rows read as zeros: a NaN stays out.
+    """Runs the backend's head_pass on these rows.
 
     Under autocast the cast weight lives as long as this pass; the sinks keep their own dtypes.
     """
-    hidden_TD, weight_VD = (x.to(settings.operands) for x in inputs[:2])
+    hidden_TD, weight_VD = operands(*inputs[:2], selection, settings.operands)
     # Each pass is decided alone: a gradient of the entropy moves the backward only.
     choice = resolve(
         settings.backend,
@@ -64,9 +64,6 @@ def _run(
         statistics=statistics,
         smoothing=upstream is not None and upstream.mean_logit is not None,
     )
-    if selection.masked:
-        # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
-        hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
         sharded = settings.shards is not None
@@ -86,6 +83,17 @@ def _run(
         )
 
 
+def operands(
+    hidden_TD: Tensor, weight_VD: Tensor, selection: Selection, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both in the GEMMs' dtype. Masked rows read as zeros: a NaN stays out."""
+    hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    if selection.masked:
+        # 0 x NaN is NaN: a zero coefficient alone would not keep a masked row out of dW.
+        hidden_TD = hidden_TD.masked_fill(~selection.kept_T.unsqueeze(1), 0.0)
+    return hidden_TD, weight_VD
+
+
 # --- value and gradients in one pass ------------------------------------------------------------
 
 
@@ -102,7 +110,7 @@ def one_pass(
     total = accumulator(inputs.hidden_TD)
     selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
-    sinks = _new_sinks(inputs, needs, dweight_out)
+    sinks = new_sinks(inputs, needs, dweight_out)
     values = _run(
         inputs,
         selection,
@@ -114,14 +122,19 @@ def one_pass(
     logp_T, row_T = (selection.scatter(x) for x in (values.logp, smoothing.of(values)))
     # Gathered again: masked rows are 0 in row_T, where the values have what zeros gave.
     loss = dot(coef_K, selection.gather(row_T))
+    return loss, logp_T, selection.kept_T, results(sinks, inputs, dweight_out)
+
+
+def results(sinks: Sinks, inputs: Inputs, dweight_out: Tensor | None) -> list[Tensor | None]:
+    """The gradients of hidden, weight and bias that a one-pass node keeps until its backward."""
     dweight_VD = sinks.weight
     if dweight_VD is not None:
         # A sink of the caller's is no result: autograd must not see it as dW once more.
         dweight_VD = None if dweight_out is not None else dweight_VD.to(stored(inputs.weight_VD))
-    return loss, logp_T, selection.kept_T, [sinks.hidden, dweight_VD, sinks.bias]
+    return [sinks.hidden, dweight_VD, sinks.bias]
 
 
-def _new_sinks(
+def new_sinks(
     inputs: Inputs,
     needs: Needs,
     dweight_out: Tensor | None = None,
@@ -158,9 +171,7 @@ class OnePass(torch.autograd.Function):
             loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
                 *inputs, coef_T, dweight_out, needs, *smoothing, *settings
             )
-            # An op cannot give None: its empty stand-ins become None again.
-            outputs = needs._replace(weight=needs.weight and dweight_out is None)
-            grads = [x if need else None for x, need in zip(made, outputs, strict=True)]
+            grads = present_again(made, needs, dweight_out)
         else:
             loss, logp_T, kept_T, grads = one_pass(
                 inputs=inputs,
@@ -170,30 +181,45 @@ class OnePass(torch.autograd.Function):
                 smoothing=smoothing,
                 settings=settings,
             )
-        ctx.direct = dweight_out is not None  # dW is final already, see check_one
-        # Stored as `stored` says; backward gives each its tensor's own dtype.
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-        ctx.save_for_backward(*grads)
+        keep(ctx, inputs, grads, dweight_out)
         # Their gradients went into the pass: a second one through logp_T would be lost in silence.
         ctx.mark_non_differentiable(logp_T, kept_T)
         return loss, logp_T, kept_T
 
     @staticmethod
     def backward(ctx, *upstream):
-        refuse_double_backward()
-        grad_loss = upstream[0]
-        if ctx.direct:
-            check_one(grad_loss)
-        stored = ctx.saved_tensors
-        if may_overwrite(grad_loss):
-            # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
-            scaled = [None if x is None else x.mul_(grad_loss) for x in stored]
-        else:
-            scaled = [None if x is None else x * grad_loss for x in stored]
-        grads = [
-            None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
-        ]
-        return *grads, *[None] * (len(Inputs._fields) + 2)
+        return *scaled(ctx, upstream[0]), *[None] * (len(Inputs._fields) + 2)
+
+
+def present_again(
+    made: Sequence[Tensor], needs: Needs, dweight_out: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of an op, which cannot give None: its empty stand-ins become None again."""
+    outputs = needs._replace(weight=needs.weight and dweight_out is None)
+    return [x if need else None for x, need in zip(made, outputs, strict=True)]
+
+
+def keep(
+    ctx: Any, inputs: Inputs, grads: Sequence[Tensor | None], dweight_out: Tensor | None
+) -> None:
+    """Leaves the gradients to the backward, as `stored` says; there each gets its own dtype."""
+    ctx.direct = dweight_out is not None  # dW is final already, see check_one
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.save_for_backward(*grads)
+
+
+def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
+    """What `keep` kept times the loss's own gradient: the backward of a one-pass node."""
+    refuse_double_backward()
+    if ctx.direct:
+        check_one(grad_loss)
+    kept = ctx.saved_tensors
+    if may_overwrite(grad_loss):
+        # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
+        grads = [None if x is None else x.mul_(grad_loss) for x in kept]
+    else:
+        grads = [None if x is None else x * grad_loss for x in kept]
+    return [None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
 # --- value now, gradients by a second pass ------------------------------------------------------
@@ -222,7 +248,7 @@ def logprob_backward(
     if g_logp_K is None:
         # Every backend takes a gradient of logp; the other two are optional.
         g_logp_K = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
-    sinks = _new_sinks(inputs, needs)
+    sinks = new_sinks(inputs, needs)
     upstream = Upstream(logp=g_logp_K, lse=g_lse_K, entropy=g_entropy_K)
     _run(inputs, selection, settings, upstream=upstream, sinks=sinks)
     # Summed in the accumulator's dtype, rounded once.
@@ -311,7 +337,7 @@ class Expected(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         total = accumulator(inputs.hidden_TD)
         # Not rounded before the factor is known: then once, as the second pass does.
-        sinks = _new_sinks(inputs, needs, dtype=total)
+        sinks = new_sinks(inputs, needs, dtype=total)
         values = _run(
             inputs,
             ctx.selection,

@@ -34,12 +34,12 @@ def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[
     torch.library.register_fake(f"vpgea_fast::{name}", fake, lib=LIBRARY)
 
 
-def _present(made: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def present(made: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An op cannot give None: an empty tensor stands for it."""
     return tuple(like.new_empty(0) if x is None else x for x in made)
 
 
-def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]:
+def split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]:
     """An op's arguments: the tensors, what lies between, the settings."""
     # Flat, because a schema has no records.
     first, last = len(Inputs._fields), len(arguments) - len(Settings._fields)
@@ -48,7 +48,7 @@ def _split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]
 
 @torch.no_grad()
 def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (coef_T, dweight_out, needs, *smoothing), settings = _split(arguments)
+    inputs, (coef_T, dweight_out, needs, *smoothing), settings = split(arguments)
     # needs is a list of bool in the schema.
     loss, logp_T, kept_T, grads = one_pass(
         inputs=inputs,
@@ -58,12 +58,17 @@ def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
         smoothing=Smoothing(*smoothing),
         settings=settings,
     )
-    return loss, logp_T, kept_T, *_present(grads, inputs.hidden_TD)
+    return loss, logp_T, kept_T, *present(grads, inputs.hidden_TD)
 
 
 def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (_, dweight_out, flags, *_), _ = _split(arguments)
-    needs, (hidden_TD, weight_VD, bias_V) = Needs(*flags), inputs[:3]
+    inputs, (_, dweight_out, flags, *_), _ = split(arguments)
+    return one_pass_shapes(inputs, Needs(*flags), dweight_out)
+
+
+def one_pass_shapes(inputs: Inputs, needs: Needs, dweight_out: Tensor | None) -> tuple[Tensor, ...]:
+    """A loss, its value per row, kept and three gradients, without values."""
+    hidden_TD, weight_VD, bias_V = inputs[:3]
     grads: list[Tensor | None] = [None, None, None]  # of hidden, weight, bias, as in one_pass
     if needs.hidden:
         grads[0] = torch.empty_like(hidden_TD, dtype=stored(hidden_TD))
@@ -74,7 +79,7 @@ def _one_pass_fake(*arguments: Any) -> tuple[Tensor, ...]:
         grads[2] = torch.empty_like(bias_V, dtype=accumulator(hidden_TD))
     logp_T = torch.empty_like(inputs.targets_T, dtype=accumulator(hidden_TD))
     kept_T = torch.empty_like(inputs.targets_T, dtype=torch.bool)
-    return logp_T.new_empty(()), logp_T, kept_T, *_present(grads, hidden_TD)
+    return logp_T.new_empty(()), logp_T, kept_T, *present(grads, hidden_TD)
 
 
 register(
@@ -89,21 +94,21 @@ register(
 
 @torch.no_grad()
 def _logprob_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy, statistics), settings = _split(arguments)
+    inputs, (entropy, statistics), settings = split(arguments)
     # Selected here and in the backward: an op cannot keep rows for another one.
     selection = select(inputs, settings)
     values = logprob(inputs, selection, settings, entropy=entropy, statistics=statistics)
-    return _present(values, inputs.hidden_TD)
+    return present(values, inputs.hidden_TD)
 
 
 def _logprob_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy, statistics), _ = _split(arguments)
+    inputs, (entropy, statistics), _ = split(arguments)
     dtype = accumulator(inputs.hidden_TD)
     # The schema has six outputs: what was not asked for is the empty stand-in.
     made = [(True, dtype), (True, dtype), (entropy, dtype), (statistics, torch.bool)]
     made += [(statistics, dtype)] * 2
     values = [torch.empty_like(inputs.targets_T, dtype=x) if asked else None for asked, x in made]
-    return _present(values, inputs.hidden_TD)
+    return present(values, inputs.hidden_TD)
 
 
 register(
@@ -117,7 +122,7 @@ register(
 
 @torch.no_grad()
 def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (*upstream_T, needs), settings = _split(arguments)
+    inputs, (*upstream_T, needs), settings = split(arguments)
     grads = logprob_backward(
         inputs=inputs,
         upstream_T=_without_unused(upstream_T, inputs.hidden_TD, settings),
@@ -125,7 +130,7 @@ def _logprob_backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
         needs=Needs(*needs),
         settings=settings,
     )
-    return _present(grads, inputs.hidden_TD)
+    return present(grads, inputs.hidden_TD)
 
 
 def _without_unused(
@@ -155,13 +160,13 @@ def _without_unused(
 
 
 def _logprob_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (*_, needs), _ = _split(arguments)
+    inputs, (*_, needs), _ = split(arguments)
     # In the tensors' own dtypes: this pass rounds its sums, one_pass waits for the loss scale.
     grads = [
         torch.empty_like(x) if need and x is not None else None
         for x, need in zip(inputs[:3], needs, strict=True)
     ]
-    return _present(grads, inputs.hidden_TD)
+    return present(grads, inputs.hidden_TD)
 
 
 register(

@@ -134,6 +134,50 @@ def weighted_logprob_loss(
     return (coef_T * (logp_T - z_loss * lse_T.square())).sum()
 
 
+def distillation_loss(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    coef_T: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    student_head: dict[str, Any] | None = None,
+    teacher_head: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_t c_t D_t (0-dim), by autograd, and D_t (T,), 0 where c_t = 0; the teacher is a constant.
+
+        D = KL(p || q)   or   KL(q || p)   or   beta KL(p || m) + (1 - beta) KL(q || m)
+        m = beta p + (1 - beta) q          p of the teacher, q of the student
+
+    student, teacher: hidden states (T, D) and weight (V, D), each D its own; the heads' options as
+    in `linear_logprob`. jsd at beta 0 is forward_kl, at 1 reverse_kl, as in TRL and Liger.
+    """
+    kept_T = coef_T != 0
+    log_q_KV, log_p_KV = (
+        _logits(*x, kept_T, temperature=temperature, **(head or {})).log_softmax(1)
+        for x, head in ((student, student_head), (teacher, teacher_head))
+    )
+    log_p_KV = log_p_KV.detach()
+    # The ends of jsd by convention: its own value there is 0.
+    if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
+        divergence_K = _kl(log_p_KV, log_q_KV)
+    elif divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
+        divergence_K = _kl(log_q_KV, log_p_KV)
+    else:
+        log_m_KV = torch.logaddexp(log_p_KV + math.log(beta), log_q_KV + math.log1p(-beta))
+        divergence_K = beta * _kl(log_p_KV, log_m_KV) + (1 - beta) * _kl(log_q_KV, log_m_KV)
+    zero_T = divergence_K.new_zeros(kept_T.shape)
+    divergence_T = zero_T.masked_scatter(kept_T, divergence_K)
+    return (coef_T.masked_fill(~kept_T, 0.0) * divergence_T).sum(), divergence_T
+
+
+def _kl(log_a_KV: Tensor, log_b_KV: Tensor) -> Tensor:
+    """(K,): KL(a || b) of each row; 0 log 0 is 0, and its gradient too."""
+    gap_KV = (log_a_KV - log_b_KV).masked_fill(log_a_KV == -math.inf, 0.0)
+    return (log_a_KV.exp() * gap_KV).sum(1)
+
+
 def segment_sum(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sum over each packed sequence: (T,) and boundaries (S + 1,) give (S,)."""
     sums = [values_T[start:end].sum() for start, end in pairwise(cu_seqlens.tolist())]

@@ -29,6 +29,9 @@ Rules that hold for all four functions:
   [Shard(0)] on a mesh of one dimension, with bias and dweight_out placed alike. Every process gets
   the loss, the values and dX of the whole head, and dW of its own classes. All make the same calls;
   other rows on one of them are a ValueError. The backend is "torch".
+* `linear_logprob` and `weighted_logprob_loss` take (B, T, D) too, with (B, T) for all that is per
+  token, and give (B, T) back. shift=True: place t - 1 predicts token t, as in transformers. Targets
+  and all else per token stand in their token's column; column 0 takes no part.
 * torch.compile(fullgraph=True), torch.export, fake and meta tensors see one op a call
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
@@ -48,7 +51,8 @@ import torch
 from vpgea_fast.kernels import backends, checks
 from vpgea_fast.kernels.autograd_state import without_values
 from vpgea_fast.kernels.backends import BackendChoice
-from vpgea_fast.kernels.contract import FLOAT32, Bounds, Inputs, Needs, Settings, Smoothing
+from vpgea_fast.kernels.batches import batch_of
+from vpgea_fast.kernels.contract import FLOAT32, Bounds, Settings, Smoothing, needs_of
 from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot
 from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
@@ -243,6 +247,7 @@ def linear_logprob(
     return_entropy: bool = False,
     return_statistics: bool = False,
     expected_T: Tensor | None = None,
+    shift: bool = False,
     **options: Unpack[HeadOptions],
 ) -> LogprobOutput:
     """Log-probability of each target under the head, differentiable per token.
@@ -251,7 +256,8 @@ def linear_logprob(
         logp = z_target - lse(z)              entropy = -sum_v p_v log p_v
 
     hidden_TD (T, D) and weight_VD (V, D) share a floating dtype, or are cast by autocast; targets_T
-    is (T,) int32 or int64; the options are those of `HeadOptions`. Gradients flow to hidden, weight
+    is (T,) int32 or int64; the options are those of `HeadOptions`; (B, T, D) and shift as in the
+    module's rules. Gradients flow to hidden, weight
     and bias from any mix of logp, lse and entropy. logp <= 0 always and 1 - p is exact for
     confident tokens. Nothing but the inputs is saved; the backward makes the logits again.
 
@@ -266,12 +272,15 @@ def linear_logprob(
     (on CUDA a device-side assertion, without synchronisation, unless `validate`); a weight that is
     sharded otherwise than by classes.
     """
+    batch, ignored = batch_of(hidden_TD, shift), options.get("ignore_index", -100)
+    hidden_TD, targets_T = batch.hidden(hidden_TD), batch.targets(targets_T, ignored)
+    expected_T, options = batch.rows("expected_T", expected_T, 0.0), batch.options(options)
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
     checks.check_flag("return_statistics", return_statistics)
     asked = (return_entropy, return_statistics)
-    needs = _needs(inputs) if expected_T is not None else None
+    needs = needs_of(inputs) if expected_T is not None else None
     if expected_T is not None and needs is not None:
         checks.check_constant("expected_T", expected_T, targets_T)
     # Each process of a cut head would decide alone whether to make them again.
@@ -280,7 +289,7 @@ def linear_logprob(
         made = Expected.apply(*inputs, expected_T, *asked, needs, settings)
     else:
         made = Recompute.apply(*inputs, *asked, settings)
-    logp_T, lse_T, entropy_T, *more = made
+    logp_T, lse_T, entropy_T, *more = map(batch.back, made)
     statistics = RowStatistics(*more) if return_statistics else None
     return LogprobOutput(logp_T, lse_T, entropy_T, statistics)
 
@@ -296,6 +305,7 @@ def weighted_logprob_loss(
     # Not 0.0: torch.compile(dynamic=True) makes a symbol of a float, and traces once more for it.
     label_smoothing: float = 0,
     z_loss: float = 0,
+    shift: bool = False,
     **options: Unpack[HeadOptions],
 ) -> WeightedLoss:
     """sum_t coef_t logp_t with its gradients made in the same pass; only dX and dW are kept.
@@ -320,6 +330,9 @@ def weighted_logprob_loss(
     Under no_grad only values are computed. Options as in `HeadOptions`; errors as `linear_logprob`,
     and coef_T with requires_grad.
     """
+    batch, ignored = batch_of(hidden_TD, shift), options.get("ignore_index", -100)
+    hidden_TD, targets_T = batch.hidden(hidden_TD), batch.targets(targets_T, ignored)
+    coef_T, options = batch.rows("coef_T", coef_T, 0.0), batch.options(options)
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
@@ -334,25 +347,15 @@ def weighted_logprob_loss(
             "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
             "float32, or backend='reference'"
         )
-    needs = _needs(inputs, sink_VD)
+    needs = needs_of(inputs, sink_VD)
     loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
-    return WeightedLoss(loss, logp_T, kept_T)
+    return WeightedLoss(loss, batch.back(logp_T), batch.back(kept_T))
 
 
 _SMOOTHING = {
     "label_smoothing": Bounds("a number from 0 to 1", 0, 1),
     "z_loss": Bounds("a finite number >= 0", 0, FLOAT32.max),
 }
-
-
-def _needs(inputs: Inputs, dweight_out: Tensor | None = None) -> Needs:
-    """Asked for here: inside an autograd function grad mode is off and requires_grad is lost."""
-    grad, bias_V = torch.is_grad_enabled(), inputs.bias_V
-    return Needs(
-        hidden=grad and inputs.hidden_TD.requires_grad,
-        weight=grad and (inputs.weight_VD.requires_grad or dweight_out is not None),
-        bias=grad and bias_V is not None and bias_V.requires_grad,
-    )
 
 
 @_spelled_out

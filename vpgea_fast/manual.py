@@ -36,7 +36,7 @@ WIDTH = 96
 GENERIC = {2**31, 1e12}
 """Upper bounds that only catch slips; the page's head tells of them, not every line."""
 API = {
-    "losses": None,
+    **dict.fromkeys(("losses", "distillation")),
     "integrations": (
         *("causal_lm_loss", "causal_lm_logprobs", "head_options", "LossModule"),
         *("CausalLoss", "CausalLogprobs"),

@@ -1,0 +1,83 @@
+"""Batches of sequences: hidden states (B, T, D) as the rows of a call, and its results as (B, T).
+
+B sequences, T places in each, N = B T rows. With `shift` all that belongs to a token, given or
+returned, stands in the token's own column; place t - 1 predicts it. So column 0 takes no part:
+
+    tokens           a  b  c        targets of the places    b  c  ignored
+    logp returned    0  log p(b | a)  log p(c | a b)
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from vpgea_fast.kernels import checks
+from vpgea_fast.kernels.contract import NUMBERS
+
+Tensor = torch.Tensor
+
+
+class Batch(NamedTuple):
+    """How the rows of a call lie: shape (B, T); None for (T, D), which passes as it is."""
+
+    shape: tuple[int, ...] | None
+    shift: bool
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (N, D), a view where it is dense: the targets move, the states do not."""
+        return hidden if self.shape is None else hidden.flatten(0, 1)
+
+    def targets(self, targets: Tensor, ignore_index: int) -> Tensor:
+        """(B, T) -> (N,): of each place the token to predict, ignore_index for none."""
+        if self.shift:
+            checks.check_number("ignore_index", ignore_index, NUMBERS["ignore_index"])
+            if isinstance(targets, Tensor) and targets.dtype is torch.int32:
+                targets = targets.long()  # ignore_index may be outside int32
+        return self.rows("targets_T", targets, ignore_index)
+
+    def rows(self, name: str, x: Any, fill: float) -> Any:
+        """(B, T) -> (N,) by place, `fill` where a place predicts nothing.
+
+        What is no tensor passes, for the checks that follow. ValueError: another shape.
+        """
+        if self.shape is None or not isinstance(x, Tensor):
+            return x
+        if tuple(x.shape) != self.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected {tuple(self.shape)}, one for each "
+                "place of hidden_TD (B, T, D); or flatten all of them, hidden.reshape(-1, D)"
+            )
+        if self.shift:
+            # A copy of (B, T) numbers, where hidden[:, :-1] would copy every state.
+            x = x.roll(-1, dims=1)
+            x[:, -1:] = fill
+        return x.reshape(-1)
+
+    def options(self, options: Any) -> Any:
+        """The options of a head, with temperatures by place."""
+        if self.shape is None or not isinstance(options.get("temperature"), Tensor):
+            return options
+        return {**options, "temperature": self.rows("temperature", options["temperature"], 1.0)}
+
+    def back(self, values: Any) -> Any:
+        """(N,) -> (B, T). The last place predicts nothing: its 0 becomes that of column 0."""
+        if self.shape is None or values is None:
+            return values
+        values = values.view(self.shape)
+        return values.roll(1, dims=1) if self.shift else values
+
+
+def batch_of(hidden: Any, shift: Any) -> Batch:
+    """The layout of a call. ValueError: shift without sequences."""
+    checks.check_flag("shift", shift)
+    # Nested, sparse and distributed tensors are refused in words by the checks that follow.
+    plain = isinstance(hidden, Tensor) and not hasattr(hidden, "device_mesh")
+    if plain and hidden.layout is torch.strided and hidden.dim() == 3:
+        return Batch(tuple(hidden.shape[:2]), shift)
+    if shift:
+        got = tuple(hidden.shape) if plain else type(hidden).__name__
+        raise ValueError(
+            f"shift: got True with hidden_TD {got}, expected (B, T, D): packed rows hold more than "
+            "one document, so shift their targets yourself; one sequence is hidden[None]"
+        )
+    return Batch(None, shift=False)
