@@ -621,7 +621,7 @@ class TileSums(NamedTuple):
         tiles_m = triton.cdiv(n_rows, tile.block_m)
         flags = torch.empty(tiles_m, dtype=torch.int32, device=device)
         holds = torch.zeros(tiles_m, halves, dtype=torch.int8, device=device)
-        return TileSums(partial[0], partial[1], partial[2], flags, holds)
+        return TileSums(*partial, flags=flags, holds=holds)
 
 
 def head_pass(

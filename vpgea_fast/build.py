@@ -126,7 +126,6 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
         undo.callback(engine.close)
-
         # U is a likelihood, at temperature 1 whatever the paths were drawn at. Log-probs of drawn
         # paths are those of the distribution that drew them.
         score = policies.scorer(1.0)

@@ -511,7 +511,7 @@ class Collector:
             # vLLM's cache and the scoring forwards do not fit a card together.
             if not self.draws_again:
                 self.engine.rest()  # scoring has its memory
-        return self.score(questions, posterior, prior, step, reference, timer=timer)
+        return self.score(questions, posterior, prior, step, reference=reference, timer=timer)
 
     def _weigh(
         self,

@@ -239,7 +239,7 @@ def part_row(question: PromptedQuestion, path: Path, term: Term) -> TrainRow:
     else:
         thought = after_thought(question, term.view, path)
         context, tokens = torch.cat([thought, question.cue_ids]), question.target_ids
-    return _row(path, term, context, tokens, logps)
+    return _row(path, term, context, tokens, logps=logps)
 
 
 def _row(
