@@ -112,7 +112,8 @@ def test_a_step_is_the_trainers_own(kind, layout, tmp_path):
         {"gradient_checkpointing": True},
         {"average_tokens_across_devices": False},
     ],
-    ids=str,
+    # Not str: the address of a function is another in every worker of pytest-xdist.
+    ids=", ".join,
 )
 def test_options_do_what_they_do_in_the_trainer(settings, tmp_path):
     compare(tmp_path, **settings)
