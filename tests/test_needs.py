@@ -519,6 +519,7 @@ def test_a_run_warns_of_the_slow_engine_at_its_start(tiny_words):
             sharded=cpu.sharded,
             backend=cpu.backend,
             attention=cpu.attention,
+            masters=cpu.masters,
         )
         learner = dataclasses.replace(stages.policies["policy"], policy=on_cuda)
         moved = dataclasses.replace(stages, policies=Policies({"policy": learner}, stages.passes))
