@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 from vpgea_fast.estimate.layout import Layout, numel
+from vpgea_fast.kernels.backends import UNASKED_CHUNK
 
 HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
 """Bytes of the logits of one chunk of the head, at most, and rows of one of the Triton head."""
-HEAD_BYTES_CUT = 512 << 20
-"""The same of a head that is cut by classes."""
 
 UPCAST_BYTES = 2 << 20
 """Of a half-precision head on a CPU: the part of its weight that is in float32 at a time."""
@@ -67,7 +66,7 @@ def head(lay: Layout, tokens: int) -> int:
     copied = s * (half and lay.cuda)  # dz's; a CPU rounds in place
     logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + copied)
     row = -(-shape.vocabulary // processes) * logit
-    limit = HEAD_BYTES_CUT if lay.by_classes else HEAD_BYTES
+    limit = UNASKED_CHUNK if lay.by_classes else HEAD_BYTES
     rows = min(tokens, limit // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
     if lay.cfg.loss.backend == "triton":
         rows = min(rows, TRITON_ROWS)
