@@ -168,9 +168,7 @@ def test_a_vocabulary_cut_by_megatron_is_refused():
 def test_without_verl_it_says_what_to_install():
     if importlib.util.find_spec("verl") is not None:
         pytest.skip("verl is there")
-    with pytest.raises(
-        RuntimeError, match=r"verl is not there .*: pip install 'verl>=0\.9,<0\.10'"
-    ):
+    with pytest.raises(ImportError, match=r"verl is not there .*: pip install 'verl>=0\.9,<0\.10'"):
         enable()
 
 

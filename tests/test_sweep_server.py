@@ -257,7 +257,7 @@ def test_code_that_has_changed_is_forked_no_more(mute, tmp_path, monkeypatch):
     assert any("kernels" in name for name in server.written())
     package = tmp_path / "vpgea_fast"
     (package / "sweep/__pycache__").mkdir(parents=True)
-    monkeypatch.setattr(server, "__file__", str(package / "sweep/server.py"))
+    monkeypatch.setattr(server, "PACKAGE", package)
     file, new, other = (package / name for name in ("trainer.py", "sweep/new.py", "sweep/x.pyc"))
     file.touch()
     starter, _ = mute

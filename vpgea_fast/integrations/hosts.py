@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import types
 import warnings
 from collections.abc import Callable
 from typing import Self
@@ -25,6 +27,15 @@ class Switch:
 
     def __exit__(self, *_: object) -> None:
         self.disable()
+
+
+def imported(path: str, tested: str) -> types.ModuleType:
+    """A module of the host. ImportError, with what to install, where it cannot be imported."""
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        name = Requirement(tested).name
+        raise ImportError(f"{name} is not there ({error}): pip install '{tested}'") from error
 
 
 def check_version(tested: str, version: str) -> None:

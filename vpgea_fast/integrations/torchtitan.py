@@ -12,7 +12,6 @@ B rows, T tokens each, N = B T; D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vpgea_fast import losses
-from vpgea_fast.integrations.hosts import changed, check_version
+from vpgea_fast.integrations.hosts import changed, check_version, imported
 
 Tensor = torch.Tensor
 
@@ -33,12 +32,9 @@ TESTED = "torchtitan>=0.3,<0.4"
 TAKES = ("self", "pred", "labels", "global_valid_tokens", "loss_inputs")
 NEEDED = ("ChunkedLossWrapper", "CrossEntropyLoss", "IGNORE_INDEX", "get_spmd_backend", "spmd")
 
-try:
-    _titan = importlib.import_module("torchtitan.components.loss")
-    _override = importlib.import_module("torchtitan.config.override")
-    _meshes = importlib.import_module("torchtitan.distributed.spmd_types")
-except ImportError as error:
-    raise ImportError(f"torchtitan is not there ({error}): pip install '{TESTED}'") from error
+_titan = imported("torchtitan.components.loss", TESTED)
+_override = imported("torchtitan.config.override", TESTED)
+_meshes = imported("torchtitan.distributed.spmd_types", TESTED)
 
 
 def _check_hooks() -> None:

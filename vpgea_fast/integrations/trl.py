@@ -24,7 +24,7 @@ from torch import nn
 
 from vpgea_fast import losses
 from vpgea_fast.integrations.heads import check_weight
-from vpgea_fast.integrations.hosts import Switch, changed, check_version
+from vpgea_fast.integrations.hosts import Switch, changed, check_version, imported
 from vpgea_fast.kernels import checks
 
 Tensor = torch.Tensor
@@ -130,8 +130,8 @@ def enable(where: Any = None, *, backend: str = "auto") -> Enabled:
 
     ValueError: a trainer that does not score tokens this way; label_smoothing_factor or
     compute_loss_func of SFT, which make the loss of full logits. In a forward: DeepSpeed ZeRO-3, a
-    quantised head. RuntimeError: TRL is missing, or has changed what is replaced here. UserWarning:
-    a version of TRL out of the tested range.
+    quantised head. ImportError: TRL is missing. RuntimeError: it has changed what is replaced here.
+    UserWarning: a version of TRL out of the tested range.
     """
     _check_hooks(_utils())
     losses.choose_backend(backend)
@@ -319,10 +319,7 @@ def _check_options(trainer: Any, name: str) -> None:
 
 
 def _utils() -> types.ModuleType:
-    try:
-        return importlib.import_module("trl.trainer.utils")
-    except ImportError as error:
-        raise RuntimeError(f"TRL is not there ({error}): pip install '{TESTED}'") from error
+    return imported("trl.trainer.utils", TESTED)
 
 
 def _check_hooks(utils: types.ModuleType) -> None:

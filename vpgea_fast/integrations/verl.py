@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vpgea_fast import losses
-from vpgea_fast.integrations.hosts import Switch, changed, check_version
+from vpgea_fast.integrations.hosts import Switch, changed, check_version, imported
 
 Tensor = torch.Tensor
 
@@ -70,8 +70,8 @@ def enable(*, backend: str = "auto") -> Enabled:
     nothing says so. Log-probs are float32, as verl's; so are entropies, which its "torch" rounds to
     the dtype of the hidden states. The logits are float32; verl's "torch" rounds those too.
 
-    RuntimeError: verl is missing, or has changed what is replaced here. UserWarning: a version of
-    verl out of the tested range. ValueError: the backend.
+    ImportError: verl is missing. RuntimeError: it has changed what is replaced here. UserWarning: a
+    version of verl out of the tested range. ValueError: the backend.
     """
     _check_hooks()
     losses.choose_backend(backend)
@@ -209,17 +209,10 @@ def _uninstall(switch: Enabled) -> None:
 def _places() -> Iterator[tuple[types.ModuleType, str]]:
     """Every module that holds one of the two, of those that are imported, and its name there."""
     for name, home in HOMES.items():
-        yield _module(home), name
+        yield imported(home, TESTED), name
     for path in COPIES:
         if hasattr(sys.modules.get(path), TWIN):
             yield sys.modules[path], TWIN
-
-
-def _module(path: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(path)
-    except ImportError as error:
-        raise RuntimeError(f"verl is not there ({error}): pip install '{TESTED}'") from error
 
 
 # --- which verl -----------------------------------------------------------------------------------
@@ -227,7 +220,7 @@ def _module(path: str) -> types.ModuleType:
 
 def _check_hooks() -> None:
     """RuntimeError: what is replaced is not what it was. UserWarning: it may not be."""
-    version = _module("verl").__version__
+    version = imported("verl", TESTED).__version__
     for name, home in HOMES.items():
         module = _found(version, home)
         own = _own(version, module, name)
@@ -241,7 +234,7 @@ def _check_hooks() -> None:
         if forward is None or not {name, home} <= {*forward.__code__.co_names}:
             words = f"{FORWARDS[name]} does not import {name} from {home}"
             raise changed(TESTED, version, words)
-    fused = _own(version, _module(HOMES[FUSED]), FUSED)
+    fused = _own(version, imported(HOMES[FUSED], TESTED), FUSED)
     made = tuple(inspect.signature(fused.__init__).parameters)
     if made != MADE:
         words = f"{FUSED} is made of ({', '.join(made)}), not ({', '.join(MADE)})"

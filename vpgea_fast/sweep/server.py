@@ -26,7 +26,6 @@ import importlib
 import itertools
 import json
 import os
-import pkgutil
 import select
 import signal
 import socket
@@ -67,8 +66,9 @@ except SystemExit as end:
 """
 """At its end a run calls what libraries have registered, and tears nothing down: that would touch,
 and so copy, all that it shares with the server."""
-PACKAGES = ("vpgea_fast", "vpgea_fast.kernels")
-"""The second is no regular package, which a walk through the first would find."""
+PACKAGE = Path(__file__).parents[1]
+HOSTS = ("integrations", "hf_trainer")
+"""Rooms for other trainers, which no run opens: theirs are imports of seconds, or not there."""
 LIBRARIES = (
     "transformers.models.qwen2.modeling_qwen2",
     "matplotlib.figure",
@@ -250,13 +250,13 @@ def serve(control: int, parent: int) -> list[str]:
 
 def import_all() -> None:
     """Import what a run may import: a forked one reads no module of the package from the disk."""
-    for package in PACKAGES:
-        path = importlib.import_module(package).__path__
-        for module in pkgutil.walk_packages(path, f"{package}."):
-            # Without Triton, say, some cannot be; a run that needs one says so itself.
-            with suppress(ImportError):
-                if not module.name.endswith("__main__"):
-                    importlib.import_module(module.name)
+    for file in written():
+        module = [PACKAGE.name, *Path(file).relative_to(PACKAGE).with_suffix("").parts]
+        if module[-1] == "__main__" or module[1] in HOSTS:
+            continue
+        # Without Triton, say, some cannot be; a run that needs one says so itself.
+        with suppress(ImportError):
+            importlib.import_module(".".join(module).removesuffix(".__init__"))
     for name in LIBRARIES:
         importlib.import_module(name)
 
@@ -265,7 +265,7 @@ def written() -> dict[str, int]:
     """When each module of the package was last written: its file -> ns since 1970."""
     found: dict[str, int] = {}
     # kernels/ is a link in a checkout.
-    for folder, _, files in os.walk(Path(__file__).parents[1], followlinks=True):
+    for folder, _, files in os.walk(PACKAGE, followlinks=True):
         for file in files:
             # One that an editor is replacing: it is there at the next look.
             with suppress(OSError):
