@@ -205,8 +205,9 @@ class Compiled:
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
     """`_gemm_exp` in one of the variants of GEMMS."""
-    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "CAP": False}
+    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "CAP": False}
     flags |= {"ENTROPY": False, "TAIL": False, **GEMMS[variant]}
+    biased = flags.pop("BIAS", False)
     tile = tile_for(DTYPES[dtype], divmod(arch, 10), capped=flags["CAP"])
     tma = arch >= 90
     m, n, k = tile.block_m, tile.block_n, tile.block_k
@@ -224,14 +225,13 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "hidden": f"tensordesc<{dtype}[{m}, {k}]>" if tma else pointer,
         "weight": f"tensordesc<{dtype}[{n}, {k}]>" if tma else pointer,
         "exps": f"tensordesc<{dtype}[{m}, {n // 2}]>" if tma else pointer,
-        "bias_ptr": pointer,
         "target_ptr": "*i32",
         "flag_ptr": "*i32",
         "holds_ptr": "*i8",
     }
     for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
-    absent = {"exps": not flags["STORE"], "bias_ptr": not flags["BIAS"]}
+    absent = {"exps": not flags["STORE"], "bias_ptr": not biased}
     constants |= {name: None for name, gone in absent.items() if gone}
     return _compile(
         f"gemm_exp: {variant}",

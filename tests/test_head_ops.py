@@ -800,7 +800,7 @@ def test_more_than_2_to_the_31_elements(rows, width, backend):
 
 ADDRESSING = {
     "_gemm_exp": {
-        **dict.fromkeys("TAIL STORE PEAK FLAGGED BIAS ENTROPY".split(), True),
+        **dict.fromkeys("TAIL STORE PEAK FLAGGED ENTROPY".split(), True),
         "TMA": False,
         "BLOCK_M": 64,
         "BLOCK_N": 64,
@@ -840,7 +840,7 @@ def test_rows_are_addressed_in_64_bits(name, tmp_path, monkeypatch):
     if "DTYPE" in kernel.arg_names:
         constants["DTYPE"] = triton.language.bfloat16
     types = dict.fromkeys(constants, "constexpr") | NOT_POINTERS
-    halves = ("hidden", "weight", "exps", "scaled", "bias")
+    halves = ("hidden", "weight", "exps", "scaled")
     for argument in kernel.arg_names:
         pointer = argument in halves or argument.endswith("_ptr")
         kind = "*bf16" if argument.startswith(halves) else "*fp32"

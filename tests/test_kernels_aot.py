@@ -18,14 +18,15 @@ ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one program may have on sm_90."""
 REGISTERS = 240
-"""Of a thread, for 255: what a patch of the compiler may add before it spills. A bias has registers
-for its columns: 235 to 248 in all."""
+"""Of a thread, for 255: what a patch of the compiler may add before it spills."""
 STEP = 128
 """Instructions around four HGMMA: two warps of a scheduler issue them in a quarter of the 1024
 cycles that the tensor cores need."""
-EPILOGUE = {"train": 6, "train, tail": 6, "score": 6, "train, bias": 8, "score, bias": 8}
+EPILOGUE = {"train": 6, "train, tail": 6, "score": 6, "train, bias": 5, "score, bias": 5}
 """Instructions per element where no target is. A scaling, an exponential, a sum and half a packing
-are 3.5, the next tile's zeros 1, a bias 1. The 2048 cycles of a tile's exponentials hide 8."""
+are 3.5, the next tile's zeros 1. A bias takes the place of these zeros, at the head of the next
+tile: another 1, in code that the first tile runs too, which is not counted. The 2048 cycles of a
+tile's exponentials hide 8."""
 OFFSETS64 = {
     "gemm_exp": 2,
     "target_logit": 2,
@@ -86,14 +87,13 @@ def test_sm90_uses_tensor_cores_and_tma_without_spilling(report):
         assert row["tma_loads"] > 0, name
         assert (row["tma_stores"] > 0) == ("train" in name or "store" in name), name
         assert row["shared"] <= SHARED_LIMIT, name
-        assert row["registers"] <= REGISTERS or "bias" in name, name
+        assert row["registers"] <= REGISTERS, name
         assert 0 < row["step"] <= STEP, name
     for variant, most in EPILOGUE.items():
         row = gemms[f"gemm_exp: {variant}"]
         assert 3.5 < row["epilogue"] <= most, (variant, row)
         # A thread has 128 elements: a mask of each is two instructions, and shows on the other way.
-        # A bias asks of each of its columns whether it exists.
-        assert row["masks"] < (32 if "bias" in variant else 16), (variant, row)
+        assert row["masks"] < 16, (variant, row)
         assert row["all_masks"] >= 256, (variant, row)
 
 
