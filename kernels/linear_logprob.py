@@ -35,7 +35,7 @@ float64 inputs and a gradient of the entropy are for the backends `torch` and `r
 """
 
 # Device code is Python to pyright, but Triton's types are its own.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 import math
@@ -69,6 +69,7 @@ from vpgea_fast.kernels._tiling import (
 from vpgea_fast.kernels.chunked import (
     add_matmul_,
     default_chunk_bytes,
+    kept_rows_,
     matmul,
     settle_weight,
     weight_sink,
@@ -367,9 +368,10 @@ def _gemm_exp(
     rank, listed, group_m = _order(flag_ptr, tl.cdiv(n_rows, BLOCK_M), GROUP_M, FLAGGED=FLAGGED)
     # One loop over tiles and D: the next tile's operands are loaded under this one's epilogue.
     # Not where the sums begin with a bias: Triton pipelines no flat loop that loads them.
-    first_ptr = bias_ptr if shape.cap is None else None
-    flat: tl.constexpr = first_ptr is None
-    for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=flat):
+    first = bias_ptr if shape.cap is None else None
+    for tile in tl.range(
+        tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=first is None
+    ):
         tile_m, tile_n = _tile_at(tile, listed, tiles_n, group_m)
         if FLAGGED:
             # Tiles of rank <= j lie before flagged tile j: their number is its index.
@@ -378,7 +380,7 @@ def _gemm_exp(
         total = _product_tile(
             hidden,
             weight,
-            bias_ptr=first_ptr,
+            bias_ptr=first,
             row=row,
             column=tile_n * BLOCK_N,
             n_rows=n_rows,
@@ -392,7 +394,7 @@ def _gemm_exp(
             TMA=TMA,
         )
         # The compiler asks for these before it waits for the product's last step.
-        scale = None if first_ptr is None else shape.scale  # new_stats leaves it to a bias
+        scale = None if first is None else shape.scale  # new_stats leaves it to a bias
         gain, reference = _gain_and_reference(
             gain_ptr, reference_ptr, row, n_rows, scale=scale, BLOCK_M=BLOCK_M, PEAK=PEAK
         )
@@ -654,7 +656,7 @@ class RowStats:
     kappa: Tensor  # p_v = kappa E_v
     missing: Tensor  # 1 - p_target = kappa missing
 
-    def __getitem__(self, chunk: slice) -> "RowStats":
+    def __getitem__(self, chunk: slice | Tensor) -> "RowStats":
         return RowStats(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
 
 
@@ -707,20 +709,28 @@ def head_pass(
     pull_K, lift_K = _pull_and_lift(upstream, head.temperature)
     unit = _storage_unit(pull_K, plan)
     sink_VD = weight_sink(sinks.weight, unit)
+    skipped: list[Tensor] = []
 
     def run(chunk: slice) -> None:
         """Runs one chunk; a function, so that its E is free before the next one's."""
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
         stats_C = stats_K[chunk]
         exps_CV = _forward(hidden_CD, stats_C, plan, store=pull_K is not None)
-        if exps_CV is None or pull_K is None:
+        if exps_CV is None or pull_K is None or upstream is None:
             return
+        rows_C, pull_C = rows_K[chunk], pull_K[chunk] / unit
+        bound_C = bound_of(upstream, stats_C, head, chunk)
+        if bound_C is not None:
+            skipped.append(bound_C)
+            keep_R = (bound_C < 0).nonzero().squeeze(1)  # waits for the device: how many there are
+            exps_CV, stats_C = kept_rows_(exps_CV, keep_R), stats_C[keep_R]
+            hidden_CD, rows_C, pull_C = hidden_CD[keep_R], rows_C[keep_R], pull_C[keep_R]
         scaled_CD = torch.empty_like(hidden_CD) if sink_VD is not None else None
         u_C = _launch_gradient_operands(
             hidden_CD,
             exps_CV,
             scaled_CD=scaled_CD,
-            pull_C=pull_K[chunk] / unit,
+            pull_C=pull_C,
             lift_C=None if lift_K is None else lift_K[chunk],
             stats=stats_C,
             plan=plan,
@@ -734,7 +744,7 @@ def head_pass(
         if sinks.hidden is not None:
             dhidden_CD = matmul(exps_CV, plan.head.weight, torch.float32)
             dhidden_CD.mul_((u_C * (head.logit_scale * unit)).unsqueeze(1))
-            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
+            sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
 
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_TD):
@@ -742,7 +752,15 @@ def head_pass(
         for chunk in _chunks(targets_K.shape[0], plan, store=store, chunk_bytes=chunk_bytes):
             run(chunk)
     settle_weight(sinks.weight, sink_VD, unit)
-    return values(stats_K, entropy=entropy)
+    made = values(stats_K, entropy=entropy)
+    return made._replace(skipped=torch.cat(skipped)) if skipped else made
+
+
+def bound_of(upstream: Upstream, stats: RowStats, head: Head, chunk: slice) -> Tensor | None:
+    """`Upstream.skipped` of a chunk whose statistics are there; None, at no cost, unless asked."""
+    if not upstream.skip_below:
+        return None
+    return upstream.skipped(values(stats, entropy=False).logp, head.temperature, chunk)
 
 
 def new_stats(targets_K: Tensor, head: Head) -> RowStats:

@@ -403,8 +403,13 @@ def head_pass(
             "ignore_index": -1,  # no target: the rows were selected before
         }
         logp_K, lse_K, entropy_K = linear_logprob(*rows, **options)
+        skipped_K = None
         if upstream is not None:
-            pairs = [(logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
+            skipped_K = upstream.skipped(logp_K.detach(), head.temperature, slice(None))
+            g_logp_K = upstream.logp
+            if skipped_K is not None:
+                g_logp_K = torch.where(skipped_K < 0, g_logp_K, 0.0)
+            pairs = [(logp_K, g_logp_K), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
             if upstream.mean_logit is not None:
                 pairs.append((row_statistics(*rows, **options)[1], upstream.mean_logit))
             pairs.append((lse_K.square(), upstream.lse_square))
@@ -418,4 +423,5 @@ def head_pass(
             if sinks.bias is not None:
                 sinks.bias.add_(grads[2])
     more = [x.detach() for x in row_statistics(*rows, **options)] if statistics else []
-    return Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None, *more)
+    made = Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None, *more)
+    return made._replace(skipped=skipped_K)
