@@ -37,16 +37,19 @@ def refuse_transforms(x: Tensor) -> None:
 
     Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
     """
+    # Traced code holds no such tensor, and a private name would break its graph.
     if torch.compiler.is_compiling():
         return
     functorch = getattr(torch._C, "_functorch", None)
     wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    # -1 outside every forward-mode context: one look-up spares unpacking the tensor.
     dual = getattr(forward_ad, "_current_level", -1) >= 0
     if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
         raise RuntimeError(NO_TRANSFORMS)
 
 
 def refuse_double_backward() -> None:
+    # create_graph=True leaves grad mode on in a backward, whose results would pass for constants.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "this loss can be differentiated once only: its gradients are made by hand. Drop "
@@ -77,6 +80,7 @@ def may_overwrite(grad_loss: Tensor) -> bool:
     """
     if without_values(grad_loss) or (probes := _probes()) is None:
         return False
+    # A graph that is kept may come back, and must find the gradients unscaled.
     return not probes[0]() and not is_batched(grad_loss)
 
 
@@ -96,4 +100,5 @@ def _probes() -> list[Any] | None:
             ("_functorch", "is_legacy_batchedtensor"),
         )
     ]
+    # All or none: with one answer missing, the others would promise more than is known.
     return None if None in found else found

@@ -50,11 +50,12 @@ class Batch(NamedTuple):
         if self.shift:
             # A copy of (B, T) numbers, where hidden[:, :-1] would copy every state.
             x = x.roll(-1, dims=1)
-            x[:, -1:] = fill
+            x[:, -1:] = fill  # in roll's copy, not in the caller's tensor
         return x.reshape(-1)
 
     def options(self, options: Any) -> Any:
         """The options of a head, with temperatures by place."""
+        # A float is every place's, and stays a number: no tensor, no shift.
         if self.shape is None or not isinstance(options.get("temperature"), Tensor):
             return options
         return {**options, "temperature": self.rows("temperature", options["temperature"], 1.0)}
@@ -63,7 +64,7 @@ class Batch(NamedTuple):
         """(N,) -> (B, T). The last place predicts nothing: its 0 becomes that of column 0."""
         if self.shape is None or values is None:
             return values
-        values = values.view(self.shape)
+        values = values.view(self.shape)  # the pass has made it dense
         return values.roll(1, dims=1) if self.shift else values
 
 

@@ -120,6 +120,7 @@ def _measured(z_RV: Tensor, teacher_RV: Tensor, measure: Measure) -> tuple[Tenso
     gap_RV = log_q_RV - log_p_RV
     # Where neither can be, -inf - -inf would be NaN; a NaN of the logits equals nothing and stays.
     gap_RV.masked_fill_(log_q_RV == log_p_RV, 0.0)
+    # In the logs' own memory: the gap is all that is still wanted of them.
     q_RV, p_RV = log_q_RV.exp_(), log_p_RV.exp_()
     if measure.divergence == "forward_kl":
         return _kl(p_RV, q_RV, -gap_RV), q_RV - p_RV
@@ -129,6 +130,7 @@ def _measured(z_RV: Tensor, teacher_RV: Tensor, measure: Measure) -> tuple[Tenso
     beta, m_RV = measure.beta, q_RV.lerp(p_RV, measure.beta)
     q_gap_RV, p_gap_RV = _to_mixture(gap_RV, beta)
     kl_q_R1, kl_p_R1 = _kl(q_RV, m_RV, q_gap_RV), _kl(p_RV, m_RV, p_gap_RV)
+    # m moves with q too, but adds the same to each class, and the changes of q add up to 0.
     slope_RV = _slope(q_RV, q_gap_RV, kl_q_R1).mul_(1.0 - beta)
     return beta * kl_p_R1 + (1.0 - beta) * kl_q_R1, slope_RV
 
@@ -159,6 +161,7 @@ def divergence_pass(
     total, n_rows = accumulator(hidden_TD), rows_K.shape[0]
     if n_rows == 0:
         return hidden_TD.new_empty(0, dtype=total)
+    # Two heads' logits, and the student's tanh slope: the teacher's needs no gradient.
     vocabulary, buffers = head.weight.shape[0], 2 + head.capped
     step = chunk_rows(n_rows, vocabulary, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
     buffers_BCV = hidden_TD.new_empty(buffers, step, vocabulary, dtype=total)
@@ -169,7 +172,7 @@ def divergence_pass(
         head=head,
         sinks=sinks,
         sink_VD=sinks.weight,
-        unit=1.0,
+        unit=1.0,  # float16 is refused: no bound of its dz is known before the pass
         upcast_BD=upcasts[0],
     )
     # d/dz to d/da: what is left of the head, tanh's slope, follows in each chunk.
@@ -252,7 +255,7 @@ def distil(
             ),
             measure=measure,
             rows_K=selection.rows_K,
-            coef_K=coef_K if any(needs) else None,
+            coef_K=coef_K if any(needs) else None,  # None spares the products for dX and dW
             sinks=sinks,
             chunk_bytes=chunk_bytes,
         )
@@ -290,6 +293,7 @@ class Distil(torch.autograd.Function):
                 settings=settings,
             )
         keep(ctx, inputs, grads, dweight_out)
+        # As in OnePass: a gradient that came through values_T would be lost in silence.
         ctx.mark_non_differentiable(values_T, kept_T)
         return loss, values_T, kept_T
 
