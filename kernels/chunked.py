@@ -82,6 +82,7 @@ def head_pass(
     accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
+    # No chunk, and so nothing to concatenate.
     if n_rows == 0:
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
@@ -140,6 +141,7 @@ def head_pass(
         bound_C = upstream.skipped(values_C3[:, 0], head.temperature, chunk)
         if bound_C is not None:
             skipped.append(bound_C)
+            # CUDA's host waits here: a product wants to know how many rows it has.
             keep_R = (bound_C < 0).nonzero().squeeze(1)
             z_CV, hidden_CD, rows_C = kept_rows_(z_CV, keep_R), hidden_CD[keep_R], rows_C[keep_R]
         add_(z_CV, hidden_CD, rows_C)
@@ -311,6 +313,7 @@ def _dhidden(
 ) -> Tensor:
     """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
     shape = (dz_CV.shape[0], head.weight.shape[1])
+    # Not a product for each block and a sum: addmm adds in the accumulator's own memory.
     dhidden_CD = torch.zeros(shape, dtype=accumulator, device=dz_CV.device)
     for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
         add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)

@@ -226,6 +226,7 @@ def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
         # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
         grads = [None if x is None else x.mul_(grad_loss) for x in kept]
     else:
+        # A second backward through the same graph must find what this one found.
         grads = [None if x is None else x * grad_loss for x in kept]
     return [None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
 
@@ -299,7 +300,7 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, *upstream):
         refuse_double_backward()
         upstream_T = upstream[:3]  # of logp, lse and entropy
-        nothing = [None] * len(Inputs._fields)
+        nothing = [None] * len(Inputs._fields)  # three more inputs, and as many options
         # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
@@ -389,6 +390,7 @@ def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
     if found_T.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     found_T, expected_T = (x.to(wide(x.device)) for x in (found_T, expected_T))
+    # The multiple that fits best, by least squares; whether it fits each entry is asked below.
     square = expected_T.square().sum()
     factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
     fits = (found_T - factor * expected_T).abs() <= EXPECTED * (factor * expected_T).abs()
