@@ -65,22 +65,13 @@ LAYERS = {
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
     "tensor library": {"activations", "attention", "distillation", "losses", "packing"},
-    "services": {
-        "bound",
-        "distributed",
-        "hosted",
-        "hub",
-        "interface",
-        "manual",
-        "metrics",
-        "new_folder",
-    },
+    "services": {"bound", "distributed", "hosted", "hub", "manual", "metrics", "new_folder"},
     # Every section, with that of the objective as its registry has it.
     "configuration": {"config"},
     "methods": {"objectives"},
     "method library": {"advantage"},
     "records": {"types"},
-    "text": {"book", "names", "spans", "strict_yaml", "values"},
+    "text": {"book", "interface", "names", "spans", "strict_yaml", "values"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)
