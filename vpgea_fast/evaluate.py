@@ -421,7 +421,12 @@ def _model_and_engine(cfg: Config, world: World) -> tuple[Any, RolloutEngine, We
         cfg,
         world,
         dtype=dtype,
-        hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
+        hf=lambda: HFEngine(
+            causal_lm,
+            max_batch=cfg.rollout.max_batch,
+            dtype=dtype,
+            compiled=cfg.model.compile,
+        ),
     )
     return causal_lm, engine, weights
 
