@@ -486,6 +486,12 @@ def test_looking_rarely_changes_no_path(model, full_answer):
         HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
 
 
+def compile_layers(model, graphs):
+    """As model.compile does."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend=graphs)
+
+
 @pytest.mark.parametrize("other", [False, True], ids=["one", "two"])
 def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
     monkeypatch, model, random_qwen2, other
@@ -496,11 +502,12 @@ def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
     torch.compiler.reset()
     # No number of rows is a width of the model: torch.compile would take it for that constant.
     requests, sampling = some_requests(paths=7), replace(SHORT, max_new_tokens=200)
-    engine, longest = HFEngine(model, max_batch=64, compiled=True), []
-    for taken in [model, *([random_qwen2(seed=3)] if other else [])]:
-        again = HFEngine(taken, max_batch=64).generate(requests, sampling)
-        for layer in taken.model.layers:  # as model.compile does
-            layer.compile(dynamic=True, backend=graphs)
+    models, longest = [model, *([random_qwen2(seed=3)] if other else [])], []
+    alone = [HFEngine(taken, max_batch=64).generate(requests, sampling) for taken in models]
+    for taken in models:
+        compile_layers(taken, graphs)
+    engine = HFEngine(model, max_batch=64)
+    for taken, again in zip(models, alone, strict=True):
         engine.sample_with(taken)
         paths = engine.generate(requests, sampling)
         longest.append(max(len(path.z_ids) for path in paths))
@@ -515,8 +522,9 @@ def test_a_sliding_window_is_not_compiled(monkeypatch, random_qwen2):
     model = random_qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     graphs = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
-    paths = HFEngine(model, max_batch=64, compiled=True).generate(some_requests(), SHORT)
-    assert_same_tokens(paths, HFEngine(model, max_batch=64).generate(some_requests(), SHORT))
+    alone = HFEngine(model, max_batch=64).generate(some_requests(), SHORT)
+    compile_layers(model, graphs)
+    assert_same_tokens(HFEngine(model, max_batch=64).generate(some_requests(), SHORT), alone)
     assert graphs.frame_count == 0
 
 

@@ -259,7 +259,6 @@ def _build_engine(
             max_batch=cfg.rollout.max_batch,
             # Unless the trained module's weights are the masters they have the forward's dtype.
             dtype=policy.dtype if policy.casts else None,
-            compiled=cfg.model.compile,
             complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 

@@ -421,12 +421,7 @@ def _model_and_engine(cfg: Config, world: World) -> tuple[Any, RolloutEngine, We
         cfg,
         world,
         dtype=dtype,
-        hf=lambda: HFEngine(
-            causal_lm,
-            max_batch=cfg.rollout.max_batch,
-            dtype=dtype,
-            compiled=cfg.model.compile,
-        ),
+        hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
     )
     return causal_lm, engine, weights
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vpgea_fast.integrations.heads import compiled_in_place
+
 ROOM = 64
 """Spare positions that a cache layer allocates when it is full."""
 
@@ -21,22 +23,23 @@ ROOM = 64
 class Forward:
     """Logits after the last token of every row, by a transformers causal LM.
 
-    compiled   the forward of one more token is one graph of torch.compile. Its first call takes
-               half a minute of a core; the others take half the time, of a model of 2 layers and
-               64 channels on a CPU. Where a layer of the cache does not grow (a sliding window),
-               nothing is compiled.
+    Of a model whose layers compile themselves (model.compile) the forward of one more token is one
+    graph. Its first call takes half a minute of a core; the others take half the time, of a model
+    of 2 layers and 64 channels on a CPU. Where a layer of the cache does not grow (a sliding
+    window), nothing is compiled.
 
     Logits of a graph differ in the last bits from those of the modules, as those of other batch
     sizes do.
     """
 
-    def __init__(self, *, compiled: bool) -> None:
+    def __init__(self, model: Any) -> None:
+        compiled = any(map(compiled_in_place, model.modules()))
         # Dynamic: rows and positions change from step to step.
         self._graph = torch.compile(_step, dynamic=True) if compiled else None
 
     def __call__(self, model: Any, *given: Any) -> torch.Tensor:
-        """As `_forward`, uncompiled: layers that compile themselves (model.compile) would make a
-        graph for every place in the cache and its every state."""
+        """As `_forward`, uncompiled: the layers would make a graph for every place in the cache and
+        its every state."""
         with torch.compiler.set_stance("force_eager") if self._graph else nullcontext():
             return _forward(model, *given)
 

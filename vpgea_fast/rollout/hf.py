@@ -46,7 +46,6 @@ class HFEngine(EngineBase):
     check_every  decode steps between two looks at what has finished. Every look is a sync point,
                  free on a CPU: by default 1 there and 16 elsewhere. It changes no path.
     complete     the model has its weights already; else it waits for `load_weights`
-    compiled     the forward of a token is a graph of torch.compile; see `forward.Forward`
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class HFEngine(EngineBase):
         dtype: torch.dtype | None = None,
         check_every: int | None = None,
         complete: bool = True,
-        compiled: bool = False,
     ) -> None:
         if max_batch < 1 or (check_every is not None and check_every < 1):
             raise ValueError(
@@ -69,7 +67,7 @@ class HFEngine(EngineBase):
         # Autocast knows the two half precisions only; float32 needs none.
         self.autocast_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self.check_every = check_every or (1 if model.device.type == "cpu" else 16)
-        self._forward = Forward(compiled=compiled)
+        self._forward = Forward(model)
 
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
