@@ -33,16 +33,20 @@ NO_TRANSFORMS = (
 
 
 def refuse_transforms(x: Tensor) -> None:
-    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
+    """RuntimeError inside a transform of torch.func, of any tensor, and for one of forward mode.
 
-    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
+    torch's own words name setup_context, and a compiled torch.func.grad would not say a word: the
+    op below it has no gradient there, so the answer would be 0. Not a `jvp` of the functions above
+    that raises: torch.compile refuses a function that has one.
     """
+    # torch.compile evaluates this call while it traces.
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if transforms is not None and transforms():
+        raise RuntimeError(NO_TRANSFORMS)
     if torch.compiler.is_compiling():
         return
-    functorch = getattr(torch._C, "_functorch", None)
-    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
     dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
+    if dual and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(NO_TRANSFORMS)
 
 

@@ -53,11 +53,25 @@ class Batch(NamedTuple):
             x[:, -1:] = fill
         return x.reshape(-1)
 
+    def indices(self, rows: Any) -> Any:
+        """Indices b T + t of tokens -> those of the places that predict them, (R,)."""
+        if not self.shift or not isinstance(rows, Tensor) or rows.dtype is not torch.int64:
+            return rows
+        assert self.shape is not None
+        places = self.shape[0] * self.shape[1]
+        # Token 0 gets the one place left: the last of all, which predicts nothing either. What is
+        # out of range stays so, for the check of values that follows.
+        return torch.where(rows == 0, places - 1, rows - (rows < places).long())
+
     def options(self, options: Any) -> Any:
-        """The options of a head, with temperatures by place."""
-        if self.shape is None or not isinstance(options.get("temperature"), Tensor):
+        """The options of a head, with temperatures and `rows` by place."""
+        if self.shape is None:
             return options
-        return {**options, "temperature": self.rows("temperature", options["temperature"], 1.0)}
+        moved = {
+            "temperature": self.rows("temperature", options.get("temperature"), 1.0),
+            "rows": self.indices(options.get("rows")),
+        }
+        return {**options, **{name: x for name, x in moved.items() if name in options}}
 
     def back(self, values: Any) -> Any:
         """(N,) -> (B, T). The last place predicts nothing: its 0 becomes that of column 0."""

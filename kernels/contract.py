@@ -153,9 +153,15 @@ class Smoothing(NamedTuple):
         """(K,): that."""
         if not self.on or values.mean_logit is None:
             return values.logp
-        row_K = values.logp - self.z * values.lse.square()
-        if self.label:  # 0 x -inf, of a class that cannot be, is NaN
-            row_K = row_K + self.label * (values.mean_logit - values.lse - values.logp)
+        row_K = values.logp
+        # A term with the factor 0 is left out: times -inf, or times an lse^2 beyond float32, it
+        # would be NaN. So would the difference of two terms where both are -inf.
+        if self.label:
+            smooth_K = values.mean_logit - values.lse
+            rest = 1.0 - self.label
+            row_K = self.label * smooth_K + (rest * row_K if rest else 0.0)
+        if self.z:
+            row_K = row_K - self.z * values.lse.square()
         return row_K
 
 
@@ -243,10 +249,10 @@ def _schema_type(hint: object) -> str:
     return _SCHEMA_TYPES[hint]  # pyright: ignore[reportArgumentType]
 
 
-def schema_of(record: type) -> str:
+def schema_of(record: type, prefix: str = "") -> str:
     """The schema of a record of numbers: "float temperature, float? softcap, ..."."""
     hints = get_type_hints(record).items()
-    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in hints)
+    return ", ".join(f"{_schema_type(hint)} {prefix}{name}" for name, hint in hints)
 
 
 SETTINGS = schema_of(Settings)

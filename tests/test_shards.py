@@ -319,8 +319,8 @@ def collectives(size):
 def test_a_chunk_takes_two_reductions_of_its_rows_and_one_of_dx():
     for one_pass, scoring in run_ranks(collectives, 2):
         chunk = [[8, 1], [8, 2], [8, D]]
-        assert one_pass == [[2, 2, 4], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
-        assert scoring == [[2, 2, 4], [T, 1], [T, 3]]
+        assert one_pass == [[2, 2, 8], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
+        assert scoring == [[2, 2, 8], [T, 1], [T, 3]]
 
 
 # --- refusals, each on every rank -----------------------------------------------------------------
@@ -349,6 +349,14 @@ def refusals(size):
         call("order", hidden_TD.roll(rank, 0))
         call("one target", targets=targets_T.index_fill(0, torch.tensor([4]), rank))
         call("one coefficient", coef=coef_T.index_fill(0, torch.tensor([4]), 1.0 + 0.01 * rank))
+        # Wrong on one rank alone, which would leave the others waiting.
+        call("one wrong target", targets=targets_T.index_fill(0, torch.tensor([4]), V * rank))
+        warm_T = torch.ones(T)
+        call("one temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), 1.0 + rank))
+        cold = -math.inf if rank == 1 else math.nan if rank == 2 else 1.0
+        call("no temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), cold))
+        call("one option", softcap=30.0 + rank)
+        call("one chunk", chunk_bytes=2000 * (1 + rank))
         try:
             linear_logprob(hidden_TD[mine], weight, targets_T[mine])
         except ValueError as error:
@@ -362,6 +370,7 @@ def refusals(size):
         call("plain sink", dweight_out=torch.zeros(V, D))
         call("backend", backend="reference")
         call("target", targets=targets_T.index_fill(0, torch.tensor([4]), V))
+        call("temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), math.nan))
         assert weight.grad is None
         assert hidden_TD.grad is None
         call("nothing")
@@ -377,6 +386,11 @@ REFUSED = {
     "order": OTHER,
     "one target": OTHER,
     "one coefficient": OTHER,
+    "one wrong target": OTHER,
+    "one temperature": OTHER,
+    "no temperature": OTHER,
+    "one option": OTHER,
+    "one chunk": OTHER,
     "recomputed": OTHER,
     "columns": "weight_VD is a DTensor (61, 12) placed (Shard(dim=1),): the loss needs a plain",
     "copies": "weight_VD is a DTensor (61, 12) placed (Replicate(),): the loss needs a plain",
@@ -387,6 +401,7 @@ REFUSED = {
     "plain sink": "dweight_out: got no DTensor, expected one placed as weight_VD",
     "backend": "'reference' cannot run this call: it takes no head whose classes are cut",
     "target": "targets_T holds values outside [0, V = 61)",
+    "temperature": "temperature: every value must be positive and finite",
 }
 
 
