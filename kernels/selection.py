@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vpgea_fast.kernels.contract import Inputs, Settings
+from vpgea_fast.kernels.contract import NUMBERS, Inputs, Settings
 from vpgea_fast.kernels.shards import Shards
 
 Tensor = torch.Tensor
@@ -107,7 +107,7 @@ def _check_alike(
 ) -> None:
     """Refuses a head that is cut over processes with rows of their own, such as FSDP's.
 
-    One maximum of 16 numbers, before any whose size depends on the rows: ranks with unequal counts
+    One maximum of 20 numbers, before any whose size depends on the rows: ranks with unequal counts
     would wait for each other without end. Replicas may differ by random roundings.
     """
     rows_K, kept_T = selection.rows_K, selection.kept_T
@@ -122,10 +122,8 @@ def _check_alike(
     # inf, which are told after: neither is more than the other.
     warmth_K = (place_K * selection.temperature).nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)
     counts = [place_K.sum(), (place_K * selection.targets_K).sum()]  # whole numbers: exact
-    counts += [
-        place_K.new_full((), float(x or 0))
-        for x in (settings.softcap, settings.logit_scale, settings.chunk_bytes)
-    ]
+    # None as 0, which no option that may be None can be.
+    counts += [place_K.new_full((), float(getattr(settings, name) or 0)) for name in NUMBERS]
     measures = (coef_K, hidden_FD, warmth_K)
     numbers = torch.stack([*counts, *(x.sum() for x in measures)])
     slack = 8 * torch.finfo(hidden_TD.dtype).eps

@@ -319,8 +319,8 @@ def collectives(size):
 def test_a_chunk_takes_two_reductions_of_its_rows_and_one_of_dx():
     for one_pass, scoring in run_ranks(collectives, 2):
         chunk = [[8, 1], [8, 2], [8, D]]
-        assert one_pass == [[2, 2, 8], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
-        assert scoring == [[2, 2, 8], [T, 1], [T, 3]]
+        assert one_pass == [[2, 2, 10], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
+        assert scoring == [[2, 2, 10], [T, 1], [T, 3]]
 
 
 # --- refusals, each on every rank -----------------------------------------------------------------
