@@ -18,6 +18,7 @@ Tensor = torch.Tensor
 
 def without_values(x: Tensor) -> bool:
     """Compiling, or a tensor that only has a shape (fake, meta) or a meaning of its own."""
+    # A subclass sees one op, and not products into buffers of which it knows nothing.
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
@@ -45,12 +46,14 @@ def refuse_transforms(x: Tensor) -> None:
         raise RuntimeError(NO_TRANSFORMS)
     if torch.compiler.is_compiling():
         return
+    # Without a dual level no tensor has a tangent, and to ask each one would make a view of it.
     dual = getattr(forward_ad, "_current_level", -1) >= 0
     if dual and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(NO_TRANSFORMS)
 
 
 def refuse_double_backward() -> None:
+    # Grad mode is on in a backward for create_graph alone, which compiled code refuses by itself.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "this loss can be differentiated once only: its gradients are made by hand. Drop "
@@ -81,6 +84,7 @@ def may_overwrite(grad_loss: Tensor) -> bool:
     """
     if without_values(grad_loss) or (probes := _probes()) is None:
         return False
+    # A graph that is kept will be asked for the same gradients again.
     return not probes[0]() and not is_batched(grad_loss)
 
 

@@ -77,13 +77,13 @@ class Batch(NamedTuple):
         """(N,) -> (B, T). The last place predicts nothing: its 0 becomes that of column 0."""
         if self.shape is None or values is None:
             return values
-        values = values.view(self.shape)
+        values = values.view(self.shape)  # dense, as every pass makes them
         return values.roll(1, dims=1) if self.shift else values
 
 
 def batch_of(hidden: Any, shift: Any) -> Batch:
     """The layout of a call. ValueError: shift without sequences."""
-    checks.check_flag("shift", shift)
+    checks.check_flag("shift", shift)  # first: a tensor would be read as one, and awaited on CUDA
     # Nested, sparse and distributed tensors are refused in words by the checks that follow.
     plain = isinstance(hidden, Tensor) and not hasattr(hidden, "device_mesh")
     if plain and hidden.layout is torch.strided and hidden.dim() == 3:

@@ -119,6 +119,7 @@ def _measured(z_RV: Tensor, teacher_RV: Tensor, measure: Measure) -> tuple[Tenso
     gap_RV.masked_fill_(log_q_RV == log_p_RV, 0.0)
     q_RV, p_RV = log_q_RV.exp_(), log_p_RV.exp_()
     if measure.divergence == "forward_kl":
+        # Where the two are one, so are their roundings: the difference is 0, exactly.
         return _kl(p_RV, q_RV, -gap_RV), q_RV - p_RV
     if measure.divergence == "reverse_kl":
         kl_R1 = _kl(q_RV, p_RV, gap_RV)
@@ -156,10 +157,12 @@ def divergence_pass(
     total, n_rows = accumulator(hidden_TD), rows_K.shape[0]
     if n_rows == 0:
         return hidden_TD.new_empty(0, dtype=total)
+    # The teacher's logits are as wide, whatever its E; its tanh borrows the student's buffer.
     vocabulary, buffers = head.weight.shape[0], 2 + head.capped
     step = chunk_rows(n_rows, vocabulary, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
     buffers_BCV = hidden_TD.new_empty(buffers, step, vocabulary, dtype=total)
     sides = [(hidden_TD, head), (teacher_TE, teacher)]
+    # 2 MiB each where a CPU has halves to upcast, else None.
     upcasts = [upcast_block(side.weight, operand_of(x)) for x, side in sides]
     add_ = partial(
         add_gradients_,
@@ -228,6 +231,7 @@ def distil(
     inputs.targets_T holds class 0 everywhere: a row is left out by its coefficient. theirs: of the
     teacher, whose head and operands it makes; rows, temperatures and chunks are the student's.
     """
+    # The call's one synchronisation on CUDA, none with `rows`.
     selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(accumulator(inputs.hidden_TD))
     sinks = new_sinks(inputs, needs, dweight_out)
@@ -284,6 +288,7 @@ class Distil(torch.autograd.Function):
                 settings=settings,
             )
         keep(ctx, inputs, grads, dweight_out)
+        # A gradient through values_T would come after the pass that could have used it.
         ctx.mark_non_differentiable(values_T, kept_T)
         return loss, values_T, kept_T
 
@@ -300,6 +305,7 @@ class Distil(torch.autograd.Function):
 @torch.no_grad()
 def _distil_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, rest, settings = split(arguments)
+    # Flat, because a schema has no records; the teacher's settings stand before the student's.
     *tensors, coef_T, dweight_out, needs, divergence, beta = rest[: -len(Settings._fields)]
     *values, grads = distil(
         inputs,
@@ -321,6 +327,7 @@ def _distil_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 register(
     "distil",
+    # (a!) says that the op writes there: a compiler may neither drop nor reorder the call.
     f"({INPUTS}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor coef, "
     f"Tensor(a!)? dweight_out, bool[] needs, {schema_of(Measure)}, "
     f"{schema_of(Settings, 'teacher_')}, {SETTINGS}) -> "

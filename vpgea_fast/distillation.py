@@ -89,8 +89,6 @@ def distillation_loss(
     ValueError: shapes, dtypes, devices, options; float16, whose gradients have no bound here; a
     teacher's hidden state or coef_T that requires grad; a weight cut over processes.
     """
-    checks.check_plain("hidden_TD", hidden_TD)
-    checks.check_plain("teacher_hidden_TE", teacher_hidden_TE)
     checks.check_plain("weight_VD", weight_VD)  # cut by classes too: a part knows no mixture
     batch = _layout(hidden_TD, teacher_hidden_TE, shift)
     hidden_TD, teacher_hidden_TE = (batch.hidden(x) for x in (hidden_TD, teacher_hidden_TE))
@@ -110,12 +108,7 @@ def distillation_loss(
         chunk_bytes=chunk_bytes,
         validate=validate,
     )
-    if settings.operands is torch.float16:
-        source = "" if hidden_TD.dtype is torch.float16 else " of autocast"
-        raise ValueError(
-            f"hidden_TD: got float16{source}, expected bfloat16, float32 or float64: cast it, or "
-            "call the loss under torch.autocast(..., dtype=torch.bfloat16)"
-        )
+    _refuse_float16(hidden_TD, settings.operands)
     # Gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     sink_VD = checks.checked_sink(dweight_out, weight_VD)
@@ -134,9 +127,22 @@ def distillation_loss(
 _BETA = Bounds("a number from 0 to 1", 0, 1)
 
 
+def _refuse_float16(hidden_TD: Tensor, operands: torch.dtype) -> None:
+    # No unit for dz, as chunked.storage_unit has one: reverse KL's gradient has no bound.
+    if operands is torch.float16:
+        source = "" if hidden_TD.dtype is torch.float16 else " of autocast"
+        raise ValueError(
+            f"hidden_TD: got float16{source}, expected bfloat16, float32 or float64: cast it, or "
+            "call the loss under torch.autocast(..., dtype=torch.bfloat16)"
+        )
+
+
 def _layout(hidden_TD: Tensor, teacher_hidden_TE: Tensor, shift: bool) -> Batch:
     """How the rows of both lie. ValueError: one has sequences, the other rows."""
+    checks.check_plain("hidden_TD", hidden_TD)
+    checks.check_plain("teacher_hidden_TE", teacher_hidden_TE)
     batch = batch_of(hidden_TD, shift)
+    # Before they are flattened: 2 x 6 rows of one would fit 3 x 4 of the other.
     if batch_of(teacher_hidden_TE, shift).shape != batch.shape:
         raise ValueError(
             f"teacher_hidden_TE: got {tuple(teacher_hidden_TE.shape)}, expected the rows of "
@@ -157,7 +163,7 @@ def _divergence(divergence: str, beta: float | None) -> tuple[str, float]:
                 f"beta: got {checks.told(beta)} with divergence {divergence!r}, expected None; "
                 "leave it out, or take 'jsd'"
             )
-        return divergence, 0.5
+        return divergence, 0.5  # of no effect, but the op takes a number
     if beta is None:
         return divergence, 0.5
     checks.check_number("beta", beta, _BETA)
