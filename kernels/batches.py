@@ -42,6 +42,7 @@ class Batch(NamedTuple):
         """
         if self.shape is None or not isinstance(x, Tensor):
             return x
+        checks.check_plain(name, x)  # before a roll, which has words of its own for it
         if tuple(x.shape) != self.shape:
             raise ValueError(
                 f"{name}: got shape {tuple(x.shape)}, expected {tuple(self.shape)}, one for each "
@@ -86,12 +87,14 @@ def batch_of(hidden: Any, shift: Any) -> Batch:
     checks.check_flag("shift", shift)  # first: a tensor would be read as one, and awaited on CUDA
     # Nested, sparse and distributed tensors are refused in words by the checks that follow.
     plain = isinstance(hidden, Tensor) and not hasattr(hidden, "device_mesh")
-    if plain and hidden.layout is torch.strided and hidden.dim() == 3:
+    if not plain or hidden.layout is not torch.strided:
+        return Batch(None, shift=False)
+    if hidden.dim() == 3:
         return Batch(tuple(hidden.shape[:2]), shift)
     if shift:
-        got = tuple(hidden.shape) if plain else type(hidden).__name__
         raise ValueError(
-            f"shift: got True with hidden_TD {got}, expected (B, T, D): packed rows hold more than "
-            "one document, so shift their targets yourself; one sequence is hidden[None]"
+            f"shift: got True with hidden_TD {tuple(hidden.shape)}, expected (B, T, D): packed "
+            "rows hold more than one document, so shift their targets yourself; one sequence is "
+            "hidden[None]"
         )
     return Batch(None, shift=False)

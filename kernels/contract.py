@@ -103,6 +103,8 @@ class Upstream:
 
     def smoothed(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
         """(K, 2) of mean_logit and lse_square, as `by_logits`; None where both are."""
+        # `Smoothing.upstream` gives both or neither: one alone would be dropped here.
+        assert (self.mean_logit is None) == (self.lse_square is None)
         if self.mean_logit is None or self.lse_square is None:
             return None
         columns_K2 = torch.stack([self.mean_logit, self.lse_square], dim=1).to(dtype)

@@ -206,7 +206,15 @@ BAD_CALLS = {
     "shifted rows": ({"hidden_TD": torch.zeros(T, D), "shift": True}, r"shift: .*hidden\[None\]"),
     "shift": ({"shift": 1}, "shift: got 1, expected True or False"),
     "no ignore_index": ({"shift": True, "ignore_index": None}, "ignore_index: got None"),
-    "no tensor": ({"shift": True, "hidden_TD": [1.0]}, "hidden_TD"),
+    "no tensor": ({"shift": True, "hidden_TD": [1.0]}, "hidden_TD: got .*expected a tensor"),
+    "sparse": (
+        {"shift": True, "hidden_TD": torch.zeros(B, T, D).to_sparse()},
+        "hidden_TD: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "sparse coefficients": (
+        {"shift": True, "coef_T": torch.zeros(B, T).to_sparse()},
+        "coef_T: got a torch.sparse_coo tensor, expected a dense one",
+    ),
     "float targets": ({"shift": True, "targets_T": torch.zeros(B, T)}, "int64 or int32"),
 }
 

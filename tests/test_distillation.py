@@ -26,6 +26,7 @@ from test_losses import (
     head_case,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpgea_fast.distillation import distillation_loss
 from vpgea_fast.kernels import reference
@@ -416,6 +417,14 @@ def test_memory_stays_under_the_budget(options, dtype):
     assert recorder.largest <= budget
     # bfloat16 operands are upcast 2 MiB at a time, each weight into a block of its own.
     assert recorder.peak <= budget + rest + 16 * 4 * 2**16 + (4 << 20) < 4 * tokens * vocabulary * 2
+
+
+def test_flop_counters_see_every_product():
+    """2 K V D of the student's logits, dX and dW each, 2 K V E of the teacher's."""
+    student, teacher, coef_T = case(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        distillation_loss(*student[:2], *teacher[:2], coef_T).loss.backward()
+    assert counter.get_total_flops() == 2 * T * V * (3 * D + E)
 
 
 def test_chunks_change_nothing():

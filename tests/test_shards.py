@@ -255,6 +255,27 @@ def test_a_rank_whose_classes_are_all_masked():
         assert max(wrong) <= 2 * WHOLE_BUDGET[torch.float32]
 
 
+def large_logits(size, dtype):
+    """Errors of logits of 1e30, which float32 holds: of a whole head all is on one class."""
+    with process_group():
+        mesh = mesh_of(size)
+        torch.manual_seed(11)
+        hidden_TD, weight_VD, _, targets_T, coef_T = head_case(getattr(torch, dtype))
+        made = []
+        for weight in (cut(weight_VD, mesh), weight_VD):
+            hidden = (1e30 * hidden_TD.detach()).requires_grad_()
+            out = weighted_logprob_loss(hidden, weight, targets_T, coef_T)
+            made.append((out.loss, out.logp, *gradients(out.loss, hidden, weight)))
+        return errors(*made)
+
+
+@pytest.mark.parametrize("dtype", BUDGET)
+def test_large_logits(dtype):
+    """Values were right, and gradients those of one certain class on each rank."""
+    for wrong in run_ranks(large_logits, 4, dtype, size=4):
+        assert max(wrong) <= BUDGET[dtype]
+
+
 def half_precision(size, dtype):
     """Errors against the whole head, in units of that head's own against float64."""
     with process_group():
