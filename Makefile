@@ -58,9 +58,9 @@ test-parallel: test-serial
 	@echo "make: pytest, the other tests in $(WORKERS) processes"
 	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and not around" -n $(WORKERS) --dist worksteal
 
-# Benches, wheels and recipes: minutes of a core that a change of the package rarely needs.
+# Benches, wheels, recipes, examples, kernels in the interpreter: minutes that few changes need.
 test-around: $(STAMP)
-	@echo "make: pytest, what ships beside the package"
+	@echo "make: pytest, what stands around the package"
 	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and around" -n $(WORKERS) --dist worksteal
 
 test-long: lint

@@ -283,7 +283,7 @@ def test_the_tree_names_every_room():
 def modules():
     """Files that hold an example, by module name; the kernels are reached through their link."""
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
-    with_examples = {file for file in files if ">>> " in file.read_text(encoding="utf-8")}
+    with_examples = {file for file in files if re.search(r"^ *>>> ", file.read_text("utf-8"), re.M)}
     parts = [file.relative_to(PACKAGE.parent).with_suffix("").parts for file in with_examples]
     return sorted(".".join(part for part in words if part != "__init__") for words in parts)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import Program, run_ranks
 
+pytestmark = pytest.mark.around
 FOLDER = Path(__file__).parents[1] / "examples"
 
 

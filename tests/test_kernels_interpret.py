@@ -67,6 +67,7 @@ sys.exit(pytest.main(sys.argv[1:], [Selections()]))
 """pytest fails a run that selects nothing, which only a GPU, or a slow run, would show."""
 
 
+@pytest.mark.around
 def test_in_the_interpreter():
     """All files in one process, whose imports are 8 s; every selection below finds a test."""
     assert run(*FILES, GROUPS, "-x", program=("-c", CHECKED)) > 80

@@ -71,7 +71,7 @@ LAYERS = {
     "methods": {"objectives"},
     "method library": {"advantage"},
     "records": {"types"},
-    "text": {"book", "names", "spans", "strict_yaml", "values"},
+    "text": {"book", "interface", "names", "spans", "strict_yaml", "values"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.around
 ROOT = Path(__file__).parents[1]
 README, BOOK = "README.md", "benchmarks/page_numbers.yaml"
 RESULT = "benchmarks/results/tiny_demo.json"
