@@ -396,8 +396,8 @@ def _dlogits_(
     if smooth_C2 is not None:
         mean_C1, square_C1 = smooth_C2.split(1, dim=1)
         g_lse_C1 = g_lse_C1 + 2.0 * square_C1 * lse_C1  # lse is known by now, and so lse^2's slope
-    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN. The gap is
-    # bounded and not the peak: lse - 1e4 is lse itself where that is large.
+    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN. The gap
+    # is bounded and not the peak: lse - 1e4 is lse itself where that is large.
     gap_C1 = (peak_C1 - lse_C1).clamp_min(-1e4)
     scale_C1 = gap_C1.exp()  # p_v = scale e_v
     row_C1 = g_lse_C1 - g_logp_C1
