@@ -66,7 +66,7 @@ def checked_call(
         raise ValueError(f"weight_VD: got V = {whole_VD.shape[0]}, expected at least 2 classes")
     # Decided here: inside the autograd function autocast is already off.
     operands = autocast_dtype(hidden_TD, weight_VD) or hidden_TD.dtype
-    scalar = 1.0 if per_row else temperature
+    scalar = 1.0 if per_row else temperature  # an op's schema wants a number all the same
     group, classes = shards or (None, None)
     settings = Settings(
         temperature=scalar, operands=operands, group=group, classes=classes, **options
@@ -140,7 +140,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _check_tensors(inputs: Inputs) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
-    optional = ("bias", "temperature", "rows")
+    optional = ("bias", "temperature", "rows")  # None is a value of these alone
     # What is no tensor, or a sharded one, first: it has no shape or dtype to speak of.
     for name, x in zip(names, inputs, strict=True):
         if x is not None or name not in optional:
