@@ -71,7 +71,7 @@ def checked_call(
     settings = Settings(
         temperature=scalar, operands=operands, group=group, classes=classes, **options
     )
-    _check_settings(settings)
+    check_settings(settings)
     return inputs, settings
 
 
@@ -170,12 +170,13 @@ def _check_tensors(inputs: Inputs) -> None:
         raise ValueError(f"rows: got {rows.dtype} {tuple(rows.shape)}, expected int64 indices (R,)")
 
 
-def _check_settings(settings: Settings) -> None:
+def check_settings(settings: Settings, prefix: str = "") -> None:
+    """ValueError for an option out of its bounds, under the name that the caller knows it by."""
     for name, bounds in NUMBERS.items():
         value = getattr(settings, name)
         # None is a value only where it is the default.
         if value is not None or Settings._field_defaults[name] is not None:
-            check_number(name, value, bounds)
+            check_number(f"{prefix}{name}", value, bounds)
     if not isinstance(settings.backend, str):
         raise ValueError(f"backend: got {told(settings.backend)}, expected a name such as 'auto'")
     check_flag("batch_invariant", settings.batch_invariant)
@@ -237,7 +238,9 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
     if not isinstance(x, Tensor):
         remedy = f"torch.as_tensor({name}, device=hidden.device)"
         if isinstance(x, (bool, int, float)):
-            remedy = "torch.full((T,), value), one value for each token (or sequence)"
+            remedy = (
+                "torch.full((T,), value), (B, T) for sequences: a value for each token (or path)"
+            )
         elif isinstance(x, torch.nn.Module):
             remedy = "the module's weight"
         kind = type(x).__name__

@@ -422,14 +422,15 @@ def _dlogits_(
     if smooth_C2 is not None:
         mean_C1, square_C1 = smooth_C2.split(1, dim=1)
         g_lse_C1 = g_lse_C1 + 2.0 * square_C1 * lse_C1  # lse is known by now, and so lse^2's slope
-    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN.
-    peak_C1 = torch.maximum(peak_C1, lse_C1 - 1e4)
-    scale_C1 = (peak_C1 - lse_C1).exp()  # p_v = scale e_v
+    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN. The gap
+    # is bounded and not the peak: lse - 1e4 is lse itself where that is large.
+    gap_C1 = (peak_C1 - lse_C1).clamp_min(-1e4)
+    scale_C1 = gap_C1.exp()  # p_v = scale e_v
     row_C1 = g_lse_C1 - g_logp_C1
     # expm1 keeps the digits of 1 - p where p is close to 1.
     target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()
     if plogp_CV is not None:
-        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + peak_C1 - lse_C1)
+        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + gap_C1)
         surprise_C1 = entropy_C1 + logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
         target_C1 = target_C1 - g_entropy_C1 * logp_C1.exp() * surprise_C1
         # log p_v = log e_v + (peak - lse): its constant part is in row_C1, -e log e is here.

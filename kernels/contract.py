@@ -120,6 +120,8 @@ class Upstream:
 
     def smoothed(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
         """(K, 2) of mean_logit and lse_square, as `by_logits`; None where both are."""
+        # `Smoothing.upstream` gives both or neither: one alone would be dropped here.
+        assert (self.mean_logit is None) == (self.lse_square is None)
         if self.mean_logit is None or self.lse_square is None:
             return None
         columns_K2 = torch.stack([self.mean_logit, self.lse_square], dim=1).to(dtype)
@@ -170,9 +172,15 @@ class Smoothing(NamedTuple):
         """(K,): that."""
         if not self.on or values.mean_logit is None:
             return values.logp
-        row_K = values.logp - self.z * values.lse.square()
-        if self.label:  # 0 x -inf, of a class that cannot be, is NaN
-            row_K = row_K + self.label * (values.mean_logit - values.lse - values.logp)
+        row_K = values.logp
+        # A term with the factor 0 is left out: times -inf, or times an lse^2 beyond float32, it
+        # would be NaN. So would the difference of two terms where both are -inf.
+        if self.label:
+            smooth_K = values.mean_logit - values.lse
+            rest = 1.0 - self.label
+            row_K = self.label * smooth_K + (rest * row_K if rest else 0.0)
+        if self.z:
+            row_K = row_K - self.z * values.lse.square()
         return row_K
 
 
@@ -262,10 +270,10 @@ def _schema_type(hint: object) -> str:
     return _SCHEMA_TYPES[hint]  # pyright: ignore[reportArgumentType]
 
 
-def schema_of(record: type) -> str:
+def schema_of(record: type, prefix: str = "") -> str:
     """The schema of a record of numbers: "float temperature, float? softcap, ..."."""
     hints = get_type_hints(record).items()
-    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in hints)
+    return ", ".join(f"{_schema_type(hint)} {prefix}{name}" for name, hint in hints)
 
 
 SETTINGS = schema_of(Settings)

@@ -129,8 +129,9 @@ def weighted_logprob_loss(
     logp_T, lse_T, _ = linear_logprob(*rows, **head)
     coef_T = coef_T.to(logp_T.dtype).masked_fill(live_T == ignore_index, 0.0)
     if label_smoothing:
-        # mean_v log p_v = mean_v z_v - lse
-        logp_T = logp_T.lerp(row_statistics(*rows, **head)[1] - lse_T, label_smoothing)
+        # mean_v log p_v = mean_v z_v - lse; no lerp, of which two -inf make NaN.
+        smooth_T = row_statistics(*rows, **head)[1] - lse_T
+        logp_T = (1.0 - label_smoothing) * logp_T + label_smoothing * smooth_T
     return (coef_T * (logp_T - z_loss * lse_T.square())).sum()
 
 

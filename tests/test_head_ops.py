@@ -645,6 +645,27 @@ def test_transforms_are_refused_in_words(call, transform):
         transform(loss, x["hidden"].detach())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("call", [weighted, logprob, vpgea])
+def test_transforms_are_refused_compiled_and_around_plain_tensors_too(call, transform):
+    """The op has no gradient of its own below a transform: a compiled grad was 0 in silence."""
+    x = inputs_of()
+
+    def total(x):
+        out = call(x)
+        return out[0].sum() if isinstance(out, tuple) else out.loss
+
+    def through(hidden_TD):
+        return TRANSFORMS[transform](lambda h: total({**x, "hidden": h}), hidden_TD)
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        torch.compile(through, backend="aot_eager")(x["hidden"].detach())
+    with pytest.raises(RuntimeError, match="reverse-mode gradients only"):
+        TRANSFORMS[transform](lambda scale: (scale * total(x).detach()).sum(), torch.ones(2))
+
+
 def test_batched_upstream_gradients():
     """is_grads_batched: one stored gradient, three scales, nowhere to scale it in place."""
     hidden_TD, weight_VD, targets_T, coef_T = big_case(torch.float64)

@@ -443,6 +443,35 @@ def test_label_smoothing_and_z_loss_in_one_pass(backend, name, dtype):
             assert_close((spec,), (truth,), values)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_smoothing_at_the_edges(backend):
+    """A class that cannot be makes the loss torch's inf, as a target or beside it, and no NaN; one
+    term alone is not touched by the other's range, as lse^2 beyond float32 is."""
+    hidden_TD, weight_VD, bias_V, targets_T, _ = head_case(torch.float32)
+    coef_T = torch.full((T,), -1.0 / T)
+    with torch.no_grad():
+        bias_V[4] = -math.inf
+
+    def both(label, **call):
+        arguments = {"hidden_TD": hidden_TD, "targets_T": targets_T, "bias": bias_V, **call}
+        ours = weighted_logprob_loss(
+            weight_VD=weight_VD, coef_T=coef_T, label_smoothing=label, backend=backend, **arguments
+        )
+        z_TV = full_logits(arguments["hidden_TD"], weight_VD, bias=arguments["bias"])
+        truth = torch.nn.functional.cross_entropy(
+            z_TV, arguments["targets_T"], label_smoothing=label
+        )
+        return ours.loss.item(), truth.item()
+
+    others_T = targets_T.masked_fill(targets_T == 4, 0)
+    for rows_T in (others_T, torch.full_like(targets_T, 4)):
+        assert both(0.1, targets_T=rows_T) == (math.inf, math.inf)
+        assert both(1.0, targets_T=rows_T)[0] == math.inf  # torch's is 0 x inf for the target
+    assert both(0.0, targets_T=others_T)[0] < math.inf
+    ours, truth = both(0.1, hidden_TD=1e25 * hidden_TD.detach(), bias=None)
+    assert ours == pytest.approx(truth, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("smoothing", "words"),
     [

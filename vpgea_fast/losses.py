@@ -31,12 +31,13 @@ Rules that hold for all four functions:
   other rows on one of them are a ValueError. The backend is "torch".
 * `linear_logprob` and `weighted_logprob_loss` take (B, T, D) too, with (B, T) for all that is per
   token, and give (B, T) back. shift=True: place t - 1 predicts token t, as in transformers. Targets
-  and all else per token stand in their token's column; column 0 takes no part.
+  and all else per token stand in their token's column; column 0 takes no part. Indices of `rows`
+  are b T + t of a token.
 * torch.compile(fullgraph=True), torch.export, fake and meta tensors see one op a call
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
   in place.
-* Differentiating twice, forward mode and torch.func transforms are a RuntimeError;
+* Differentiating twice, forward mode and torch.func transforms, compiled too, are a RuntimeError;
   torch.autograd.grad(is_grads_batched=True) works, a pass for each gradient. Coefficients,
   advantages, denominators, sequence weights and temperatures are constants.
 """
