@@ -19,6 +19,8 @@ from vpgea_fast.diagnostics import row_metrics
 from vpgea_fast.hf_trainer import VPGEAConfig, VPGEATrainer
 from vpgea_fast.trainer import Trainer
 
+pytestmark = pytest.mark.hosts
+
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 PROMPT = {
     "student": "{question}",

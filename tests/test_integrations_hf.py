@@ -16,6 +16,7 @@ from transformers.trainer import Trainer
 
 from vpgea_fast.integrations import causal_lm_loss, hf
 
+pytestmark = pytest.mark.hosts
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
 BUDGET = 1e-5
 

@@ -21,6 +21,7 @@ from trl_oracle import Rows, Step, trainer
 from vpgea_fast.integrations.trl import HOOK, OUTPUTS, STAND_INS, SWITCH, enable
 from vpgea_fast.kernels import head
 
+pytestmark = pytest.mark.hosts
 trl = pytest.importorskip("trl", reason="needs TRL: pip install 'trl>=1.16,<1.17'")
 utils = importlib.import_module("trl.trainer.utils")
 

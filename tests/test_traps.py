@@ -16,6 +16,7 @@ from transformers.trainer import Trainer
 from vpgea_fast.integrations import causal_lm_loss, head_options
 from vpgea_fast.losses import linear_logprob
 
+pytestmark = pytest.mark.hosts
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
 
 
