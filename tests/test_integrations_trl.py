@@ -293,7 +293,7 @@ def trainer_of(method, model, tokenizer, folder, **more):
             model=model,
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": ["?"]}),
+            train_dataset=Dataset.from_dict({"prompt": ["?"] * 3}),
             processing_class=tokenizer,
         )
         parts = [{**p, "old_logps": torch.linspace(-20, -9, 3)} for p in STEP.split(rows())]
@@ -344,7 +344,7 @@ def test_a_step_is_that_of_trl(method, kind, tiny_tokenizer, tmp_path):
     assert torch.equal(again[1], theirs[1])
 
 
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize("method", [*GRPO, "rloo", "sft", "dpo", "kto"])
 def test_twenty_steps_follow_trl(method, tiny_tokenizer, tmp_path):
     """TRL's whole loop with AdamW: its curve within 1e-4."""
     curves = []
@@ -357,10 +357,12 @@ def test_twenty_steps_follow_trl(method, tiny_tokenizer, tmp_path):
             "save_strategy": "no",
         }
         with trainer_of(method, model, tiny_tokenizer, tmp_path, **keys) as (made, _, _):
-            if method == "grpo":
+            if method in (*GRPO, "rloo"):  # TRL's loop around rows that are drawn
+                own = trl.RLOOTrainer if method == "rloo" else trl.GRPOTrainer
                 whole = {**rows().inputs(), "num_items_in_batch": torch.tensor(rows().tokens())}
+                whole |= {"old_logps": torch.linspace(-20, -9, 6)} if method == "rloo" else {}
                 made._generate_and_score_completions = lambda *_, whole=whole: dict(whole)
-                made._prepare_inputs = types.MethodType(trl.GRPOTrainer._prepare_inputs, made)
+                made._prepare_inputs = types.MethodType(own._prepare_inputs, made)
             with switch():
                 made.train()
             curves.append([log["loss"] for log in made.state.log_history if "loss" in log])
