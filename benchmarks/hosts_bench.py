@@ -1,11 +1,12 @@
-"""One step of TRL's GRPO with its own head and with ours, on the same rows: memory and time.
+"""One step of TRL's GRPO or SFT with its own head and with ours, on the same rows: memory and time.
 
     python benchmarks/hosts_bench.py                                     # V = 32768, on a CPU
     python benchmarks/hosts_bench.py --out benchmarks/results/hosts_trl.json
+    python benchmarks/hosts_bench.py --method sft --prompt 128 --completion 128
 
 A random Qwen2 of --layers layers and rows of --prompt + --completion tokens; nothing is downloaded.
-The step is `GRPOTrainer.training_step`, which makes log-probs, entropies, loss, metrics and
-gradients; only sampling is left out.
+The step is the trainer's `training_step`, which makes log-probs, entropies, loss, metrics and
+gradients; only sampling is left out. In SFT prompts have no labels.
 
 Protocol. First both steps run once: the loss and the gradient, as one vector, must agree within
 1e-5, or the run ends with status 1 and no time. Then the peak of what one step adds, by torch's
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "warmup": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--method", choices=("grpo", "sft"), default="grpo")
     parser.add_argument("--device", type=torch.device, default=None)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -64,12 +66,47 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def made_trainer(args: argparse.Namespace, folder: str) -> Any:
-    """A GRPOTrainer that takes rows as they are."""
+    """A GRPOTrainer that takes rows as they are, or an SFTTrainer."""
     import trl
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
+    alike: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": args.rows,
+        "gradient_accumulation_steps": 1,
+        "use_cpu": args.device.type == "cpu",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    if args.method == "sft":
+        return trl.SFTTrainer(
+            model=made_model(args),
+            args=trl.SFTConfig(**alike),
+            train_dataset=Dataset.from_dict({"input_ids": [[2, 3]], "labels": [[2, 3]]}),
+            processing_class=tokenizer,
+        )
+    ready = {"_prepare_inputs": lambda _, inputs: inputs}
+    settings = {"num_generations": args.rows, "max_completion_length": args.completion}
+    return type("ReadyRows", (trl.GRPOTrainer,), ready)(
+        model=made_model(args),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=trl.GRPOConfig(**alike, **settings),
+        train_dataset=Dataset.from_dict({"prompt": ["?"]}),
+        processing_class=tokenizer,
+    )
+
+
+def made_model(args: argparse.Namespace) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -81,33 +118,18 @@ def made_trainer(args: argparse.Namespace, folder: str) -> Any:
         num_key_value_heads=4,
         tie_word_embeddings=False,
     )
-    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    ready = {"_prepare_inputs": lambda _, inputs: inputs}
-    return type("ReadyRows", (trl.GRPOTrainer,), ready)(
-        model=Qwen2ForCausalLM(config).to(args.device),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=args.rows,
-            num_generations=args.rows,
-            gradient_accumulation_steps=1,
-            max_completion_length=args.completion,
-            use_cpu=args.device.type == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": ["?"]}),
-        processing_class=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-        ),
-    )
+    return Qwen2ForCausalLM(config).to(args.device)
 
 
 def made_rows(args: argparse.Namespace) -> dict[str, Tensor]:
     """Prompts and completions of one length each, advantages of both signs."""
     drawn = torch.Generator().manual_seed(1)
+    if args.method == "sft":
+        shape = (args.rows, args.prompt + args.completion)
+        ids = torch.randint(2, args.vocabulary, shape, generator=drawn).to(args.device)
+        labels = ids.clone()
+        labels[:, : args.prompt] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     found: dict[str, Tensor] = {}
     for name, tokens in (("prompt", args.prompt), ("completion", args.completion)):
         shape = (args.rows, tokens)
@@ -128,9 +150,11 @@ def free_head() -> Iterator[None]:
 
     class Free:
         @staticmethod
-        def apply(hidden: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-            logp = hidden.float().mean(1)
-            return logp, logp.detach(), None, None, None
+        def apply(hidden: Tensor, *more: Any) -> tuple[Tensor | None, ...]:
+            logp, asked = hidden.float().mean(1), more[-1]
+            free: dict[str, Tensor] = {name: logp.detach() for name in integration.OUTPUTS}
+            free |= {"log_probs": logp, "is_top1": logp.detach() > 0}
+            return tuple(free[x] if x in ("log_probs", *asked) else None for x in free)
 
     own = getattr(utils, integration.HOOK)
     setattr(utils, integration.HOOK, Free)
@@ -152,7 +176,9 @@ class StepJob(Job):
 
     def __call__(self) -> None:
         with self.context():
-            loss = self.trainer.training_step(self.trainer.model, dict(self.rows), None)
+            # SFT divides by the labels of the step; GRPO has a count of its own in its rows.
+            items = (self.rows["labels"] != -100).sum() if "labels" in self.rows else None
+            loss = self.trainer.training_step(self.trainer.model, dict(self.rows), items)
         self.value = float(loss)
 
 

@@ -37,6 +37,8 @@ def main() -> None:
         if step % 10 == 0:
             mean = accelerator.reduce(total, "mean")
             accelerator.print(f"step {step}: loss {mean:.3f}")
+    # Before the process group: with DDP as its last owner, its end can hang.
+    model, optimiser = accelerator.free_memory(model, optimiser)
     accelerator.end_training()
 
 

@@ -48,7 +48,9 @@ def pytest_collection(session):
         return
     worker, workers = config.workerinput["workerid"], config.workerinput["workercount"]
     folders = [Path(word) for word in config.args if Path(word).is_dir()]
-    names = [file.stem for folder in folders for file in sorted(folder.glob("test_*.py"))]
+    left_out = {Path(word).resolve() for word in config.getoption("ignore") or ()}
+    files = [file for folder in folders for file in sorted(folder.glob("test_*.py"))]
+    names = [file.stem for file in files if file.resolve() not in left_out]
     first = int(worker.removeprefix("gw")) * len(names) // workers
     for name in names[first:] + names[:first]:
         # What fails is told of by the collection, which tries again.

@@ -71,7 +71,16 @@ def test_every_block_says_what_it_is():
         assert "```" not in FENCE.sub("", text), f"{name}: a block without an end"
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def in_their_place():
+    """Blocks of other trainers import those, seconds each: they are among the tests of these."""
+    hosts = "docs/hosts.md"
+    return [
+        pytest.param(page, code, marks=[pytest.mark.hosts] if page == hosts else [])
+        for page, code in blocks("python")
+    ]
+
+
+@pytest.mark.parametrize(("page", "code"), in_their_place())
 def test_python_runs_as_it_stands(page, code, tmp_path):
     """In a process of its own, in a directory that holds nothing."""
     file = tmp_path / "block.py"

@@ -72,6 +72,7 @@ def test_one_loss_in_a_plain_loop(tmp_path):
     assert float(rewards["200"]) > 0.9
 
 
+@pytest.mark.hosts
 def test_trl_vpgea(tmp_path):
     printed = run("trl_vpgea.py", "here", cwd=tmp_path)
     losses = re.findall(r"'loss': '([^']+)'.*?'epoch': '([^']+)'", printed)
@@ -98,6 +99,7 @@ def on_two_ranks(cwd):
     return printed.getvalue()
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize(
     "name",
     [
@@ -116,6 +118,7 @@ def test_another_trainer_learns_with_our_loss(name, tmp_path):
         assert "adapters that moved: 7, the head's: 1" in printed
 
 
+@pytest.mark.hosts
 def test_accelerate_on_two_ranks(tmp_path):
     """Only the first one speaks."""
     first, second = run_ranks(on_two_ranks, str(tmp_path))

@@ -5,6 +5,8 @@ that of two processes is that of one within 1e-9; a resumed run is the whole one
 """
 
 import copy
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from vpgea_fast import config
 from vpgea_fast.diagnostics import row_metrics
 from vpgea_fast.hf_trainer import VPGEAConfig, VPGEATrainer
 from vpgea_fast.trainer import Trainer
+
+pytestmark = pytest.mark.hosts
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 PROMPT = {
@@ -72,7 +76,8 @@ class Ears(TrainerCallback):
         self.gradients, self.heard = [], []
 
     def on_pre_optimizer_step(self, *_, model=None, **__):
-        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        self.gradients.append({n: grad.clone() for n, grad in grads.items()})
 
     def on_log(self, *_, logs=None, **__):
         self.heard.append({**logs})
@@ -83,10 +88,15 @@ def make(tiny_model, tiny_tokenizer, rows, tmp_path):
     """`make(max_steps=3)` -> (a trainer, its `Ears`); each with a model of its own."""
 
     def made(*, dtype=torch.float32, data=None, sections=SECTIONS, out="out", **more):
-        own = {k: more.pop(k) for k in ("eval_dataset", "reward_func") if k in more}
+        own = {
+            key: more.pop(key)
+            for key in ("eval_dataset", "reward_func", "peft_config")
+            if key in more
+        }
+        model = more.pop("model", None)
         ears = Ears()
         trainer = VPGEATrainer(
-            model=copy.deepcopy(tiny_model).to(dtype),
+            model=copy.deepcopy(tiny_model).to(dtype) if model is None else model,
             args=VPGEAConfig(str(tmp_path / out), **{**SMALL, "sections": sections, **more}),
             train_dataset=Dataset.from_list(rows) if data is None else data,
             processing_class=tiny_tokenizer,
@@ -211,6 +221,69 @@ def test_a_step_without_a_gradient_changes_nothing(make):
     assert trainer.state.log_history[0]["gate_rate"] == 0.0
     assert trainer.state.global_step == 1
     assert error(weights(trainer), before) == 0.0
+
+
+# Of the tied base: PEFT's own advice.
+TIED = pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings:UserWarning",
+    "ignore:Setting `save_embedding_layers`:UserWarning",
+)
+
+
+@TIED
+@pytest.mark.hosts("peft")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_is_trained_instead_of_the_model(make, checkpointing, tmp_path):
+    """One of them on the head, its dropout off. Each gradient is that of the model's logits."""
+    peft = importlib.import_module("peft")
+    how = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "lm_head"]}
+    config = peft.LoraConfig(**how, task_type="CAUSAL_LM")
+    keys = {"gradient_checkpointing": checkpointing, "save_strategy": "steps", "save_steps": 1}
+    trainer, ears = make(dtype=torch.float64, peft_config=config, **keys)
+    adapters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in adapters)
+    with torch.no_grad():
+        for p in adapters.values():  # off their start, where half of them have no gradient
+            p.add_(torch.randn_like(p), alpha=0.1)
+    drawn = trainer.method.draw([*trainer.train_dataset.prompted.values()], 0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in drawn.rows:
+        ids = torch.cat([row.context_ids, row.token_ids])
+        logits_TV = trainer.model(ids[None]).logits[0, len(row.context_ids) - 1 : -1]
+        logp_T = logits_TV.log_softmax(-1).gather(-1, row.token_ids[:, None])[:, 0]
+        loss = loss + (row.coef * logp_T).sum()
+    expected = torch.autograd.grad(loss, [*adapters.values()])
+    trainer.train()
+    got = {n: g for n, g in ears.gradients[0].items() if g is not None}
+    assert got.keys() == adapters.keys()
+    assert error(got, dict(zip(adapters, expected, strict=True))) < 1e-9
+    saved = {path.name for path in (tmp_path / "out/checkpoint-1").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert not saved & {"model.safetensors"}
+
+
+@TIED
+@pytest.mark.hosts("peft")
+def test_adapters_that_cannot_be_trained_are_refused(make, tiny_model):
+    peft = importlib.import_module("peft")
+    plain = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    twice = peft.get_peft_model(copy.deepcopy(tiny_model), copy.copy(plain))
+    for words, more in (
+        ("peft_config: got one beside a PeftModelForCausalLM", {"model": twice}),
+        ("no plain LoRA", {"use_dora": True}),
+    ):
+        model = more.pop("model", None)
+        config = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", **more)
+        with pytest.raises(ValueError, match=words) as caught:
+            make(peft_config=config, model=model)
+        assert "\n" not in str(caught.value)
+
+
+def test_without_peft_it_says_what_to_install(make):
+    if importlib.util.find_spec("peft") is not None:
+        pytest.skip("PEFT is there")
+    with pytest.raises(ImportError, match=r"peft is not there .*: pip install 'peft>=0\.21'"):
+        make(peft_config=object())
 
 
 # --- a run ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Budgets: in float64 1e-10 for every parameter's gradient, against cross-entropy 
 logits; in float32 1e-6 for the loss and for the gradient as one vector, against transformers' loss.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -139,14 +141,16 @@ def test_every_gradient_is_that_of_the_models_logits(kind):
     assert_exact(model, batch)
 
 
-def assert_exact(model, batch):
+def assert_exact(model, batch, gradients=True):
     """The loss, and the gradient of each parameter that is trained."""
     unlabelled = {name: x for name, x in batch.items() if name != "labels"}
     logits = model(**unlabelled, use_cache=False).logits[:, :-1]
-    truth = total(model, [cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())])
-    ours = total(model, [causal_lm_loss(model, **batch).loss])
-    assert error(ours[0], truth[0]) < 1e-12
-    assert max(error(*pair) for pair in zip(ours[1], truth[1], strict=True)) < 1e-10
+    own = cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss = causal_lm_loss(model, **batch).loss
+    assert error(loss.detach(), own.detach()) < 1e-12
+    if gradients:
+        truth, ours = (total(model, [x])[1] for x in (own, loss))
+        assert max(error(*pair) for pair in zip(ours, truth, strict=True)) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "granite", "phi"])
@@ -364,6 +368,36 @@ def test_a_weight_that_is_none_is_refused():
         head_weights(nn.Linear(4, 8, device="meta"))
 
 
+class Dequantised(torch.Tensor):
+    """As torchao's: its dtype is that of what it stands for."""
+
+
+class OfIntegers(nn.Module):
+    """As the quantisers have it that keep no `weight`."""
+
+    def __init__(self):
+        super().__init__()
+        self.qweight, self.bias = nn.Buffer(torch.zeros(4, 8, dtype=torch.int32)), None
+
+    def forward(self, hidden):
+        return hidden.new_zeros(*hidden.shape[:-1], V)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "no weight", "method"])
+def test_a_quantised_head_is_refused_in_one_line(kind):
+    model: Any = make()
+    if kind == "subclass":
+        weight = model.lm_head.weight.detach().as_subclass(Dequantised)
+        model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        model.lm_head = OfIntegers()
+        if kind == "method":  # torch's own quantised layers unpack it
+            model.lm_head.weight = lambda: None
+    with pytest.raises(ValueError, match=r"\A[^\n]*leave lm_head out of the quantisation\Z"):
+        causal_lm_loss(model, IDS)
+    assert not model.lm_head._forward_hooks
+
+
 def test_a_key_that_the_model_does_not_read_changes_nothing():
     model = make()
     model.config.final_logit_softcapping = 3.0
@@ -377,7 +411,7 @@ def on_two_ranks(how):
     """How far the gradient of two ranks, each with every second micro-batch, is from that of one
     process: (of the loss, of a weighted sum of log-probs)."""
     dist.init_process_group("gloo")
-    model = make("llama" if how == "head alone" else "qwen2", torch.float64)
+    model = make("llama" if "head alone" in how else "qwen2", torch.float64)
     alone, batches = copy.deepcopy(model), list(padded())
     weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
     wrapped = call = wrap(how, model)
@@ -386,11 +420,11 @@ def on_two_ranks(how):
     items, mine = count(batches), batches[dist.get_rank() :: 2]
     total(wrapped, (call(**x, num_items=items, world_size=2).loss for x in mine))
     total(alone, (causal_lm_loss(alone, **x, num_items=items).loss for x in batches))
-    errors = [distance(model, alone)]
+    errors = [distance(wrapped, alone)]
     if call is not wrapped:  # a LossModule has no log-probs
         total(wrapped, ((causal_lm_logprobs(wrapped, **x).logp * weights).sum() for x in mine))
         total(alone, ((causal_lm_logprobs(alone, **x).logp * weights).sum() / 2 for x in batches))
-        errors.append(distance(model, alone))
+        errors.append(distance(wrapped, alone))
     return errors
 
 
@@ -401,6 +435,15 @@ def wrap(how, model) -> Any:
         return DistributedDataParallel(model, find_unused_parameters=True)
     if how == "ddp, module":
         return DistributedDataParallel(LossModule(model))
+    if how.startswith("fsdp1"):
+        parts = [*model.model.layers, *([model.lm_head] if "head" in how else [])]
+        warnings.simplefilter("ignore")  # it is deprecated, and slow on a CPU
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=CustomPolicy(lambda module: any(module is part for part in parts)),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
     cut = functools.partial(fully_shard, mesh=init_device_mesh("cpu", (2,)))
     for layer in model.model.layers:
         cut(layer)
@@ -409,14 +452,20 @@ def wrap(how, model) -> Any:
     return cut(LossModule(model) if how == "fsdp, module" else model)
 
 
-def distance(model, alone):
-    whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
-    return error(flat(whole), flat([p.grad for p in alone.parameters()]))
+def distance(wrapped, alone):
+    whole: Any = contextlib.nullcontext()
+    if isinstance(wrapped, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True)
+    with whole:
+        grads = [p.grad for p in wrapped.parameters()]
+        got = flat([getattr(grad, "full_tensor", lambda grad=grad: grad)() for grad in grads])
+    return error(got, flat([p.grad for p in alone.parameters()]))
 
 
-@pytest.mark.parametrize(
-    "how", ["ddp", "ddp, unused", "ddp, module", "fsdp", "head alone", "fsdp, module"]
-)
+WRAPPED = ["ddp", "ddp, unused", "ddp, module", "fsdp", "head alone", "fsdp, module"]
+
+
+@pytest.mark.parametrize("how", [*WRAPPED, "fsdp1", "fsdp1, head alone"])
 def test_two_ranks_are_one(how):
     for errors in run_ranks(on_two_ranks, how):
         assert len(errors) == (1 if how.endswith("module") else 2)
@@ -500,6 +549,30 @@ def test_adapters_train_as_with_the_models_logits(settings):
 
 
 @pytest.mark.hosts("peft")
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_that_are_off_merged_or_second_are_as_peft_has_them(settings):
+    """After the head has been measured with the first of them on."""
+    peft, model, (batch,) = importlib.import_module("peft"), adapted(**settings), padded(1)
+    seen = [causal_lm_loss(model, **batch).loss.detach()]
+    with model.disable_adapter():
+        assert_exact(model, batch, gradients=False)
+        seen.append(causal_lm_loss(model, **batch).loss.detach())
+    model.merge_adapter()
+    assert_exact(model, batch, gradients=False)
+    model.unmerge_adapter()
+    model.add_adapter("second", peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    model.set_adapter("second")
+    model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    assert_exact(model, batch)
+    seen.append(causal_lm_loss(model, **batch).loss.detach())
+    assert len({round(float(loss), 3) for loss in seen}) == 3
+
+
+@pytest.mark.hosts("peft")
 @pytest.mark.parametrize(
     ("words", "settings"),
     [("no plain LoRA", {"use_dora": True}), ("lora_dropout", {"lora_dropout": 0.1})],
@@ -548,6 +621,14 @@ def with_lightning():
     pairs = zip(model.parameters(), alone.parameters(), strict=True)
     expected = [p.grad for p in alone.parameters()]
     return error(flat([(was - now).detach() for now, was in pairs]), flat(expected))
+
+
+@pytest.mark.hosts("peft")
+def test_virtual_tokens_are_refused():
+    peft, (batch,) = importlib.import_module("peft"), padded(1)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"got 11 tokens for 8 ids; virtual tokens and cut"):
+        causal_lm_loss(peft.get_peft_model(make(), config), **batch)
 
 
 @pytest.mark.hosts("lightning")

@@ -4,18 +4,20 @@ Budget: loss and gradient of a whole optimiser step within 1e-5 of the host's, i
 """
 
 import importlib
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_integrations import STEP, V, adapted, error, flat, make, packed, padded
+from test_integrations import STEP, V, adapted, distance, error, flat, make, packed, padded
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import Trainer
 
 from vpgea_fast.integrations import causal_lm_loss, hf
 
+pytestmark = pytest.mark.hosts
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
 BUDGET = 1e-5
 
@@ -230,19 +232,22 @@ def test_two_processes_are_the_trainers_own(tmp_path):
         assert alone < BUDGET
 
 
-def sharded(folder):
-    """FSDP2 as accelerate makes it. It refuses a CPU, so its state is told by hand."""
+def sharded(folder, version):
+    """FSDP as accelerate makes it. It refuses a CPU, so its state is told by hand."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+    warnings.simplefilter("ignore")  # FSDP1 is deprecated
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
+        fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         cpu_ram_efficient_loading=False,
+        **({"use_orig_params": True, "sync_module_states": False} if version == 1 else {}),
     )
     made = trainer(Fused, folder, accumulation=2)
     state = made.accelerator.state
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    state.device = torch.device("cpu")  # not cpu:0, which FSDP1 takes for another
     model = make()
     model, _ = made.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     alone, batches = make(), list(padded())
@@ -251,13 +256,14 @@ def sharded(folder):
         made.compute_loss(model, batch, num_items_in_batch=items).backward()
     for batch in batches:
         causal_lm_loss(alone, **batch, num_items=items).loss.backward()
-    grads: list[Any] = [p.grad for p in model.parameters()]
-    whole = flat([grad.full_tensor() for grad in grads])
-    return error(whole, flat([p.grad for p in alone.parameters()]))
+    return type(model).__name__, distance(model, alone)
 
 
-def test_fsdp2_under_accelerate(tmp_path):
-    assert max(run_ranks(sharded, str(tmp_path))) < 1e-6
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_under_accelerate(version, tmp_path):
+    for name, wrong in run_ranks(sharded, str(tmp_path), version):
+        assert name == {1: "FullyShardedDataParallel", 2: "FSDPLlamaForCausalLM"}[version]
+        assert wrong < 1e-6
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -314,6 +320,21 @@ def test_a_trainer_that_is_made_is_switched_on_and_off(tmp_path):
     assert error(ours.detach(), host.detach()) < 1e-6
     assert host.grad_fn.name() != ours.grad_fn.name()
     assert not made.model.lm_head._forward_hooks
+
+
+def test_an_error_inside_switches_off(tmp_path):
+    made = trainer(Trainer, tmp_path)
+    with pytest.raises(KeyError), hf.enable(made):
+        raise KeyError
+    assert type(made) is Trainer
+
+
+def test_a_class_that_came_in_front_of_ours_stays(tmp_path):
+    made = trainer(Trainer, tmp_path)
+    switch = hf.enable(made)
+    made.__class__ = front = type("Front", (type(made),), {})
+    switch.disable()
+    assert type(made) is front
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -373,6 +394,20 @@ def test_what_is_not_served_is_refused_in_one_line(words, tmp_path):
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
         REFUSED[words](tmp_path)
     assert words in str(caught.value)
+
+
+def test_a_batch_without_ids_or_labels(tmp_path):
+    """Of the first no label is known to shift; what the second is to do is the Trainer's to say."""
+    made, batch = trainer(Fused, tmp_path), next(padded())
+    embedded = {**batch, "inputs_embeds": made.model.get_input_embeddings()(batch["input_ids"])}
+    del embedded["input_ids"]
+    with pytest.raises(ValueError, match=r"got labels, .*, expected input_ids") as caught:
+        made.compute_loss(made.model, embedded)
+    assert "\n" not in str(caught.value)
+    with pytest.raises((ValueError, AttributeError)) as theirs:
+        trainer(Trainer, tmp_path).compute_loss(make(), {**batch, "labels": None})
+    with pytest.raises(theirs.type):
+        made.compute_loss(made.model, {**batch, "labels": None})
 
 
 def test_a_loss_in_front_of_the_mixin_is_called(tmp_path):

@@ -21,6 +21,7 @@ from trl_oracle import Rows, Step, trainer
 from vpgea_fast.integrations.trl import HOOK, OUTPUTS, STAND_INS, SWITCH, enable
 from vpgea_fast.kernels import head
 
+pytestmark = pytest.mark.hosts
 trl = pytest.importorskip("trl", reason="needs TRL: pip install 'trl>=1.16,<1.17'")
 utils = importlib.import_module("trl.trainer.utils")
 
@@ -292,7 +293,7 @@ def trainer_of(method, model, tokenizer, folder, **more):
             model=model,
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": ["?"]}),
+            train_dataset=Dataset.from_dict({"prompt": ["?"] * 3}),
             processing_class=tokenizer,
         )
         parts = [{**p, "old_logps": torch.linspace(-20, -9, 3)} for p in STEP.split(rows())]
@@ -343,7 +344,7 @@ def test_a_step_is_that_of_trl(method, kind, tiny_tokenizer, tmp_path):
     assert torch.equal(again[1], theirs[1])
 
 
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize("method", [*GRPO, "rloo", "sft", "dpo", "kto"])
 def test_twenty_steps_follow_trl(method, tiny_tokenizer, tmp_path):
     """TRL's whole loop with AdamW: its curve within 1e-4."""
     curves = []
@@ -356,10 +357,12 @@ def test_twenty_steps_follow_trl(method, tiny_tokenizer, tmp_path):
             "save_strategy": "no",
         }
         with trainer_of(method, model, tiny_tokenizer, tmp_path, **keys) as (made, _, _):
-            if method == "grpo":
+            if method in (*GRPO, "rloo"):  # TRL's loop around rows that are drawn
+                own = trl.RLOOTrainer if method == "rloo" else trl.GRPOTrainer
                 whole = {**rows().inputs(), "num_items_in_batch": torch.tensor(rows().tokens())}
+                whole |= {"old_logps": torch.linspace(-20, -9, 6)} if method == "rloo" else {}
                 made._generate_and_score_completions = lambda *_, whole=whole: dict(whole)
-                made._prepare_inputs = types.MethodType(trl.GRPOTrainer._prepare_inputs, made)
+                made._prepare_inputs = types.MethodType(own._prepare_inputs, made)
             with switch():
                 made.train()
             curves.append([log["loss"] for log in made.state.log_history if "loss" in log])
@@ -394,6 +397,57 @@ def test_known_coefficients_make_one_pass(method, tiny_tokenizer, tmp_path, monk
     assert len(again) == (2 if FORESEEN[method] else 4)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5, abs=1e-6)
     assert error(ours[1], theirs[1]) < 1e-5
+
+
+# torch._dynamo asks for it where a graph is broken, and hides the warning but from `error`.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_is_that_of_trl(tiny_tokenizer, tmp_path, monkeypatch):
+    """Compiled by TRL's option, where the switch is on when the first graph is made."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the option sets it, for good
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    keys = {"max_steps": 2, "logging_steps": 1, "torch_compile_backend": "eager"}
+    curves = []
+    for switch in (lambda _: contextlib.nullcontext(), enable):
+        made = sft(tiny_tokenizer, tmp_path, learning_rate=1e-2, **keys)
+        counters.clear()
+        with switch(made):
+            made.train()
+        assert counters["stats"]["unique_graphs"] > 0
+        curves.append([log["loss"] for log in made.state.log_history if "loss" in log])
+    torch.compiler.reset()
+    assert len(curves[1]) == 2
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_a_loss_of_the_users_stays_on_the_trainer(order, tiny_tokenizer, tmp_path):
+    """Whichever of two switches goes first, and whoever has replaced the loss before."""
+    model = make("qwen2", vocab_size=max(67, len(tiny_tokenizer)))
+    with trainer_of("dapo", model, tiny_tokenizer, tmp_path) as (made, parts, _):
+        own, calls = made._compute_loss, []
+
+        def mine(model, inputs):
+            calls.append(1)
+            return own(model, inputs)
+
+        made._compute_loss = mine
+        switches = [enable(made), enable(made)]
+        if order == "last":
+            switches.reverse()
+        made._compute_loss(made.model, dict(parts[0]))
+        for switch in switches:
+            switch.disable()
+        assert made._compute_loss is mine
+        assert calls == [1]
+        del made._compute_loss
+
+
+def test_an_error_inside_switches_off():
+    model = ready()
+    with pytest.raises(KeyError), enable(model):
+        raise KeyError
+    assert not model._forward_hooks
 
 
 # --- refusals -------------------------------------------------------------------------------------

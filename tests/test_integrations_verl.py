@@ -37,6 +37,8 @@ from vpgea_fast.integrations.verl import (
     linear_cross_entropy,
 )
 
+pytestmark = pytest.mark.hosts
+
 TEMPERATURE, V = 0.7, TINY["vocab_size"]
 PACKAGES = ("", ".utils", ".utils.experimental", ".utils.kernel", ".models", ".models.transformers")
 

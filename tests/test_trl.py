@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from trl_oracle import Rows, Step, trainer, trl_coefficients, trl_step
 
+pytestmark = pytest.mark.hosts
 LIMIT = 20  # max_completion_length: longer than any row
 STEP = Step(micro_batch=3)
 

@@ -158,6 +158,7 @@ class VPGEAConfig(TrainingArguments):
 
 def check_args(args: VPGEAConfig) -> None:
     """Refuse what a Trainer may be asked for and this one cannot do. Errors: ValueError."""
+    # With a default: not every transformers has all of them.
     for name, (served, remedy) in REFUSED.items():
         if (got := getattr(args, name, served)) != served:
             raise ValueError(f"{name}: got {got!r}, expected {served!r}; {remedy}")
@@ -220,20 +221,24 @@ def _free(args: VPGEAConfig) -> Mapping[str, Mapping[str, Any]]:
             "{'preset': 'robust'}}"
         )
     for name, keys in given.items():
+        # Of the rest the Trainer has its own: a second place would be read by nobody.
         if name not in FREE:
             raise ConfigError(
                 f"sections: got {name!r}, expected some of {', '.join(FREE)}; the rest is the "
                 "Trainer's, by its own arguments"
             )
         for key in keys:
+            # Of two places for one number neither can win in silence.
             if argument := OWN.get(name, {}).get(key):
                 raise ConfigError(
                     f"sections: got {name}.{key}, which is an argument; set {argument}"
                 )
+            # Taken, it would look as if it did something.
             if key in UNREAD.get(name, ()):
                 raise ConfigError(
                     f"sections: got {name}.{key}, which a Trainer does not read; leave it out"
                 )
+    # The streams, the logs and `completions/*` are those of this method.
     if given.get("objective", {}).get("name", "vpgea") != "vpgea":
         raise ConfigError(
             f"sections: got objective.name {given['objective']['name']!r}, expected 'vpgea'; TRL "

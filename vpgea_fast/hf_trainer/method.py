@@ -67,10 +67,12 @@ class Method:
     ) -> None:
         self.cfg, self.model, self.world, self.text = cfg, model, world, text
         self.verifier, self.judge = verifier, judge
+        # First: what runs the model below finds its dropout off and its attention packed.
         prepare(model, autocast)
         causal_lm = find_head(model).causal_lm
         flops = model_flops(causal_lm.config)
         self.passes = Passes(world, cfg.train.micro_batch_tokens, flops)
+        # The weights that are trained, where they lie: no copy of them, and no hand-over.
         engine = HFEngine(model, max_batch=cfg.rollout.max_batch, dtype=autocast)
         self.engine: RolloutEngine = engine if world.size == 1 else ParallelEngine(engine, world)
         self.sampling = make_sampling(cfg.rollout, text.prompter, text.tokenizer, causal_lm)
@@ -83,6 +85,7 @@ class Method:
             return
         questions, prompter = [*asked.prompted.values()], self.text.prompter
         known: Any = {"prompt": prompter.prompt, "responses": prompter.responses}
+        # At the start: a step would find it after its paths are drawn.
         check_questions(self.cfg, questions, **known, verify=self.verifier.verify)
         # One model: nothing is ever handed over.
         turns = Turns(self.engine, None, whole=True, probe=lambda _: {}, every=0)
@@ -107,6 +110,7 @@ class Method:
     def draw(self, questions: Sequence[PromptedQuestion], step: int) -> Drawn:
         """Sample, score and weigh the paths of a step: a function of weights, seed and step."""
         assert self.collector is not None
+        # Evaluations share the judge, and look rows up in a dataset of their own.
         if self.judge is not None:
             self.judge.asked = self.asked
         timer = PhaseTimer()
@@ -115,12 +119,14 @@ class Method:
         batch = self.collector.score(questions, posterior, prior, step, timer=timer)
         with timer("advantage"):
             terms = self.collector.weigh(batch, step, {})
+        # A row of zeros would cost a forward and a backward.
         rows = drop_zero_rows(build_rows(batch, terms, Scale.of(self.cfg)))
         return Drawn(batch, terms, rows, timer)
 
     def metrics(self, drawn: Drawn, logps: Sequence[torch.Tensor]) -> dict[str, Any]:
         """What a step says of itself, by the names of the book and, with a slash, by TRL's."""
         whole, timer = drawn.batch.whole, drawn.timer.metrics()
+        # Where every question is lost there are no paths to speak of.
         found = merge(
             diagnostics.batch_metrics(whole) if whole else {},
             drawn.terms.metrics,
@@ -133,6 +139,7 @@ class Method:
         """Accuracy, tokens, eps3 and share of cut answers of each mode, as the book has them."""
         if self.judge is not None:
             self.judge.asked = asked
+        # Of each mode, sampled and greedy, what the line of a run repeats.
         results = self.evaluator(asked).run()
         return {f"{mode}_{key}": found[key] for mode, found in results.items() for key in LOGGED}
 
@@ -150,6 +157,7 @@ class Method:
         )
 
     def _rewards(self, batch: ScoredBatch) -> dict[str, float]:
+        # Training samples no answers then, so no function was asked.
         if self.judge is None or not self.sampling.full_answer:
             return {}
         judged = torch.cat([batch.posterior.correct_BP.flatten(), batch.prior.correct_BP.flatten()])
@@ -159,6 +167,7 @@ class Method:
         how: Any = {"temperature": temperature, "backend": self.cfg.loss.backend}
 
         def score(rows: Sequence[TrainRow]) -> list[torch.Tensor]:
+            # As the engine samples: log-probs of both must be those of one model.
             with evaluating(self.model):
                 return self.passes.scoring(
                     lambda batch, _: packed.packed_logprobs(self.model, batch, **how), rows
@@ -189,6 +198,7 @@ def completions(drawn: Drawn) -> dict[str, float]:
     paths = [path for stream in streams for path in stream.flat]
     lengths = [path.generated for path in paths]
     utility_BG = drawn.terms.path_scores["posterior"]["utility"]
+    # (B,): 0 where every path of a question is worth the same, so none has an advantage.
     spread_B = utility_BG.std(dim=1, correction=0)
     return {
         "completions/mean_length": sum(lengths) / len(lengths),

@@ -75,6 +75,7 @@ def training_questions(
     """
     loaded = _loaded(rows, name, cfg, accepts)
     limit, policy = cfg.data.max_prompt_tokens, cfg.data.overlong
+    # Of both views: the teacher's shows the answer, and may be too long alone.
     items, lost = prompter.prompt_within(loaded.questions, limit=limit, policy=policy)
     _tell(unfit(loaded, items, lost, prompter.has_special), name)
     prompted = {item.question.id: item for item in items}
@@ -87,6 +88,7 @@ def evaluation_questions(
     """The rows as questions with the student's prompt alone; none may be too long."""
     loaded = _loaded(rows, name, cfg, accepts)
     _tell(loaded, name)
+    # Here nothing is dropped for its length: accuracy would be of fewer questions.
     benchmark = make_benchmark(name, loaded, cfg.data, prompter)
     return Asked.of(name, rows, loaded.questions, prompted={}, benchmark=benchmark)
 
@@ -102,11 +104,13 @@ def _loaded(rows: Any, name: str, cfg: Config, accepts: Judge) -> LoadedQuestion
     columns = {*getattr(rows, "column_names", rows[0])}
     for key in ("question_key", "answer_key"):
         wanted = getattr(cfg.data, key)
+        # A template or a path into a row is no column; `load_rows` checks those.
         if wanted not in columns and not any(mark in wanted for mark in "{."):
             raise DataError(
                 f"{name}: no column {wanted!r} among {', '.join(sorted(columns))}; rename one, or "
                 f"set sections={{'data': {{'{key}': ...}}}}"
             )
+    # By number, so that a question's place leads back to its row.
     return load_rows((rows[i] for i in range(len(rows))), name, cfg.data, parseable=accepts)
 
 
@@ -130,15 +134,18 @@ class RewardJudge:
         """(len(paths),) float64, 1.0 where right; a thought without an end has no answer."""
         closed = [place for place, path in enumerate(paths) if path.closed]
         right = torch.zeros(len(paths), dtype=torch.float64)
+        # Cut paths left out, each process has as many to judge.
         found = self.world.spread(self._rewards, [paths[place] for place in closed])
         right[closed] = torch.tensor(found, dtype=torch.float64)
         return right
 
     def _rewards(self, paths: Sequence[Path]) -> list[float]:
+        # A process without a share: no user's function need take empty lists.
         if not paths:
             return []
         assert self.asked is not None
         rows = [self.asked.row(path.question_id) for path in paths]
+        # Rows of a plain list may differ in their columns.
         names = {name for row in rows for name in row} - {self.column, *RESERVED}
         columns = {name: [row.get(name) for row in rows] for name in names}
         prompts = [row[self.column] for row in rows]
@@ -150,6 +157,7 @@ class RewardJudge:
             **columns,
         )
         found = [float("nan") if value is None else float(value) for value in given]
+        # None, which TRL takes for no opinion, is NaN by now: every answer needs one.
         wrong = [value for value in found if value not in (0.0, 1.0)]
         if len(found) != len(paths) or wrong:
             got = f"{wrong[0]}" if wrong else f"{len(found)} numbers for {len(paths)} answers"

@@ -7,7 +7,6 @@ of this project.
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -32,11 +31,14 @@ from vpgea_fast.hf_trainer.questions import (
     training_questions,
 )
 from vpgea_fast.intake import ModelText
+from vpgea_fast.integrations.hosts import imported
 from vpgea_fast.integrations.packed import PackedLoss, packed_loss
 from vpgea_fast.model_dir import check_vocabulary
 from vpgea_fast.prompts import Prompter
 from vpgea_fast.types import PackedBatch, PromptedQuestion
 from vpgea_fast.verify import Verifier
+
+PEFT = "peft>=0.21"
 
 
 class VPGEATrainer(Trainer):
@@ -271,7 +273,13 @@ def _open(model: Any, args: VPGEAConfig, peft_config: Any) -> tuple[Any, str]:
         raise ValueError("model_init_kwargs: got some beside a model that is made; leave them out")
     name = getattr(model.config, "_name_or_path", "")
     if peft_config is not None:
-        model = importlib.import_module("peft").get_peft_model(model, peft_config)
+        peft: Any = imported("peft", PEFT)
+        if isinstance(model, peft.PeftModel):
+            raise ValueError(
+                f"peft_config: got one beside a {type(model).__name__}, which has adapters; leave "
+                "it out, or pass the model below it"
+            )
+        model = peft.get_peft_model(model, peft_config)
     return model, name
 
 

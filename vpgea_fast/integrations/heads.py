@@ -103,8 +103,10 @@ def find_head(model: nn.Module) -> Found:
         raise ValueError(f"model: {name} has no head of a causal LM; pass the causal LM itself")
     modules = (*wrappers, head)
     compiled = any(hasattr(m, "_orig_mod") or compiled_in_place(m) for m in modules)
-    # What torch.compile puts around a head calls none of its own hooks.
-    return Found(causal_lm, getattr(head, "_orig_mod", head), name, compiled)
+    # torch.compile's wrapper calls none of its own hooks; inside FSDP1's the weight is whole.
+    for wrapper in ("_fsdp_wrapped_module", "_orig_mod"):
+        head = getattr(head, wrapper, head)
+    return Found(causal_lm, head, name, compiled)
 
 
 def compiled_in_place(module: nn.Module) -> bool:
@@ -193,15 +195,23 @@ def head_weights(head: Any) -> Weights:
     """The weight and bias with which this head multiplies. ValueError: no plain weight does."""
     # PEFT: trainable tokens give `weight` alone, the rest has that of the module below.
     tokens = hasattr(head, "token_adapter")
-    weight, bias = head.weight, getattr(head.original_module if tokens else head, "bias", None)
+    bias = getattr(head.original_module if tokens else head, "bias", None)
+    weight: Any = getattr(head, "weight", None)
     if hasattr(head, "base_layer") and not (head.disable_adapters or head.merged):
         weight = weight + sum(head.get_delta_weight(name) for name in _lora_names(head))
     check_weight(weight)
     return Weights(_whole(weight), None if bias is None else _whole(bias))
 
 
-def check_weight(weight: Tensor) -> None:
+def check_weight(weight: Any) -> None:
     """ValueError: a head's weight with which no loss can multiply, then or in its backward."""
+    # torchao's subclasses say bfloat16, dequantise in a forward, and have no backward of ours.
+    if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "device_mesh"):
+        kind = "no weight" if weight is None else f"a weight {type(weight).__name__}"
+        raise ValueError(
+            f"model: the head has {kind}, expected a plain matrix; leave lm_head out of the "
+            "quantisation"
+        )
     if hasattr(weight, "ds_id"):
         raise ValueError(
             "DeepSpeed ZeRO-3: the head's weight is gone when the backward reads it; use ZeRO-2 or "
@@ -266,6 +276,11 @@ def _measured(model: nn.Module, found: Found, ids: Tensor) -> families.HeadOptio
     half = PROBED // 2
 
     def leave(_: nn.Module, arguments: tuple[Any, ...], raw: Tensor) -> Tensor:
+        if raw.shape[-2] != PROBED:
+            raise ValueError(
+                f"model: its head got {raw.shape[-2]} tokens for {PROBED} ids; virtual tokens and "
+                "cut sequences are not supported"
+            )
         hidden, (weight, bias) = arguments[0][..., :half, :], head_weights(found.head)
         hidden, weight = alike(hidden, weight.to(hidden.device))
         ours.append(functional.linear(hidden, weight, bias).reshape(half, -1))

@@ -74,12 +74,18 @@ class FusedLossMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss (), and with return_outputs also {"loss": loss}, without logits."""
-        if self._needs_logits or "labels" not in inputs:
+        if self._needs_logits or inputs.get("labels") is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {name: x for name, x in inputs.items() if name not in DROPPED}
+        if inputs.get("input_ids") is None:
+            raise ValueError(
+                f"inputs: got {', '.join(inputs)}, expected input_ids, which the loss reads the "
+                "rows from; give them, or train without vpgea_fast"
+            )
         # A model without loss kwargs makes a mean of this call, which training_step divides.
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        # Smoothed, the Trainer makes its loss of logits and does not ask the model for one.
         if not smoothing:
             self._check_once(model, inputs["input_ids"])
         out = causal_lm_loss(
@@ -104,6 +110,7 @@ class FusedLossMixin(_Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """The Trainer's own, by its own forward where the logits are wanted."""
+        # Told by an attribute: `compute_loss` is called inside, and has no argument for it.
         self._needs_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -116,6 +123,7 @@ class FusedLossMixin(_Trainer):
         found = find_head(model)
         if found.head in _SAME:
             return
+        # Measured, since any model can be given a `loss_function`: 8 tokens, two forwards.
         ids = probe(input_ids)
         with evaluating(model):
             own: Any = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
@@ -148,9 +156,16 @@ def enable(trainer: Any, *, backend: str = "auto") -> Switch:
     _check(trainer, backend)
     own = type(trainer)
     settings = {"fused_backend": backend, "_needs_logits": False}
+    # A subclass: `super()` in the user's own classes finds what it found before.
     fused = type(own.__name__, (FusedLossMixin, own), settings)
     switch = Switch()
-    switch._undo.append(lambda: setattr(trainer, "__class__", own))
+
+    def undo() -> None:
+        # A class that somebody else has set since has ours below it, and stays.
+        if type(trainer) is fused:
+            trainer.__class__ = own
+
+    switch._undo.append(undo)
     trainer.__class__ = fused
     return switch
 
@@ -167,6 +182,7 @@ def _check(trainer: Any, backend: str) -> None:
     _check_classes(trainer)
     _check_options(trainer)
     losses.choose_backend(backend)
+    # For its error now, and not after the first batch is loaded.
     find_head(trainer.model)
 
 
@@ -206,6 +222,7 @@ def _check_options(trainer: Any) -> None:
             "compute_loss_func: it makes the loss of full logits; leave it out, or train without "
             "vpgea_fast"
         )
+    # Its replicas are copies, whose heads have none of the hooks.
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"trainer: {trainer.args.n_gpu} devices of one process are torch's DataParallel; start "

@@ -55,6 +55,7 @@ def _check_hooks() -> None:
     check_version(TESTED, version)
 
 
+# At import: an override of the command line does nothing else before it is built.
 _check_hooks()
 
 
@@ -82,6 +83,7 @@ class FusedLoss(_titan.ChunkedLossWrapper):
         super().__init__(config)
         self.backend = config.backend
         self.classes = config.loss_fn.global_vocab_size
+        # The base class calls it with what the head gives.
         self.loss_fn = _handed_on
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
@@ -118,7 +120,9 @@ class FusedLoss(_titan.ChunkedLossWrapper):
         """() loss, inside the head's forward: its weight is whole here, or cut by classes alone."""
         spmd = _titan.spmd
         checked = spmd.is_type_checking()
+        # Validation may have gradients on, of hidden states that have none.
         trained = torch.is_grad_enabled() and hidden.requires_grad
+        # The kernels have no SPMD types; the loss is given its own below.
         with spmd.no_typecheck(), torch.set_grad_enabled(trained):
             if isinstance(hidden, DTensor):  # the same on all: so is its gradient
                 hidden = hidden.to_local()
@@ -175,6 +179,7 @@ def _handed_on(
 def _in_place_of_logits(head: Any, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, `head(hidden)` is compute(hidden), between the hooks of the head's call."""
     own = vars(head).get("forward")  # torchtitan's, around the class's: it checks logits
+    # Not a hook: between those of FSDP2, so the weight is gathered and not yet freed.
     head.forward = compute
     try:
         yield
@@ -223,6 +228,7 @@ def _cut(own: Tensor, mesh: Any, classes: int | None) -> Tensor:
             "loss.loss_fn.global_vocab_size: got None, expected V: with tensor parallelism no "
             "process knows it; CrossEntropyLoss.Config(global_vocab_size=...)"
         )
+    # Unchecked: a check is a collective in each call.
     shape = torch.Size((classes, *own.shape[1:]))
     return DTensor.from_local(
         own, mesh, [Shard(0)], run_check=False, shape=shape, stride=own.contiguous().stride()

@@ -95,22 +95,36 @@ class Enabled(Switch):
         if getattr(getattr(trainer, "args", None), "loss_type", None) == "nll":  # SFT's
             self.coefficients = torch.ones_like
         elif hasattr(trainer, "importance_sampling_level"):  # GRPO has it, RLOO not
-            own = trainer._compute_loss
-
-            def compute(model: Any, inputs: dict[str, Any]) -> Tensor:
-                self.coefficients = _on_policy(trainer, inputs)
-                try:
-                    return own(model, inputs)
-                finally:
-                    self.coefficients = None
-
-            trainer._compute_loss = compute
-            self._undo.append(lambda: vars(trainer).pop("_compute_loss", None))
+            self._undo.append(_InOnePass(self, trainer).remove)
 
     def disable(self) -> None:
         """Give TRL its own functions back, the shared one where no other switch is on."""
         super().disable()
         _uninstall(self)
+
+
+class _InOnePass:
+    """Stands where a GRPO trainer's `_compute_loss` does, or in front of what stood there."""
+
+    def __init__(self, switch: Enabled, trainer: Any) -> None:
+        self.switch, self.trainer, self.on = switch, trainer, True
+        self.own, self.below = trainer._compute_loss, vars(trainer).get("_compute_loss")
+        trainer._compute_loss = self
+
+    def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self.switch.coefficients = _on_policy(self.trainer, inputs)
+        try:
+            return self.own(model, inputs)
+        finally:
+            self.switch.coefficients = None
+
+    def remove(self) -> None:
+        """Take this away, and what was taken away while this stood in front of it."""
+        self.on, found = False, vars(self.trainer)
+        while isinstance(top := found.get("_compute_loss"), _InOnePass) and not top.on:
+            del self.trainer._compute_loss
+            if top.below is not None:
+                self.trainer._compute_loss = top.below
 
 
 def enable(where: Any = None, *, backend: str = "auto") -> Enabled:

@@ -140,11 +140,13 @@ def linear_cross_entropy(
         raise ValueError(
             f"reduction: got {reduction!r}, expected 'none'; add or average the log-probs yourself"
         )
+    # A slice of the classes, taken for all of them, would give a plausible loss.
     if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
         raise ValueError(
             f"dist_process_group: got {dist.get_world_size(dist_process_group)} processes, "
             "expected 1; set tensor_model_parallel_size to 1, or train without vpgea_fast"
         )
+    # By number: Megatron has hidden states (T, 1, D) and labels (1, T).
     if labels.numel() != hidden.shape[:-1].numel():
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)}: expected (..., D) and "
@@ -160,9 +162,11 @@ def _score(
     out = losses.linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
+        # Whole numbers of any width, as verl's forwards have them; ours are int64.
         labels.reshape(-1).to(torch.int64),
         return_entropy=True,
         temperature=_number(temperature),
+        # The two also stand alone, where no switch is on.
         backend=_ON[-1].backend if _ON else "auto",
     )
     assert out.entropy is not None
@@ -189,6 +193,7 @@ STAND_INS: dict[str, Any] = {FUSED: FusedLinearForPPO, TWIN: linear_cross_entrop
 
 def _install(switch: Enabled) -> None:
     for module, name in _places():
+        # It is, where another switch is on; what it replaced is kept once.
         if getattr(module, name) is not STAND_INS[name]:
             _WAS[module.__name__, name] = getattr(module, name)
             setattr(module, name, STAND_INS[name])
@@ -210,6 +215,7 @@ def _places() -> Iterator[tuple[types.ModuleType, str]]:
     """Every module that holds one of the two, of those that are imported, and its name there."""
     for name, home in HOMES.items():
         yield imported(home, TESTED), name
+    # Not imported for this: they want Megatron.
     for path in COPIES:
         if hasattr(sys.modules.get(path), TWIN):
             yield sys.modules[path], TWIN
@@ -224,6 +230,7 @@ def _check_hooks() -> None:
     for name, home in HOMES.items():
         module = _found(version, home)
         own = _own(version, module, name)
+        # Of the class: `apply`, which is called, takes anything.
         takes = tuple(inspect.signature(own.forward).parameters)
         if takes != TAKES[name]:
             wanted = ", ".join(TAKES[name])
@@ -247,6 +254,7 @@ def _found(version: str, path: str) -> types.ModuleType:
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        # A package that verl itself lacks is for its user to install.
         if error.name is None or not path.startswith(error.name):
             raise
         raise changed(TESTED, version, f"there is no {path}") from error
