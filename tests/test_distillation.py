@@ -545,7 +545,7 @@ def test_opcheck():
     x = {name: v.detach() for name, v in inputs_of().items() if name != "teacher"}
     teacher = inputs_of()["teacher"]
     targets_T, needs = torch.zeros(T, dtype=torch.int64), [True, True, True]
-    settings = (1.0, 3.0, 0.6, -100, "auto", CHUNK, False, False, torch.float32, None, None)
+    settings = (1.0, 3.0, 0.6, -100, "auto", CHUNK, False, False, 0.0, torch.float32, None, None)
     torch.library.opcheck(
         torch.ops.vpgea_fast.distil.default,
         (
