@@ -341,12 +341,6 @@ def weighted_logprob_loss(
         if type(value) is not int or value != 0:  # the default: bounds are floats too
             checks.check_number(name, value, _SMOOTHING[name])
     smoothing = Smoothing(label_smoothing, z_loss)
-    if smoothing.on and settings.operands is torch.float16 and settings.backend != "reference":
-        # Here, and not left to "auto", which would fall back on all logits at once.
-        raise ValueError(
-            "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
-            "float32, or backend='reference'"
-        )
     needs = needs_of(inputs, sink_VD)
     loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
     return WeightedLoss(loss, batch.back(logp_T), batch.back(kept_T))
