@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from test_sharding import ALONE, SHAPE, backward, leave, make_rows, passes_of, score
+from test_sharding import ALONE, backward, leave, make_rows, passes_of, score
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,15 +319,6 @@ class WeightCopies(TorchDispatchMode):
                     whole = self.of.get(tensor.untyped_storage().data_ptr())
                     self.count += whole == tensor.numel()
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def model_dirs(random_qwen2, tmp_path_factory):
-    made = {}
-    for name, tied in (("tied", True), ("untied", False)):
-        made[name] = str(tmp_path_factory.mktemp("models") / name)
-        random_qwen2(**SHAPE, tie_word_embeddings=tied).save_pretrained(made[name])
-    return made
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("float32", "tied"), ("masters", "untied"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, watch_ranks
+from ranks import SHAPE, run_ranks, watch_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,17 +30,7 @@ from vpgea_fast.packing import drop_zero_rows, pack_rows
 from vpgea_fast.passes import Passes
 from vpgea_fast.types import TrainRow
 
-V = 1003
-SHAPE = {"vocab": V, "hidden": 64, "layers": 3, "heads": 2, "initializer_range": 0.1}
-
-
-@pytest.fixture(scope="module")
-def model_dirs(random_qwen2, tmp_path_factory):
-    made = {}
-    for name, tied in (("tied", True), ("untied", False)):
-        made[name] = str(tmp_path_factory.mktemp("models") / name)
-        random_qwen2(**SHAPE, tie_word_embeddings=tied).save_pretrained(made[name])
-    return made
+V = SHAPE["vocab"]
 
 
 def make_rows(count, seed=0, gated=0):
