@@ -8,7 +8,8 @@ Random weights of a Qwen2 shape (or --model: a directory, `tiny` for the shipped
 token, so all do the same work. First the sampling log-probs are compared with a full forward of the
 transformers model; an engine that is off is not timed. Then `--repeats` rounds, the engines in
 turn, every second round backwards, after one round that is not counted; the median, the fastest and
-the slowest round are written. `generate` is called as TRL does, and tells no log-probs where it is
+the slowest round are written. `compiled` is `hf` over a copy whose layers compile themselves, as
+with model.compile. `generate` is called as TRL does, and tells no log-probs where it is
 timed. Runs without vLLM too. vLLM's sleep, CUDA graphs and IPC are not part of it.
 
 It ends in words: `hf` beside `generate`, and what the matrix products of either take alone, of a
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,8 +49,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest |difference| of a log-prob from that of one full forward."""
 
 
-ENGINES = ("hf", "generate", "vllm")
-DIRECT = ("hf", "generate")
+ENGINES = ("hf", "compiled", "generate", "vllm")
+OURS = ("hf", "compiled")
+DIRECT = (*OURS, "generate")
 """Those that run in this process, so that a profile shows what they do."""
 
 
@@ -181,15 +184,18 @@ def closing_words(rows: Sequence[dict[str, Any]], *, cuda: bool) -> list[str]:
         for name, found in by.items()
         if "kinds" in found
     ]
-    if not {"hf", "generate"} <= by.keys():
-        return lines
-    mine, theirs = by["hf"]["seconds"], by["generate"]["seconds"]
+    for name in OURS:
+        if {name, "generate"} <= by.keys():
+            lines += beside(name, by[name], by["generate"]["seconds"])
+    return lines
+
+
+def beside(name: str, found: dict[str, Any], theirs: Sequence[float]) -> list[str]:
+    mine = found["seconds"]
     rounds = [slow / fast for slow, fast in zip(theirs, mine, strict=True)]
-    factor, products = median(theirs) / median(mine), by["hf"]["kinds"]["products"]
-    lines.append(
-        f"hf draws {factor:.2f}x the paths per second of generate (by round {min(rounds):.2f} to "
-        f"{max(rounds):.2f})"
-    )
+    factor, products = median(theirs) / median(mine), found["kinds"]["products"]
+    spread = f"by round {min(rounds):.2f} to {max(rounds):.2f}"
+    lines = [f"{name} draws {factor:.2f}x the paths per second of generate ({spread})"]
     if products:
         lines.append(
             f"its matrix products take {products:.3f} s of {median(mine):.3f} s: alone they would "
@@ -246,6 +252,11 @@ def make_engines(
     engines: dict[str, Any] = {}
     if "hf" in args.engines:
         engines["hf"] = HFEngine(model, max_batch=batch)
+    if "compiled" in args.engines:
+        other = deepcopy(model)
+        for layer in other.model.layers:
+            layer.compile(dynamic=True)
+        engines["compiled"] = HFEngine(other, max_batch=batch)
     if "generate" in args.engines:
         engines["generate"] = Generate(model)
     if "vllm" in args.engines and find_spec("vllm") is not None:
@@ -309,7 +320,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", help="directory, or tiny, 40m, ...: not --layers to --vocabulary"
     )
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["hf", "generate", "vllm"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     for name, value in {
         "layers": 4,

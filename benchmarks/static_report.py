@@ -1,6 +1,6 @@
 """What the compiler makes of each Triton kernel, without a GPU: registers, spills, shared memory.
 
-    python benchmarks/static_report.py [--arch 90 100 80] [--dtype bf16] [--json FILE]
+    python benchmarks/static_report.py [--arch 90 100 80] [--dtype bf16] [--only NAME] [--json FILE]
 
 Every launch of `kernels/` is compiled ahead of time as it would be on a large head, then read back:
 `cuobjdump -res-usage` for registers and stack, `nvdisasm` for spills, the tensor-core (HGMMA, HMMA,
@@ -205,8 +205,9 @@ class Compiled:
 
 def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
     """`_gemm_exp` in one of the variants of GEMMS."""
-    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "BIAS": False, "CAP": False}
+    flags = {"STORE": False, "PEAK": False, "FLAGGED": False, "CAP": False}
     flags |= {"ENTROPY": False, "TAIL": False, **GEMMS[variant]}
+    biased = flags.pop("BIAS", False)
     tile = tile_for(DTYPES[dtype], divmod(arch, 10), capped=flags["CAP"])
     tma = arch >= 90
     m, n, k = tile.block_m, tile.block_n, tile.block_k
@@ -224,17 +225,16 @@ def compile_gemm(variant: str, arch: int, dtype: str) -> Compiled:
         "hidden": f"tensordesc<{dtype}[{m}, {k}]>" if tma else pointer,
         "weight": f"tensordesc<{dtype}[{n}, {k}]>" if tma else pointer,
         "exps": f"tensordesc<{dtype}[{m}, {n // 2}]>" if tma else pointer,
-        "bias_ptr": pointer,
         "target_ptr": "*i32",
         "flag_ptr": "*i32",
         "holds_ptr": "*i8",
     }
     for name in "n_rows vocabulary width hidden_stride weight_stride exps_stride".split():
         types[name] = "i32"
-    absent = {"exps": not flags["STORE"], "bias_ptr": not flags["BIAS"]}
+    absent = {"exps": not flags["STORE"], "bias_ptr": not biased}
     constants |= {name: None for name, gone in absent.items() if gone}
     return _compile(
-        f"gemm_exp: {variant}",
+        name_of(compile_gemm, variant),
         head._gemm_exp,
         types,
         constants,
@@ -411,13 +411,26 @@ def table(rows: list[Compiled]) -> str:
     )
 
 
+def name_of(compile_one: Any, variant: str) -> str:
+    """As in the table: the variants of the GEMM carry its name."""
+    return f"gemm_exp: {variant}" if compile_one is compile_gemm else variant
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="90, 100, 80")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--only", metavar="NAME", help="one kernel, such as 'gemm_exp: train'")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     heads = ((compile_gemm, GEMMS), (compile_small, SMALL), (compile_rows, ROWS))
+    names = [
+        name_of(compile_one, variant) for compile_one, variants in heads for variant in variants
+    ]
+    if options.only is not None and options.only not in (*names, *GROUPS):
+        parser.error(
+            f"--only: got {options.only!r}, expected one of {', '.join((*names, *GROUPS))}"
+        )
     rows = []
     for arch in options.arch:
         rows += [
@@ -425,8 +438,13 @@ def main(arguments: list[str] | None = None) -> None:
             for dtype in options.dtype
             for compile_one, variants in heads
             for variant in variants
+            if options.only in (None, name_of(compile_one, variant))
         ]
-        rows += [compile_group(variant, arch, "fp64") for variant in GROUPS]
+        rows += [
+            compile_group(variant, arch, "fp64")
+            for variant in GROUPS
+            if options.only in (None, variant)
+        ]
     print(f"triton {triton.__version__}\n{table(rows)}")
     if options.json:
         rendered = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}

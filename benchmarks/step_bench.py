@@ -216,6 +216,7 @@ def config_of(args: Any, model: Path, train: Path, run: Path) -> config.Config:
         "model.dtype": args.dtype,
         "model.device": args.device.type,
         "model.activation_checkpointing": args.checkpointing,
+        "model.compile": str(args.compile).lower(),
         "data.train": train,
         "verify.name": "text",
         "objective.name": "grpo",
@@ -322,6 +323,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--trl-batch", type=int, help="TRL's rows a micro-batch; by the budget")
     parser.add_argument("--dtype", choices=list(BUDGET), default="bfloat16" if cuda else "float32")
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"])
+    parser.add_argument("--compile", action="store_true", help="ours with model.compile")
     parser.add_argument("--repeats", type=int, help="rounds; 7")
     parser.add_argument("--warmup", type=int, help="rounds that are not counted; 1")
     parser.add_argument("--threads", type=int, help="of a CPU; tiny: 1, else torch's choice")

@@ -18,6 +18,7 @@ Tensor = torch.Tensor
 
 def without_values(x: Tensor) -> bool:
     """Compiling, or a tensor that only has a shape (fake, meta) or a meaning of its own."""
+    # A subclass sees one op, and not products into buffers of which it knows nothing.
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
@@ -33,20 +34,26 @@ NO_TRANSFORMS = (
 
 
 def refuse_transforms(x: Tensor) -> None:
-    """RuntimeError for a tensor of torch.func or forward mode, whose own words name setup_context.
+    """RuntimeError inside a transform of torch.func, of any tensor, and for one of forward mode.
 
-    Not a `jvp` of the functions above that raises: torch.compile refuses a function that has one.
+    torch's own words name setup_context, and a compiled torch.func.grad would not say a word: the
+    op below it has no gradient there, so the answer would be 0. Not a `jvp` of the functions above
+    that raises: torch.compile refuses a function that has one.
     """
+    # torch.compile evaluates this call while it traces.
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if transforms is not None and transforms():
+        raise RuntimeError(NO_TRANSFORMS)
     if torch.compiler.is_compiling():
         return
-    functorch = getattr(torch._C, "_functorch", None)
-    wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    # Without a dual level no tensor has a tangent, and to ask each one would make a view of it.
     dual = getattr(forward_ad, "_current_level", -1) >= 0
-    if (wrapped and wrapped(x)) or (dual and forward_ad.unpack_dual(x).tangent is not None):
+    if dual and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(NO_TRANSFORMS)
 
 
 def refuse_double_backward() -> None:
+    # Grad mode is on in a backward for create_graph alone, which compiled code refuses by itself.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "this loss can be differentiated once only: its gradients are made by hand. Drop "
@@ -77,6 +84,7 @@ def may_overwrite(grad_loss: Tensor) -> bool:
     """
     if without_values(grad_loss) or (probes := _probes()) is None:
         return False
+    # A graph that is kept will be asked for the same gradients again.
     return not probes[0]() and not is_batched(grad_loss)
 
 

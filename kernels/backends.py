@@ -38,6 +38,7 @@ class Situation:
     sharded: bool = False  # each process has some of the classes
     statistics: bool = False
     smoothing: bool = False  # gradients of the mean logit and of lse^2
+    skips: bool = False  # rows with small gradients are left out
 
     def __str__(self) -> str:
         version = "" if self.capability is None else " sm_{}{}".format(*self.capability)
@@ -77,6 +78,9 @@ class Backend:
                 "a head that is cut has no row statistics, label smoothing or z-loss; gather the "
                 "weight, or leave them out"
             )
+        # A last bit of logp that differs would give two processes products of other shapes.
+        if call.sharded and call.skips:
+            return "a head that is cut has no skip_below; gather the weight, or leave it out"
         return self.lacks(call)
 
 
@@ -245,6 +249,7 @@ def resolve(
     sharded: bool = False,
     statistics: bool = False,
     smoothing: bool = False,
+    skips: bool = False,
 ) -> BackendChoice:
     """`choose` for tensors on a device of this machine; what "auto" takes is logged once, at INFO.
 
@@ -263,6 +268,7 @@ def resolve(
         sharded=sharded,
         statistics=statistics,
         smoothing=smoothing,
+        skips=skips,
     )
     choice = choose(backend, call, missing_backends())
     if backend == "auto":

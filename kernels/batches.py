@@ -42,6 +42,7 @@ class Batch(NamedTuple):
         """
         if self.shape is None or not isinstance(x, Tensor):
             return x
+        checks.check_plain(name, x)  # before a roll, which has words of its own for it
         if tuple(x.shape) != self.shape:
             raise ValueError(
                 f"{name}: got shape {tuple(x.shape)}, expected {tuple(self.shape)}, one for each "
@@ -53,31 +54,47 @@ class Batch(NamedTuple):
             x[:, -1:] = fill
         return x.reshape(-1)
 
+    def indices(self, rows: Any) -> Any:
+        """Indices b T + t of tokens -> those of the places that predict them, (R,)."""
+        if not self.shift or not isinstance(rows, Tensor) or rows.dtype is not torch.int64:
+            return rows
+        assert self.shape is not None
+        places = self.shape[0] * self.shape[1]
+        # Token 0 gets the one place left: the last of all, which predicts nothing either. What is
+        # out of range stays so, for the check of values that follows.
+        return torch.where(rows == 0, places - 1, rows - (rows < places).long())
+
     def options(self, options: Any) -> Any:
-        """The options of a head, with temperatures by place."""
-        if self.shape is None or not isinstance(options.get("temperature"), Tensor):
+        """The options of a head, with temperatures and `rows` by place."""
+        if self.shape is None:
             return options
-        return {**options, "temperature": self.rows("temperature", options["temperature"], 1.0)}
+        moved = {
+            "temperature": self.rows("temperature", options.get("temperature"), 1.0),
+            "rows": self.indices(options.get("rows")),
+        }
+        return {**options, **{name: x for name, x in moved.items() if name in options}}
 
     def back(self, values: Any) -> Any:
         """(N,) -> (B, T). The last place predicts nothing: its 0 becomes that of column 0."""
         if self.shape is None or values is None:
             return values
-        values = values.view(self.shape)
+        values = values.view(self.shape)  # dense, as every pass makes them
         return values.roll(1, dims=1) if self.shift else values
 
 
 def batch_of(hidden: Any, shift: Any) -> Batch:
     """The layout of a call. ValueError: shift without sequences."""
-    checks.check_flag("shift", shift)
+    checks.check_flag("shift", shift)  # first: a tensor would be read as one, and awaited on CUDA
     # Nested, sparse and distributed tensors are refused in words by the checks that follow.
     plain = isinstance(hidden, Tensor) and not hasattr(hidden, "device_mesh")
-    if plain and hidden.layout is torch.strided and hidden.dim() == 3:
+    if not plain or hidden.layout is not torch.strided:
+        return Batch(None, shift=False)
+    if hidden.dim() == 3:
         return Batch(tuple(hidden.shape[:2]), shift)
     if shift:
-        got = tuple(hidden.shape) if plain else type(hidden).__name__
         raise ValueError(
-            f"shift: got True with hidden_TD {got}, expected (B, T, D): packed rows hold more than "
-            "one document, so shift their targets yourself; one sequence is hidden[None]"
+            f"shift: got True with hidden_TD {tuple(hidden.shape)}, expected (B, T, D): packed "
+            "rows hold more than one document, so shift their targets yourself; one sequence is "
+            "hidden[None]"
         )
     return Batch(None, shift=False)

@@ -66,12 +66,12 @@ def checked_call(
         raise ValueError(f"weight_VD: got V = {whole_VD.shape[0]}, expected at least 2 classes")
     # Decided here: inside the autograd function autocast is already off.
     operands = autocast_dtype(hidden_TD, weight_VD) or hidden_TD.dtype
-    scalar = 1.0 if per_row else temperature
+    scalar = 1.0 if per_row else temperature  # an op's schema wants a number all the same
     group, classes = shards or (None, None)
     settings = Settings(
         temperature=scalar, operands=operands, group=group, classes=classes, **options
     )
-    _check_settings(settings)
+    check_settings(settings)
     return inputs, settings
 
 
@@ -140,7 +140,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _check_tensors(inputs: Inputs) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
     names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
-    optional = ("bias", "temperature", "rows")
+    optional = ("bias", "temperature", "rows")  # None is a value of these alone
     # What is no tensor, or a sharded one, first: it has no shape or dtype to speak of.
     for name, x in zip(names, inputs, strict=True):
         if x is not None or name not in optional:
@@ -170,12 +170,13 @@ def _check_tensors(inputs: Inputs) -> None:
         raise ValueError(f"rows: got {rows.dtype} {tuple(rows.shape)}, expected int64 indices (R,)")
 
 
-def _check_settings(settings: Settings) -> None:
+def check_settings(settings: Settings, prefix: str = "") -> None:
+    """ValueError for an option out of its bounds, under the name that the caller knows it by."""
     for name, bounds in NUMBERS.items():
         value = getattr(settings, name)
         # None is a value only where it is the default.
         if value is not None or Settings._field_defaults[name] is not None:
-            check_number(name, value, bounds)
+            check_number(f"{prefix}{name}", value, bounds)
     if not isinstance(settings.backend, str):
         raise ValueError(f"backend: got {told(settings.backend)}, expected a name such as 'auto'")
     check_flag("batch_invariant", settings.batch_invariant)
@@ -237,7 +238,9 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
     if not isinstance(x, Tensor):
         remedy = f"torch.as_tensor({name}, device=hidden.device)"
         if isinstance(x, (bool, int, float)):
-            remedy = "torch.full((T,), value), one value for each token (or sequence)"
+            remedy = (
+                "torch.full((T,), value), (B, T) for sequences: a value for each token (or path)"
+            )
         elif isinstance(x, torch.nn.Module):
             remedy = "the module's weight"
         kind = type(x).__name__

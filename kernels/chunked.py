@@ -82,6 +82,7 @@ def head_pass(
     accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
+    # No chunk, and so nothing to concatenate.
     if n_rows == 0:
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
@@ -99,6 +100,7 @@ def head_pass(
     unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
     upcast_BD = upcast_block(head.weight, operand)
+    skipped: list[Tensor] = []
     add_ = partial(
         add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
     )
@@ -134,12 +136,35 @@ def head_pass(
             upstream_C3=upstream_K3[chunk],
             smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
         )
-        add_(z_CV, hidden_CD, rows_K[chunk])
+        rows_C = rows_K[chunk]
+        assert upstream is not None
+        bound_C = upstream.skipped(values_C3[:, 0], head.temperature, chunk)
+        if bound_C is not None:
+            skipped.append(bound_C)
+            # CUDA's host waits here: a product wants to know how many rows it has.
+            keep_R = (bound_C < 0).nonzero().squeeze(1)
+            z_CV, hidden_CD, rows_C = kept_rows_(z_CV, keep_R), hidden_CD[keep_R], rows_C[keep_R]
+        add_(z_CV, hidden_CD, rows_C)
         return made
 
     columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
-    return _values(columns_K, entropy)
+    values = _values(columns_K, entropy)
+    return values._replace(skipped=torch.cat(skipped)) if skipped else values
+
+
+def kept_rows_(x_CV: Tensor, keep_R: Tensor) -> Tensor:
+    """The rows keep_R, ascending, as the first ones of x_CV, whose other rows are lost.
+
+    64 at a time: a copy of them all would be another (C, V) tensor. No row is overwritten before it
+    has moved, since the r-th kept one is not before row r.
+    """
+    n_rows = keep_R.shape[0]
+    if n_rows < x_CV.shape[0]:
+        for start in range(0, n_rows, 64):
+            block_R = keep_R[start : start + 64]
+            x_CV[start : start + block_R.shape[0]] = x_CV.index_select(0, block_R)
+    return x_CV[:n_rows]
 
 
 def _values(columns_K: Tensor, entropy: bool) -> Values:
@@ -288,6 +313,7 @@ def _dhidden(
 ) -> Tensor:
     """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
     shape = (dz_CV.shape[0], head.weight.shape[1])
+    # Not a product for each block and a sum: addmm adds in the accumulator's own memory.
     dhidden_CD = torch.zeros(shape, dtype=accumulator, device=dz_CV.device)
     for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
         add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
@@ -396,14 +422,15 @@ def _dlogits_(
     if smooth_C2 is not None:
         mean_C1, square_C1 = smooth_C2.split(1, dim=1)
         g_lse_C1 = g_lse_C1 + 2.0 * square_C1 * lse_C1  # lse is known by now, and so lse^2's slope
-    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN.
-    peak_C1 = torch.maximum(peak_C1, lse_C1 - 1e4)
-    scale_C1 = (peak_C1 - lse_C1).exp()  # p_v = scale e_v
+    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN. The gap
+    # is bounded and not the peak: lse - 1e4 is lse itself where that is large.
+    gap_C1 = (peak_C1 - lse_C1).clamp_min(-1e4)
+    scale_C1 = gap_C1.exp()  # p_v = scale e_v
     row_C1 = g_lse_C1 - g_logp_C1
     # expm1 keeps the digits of 1 - p where p is close to 1.
     target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()
     if plogp_CV is not None:
-        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + peak_C1 - lse_C1)
+        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + gap_C1)
         surprise_C1 = entropy_C1 + logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
         target_C1 = target_C1 - g_entropy_C1 * logp_C1.exp() * surprise_C1
         # log p_v = log e_v + (peak - lse): its constant part is in row_C1, -e log e is here.

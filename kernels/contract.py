@@ -12,6 +12,7 @@ An option of the head has its line in `Settings` (with its default), its bounds 
 line in `Head`; its meaning is in the formula of `Head`, which reference.py spells out.
 """
 
+import math
 import types
 from dataclasses import dataclass
 from typing import NamedTuple, get_type_hints
@@ -83,7 +84,8 @@ class Needs(NamedTuple):
 class Upstream:
     """Gradients of the loss by each row's values, each (K,); None: nobody used that value.
 
-    lse_square: the gradient by lse^2; that by lse, 2 lse times it, a pass makes itself.
+    lse_square: the gradient by lse^2; that by lse, 2 lse times it, a pass makes itself. skip_below:
+    with logp alone, see `skipped`.
     """
 
     logp: Tensor
@@ -91,6 +93,21 @@ class Upstream:
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     lse_square: Tensor | None = None
+    skip_below: float = 0.0
+
+    def skipped(self, logp_C: Tensor, temperature: float | Tensor, chunk: slice) -> Tensor | None:
+        """(C,): the norm that the gradient of a row of the chunk is known to be below, where that
+        is under skip_below, so that the row is left out; -1 elsewhere. None: nothing is asked for.
+
+        d loss / d z_v = a (1[v = target] - p_v). Of that vector the target's entry is a (1 - p),
+        and the others, of one sign, add up to as much: its norm is at most sqrt(2) |a| (1 - p).
+        """
+        if not self.skip_below:
+            return None
+        divisor = temperature[chunk] if isinstance(temperature, Tensor) else temperature
+        # expm1 keeps the digits of 1 - p. A NaN is not below anything: it stays, and shows.
+        bound_C = -math.sqrt(2.0) * self.logp[chunk].abs() * torch.expm1(logp_C) / divisor
+        return torch.where(bound_C < self.skip_below, bound_C, -1.0)
 
     def by_logits(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
         """(K, 3) of logp, lse and entropy, 0 for None, divided by the temperature: what reaches a
@@ -103,6 +120,8 @@ class Upstream:
 
     def smoothed(self, temperature: float | Tensor, dtype: torch.dtype) -> Tensor | None:
         """(K, 2) of mean_logit and lse_square, as `by_logits`; None where both are."""
+        # `Smoothing.upstream` gives both or neither: one alone would be dropped here.
+        assert (self.mean_logit is None) == (self.lse_square is None)
         if self.mean_logit is None or self.lse_square is None:
             return None
         columns_K2 = torch.stack([self.mean_logit, self.lse_square], dim=1).to(dtype)
@@ -153,9 +172,15 @@ class Smoothing(NamedTuple):
         """(K,): that."""
         if not self.on or values.mean_logit is None:
             return values.logp
-        row_K = values.logp - self.z * values.lse.square()
-        if self.label:  # 0 x -inf, of a class that cannot be, is NaN
-            row_K = row_K + self.label * (values.mean_logit - values.lse - values.logp)
+        row_K = values.logp
+        # A term with the factor 0 is left out: times -inf, or times an lse^2 beyond float32, it
+        # would be NaN. So would the difference of two terms where both are -inf.
+        if self.label:
+            smooth_K = values.mean_logit - values.lse
+            rest = 1.0 - self.label
+            row_K = self.label * smooth_K + (rest * row_K if rest else 0.0)
+        if self.z:
+            row_K = row_K - self.z * values.lse.square()
         return row_K
 
 
@@ -169,6 +194,7 @@ class Values(NamedTuple):
     top1: Tensor | None = None  # bool: the target is the first of the largest logits
     mean_logit: Tensor | None = None  # mean_v z_v
     log_sum_p2: Tensor | None = None  # log sum_v p_v^2
+    skipped: Tensor | None = None  # as of `Upstream.skipped`; None without skip_below
 
 
 class Inputs(NamedTuple):
@@ -212,6 +238,7 @@ class Settings(NamedTuple):
     chunk_bytes: int | None = None
     batch_invariant: bool = False
     validate: bool = False
+    skip_below: float = 0.0
     operands: torch.dtype = torch.float32
     group: str | None = None
     classes: int | None = None
@@ -243,10 +270,10 @@ def _schema_type(hint: object) -> str:
     return _SCHEMA_TYPES[hint]  # pyright: ignore[reportArgumentType]
 
 
-def schema_of(record: type) -> str:
+def schema_of(record: type, prefix: str = "") -> str:
     """The schema of a record of numbers: "float temperature, float? softcap, ..."."""
     hints = get_type_hints(record).items()
-    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in hints)
+    return ", ".join(f"{_schema_type(hint)} {prefix}{name}" for name, hint in hints)
 
 
 SETTINGS = schema_of(Settings)
@@ -269,5 +296,6 @@ NUMBERS = {
     "logit_scale": Bounds("a finite number", -FLOAT32.max, FLOAT32.max),
     "ignore_index": Bounds("an int", -INT64 - 1, INT64, whole=True),
     "chunk_bytes": Bounds("a positive int or None", 1, INT64, whole=True),
+    "skip_below": Bounds("a finite number >= 0", 0.0, FLOAT32.max),
 }
 """The numbers of `Settings`; None passes where it is the default."""

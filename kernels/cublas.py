@@ -59,6 +59,7 @@ from vpgea_fast.kernels.chunked import (
     HALF,
     add_matmul_,
     default_chunk_bytes,
+    kept_rows_,
     matmul,
     settle_weight,
     storage_unit,
@@ -70,6 +71,7 @@ from vpgea_fast.kernels.linear_logprob import (
     Plan,
     RowStats,
     bias_sum,
+    bound_of,
     new_stats,
     values,
 )
@@ -292,20 +294,28 @@ def head_pass(
     upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, torch.float32)
     unit = storage_unit(upstream_K3, head.weight.shape[0]) if dtype is torch.float16 else 1.0
     sink_VD = weight_sink(sinks.weight, unit)
+    skipped: list[Tensor] = []
 
     def run(chunk: slice) -> None:
         """Runs one chunk; a function, so that its logits are free before the next one's."""
         hidden_CD, stats_C = hidden_TD.index_select(0, rows_K[chunk]), stats_K[chunk]
         logits_CV = _products(hidden_CD, plan.head.weight, logits_dtype)
         _launch_statistics(logits_CV, stats_C, plan)
-        if upstream_K3 is None:
+        if upstream_K3 is None or upstream is None:
             return
+        rows_C, upstream_C3 = rows_K[chunk], upstream_K3[chunk] / unit
+        bound_C = bound_of(upstream, stats_C, head, chunk)
+        if bound_C is not None:
+            skipped.append(bound_C)
+            keep_R = (bound_C < 0).nonzero().squeeze(1)  # waits for the device: how many there are
+            logits_CV, stats_C = kept_rows_(logits_CV, keep_R), stats_C[keep_R]
+            hidden_CD, rows_C, upstream_C3 = hidden_CD[keep_R], rows_C[keep_R], upstream_C3[keep_R]
         # Not compiled in where only the entropy's values are wanted.
         da_CV = _launch_gradient(
             logits_CV,
             stats_C,
             replace(plan, entropy=entropy_gradient),
-            upstream_C3=upstream_K3[chunk] / unit,
+            upstream_C3=upstream_C3,
         )
         if sinks.bias is not None:
             sinks.bias.add_(bias_sum(da_CV, torch.ones_like(stats_C.gain)).mul_(unit))
@@ -315,7 +325,7 @@ def head_pass(
         if sinks.hidden is not None:
             dhidden_CD = matmul(da_CV, plan.head.weight, torch.float32)
             dhidden_CD.mul_(head.logit_scale * unit)
-            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
+            sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
 
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_TD):
@@ -324,6 +334,8 @@ def head_pass(
     settle_weight(sinks.weight, sink_VD, unit)
     # Made for its gradient alone, an entropy is no result.
     made = values(stats_K, entropy=plan.entropy)
+    if skipped:
+        made = made._replace(skipped=torch.cat(skipped))
     return made if entropy else made._replace(entropy=None)
 
 

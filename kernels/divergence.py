@@ -13,7 +13,7 @@ gradient is made as soon as both logits are: four GEMMs, 4 K V D + 2 K V (D + E)
 pass. dX, dW and db follow from dz as in chunked.py, whose GEMMs these are.
 
 A chunk has two (C, V) buffers, allocated once: the student's logits, which become dz in place, and
-the teacher's; one more for a student with a softcap. What lies between runs in blocks of rows, 2^16
+the teacher's; one more for a student with a cap. What lies between runs in blocks of rows, 2^16
 logits on a CPU and 2^22 on CUDA, or one row, with at most 16 temporaries of that size. All is in
 the accumulator's dtype, float32 or float64; dz is rounded once, to the weight's.
 
@@ -21,6 +21,7 @@ KL(a || b) is added up as a log(a/b) + b - a, of which b - a adds 0 in all. No t
 nothing cancels where the two meet; sum a log(a/b) keeps eps there, where KL is of second order.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,16 +70,10 @@ class Teacher(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """What is measured, and the options of the teacher's head; temperatures are the student's.
-
-    beta counts for "jsd" alone. teacher_operands: as `Settings.operands`.
-    """
+    """What is measured; beta counts for "jsd" alone."""
 
     divergence: str = "forward_kl"
     beta: float = 0.5
-    teacher_softcap: float | None = None
-    teacher_logit_scale: float = 1.0
-    teacher_operands: torch.dtype = torch.float32
 
 
 # --- one row of logits against another ------------------------------------------------------------
@@ -108,7 +103,9 @@ def _to_mixture(gap_RV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     # Tensors of gap's dtype: of two Python numbers where() makes float32.
     ends = (gap_RV.new_full((), share) for share in (beta, 1.0 - beta))
     share_RV = torch.where(above_RV, *ends)
-    larger_RV = torch.expm1(-far_RV).mul_(share_RV).log1p_().neg_()
+    # m has at least its share of either, which a share within eps of 1 would round away: inf.
+    most = -math.log(min(beta, 1.0 - beta))
+    larger_RV = torch.expm1(-far_RV).mul_(share_RV).log1p_().neg_().clamp_max_(most)
     smaller_RV = larger_RV - far_RV
     to_q_RV = torch.where(above_RV, larger_RV, smaller_RV)
     return to_q_RV, torch.where(above_RV, smaller_RV, larger_RV)
@@ -122,6 +119,7 @@ def _measured(z_RV: Tensor, teacher_RV: Tensor, measure: Measure) -> tuple[Tenso
     gap_RV.masked_fill_(log_q_RV == log_p_RV, 0.0)
     q_RV, p_RV = log_q_RV.exp_(), log_p_RV.exp_()
     if measure.divergence == "forward_kl":
+        # Where the two are one, so are their roundings: the difference is 0, exactly.
         return _kl(p_RV, q_RV, -gap_RV), q_RV - p_RV
     if measure.divergence == "reverse_kl":
         kl_R1 = _kl(q_RV, p_RV, gap_RV)
@@ -159,10 +157,12 @@ def divergence_pass(
     total, n_rows = accumulator(hidden_TD), rows_K.shape[0]
     if n_rows == 0:
         return hidden_TD.new_empty(0, dtype=total)
+    # The teacher's logits are as wide, whatever its E; its tanh borrows the student's buffer.
     vocabulary, buffers = head.weight.shape[0], 2 + head.capped
     step = chunk_rows(n_rows, vocabulary, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
     buffers_BCV = hidden_TD.new_empty(buffers, step, vocabulary, dtype=total)
     sides = [(hidden_TD, head), (teacher_TE, teacher)]
+    # 2 MiB each where a CPU has halves to upcast, else None.
     upcasts = [upcast_block(side.weight, operand_of(x)) for x, side in sides]
     add_ = partial(
         add_gradients_,
@@ -223,17 +223,20 @@ def distil(
     *,
     needs: Needs,
     measure: Measure,
+    theirs: Settings,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """loss, divergence_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1.
 
-    inputs.targets_T holds class 0 everywhere: a row is left out by its coefficient.
+    inputs.targets_T holds class 0 everywhere: a row is left out by its coefficient. theirs: of the
+    teacher, whose head and operands it makes; rows, temperatures and chunks are the student's.
     """
+    # The call's one synchronisation on CUDA, none with `rows`.
     selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(accumulator(inputs.hidden_TD))
     sinks = new_sinks(inputs, needs, dweight_out)
     hidden_TD, weight_VD = operands(*inputs[:2], selection, settings.operands)
-    teacher_TE, teacher_VE = operands(*teacher[:2], selection, measure.teacher_operands)
+    teacher_TE, teacher_VE = operands(*teacher[:2], selection, theirs.operands)
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
         chunk_bytes = chunk_budget(weight_VD, gradients=any(needs))
@@ -243,13 +246,7 @@ def distil(
             hidden_TD,
             settings.head(weight_VD, inputs.bias_V, selection.temperature),
             teacher_TE,
-            Head(
-                weight=teacher_VE,
-                bias=teacher.bias_V,
-                temperature=selection.temperature,
-                softcap=measure.teacher_softcap,
-                logit_scale=measure.teacher_logit_scale,
-            ),
+            theirs.head(teacher_VE, teacher.bias_V, selection.temperature),
             measure=measure,
             rows_K=selection.rows_K,
             coef_K=coef_K if any(needs) else None,
@@ -265,18 +262,18 @@ def distil(
 class Distil(torch.autograd.Function):
     """`distil` in the forward; the backward only scales, as that of head.OnePass.
 
-    apply(*Inputs, *Teacher, coef_T, dweight_out, needs, measure, settings) -> loss, divergence_T,
-    kept_T.
+    apply(*Inputs, *Teacher, coef_T, dweight_out, needs, measure, theirs, settings) -> loss,
+    divergence_T, kept_T.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, coef_T, dweight_out, needs, measure, settings = arguments
+        *tensors, coef_T, dweight_out, needs, measure, theirs, settings = arguments
         first = len(Inputs._fields)
         inputs, teacher = Inputs(*tensors[:first]), Teacher(*tensors[first:])
         if without_values(inputs.hidden_TD):
             loss, values_T, kept_T, *made = torch.ops.vpgea_fast.distil(
-                *inputs, *teacher, coef_T, dweight_out, needs, *measure, *settings
+                *inputs, *teacher, coef_T, dweight_out, needs, *measure, *theirs, *settings
             )
             grads = present_again(made, needs, dweight_out)
         else:
@@ -287,47 +284,53 @@ class Distil(torch.autograd.Function):
                 dweight_out,
                 needs=needs,
                 measure=measure,
+                theirs=theirs,
                 settings=settings,
             )
         keep(ctx, inputs, grads, dweight_out)
+        # A gradient through values_T would come after the pass that could have used it.
         ctx.mark_non_differentiable(values_T, kept_T)
         return loss, values_T, kept_T
 
     @staticmethod
     def backward(ctx, *upstream):
         # None for what is not hidden, weight or bias.
-        rest = len(Inputs._fields) - 3 + len(Teacher._fields) + 5
+        rest = len(Inputs._fields) - 3 + len(Teacher._fields) + 6
         return *scaled(ctx, upstream[0]), *[None] * rest
 
 
 # --- the op ---------------------------------------------------------------------------------------
 
 
-def _arguments(arguments: Any) -> tuple[Inputs, Teacher, tuple[Any, ...], Needs, Measure, Settings]:
-    inputs, rest, settings = split(arguments)
-    *tensors, coef_T, dweight_out, needs = rest[: -len(Measure._fields)]
-    measure = Measure(*rest[-len(Measure._fields) :])
-    return inputs, Teacher(*tensors), (coef_T, dweight_out), Needs(*needs), measure, settings
-
-
 @torch.no_grad()
 def _distil_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, teacher, tensors, needs, measure, settings = _arguments(arguments)
+    inputs, rest, settings = split(arguments)
+    # Flat, because a schema has no records; the teacher's settings stand before the student's.
+    *tensors, coef_T, dweight_out, needs, divergence, beta = rest[: -len(Settings._fields)]
     *values, grads = distil(
-        inputs, teacher, *tensors, needs=needs, measure=measure, settings=settings
+        inputs,
+        Teacher(*tensors),
+        coef_T,
+        dweight_out,
+        needs=Needs(*needs),
+        measure=Measure(divergence, beta),
+        theirs=Settings(*rest[-len(Settings._fields) :]),
+        settings=settings,
     )
     return *values, *present(grads, inputs.hidden_TD)
 
 
 def _distil_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, (_, dweight_out), needs, *_ = _arguments(arguments)
-    return one_pass_shapes(inputs, needs, dweight_out)
+    inputs, (*_, dweight_out, needs, _, _), _ = split(arguments[: -len(Settings._fields)])
+    return one_pass_shapes(inputs, Needs(*needs), dweight_out)
 
 
 register(
     "distil",
+    # (a!) says that the op writes there: a compiler may neither drop nor reorder the call.
     f"({INPUTS}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor coef, "
-    f"Tensor(a!)? dweight_out, bool[] needs, {schema_of(Measure)}, {SETTINGS}) -> "
+    f"Tensor(a!)? dweight_out, bool[] needs, {schema_of(Measure)}, "
+    f"{schema_of(Settings, 'teacher_')}, {SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _distil_kernel,
     _distil_fake,

@@ -10,6 +10,7 @@ without values (torch.compile, fake, meta) goes through one opaque op of ops.py 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def _run(
         sharded=settings.shards is not None,
         statistics=statistics,
         smoothing=upstream is not None and upstream.mean_logit is not None,
+        skips=upstream is not None and upstream.skip_below > 0,
     )
     chunk_bytes = settings.chunk_bytes
     if chunk_bytes is None:
@@ -104,25 +106,29 @@ def one_pass(
     needs: Needs,
     smoothing: Smoothing,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """loss, logp_T, kept_T and the gradients of hidden, weight and bias at an upstream of 1."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+    """loss, logp_T, kept_T, the bounds (T,) of the rows that skip_below leaves out, and the
+    gradients of hidden, weight and bias at an upstream of 1."""
     # fp16 ends at 6e-8, where normalised coefficients begin.
     total = accumulator(inputs.hidden_TD)
     selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
     sinks = new_sinks(inputs, needs, dweight_out)
+    upstream = None
+    if any(needs):
+        upstream = replace(smoothing.upstream(coef_K), skip_below=settings.skip_below)
     values = _run(
-        inputs,
-        selection,
-        settings,
-        statistics=smoothing.on,
-        upstream=smoothing.upstream(coef_K) if any(needs) else None,
-        sinks=sinks,
+        inputs, selection, settings, statistics=smoothing.on, upstream=upstream, sinks=sinks
     )
     logp_T, row_T = (selection.scatter(x) for x in (values.logp, smoothing.of(values)))
     # Gathered again: masked rows are 0 in row_T, where the values have what zeros gave.
     loss = dot(coef_K, selection.gather(row_T))
-    return loss, logp_T, selection.kept_T, results(sinks, inputs, dweight_out)
+    skipped_T = None
+    if settings.skip_below:
+        # -1 of a row that was not left out; without gradients no row was.
+        left_K = torch.zeros_like(coef_K) if values.skipped is None else values.skipped.relu()
+        skipped_T = selection.scatter(left_K)
+    return loss, logp_T, selection.kept_T, skipped_T, results(sinks, inputs, dweight_out)
 
 
 def results(sinks: Sinks, inputs: Inputs, dweight_out: Tensor | None) -> list[Tensor | None]:
@@ -159,21 +165,22 @@ def new_sinks(
 class OnePass(torch.autograd.Function):
     """Value and gradients of sum_t coef_t logp_t in the forward; the backward only scales.
 
-    apply(*Inputs, coef_T, dweight_out, needs, smoothing, settings) -> loss, logp_T, kept_T; needs:
-    which of hidden, weight (or its sink) and bias want a gradient.
+    apply(*Inputs, coef_T, dweight_out, needs, smoothing, settings) -> loss, logp_T, kept_T,
+    skipped_T (None without skip_below); needs: which of hidden, weight (or its sink) and bias want
+    a gradient.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
         *tensors, coef_T, dweight_out, needs, smoothing, settings = arguments
-        inputs = Inputs(*tensors)
+        inputs, skipped_T = Inputs(*tensors), None
         if without_values(inputs.hidden_TD):
             loss, logp_T, kept_T, *made = torch.ops.vpgea_fast.one_pass(
                 *inputs, coef_T, dweight_out, needs, *smoothing, *settings
             )
             grads = present_again(made, needs, dweight_out)
         else:
-            loss, logp_T, kept_T, grads = one_pass(
+            loss, logp_T, kept_T, skipped_T, grads = one_pass(
                 inputs=inputs,
                 coef_T=coef_T,
                 dweight_out=dweight_out,
@@ -183,8 +190,9 @@ class OnePass(torch.autograd.Function):
             )
         keep(ctx, inputs, grads, dweight_out)
         # Their gradients went into the pass: a second one through logp_T would be lost in silence.
-        ctx.mark_non_differentiable(logp_T, kept_T)
-        return loss, logp_T, kept_T
+        values = [x for x in (logp_T, kept_T, skipped_T) if x is not None]
+        ctx.mark_non_differentiable(*values)
+        return loss, logp_T, kept_T, skipped_T
 
     @staticmethod
     def backward(ctx, *upstream):
@@ -218,6 +226,7 @@ def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
         # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
         grads = [None if x is None else x.mul_(grad_loss) for x in kept]
     else:
+        # A second backward through the same graph must find what this one found.
         grads = [None if x is None else x * grad_loss for x in kept]
     return [None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
 
@@ -228,9 +237,9 @@ def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
 def logprob(
     inputs: Inputs, selection: Selection, settings: Settings, *, entropy: bool, statistics: bool
 ) -> list[Tensor | None]:
-    """The fields of `Values`, each (T,); None where not asked for."""
+    """The fields of `Values` but the last, each (T,); None where not asked for."""
     values = _run(inputs, selection, settings, entropy=entropy, statistics=statistics)
-    return [None if x is None else selection.scatter(x) for x in values]
+    return [None if x is None else selection.scatter(x) for x in values[:-1]]
 
 
 def logprob_backward(
@@ -261,8 +270,8 @@ def logprob_backward(
 class Recompute(torch.autograd.Function):
     """logp, lse and entropy in the forward; the backward makes the logits again.
 
-    apply(*Inputs, entropy, statistics, settings) -> the fields of `Values`, each (T,); None where
-    not asked for. The statistics have no gradient.
+    apply(*Inputs, entropy, statistics, settings) -> the fields of `Values` but the last, each (T,);
+    None where not asked for. The statistics have no gradient.
     """
 
     @staticmethod
@@ -291,7 +300,7 @@ class Recompute(torch.autograd.Function):
     def backward(ctx, *upstream):
         refuse_double_backward()
         upstream_T = upstream[:3]  # of logp, lse and entropy
-        nothing = [None] * len(Inputs._fields)
+        nothing = [None] * len(Inputs._fields)  # three more inputs, and as many options
         # Autograd may call a node whose outputs nobody used.
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
@@ -347,7 +356,7 @@ class Expected(torch.autograd.Function):
             upstream=Upstream(logp=ctx.selection.gather(expected_T).to(total)),
             sinks=sinks,
         )
-        values = [None if x is None else ctx.selection.scatter(x) for x in values]
+        values = [None if x is None else ctx.selection.scatter(x) for x in values[:-1]]
         if statistics:
             ctx.mark_non_differentiable(*values[3:])
         ctx.save_for_backward(*inputs, expected_T, sinks.hidden, sinks.weight, sinks.bias)
@@ -381,6 +390,7 @@ def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
     if found_T.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     found_T, expected_T = (x.to(wide(x.device)) for x in (found_T, expected_T))
+    # The multiple that fits best, by least squares; whether it fits each entry is asked below.
     square = expected_T.square().sum()
     factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
     fits = (found_T - factor * expected_T).abs() <= EXPECTED * (factor * expected_T).abs()

@@ -35,11 +35,12 @@ float64 inputs and a gradient of the entropy are for the backends `torch` and `r
 """
 
 # Device code is Python to pyright, but Triton's types are its own.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ from vpgea_fast.kernels._tiling import (
 from vpgea_fast.kernels.chunked import (
     add_matmul_,
     default_chunk_bytes,
+    kept_rows_,
     matmul,
     settle_weight,
     weight_sink,
@@ -154,13 +156,13 @@ def _halves(x):
 
 @triton.jit
 def _epilogue(
-    logit,  # (BLOCK_M, BLOCK_N) fp32: products h . w
-    gain,  # (BLOCK_M,) fp32: z2 = gain x the logit before the temperature
+    logit,  # (BLOCK_M, BLOCK_N) fp32: products h . w, without a cap plus bias / scale
+    gain,  # (BLOCK_M,) fp32: z2 = gain x that, with a cap gain x `logit_of` it
     reference,  # (BLOCK_M,) fp32: z2_ref; 0 with PEAK
     masked,  # whether one of these columns is a target, or may be beyond the last class
     exps,  # out with STORE, (n_rows, vocabulary): E; descriptor or pointer
     target_ptr,  # (n_rows,) int32
-    bias_ptr,  # (vocabulary,)
+    bias_ptr,  # (column tiles x BLOCK_N,) fp32 or None: bias / scale, read with a cap
     sum_ptr,  # out, (N, n_rows) fp32: sum of E over this half's columns but the target
     peak_ptr,  # out with PEAK, (N, n_rows) fp32: the z2_ref of that sum
     moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
@@ -176,7 +178,6 @@ def _epilogue(
     TAIL: tl.constexpr,
     STORE: tl.constexpr,
     PEAK: tl.constexpr,
-    BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -185,10 +186,10 @@ def _epilogue(
     offs_r = row + tl.arange(0, BLOCK_M)
     offs_c = column + tl.arange(0, BLOCK_N)
     mask_r = offs_r < n_rows
-    bias = 0.0
-    if BIAS:
-        bias = as_float32(tl.load(bias_ptr + offs_c, mask=offs_c < vocabulary, other=0.0))[None, :]
-    logit, slope = logit_of(logit, bias=bias, shape=shape, BIAS=BIAS)
+    if bias_ptr is not None and shape.cap is not None:
+        # Here, among 33 instructions for each element, it costs one and lets the loop be flat.
+        logit += tl.load(bias_ptr + offs_c)[None, :]
+    logit, slope = logit_of(logit, bias=0.0, shape=shape, BIAS=False)
     x = logit * gain[:, None] - reference[:, None]
     # One of ten half tiles; the others skip a compare and a select for each element.
     if masked:
@@ -232,6 +233,7 @@ def _epilogue(
 def _product_tile(
     hidden,  # (n_rows, width); descriptor or pointer, as weight
     weight,  # (vocabulary, width)
+    bias_ptr,  # (column tiles x BLOCK_N,) fp32 or None: bias / scale
     row,
     column,
     n_rows,
@@ -244,8 +246,14 @@ def _product_tile(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) products h . w in float32, from row `row` and class `column` on."""
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    """(BLOCK_M, BLOCK_N) of h . w + bias / scale in float32, from row `row`, class `column` on."""
+    if bias_ptr is None:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        # Instead of zeros, for as many instructions. In the epilogue a bias would cost 1.2 more for
+        # each element, and registers for 32 columns.
+        bias = tl.load(bias_ptr + column + tl.arange(0, BLOCK_N))
+        total = tl.broadcast_to(bias[None, :], [BLOCK_M, BLOCK_N])
     # The compiler loads num_stages - 1 steps ahead, into shared memory: no copy is written here.
     for k in range(0, width, BLOCK_K):
         # Beyond `width` both tiles are 0, so the last step may be a part of BLOCK_K.
@@ -291,6 +299,46 @@ def _tile_at(position, listed, tiles_n, group_m):
 
 
 @triton.jit
+def _order(flag_ptr, tiles_m, GROUP_M: tl.constexpr, FLAGGED: tl.constexpr):
+    """(rank, listed, group_m): listed row tiles have work, and group_m of them share a column tile.
+
+    rank[i], with FLAGGED alone: the flagged tiles up to i.
+    """
+    rank = tiles_m
+    listed = tiles_m
+    if FLAGGED:
+        offs_l = tl.arange(0, _LIST)
+        rank = tl.cumsum(tl.load(flag_ptr + offs_l, mask=offs_l < tiles_m, other=0), 0)
+        listed = tl.max(rank, 0)
+    # As few groups as GROUP_M allows, evened: one of 2 row tiles would read the weight 8 times as
+    # often as one of 16, which an H100's memory cannot give.
+    return rank, listed, tl.cdiv(listed, tl.maximum(tl.cdiv(listed, GROUP_M), 1))
+
+
+@triton.jit
+def _gain_and_reference(
+    gain_ptr,  # (n_rows,) fp32
+    reference_ptr,  # (n_rows,) fp32
+    row,
+    n_rows,
+    scale,  # of the gain; None: 1
+    BLOCK_M: tl.constexpr,
+    PEAK: tl.constexpr,
+):
+    """Both (BLOCK_M,) from row `row` on; the reference is 0 where the tile's peak will be it."""
+    offs_r = row + tl.arange(0, BLOCK_M)
+    mask_r = offs_r < n_rows
+    gain = tl.load(gain_ptr + offs_r, mask=mask_r, other=1.0)
+    if scale is not None:
+        gain *= scale
+    if PEAK:
+        reference = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        reference = tl.load(reference_ptr + offs_r, mask=mask_r, other=0.0)
+    return gain, reference
+
+
+@triton.jit
 def _gemm_exp(
     hidden,  # (n_rows, width); descriptor or pointer, as weight and exps
     weight,  # (vocabulary, width)
@@ -298,18 +346,17 @@ def _gemm_exp(
     target_ptr,  # (n_rows,) int32
     reference_ptr,  # (n_rows,) fp32: z2_ref; not read with PEAK
     gain_ptr,  # (n_rows,) fp32: z2 = gain x the logit before the temperature
-    bias_ptr,  # (vocabulary,)
+    bias_ptr,  # (column tiles x BLOCK_N,) fp32 or None: bias / scale
     flag_ptr,  # (row tiles,) int32: 1 where FLAGGED has work
     sum_ptr,  # out, (N, n_rows) fp32: S of half a column tile
     peak_ptr,  # out with PEAK, (N, n_rows) fp32: the reference of that S
     moment_ptr,  # out with ENTROPY, (N, n_rows) fp32: sum of E (z2 - z2_ref)
     holds_ptr,  # (row tiles, N) int8: 1 where a half column tile holds a target
-    n_rows, vocabulary, width,
-    hidden_stride, weight_stride, exps_stride,
+    n_rows, vocabulary, width, hidden_stride, weight_stride, exps_stride,
     shape,  # LogitShape: scale, and cap or None
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     TMA: tl.constexpr, TAIL: tl.constexpr, STORE: tl.constexpr, PEAK: tl.constexpr,
-    FLAGGED: tl.constexpr, BIAS: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
+    FLAGGED: tl.constexpr, ENTROPY: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """E of every (row tile, column tile) and its row sums over the columns that are not the target.
 
@@ -317,29 +364,23 @@ def _gemm_exp(
     1, a number that the device knows and the host does not.
     """
     tl.assume(width > 0)
-    tiles_m = tl.cdiv(n_rows, BLOCK_M)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
-    if FLAGGED:
-        offs_l = tl.arange(0, _LIST)
-        # rank[i]: flagged tiles up to i. Before flagged tile j (from 0) lie the tiles of rank <= j,
-        # so their number, below, is its index.
-        rank = tl.cumsum(tl.load(flag_ptr + offs_l, mask=offs_l < tiles_m, other=0), 0)
-        listed = tl.max(rank, 0)
-    else:
-        listed = tiles_m
-    # As few groups as GROUP_M allows, evened: one of 2 row tiles would read the weight 8 times as
-    # often as one of 16, which an H100's memory cannot give.
-    group_m = tl.cdiv(listed, tl.maximum(tl.cdiv(listed, GROUP_M), 1))
+    rank, listed, group_m = _order(flag_ptr, tl.cdiv(n_rows, BLOCK_M), GROUP_M, FLAGGED=FLAGGED)
     # One loop over tiles and D: the next tile's operands are loaded under this one's epilogue.
-    # Not with a bias, whose columns would take 254 of 255 registers (Triton 3.6).
-    for tile in tl.range(tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=not BIAS):
+    # Not where the sums begin with a bias: Triton pipelines no flat loop that loads them.
+    first = bias_ptr if shape.cap is None else None
+    for tile in tl.range(
+        tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=first is None
+    ):
         tile_m, tile_n = _tile_at(tile, listed, tiles_n, group_m)
         if FLAGGED:
+            # Tiles of rank <= j lie before flagged tile j: their number is its index.
             tile_m = tl.sum((rank <= tile_m).to(tl.int32), 0)
         row = tile_m * BLOCK_M
         total = _product_tile(
             hidden,
             weight,
+            bias_ptr=first,
             row=row,
             column=tile_n * BLOCK_N,
             n_rows=n_rows,
@@ -353,12 +394,10 @@ def _gemm_exp(
             TMA=TMA,
         )
         # The compiler asks for these before it waits for the product's last step.
-        offs_r = row + tl.arange(0, BLOCK_M)
-        gain = tl.load(gain_ptr + offs_r, mask=offs_r < n_rows, other=1.0)
-        if PEAK:
-            reference = tl.zeros([BLOCK_M], tl.float32)
-        else:
-            reference = tl.load(reference_ptr + offs_r, mask=offs_r < n_rows, other=0.0)
+        scale = None if first is None else shape.scale  # new_stats leaves it to a bias
+        gain, reference = _gain_and_reference(
+            gain_ptr, reference_ptr, row, n_rows, scale=scale, BLOCK_M=BLOCK_M, PEAK=PEAK
+        )
         holds = holds_ptr + (tile_m.to(tl.int64) * tiles_n + tile_n) * 2
         masked = (tl.load(holds) != 0, tl.load(holds + 1) != 0)
         # One half after the other: the epilogue's registers come on top of 128 for the accumulator.
@@ -388,7 +427,6 @@ def _gemm_exp(
                 TAIL=TAIL,
                 STORE=STORE,
                 PEAK=PEAK,
-                BIAS=BIAS,
                 ENTROPY=ENTROPY,
                 DTYPE=DTYPE,
             )
@@ -572,6 +610,28 @@ class Plan:
         return Plan(head, tile, entropy)
 
     @property
+    def scale(self) -> float:
+        """logit_scale; with a bias at least 2^-64, which a division by it survives.
+
+        Below that the products are 0 beside any bias that float32 can tell from 0.
+        """
+        scale = self.head.logit_scale
+        if self.head.bias is None or abs(scale) >= 2.0**-64:
+            return scale
+        return math.copysign(2.0**-64, scale)
+
+    @cached_property
+    def start(self) -> Tensor | None:
+        """(column tiles x block_n,) float32: what the sums of products begin with, bias / scale.
+
+        In whole tiles, so that no load needs a mask; None without a bias.
+        """
+        if self.head.bias is None:
+            return None
+        bias_V = self.head.bias.detach().to(torch.float32) / self.scale
+        return F.pad(bias_V, (0, -bias_V.shape[0] % self.tile.block_n))
+
+    @property
     def bits(self) -> int:
         """E = 2^bits p where a row is relative to its own log-sum-exp: all rows of fp16."""
         return FP16_BITS if self.head.weight.dtype is torch.float16 else 0
@@ -596,7 +656,7 @@ class RowStats:
     kappa: Tensor  # p_v = kappa E_v
     missing: Tensor  # 1 - p_target = kappa missing
 
-    def __getitem__(self, chunk: slice) -> "RowStats":
+    def __getitem__(self, chunk: slice | Tensor) -> "RowStats":
         return RowStats(*(getattr(self, name)[chunk] for name in self.__dataclass_fields__))
 
 
@@ -649,20 +709,28 @@ def head_pass(
     pull_K, lift_K = _pull_and_lift(upstream, head.temperature)
     unit = _storage_unit(pull_K, plan)
     sink_VD = weight_sink(sinks.weight, unit)
+    skipped: list[Tensor] = []
 
     def run(chunk: slice) -> None:
         """Runs one chunk; a function, so that its E is free before the next one's."""
         hidden_CD = hidden_TD.index_select(0, rows_K[chunk])
         stats_C = stats_K[chunk]
         exps_CV = _forward(hidden_CD, stats_C, plan, store=pull_K is not None)
-        if exps_CV is None or pull_K is None:
+        if exps_CV is None or pull_K is None or upstream is None:
             return
+        rows_C, pull_C = rows_K[chunk], pull_K[chunk] / unit
+        bound_C = bound_of(upstream, stats_C, head, chunk)
+        if bound_C is not None:
+            skipped.append(bound_C)
+            keep_R = (bound_C < 0).nonzero().squeeze(1)  # waits for the device: how many there are
+            exps_CV, stats_C = kept_rows_(exps_CV, keep_R), stats_C[keep_R]
+            hidden_CD, rows_C, pull_C = hidden_CD[keep_R], rows_C[keep_R], pull_C[keep_R]
         scaled_CD = torch.empty_like(hidden_CD) if sink_VD is not None else None
         u_C = _launch_gradient_operands(
             hidden_CD,
             exps_CV,
             scaled_CD=scaled_CD,
-            pull_C=pull_K[chunk] / unit,
+            pull_C=pull_C,
             lift_C=None if lift_K is None else lift_K[chunk],
             stats=stats_C,
             plan=plan,
@@ -676,7 +744,7 @@ def head_pass(
         if sinks.hidden is not None:
             dhidden_CD = matmul(exps_CV, plan.head.weight, torch.float32)
             dhidden_CD.mul_((u_C * (head.logit_scale * unit)).unsqueeze(1))
-            sinks.hidden.index_copy_(0, rows_K[chunk], dhidden_CD.to(sinks.hidden.dtype))
+            sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
 
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_TD):
@@ -684,7 +752,15 @@ def head_pass(
         for chunk in _chunks(targets_K.shape[0], plan, store=store, chunk_bytes=chunk_bytes):
             run(chunk)
     settle_weight(sinks.weight, sink_VD, unit)
-    return values(stats_K, entropy=entropy)
+    made = values(stats_K, entropy=entropy)
+    return made._replace(skipped=torch.cat(skipped)) if skipped else made
+
+
+def bound_of(upstream: Upstream, stats: RowStats, head: Head, chunk: slice) -> Tensor | None:
+    """`Upstream.skipped` of a chunk whose statistics are there; None, at no cost, unless asked."""
+    if not upstream.skip_below:
+        return None
+    return upstream.skipped(values(stats, entropy=False).logp, head.temperature, chunk)
 
 
 def new_stats(targets_K: Tensor, head: Head) -> RowStats:
@@ -819,9 +895,8 @@ def _launch_gemm(
         target_ptr=stats.targets,
         reference_ptr=stats.reference2 if reference2 is None else reference2,
         gain_ptr=stats.gain,
-        bias_ptr=plan.head.bias,
-        shape=plan.head.shape,
-        BIAS=plan.head.bias is not None,
+        bias_ptr=plan.start,
+        shape=plan.head.shape._replace(scale=plan.scale),
         flag_ptr=tiles.flags,
         sum_ptr=tiles.sums,
         peak_ptr=tiles.peaks,

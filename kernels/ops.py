@@ -50,7 +50,8 @@ def split(arguments: Sequence[Any]) -> tuple[Inputs, tuple[Any, ...], Settings]:
 def _one_pass_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (coef_T, dweight_out, needs, *smoothing), settings = split(arguments)
     # needs is a list of bool in the schema.
-    loss, logp_T, kept_T, grads = one_pass(
+    # No skipped rows: losses.py refuses skip_below of tensors without values.
+    loss, logp_T, kept_T, _, grads = one_pass(
         inputs=inputs,
         coef_T=coef_T,
         dweight_out=dweight_out,

@@ -129,8 +129,9 @@ def weighted_logprob_loss(
     logp_T, lse_T, _ = linear_logprob(*rows, **head)
     coef_T = coef_T.to(logp_T.dtype).masked_fill(live_T == ignore_index, 0.0)
     if label_smoothing:
-        # mean_v log p_v = mean_v z_v - lse
-        logp_T = logp_T.lerp(row_statistics(*rows, **head)[1] - lse_T, label_smoothing)
+        # mean_v log p_v = mean_v z_v - lse; no lerp, of which two -inf make NaN.
+        smooth_T = row_statistics(*rows, **head)[1] - lse_T
+        logp_T = (1.0 - label_smoothing) * logp_T + label_smoothing * smooth_T
     return (coef_T * (logp_T - z_loss * lse_T.square())).sum()
 
 
@@ -249,6 +250,7 @@ def group_advantage(
     reward_BG = rewards.get(o.reward, likely_BG * (1 + gain_BG))
     if accept_BG is not None:
         reward_BG = torch.where(accept_BG, reward_BG, 0.0)
+    # A path may be empty, and the length factor takes logarithms.
     len_base_B = len_prior_BN.double().clamp(min=1).mean(1)
     eta_BG = length_factor(len_post_BG, len_base_B, o)
     utility_BG = reward_BG * eta_BG
@@ -333,6 +335,7 @@ def gated_kl(
     index_P = torch.arange(len(gate_S)) if prior_index is None else prior_index
     cu_P = torch.nn.functional.pad(cu_seqlens.diff()[index_P].cumsum(0), (1, 0))
     logq_S = segment_sum(logq_T, cu_seqlens)
+    # NaN until a prior row fills it: an open gate without one must show.
     logp_S = torch.where(gate_S, torch.nan, torch.zeros_like(logq_S))
     logp_S = logp_S.index_put((index_P,), segment_sum(logp_U, cu_P))
     kl_S = torch.where(gate_S, logq_S.detach() - logp_S, 0.0)
@@ -403,13 +406,19 @@ def head_pass(
             "ignore_index": -1,  # no target: the rows were selected before
         }
         logp_K, lse_K, entropy_K = linear_logprob(*rows, **options)
+        skipped_K = None
         if upstream is not None:
-            pairs = [(logp_K, upstream.logp), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
+            skipped_K = upstream.skipped(logp_K.detach(), head.temperature, slice(None))
+            g_logp_K = upstream.logp
+            if skipped_K is not None:
+                g_logp_K = torch.where(skipped_K < 0, g_logp_K, 0.0)
+            pairs = [(logp_K, g_logp_K), (lse_K, upstream.lse), (entropy_K, upstream.entropy)]
             if upstream.mean_logit is not None:
                 pairs.append((row_statistics(*rows, **options)[1], upstream.mean_logit))
             pairs.append((lse_K.square(), upstream.lse_square))
             parts = [(value * g.to(dtype)).sum() for value, g in pairs if g is not None]
             leaves = [hidden_KD, weight_VD] + ([] if bias_V is None else [bias_V])
+            # One sum: one backward for all upstream gradients.
             grads = torch.autograd.grad(torch.stack(parts).sum(), leaves)
             if sinks.hidden is not None:
                 sinks.hidden.index_copy_(0, rows_K, grads[0].to(sinks.hidden.dtype))
@@ -418,4 +427,5 @@ def head_pass(
             if sinks.bias is not None:
                 sinks.bias.add_(grads[2])
     more = [x.detach() for x in row_statistics(*rows, **options)] if statistics else []
-    return Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None, *more)
+    made = Values(logp_K.detach(), lse_K.detach(), entropy_K.detach() if entropy else None, *more)
+    return made._replace(skipped=skipped_K)

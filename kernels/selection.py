@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vpgea_fast.kernels.contract import Inputs, Settings
+from vpgea_fast.kernels.contract import NUMBERS, Inputs, Settings
 from vpgea_fast.kernels.shards import Shards
 
 Tensor = torch.Tensor
@@ -57,18 +57,7 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
         listed_T = torch.zeros_like(kept_T).index_fill_(0, rows, True)
         check(listed_T.sum() == rows.shape[0], "rows names a row twice", validate)
         kept_T = kept_T & listed_T
-    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
-    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
-    check(
-        (in_range_T | ~kept_T).all(),
-        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
-        f"{settings.ignore_index}",
-        validate,
-    )
     temperature = settings.temperature
-    if inputs.temperature_T is not None:
-        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
-        check(fine, "temperature: every value must be positive and finite", validate)
     masked = rows is not None or _capturing(targets_T)
     if rows is not None:
         rows_K = rows
@@ -88,7 +77,19 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
         masked=masked,
     )
     if shards is not None:
-        _check_alike(shards, inputs.hidden_TD, selection, coef_T=coef_T, validate=validate)
+        _check_alike(shards, inputs.hidden_TD, selection, coef_T=coef_T, settings=settings)
+    # After it: what one process alone refuses, the others would wait for.
+    in_range_T = (targets_T >= 0) & (targets_T < vocabulary)
+    # Rows that take no part may hold any target, such as a padding id of another tokenizer.
+    check(
+        (in_range_T | ~kept_T).all(),
+        f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
+        f"{settings.ignore_index}",
+        validate,
+    )
+    if inputs.temperature_T is not None:
+        fine = ((inputs.temperature_T > 0) & (inputs.temperature_T < math.inf)).all()
+        check(fine, "temperature: every value must be positive and finite", validate)
     return selection
 
 
@@ -102,12 +103,12 @@ def _check_alike(
     selection: Selection,
     *,
     coef_T: Tensor | None,
-    validate: bool,
+    settings: Settings,
 ) -> None:
     """Refuses a head that is cut over processes with rows of their own, such as FSDP's.
 
-    One maximum of eight numbers, before any whose size depends on the rows: ranks with unequal
-    counts would wait for each other without end. Replicas may differ by random roundings.
+    One maximum of 20 numbers, before any whose size depends on the rows: ranks with unequal counts
+    would wait for each other without end. Replicas may differ by random roundings.
     """
     rows_K, kept_T = selection.rows_K, selection.kept_T
     # Weighted by place: the same rows in another order are other rows.
@@ -117,21 +118,26 @@ def _check_alike(
     hidden_FD = hidden_FD.masked_fill(~kept_T.index_select(0, few_F).unsqueeze(1), 0.0)
     hidden_FD *= place_K[: few_F.shape[0], None]
     coef_K = torch.zeros_like(place_K) if coef_T is None else selection.gather(coef_T) * place_K
-    counts = (place_K.sum(), (place_K * selection.targets_K).sum())  # whole numbers: exact
-    numbers = torch.stack([*counts, coef_K.sum(), hidden_FD.sum()])
+    # Logits in other units on one rank would make a plausible loss of no model. Numbers for NaN and
+    # inf, which are told after: neither is more than the other.
+    warmth_K = (place_K * selection.temperature).nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0)
+    counts = [place_K.sum(), (place_K * selection.targets_K).sum()]  # whole numbers: exact
+    # None as 0, which no option that may be None can be.
+    counts += [place_K.new_full((), float(getattr(settings, name) or 0)) for name in NUMBERS]
+    measures = (coef_K, hidden_FD, warmth_K)
+    numbers = torch.stack([*counts, *(x.sum() for x in measures)])
     slack = 8 * torch.finfo(hidden_TD.dtype).eps
-    norms = (slack * coef_K.norm(), slack * hidden_FD.norm())
-    bounds = torch.stack([*(0.0 * x for x in counts), *norms])
+    bounds = torch.stack([*(0.0 * x for x in counts), *(slack * x.norm() for x in measures)])
     most, least = shards.spread(torch.stack((numbers, bounds)))
     # Where all hold NaN nothing is larger: the loss says it, as that of a whole head does.
-    check(~(most[0] - least[0] > most[1]).any(), OTHER_ROWS, validate)
+    check(~(most[0] - least[0] > most[1]).any(), OTHER_ROWS, settings.validate)
 
 
 OTHER_ROWS = (
     "weight_VD is a DTensor cut by classes, and the ranks of its mesh hold other rows (hidden "
-    "states, targets or coefficients): give each rank the same. Ranks with tokens of their own "
-    "pass weight_VD.full_tensor(grad_placements=[Partial()]), and under FSDP2 call the loss inside "
-    "the forward of the module that owns the weight"
+    "states, targets, coefficients or temperatures) or other options: give each rank the same. "
+    "Ranks with tokens of their own pass weight_VD.full_tensor(grad_placements=[Partial()]), and "
+    "under FSDP2 call the loss inside the forward of the module that owns the weight"
 )
 
 

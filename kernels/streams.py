@@ -100,6 +100,7 @@ def _layout(streams: Streams) -> Layout:
         fine = (streams.denominator > 0) & (streams.denominator < math.inf)
         check(fine, "denominator: must be positive and finite", validate)
     sequence_T = _sequence_of_token(cu_seqlens, tokens)
+    # The prior stream then holds the same tokens: one map serves both.
     if streams.prior_index is None:
         return _same(sequence_T, streams)
     _check_held(streams, lengths_S)

@@ -150,8 +150,8 @@ def test_an_option_has_one_default_and_one_name():
         assert f"    {name} ({default}): " in HeadOptions.__doc__, name
     assert SETTINGS == (
         "float temperature, float? softcap, float logit_scale, int ignore_index, str backend, "
-        "int? chunk_bytes, bool batch_invariant, bool validate, ScalarType operands, "
-        "str? group, int? classes"
+        "int? chunk_bytes, bool batch_invariant, bool validate, float skip_below, "
+        "ScalarType operands, str? group, int? classes"
     )
 
 
@@ -298,4 +298,5 @@ def test_a_signature_lists_every_option_with_its_default(name: str):
         "chunk_bytes": None,
         "batch_invariant": False,
         "validate": False,
+        "skip_below": 0.0,
     }

@@ -108,6 +108,39 @@ def test_the_shift_is_that_of_transformers(dtype):
 
 
 @pytest.mark.parametrize("shift", [False, True])
+def test_rows_are_those_of_the_tokens(shift):
+    """b T + t of a token, whatever place predicts it; the first of a sequence takes no part. By
+    place, the tokens beside the listed ones were trained in silence."""
+    hidden_BTD, weight_VD, labels_BT, coef_BT, _ = case()
+    teacher = (torch.randn(B, T, E).double(), torch.randn(V, E).double())
+    rows = torch.tensor([0, T, 4, 2, 2 * T + 1, B * T - 1])
+    listed_BT = torch.zeros(B * T, dtype=torch.bool).index_fill(0, rows, True).view(B, T)
+    some_BT = coef_BT.masked_fill(~listed_BT, 0.0)
+    calls = {
+        "weighted": lambda coef, rows: weighted_logprob_loss(
+            hidden_BTD, weight_VD, labels_BT, coef, shift=shift, rows=rows
+        ),
+        "distilled": lambda coef, rows: distillation_loss(
+            hidden_BTD, weight_VD, *teacher, coef, shift=shift, rows=rows
+        ),
+    }
+    for call in calls.values():
+        ours, truth = call(coef_BT, rows), call(some_BT, None)
+        assert torch.equal(ours.kept, truth.kept)
+        got = (ours.loss, *gradients(ours.loss, hidden_BTD, weight_VD))
+        assert_close(got, (truth.loss, *gradients(truth.loss, hidden_BTD, weight_VD)), 1e-12)
+        for bad in (-1, B * T):
+            with pytest.raises(ValueError, match=r"rows must lie in \[0, T = 21\)"):
+                call(coef_BT, torch.tensor([3, bad]))
+        with pytest.raises(ValueError, match="rows names a row twice"):
+            call(coef_BT, torch.tensor([3, 0, 3]))
+    out = linear_logprob(hidden_BTD, weight_VD, labels_BT, shift=shift, rows=rows)
+    whole = linear_logprob(hidden_BTD, weight_VD, labels_BT, shift=shift)
+    assert torch.equal(out.logp != 0, (whole.logp != 0) & listed_BT)
+    assert_close((out.logp,), (whole.logp * listed_BT,), 1e-12)
+
+
+@pytest.mark.parametrize("shift", [False, True])
 def test_a_batch_is_distilled(shift):
     """coef and temperature of token t, distributions of place t - 1 where shifted."""
     hidden_BTD, weight_VD, _, coef_BT, temperature_BT = case()
@@ -173,7 +206,15 @@ BAD_CALLS = {
     "shifted rows": ({"hidden_TD": torch.zeros(T, D), "shift": True}, r"shift: .*hidden\[None\]"),
     "shift": ({"shift": 1}, "shift: got 1, expected True or False"),
     "no ignore_index": ({"shift": True, "ignore_index": None}, "ignore_index: got None"),
-    "no tensor": ({"shift": True, "hidden_TD": [1.0]}, "hidden_TD"),
+    "no tensor": ({"shift": True, "hidden_TD": [1.0]}, "hidden_TD: got .*expected a tensor"),
+    "sparse": (
+        {"shift": True, "hidden_TD": torch.zeros(B, T, D).to_sparse()},
+        "hidden_TD: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "sparse coefficients": (
+        {"shift": True, "coef_T": torch.zeros(B, T).to_sparse()},
+        "coef_T: got a torch.sparse_coo tensor, expected a dense one",
+    ),
     "float targets": ({"shift": True, "targets_T": torch.zeros(B, T)}, "int64 or int32"),
 }
 

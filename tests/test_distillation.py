@@ -26,6 +26,7 @@ from test_losses import (
     head_case,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpgea_fast.distillation import distillation_loss
 from vpgea_fast.kernels import reference
@@ -326,6 +327,32 @@ def test_a_class_that_one_cannot_have():
     assert flipped.divergence.isposinf().all()
 
 
+@pytest.mark.parametrize("beta", [1e-300, 1e-9, 1e-7, 1 - 1e-7, 1 - 2**-53])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [100.0, math.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_mixture_that_is_nearly_one_of_the_two(side, size, dtype, beta):
+    """With beta within eps of an end a class that only the other has was infinite, and NaN in the
+    gradient. Absolute budgets, of probabilities: D and the logits' gradient go to 0 with beta."""
+    student, teacher, _ = case()
+    bias_V = torch.zeros(V, dtype=torch.float64)
+    bias_V[3] = -size
+    cast = [x.detach().to(dtype) for x in (*student[:2], *teacher[:2])]
+    cast[0].requires_grad_()
+    kind = {"divergence": "jsd", "beta": beta}
+    name = "bias" if side == "student" else "teacher_bias"
+    ours = distillation_loss(*cast, torch.ones(T), **{name: bias_V}, **kind)
+    wide = [x.detach().double() for x in cast]
+    wide[0].requires_grad_()
+    head = {"bias": bias_V.clamp(min=-1e4)}  # torch's kl_div of -inf is NaN
+    heads = (head, {}) if side == "student" else ({}, head)
+    truth_T = oracle(wide[:2], wide[2:], kind, *heads)
+    room = 8 * torch.finfo(dtype).eps
+    assert ((ours.divergence - truth_T).abs() <= room).all()
+    (got,), (truth,) = gradients(ours.loss, cast[0]), gradients(truth_T.sum(), wide[0])
+    assert ((got - truth).abs() <= room * wide[1].abs().sum(0)).all()
+
+
 def test_temperature_divides_both_logits_and_nothing_else():
     """No factor temperature^2: D is that of the scaled logits. In coef it gives Hinton's loss."""
     student, teacher, coef_T = case()
@@ -390,6 +417,14 @@ def test_memory_stays_under_the_budget(options, dtype):
     assert recorder.largest <= budget
     # bfloat16 operands are upcast 2 MiB at a time, each weight into a block of its own.
     assert recorder.peak <= budget + rest + 16 * 4 * 2**16 + (4 << 20) < 4 * tokens * vocabulary * 2
+
+
+def test_flop_counters_see_every_product():
+    """2 K V D of the student's logits, dX and dW each, 2 K V E of the teacher's."""
+    student, teacher, coef_T = case(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        distillation_loss(*student[:2], *teacher[:2], coef_T).loss.backward()
+    assert counter.get_total_flops() == 2 * T * V * (3 * D + E)
 
 
 def test_chunks_change_nothing():
@@ -516,7 +551,8 @@ def test_opcheck():
         (
             *(x["hidden"], x["weight"], x["bias"], targets_T, x["temperature"], None),
             *(*teacher, x["coef"], x["sink"], needs),
-            *("jsd", 0.3, None, 0.7, torch.float32),
+            *("jsd", 0.3),
+            *(1.0, None, 0.7, *settings[3:]),
             *settings,
         ),
     )
@@ -547,6 +583,12 @@ def test_autocast_takes_a_teacher_of_two_dtypes():
     assert torch.equal(ours.loss, cast.loss)
     with pytest.raises(ValueError, match="cast one"):
         distillation_loss(*student[:2], *half, coef_T)
+
+
+def test_float16_of_autocast_is_refused_by_its_name():
+    student, teacher, coef_T = case(torch.float32)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="of autocast"):
+        distillation_loss(*student[:2], *teacher[:2], coef_T)
 
 
 def test_a_teacher_may_have_a_dtype_of_its_own():

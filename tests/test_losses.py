@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgea_fast.kernels import head, reference, streams
+from vpgea_fast.kernels import backends, head, reference, streams
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -300,6 +300,108 @@ def test_row_statistics_at_the_edges(backend):
     assert none.top1.dtype == torch.bool
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_error_of_skipped_rows_is_within_their_bounds(backend, name):
+    """By autograd through the full float64 logits: of dX in each row, of dW and db in all."""
+    hidden_TD, weight_VD, bias_V, targets_T, coef_T = head_case()
+    with torch.no_grad():
+        hidden_TD[::2] = 1.5 * weight_VD[targets_T[::2]]  # confident rows, whose bounds are small
+    options, kwargs = options_of(name, bias_V), {"backend": backend, "chunk_bytes": CHUNK}
+    targets_T[3], coef_T[5] = options.get("ignore_index", -100), 0.0
+    rows = hidden_TD, weight_VD, targets_T
+    leaves = (hidden_TD, weight_VD) + ((bias_V,) if "bias" in options else ())
+    logp_T = oracle(*rows, **options)[0]
+    bound_T = 2**0.5 * coef_T.double().abs() * -torch.expm1(logp_T.detach())
+    bound_T = bound_T / options.get("temperature", 1.0)
+    least = bound_T.median().item()
+    plain = weighted_logprob_loss(*rows, coef_T, **kwargs, **options)
+    ours = weighted_logprob_loss(*rows, coef_T, skip_below=least, **kwargs, **options)
+    assert torch.equal(ours.loss, plain.loss)
+    assert torch.equal(ours.logp, plain.logp)
+    left_T = plain.kept & (bound_T < least)
+    assert 5 < left_T.sum() < plain.kept.sum()
+    assert_close((ours.skipped,), (bound_T * left_T,), 1e-9)
+    got, exact = gradients(ours.loss, *leaves), gradients((coef_T * logp_T).sum(), *leaves)
+    dx_TD, dw_VD, *db = (x - y for x, y in zip(got, exact, strict=True))
+    scale, slack = abs(options.get("logit_scale", 1.0)), 1 + 1e-9
+    largest = torch.linalg.matrix_norm(weight_VD.detach(), 2)
+    assert (dx_TD.norm(dim=1) <= slack * scale * ours.skipped * largest + 1e-12).all()
+    assert torch.equal(got[0].detach().norm(dim=1) > 0, plain.kept & ~left_T)
+    most = (ours.skipped * hidden_TD.detach().norm(dim=1)).sum()
+    assert 0 < dw_VD.norm() <= slack * scale * most
+    assert all(x.norm() <= slack * ours.skipped.sum() for x in db)
+    fewer = weighted_logprob_loss(*rows, coef_T.masked_fill(left_T, 0.0), **kwargs, **options)
+    assert_close(got, gradients(fewer.loss, *leaves), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_no_row_or_every_row_is_skipped(backend, dtype):
+    """Bit for bit the call without the option; and no gradient, with the value as it was."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
+    arguments = hidden_TD, weight_VD, targets_T, coef_T
+    plain = weighted_logprob_loss(*arguments, backend=backend, chunk_bytes=CHUNK)
+    none, every = (
+        weighted_logprob_loss(*arguments, backend=backend, chunk_bytes=CHUNK, skip_below=least)
+        for least in (1e-30, 1e30)
+    )
+    assert plain.skipped is None
+    for ours, truth in zip(
+        gradients(none.loss, hidden_TD, weight_VD),
+        gradients(plain.loss, hidden_TD, weight_VD),
+        strict=True,
+    ):
+        assert torch.equal(ours, truth)
+    assert not none.skipped.any()
+    assert torch.equal(every.loss, plain.loss)
+    assert not any(x.any() for x in gradients(every.loss, hidden_TD, weight_VD))
+    assert (every.skipped > 0).all()
+    with torch.no_grad():
+        scored = weighted_logprob_loss(*arguments, backend=backend, skip_below=1e30)
+    assert not scored.skipped.any()
+
+
+def test_skipped_rows_of_two_streams():
+    """Each stream has its own part of the bounds; a closed gate's rows are 0 there."""
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    cut = (hidden_TD[:9], hidden_TD[9:]), (targets_T[:9], targets_T[9:]), (coef_T[:9], coef_T[9:])
+    both = two_stream_loss(*cut[0], weight_VD, *cut[1], *cut[2], skip_below=0.5)
+    one = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, skip_below=0.5)
+    assert torch.equal(torch.cat((both.skipped_post, both.skipped_prior)), one.skipped)
+    assert both.skipped_post.any()
+    assert both.skipped_prior.any()
+    ours = vpgea_loss(
+        hidden_TD[:9],
+        hidden_TD[9:18],
+        weight_VD,
+        targets_T[:9],
+        torch.tensor([0, 4, 9]),
+        torch.tensor([1.0, -1.0]),
+        denominator=2,
+        skip_below=1e30,
+    )
+    assert (ours.skipped_post > 0).all()
+    assert torch.equal(ours.skipped_prior > 0, torch.arange(9) < 4)
+
+
+def test_where_rows_cannot_be_skipped():
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case()
+    rows = hidden_TD, weight_VD, targets_T
+    with pytest.raises(ValueError, match=r"skip_below: got 0.1, but linear_logprob"):
+        linear_logprob(*rows, skip_below=0.1)
+    with pytest.raises(ValueError, match=r"skip_below: label_smoothing and z_loss"):
+        weighted_logprob_loss(*rows, coef_T, z_loss=0.1, skip_below=0.1)
+    with pytest.raises(ValueError, match=r"skip_below: a compiled call"):
+        weighted_logprob_loss(*(x.to("meta") for x in (*rows, coef_T)), skip_below=0.1)
+    for wrong in (-1.0, math.nan, math.inf, True):
+        with pytest.raises(ValueError, match=r"skip_below: got .*, expected a finite number >= 0"):
+            weighted_logprob_loss(*rows, coef_T, skip_below=wrong)
+    call = backends.Situation("cpu", torch.float32, sharded=True, skips=True)
+    with pytest.raises(ValueError, match=r"a head that is cut has no skip_below"):
+        backends.choose("torch", call, {})
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -339,6 +441,35 @@ def test_label_smoothing_and_z_loss_in_one_pass(backend, name, dtype):
                 hidden_TD, weight_VD, targets_T, coef_T.double(), **smoothing, **head
             )
             assert_close((spec,), (truth,), values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_smoothing_at_the_edges(backend):
+    """A class that cannot be makes the loss torch's inf, as a target or beside it, and no NaN; one
+    term alone is not touched by the other's range, as lse^2 beyond float32 is."""
+    hidden_TD, weight_VD, bias_V, targets_T, _ = head_case(torch.float32)
+    coef_T = torch.full((T,), -1.0 / T)
+    with torch.no_grad():
+        bias_V[4] = -math.inf
+
+    def both(label, **call):
+        arguments = {"hidden_TD": hidden_TD, "targets_T": targets_T, "bias": bias_V, **call}
+        ours = weighted_logprob_loss(
+            weight_VD=weight_VD, coef_T=coef_T, label_smoothing=label, backend=backend, **arguments
+        )
+        z_TV = full_logits(arguments["hidden_TD"], weight_VD, bias=arguments["bias"])
+        truth = torch.nn.functional.cross_entropy(
+            z_TV, arguments["targets_T"], label_smoothing=label
+        )
+        return ours.loss.item(), truth.item()
+
+    others_T = targets_T.masked_fill(targets_T == 4, 0)
+    for rows_T in (others_T, torch.full_like(targets_T, 4)):
+        assert both(0.1, targets_T=rows_T) == (math.inf, math.inf)
+        assert both(1.0, targets_T=rows_T)[0] == math.inf  # torch's is 0 x inf for the target
+    assert both(0.0, targets_T=others_T)[0] < math.inf
+    ours, truth = both(0.1, hidden_TD=1e25 * hidden_TD.detach(), bias=None)
+    assert ours == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.rollout.engine import Sampling, answer_only, in_waves, request_seed, split_path
+from vpgea_fast.rollout.forward import ROOM
 from vpgea_fast.rollout.hf import HFEngine, draw
 from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, SampleRequest, Stream
@@ -482,6 +484,48 @@ def test_looking_rarely_changes_no_path(model, full_answer):
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(RuntimeError, match="at decode step 0"):
         HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
+
+
+def compile_layers(model, graphs):
+    """As model.compile does."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend=graphs)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["one", "two"])
+def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
+    monkeypatch, model, random_qwen2, other
+):
+    """Rows leave, caches grow twice, one row is left; a second model has the graph of the first."""
+    graphs = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    torch.compiler.reset()
+    # No number of rows is a width of the model: torch.compile would take it for that constant.
+    requests, sampling = some_requests(paths=7), replace(SHORT, max_new_tokens=200)
+    models, longest = [model, *([random_qwen2(seed=3)] if other else [])], []
+    alone = [HFEngine(taken, max_batch=64).generate(requests, sampling) for taken in models]
+    for taken in models:
+        compile_layers(taken, graphs)
+    engine = HFEngine(model, max_batch=64)
+    for taken, again in zip(models, alone, strict=True):
+        engine.sample_with(taken)
+        paths = engine.generate(requests, sampling)
+        longest.append(max(len(path.z_ids) for path in paths))
+        assert_same_tokens(paths, again)
+        for path, own in zip(paths, again, strict=True):
+            torch.testing.assert_close(path.logps, own.logps, atol=1e-5, rtol=0)
+    assert graphs.frame_count == 1
+    assert max(longest) > ROOM  # beside prompts of 16 tokens and less: rooms have grown
+
+
+def test_a_sliding_window_is_not_compiled(monkeypatch, random_qwen2):
+    model = random_qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    graphs = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    alone = HFEngine(model, max_batch=64).generate(some_requests(), SHORT)
+    compile_layers(model, graphs)
+    assert_same_tokens(HFEngine(model, max_batch=64).generate(some_requests(), SHORT), alone)
+    assert graphs.frame_count == 0
 
 
 def test_all_weights_are_asked_for_after_a_failure_too(make_engine, random_qwen2):

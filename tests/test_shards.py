@@ -255,6 +255,27 @@ def test_a_rank_whose_classes_are_all_masked():
         assert max(wrong) <= 2 * WHOLE_BUDGET[torch.float32]
 
 
+def large_logits(size, dtype):
+    """Errors of logits of 1e30, which float32 holds: of a whole head all is on one class."""
+    with process_group():
+        mesh = mesh_of(size)
+        torch.manual_seed(11)
+        hidden_TD, weight_VD, _, targets_T, coef_T = head_case(getattr(torch, dtype))
+        made = []
+        for weight in (cut(weight_VD, mesh), weight_VD):
+            hidden = (1e30 * hidden_TD.detach()).requires_grad_()
+            out = weighted_logprob_loss(hidden, weight, targets_T, coef_T)
+            made.append((out.loss, out.logp, *gradients(out.loss, hidden, weight)))
+        return errors(*made)
+
+
+@pytest.mark.parametrize("dtype", BUDGET)
+def test_large_logits(dtype):
+    """Values were right, and gradients those of one certain class on each rank."""
+    for wrong in run_ranks(large_logits, 4, dtype, size=4):
+        assert max(wrong) <= BUDGET[dtype]
+
+
 def half_precision(size, dtype):
     """Errors against the whole head, in units of that head's own against float64."""
     with process_group():
@@ -319,8 +340,8 @@ def collectives(size):
 def test_a_chunk_takes_two_reductions_of_its_rows_and_one_of_dx():
     for one_pass, scoring in run_ranks(collectives, 2):
         chunk = [[8, 1], [8, 2], [8, D]]
-        assert one_pass == [[2, 2, 4], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
-        assert scoring == [[2, 2, 4], [T, 1], [T, 3]]
+        assert one_pass == [[2, 2, 10], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
+        assert scoring == [[2, 2, 10], [T, 1], [T, 3]]
 
 
 # --- refusals, each on every rank -----------------------------------------------------------------
@@ -349,6 +370,14 @@ def refusals(size):
         call("order", hidden_TD.roll(rank, 0))
         call("one target", targets=targets_T.index_fill(0, torch.tensor([4]), rank))
         call("one coefficient", coef=coef_T.index_fill(0, torch.tensor([4]), 1.0 + 0.01 * rank))
+        # Wrong on one rank alone, which would leave the others waiting.
+        call("one wrong target", targets=targets_T.index_fill(0, torch.tensor([4]), V * rank))
+        warm_T = torch.ones(T)
+        call("one temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), 1.0 + rank))
+        cold = -math.inf if rank == 1 else math.nan if rank == 2 else 1.0
+        call("no temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), cold))
+        call("one option", softcap=30.0 + rank)
+        call("one chunk", chunk_bytes=2000 * (1 + rank))
         try:
             linear_logprob(hidden_TD[mine], weight, targets_T[mine])
         except ValueError as error:
@@ -362,6 +391,7 @@ def refusals(size):
         call("plain sink", dweight_out=torch.zeros(V, D))
         call("backend", backend="reference")
         call("target", targets=targets_T.index_fill(0, torch.tensor([4]), V))
+        call("temperature", temperature=warm_T.index_fill(0, torch.tensor([4]), math.nan))
         assert weight.grad is None
         assert hidden_TD.grad is None
         call("nothing")
@@ -377,6 +407,11 @@ REFUSED = {
     "order": OTHER,
     "one target": OTHER,
     "one coefficient": OTHER,
+    "one wrong target": OTHER,
+    "one temperature": OTHER,
+    "no temperature": OTHER,
+    "one option": OTHER,
+    "one chunk": OTHER,
     "recomputed": OTHER,
     "columns": "weight_VD is a DTensor (61, 12) placed (Shard(dim=1),): the loss needs a plain",
     "copies": "weight_VD is a DTensor (61, 12) placed (Replicate(),): the loss needs a plain",
@@ -387,6 +422,7 @@ REFUSED = {
     "plain sink": "dweight_out: got no DTensor, expected one placed as weight_VD",
     "backend": "'reference' cannot run this call: it takes no head whose classes are cut",
     "target": "targets_T holds values outside [0, V = 61)",
+    "temperature": "temperature: every value must be positive and finite",
 }
 
 

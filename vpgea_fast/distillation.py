@@ -12,7 +12,7 @@ import torch
 
 from vpgea_fast.kernels import checks
 from vpgea_fast.kernels.batches import Batch, batch_of
-from vpgea_fast.kernels.contract import NUMBERS, Bounds, Inputs, needs_of
+from vpgea_fast.kernels.contract import Bounds, Inputs, needs_of
 from vpgea_fast.kernels.divergence import DIVERGENCES, Distil, Measure, Teacher
 from vpgea_fast.kernels.selection import accumulator
 
@@ -89,8 +89,6 @@ def distillation_loss(
     ValueError: shapes, dtypes, devices, options; float16, whose gradients have no bound here; a
     teacher's hidden state or coef_T that requires grad; a weight cut over processes.
     """
-    checks.check_plain("hidden_TD", hidden_TD)
-    checks.check_plain("teacher_hidden_TE", teacher_hidden_TE)
     checks.check_plain("weight_VD", weight_VD)  # cut by classes too: a part knows no mixture
     batch = _layout(hidden_TD, teacher_hidden_TE, shift)
     hidden_TD, teacher_hidden_TE = (batch.hidden(x) for x in (hidden_TD, teacher_hidden_TE))
@@ -106,44 +104,51 @@ def distillation_loss(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
-        rows=rows,
+        rows=batch.indices(rows),
         chunk_bytes=chunk_bytes,
         validate=validate,
     )
-    if settings.operands is torch.float16:
-        raise ValueError("hidden_TD: got float16, expected bfloat16, float32 or float64: cast it")
+    _refuse_float16(hidden_TD, settings.operands)
     # Gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
     sink_VD = checks.checked_sink(dweight_out, weight_VD)
     teacher = Teacher(teacher_hidden_TE, teacher_weight_VE, teacher_bias)
     teacher, operands = _checked_teacher(inputs, teacher)
-    teacher_head = (teacher_softcap, teacher_logit_scale, operands)
-    measure = _checked_measure(Measure(*_divergence(divergence, beta), *teacher_head))
-    needs = needs_of(inputs, sink_VD)
-    loss, *values = Distil.apply(*inputs, *teacher, coef_T, sink_VD, needs, measure, settings)
+    theirs = settings._replace(
+        softcap=teacher_softcap, logit_scale=teacher_logit_scale, operands=operands
+    )
+    checks.check_settings(theirs, "teacher_")  # bounds of numbers are the student's
+    measure, needs = Measure(*_divergence(divergence, beta)), needs_of(inputs, sink_VD)
+    of_call = (coef_T, sink_VD, needs, measure, theirs, settings)
+    loss, *values = Distil.apply(*inputs, *teacher, *of_call)
     return DistillationLoss(loss, *map(batch.back, values))
 
 
 _BETA = Bounds("a number from 0 to 1", 0, 1)
 
 
+def _refuse_float16(hidden_TD: Tensor, operands: torch.dtype) -> None:
+    # No unit for dz, as chunked.storage_unit has one: reverse KL's gradient has no bound.
+    if operands is torch.float16:
+        source = "" if hidden_TD.dtype is torch.float16 else " of autocast"
+        raise ValueError(
+            f"hidden_TD: got float16{source}, expected bfloat16, float32 or float64: cast it, or "
+            "call the loss under torch.autocast(..., dtype=torch.bfloat16)"
+        )
+
+
 def _layout(hidden_TD: Tensor, teacher_hidden_TE: Tensor, shift: bool) -> Batch:
     """How the rows of both lie. ValueError: one has sequences, the other rows."""
+    checks.check_plain("hidden_TD", hidden_TD)
+    checks.check_plain("teacher_hidden_TE", teacher_hidden_TE)
     batch = batch_of(hidden_TD, shift)
+    # Before they are flattened: 2 x 6 rows of one would fit 3 x 4 of the other.
     if batch_of(teacher_hidden_TE, shift).shape != batch.shape:
         raise ValueError(
             f"teacher_hidden_TE: got {tuple(teacher_hidden_TE.shape)}, expected the rows of "
             f"hidden_TD {tuple(hidden_TD.shape)}: flatten batch and time of both, or of neither"
         )
     return batch
-
-
-def _checked_measure(measure: Measure) -> Measure:
-    """ValueError: a number of the teacher's head out of its bounds, which are the student's."""
-    if measure.teacher_softcap is not None:
-        checks.check_number("teacher_softcap", measure.teacher_softcap, NUMBERS["softcap"])
-    checks.check_number("teacher_logit_scale", measure.teacher_logit_scale, NUMBERS["logit_scale"])
-    return measure
 
 
 def _divergence(divergence: str, beta: float | None) -> tuple[str, float]:
@@ -158,7 +163,7 @@ def _divergence(divergence: str, beta: float | None) -> tuple[str, float]:
                 f"beta: got {checks.told(beta)} with divergence {divergence!r}, expected None; "
                 "leave it out, or take 'jsd'"
             )
-        return divergence, 0.5
+        return divergence, 0.5  # of no effect, but the op takes a number
     if beta is None:
         return divergence, 0.5
     checks.check_number("beta", beta, _BETA)

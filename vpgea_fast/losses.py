@@ -31,12 +31,13 @@ Rules that hold for all four functions:
   other rows on one of them are a ValueError. The backend is "torch".
 * `linear_logprob` and `weighted_logprob_loss` take (B, T, D) too, with (B, T) for all that is per
   token, and give (B, T) back. shift=True: place t - 1 predicts token t, as in transformers. Targets
-  and all else per token stand in their token's column; column 0 takes no part.
+  and all else per token stand in their token's column; column 0 takes no part. Indices of `rows`
+  are b T + t of a token.
 * torch.compile(fullgraph=True), torch.export, fake and meta tensors see one op a call
   (torch.ops.vpgea_fast): no graph breaks, the eager bits, dynamic lengths.
 * `loss.backward(g)` scales the stored gradients by g, on the device and, where the graph is freed,
   in place.
-* Differentiating twice, forward mode and torch.func transforms are a RuntimeError;
+* Differentiating twice, forward mode and torch.func transforms, compiled too, are a RuntimeError;
   torch.autograd.grad(is_grads_batched=True) works, a pass for each gradient. Coefficients,
   advantages, denominators, sequence weights and temperatures are constants.
 """
@@ -84,6 +85,10 @@ class HeadOptions(TypedDict, total=False):
         ValueError here and now, at the price of a synchronisation for each check, and not an
         assertion on the device, after which the process cannot go on. On a CPU they always are a
         ValueError.
+    skip_below (0.0): leave rows out of the gradients of which it is known that the gradient by
+        their logits has a norm below this: sqrt(2) |coef| (1 - p) / temperature. `skipped` of the
+        result has these bounds. Costs CUDA one synchronisation per chunk. A ValueError in
+        `linear_logprob`, compiled or captured calls, cut heads, smoothed losses.
     """
 
     bias: Tensor | None  # (V,)
@@ -96,6 +101,7 @@ class HeadOptions(TypedDict, total=False):
     chunk_bytes: int | None
     batch_invariant: bool
     validate: bool
+    skip_below: float
 
 
 def _spelled_out(function: _Function) -> _Function:
@@ -154,6 +160,7 @@ class WeightedLoss:
     loss: Tensor  # 0-dim
     logp: Tensor  # (T,)
     kept: Tensor  # (T,) bool
+    skipped: Tensor | None = None  # (T,), 0 where a row was not left out; None without skip_below
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,8 @@ class TwoStreamLoss:
     logp_prior: Tensor  # (U,)
     kept_post: Tensor  # (T,) bool
     kept_prior: Tensor  # (U,) bool
+    skipped_post: Tensor | None = None  # (T,), as of `WeightedLoss`
+    skipped_prior: Tensor | None = None  # (U,)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,8 @@ class VpgeaLoss:
     logq_S: Tensor  # (S,)
     logp_S: Tensor  # (S,)
     gate_S: Tensor  # (S,) bool
+    skipped_post: Tensor | None = None  # (T,), as of `WeightedLoss`
+    skipped_prior: Tensor | None = None  # (U,)
 
 
 def choose_backend(
@@ -276,6 +287,11 @@ def linear_logprob(
     hidden_TD, targets_T = batch.hidden(hidden_TD), batch.targets(targets_T, ignored)
     expected_T, options = batch.rows("expected_T", expected_T, 0.0), batch.options(options)
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
+    if settings.skip_below:
+        raise ValueError(
+            f"skip_below: got {settings.skip_below}, but linear_logprob does not know the "
+            "coefficients that bound a gradient; use weighted_logprob_loss, or leave it out"
+        )
     # A tensor here would be read as True or False, on CUDA by waiting for the device.
     checks.check_flag("return_entropy", return_entropy)
     checks.check_flag("return_statistics", return_statistics)
@@ -341,9 +357,24 @@ def weighted_logprob_loss(
         if type(value) is not int or value != 0:  # the default: bounds are floats too
             checks.check_number(name, value, _SMOOTHING[name])
     smoothing = Smoothing(label_smoothing, z_loss)
+    if settings.skip_below:
+        _check_skipping(hidden_TD, smoothing)
     needs = needs_of(inputs, sink_VD)
-    loss, logp_T, kept_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
-    return WeightedLoss(loss, batch.back(logp_T), batch.back(kept_T))
+    loss, *rows_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
+    return WeightedLoss(loss, *map(batch.back, rows_T))
+
+
+def _check_skipping(hidden_TD: Tensor, smoothing: Smoothing) -> None:
+    """ValueError where no bound is known, or no number of rows that are left."""
+    why = None
+    if smoothing.on:
+        why = "label_smoothing and z_loss have gradients at rows whose p is 1"
+    elif without_values(hidden_TD):
+        why = "a compiled call has no values by which to choose rows"
+    elif hidden_TD.is_cuda and torch.cuda.is_current_stream_capturing():
+        why = "the number of rows is not known while a graph is captured"
+    if why is not None:
+        raise ValueError(f"skip_below: {why}; leave it out")
 
 
 _SMOOTHING = {
@@ -393,6 +424,8 @@ def two_stream_loss(
         logp_prior=logp_prior_U,
         kept_post=kept_post_T,
         kept_prior=kept_prior_U,
+        skipped_post=None if both.skipped is None else both.skipped[:tokens],
+        skipped_prior=None if both.skipped is None else both.skipped[tokens:],
     )
 
 
@@ -486,7 +519,16 @@ def vpgea_loss(
     )
     # both.loss lacks beta w 1[A > 0] sg log q in its value: it gives the gradient alone.
     loss = sums.pg_loss + beta * sums.distill_loss + (both.loss - both.loss.detach())
-    return VpgeaLoss(loss=loss, gate_S=gate_S, **sums._asdict())
+    skipped = (None, None)
+    if both.skipped is not None:
+        skipped = (both.skipped[:tokens], both.skipped[tokens:])
+    return VpgeaLoss(
+        loss=loss,
+        gate_S=gate_S,
+        skipped_post=skipped[0],
+        skipped_prior=skipped[1],
+        **sums._asdict(),
+    )
 
 
 _BETA = Bounds("a finite number >= 0", 0, FLOAT32.max)

@@ -524,6 +524,49 @@ def test_what_they_do_not_do_is_an_error(backend):
         gradients(out.lse.sum(), hidden_TD)
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_skipped_rows_have_no_gradient(backend, dtype):
+    """The gradients of the rows that stay, the bounds of the others, and nothing else changes."""
+    hidden_TD, weight_VD, targets_T = case(dtype, 130, 16, 257)
+    coef_T = torch.randn(130)
+    arguments = hidden_TD, weight_VD, targets_T, coef_T
+    leaves = hidden_TD, weight_VD
+    rows = {"backend": backend, "chunk_bytes": 50 * 257 * 4}  # one tile, or cuBLAS's 50 rows
+    plain = weighted_logprob_loss(*arguments, **rows)
+    bound_T = 2**0.5 * coef_T.abs() * -torch.expm1(plain.logp)
+    least = bound_T.median().item()
+    some, none, every = (
+        weighted_logprob_loss(*arguments, skip_below=x, **rows) for x in (least, 1e-30, 1e30)
+    )
+    assert torch.equal(some.logp, plain.logp)
+    assert 50 < (bound_T < least).sum() < 80
+    assert_close((some.skipped,), (bound_T * (bound_T < least),), 1e-6)
+    wide = doubled(*leaves)
+    truth = (coef_T * (bound_T >= least) * oracle(*wide, targets_T)[0]).sum()
+    assert_close(gradients(some.loss, *leaves), gradients(truth, *wide), 2 * BUDGET[dtype])
+    for x, y in zip(gradients(none.loss, *leaves), gradients(plain.loss, *leaves), strict=True):
+        assert torch.equal(x, y)
+    assert not any(x.any() for x in gradients(every.loss, *leaves))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.0, 0.0), (1e-30, 0.0), (-0.25, 30.0)])
+def test_a_bias_beside_any_scale(backend, scale, shift):
+    """The kernel's sums begin with bias / scale: a scale of 0 or next to it divides nothing."""
+    hidden_TD, weight_VD, targets_T = case(torch.bfloat16, 20, 48, 300)
+    bias_V = (torch.randn(300) + shift).requires_grad_()
+    options = {"bias": bias_V, "logit_scale": scale}
+    truth = oracle(hidden_TD, weight_VD, targets_T, **options)[0]
+    ours = weighted_logprob_loss(
+        hidden_TD, weight_VD, targets_T, torch.ones(20), backend=backend, **options
+    )
+    assert (ours.logp - truth).abs().max() <= 1e-5 * HARDWARE
+    wide = doubled(hidden_TD, weight_VD)
+    expected = gradients(oracle(*wide, targets_T, **options)[0].sum(), *wide, bias_V)
+    got = gradients(ours.loss, hidden_TD, weight_VD, bias_V)
+    assert_close(got[2:], expected[2:], BUDGET[torch.bfloat16])
+    assert all(x.isfinite().all() for x in got)
+
+
 @pytest.mark.parametrize("vocabulary", [700, 512])
 def test_half_tiles_that_hold_a_target(vocabulary):
     """Only these are masked: a target elsewhere would be counted as one of the others."""

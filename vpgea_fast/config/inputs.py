@@ -96,7 +96,8 @@ class ModelConfig:
     everything. null: on CUDA `selective` where the estimated memory has room for it, else `full`
     (the run says which)."""
     compile: bool = False
-    """Compile all decoder layers with torch.compile, as one graph."""
+    """Compile all decoder layers with torch.compile, as one graph; with the engine hf also the
+    forward that draws a token. Half a minute at the start of a small run on a CPU."""
     liger: Literal["auto", "always", "never"] = "auto"
     """Use Liger's RMSNorm, RoPE and SwiGLU. `auto`: on CUDA when liger-kernel is installed."""
     reference: Literal["device", "disk"] = "device"

@@ -128,6 +128,7 @@ def causal_lm_loss(
             **options,
         )
         made.append(out)
+        # Through the wrappers' hooks, which know tensors: logp and kept go by `made`.
         return [out.loss]
 
     outputs, link = run_at_head(model, call.inputs, compute)
@@ -236,6 +237,7 @@ def _prepared(
     given = {name: x for name, x in places.items() if x is not None}
     return _Call(
         inputs={"input_ids": input_ids, **given, **inputs},
+        # transformers' own loss looks at labels alone.
         targets_BT=_targets(labels, **({} if all_labels else places)),
         options=head_options(model, input_ids),
     )
@@ -250,6 +252,7 @@ def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
             raise ValueError(f"{name}: no input of {found.name} that this loss takes; leave it out")
 
 
+# What a forward takes by **kwargs without naming it, such as the lengths of packed documents.
 _SHARED = TransformersKwargs.__annotations__
 
 
@@ -281,6 +284,7 @@ def _targets(
         targets_BT = targets_BT.masked_fill(~inside, IGNORED)
     if (places_BT := _by_token(position_ids)) is not None:
         targets_BT = targets_BT.masked_fill(places_BT[:, 1:] == 0, IGNORED)
+    # The targets move and not the states: hidden[:, :-1] would be a copy of B T D numbers.
     return nn.functional.pad(targets_BT, (0, 1), value=IGNORED)
 
 
@@ -300,6 +304,7 @@ def _coefficient(targets_BT: Tensor, num_items: int | Tensor | None, world_size:
             f"num_items: got {num_items!r:.60}, expected the number of labels of the step: an int "
             "from 1, or a tensor of one element"
         )
+    # float32 has every count up to 2^24, and a step may have more tokens.
     return -world_size / count.to(wide(targets_BT.device))
 
 

@@ -102,12 +102,12 @@ def find_head(model: nn.Module) -> Found:
     if head is None or causal_lm.config.is_encoder_decoder:
         raise ValueError(f"model: {name} has no head of a causal LM; pass the causal LM itself")
     modules = (*wrappers, head)
-    compiled = any(hasattr(m, "_orig_mod") or _compiled_in_place(m) for m in modules)
+    compiled = any(hasattr(m, "_orig_mod") or compiled_in_place(m) for m in modules)
     # What torch.compile puts around a head calls none of its own hooks.
     return Found(causal_lm, getattr(head, "_orig_mod", head), name, compiled)
 
 
-def _compiled_in_place(module: nn.Module) -> bool:
+def compiled_in_place(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 

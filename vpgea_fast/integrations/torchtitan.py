@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from vpgea_fast import losses
+from vpgea_fast.integrations.heads import compiled_in_place
 from vpgea_fast.integrations.hosts import changed, check_version, imported
 
 Tensor = torch.Tensor
@@ -252,7 +253,7 @@ def _check_head(head: nn.Module) -> None:
     own = type(head).forward is nn.Linear.forward
     # torchtitan's own wrapper of a parallel module, around the class's forward.
     kept = "forward" not in vars(head) or getattr(head, "_parallelized", False)
-    compiled = getattr(head, "_compiled_call_impl", None) is not None or hasattr(head, "_orig_mod")
+    compiled = compiled_in_place(head) or hasattr(head, "_orig_mod")
     if own and kept and not compiled:
         return
     what = "is compiled" if compiled else "has a forward of its own"

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from vpgea_fast import losses
+from vpgea_fast.families import HeadOptions
 from vpgea_fast.integrations.heads import check_weight
 from vpgea_fast.integrations.hosts import Switch, changed, check_version, imported
 from vpgea_fast.kernels import checks
@@ -125,7 +126,7 @@ def enable(where: Any = None, *, backend: str = "auto") -> Enabled:
         want row statistics (SFT, DPO and KTO), and Triton's kernels for the rest.
 
     Log-probs, entropy and statistics are TRL's, float32, and so is what has a gradient. Scale,
-    softcap and bias are read by TRL. A head in half precision is multiplied in its dtype, or
+    cap and bias are read by TRL. A head in half precision is multiplied in its dtype, or
     autocast's, but its logits stay float32; TRL rounds them.
 
     ValueError: a trainer that does not score tokens this way; label_smoothing_factor or
@@ -222,9 +223,8 @@ def _score(
         expected_T=_expected(switch, hidden),
         bias=bias,
         temperature=temperature,
-        softcap=final_logit_softcapping,
-        logit_scale=logit_scale,
         backend=switch.backend,
+        **HeadOptions(logit_scale, final_logit_softcapping)._asdict(),
     )
     # Float32 whatever the head's dtype, as TRL's own.
     found = {"log_probs": out.logp.float()}
