@@ -26,7 +26,6 @@ rest     of a profiled step: what is no operation of torch, so Python and dispat
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import statistics
 import sys
@@ -36,10 +35,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# The profiler announces itself on stderr; torch reads these when it is imported.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+import quiet  # noqa: F401 - before torch
 import torch
 from kernel_bench import (
     CEILING,

@@ -38,10 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The profiler announces itself on stderr; torch reads these when it is imported.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+import quiet  # noqa: F401 - before torch
 import torch
 from kernel_bench import (
     Failure,

@@ -147,13 +147,6 @@ def _triton_objection(call: Situation) -> str | None:
     return None
 
 
-def _torch_lacks(call: Situation) -> str | None:
-    # Its fp16 gradients are kept in units of a bound, which lse^2 has only after the pass.
-    if call.smoothing and call.dtype is torch.float16:
-        return "it has no label smoothing or z-loss in float16; use bfloat16"
-    return _depends_on_neighbours(call)
-
-
 def _depends_on_neighbours(call: Situation) -> str | None:
     if not call.batch_invariant:
         return None
@@ -185,7 +178,7 @@ BACKENDS = {
     "torch": Backend(
         run=chunked.head_pass,
         virtue="chunked, on any device",
-        lacks=_torch_lacks,
+        lacks=_depends_on_neighbours,
         sharded=True,
     ),
     "reference": Backend(
@@ -206,6 +199,13 @@ def choose(backend: str, call: Situation, missing: Mapping[str, str]) -> Backend
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS) if name not in missing)
         why = missing.get(backend, "no such backend")
         raise ValueError(f"backend {backend!r} is not available ({why}); available: {names}")
+    # Their fp16 gradients are kept in units of a bound, which lse^2 has only after the pass. Not
+    # left to each of them: "auto" would then fall back on all logits at once.
+    if call.smoothing and call.dtype is torch.float16 and backend != "reference":
+        raise ValueError(
+            "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
+            "float32, or backend='reference'"
+        )
     # Objections are not heard here: whoever names a backend has made up his mind.
     if backend != "auto":
         if (why := BACKENDS[backend].refuses(call)) is not None:

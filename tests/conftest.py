@@ -237,6 +237,18 @@ def random_qwen2():
 
 
 @pytest.fixture(scope="session")
+def model_dirs(random_qwen2, tmp_path_factory):
+    """Directories of a random Qwen2 for several processes: `model_dirs["tied"]`, and "untied"."""
+    from ranks import SHAPE
+
+    made = {}
+    for name, tied in (("tied", True), ("untied", False)):
+        made[name] = str(tmp_path_factory.mktemp("models") / name)
+        random_qwen2(**SHAPE, tie_word_embeddings=tied).save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="session")
 def r1_tokenizer():
     """R1-Distill-Qwen's shape: `<｜User｜>`, `<｜Assistant｜>`, the think tags are not special."""
     import chat_models

@@ -37,6 +37,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+SHAPE = {"vocab": 1003, "hidden": 64, "layers": 3, "heads": 2, "initializer_range": 0.1}
+"""Of the models in `model_dirs`, as `random_qwen2` takes it. Two processes do not divide the
+vocabulary."""
 PRELOAD = [
     "pytest",
     "torch.distributed.fsdp",

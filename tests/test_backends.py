@@ -92,7 +92,13 @@ def test_auto_says_what_is_not_here():
             "torch",
             Situation("cpu", torch.float16, smoothing=True),
             {},
-            "no label smoothing or z-loss in float16; use bfloat16",
+            "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16",
+        ),
+        (  # "reference" could, with all logits at once
+            "auto",
+            Situation("cpu", torch.float16, smoothing=True),
+            {},
+            "label_smoothing, z_loss: got float16",
         ),
         (
             "torch",

@@ -1,30 +1,40 @@
 """One device whose optimiser has its states in host memory: the numbers of FSDP2's offload and of
 states on the device, bit for bit, with no weight that is copied in a forward or backward."""
 
+import functools
 import gc
 import random
+import sys
 from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
-from test_sharding import ALONE, SHAPE, backward, leave, make_rows, passes_of, score
+from test_sharding import (
+    ALONE,
+    backward,
+    leave,
+    make_rows,
+    passes_of,
+    score,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpgea_fast import hosted
+from vpgea_fast import config, hosted
 from vpgea_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from vpgea_fast.config import ModelConfig, OptimConfig, ParallelConfig
 from vpgea_fast.distributed import full_weights, master_weights, open_world, reshard
 from vpgea_fast.hosted import Blocks, host_tensors
 from vpgea_fast.model import load_policy, make_replica, random_policy
 from vpgea_fast.optim import HostedAdamW, apply_update, build_optimizer, gradient_norm
+from vpgea_fast.policies import open_policies
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.types import SampleRequest
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -75,6 +85,40 @@ def test_cuda_locks_the_piece_once_and_as_long_as_a_tensor_of_it_lives(monkeypat
     del second
     gc.collect()
     assert locks.locked == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Cannot re-initialize CUDA"), TypeError("None")])
+def test_pages_end_in_silence_where_cuda_is_gone_before_them(error, monkeypatch):
+    """In a forked child, and at the interpreter's end: what is raised then stands on stderr."""
+    locks, unraised = Locks(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: locks)
+    (only,) = host_tensors([torch.Size([10])], F32, torch.device("cuda"))
+
+    def gone():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "cudart", gone)
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    assert not only.any()
+    del only
+    gc.collect()
+    assert not unraised
+
+
+def test_memory_that_is_not_free_is_refused_before_it_is_taken(monkeypatch, tmp_path):
+    """Linux would give it, and kill the process that writes there."""
+    said = tmp_path / "meminfo"
+    said.write_text("MemTotal:       24684096 kB\nMemFree:  9 kB\nMemAvailable:    4 kB\n")
+    monkeypatch.setattr(hosted, "MEMORY", said)
+    (fits,) = host_tensors([torch.Size([1024])], F32, CPU)
+    assert fits.shape == (1024,)
+    with pytest.raises(MemoryError, match=r"cannot be had for it \(0\.0 GiB are free\)"):
+        host_tensors([torch.Size([1025])], F32, CPU)
+    for other in ("", "MemAvailable:\n", "MemAvailable: many kB\n"):
+        said.write_text(other)
+        assert len(host_tensors([torch.Size([1025])], F32, CPU)) == 1
+    said.unlink()
+    assert len(host_tensors([torch.Size([1025])], F32, CPU)) == 1
 
 
 def test_memory_that_cannot_be_had_is_refused_in_words(monkeypatch):
@@ -138,6 +182,29 @@ def test_no_order_of_the_streams_changes_a_block(seed):
     for number, (a, b) in enumerate(host):
         assert a.unique().tolist() == [10 * (number + 1)]
         assert b.unique().tolist() == [number + 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("at", [0, 1, hosted.DEPTH, 2 * hosted.DEPTH])
+def test_an_error_leaves_nothing_on_its_way(at, seed):
+    """Whoever catches it may free the rooms and the host's pages, which a copy would still go to.
+    Every block is whole: as it was, or as it should be."""
+    draw, lanes = random.Random(seed), []
+    blocks = Blocks(CPU, [F32], 8)
+    blocks.here, blocks.coming, blocks.leaving = (Lane(draw, lanes) for _ in range(3))
+    host = [(torch.full((8,), n + 1.0),) for n in range(3 * hosted.DEPTH)]
+
+    def work(number, a):
+        if number == at:
+            raise torch.OutOfMemoryError("no room for the scratch")
+        blocks.here.add(lambda: a.mul_(10))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        blocks.run((pair, functools.partial(work, n)) for n, pair in enumerate(host))
+    assert not blocks.coming.queue
+    assert not blocks.leaving.queue
+    for number, (a,) in enumerate(host):
+        assert a.unique().tolist() == [(10 if number < at else 1) * (number + 1)]
 
 
 # --- the optimiser --------------------------------------------------------------------------------
@@ -209,6 +276,41 @@ def test_a_step_in_blocks_is_bitwise_the_step_of_states_on_the_device(
             assert torch.equal(ours.state[p][key], other.state[q][key])
         if "exp_avg" in other.state[q]:
             assert other.state[q]["exp_avg"] is other.room(q, "exp_avg")
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """The pieces of host memory that optimisers take from now on."""
+    made = []
+
+    def counted(shapes, *args):
+        made.append(None)
+        return host_tensors(shapes, *args)
+
+    monkeypatch.setattr("vpgea_fast.optim.hosted.host_tensors", counted)
+    return made
+
+
+def test_moments_take_memory_when_they_are_asked_for(pieces):
+    """28 GiB of 7B, of which a run that only records paths needs nothing."""
+    optimizers = [build_optimizer(parameters(F32), OptimConfig(), masters={}) for _ in range(2)]
+    assert not pieces
+    optimizers[0].reserve()
+    optimizers[0].reserve()
+    assert len(pieces) == 2
+    (weight, *_) = optimizers[1].param_groups[0]["params"]
+    weight.grad = torch.ones_like(weight)
+    optimizers[1].step()
+    assert len(pieces) == 4
+
+
+@pytest.mark.parametrize(("record", "count"), [("null", 2), ("paths", 0)])
+def test_a_run_reserves_what_it_will_update(record, count, tiny_words, pieces):
+    words = tiny_words({"parallel.cpu_offload": "true", "train.record": record})("run")
+    cfg = config.load(ROOT / "configs/tiny.yaml", words).asked
+    policies = open_policies(cfg, ALONE, lambda policy: passes_of(policy, ALONE, 60))
+    assert isinstance(policies["policy"].optimizer, HostedAdamW)
+    assert len(pieces) == count
 
 
 def test_nothing_to_step_and_eight_bits():
@@ -321,15 +423,6 @@ class WeightCopies(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module")
-def model_dirs(random_qwen2, tmp_path_factory):
-    made = {}
-    for name, tied in (("tied", True), ("untied", False)):
-        made[name] = str(tmp_path_factory.mktemp("models") / name)
-        random_qwen2(**SHAPE, tie_word_embeddings=tied).save_pretrained(made[name])
-    return made
-
-
 @pytest.mark.parametrize(("kind", "tied"), [("float32", "tied"), ("masters", "untied"),
                                             ("bfloat16", "tied")])  # fmt: skip
 def test_whole_weights_train_bitwise_as_streamed_ones(kind, tied, model_dirs, tmp_path):
@@ -371,6 +464,44 @@ def test_whole_weights_train_bitwise_as_streamed_ones(kind, tied, model_dirs, tm
         passes_of(policy, ALONE, 60)(backward(policy), make_rows(7))
     assert seen.count == 0
     assert want["copies"] > 20  # what the count is of
+
+
+def test_whole_bfloat16_weights_train_as_those_with_states_in_host_memory(model_dirs, tmp_path):
+    """Gradients in float32 over the micro-batches, rounded once; a checkpoint of either goes on
+    with the other."""
+    found = []
+    whole = (ParallelConfig(shard="never"), HERE)
+    for number, (parallel, other) in enumerate((whole, whole[::-1])):
+        policy, optimizer = opened(model_dirs["tied"], ALONE, parallel, "bfloat16")
+        assert isinstance(optimizer, HostedAdamW) == (parallel is HERE)
+        history = stepped(policy, optimizer, ALONE, range(2))
+        save_checkpoint(
+            tmp_path / str(number),
+            2,
+            world=ALONE,
+            model=policy,
+            optimizer=optimizer,
+            trainer_state={},
+            keep_last=1,
+        )
+        into, fresh = opened(model_dirs["tied"], ALONE, other, "bfloat16")
+        load_checkpoint(tmp_path / str(number), world=ALONE, model=into, optimizer=fresh)
+        history += stepped(into, fresh, ALONE, range(2, 4))
+        found.append((history, numbers_of(into, fresh)))
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        assert torch.equal(value, found[1][1][name]), name
+
+
+def test_a_checkpoint_holds_each_state_once(model_dirs, tmp_path):
+    """Views of one piece of host memory: written as they are stored, each would bring the piece."""
+    policy, optimizer = opened(model_dirs["untied"], ALONE, HERE, "masters")
+    stepped(policy, optimizer, ALONE, [0])
+    into = {"world": ALONE, "model": policy, "optimizer": optimizer}
+    save_checkpoint(tmp_path, 1, trainer_state={}, keep_last=1, **into)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.distcp"))
+    states = sum(t.nbytes for t in numbers_of(policy, optimizer).values())
+    assert states <= size <= 1.2 * states
 
 
 def test_what_a_checkpoint_of_another_kind_is_told(model_dirs, tmp_path):

@@ -487,8 +487,16 @@ def test_smoothing_out_of_its_bounds_is_refused(smoothing, words):
         weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, **smoothing)
     half = [x.detach().half() for x in (hidden_TD, weight_VD)]
     half[0].requires_grad_()
-    with pytest.raises(ValueError, match="got float16, whose passes have neither"):
-        weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend="torch")
+    for backend in ("auto", "torch"):
+        with pytest.raises(ValueError, match="got float16, whose passes have neither"):
+            weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend=backend)
+    # Values alone have no gradient that would need a bound.
+    z_TV = half[0].detach().double() @ half[1].double().T
+    want = (coef_T * (z_TV.gather(1, targets_T[:, None])[:, 0] - z_TV.logsumexp(1)
+                      - 0.1 * z_TV.logsumexp(1).square())).sum()  # fmt: skip
+    with torch.no_grad():
+        found = weighted_logprob_loss(*half, targets_T, coef_T, z_loss=0.1, backend="torch").loss
+    assert found.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_gradcheck_reference():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks, watch_ranks
+from ranks import SHAPE, run_ranks, watch_ranks
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,19 +28,10 @@ from vpgea_fast.model_dir import ModelError
 from vpgea_fast.optim import apply_update, build_optimizer
 from vpgea_fast.packing import drop_zero_rows, pack_rows
 from vpgea_fast.passes import Passes
+from vpgea_fast.shard import allocate
 from vpgea_fast.types import TrainRow
 
-V = 1003
-SHAPE = {"vocab": V, "hidden": 64, "layers": 3, "heads": 2, "initializer_range": 0.1}
-
-
-@pytest.fixture(scope="module")
-def model_dirs(random_qwen2, tmp_path_factory):
-    made = {}
-    for name, tied in (("tied", True), ("untied", False)):
-        made[name] = str(tmp_path_factory.mktemp("models") / name)
-        random_qwen2(**SHAPE, tie_word_embeddings=tied).save_pretrained(made[name])
-    return made
+V = SHAPE["vocab"]
 
 
 def make_rows(count, seed=0, gated=0):
@@ -550,6 +541,20 @@ def test_weights_and_moments_in_bfloat16(model_dirs):
     assert facts[0]["losses"][1] < facts[0]["losses"][0]
 
 
+def test_whole_bfloat16_weights_keep_the_gradient_of_a_small_micro_batch(model_dirs):
+    """One micro-batch, then 64 of a 1024th of it: a sum in bfloat16 would keep none of these."""
+    half = {"dtype": "bfloat16", "master_dtype": "bfloat16"}
+    policy = load(model_dirs["untied"], ALONE, **half)
+    row, step = make_rows(1)[0], backward(policy)
+    step(pack_rows([row]), last=False)
+    first = {name: g.double() for name, g in gradients(policy).items()}
+    for number in range(64):
+        step(pack_rows([replace(row, coef=row.coef / 1024)]), last=number == 63)
+    for name, gradient in gradients(policy).items():
+        grown = gradient.double().norm() / first[name].norm()
+        assert grown.item() == pytest.approx(1 + 64 / 1024, abs=2e-3), name
+
+
 def test_states_in_host_memory_change_nothing(model_dirs):
     float32 = {"dtype": "float32"}
     want = run_variant(model_dirs["tied"], float32, optim={"lr": 1e-3})
@@ -584,6 +589,15 @@ def test_what_cannot_be_sharded_is_refused(random_qwen2, tmp_path, monkeypatch):
         open_world(ParallelConfig(tensor="head", replicas=3), "cpu")
     with pytest.raises(ConfigError, match=r"parallel\.shard: got 'never' with 3 processes"):
         open_world(ParallelConfig(shard="never"), "cpu")
+
+
+def test_a_model_with_buffers_of_its_own_is_told_both_keys(random_qwen2):
+    """Whole weights with states in host memory are built without storage, too."""
+    model = random_qwen2()
+    model.register_buffer("scale", torch.ones(1))
+    words = r"holds \(scale\).* set parallel\.shard: never and parallel\.cpu_offload: false"
+    with pytest.raises(ModelError, match=words):
+        allocate(model, torch.device("cpu"))
 
 
 def test_weights_that_do_not_fit_are_refused_by_every_process(model_dirs, tmp_path):

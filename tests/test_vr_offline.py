@@ -13,10 +13,14 @@ from chat_models import save_hollow_qwen3
 from test_formulas import logps_of
 
 from vpgea_fast import config
+from vpgea_fast.check import target
 from vpgea_fast.cli import main
+from vpgea_fast.estimate import GIB, RESERVE, choose, estimate_memory, model_shape
 from vpgea_fast.metrics import PhaseTimer
+from vpgea_fast.rollout.factory import positions
 from vpgea_fast.trainer import Trainer
 from vpgea_fast.verify import Verifier
+from vpgea_fast.weights import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/vr.md").read_text(encoding="utf-8")
@@ -92,6 +96,13 @@ def recipe(tiny_world, tmp_path_factory):
     return tmp_path / "runs/vr-4b", words
 
 
+@pytest.fixture(scope="module")
+def shape_4b(tiny_tokenizer, tmp_path_factory):
+    return model_shape(
+        load_config(str(save_hollow_qwen3(tmp_path_factory.mktemp("4b"), tiny_tokenizer)))
+    )
+
+
 def lines(run, stream=None):
     found = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
     return [line for line in found if stream in (None, line["stream"])]
@@ -149,6 +160,23 @@ def test_the_dry_run_says_what_a_stage_needs(stage, recipe, capsys):
     assert ("kv cache" in table) == (stage in ("traces", "weights"))
     passes = "one pass over 5 questions takes " + ("3 steps" if stage in RECORDS else "2 steps")
     assert passes in shown
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_fits_80_gb_at_its_limits(stage, shape_4b):
+    """Prompts, thoughts and answers as long as its keys allow, on eight devices."""
+    cfg = config.load(ROOT / "configs/vr-4b.yaml", STAGES[stage]).asked
+    on = target(cfg, processes=8, device_gib=79.2)
+    asked = {
+        "world": 8,
+        "context": positions(cfg),
+        "prompt": cfg.data.max_prompt_tokens,
+        "device_bytes": on.device_bytes,
+    }
+    choice = choose(lambda: shape_4b, cfg, cuda=True, **asked)
+    found = estimate_memory(shape_4b, choice.made(cfg), **asked)
+    assert found.peak <= (1 - RESERVE) * on.device_bytes
+    assert on.device_bytes - found.peak >= 5 * GIB
 
 
 @pytest.mark.slow

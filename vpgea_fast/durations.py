@@ -277,7 +277,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     row, flops = round(sizes.prompt + drawn), sizes.flops
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
-    # An offload that brings no weights costs a second per update at most.
+    # An offload that brings no weights costs an update two seconds at most (7B, float32 masters).
     streams = cfg.parallel.cpu_offload and not cfg.parallel.hosted(sizes.world, cuda=True)
     mfu = rates.offload_mfu if streams else rates.train_mfu
     # At the mean length attention costs about 3/4 of its mean over all lengths.

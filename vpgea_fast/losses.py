@@ -359,12 +359,6 @@ def weighted_logprob_loss(
     smoothing = Smoothing(label_smoothing, z_loss)
     if settings.skip_below:
         _check_skipping(hidden_TD, smoothing)
-    if smoothing.on and settings.operands is torch.float16 and settings.backend != "reference":
-        # Here, and not left to "auto", which would fall back on all logits at once.
-        raise ValueError(
-            "label_smoothing, z_loss: got float16, whose passes have neither; use bfloat16 or "
-            "float32, or backend='reference'"
-        )
     needs = needs_of(inputs, sink_VD)
     loss, *rows_T = OnePass.apply(*inputs, coef_T, sink_VD, needs, smoothing, settings)
     return WeightedLoss(loss, *map(batch.back, rows_T))

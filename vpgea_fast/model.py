@@ -234,7 +234,9 @@ class Policy(nn.Module):
                 unit.set_reshard_after_backward(last, recurse=False)
             if unit is self:
                 unit.set_is_last_backward(last)
-        if self.masters is not None:
+        if not self.sharded:
+            # FSDP sums in float32 by itself. Autograd would in the weight's dtype: in bfloat16 a
+            # micro-batch is lost whose gradient is 2^-9 of the sum so far.
             for parameter in self.parameters():
                 _sum_in_float32(parameter)
 

@@ -21,7 +21,14 @@ from vpgea_fast.config import Config, ModelConfig, OptimConfig
 from vpgea_fast.distributed import World, reshard
 from vpgea_fast.model import Policy, load_policy
 from vpgea_fast.names import Trained
-from vpgea_fast.optim import Step, build_optimizer, gradient_norm, learning_rate, make_steps
+from vpgea_fast.optim import (
+    HostedAdamW,
+    Step,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    make_steps,
+)
 from vpgea_fast.packing import RankPlan
 from vpgea_fast.passes import Passes
 from vpgea_fast.scoring import RowsFn
@@ -71,10 +78,13 @@ class Policies:
         """The rows of each policy that has any, planned for forwards that `train`, or for such
         without gradients. KeyError for a row of none of them."""
         passes = self.passes if train else self.passes.scoring
+        # By place and not by row: two paths of a question may be equal.
         places: dict[Trained, list[int]] = {who: [] for who in self.learners}
         for place, row in enumerate(rows):
             places[row.who].append(place)
         shares = []
+        # Without rows a policy has no pass. All processes have the same rows, so all leave it out,
+        # and none waits for its gathers.
         for who, found in places.items():
             if own := [rows[place] for place in found]:
                 shares.append(Share(who, found, own, passes.plan(own)))
@@ -89,6 +99,7 @@ class Policies:
         """A pass of each policy over its rows; per-token results of every row, in their order. A
         collective."""
         result = [torch.zeros(0, dtype=torch.float64)] * len(rows)
+        # One policy after the other: activations of one alone lie beside both models' states.
         for share in self.shares(rows) if shares is None else shares:
             policy = self[share.who].policy
             own = functools.partial(forward, policy)
@@ -125,7 +136,8 @@ class Policies:
             reshard(learner.policy)
 
     def drop_gradients(self) -> None:
-        """Free the gradients of every policy."""
+        """Free the gradients of every policy, which must be whole: what FSDP has added up and not
+        yet reduced it keeps."""
         for learner in self.learners.values():
             learner.optimizer.zero_grad(set_to_none=True)
 
@@ -139,7 +151,9 @@ class Policies:
         A norm of one that is not finite leaves every policy bitwise as it was, and so does a policy
         without rows stay.
         """
+        # No step without rows: AdamW's momentum moves weights whose gradient is zero, too.
         moved: list[Trained] = [share.who for share in shares]
+        # In one call, so that a NaN of one stops both before either has stepped.
         norms = make_steps(
             [
                 Step(it.optimizer, it.rate(step, steps), it.optim.max_grad_norm)
@@ -163,6 +177,7 @@ class Policies:
 
 def joined(shares: Sequence[Share]) -> list[RankPlan]:
     """The plan of all rows: each process runs its batches of one policy after those of another."""
+    # A plan numbers the rows of its own policy; here they are numbered among all.
     plans = [
         [[[share.places[i] for i in batch] for batch in own] for own in share.plan]
         for share in shares
@@ -174,9 +189,15 @@ def open_policies(cfg: Config, world: World, passes: Callable[[Policy], Passes])
     """Load every policy that the objective trains, each with its optimiser; `passes` makes what
     runs rows of models like the first. Errors: ModelError, ValueError as of loading one."""
 
+    trained = cfg.objective.draws().trained
+
     def learner(model: ModelConfig, optim: OptimConfig, seed: int) -> Learner:
+        # The optimiser before any forward: FSDP's parameters are whole copies after one.
         policy = load_policy(model, world, cfg.parallel, backend=cfg.loss.backend)
         optimizer = build_optimizer(policy.parameters(), optim, seed=seed, masters=policy.masters)
+        # Others make their states at the first step, and so none for a record.
+        if trained and isinstance(optimizer, HostedAdamW):
+            optimizer.reserve()
         return Learner(policy, optimizer, optim)
 
     learners: dict[Trained, Learner] = {"policy": learner(cfg.model, cfg.optim, cfg.run.seed)}
@@ -184,6 +205,7 @@ def open_policies(cfg: Config, world: World, passes: Callable[[Policy], Passes])
         optim = replace(cfg.optim, lr=cfg.posterior.lr or cfg.optim.lr)
         # Of its own: equal bits would round both models' weights alike.
         learners["posterior"] = learner(posterior_model(cfg), optim, cfg.run.seed + 1)
+    # Of the first alone: `check_models` has refused a second one of other shapes.
     return Policies(learners, passes(learners["policy"].policy))
 
 

@@ -52,6 +52,7 @@ class StepTrace:
             return
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] * self.cuda
+        # Without stacks and shapes: nothing below tells of them, and each operator pays for them.
         profile = torch.profiler.profile(activities=kinds)
         profile.start()
         self._profile = profile
@@ -60,6 +61,7 @@ class StepTrace:
         """End recording, if this step is the last that is asked for; say what took long."""
         if self._profile is None or self.steps is None or step < self.steps[1]:
             return []
+        # Gone from here first: a full disk ends the run, and `close` must not stop it twice.
         profile, self._profile = self._profile, None
         profile.stop()
         file = self.folder / "trace_{}_{}.json.gz".format(*self.steps)
@@ -78,6 +80,7 @@ class StepTrace:
 def told(events: Sequence[Event]) -> Iterator[str]:
     """Say the longest kernels by name and the longest gaps between two, with their phases. Without
     a GPU's kernels the operators on the CPU stand for them, each without those that it calls."""
+    # By what the GPU did, and not by when it was asked: the host runs ahead of it.
     spans = [_span(event) for event in _complete(events, ON_DEVICE)]
     what = "kernels" if spans else "operators"
     spans = sorted(spans or _operators(events))
@@ -90,8 +93,10 @@ def told(events: Sequence[Event]) -> Iterator[str]:
         yield "  nothing was computed in these steps"
         return
     gaps = list(_gaps(spans))
+    # From the first kernel to the last: what comes before is the profiler's own start.
     whole = max(span.end for span in spans) - spans[0].begin
     idle = sum(after.begin - end for end, _, after in gaps)
+    # Of streams that overlap a moment counts once here, and twice in the kernels' own times.
     yield f"  {whole / 1e6:.3f} s, {1 - idle / whole:.1%} of it in {what}; the longest {what}:"
     yield from _longest(spans, phases, whole)
     yield f"  the longest gaps between {what}:"
@@ -112,6 +117,7 @@ def _longest(
     times: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for span in spans:
         calls[span.name] += 1
+        # One kernel may serve several phases: scoring and training run the same forward.
         by_phase, phase = times[span.name], _phase(phases, span.begin, span.end)
         by_phase[phase] = by_phase.get(phase, 0.0) + span.own
     totals = {name: sum(by_phase.values()) for name, by_phase in times.items()}
@@ -130,6 +136,7 @@ def _longest(
 def _gaps(spans: Sequence[Span]) -> Iterator[tuple[float, Span, Span]]:
     """Give (its beginning, what ran before, what runs after) of each time in which nothing ran;
     `spans` by their beginnings, of all streams and threads."""
+    # What ends last so far: a long kernel on one stream covers all gaps of another.
     before = spans[0]
     for span in spans[1:]:
         if span.begin > before.end:
@@ -147,11 +154,12 @@ def _operators(events: Sequence[Event]) -> Iterator[Span]:
         # The longer of two that begin together is the caller.
         spans.sort(key=lambda span: (span.begin, -span.end))
         own = [span.own for span in spans]
+        # Calls that have not ended, the innermost last: a thread's operators lie in each other.
         open_: list[int] = []
         for number, span in enumerate(spans):
             while open_ and spans[open_[-1]].end <= span.begin:
                 open_.pop()
-            if open_:
+            if open_:  # from the caller alone: its own caller has lost it already
                 own[open_[-1]] -= span.end - span.begin
             open_.append(number)
         yield from (span._replace(own=time) for span, time in zip(spans, own, strict=True))
@@ -168,7 +176,9 @@ def _span(event: Event) -> Span:
 
 def _phase(phases: Sequence[tuple[float, float, str]], begin: float, end: float) -> str:
     """The phase that holds the middle of a time."""
+    # By its middle: a kernel that was asked for in one phase may end in the next.
     middle = (begin + end) / 2
+    # Phases do not lie in each other, so the last that has begun is the one.
     place = bisect_right(phases, (middle, float("inf"), "")) - 1
     if place >= 0 and middle <= phases[place][1]:
         return phases[place][2]

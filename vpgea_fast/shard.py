@@ -152,7 +152,8 @@ def allocate(causal_lm: Any, device: torch.device) -> None:
     if missing := sorted(buffers - computed):
         raise ModelError(
             f"{type(causal_lm).__name__} has buffers that no weight file holds ({missing[0]}); "
-            "this model cannot be built in shards: set parallel.shard: never"
+            "this model cannot be built without them: set parallel.shard: never and "
+            "parallel.cpu_offload: false"
         )
 
 

@@ -12,7 +12,7 @@ ceil(rows / S) rows of every parameter.
 
 On one device with parallel.cpu_offload nothing is cut: the whole weights lie there in the forward's
 dtype, gradients in float32 (8 bytes for float64), and the optimiser's states in host memory. An
-update has three blocks of them on the device.
+update has three blocks of them on the device. Whole bfloat16 weights have such gradients always.
 
 | phase     | beyond weights, optimiser, sampling replica                                         |
 | head      | block inputs (or all activations), gathered head, its dW (r V D), chunks of logits  |

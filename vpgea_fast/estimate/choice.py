@@ -51,11 +51,16 @@ def choose(
     """
     sharded = cfg.parallel.sharded(world, cuda=cuda)
     choices = _choices(cfg, sharded=sharded)
+    # One that is set has a single value in every choice.
     grades = cfg.model.activation_checkpointing is None
     sums = sharded and cfg.parallel.accumulate is None
+    # A CPU shares its memory with all else that runs there: what it has in all says little.
     if not (cuda and (grades or sums) and cfg.objective.draws().trained):
         return choices[-1]
+    # Of the card, not of what is free on it: a resumed run must choose the same, or it would add
+    # gradients up in another order.
     usable, whole = (1 - RESERVE) * device_bytes, shape()
+    # By the whole run's peak, sampling included: what does not fit there never gets to train.
     peaks = [
         estimate_memory(
             whole,

@@ -156,6 +156,12 @@ class Layout:
         return max(4, self.forward)
 
     @property
+    def widened(self) -> bool:
+        """Whether a gradient comes in the forward's dtype, and is summed in a wider one."""
+        # Under FSDP too, but there as a part of a unit's reduction.
+        return not self.sharded and (self.hosted or self.master < self.reduce)
+
+    @property
     def grade(self) -> str:
         """What a layer keeps for its backward; the least where it is not chosen yet."""
         return self.cfg.model.activation_checkpointing or "full"

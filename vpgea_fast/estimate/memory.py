@@ -239,8 +239,17 @@ def _trained(lay: Layout) -> dict[str, dict[str, int]]:
     if lay.grade == "none":  # else freed before the head
         phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
     # Activations are gone by then, and the optimiser's copies come.
-    phases["update"] = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    update = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    # Before them whole gradients are rounded, one at a time beside those that are not yet.
+    largest = lay.master * max(math.prod(p) for unit in lay.shape.units.values() for p in unit)
+    rounding = {"gradients": gradients["training"], "scratch": largest}
+    rounded = lay.widened and lay.master < lay.reduce
+    phases["update"] = max(update, rounding, key=_total) if rounded else update
     return phases
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -261,12 +270,12 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     waiting = head_stays + (0 if shape.tied else embedding * s * lay.sharded)
     # FSDP2 keeps the last reduction's buffer, the embedding's, until the next backward reduces.
     buffer = embedding * r if sharded_sum and flat and not shape.tied else 0
-    down = shape.mlp * shape.hidden * s * (lay.sharded or lay.hosted)
+    down = shape.mlp * shape.hidden * s * (lay.sharded or lay.widened)
     # A gradient in the forward's dtype, and in float32 to be added to the sum.
-    down += shape.mlp * shape.hidden * r * lay.hosted
+    down += shape.mlp * shape.hidden * r * lay.widened
     reduction = max(pair + block * (s + r) + waiting, 2 * head * r)
     dense = embedding * s + (embedding * r + 2 * embedding * r // lay.shards) * lay.sharded
-    dense += embedding * r * lay.hosted
+    dense += embedding * r * lay.widened
     return {
         "head": {
             **held,
@@ -319,12 +328,10 @@ def _eight_bit(numel: int, master: int) -> int:
 def _gradients(lay: Layout) -> dict[str, int]:
     """`reduced`: shards in the masters' dtype. `training`: what is held between micro-batches."""
     reduced = lay.held * lay.master
-    if lay.hosted:  # summed in float32, and rounded to the masters' dtype one by one
+    if not lay.sharded:  # summed in float32, and rounded to the masters' dtype before the update
         summed = lay.models * lay.held * lay.reduce
-        return {"training": summed, "reduced": summed}
+        return {"training": summed, "reduced": lay.models * reduced}
     # One model after the other: the gradients of the first wait, reduced, for those of the second.
-    if not lay.sharded:
-        return {"training": lay.models * reduced, "reduced": lay.models * reduced}
     vocabulary = numel(lay.shape.head or lay.shape.embedding)
     waiting = 0 if lay.offloaded else reduced
     if lay.whole_gradients:

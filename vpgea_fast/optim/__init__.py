@@ -70,6 +70,7 @@ def build_optimizer(
     the weights, for 8 bits in host memory, and for a missing or old torchao.
     """
     trainable = [p for p in parameters if p.requires_grad]
+    # What is updated decides, not what the forward reads: beside float32 masters that is bfloat16.
     own = masters or {}
     half = any(own.get(p, p).dtype is torch.bfloat16 for p in trainable)
     if half != cfg.stochastic_rounding:
@@ -87,16 +88,20 @@ def build_optimizer(
     moments = torch.bfloat16 if cfg.name == "adamw_bf16" else torch.float32
     rounded: dict[str, Any] = {"moments": moments, "seed": seed}
     plain = cfg.name == "adamw" and not half
+    # An empty mapping too: weights that are their own masters, with moments in host memory.
     if masters is not None:
         if cfg.name == "adamw_8bit":
             raise ValueError(NO_8BIT)
         return HostedAdamW(trainable, masters=masters, rounds=not plain, **options, **rounded)
     if cfg.name == "adamw_8bit":
         check_torchao()
+        # Here: an extra, which a run of another optimiser may lack.
         from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         return AdamW8bit(trainable, **options, bf16_stochastic_round=half)
     if plain:
+        # Fused: one read and one write of each state, where torch's default makes a pass of each
+        # operation.
         return torch.optim.AdamW(trainable, **options, fused=bool(trainable) or None)
     return RoundedAdamW(trainable, **options, **rounded)
 
@@ -152,6 +157,7 @@ def make_steps(steps: Sequence[Step]) -> list[float]:
     bitwise as they were, on every rank, since one NaN on one rank makes the norm NaN on all. Costs
     one host sync each, and one all-reduce of a number when the gradients are sharded.
     """
+    # All norms before any step, so that one that is not finite stops every policy.
     norms = [_norm(_gradients(step.optimizer)) for step in steps]
     values = [norm.item() for norm in norms]
     if all(map(math.isfinite, values)):
@@ -169,6 +175,8 @@ def _step(step: Step, norm: Tensor) -> None:
     scale = (step.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in _gradients(step.optimizer):
         local = own_shard(gradient)
+        # Always, also by 1: to ask whether it is below would wait for the device. The factor stays
+        # in float32, and the product is rounded once.
         local.mul_(scale.to(local.device, torch.promote_types(local.dtype, torch.float32)))
     for group in step.optimizer.param_groups:
         # torchao's compiled step reads the rate from a tensor; a new float would compile again.
@@ -185,10 +193,22 @@ def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: 
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    if isinstance(optimizer, HostedAdamW):
-        optimizer.settle()  # summed in float32; FSDP has rounded others by now
+    """List the gradients, in the dtype of what each updates."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    masters = optimizer.masters if isinstance(optimizer, HostedAdamW) else {}
+    for p in parameters:
+        _settle(p, masters.get(p, p).dtype)
     return [p.grad for p in parameters if p.grad is not None]
+
+
+def _settle(p: Tensor, dtype: torch.dtype) -> None:
+    """Round a gradient that was summed in float32 (`Policy.expect_backward`), as FSDP rounds what
+    it has reduced: one process then makes the update of many."""
+    # One at a time: half a weight more is held for a moment, and all gradients are halved by then.
+    if p.grad is not None and p.grad.dtype != dtype:
+        rounded, p.grad = p.grad.to(dtype), None
+        p.grad_dtype = dtype  # first: torch refuses a gradient of another dtype than this
+        p.grad = rounded
 
 
 @torch.no_grad()

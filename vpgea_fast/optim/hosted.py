@@ -35,7 +35,8 @@ class HostedAdamW(RoundedAdamW):
 
     `masters`: parameter -> the weight that is updated, in host memory; one that is not there is its
     own. The parameter then takes the master's value in its own dtype. A step is bitwise that of the
-    other optimiser on the parameters' device. Errors: MemoryError where the host has no room.
+    other optimiser on the parameters' device. The moments take their memory at `reserve`, or at
+    the first step. Errors: MemoryError where the host has no room.
     """
 
     def __init__(
@@ -50,16 +51,24 @@ class HostedAdamW(RoundedAdamW):
         self.masters, self.rounds = masters, rounds
         # A checkpoint of one is a checkpoint of the other.
         self.saved_as = "RoundedAdamW" if rounds else "AdamW"
-        # At once: a run without the room would otherwise end at its first update.
-        self._room: dict[str, dict[Tensor, Tensor]] = {
-            key: dict(zip(params, self._moments(params), strict=True)) for key in MOMENTS
-        }
 
-    def _moments(self, params: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-        if not params:
-            return []
-        dtype = self.moment_dtype(self.master(params[0]).dtype)
-        return host_tensors((p.shape for p in params), dtype, params[0].device)
+    def reserve(self) -> None:
+        """Take the memory of all moments now, so that a run without the room ends at its start and
+        not at its first update. One that only records paths needs none: 28 GiB of 7B."""
+        _ = self._room
+
+    @functools.cached_property
+    def _room(self) -> dict[str, dict[Tensor, Tensor]]:
+        """Moment -> parameter -> its place in host memory. Made once: a checkpoint is read into it,
+        and a step count of 0 clears it (`_fresh_moments`)."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        # All parameters have one dtype, and their masters another one.
+        dtype, device = self.moment_dtype(self.master(params[0]).dtype), params[0].device
+        room = {}
+        for key in MOMENTS:
+            made = host_tensors((p.shape for p in params), dtype, device)
+            room[key] = dict(zip(params, made, strict=True))
+        return room
 
     def master(self, p: Tensor) -> Tensor:
         """The weight of a parameter that is updated."""
@@ -75,28 +84,23 @@ class HostedAdamW(RoundedAdamW):
             return
         master = self.master(moved[0])
         moment = self.moment_dtype(master.dtype)
+        # As `_blocks` gives them. Weights and gradients are there already and need no room.
         dtypes = [moment, moment, *([master.dtype] if moved[0] in self.masters else [])]
         # Made anew for each step: between two the device's memory is the sampler's.
         size = min(BLOCK, max(p.numel() for p in moved))
         Blocks(moved[0].device, dtypes, size).run(self._blocks())
 
-    def settle(self) -> None:
-        """Round gradients to the dtype of what they update, as FSDP reduces them; one at a time."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                wanted = self.master(p).dtype
-                if p.grad is not None and p.grad.dtype != wanted:
-                    rounded, p.grad = p.grad.to(wanted), None
-                    p.grad_dtype = wanted
-                    p.grad = rounded
-
     def _blocks(self) -> Iterator[tuple[list[Tensor], Work]]:
+        """Give the host's tensors of each block, (N,), and what works on their copies."""
+        # Asked for one at a time: the host clears a first step's moments while the device works.
         for p, group, place in self._stepped():
             state = self.state[p]
             moment = Moment(group, int(state["step"]), place)
+            # The room itself, so that a step leaves its results where a checkpoint looks for them.
             hosted = [state[key].view(-1) for key in MOMENTS]
             if p in self.masters:
                 hosted.append(self.masters[p].view(-1))
+            # Cut where `RoundedAdamW` cuts on CUDA; the bits of rounding hang on places alone.
             for part, first in chunks(p.numel(), 0, BLOCK):
                 work = functools.partial(self._work, p, part, moment=moment, first=first)
                 yield [whole[part] for whole in hosted], work
@@ -112,8 +116,10 @@ class HostedAdamW(RoundedAdamW):
         moment: Moment,
         first: int,
     ) -> None:
-        """Update a block on the device."""
+        """Update a block on the device: `part` of `p`, with its copies of the moments and of the
+        master, (N,) each."""
         assert p.grad is not None
+        # A view: autograd gives a gradient its weight's strides.
         own_N, g_N = p.view(-1)[part], p.grad.reshape(-1)[part]
         w_N = own_N if master_N is None else master_N
         if self.rounds:
@@ -121,16 +127,21 @@ class HostedAdamW(RoundedAdamW):
         else:
             _torch_update(w_N, m_N, v_N, g_N, moment=moment)
         if master_N is not None:
+            # From the master each time, never by the update itself: their difference cannot grow.
             own_N.copy_(master_N)
 
     def _fresh_moments(self, p: Tensor) -> dict[str, Tensor]:
+        # Cleared, since the states of a run before, or of a load that failed, may lie there.
         return {key: self.room(p, key).zero_() for key in MOMENTS}
 
     def _loaded(self, p: Tensor, name: str, moment: Tensor) -> Tensor:
+        # torch's own way of loading; a checkpoint is read into the room itself (`state_targets`).
         return self.room(p, name).copy_(moment)
 
 
 def _torch_update(w_N: Tensor, m_N: Tensor, v_N: Tensor, g_N: Tensor, *, moment: Moment) -> None:
+    """Update a part, (N,) each, by the kernel that torch's AdamW runs on whole tensors: element by
+    element, so the bits are the same."""
     group = moment.group
     # Filled on the device: a copy of a number from the host would wait for it. torch counts on.
     before = torch.full((), float(moment.step - 1), device=w_N.device)
