@@ -238,9 +238,7 @@ def check_plain(name: str, x: Any, instead: str = "") -> None:
     if not isinstance(x, Tensor):
         remedy = f"torch.as_tensor({name}, device=hidden.device)"
         if isinstance(x, (bool, int, float)):
-            remedy = (
-                "torch.full((T,), value), (B, T) for sequences: a value for each token (or path)"
-            )
+            remedy = "torch.full((T,), value) or (B, T), a value for each token (or path)"
         elif isinstance(x, torch.nn.Module):
             remedy = "the module's weight"
         kind = type(x).__name__

@@ -123,7 +123,7 @@ def head_pass(
         if statistics:
             columns.append(_log_sum_p2(z_CV, sums.peak, values_C3))
         made = torch.cat((values_C3, *columns), dim=1)
-        if upstream_K3 is None:
+        if upstream is None or upstream_K3 is None:
             return made
         _dlogits_(
             z_CV,
@@ -136,9 +136,7 @@ def head_pass(
             upstream_C3=upstream_K3[chunk],
             smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
         )
-        rows_C = rows_K[chunk]
-        assert upstream is not None
-        bound_C = upstream.skipped(values_C3[:, 0], head.temperature, chunk)
+        rows_C, bound_C = rows_K[chunk], upstream.skipped(made[:, 0], head.temperature, chunk)
         if bound_C is not None:
             skipped.append(bound_C)
             # CUDA's host waits here: a product wants to know how many rows it has.

@@ -366,12 +366,11 @@ def _gemm_exp(
     tl.assume(width > 0)
     tiles_n = tl.cdiv(vocabulary, BLOCK_N)
     rank, listed, group_m = _order(flag_ptr, tl.cdiv(n_rows, BLOCK_M), GROUP_M, FLAGGED=FLAGGED)
-    # One loop over tiles and D: the next tile's operands are loaded under this one's epilogue.
-    # Not where the sums begin with a bias: Triton pipelines no flat loop that loads them.
+    # One loop over tiles and D: the next operands load under the epilogue. Not where the sums begin
+    # with a bias: Triton pipelines no flat loop that loads them.
     first = bias_ptr if shape.cap is None else None
-    for tile in tl.range(
-        tl.program_id(0), listed * tiles_n, tl.num_programs(0), flatten=first is None
-    ):
+    tiles = listed * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=first is None):
         tile_m, tile_n = _tile_at(tile, listed, tiles_n, group_m)
         if FLAGGED:
             # Tiles of rank <= j lie before flagged tile j: their number is its index.

@@ -424,8 +424,7 @@ def two_stream_loss(
         logp_prior=logp_prior_U,
         kept_post=kept_post_T,
         kept_prior=kept_prior_U,
-        skipped_post=None if both.skipped is None else both.skipped[:tokens],
-        skipped_prior=None if both.skipped is None else both.skipped[tokens:],
+        **_skipped(both, tokens),
     )
 
 
@@ -478,8 +477,8 @@ def vpgea_loss(
     )
     tokens = targets_T.shape[0]
     # bfloat16 advantages have three digits: in the loss they are numbers of its accumulator.
-    dtype = torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
-    advantage_S = advantage_S.to(dtype)
+    wide = torch.promote_types(advantage_S.dtype, accumulator(hidden_post_TD))
+    advantage_S = advantage_S.to(wide)
     weight_S = checks.sequence_weight(advantage_S, denominator, weight_S)
     gate_S = advantage_S > 0
     # d loss / d log q_s and d loss / d log pi_s; sg log q_s has no gradient.
@@ -519,16 +518,14 @@ def vpgea_loss(
     )
     # both.loss lacks beta w 1[A > 0] sg log q in its value: it gives the gradient alone.
     loss = sums.pg_loss + beta * sums.distill_loss + (both.loss - both.loss.detach())
-    skipped = (None, None)
-    if both.skipped is not None:
-        skipped = (both.skipped[:tokens], both.skipped[tokens:])
-    return VpgeaLoss(
-        loss=loss,
-        gate_S=gate_S,
-        skipped_post=skipped[0],
-        skipped_prior=skipped[1],
-        **sums._asdict(),
-    )
+    return VpgeaLoss(loss=loss, gate_S=gate_S, **_skipped(both, tokens), **sums._asdict())
+
+
+def _skipped(both: WeightedLoss, tokens: int) -> dict[str, Tensor | None]:
+    """What was left out of the posterior stream, its first `tokens` rows, and of the prior one."""
+    whole = both.skipped
+    parts = (None, None) if whole is None else (whole[:tokens], whole[tokens:])
+    return dict(zip(("skipped_post", "skipped_prior"), parts, strict=True))
 
 
 _BETA = Bounds("a finite number >= 0", 0, FLOAT32.max)

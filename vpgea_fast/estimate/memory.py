@@ -220,11 +220,8 @@ def _score_tokens(lay: Layout) -> int:
     read = asked and cfg.model.reference == "disk" and not lay.offloaded
     beside = sum(_copies(lay).values()) + (reference_bytes(lay) if read else 0)
     one_pass = forward.reference_pass if asked else forward.scoring
-    fit = [
-        count * own
-        for count in MICRO_BATCHES
-        if beside + sum(one_pass(lay, count * own).values()) <= room
-    ]
+    budgets = [count * own for count in MICRO_BATCHES]
+    fit = [n for n in budgets if beside + sum(one_pass(lay, n).values()) <= room]
     return max(fit, default=own)
 
 
@@ -239,17 +236,13 @@ def _trained(lay: Layout) -> dict[str, dict[str, int]]:
     if lay.grade == "none":  # else freed before the head
         phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
     # Activations are gone by then, and the optimiser's copies come.
-    update = {"gradients": gradients["reduced"], "scratch": _scratch(lay)}
+    moments = [{"gradients": gradients["reduced"], "scratch": _scratch(lay)}]
     # Before them whole gradients are rounded, one at a time beside those that are not yet.
     largest = lay.master * max(math.prod(p) for unit in lay.shape.units.values() for p in unit)
-    rounding = {"gradients": gradients["training"], "scratch": largest}
-    rounded = lay.widened and lay.master < lay.reduce
-    phases["update"] = max(update, rounding, key=_total) if rounded else update
+    if lay.widened and lay.master < lay.reduce:
+        moments.append({"gradients": gradients["training"], "scratch": largest})
+    phases["update"] = max(moments, key=lambda parts: sum(parts.values()))
     return phases
-
-
-def _total(parts: Mapping[str, int]) -> int:
-    return sum(parts.values())
 
 
 def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -37,16 +37,17 @@ class Forward:
         # Dynamic: rows and positions change from step to step.
         self._graph = torch.compile(_step, dynamic=True) if compiled else None
 
-    def __call__(self, model: Any, *given: Any) -> torch.Tensor:
+    def __call__(self, model: Any, ids_RT: torch.Tensor, **given: Any) -> torch.Tensor:
         """As `_forward`, uncompiled: the layers would make a graph for every place in the cache and
         its every state."""
         with torch.compiler.set_stance("force_eager") if self._graph else nullcontext():
-            return _forward(model, *given)
+            return _forward(model, ids_RT, **given)
 
     def next(
         self,
         model: Any,
         ids_R1: torch.Tensor,
+        *,
         mask_RS: torch.Tensor,
         position_R1: torch.Tensor,
         cache: DynamicCache,
@@ -55,7 +56,7 @@ class Forward:
         layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
         # A single row would be a graph of its own: torch.compile takes 1 for a constant.
         if self._graph is None or len(ids_R1) == 1 or len(layers) < len(cache.layers):
-            return self(model, ids_R1, mask_RS, position_R1, cache)
+            return self(model, ids_R1, mask_RS=mask_RS, position_RT=position_R1, cache=cache)
         end = mask_RS.shape[1]
         # More than is used: where both were equal, once every ROOM tokens, it would compile again.
         for layer in layers:
@@ -70,6 +71,7 @@ class Forward:
 def _forward(
     model: Any,
     ids_RT: torch.Tensor,
+    *,
     mask_RS: torch.Tensor,
     position_RT: torch.Tensor,
     cache: DynamicCache,
@@ -101,7 +103,7 @@ def _step(
     for layer, *room in zip(cache.layers, rooms[::2], rooms[1::2], strict=True):
         assert isinstance(layer, GrowingLayer)
         layer.hold(room, mask_RS.shape[1] - 1)
-    return _forward(model, ids_R1, mask_RS, position_R1, cache)
+    return _forward(model, ids_R1, mask_RS=mask_RS, position_RT=position_R1, cache=cache)
 
 
 class GrowingLayer(DynamicLayer):

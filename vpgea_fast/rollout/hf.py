@@ -140,9 +140,9 @@ class HFEngine(EngineBase):
             logits_RV = self._forward.next(
                 self.model,
                 batch.tokens_LR[step][:, None],
-                batch.mask_RS[:, : batch.width + step + 1],
-                (batch.prompt_len_R + step)[:, None],
-                cache,
+                mask_RS=batch.mask_RS[:, : batch.width + step + 1],
+                position_R1=(batch.prompt_len_R + step)[:, None],
+                cache=cache,
             )
 
     def _prefill(
@@ -173,7 +173,9 @@ class HFEngine(EngineBase):
         # The first real token stands at position 0, whatever padding is before it; padding, which
         # is masked, takes any position that exists.
         position_PW = (mask_PW.cumsum(-1) - 1).clamp(min=0)
-        logits_PV = self._forward(self.model, ids_PW, mask_PW, position_PW, cache)
+        logits_PV = self._forward(
+            self.model, ids_PW, mask_RS=mask_PW, position_RT=position_PW, cache=cache
+        )
         # From P prompts to R rows by copying: rows that share a prompt do not share its memory.
         cache.batch_select_indices(expand_R)
         batch = _Batch(
