@@ -31,6 +31,7 @@ from test_losses import (
 )
 from test_losses import BUDGET as WHOLE_BUDGET
 
+from vpgea_fast.kernels.contract import NUMBERS
 from vpgea_fast.losses import (
     choose_backend,
     linear_logprob,
@@ -340,8 +341,9 @@ def collectives(size):
 def test_a_chunk_takes_two_reductions_of_its_rows_and_one_of_dx():
     for one_pass, scoring in run_ranks(collectives, 2):
         chunk = [[8, 1], [8, 2], [8, D]]
-        assert one_pass == [[2, 2, 10], *chunk, *chunk, [7, 1], [7, 2], [7, D]]
-        assert scoring == [[2, 2, 10], [T, 1], [T, 3]]
+        sameness = [2, 2, 5 + len(NUMBERS)]  # sums of the rows, and each option
+        assert one_pass == [sameness, *chunk, *chunk, [7, 1], [7, 2], [7, D]]
+        assert scoring == [sameness, [T, 1], [T, 3]]
 
 
 # --- refusals, each on every rank -----------------------------------------------------------------
