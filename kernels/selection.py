@@ -107,8 +107,8 @@ def _check_alike(
 ) -> None:
     """Refuses a head that is cut over processes with rows of their own, such as FSDP's.
 
-    One maximum of two dozen numbers, before any whose size depends on the rows: ranks with unequal counts
-    would wait for each other without end. Replicas may differ by random roundings.
+    One maximum of two dozen numbers, before any whose size depends on the rows: ranks with unequal
+    counts would wait for each other without end. Replicas may differ by random roundings.
     """
     rows_K, kept_T = selection.rows_K, selection.kept_T
     # Weighted by place: the same rows in another order are other rows.

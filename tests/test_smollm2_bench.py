@@ -129,7 +129,7 @@ def test_the_settings_hold_what_a_result_hangs_on(tmp_path):
     found = smollm2.settings(small_bench(tmp_path))
     assert found["config"]["rollout"]["max_new_tokens"] == 40
     assert found["config"]["objective"]["leak_limit"] == 2.0
-    assert (found["rules"]["ladder"], found["gsm8k"]) == ((200, 400), None)
+    assert (found["rules"]["ladder"], found["gsm8k"]) == (rules.LADDER, None)
     bench = smollm2.Bench(tmp_path / "a.json", tmp_path, {}, gsm8k=tmp_path)
     assert "expected gsm8k_train.jsonl and gsm8k_test.jsonl there" in refusal(
         smollm2.settings, bench
@@ -195,7 +195,7 @@ def ended_run(run, steps, limit):
 
 def test_a_halted_training_is_a_result_with_its_reason_and_a_halted_base_is_none(tmp_path):
     bench = small_bench(tmp_path)
-    for name, steps in (("grpo", 2), ("vpgea", 3), ("sft-200", 2)):
+    for name, steps in (("grpo", 2), ("vpgea", 3), (bench.named("sft-{steps}"), 2)):
         ended_run(bench.runs / name, steps, limit=3)
     assert smollm2.train(bench, "vpgea", "", "")["ended"] == "done"
     found = smollm2.train(bench, "grpo", "", "")
@@ -258,9 +258,12 @@ def test_what_the_guard_would_catch_decides_whether_to_go_on(tmp_path):
     done = dict.fromkeys(ALL[:3], times)
     bench.record["stages"] = done | {k: times | v for k, v in stages.items()}
     bench.record["stages"]["preflight"] |= bad
-    for leaf in ("problems", "sft-200/export", "evals"):
+    for leaf in ("problems", bench.named("sft-{steps}/export"), "evals"):
         (bench.runs / leaf).mkdir(parents=True)
-    for file, content in (("record.id", bench.record["id"]), ("evals/base-200.ended", "")):
+    for file, content in (
+        ("record.id", bench.record["id"]),
+        (bench.named("evals/base-{steps}.ended"), ""),
+    ):
         (bench.runs / file).write_text(content)
     said = refusal(smollm2.go_on, bench)
     assert said.startswith("go on: no. ")
