@@ -35,6 +35,7 @@ fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place.
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,9 +140,7 @@ def head_pass(
         rows_C, bound_C = rows_K[chunk], upstream.skipped(made[:, 0], head.temperature, chunk)
         if bound_C is not None:
             skipped.append(bound_C)
-            # CUDA's host waits here: a product wants to know how many rows it has.
-            keep_R = (bound_C < 0).nonzero().squeeze(1)
-            z_CV, hidden_CD, rows_C = kept_rows_(z_CV, keep_R), hidden_CD[keep_R], rows_C[keep_R]
+            z_CV, hidden_CD, rows_C = without_skipped_(bound_C, z_CV, hidden_CD, rows_C)
         add_(z_CV, hidden_CD, rows_C)
         return made
 
@@ -149,6 +148,13 @@ def head_pass(
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
     return values._replace(skipped=torch.cat(skipped)) if skipped else values
+
+
+def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any, ...]:
+    """The rows whose bound is -1: of x_CV in its own memory, as `kept_rows_`, of others copied."""
+    # CUDA's host waits here: a product wants to know how many rows it has.
+    keep_R = (bound_C < 0).nonzero().squeeze(1)
+    return kept_rows_(x_CV, keep_R), *(x[keep_R] for x in others_C)
 
 
 def kept_rows_(x_CV: Tensor, keep_R: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ from vpgea_fast.kernels.chunked import (
     HALF,
     add_matmul_,
     default_chunk_bytes,
-    kept_rows_,
     matmul,
     settle_weight,
     storage_unit,
     weight_sink,
+    without_skipped_,
 )
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
 from vpgea_fast.kernels.linear_logprob import (
@@ -307,9 +307,9 @@ def head_pass(
         bound_C = bound_of(upstream, stats_C, head, chunk)
         if bound_C is not None:
             skipped.append(bound_C)
-            keep_R = (bound_C < 0).nonzero().squeeze(1)  # waits for the device: how many there are
-            logits_CV, stats_C = kept_rows_(logits_CV, keep_R), stats_C[keep_R]
-            hidden_CD, rows_C, upstream_C3 = hidden_CD[keep_R], rows_C[keep_R], upstream_C3[keep_R]
+            logits_CV, stats_C, hidden_CD, rows_C, upstream_C3 = without_skipped_(
+                bound_C, logits_CV, stats_C, hidden_CD, rows_C, upstream_C3
+            )
         # Not compiled in where only the entropy's values are wanted.
         da_CV = _launch_gradient(
             logits_CV,

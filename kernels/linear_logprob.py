@@ -69,10 +69,10 @@ from vpgea_fast.kernels._tiling import (
 from vpgea_fast.kernels.chunked import (
     add_matmul_,
     default_chunk_bytes,
-    kept_rows_,
     matmul,
     settle_weight,
     weight_sink,
+    without_skipped_,
 )
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
 
@@ -721,9 +721,9 @@ def head_pass(
         bound_C = bound_of(upstream, stats_C, head, chunk)
         if bound_C is not None:
             skipped.append(bound_C)
-            keep_R = (bound_C < 0).nonzero().squeeze(1)  # waits for the device: how many there are
-            exps_CV, stats_C = kept_rows_(exps_CV, keep_R), stats_C[keep_R]
-            hidden_CD, rows_C, pull_C = hidden_CD[keep_R], rows_C[keep_R], pull_C[keep_R]
+            exps_CV, stats_C, hidden_CD, rows_C, pull_C = without_skipped_(
+                bound_C, exps_CV, stats_C, hidden_CD, rows_C, pull_C
+            )
         scaled_CD = torch.empty_like(hidden_CD) if sink_VD is not None else None
         u_C = _launch_gradient_operands(
             hidden_CD,
