@@ -26,6 +26,12 @@ class Fused(hf.FusedLossMixin, Trainer):
     """What a user writes."""
 
 
+class WithFunction(Trainer):
+    """The same by the factory."""
+
+    compute_loss = hf.make_compute_loss()
+
+
 class Gradients(TrainerCallback):
     """The whole gradient of every step, as the optimiser gets it."""
 
@@ -140,6 +146,40 @@ def test_every_label_counts_as_in_the_trainer():
     assert error(ours.loss.detach(), own.detach()) < 1e-6
     assert torch.equal(ours.kept[:, 1:], batch["labels"][:, 1:] != -100)
     assert causal_lm_loss(model, **batch).kept.sum() < ours.kept.sum()
+
+
+def test_a_made_compute_loss_is_the_mixins_in_training_and_the_trainers_in_prediction(tmp_path):
+    settings = {"label_smoothing_factor": 0.1, "average_tokens_across_devices": False}
+    mixed, made = (step(trainer(each, tmp_path, **settings)) for each in (Fused, WithFunction))
+    assert torch.equal(made[0], mixed[0])
+    assert torch.equal(made[1], mixed[1])
+    host, ours = (trainer(each, tmp_path) for each in (Trainer, WithFunction))
+    batch = next(padded())
+    own, logits, _ = host.prediction_step(host.model, dict(batch), prediction_loss_only=False)
+    found, same, _ = ours.prediction_step(ours.model, dict(batch), prediction_loss_only=False)
+    assert torch.equal(same, logits)
+    assert torch.equal(found, own)
+    ours.args.prediction_loss_only = True
+    found, none, _ = ours.prediction_step(ours.model, dict(batch), prediction_loss_only=True)
+    assert none is None
+    assert not torch.equal(found, own)  # without logits
+    assert error(found, own) < BUDGET
+
+
+def test_a_made_compute_loss_serves_a_class_that_has_one_and_looks_at_its_trainer(tmp_path):
+    fused = hf.make_compute_loss(backend="reference")
+
+    class Twice(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * fused(self, *args, **kwargs)
+
+    once, twice = (trainer(each, tmp_path) for each in (WithFunction, Twice))
+    batch = next(padded())
+    loss = once.compute_loss(once.model, dict(batch))
+    assert torch.allclose(twice.compute_loss(twice.model, dict(batch)), 2 * loss)
+    refused = trainer(Twice, tmp_path, compute_loss_func=lambda *_, **__: None)
+    with pytest.raises(ValueError, match="compute_loss_func: it makes"):
+        refused.compute_loss(refused.model, dict(batch))
 
 
 # torch._dynamo asks for it where a graph is broken, and hides the warning but from `error`.

@@ -117,9 +117,12 @@ def test_a_step_is_that_of_torchtitan_and_of_float64(bias):
     assert got[0].dtype == theirs[0].dtype == torch.float32
 
 
-def test_bfloat16_is_never_further_from_float64_than_torchtitan():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_is_never_further_from_float64_than_torchtitan(device):
+    """On CUDA by the kernels of `auto`."""
     found, tokens = batches(rows=8)
-    model, same = decoder(dtype=torch.bfloat16), decoder(dtype=torch.float64)
+    found = [(ids.to(device), labels.to(device)) for ids, labels in found]
+    model, same = (decoder(dtype=dtype).to(device) for dtype in (torch.bfloat16, torch.float64))
     wrong: Any = {}
     same.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -242,6 +242,19 @@ class TestVerl:
         ours = errors(scored(fused(), *given), truth)
         assert all(mine <= their for mine, their in zip(ours, theirs, strict=True)), (ours, theirs)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_on_a_gpu_it_is_never_further_from_float64_than_verls_kernels(self, own, dtype):
+        """Its Triton twin, which runs on CUDA alone, by the shapes that its tiles ask for."""
+        given = [x.cuda() for x in case(shape=(3, 40), dtype=dtype, width=128)]
+        truth = exact(*given)
+        theirs = errors(scored(own.linear_cross_entropy, *given), truth)
+        ours = errors(scored(linear_cross_entropy, *given), truth)
+        assert all(mine <= max(their, 1e-5) for mine, their in zip(ours, theirs, strict=True)), (
+            ours,
+            theirs,
+        )
+
     @pytest.mark.usefixtures("own")
     @pytest.mark.parametrize("implementation", ["torch", "liger", "triton"])
     def test_a_patched_model_gives_what_its_logits_give(self, implementation):

@@ -174,7 +174,7 @@ def test_a_worker_that_died_idle_is_replaced_without_a_wrong_verdict():
     verifier, [worker] = start(workers=1, timeout_s=20.0)
     with verifier:
         os.kill(worker, signal.SIGKILL)
-        assert becomes_true(lambda: not running(worker), within_s=5.0)
+        assert becomes_true(lambda: not running(worker), within_s=20.0)
         assert verifier.verify([("8", r"\boxed{8}")]) == [True]
         assert (verifier.timeouts, verifier.crashes) == (0, 0)
 
@@ -242,8 +242,9 @@ def test_workers_end_when_the_parent_is_killed():
         time.sleep(0.3)
         parent.kill()
         parent.wait()
-        assert becomes_true(lambda: not all(map(running, workers)), within_s=2.0)
-        assert becomes_true(lambda: not any(map(running, workers)), within_s=6.0)
+        assert becomes_true(lambda: not all(map(running, workers)), within_s=10.0)
+        # After 3 s of processor time, which are more on a busy machine. The answer takes hours.
+        assert becomes_true(lambda: not any(map(running, workers)), within_s=60.0)
 
 
 @pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0)])

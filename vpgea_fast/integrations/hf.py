@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,7 @@ class FusedLossMixin(_Trainer):
         self._needs_logits = False  # of the prediction step that runs
         super().__init__(*args, **kwargs)
         _check(self, self.fused_backend)
+        _check_classes(self)
 
     def compute_loss(
         self,
@@ -76,30 +78,7 @@ class FusedLossMixin(_Trainer):
         """The loss (), and with return_outputs also {"loss": loss}, without logits."""
         if self._needs_logits or inputs.get("labels") is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {name: x for name, x in inputs.items() if name not in DROPPED}
-        if inputs.get("input_ids") is None:
-            raise ValueError(
-                f"inputs: got {', '.join(inputs)}, expected input_ids, which the loss reads the "
-                "rows from; give them, or train without vpgea_fast"
-            )
-        # A model without loss kwargs makes a mean of this call, which training_step divides.
-        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        # Smoothed, the Trainer makes its loss of logits and does not ask the model for one.
-        if not smoothing:
-            self._check_once(model, inputs["input_ids"])
-        out = causal_lm_loss(
-            model,
-            **inputs,
-            num_items=items,
-            label_smoothing=smoothing,
-            all_labels=True,
-            backend=self.fused_backend,
-        )
-        loss = out.loss
-        if self.args.average_tokens_across_devices and items is not None:
-            # Not `world_size`: the Trainer multiplies the load-balancing loss too.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = _loss(self, model, inputs, num_items_in_batch, backend=self.fused_backend)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
@@ -117,30 +96,41 @@ class FusedLossMixin(_Trainer):
         finally:
             self._needs_logits = False
 
-    @torch.no_grad()
-    def _check_once(self, model: nn.Module, input_ids: Tensor) -> None:
-        """Compare both losses on 8 tokens, once per head. ValueError: the model has another."""
-        found = find_head(model)
-        if found.head in _SAME:
-            return
-        # Measured, since any model can be given a `loss_function`: 8 tokens, two forwards.
-        ids = probe(input_ids)
-        with evaluating(model):
-            own: Any = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
-            ours = causal_lm_loss(model, ids, backend=self.fused_backend).loss
-        # The host's logits are rounded to the dtype of the head's product, ours are not.
-        rounding = torch.finfo(HALVES.get(self.accelerator.mixed_precision) or own.logits.dtype).eps
-        budget = max(TOLERANCE, rounding) * max(1.0, float(own.logits.abs().max()))
-        if not abs(float(own.loss - ours)) <= budget:  # `not`: NaN is refused
-            raise ValueError(
-                f"model: {found.name} has a loss of its own, {float(own.loss):.6g} on 8 tokens "
-                f"where cross-entropy is {float(ours):.6g}; train it without vpgea_fast"
-            )
-        _SAME.add(found.head)
+
+def make_compute_loss(*, backend: str = "auto") -> Callable[..., Any]:
+    """A `compute_loss` for a class of your own, or to call inside the one that it has.
+
+        class Mine(Trainer):
+            compute_loss = hf.make_compute_loss()
+
+    Takes and returns what the Trainer's does, and skips those of classes between. In training it is
+    the mixin's. Where outputs are asked for it is the Trainer's own, with logits, but for
+    `args.prediction_loss_only`: a function alone does not see whether they are wanted.
+
+    backend: as in `losses.HeadOptions`. Errors and warnings as of the mixin, in the first call.
+    """
+
+    def compute_loss(
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self not in _CHECKED:
+            _check(self, backend)
+            _CHECKED.add(self)
+        logits = return_outputs and not self.args.prediction_loss_only
+        if logits or inputs.get("labels") is None:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        loss = _loss(self, model, inputs, num_items_in_batch, backend=backend)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    return compute_loss
 
 
-_SAME: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Heads of models whose own loss was seen to be ours."""
+_CHECKED: weakref.WeakSet[Trainer] = weakref.WeakSet()
+"""Trainers that a `compute_loss` made here has looked at."""
 
 
 def enable(trainer: Any, *, backend: str = "auto") -> Switch:
@@ -154,6 +144,7 @@ def enable(trainer: Any, *, backend: str = "auto") -> Switch:
     if isinstance(trainer, FusedLossMixin):
         raise ValueError("trainer: it has this loss already; leave enable out")
     _check(trainer, backend)
+    _check_classes(trainer)
     own = type(trainer)
     settings = {"fused_backend": backend, "_needs_logits": False}
     # A subclass: `super()` in the user's own classes finds what it found before.
@@ -170,6 +161,71 @@ def enable(trainer: Any, *, backend: str = "auto") -> Switch:
     return switch
 
 
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def _loss(
+    trainer: Any,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    num_items_in_batch: Tensor | int | None,
+    *,
+    backend: str,
+) -> Tensor:
+    """The Trainer's loss () of a batch with labels, made without logits."""
+    inputs = {name: x for name, x in inputs.items() if name not in DROPPED}
+    if inputs.get("input_ids") is None:
+        raise ValueError(
+            f"inputs: got {', '.join(inputs)}, expected input_ids, which the loss reads the "
+            "rows from; give them, or train without vpgea_fast"
+        )
+    # A model without loss kwargs makes a mean of this call, which training_step divides.
+    items = num_items_in_batch if trainer.model_accepts_loss_kwargs else None
+    smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
+    # Smoothed, the Trainer makes its loss of logits and does not ask the model for one.
+    if not smoothing:
+        _check_once(trainer, model, inputs["input_ids"], backend)
+    out = causal_lm_loss(
+        model,
+        **inputs,
+        num_items=items,
+        label_smoothing=smoothing,
+        all_labels=True,
+        backend=backend,
+    )
+    loss = out.loss
+    if trainer.args.average_tokens_across_devices and items is not None:
+        # Not `world_size`: the Trainer multiplies the load-balancing loss too.
+        loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return loss
+
+
+@torch.no_grad()
+def _check_once(trainer: Trainer, model: nn.Module, input_ids: Tensor, backend: str) -> None:
+    """Compare both losses on 8 tokens, once per head. ValueError: the model has another."""
+    found = find_head(model)
+    if found.head in _SAME:
+        return
+    # Measured, since any model can be given a `loss_function`: 8 tokens, two forwards.
+    ids = probe(input_ids)
+    with evaluating(model):
+        own: Any = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+        ours = causal_lm_loss(model, ids, backend=backend).loss
+    # The host's logits are rounded to the dtype of the head's product, ours are not.
+    rounding = torch.finfo(HALVES.get(trainer.accelerator.mixed_precision) or own.logits.dtype).eps
+    budget = max(TOLERANCE, rounding) * max(1.0, float(own.logits.abs().max()))
+    if not abs(float(own.loss - ours)) <= budget:  # `not`: NaN is refused
+        raise ValueError(
+            f"model: {found.name} has a loss of its own, {float(own.loss):.6g} on 8 tokens "
+            f"where cross-entropy is {float(ours):.6g}; train it without vpgea_fast"
+        )
+    _SAME.add(found.head)
+
+
+_SAME: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Heads of models whose own loss was seen to be ours."""
+
+
 # --- which trainers -------------------------------------------------------------------------------
 
 
@@ -179,7 +235,6 @@ def _check(trainer: Any, backend: str) -> None:
     if Trainer not in type(trainer).__mro__:
         raise ValueError(f"trainer: got a {name}, expected a Trainer of transformers")
     _check_hooks()
-    _check_classes(trainer)
     _check_options(trainer)
     losses.choose_backend(backend)
     # For its error now, and not after the first batch is loaded.
