@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vpgea_fast.config import VllmEngineConfig
 from vpgea_fast.rollout.engine import Sampling, answer_only, in_waves, request_seed, split_path
 from vpgea_fast.rollout.forward import ROOM
-from vpgea_fast.rollout.hf import HFEngine, draw
+from vpgea_fast.rollout.hf import BLOCK, HFEngine, draw
 from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, SampleRequest, Stream
 
@@ -594,6 +594,27 @@ def test_draw_inverts_the_cumulative_sum(scale):
     lower_R = upper_R - logits_RV.double().softmax(-1).gather(-1, token_R[:, None])[:, 0]
     # float32 probabilities: 200 relative roundings of 6e-8 at most.
     assert ((lower_R - 2e-5 <= uniform_R) & (uniform_R <= upper_R + 2e-5)).all()
+
+
+@pytest.mark.parametrize("classes", [2 * BLOCK, 2 * BLOCK + 1, BLOCK + 7])
+def test_sums_by_blocks_draw_what_one_running_sum_draws(classes):
+    """Bit for bit, also at uniforms on the borders of blocks, and in rows of one class."""
+    rng = torch.Generator().manual_seed(0)
+    logits_RV = 4 * torch.randn(40, classes, generator=rng)
+    logits_RV[30:] = -torch.inf
+    logits_RV[range(30, 40), torch.randint(classes, (10,), generator=rng)] = 0.0
+    logits_RV[29, :BLOCK] = -torch.inf
+    mass_RV = (logits_RV / ENDLESS.temperature).log_softmax(-1).exp().double().mul(2.0**52).round()
+    sum_RV = mass_RV.cumsum(-1)
+    uniform_R = torch.rand(40, dtype=torch.float64, generator=rng)
+    uniform_R[:9] = sum_RV[:9, BLOCK - 1] / sum_RV[:9, -1]
+    uniform_R[9:12], uniform_R[12:15] = 0.0, 1 - 2.0**-53
+    at_R1 = (uniform_R * sum_RV[:, -1])[:, None]
+    token_R, logp_R = draw(logits_RV, uniform_R, ENDLESS)
+    assert torch.equal(token_R, torch.searchsorted(sum_RV, at_R1, right=True)[:, 0])
+    assert (token_R[:9] - BLOCK).abs().max() < BLOCK
+    assert logp_R.isfinite().all()
+    assert draw(logits_RV * torch.nan, uniform_R, ENDLESS)[1].isnan().all()
 
 
 # --- what engines share ---------------------------------------------------------------------------
