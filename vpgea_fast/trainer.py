@@ -121,6 +121,11 @@ class Trainer:
     def __init__(
         self, cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()
     ) -> None:
+        if not isinstance(cfg, Config):
+            raise ValueError(
+                f"cfg: got {cfg!r:.80}, expected a Config; make it of a file by "
+                "vpgea_fast.config.load(FILE), or of keys and values by vpgea_fast.config.resolve"
+            )
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
         self.step, self.tokens, self.skipped_in_a_row, self.worth = 0, 0, 0, {}
         self.halted, self.offending, self.saved_at = None, [], time.monotonic()

@@ -122,7 +122,13 @@ def make_compute_loss(*, backend: str = "auto") -> Callable[..., Any]:
             _CHECKED.add(self)
         logits = return_outputs and not self.args.prediction_loss_only
         if logits or inputs.get("labels") is None:
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            return Trainer.compute_loss(
+                self,
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
         loss = _loss(self, model, inputs, num_items_in_batch, backend=backend)
         return (loss, {"loss": loss}) if return_outputs else loss
 
