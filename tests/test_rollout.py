@@ -486,10 +486,21 @@ def test_looking_rarely_changes_no_path(model, full_answer):
         HFEngine(model, max_batch=16, check_every=7).generate(requests, sampling)
 
 
-def compile_layers(model, graphs):
+def counted_graphs(monkeypatch):
+    """Graphs that torch.compile makes from here on, run uncompiled: seconds less."""
+    graphs, compiled = CompileCounterWithBackend("eager"), torch.compile
+
+    def counting(module, *, dynamic, **_):  # the others are the compiler's
+        return compiled(module, dynamic=dynamic, backend=graphs)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    return graphs
+
+
+def compile_layers(model):
     """As model.compile does."""
     for layer in model.model.layers:
-        layer.compile(dynamic=True, backend=graphs)
+        layer.compile(dynamic=True)
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["one", "two"])
@@ -497,15 +508,14 @@ def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
     monkeypatch, model, random_qwen2, other
 ):
     """Rows leave, caches grow twice, one row is left; a second model has the graph of the first."""
-    graphs = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    graphs = counted_graphs(monkeypatch)
     torch.compiler.reset()
     # No number of rows is a width of the model: torch.compile would take it for that constant.
     requests, sampling = some_requests(paths=7), replace(SHORT, max_new_tokens=200)
     models, longest = [model, *([random_qwen2(seed=3)] if other else [])], []
     alone = [HFEngine(taken, max_batch=64).generate(requests, sampling) for taken in models]
     for taken in models:
-        compile_layers(taken, graphs)
+        compile_layers(taken)
     engine = HFEngine(model, max_batch=64)
     for taken, again in zip(models, alone, strict=True):
         engine.sample_with(taken)
@@ -520,10 +530,9 @@ def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
 
 def test_a_sliding_window_is_not_compiled(monkeypatch, random_qwen2):
     model = random_qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    graphs = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    graphs = counted_graphs(monkeypatch)
     alone = HFEngine(model, max_batch=64).generate(some_requests(), SHORT)
-    compile_layers(model, graphs)
+    compile_layers(model)
     assert_same_tokens(HFEngine(model, max_batch=64).generate(some_requests(), SHORT), alone)
     assert graphs.frame_count == 0
 

@@ -36,7 +36,7 @@ def test_hf_and_generate_draw_equally_many_tokens(bench, tmp_path, monkeypatch, 
     assert hf["prefix_hit_rate"] == 0.5
     *_, ratio, bound = result["words"]
     assert ratio.startswith("hf draws ")
-    assert bound.startswith("its matrix products take ")
+    assert bound.startswith("the matrix products of hf take ")
     assert ratio in capsys.readouterr().out
 
 
@@ -67,6 +67,13 @@ def test_it_ends_in_words(bench):
         f"hf: {said}",
         f"generate: {said}",
         "hf draws 2.00x the paths per second of generate (by round 2.00 to 2.00)",
-        "its matrix products take 0.500 s of 1.000 s: alone they would be 4.00x generate",
+        "the matrix products of hf take 0.500 s of 1.000 s: alone they would be 4.00x generate",
     ]
+    compiled = {"engine": "compiled", "seconds": [0.5, 0.4, 0.6]}
+    *_, hf_beside, beside, bound = bench.closing_words([hf, compiled, generate], cuda=False)
+    assert hf_beside.startswith("hf draws 2.00x ")
+    assert beside.startswith(
+        "compiled draws 4.00x the paths per second of generate (by round 3.00 to"
+    )
+    assert bound.startswith("the matrix products of hf take")
     assert bench.closing_words([hf], cuda=False) == [f"hf: {said}"]
