@@ -16,6 +16,7 @@ from ranks import Program
 
 from vpgea_fast import config
 from vpgea_fast.cli import main
+from vpgea_fast.metrics.console import STEP_LINE
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vpgea_fast"
@@ -157,6 +158,11 @@ def test_the_output_in_the_readme_is_what_make_train_prints(monkeypatch, capsys)
     (shown,) = [code for name, code in blocks("text") if name == "README.md" and "/60" in code]
     assert [line for line in shown.splitlines() if form(line) not in printed] == []
     assert len(shown.splitlines()) == 4
+
+
+def test_each_word_of_a_steps_line_has_its_metric_on_the_page():
+    rows = re.findall(r"`([^`]+)` \| `([^`]+)`", PAGES["docs/runs.md"])
+    assert {(word, key) for word, key, _ in STEP_LINE} <= set(rows)
 
 
 def form(line):
