@@ -111,11 +111,19 @@ def distillation_loss(
     _refuse_float16(hidden_TD, settings.operands)
     # Gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
-    sink_VD = checks.checked_sink(dweight_out, weight_VD)
     teacher = Teacher(teacher_hidden_TE, teacher_weight_VE, teacher_bias)
     teacher, operands = _checked_teacher(inputs, teacher)
     theirs = settings._replace(
         softcap=teacher_softcap, logit_scale=teacher_logit_scale, operands=operands
+    )
+    sink_VD = checks.checked_sink(
+        dweight_out,
+        weight_VD,
+        inputs,
+        coef_T=coef_T,
+        teacher_hidden_TE=teacher.hidden_TE,
+        teacher_weight_VE=teacher.weight_VE,
+        teacher_bias=teacher.bias_V,
     )
     checks.check_settings(theirs, "teacher_")  # bounds of numbers are the student's
     measure, needs = Measure(*_divergence(divergence, beta)), needs_of(inputs, sink_VD)
