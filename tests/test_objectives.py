@@ -229,7 +229,7 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(GUARDS.keys() - {"guard_caught"}))
+@pytest.mark.parametrize("name", sorted({*COUNTED, *GUARDS} - {"guard_caught"}))
 def test_a_guard_is_counted_and_in_the_book(name):
     one = batch()
     one = replace(one, posterior=replace(one.posterior, texts=(("As GIVEN, 7.", "add"),)))

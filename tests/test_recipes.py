@@ -211,10 +211,11 @@ def test_a_recipe_alone_fails_by_its_tests_and_passes_with_its_code(name, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_new_metric_is_logged_and_in_the_book(tmp_path):
+@pytest.mark.parametrize("name", ["metric", "filter"])
+def test_a_new_metric_is_logged_and_in_the_book(name, tmp_path):
     """The book of the copy holds what its runs write."""
     tree = copied(tmp_path / "tree")
-    apply("metric", tree)
+    apply(name, tree)
     done = run_tests(tree, "tests/test_book.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
