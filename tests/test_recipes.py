@@ -59,6 +59,7 @@ class Recipe:
 
 
 ROLLOUT = "tests/test_rollout.py::"
+BOOK = "tests/test_book.py::test_the_steps_of_all_runs_and_the_book_have_the_same_keys"
 RECIPES = {
     "metric": Recipe(
         refused_metric,
@@ -67,7 +68,7 @@ RECIPES = {
         (
             "tests/test_diagnostics.py",
             "tests/test_book.py::test_no_key_stands_twice_and_every_meaning_is_short_sentences",
-            "tests/test_book.py::test_the_steps_of_all_runs_and_the_book_have_the_same_keys",
+            BOOK,
         ),
     ),
     "data_format": Recipe(
@@ -92,7 +93,7 @@ RECIPES = {
         refused_key("objective", "min_thought", 4),
         ConfigError,
         "min_thought",
-        ("tests/test_objectives.py",),
+        ("tests/test_objectives.py", BOOK),
     ),
     "engine": Recipe(
         refused_key("engine", "name", "plain"),

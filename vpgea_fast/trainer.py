@@ -31,7 +31,6 @@ import torch
 
 from vpgea_fast import callbacks as listeners
 from vpgea_fast import checkpoint, diagnostics
-from vpgea_fast.book import merge
 from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
@@ -49,6 +48,7 @@ from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
 from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 from vpgea_fast.updates import Rollout, Updates, rescored, revived
+from vpgea_fast.values import merge
 from vpgea_fast.watch import Watch
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
