@@ -15,6 +15,7 @@ from vpgea_fast.kernels.batches import Batch, batch_of
 from vpgea_fast.kernels.contract import Bounds, Inputs, needs_of
 from vpgea_fast.kernels.divergence import DIVERGENCES, Distil, Measure, Teacher
 from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.sinks import checked_sink
 
 Tensor = torch.Tensor
 
@@ -116,15 +117,8 @@ def distillation_loss(
     theirs = settings._replace(
         softcap=teacher_softcap, logit_scale=teacher_logit_scale, operands=operands
     )
-    sink_VD = checks.checked_sink(
-        dweight_out,
-        weight_VD,
-        inputs,
-        coef_T=coef_T,
-        teacher_hidden_TE=teacher.hidden_TE,
-        teacher_weight_VE=teacher.weight_VE,
-        teacher_bias=teacher.bias_V,
-    )
+    read = {f"teacher_{name.removesuffix('_V')}": x for name, x in teacher._asdict().items()}
+    sink_VD = checked_sink(dweight_out, weight_VD, inputs, coef_T=coef_T, **read)
     checks.check_settings(theirs, "teacher_")  # bounds of numbers are the student's
     measure, needs = Measure(*_divergence(divergence, beta)), needs_of(inputs, sink_VD)
     of_call = (coef_T, sink_VD, needs, measure, theirs, settings)

@@ -56,6 +56,7 @@ from vpgea_fast.kernels.batches import batch_of
 from vpgea_fast.kernels.contract import FLOAT32, Bounds, Settings, Smoothing, needs_of
 from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot
 from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.sinks import checked_sink
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
 Tensor = torch.Tensor
@@ -353,7 +354,7 @@ def weighted_logprob_loss(
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
-    sink_VD = checks.checked_sink(dweight_out, weight_VD, inputs, coef_T=coef_T)
+    sink_VD = checked_sink(dweight_out, weight_VD, inputs, coef_T=coef_T)
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if type(value) is not int or value != 0:  # the default: bounds are floats too
             checks.check_number(name, value, _SMOOTHING[name])
