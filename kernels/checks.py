@@ -12,11 +12,12 @@ import torch
 
 from vpgea_fast.kernels.autograd_state import refuse_transforms
 from vpgea_fast.kernels.contract import FLOAT32, INT64, NUMBERS, Bounds, Inputs, Settings
-from vpgea_fast.kernels.selection import accumulator
 from vpgea_fast.kernels.shards import Shards, part
 
 Tensor = torch.Tensor
 
+SPOKEN = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
+"""The fields of `Inputs` as the caller names them."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OPTIONS = Settings._fields[:-3]  # operands, group and classes follow from the tensors
 
@@ -139,10 +140,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _check_tensors(inputs: Inputs) -> None:
     hidden_TD, weight_VD, bias, targets_T, temperature_T, rows = inputs
-    names = ("hidden_TD", "weight_VD", "bias", "targets_T", "temperature", "rows")
     optional = ("bias", "temperature", "rows")  # None is a value of these alone
     # What is no tensor, or a sharded one, first: it has no shape or dtype to speak of.
-    for name, x in zip(names, inputs, strict=True):
+    for name, x in zip(SPOKEN, inputs, strict=True):
         if x is not None or name not in optional:
             check_plain(name, x)
         if x is not None and x.device != hidden_TD.device:
@@ -303,32 +303,6 @@ def check_constant(name: str, x: Tensor, like: Tensor) -> None:
             f"{name} requires grad, but is a constant here: detach it, or build the loss from "
             "linear_logprob"
         )
-
-
-def checked_sink(dweight_out: Tensor | None, weight_VD: Tensor) -> Tensor | None:
-    """What dW is added to; the own part of one that is cut as the weight is."""
-    if dweight_out is None:
-        return None
-    if shards_of(weight_VD) is not None:
-        dweight_out = own_part("dweight_out", dweight_out, weight_VD)
-        weight_VD = own_part("weight_VD", weight_VD, weight_VD)
-    # full_tensor() is a copy: what is added to it would be lost.
-    check_plain("dweight_out", dweight_out, instead="a plain buffer of the whole weight")
-    check_shape("dweight_out", dweight_out, weight_VD.shape)
-    # Micro-batches add up in it: half precision would lose the small ones.
-    expected = accumulator(weight_VD)
-    if dweight_out.dtype != expected or dweight_out.device != weight_VD.device:
-        raise ValueError(
-            f"dweight_out: got {dweight_out.dtype} on {dweight_out.device}, expected {expected} on "
-            f"{weight_VD.device}"
-        )
-    strides = zip(dweight_out.shape, dweight_out.stride(), strict=True)
-    # An expanded buffer: addmm_ would add many entries into one.
-    if any(size > 1 and stride == 0 for size, stride in strides):
-        raise ValueError("dweight_out: its entries share memory (stride 0), pass a dense buffer")
-    if dweight_out.requires_grad:
-        raise ValueError("dweight_out requires grad: pass a plain buffer, such as weight.grad")
-    return dweight_out
 
 
 # --- packed sequences of two streams --------------------------------------------------------------

@@ -9,6 +9,7 @@ from ranks import run_ranks
 from runs import words_of
 
 from vpgea_fast import book, config
+from vpgea_fast.objectives.guards import GUARDS
 from vpgea_fast.trainer import Trainer
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
@@ -33,9 +34,7 @@ RUNS = {
         "objective.kappa": 0.1,
         "objective.prior_pg": 0.5,
         "objective.train_answer": "sft",
-        "objective.leak_guard": "early_answer",
-        "objective.lexical": "true",
-        "objective.len_min_frac": 0.05,
+        **{f"objective.{guard.key}": json.dumps(guard.on) for guard in GUARDS.values()},
         "eval.data": "[]",
     },
     "rlt": {"objective.name": "rlt", "eval.data": "[]"},

@@ -158,6 +158,20 @@ def test_what_is_no_callback_is_refused_before_anything_is_made(words, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [StopAt(2), None, {StopAt(2)}])
+def test_what_is_no_list_of_callbacks_is_refused_before_the_start(given, words):
+    cfg = load(TINY, words("run"))
+    with pytest.raises(ValueError, match=r"^callbacks: got .*write callbacks=\[Mine\(\)\]$"):
+        fit(cfg, callbacks=given)
+    assert not Path(cfg.run.dir).exists()
+
+
+@pytest.mark.parametrize("given", ["tiny.yaml", Path("tiny.yaml"), {"run": {}}, config.Config])
+def test_what_is_no_configuration_is_refused_with_the_way_to_one(given):
+    with pytest.raises(ValueError, match=r"^cfg: got .*vpgea_fast\.config\.load\(FILE\)"):
+        fit(given)
+
+
 def fit_with(words, callback):
     return fit(config.load(TINY, words), callbacks=[callback]).name
 

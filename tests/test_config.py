@@ -503,6 +503,25 @@ def test_the_record_of_an_older_run_is_read_as_what_its_keys_are_now(engine, tmp
     assert config.renewed(config.as_dict(new)) == config.as_dict(new)
 
 
+def test_the_record_of_an_older_grpo_run_trains_what_the_run_trained(tmp_path):
+    """The thought, for which version 0.1 had no key; the default is the whole response now."""
+    file, heard = tmp_path / "config.yaml", []
+    objective = {"name": "grpo", "trains": "thought"}
+    new = config.resolve({"objective": objective, "rollout": {"full_answer": True}})
+    old = config.as_dict(new)
+    del old["objective"]["trains"]
+    assert config.resolve(config.renewed(old)).objective.trains == "response"  # not an old record
+    old["train"]["norm"] = old["objective"].pop("norm")
+    file.write_text(strict_yaml.dump(old))
+    assert config.load(file, [], heard.append, record=True) == new
+    (line,) = heard
+    assert line.endswith("read train.norm as objective.norm, no objective.trains as thought")
+    old["objective"]["trains"] = "response"
+    assert config.resolve(config.renewed(old)).objective.trains == "response"
+    old["objective"] = {"name": ["grpo"]}
+    assert config.renewed(old)["objective"] == {"name": ["grpo"]}
+
+
 def test_another_engine_is_one_change():
     old, new = config.Config(), config.resolve({"engine": {"name": "vllm", "gpu_memory": 0.7}})
     assert config.changes(old, new) == {"engine.name": ("hf", "vllm")}

@@ -795,6 +795,8 @@ def test_one_line_may_be_a_row_or_hold_the_rows(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("a.json", b'[\n{"question": "a",\n"answer": }]', r"a\.json, line 3: Expecting value"),
+        ("a.json", b'[\n{"question": "a}]', "line 2: Unterminated string starting at column 14:"),
+        ("a.jsonl", b'{"question": "a\tb"}', "line 1: Invalid control character at column 16:"),
         ("a.json", b'{\n"data": [\n{"x": 1},\n}', r"a\.json, line 4: "),
         ("a.json", b'[{"question": "a", "answer": "4"}, 3]', "row 2: a int instead of an object"),
         ("a.json", b"[" * 100_000, "a.json: maximum recursion"),

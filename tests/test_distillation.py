@@ -631,6 +631,18 @@ BAD_CALLS = {
 }
 
 
+def test_a_sink_in_the_teachers_memory_is_refused():
+    """As where a model is its own teacher, with other hidden states."""
+    student, _, coef_T = case(torch.float32)
+    own_VD = torch.randn(V, D)
+    call = (student[0], student[1], torch.randn(T, D), own_VD, coef_T)
+    for sink_VD, words in ((own_VD, "teacher_weight_VE"), (student[1].detach(), "weight_VD")):
+        kept_VD = sink_VD.clone()
+        with pytest.raises(ValueError, match=rf"\Adweight_out: got memory of {words}.*; pass"):
+            distillation_loss(*call, dweight_out=sink_VD)
+        assert torch.equal(sink_VD, kept_VD)
+
+
 def valid_call():
     student, teacher, coef_T = case(torch.float32)
     return {

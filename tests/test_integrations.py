@@ -316,7 +316,25 @@ REFUSED = [
     ("labels (1, 7): expected (B, T)", make, {"labels": IDS[:, 1:]}),
     ("begin again inside a row", make, {"position_ids": AGAIN, "attention_mask": IDS > 0}),
     *(("num_items: got", make, {"num_items": n}) for n in (0, -3, True, 2.0, torch.ones(2))),
+    *(
+        ("num_items: got 0, a negative number or NaN", make, {"num_items": torch.tensor(n)})
+        for n in (0, -3, float("nan"))
+    ),
     ("world_size: got 0", make, {"world_size": 0}),
+    ("all_labels: got 'no', expected True or False", make, {"all_labels": "no"}),
+    ("input_ids: got [[3, 4]], expected a tensor", make, {"input_ids": [[3, 4]]}),
+    ("labels: got [3, 4], expected a tensor", make, {"labels": [3, 4]}),
+    ("input_ids: got torch.float32, expected int64", make, {"input_ids": IDS.float()}),
+    ("(1, 0): expected (B, T) both, of one", make, {"input_ids": IDS[:, :0]}),
+    ("attention_mask: got (1, 7), expected (1, 8)", make, {"attention_mask": IDS[:, 1:] > 0}),
+    # torch would broadcast it, here and in the model
+    (
+        "attention_mask: got (1, 8), expected (2, 8)",
+        make,
+        {"input_ids": IDS.expand(2, 8), "attention_mask": IDS > 0},
+    ),
+    ("position_ids: got (2, 8), expected (1, 8)", make, {"position_ids": AGAIN.expand(2, 8)}),
+    ("position_ids: got (1, 7), expected (1, 8)", make, {"position_ids": AGAIN[:, 1:]}),
     ("pass its .model", lambda: LossModule(make()), {}),
     ("holds no model of transformers", lambda: nn.Linear(2, 2), {}),
     ("has no head", lambda: make().model, {}),
@@ -353,6 +371,23 @@ def test_a_compiled_model_has_its_own_numbers_in_each_call():
         assert error(flat(found[1]), flat(gradients)) < 1e-6
     assert error(model(batches[0]["input_ids"]).logits.detach(), logits.detach()) < 1e-6
     torch.compiler.reset()
+
+
+def test_what_is_no_model_is_refused():
+    """Such as the other thing that accelerate's `prepare` gives back."""
+    optimiser: Any = torch.optim.SGD(make().parameters())
+    for call in (causal_lm_loss, causal_lm_logprobs, head_options):
+        with pytest.raises(ValueError, match=r"\Amodel: got a SGD, expected a causal LM [^\n]*\Z"):
+            call(optimiser, IDS)
+
+
+def test_a_step_without_a_label_may_say_so():
+    """The Trainer counts 0 there, and makes NaN of it."""
+    model = make()
+    labels, items = torch.full_like(IDS, -100), torch.tensor(0)
+    loss = causal_lm_loss(model, IDS, labels, num_items=items).loss
+    assert loss.item() == 0.0
+    assert not flat(total(model, [loss])[1]).any()
 
 
 def test_a_weight_that_is_none_is_refused():

@@ -3,6 +3,7 @@
 Budget: loss and gradient of a whole optimiser step within 1e-5 of the host's, in float32.
 """
 
+import functools
 import importlib
 import warnings
 from typing import Any
@@ -11,7 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from test_integrations import STEP, V, adapted, distance, error, flat, make, packed, padded
+from test_integrations import (
+    ADAPTERS,
+    STEP,
+    V,
+    adapted,
+    distance,
+    error,
+    flat,
+    make,
+    packed,
+    padded,
+)
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import Trainer
 
@@ -91,10 +103,10 @@ def step(made):
     return torch.tensor(loss), gradient
 
 
-def compare(folder, *, kind="llama", model=make, **settings):
+def compare(folder, *, kind="llama", model=make, ours=Fused, **settings):
     """Steps of both trainers from the same weights, which must agree."""
     host, ours = (
-        step(trainer(each, folder, model=model(kind), **settings)) for each in (Trainer, Fused)
+        step(trainer(each, folder, model=model(kind), **settings)) for each in (Trainer, ours)
     )
     assert float(host[0]) > 1.0
     assert not torch.equal(ours[1], host[1])  # ours is what ran
@@ -111,23 +123,27 @@ def test_a_step_is_the_trainers_own(kind, layout, tmp_path):
     compare(tmp_path, kind=kind, rows=LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("ours", [Fused, WithFunction])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "settings",
     [
         {"accumulation": 1},
         {"label_smoothing_factor": 0.1},
-        {"label_smoothing_factor": 0.1, "accumulation": 1, "rows": left},
+        {"label_smoothing_factor": 0.1, "accumulation": 1},
+        {"gradient_checkpointing": True, "accumulation": 1, "label_smoothing_factor": 0.1},
         {"gradient_checkpointing": True},
         {"average_tokens_across_devices": False},
     ],
     # Not str: the address of a function is another in every worker of pytest-xdist.
     ids=", ".join,
 )
-def test_options_do_what_they_do_in_the_trainer(settings, tmp_path):
-    compare(tmp_path, **settings)
+def test_options_do_what_they_do_in_the_trainer(settings, layout, ours, tmp_path):
+    compare(tmp_path, ours=ours, rows=LAYOUTS[layout], **settings)
 
 
-def test_a_model_without_loss_kwargs_has_a_mean_per_micro_batch(tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_model_without_loss_kwargs_has_a_mean_per_micro_batch(smoothing, tmp_path):
     """Such a model is told no number of labels; the Trainer divides by the accumulation."""
 
     def model(kind):
@@ -135,7 +151,7 @@ def test_a_model_without_loss_kwargs_has_a_mean_per_micro_batch(tmp_path):
         found.accepts_loss_kwargs = False
         return found
 
-    compare(tmp_path, model=model)
+    compare(tmp_path, model=model, label_smoothing_factor=smoothing)
 
 
 def test_every_label_counts_as_in_the_trainer():
@@ -182,6 +198,52 @@ def test_a_made_compute_loss_serves_a_class_that_has_one_and_looks_at_its_traine
         refused.compute_loss(refused.model, dict(batch))
 
 
+def test_a_made_compute_loss_is_one_link_of_a_chain_of_classes(tmp_path):
+    """`super()` finds it from below, and it skips the losses above it, as it says."""
+
+    class Above(Trainer):
+        compute_loss = None
+
+    class Made(Above):
+        compute_loss = hf.make_compute_loss()
+
+    class Below(Made):
+        def compute_loss(self, *args, **kwargs):
+            return 3 * super().compute_loss(*args, **kwargs)
+
+    once, thrice = (step(trainer(each, tmp_path)) for each in (WithFunction, Below))
+    assert error(thrice[0], 3 * once[0]) < 1e-6
+    assert error(thrice[1], 3 * once[1]) < 1e-6
+    for hide in (
+        lambda: hf.enable(trainer(Made, tmp_path)),
+        lambda: trainer(type("Mixed", (hf.FusedLossMixin, Made), {}), tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"\Atrainer: Made has a compute_loss of its own"):
+            hide()
+
+
+def test_a_made_compute_loss_that_is_no_method_is_refused_in_words(tmp_path):
+    """Handed over as compute_loss_func, or set on a trainer, it gets another first argument."""
+    func = trainer(Trainer, tmp_path, compute_loss_func=hf.make_compute_loss())
+    hung: Any = trainer(Trainer, tmp_path)
+    hung.compute_loss = hf.make_compute_loss()
+    for made, name in ((func, "CausalLMOutputWithPast"), (hung, "LlamaForCausalLM")):
+        words = rf"\Acompute_loss: got a {name}, expected .*; write compute_loss = [^\n]*\Z"
+        with pytest.raises(ValueError, match=words):
+            made.train()
+        with pytest.raises(ValueError, match=words):
+            made.evaluate()
+
+
+def test_a_made_compute_loss_of_trls_classes_is_refused(tmp_path):
+    """TRL's option says what SFT's loss is: dft, and nll would be trained."""
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install 'trl>=1.16,<1.17'")
+    made = trainer(Trainer, tmp_path)
+    made.__class__ = type("Mine", (trl.SFTTrainer,), {"compute_loss": hf.make_compute_loss()})
+    with pytest.raises(ValueError, match=r"SFTTrainer has a compute_loss .* use .*trl\.enable"):
+        made.compute_loss(made.model, next(padded()))
+
+
 # torch._dynamo asks for it where a graph is broken, and hides the warning but from `error`.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_step_is_the_trainers_own(tmp_path, monkeypatch):
@@ -208,12 +270,14 @@ def test_a_compiled_step_is_the_trainers_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.hosts("peft")
-def test_adapters_train_as_in_the_trainer(tmp_path):
+@pytest.mark.parametrize("ours", [Fused, WithFunction])
+@pytest.mark.parametrize("adapters", ["body", "head", "copied head", "tokens"])
+def test_adapters_train_as_in_the_trainer(adapters, ours, tmp_path):
     def model(kind):
         torch.manual_seed(0)  # adapters are drawn
-        return adapted(kind, dtype=torch.float32, target_modules=["q_proj", "lm_head"])
+        return adapted(kind, dtype=torch.float32, **ADAPTERS[adapters])
 
-    compare(tmp_path, kind="granite", model=model)
+    compare(tmp_path, kind="granite", model=model, ours=ours)
 
 
 @pytest.mark.hosts("liger_kernel")
@@ -234,27 +298,39 @@ def test_ligers_patches_stay_and_its_loss_is_not_called(tmp_path):
 # --- processes ------------------------------------------------------------------------------------
 
 
+EIGHT = {name: functools.partial(rows, 2 * STEP) for name, rows in LAYOUTS.items()}
+SPREAD = {
+    f"{layout}, {accumulation}": (Fused, {"rows": rows, "accumulation": accumulation})
+    for layout, rows in EIGHT.items()
+    for accumulation in (1, STEP)
+} | {
+    "not averaged": (Fused, {"average_tokens_across_devices": False, "accumulation": 2}),
+    "experts": (Fused, {"model": "mixtral", "accumulation": 2}),
+    "smoothed": (Fused, {"label_smoothing_factor": 0.1, "rows": EIGHT["packed"]}),
+    "checkpointed": (Fused, {"gradient_checkpointing": True, "rows": EIGHT["left"]}),
+    "a function": (WithFunction, {"rows": EIGHT["packed"]}),
+    "a function, smoothed, not averaged": (
+        WithFunction,
+        {"label_smoothing_factor": 0.1, "average_tokens_across_devices": False, "accumulation": 2},
+    ),
+}
+"""Of two processes: what is compared with the host's own Trainer."""
+
+
 def on_two_ranks(folder):
-    """By kind and option: how far loss and gradient are from those of the host's own Trainer."""
+    """By name: how far loss, gradient and evaluation are from those of the host's own Trainer."""
     found = {}
-    for kind, average in (("llama", False), ("mixtral", True)):
-        host, ours = (
-            step(
-                trainer(
-                    each,
-                    folder,
-                    model=make(kind),
-                    accumulation=2,
-                    average_tokens_across_devices=average,
-                    # mixtral's router leaves experts without a token
-                    ddp_find_unused_parameters=True,
-                )
-            )
-            for each in (Trainer, Fused)
-        )
-        found[f"{kind} {average}"] = (float(error(ours[0], host[0])), error(ours[1], host[1]))
-    alone = make()
-    batches = list(padded())
+    for name, (ours, settings) in SPREAD.items():
+        kind, results = settings.get("model", "llama"), []
+        for each in (Trainer, ours):
+            # mixtral's router leaves experts without a token
+            more = {"ddp_find_unused_parameters": "checkpointing" not in " ".join(settings)}
+            made = trainer(each, folder, **{**settings, **more, "model": make(kind)})
+            loss, gradient = step(made)
+            results.append((loss, gradient, torch.tensor(made.evaluate()["eval_loss"])))
+        errors = [float(error(*pair)) for pair in zip(results[1], results[0], strict=True)]
+        found[name] = (*errors, torch.equal(results[0][1], results[1][1]))
+    alone, batches = make(), list(padded())
     items = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
     for batch in batches:
         causal_lm_loss(alone, **batch, num_items=items).loss.backward()
@@ -266,8 +342,10 @@ def on_two_ranks(folder):
 def test_two_processes_are_the_trainers_own(tmp_path):
     for found, alone, size in run_ranks(on_two_ranks, str(tmp_path)):
         assert size == 2
-        assert len(found) == 2
-        assert all(max(errors) < BUDGET for errors in found.values()), found
+        assert found.keys() == SPREAD.keys()
+        for name, (*errors, same) in found.items():
+            assert max(errors) < BUDGET, (name, errors)
+            assert not same, name  # ours is what ran
         # Averaged over devices, two processes are one.
         assert alone < BUDGET
 
@@ -322,14 +400,15 @@ def test_evaluation_is_the_trainers_own(smoothing, tmp_path):
     assert outputs == {"loss": loss}
 
 
-def test_logits_are_made_where_they_are_wanted(tmp_path):
+@pytest.mark.parametrize("kind", [Fused, WithFunction])
+def test_logits_are_made_where_they_are_wanted(kind, tmp_path):
     shapes = []
 
     def metrics(found):
         shapes.append(found.predictions.shape)
         return {"top": float(found.predictions.argmax(-1).mean())}
 
-    host, ours = (trainer(each, tmp_path, compute_metrics=metrics) for each in (Trainer, Fused))
+    host, ours = (trainer(each, tmp_path, compute_metrics=metrics) for each in (Trainer, kind))
     theirs, mine = (made.evaluate() for made in (host, ours))
     assert mine["eval_top"] == theirs["eval_top"]
     assert mine["eval_loss"] == theirs["eval_loss"]
@@ -337,7 +416,7 @@ def test_logits_are_made_where_they_are_wanted(tmp_path):
     assert torch.equal(
         *(torch.tensor(made.predict(made.eval_dataset).predictions) for made in (host, ours))
     )
-    assert not ours._needs_logits
+    assert not getattr(ours, "_needs_logits", False)
 
 
 # --- the switch -----------------------------------------------------------------------------------
@@ -411,6 +490,9 @@ def cut(folder):
 
 
 REFUSED = {
+    "Wrong: got the mixin behind Trainer": lambda _: type(
+        "Wrong", (Trainer, hf.FusedLossMixin), {}
+    ),
     "compute_loss_func: it makes": lambda d: trainer(
         Fused, d, compute_loss_func=lambda *_, **__: None
     ),

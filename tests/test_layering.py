@@ -68,10 +68,12 @@ LAYERS = {
     "services": {"bound", "distributed", "hosted", "hub", "manual", "metrics", "new_folder"},
     # Every section, with that of the objective as its registry has it.
     "configuration": {"config"},
+    # What a metric means, those of the guards as their table has them.
+    "meanings": {"book"},
     "methods": {"objectives"},
     "method library": {"advantage"},
     "records": {"types"},
-    "text": {"book", "interface", "names", "spans", "strict_yaml", "values"},
+    "text": {"interface", "names", "spans", "strict_yaml", "values"},
     "kernels": {"kernels"},
 }
 LAYER_NAMES = list(LAYERS)

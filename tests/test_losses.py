@@ -1029,6 +1029,58 @@ def test_dweight_out_accumulates_and_leaves_the_weight_alone(backend):
         (0.5 * loss).backward()
 
 
+def misplaced_sinks(hidden_TD, weight_VD, bias_V, coef_T):
+    """By what the error says: buffers (V, D) of which no entry may be written."""
+    flat = torch.zeros(V * D + D)
+    weight_VD.grad = flat[: V * D].view(V, D)
+    return {
+        "memory of weight_VD": [weight_VD.detach(), weight_VD.data],
+        "memory of hidden_TD": [hidden_TD.detach().flatten()[: V * D].view(V, D)],
+        "memory of bias": [bias_V.detach().as_strided((V, D), (D, 1))],
+        "memory of coef_T": [coef_T.as_strided((V, D), (D, 1))],
+        "memory of weight.grad in another layout": [
+            flat[D:].view(V, D),
+            flat[: V * D].view(D, V).T,
+        ],
+        "its entries share memory": [
+            torch.zeros(1, D).expand(V, D),
+            torch.zeros(V + D).as_strided((V, D), (1, 1)),
+        ],
+    }
+
+
+def test_a_sink_in_the_memory_of_something_else_is_refused_in_words():
+    """dW would be added to the weight, or to the gradient of other classes, without a word."""
+    torch.manual_seed(0)
+    tokens = V + 2
+    hidden_TD = torch.randn(tokens, D, requires_grad=True)
+    weight_VD = torch.randn(V, D, requires_grad=True)
+    bias_V, coef_T = torch.randn(V * D)[:V], torch.randn(V * D)[:tokens]
+    bias_V.requires_grad_()
+    targets_T = torch.arange(tokens) % V
+    call = (hidden_TD, weight_VD, targets_T, coef_T)
+    kept = [x.detach().clone() for x in (hidden_TD, weight_VD, bias_V, coef_T)]
+    sinks = misplaced_sinks(hidden_TD, weight_VD, bias_V, coef_T)
+    for words, bad in sinks.items():
+        for sink_VD in bad:
+            with pytest.raises(ValueError, match=words) as caught:
+                weighted_logprob_loss(*call, bias=bias_V, dweight_out=sink_VD)
+            assert "\n" not in str(caught.value)
+            assert "; pass" in str(caught.value) or ", pass" in str(caught.value)
+    assert all(map(torch.equal, kept, (hidden_TD, weight_VD, bias_V, coef_T)))
+    assert not weight_VD.grad.any()  # type: ignore[union-attr]
+    # weight.grad itself, and a neighbour of the weight in one flat buffer, are right.
+    expected_VD = torch.zeros(V, D)
+    weighted_logprob_loss(*call, bias=bias_V, dweight_out=expected_VD)
+    weighted_logprob_loss(*call, bias=bias_V, dweight_out=weight_VD.grad)
+    both = torch.zeros(2 * V, D)
+    both[:V] = weight_VD.detach()
+    moved = (hidden_TD, both[:V].requires_grad_(), targets_T, coef_T)
+    weighted_logprob_loss(*moved, bias=bias_V, dweight_out=both.detach()[V:])
+    assert torch.equal(weight_VD.grad, expected_VD)  # type: ignore[arg-type]
+    assert torch.equal(both[V:], expected_VD)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "both"])
 @pytest.mark.parametrize("op", ["one pass", "recompute"])
 def test_frozen_tensors_cost_nothing(op, frozen):

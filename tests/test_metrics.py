@@ -23,7 +23,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from vpgea_fast.book import merge
 from vpgea_fast.config import TrainConfig
 from vpgea_fast.metrics import (
     Alarms,
@@ -42,6 +41,7 @@ from vpgea_fast.metrics import (
     read_steps,
     step_line,
 )
+from vpgea_fast.values import merge
 
 
 def no_constant(text):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from batches import prompted, sampled, scored, weights_of, whole
 
+from vpgea_fast.book import METRICS
 from vpgea_fast.objectives import METHODS, BestOfRft, Grpo, HintRft, Rft, Sft, Vpgea, guard_only
-from vpgea_fast.objectives.guards import EARLY, VIEWS
+from vpgea_fast.objectives.guards import EARLY, GUARDS, VIEWS
 from vpgea_fast.objectives.likelihood import NormalisedVeriFree
 from vpgea_fast.objectives.unread import rules
 from vpgea_fast.rows import Scale, build_rows, drawn_rows, truncated_ratios
@@ -220,15 +221,28 @@ def test_the_log_ratio_of_the_elbo_and_joint_and_answer_terms():
     assert found["answer"].part == "target"
 
 
-def test_guards_that_cost_no_forward_and_the_early_answer():
+# Of paths of 50 and 200 tokens, what catches the first, the only one with a reward, and what lets
+# it pass. A guard that compares log-probs has tests of its own.
+COUNTED = {
+    "lexical_caught": ({"lexical": True}, {"lexical": True, "lexical_regex": "hint"}),
+    "short_caught": ({"len_min_frac": 0.26}, {"len_min_frac": 0.25}),
+}
+
+
+@pytest.mark.parametrize("name", sorted({*COUNTED, *GUARDS} - {"guard_caught"}))
+def test_a_guard_is_counted_and_in_the_book(name):
     one = batch()
-    texts = (("As GIVEN, 7.", "add"),)
-    one = replace(one, posterior=replace(one.posterior, texts=texts))
-    for keys, name in (({"lexical": True}, "lexical"), ({"len_min_frac": 0.26}, "short")):
+    one = replace(one, posterior=replace(one.posterior, texts=(("As GIVEN, 7.", "add"),)))
+    for keys, share in zip(COUNTED[name], (0.5, 0.0), strict=True):
         out = Vpgea(**keys).terms(one, {})
-        assert out.metrics[f"{name}_caught"] == 0.5
-        assert not weights_of(out)["posterior", "teacher"].any()
-    assert Vpgea(len_min_frac=0.25).terms(one, {}).metrics["short_caught"] == 0.0
+        assert out.metrics[name] == share
+        assert weights_of(out)["posterior", "teacher"].any() == (not share)
+    assert name not in Vpgea().terms(one, {}).metrics
+    assert METRICS[name].unit == "share"
+
+
+def test_the_early_answer():
+    one = batch()
     early = Score("posterior", "early", "target")
     keys = [path.key for path in one.posterior.flat]
     for u, share in ((-4.0, 0.0), (-4.1, 0.5), (math.nan, 0.5)):

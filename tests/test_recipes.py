@@ -59,6 +59,7 @@ class Recipe:
 
 
 ROLLOUT = "tests/test_rollout.py::"
+BOOK = "tests/test_book.py::test_the_steps_of_all_runs_and_the_book_have_the_same_keys"
 RECIPES = {
     "metric": Recipe(
         refused_metric,
@@ -67,6 +68,7 @@ RECIPES = {
         (
             "tests/test_diagnostics.py",
             "tests/test_book.py::test_no_key_stands_twice_and_every_meaning_is_short_sentences",
+            BOOK,
         ),
     ),
     "data_format": Recipe(
@@ -91,7 +93,7 @@ RECIPES = {
         refused_key("objective", "min_thought", 4),
         ConfigError,
         "min_thought",
-        ("tests/test_objectives.py",),
+        ("tests/test_objectives.py", BOOK),
     ),
     "engine": Recipe(
         refused_key("engine", "name", "plain"),
@@ -210,15 +212,6 @@ def test_a_recipe_alone_fails_by_its_tests_and_passes_with_its_code(name, tmp_pa
         assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
-@pytest.mark.slow
-def test_a_new_metric_is_logged_and_in_the_book(tmp_path):
-    """The book of the copy holds what its runs write."""
-    tree = copied(tmp_path / "tree")
-    apply("metric", tree)
-    done = run_tests(tree, "tests/test_book.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_a_recipe_that_no_longer_applies_is_refreshed_by_the_commands_of_contributing(tmp_path):
     """A line beside the recipe's own changes: git merges, a person mends, the patch is new."""
     tree, name = copied(tmp_path / "tree"), "metric"
@@ -259,15 +252,30 @@ def test_a_recipe_that_no_longer_applies_is_refreshed_by_the_commands_of_contrib
     assert left == ["M", f"tests/recipes/{name}.patch"]
 
 
-def test_every_large_file_has_its_reason_in_contributing():
-    """By the thermometer's own measure, so that a file which shrank leaves the table."""
+@pytest.fixture(scope="module")
+def thermometer():
     spec = importlib.util.spec_from_file_location("thermometer", ROOT / "benchmarks/thermometer.py")
     assert spec is not None
     assert spec.loader is not None
     thermometer = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = thermometer  # its dataclasses look themselves up
     spec.loader.exec_module(thermometer)
-    sources = thermometer.read_sources(ROOT)
+    return thermometer
+
+
+@pytest.fixture(scope="module")
+def sources(thermometer):
+    return thermometer.read_sources(ROOT)
+
+
+def test_the_thermometer_is_within_its_limits(thermometer, sources):
+    readings = thermometer.measure(sources)
+    beyond = [f"{r.name}: {r.value}, {r.limit}" for r in readings if not r.within]
+    assert beyond == [], "`python benchmarks/thermometer.py --list` shows what stands behind it"
+
+
+def test_every_large_file_has_its_reason_in_contributing(thermometer, sources):
+    """By the thermometer's own measure, so that a file which shrank leaves the table."""
     large = {source.path for source in sources if source.lines > thermometer.LONG_FILE}
     listed = LARGE.findall(CONTRIBUTING)
     assert len(listed) == len(set(listed))

@@ -199,7 +199,7 @@ def trainer(
             # A copy: TRL replaces the forward of the model that it is given.
             model=copy.deepcopy(model),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=trl.GRPOConfig(output_dir=folder, **settings, **options),
+            args=trl.GRPOConfig(output_dir=folder, **{**settings, **options}),
             train_dataset=Dataset.from_dict({"prompt": ["?"]}),
             processing_class=tokenizer,
         )

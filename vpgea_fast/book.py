@@ -8,8 +8,9 @@ to what runs write, in both directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from vpgea_fast.objectives.guards import GUARDS
 
 MODES = ("sampled", "greedy")
 """The two ways in which an evaluation draws answers."""
@@ -35,24 +36,6 @@ class Chapter(NamedTuple):
     metrics: dict[str, Metric]
 
 
-def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
-
-    >>> merge({"len_post": 4.0}, {"loss": 0.1})
-    {'len_post': 4.0, 'loss': 0.1}
-    """
-    merged: dict[str, Any] = {}
-    for part in parts:
-        repeated = sorted(merged.keys() & part.keys())
-        if repeated:
-            raise ValueError(
-                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
-                "the objective"
-            )
-        merged |= part
-    return merged
-
-
 def _table(text: str) -> dict[str, Metric]:
     """Metrics by their key, from lines `key | unit` with the meaning indented below each.
 
@@ -65,6 +48,15 @@ def _table(text: str) -> dict[str, Metric]:
             "below; a key has small letters, digits and underscores"
         )
     return {key: Metric(unit, " ".join(meaning.split())) for key, unit, meaning in entries}
+
+
+GUARDED = "".join(
+    f"""{name} | share
+    Share of the teacher's paths that objective.{guard.key} rejects and that pass every filter but
+    the guards.
+"""
+    for name, guard in GUARDS.items()
+)
 
 
 def _lower(text: str) -> str:
@@ -277,7 +269,7 @@ paths_written | lines
     Chapter(
         "Utility, advantage and gate",
         "Every step. gate_rate, len_gated*, utility and u_replaced belong to vpgea.",
-        _table("""
+        _table(f"""
 accept_rate | share
     Share of the teacher's paths with R above 0; grpo: share of paths that are right.
 gate_rate | share
@@ -289,14 +281,7 @@ len_gated | tokens
 len_gated_ratio | ratio
     Mean over gated paths of length / mean length of the group; below 1 where the gate prefers
     short paths.
-guard_caught | share
-    Share of the teacher's paths that the leak guard rejected and that pass every filter but
-    the guards; with objective.leak_guard.
-lexical_caught | share
-    The same of objective.lexical.
-short_caught | share
-    The same of objective.len_min_frac.
-path_kl | nats
+{GUARDED}path_kl | nats
     Mean over the teacher's paths of log q - log pi of a whole thought; with objective.kappa.
 guard_nats | nats
     Mean over the teacher's paths of what the guard compares with objective.leak_limit; with

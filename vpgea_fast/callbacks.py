@@ -77,13 +77,18 @@ class Callback:
 
 def check(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
     """Refuse what is no instance of a Callback, for example a class, with a ValueError."""
+    # Text is a sequence too, and is refused by its first letter.
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(
+            f"callbacks: got {callbacks!r:.80}, expected a list of them; write callbacks=[Mine()]"
+        )
     # Before any weight is loaded: a class has every hook too, and would fail when one is called.
     for number, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             # 80 characters: the repr of what holds a model or data fills a screen.
             raise ValueError(
                 f"callbacks[{number}]: got {callback!r:.80}, expected an instance of a class "
-                "derived from vpgea_fast.trainer.Callback; write class Mine(Callback) and give "
+                "derived from vpgea_fast.Callback; write class Mine(Callback) and give "
                 "Mine()"
             )
     return tuple(callbacks)

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 import torch
 
-from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.data import round_questions
 from vpgea_fast.metrics import PhaseTimer
@@ -65,6 +64,7 @@ from vpgea_fast.types import (
     View,
     with_questions,
 )
+from vpgea_fast.values import merge
 from vpgea_fast.verify import Verifier
 
 Pairs = Sequence[tuple[PromptedQuestion, Path]]

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import torch
 
 from vpgea_fast.advantage import elbo_terms
-from vpgea_fast.book import merge
 from vpgea_fast.metrics import ModelFlops, eps3, mfu
 from vpgea_fast.objectives import Terms
 from vpgea_fast.packing import RankPlan, plan_stats
@@ -25,6 +24,7 @@ from vpgea_fast.types import (
     TrainRow,
     View,
 )
+from vpgea_fast.values import merge
 
 HINT_NATS = 5.0
 """A token this much likelier under the teacher's prompt than under the student's comes from the

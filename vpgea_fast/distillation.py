@@ -15,6 +15,7 @@ from vpgea_fast.kernels.batches import Batch, batch_of
 from vpgea_fast.kernels.contract import Bounds, Inputs, needs_of
 from vpgea_fast.kernels.divergence import DIVERGENCES, Distil, Measure, Teacher
 from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.sinks import checked_sink
 
 Tensor = torch.Tensor
 
@@ -111,12 +112,13 @@ def distillation_loss(
     _refuse_float16(hidden_TD, settings.operands)
     # Gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
-    sink_VD = checks.checked_sink(dweight_out, weight_VD)
     teacher = Teacher(teacher_hidden_TE, teacher_weight_VE, teacher_bias)
     teacher, operands = _checked_teacher(inputs, teacher)
     theirs = settings._replace(
         softcap=teacher_softcap, logit_scale=teacher_logit_scale, operands=operands
     )
+    read = {f"teacher_{name.removesuffix('_V')}": x for name, x in teacher._asdict().items()}
+    sink_VD = checked_sink(dweight_out, weight_VD, inputs, coef_T=coef_T, **read)
     checks.check_settings(theirs, "teacher_")  # bounds of numbers are the student's
     measure, needs = Measure(*_divergence(divergence, beta)), needs_of(inputs, sink_VD)
     of_call = (coef_T, sink_VD, needs, measure, theirs, settings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -24,10 +24,14 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a run could use: Finding("attention", "flash", False, "there is no CUDA")."""
+    """One thing that a run could use.
+
+    Example: Finding("attention", "flash", runs=False, detail="there is no CUDA").
+    """
 
     part: str
     name: str
+    _: KW_ONLY
     runs: bool
     detail: str
 
@@ -44,13 +48,14 @@ def _machine(where: torch.device) -> Iterator[Finding]:
     found = environment()
     names = ("vpgea_fast", "torch", "transformers", "triton", "safetensors")
     for name in ("python", *names):
-        yield Finding("version", name, found[name] is not None, found[name] or "not installed")
+        version = found[name]
+        yield Finding("version", name, runs=bool(version), detail=version or "not installed")
     # None on a CPU, whose cores are counted behind it.
     count = f"{found['devices']} x " if found["devices"] else ""
     detail = f"{count}{found['device']}, {found['cpus']} CPU cores"
     if where.type == "cuda":
         detail += f", {torch.cuda.get_device_properties(where).total_memory / 2**30:.1f} GiB"
-    yield Finding("device", str(where), True, detail)
+    yield Finding("device", str(where), runs=True, detail=detail)
 
 
 def _backends(where: torch.device) -> Iterator[Finding]:
@@ -77,7 +82,8 @@ def _attention(where: torch.device) -> Iterator[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    yield Finding("rollout engine", "hf", True, "the trained model itself, by transformers")
+    here = "the trained model itself, by transformers"
+    yield Finding("rollout engine", "hf", runs=True, detail=here)
     yield _asked("rollout engine", "vllm", lambda: check_installed() or "fits torch, transformers")
 
 
@@ -86,13 +92,14 @@ def _extras() -> Iterator[Finding]:
     # Found, not imported: that alone is what a run asks before it patches a model.
     liger, use = importlib.util.find_spec("liger_kernel"), "RMSNorm, RoPE and SwiGLU on CUDA"
     lack = f"not installed; pip install 'vpgea_fast[liger]' for its {use}"
-    yield Finding("extra", "liger", liger is not None, use if liger is not None else lack)
+    there = liger is not None
+    yield Finding("extra", "liger", runs=there, detail=use if there else lack)
 
 
 def _asked(part: str, name: str, ask: Callable[[], str]) -> Finding:
     """Ask the run's own check; give its answer, or its error."""
     try:
-        return Finding(part, name, True, ask())
+        return Finding(part, name, runs=True, detail=ask())
     # ConfigError, ModelError and the kernels' refusals are all ValueErrors.
     except ValueError as error:
-        return Finding(part, name, False, str(error))
+        return Finding(part, name, runs=False, detail=str(error))

@@ -56,6 +56,7 @@ from vpgea_fast.kernels.batches import batch_of
 from vpgea_fast.kernels.contract import FLOAT32, Bounds, Settings, Smoothing, needs_of
 from vpgea_fast.kernels.head import Expected, OnePass, Recompute, dot
 from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.sinks import checked_sink
 from vpgea_fast.kernels.streams import PathTerms, Streams, layout_of, path_sums
 
 Tensor = torch.Tensor
@@ -333,10 +334,11 @@ def weighted_logprob_loss(
     only: see the module's note on frameworks that average gradients over ranks.
 
     dweight_out (V, D) float32 (float64 for float64 inputs) receives dW by accumulation in this
-    call, whenever grad mode is on; weight.grad is then left alone. Micro-batches so accumulate in
-    float32 under a half-precision weight. Its dW is final before `backward`, so backward's incoming
-    gradient must be 1 (asserted on the device): scale the coefficients instead. Not for use inside
-    activation checkpointing, which runs the forward twice.
+    call, whenever grad mode is on: a buffer of its own, or weight.grad itself. weight.grad is then
+    otherwise left alone. Micro-batches so accumulate in float32 under a half-precision weight. Its
+    dW is final before `backward`, so backward's incoming gradient must be 1 (asserted on the
+    device): scale the coefficients instead. Not for use inside activation checkpointing, which runs
+    the forward twice.
 
     label_smoothing s and z_loss z: coef_t times (1 - s) logp_t + s mean_v log p_tv - z lse_t^2, in
     the same pass; `logp` stays the target's own. With coef_t = -1 / tokens that is the label
@@ -352,7 +354,7 @@ def weighted_logprob_loss(
     inputs, settings = checks.checked_call(hidden_TD, weight_VD, targets_T, **options)
     # The gradients are made before anybody could ask for one of coef.
     checks.check_constant("coef_T", coef_T, targets_T)
-    sink_VD = checks.checked_sink(dweight_out, weight_VD)
+    sink_VD = checked_sink(dweight_out, weight_VD, inputs, coef_T=coef_T)
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if type(value) is not int or value != 0:  # the default: bounds are floats too
             checks.check_number(name, value, _SMOOTHING[name])

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vpgea_fast import diagnostics
-from vpgea_fast.book import merge
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
 from vpgea_fast.names import Trained, View
@@ -22,6 +21,7 @@ from vpgea_fast.rollout.engine import Usage
 from vpgea_fast.rows import drawn_rows, truncated_ratios
 from vpgea_fast.scoring import RowsFn, score_row
 from vpgea_fast.types import PathKey, ScoredBatch, TrainRow
+from vpgea_fast.values import merge
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ import torch
 
 from vpgea_fast import callbacks as listeners
 from vpgea_fast import checkpoint, diagnostics
-from vpgea_fast.book import merge
 from vpgea_fast.build import Stages, build, introduction
 from vpgea_fast.callbacks import Callback, Ending, Run, StopTraining
 from vpgea_fast.config import Config, as_dict
@@ -49,6 +48,7 @@ from vpgea_fast.run_dir import RunDir
 from vpgea_fast.stop import Stop
 from vpgea_fast.types import PackedBatch, PathKey, ScoredBatch, StepStats, TrainRow
 from vpgea_fast.updates import Rollout, Updates, rescored, revived
+from vpgea_fast.values import merge
 from vpgea_fast.watch import Watch
 
 __all__ = ["Callback", "Ending", "Run", "StopTraining", "Trainer", "TrainingError", "fit"]
@@ -121,6 +121,11 @@ class Trainer:
     def __init__(
         self, cfg: Config, *, resume: bool = False, callbacks: Sequence[Callback] = ()
     ) -> None:
+        if not isinstance(cfg, Config):
+            raise ValueError(
+                f"cfg: got {cfg!r:.80}, expected a Config; make it of a file by "
+                "vpgea_fast.config.load(FILE), or of keys and values by vpgea_fast.config.resolve"
+            )
         self.cfg, self.callbacks = cfg, listeners.check(callbacks)
         self.step, self.tokens, self.skipped_in_a_row, self.worth = 0, 0, 0, {}
         self.halted, self.offending, self.saved_at = None, [], time.monotonic()

@@ -1,4 +1,4 @@
-"""Types of values, with their ranges; text that a terminal may show."""
+"""Types of values, with their ranges; text that a terminal may show; mappings, made of others."""
 
 from __future__ import annotations
 
@@ -57,6 +57,24 @@ def dotted(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping) and value
         found |= dotted(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
     return found
+
+
+def merge(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One dict of all parts. ValueError for a key that two of them have: one would be lost.
+
+    >>> merge({"len_post": 4.0}, {"loss": 0.1})
+    {'len_post': 4.0, 'loss': 0.1}
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        repeated = sorted(merged.keys() & part.keys())
+        if repeated:
+            raise ValueError(
+                f"metrics: got {', '.join(repeated)} twice, expected every name once; rename it in "
+                "the objective"
+            )
+        merged |= part
+    return merged
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

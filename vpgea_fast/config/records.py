@@ -93,7 +93,6 @@ class TrainConfig:
     """Train nothing, and write every path to paths.jsonl, for engine.name replay. `paths`: those
     that the objective draws, unscored. `weights`: also what they score and weigh. The last step of
     a pass over the questions has those that are left."""
-    # Questions without a gradient.
     resample_rounds: NonNegativeInt = 0
     """Replace questions without a gradient, at most this many times per step (0: never). Dynamic
     sampling of DAPO, arXiv 2503.14476."""

@@ -18,11 +18,15 @@ RENAMED = {
 }
 """Key or section of an older version -> what it is now."""
 
+CHANGED = {"objective": {"grpo": {"trains": "thought"}}}
+"""Section -> variant -> keys that older records lack, with what such a run did: not the default."""
+
 
 def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Return the sections of a run's record with keys of an older version under their new names.
 
-    Keys of a variant that was not chosen are left out: nothing read them. `say` hears of both.
+    Keys of a variant that was not chosen are left out: nothing read them. Keys that the version
+    lacked are as the run was, not as new runs are (CHANGED). `say` hears of all three.
     """
     # A whole section that moved holds nothing by itself: only its keys do.
     moved = {old: _new_name(old) for old in _old_keys(tree) if "." in old}
@@ -52,9 +56,22 @@ def renewed(tree: Mapping[str, Any], say: Callable[[str], None] = lambda _: None
             kept.append(f"{old} as {new}")
         else:
             left.append(old)
+    as_before = _add_changed(sections, chosen)
     dropped = f"; left out {', '.join(left)}, which nothing read" if left else ""
-    say(f"written by an older version: read {', '.join(kept)}{dropped}")
+    say(f"written by an older version: read {', '.join([*kept, *as_before])}{dropped}")
     return sections
+
+
+def _add_changed(sections: dict[str, Any], chosen: Mapping[str, Any]) -> list[str]:
+    """Write the keys of CHANGED that a record lacks into it; list them, to be said."""
+    added = []
+    for section, variants in CHANGED.items():
+        # Of a damaged record the section or its name may be anything.
+        keys, did = sections.get(section), variants.get(str(chosen[section]), {})
+        if isinstance(keys, Mapping):
+            sections[section] = {**did, **keys}
+            added += [f"no {section}.{k} as {v}" for k, v in did.items() if k not in keys]
+    return added
 
 
 def _in(key: str, section: str) -> bool:

@@ -148,7 +148,8 @@ def _loads(text: bytes, *, place: str, numbered: bool = False) -> Any:
         return json.loads(text.decode("utf-8-sig"), parse_float=_decimal, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place += f", line {error.lineno}" * numbered
-        wrong = f"{error.msg} at column {error.colno}"
+        # Some messages end in the word: `Unterminated string starting at`.
+        wrong = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         # The message shows the line, not the head of a file of gigabytes.
         text = text.split(b"\n")[error.lineno - 1] if numbered else text
     except UnicodeDecodeError as error:

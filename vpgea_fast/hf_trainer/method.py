@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vpgea_fast import diagnostics, families
-from vpgea_fast.book import LOGGED, merge
+from vpgea_fast.book import LOGGED
 from vpgea_fast.collect import Collector, Pairs
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
@@ -35,6 +35,7 @@ from vpgea_fast.rollout.turns import Turns
 from vpgea_fast.rows import Scale, build_rows
 from vpgea_fast.scoring import RowsFn
 from vpgea_fast.types import Path, PromptedQuestion, ScoredBatch, TrainRow
+from vpgea_fast.values import merge
 from vpgea_fast.verify import Verifier
 
 

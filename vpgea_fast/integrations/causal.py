@@ -23,8 +23,9 @@ from vpgea_fast.integrations.heads import (
     loss_options,
     run_at_head,
 )
+from vpgea_fast.kernels import checks
 from vpgea_fast.kernels.head import wide
-from vpgea_fast.kernels.selection import accumulator
+from vpgea_fast.kernels.selection import accumulator, check
 
 Tensor = torch.Tensor
 
@@ -225,11 +226,8 @@ def _prepared(
 ) -> _Call:
     # Every token a label, as in pretraining.
     labels = input_ids if labels is None else labels
-    if input_ids.dim() != 2 or labels.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)}: expected (B, T) "
-            "both; labels are not shifted, and a packed row is (1, T)"
-        )
+    _check_shapes(input_ids, labels, **places)
+    checks.check_flag("all_labels", all_labels)
     if isinstance(getattr(model, "module", model), LossModule):  # DDP's is `module`
         raise ValueError("model: got a LossModule, which is called itself; pass its .model")
     _check_names(model, inputs)
@@ -241,6 +239,36 @@ def _prepared(
         targets_BT=_targets(labels, **({} if all_labels else places)),
         options=head_options(model, input_ids),
     )
+
+
+def _check_shapes(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> None:
+    """ValueError: rows, labels and places that do not fit, some of which torch would broadcast."""
+    given = {"input_ids": input_ids, "labels": labels}
+    given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(
+                f"{name}: got {checks.told(x)}, expected a tensor; pass torch.tensor({name})"
+            )
+    if input_ids.dim() != 2 or labels.shape != input_ids.shape or not input_ids.shape[1]:
+        raise ValueError(
+            f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)}: expected (B, T) "
+            "both, of one token or more; labels are not shifted, and a packed row is (1, T)"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids: got {input_ids.dtype}, expected int64 or int32: .long()")
+    rows, tokens = input_ids.shape
+    for name, x, fit in (
+        ("attention_mask", _by_token(attention_mask), (rows,)),
+        ("position_ids", _by_token(position_ids), (rows, 1)),  # one row's are all rows'
+    ):
+        if x is not None and (x.shape[0] not in fit or x.shape[1] != tokens):
+            raise ValueError(
+                f"{name}: got {tuple(x.shape)}, expected {(rows, tokens)} as input_ids; pass that "
+                "of these rows"
+            )
 
 
 def _check_names(model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -297,6 +325,9 @@ def _coefficient(targets_BT: Tensor, num_items: int | Tensor | None, world_size:
         count = (targets_BT != IGNORED).sum().clamp(min=1)
     elif isinstance(num_items, Tensor) and num_items.numel() == 1:
         count = num_items.detach().reshape(()).to(targets_BT.device)
+        # Of a step without a label it is 0, as the Trainer counts it, and the loss then is too.
+        right = (count > 0) | ((count == 0) & (targets_BT == IGNORED).all())
+        check(right, "num_items: got 0, a negative number or NaN, expected the labels of the step")
     elif isinstance(num_items, int) and not isinstance(num_items, bool) and num_items > 0:
         count = torch.tensor(num_items, device=targets_BT.device)
     else:

@@ -89,6 +89,11 @@ _MEASURED: weakref.WeakKeyDictionary[nn.Module, families.HeadOptions] = weakref.
 
 def find_head(model: nn.Module) -> Found:
     """The causal LM in DDP, PEFT and whatever else is around it. ValueError: there is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: got a {type(model).__name__}, expected a causal LM of transformers, in any "
+            "wrapper; pass what prepare or DDP returns for it"
+        )
     wrappers = []
     for module in model.modules():
         wrappers.append(module)

@@ -53,14 +53,24 @@ class FusedLossMixin(_Trainer):
 
     fused_backend: as in `losses.HeadOptions`.
 
-    ValueError: `compute_loss_func`, or a `compute_loss` of another class behind the mixin. So are
-    DataParallel, sequence and context parallelism, and label smoothing beside a load-balancing
-    loss. In the first step, what `causal_lm_loss` refuses, and a loss other than cross-entropy.
+    ValueError: a class with the mixin behind the Trainer; `compute_loss_func`, or a `compute_loss`
+    of another class behind the mixin. So are DataParallel, sequence and context parallelism, and
+    label smoothing beside a load-balancing loss. In the first step, what `causal_lm_loss` refuses,
+    and a loss other than cross-entropy.
     RuntimeError: a Trainer whose replaced methods have changed. UserWarning: a version of
     transformers out of the tested range.
     """
 
     fused_backend = "auto"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        classes = cls.__mro__
+        if Trainer in classes and classes.index(Trainer) < classes.index(FusedLossMixin):
+            raise ValueError(
+                f"{cls.__name__}: got the mixin behind Trainer, which would never ask it; write "
+                f"class {cls.__name__}(FusedLossMixin, Trainer)"
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._needs_logits = False  # of the prediction step that runs
@@ -107,22 +117,36 @@ def make_compute_loss(*, backend: str = "auto") -> Callable[..., Any]:
     the mixin's. Where outputs are asked for it is the Trainer's own, with logits, but for
     `args.prediction_loss_only`: a function alone does not see whether they are wanted.
 
-    backend: as in `losses.HeadOptions`. Errors and warnings as of the mixin, in the first call.
+    backend: as in `losses.HeadOptions`. Errors and warnings as of the mixin, in the first call; so
+    are classes of TRL, and this function where it is no method of a class.
     """
 
     def compute_loss(
         self: Any,
-        model: nn.Module,
-        inputs: dict[str, Any],
+        model: Any,
+        inputs: Any = None,  # not there where this is called as something else
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if not isinstance(self, Trainer):
+            raise ValueError(
+                f"compute_loss: got a {type(self).__name__}, expected the trainer whose method it "
+                "is; write compute_loss = hf.make_compute_loss() in the body of your class, "
+                "neither on a trainer nor as compute_loss_func"
+            )
         if self not in _CHECKED:
             _check(self, backend)
+            _check_trl(type(self))
             _CHECKED.add(self)
         logits = return_outputs and not self.args.prediction_loss_only
         if logits or inputs.get("labels") is None:
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            return Trainer.compute_loss(
+                self,
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+            )
         loss = _loss(self, model, inputs, num_items_in_batch, backend=backend)
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -262,10 +286,19 @@ def _check_classes(trainer: Any) -> None:
     owner = next(c for c in classes if "compute_loss" in vars(c))
     if owner is Trainer:
         return
-    remedy = "derive it from (FusedLossMixin, Trainer) and call super().compute_loss"
-    if owner.__module__.split(".")[0] == "trl":
-        remedy = "use vpgea_fast.integrations.trl.enable"
-    raise ValueError(
+    _check_trl(owner)
+    raise _skipped(owner, "derive it from (FusedLossMixin, Trainer) and call super().compute_loss")
+
+
+def _check_trl(kind: type) -> None:
+    """TRL's options say what its losses are: cross-entropy would be another, without a word."""
+    for owner in kind.__mro__:
+        if owner.__module__.split(".")[0] == "trl" and "compute_loss" in vars(owner):
+            raise _skipped(owner, "use vpgea_fast.integrations.trl.enable")
+
+
+def _skipped(owner: type, remedy: str) -> ValueError:
+    return ValueError(
         f"trainer: {owner.__name__} has a compute_loss of its own, which would be skipped; {remedy}"
     )
 

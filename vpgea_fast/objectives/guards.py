@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vpgea_fast.names import Score, Stream, Trained
 
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 
 VIEWS = Score("posterior", "teacher", "thought"), Score("posterior", "student", "thought")
 EARLY = Score("posterior", "early", "target")
+OFF = (None, "none", 0)
+"""Values of a guard's key with which it rejects nothing; 0 is False too."""
+
+
+class Guard(NamedTuple):
+    """A filter that a run counts, switched by a key of `objective`."""
+
+    key: str
+    on: str | float
+    """A value that turns it on: tests/test_book.py runs with it."""
+    rejects: Callable[[Any, ScoredBatch], Tensor]
+    """(cfg, batch) -> the teacher paths that it rejects, (B, G) bool. Asked only where it is on."""
 
 
 def accepted(cfg: Any, batch: ScoredBatch) -> Tensor:
@@ -30,7 +43,7 @@ def accepted(cfg: Any, batch: ScoredBatch) -> Tensor:
 
 
 def passed(cfg: Any, batch: ScoredBatch, stream: Stream = "posterior") -> Tensor:
-    """Which paths pass every filter but the guards, (B, P) bool. They stand here.
+    """Which paths pass every filter that is not counted, (B, P) bool. They stand here.
 
     A rejected path has R = 0 and stays in its group's mean: it is a failure of the policy, and
     dropping it would hide it. A filter may read the columns of the stream, each (B, P): `u_BP`
@@ -46,20 +59,40 @@ def passed(cfg: Any, batch: ScoredBatch, stream: Stream = "posterior") -> Tensor
 
 
 def caught(cfg: Any, batch: ScoredBatch) -> dict[str, Tensor]:
-    """The guards that are on -> the teacher paths that each rejects, (B, G) bool."""
-    post, found = batch.posterior, {}
-    if (leaked_BG := leak(cfg, batch)) is not None:
-        found["guard"] = ~(leaked_BG <= cfg.leak_limit)  # NaN too
-    if cfg.lexical:
-        assert post.texts is not None  # draws() asks for them
-        words = re.compile(cfg.lexical_regex, re.IGNORECASE)
-        rows = [[bool(words.search(text)) for text in group] for group in post.texts]
-        found["lexical"] = post.closed_BP.new_tensor(rows)
-    if cfg.len_min_frac:
-        # Relative to the student's own paths: questions differ in the length that they need.
-        base_B1 = batch.prior.length_BP.mean(dim=1, keepdim=True)
-        found["short"] = post.length_BP < cfg.len_min_frac * base_B1
-    return found
+    """The guards of GUARDS that are on -> the teacher paths that each rejects, (B, G) bool."""
+    return {
+        name: guard.rejects(cfg, batch)
+        for name, guard in GUARDS.items()
+        if getattr(cfg, guard.key) not in OFF
+    }
+
+
+def _leaking(cfg: Any, batch: ScoredBatch) -> Tensor:
+    leaked_BG = leak(cfg, batch)
+    assert leaked_BG is not None  # each value of the key has its measure
+    return ~(leaked_BG <= cfg.leak_limit)  # NaN too
+
+
+def _lexical(cfg: Any, batch: ScoredBatch) -> Tensor:
+    post, words = batch.posterior, re.compile(cfg.lexical_regex, re.IGNORECASE)
+    assert post.texts is not None  # draws() asks for them
+    rows = [[bool(words.search(text)) for text in group] for group in post.texts]
+    return post.closed_BP.new_tensor(rows)
+
+
+def _short(cfg: Any, batch: ScoredBatch) -> Tensor:
+    # Relative to the student's own paths: questions differ in the length that they need.
+    base_B1 = batch.prior.length_BP.mean(dim=1, keepdim=True)
+    return batch.posterior.length_BP < cfg.len_min_frac * base_B1
+
+
+GUARDS = {
+    "guard_caught": Guard("leak_guard", "early_answer", _leaking),
+    "lexical_caught": Guard("lexical", True, _lexical),
+    "short_caught": Guard("len_min_frac", 0.05, _short),
+}
+"""What a run logs of a guard, the share of the teacher's paths that it rejects and `passed` accepts
+-> the guard. The book, the report, the sweep and the tests read this table: a row is all."""
 
 
 def leak(cfg: Any, batch: ScoredBatch) -> Tensor | None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.book import merge
 from vpgea_fast.kernels.options import GroupOptions
 from vpgea_fast.names import Score, Stream
 from vpgea_fast.objectives.base import Draws, EtaKeys, Term, Terms
@@ -41,6 +40,7 @@ from vpgea_fast.values import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    merge,
 )
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ class Vpgea(EtaKeys):
         """What each guard caught of the paths that every filter lets pass."""
         pass_BG, leaked_BG = passed(self, batch), leak(self, batch)
         shares = {
-            f"{name}_caught": (pass_BG & caught_BG).double().mean().item()
+            name: (pass_BG & caught_BG).double().mean().item()
             for name, caught_BG in caught(self, batch).items()
         }
         nats = {} if leaked_BG is None else {"guard_nats": leaked_BG.mean().item()}

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vpgea_fast.book import merge
 from vpgea_fast.names import Score, Stream, Trained
 from vpgea_fast.objectives.base import ClipKeys, Draws, Keys, Term, Terms
 from vpgea_fast.objectives.bounds import (
@@ -37,7 +36,7 @@ from vpgea_fast.objectives.bounds import (
 )
 from vpgea_fast.objectives.guards import VIEWS, log_ratio, views
 from vpgea_fast.objectives.unread import Unread
-from vpgea_fast.values import STRICT, NonNegativeInt, PositiveFloat, PositiveInt
+from vpgea_fast.values import STRICT, NonNegativeInt, PositiveFloat, PositiveInt, merge
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,6 +15,7 @@ from statistics import fmean
 from vpgea_fast import book
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.metrics import METRICS, finite, read_steps
+from vpgea_fast.objectives.guards import GUARDS
 from vpgea_fast.report.comparison import plot_comparison
 from vpgea_fast.report.figure import ENDS, POINTS, Line, Log, plot_training
 from vpgea_fast.report.files import (
@@ -56,14 +57,6 @@ SETTINGS = {
     "optim": ("lr", "schedule", "warmup_steps", "max_grad_norm"),
 }
 """What the summary shows of each section; of `objective` it shows everything."""
-
-
-GUARDS = {
-    "guard_caught": "leak_guard",
-    "lexical_caught": "lexical",
-    "short_caught": "len_min_frac",
-}
-"""What a guard caught, in the log -> its key of `objective`."""
 
 
 def closing_table(run_dir: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -129,7 +122,7 @@ def _guard_note(run_dir: Path) -> str:
             if (value := finite(step.get(key))) is not None:
                 known[key].append(value)
     section, said = section_of(run_dir, "objective"), []
-    for caught, key in GUARDS.items():
+    for caught, (key, *_) in GUARDS.items():
         if known[caught]:
             name = key if section.get(key) in (None, True) else f"{key} {section[key]}"
             said.append(f"{name} rejected {fmean(known[caught]):.1%}")

@@ -19,6 +19,7 @@ from typing import IO, Any
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError, changes, dump, load, one_line
 from vpgea_fast.metrics import Alarms, read_steps
+from vpgea_fast.objectives.guards import GUARDS
 from vpgea_fast.report import read_evaluation, read_json
 from vpgea_fast.sweep.inputs import changed
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
@@ -26,7 +27,7 @@ from vpgea_fast.sweep.server import Forked, Starter
 from vpgea_fast.sweep.table import part
 
 Record = dict[str, Any]
-GUARD = ("guard_caught", "lexical_caught", "short_caught", "time_guard_ratio")
+GUARD = (*GUARDS, "time_guard_ratio")
 """What a run logs of its guards in every step."""
 MADE_BY = ("commit", "vpgea_fast", "python", "torch", "transformers", "triton", "device", "threads")
 """What a record keeps of the environment of its run."""

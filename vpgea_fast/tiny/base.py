@@ -234,7 +234,7 @@ def train_once(
     model, rng = copy.deepcopy(first), random.Random()
     rng.setstate(state)
     for number in range(1, len(recipe.phases)):
-        train_phase(model, recipe, number, rng, held_out, progress)
+        train_phase(model, recipe, number=number, rng=rng, held_out=held_out, progress=progress)
     return model.eval()
 
 
@@ -246,13 +246,14 @@ def first_phase(
     rng = random.Random(seed)
     model = make_model(seed, vocab_size=len(TASKS[recipe.task].make_tokenizer()))
     model.train()
-    train_phase(model, recipe, 0, rng, held_out, progress)
+    train_phase(model, recipe, number=0, rng=rng, held_out=held_out, progress=progress)
     return model, rng.getstate()
 
 
 def train_phase(
     model: Qwen2ForCausalLM,
     recipe: Recipe,
+    *,
     number: int,
     rng: random.Random,
     held_out: frozenset[str],

@@ -126,9 +126,11 @@ class Task:
     ) -> tuple[list[str], str]:
         """A thought over the first `steps` steps, closed by `</think>`, and the answer it gives."""
         start, chain = self.parse(text)
-        words, values = sample_pass(start, chain[:steps], rng, corpus, style)
+        words, values = sample_pass(start, chain[:steps], rng=rng, corpus=corpus, style=style)
         if style == "verbose" and rng.random() < corpus.check:
-            again, values = sample_pass(start, chain[:steps], rng, corpus, "concise")
+            again, values = sample_pass(
+                start, chain[:steps], rng=rng, corpus=corpus, style="concise"
+            )
             words += [" check", *again]
         return [*words, "</think>"], self.answer(values)
 
@@ -143,7 +145,7 @@ class Task:
 
 
 def sample_pass(
-    value: int, chain: Sequence[Step], rng: random.Random, corpus: Corpus, style: Style
+    value: int, chain: Sequence[Step], *, rng: random.Random, corpus: Corpus, style: Style
 ) -> tuple[list[str], list[int]]:
     """The words of one pass over the steps, and the values passed, the start included.
 
