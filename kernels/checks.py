@@ -22,9 +22,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OPTIONS = Settings._fields[:-3]  # operands, group and classes follow from the tensors
 
 
-# --- a call of the head ---------------------------------------------------------------------------
-
-
 def check_options(options: Iterable[str]) -> None:
     """TypeError for an option of the head that there is not."""
     known = ("bias", "rows", *OPTIONS)
@@ -303,9 +300,6 @@ def check_constant(name: str, x: Tensor, like: Tensor) -> None:
             f"{name} requires grad, but is a constant here: detach it, or build the loss from "
             "linear_logprob"
         )
-
-
-# --- packed sequences of two streams --------------------------------------------------------------
 
 
 def check_streams(

@@ -76,9 +76,6 @@ class Measure(NamedTuple):
     beta: float = 0.5
 
 
-# --- one row of logits against another ------------------------------------------------------------
-
-
 def _kl(a_RV: Tensor, b_RV: Tensor, gap_RV: Tensor) -> Tensor:
     """(R, 1): KL(a || b), gap = log(a/b); >= 0, inf where b is 0 and a is not."""
     # Two forms of one term: expm1 where a and b are close, where exp might overflow the plain one.
@@ -132,9 +129,6 @@ def _measured(z_RV: Tensor, teacher_RV: Tensor, measure: Measure) -> tuple[Tenso
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-
-
-# --- the pass -------------------------------------------------------------------------------------
 
 
 def divergence_pass(
@@ -297,9 +291,6 @@ class Distil(torch.autograd.Function):
         # None for what is not hidden, weight or bias.
         rest = len(Inputs._fields) - 3 + len(Teacher._fields) + 6
         return *scaled(ctx, upstream[0]), *[None] * rest
-
-
-# --- the op ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -96,9 +96,6 @@ def operands(
     return hidden_TD, weight_VD
 
 
-# --- value and gradients in one pass ------------------------------------------------------------
-
-
 def one_pass(
     inputs: Inputs,
     coef_T: Tensor,
@@ -231,9 +228,6 @@ def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     return [None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
 
 
-# --- value now, gradients by a second pass ------------------------------------------------------
-
-
 def logprob(
     inputs: Inputs, selection: Selection, settings: Settings, *, entropy: bool, statistics: bool
 ) -> list[Tensor | None]:
@@ -323,8 +317,6 @@ def _recomputed(ctx: Any, inputs: Inputs, upstream_T: Sequence[Tensor | None]) -
     )
 
 
-# --- value and the gradients that are expected ----------------------------------------------------
-
 EXPECTED = 2e-6
 """How far, relatively, a gradient of logp may be from a multiple of the expected one: a dozen
 roundings of float32."""
@@ -395,9 +387,6 @@ def _factor(found_T: Tensor, expected_T: Tensor) -> Tensor | None:
     factor = torch.where(square > 0, (found_T * expected_T).sum() / square, 0.0)
     fits = (found_T - factor * expected_T).abs() <= EXPECTED * (factor * expected_T).abs()
     return factor if bool(fits.all()) else None
-
-
-# --- shared -------------------------------------------------------------------------------------
 
 
 def stored(x: Tensor) -> torch.dtype:

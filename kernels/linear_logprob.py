@@ -93,9 +93,6 @@ _LARGEST_SUM = tl.constexpr(2.0**46)
 _LIST = tl.constexpr(LIST)
 
 
-# --- device code ------------------------------------------------------------------------------
-
-
 @triton.jit
 def _target_logit(
     hidden_ptr,  # (n_rows, width)
@@ -586,9 +583,6 @@ def _bias_gradient(
         u = tl.load(u_ptr + offs_r, mask=mask_r, other=0.0)
         total += tl.sum(as_float32(tl.load(address, mask=mask, other=0.0)) * u[:, None], axis=0)
     tl.store(out_ptr + offs_c, total, mask=offs_c < vocabulary)
-
-
-# --- host code --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

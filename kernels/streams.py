@@ -171,9 +171,6 @@ def _path_sums(terms: PathTerms) -> PathSums:
     return PathSums(*(x.to(logq_T.dtype) for x in (logq_S, logp_S, pg_loss, distill_loss)))
 
 
-# --- the ops ------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _stream_layout_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     """An op may not return one tensor twice, nor an argument: without prior_index, nothing."""

@@ -206,9 +206,6 @@ class LossModule(nn.Module):
         return causal_lm_loss(self.model, input_ids, labels, backend=self.backend, **inputs)
 
 
-# --- a call ---------------------------------------------------------------------------------------
-
-
 class _Call(NamedTuple):
     inputs: dict[str, Any]  # of the model
     targets_BT: Tensor  # of each place the token to predict from it; IGNORED for none

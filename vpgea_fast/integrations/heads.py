@@ -270,9 +270,6 @@ def _whole(x: Tensor) -> Tensor:
     return whole
 
 
-# --- measuring ------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _measured(model: nn.Module, found: Found, ids: Tensor) -> families.HeadOptions:
     """The options with which known numbers, and the head's own product, give the model's logits."""

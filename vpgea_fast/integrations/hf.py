@@ -185,9 +185,6 @@ def enable(trainer: Any, *, backend: str = "auto") -> Switch:
     return switch
 
 
-# --- the loss -------------------------------------------------------------------------------------
-
-
 def _loss(
     trainer: Any,
     model: nn.Module,
@@ -248,9 +245,6 @@ def _check_once(trainer: Trainer, model: nn.Module, input_ids: Tensor, backend: 
 
 _SAME: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Heads of models whose own loss was seen to be ours."""
-
-
-# --- which trainers -------------------------------------------------------------------------------
 
 
 def _check(trainer: Any, backend: str) -> None:

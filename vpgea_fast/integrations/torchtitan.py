@@ -164,9 +164,6 @@ def fused_loss(config: Any, backend: str = "auto") -> Any:
     return FusedLoss.Config(loss_fn=config.loss_fn if chunked else config, backend=backend)
 
 
-# --- a call ---------------------------------------------------------------------------------------
-
-
 def _handed_on(
     loss: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **inputs: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -233,9 +230,6 @@ def _cut(own: Tensor, mesh: Any, classes: int | None) -> Tensor:
     return DTensor.from_local(
         own, mesh, [Shard(0)], run_check=False, shape=shape, stride=own.contiguous().stride()
     )
-
-
-# --- what is served -------------------------------------------------------------------------------
 
 
 def _check_config(config: Any) -> None:

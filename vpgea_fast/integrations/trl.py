@@ -156,8 +156,6 @@ def enable(where: Any = None, *, backend: str = "auto") -> Enabled:
     return switch
 
 
-# --- what is replaced -----------------------------------------------------------------------------
-
 _ON: list[Enabled] = []
 _OWN: dict[str, Any] = {}
 """TRL's own, by name; they stay here, for a caller that has kept what stood in for them."""
@@ -285,9 +283,6 @@ def _check_call(weight: Tensor, outputs: Sequence[str]) -> None:
     check_weight(weight)
 
 
-# --- what is served -------------------------------------------------------------------------------
-
-
 def _models(where: Any) -> list[nn.Module]:
     """The models of a trainer, or the one model. ValueError: none whose tokens are scored here."""
     model = where if isinstance(where, nn.Module) else getattr(where, "model", None)
@@ -327,9 +322,6 @@ def _check_options(trainer: Any, name: str) -> None:
             f"{given}: with it {name} makes the loss of full logits, so nothing would be served; "
             "leave it out, or train without vpgea_fast"
         )
-
-
-# --- which TRL ------------------------------------------------------------------------------------
 
 
 def _utils() -> types.ModuleType:

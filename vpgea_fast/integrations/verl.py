@@ -78,9 +78,6 @@ def enable(*, backend: str = "auto") -> Enabled:
     return Enabled(backend)
 
 
-# --- what verl calls ------------------------------------------------------------------------------
-
-
 class FusedLinearForPPO(nn.Module):
     """Stands where verl's module of this name does.
 
@@ -183,8 +180,6 @@ def _number(temperature: Any) -> float:
     return temperature
 
 
-# --- where it stands ------------------------------------------------------------------------------
-
 _ON: list[Enabled] = []
 _WAS: dict[tuple[str, str], Any] = {}
 """What the stand-ins replaced, by module and name: verl's own, or another library's before it."""
@@ -219,9 +214,6 @@ def _places() -> Iterator[tuple[types.ModuleType, str]]:
     for path in COPIES:
         if hasattr(sys.modules.get(path), TWIN):
             yield sys.modules[path], TWIN
-
-
-# --- which verl -----------------------------------------------------------------------------------
 
 
 def _check_hooks() -> None:
