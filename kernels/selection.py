@@ -84,7 +84,7 @@ def select(inputs: Inputs, settings: Settings, coef_T: Tensor | None = None) -> 
     check(
         (in_range_T | ~kept_T).all(),
         f"targets_T holds values outside [0, V = {vocabulary}) that are not ignore_index = "
-        f"{settings.ignore_index}",
+        f"{settings.ignore_index}: give them ignore_index, or ids of this head's tokenizer",
         validate,
     )
     if inputs.temperature_T is not None:
