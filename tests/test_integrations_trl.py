@@ -15,7 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_integrations import error, flat, make, padded
+from ranks import run_ranks
+from test_integrations import V, error, flat, make, padded
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from trl_oracle import Rows, Step, trainer
 
 from vpgea_fast.integrations.trl import HOOK, OUTPUTS, STAND_INS, SWITCH, enable
@@ -642,3 +646,25 @@ def test_the_bench_checks_then_measures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "BUDGET", 0.0)
     assert bench.main(words) == 1
     assert "no time" in capsys.readouterr().err
+
+
+def with_a_head_that_nobody_gathered():
+    """Rows of its own in each process, as under FSDP: each has half of the classes for them."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    weight = distribute_tensor(torch.randn(V, 8), mesh, [Shard(0)])
+    made = torch.Generator().manual_seed(dist.get_rank())
+    hidden, targets = torch.randn(6, 8, generator=made), torch.randint(V, (6,), generator=made)
+    with enable():
+        try:
+            utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 4096)
+        except ValueError as refusal:
+            return str(refusal)
+    return ""
+
+
+def test_a_head_outside_the_hosts_gather_is_refused_on_every_rank():
+    for refusal in run_ranks(with_a_head_that_nobody_gathered):
+        assert "the ranks of its mesh hold other rows" in refusal
+        assert "call the loss inside the forward of the module that owns the weight" in refusal
+        assert "\n" not in refusal
