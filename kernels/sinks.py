@@ -33,11 +33,10 @@ def checked_sink(
             f"dweight_out: got {dweight_out.dtype} on {dweight_out.device}, expected {expected} on "
             f"{weight_VD.device}"
         )
-    strides = zip(dweight_out.shape, dweight_out.stride(), strict=True)
     (rows, columns), (down, right) = dweight_out.shape, dweight_out.stride()
     # An expanded or sliding buffer: addmm_ would add many entries into one.
     crossed = down <= (columns - 1) * right and right <= (rows - 1) * down
-    if crossed or any(size > 1 and stride == 0 for size, stride in strides):
+    if crossed or (rows > 1 and down == 0) or (columns > 1 and right == 0):
         raise ValueError(
             f"dweight_out: its entries share memory (strides {down}, {right}), pass a dense buffer"
         )

@@ -88,8 +88,7 @@ def check(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
             # 80 characters: the repr of what holds a model or data fills a screen.
             raise ValueError(
                 f"callbacks[{number}]: got {callback!r:.80}, expected an instance of a class "
-                "derived from vpgea_fast.Callback; write class Mine(Callback) and give "
-                "Mine()"
+                "derived from vpgea_fast.Callback; write class Mine(Callback) and give Mine()"
             )
     return tuple(callbacks)
 
