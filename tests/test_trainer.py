@@ -584,7 +584,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
     assert fit(config.load(TINY, words("whole", *more)))
     cfg = config.load(TINY, words("stopped", *more))
     with Trainer(cfg) as trainer:
-        trainer.evaluate_once("before")
+        trainer.evaluations.once("before")
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
         trainer.stop.requested = True
