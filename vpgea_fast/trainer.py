@@ -1,9 +1,8 @@
 """The one loop: rollout -> score -> coefficients -> packed update -> log -> save.
 
-The same on a laptop and on a node. build.py makes the stages; of them step_start.py draws and
-scores the paths of a step, and gradients.py makes an update. schedule.py says what is due between
-steps, run_dir.py keeps the files. What changes is `Trainer.state`, and the models with their
-optimisers.
+The same on a laptop and on a node. The rooms of a step: step_start.py draws and scores its paths,
+gradients.py makes an update, schedule.py says when to evaluate and save. build.py makes the stages,
+run_dir.py keeps the files. What changes is `Trainer.state`, beside models and optimisers.
 
 From Python:
 
