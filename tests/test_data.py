@@ -806,7 +806,11 @@ def test_one_line_may_be_a_row_or_hold_the_rows(tmp_path: Path):
         ("a.jsonl", json.dumps(GOOD).encode("utf-16-le"), "binary or UTF-16 .a zero at byte 1"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", r"a\.jsonl is compressed \(gzip\)"),
         ("a.csv", b"PK\x03\x04", r"a\.csv is a zip archive or a spreadsheet"),
-        ("a.csv", b"question,answer\na,4\nb,5,6\n", "line 3: 3 fields, but the header has 2"),
+        (
+            "a.csv",
+            b"question,answer\na,4\nb,5,6\n",
+            "line 3: got 3 fields, expected the 2 of the header",
+        ),
         ("a.csv", b'question,answer\n"a\nb",4\n"c,5\n', r"a\.csv, line 4: unexpected end of data"),
         ("a.csv", b"question,answer\na,4\n\xe9,5\n", r"a\.csv, line 3: 'utf-8' codec"),
         ("a.csv", b"answer,answer\na,4\n", "two columns are called 'answer'"),

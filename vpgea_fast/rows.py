@@ -264,6 +264,7 @@ def _row(
     return TrainRow(
         context_ids=context,
         token_ids=tokens,
+        # The coefficients come with the weight of the path, which this row does not know.
         coef=torch.zeros(tokens.shape, dtype=torch.float64),
         stream=path.stream,
         view=term.view,

@@ -45,6 +45,7 @@ class Evaluations:
         """Evaluate "before" or "after" training, into eval.json; a resumed run keeps what is
         there."""
         known, state = self.run.evaluations(), self.state
+        # Before training they are the base's weights, also where a resumed run looks again.
         step = 0 if when == "before" else state.step
         if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
             return
@@ -57,6 +58,7 @@ class Evaluations:
             return
         self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
         results = self._count(step)
+        # A stop that came in between leaves no half-counted file: the resumed run evaluates again.
         self.stop.together()
         self.run.write_evaluations({**known, when: {**results, "step": step}})
         self.tell("on_evaluation", step, results)

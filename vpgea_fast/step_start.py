@@ -44,6 +44,7 @@ class StepStart:
         batch, terms, usage = self.collect(step, method, timer)
         with timer("importance"):
             ratios, weighed = self.measure.importance(batch, terms)
+            # Now: the first update overwrites the weights that later ones are compared with.
             updates, held = self.measure.known(update_rows(self.cfg, batch, terms, ratios))
         rows = self.measure.first_pass(updates)
         with timer("diagnose"):  # before the update: of the weights that drew the paths
