@@ -36,6 +36,7 @@ from vpgea_fast.data import (
     write_dropped,
 )
 from vpgea_fast.data.answers import final_answer, is_prose
+from vpgea_fast.data.files import KINDS
 from vpgea_fast.prompts import Prompter
 from vpgea_fast.types import Question
 
@@ -984,3 +985,12 @@ def test_a_file_for_dropped_rows_takes_the_place_of_nothing_else(tmp_path):
     for loaded in (LoadedQuestions((), drops), LoadedQuestions(())):
         write_dropped(str(tmp_path / "drops.jsonl"), [loaded])
     assert (tmp_path / "drops.jsonl").read_text() == ""
+
+
+def test_the_page_names_every_format():
+    """So that a new one is in it. An error lists them, and configuration.md leads to the page."""
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("* JSONL"))
+    suffixes = [found.lstrip(".") for found in re.findall(r"\.[\w.]*\w", KINDS)]
+    assert {"json", "csv"} <= {*suffixes}
+    assert [s for s in suffixes if not re.search(rf"\b{re.escape(s)}\b", line, re.IGNORECASE)] == []

@@ -1,4 +1,4 @@
-"""Rows of a source, numbered: JSONL, JSON, CSV, TSV, parquet, a directory, or the Hub.
+"""Rows of a source, numbered: a file of one of the KINDS, a directory, or the Hub.
 
 What a file holds decides where its suffix leaves it open (`.json`). Numbers keep every digit. What
 cannot be read is a DataError with the file and the line or row: never another error.
