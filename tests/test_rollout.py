@@ -57,7 +57,7 @@ def make_engine(request, tmp_path, monkeypatch):
         made[-1].load_weights(model.named_parameters())
         return made[-1]
 
-    yield vllm_engine if request.param == "vllm" else HFEngine
+    yield {"hf": HFEngine, "packed": HFEngine, "vllm": vllm_engine}[request.param]
     for engine in made:
         engine.close()
 
