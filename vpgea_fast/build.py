@@ -1,7 +1,7 @@
 """The stages of a training run, made once by `build` and handed to the trainer as one record.
 
     intake (questions, benchmarks) -> check_config -> policies, optimisers -> engine -> probe
-                                                              -> evaluator, collector
+                                                              -> evaluator, collector -> start
 
 Everything that can be refused without a weight is refused before the policy is loaded.
 """
@@ -71,9 +71,7 @@ class Stages:
     saver: Saver
     engine: RolloutEngine
     turns: Turns
-    probe: SyncProbe
     evaluator: Evaluator
-    collector: Collector
     start: StepStart
     verifier: Verifier
     reference: Reference | None
@@ -84,6 +82,10 @@ class Stages:
     def policy(self) -> Policy:
         """The reasoning model: what is evaluated and exported."""
         return self.policies["policy"].policy
+
+    @property
+    def collector(self) -> Collector:
+        return self.start.collector
 
     @property
     def measure(self) -> Measure:
@@ -187,9 +189,7 @@ def build(cfg: Config, world: World, *, stop: Stop, progress: Progress, begin: i
         saver=saver,
         engine=engine,
         turns=turns,
-        probe=probe,
         evaluator=evaluator,
-        collector=collector,
         start=start,
         verifier=verifier,
         reference=reference,

@@ -50,6 +50,7 @@ class Gradients:
         # With unequal rows the processes would add up other sums, or wait for ever, silently.
         self.world.require_same(checksum(rows), "rows of this step and their coefficients")
         policies, steps = self.policies, self.cfg.train.steps
+        # An optimiser step without a gradient would move weights: AdamW has momentum.
         if not rows:
             metrics = merge(
                 policies.metrics({}, step, steps),
@@ -59,6 +60,7 @@ class Gradients:
             return Update(metrics, "no path has a gradient")
         shares = policies.shares(rows)
         logps = self.accumulate(rows, shares)
+        # Norm and step read shards, and the last forward may have left whole parameters.
         policies.reshard()
         norms = policies.update(shares, step, steps)
         odd = [norm for norm in norms.values() if not math.isfinite(norm)]

@@ -51,6 +51,7 @@ class RunState:
         return {
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self.tokens,
+            # JSON writes no mapping but a dict.
             "method": dict(self.method),
             "evaluated": {best: self.worth} if best else {},
         }

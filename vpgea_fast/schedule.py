@@ -8,22 +8,22 @@ from typing import Any
 
 from vpgea_fast.config import Config
 from vpgea_fast.distributed import World
-from vpgea_fast.evaluate import Evaluator
 from vpgea_fast.measure import evaluation_metrics
 from vpgea_fast.run_dir import RunDir
 from vpgea_fast.run_state import RunState
 from vpgea_fast.stop import Stop
 
 Results = Mapping[str, Mapping[str, Any]]
-"""What `Evaluator.run` returns."""
+"""What an evaluation returns: mode -> measure -> value."""
 
 
 class Evaluations:
     """Evaluates a run before it, after it, and every eval.every steps. Its methods are collectives.
 
-    ask   gives the results of the weights as they are, which are those of a step
-    tell  calls the callbacks' hook of this name with what follows it
-    say   shows a line
+    samples  answers that an evaluation draws; 0: the run has no benchmark
+    ask      gives the results of the weights as they are, which are those of a step
+    tell     calls the callbacks' hook of this name with what follows it
+    say      shows a line
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class Evaluations:
         state: RunState,
         run: RunDir,
         stop: Stop,
-        evaluator: Evaluator,
+        samples: int,
         ask: Callable[[int], Results],
         tell: Callable[..., object],
         say: Callable[[str], object],
     ) -> None:
         self.cfg, self.state, self.run, self.stop = cfg, state, run, stop
-        self.evaluator, self.ask, self.tell, self.say = evaluator, ask, tell, say
+        self.samples, self.ask, self.tell, self.say = samples, ask, tell, say
 
     def once(self, when: str) -> None:
         """Evaluate "before" or "after" training, into eval.json; a resumed run keeps what is
@@ -47,7 +47,7 @@ class Evaluations:
         known, state = self.run.evaluations(), self.state
         # Before training they are the base's weights, also where a resumed run looks again.
         step = 0 if when == "before" else state.step
-        if not self.evaluator.benchmarks or known.get(when, {}).get("step") == step:
+        if not self.samples or known.get(when, {}).get("step") == step:
             return
         # The weights between two updates are those of no step.
         if step != state.step or state.rollout is not None:
@@ -56,9 +56,9 @@ class Evaluations:
                 f"{self.run.path / 'eval.json'} was removed"
             )
             return
-        self.say(f"evaluating {when} training: {self.evaluator.samples} answers")
+        self.say(f"evaluating {when} training: {self.samples} answers")
         results = self._count(step)
-        # A stop that came in between leaves no half-counted file: the resumed run evaluates again.
+        # A run that is left here has no result yet, and its resume asks again.
         self.stop.together()
         self.run.write_evaluations({**known, when: {**results, "step": step}})
         self.tell("on_evaluation", step, results)
@@ -66,7 +66,8 @@ class Evaluations:
     def scheduled(self) -> dict[str, float]:
         """Evaluate before the step, so that a stop here loses nothing; keys of its metrics."""
         every, step = self.cfg.eval.every, self.state.step
-        if not (every and self.evaluator.benchmarks) or not step or step % every:
+        # The weights of step 0 are those of `once`.
+        if not (every and self.samples) or not step or step % every:
             return {}
         results = self._count(step)
         self.tell("on_evaluation", step, results)
@@ -76,6 +77,7 @@ class Evaluations:
         """Ask, and keep what a best step is chosen by."""
         results, best = self.ask(step), self.cfg.checkpoint.keep_best
         if best is not None:
+            # As sampled_eps3: how answers were drawn, and a measure of them.
             mode, _, key = best.partition("_")
             self.state.worth[step] = results[mode][key]
         return results
@@ -96,6 +98,7 @@ class Saves:
         """By steps, by the main process's clock, or because the step will be evaluated. A
         collective."""
         cfg = self.cfg.checkpoint
+        # Only a step that was saved can be the best one.
         if cfg.keep_best and step % self.cfg.eval.every == 0:
             return True
         return step % cfg.save_every == 0 or self.late()

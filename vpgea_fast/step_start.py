@@ -101,6 +101,7 @@ class StepStart:
         batch, terms = self.collector.collect(step, timer, method)
         turns.engine.rest()  # the update has its memory
         usage = turns.usage()
+        # A step that is left here is drawn again, with the same paths.
         self.stop.together()
         return batch, terms, usage
 

@@ -140,8 +140,8 @@ class Trainer:
             )
             undo.callback(self.stages.close)
             self._start(resume)
+            self.metrics = MetricsWriter(self.run.path) if self.world.main else None
             undo.pop_all()
-        self.metrics = MetricsWriter(self.run.path) if self.world.main else None
         self.console = Console(cfg.train.steps, done=self.state.step, silent=not self.world.main)
         self.say = self.console.message
         self.evaluations = Evaluations(
@@ -149,7 +149,7 @@ class Trainer:
             state=self.state,
             run=self.run,
             stop=self.stop,
-            evaluator=self.stages.evaluator,
+            samples=self.stages.evaluator.samples,
             ask=self.evaluate,
             tell=self._tell,
             say=self.say,
@@ -171,8 +171,7 @@ class Trainer:
             self.run.release()
             self.watch.close()
         if error is None:
-            # FSDP's state must not outlive the group that the world closes.
-            del self.stages, self.evaluations
+            del self.stages  # FSDP's state must not outlive the group that the world closes
             self.world.close()
 
     @property
