@@ -84,13 +84,13 @@ class Evaluations:
 
 
 class Saves:
-    """Whether a save is due. `made` tells it of each; the start of a run counts as one."""
+    """Whether a save is due. `reset` at each; the start of a run counts as one."""
 
     def __init__(self, cfg: Config, world: World) -> None:
         self.cfg, self.world = cfg, world
-        self.made()
+        self.reset()
 
-    def made(self) -> None:
+    def reset(self) -> None:
         """Count the minutes from now on."""
         self.at = time.monotonic()
 

@@ -328,7 +328,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this moment, after a step or between two updates of one; in the
         background, if checkpoint.background says so."""
-        self.saves.made()
+        self.saves.reset()
         state, rollout = self.state, self.state.rollout
         self.stages.saver.save(
             state.step,
