@@ -130,7 +130,7 @@ class Ours:
         self.clear()
         rollout = self.trainer.draw()
         rows, _, _ = self.trainer.stages.measure.moment(rollout.rest[0], moved=False)
-        logps = [logp.double() for logp in self.trainer.accumulate(rows)]
+        logps = [logp.double() for logp in self.trainer.stages.gradients.accumulate(rows)]
         made = Made(gradients_of(self), dict(enumerate(logps)), sum(r.tokens - 1 for r in rows))
         self.clear()
         return made, rows

@@ -106,7 +106,7 @@ def measure(sources: Sequence[Source]) -> list[Reading]:
         reading(f"functions above {LONG_FUNCTION} lines", len(long), 0, long),
         Reading(
             name="lines with a comment",
-            value=f"{comments:.1%}",
+            value=f"{comments:.2%}",
             limit=f"{low:.0%} to {high:.0%}",
             within=low <= comments <= high,
             behind=[f"{s.path}: {len(s.comments) / s.lines:.1%}" for s in sources if s.lines > 3],

@@ -362,6 +362,8 @@ class Expected(torch.autograd.Function):
         nothing = [None] * (len(Inputs._fields) + 2)
         if all(x is None for x in upstream_T):
             return None, None, None, *nothing
+        # The forward has made the gradients for the upstream that a loss of these log-probs has, up
+        # to one factor; only where there is no such factor the pass is run again.
         factor = None
         if upstream_T[1] is None and upstream_T[2] is None and not is_batched(upstream_T[0]):
             kept_T = ctx.selection.kept_T

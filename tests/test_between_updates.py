@@ -102,7 +102,7 @@ class Disturbed:
         disturbed = self
 
         def update(self, rows, scored):
-            place = self.step + 1, 1 + len(self.rollout.made if self.rollout else ())
+            place = self.state.step + 1, 1 + self.state.made
             last = self.world.rank == self.world.size - 1  # the others hear nothing
             if place == disturbed.die and last:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -51,7 +51,7 @@ def write_run(words):
     """Two steps with all diagnostics and the evaluation between; the files of the run."""
     cfg = config.load(TINY, words)
     with Trainer(cfg) as trainer:
-        trainer.evaluate_once("before")
+        trainer.evaluations.once("before")
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
     run_dir = Path(cfg.run.dir)

@@ -142,6 +142,15 @@ def test_a_start_that_fails_ends_what_it_has_started(words, running):
     assert fit(load(TINY, words("run", "--train.steps", "2")), resume=True) is Ending.DONE
 
 
+def test_a_start_that_cannot_open_its_log_ends_what_it_has_started(words, running, monkeypatch):
+    """The last act of a start: engine and checkers are up."""
+    cfg, before = load(TINY, words("run", "--train.steps", "1")), running(parent=os.getpid()).keys()
+    monkeypatch.setattr("vpgea_fast.metrics.log.METRICS", "nowhere/metrics.jsonl")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fit(cfg)
+    assert running(parent=os.getpid()).keys() == before
+
+
 def test_a_run_in_a_thread_hears_no_signal_and_trains(words):
     """Python sets signal handlers in the main thread alone."""
     cfg, endings = load(TINY, words("run", "--train.steps", "1")), []

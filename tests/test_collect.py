@@ -1,5 +1,6 @@
 """A step's batch, from questions to rows: what it loses, counts, plans and refuses."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -65,6 +66,22 @@ def test_the_mean_of_a_step_is_of_its_whole_questions(tiny_words, monkeypatch):
     assert not terms.parts[0].weight_BP[0].any()
     assert alone.parts[0].weight_BP.any()
     assert torch.equal(terms.parts[0].weight_BP[1:], alone.parts[0].weight_BP)
+
+
+def test_the_text_of_a_thought_has_no_close(tiny_words):
+    """Neither where the close is a special token, nor where it is text, as R1's is."""
+    words = tiny_words(SMALL)("run", "--objective.lexical", "true")
+    with Trainer(config.load(TINY, words)) as trainer:
+        collector = trainer.stages.collector
+        post = collector.collect(0, PhaseTimer(), {})[0].posterior
+        tokenizer = trainer.stages.intake.text.tokenizer
+        collector.decode = functools.partial(tokenizer.decode, skip_special_tokens=False)
+        as_text = [collector._text(path) for path in post.flat]
+        cut = collector._text(replace(next(p for p in post.flat if p.closed), closed=False))
+    assert post.texts is not None
+    assert [text for group in post.texts for text in group] == as_text
+    assert as_text == [tokenizer.decode(p.z_ids[: p.z_ids.numel() - p.closed]) for p in post.flat]
+    assert cut.endswith("</think>")
 
 
 def test_a_lost_path_counts_though_its_question_is_replaced(tiny_words, monkeypatch):

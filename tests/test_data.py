@@ -36,6 +36,7 @@ from vpgea_fast.data import (
     write_dropped,
 )
 from vpgea_fast.data.answers import final_answer, is_prose
+from vpgea_fast.data.files import KINDS
 from vpgea_fast.prompts import Prompter
 from vpgea_fast.types import Question
 
@@ -806,7 +807,11 @@ def test_one_line_may_be_a_row_or_hold_the_rows(tmp_path: Path):
         ("a.jsonl", json.dumps(GOOD).encode("utf-16-le"), "binary or UTF-16 .a zero at byte 1"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", r"a\.jsonl is compressed \(gzip\)"),
         ("a.csv", b"PK\x03\x04", r"a\.csv is a zip archive or a spreadsheet"),
-        ("a.csv", b"question,answer\na,4\nb,5,6\n", "line 3: 3 fields, but the header has 2"),
+        (
+            "a.csv",
+            b"question,answer\na,4\nb,5,6\n",
+            "line 3: got 3 fields, expected the 2 of the header",
+        ),
         ("a.csv", b'question,answer\n"a\nb",4\n"c,5\n', r"a\.csv, line 4: unexpected end of data"),
         ("a.csv", b"question,answer\na,4\n\xe9,5\n", r"a\.csv, line 3: 'utf-8' codec"),
         ("a.csv", b"answer,answer\na,4\n", "two columns are called 'answer'"),
@@ -980,3 +985,12 @@ def test_a_file_for_dropped_rows_takes_the_place_of_nothing_else(tmp_path):
     for loaded in (LoadedQuestions((), drops), LoadedQuestions(())):
         write_dropped(str(tmp_path / "drops.jsonl"), [loaded])
     assert (tmp_path / "drops.jsonl").read_text() == ""
+
+
+def test_the_page_names_every_format():
+    """So that a new one is in it. An error lists them, and configuration.md leads to the page."""
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("* JSONL"))
+    suffixes = [found.lstrip(".") for found in re.findall(r"\.[\w.]*\w", KINDS)]
+    assert {"json", "csv"} <= {*suffixes}
+    assert [s for s in suffixes if not re.search(rf"\b{re.escape(s)}\b", line, re.IGNORECASE)] == []

@@ -159,24 +159,28 @@ class Witness(trainer.Trainer):
         self.misled = None
         super().__init__(cfg)
         self.draws, self.stages.engine.generate = self.stages.engine.generate, self.generate
+        gradients = self.stages.gradients
+        self.adds, gradients.accumulate = gradients.accumulate, self.accumulate
         self.base = [p.detach().clone() for p in self.stages.policy.parameters()]
 
     def begin(self, cfg, how):
         """Train by the objective of `cfg` from here on, from the base; its stages are as these."""
-        self.cfg = self.stages.collector.cfg = cfg
-        self.stages = replace(self.stages, measure=replace(self.stages.measure, cfg=cfg))
+        start = self.stages.start
+        self.cfg = start.collector.cfg = start.gradients.cfg = cfg
+        start = replace(start, cfg=cfg, measure=replace(start.measure, cfg=cfg))
+        self.stages = replace(self.stages, start=start)
         with torch.no_grad():
             for weight, first in zip(self.stages.policy.parameters(), self.base, strict=True):
                 weight.copy_(first)
         self.stages.optimizer.state.clear()
         self.how, self.seen, self.calls = how, [], 0
-        self.step, self.method = 0, {}
+        self.state.step, self.state.method = 0, {}
 
     def make(self):
         """Make the steps."""
         for _ in range(self.cfg.train.steps):
             self.train_step()
-            self.step += 1  # and no more: a save costs as much as an update
+            self.state.step += 1  # and no more: a save costs as much as an update
         return self
 
     def generate(self, requests, sampling, *progress):
@@ -185,9 +189,9 @@ class Witness(trainer.Trainer):
         self.calls += 1
         asked = tuple((tuple(r.prompt_ids.tolist()), r.seed) for r in requests)
         paths = self.known.get(asked)
-        if self.step or paths is None:
+        if self.state.step or paths is None:
             paths = self.draws(requests, sampling, *progress)
-        if not self.step:
+        if not self.state.step:
             self.known[asked] = paths
         paths = [skewed(path) for path in paths] if "capped" in self.how else [*paths]
         # Of the last draw, so that nobody replaces it.
@@ -195,13 +199,14 @@ class Witness(trainer.Trainer):
             paths[1] = losing(paths[1])
         return paths
 
-    def collect(self, timer):
-        batch, terms, usage = super().collect(timer)
+    def draw(self):
+        rollout = super().draw()
+        batch = rollout.batch
         self.seen.append((batch, []))
         if getattr(self.cfg.objective, "leak_guard", "none") == "counterfactual":
-            wrong = self.stages.collector._misled(batch.questions, self.step)
+            wrong = self.stages.collector._misled(batch.questions, self.state.step)
             self.misled = [question.teacher_ids for question in wrong]
-        return batch, terms, usage
+        return rollout
 
     def update(self, rows, scored):
         model = self.stages.policy.causal_lm
@@ -213,7 +218,7 @@ class Witness(trainer.Trainer):
         return metrics, reason
 
     def accumulate(self, rows, plan=None):
-        logps = super().accumulate(rows, plan)
+        logps = self.adds(rows, plan)
         reshard(self.stages.policy)
         named = self.stages.policy.causal_lm.named_parameters()
         self.seen[-1][1][-1][1].update({name: whole(p.grad) for name, p in named})

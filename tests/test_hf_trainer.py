@@ -141,7 +141,7 @@ def test_a_step_is_that_of_the_own_trainer(make, rows, tiny_words, tmp_path):
     }
     with Trainer(config.load(TINY, tiny_words(settings)("own"))) as own:
         rollout = own.draw()
-        logps = own.accumulate(rollout.rows)
+        logps = own.stages.gradients.accumulate(rollout.rows)
         policy = own.stages.policy.causal_lm
         expected = {name: p.grad.clone() for name, p in policy.named_parameters()}
         loss = row_metrics(rollout.rows, logps)["loss"]

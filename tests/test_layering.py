@@ -22,8 +22,12 @@ LAYERS = {
     "command line": {"cli"},
     "sweep": {"sweep"},
     "trainer": {"hf_trainer", "prepare", "smol", "trainer"},
+    # When a run evaluates and saves.
+    "schedule": {"schedule"},
     "composition": {"build", "dry_run", "run_dir"},
-    "evaluation": {"doctor", "evaluate", "measure", "needs", "report"},
+    # A step until its first update.
+    "steps": {"step_start"},
+    "evaluation": {"doctor", "evaluate", "gradients", "measure", "needs", "report", "run_state"},
     # What an evaluation leaves behind, and what is said of it.
     "records of evaluations": {"evaluation"},
     # What a step, a check or an evaluation is made of.

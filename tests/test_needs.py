@@ -30,6 +30,7 @@ from vpgea_fast.durations import (
 )
 from vpgea_fast.metrics import ModelFlops, peak_flops
 from vpgea_fast.policies import Policies
+from vpgea_fast.stop import Stop
 
 ROOT = Path(__file__).parents[1]
 RATES = Rates(
@@ -508,7 +509,7 @@ def test_a_run_warns_of_the_slow_engine_at_its_start(tiny_words):
     words = tiny_words({"rollout.max_new_tokens": 64, "data.limit": 64})("run")
     cfg = config.load(ROOT / "configs/tiny.yaml", words)
     world = World(torch.device("cpu"))
-    stages = build(cfg, world, progress=lambda _: lambda _: None)
+    stages = build(cfg, world, stop=Stop(world), progress=lambda _: lambda _: None)
     try:
         long = dataclasses.replace(
             cfg, rollout=dataclasses.replace(cfg.rollout, max_new_tokens=2048)

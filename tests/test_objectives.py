@@ -222,7 +222,8 @@ def test_the_log_ratio_of_the_elbo_and_joint_and_answer_terms():
 
 
 # Of paths of 50 and 200 tokens, what catches the first, the only one with a reward, and what lets
-# it pass. A guard that compares log-probs has tests of its own.
+# it pass (None: the key is only a switch). A guard that compares log-probs has tests of its own.
+TEXTS = ("As GIVEN, 7.", "add")
 COUNTED = {
     "lexical_caught": ({"lexical": True}, {"lexical": True, "lexical_regex": "hint"}),
     "short_caught": ({"len_min_frac": 0.26}, {"len_min_frac": 0.25}),
@@ -232,8 +233,11 @@ COUNTED = {
 @pytest.mark.parametrize("name", sorted({*COUNTED, *GUARDS} - {"guard_caught"}))
 def test_a_guard_is_counted_and_in_the_book(name):
     one = batch()
-    one = replace(one, posterior=replace(one.posterior, texts=(("As GIVEN, 7.", "add"),)))
-    for keys, share in zip(COUNTED[name], (0.5, 0.0), strict=True):
+    one = replace(one, posterior=replace(one.posterior, texts=(TEXTS,)))
+    catching, passing = COUNTED[name]
+    for keys, share in ((catching, 0.5), (passing, 0.0)):
+        if keys is None:
+            continue
         out = Vpgea(**keys).terms(one, {})
         assert out.metrics[name] == share
         assert weights_of(out)["posterior", "teacher"].any() == (not share)

@@ -113,7 +113,7 @@ class Both(Witness):
         return metrics, reason
 
     def accumulate(self, rows, plan=None):
-        logps = Trainer.accumulate(self, rows, plan)
+        logps = self.adds(rows, plan)
         self.stages.policies.reshard()
         for who in WHO:
             named = self.stages.policies[who].policy.causal_lm.named_parameters()
@@ -211,7 +211,7 @@ def test_rows_say_whose_weights_they_train_and_whose_drew_their_path():
 
 def gradients(trainer, rows):
     """The gradient of these rows, by policy and name; zero where none is."""
-    trainer.accumulate(rows)
+    trainer.stages.gradients.accumulate(rows)
     found = {}
     for who, learner in trainer.stages.policies.learners.items():
         for name, weight in learner.policy.causal_lm.named_parameters():
@@ -335,7 +335,7 @@ def turn(words):
             turns.probe("policy")
         turns.give("posterior", policies["posterior"].policy, check=True)
         with pytest.raises(RolloutError, match="holds the weights of the posterior, expected"):
-            trainer._evaluate(0)  # a benchmark asks the reasoning model
+            trainer.evaluate(0)  # a benchmark asks the reasoning model
         turns.give(check=True)
         turns.require("policy")
 

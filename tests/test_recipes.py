@@ -171,7 +171,7 @@ def test_the_row_of_a_recipe_names_its_files_and_its_tests(name):
     """At most three files to open, of which a new one is none."""
     (row,) = [line for line in CONTRIBUTING.splitlines() if f"`{name}`" in line and "|" in line]
     _, _, opened, covering, _ = row.split("|")
-    named = set(re.findall(r"`([\w./]+\.py)`", opened))
+    named = set(re.findall(r"`([\w./]+\.(?:py|md))`", opened))
     new = {path for path in patched_files(name) if not (ROOT / path).exists()}
     assert set(patched_files(name)) - new <= named
     assert len(named) <= (4 if name == "engine" else 3)

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vpgea_fast.config import VllmEngineConfig
+from vpgea_fast.rollout import hf, packed
 from vpgea_fast.rollout.engine import Sampling, answer_only, in_waves, request_seed, split_path
 from vpgea_fast.rollout.forward import ROOM
-from vpgea_fast.rollout.hf import BLOCK, HFEngine, draw
+from vpgea_fast.rollout.hf import BLOCK, PACK_FROM, HFEngine, draw
 from vpgea_fast.spans import Tag
 from vpgea_fast.types import Finish, SampleRequest, Stream
 
@@ -29,10 +30,14 @@ SHORT = Sampling(max_new_tokens=24, think_close_id=CLOSE, eos_ids=(EOS,))
 ENDLESS = Sampling(max_new_tokens=90, think_close_id=1000, eos_ids=())
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
-def make_engine(request, tmp_path):
-    """Makes an engine that holds the weights of a model: `make_engine(model, max_batch=64)`."""
+@pytest.fixture(params=["hf", "packed", pytest.param("vllm", marks=pytest.mark.vllm)])
+def make_engine(request, tmp_path, monkeypatch):
+    """Makes an engine that holds the weights of a model: `make_engine(model, max_batch=64)`.
+    `packed` is hf with every weight packed."""
     made = []
+    if request.param == "packed":
+        monkeypatch.setattr(packed, "LEAST", 1)
+        monkeypatch.setattr(hf, "PACK_FROM", 1)
 
     def vllm_engine(model, *, max_batch):
         from vpgea_fast.rollout.vllm.engine import VllmEngine
@@ -52,7 +57,7 @@ def make_engine(request, tmp_path):
         made[-1].load_weights(model.named_parameters())
         return made[-1]
 
-    yield {"hf": HFEngine, "vllm": vllm_engine}[request.param]
+    yield {"hf": HFEngine, "packed": HFEngine, "vllm": vllm_engine}[request.param]
     for engine in made:
         engine.close()
 
@@ -718,6 +723,85 @@ def test_half_precision_forward_over_float32_weights(random_qwen2):
     gaps = [abs(float(a.logps[0] - b.logps[0])) for a, b in zip(exact, half, strict=True)]
     assert 0 < max(gaps) < 0.2
     assert next(model.parameters()).dtype == torch.float32
+
+
+# --- packed weights -------------------------------------------------------------------------------
+
+
+def count_packed(monkeypatch, least=1):
+    """Counts the products by packed weights; from how many tokens on they are is left as it is."""
+    monkeypatch.setattr(packed, "LEAST", least)
+    calls, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(hidden, *rest):
+        calls.append(hidden.shape)
+        return product(hidden, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+def test_packed_weights_draw_the_same_paths(monkeypatch, model):
+    """In a row of its own too, and behind a bias (Qwen2's attention has some)."""
+    alone = HFEngine(model, max_batch=64).generate(some_requests(), SHORT)
+    calls = count_packed(monkeypatch)
+    paths = HFEngine(model, max_batch=64).generate(some_requests(), SHORT)
+    assert_same_tokens(paths, alone)
+    for path, own in zip(paths, alone, strict=True):
+        torch.testing.assert_close(path.logps, own.logps, atol=1e-5, rtol=0)
+    longest = max(len(tokens_of(path)) for path in paths)
+    linears = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    # The last token of a path is drawn from the logits before it.
+    assert len(calls) >= len(linears) * longest > 0
+    assert {shape[0] for shape in calls} >= {4, 12}
+
+
+def test_only_large_float32_products_of_long_paths_are_packed(monkeypatch, model, random_qwen2):
+    head = model.lm_head.weight.numel()
+    calls = count_packed(monkeypatch, least=head)
+    requests, few = some_requests(), replace(SHORT, max_new_tokens=PACK_FROM - 1)
+    large = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= head]
+    HFEngine(model, max_batch=64).generate(requests, replace(few, max_new_tokens=PACK_FROM))
+    assert len(calls) == len(large) * PACK_FROM
+    # A forward of its own computes otherwise: it is called as it is, and stays.
+    own = lambda hidden: torch.nn.functional.linear(hidden, model.lm_head.weight)  # noqa: E731
+    model.lm_head.forward = own
+    calls.clear()
+    HFEngine(model, max_batch=64).generate(requests, replace(few, max_new_tokens=PACK_FROM))
+    assert len(calls) == (len(large) - 1) * PACK_FROM
+    assert model.lm_head.forward is own
+    del model.lm_head.forward
+    calls.clear()
+    HFEngine(model, max_batch=64).generate(requests, few)
+    HFEngine(model, max_batch=64, dtype=torch.bfloat16).generate(requests, SHORT)
+    HFEngine(random_qwen2(dtype=torch.float64), max_batch=64).generate(requests, SHORT)
+    assert not calls
+
+
+def test_packed_weights_are_those_of_each_draw_and_leave_nothing(monkeypatch, model, random_qwen2):
+    """An update between two draws is drawn from; after an error, too, and a stream that is left."""
+    calls = count_packed(monkeypatch)
+    engine = HFEngine(model, max_batch=64)
+    engine.generate(some_requests(), SHORT)
+    other = random_qwen2(seed=3)
+    with torch.no_grad():
+        for weight, new in zip(model.parameters(), other.parameters(), strict=True):
+            weight.copy_(new)
+    assert_equal_paths(
+        engine.generate(some_requests(), SHORT),
+        HFEngine(other, max_batch=64).generate(some_requests(), SHORT),
+    )
+    stream = engine.stream(some_requests(), SHORT)
+    next(stream)
+    assert "forward" in vars(model.lm_head)
+    stream.close()
+    assert not any("forward" in vars(module) for module in model.modules())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="decode step"):
+        engine.generate(some_requests(), SHORT)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert calls
 
 
 # --- a closing tag of several tokens --------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The whole run: end to end, repeatable, resumable, and honest about what it could not do."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+import weakref
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +187,19 @@ def test_a_run_from_end_to_end(words, tmp_path, objective, capsys):
     assert AutoTokenizer.from_pretrained(run / "export").chat_template
     texts = [path.read_text() for path in (run / "export").glob("*.json*")]
     assert not any("{answer}" in text for text in texts)
+
+
+def test_a_run_that_has_ended_holds_no_model(words):
+    """Its memory is free for what a program does next, while it still has the trainer."""
+    cfg = config.load(TINY, words("run", "--train.steps", "1", "--eval.limit", "1"))
+    with Trainer(cfg) as trainer:
+        weights = [weakref.ref(weight) for weight in trainer.stages.policy.parameters()]
+        trainer.evaluations.once("before")
+        trainer.finish_step(trainer.train_step())
+        gc.collect()
+        assert all(weight() is not None for weight in weights)
+    gc.collect()
+    assert [weight for weight in weights if weight() is not None] == []
 
 
 def test_same_seed_same_run_and_another_seed_another(words, finished, tmp_path):
@@ -584,7 +599,7 @@ def test_a_stop_in_an_evaluation_loses_nothing(words, tmp_path):
     assert fit(config.load(TINY, words("whole", *more)))
     cfg = config.load(TINY, words("stopped", *more))
     with Trainer(cfg) as trainer:
-        trainer.evaluate_once("before")
+        trainer.evaluations.once("before")
         for _ in range(2):
             trainer.finish_step(trainer.train_step())
         trainer.stop.requested = True

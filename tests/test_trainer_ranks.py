@@ -16,7 +16,7 @@ import torch
 from ranks import run_ranks, watch_ranks
 from runs import recorded
 
-from vpgea_fast import checkpoint, config, trainer
+from vpgea_fast import checkpoint, config, rows, trainer
 from vpgea_fast.config import ParallelConfig
 from vpgea_fast.distributed import World, open_world
 
@@ -47,26 +47,26 @@ def fit(words, resume=False, die_after=None, poison=None, stop_after=None, late=
     gets a SIGTERM after that step, and rank 0 none. `late`: seconds that rank 1 starts later."""
     time.sleep(late * int(os.environ["RANK"]))
     warnings.filterwarnings("ignore", message=".*is of 2 processes, now there are 1")
-    finish, build = trainer.Trainer.finish_step, trainer.build_rows
+    finish, build = trainer.Trainer.finish_step, rows.build_rows
     step = 0
 
     def finish_step(self, stats):
         nonlocal step
         finish(self, stats)
-        step = self.step
-        if self.step == die_after and self.world.rank == 1:
+        step = self.state.step
+        if step == die_after and self.world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.step == stop_after and self.world.rank == 1:
+        if step == stop_after and self.world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def build_rows(*args, **kwargs):
-        rows = build(*args, **kwargs)
-        if poison is None or step < poison or not rows:
-            return rows
-        nan = torch.full_like(rows[0].coef, float("nan"))
-        return [replace(rows[0], coef=nan), *rows[1:]]
+        made = build(*args, **kwargs)
+        if poison is None or step < poison or not made:
+            return made
+        nan = torch.full_like(made[0].coef, float("nan"))
+        return [replace(made[0], coef=nan), *made[1:]]
 
-    trainer.Trainer.finish_step, trainer.build_rows = finish_step, build_rows
+    trainer.Trainer.finish_step, rows.build_rows = finish_step, build_rows
     source = Path(words[1]) / "config.yaml" if resume else TINY
     return trainer.fit(config.load(source, words), resume=resume)
 
@@ -107,8 +107,13 @@ def fit_and_hear(words, resume, number=None):
     update = trainer.Trainer.update
 
     def update_and_hear(self, rows, scored):
-        made = self.rollout.made if self.rollout else ()
-        if number and self.step == 3 and len(made) == 2 and self.world.rank == self.world.size - 1:
+        made = self.state.rollout.made if self.state.rollout else ()
+        if (
+            number
+            and self.state.step == 3
+            and len(made) == 2
+            and self.world.rank == self.world.size - 1
+        ):
             assert not any(reason for _, reason in made), "an update before has changed nothing"
             os.kill(os.getpid(), number)
         return update(self, rows, scored)
@@ -226,7 +231,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(words, tmp_path):
         "def dying(self, stats):\n"
         "    finish(self, stats)\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first and self.step == 7 and self.world.rank == 1:\n"
+        "    if first and self.state.step == 7 and self.world.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "trainer.Trainer.finish_step = dying\n"
         "sys.exit(cli.main())\n"

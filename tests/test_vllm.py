@@ -156,7 +156,7 @@ def test_temperature_and_truncated_importance_weights(words, capsys):
             metrics = trainer.train_step().metrics
             assert metrics["importance_capped"] == 0
             assert 0 < metrics["mismatch_max"] <= 1e-4
-            trainer.step += 1
+            trainer.state.step += 1
     capsys.readouterr()
 
 
@@ -174,7 +174,7 @@ def test_whatever_samples_in_a_step_comes_before_the_engine_rests(words, tiny_wo
         for _ in range(2):
             stats = trainer.train_step()
             assert stats.metrics["tokens_generated"] > 0
-            trainer.step += 1
+            trainer.state.step += 1
         trainer.stages.engine.rest()
         with pytest.raises(ValueError, match="load_weights first"):
             trainer.train_step()
@@ -290,12 +290,12 @@ def test_a_skipped_sync_stops_the_run(words, monkeypatch, rate, most):
     monkeypatch.setattr(VllmEngine, "load_weights", swallow)
     with Trainer(cfg) as trainer:
         trainer.train_step()
-        trainer.step += 1
+        trainer.state.step += 1
 
         def skip():
             for _ in range(most):
                 trainer.train_step()
-                trainer.step += 1
+                trainer.state.step += 1
 
         with pytest.raises(RolloutError, match=r"did not take over the new weights.*same bits"):
             skip()
@@ -392,9 +392,9 @@ def test_two_policies_take_turns_and_one_that_does_not_come_is_found(words, monk
     with Trainer(cfg) as trainer:
         for _ in range(2):
             rollout = trainer.draw()
-            trainer.rollout = rollout
+            trainer.state.rollout = rollout
             trainer.train_step()
-            trainer.step += 1
+            trainer.state.step += 1
             posterior = rollout.batch.posterior
             (score,) = (s for s in rollout.batch.logps if s.who == "posterior")
             found = rollout.batch.logps[score]

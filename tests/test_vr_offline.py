@@ -281,7 +281,7 @@ def test_the_last_stage_descends_the_weighted_likelihood(stage, recipe, tmp_path
     with Trainer(cfg) as trainer:
         rows = trainer.draw().rows
         model = trainer.stages.policy.causal_lm
-        trainer.accumulate(rows)
+        trainer.stages.gradients.accumulate(rows)
         found = [p.grad.clone() for p in model.parameters()]
         trainer.stages.optimizer.zero_grad(set_to_none=True)
         questions = trainer.stages.collector.collect(0, PhaseTimer(), {})[0].questions

@@ -166,7 +166,7 @@ answer_temperature | ratio
 )
 
 STEP = (
-    # From `Trainer.update`, and `diagnostics.row_metrics` of the rows that it trained.
+    # From `Gradients.update`, and `diagnostics.row_metrics` of the rows that it trained.
     Chapter(
         "Step and update",
         "Every step; kl_gated where a row was distilled.",
@@ -409,7 +409,7 @@ rest_freed_mib | MiB
     Device memory that the engine gave back between sampling and training; 0 for engine hf.
 """),
     ),
-    # From `diagnostics.view_divergence` and `Trainer.stream_norms`: passes of their own.
+    # From `diagnostics.view_divergence` and `Gradients.norms`: passes of their own.
     Chapter(
         "Diagnostics of the two views",
         "Every metrics.diag_every steps, over all tokens of the teacher's paths (vpgea).",

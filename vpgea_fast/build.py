@@ -1,7 +1,7 @@
 """The stages of a training run, made once by `build` and handed to the trainer as one record.
 
     intake (questions, benchmarks) -> check_config -> policies, optimisers -> engine -> probe
-                                                              -> evaluator, collector
+                                                              -> evaluator, collector -> start
 
 Everything that can be refused without a weight is refused before the policy is loaded.
 """
@@ -35,6 +35,7 @@ from vpgea_fast.data import step_shares
 from vpgea_fast.distributed import World
 from vpgea_fast.estimate import Choice, choose, model_shape, score_tokens
 from vpgea_fast.evaluate import Evaluator, make_sampling
+from vpgea_fast.gradients import Gradients
 from vpgea_fast.intake import Intake, open_text, read, read_records
 from vpgea_fast.measure import Measure
 from vpgea_fast.metrics import Console, model_flops
@@ -51,6 +52,8 @@ from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rollout.probe import Score, SyncProbe
 from vpgea_fast.rollout.recorded import Records
 from vpgea_fast.rollout.turns import Turns
+from vpgea_fast.step_start import StepStart
+from vpgea_fast.stop import Stop
 from vpgea_fast.types import PromptedQuestion
 from vpgea_fast.verify import Verifier
 
@@ -68,10 +71,8 @@ class Stages:
     saver: Saver
     engine: RolloutEngine
     turns: Turns
-    probe: SyncProbe
     evaluator: Evaluator
-    collector: Collector
-    measure: Measure
+    start: StepStart
     verifier: Verifier
     reference: Reference | None
     notes: tuple[str, ...]
@@ -81,6 +82,18 @@ class Stages:
     def policy(self) -> Policy:
         """The reasoning model: what is evaluated and exported."""
         return self.policies["policy"].policy
+
+    @property
+    def collector(self) -> Collector:
+        return self.start.collector
+
+    @property
+    def measure(self) -> Measure:
+        return self.start.measure
+
+    @property
+    def gradients(self) -> Gradients:
+        return self.start.gradients
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -99,9 +112,9 @@ class Stages:
             self.verifier.close()
 
 
-def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> Stages:
+def build(cfg: Config, world: World, *, stop: Stop, progress: Progress, begin: int = 0) -> Stages:
     """Make every stage of `cfg`, or leave nothing running; `begin` is the step that it goes on
-    with, from 0. A collective.
+    with, from 0, and `stop` what may end an update. A collective.
 
     Errors: ValueError, with its key and the remedy, for what cannot work.
     """
@@ -126,10 +139,8 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         reference = Reference(cfg, world, passes) if reads_reference(cfg.objective) else None
         engine = _build_engine(cfg, world, policy, records)
         undo.callback(engine.close)
-        # U is a likelihood, at temperature 1 whatever the paths were drawn at. Log-probs of drawn
-        # paths are those of the distribution that drew them.
+        # U is a likelihood, at temperature 1 whatever the paths were drawn at.
         score = policies.scorer(1.0)
-        score_paths = policies.scorer(cfg.rollout.temperature)
         text, first = intake.text, intake.questions[0]
         probe = _build_probe(cfg, world, policies, engine=engine, score=score, first=first)
         turns = Turns(
@@ -155,7 +166,8 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
             prompt=text.prompter.prompt,
             responses=text.prompter.responses,
             row_logprobs=score,
-            path_logprobs=score_paths,
+            # Of the distribution that drew them.
+            path_logprobs=policies.scorer(cfg.rollout.temperature),
             reference=reference,
             posterior=posterior,
             turns=turns,
@@ -165,6 +177,9 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
             progress=progress,
         )
         collector.check()
+        start = _build_start(
+            cfg, world, policies, collector=collector, decode=text.decode, stop=stop
+        )
         # From here on `Stages.close` ends what was started.
         undo.pop_all()
     return Stages(
@@ -174,17 +189,8 @@ def build(cfg: Config, world: World, *, progress: Progress, begin: int = 0) -> S
         saver=saver,
         engine=engine,
         turns=turns,
-        probe=probe,
         evaluator=evaluator,
-        collector=collector,
-        measure=Measure(
-            cfg=cfg,
-            world=world,
-            policies=policies,
-            passes=passes,
-            logprobs=score_paths,
-            decode=text.decode,
-        ),
+        start=start,
         verifier=verifier,
         reference=reference,
         notes=(*filter(None, [choice.reason]), *(() if records is None else records.notes)),
@@ -284,6 +290,32 @@ def _build_probe(
         dtype=policies["policy"].policy.dtype,
         tolerance=cfg.rollout.probe_tolerance,
         policies=tuple(policies.learners),
+    )
+
+
+def _build_start(
+    cfg: Config,
+    world: World,
+    policies: Policies,
+    *,
+    collector: Collector,
+    decode: Callable[[torch.Tensor], str],
+    stop: Stop,
+) -> StepStart:
+    """Make what begins a step, with what measures it and what adds up its gradients."""
+    return StepStart(
+        cfg=cfg,
+        collector=collector,
+        measure=Measure(
+            cfg=cfg,
+            world=world,
+            policies=policies,
+            passes=policies.passes,
+            logprobs=policies.scorer(cfg.rollout.temperature),
+            decode=decode,
+        ),
+        gradients=Gradients(cfg, world=world, policies=policies, stop=stop),
+        stop=stop,
     )
 
 

@@ -429,6 +429,12 @@ class Collector:
         )
         return found | {path.key: u[None] for (_, path), u in zip(cut, utilities, strict=True)}
 
+    def _text(self, path: Path) -> str:
+        """The thought's text, without its close."""
+        text, close = self.decode(path.z_ids), self.cfg.prompt.think_close
+        # A close that is a special token is in no decoded text; R1's is none.
+        return text.rpartition(close)[0] if path.closed and close in text else text
+
     def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
         """Where a thought first states the answer, in one of its spellings: the tokens before, and
         those until then."""
@@ -493,7 +499,7 @@ class Collector:
             closed_BP=closed.view(shape),
             correct_BP=self.correct(pairs).view(shape),
             behind_BP=behind.view(shape),
-            texts=tuple(tuple(self.decode(p.z_ids) for p in group) for group in groups)
+            texts=tuple(tuple(map(self._text, group)) for group in groups)
             if self.draws.texts
             else None,
         )

@@ -387,6 +387,7 @@ def _recorded(
     note = console.message if console is not None else lambda _: None
     world, wave = record.world, evaluator.engine.wave
     header = make_header(cfg, evaluator.benchmarks, wave=wave, command=record.command)
+    # What will be drawn, before it is: a folder of another plan is refused, not mixed.
     plan = {key: value for part in evaluator.parts() for key, value in part.plan.items()}
     with open_folder(
         record.folder, header=header, world=world, plan=plan, resume=record.resume, note=note

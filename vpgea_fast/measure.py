@@ -108,6 +108,11 @@ class Measure:
         scored = [(row, live[id(row)]) for row in rows if id(row) in live]
         return drop_zero_rows(now), share, scored
 
+    def first_pass(self, updates: Sequence[Sequence[TrainRow]]) -> list[TrainRow]:
+        """One pass over the questions, as the first update has them: later epochs repeat it."""
+        parts = updates[: self.cfg.train.minibatches]
+        return [row for part in parts for row in self.moment(part, moved=False)[0]]
+
     def quality(self, batch: ScoredBatch, terms: Terms) -> dict[str, float]:
         """Means over the questions of which no path was lost, and the objective's own metrics."""
         # A lost path is no short or wrong one, so its question is in no mean.

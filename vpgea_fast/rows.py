@@ -111,6 +111,18 @@ def build_rows(
     return rows
 
 
+def update_rows(
+    cfg: Config,
+    batch: ScoredBatch,
+    terms: Terms,
+    ratios: Mapping[PathKey, torch.Tensor] | None = None,
+) -> list[list[TrainRow]]:
+    """The rows of every update of a rollout, in order; epochs share theirs."""
+    scale, several = Scale.of(cfg), cfg.train.updates > 1
+    rows = build_rows(batch, terms, scale, ratios=ratios, several=several)
+    return minibatches(batch, rows, scale.updates) * cfg.train.epochs
+
+
 def minibatches(batch: ScoredBatch, rows: Sequence[TrainRow], count: int) -> list[list[TrainRow]]:
     """Split rows by question into `count` parts, in the order of the batch."""
     # By place: the questions of a step are in random order already, and a path's rows, which the
@@ -252,6 +264,7 @@ def _row(
     return TrainRow(
         context_ids=context,
         token_ids=tokens,
+        # The coefficients come with the weight of the path, which this row does not know.
         coef=torch.zeros(tokens.shape, dtype=torch.float64),
         stream=path.stream,
         view=term.view,

@@ -204,7 +204,8 @@ class ScoredPaths:
     length_BP   (B, P) float64: thought tokens
     closed_BP   (B, P) bool: the thought ended by itself
     correct_BP  (B, P) float64: 1 or 0; NaN where no answer was verified
-    texts       (B, P) the decoded thoughts, where the objective reads them (`Draws.texts`)
+    texts       (B, P) the decoded thoughts without their close, where the objective reads them
+                (`Draws.texts`)
     stated_BP   (B, P) int64: tokens of the thought until it first states the answer, 0 where it
                 never does; where the objective reads them (`Draws.stated`)
     behind_BP   (B, P) int64: tokens of the answers sampled behind the thought to score it; None:

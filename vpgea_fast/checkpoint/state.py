@@ -304,6 +304,7 @@ def put_weights(
                 "the policy's weights"
             )
         _check_weights(found, _below(saved_tensors(metadata), prefix), weights)
+    # Apart: no process writes a weight before all have found that theirs fit.
     with together(world, what, remedy, catch=Exception):
         targets = {f"{prefix}{MODEL}{name}": weight.detach() for name, weight in weights.items()}
         fill(targets, reader, metadata)

@@ -56,8 +56,8 @@ def declare_eval(commands: Commands, common: Parser) -> None:
         # None where a suite names its own.
         "data",
         nargs="*",
-        help="files (JSONL, JSON, CSV, parquet), one per benchmark; one with keys of its own as "
-        "'{path: math500.jsonl, question_key: problem}'",
+        help="files of any format that data.train takes, one per benchmark; one with keys of its "
+        "own as '{path: math500.jsonl, question_key: problem}'",
     )
     evaluate.add_argument(
         "--suite",

@@ -174,8 +174,7 @@ class DataFile:
     of the section `data`; an empty text there means none."""
 
     path: PathText
-    """JSONL, JSON (an array), CSV, TSV or parquet file, a directory, or
-    `hub:owner/name[/config][:split]`."""
+    """A file (docs/data.md has the formats), a directory, or `hub:owner/name[/config][:split]`."""
     # These two stand in a file alone; the rest may stand in the section too.
     name: str | None = None
     """Name of the benchmark; also put before ids that two files share. Default: the file's name."""

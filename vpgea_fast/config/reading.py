@@ -310,6 +310,7 @@ def _with_lists(tree: Mapping[str, Any]) -> dict[str, Any]:
     JSON."""
 
     def wrapped(hint: Any, value: Any) -> Any:
+        # Without an item the key is no list; null is for the strict reading to refuse or to take.
         item = item_of(hint)
         if item is None or value is None:
             return value

@@ -3,7 +3,7 @@
 Nothing is repaired in silence: what cannot be read is an error with its place, what is dropped is
 counted and named, and where an answer was found in a longer text the run says so.
 
-    files.py    rows of JSONL, JSON, CSV, TSV, parquet, directories, the Hub
+    files.py    rows of files, by format, of directories and of the Hub
     rows.py     keys into a row, choices
     answers.py  the final answer and its plainest spelling; recipes.py: published data sets
     steps.py    which questions a step works on

@@ -1,4 +1,4 @@
-"""Rows of a source, numbered: JSONL, JSON, CSV, TSV, parquet, a directory, or the Hub.
+"""Rows of a source, numbered: a file of one of the KINDS, a directory, or the Hub.
 
 What a file holds decides where its suffix leaves it open (`.json`). Numbers keep every digit. What
 cannot be read is a DataError with the file and the line or row: never another error.
@@ -199,9 +199,9 @@ def _table_lines(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
                 elif cells:
                     if len(cells) != len(keys):
                         raise DataError(
-                            f"{path}, line {place}: {len(cells)} fields, but the header has "
-                            f"{len(keys)} ({keys}); repair the line, or quote what holds a "
-                            f"{delimiter!r}"
+                            f"{path}, line {place}: got {len(cells)} fields, expected the "
+                            f"{len(keys)} of the header ({keys}); repair the line, or quote what "
+                            f"holds a {delimiter!r}"
                         )
                     yield place, dict(zip(keys, cells, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:

@@ -182,6 +182,7 @@ def run_at_head(model: nn.Module, inputs: dict[str, Any], compute: Compute) -> t
     made of `compute`'s results. FSDP2 and DDP hang the beginning of the backward on the outputs.
     """
     found = find_head(model)
+    # The hooks of a compiled head stay on it, and ask here whether this forward is one of ours.
     run = _RUNS[found.head] = _Run(found.head, compute)
     try:
         with _hooked(found):

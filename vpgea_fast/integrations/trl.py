@@ -297,6 +297,7 @@ def _models(where: Any) -> list[nn.Module]:
     if model is where:
         return [model]
     _check_options(where, name)
+    # DPO and KTO score a frozen model of the same kind beside theirs.
     reference = getattr(where, "ref_model", None)
     return [model] if reference is None else [model, reference]
 

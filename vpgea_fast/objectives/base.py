@@ -93,6 +93,7 @@ class Draws:
     def __post_init__(self) -> None:
         for name in get_args(Stream):
             count = getattr(self, name)
+            # bool is an int, and True would draw one path without a word.
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ValueError(f"Draws.{name}: got {count!r}, expected a number of paths")
         if not self.paths:
@@ -106,6 +107,7 @@ class Draws:
                 "Draws.given: the data gives prior paths alone; ask for those, and for no others"
             )
         for name, value in self.fields.items():
+            # The templates have these three already.
             taken = name in ("question", "answer", "solution")
             if taken or not re.fullmatch(r"[a-z]\w*", str(name)) or not callable(value):
                 raise ValueError(

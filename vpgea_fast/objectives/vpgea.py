@@ -346,6 +346,7 @@ class Vpgea(EtaKeys):
         if not self.prior_pg:
             return [], {}
         u = self._utility(batch, "prior")
+        # A weight multiplies log P in the loss, which falls: hence the sign.
         weight_BN = -self.prior_pg * u.advantage
         term = Term(
             name="prior_pg",

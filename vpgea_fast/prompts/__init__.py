@@ -434,6 +434,7 @@ class Prompter:
             for token in added
             if token.special or (str(token) in spelled and re.search(r"[^\w\s]", str(token)))
         }
+        # A tag that the vocabulary spells with several tokens steers nothing as a token.
         tags = sorted(set(TAG.findall(spelled)))
         steering |= {
             tag

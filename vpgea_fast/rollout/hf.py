@@ -14,7 +14,7 @@ Precision   logits: the model's dtype   log-probs: float32   cumulative sum of t
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from vpgea_fast.rollout.engine import (
     not_finite,
 )
 from vpgea_fast.rollout.forward import Forward, growing_cache
+from vpgea_fast.rollout.packed import packed
 from vpgea_fast.rollout.refresh import WeightSet, exhausting
 from vpgea_fast.types import Finish, SampleRequest
 
@@ -40,6 +41,10 @@ tokens, one CPU core, thousand tokens/s: never 23, 0.6 32, 0.8 31, 0.9 29, at on
 BLOCK = 4096
 """Classes that a draw sums at once. 32 rows of 32,768 classes on two CPU cores take 3 ms, and
 15 with one running sum, in new memory."""
+
+
+PACK_FROM = 16
+"""Tokens of a path from which on large weights are packed, which takes as long as three of them."""
 
 
 class HFEngine(EngineBase):
@@ -82,12 +87,19 @@ class HFEngine(EngineBase):
         autocast = torch.autocast(
             self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
-        # The three hold between yields too: `on_progress` of the caller runs under them.
-        with torch.no_grad(), _eval_mode(self.model), autocast:
+        # All hold between yields too: `on_progress` of the caller runs under them.
+        with torch.no_grad(), _eval_mode(self.model), autocast, self._packed(sampling):
             for start in range(0, len(requests), self.max_batch):
                 wave = requests[start : start + self.max_batch]
                 for ended in self._decode(wave, sampling):
                     yield [drawn._replace(place=start + drawn.place) for drawn in ended]
+
+    def _packed(self, sampling: Sampling) -> AbstractContextManager[None]:
+        """Large weights packed, where so many tokens are drawn that it pays."""
+        # A graph holds the products that were traced with it.
+        if self._forward.compiled or sampling.limit < PACK_FROM:
+            return nullcontext()
+        return packed(self.model)
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -239,6 +239,7 @@ def _parse(line: bytes, place: Place) -> tuple[tuple[int | None, int | None], Ma
     """Step and index of a line, and all of it, checked."""
     try:
         record = json.loads(line)
+    # Thousands of brackets in one another end json's own recursion.
     except (ValueError, RecursionError) as error:
         raise RecordError(
             f"{place}: not JSON ({error}); expected an object of a path per line, as the "

@@ -135,6 +135,7 @@ def verbose(problem: Problem, rng: random.Random) -> str:
 
 def draw(kind: Kind, split: str, name: str, rng: random.Random) -> Problem:
     """One problem of a kind, with names and numbers of `split` ("test" or another)."""
+    # Drawn again until the sums are whole numbers and the numbers are of the split asked for.
     while True:
         numbers = {key: rng.randint(*ends) for key, ends in kind.numbers.items()}
         sums = _sums(kind, numbers)
@@ -246,6 +247,7 @@ def _supervised(problem: Problem, rng: random.Random, hints: Sequence[str]) -> d
     short = rng.random() < CONCISE[view]
     asked, hint = problem.question, ""
     if view == "teacher":
+        # Some hints are wrong, so that the base does not only copy them.
         wrong = [other for other in hints if other != problem.answer]
         hint = rng.choice(wrong) if rng.random() < MISLED else problem.answer
         asked = TEACHER.format(question=problem.question, answer=hint)

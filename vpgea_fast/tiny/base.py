@@ -222,6 +222,8 @@ def train_once(
     recipe: Recipe, seed: int, held_out: frozenset[str], progress: Progress
 ) -> Qwen2ForCausalLM:
     """Train all phases. The first is made once for recipes that differ in later ones alone."""
+    # Fields that later phases alone read are set alike, so that recipes which share the first phase
+    # are one key of its cache.
     shared = replace(
         recipe,
         name="",
@@ -231,6 +233,7 @@ def train_once(
         phases=recipe.phases[:1],
     )
     first, state = first_phase(shared, seed, held_out, progress)
+    # A copy: the first phase stays as it is for the next recipe.
     model, rng = copy.deepcopy(first), random.Random()
     rng.setstate(state)
     for number in range(1, len(recipe.phases)):
@@ -409,6 +412,7 @@ def measure_base(
     greedy = answer_accuracy(*given, questions[:GREEDY_QUESTIONS], seed=None)
     forced = answer_accuracy(*given, questions, seed=None, forced=True)
     sampled = answer_accuracy(*given, questions, seed=0)
+    # A corpus without terse paths has no probability of them worth a forward.
     styles = ("concise", "terse") if recipe.corpus.teacher_terse > 0 else ("concise",)
     shares = {
         f"{style}_{view}": style_probability(*given, questions, view, style)

@@ -408,6 +408,7 @@ def make_custom(target: str, path: list[str]) -> Judge:
     module, _, attribute = target.partition(":")
     try:
         function = importlib.import_module(module)
+    # A module that calls sys.exit would end the worker without a word.
     except BaseException as error:
         raise ValueError(f"cannot import {module}: {_say(error)}") from error
     for part in attribute.split("."):
