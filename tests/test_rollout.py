@@ -508,13 +508,16 @@ def compile_layers(model):
         layer.compile(dynamic=True)
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("other", "least"), [(False, 2**20), (True, 2**20), (True, 1)], ids=["one", "two", "packed"]
+)
 def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
-    monkeypatch, model, random_qwen2, other
+    monkeypatch, model, random_qwen2, other, least
 ):
     """Rows leave, caches grow twice, one row is left; a second model has the graph of the first."""
     graphs = counted_graphs(monkeypatch)
     torch.compiler.reset()
+    calls = count_packed(monkeypatch, least=least)
     # No number of rows is a width of the model: torch.compile would take it for that constant.
     requests, sampling = some_requests(paths=7), replace(SHORT, max_new_tokens=200)
     models, longest = [model, *([random_qwen2(seed=3)] if other else [])], []
@@ -530,6 +533,7 @@ def test_a_compiled_forward_draws_the_same_paths_by_one_graph(
         for path, own in zip(paths, again, strict=True):
             torch.testing.assert_close(path.logps, own.logps, atol=1e-5, rtol=0)
     assert graphs.frame_count == 1
+    assert bool(calls) == (least == 1)
     assert max(longest) > ROOM  # beside prompts of 16 tokens and less: rooms have grown
 
 

@@ -39,10 +39,6 @@ class Forward:
         # Dynamic: rows and positions change from step to step.
         self._graph = torch.compile(_step, dynamic=True, options=options) if compiled else None
 
-    @property
-    def compiled(self) -> bool:
-        return self._graph is not None
-
     def __call__(self, model: Any, ids_RT: torch.Tensor, **given: Any) -> torch.Tensor:
         """As `_forward`, uncompiled: the layers would make a graph for every place in the cache and
         its every state."""

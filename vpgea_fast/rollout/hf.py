@@ -96,10 +96,7 @@ class HFEngine(EngineBase):
 
     def _packed(self, sampling: Sampling) -> AbstractContextManager[None]:
         """Large weights packed, where so many tokens are drawn that it pays."""
-        # A graph holds the products that were traced with it.
-        if self._forward.compiled or sampling.limit < PACK_FROM:
-            return nullcontext()
-        return packed(self.model)
+        return packed(self.model) if sampling.limit >= PACK_FROM else nullcontext()
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -13,8 +13,9 @@ Milliseconds on two cores (AVX2), float32:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,12 +40,16 @@ def packed(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _large(m)]
     try:
         for layer in layers:
+            weight = layer.weight.detach()
+            # torch's own names for its compiler, which packs the weights of a frozen graph so.
+            _COPIES[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
             # On the instance, so that hooks and wrappers around the layer stay what they are.
-            vars(layer)["forward"] = _product(layer)
+            vars(layer)["forward"] = MethodType(_forward, layer)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+            _COPIES.pop(layer.weight.data_ptr(), None)
 
 
 def _large(layer: nn.Linear) -> bool:
@@ -57,18 +62,26 @@ def _large(layer: nn.Linear) -> bool:
     return plain and weight.device.type == "cpu" and weight.numel() >= LEAST
 
 
-def _product(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's forward, by a packed copy of its weight."""
-    weight, bias = layer.weight.detach(), layer.bias
-    # torch's own names for its compiler, which packs the weights of a frozen graph so.
-    copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+_COPIES: dict[int, torch.Tensor] = {}
+"""By the address of the weight: a compiled graph gets weights, and knows no copy."""
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
-            return F.linear(hidden, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(hidden, copy, bias, "none", [], "")
 
-    return forward
+def _forward(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    if hidden.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(hidden, layer.weight, layer.bias)
+    return _product(hidden, layer.weight, layer.bias)
+
+
+@torch.library.custom_op("vpgea_fast::packed_product", mutates_args=())
+def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear, by the packed copy of the weight."""
+    copy = _COPIES[weight.data_ptr()]
+    return torch.ops.mkldnn._linear_pointwise(hidden, copy, bias, "none", [], "")
+
+
+@_product.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None) -> torch.Tensor:
+    return hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
 
 
 def _available() -> bool:
