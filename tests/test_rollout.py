@@ -812,6 +812,24 @@ def test_packed_weights_are_those_of_each_draw_and_leave_nothing(monkeypatch, mo
     assert calls
 
 
+@pytest.mark.parametrize("last", [0, 1], ids=["in turn", "the other way"])
+def test_streams_of_one_model_end_in_any_order(monkeypatch, model, last):
+    """None takes from the other its packed weights, or turns autograd on for it."""
+    count_packed(monkeypatch)
+    engines, requests = [HFEngine(model, max_batch=64) for _ in range(2)], some_requests()
+    alone = engines[0].generate(requests, SHORT)
+    streams, drawn = [engine.stream(requests, SHORT) for engine in engines], [{}, {}]
+    for found, stream in zip(drawn, streams, strict=True):
+        found.update(next(stream))
+    for number in (1 - last, last):
+        assert torch.is_grad_enabled()
+        for ended in streams[number]:
+            drawn[number].update(ended)
+    for found in drawn:
+        assert_equal_paths([found[place] for place in range(len(requests))], alone)
+    assert_unpacked(model)
+
+
 def assert_unpacked(*models):
     assert not any("forward" in vars(module) for model in models for module in model.modules())
     assert not packed._COPIES
