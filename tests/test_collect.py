@@ -21,11 +21,13 @@ from vpgea_fast.objectives import STRICT, Dapo, Draws, Grpo, Keys, Term, Terms, 
 from vpgea_fast.objectives.checks import check_objective, check_terms
 from vpgea_fast.objectives.length_rewards import O1Pruner
 from vpgea_fast.objectives.surrogate import Surrogate
+from vpgea_fast.rollout.engine import Sampling, split_path
 from vpgea_fast.rollout.hf import HFEngine
 from vpgea_fast.rows import Scale, build_rows
-from vpgea_fast.scoring import wrong_answers
+from vpgea_fast.scoring import thought_text, wrong_answers
+from vpgea_fast.spans import Tag
 from vpgea_fast.trainer import Trainer
-from vpgea_fast.types import Score, TrainRow
+from vpgea_fast.types import SampleRequest, Score, TrainRow
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = {
@@ -82,6 +84,37 @@ def test_the_text_of_a_thought_has_no_close(tiny_words):
     assert [text for group in post.texts for text in group] == as_text
     assert as_text == [tokenizer.decode(p.z_ids[: p.z_ids.numel() - p.closed]) for p in post.flat]
     assert cut.endswith("</think>")
+
+
+SPELLED = ["so ", "</", "think", ">", "7 ", "", "."]
+"""Texts of tokens, of which the sixth is special: a text shows it as <end>, or not at all."""
+
+
+def spell(ids, *, special):
+    return "".join("<end>" if special and i == 5 else SPELLED[i] for i in map(int, ids))
+
+
+@pytest.mark.parametrize(
+    ("z", "close", "tag", "text"),
+    [
+        ([0, 4, 5], 5, None, "so 7 "),  # a special token
+        ([0, 1, 2, 3, 4, 5], 5, None, "so </think>7 "),  # its text, spelled before it
+        ([0, 4, 3], 3, None, "so 7 "),  # a token of plain text
+        ([0, 4, 1, 2, 3], -1, "</think>", "so 7 "),
+        ([0, 4, 2, 5, 3], -1, "k<end>", "so 7 thin"),  # none of the text without special tokens
+        ([0, 4, 5, 6], -1, "<end>.", "so 7 "),
+        ([0, 4, 1, 2, 3], -1, "/think", "so 7 <"),
+    ],
+)
+def test_the_close_alone_is_cut_from_the_text_of_a_thought(z, close, tag, text):
+    shown = functools.partial(spell, special=True)
+    made = None if tag is None else Tag(tag, (1,), shown)
+    sampling = Sampling(9, think_close_id=close, eos_ids=(), tag=made)
+    who = {"question_id": "q", "stream": "prior", "index": 0, "seed": 0}
+    request, ids = SampleRequest(prompt_ids=torch.tensor([0]), **who), torch.tensor([*z, 4])
+    path = split_path(request, ids, logps=torch.zeros(len(ids)), sampling=sampling, finish="stop")
+    assert path.closed
+    assert thought_text(path, functools.partial(spell, special=False), made) == text
 
 
 def test_a_lost_path_counts_though_its_question_is_replaced(tiny_words, monkeypatch):

@@ -4,7 +4,9 @@ Legend: R requests, V vocabulary, T tokens of one path.
 """
 
 import collections
+import copy
 import functools
+import pickle
 import random
 from dataclasses import replace
 
@@ -798,14 +800,158 @@ def test_packed_weights_are_those_of_each_draw_and_leave_nothing(monkeypatch, mo
     stream = engine.stream(some_requests(), SHORT)
     next(stream)
     assert "forward" in vars(model.lm_head)
+    assert packed._COPIES
     stream.close()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert_unpacked(model)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="decode step"):
+    # Its traceback is held here, and with it the frames of the draw.
+    with pytest.raises(RuntimeError, match="decode step") as _held:
         engine.generate(some_requests(), SHORT)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert_unpacked(model)
     assert calls
+
+
+@pytest.mark.parametrize("last", [0, 1], ids=["in turn", "the other way"])
+def test_streams_of_one_model_end_in_any_order(monkeypatch, model, last):
+    """None takes from the other its packed weights, or turns autograd on for it."""
+    count_packed(monkeypatch)
+    engines, requests = [HFEngine(model, max_batch=64) for _ in range(2)], some_requests()
+    alone = engines[0].generate(requests, SHORT)
+    streams, drawn = [engine.stream(requests, SHORT) for engine in engines], [{}, {}]
+    for found, stream in zip(drawn, streams, strict=True):
+        found.update(next(stream))
+    for number in (1 - last, last):
+        assert torch.is_grad_enabled()
+        for ended in streams[number]:
+            drawn[number].update(ended)
+    for found in drawn:
+        assert_equal_paths([found[place] for place in range(len(requests))], alone)
+    assert_unpacked(model)
+
+
+def assert_unpacked(*models):
+    assert not any("forward" in vars(module) for model in models for module in model.modules())
+    assert not packed._COPIES
+    assert not packed._DRAWS
+
+
+def assert_multiplies(layer, weight, hidden):
+    with torch.no_grad():
+        wanted = (hidden.double() @ weight.double().T).float()
+        torch.testing.assert_close(layer(hidden), wanted, atol=1e-5, rtol=0)
+
+
+def linear(weight):
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer.weight = torch.nn.Parameter(weight)
+    return layer
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_weights_at_one_address_have_copies_of_their_own(monkeypatch, hidden, weight):
+    calls = count_packed(monkeypatch)
+    layers = [linear(part) for part in (weight, weight.T, weight[:32], weight[:48])]
+    assert len({layer.weight.data_ptr() for layer in layers}) == 1
+    with packed.packed(torch.nn.ModuleList(layers)):
+        for layer in layers:
+            assert_multiplies(layer, layer.weight.detach(), hidden)
+    assert len(calls) == 4
+    assert_unpacked(*layers)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one model", "two models of one weight"])
+@pytest.mark.parametrize("first", [0, 1], ids=["first", "last"])
+def test_draws_that_share_a_weight_end_in_any_order(monkeypatch, hidden, weight, same, first):
+    calls = count_packed(monkeypatch)
+    one = linear(weight)
+    models = [one, one if same else linear(weight)]
+    draws = [packed.packed(model) for model in models]
+    for draw_ in draws:
+        draw_.__enter__()
+    assert_multiplies(models[first], weight, hidden)
+    draws.pop(first).__exit__(None, None, None)
+    left = models[1 - first]
+    assert_multiplies(left, weight, hidden)
+    assert len(calls) == 2
+    draws.pop().__exit__(None, None, None)
+    assert_unpacked(*models)
+
+
+def _new(layer, new):
+    layer.weight = torch.nn.Parameter(new)
+
+
+def _swap(layer, new):
+    layer.weight.data = new
+
+
+@torch.no_grad()
+def _write(layer, new):
+    layer.weight.copy_(new)
+
+
+@pytest.mark.parametrize("change", [_new, _swap, _write])
+def test_a_weight_that_changes_inside_is_multiplied_by(monkeypatch, hidden, weight, change):
+    count_packed(monkeypatch)
+    layer, new = linear(weight.clone()), weight.flip(0) + 1
+    with packed.packed(layer):
+        assert_multiplies(layer, weight, hidden)
+        change(layer, new)
+        assert_multiplies(layer, new, hidden)
+    assert_unpacked(layer)
+
+
+def test_a_draw_never_takes_the_copy_of_one_that_was_left_open(monkeypatch, hidden, weight):
+    """Nor does what changes a weight in the forward before it, as PEFT does that takes a merged
+    adapter out: both write to `.data`."""
+    calls = count_packed(monkeypatch)
+    layer = linear(weight.clone())
+    with packed.packed(layer):
+        assert_multiplies(layer, weight, hidden)
+        layer.weight.data += 1
+        with packed.packed(layer):
+            layer.weight.data += 1
+            assert_multiplies(layer, weight + 2, hidden)
+    assert len(calls) == 2
+    assert_unpacked(layer)
+
+
+def test_a_forward_under_autograd_inside_a_draw_has_its_gradient(monkeypatch, hidden, weight):
+    calls = count_packed(monkeypatch)
+    layer = linear(weight)
+    with packed.packed(layer), torch.enable_grad():
+        layer(hidden).sum().backward()
+    assert torch.equal(layer.weight.grad, hidden.sum(0).expand(64, 64))
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_model_taken_inside_a_draw_works(monkeypatch, hidden, weight, again):
+    count_packed(monkeypatch)
+    model = torch.nn.Sequential(linear(weight))
+    with packed.packed(model):
+        other = again(model)
+        assert_multiplies(other, weight, hidden)
+    assert_multiplies(other, weight, hidden)
+
+
+def test_nothing_is_packed_where_onednn_is_turned_off(monkeypatch, weight):
+    count_packed(monkeypatch)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with packed.packed(layer := linear(weight)):
+        assert_unpacked(layer)
 
 
 # --- a closing tag of several tokens --------------------------------------------------------------

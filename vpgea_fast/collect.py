@@ -46,6 +46,7 @@ from vpgea_fast.scoring import (
     after_thought,
     answer_likelihood,
     answers_correct,
+    thought_text,
     verify_any,
 )
 from vpgea_fast.spans import stated
@@ -431,9 +432,7 @@ class Collector:
 
     def _text(self, path: Path) -> str:
         """The thought's text, without its close."""
-        text, close = self.decode(path.z_ids), self.cfg.prompt.think_close
-        # A close that is a special token is in no decoded text; R1's is none.
-        return text.rpartition(close)[0] if path.closed and close in text else text
+        return thought_text(path, self.decode, self.sampling.tag)
 
     def _stated(self, question: PromptedQuestion, path: Path) -> tuple[int, int] | None:
         """Where a thought first states the answer, in one of its spellings: the tokens before, and

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from vpgea_fast.spans import Tag
+from vpgea_fast.spans import Tag, tokens_before
 from vpgea_fast.types import Path, PromptedQuestion, Question, TrainRow, View
 
 RowsFn = Callable[[Sequence[TrainRow]], list[torch.Tensor]]
@@ -108,6 +108,23 @@ def answer_text(path: Path, decode: Callable[[torch.Tensor], str], tag: Tag | No
         if found:
             return rest
     return decode(path.answer_ids)
+
+
+def thought_text(path: Path, decode: Callable[[torch.Tensor], str], tag: Tag | None) -> str:
+    """Decode a thought without its close: its last token, or the tag of several tokens."""
+    ids = path.z_ids
+    if not path.closed:
+        return decode(ids)
+    if tag is None:
+        return decode(ids[:-1])
+    # The first letters of the tag may lie in a token of the thought.
+    text, found, _ = decode(ids).rpartition(tag.text)
+    if found:
+        return text
+    # A tag with a special token in it is in no text of `decode`.
+    shown = tag.decode(ids)
+    count = tokens_before(ids, tag.decode, shown, shown.index(tag.text))
+    return decode(ids[:count]) + tag.decode(ids[count:]).partition(tag.text)[0]
 
 
 def wrong_answers(

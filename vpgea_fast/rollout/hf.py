@@ -80,6 +80,8 @@ class HFEngine(EngineBase):
         self.check_every = check_every or (4 if model.device.type == "cpu" else 16)
         self._forward = Forward(model)
 
+    # Of a generator: while it computes, and not while the caller does.
+    @torch.no_grad()
     def _draw(
         self, requests: Sequence[SampleRequest], sampling: Sampling
     ) -> Generator[Sequence[Drawn], None, None]:
@@ -88,7 +90,7 @@ class HFEngine(EngineBase):
             self.model.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         )
         # All hold between yields too: `on_progress` of the caller runs under them.
-        with torch.no_grad(), _eval_mode(self.model), autocast, self._packed(sampling):
+        with _eval_mode(self.model), autocast, self._packed(sampling):
             for start in range(0, len(requests), self.max_batch):
                 wave = requests[start : start + self.max_batch]
                 for ended in self._decode(wave, sampling):
