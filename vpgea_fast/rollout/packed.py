@@ -28,7 +28,7 @@ LEAST = 2**20
 """Elements of a weight from which on it is packed: smaller ones lie in a cache, and gain little."""
 ROWS = 32
 """Rows that copies are laid out for. Of any number a product is as fast; a layout by the rows of a
-call would give a wave that is drawn alone other bits."""
+call might give a wave that is drawn alone other bits."""
 
 
 @contextmanager
