@@ -23,7 +23,9 @@ except dW (fp32).
 A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those of torch are slow:
 one thread with AVX2 takes 3.9 s for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products
 there are fp32 ones of upcast operands, which lose nothing: the product of two bf16 or fp16 numbers
-fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place.
+fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place. Where a CPU has bfloat16
+units, oneDNN cuts these operands back to bfloat16 and adds in fp32: exact too, and three times as
+fast with AMX (`bf16_units`).
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -34,7 +36,8 @@ fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place.
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -144,7 +147,8 @@ def head_pass(
         add_(z_CV, hidden_CD, rows_C)
         return made
 
-    columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+    with bf16_units(hidden_TD):
+        columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
     return values._replace(skipped=torch.cat(skipped)) if skipped else values
@@ -183,6 +187,31 @@ def operand_of(hidden_TD: Tensor) -> torch.dtype:
     """Of the GEMMs: only CUDA has half-precision ones with fp32 out; elsewhere they are upcast."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     return hidden_TD.dtype if hidden_TD.device.type == "cuda" else wide
+
+
+@contextmanager
+def bf16_units(hidden_TD: Tensor) -> Iterator[None]:
+    """float32 products by a CPU's bfloat16 units, for operands that are bfloat16 values in float32.
+
+    torch's switch is the process's, not the thread's: while a pass runs, products of another thread
+    of float32 numbers of its own would lose digits.
+    """
+    if hidden_TD.dtype is not torch.bfloat16 or hidden_TD.device.type != "cpu" or not _has_units():
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@cache
+def _has_units() -> bool:
+    """AVX512-BF16 or AMX. With AVX512 alone oneDNN would emulate them."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def chunk_rows(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -142,15 +143,19 @@ def by_document(
             f"packed attention: expected one row of {sum(documents.seqlens)} tokens (the sum of "
             f"seqlens), got {query.shape[2]}"
         )
+    dtype = query.dtype
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and dtype in HALF:
+        # torch's backward there takes three times as long in bfloat16 as in float32: 3.1 ms against
+        # 1.05 for 150 tokens and 9 heads of 64, on two cores with AMX.
+        query, key, value = query.float(), key.float(), value.float()
     # Views of each document, (1, H, L, d): nothing is copied to take the row apart.
-    parts = [
-        _causal(q, k, v, form)
-        for q, k, v in zip(
-            *(x.split(list(documents.seqlens), dim=2) for x in (query, key, value)), strict=True
-        )
-    ]
+    parts = (x.split(list(documents.seqlens), dim=2) for x in (query, key, value))
+    # A CPU's autocast would take it back to bfloat16.
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        outs = [_causal(q, k, v, form) for q, k, v in zip(*parts, strict=True)]
     # (1, H, T, d) -> (1, T, H, d); a copy, since transformers' attention returns it so.
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(outs, dim=2).transpose(1, 2).to(dtype).contiguous()
 
 
 def _causal(
