@@ -62,8 +62,8 @@ BUDGET = ["--train.max_tokens", str(TOKENS), "--train.steps", "120"]
 METHODS = {"vpgea": [], "grpo": ["--objective.name", "grpo", "--objective.group_size", "8"]}
 METHODS["grpo"] += ["--objective.alpha", "0.5", "--objective.norm", "seq_sum"]
 TUNED = (
-    "exploratory: after the first plan's result the rate of both methods went from 5e-5 to 1.5e-5, "
-    "and the base's steps from 400 to 600; nothing else, and one seed"
+    "exploratory: after the first plan's result the rate of both methods went from 5e-5 to 1.5e-5; "
+    "nothing else, and one seed"
 )
 GSM8K = ["--eval.samples", "0", "--eval.limit", "50"]
 """Greedy alone: a model of this size solves few of them."""
