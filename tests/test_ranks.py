@@ -1,5 +1,6 @@
 """The launcher of the other tests tells what went wrong, and leaves nothing running."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks, watch_ranks
 
 from vpgea_fast.config import ParallelConfig
@@ -34,6 +36,34 @@ def fail_on_one(how):
 
 def wait_for_nothing():
     time.sleep(600)
+
+
+class Heap(ctypes.Structure):
+    """mallinfo2 of malloc.h."""
+
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]  # noqa: RUF012
+
+
+def mapped_bytes():
+    """What malloc maps for a tensor of 4 MiB, when one of 16 MiB has come and gone."""
+    open_world(ParallelConfig(), "cpu")
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Heap
+    torch.empty(16 << 20, dtype=torch.uint8)
+    before = mallinfo2().hblkhd
+    kept = torch.empty(4 << 20, dtype=torch.uint8)
+    return mallinfo2().hblkhd - before + 0 * kept.numel()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc of 2.33 or newer")
+@pytest.mark.parametrize("own", [None, "33554432"])
+def test_a_cpus_tensors_are_mapped_and_not_in_one_heap(own, monkeypatch):
+    """Unless the user has set the limit."""
+    if own is not None:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", own)
+    (mapped,) = run_ranks(mapped_bytes, size=1)
+    assert (mapped >= 4 << 20) == (own is None)
 
 
 def is_gone(pid):
