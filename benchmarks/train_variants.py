@@ -289,7 +289,10 @@ class Ours:
             kind=PaddingPolicy,
         )
         self.optimizer = build_optimizer(
-            self.policy.parameters(), cfg.optim, masters=self.policy.masters
+            self.policy.parameters(),
+            cfg.optim,
+            masters=self.policy.masters,
+            hosted=self.policy.hosted,
         )
         self.passes = Passes(world, cfg.train.micro_batch_tokens, model_flops(config))
         self.laps, self.ran, self.batches = Laps(world.device), 0, 0

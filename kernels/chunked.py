@@ -24,8 +24,8 @@ A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those
 one thread with AVX2 takes 3.9 s for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products
 there are fp32 ones of upcast operands, which lose nothing: the product of two bf16 or fp16 numbers
 fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place. Where a CPU has bfloat16
-units, oneDNN cuts these operands back to bfloat16 and adds in fp32: exact too, and three times as
-fast with AMX (`bf16_units`).
+units, oneDNN cuts these operands back to bfloat16 and adds in fp32: as exact, but for subnormal
+numbers, and three times as fast with AMX (`Units`).
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -35,8 +35,9 @@ fast with AMX (`bf16_units`).
 """
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -147,7 +148,7 @@ def head_pass(
         add_(z_CV, hidden_CD, rows_C)
         return made
 
-    with bf16_units(hidden_TD):
+    with UNITS if _has_units_for(hidden_TD) else nullcontext():
         columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
@@ -189,23 +190,40 @@ def operand_of(hidden_TD: Tensor) -> torch.dtype:
     return hidden_TD.dtype if hidden_TD.device.type == "cuda" else wide
 
 
-@contextmanager
-def bf16_units(hidden_TD: Tensor) -> Iterator[None]:
+class Units:
     """float32 products by a CPU's bfloat16 units, for operands that are bfloat16 values in float32.
 
-    torch's switch is the process's, not the thread's: while a pass runs, products of another thread
-    of float32 numbers of its own would lose digits.
+    torch's switch is the process's, not the thread's. While a pass runs, another thread's products
+    of float32 numbers lose digits, and `torch.get_float32_matmul_precision` is an error. Passes of
+    several threads may overlap: the last one gives the switch back.
     """
-    if hidden_TD.dtype is not torch.bfloat16 or hidden_TD.device.type != "cpu" or not _has_units():
-        yield
-        return
-    switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+
+    def __init__(self) -> None:
+        self.lock, self.passes, self.before = threading.Lock(), 0, "none"
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.passes:
+                # What it has of its parent stays the parent's to say.
+                own, parent = MATMUL.fp32_precision, torch.backends.mkldnn.fp32_precision
+                self.before = "none" if own == parent else own
+                MATMUL.fp32_precision = "bf16"
+            self.passes += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with self.lock:
+            self.passes -= 1
+            if not self.passes:
+                MATMUL.fp32_precision = self.before
+
+
+MATMUL: Any = torch.backends.mkldnn.matmul
+UNITS = Units()
+
+
+def _has_units_for(hidden_TD: Tensor) -> bool:
+    on_cpu = hidden_TD.device.type == "cpu"
+    return on_cpu and hidden_TD.dtype is torch.bfloat16 and _has_units()
 
 
 @cache

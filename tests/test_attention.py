@@ -461,6 +461,16 @@ def test_autocast_attends_in_its_own_dtype():
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_attends_in_float32_and_rounds_once(dtype):
+    tensors, documents = packed_qkv((3, 5), dtype=dtype)
+    wide = tuple(x.float() for x in tensors)
+    expected = attend(wide, documents, None, Form())[0].to(dtype)
+    assert torch.equal(attend(tensors, documents, None, Form())[0], expected)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(attend(tensors, documents, None, Form())[0], expected)
+
+
 Q = torch.zeros(1, 2, 5, 8)
 
 

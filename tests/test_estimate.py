@@ -129,6 +129,10 @@ def test_states_of_every_optimiser_by_hand():
     alone = parts(shape, settings(parallel={"shard": "never"}, model={"dtype": "float32"}))
     assert alone["sampling replica"] == alone["forward copy"] == 0
     assert alone["weights"] == 4 * shape.parameters
+    # Of one GPU: what the forward reads, and beside it what is updated.
+    both = parts(shape, settings(parallel={"shard": "never"}))
+    assert (both["weights"], both["masters"]) == (2 * shape.parameters, 4 * shape.parameters)
+    assert both["sampling replica"] == 0
 
 
 def test_a_head_cut_by_classes_by_hand():
@@ -221,11 +225,11 @@ def test_one_gpu_keeps_the_weights_and_the_host_the_rest():
 def test_a_reference_policy_lies_where_its_shards_do():
     shape = model_shape(qwen(SMALL))
     kl = {"objective": {"name": "grpo", "kl_coef": 0.1}, "rollout": {"full_answer": True}}
-    # In the forward's dtype where it is sharded, in the masters' where it is not.
+    # In the forward's dtype, sharded or on one GPU.
     held = parts(shape, settings(), world=4)["weights"] // 4
     assert parts(shape, settings(**kl), "update", world=4)["reference"] == 2 * held
     alone = settings(**kl, parallel={"shard": "never"})
-    assert parts(shape, alone, "update")["reference"] == 4 * shape.parameters
+    assert parts(shape, alone, "update")["reference"] == 2 * shape.parameters
     disk = settings(**kl, model={"reference": "disk"})
     assert "reference" not in parts(shape, disk, "update", world=4)
     assert parts(shape, disk, "reference", world=4)["reference"] == 2 * held
@@ -279,7 +283,7 @@ def test_a_reference_policy_by_hand(where):
     whole = estimate_memory(
         shape, settings(model=model, parallel={"shard": "never"}, **rest), context=100, prompt=10
     )
-    assert whole.phases["reference"]["reference"] == 4 * shape.parameters
+    assert whole.phases["reference"]["reference"] == 2 * shape.parameters
     away = settings(model=model, parallel={"cpu_offload": True}, **rest)
     offloaded = estimate_memory(shape, away, context=100, prompt=10)
     assert "reference" not in offloaded.parts
@@ -756,7 +760,8 @@ def test_estimated_peaks_of_whole_half_precision_weights(hosted, master, tmp_pat
         optim={"name": "adamw_bf16", "stochastic_rounding": True} if half else {},
     )
     policy = random_policy(qwen(SMALL), cfg.model, ALONE, cfg.parallel)
-    optimizer = build_optimizer(policy.parameters(), cfg.optim, masters=policy.masters)
+    apart = {"masters": policy.masters, "hosted": policy.hosted}
+    optimizer = build_optimizer(policy.parameters(), cfg.optim, **apart)
     batch = full_batch(TOKENS["bfloat16"])
 
     def step():
@@ -916,7 +921,7 @@ def test_what_trains_slowly_on_cuda_is_said_with_its_price(monkeypatch):
 
 
 CHOSEN = {
-    "1.5b": ("selective", "unsharded"),
+    "1.5b": ("selective", "sharded"),  # which says nothing of one process
     "7b": ("selective", "sharded"),
     "7b-multinode": ("selective", "sharded"),
     "7b-1gpu": ("full", "sharded"),
@@ -1129,9 +1134,13 @@ def test_a_missing_compiler_is_found_before_the_first_step(monkeypatch):
 def test_a_missing_torchao_is_found_before_the_first_step():
     if importlib.util.find_spec("torchao") is not None:
         pytest.skip("torchao is installed here")
-    cfg = config.resolve({"optim": {"name": "adamw_8bit"}})
+    eight = {"optim": {"name": "adamw_8bit"}}
+    cfg = config.resolve(eight | {"parallel": {"shard": "always"}})
     with pytest.raises(ValueError, match=r"optim\.name: 'adamw_8bit' needs torchao"):
         check_config(cfg, qwen(SMALL), 1, on=LAPTOP)
+    # Nor are there others beside the masters of one GPU.
+    with pytest.raises(ValueError, match=r"'adamw_8bit' with float32 masters beside .* set model"):
+        check_config(config.resolve(eight), qwen(SMALL), 1, on=GPUS)
 
 
 def test_the_longest_row_is_that_of_the_questions_that_are_there():

@@ -27,8 +27,8 @@ from vpgea_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from vpgea_fast.config import ModelConfig, OptimConfig, ParallelConfig
 from vpgea_fast.distributed import full_weights, master_weights, open_world, reshard
 from vpgea_fast.hosted import Blocks, host_tensors
-from vpgea_fast.model import load_policy, make_replica, random_policy
-from vpgea_fast.optim import HostedAdamW, apply_update, build_optimizer, gradient_norm
+from vpgea_fast.model import load_policy, make_replica, random_policy, with_masters
+from vpgea_fast.optim import ApartAdamW, apply_update, build_optimizer, gradient_norm
 from vpgea_fast.policies import open_policies
 from vpgea_fast.rollout.engine import Sampling
 from vpgea_fast.rollout.hf import HFEngine
@@ -231,11 +231,12 @@ def gradients_for(step, params):
     return found
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize(("cfg", "forward", "master"), CASES)
 def test_a_step_in_blocks_is_bitwise_the_step_of_states_on_the_device(
-    cfg, forward, master, monkeypatch
+    cfg, forward, master, where, monkeypatch
 ):
-    monkeypatch.setattr("vpgea_fast.optim.hosted.BLOCK", 64)  # 287 elements are five blocks
+    monkeypatch.setattr("vpgea_fast.optim.apart.BLOCK", 64)  # 287 elements are five blocks
     exact = parameters(master)
     plain = build_optimizer(exact, cfg, seed=3)
     params = [torch.nn.Parameter(p.detach().to(forward, copy=True)) for p in exact]
@@ -243,8 +244,8 @@ def test_a_step_in_blocks_is_bitwise_the_step_of_states_on_the_device(
     if forward != master:
         made = host_tensors((p.shape for p in params), master, CPU)
         masters = {p: m.copy_(e.detach()) for p, m, e in zip(params, made, exact, strict=True)}
-    ours = build_optimizer(params, cfg, seed=3, masters=masters)
-    assert isinstance(ours, HostedAdamW)
+    ours = build_optimizer(params, cfg, seed=3, masters=masters, hosted=where == "host")
+    assert isinstance(ours, ApartAdamW)
     for step in range(4):
         for group, optimizer in ((exact, plain), (params, ours)):
             for p, g in zip(group, gradients_for(step, group), strict=True):
@@ -268,7 +269,11 @@ def test_a_step_in_blocks_is_bitwise_the_step_of_states_on_the_device(
     # And as torch's own way of saving has it.
     again = [torch.nn.Parameter(p.detach().clone()) for p in params]
     other = build_optimizer(
-        again, cfg, seed=9, masters=dict(zip(again, masters.values(), strict=False))
+        again,
+        cfg,
+        seed=9,
+        masters=dict(zip(again, masters.values(), strict=False)),
+        hosted=where == "host",
     )
     other.load_state_dict(ours.state_dict())
     for p, q in zip(params, again, strict=True):
@@ -287,13 +292,15 @@ def pieces(monkeypatch):
         made.append(None)
         return host_tensors(shapes, *args)
 
-    monkeypatch.setattr("vpgea_fast.optim.hosted.host_tensors", counted)
+    monkeypatch.setattr("vpgea_fast.optim.apart.host_tensors", counted)
     return made
 
 
 def test_moments_take_memory_when_they_are_asked_for(pieces):
     """28 GiB of 7B, of which a run that only records paths needs nothing."""
-    optimizers = [build_optimizer(parameters(F32), OptimConfig(), masters={}) for _ in range(2)]
+    optimizers = [
+        build_optimizer(parameters(F32), OptimConfig(), masters={}, hosted=True) for _ in range(2)
+    ]
     assert not pieces
     optimizers[0].reserve()
     optimizers[0].reserve()
@@ -309,24 +316,28 @@ def test_a_run_reserves_what_it_will_update(record, count, tiny_words, pieces):
     words = tiny_words({"parallel.cpu_offload": "true", "train.record": record})("run")
     cfg = config.load(ROOT / "configs/tiny.yaml", words).asked
     policies = open_policies(cfg, ALONE, lambda policy: passes_of(policy, ALONE, 60))
-    assert isinstance(policies["policy"].optimizer, HostedAdamW)
+    assert isinstance(policies["policy"].optimizer, ApartAdamW)
     assert len(pieces) == count
 
 
 def test_nothing_to_step_and_eight_bits():
     (weight,) = parameters(F32)[:1]
-    optimizer = build_optimizer([weight], OptimConfig(), masters={})
+    optimizer = build_optimizer([weight], OptimConfig(), masters={}, hosted=True)
     assert apply_update(optimizer, lr=1.0, max_grad_norm=1.0) == 0.0
     assert not optimizer.state
     with pytest.raises(ValueError, match=r"optim\.name: got 'adamw_8bit' .* set adamw_bf16, or"):
-        build_optimizer([weight], OptimConfig(name="adamw_8bit"), masters={})
+        build_optimizer([weight], OptimConfig(name="adamw_8bit"), masters={}, hosted=True)
+    beside = {"masters": {weight: weight}, "hosted": False}
+    with pytest.raises(ValueError, match=r"'adamw_8bit' with float32 masters beside .* set model"):
+        build_optimizer([weight], OptimConfig(name="adamw_8bit"), **beside)
     with pytest.raises(ValueError, match=r"got False with bfloat16 weights"):
-        build_optimizer(parameters(BF16), OptimConfig(), masters={})
+        build_optimizer(parameters(BF16), OptimConfig(), masters={}, hosted=True)
 
 
 # --- the policy -----------------------------------------------------------------------------------
 
 HERE = ParallelConfig(cpu_offload=True)
+BESIDE = ParallelConfig()
 STREAMED = ParallelConfig(cpu_offload=True, shard="always", accumulate="unsharded")
 KINDS = {
     "float32": ({"dtype": "float32"}, {}),
@@ -342,8 +353,11 @@ def opened(path, world, parallel, kind):
     dtypes, optim = KINDS[kind]
     cfg = ModelConfig(path=path, device="cpu", activation_checkpointing="none", **dtypes)
     policy = load_policy(cfg, world, parallel)
+    if parallel is BESIDE:
+        with_masters(policy, cfg)  # as `load_policy` does on CUDA
     cfg = OptimConfig(lr=1e-3, **optim)
-    return policy, build_optimizer(policy.parameters(), cfg, seed=1, masters=policy.masters)
+    apart = {"masters": policy.masters, "hosted": policy.hosted}
+    return policy, build_optimizer(policy.parameters(), cfg, seed=1, **apart)
 
 
 def stepped(policy, optimizer, world, steps):
@@ -423,15 +437,24 @@ class WeightCopies(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("float32", "tied"), ("masters", "untied"),
-                                            ("bfloat16", "tied")])  # fmt: skip
-def test_whole_weights_train_bitwise_as_streamed_ones(kind, tied, model_dirs, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "tied", "parallel"),
+    [
+        ("float32", "tied", HERE),
+        ("masters", "untied", HERE),
+        ("bfloat16", "tied", HERE),
+        ("masters", "tied", BESIDE),
+        ("masters", "untied", BESIDE),
+        ("bfloat16", "untied", BESIDE),
+    ],
+)
+def test_whole_weights_train_bitwise_as_streamed_ones(kind, tied, parallel, model_dirs, tmp_path):
     """Losses, log-probs, gradient norms, weights and moments of four updates; a checkpoint of
     FSDP2's goes on, and one of ours; no weight is copied in a forward or backward."""
     (want,) = run_ranks(streamed_facts, model_dirs[tied], kind, str(tmp_path / "old"), size=1)
     want |= torch.load(tmp_path / "old/end.pt")
-    policy, optimizer = opened(model_dirs[tied], ALONE, HERE, kind)
-    assert not policy.sharded
+    policy, optimizer = opened(model_dirs[tied], ALONE, parallel, kind)
+    assert (policy.sharded, policy.hosted) == (False, parallel is HERE)
     assert {p.dtype for p in policy.parameters()} == {policy.dtype}
     got = stepped(policy, optimizer, ALONE, range(2))
     save_checkpoint(
@@ -447,7 +470,7 @@ def test_whole_weights_train_bitwise_as_streamed_ones(kind, tied, model_dirs, tm
     assert got == want["history"]
     ends = [numbers_of(policy, optimizer)]
     for folder in ("old", "new"):
-        other, fresh = opened(model_dirs[tied], ALONE, HERE, kind)
+        other, fresh = opened(model_dirs[tied], ALONE, parallel, kind)
         stepped(other, fresh, ALONE, [9])  # what is there before must not show
         into = {"model": other, "optimizer": fresh}
         assert load_checkpoint(tmp_path / folder, world=ALONE, **into) is not None
@@ -473,7 +496,7 @@ def test_whole_bfloat16_weights_train_as_those_with_states_in_host_memory(model_
     whole = (ParallelConfig(shard="never"), HERE)
     for number, (parallel, other) in enumerate((whole, whole[::-1])):
         policy, optimizer = opened(model_dirs["tied"], ALONE, parallel, "bfloat16")
-        assert isinstance(optimizer, HostedAdamW) == (parallel is HERE)
+        assert isinstance(optimizer, ApartAdamW) == (parallel is HERE)
         history = stepped(policy, optimizer, ALONE, range(2))
         save_checkpoint(
             tmp_path / str(number),
@@ -511,7 +534,7 @@ def test_what_a_checkpoint_of_another_kind_is_told(model_dirs, tmp_path):
     save_checkpoint(tmp_path, 1, trainer_state={}, keep_last=1, optimizer=optimizer, **into)
     wide = OptimConfig(stochastic_rounding=True)
     before = numbers_of(policy, optimizer)
-    fresh = build_optimizer(policy.parameters(), wide, masters=policy.masters)
+    fresh = build_optimizer(policy.parameters(), wide, masters=policy.masters, hosted=True)
     with pytest.raises(CheckpointError, match=r"holds exp_avg.* in torch\.bfloat16.*set optim\.na"):
         load_checkpoint(tmp_path, optimizer=fresh, **into)
     other, plain = opened(model_dirs["untied"], ALONE, HERE, "masters")
@@ -520,9 +543,10 @@ def test_what_a_checkpoint_of_another_kind_is_told(model_dirs, tmp_path):
     assert all(torch.equal(v, before[n]) for n, v in numbers_of(policy, optimizer).items())
 
 
-def test_masters_are_what_the_files_hold_and_what_a_wider_export_gives(model_dirs):
+@pytest.mark.parametrize("parallel", [HERE, BESIDE])
+def test_masters_are_what_the_files_hold_and_what_a_wider_export_gives(parallel, model_dirs):
     exact = load_policy(ModelConfig(path=model_dirs["tied"], dtype="float32", device="cpu"))
-    policy, _ = opened(model_dirs["tied"], ALONE, HERE, "masters")
+    policy, _ = opened(model_dirs["tied"], ALONE, parallel, "masters")
     want = dict(exact.causal_lm.named_parameters())
     assert policy.masters is not None
     assert len(policy.masters) == len(want)
@@ -532,18 +556,21 @@ def test_masters_are_what_the_files_hold_and_what_a_wider_export_gives(model_dir
         assert torch.equal(own[name], weight.to(BF16))
     embedding = policy.causal_lm.get_input_embeddings().weight
     assert policy.head.weight is embedding
+    if parallel is BESIDE:
+        return
     drawn = random_policy(
-        policy.causal_lm.config, ModelConfig(device="cpu", dtype="bfloat16"), ALONE, HERE
+        policy.causal_lm.config, ModelConfig(device="cpu", dtype="bfloat16"), ALONE, parallel
     )
     assert drawn.masters is not None
     assert all(
-        torch.equal(w.float(), m) and (m.any() or m.ndim < 2) for w, m in drawn.masters.items()
+        torch.equal(w, m.to(w.dtype)) and (m.any() or m.ndim < 2) for w, m in drawn.masters.items()
     )
 
 
-def test_it_samples_as_a_replica_of_its_weights(model_dirs):
+@pytest.mark.parametrize("parallel", [HERE, BESIDE])
+def test_it_samples_as_a_replica_of_its_weights(parallel, model_dirs):
     """The engine runs the trained module itself: no copy of the model, and no autocast."""
-    policy, _ = opened(model_dirs["untied"], ALONE, HERE, "masters")
+    policy, _ = opened(model_dirs["untied"], ALONE, parallel, "masters")
     assert not policy.casts
     replica = make_replica(policy, model_dirs["untied"])
     with torch.no_grad():

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import numpy
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgea_fast.kernels import backends, head, reference, streams
+from vpgea_fast.kernels import backends, chunked, head, reference, streams
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -708,6 +708,55 @@ def test_half_precision_products_of_a_cpu_are_float32_ones(dtype, op):
     assert (rounded_T - truth_T).abs().max() > (1e-3 if dtype is torch.bfloat16 else 1e-4)
     expected = gradients((coef_T * truth_T).sum(), full_hidden_TD, full_weight_VD)
     assert_close(made, expected, BUDGET[dtype])
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """torch's switch for float32 products of a CPU, as of one with bfloat16 units; "none" after."""
+    monkeypatch.setattr(chunked, "_has_units", lambda: True)
+    yield torch.backends.mkldnn.matmul
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.mkldnn.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bfloat16_units_multiply_bfloat16_numbers_alone(monkeypatch, dtype, switch):
+    """torch's switch is the user's again after a pass, and after one that fails."""
+    product, seen = chunked.matmul, []
+
+    def recorded(*args, **kwargs):
+        seen.append(switch.fp32_precision)
+        return product(*args, **kwargs) if len(seen) == 1 else kwargs["no such argument"]
+
+    monkeypatch.setattr(chunked, "matmul", recorded)
+    hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
+    arguments = hidden_TD, weight_VD, targets_T, coef_T
+    switch.fp32_precision = "ieee"
+    weighted_logprob_loss(*arguments, backend="torch", chunk_bytes=1 << 20)
+    assert switch.fp32_precision == "ieee"
+    with pytest.raises(KeyError, match="no such argument"):
+        weighted_logprob_loss(*arguments, backend="torch", chunk_bytes=1 << 20)
+    assert switch.fp32_precision == "ieee"
+    assert seen == ["bf16" if dtype is torch.bfloat16 else "ieee"] * 2
+
+
+def test_passes_that_overlap_give_the_switch_back(switch):
+    """As those of two threads do; and what it had of its parent is the parent's to say again."""
+    switch.fp32_precision = "ieee"
+    first, second = ExitStack(), ExitStack()
+    for one in (first, second):
+        one.enter_context(chunked.UNITS)
+    first.close()
+    assert switch.fp32_precision == "bf16"
+    second.close()
+    assert switch.fp32_precision == "ieee"
+    for whole in ("bf16", "ieee"):
+        switch.fp32_precision = "none"
+        torch.backends.mkldnn.fp32_precision = whole
+        with chunked.UNITS:
+            assert switch.fp32_precision == "bf16"
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert switch.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

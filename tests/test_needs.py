@@ -520,7 +520,7 @@ def test_a_run_warns_of_the_slow_engine_at_its_start(tiny_words):
             sharded=cpu.sharded,
             backend=cpu.backend,
             attention=cpu.attention,
-            masters=cpu.masters,
+            hosted=cpu.hosted,
         )
         learner = dataclasses.replace(stages.policies["policy"], policy=on_cuda)
         moved = dataclasses.replace(stages, policies=Policies({"policy": learner}, stages.passes))

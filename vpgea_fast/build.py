@@ -350,7 +350,7 @@ def introduction(cfg: Config, stages: Stages, world: World) -> Iterator[str]:
     if cfg.train.max_tokens is not None:
         yield f"ends before where {cfg.train.max_tokens} tokens are sampled"
     shards = f", sharded over {world.size} processes" if policy.sharded else ""
-    states = ", states of the optimiser in host memory" if policy.masters is not None else ""
+    states = ", states of the optimiser in host memory" if policy.hosted else ""
     yield f"device {policy.device}{shards}{states}, loss backend {policy.backend.name}"
     yield str(policy.attention)
     trained, scored = stages.passes.budget, stages.passes.scoring.budget

@@ -330,14 +330,17 @@ def longest(cfg: Config, questions: Sequence[PromptedQuestion]) -> tuple[int, in
 def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
     parallel = cfg.parallel
     # As `open_world` decides it, for machines that may not be these.
-    sharded = parallel.sharded(world_size, cuda=on.cuda)
+    sharded = parallel.sharded(world_size)
     if parallel.cpu_offload and not on.cuda:
         raise ConfigError(
             "parallel.cpu_offload: got true without a CUDA device, whose memory it would spare; "
             "set it to false"
         )
-    if parallel.cpu_offload and not sharded and cfg.optim.name == "adamw_8bit":
-        raise ConfigError(NO_8BIT)
+    if cfg.optim.name == "adamw_8bit" and not sharded:
+        if parallel.cpu_offload:
+            raise ConfigError(NO_8BIT["hosted"])
+        if on.cuda and cfg.model.has_masters:
+            raise ConfigError(NO_8BIT["masters"])
     if cfg.model.compile and cfg.model.activation_checkpointing == "selective":
         raise ConfigError(
             "model.activation_checkpointing: got 'selective' with model.compile, whose kernels "

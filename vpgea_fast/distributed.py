@@ -327,7 +327,7 @@ def open_world(cfg: ParallelConfig, device: str = "auto") -> World:
     if here.type == "cuda":
         # Before NCCL starts, and for kernels of ours: they would otherwise use device 0.
         torch.cuda.set_device(here)
-    if not cfg.sharded(size, cuda=here.type == "cuda"):
+    if not cfg.sharded(size):
         return World(here)
     timeout = timedelta(minutes=cfg.timeout_minutes)
     dist.init_process_group(

@@ -278,7 +278,7 @@ def _passes(cfg: Config, rates: Rates, sizes: Sizes, *, thought: float) -> dict[
     peak = rates.tflops * sizes.world * 1e12  # operations per second of all devices
     forward = peak * rates.forward_mfu
     # An offload that brings no weights costs an update two seconds at most (7B, float32 masters).
-    streams = cfg.parallel.cpu_offload and not cfg.parallel.hosted(sizes.world, cuda=True)
+    streams = cfg.parallel.cpu_offload and not cfg.parallel.hosted(sizes.world)
     mfu = rates.offload_mfu if streams else rates.train_mfu
     # At the mean length attention costs about 3/4 of its mean over all lengths.
     # The head runs where a loss reads it: on what was drawn, not on the prompt.

@@ -5,14 +5,17 @@ with logits; on one device, or sharded over many.
     tensor)
 
 | tensor                | one device, not sharded *      | sharded (FSDP2)                       |
-| parameters            | float32 (float64)              | shards in model.master_dtype          |
-| forward               | model.dtype, by autocast       | model.dtype: gathered in it           |
+| parameters            | model.dtype (a CPU: masters)   | shards in model.master_dtype          |
+| masters               | apart in model.master_dtype    | the shards                            |
+| forward               | model.dtype (a CPU: autocast)  | model.dtype: gathered in it           |
 | gradients             | float32 (float64)              | reduced in float32, shards            |
 | dW of the head        | float32 across micro-batches   | the same, then one reduce-scatter     |
 | log-probs, losses     | float32 (float64)              | float32 (float64)                     |
 
-* With parallel.cpu_offload the parameters are in model.dtype, the masters in host memory, and the
-forward computes what a sharded one does.
+* Where the dtypes differ one GPU has both: no forward copies a weight, and it computes what a
+sharded one does. With parallel.cpu_offload the masters lie in host memory.
+* A CPU adds up an embedding's gradient in the weight's dtype: in bfloat16 a token that comes 800
+times has a quarter of error. So its weights stay float32, and autocast casts them.
 
 Units of a sharded policy: every decoder layer, the embedding, the head, the root (the final norm).
 The head makes its gradient in the forward, inside its own unit, so its reduce-scatter starts before
@@ -166,7 +169,9 @@ class Policy(nn.Module):
         self.tied = head.weight is causal_lm.get_input_embeddings().weight
         self.room = attention.positions(causal_lm.config)  # (positions or None, where it says so)
         self.whole_gradients = self.offloaded = False
+        # parameter -> the weight that is updated, where that is another tensor; None: nowhere.
         self.masters: dict[torch.Tensor, torch.Tensor] | None = None
+        self.hosted = False
         self.attention = attention.Choice("sdpa", "not chosen: as the model was given")
 
     @property
@@ -185,8 +190,8 @@ class Policy(nn.Module):
     @property
     def casts(self) -> bool:
         """Whether the weights are masters, which the forward casts by autocast."""
-        # FSDP gathers in the forward's dtype; beside masters elsewhere the weights have it.
-        return self.dtype in attention.HALF and not self.sharded and self.masters is None
+        narrow = self.dtype in attention.HALF and self.head.weight.dtype is not self.dtype
+        return narrow and not self.sharded  # FSDP gathers in the forward's dtype
 
     def forward(
         self,
@@ -280,23 +285,28 @@ def load_policy(
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
-    storage, cut, and each process reads its own part of the files. With parallel.cpu_offload and no
-    mesh the weights are in the forward's dtype, and their masters in host memory. Errors:
-    ModelError; ValueError for a family that `families.measure` refuses.
+    storage, cut, and each process reads its own part of the files. Without a mesh the weights are
+    of a GPU are in the forward's dtype, and masters of another one beside them, or in host memory
+    with parallel.cpu_offload. Errors: ModelError; ValueError for a family that `families.measure`
+    refuses.
     """
     world = world or World(pick_device(cfg.device))
-    hosted = _hosted(world, parallel)
-    if world.mesh is None and not hosted:
+    hosted, cuda = _hosted(world, parallel), world.device.type == "cuda"
+    in_parts = parallel is not None and parallel.in_parts(world.size, cuda=cuda)
+    if world.mesh is None and not in_parts:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
-        return _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
+        policy = _make_policy(
+            Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend
+        )
+        return with_masters(policy, cfg) if cuda else policy
     # Headers are checked before the cut: a wrong model is refused before it takes memory.
     causal_lm = without_storage(cfg.path, _weight_dtype(cfg, hosted))
     weights = weights_in_parts(causal_lm, cfg.path)
-    if hosted:
+    if world.mesh is None:
         _allocate_whole(causal_lm, world.device)
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     read_parts(causal_lm, weights, policy.masters)
-    return policy
+    return with_masters(policy, cfg) if cuda else policy
 
 
 def random_policy(
@@ -326,7 +336,7 @@ def random_policy(
     draw(causal_lm, config.initializer_range, seed + part)
     for weight, master in (policy.masters or {}).items():
         master.copy_(weight.detach())
-    return policy
+    return with_masters(policy, cfg) if world.device.type == "cuda" else policy
 
 
 def _master_dtype(cfg: ModelConfig) -> torch.dtype:
@@ -357,6 +367,18 @@ def _masters(causal_lm: Any, cfg: ModelConfig) -> dict[torch.Tensor, torch.Tenso
     return dict(zip(parameters, made, strict=True))
 
 
+@torch.no_grad()
+def with_masters(policy: P, cfg: ModelConfig) -> P:
+    """Keep the weights of one device as masters, and give the forward others in its dtype. By
+    autocast every micro-batch would cast all, and hold what it has cast until its backward."""
+    if cfg.has_masters and not (policy.sharded or policy.hosted):
+        policy.masters = {weight: weight.detach() for weight in policy.parameters()}
+        for weight, master in policy.masters.items():
+            weight.data = master.to(policy.dtype)
+            _sum_in_float32(weight)
+    return policy
+
+
 def _sum_in_float32(parameter: nn.Parameter) -> None:
     """Let autograd add what it makes in the weight's dtype to a gradient in float32 at least."""
     wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -376,7 +398,7 @@ def _make_policy(
     backend: str,
 ) -> P:
     """Put a policy around a causal LM as `cfg` has it; in a world with a mesh sharded, and then its
-    storage, which it comes without, is allocated and not yet filled. Nor are masters elsewhere."""
+    storage, which it comes without, is allocated and not yet filled, nor are hosted masters."""
     dtype = getattr(torch, cfg.dtype)
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
@@ -394,7 +416,7 @@ def _make_policy(
         policy.shard(world, parallel or ParallelConfig())
         allocate(causal_lm, world.device if not policy.offloaded else torch.device("cpu"))
     elif _hosted(world, parallel):
-        policy.masters = _masters(causal_lm, cfg)
+        policy.masters, policy.hosted = _masters(causal_lm, cfg), True
     return policy
 
 

@@ -22,7 +22,7 @@ from vpgea_fast.distributed import World, reshard
 from vpgea_fast.model import Policy, load_policy
 from vpgea_fast.names import Trained
 from vpgea_fast.optim import (
-    HostedAdamW,
+    ApartAdamW,
     Step,
     build_optimizer,
     gradient_norm,
@@ -194,9 +194,11 @@ def open_policies(cfg: Config, world: World, passes: Callable[[Policy], Passes])
     def learner(model: ModelConfig, optim: OptimConfig, seed: int) -> Learner:
         # The optimiser before any forward: FSDP's parameters are whole copies after one.
         policy = load_policy(model, world, cfg.parallel, backend=cfg.loss.backend)
-        optimizer = build_optimizer(policy.parameters(), optim, seed=seed, masters=policy.masters)
+        optimizer = build_optimizer(
+            policy.parameters(), optim, seed=seed, masters=policy.masters, hosted=policy.hosted
+        )
         # Others make their states at the first step, and so none for a record.
-        if trained and isinstance(optimizer, HostedAdamW):
+        if trained and isinstance(optimizer, ApartAdamW) and optimizer.hosted:
             optimizer.reserve()
         return Learner(policy, optimizer, optim)
 

@@ -103,7 +103,10 @@ class Reference:
             # Without a backward nothing is kept, and nothing needs computing twice.
             activation_checkpointing="none",
             master_dtype=reference_dtype(
-                cfg.model, cast=self.world.mesh is not None or cfg.parallel.cpu_offload
+                cfg.model,
+                cast=self.world.mesh is not None
+                or self.world.device.type == "cuda"
+                or cfg.parallel.cpu_offload,
             ),
             # What is read anew each time would be compiled anew.
             compile=cfg.model.compile and cfg.model.reference == "device",
@@ -120,9 +123,10 @@ def reference_path(cfg: Config) -> str:
 def reference_dtype(model: ModelConfig, *, cast: bool) -> Any:
     """Choose the dtype in which the reference's weights are kept; `cast`: whether the policy's
     forward reads its weights in model.dtype."""
-    # Shards are gathered in the forward's dtype, so they may be kept in it, and the log-probs are
-    # the policy's bits where the weights are. Under autocast the residual stream has the dtype of
-    # the weights: there a half-precision copy would be another model, some 1e-2 a token away.
+    # Shards are gathered in the forward's dtype and one GPU has it, so they may be kept in it, and
+    # the log-probs are the policy's bits where the weights are. Under autocast the residual stream
+    # has the dtype of the weights: there a half-precision copy would be another model, some 1e-2 a
+    # token away.
     half = getattr(torch, model.dtype) in HALF
     return model.dtype if cast and half else model.master_dtype
 

@@ -155,7 +155,8 @@ def by_document(
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
         outs = [_causal(q, k, v, form) for q, k, v in zip(*parts, strict=True)]
     # (1, H, T, d) -> (1, T, H, d); a copy, since transformers' attention returns it so.
-    return torch.cat(outs, dim=2).transpose(1, 2).to(dtype).contiguous()
+    out = torch.cat(outs, dim=2).transpose(1, 2)
+    return out.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _causal(

@@ -110,6 +110,11 @@ class ModelConfig:
     """Attention over packed documents. `flash`: flash-attn. `varlen`: torch's varlen_attn (CUDA).
     `sdpa`: one call per document, on any device. `auto`: the first of these that runs here."""
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the forward's dtype is narrower than that of the weights that are updated."""
+        return self.dtype == "bfloat16" and self.master_dtype == "float32"
+
 
 @dataclass(frozen=True, config=STRICT)
 class PosteriorConfig:
@@ -128,8 +133,8 @@ class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
     shard: Literal["auto", "always", "never"] = "auto"
-    """Shard the model with FSDP2. `auto`: with more than one process, and on CUDA without
-    parallel.cpu_offload."""
+    """Shard the model with FSDP2. `auto`: with more than one process. One GPU has the whole weights
+    in model.dtype, so no forward copies one, and float32 masters beside them."""
     # Between nodes a gather of every layer is slow; replicas exchange gradients alone, once a step.
     replicas: PositiveInt = 1
     """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per
@@ -152,16 +157,21 @@ class ParallelConfig:
     """End the job when a collective waits longer than this. At 80 % of it every process writes its
     stacks to stderr."""
 
-    def sharded(self, processes: int, *, cuda: bool) -> bool:
+    def sharded(self, processes: int) -> bool:
         """Say whether FSDP2 cuts the model."""
         if self.shard != "auto":
             return self.shard == "always"
-        # FSDP2 on one GPU would bring offloaded weights there for every micro-batch, twice.
-        return processes > 1 or (cuda and not self.cpu_offload)
+        # On one device FSDP2 would copy every weight for every micro-batch, twice.
+        return processes > 1
 
-    def hosted(self, processes: int, *, cuda: bool) -> bool:
+    def hosted(self, processes: int) -> bool:
         """Say whether one device has the whole weights, and host memory the optimiser's states."""
-        return self.cpu_offload and not self.sharded(processes, cuda=cuda)
+        return self.cpu_offload and not self.sharded(processes)
+
+    def in_parts(self, processes: int, *, cuda: bool) -> bool:
+        """Say whether a model is read tensor by tensor to where it lies, and never whole into host
+        memory: not all can be."""
+        return self.sharded(processes) or self.cpu_offload or (cuda and self.shard == "auto")
 
 
 BENCHMARK_KEYS = ("subject_key", "level_key", "samples", "student")

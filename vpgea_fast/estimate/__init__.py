@@ -10,9 +10,9 @@ A sharded model lies in units that are gathered whole, used, and freed: every bl
 the head (with the embedding when tied), and the root, which holds the final norm. A process holds
 ceil(rows / S) rows of every parameter.
 
-On one device with parallel.cpu_offload nothing is cut: the whole weights lie there in the forward's
-dtype, gradients in float32 (8 bytes for float64), and the optimiser's states in host memory. An
-update has three blocks of them on the device. Whole bfloat16 weights have such gradients always.
+On one device nothing is cut. The whole weights lie on a GPU in the forward's dtype, gradients in
+float32 (8 bytes for float64), and masters where they have another dtype. With parallel.cpu_offload
+the optimiser's states are in host memory; an update has three blocks of them on the device.
 
 | phase     | beyond weights, optimiser, sampling replica                                         |
 | head      | block inputs (or all activations), gathered head, its dW (r V D), chunks of logits  |

@@ -49,7 +49,7 @@ def choose(
     gradients in place of a reduction per micro-batch (2 to 3 %). On a CPU the smallest, whatever it
     has. `shape` is asked only where memory decides.
     """
-    sharded = cfg.parallel.sharded(world, cuda=cuda)
+    sharded = cfg.parallel.sharded(world)
     choices = _choices(cfg, sharded=sharded)
     # One that is set has a single value in every choice.
     grades = cfg.model.activation_checkpointing is None

@@ -33,7 +33,7 @@ def activations(lay: Layout) -> tuple[int, int]:
     liger = model.liger == "always" or (model.liger == "auto" and lay.cuda and _has_liger())
     copies = 2 if model.attention == "sdpa" or not lay.cuda else 1
     # q, k, v and the output; 4 bytes per head for the float32 log-sum-exp of attention.
-    attended = s * (copies * q + q + 2 * k) + 4 * shape.heads
+    attended = (s if lay.cuda else max(4, s)) * (copies * q + q + 2 * k) + 4 * shape.heads
     if model.compile or liger:
         saved, extra = 4 * x * d + attended + 3 * s * f, s * f
     else:

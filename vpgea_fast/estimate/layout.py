@@ -106,13 +106,19 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        return self.cfg.parallel.sharded(self.world, cuda=self.cuda)
+        return self.cfg.parallel.sharded(self.world)
 
     @property
     def hosted(self) -> bool:
         """Whether the whole weights lie on the device in the forward's dtype, and the optimiser's
         states in host memory."""
-        return self.cfg.parallel.hosted(self.world, cuda=self.cuda)
+        return self.cfg.parallel.hosted(self.world)
+
+    @property
+    def masters(self) -> int:
+        """Bytes on the device of the weights that are updated, where the forward has others."""
+        apart = self.cuda and not (self.sharded or self.hosted) and self.cfg.model.has_masters
+        return self.models * self.held * self.master * apart
 
     @property
     def offloaded(self) -> bool:
@@ -159,7 +165,8 @@ class Layout:
     def widened(self) -> bool:
         """Whether a gradient comes in the forward's dtype, and is summed in a wider one."""
         # Under FSDP too, but there as a part of a unit's reduction.
-        return not self.sharded and (self.hosted or self.master < self.reduce)
+        narrow = self.masters > 0 or self.hosted or self.master < self.reduce
+        return not self.sharded and narrow
 
     @property
     def grade(self) -> str:
@@ -173,9 +180,9 @@ class Layout:
 
     @property
     def autocast(self) -> bool:
-        # FSDP casts its units itself; without it the weights stay as the optimiser has them, unless
-        # it has its own in host memory.
-        return not (self.sharded or self.hosted) and self.forward != self.master
+        # FSDP casts its units itself. Whole weights are the ones of the optimiser, or beside these.
+        own = self.sharded or self.hosted or self.masters
+        return not own and self.forward != self.master
 
     @property
     def residual(self) -> int:

@@ -13,7 +13,8 @@ from vpgea_fast.hosted import BLOCK, DEPTH
 from vpgea_fast.objectives import policy_rows, reads_reference, scores_answers
 
 KEYS = {
-    "weights": "more processes, model.master_dtype bfloat16, or parallel.cpu_offload",
+    "weights": "more processes (and then model.master_dtype bfloat16, or parallel.cpu_offload)",
+    "masters": "model.master_dtype bfloat16, more processes, or parallel.cpu_offload",
     "optimiser": "optim.name (adamw_bf16, adamw_8bit), more processes, or parallel.cpu_offload",
     "gradients": "parallel.accumulate sharded, more processes, or parallel.cpu_offload",
     "sampling replica": "parallel.shard never on one device (then there is none)",
@@ -145,9 +146,10 @@ def estimate_memory(
     replica = shape.parameters * lay.forward
     held = 0 if lay.offloaded else reference_bytes(lay)
     frozen = {"reference": held} if held else {}
-    own = lay.forward if lay.hosted else lay.master
+    own = lay.forward if lay.hosted or lay.masters else lay.master
     states = {
         "weights": 0 if lay.offloaded else lay.models * lay.held * own,
+        **({"masters": lay.masters} if lay.masters else {}),
         "optimiser": 0 if cfg.parallel.cpu_offload else optimizer_bytes(lay),
         "sampling replica": replica if lay.sharded and cfg.samples_itself else 0,
     }
@@ -289,9 +291,8 @@ def reference_bytes(lay: Layout) -> int:
     """Count the bytes of the frozen reference policy on one process; 0 where none is asked for."""
     if not reads_reference(lay.cfg.objective):
         return 0
-    # Shards are gathered in the forward's dtype, and need no wider one to be updated in; whole
-    # weights beside masters elsewhere have it anyway.
-    return lay.held * (lay.forward if lay.sharded or lay.hosted else lay.master)
+    # Not updated, so in the dtype of the policy's forward, unless that casts by autocast.
+    return lay.held * (lay.master if lay.autocast else lay.forward)
 
 
 def optimizer_bytes(lay: Layout) -> int:

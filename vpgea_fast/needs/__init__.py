@@ -158,7 +158,8 @@ def _moment(plan: Plan, host: Mapping[str, int]) -> tuple[int, str]:
     count = min(on.processes, on.node)
     # A model is read tensor by tensor, but a whole one without offload, which is made in host
     # memory first. Process 0 collects what it exports, when there are no gradients.
-    loading = 0 if lay.sharded or lay.hosted else count * plan.shape.parameters * lay.master
+    in_parts = cfg.parallel.in_parts(on.processes, cuda=on.cuda)
+    loading = 0 if in_parts else count * plan.shape.parameters * lay.master
     export = plan.shape.parameters * lay.forward if cfg.checkpoint.export else 0
     export = max(0, export - count * host.get("gradients", 0))
     return max((loading, "while it loads"), (export, "for the export"))
@@ -206,7 +207,7 @@ def _share(plan: Plan, estimate: MemoryEstimate, engine: EngineMemory) -> Iterat
             f"the trainer are {over / GIB:.3f} too many; " + _smaller(plan, engine, over)
         )
     claim = plan.cfg.vllm.gpu_memory * device  # at its start, whatever it will take
-    free = usable - estimate.phases["sampling"]["weights"]
+    free = usable - sum(estimate.phases["sampling"].get(n, 0) for n in ("weights", "masters"))
     if claim > free > 0 and not plan.is_share:
         yield (
             f"  vLLM will not start: it asks for engine.gpu_memory ({claim / GIB:.3f} GiB) of free "

@@ -8,7 +8,7 @@
 
 * rounded stochastically. The moments of float64 weights are float64 in torch's. Parameters may be
 DTensors of any mesh whose shards are rows: every optimiser works on the shards where they lie. The
-first three can have their states in host memory beside one device (`HostedAdamW`).
+first three can have their states in host memory, and float32 masters apart (`ApartAdamW`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from vpgea_fast.config import OptimConfig
-from vpgea_fast.optim.hosted import HostedAdamW
+from vpgea_fast.optim.apart import ApartAdamW
 from vpgea_fast.optim.rounded import RoundedAdamW, own_shard, random_bits, round_stochastically
 
 __all__ = [
     "NO_8BIT",
     "TORCHAO",
-    "HostedAdamW",
+    "ApartAdamW",
     "RoundedAdamW",
     "Step",
     "apply_update",
@@ -46,11 +46,15 @@ __all__ = [
 TORCHAO = (0, 11)
 """The first torchao with `torchao.optim`."""
 
-NO_8BIT = (
-    "optim.name: got 'adamw_8bit' with parallel.cpu_offload on one device, which takes moments to "
-    "the device in blocks that torchao's cannot be cut into; set adamw_bf16, or parallel.shard "
-    "always (weights then travel for every micro-batch)"
-)
+NO_8BIT = {
+    "hosted": "optim.name: got 'adamw_8bit' with parallel.cpu_offload on one device, which takes "
+    "moments to the device in blocks that torchao's cannot be cut into; set adamw_bf16, or "
+    "parallel.shard always (weights then travel for every micro-batch)",
+    "masters": "optim.name: got 'adamw_8bit' with float32 masters beside the weights of one "
+    "device, which torchao does not know; set model.master_dtype bfloat16 with "
+    "optim.stochastic_rounding, adamw_bf16, or parallel.shard always (weights are then copied for "
+    "every micro-batch)",
+}
 
 Tensor = torch.Tensor
 
@@ -61,13 +65,15 @@ def build_optimizer(
     *,
     seed: int = 0,
     masters: Mapping[Tensor, Tensor] | None = None,
+    hosted: bool = False,
 ) -> torch.optim.Optimizer:
     """Build the optimiser of `cfg` over the trainable parameters. Norms and biases decay like the
     rest (decay is 0 in RL).
 
-    `seed` is that of stochastic rounding. `masters`: given where the states lie in host memory, see
-    `HostedAdamW`. Errors: ValueError where `optim.stochastic_rounding` does not fit the dtype of
-    the weights, for 8 bits in host memory, and for a missing or old torchao.
+    `seed` is that of stochastic rounding. `masters`: given where these or the moments lie apart
+    from the weights, see `ApartAdamW`; `hosted`: in host memory. Errors: ValueError where
+    `optim.stochastic_rounding` does not fit the dtype of the weights, for 8 bits apart, and for a
+    missing or old torchao.
     """
     trainable = [p for p in parameters if p.requires_grad]
     # What is updated decides, not what the forward reads: beside float32 masters that is bfloat16.
@@ -91,8 +97,9 @@ def build_optimizer(
     # An empty mapping too: weights that are their own masters, with moments in host memory.
     if masters is not None:
         if cfg.name == "adamw_8bit":
-            raise ValueError(NO_8BIT)
-        return HostedAdamW(trainable, masters=masters, rounds=not plain, **options, **rounded)
+            raise ValueError(NO_8BIT["hosted" if hosted else "masters"])
+        rounded |= {"masters": masters, "hosted": hosted, "rounds": not plain}
+        return ApartAdamW(trainable, **options, **rounded)
     if cfg.name == "adamw_8bit":
         check_torchao()
         # Here: an extra, which a run of another optimiser may lack.
@@ -195,7 +202,7 @@ def apply_update(optimizer: torch.optim.Optimizer, *, lr: float, max_grad_norm: 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """List the gradients, in the dtype of what each updates."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    masters = optimizer.masters if isinstance(optimizer, HostedAdamW) else {}
+    masters = optimizer.masters if isinstance(optimizer, ApartAdamW) else {}
     for p in parameters:
         _settle(p, masters.get(p, p).dtype)
     return [p.grad for p in parameters if p.grad is not None]

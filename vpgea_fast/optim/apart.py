@@ -1,7 +1,8 @@
-"""AdamW on one device, whose moments and float32 masters lie in host memory.
+"""AdamW on one device, whose moments and float32 masters lie in host memory; or whose masters lie
+on the device too, beside the weights.
 
-The weights stay on the device, where the forward reads them; so do the gradients. A step brings the
-rest in blocks, updates them on the device, and takes them back.
+The weights stay on the device, where the forward reads them; so do the gradients. A step brings
+what lies in host memory in blocks, updates it on the device, and takes it back.
 
 | bytes per parameter over PCIe   | to the device | to the host | and                            |
 | update on the device, bfloat16  | 4             | 4           |                                |
@@ -30,13 +31,14 @@ from vpgea_fast.optim.rounded import MOMENTS, Moment, RoundedAdamW, chunks, upda
 Tensor = torch.Tensor
 
 
-class HostedAdamW(RoundedAdamW):
-    """`torch.optim.AdamW` (`rounds` False) or `RoundedAdamW`, with its states in host memory.
+class ApartAdamW(RoundedAdamW):
+    """`torch.optim.AdamW` (`rounds` False) or `RoundedAdamW`, of masters that are other tensors.
 
-    `masters`: parameter -> the weight that is updated, in host memory; one that is not there is its
-    own. The parameter then takes the master's value in its own dtype. A step is bitwise that of the
-    other optimiser on the parameters' device. The moments take their memory at `reserve`, or at
-    the first step. Errors: MemoryError where the host has no room.
+    `masters`: parameter -> the weight that is updated; one that is not there is its own. The
+    parameter then takes the master's value in its own dtype. `hosted`: they and the moments lie in
+    host memory, else on the parameters' device. A step is bitwise that of the other optimiser on
+    this device. The moments take their memory at `reserve`, or at the first step. Errors:
+    MemoryError where the host has no room.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class HostedAdamW(RoundedAdamW):
         params: Sequence[torch.nn.Parameter],
         *,
         masters: Mapping[Tensor, Tensor],
+        hosted: bool,
         rounds: bool,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
-        self.masters, self.rounds = masters, rounds
+        self.masters, self.hosted, self.rounds = masters, hosted, rounds
         # A checkpoint of one is a checkpoint of the other.
         self.saved_as = "RoundedAdamW" if rounds else "AdamW"
 
@@ -59,14 +62,17 @@ class HostedAdamW(RoundedAdamW):
 
     @functools.cached_property
     def _room(self) -> dict[str, dict[Tensor, Tensor]]:
-        """Moment -> parameter -> its place in host memory. Made once: a checkpoint is read into it,
-        and a step count of 0 clears it (`_fresh_moments`)."""
+        """Moment -> parameter -> its place. Made once: a checkpoint is read into it, and a step
+        count of 0 clears it (`_fresh_moments`)."""
         params = [p for group in self.param_groups for p in group["params"]]
-        # All parameters have one dtype, and their masters another one.
+        # All parameters have one dtype, and so have their masters.
         dtype, device = self.moment_dtype(self.master(params[0]).dtype), params[0].device
         room = {}
         for key in MOMENTS:
-            made = host_tensors((p.shape for p in params), dtype, device)
+            if self.hosted:
+                made = host_tensors((p.shape for p in params), dtype, device)
+            else:
+                made = [torch.zeros(p.shape, dtype=dtype, device=device) for p in params]
             room[key] = dict(zip(params, made, strict=True))
         return room
 
@@ -75,12 +81,16 @@ class HostedAdamW(RoundedAdamW):
         return self.masters.get(p, p)
 
     def room(self, p: Tensor, key: str) -> Tensor:
-        """The tensor in host memory that holds a moment of a parameter."""
+        """The tensor that holds a moment of a parameter."""
         return self._room[key][p]
 
     def _step(self) -> None:
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not moved:
+            return
+        if not self.hosted:
+            for states, work in self._blocks():
+                work(*states)
             return
         master = self.master(moved[0])
         moment = self.moment_dtype(master.dtype)
@@ -91,19 +101,19 @@ class HostedAdamW(RoundedAdamW):
         Blocks(moved[0].device, dtypes, size).run(self._blocks())
 
     def _blocks(self) -> Iterator[tuple[list[Tensor], Work]]:
-        """Give the host's tensors of each block, (N,), and what works on their copies."""
+        """Give the states of each block, (N,), and what works on them or their copies."""
         # Asked for one at a time: the host clears a first step's moments while the device works.
         for p, group, place in self._stepped():
             state = self.state[p]
             moment = Moment(group, int(state["step"]), place)
             # The room itself, so that a step leaves its results where a checkpoint looks for them.
-            hosted = [state[key].view(-1) for key in MOMENTS]
+            apart = [state[key].view(-1) for key in MOMENTS]
             if p in self.masters:
-                hosted.append(self.masters[p].view(-1))
+                apart.append(self.masters[p].view(-1))
             # Cut where `RoundedAdamW` cuts on CUDA; the bits of rounding hang on places alone.
             for part, first in chunks(p.numel(), 0, BLOCK):
                 work = functools.partial(self._work, p, part, moment=moment, first=first)
-                yield [whole[part] for whole in hosted], work
+                yield [whole[part] for whole in apart], work
 
     def _work(
         self,
@@ -116,8 +126,8 @@ class HostedAdamW(RoundedAdamW):
         moment: Moment,
         first: int,
     ) -> None:
-        """Update a block on the device: `part` of `p`, with its copies of the moments and of the
-        master, (N,) each."""
+        """Update a block on the device: `part` of `p`, with its moments and its master, or their
+        copies there, (N,) each."""
         assert p.grad is not None
         # A view: autograd gives a gradient its weight's strides.
         own_N, g_N = p.view(-1)[part], p.grad.reshape(-1)[part]
