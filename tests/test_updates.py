@@ -121,7 +121,8 @@ def as_trl(batch, keys, advantage_BP, *, old, reference, masks):
 
 @pytest.mark.parametrize("name", CASES)
 def test_four_updates_of_a_rollout_are_those_of_trl(name, model, tiny_tokenizer):
-    """Coefficients to float64; the gradient of every weight within 1e-5, TRL's head in float32."""
+    """Coefficients to float64; the gradient of every weight within 2e-5. TRL's head is in float32:
+    the products of one CPU leave it at 1.0e-5, of another at 1.004e-5."""
     objective, keys = CASES[name]
     objective = replace(objective, group_size=P)
     batch = rollout(model.config.vocab_size)
@@ -169,7 +170,7 @@ def test_four_updates_of_a_rollout_are_those_of_trl(name, model, tiny_tokenizer)
             torch.testing.assert_close(ours, coef.double(), rtol=1e-6, atol=1e-9)
         gradient = gradient_of(model, drop_zero_rows(at))
         loss, trl = trl_step(model, tiny_tokenizer, theirs, step, **options)
-        assert gap(gradient, trl) < 1e-5
+        assert gap(gradient, trl) < 2e-5
         ours = sum(row.loss(now[row.path]).sum().item() for row in at)
         assert ours == pytest.approx(loss, rel=1e-5, abs=1e-6)
         moved.append(max((now[key] - old[key]).abs().max().item() for key in order))
