@@ -23,9 +23,8 @@ except dW (fp32).
 A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those of torch are slow:
 one thread with AVX2 takes 3.9 s for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products
 there are fp32 ones of upcast operands, which lose nothing: the product of two bf16 or fp16 numbers
-fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place. Where a CPU has bfloat16
-units, oneDNN cuts these operands back to bfloat16 and adds in fp32: as exact, but for subnormal
-numbers, and three times as fast with AMX (`Units`).
+fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place. bfloat16 units make these
+products where a CPU has them (units.py).
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -35,15 +34,14 @@ numbers, and three times as fast with AMX (`Units`).
 """
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from vpgea_fast.kernels import units
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
 from vpgea_fast.kernels.shards import RowSums
 
@@ -148,7 +146,7 @@ def head_pass(
         add_(z_CV, hidden_CD, rows_C)
         return made
 
-    with UNITS if _has_units_for(hidden_TD) else nullcontext():
+    with units.of(hidden_TD):
         columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
@@ -188,48 +186,6 @@ def operand_of(hidden_TD: Tensor) -> torch.dtype:
     """Of the GEMMs: only CUDA has half-precision ones with fp32 out; elsewhere they are upcast."""
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     return hidden_TD.dtype if hidden_TD.device.type == "cuda" else wide
-
-
-class Units:
-    """float32 products by a CPU's bfloat16 units, for operands that are bfloat16 values in float32.
-
-    torch's switch is the process's, not the thread's. While a pass runs, another thread's products
-    of float32 numbers lose digits, and `torch.get_float32_matmul_precision` is an error. Passes of
-    several threads may overlap: the last one gives the switch back.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.passes, self.before = threading.Lock(), 0, "none"
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.passes:
-                # What it has of its parent stays the parent's to say.
-                own, parent = MATMUL.fp32_precision, torch.backends.mkldnn.fp32_precision
-                self.before = "none" if own == parent else own
-                MATMUL.fp32_precision = "bf16"
-            self.passes += 1
-
-    def __exit__(self, *_error: object) -> None:
-        with self.lock:
-            self.passes -= 1
-            if not self.passes:
-                MATMUL.fp32_precision = self.before
-
-
-MATMUL: Any = torch.backends.mkldnn.matmul
-UNITS = Units()
-
-
-def _has_units_for(hidden_TD: Tensor) -> bool:
-    on_cpu = hidden_TD.device.type == "cpu"
-    return on_cpu and hidden_TD.dtype is torch.bfloat16 and _has_units()
-
-
-@cache
-def _has_units() -> bool:
-    """AVX512-BF16 or AMX. With AVX512 alone oneDNN would emulate them."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def chunk_rows(

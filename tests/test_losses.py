@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgea_fast.kernels import backends, chunked, head, reference, streams
+from vpgea_fast.kernels import backends, chunked, head, reference, streams, units
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -713,7 +713,7 @@ def test_half_precision_products_of_a_cpu_are_float32_ones(dtype, op):
 @pytest.fixture
 def switch(monkeypatch):
     """torch's switch for float32 products of a CPU, as of one with bfloat16 units; "none" after."""
-    monkeypatch.setattr(chunked, "_has_units", lambda: True)
+    monkeypatch.setattr(units, "_has_units", lambda: True)
     yield torch.backends.mkldnn.matmul
     torch.backends.mkldnn.matmul.fp32_precision = "none"
     torch.backends.mkldnn.fp32_precision = "none"
@@ -745,7 +745,7 @@ def test_passes_that_overlap_give_the_switch_back(switch):
     switch.fp32_precision = "ieee"
     first, second = ExitStack(), ExitStack()
     for one in (first, second):
-        one.enter_context(chunked.UNITS)
+        one.enter_context(units.UNITS)
     first.close()
     assert switch.fp32_precision == "bf16"
     second.close()
@@ -753,7 +753,7 @@ def test_passes_that_overlap_give_the_switch_back(switch):
     for whole in ("bf16", "ieee"):
         switch.fp32_precision = "none"
         torch.backends.mkldnn.fp32_precision = whole
-        with chunked.UNITS:
+        with units.UNITS:
             assert switch.fp32_precision == "bf16"
         torch.backends.mkldnn.fp32_precision = "ieee"
         assert switch.fp32_precision == "ieee"
