@@ -21,10 +21,9 @@ GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothin
 except dW (fp32).
 
 A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those of torch are slow:
-one thread with AVX2 takes 3.9 s for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products
-there are fp32 ones of upcast operands, which lose nothing: the product of two bf16 or fp16 numbers
-fits fp32. The weight is upcast 2 MiB at a time, dz rounded in place. bfloat16 units make these
-products where a CPU has them (units.py).
+3.9 s of one thread with AVX2 for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products there
+are fp32 ones of upcast operands, which hold the product of two halves: nothing is lost. The weight
+is upcast 2 MiB at a time, dz rounded in place. On bfloat16 units: units.py.
 
 | | inputs | GEMM operands | accumulators, statistics | outputs |
 |---|---|---|---|---|
@@ -184,8 +183,8 @@ def _values(columns_K: Tensor, entropy: bool) -> Values:
 
 def operand_of(hidden_TD: Tensor) -> torch.dtype:
     """Of the GEMMs: only CUDA has half-precision ones with fp32 out; elsewhere they are upcast."""
-    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    return hidden_TD.dtype if hidden_TD.device.type == "cuda" else wide
+    dtype = hidden_TD.dtype
+    return dtype if hidden_TD.is_cuda else torch.promote_types(dtype, torch.float32)
 
 
 def chunk_rows(
@@ -196,8 +195,8 @@ def chunk_rows(
     All chunks are equal: a short last one would run its GEMMs at fewer than the budget allows.
     """
     dtype, wide = hidden_TD.dtype, torch.promote_types(hidden_TD.dtype, torch.float32)
-    halves = operand_of(hidden_TD) in HALF
-    row_bytes = classes * (wide.itemsize * buffers + dtype.itemsize * halves)
+    copied = dtype.itemsize * (operand_of(hidden_TD) in HALF)
+    row_bytes = classes * (wide.itemsize * buffers + copied)
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes)
     most = max(1, chunk_bytes // row_bytes)
