@@ -194,9 +194,8 @@ def chunk_rows(
 
     All chunks are equal: a short last one would run its GEMMs at fewer than the budget allows.
     """
-    dtype, wide = hidden_TD.dtype, torch.promote_types(hidden_TD.dtype, torch.float32)
-    copied = dtype.itemsize * (operand_of(hidden_TD) in HALF)
-    row_bytes = classes * (wide.itemsize * buffers + copied)
+    wide, operand = torch.promote_types(hidden_TD.dtype, torch.float32), operand_of(hidden_TD)
+    row_bytes = classes * (wide.itemsize * buffers + operand.itemsize * (operand in HALF))
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes)
     most = max(1, chunk_bytes // row_bytes)
