@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+MKLDNN: Any = torch.backends.mkldnn  # of a type that its stubs do not have
+
 
 class Units:
     """float32 products by a CPU's bfloat16 units, for operands that are bfloat16 values in float32.
@@ -29,19 +31,18 @@ class Units:
         with self.lock:
             if not self.passes:
                 # What it has of its parent stays the parent's to say.
-                own, parent = MATMUL.fp32_precision, torch.backends.mkldnn.fp32_precision
+                own, parent = MKLDNN.matmul.fp32_precision, MKLDNN.fp32_precision
                 self.before = "none" if own == parent else own
-                MATMUL.fp32_precision = "bf16"
+                MKLDNN.matmul.fp32_precision = "bf16"
             self.passes += 1
 
     def __exit__(self, *_error: object) -> None:
         with self.lock:
             self.passes -= 1
             if not self.passes:
-                MATMUL.fp32_precision = self.before
+                MKLDNN.matmul.fp32_precision = self.before
 
 
-MATMUL: Any = torch.backends.mkldnn.matmul
 UNITS = Units()
 
 

@@ -373,8 +373,8 @@ def with_masters(policy: P, cfg: ModelConfig) -> P:
     autocast every micro-batch would cast all, and hold what it has cast until its backward."""
     if cfg.has_masters and not (policy.sharded or policy.hosted):
         policy.masters = {weight: weight.detach() for weight in policy.parameters()}
-        for weight, master in policy.masters.items():
-            weight.data = master.to(policy.dtype)
+        for weight in policy.parameters():
+            weight.data = policy.masters[weight].to(policy.dtype)
             _sum_in_float32(weight)
     return policy
 
