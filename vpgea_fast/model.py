@@ -285,27 +285,25 @@ def load_policy(
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
-    storage, cut, and each process reads its own part of the files. Without a mesh the weights are
-    of a GPU are in the forward's dtype, and masters of another one beside them, or in host memory
+    storage, cut, and each process reads its own part of the files. Without a mesh a GPU has
+    the weights in the forward's dtype, and masters of another one beside them, or in host memory
     with parallel.cpu_offload. Errors: ModelError; ValueError for a family that `families.measure`
     refuses.
     """
     world = world or World(pick_device(cfg.device))
     hosted, cuda = _hosted(world, parallel), world.device.type == "cuda"
-    in_parts = parallel is not None and parallel.in_parts(world.size, cuda=cuda)
-    if world.mesh is None and not in_parts:
+    weights = None
+    if world.mesh is not None or (parallel and parallel.in_parts(world.size, cuda=cuda)):
+        # Headers are checked before the cut: a wrong model is refused before it takes memory.
+        causal_lm = without_storage(cfg.path, _weight_dtype(cfg, hosted))
+        weights = weights_in_parts(causal_lm, cfg.path)
+        if world.mesh is None:
+            _allocate_whole(causal_lm, world.device)
+    else:
         causal_lm = load_causal_lm(cfg.path, _master_dtype(cfg)).to(world.device)
-        policy = _make_policy(
-            Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend
-        )
-        return with_masters(policy, cfg) if cuda else policy
-    # Headers are checked before the cut: a wrong model is refused before it takes memory.
-    causal_lm = without_storage(cfg.path, _weight_dtype(cfg, hosted))
-    weights = weights_in_parts(causal_lm, cfg.path)
-    if world.mesh is None:
-        _allocate_whole(causal_lm, world.device)
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
-    read_parts(causal_lm, weights, policy.masters)
+    if weights is not None:
+        read_parts(causal_lm, weights, policy.masters)
     return with_masters(policy, cfg) if cuda else policy
 
 
