@@ -67,6 +67,7 @@ class Backend:
     lacks: Callable[[Situation], str | None] = _nothing  # what this call wants, and the remedy
     objection: Callable[[Situation], str | None] = _nothing  # it can, but "auto" should not
     sharded: bool = False  # whether it looks at Head.shards
+    writes_first: bool = False  # whether it looks at Sinks.fresh
 
     def refuses(self, call: Situation) -> str | None:
         """What it lacks of what the call wants. A backend that says nothing takes whole heads."""
@@ -180,6 +181,7 @@ BACKENDS = {
         virtue="chunked, on any device",
         lacks=_depends_on_neighbours,
         sharded=True,
+        writes_first=True,
     ),
     "reference": Backend(
         run=reference.head_pass,

@@ -49,15 +49,16 @@ Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-def default_chunk_bytes(device: torch.device, row_bytes: int = 0) -> int:
+def default_chunk_bytes(device: torch.device, row_bytes: int = 0, hidden: int = 1 << 30) -> int:
     """Memory for the (C, V) buffers: on CUDA up to 4 GiB and 1/16 of the memory, on a CPU 48 MiB.
 
     Every chunk reads the weight twice and dW once: a CPU's GEMMs lose 3 % of their rate at 128 rows
-    and 13 % at 82 (V = 152064, one core). So there are 256 rows of `row_bytes` even where they need
-    more than 48 MiB.
+    and 13 % at 82 (V = 152064, one core). So there are 256 rows of `row_bytes`, whatever they need.
+    A dW of 16 MiB stays in the cache: there 96 rows or 3 MiB are as fast.
     """
     if device.type != "cuda":
-        return max(48 << 20, 256 * row_bytes)
+        small = hidden * row_bytes <= 16 << 20
+        return max(3 << 20, 96 * row_bytes) if small else max(48 << 20, 256 * row_bytes)
     return min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
@@ -84,8 +85,9 @@ def head_pass(
     accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
-    # No chunk, and so nothing to concatenate.
-    if n_rows == 0:
+    if n_rows == 0 or dtype is torch.float16:  # no product of dW's own, or one in units
+        sinks = sinks.cleared()
+    if n_rows == 0:  # no chunk, and so nothing to concatenate
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
     # The logits themselves, tanh's slope, -e log e.
@@ -142,7 +144,7 @@ def head_pass(
         if bound_C is not None:
             skipped.append(bound_C)
             z_CV, hidden_CD, rows_C = without_skipped_(bound_C, z_CV, hidden_CD, rows_C)
-        add_(z_CV, hidden_CD, rows_C)
+        add_(z_CV, hidden_CD, rows_C, begun=not sinks.fresh or chunk.start > 0)
         return made
 
     with units.of(hidden_TD):
@@ -153,18 +155,16 @@ def head_pass(
 
 
 def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any, ...]:
-    """The rows whose bound is -1: of x_CV in its own memory, as `kept_rows_`, of others copied."""
-    # CUDA's host waits here: a product wants to know how many rows it has.
+    """The rows whose bound is -1: of x_CV in its own memory, as `kept_rows_`, of others copied.
+    CUDA's host waits here."""
     keep_R = (bound_C < 0).nonzero().squeeze(1)
     return kept_rows_(x_CV, keep_R), *(x[keep_R] for x in others_C)
 
 
 def kept_rows_(x_CV: Tensor, keep_R: Tensor) -> Tensor:
     """The rows keep_R, ascending, as the first ones of x_CV, whose other rows are lost.
-
-    64 at a time: a copy of them all would be another (C, V) tensor. No row is overwritten before it
-    has moved, since the r-th kept one is not before row r.
-    """
+    64 at a time, not a copy of all. None is overwritten before it has moved: the r-th kept one is
+    not before row r."""
     n_rows = keep_R.shape[0]
     if n_rows < x_CV.shape[0]:
         for start in range(0, n_rows, 64):
@@ -197,7 +197,7 @@ def chunk_rows(
     wide, operand = torch.promote_types(hidden_TD.dtype, torch.float32), operand_of(hidden_TD)
     row_bytes = classes * (wide.itemsize * buffers + operand.itemsize * (operand in HALF))
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes)
+        chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes, hidden_TD.shape[1])
     most = max(1, chunk_bytes // row_bytes)
     return math.ceil(rows / math.ceil(rows / most))
 
@@ -271,11 +271,8 @@ def _weight_blocks(weight_VD: Tensor, upcast_BD: Tensor | None) -> Iterator[tupl
 
 
 def _rounded_(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rewrites z_CV, contiguous, with the nearest values of `dtype`.
-
-    64 KiB of them at a time, which stay in the cache: a copy of the chunk would be half as much
-    memory again, and new pages.
-    """
+    """Rewrites z_CV, contiguous, with the nearest values of `dtype`, 64 KiB of them at a time: they
+    stay in the cache, and a copy of the chunk would be half as much memory again."""
     for part in z_CV.view(-1).split((64 << 10) // dtype.itemsize):
         part.copy_(part.to(dtype))
     return z_CV
@@ -291,8 +288,9 @@ def add_gradients_(
     sink_VD: Tensor | None,
     unit: Tensor | float,
     upcast_BD: Tensor | None,
+    begun: bool = True,
 ) -> None:
-    """Puts the gradients of one chunk into the sinks; rewrites z_CV, which holds dz."""
+    """Puts a chunk's gradients into the sinks; z_CV is dz, and is rewritten. begun: dW exists."""
     dtype, operand, accumulator = head.weight.dtype, hidden_CD.dtype, z_CV.dtype
     if sinks.bias is not None:
         # From the float32 dz, which is rounded for the GEMMs only.
@@ -306,7 +304,7 @@ def add_gradients_(
         dhidden_CD = _dhidden(dz_CV, head, upcast_BD, accumulator).mul_(unit)
         work = None if head.shards is None else head.shards.begin_sum(dhidden_CD)
     if sink_VD is not None:
-        add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale)
+        add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale, begun=begun)
     if sinks.hidden is not None and dhidden_CD is not None:
         if work is not None:
             work.wait()  # the sum over processes ran beside the product for dW
@@ -318,7 +316,6 @@ def _dhidden(
 ) -> Tensor:
     """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
     shape = (dz_CV.shape[0], head.weight.shape[1])
-    # Not a product for each block and a sum: addmm adds in the accumulator's own memory.
     dhidden_CD = torch.zeros(shape, dtype=accumulator, device=dz_CV.device)
     for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
         add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
@@ -335,13 +332,16 @@ def matmul(
     return torch.mm(left.to(accumulator), right.to(accumulator), out=out)
 
 
-def add_matmul_(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """total += alpha left @ right, without a temporary of total's size where the device allows."""
+def add_matmul_(
+    total: Tensor, left: Tensor, right: Tensor, alpha: float, *, begun: bool = True
+) -> None:
+    """total += alpha left @ right, without a temporary of total's size; not `begun`: = instead."""
     if left.dtype != total.dtype and left.is_cuda:
         torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
         return
     # In place by `out`: torch's FLOP counter knows addmm and not addmm_.
-    torch.addmm(total, left.to(total.dtype), right.to(total.dtype), alpha=alpha, out=total)
+    left, right = left.to(total.dtype), right.to(total.dtype)
+    torch.addmm(total, left, right, alpha=alpha, beta=1.0 if begun else 0.0, out=total)
 
 
 def _row_sums_(

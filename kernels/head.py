@@ -71,8 +71,9 @@ def _run(
         sharded = settings.shards is not None
         chunk_bytes = chunk_budget(weight_VD, gradients=upstream is not None, sharded=sharded)
     # The backends cast by themselves: autocast would cast their float32 products too.
+    backend = BACKENDS[choice.name]
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        return BACKENDS[choice.name].run(
+        return backend.run(
             hidden_TD,
             settings.head(weight_VD, inputs.bias_V, selection.temperature),
             selection.targets_K,
@@ -80,7 +81,7 @@ def _run(
             entropy=entropy,
             statistics=statistics,
             upstream=upstream,
-            sinks=sinks,
+            sinks=sinks if backend.writes_first else sinks.cleared(),
             chunk_bytes=chunk_bytes,
         )
 
@@ -110,7 +111,7 @@ def one_pass(
     total = accumulator(inputs.hidden_TD)
     selection = select(inputs, settings, coef_T)
     coef_K = selection.gather(coef_T).to(total)
-    sinks = new_sinks(inputs, needs, dweight_out)
+    sinks = new_sinks(inputs, needs, dweight_out, fresh=True)
     upstream = None
     if any(needs):
         upstream = replace(smoothing.upstream(coef_K), skip_below=settings.skip_below)
@@ -143,19 +144,23 @@ def new_sinks(
     dweight_out: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
+    fresh: bool = False,
 ) -> Sinks:
-    """Zeros for what is needed: rows that take no part keep them. dtype: of dX, if not its own."""
+    """Zeros for what is needed: rows that take no part keep them. dtype: of dX, if not its own.
+    fresh: a new dW on a CPU may come without numbers."""
     hidden_TD, weight_VD, bias_V = inputs[:3]
     total = accumulator(hidden_TD)
     dweight_VD = dweight_out if needs.weight else None
+    fresh &= needs.weight and dweight_out is None and not weight_VD.is_cuda
     if needs.weight and dweight_out is None:
-        dweight_VD = torch.zeros_like(weight_VD, dtype=total)
+        dweight_VD = (torch.empty_like if fresh else torch.zeros_like)(weight_VD, dtype=total)
     return Sinks(
         hidden=torch.zeros_like(hidden_TD, dtype=dtype or stored(hidden_TD))
         if needs.hidden
         else None,
         weight=dweight_VD,
         bias=torch.zeros_like(bias_V, dtype=total) if needs.bias and bias_V is not None else None,
+        fresh=fresh,
     )
 
 
@@ -220,8 +225,10 @@ def scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
         check_one(grad_loss)
     kept = ctx.saved_tensors
     if may_overwrite(grad_loss):
+        # On a CPU asked: a product of dW with 1 is 5 % of a pass over few rows.
+        one = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         # Spares a second dW: 2 GiB in float32 at V = 152064, D = 3584.
-        grads = [None if x is None else x.mul_(grad_loss) for x in kept]
+        grads = [x if one or x is None else x.mul_(grad_loss) for x in kept]
     else:
         # A second backward through the same graph must find what this one found.
         grads = [None if x is None else x * grad_loss for x in kept]
@@ -251,7 +258,7 @@ def logprob_backward(
     if g_logp_K is None:
         # Every backend takes a gradient of logp; the other two are optional.
         g_logp_K = torch.zeros(selection.rows_K.shape, dtype=total, device=inputs.hidden_TD.device)
-    sinks = new_sinks(inputs, needs)
+    sinks = new_sinks(inputs, needs, fresh=True)
     upstream = Upstream(logp=g_logp_K, lse=g_lse_K, entropy=g_entropy_K)
     _run(inputs, selection, settings, upstream=upstream, sinks=sinks)
     # Summed in the accumulator's dtype, rounded once.

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from vpgea_fast.kernels import autograd_state
+from vpgea_fast.kernels import autograd_state, head
 from vpgea_fast.kernels.contract import Inputs, LogitShape, Settings
 from vpgea_fast.losses import (
     linear_logprob,
@@ -407,6 +407,38 @@ def test_a_graph_that_is_kept_keeps_its_gradients(private, monkeypatch):
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
     autograd_state._probes.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (weighted_all, {}),
+        (logprob_all, {}),
+        (weighted, {"skip_below": 1e6}),
+        (weighted, {"ignore_index": None}),
+    ],
+)
+def test_what_a_new_dweight_held_reaches_no_gradient(call, options, backend, dtype, monkeypatch):
+    """NaN in the memory of a dW that is written first; with rows left out, and with none at all."""
+    if "skip_below" in options and backend == "reference":
+        pytest.skip("it leaves no rows out")
+    x = inputs_of(dtype)
+    if "ignore_index" in options:
+        x["targets"], options = torch.full_like(x["targets"], -100), {}
+    want, made = run(call, x, scaled, backend=backend, **options), []
+
+    def filled(*arguments, **given):
+        sinks = new_sinks(*arguments, **given)
+        if sinks.fresh:
+            made.append(sinks.weight.fill_(torch.nan))
+        return sinks
+
+    new_sinks = head.new_sinks
+    monkeypatch.setattr(head, "new_sinks", filled)
+    compare(run(call, x, scaled, backend=backend, **options), want, budget=0)
+    assert made
 
 
 # --- autocast: the operands in its dtype, the gradients in their tensor's -----------------------

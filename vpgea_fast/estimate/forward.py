@@ -10,6 +10,9 @@ from vpgea_fast.kernels.backends import UNASKED_CHUNK
 HEAD_BYTES, HEAD_BYTES_CPU, TRITON_ROWS = 2**32, 48 << 20, 8448
 """Bytes of the logits of one chunk of the head, at most, and rows of one of the Triton head."""
 
+SMALL_HEAD, SMALL_BYTES = 16 << 20, 3 << 20
+"""Of a head on a CPU: of a dW that is small, and of the chunks of its logits."""
+
 UPCAST_BYTES = 2 << 20
 """Of a half-precision head on a CPU: the part of its weight that is in float32 at a time."""
 
@@ -28,24 +31,23 @@ def activations(lay: Layout) -> tuple[int, int]:
     Liger, and a compiled layer, keep of a norm its input and output, of the MLP gate, up and the
     product. The backward of the MLP's product holds more gradients of width F: two, or one.
     """
-    shape, model, s, x = lay.shape, lay.cfg.model, lay.forward, lay.residual
+    shape, model, s = lay.shape, lay.cfg.model, lay.forward
     d, q, k, f = shape.hidden, shape.query, shape.key, shape.mlp
     liger = model.liger == "always" or (model.liger == "auto" and lay.cuda and _has_liger())
     copies = 2 if model.attention == "sdpa" or not lay.cuda else 1
     # q, k, v and the output; 4 bytes per head for the float32 log-sum-exp of attention.
     attended = (s if lay.cuda else max(4, s)) * (copies * q + q + 2 * k) + 4 * shape.heads
     if model.compile or liger:
-        saved, extra = 4 * x * d + attended + 3 * s * f, s * f
+        saved, extra = 4 * s * d + attended + 3 * s * f, s * f
     else:
-        inputs = 5 * s if lay.autocast and x != s else 2 * s  # autocast casts for each projection
-        norms = 2 * (4 + x) * d + inputs * d
+        norms = 2 * (4 + s) * d + 2 * s * d
         saved, extra = norms + attended + 4 * s * f, 2 * s * f
     if shape.qk_norm:
-        saved += (2 * x if model.compile or liger else 4 + x) * (q + k)
+        saved += (2 * s if model.compile or liger else 4 + s) * (q + k)
     if lay.grade == "none":
         return saved, extra + 2 * s * d
     # The repetition makes neither what is kept nor, of a float32 input, a copy for the norm.
-    kept, shared = x * d, x * d if x == 4 else 0
+    kept, shared = s * d, s * d if s == 4 else 0
     if lay.grade == "selective":
         kept += s * (q + shape.kept) + 4 * shape.heads
         rotated = min(shape.kept, q + k)  # autograd holds them after the rotation, beside these
@@ -55,19 +57,22 @@ def activations(lay: Layout) -> tuple[int, int]:
 
 def head(lay: Layout, tokens: int) -> int:
     """Size the head over `tokens`: hidden states of the target rows and their gradient, the final
-    norm, and a chunk of logits with its operands; under autocast also the head's cast weight.
+    norm, and a chunk of logits with its operands.
 
     Of a head that is cut by classes: the rows of all processes, and its own classes, cast."""
     shape, s = lay.shape, lay.forward
     processes = lay.shards if lay.by_classes else 1
-    own, norm = tokens, tokens * shape.hidden * (4 + 2 * lay.residual)
+    own, norm = tokens, tokens * shape.hidden * (4 + 2 * s)
     tokens *= processes
     wide, half = max(4, s), s < 4
     copied = s * (half and lay.cuda)  # dz's; a CPU rounds in place
     logit = {"triton": s, "reference": 4 * wide}.get(lay.cfg.loss.backend, wide + copied)
     row = -(-shape.vocabulary // processes) * logit
     limit = UNASKED_CHUNK if lay.by_classes else HEAD_BYTES
-    rows = min(tokens, limit // row) if lay.cuda else max(256, HEAD_BYTES_CPU // row)
+    rows = min(tokens, limit // row)
+    if not lay.cuda:
+        small = shape.hidden * row <= SMALL_HEAD
+        rows = max(96, SMALL_BYTES // row) if small else max(256, HEAD_BYTES_CPU // row)
     if lay.cfg.loss.backend == "triton":
         rows = min(rows, TRITON_ROWS)
     if lay.cfg.loss.backend == "reference":  # all logits, their log-softmax, two gradients
@@ -75,7 +80,7 @@ def head(lay: Layout, tokens: int) -> int:
     rows = -(-tokens // -(-tokens // rows))  # chunks of equal size
     chunk = rows * (row + 2 * shape.hidden * wide)
     weight = shape.vocabulary * shape.hidden
-    cast = weight * s * lay.autocast
+    cast = 0
     if lay.by_classes:
         # Joined once more than it is used: the own rows, and their gradient of all.
         cast = lay.local(shape.head) * s * (s != lay.master) + 2 * own * shape.hidden * s
@@ -97,7 +102,7 @@ def layer(lay: Layout) -> int:
     # Cosines and sines in float32 and in the forward's dtype; 4 bytes per head: log-sum-exp.
     attention = s * (6 * q + 4 * k) + 16 * (q // shape.heads) + 4 * shape.heads
     attention += 12 * (q + k) * shape.qk_norm
-    return 2 * lay.residual * d + s * d + max(norm, attention, mlp)
+    return 3 * s * d + max(norm, attention, mlp)
 
 
 def scoring(lay: Layout, tokens: int) -> dict[str, int]:
