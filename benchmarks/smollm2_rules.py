@@ -15,7 +15,7 @@ import torch
 from vpgea_fast.config import Config
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.metrics import model_flops
-from vpgea_fast.model import load_policy
+from vpgea_fast.model import frozen, load_policy
 from vpgea_fast.passes import Passes
 from vpgea_fast.questions import misled
 from vpgea_fast.scoring import score_row
@@ -74,7 +74,7 @@ def honest_gaps(cfg: Config, count: int = HONEST) -> torch.Tensor:
         wrong = misled(cfg, some, pool, step=0, prompt=text.prompter.prompt, verify=verifier.verify)
     thoughts = [first[0] for first, *_ in text.prompter.responses(some)]
     views = [*zip(some, thoughts, strict=True), *zip(wrong, thoughts, strict=True)]
-    policy = load_policy(cfg.model)
+    policy = load_policy(frozen(cfg.model))
     passes = Passes(ALONE, cfg.train.micro_batch_tokens, model_flops(policy.causal_lm.config))
     rows = [score_row(question.teacher_ids, z_ids) for question, z_ids in views]
     scores = torch.stack([row.sum() for row in passes(lambda b, _: policy.logprob(b), rows)])

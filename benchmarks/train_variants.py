@@ -268,10 +268,9 @@ class PaddingPolicy(Policy):
     def _hidden(self, batch: Any) -> Tensor:
         if isinstance(batch, PackedBatch):
             return super()._hidden(batch)
-        with self.autocast():
-            output = self.causal_lm.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
-            )
+        output = self.causal_lm.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
+        )
         return output.last_hidden_state.flatten(0, 1)[batch.logit_index].to(self.dtype)
 
 

@@ -187,6 +187,22 @@ def test_a_family_scores_what_its_own_model_and_the_engine_compute(name, tmp_pat
     assert (scored - torch.cat([row.sample_logps for row in drawn])).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("name", list(TAKEN))
+def test_a_family_trains_in_bfloat16_as_in_float32(name, tmp_path):
+    """Nothing casts between its modules: each takes what the one before gives."""
+    path, found = save(config_of(name), tmp_path), []
+    for dtype in ("float32", "bfloat16"):
+        policy = load_policy(ModelConfig(path=path, **CPU | {"dtype": dtype}))
+        out = policy(pack_rows(some_rows()))
+        out.loss.backward()
+        found.append((out.logp.detach(), {n: p.grad for n, p in policy.named_parameters()}))
+    (logp, gradients), (half, narrow) = found
+    assert (half - logp).abs().mean() < 0.05
+    for key, gradient in gradients.items():
+        error = (narrow[key] - gradient).norm() / gradient.norm().clamp_min(1e-6)
+        assert error < 0.3, (key, float(error))
+
+
 HEAD_OPTIONS = {
     "granite scaled": HeadOptions(1 / 8.0),
     "cohere scaled": HeadOptions(0.25),

@@ -27,7 +27,7 @@ from vpgea_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from vpgea_fast.config import ModelConfig, OptimConfig, ParallelConfig
 from vpgea_fast.distributed import full_weights, master_weights, open_world, reshard
 from vpgea_fast.hosted import Blocks, host_tensors
-from vpgea_fast.model import load_policy, make_replica, random_policy, with_masters
+from vpgea_fast.model import load_policy, make_replica, random_policy
 from vpgea_fast.optim import ApartAdamW, apply_update, build_optimizer, gradient_norm
 from vpgea_fast.policies import open_policies
 from vpgea_fast.rollout.engine import Sampling
@@ -353,8 +353,6 @@ def opened(path, world, parallel, kind):
     dtypes, optim = KINDS[kind]
     cfg = ModelConfig(path=path, device="cpu", activation_checkpointing="none", **dtypes)
     policy = load_policy(cfg, world, parallel)
-    if parallel is BESIDE:
-        with_masters(policy, cfg)  # as `load_policy` does on CUDA
     cfg = OptimConfig(lr=1e-3, **optim)
     apart = {"masters": policy.masters, "hosted": policy.hosted}
     return policy, build_optimizer(policy.parameters(), cfg, seed=1, **apart)
@@ -556,8 +554,6 @@ def test_masters_are_what_the_files_hold_and_what_a_wider_export_gives(parallel,
         assert torch.equal(own[name], weight.to(BF16))
     embedding = policy.causal_lm.get_input_embeddings().weight
     assert policy.head.weight is embedding
-    if parallel is BESIDE:
-        return
     drawn = random_policy(
         policy.causal_lm.config, ModelConfig(device="cpu", dtype="bfloat16"), ALONE, parallel
     )
@@ -569,9 +565,9 @@ def test_masters_are_what_the_files_hold_and_what_a_wider_export_gives(parallel,
 
 @pytest.mark.parametrize("parallel", [HERE, BESIDE])
 def test_it_samples_as_a_replica_of_its_weights(parallel, model_dirs):
-    """The engine runs the trained module itself: no copy of the model, and no autocast."""
+    """The engine runs the trained module itself: no copy of the model."""
     policy, _ = opened(model_dirs["untied"], ALONE, parallel, "masters")
-    assert not policy.casts
+    assert {p.dtype for p in policy.parameters()} == {policy.dtype}
     replica = make_replica(policy, model_dirs["untied"])
     with torch.no_grad():
         for name, weight in full_weights(policy):

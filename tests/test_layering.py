@@ -68,7 +68,14 @@ LAYERS = {
     # What a family of models computes, measured on a tiny clone.
     "families": {"families"},
     # Pure functions of tensors and records, with no configuration: what more than one stage needs.
-    "tensor library": {"activations", "attention", "distillation", "losses", "packing"},
+    "tensor library": {
+        "activations",
+        "attention",
+        "distillation",
+        "embedding",
+        "losses",
+        "packing",
+    },
     "services": {"bound", "distributed", "hosted", "hub", "manual", "metrics", "new_folder"},
     # Every section, with that of the objective as its registry has it.
     "configuration": {"config"},

@@ -263,8 +263,6 @@ def _build_engine(
         return HFEngine(
             make_replica(policy, cfg.model.path) if policy.sharded else policy.causal_lm,
             max_batch=cfg.rollout.max_batch,
-            # Unless the trained module's weights are the masters they have the forward's dtype.
-            dtype=policy.dtype if policy.casts else None,
             complete=not policy.sharded,  # the replica's weights come with the first hand-over
         )
 

@@ -339,7 +339,7 @@ def _check_precision(cfg: Config, world_size: int, on: Target) -> None:
     if cfg.optim.name == "adamw_8bit" and not sharded:
         if parallel.cpu_offload:
             raise ConfigError(NO_8BIT["hosted"])
-        if on.cuda and cfg.model.has_masters:
+        if cfg.model.has_masters:
             raise ConfigError(NO_8BIT["masters"])
     if cfg.model.compile and cfg.model.activation_checkpointing == "selective":
         raise ConfigError(

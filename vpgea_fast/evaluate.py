@@ -25,7 +25,7 @@ from vpgea_fast.evaluation.measures import Answers, measure
 from vpgea_fast.evaluation.records import Mode
 from vpgea_fast.intake import ModelText, open_text, read_benchmarks
 from vpgea_fast.metrics import Console
-from vpgea_fast.model import load_policy
+from vpgea_fast.model import frozen, load_policy
 from vpgea_fast.prompts import Prompter, eos_ids
 from vpgea_fast.rollout.engine import RolloutEngine, Sampling, request_seed
 from vpgea_fast.rollout.factory import open_engine
@@ -412,9 +412,7 @@ def _model_and_engine(cfg: Config, world: World) -> tuple[Any, RolloutEngine, We
     """
     dtype, weights = getattr(torch, cfg.model.dtype), None
     if cfg.samples_itself:
-        # Nothing is trained, so nothing has to be kept for a backward.
-        policy = load_policy(replace(cfg.model, activation_checkpointing="none"), world)
-        causal_lm = policy.causal_lm
+        causal_lm = load_policy(frozen(cfg.model), world).causal_lm
     else:
         # An engine of its own holds the weights: the model here only knows its shapes.
         causal_lm, weights = stored_model(cfg.model.path, dtype)
@@ -422,7 +420,7 @@ def _model_and_engine(cfg: Config, world: World) -> tuple[Any, RolloutEngine, We
         cfg,
         world,
         dtype=dtype,
-        hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch, dtype=dtype),
+        hf=lambda: HFEngine(causal_lm, max_batch=cfg.rollout.max_batch),
     )
     return causal_lm, engine, weights
 

@@ -5,17 +5,15 @@ with logits; on one device, or sharded over many.
     tensor)
 
 | tensor                | one device, not sharded *      | sharded (FSDP2)                       |
-| parameters            | model.dtype (a CPU: masters)   | shards in model.master_dtype          |
+| parameters            | model.dtype                    | shards in model.master_dtype          |
 | masters               | apart in model.master_dtype    | the shards                            |
-| forward               | model.dtype (a CPU: autocast)  | model.dtype: gathered in it           |
+| forward               | model.dtype                    | model.dtype: gathered in it           |
 | gradients             | float32 (float64)              | reduced in float32, shards            |
 | dW of the head        | float32 across micro-batches   | the same, then one reduce-scatter     |
 | log-probs, losses     | float32 (float64)              | float32 (float64)                     |
 
-* Where the dtypes differ one GPU has both: no forward copies a weight, and it computes what a
+* Where the dtypes differ the device has both: no forward copies a weight, and it computes what a
 sharded one does. With parallel.cpu_offload the masters lie in host memory.
-* A CPU adds up an embedding's gradient in the weight's dtype: in bfloat16 a token that comes 800
-times has a quarter of error. So its weights stay float32, and autocast casts them.
 
 Units of a sharded policy: every decoder layer, the embedding, the head, the root (the final norm).
 The head makes its gradient in the forward, inside its own unit, so its reduce-scatter starts before
@@ -27,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from dataclasses import replace
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -36,7 +35,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from vpgea_fast import attention, families, losses
+from vpgea_fast import attention, embedding, families, losses
 from vpgea_fast.activations import checkpoint_activations
 from vpgea_fast.config import ModelConfig, ParallelConfig
 from vpgea_fast.distributed import World, pick_device
@@ -104,7 +103,7 @@ class LossHead(nn.Linear):
             "backend": self.backend,
             "temperature": temperature,
         }
-        # A copy of V x D only where autocast is in use: a sharded head is gathered in this dtype.
+        # A copy only of a head that is cut by classes: FSDP gathers a unit in this dtype.
         weight_VD = self.weight.to(hidden.dtype)
         rows = None
         if isinstance(self.weight, DTensor):  # cut by classes: a unit of FSDP is plain in here
@@ -187,12 +186,6 @@ class Policy(nn.Module):
     def sharded(self) -> bool:
         return isinstance(self, FSDPModule)
 
-    @property
-    def casts(self) -> bool:
-        """Whether the weights are masters, which the forward casts by autocast."""
-        narrow = self.dtype in attention.HALF and self.head.weight.dtype is not self.dtype
-        return narrow and not self.sharded  # FSDP gathers in the forward's dtype
-
     def forward(
         self,
         batch: PackedBatch,
@@ -257,10 +250,6 @@ class Policy(nn.Module):
         self.offloaded = parallel.cpu_offload
         return self
 
-    def autocast(self) -> torch.autocast:
-        """The forward's dtype, for a decoder whose weights FSDP does not cast."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.casts)
-
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         room, source = self.room
         if room is not None and max(batch.seqlens) > room:
@@ -268,10 +257,14 @@ class Policy(nn.Module):
                 f"a row has {max(batch.seqlens)} tokens, but the model has {room} positions "
                 f"({source}); lower rollout.max_new_tokens or data.max_prompt_tokens"
             )
-        with self.autocast():
-            # The decoder alone: the causal LM would make (T, V) logits, 2 GB per 8k tokens and 128k
-            # words in bfloat16.
-            output = self.causal_lm.base_model(**attention.packed_inputs(batch))
+        if not self.sharded and self.head.weight.dtype is not self.dtype:
+            raise ModelError(
+                f"Policy: got weights in {self.head.weight.dtype} for a forward in {self.dtype}; "
+                "cast the model, or take `load_policy`"
+            )
+        # The decoder alone: the causal LM would make (T, V) logits, 2 GB per 8k tokens and 128k
+        # words in bfloat16.
+        output = self.causal_lm.base_model(**attention.packed_inputs(batch))
         return output.last_hidden_state[0][batch.logit_index].to(self.dtype)
 
 
@@ -285,7 +278,7 @@ def load_policy(
     """The policy of a Hugging Face directory or Hub name, on its device, ready to train.
 
     In a world with a mesh it is sharded, and no process ever holds all of it: it is built without
-    storage, cut, and each process reads its own part of the files. Without a mesh a GPU has
+    storage, cut, and each process reads its own part of the files. Without a mesh the device has
     the weights in the forward's dtype, and masters of another one beside them, or in host memory
     with parallel.cpu_offload. Errors: ModelError; ValueError for a family that `families.measure`
     refuses.
@@ -304,7 +297,14 @@ def load_policy(
     policy = _make_policy(Policy, causal_lm, cfg, world=world, parallel=parallel, backend=backend)
     if weights is not None:
         read_parts(causal_lm, weights, policy.masters)
-    return with_masters(policy, cfg) if cuda else policy
+    return with_masters(policy, cfg)
+
+
+def frozen(cfg: ModelConfig) -> ModelConfig:
+    """The section `model` of a policy that nothing updates: it has no masters, and no backward that
+    would have anything computed twice."""
+    master_dtype = "bfloat16" if cfg.has_masters else cfg.master_dtype
+    return replace(cfg, activation_checkpointing="none", master_dtype=master_dtype)
 
 
 def random_policy(
@@ -334,7 +334,7 @@ def random_policy(
     draw(causal_lm, config.initializer_range, seed + part)
     for weight, master in (policy.masters or {}).items():
         master.copy_(weight.detach())
-    return with_masters(policy, cfg) if world.device.type == "cuda" else policy
+    return with_masters(policy, cfg)
 
 
 def _master_dtype(cfg: ModelConfig) -> torch.dtype:
@@ -367,8 +367,8 @@ def _masters(causal_lm: Any, cfg: ModelConfig) -> dict[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def with_masters(policy: P, cfg: ModelConfig) -> P:
-    """Keep the weights of one device as masters, and give the forward others in its dtype. By
-    autocast every micro-batch would cast all, and hold what it has cast until its backward."""
+    """Keep the weights of one device as masters, and give the forward others in its dtype. Cast in
+    the forward, every micro-batch would hold what it has cast until its backward."""
     if cfg.has_masters and not (policy.sharded or policy.hosted):
         policy.masters = {weight: weight.detach() for weight in policy.parameters()}
         for weight in policy.parameters():
@@ -401,6 +401,8 @@ def _make_policy(
     choice = attention.choose_for(causal_lm.config, cfg.attention, world.device, dtype)
     causal_lm.set_attn_implementation(attention.register(choice.name))
     _use_liger(causal_lm, cfg, world.device)
+    if world.device.type == "cpu":
+        embedding.add_in_float32(causal_lm)
     checkpoint_activations(causal_lm, cfg.activation_checkpointing or "full")
     # Train mode for gradient checkpointing, which transformers skips in eval; no dropout is left.
     causal_lm.train()

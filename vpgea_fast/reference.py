@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import torch
 from transformers.utils import logging
 
-from vpgea_fast.attention import HALF
-from vpgea_fast.config import Config, ModelConfig
+from vpgea_fast.config import Config
 from vpgea_fast.distributed import World, reshard
-from vpgea_fast.model import Policy, load_policy
+from vpgea_fast.model import Policy, frozen, load_policy
 from vpgea_fast.model_dir import ModelError, load_tokenizer
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.passes import Passes
@@ -97,17 +96,11 @@ class Reference:
 
     def _load(self) -> Policy:
         cfg = self.cfg
+        # In the forward's dtype, as the policy's weights are: the log-probs are its bits where the
+        # weights are.
         how = replace(
-            cfg.model,
+            frozen(cfg.model),
             path=reference_path(cfg),
-            # Without a backward nothing is kept, and nothing needs computing twice.
-            activation_checkpointing="none",
-            master_dtype=reference_dtype(
-                cfg.model,
-                cast=self.world.mesh is not None
-                or self.world.device.type == "cuda"
-                or cfg.parallel.cpu_offload,
-            ),
             # What is read anew each time would be compiled anew.
             compile=cfg.model.compile and cfg.model.reference == "device",
         )
@@ -118,17 +111,6 @@ class Reference:
 def reference_path(cfg: Config) -> str:
     """Say where the reference's weights lie: those that the policy starts from, unless told."""
     return cfg.model.reference_path or cfg.model.path
-
-
-def reference_dtype(model: ModelConfig, *, cast: bool) -> Any:
-    """Choose the dtype in which the reference's weights are kept; `cast`: whether the policy's
-    forward reads its weights in model.dtype."""
-    # Shards are gathered in the forward's dtype and one GPU has it, so they may be kept in it, and
-    # the log-probs are the policy's bits where the weights are. Under autocast the residual stream
-    # has the dtype of the weights: there a half-precision copy would be another model, some 1e-2 a
-    # token away.
-    half = getattr(torch, model.dtype) in HALF
-    return model.dtype if cast and half else model.master_dtype
 
 
 def check_models(cfg: Config, model_config: Any, tokenizer: Any) -> None:

@@ -345,8 +345,11 @@ def export_step(
         chosen = max(steps, default=0) if step == "last" else step
     saved = checkpoint.open_checkpoint(run_dir, chosen, world=world)
     # The weights are those of any machine; what the run's own needed (kernels, a GPU) is left out.
+    given = (_record(saved) or cfg).model
     model = replace(
-        (_record(saved) or cfg).model,
+        given,
+        # Masters alone: nothing runs, so there are no weights of a forward beside them.
+        dtype="float32" if given.has_masters else given.dtype,
         device="cpu",
         attention="auto",
         liger="never",
@@ -356,7 +359,9 @@ def export_step(
     out_dir = Path(out_dir or run_dir / f"{EXPORTS[who]}_step_{chosen}")
     policy = load_policy(model, world)
     checkpoint.put_weights(saved, policy, world=world, who=who)
-    return checkpoint.export_model(policy, load_tokenizer(model.path), out_dir, world=world)
+    dtype = getattr(torch, given.dtype)
+    tokenizer = load_tokenizer(given.path)
+    return checkpoint.export_model(policy, tokenizer, out_dir, world=world, dtype=dtype)
 
 
 def rate_changes(old: Config, new: Config, step: int) -> list[str]:

@@ -133,8 +133,8 @@ class ParallelConfig:
     """How the model lies on the processes that torchrun starts; one process needs none of it."""
 
     shard: Literal["auto", "always", "never"] = "auto"
-    """Shard the model with FSDP2. `auto`: with more than one process. One GPU has the whole weights
-    in model.dtype, so no forward copies one, and float32 masters beside them."""
+    """Shard the model with FSDP2. `auto`: with more than one process. One device has the whole
+    weights in model.dtype, so no forward copies one, and float32 masters beside them."""
     # Between nodes a gather of every layer is slow; replicas exchange gradients alone, once a step.
     replicas: PositiveInt = 1
     """Number of HSDP replicas, each sharded over world_size / replicas processes. One replica per

@@ -3,14 +3,13 @@ and purpose, and the bytes that one device moves in a step.
 
 L layers, D hidden, Q and K widths of queries and keys, F inner MLP, V vocabulary, T packed tokens,
 P parameters, W processes, S = W / replicas of them share one copy of the model. Bytes: s forward
-dtype, m master dtype, r reduction (4; 8 for float64), x residual stream (s when sharded, m under
-autocast).
+dtype, m master dtype, r reduction (4; 8 for float64).
 
 A sharded model lies in units that are gathered whole, used, and freed: every block, the embedding,
 the head (with the embedding when tied), and the root, which holds the final norm. A process holds
 ceil(rows / S) rows of every parameter.
 
-On one device nothing is cut. The whole weights lie on a GPU in the forward's dtype, gradients in
+On one device nothing is cut. The whole weights lie on it in the forward's dtype, gradients in
 float32 (8 bytes for float64), and masters where they have another dtype. With parallel.cpu_offload
 the optimiser's states are in host memory; an update has three blocks of them on the device.
 

@@ -95,7 +95,6 @@ class Layout:
     forward   of an element in the forward and in gathers
     master    of a weight that the optimiser updates
     reduce    of a gradient while it is summed over processes
-    residual  of the residual stream
     held      elements that one process holds
     """
 
@@ -117,7 +116,7 @@ class Layout:
     @property
     def masters(self) -> int:
         """Bytes on the device of the weights that are updated, where the forward has others."""
-        apart = self.cuda and not (self.sharded or self.hosted) and self.cfg.model.has_masters
+        apart = not (self.sharded or self.hosted) and self.cfg.model.has_masters
         return self.models * self.held * self.master * apart
 
     @property
@@ -177,17 +176,6 @@ class Layout:
     def whole_gradients(self) -> bool:
         """Whether gradients are reduced once; not where it is not chosen yet."""
         return self.cfg.parallel.accumulate == "unsharded"
-
-    @property
-    def autocast(self) -> bool:
-        # FSDP casts its units itself. Whole weights are the ones of the optimiser, or beside these.
-        own = self.sharded or self.hosted or self.masters
-        return not own and self.forward != self.master
-
-    @property
-    def residual(self) -> int:
-        # Autocast leaves the sum of a layer's input and its output in the input's dtype.
-        return self.master if self.autocast else self.forward
 
     def local(self, shapes: Shapes) -> int:
         """Count the elements of a unit that one process holds, rounded up to whole rows."""

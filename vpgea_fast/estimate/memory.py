@@ -18,7 +18,6 @@ KEYS = {
     "optimiser": "optim.name (adamw_bf16, adamw_8bit), more processes, or parallel.cpu_offload",
     "gradients": "parallel.accumulate sharded, more processes, or parallel.cpu_offload",
     "sampling replica": "parallel.shard never on one device (then there is none)",
-    "forward copy": "model.dtype",
     "activations": "train.micro_batch_tokens, or model.activation_checkpointing full",
     "head": "train.micro_batch_tokens",
     "kv cache": "rollout.max_batch or rollout.max_new_tokens",
@@ -155,7 +154,6 @@ def estimate_memory(
     }
     if cfg.model.reference == "device":
         states |= frozen
-    copies = _copies(lay)
     engine = _engine(lay, context=context, device_bytes=device_bytes) if cfg.colocated else None
     beside = {**states, **(engine.asleep(cuda=cuda) if engine else {})}
     awake = {**states, **(engine.parts if engine else {})}
@@ -166,16 +164,14 @@ def estimate_memory(
         phases = {"loaded": beside}
         if scores:
             phases = {"scoring": {**beside, **forward.scoring(lay, tokens)}}
-        if lay.grade == "none":  # else freed before the head
-            phases = {name: {**parts, **copies} for name, parts in phases.items()}
     elif cfg.train.score_tokens is not None:  # else it takes no more than training does
-        phases["scoring"] = {**beside, **forward.scoring(lay, tokens), **copies}
+        phases["scoring"] = {**beside, **forward.scoring(lay, tokens)}
     scored = scores_answers(cfg.objective) and cfg.scoring.u_source == "likelihood"
     if reads_reference(cfg.objective):
         # Where it may be asked again in a step, vLLM is awake.
         asleep = not (cfg.train.resample_rounds or cfg.answers_behind)
         around = {**(beside if asleep else awake), **frozen}
-        phases["reference"] = {**around, **forward.reference_pass(lay, tokens), **copies}
+        phases["reference"] = {**around, **forward.reference_pass(lay, tokens)}
     # The reference policy's weights are there while it draws, or is handed to the engine.
     own = frozen if asked.reference else {}
     # hf samples with what is there: the trained module, or the replica of a sharded one.
@@ -183,7 +179,7 @@ def estimate_memory(
         return MemoryEstimate(phases, _host(lay), shape.parameters, tokens)
     if cfg.samples_itself:
         drawing = _sampling(lay, context=context, prompt=prompt)
-        phases["sampling"] = {**states, **drawing, **copies, **own}
+        phases["sampling"] = {**states, **drawing, **own}
         return MemoryEstimate(phases, _host(lay), shape.parameters, tokens)
     # A few tokens are scored then.
     probe = {"units": forward.scoring(lay, 1)["units"]} if engine else {}
@@ -191,7 +187,7 @@ def estimate_memory(
     # Log-probs of thoughts are scored beside an engine that has just answered behind them.
     beside_it = cfg.answers_behind and policy_rows(cfg.objective)
     if engine and (beside_it or (scored and cfg.train.resample_rounds)):
-        phases["scoring"] = {**awake, **forward.scoring(lay, tokens), **copies}
+        phases["scoring"] = {**awake, **forward.scoring(lay, tokens)}
     weights = {"vllm weights": engine.weights} if engine else {}
     phases["sync"] = {**beside, **weights, **_hand_over(lay)}
     return MemoryEstimate(
@@ -220,23 +216,17 @@ def _score_tokens(lay: Layout) -> int:
     room = max(sum(parts.values()) for parts in _trained(lay).values())
     asked = reads_reference(cfg.objective)
     read = asked and cfg.model.reference == "disk" and not lay.offloaded
-    beside = sum(_copies(lay).values()) + (reference_bytes(lay) if read else 0)
+    beside = reference_bytes(lay) if read else 0
     one_pass = forward.reference_pass if asked else forward.scoring
     budgets = [count * own for count in MICRO_BATCHES]
     fit = [n for n in budgets if beside + sum(one_pass(lay, n).values()) <= room]
     return max(fit, default=own)
 
 
-def _copies(lay: Layout) -> dict[str, int]:
-    return {"forward copy": lay.shape.parameters * lay.forward if lay.autocast else 0}
-
-
 def _trained(lay: Layout) -> dict[str, dict[str, int]]:
     """Size the phases of an update, beside what lies on the device in every phase."""
     gradients = _gradients(lay)
     phases = _training(lay, gradients)
-    if lay.grade == "none":  # else freed before the head
-        phases = {name: {**parts, **_copies(lay)} for name, parts in phases.items()}
     # Activations are gone by then, and the optimiser's copies come.
     moments = [{"gradients": gradients["reduced"], "scratch": _scratch(lay)}]
     # Before them whole gradients are rounded, one at a time beside those that are not yet.
@@ -271,6 +261,8 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     reduction = max(pair + block * (s + r) + waiting, 2 * head * r)
     dense = embedding * s + (embedding * r + 2 * embedding * r // lay.shards) * lay.sharded
     dense += embedding * r * lay.widened
+    # A CPU adds up in float32: all rows, and those of each id.
+    dense += 8 * tokens * shape.hidden * (s < 4 and not lay.cuda)
     return {
         "head": {
             **held,
@@ -291,8 +283,8 @@ def reference_bytes(lay: Layout) -> int:
     """Count the bytes of the frozen reference policy on one process; 0 where none is asked for."""
     if not reads_reference(lay.cfg.objective):
         return 0
-    # Not updated, so in the dtype of the policy's forward, unless that casts by autocast.
-    return lay.held * (lay.master if lay.autocast else lay.forward)
+    # Not updated, so in the dtype of the policy's forward.
+    return lay.held * lay.forward
 
 
 def optimizer_bytes(lay: Layout) -> int:

@@ -50,8 +50,8 @@ PACK_FROM = 16
 class HFEngine(EngineBase):
     """Rollout engine over `model`, a transformers causal LM, where it lies.
 
-    dtype        of the forward, by autocast over float32 weights, as the trainer's own forward;
-                 None: the weights' own
+    dtype        of the forward, by autocast over float32 weights, as a host's own forward; None:
+                 the weights' own
     max_batch    rows decoded side by side; the KV cache of that many paths must fit
     check_every  decode steps between two looks at what has finished. Every look is a sync point,
                  which on a CPU costs its operations alone: by default 4 there and 16 elsewhere. It
