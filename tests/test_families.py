@@ -198,9 +198,10 @@ def test_a_family_trains_in_bfloat16_as_in_float32(name, tmp_path):
         found.append((out.logp.detach(), {n: p.grad for n, p in policy.named_parameters()}))
     (logp, gradients), (half, narrow) = found
     assert (half - logp).abs().mean() < 0.05
+    # The bias of a key has none: what is there is rounding.
+    least = 0.01 * torch.stack([g.norm() for g in gradients.values()]).norm()
     for key, gradient in gradients.items():
-        error = (narrow[key] - gradient).norm() / gradient.norm().clamp_min(1e-6)
-        assert error < 0.3, (key, float(error))
+        assert (narrow[key] - gradient).norm() < 0.3 * gradient.norm() + least, key
 
 
 HEAD_OPTIONS = {

@@ -28,7 +28,10 @@ def add_in_float32(model: nn.Module) -> None:
 @cache
 def _beneath(kind: type[nn.Embedding]) -> type[nn.Embedding]:
     """The class with its own forward: Gemma's scales what `super().forward` looks up."""
-    return _Embedding if kind is nn.Embedding else type(kind.__name__, (kind, _Embedding), {})
+    if kind is nn.Embedding:
+        return _Embedding
+    bases: Any = (kind, _Embedding)
+    return type(kind.__name__, bases, {})
 
 
 class _Embedding(nn.Embedding):
