@@ -49,7 +49,7 @@ Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 
-def default_chunk_bytes(device: torch.device, row_bytes: int = 0, hidden: int = 1 << 30) -> int:
+def default_chunk_bytes(device: torch.device, row_bytes: int = 0, dw_bytes: int = 1 << 40) -> int:
     """Memory for the (C, V) buffers: on CUDA up to 4 GiB and 1/16 of the memory, on a CPU 48 MiB.
 
     Every chunk reads the weight twice and dW once: a CPU's GEMMs lose 3 % of their rate at 128 rows
@@ -57,7 +57,7 @@ def default_chunk_bytes(device: torch.device, row_bytes: int = 0, hidden: int = 
     A dW of 16 MiB stays in the cache: there 96 rows or 3 MiB are as fast.
     """
     if device.type != "cuda":
-        small = hidden * row_bytes <= 16 << 20
+        small = dw_bytes <= 16 << 20
         return max(3 << 20, 96 * row_bytes) if small else max(48 << 20, 256 * row_bytes)
     return min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 16)
 
@@ -162,9 +162,8 @@ def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any
 
 
 def kept_rows_(x_CV: Tensor, keep_R: Tensor) -> Tensor:
-    """The rows keep_R, ascending, as the first ones of x_CV, whose other rows are lost.
-    64 at a time, not a copy of all. None is overwritten before it has moved: the r-th kept one is
-    not before row r."""
+    """The rows keep_R, ascending, as the first of x_CV, whose others are lost; 64 a time, no copy
+    of all. None is overwritten before it has moved: the r-th kept one is not before row r."""
     n_rows = keep_R.shape[0]
     if n_rows < x_CV.shape[0]:
         for start in range(0, n_rows, 64):
@@ -195,9 +194,10 @@ def chunk_rows(
     All chunks are equal: a short last one would run its GEMMs at fewer than the budget allows.
     """
     wide, operand = torch.promote_types(hidden_TD.dtype, torch.float32), operand_of(hidden_TD)
+    dw_bytes = classes * hidden_TD.shape[1] * wide.itemsize
     row_bytes = classes * (wide.itemsize * buffers + operand.itemsize * (operand in HALF))
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes, hidden_TD.shape[1])
+        chunk_bytes = default_chunk_bytes(hidden_TD.device, row_bytes, dw_bytes)
     most = max(1, chunk_bytes // row_bytes)
     return math.ceil(rows / math.ceil(rows / most))
 

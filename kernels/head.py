@@ -151,7 +151,7 @@ def new_sinks(
     hidden_TD, weight_VD, bias_V = inputs[:3]
     total = accumulator(hidden_TD)
     dweight_VD = dweight_out if needs.weight else None
-    fresh &= needs.weight and dweight_out is None and not weight_VD.is_cuda
+    fresh &= needs.weight and dweight_out is None and weight_VD.device.type == "cpu"
     if needs.weight and dweight_out is None:
         dweight_VD = (torch.empty_like if fresh else torch.zeros_like)(weight_VD, dtype=total)
     return Sinks(

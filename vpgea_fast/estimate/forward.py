@@ -71,7 +71,7 @@ def head(lay: Layout, tokens: int) -> int:
     limit = UNASKED_CHUNK if lay.by_classes else HEAD_BYTES
     rows = min(tokens, limit // row)
     if not lay.cuda:
-        small = shape.hidden * row <= SMALL_HEAD
+        small = -(-shape.vocabulary // processes) * shape.hidden * wide <= SMALL_HEAD
         rows = max(96, SMALL_BYTES // row) if small else max(256, HEAD_BYTES_CPU // row)
     if lay.cfg.loss.backend == "triton":
         rows = min(rows, TRITON_ROWS)
