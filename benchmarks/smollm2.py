@@ -426,7 +426,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2-bench"))
     parser.add_argument("--gsm8k", type=Path, help="folder of gsm8k_train.jsonl, gsm8k_test.jsonl")
     args = parser.parse_args()
-    if go_on(Bench(args.out, args.runs, opened(args.out), gsm8k=args.gsm8k)):
+    # Whole, so that a start from another folder goes on with the same runs.
+    if go_on(Bench(args.out, args.runs.resolve(), opened(args.out), gsm8k=args.gsm8k)):
         # A stage leaves glibc's heap in pieces, and the next one would be slower: begin with a new
         # one. The process keeps its id, so a signal still finds it.
         sys.stdout.flush()

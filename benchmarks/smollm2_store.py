@@ -40,6 +40,7 @@ class Bench:
     """Keys of train.jsonl with an honest solution."""
 
     def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.out, json.dumps(self.record, indent=1) + "\n")
 
     def named(self, text: str) -> str:
@@ -84,6 +85,11 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
     old, new = dotted(known), dotted(settings)
     other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     key, *more = other
+    if key.startswith("gsm8k"):
+        raise SystemExit(
+            f"{bench.out} was begun {'with' if known['gsm8k'] else 'without'} --gsm8k, or with "
+            "other files of it; give it as then, or a new --out and --runs"
+        )
     raise SystemExit(
         f"{bench.out} was begun with {key} {old.get(key)!r}, and this start has {new.get(key)!r}"
         f"{f' ({len(more)} more differ)' if more else ''}; go on with commit "

@@ -382,3 +382,12 @@ def test_all_stages_in_small_and_a_second_start_makes_nothing(
     assert not smollm2.go_on(small_bench(tmp_path))
     assert "vpgea" not in capsys.readouterr().out.partition("model ")[0]
     assert bench.out.read_text() == text
+
+
+def test_a_forgotten_gsm8k_is_named_and_a_folder_for_the_file_is_made(tmp_path):
+    bench = store.Bench(tmp_path / "new/made.json", tmp_path / "runs", {"id": "a"})
+    store.begin(bench, {"gsm8k": {"files": "digest"}})
+    assert refusal(store.begin, bench, {"gsm8k": None}).endswith(
+        "made.json was begun with --gsm8k, or with other files of it; give it as then, or a new "
+        "--out and --runs"
+    )
