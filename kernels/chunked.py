@@ -162,8 +162,8 @@ def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any
 
 
 def kept_rows_(x_CV: Tensor, keep_R: Tensor) -> Tensor:
-    """The rows keep_R, ascending, as the first of x_CV, whose others are lost; 64 a time, no copy
-    of all. None is overwritten before it has moved: the r-th kept one is not before row r."""
+    """The rows keep_R, ascending, as the first of x_CV, whose others are lost; moved 64 at a time,
+    not all copied. None is overwritten before it moves: the r-th kept one is not before row r."""
     n_rows = keep_R.shape[0]
     if n_rows < x_CV.shape[0]:
         for start in range(0, n_rows, 64):
