@@ -68,6 +68,7 @@ TUNED = (
 )
 GSM8K = ["--eval.samples", "0", "--eval.limit", "50"]
 """Greedy alone: a model of this size solves few of them."""
+STOPPED = "smollm2: stopped; the same command goes on, and takes the rest as it was left"
 POINTS = 60
 CURVE = (
     "step loss grad_norm len_prior len_post len_gated acc_student acc_teacher accept_rate".split()
@@ -92,7 +93,9 @@ class Stage:
 def call(*words: str) -> None:
     print("vpgea", shlex.join(words), flush=True)
     # 3: a training that ended itself and exported. It is a result, and `halted` says why.
-    if (status := vpgea(list(words))) not in (0, 3):
+    if (status := vpgea(list(words))) in (130, 143):
+        print(STOPPED, file=sys.stderr)
+    if status not in (0, 3):
         raise SystemExit(status)
 
 

@@ -391,3 +391,14 @@ def test_a_forgotten_gsm8k_is_named_and_a_folder_for_the_file_is_made(tmp_path):
         "made.json was begun with --gsm8k, or with other files of it; give it as then, or a new "
         "--out and --runs"
     )
+
+
+@pytest.mark.parametrize(("status", "says"), [(130, True), (143, True), (2, False)])
+def test_a_stop_of_a_stage_names_this_command_and_not_that_of_the_stage(
+    status, says, monkeypatch, capsys
+):
+    monkeypatch.setattr(smollm2, "vpgea", lambda _: status)
+    with pytest.raises(SystemExit) as left:
+        smollm2.call("train", "smollm2")
+    assert left.value.code == status
+    assert ("the same command goes on" in capsys.readouterr().err) == says

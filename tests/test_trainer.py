@@ -301,8 +301,17 @@ def test_sigterm_saves_and_says_how_to_go_on(words, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    assert f"--resume {run}" in out
-    assert newest(run).step == lines(run)[-1]["step"] >= 3
+    said = [line for line in out.splitlines() if line.startswith(("SIGTERM", "stopped"))]
+    assert said[0] == "SIGTERM: saves before it ends, which may take a step"  # heard at once
+    assert said[1].endswith(f"--resume {run}")
+    assert len(said) == 2
+    step = newest(run).step
+    assert step == lines(run)[-1]["step"] >= 3
+    last = ["--resume", str(run), "--train.steps", str(step + 1)]
+    process = Program("-m", "vpgea_fast.cli", "train", *last)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"\ngoes on after step {step}\n" in f"\n{out}"
 
 
 def test_an_all_gated_step_makes_no_update(words, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,12 +17,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stop:
     """Whether the run was asked to end, and the two places where it may leave.
 
-    `requested` may be set by anyone. Inside its `with` block SIGTERM and Ctrl-C set it; a second
-    Ctrl-C interrupts at once. A thread that is not the main one hears no signal.
+    `requested` may be set by anyone. Inside its `with` block SIGTERM and Ctrl-C set it, and `tell`
+    gets a line at once; a second Ctrl-C interrupts. A thread that is not the main one hears no
+    signal.
     """
 
-    def __init__(self, world: World, max_minutes: float | None = None) -> None:
-        self.world, self.requested = world, False
+    def __init__(
+        self,
+        world: World,
+        max_minutes: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> None:
+        self.world, self.requested, self.tell = world, False, tell
         # Monotonic: a clock that is set back must not let the scheduler's limit pass unseen.
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._handlers: dict[signal.Signals, Any] = {}
@@ -59,4 +66,10 @@ class Stop:
         # A scheduler may send SIGTERM many times, and each finds the save still under way.
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested and self.tell is not None:
+            heard = f"{signal.Signals(number).name}: saves before it ends, which may take a step"
+            if number == signal.SIGINT:
+                heard += "; a second Ctrl-C does not wait"
+            # A handler may interrupt a print, and one thread cannot enter a stream twice.
+            threading.Thread(target=self.tell, args=(heard,)).start()
         self.requested = True

@@ -143,7 +143,7 @@ class Trainer:
             self.metrics = MetricsWriter(self.run.path) if self.world.main else None
             undo.pop_all()
         self.console = Console(cfg.train.steps, done=self.state.step, silent=not self.world.main)
-        self.say = self.console.message
+        self.say = self.stop.tell = self.console.message
         self.evaluations = Evaluations(
             cfg,
             state=self.state,
@@ -368,7 +368,8 @@ class Trainer:
                     self.state.rollout = checkpoint.read_rollout(
                         saved, self._revive, world=self.world
                     )
-                    self.run.notices.append(f"goes on after {self.state}, with its paths")
+                paths = ", with its paths" if saved.updates else ""
+                self.run.notices.append(f"goes on after {self.state}{paths}")
             self.state.worth = self.run.worth(saved)
         self.sync_engine(updated=False)
         if self.state.rollout is not None:

@@ -205,7 +205,7 @@ def run_sweep(order: Order, console: Console, command: str = "") -> Path:
         console.message(line)
     with (
         claimed(order.out, console.message) as lock,
-        Stop(World(pick_device("cpu"))) as stop,
+        Stop(World(pick_device("cpu")), tell=console.message) as stop,
         Starter(stop, lock) as starter,
     ):
         sweep.enter()

@@ -290,7 +290,7 @@ def run_rounds(
     """
     with (
         claimed(out, say) as lock,
-        Stop(World(pick_device("cpu"))) as stop,
+        Stop(World(pick_device("cpu")), tell=say) as stop,
         Starter(stop, lock) as starter,
     ):
 
