@@ -31,6 +31,7 @@ from vpgea_fast.estimate import (
     model_shape,
     score_tokens,
 )
+from vpgea_fast.estimate.choice import settled
 from vpgea_fast.intake import check_text
 from vpgea_fast.model import Policy, random_policy
 from vpgea_fast.model_dir import ModelError
@@ -948,6 +949,30 @@ def test_a_preset_fits_its_card_at_its_limits(name, model, processes, engine, gi
     found = estimate_memory(shape, choice.made(cfg), **asked)
     assert found.peak <= (1 - RESERVE) * on.device_bytes
     assert on.device_bytes - found.peak >= 5 * GIB
+
+
+def test_what_no_memory_decides_is_settled_without_a_model():
+    """A null key has the value that `choose` gives it on the smallest and the largest device."""
+
+    def keys(cfg):
+        return cfg.model.activation_checkpointing, cfg.parallel.accumulate
+
+    cfg = settings(parallel={"shard": "auto"})
+    cases = {
+        (1, False): ("full", "sharded"),
+        (4, False): ("full", "sharded"),
+        (1, True): (None, "sharded"),
+        (4, True): (None, None),
+    }
+    own = {"activation_checkpointing": "none"}
+    given = settings(model=own, parallel={"accumulate": "unsharded"})
+    for (world, cuda), expected in cases.items():
+        assert keys(settled(cfg, world=world, cuda=cuda)) == expected
+        found = [chosen(cfg, size, world=world, cuda=cuda) for size in (1, 1 << 60)]
+        each = zip(*((choice.grade, choice.accumulate) for choice in found), strict=True)
+        # Null where the two devices differ.
+        assert expected == tuple(one if one == two else None for one, two in each)
+        assert settled(given, world=world, cuda=cuda) == given
 
 
 def test_the_committed_scale_table_is_the_estimators(monkeypatch):

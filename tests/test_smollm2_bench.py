@@ -119,6 +119,16 @@ def test_another_setting_is_refused_by_its_name(tmp_path):
     assert "was begun with config.optim.lr 1.0, and this start has 2.0; go on with commit" in said
     said = refusal(store.begin, small_bench(tmp_path), {"sft": ("x", 2), "rules": {}})
     assert "begun with sft ['x', 1], and this start has ['x', 2] (2 more differ)" in said
+    # What was written before a key came, or had another default, means the same.
+    whole = smollm2.settings(small_bench(tmp_path / "whole"))
+    first = small_bench(tmp_path / "whole")
+    parallel = {"shard": "auto", "accumulate": "sharded"}
+    store.begin(first, whole | {"config": whole["config"] | {"parallel": parallel}})
+    store.begin(first, whole)
+    parallel["accumulate"] = "unsharded"
+    other = whole | {"config": whole["config"] | {"parallel": parallel}}
+    said = refusal(store.begin, first, other)
+    assert "config.parallel.accumulate 'sharded', and this start has 'unsharded'; go on" in said
     # Written into the file by hand.
     bench.record["settings"]["config"]["optim"]["lr"] = 2.0
     bench.save()

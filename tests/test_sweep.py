@@ -17,15 +17,16 @@ import pytest
 import torch
 from runs import recorded, untimed
 
+from vpgea_fast import strict_yaml
 from vpgea_fast.cli import main
-from vpgea_fast.config import dump, load, resolve
+from vpgea_fast.config import as_dict, dump, load, resolve
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.metrics import Console
 from vpgea_fast.stop import Stop
 from vpgea_fast.sweep import Order, Sweep, budget_lines, parse_method, run_sweep
 from vpgea_fast.sweep.inputs import Inputs, changed
 from vpgea_fast.sweep.plan import SweepError, extended, questions
-from vpgea_fast.sweep.runs import Pool, how_halted
+from vpgea_fast.sweep.runs import Pool, _goes_on, how_halted
 from vpgea_fast.sweep.server import Starter
 from vpgea_fast.sweep.table import (
     T_975,
@@ -610,6 +611,38 @@ DAMAGED = [
     ({"after": {"sampled": {}}}, "KeyError: 'benchmarks'"),
     ({"after": {"sampled": {"benchmarks": {"pick": {}}}}}, "KeyError: 'acc'"),
 ]
+
+
+def older(tree):
+    """As a version wrote it that had no parallel.tensor, and `sharded` for parallel.accumulate."""
+    parallel = {k: v for k, v in tree["parallel"].items() if k != "tensor"}
+    return tree | {"parallel": parallel | {"accumulate": "sharded"}}
+
+
+def test_a_folder_of_an_earlier_version_goes_on(order, capsys):
+    """Its record, and a run that it has begun: they mean today what they meant."""
+    asked = order()
+    one = Sweep(asked, Console(silent=True))
+    (cell,) = one.cells()
+    run = Path(cell.cfg.run.dir)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(strict_yaml.dump(older(as_dict(cell.cfg))))
+    assert load(run / "config.yaml", record=True) != cell.cfg
+    assert _goes_on(run, cell)
+    other = older(as_dict(cell.cfg))
+    other["optim"]["lr"] = 2e-3
+    (run / "config.yaml").write_text(strict_yaml.dump(other))
+    assert not _goes_on(run, cell)
+    shutil.rmtree(asked.out)
+    assert main(command(asked)) == 0
+    file = asked.out / "sweep.json"
+    now = json.loads(file.read_text())
+    file.write_text(json.dumps(now | {"config": older(now["config"])}))
+    assert main(command(asked)) == 0
+    assert json.loads(file.read_text()) == now
+    file.write_text(json.dumps(now | {"config": older(now["config"]) | {"train": {}}}))
+    assert main(command(asked)) == 2
+    assert "holds another sweep: config.train.steps is now 2" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_named(order):

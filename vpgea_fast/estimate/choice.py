@@ -81,6 +81,20 @@ def choose(
     return replace(choice, reason=reason)
 
 
+def settled(cfg: Config, *, world: int, cuda: bool) -> Config:
+    """Return `cfg` with the value of each null key that is the same whatever the memory."""
+    choices = _choices(cfg, sharded=cfg.parallel.sharded(world))
+    if not (cuda and cfg.objective.draws().trained):
+        choices = choices[-1:]
+    model, parallel = cfg.model, cfg.parallel
+    grades, sums = {one.grade for one in choices}, {one.accumulate for one in choices}
+    if len(grades) == 1:
+        model = replace(model, activation_checkpointing=grades.pop())
+    if len(sums) == 1:
+        parallel = replace(parallel, accumulate=sums.pop())
+    return replace(cfg, model=model, parallel=parallel)
+
+
 def _choices(cfg: Config, *, sharded: bool) -> list[Choice]:
     """List what may be chosen, the fastest first."""
     grade, sums = cfg.model.activation_checkpointing, cfg.parallel.accumulate

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, one_line
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console, environment
 from vpgea_fast.metrics.console import clock_time
 from vpgea_fast.report import plot_comparison
 from vpgea_fast.stop import Stop
-from vpgea_fast.sweep.inputs import Inputs
+from vpgea_fast.sweep.inputs import Inputs, meaning
 from vpgea_fast.sweep.plan import (
     METRICS,
     Cell,
@@ -70,6 +70,8 @@ __all__ = [
     "Sweep",
     "SweepError",
     "evaluate",
+    "hold_sweep",
+    "identity",
     "origin",
     "parse_grids",
     "parse_method",
@@ -120,7 +122,7 @@ class Sweep:
         # As the file gives it back: tuples come as lists, and keys as text.
         mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
         if file.is_file():
-            _same_sweep(file, mine)
+            hold_sweep(file, mine)
         # The hidden ones are the locks, which are held by now.
         elif any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise SweepError(f"{out} is not empty and no sweep; give another --out")
@@ -241,12 +243,16 @@ def default_jobs(cfg: Config) -> int:
     return max(1, cores() // cfg.run.threads) if cfg.run.threads else 1
 
 
-def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
+def hold_sweep(file: Path, mine: Mapping[str, Any]) -> None:
+    """Hold a folder's sweep.json to the `identity` of an order. SweepError where they differ."""
+    now = dotted({**mine, "config": meaning(mine["config"])})
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        theirs, now = dotted(known), dotted(mine)
-    except (OSError, ValueError, AttributeError) as error:
-        raise SweepError(f"{file} is no record of a sweep ({error}); give another --out") from error
+        theirs = dotted(known | {"config": meaning(known["config"], str(file))})
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise SweepError(
+            f"{file} is no record of a sweep ({one_line(error)}); give another --out"
+        ) from error
     # Every run has a rate of the grid, whatever the configuration's own is.
     keys = [key for key in {**now, **theirs} if key != "config.optim.lr"]
     changed = [key for key in keys if now.get(key) != theirs.get(key)]

@@ -1,14 +1,19 @@
-"""What a run reads, told apart by content: a file may change while its name stays."""
+"""What a run reads, told apart by content: a file may change while its name stays, and a
+configuration be written otherwise while its meaning stays."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vpgea_fast.config import Config, DataConfig, DataFile
+import torch
+
+from vpgea_fast.config import Config, DataConfig, DataFile, as_dict, renewed, resolve
 from vpgea_fast.data import DataError, fingerprint, load_questions
+from vpgea_fast.estimate.choice import settled
 from vpgea_fast.objectives import reads_reference
 from vpgea_fast.weights import model_digest
 
@@ -81,3 +86,15 @@ def changed(known: dict[str, str], now: dict[str, str]) -> str | None:
     # Of both sides: what only one of them has read is a change too.
     names = {**now, **known}
     return next((name for name in names if known.get(name) != now.get(name)), None)
+
+
+def meaning(sections: Mapping[str, Any], source: str = "configuration") -> dict[str, Any]:
+    """Return the sections of a record as they are read today, for one process of this device.
+
+    Two records are of one configuration where these are equal. An older one has keys of its version
+    and lacks later ones, which have their defaults; null and what it becomes here are one value.
+    ConfigError for a record that no longer is a configuration.
+    """
+    cfg = resolve(renewed(sections), source)
+    cuda = cfg.model.device != "cpu" and torch.cuda.is_available()
+    return as_dict(settled(cfg, world=1, cuda=cuda))

@@ -28,11 +28,19 @@ from statistics import fmean, stdev
 from typing import Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config, PosteriorConfig, ReplayEngineConfig, dump
+from vpgea_fast.config import (
+    Config,
+    PosteriorConfig,
+    ReplayEngineConfig,
+    as_dict,
+    dump,
+    read_sections,
+)
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import ALONE, open_text, read
 from vpgea_fast.objectives import Vr, VrPhi, VrTheta
 from vpgea_fast.stop import Stop
+from vpgea_fast.sweep.inputs import meaning
 from vpgea_fast.sweep.plan import SweepError
 from vpgea_fast.sweep.runs import claimed
 from vpgea_fast.sweep.server import Starter
@@ -137,15 +145,14 @@ class Rounds:
             model=replace(cfg.model, path=model),
             objective=objective,
         )
-        text = dump(own)
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
+        if file.is_file() and meaning(read_sections(file), str(file)) != meaning(as_dict(own)):
             raise SweepError(
                 f"{file} is of another configuration; bring it back, or give another --out"
             )
         if done.is_file():
             return run
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, text)
+        write_text(file, dump(own))
         log = self.out / f"{name}.txt"
         status = self.launch(["train", str(file), "--resume-if-started"], log)
         if status:

@@ -17,11 +17,11 @@ from statistics import fmean
 from typing import IO, Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import ConfigError, changes, dump, load, one_line
+from vpgea_fast.config import ConfigError, as_dict, changes, dump, load, one_line, resolve
 from vpgea_fast.metrics import Alarms, read_steps
 from vpgea_fast.objectives.guards import GUARDS
 from vpgea_fast.report import read_evaluation, read_json
-from vpgea_fast.sweep.inputs import changed
+from vpgea_fast.sweep.inputs import changed, meaning
 from vpgea_fast.sweep.plan import Cell, Questions, SweepError
 from vpgea_fast.sweep.server import Forked, Starter
 from vpgea_fast.sweep.table import part
@@ -255,7 +255,9 @@ def _require_inputs(path: Path, known: dict[str, str], cell: Cell) -> None:
 def _goes_on(run: Path, cell: Cell) -> bool:
     """Whether a run has begun, with the keys of this cell."""
     try:
-        return not changes(load(run / "config.yaml", record=True), cell.cfg)
+        # By meaning, run.dir aside: what an older version has begun is not begun anew.
+        pair = (meaning(as_dict(c)) for c in (load(run / "config.yaml", record=True), cell.cfg))
+        return not changes(*map(resolve, pair))
     except ConfigError:
         return False
 
