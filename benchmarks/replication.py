@@ -21,10 +21,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +41,7 @@ from replication_plan import PLAN, Plan, PlanError, StageError, method_text, rea
 from vpgea_fast.bound import bound_command
 from vpgea_fast.cli.words import status_of, termination, whole
 from vpgea_fast.metrics import environment
+from vpgea_fast.sweep import SweepError, hold_sweep
 from vpgea_fast.sweep.runs import MADE_BY, cores
 
 ROOT = Path(__file__).parents[1]
@@ -51,18 +54,23 @@ Result = dict[str, Any]
 
 class Bench:
     """A plan under way in a folder of runs, and the file that holds what is known. New runs must be
-    of `commit`, if it is given."""
+    of `commit`, if it is given. `start` is what the file keeps of this one once it makes
+    something."""
 
     def __init__(self, plan: Plan, out: Path, runs: Path, jobs: int) -> None:
         self.plan, self.out, self.runs, self.jobs = plan, out, runs, jobs
         self.result = store.read(out, plan)
         self.commit: str | None = None
+        self.start: dict[str, Any] = {}
+        self._before = store.made(self.result)
 
     def save(self) -> None:
         """Write all records that are there, and the tables of them."""
         for name in sorted(p.parent.name for p in self.runs.glob("sweeps/*/sweep.json")):
             folder = self.runs / "sweeps" / name
             store.collect(self.result, name, folder, self.plan, commit=self.commit)
+        if self.start and store.made(self.result) != self._before:
+            store.add_start(self.result, self.start)
         self.result["tables"] = tables.make(self.result, self.plan)
         store.write(self.out, self.result)
 
@@ -71,7 +79,7 @@ class Bench:
         facts = environment()
         made_by = {key: facts.get(key) for key in MADE_BY}
         place = store.place_of(self.result["made_by"], made_by)
-        return {"plan": self.plan.digest, "made_by": place, "command": self.result.get("command")}
+        return {"plan": self.plan.digest, "made_by": place, "command": self.start.get("command")}
 
     def go(self) -> None:
         """Run every stage in every world. What fails is told at once and at the end, with status 2;
@@ -115,7 +123,7 @@ class Bench:
         out = self.runs / "sweeps" / folder
         store.restore(self.result, folder, out, methods)
         first = next(iter(grids.values()))
-        pick, shown = ("few", "report") if report else ("pick", "few_report")
+        select, common = plan.asked(world, place, report=report)
         words = ["sweep", str(plan.config), "--out", str(out)]
         words += ["--methods", *(method_text(label, keys) for label, keys in methods.items())]
         words += ["--rates", *(f"{rate!r}" for rate in first), "--grid"]
@@ -124,8 +132,7 @@ class Bench:
         words += ["--seeds", *map(str, seeds), "--budget", f"tokens:{plan.budget}"]
         words += ["--metric", plan.metric, "--short", f"{plan.short(world):g}"]
         words += ["--extend", str(extend), "--jobs", str(self.jobs)]
-        words += ["--select", str(place / f"{pick}.jsonl")]
-        words += plan.words_of(world, place, shown, greedy=report)
+        words += ["--select", select, *common]
         print(f"replication: {folder}", flush=True)
         status = vpgea(words)
         self.save()
@@ -295,6 +302,23 @@ def forecast(bench: Bench) -> list[str]:
         f"in all {total:.0f} minutes at {bench.jobs} runs a time, {plan.budget:,} tokens a run; "
         "longest, with every extension"
     )
+    return lines + refusals(bench)
+
+
+def refusals(bench: Bench) -> list[str]:
+    """Lines: sweeps that are known, and that `vpgea sweep` would not go on with."""
+    lines = []
+    with tempfile.TemporaryDirectory() as elsewhere:
+        for name in (f for f, *_ in bench.plan.folders() if f in bench.result["folders"]):
+            out = bench.runs / "sweeps" / name
+            if not (out / "sweep.json").is_file():
+                # As a start would put it back; a forecast writes nothing that stays.
+                out = Path(elsewhere) / name
+                store.restore(bench.result, name, out, {})
+            try:
+                hold_sweep(out / "sweep.json", bench.plan.identity(name, bench.runs))
+            except SweepError as why:
+                lines.append(f"refused: {why}")
     return lines
 
 
@@ -320,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with termination():
             _main(args, words)
-    except PlanError as error:
+    except (PlanError, StageError) as error:
         stop(str(error))
     except KeyboardInterrupt as interrupt:
         print("replication: stopped; the same command goes on", file=sys.stderr)
@@ -354,9 +378,15 @@ def _run(bench: Bench, args: argparse.Namespace, words: Sequence[str]) -> None:
     os.environ |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
     for world in args.remake:
         store.drop(result, plan, world, bench.runs)
-    result["command"] = shlex.join(["python", "benchmarks/replication.py", *words])
-    result["environment"] = environment()
-    bench.commit = result["environment"]["commit"]
+    command = shlex.join(["python", "benchmarks/replication.py", *words])
+    facts, now = environment(), datetime.now(UTC).isoformat(timespec="seconds")
+    bench.commit = facts["commit"]
+    bench.start = {"command": command, "time": now, "environment": facts}
+    if changed := store.changed_files(ROOT, bench.out):
+        print(
+            f"replication: {', '.join(changed[:3])}{', ...' * (len(changed) > 3)} "
+            "differ from the commit: what runs now cannot be traced; commit them first"
+        )
     if result["plan"] != plan.digest:
         print("replication: the plan has changed since the first run: what runs now is marked")
     if args.minutes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from replication_plan import Plan
-from replication_tables import CONTRAST, FORGOT, Result
+from replication_plan import Plan, method_words
+from replication_tables import CONTRAST, FORGOT, Result, one_prompt
 
 from vpgea_fast.sweep.table import INTERVAL
 
@@ -80,7 +80,16 @@ def _cell(of: Mapping[str, Any] | None) -> str:
     if of is None or "acc" not in of:
         return "-"
     short = f", {of['short_seeds']} of {of['seeds']}" if "seeds" in of else ""
-    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}"
+    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}{_after(_ends(of))}"
+
+
+def _ends(of: Mapping[str, Any]) -> list[str]:
+    """How seeds of a row ended that its means hold, or lack; none of the base."""
+    return [f"{of[key]} {key}" for key in ("diverged", "halted", "forgot") if of.get(key)]
+
+
+def _after(told: Sequence[str]) -> str:
+    return f" ({', '.join(told)})" * bool(told)
 
 
 def grid(
@@ -104,18 +113,16 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
     ]
     headers += ["greedy %", "short", "drawn", "concise draws, student + teacher"]
     headers += ["late, student - teacher"]
-    base, lines = mine["base"], []
+    base, lines, alike = mine["base"], [], _one_prompt(stage, plan)
     greedy = f"{100 * base['greedy_acc']:.1f}" if "greedy_acc" in base else "-"
     cells = ["base", "-", f"{100 * base['acc']:.1f}", "-", "-", f"{base['tokens']:.1f}", "-"]
     lines.append([*cells, f"{base['eps3']:.0f}", "-", greedy, "-", "-", "-", "-"])
     for name, of in mine.items():
         if name == "base":
             continue
-        told = [f"{of[key]} {key}" for key in ("diverged", "halted", "forgot") if of[key]]
-        seeds, expected = of["seeds"], len(plan.report_seeds)
+        told, seeds, expected = _ends(of), of["seeds"], len(plan.report_seeds)
         told += [f"{seeds} of {expected} seeds"] * (seeds != expected) + ["edge"] * of["edge"]
-        after = f" ({', '.join(told)})" * bool(told)
-        cells = [name + "*" * of["exploratory"] + after, f"{of['lr']:g}"]
+        cells = [name + "*" * of["exploratory"] + _after(told), f"{of['lr']:g}"]
         if "acc" not in of:
             lines.append([*cells, "diverged", *["-"] * 11])
             continue
@@ -127,7 +134,9 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
         cells.append(f"{100 * of['greedy_acc']:.1f}" if "greedy_acc" in of else "-")
         student, teacher = of["concise_draws"]
         cells += [f"{of['short_seeds']} of {of['seeds']}", f"{of['drawn']:,.0f}"]
-        lines.append([*cells, f"{student:.3g} + {teacher:.3g}", _late(of)])
+        # Without a path of the teacher, or with one prompt, there is one view.
+        late = "-" if name in alike or not of["paths"][1] else _late(of)
+        lines.append([*cells, f"{student:.3g} + {teacher:.3g}", late])
     notes = f"\n\nseeds: {INTERVAL}. questions: 95 % bootstrap of one run's, mean over seeds."
     notes += " late: seeds whose student thinks less than its teacher over the last quarter of the "
     notes += f"steps, and the mean difference of each seed, tokens. {HALF} edge: the rate is at an "
@@ -135,6 +144,13 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
     notes += f" *: {LATER}" * any(of.get("exploratory") for of in mine.values())
     short = f"short: at most {plan.short(world):g} tokens at the base's accuracy less one point."
     return grid(f"{stage}, {world}", headers, lines) + f"{notes} {short}"
+
+
+def _one_prompt(stage: str, plan: Plan) -> set[str]:
+    """Rows of a stage whose teacher sees what the student sees."""
+    rows = plan.stages[stage].get("rows", {})
+    base = plan.variant(plan.stages[stage]["method"], 0) if rows else {}
+    return {row for row, keys in rows.items() if one_prompt(plan, method_words(row, base | keys))}
 
 
 def _late(of: Mapping[str, Any]) -> str:
@@ -179,8 +195,8 @@ def _rarity(worlds: Mapping[str, Any]) -> str:
                 continue
             mine = of[name]
             spent = [f"{n / 1000:.0f}" if n else "never" for n in mine["tokens_to_short"]]
-            cells += [f"{mine['eps3']:.0f}", f"{mine['short_seeds']} of {mine['seeds']}"]
-            cells.append(", ".join(spent))
+            cells.append(f"{mine['eps3']:.0f}{_after(_ends(mine))}")
+            cells += [f"{mine['short_seeds']} of {mine['seeds']}", ", ".join(spent)]
         lines.append(cells)
     return grid("by rarity", headers, lines)
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from vpgea_fast.sweep import parse_method
+from vpgea_fast import config
+from vpgea_fast.sweep import Order, identity, parse_method
+from vpgea_fast.sweep.plan import Questions
 
 PLAN = Path(__file__).with_suffix("").with_name("replication.yaml")
 Keys = Mapping[str, Any]
@@ -115,6 +117,33 @@ class Plan:
         }
         own = self.worlds[world].get("words", {})
         return [f"--{key}={text_of(value)}" for key, value in (keys | own).items()]
+
+    def asked(self, world: str, place: Path, *, report: bool) -> tuple[str, list[str]]:
+        """(file of --select, options of all runs) of a sweep that searches, or reports."""
+        pick, shown = ("few", "report") if report else ("pick", "few_report")
+        return str(place / f"{pick}.jsonl"), self.words_of(world, place, shown, greedy=report)
+
+    def order(self, folder: str, runs: Path) -> Order:
+        """What all runs of a folder of `runs` have alike: its sweep's order, without a method."""
+        world, part = next((w, kind) for name, _, w, kind in self.folders() if name == folder)
+        select, words = self.asked(world, runs / "worlds" / world, report=part != "search")
+        return Order(
+            config=config.find(self.config),
+            words=tuple(words),
+            methods=(),
+            rates=(),
+            seeds=(),
+            out=runs / "sweeps" / folder,
+            budget=f"tokens:{self.budget}",
+            select=select,
+        )
+
+    def identity(self, folder: str, runs: Path) -> dict[str, Any]:
+        """What `vpgea sweep` holds the record of a folder to."""
+        order = self.order(folder, runs)
+        # With --select no file is cut, so nothing of a world is read.
+        split = Questions(data="[]", select=(), test=(), files={}, inputs={})
+        return identity(order, config.load(order.config, order.words), split)
 
 
 def worlds_of(stage: Keys) -> Sequence[str]:

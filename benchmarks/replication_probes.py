@@ -13,13 +13,14 @@ from typing import Any
 import replication_tables as tables
 import torch
 from replication_plan import StageError, method_words
+from replication_store import DIGITS
 
 from vpgea_fast.cli import main as vpgea
 from vpgea_fast.evaluation.measures import pass_at
 from vpgea_fast.evaluation.records import SAMPLES, Sample, read_samples
 from vpgea_fast.metrics import read_steps
 from vpgea_fast.sweep.runs import ENDED
-from vpgea_fast.sweep.table import is_result
+from vpgea_fast.sweep.table import is_result, part
 
 Of = Mapping[str, Any]
 
@@ -71,6 +72,7 @@ def styles(bench: Any, name: str, world: str, record: Of) -> dict[str, Any]:
         thought = sample.text.removesuffix(sample.answer_text)
         style = style_of(asked[sample.question_id], thought) if sample.answer_text else "cut"
         right[style].append(sample.correct)
+    check_accuracy(out, fmean(one for own in right.values() for one in own), record)
     return {style: [len(own) / len(asked), fmean(own)] for style, own in sorted(right.items())}
 
 
@@ -132,6 +134,16 @@ def check_same(run: Path, record: Of) -> None:
         raise StageError(
             f"{run} came out otherwise: got {now} steps and tokens, expected {then} of the record; "
             "remove it to train it anew"
+        )
+
+
+def check_accuracy(out: Path, now: float, record: Of) -> None:
+    """StageError unless answers are as often right as those of a record's run."""
+    then = part(record, "after", "sampled", "test")["acc"]
+    if round(now, DIGITS) != then:
+        raise StageError(
+            f"{out} came out otherwise: got accuracy {now:.{DIGITS}f}, expected {then} of the "
+            "record; remove it, and its run beside it, to ask anew"
         )
 
 

@@ -4,6 +4,7 @@
                     answers `before`), and a line for each run
     worlds.WORLD    what the base measured, and fingerprints of it and its questions
     tables          the numbers of the pages, at paths that stay
+    starts          command, time and environment of each start that has made something
 
 A run keeps the digest of the plan that it was made by: another than the file's is exploratory.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +36,8 @@ PLACES = ("--run.dir=", "--eval.data=")
 NUMBERS = ("acc", "acc_low", "acc_high", "tokens", "eps3", "truncated", "n")
 DIGITS = 6
 """Decimals that are kept of them: shares of 400 questions are exact."""
+BESIDE = ("plan", "tables", "worlds", "made_by", "folders", "command", "environment", "starts")
+"""Keys of the file that are no probe."""
 KEPT = ("ended", "halt", "steps", "tokens_generated", "guard_caught", "wall_s")
 COURSE = ("to_short", "late")
 FILES = ("train", "test", "pick", "report", "few_report", "few")
@@ -80,6 +84,36 @@ def write(path: Path, result: Result) -> None:
             parts.append(f"{json.dumps(key)}: {json.dumps(value, indent=1)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def made(result: Result) -> str:
+    """Name all that runs and probes have brought, in one text."""
+    probes = {key: value for key, value in result.items() if key not in BESIDE}
+    runs = {name: folder["runs"] for name, folder in result["folders"].items()}
+    return json.dumps([runs, probes], sort_keys=True)
+
+
+def add_start(result: Result, start: Mapping[str, Any]) -> None:
+    """Add a start to those that have made the result; `command` and `environment` are the last's.
+
+    A file of an earlier version knows its last one alone.
+    """
+    last = {key: result[key] for key in ("command", "environment") if key in result}
+    starts = result.setdefault("starts", [last] if last else [])
+    if start not in starts:
+        starts.append(dict(start))
+        result |= {key: start[key] for key in ("command", "environment")}
+
+
+def changed_files(root: Path, result: Path) -> list[str]:
+    """List the tracked files that differ from their commit, without the result, which every sweep
+    writes; none where git does not say."""
+    words = ["git", "-C", str(root), "diff", "--name-only", "HEAD"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [name for name in said.splitlines() if root / name != result.resolve()]
 
 
 def collect(result: Result, name: str, out: Path, plan: Plan, *, commit: str | None = None) -> None:

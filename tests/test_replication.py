@@ -9,12 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from vpgea_fast import config, sweep
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.sweep import SweepError, parse_method
+from vpgea_fast.sweep.inputs import Inputs
+from vpgea_fast.sweep.plan import Questions, steps_of
+from vpgea_fast.sweep.plan import cell as plan_cell
 from vpgea_fast.sweep.runs import Pool
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -399,6 +403,55 @@ def test_the_forecast_counts_runs_that_are_missing(plan, trained, bench_of, tmp_
     # 10 seconds each, as they were measured.
     assert replication.forecast(third)[0] == "main: 3 runs, 0 minutes"
     assert len(trained) == main + rows
+    # What would be refused is said, whether the folder is there or in the file alone.
+    other = replace(plan, words=plan.words | {"rollout.temperature": 0.5})
+    for runs in (bench.runs, Path("elsewhere")):
+        lines = replication.forecast(replication.Bench(other, bench.out, runs, 2))
+        refused = [line for line in lines if line.startswith("refused: ")]
+        assert len(refused) == 3
+        assert all("holds another sweep: " in line for line in refused)
+        assert ("config.rollout.temperature is now 0.5" in refused[0]) == (runs == bench.runs)
+    assert not Path("elsewhere").exists()
+
+
+def test_the_file_lists_the_starts_that_have_made_something(plan, trained, bench_of, tmp_path):
+    plan.stages["main"] |= {"knobs": False, "rates": [1e-3], "methods": [GRPO]}
+    del plan.stages["ablations"]
+
+    def go(number, plan=plan):
+        bench = bench_of(plan, tmp_path / "one")
+        bench.start = {"command": f"start {number}", "environment": {"commit": "c"}}
+        bench.go()
+        found = json.loads(bench.out.read_text())
+        return [start["command"] for start in found.get("starts", [])], found.get("command")
+
+    assert go(1) == (["start 1"], "start 1")
+    assert go(2) == (["start 1"], "start 1")
+    # A file of an earlier version, which knows its last start alone.
+    file = Path("result.json")
+    found = json.loads(file.read_text())
+    del found["starts"]
+    file.write_text(json.dumps(found))
+    assert go(3) == ([], "start 1")
+    more = replace(plan, report_seeds=[0, 1, 2])
+    assert go(4, more) == (["start 1", "start 4"], "start 4")
+    assert len(trained) == 3
+
+
+def test_changed_files_are_those_of_the_tree_without_the_result(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    result, code = tmp_path / "result.json", tmp_path / "code.py"
+    for file in (result, code):
+        file.write_text("1")
+    assert store.changed_files(tmp_path, result) == []
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    result.write_text("2")
+    (tmp_path / "beside.txt").write_text("untracked")
+    assert store.changed_files(tmp_path, result) == []
+    code.write_text("2")
+    assert store.changed_files(tmp_path, result) == ["code.py"]
+    assert store.changed_files(tmp_path, tmp_path / "other.json") == ["code.py", "result.json"]
 
 
 def test_a_claim_holds_is_refuted_or_is_not_measured():
@@ -451,6 +504,14 @@ def test_how_winners_think_is_asked_once_of_each_seed(plan, bench_of, tmp_path, 
     of = {"world": "chain-rare", "methods": [ROBUST]}
     bench = bench_of(replace(plan, after=[of]), tmp_path / "one")
     bench.go()
+    # The answers are those of the base, which is right less or more often than the records say.
+    with pytest.raises(replication_plan.StageError, match=r"got accuracy [\d.]+, expected 0\.9 "):
+        replication.after(bench)
+    samples = next(bench.runs.glob("probes/styles-*-0")) / probes.SAMPLES
+    acc = fmean(sample.correct for sample in probes.read_samples(samples))
+    for run in bench.result["folders"]["main-chain-rare-report"]["runs"]:
+        run["after"]["sampled"]["benchmarks"]["report"]["acc"] = acc
+    asked.clear()
     for _ in range(2):
         replication.after(bench)
         assert asked == [(ROBUST, 0), (ROBUST, 1)]
@@ -553,6 +614,144 @@ def command(words, cwd):
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+class Kept(Inputs):
+    """The inputs that a folder knows, of worlds that this machine may not have."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = known
+
+    def of(self, _cfg):
+        return dict(self.known)
+
+
+def kept_variants(found, name):
+    """Label -> keys of the methods of a folder."""
+    if name.endswith("-search"):
+        stage = next(s for folder, s, *_ in PLAN.folders() if folder == name)
+        names = PLAN.stages[stage]["methods"]
+        return {PLAN.label(m, i): PLAN.variant(m, i) for m in names for i in range(3)}
+    return {label: keys for label, (keys, _) in tables.chosen(found, PLAN, name).items()}
+
+
+def kept_cells(found, name, out):
+    """A pool over a restored folder, and the first run of each of its methods as a cell."""
+    known, variants = found["folders"][name], kept_variants(found, name)
+    store.restore(found, name, out, variants)
+    order = replace(PLAN.order(name, replication.RUNS), out=out)
+    base = config.load(order.config, order.words)
+    split = Questions("[]", tuple(known["select"]), tuple(known["test"]), {}, {})
+    inputs, cells = Kept(known["inputs"]), []
+    for label in known["words"]:
+        run = next(run for run in known["runs"] if run["method"] == label)
+        method = parse_method(replication_plan.method_text(label, variants[label]))
+        place = method, run["lr"], run["seed"]
+        steps = steps_of(order, method, base)
+        cells.append(plan_cell(order, *place, split=split, steps=steps, inputs=inputs))
+    return Pool(out, 1, split, None, print), cells
+
+
+def test_the_committed_sweeps_go_on_under_todays_code(tmp_path):
+    """Every folder, and a run of each of its methods: nothing of it would be run again."""
+    found, count = store.read(replication.RESULT, PLAN), 0
+    assert len(found["folders"]) == len([*PLAN.folders()])
+    for name in found["folders"]:
+        pool, cells = kept_cells(found, name, tmp_path / name)
+        sweep.hold_sweep(tmp_path / name / "sweep.json", PLAN.identity(name, replication.RUNS))
+        assert all(pool.known(cell) is not None for cell in cells)
+        count += len(cells)
+    assert count > 100
+    bench = replication.Bench(PLAN, replication.RESULT, replication.RUNS, 1)
+    assert replication.refusals(bench) == []
+
+
+OTHER = [
+    ("config", "model", "path", "elsewhere"),
+    ("config", "parallel", "accumulate", "unsharded"),
+    ("config", "parallel", "tensor", "head"),
+    ("config", "rollout", "max_batch", 256),
+    ("config", "objective", "beta", 0.5),
+    ("budget", "tokens:80000"),
+    ("select", "elsewhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_a_committed_sweep_of_another_meaning_is_refused(tmp_path, change):
+    name, (*keys, last, value) = "main-chain-rare-search", change
+    found = store.read(replication.RESULT, PLAN)
+    tree = known = found["folders"][name]["sweep"]
+    for key in keys:
+        tree = tree[key]
+    tree[last] = value
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps(known))
+    with pytest.raises(SweepError, match=rf"another sweep: {'.'.join([*keys, last])} is now"):
+        sweep.hold_sweep(file, PLAN.identity(name, replication.RUNS))
+
+
+def test_a_key_that_a_committed_sweep_lacks_has_its_default(tmp_path):
+    name, file = "main-chain-rare-search", tmp_path / "sweep.json"
+    known = store.read(replication.RESULT, PLAN)["folders"][name]["sweep"]
+    now = PLAN.identity(name, replication.RUNS)
+    del known["config"]["parallel"]
+    file.write_text(json.dumps(known))
+    sweep.hold_sweep(file, now)
+    # The plan has 512, and the default is another.
+    del known["config"]["rollout"]["max_batch"]
+    file.write_text(json.dumps(known))
+    with pytest.raises(SweepError, match=r"config\.rollout\.max_batch is now 512"):
+        sweep.hold_sweep(file, now)
+    for broken in ({"config": {"rollout": {"no_key": 1}}}, {"config": 3}, {}, []):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(SweepError, match="is no record of a sweep"):
+            sweep.hold_sweep(file, now)
+
+
+@pytest.mark.parametrize("word", ["--optim.lr=0.03", "--run.seed=7", "--objective.group_size=3"])
+def test_a_committed_run_of_other_words_is_refused(tmp_path, word):
+    found = store.read(replication.RESULT, PLAN)
+    pool, (cell, *_) = kept_cells(found, "main-chain-rare-report", tmp_path)
+    path = tmp_path / "records" / f"{cell.name}.json"
+    record, key = json.loads(path.read_text()), word.partition("=")[0]
+    assert any(own.startswith(f"{key}=") for own in record["words"])
+    record["words"] = [word if own.startswith(f"{key}=") else own for own in record["words"]]
+    path.write_text(json.dumps(record))
+    with pytest.raises(SweepError, match="is of a run with other words"):
+        pool.known(cell)
+
+
+def test_committed_styles_are_of_the_accuracy_of_their_runs():
+    """Trained and asked again, to the last answer."""
+    found, count = store.read(replication.RESULT, PLAN), 0
+    for world, methods in found["styles"].items():
+        known = tables.winners(found, PLAN, f"main-{world}-report")
+        for name, seeds in methods.items():
+            for record in known[name]:
+                own = seeds[str(record["seed"])]["styles"]
+                acc = sum(share * right for share, right in own.values())
+                probes.check_accuracy(Path("out"), acc, record)
+                with pytest.raises(replication_plan.StageError, match="came out otherwise"):
+                    probes.check_accuracy(Path("out"), acc + 1 / 400, record)
+                count += 1
+    assert count == 27
+
+
+def test_committed_rows_of_one_view_compare_no_lengths_and_means_name_lost_seeds():
+    found = store.read(replication.RESULT, PLAN)
+    lines = pages.markdown(found, PLAN).splitlines()
+    rows = [line for line in lines if line.startswith("| no hint |")]
+    assert len(rows) == 2
+    assert all(row.endswith(" | - |") for row in rows)
+    assert found["tables"]["vr"]["lookup-rare"]["no hint"]["late_difference"][0] is not None
+    assert any(line.startswith("| estimator gml |") and line.endswith(") |") for line in lines)
+    lost = found["tables"]["main"]["lookup-rare"]["GRPO + eta"]
+    assert lost["forgot"] == 1
+    assert pages._cell(lost).endswith("0 of 3 (1 forgot)")
+    assert "(" not in pages._cell(lost | {"forgot": 0})
+    assert pages._cell(lost | {"diverged": 2}).endswith("(2 diverged, 1 forgot)")
 
 
 @pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")
