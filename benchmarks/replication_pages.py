@@ -80,7 +80,13 @@ def _cell(of: Mapping[str, Any] | None) -> str:
     if of is None or "acc" not in of:
         return "-"
     short = f", {of['short_seeds']} of {of['seeds']}" if "seeds" in of else ""
-    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}"
+    # A mean over a run that has forgotten how to answer is of two kinds of runs.
+    told = f" ({', '.join(_lost(of))})" if "seeds" in of and _lost(of) else ""
+    return f"{100 * of['acc']:.1f} %, {of['tokens']:.1f}{short}{told}"
+
+
+def _lost(of: Mapping[str, Any]) -> list[str]:
+    return [f"{of[key]} {key}" for key in ("diverged", "halted", "forgot") if of[key]]
 
 
 def grid(
@@ -111,8 +117,7 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
     for name, of in mine.items():
         if name == "base":
             continue
-        told = [f"{of[key]} {key}" for key in ("diverged", "halted", "forgot") if of[key]]
-        seeds, expected = of["seeds"], len(plan.report_seeds)
+        told, seeds, expected = _lost(of), of["seeds"], len(plan.report_seeds)
         told += [f"{seeds} of {expected} seeds"] * (seeds != expected) + ["edge"] * of["edge"]
         after = f" ({', '.join(told)})" * bool(told)
         cells = [name + "*" * of["exploratory"] + after, f"{of['lr']:g}"]
@@ -139,7 +144,9 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
 
 def _late(of: Mapping[str, Any]) -> str:
     """How many seeds, and by how much: a difference of noise alone is a coin flip."""
-    known = [f"{each:+.2f}" for each in of["late_difference"] if each is not None]
+    _, hinted = of["concise_draws"]
+    # Without a hint both sides are the student's view.
+    known = [f"{each:+.2f}" for each in of["late_difference"] if each is not None and hinted]
     return f"{of['prior_below']} of {of['seeds']} ({', '.join(known)})" if known else "-"
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -325,7 +327,9 @@ def test_a_verdict_is_of_whole_rows_and_tells_what_happened_to_them(plan, bench_
 
 def test_late_differences_are_shown_by_seed():
     of = {"late_difference": [-0.25, None, 1.5], "prior_below": 1, "seeds": 3}
+    of |= {"concise_draws": [0.5, 2.0]}
     assert pages._late(of) == "1 of 3 (-0.25, +1.50)"
+    assert pages._late(of | {"concise_draws": [0.5, 0.0]}) == "-"  # no path of it sees a hint
     assert pages._late(of | {"late_difference": [None]}) == "-"
 
 
@@ -451,6 +455,12 @@ def test_how_winners_think_is_asked_once_of_each_seed(plan, bench_of, tmp_path, 
     of = {"world": "chain-rare", "methods": [ROBUST]}
     bench = bench_of(replace(plan, after=[of]), tmp_path / "one")
     bench.go()
+    with pytest.raises(
+        replication_plan.StageError, match=r"got .* of the answers right, expected .* of the record"
+    ):
+        replication.after(bench)
+    asked.clear()
+    monkeypatch.setattr(probes, "check_right", lambda *_: None)
     for _ in range(2):
         replication.after(bench)
         assert asked == [(ROBUST, 0), (ROBUST, 1)]
@@ -463,7 +473,13 @@ def test_how_winners_think_is_asked_once_of_each_seed(plan, bench_of, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("{", "cannot be read"), ("{}", "has no plan"), ("[]", "has no plan")]
+    ("content", "said"),
+    [
+        ("{", "cannot be read"),
+        ("{}", "has no plan"),
+        ("[]", "has no plan"),
+        ('{"plan": "a", "tables": null}', "has no tables"),
+    ],
 )
 def test_a_file_that_is_no_result_is_one_line(tmp_path, capsys, content, said):
     out = tmp_path / "result.json"
@@ -494,6 +510,12 @@ def test_a_result_is_of_one_kind_of_plan_and_of_one_bench(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "another bench writes into" in capsys.readouterr().err
     replication.main(words)
+    elsewhere = ["--out", str(tmp_path / "other.json"), *words[2:]]
+    for more in (elsewhere, [*elsewhere[:2], "--table"], ["--out", str(tmp_path), "--table"]):
+        with pytest.raises(SystemExit):
+            replication.main(more)
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "other.json").exists()
     found = store.read(out, PLAN)
     assert found["command"] == "as before"
     assert "environment" not in found
@@ -553,6 +575,35 @@ def command(words, cwd):
     done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")
+@pytest.mark.parametrize(("folder", "world", "part"), [(f, w, p) for f, _, w, p in PLAN.folders()])
+def test_the_committed_sweeps_go_on_under_this_version(folder, world, part, tmp_path):
+    """Their record is of an older one, which lacked keys and had other defaults."""
+    store.restore(store.read(replication.RESULT, PLAN), folder, tmp_path, {})
+    place, report = replication.RUNS / "worlds" / world, part != "search"
+    pick, shown = ("few", "report") if report else ("pick", "few_report")
+
+    def now(*more):
+        words = PLAN.words_of(world, place, shown, greedy=report)
+        cfg = config.load(config.find(PLAN.config), [*words, *more])
+        order: Any = SimpleNamespace(
+            budget=f"tokens:{PLAN.budget}", select=str(place / f"{pick}.jsonl")
+        )
+        split: Any = SimpleNamespace(files={})
+        sweep.require_same_sweep(tmp_path / "sweep.json", sweep.identity(order, cfg, split))
+
+    now("--optim.lr=0.3", "--run.seed=7", "--run.dir=elsewhere")  # what runs differ in
+    for key, value in (
+        ("model.path", "another"),
+        ("model.dtype", "bfloat16"),
+        ("train.questions_per_step", "3"),
+        ("parallel.shard", "always"),
+        ("rollout.max_new_tokens", "9"),
+    ):
+        with pytest.raises(SweepError, match=f"holds another sweep: config.{key} is now"):
+            now(f"--{key}={value}")
 
 
 @pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vpgea_fast.checkpoint import write_text
-from vpgea_fast.config import Config
+from vpgea_fast.config import Config, as_dict, resolve
+from vpgea_fast.config.renamed import renewed
 from vpgea_fast.distributed import World, pick_device
 from vpgea_fast.intake import open_text
 from vpgea_fast.metrics import Console, environment
@@ -37,7 +38,6 @@ from vpgea_fast.sweep.plan import (
     cell,
     check,
     extended,
-    identity,
     metric_of,
     parse_grids,
     parse_method,
@@ -76,6 +76,9 @@ __all__ = [
     "parse_rates",
     "run_sweep",
 ]
+
+BY_MEMORY = ("config.model.activation_checkpointing", "config.parallel.accumulate")
+"""Keys whose null leaves a choice to memory: see `estimate.choice`."""
 
 
 class Sweep:
@@ -117,10 +120,9 @@ class Sweep:
     def enter(self) -> None:
         """Make the folder this sweep's, or refuse it. Called with its lock held."""
         out, file = self.order.out, self.order.out / "sweep.json"
-        # As the file gives it back: tuples come as lists, and keys as text.
-        mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
+        mine = identity(self.order, self.base, self.split)
         if file.is_file():
-            _same_sweep(file, mine)
+            require_same_sweep(file, mine)
         # The hidden ones are the locks, which are held by now.
         elif any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise SweepError(f"{out} is not empty and no sweep; give another --out")
@@ -241,21 +243,45 @@ def default_jobs(cfg: Config) -> int:
     return max(1, cores() // cfg.run.threads) if cfg.run.threads else 1
 
 
-def _same_sweep(file: Path, mine: dict[str, Any]) -> None:
+def identity(order: Order, cfg: Config, split: Questions) -> dict[str, Any]:
+    """What a folder's runs have in common: another order may add methods, rates and seeds."""
+    # Their number alone: the text is held against the files themselves.
+    texts = {path.name: text.count("\n") for path, text in split.files.items()}
+    same = {"budget": order.budget, "select": order.select, "questions": texts}
+    # As the file gives it back: tuples come as lists, and keys as text.
+    return json.loads(json.dumps({**same, "config": _lasting(cfg)}))
+
+
+def _lasting(cfg: Config) -> dict[str, Any]:
+    """A configuration as a tree, without what differs between runs."""
+    tree = as_dict(cfg)
+    # Where the folder lies is no part of it: a moved one goes on. Every run has a rate of the grid.
+    gone = {"run": ("dir", "seed"), "optim": ("lr",)}
+    return {
+        s: {k: v for k, v in keys.items() if k not in gone.get(s, ())} for s, keys in tree.items()
+    }
+
+
+def require_same_sweep(file: Path, mine: Mapping[str, Any]) -> None:
+    """SweepError where a folder's record is of another sweep than `mine`, an `identity`.
+
+    They are compared by what they mean: a key that an older version lacked is its default, and a
+    null that leaves a choice to memory is whatever was chosen, since runs differ by that in the
+    order of their sums alone.
+    """
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        theirs, now = dotted(known), dotted(mine)
-    except (OSError, ValueError, AttributeError) as error:
+        old = json.loads(json.dumps(_lasting(resolve(renewed(known["config"])))))
+        theirs, now = dotted({**known, "config": old}), dotted(mine)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise SweepError(f"{file} is no record of a sweep ({error}); give another --out") from error
-    # Every run has a rate of the grid, whatever the configuration's own is.
-    keys = [key for key in {**now, **theirs} if key != "config.optim.lr"]
-    changed = [key for key in keys if now.get(key) != theirs.get(key)]
-    if changed:
-        key, value = changed[0], now.get(changed[0])
-        raise SweepError(
-            f"{file.parent} holds another sweep: {key} is now {value!r:.60}; bring it back, or "
-            "give another --out"
-        )
+    for key in {**now, **theirs}:
+        value, old = now.get(key), theirs.get(key)
+        if value != old and not (key in BY_MEMORY and None in (value, old)):
+            raise SweepError(
+                f"{file.parent} holds another sweep: {key} is now {value!r:.60}; bring it back, or "
+                "give another --out"
+            )
 
 
 def _write(
